@@ -1,0 +1,29 @@
+"""repa-lab: evidence about representation alignment in diffusion training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from repa_lab.report.results import load_results
+    from repa_lab.spec import load_spec
+    from repa_lab.sweep.api import plan, sweep
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_results", "load_spec", "plan", "sweep"]
+
+_HOMES = {
+    "load_results": "repa_lab.report.results",
+    "load_spec": "repa_lab.spec",
+    "plan": "repa_lab.sweep.api",
+    "sweep": "repa_lab.sweep.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use, so that `import repa_lab.align` costs torch and nothing else."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'repa_lab' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
