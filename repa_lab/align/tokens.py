@@ -1,0 +1,73 @@
+"""Tokens that carry their grid: nothing in the lab infers ``(h, w)`` from ``sqrt(N)``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Patch tokens ``values`` of shape ``(B, N, D)`` on the grid ``(h, w)``, row-major: token k stands at (k // w, k % w).
+
+    Raises:
+        ValueError: ``values`` is not three-dimensional or N differs from ``h * w``.
+    """
+
+    values: torch.Tensor
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        _require_grid(self.values, self.grid)
+
+    @property
+    def dim(self) -> int:
+        """The width D of a token."""
+        return self.values.shape[-1]
+
+    def resample(self, to: Grid) -> Tokens:
+        """The same tokens on the grid ``to``; see :func:`resample_tokens`."""
+        return Tokens(resample_tokens(self.values, self.grid, to), to)
+
+
+def _require_grid(tokens: torch.Tensor, grid: Grid) -> None:
+    if tokens.ndim != 3:
+        raise ValueError(f"tokens must be (B, N, D), got shape {tuple(tokens.shape)}")
+    if tokens.shape[1] != grid[0] * grid[1]:
+        raise ValueError(f"{tokens.shape[1]} tokens do not fill the grid {grid[0]}x{grid[1]}")
+
+
+def flatten_map(feature_map: torch.Tensor) -> Tokens:
+    """A convolutional map ``(B, C, H, W)`` as tokens ``(B, H*W, C)``, row-major.
+
+    Raises:
+        ValueError: the map is not four-dimensional.
+    """
+    if feature_map.ndim != 4:
+        raise ValueError(f"a feature map must be (B, C, H, W), got shape {tuple(feature_map.shape)}")
+    height, width = feature_map.shape[-2:]
+    return Tokens(feature_map.flatten(2).transpose(1, 2), (height, width))
+
+
+def resample_tokens(tokens: torch.Tensor, grid: Grid, to: Grid) -> torch.Tensor:
+    """Resample tokens ``(B, h*w, D)`` on ``grid=(h, w)`` to ``(B, H*W, D)`` on ``to=(H, W)``, bilinear in two dimensions.
+
+    Pixel-area convention (``align_corners=False``), no antialiasing, interpolated in float32 and returned in the input's
+    dtype. Equal grids return the input itself; equal counts on different grids are resampled.
+
+    Raises:
+        ValueError: the tokens do not fill ``grid`` or a size is not positive.
+    """
+    _require_grid(tokens, grid)
+    if min(to) < 1:
+        raise ValueError(f"cannot resample to the grid {to[0]}x{to[1]}")
+    if tuple(grid) == tuple(to):
+        return tokens
+    batch, _, dim = tokens.shape
+    feature_map = tokens.transpose(1, 2).reshape(batch, dim, *grid).float()
+    resampled = functional.interpolate(feature_map, size=tuple(to), mode="bilinear", align_corners=False)
+    return resampled.flatten(2).transpose(1, 2).to(tokens.dtype)

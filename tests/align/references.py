@@ -1,0 +1,60 @@
+"""The losses and the resampling once more, in NumPy float64 and written from the papers, to hold the code against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def unit(tokens: Array) -> Array:
+    length = np.sqrt((tokens**2).sum(-1, keepdims=True))
+    return np.divide(tokens, length, out=np.zeros_like(tokens), where=length > 0)
+
+
+def alignment(student: Array, teacher: Array) -> float:
+    """REPA, section 3.2."""
+    total = 0.0
+    for s, t in zip(unit(student), unit(teacher), strict=True):
+        total += sum(float(s[n] @ t[n]) for n in range(len(s))) / len(s)
+    return -total / len(student)
+
+
+def manifold(student: Array, teacher: Array) -> float:
+    """U-REPA, Eqs. 3-4, with the sign and the mean that make sense of them."""
+    images = []
+    for s, t in zip(unit(student), unit(teacher), strict=True):
+        images.append((((s @ s.T) - (t @ t.T)) ** 2).mean())
+    return float(np.mean(images))
+
+
+def gradient(loss: Callable[[Array, Array], float], student: Array, teacher: Array, step: float = 1e-5) -> Array:
+    """Central differences of a loss in the student."""
+    result = np.zeros_like(student)
+    for index in np.ndindex(*student.shape):
+        up, down = student.copy(), student.copy()
+        up[index] += step
+        down[index] -= step
+        result[index] = (loss(up, teacher) - loss(down, teacher)) / (2 * step)
+    return result
+
+
+def bilinear(tokens: Array, grid: tuple[int, int], to: tuple[int, int]) -> Array:
+    """Separable linear interpolation between pixel centres, edges held: ``(B, h*w, D)`` to ``(B, H*W, D)``."""
+    rows, columns = (_weights(n, m) for n, m in zip(grid, to, strict=True))
+    maps = tokens.reshape(len(tokens), *grid, -1)
+    return np.einsum("ih,jw,bhwd->bijd", rows, columns, maps).reshape(len(tokens), to[0] * to[1], -1)
+
+
+def _weights(source: int, target: int) -> Array:
+    weights = np.zeros((target, source))
+    for i in range(target):
+        centre = min(max((i + 0.5) * source / target - 0.5, 0), source - 1)
+        left = int(np.floor(centre))
+        right = min(left + 1, source - 1)
+        weights[i, left] += 1 - (centre - left)
+        weights[i, right] += centre - left
+    return weights
