@@ -1,0 +1,140 @@
+"""One run's directory.
+
+    spec.json         the resolved scientific config and the seed
+    provenance.json   code, versions, machine
+    state.json        where the run stands
+    metrics.jsonl     one row per logged step and per evaluation
+    events.jsonl      what happened to the run: started, resumed, failed, ...
+    checkpoints/      step-00000600/ with a manifest (see `checkpoints`)
+    samples/          step-00000600.png
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from math import isfinite
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from repa_lab.runs import files
+from repa_lab.runs.files import Row
+from repa_lab.runs.state import RunState, State
+
+
+class RunBusyError(RuntimeError):
+    """Another process is training this run."""
+
+
+class RunDirectory:
+    """Read access to a run; everything that is known of a run stands in this directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def run_id(self) -> str:
+        """The run's identity, which is its directory's name."""
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of the sample grids."""
+        return self.path / "samples"
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The resolved scientific config, as plain data."""
+        value: dict[str, Any] = files.read_json(self.path / "spec.json")
+        return value
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Code, versions and machine of the first start."""
+        value: dict[str, Any] = files.read_json(self.path / "provenance.json")
+        return value
+
+    @property
+    def state(self) -> RunState:
+        """Where the run stands; ``new`` if it never started."""
+        path = self.path / "state.json"
+        return RunState.from_json(files.read_json(path)) if path.exists() else RunState(State.NEW)
+
+    def rows(self) -> list[Row]:
+        """The metric rows, oldest first."""
+        return files.read_lines(self.path / "metrics.jsonl")
+
+    def events(self) -> list[Row]:
+        """The run's history, oldest first."""
+        return files.read_lines(self.path / "events.jsonl")
+
+    def sample_grids(self) -> dict[int, Path]:
+        """Sample grids by step."""
+        return {int(path.stem.removeprefix("step-")): path for path in sorted(self.samples.glob("step-*.png"))}
+
+
+class RunWriter:
+    """The one writer of a run directory, for the length of a with-statement; a lock keeps a second process out.
+
+    Args:
+        run: the directory; it is made if need be.
+        patience_s: for how long to wait for another process to let go of the run.
+
+    Raises:
+        RunBusyError: on entry, when another process holds the run.
+    """
+
+    def __init__(self, run: RunDirectory, patience_s: float = 10.0) -> None:
+        self.run = run
+        run.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(run.path / ".lock", timeout=patience_s)
+        self._metrics = run.path / "metrics.jsonl"
+        self._events = run.path / "events.jsonl"
+
+    def __enter__(self) -> RunWriter:
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise RunBusyError(f"run {self.run.run_id} is being trained by another process") from None
+        for log in (self._metrics, self._events):
+            files.drop_torn_line(log)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.release()
+
+    def describe(self, spec: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+        """Record what the run is, once; a resumed run keeps its first provenance."""
+        if not (self.run.path / "spec.json").exists():
+            files.write_json(self.run.path / "provenance.json", dict(provenance))
+            files.write_json(self.run.path / "spec.json", dict(spec))
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after ``step``: they will be measured again from the checkpoint of that step."""
+        rows = self.run.rows()
+        kept = [row for row in rows if row["step"] <= step]
+        files.rewrite_lines(self._metrics, kept)
+        if len(kept) < len(rows):
+            self.event("rewound", step=step, rows_dropped=len(rows) - len(kept))
+
+    def row(self, row: Row) -> None:
+        """Append a metric row; it must carry its ``step``; what is not finite is written as null."""
+        finite = {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()}
+        files.append_line(self._metrics, {"step": row["step"], **finite})
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Append to the run's history."""
+        files.append_line(self._events, {"time": round(time.time(), 3), "event": kind, **facts})
+
+    def state(self, state: State, step: int, error: str | None = None) -> None:
+        """Change where the run stands and note it in the history."""
+        self.event(state.value, step=step, **({"error": error} if error else {}))
+        files.write_json(self.run.path / "state.json", RunState(state, step, error).to_json())

@@ -1,0 +1,40 @@
+"""What a number was made with: code, versions, machine. Never the environment: it may hold secrets."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("repa-lab", "torch", "diffusers", "timm", "accelerate", "torch-fidelity", "numpy", "scikit-learn")
+
+
+def provenance() -> dict[str, Any]:
+    """Plain data on the code (version, git commit, whether the tree is dirty), the libraries and the machine."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "git": _git(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    here = Path(__file__).parent
+    try:
+        _run(["git", "ls-files", "--error-unmatch", Path(__file__).name], here)  # else it is someone else's repository
+        commit = _run(["git", "rev-parse", "HEAD"], here)
+        dirty = bool(_run(["git", "status", "--porcelain", "--untracked-files=no"], here))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit, "dirty": dirty}
+
+
+def _run(command: list[str], folder: Path) -> str:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()

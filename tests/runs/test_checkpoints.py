@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from repa_lab.runs import checkpoints
+
+
+def content(step: int) -> dict[str, bytes]:
+    draw = random.Random(step)
+    return {"weights.safetensors": draw.randbytes(300), "progress.json": json.dumps({"step": step}).encode()}
+
+
+def writer(step: int) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        assert list(folder.iterdir()) == []
+        for name, data in content(step).items():
+            (folder / name).write_bytes(data)
+
+    return write
+
+
+def commit(folder: Path, *steps: int, keep: int = 2) -> None:
+    for step in steps:
+        checkpoints.commit(folder, step, writer(step), keep)
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+
+
+def assert_latest(folder: Path, step: int) -> None:
+    found = checkpoints.latest(folder)
+    assert found is not None
+    assert found[0] == step
+    assert read(found[1]) == content(step)
+
+
+class TestCommit:
+    def test_a_checkpoint_is_what_was_written(self, tmp_path):
+        folder = tmp_path / "run" / "checkpoints"
+        path = checkpoints.commit(folder, 600, writer(600))
+        assert path == folder / "step-00000600"
+        assert read(path) == content(600)
+        assert_latest(folder, 600)
+
+    def test_none_yet(self, tmp_path):
+        assert checkpoints.latest(tmp_path / "none") is None
+        assert checkpoints.steps(tmp_path / "none") == []
+
+    @pytest.mark.parametrize("keep, left", [(1, [40]), (2, [30, 40]), (10, [10, 20, 30, 40])])
+    def test_the_newest_stay(self, tmp_path, keep, left):
+        commit(tmp_path, 10, 20, 30, 40, keep=keep)
+        assert checkpoints.steps(tmp_path) == left
+        assert_latest(tmp_path, 40)
+
+    def test_steps_are_ordered_as_numbers(self, tmp_path):
+        commit(tmp_path, 9, 100, 123_456_789, keep=5)
+        assert checkpoints.steps(tmp_path) == [9, 100, 123_456_789]
+        assert_latest(tmp_path, 123_456_789)
+
+    def test_a_step_written_again_replaces_the_first(self, tmp_path):
+        commit(tmp_path, 10)
+        checkpoints.commit(tmp_path, 10, lambda folder: (folder / "other").write_bytes(b"new") and None)
+        assert read(tmp_path / "step-00000010") == {"other": b"new"}
+        assert checkpoints.latest(tmp_path) == (10, tmp_path / "step-00000010")
+
+    def test_a_write_that_raises_leaves_the_last_one_in_force(self, tmp_path):
+        commit(tmp_path, 10)
+
+        def write(folder: Path) -> None:
+            (folder / "weights.safetensors").write_bytes(b"half")
+            raise MemoryError
+
+        for step in (20, 10):
+            with pytest.raises(MemoryError):
+                checkpoints.commit(tmp_path, step, write)
+        assert_latest(tmp_path, 10)
+
+    def test_what_a_kill_left_is_swept_away_by_the_next(self, tmp_path):
+        commit(tmp_path, 10)
+        (tmp_path / ".tmp-abc").mkdir()
+        (tmp_path / ".tmp-abc" / "weights.safetensors").write_bytes(b"half")
+        assert_latest(tmp_path, 10)
+        commit(tmp_path, 20)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000020"]
+
+
+def flip_bit(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position // 8 % len(data)] ^= 1 << position % 8
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "a bit of the weights": lambda folder: flip_bit(folder / "weights.safetensors", 1001),
+    "a bit of the progress": lambda folder: flip_bit(folder / "progress.json", 3),
+    "truncated weights": lambda folder: truncate(folder / "weights.safetensors"),
+    "grown weights": lambda folder: (folder / "weights.safetensors").open("ab").write(b"\0") and None,
+    "missing weights": lambda folder: (folder / "weights.safetensors").unlink(),
+    "missing manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "truncated manifest": lambda folder: (folder / "manifest.json").write_bytes(b'{"weights'),
+    "empty manifest": lambda folder: (folder / "manifest.json").write_bytes(b""),
+    "a manifest of something else": lambda folder: (folder / "manifest.json").write_bytes(b"[1, 2]"),
+    "a manifest of zeros": lambda folder: (folder / "manifest.json").write_bytes(b"\0" * 100),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+class TestDamage:
+    def test_it_falls_back_to_the_one_before_and_keeps_the_evidence(self, tmp_path, damage):
+        commit(tmp_path, 10, 20)
+        damage(tmp_path / "step-00000020")
+        assert_latest(tmp_path, 10)
+        assert_latest(tmp_path, 10)
+        assert checkpoints.steps(tmp_path) == [10]
+        (quarantined,) = tmp_path.glob("corrupt-step-00000020-*")
+        assert quarantined.is_dir()
+        commit(tmp_path, 20)
+        assert_latest(tmp_path, 20)
+        assert quarantined.is_dir()
+
+    def test_with_nothing_to_fall_back_to_there_is_none(self, tmp_path, damage):
+        commit(tmp_path, 10, 20)
+        damage(tmp_path / "step-00000010")
+        damage(tmp_path / "step-00000020")
+        assert checkpoints.latest(tmp_path) is None
+        assert len(list(tmp_path.glob("corrupt-*"))) == 2
+
+
+def test_no_flipped_bit_anywhere_goes_unseen(tmp_path):
+    """Every 23rd bit of every file, the manifest included."""
+    commit(tmp_path, 10)
+    original = tmp_path / "step-00000010"
+    files = {path.name: path.read_bytes() for path in original.iterdir()}
+    for name, data in files.items():
+        for position in range(0, len(data) * 8, 23):
+            flip_bit(original / name, position)
+            assert checkpoints.latest(tmp_path) is None, (name, position)
+            (quarantined,) = tmp_path.glob("corrupt-*")
+            quarantined.rename(original)
+            (original / name).write_bytes(data)
+    assert_latest(tmp_path, 10)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from repa_lab.runs import RunsRoot, RunWriter
+
+
+@pytest.fixture
+def root(tmp_path) -> RunsRoot:
+    return RunsRoot(tmp_path / "runs")
+
+
+def manifest(*arms: tuple[str, list[tuple[int, str]]]) -> dict:
+    return {
+        "name": "s",
+        "arms": [{"label": label, "runs": [{"seed": s, "run_id": i} for s, i in runs]} for label, runs in arms],
+    }
+
+
+def links(root: RunsRoot) -> dict[str, str]:
+    folder = root.sweep("s").path / "runs"
+    return {link.name: str(link.readlink()) for link in folder.iterdir()}
+
+
+def test_where_things_are(root):
+    assert root.run("abc").path == root.path / "by-id" / "abc"
+    assert root.sweep("s").path == root.path / "s"
+    assert root.cache == root.path / "cache"
+    assert root.sweep("s").root.path == root.path
+    assert (root.runs(), root.sweeps()) == ([], [])
+    assert not root.path.exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/etc", "a/..", ".hidden", "a\0b", "x/"])
+def test_no_name_leads_out_of_the_root(root, name):
+    for made in (root.run, root.sweep):
+        with pytest.raises(ValueError, match="cannot be the name of a run or a sweep"):
+            made(name)
+
+
+def test_runs_that_were_described(root):
+    for run_id in ("b", "a"):
+        with RunWriter(root.run(run_id)) as writer:
+            writer.describe({"seed": 0}, {})
+    root.run("never").path.mkdir()
+    assert [run.run_id for run in root.runs()] == ["a", "b"]
+
+
+class TestSweeps:
+    def test_what_is_recorded_is_read(self, root):
+        given = manifest(("baseline", [(0, "aaa"), (1, "bbb")]), ("w=0.5", [(0, "ccc")]))
+        root.sweep("s").record(given)
+        assert root.sweep("s").manifest == given
+        assert [sweep.path for sweep in root.sweeps()] == [root.path / "s"]
+
+    def test_links_lead_to_the_runs_wherever_the_root_is_moved(self, root, tmp_path):
+        with RunWriter(root.run("aaa")) as writer:
+            writer.describe({"seed": 0}, {})
+        root.sweep("s").record(manifest(("weight=0.5, lr=1e-05", [(0, "aaa"), (1, "bbb")])))
+        assert links(root) == {
+            "weight=0.5__lr=1e-05-seed0": "../../by-id/aaa",
+            "weight=0.5__lr=1e-05-seed1": "../../by-id/bbb",
+        }
+        moved = Path(root.path.rename(tmp_path / "moved"))
+        assert (moved / "s" / "runs" / "weight=0.5__lr=1e-05-seed0" / "spec.json").is_file()
+
+    def test_recording_again_replaces_the_links(self, root):
+        root.sweep("s").record(manifest(("a", [(0, "aaa")]), ("b", [(0, "bbb")])))
+        root.sweep("s").record(manifest(("b", [(0, "ccc")])))
+        assert links(root) == {"b-seed0": "../../by-id/ccc"}
+
+    def test_labels_that_read_alike_get_links_of_their_own(self, root):
+        root.sweep("s").record(manifest(("a b", [(0, "aaa")]), ("a/b", [(0, "bbb")]), ("a_b", [(0, "ccc")])))
+        assert sorted(links(root).values()) == ["../../by-id/aaa", "../../by-id/bbb", "../../by-id/ccc"]
+
+    def test_labels_of_any_length_and_any_letters(self, root):
+        arms = [(f"{'é' * 400} {i}", [(0, f"{i}{'f' * 11}")]) for i in range(3)]
+        arms.append(("\U00020000" * 300, [(0, "ddd")]))
+        root.sweep("s").record(manifest(*arms))
+        assert len(links(root)) == 4
+
+    def test_a_label_cannot_lead_a_link_astray(self, root):
+        root.sweep("s").record(manifest(("../../../etc", [(0, "aaa")]), ("..", [(0, "bbb")])))
+        assert set(links(root).values()) == {"../../by-id/aaa", "../../by-id/bbb"}
+        assert all("/" not in name for name in links(root))
