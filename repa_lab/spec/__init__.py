@@ -1,0 +1,34 @@
+"""The spec: one YAML file is one question. Read it, check it, expand it into arms. Imports no torch."""
+
+from repa_lab.spec.errors import Place, Problem, SpecError
+from repa_lab.spec.expand import Arm
+from repa_lab.spec.experiment import Experiment, load_spec
+from repa_lab.spec.schema import (
+    CompareConfig,
+    DataConfig,
+    EncoderConfig,
+    EvaluateConfig,
+    ExtractorConfig,
+    RegularizerConfig,
+    RunConfig,
+    RunOptions,
+    SearchConfig,
+)
+
+__all__ = [
+    "Arm",
+    "CompareConfig",
+    "DataConfig",
+    "EncoderConfig",
+    "EvaluateConfig",
+    "Experiment",
+    "ExtractorConfig",
+    "Place",
+    "Problem",
+    "RegularizerConfig",
+    "RunConfig",
+    "RunOptions",
+    "SearchConfig",
+    "SpecError",
+    "load_spec",
+]

@@ -1,0 +1,192 @@
+"""From one document to arms: products of axes, stars around the base settings, exclusions and named extra arms."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from repa_lab.spec.document import Draft
+from repa_lab.spec.errors import Path_, Place, Problem, SpecError, did_you_mean
+from repa_lab.spec.schema import SECTIONS, Grammar, RunConfig
+from repa_lab.spec.validate import validate
+
+_MAX_ARMS = 10_000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting of the varied fields.
+
+    Attributes:
+        label: what tells the arm apart from the others, for people.
+        levels: its level on every axis, by the axis' name.
+        config: the resolved settings, common to all its seeds.
+        draft: the same settings with their places, for errors that are found later.
+    """
+
+    label: str
+    levels: Mapping[str, str]
+    config: RunConfig
+    draft: Draft = field(compare=False, repr=False)
+
+    def problem(self, dotted: str, message: str) -> Problem:
+        """A problem with one of the arm's settings, at the place that set it."""
+        return Problem(self.draft.place(tuple(dotted.split("."))), dotted, message)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Arm:
+        """The same arm with some dotted paths set, as a search does."""
+        draft = self.draft.copy()
+        for dotted, value in settings.items():
+            draft.set(dotted, value, Place(None))
+        label = ", ".join([*filter(None, [self.label]), *(f"{_short(path)}={_plain(v)}" for path, v in settings.items())])
+        return Arm(label, self.levels, validate(RunConfig, draft), draft)
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One level of an axis, a star or an extra arm: its settings by dotted path, each with its place."""
+
+    axis: str
+    name: str
+    settings: Mapping[str, tuple[Any, Place]]
+    place: Place
+
+
+_Cell = tuple[_Level, ...]
+
+
+def expand(grammar: Grammar, document: Draft) -> tuple[Arm, ...]:
+    """The arms of a document in the order of declaration: the product of the axes, the stars, then the included arms.
+
+    Raises:
+        SpecError: with every problem of every arm.
+    """
+    base = Draft({key: document.value[key] for key in SECTIONS if key in document.value}, dict(document.places))
+    axes = _axes(grammar, document)
+    if (count := math.prod(map(len, axes))) > _MAX_ARMS:
+        raise SpecError([Problem(document.place(("axes",)), "axes", f"{count:,} arms; at most {_MAX_ARMS:,}")])
+    cells: list[_Cell] = [cell for cell in itertools.product(*axes) if not _excluded(cell, base, grammar.exclude)]
+    extra: list[_Cell] = [(level,) for level in [*_stars(grammar, document), *_included(grammar, document)]]
+    repeated = [problem for levels in axes for problem in _repeated([(level,) for level in levels])]
+    if not cells + extra:
+        repeated.append(Problem(document.place(("exclude",)), "exclude", "every arm is excluded"))
+    return _build(base, cells + extra, repeated or list(_repeated(cells + extra)))
+
+
+def _build(base: Draft, cells: Iterable[_Cell], problems: list[Problem]) -> tuple[Arm, ...]:
+    arms: list[Arm] = []
+    for cell in cells:
+        try:
+            draft = _apply(base, cell)
+            arms.append(Arm(_label(cell), {level.axis: level.name for level in cell}, validate(RunConfig, draft), draft))
+        except SpecError as error:
+            problems = problems + error.problems
+    if problems:
+        raise SpecError(problems)
+    return tuple(arms)
+
+
+def _label(cell: _Cell) -> str:
+    return ", ".join(level.name for level in cell) or "all"
+
+
+def _repeated(cells: Iterable[_Cell]) -> Iterator[Problem]:
+    """What cannot be told apart, at the place of the latter of the two."""
+    seen: set[str] = set()
+    for cell in cells:
+        if (label := _label(cell)) in seen:
+            yield Problem(cell[-1].place, cell[-1].axis, f"two arms are called '{label}'")
+        seen.add(label)
+
+
+def _apply(base: Draft, cell: _Cell) -> Draft:
+    draft = base.copy()
+    for level in cell:
+        for dotted, (value, place) in level.settings.items():
+            if dotted.split(".")[0] not in SECTIONS:
+                hint = did_you_mean(dotted.split(".")[0], SECTIONS)
+                message = f"an arm varies fields of {', '.join(SECTIONS)}, got '{dotted}'{hint}"
+                raise SpecError([Problem(place, dotted, message)])
+            draft.set(dotted, value, place)
+    return draft
+
+
+def _axes(grammar: Grammar, document: Draft) -> list[list[_Level]]:
+    return [
+        [_named(axis, name, value or {}, document, ("axes", axis, name)) for name, value in levels.items()]
+        if isinstance(levels, dict)
+        else _listed(axis, levels, document, "axes")
+        for axis, levels in grammar.axes.items()
+    ]
+
+
+def _named(axis: str, name: str, settings: Mapping[str, Any], document: Draft, path: Path_) -> _Level:
+    placed = {dotted: (value, document.place((*path, dotted))) for dotted, value in settings.items()}
+    return _Level(axis, name, placed, document.place(path))
+
+
+def _listed(axis: str, values: Iterable[Any], document: Draft, key: str) -> list[_Level]:
+    levels = []
+    for index, value in enumerate(values):
+        place = document.place((key, axis, index))
+        levels.append(_Level(axis, f"{_short(axis)}={_plain(value)}", {axis: (value, place)}, place))
+    return levels
+
+
+def _stars(grammar: Grammar, document: Draft) -> list[_Level]:
+    listed = (_listed(axis, values, document, "one_at_a_time") for axis, values in grammar.one_at_a_time.items())
+    return [level for levels in listed for level in levels]
+
+
+def _included(grammar: Grammar, document: Draft) -> list[_Level]:
+    return [
+        _named("include", extra.label, extra.set, document, ("include", index, "set"))
+        for index, extra in enumerate(grammar.include)
+    ]
+
+
+def _excluded(cell: _Cell, base: Draft, rules: list[dict[str, Any]]) -> bool:
+    """Whether a rule fits: all its entries hold; an entry names an axis level or a dotted path, a list means any of them."""
+    if not rules:
+        return False
+    names, settings = {level.axis: level.name for level in cell}, _resolved(base, cell)
+
+    def holds(key: str, wanted: Any) -> bool:
+        allowed = wanted if isinstance(wanted, list) else [wanted]
+        return names.get(key) in allowed or value_at(settings, tuple(key.split("."))) in allowed
+
+    return any(all(holds(key, wanted) for key, wanted in rule.items()) for rule in rules)
+
+
+def _resolved(base: Draft, cell: _Cell) -> Mapping[str, Any]:
+    """The settings of a cell, defaults included; of one that is not valid, what is given: its problems are told elsewhere."""
+    settings: Mapping[str, Any] = {}
+    try:
+        settings = (draft := _apply(base, cell)).value
+        settings = validate(RunConfig, draft).model_dump()
+    except SpecError:
+        pass
+    return settings
+
+
+def value_at(value: Any, path: Path_) -> Any:
+    """The value at a path of nested mappings, None where there is nothing."""
+    for step in path:
+        if not isinstance(value, Mapping) or step not in value:
+            return None
+        value = value[step]
+    return value
+
+
+def _short(dotted: str) -> str:
+    return dotted.rsplit(".", 1)[-1]
+
+
+def _plain(value: Any) -> str:
+    """A value for people: floats in four digits where those are the number."""
+    if isinstance(value, float) and float(f"{value:.4g}") == value:
+        return f"{value:.4g}"
+    return str(value)

@@ -1,0 +1,76 @@
+"""A run's identity is its content: the same settings, seed, data and protocol are the same run, whoever asks for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from repa_lab.spec.schema import RunConfig
+
+_ID_LENGTH = 12
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed: the unit that is trained."""
+
+    run_id: str
+    config: RunConfig
+    seed: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The run's spec as plain data, from which :meth:`from_json` makes the same run."""
+        return {**self.config.model_dump(mode="json"), "seed": self.seed}
+
+    @classmethod
+    def from_json(cls, run_id: str, spec: Mapping[str, Any]) -> Run:
+        """The run of a directory."""
+        settings = {key: value for key, value in spec.items() if key != "seed"}
+        return cls(run_id, RunConfig.model_validate(settings), spec["seed"])
+
+
+def identify(config: RunConfig, seed: int, protocol: int, data: str, contents: Mapping[str, str]) -> Run:
+    """The run of a config and a seed.
+
+    Args:
+        config: the resolved settings.
+        seed: the run's seed.
+        protocol: the version of what training and measuring mean.
+        data: fingerprint of the data set, which stands for its path.
+        contents: digests of local files by their path, which stand for the path.
+    """
+    canonical = {"protocol": protocol, "data_fingerprint": data, "seed": seed, **_scientific(config, contents)}
+    text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
+    return Run(hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH], config, seed)
+
+
+def local_files(config: RunConfig) -> tuple[str, ...]:
+    """Files of weights that the settings name."""
+    named = [encoder.weights for encoder in config.encoders] + [config.evaluate.extractor.weights]
+    return tuple(dict.fromkeys(path for path in named if path))
+
+
+def _scientific(config: RunConfig, contents: Mapping[str, str]) -> dict[str, Any]:
+    """The settings without what the run does not use, paths replaced by what they lead to."""
+    value = config.model_dump(mode="json")
+    del value["data"]["path"]
+    value["data"]["resolution"] = config.data.side
+    if config.regularizer.type == "none":
+        value["regularizer"] = {"type": "none"}
+    elif config.regularizer.type == "repa":
+        del value["regularizer"]["manifold_weight"]
+    return _replace_files(value, contents)
+
+
+def _replace_files(value: dict[str, Any], contents: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        key: _replace_files(inner, contents)
+        if isinstance(inner, dict)
+        else contents[inner]
+        if key == "weights" and inner is not None
+        else inner
+        for key, inner in value.items()
+    }

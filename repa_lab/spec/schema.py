@@ -1,0 +1,296 @@
+"""The fields of a spec. What stands in :class:`RunConfig` is part of a run's identity, :class:`RunOptions` is not."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BlockIndex = Annotated[int, Field(ge=0)] | Literal["mid"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """The denoiser: a ``size`` of a family trained from scratch, or a ``pretrained`` hub id or folder."""
+
+    family: str
+    size: str | None = None
+    pretrained: str | None = None
+    train: Literal["full", "lora"] = "full"
+    rank: Positive = 16
+
+
+class EncoderConfig(_Section):
+    """The frozen vision encoder.
+
+    ``image_size`` null derives it from the training resolution by the papers' rule (256 px is seen at 224 by patch 14).
+    ``weights`` is a local file for when the hub is out of reach. ``standardize`` gives every channel mean 0 and standard
+    deviation 1 over the data set's tokens. ``cache`` computes the features once for all runs.
+    """
+
+    name: str = "dinov2_vitg14"
+    image_size: Positive | None = None
+    weights: str | None = None
+    standardize: bool = False
+    cache: bool = True
+
+    @model_validator(mode="after")
+    def _standardize_needs_cache(self) -> EncoderConfig:
+        if self.standardize and not self.cache:
+            raise ValueError("standardize needs the statistics of all features, so cache must be true")
+        return self
+
+
+class ProjectorConfig(_Section):
+    """The map from the denoiser's width to the encoder's: REPA's mlp of three layers, or the guide's ``linear``."""
+
+    type: Literal["mlp", "linear"] = "mlp"
+    width: Positive = 2048
+
+
+class ScheduleConfig(_Section):
+    """The weight over steps; see :class:`repa_lab.align.Schedule`. ``decay_steps`` is absolute, 0 means the end of training."""
+
+    type: Literal["constant", "linear", "cosine", "polynomial"] = "constant"
+    warmup_steps: Count = 0
+    decay_steps: Count = 0
+    end: NotNegative = 0.0
+    cutoff_step: Count | None = None
+    power: NotNegative = 1.0
+
+    @model_validator(mode="after")
+    def _decay_ends_after_warmup(self) -> ScheduleConfig:
+        if self.type != "constant" and 0 < self.decay_steps <= self.warmup_steps:
+            raise ValueError("decay_steps is counted from step 0, so it must be more than warmup_steps")
+        return self
+
+
+class RegularizerConfig(_Section):
+    """``none``, ``repa`` or ``urepa``; ``block_index`` is 0-based, null takes the family's suggestion."""
+
+    type: Literal["none", "repa", "urepa"] = "none"
+    weight: NotNegative = 0.5
+    manifold_weight: NotNegative = 3.0
+    block_index: BlockIndex | None = None
+    encoder: EncoderConfig = EncoderConfig()
+    projector: ProjectorConfig = ProjectorConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+class DataConfig(_Section):
+    """The images. ``resolution`` null is 256, or 8 for digits. ``vae`` (a hub id or folder) trains in
+    its latent space; ``holdout`` images are never trained on."""
+
+    source: Literal["digits", "imagefolder"]
+    path: str | None = None
+    resolution: Positive | None = None
+    vae: str | None = None
+    holdout: Positive = 256
+
+    @model_validator(mode="after")
+    def _digits_are_8x8(self) -> DataConfig:
+        if self.source == "digits" and self.resolution not in (None, 8):
+            raise ValueError("digits are 8 pixels wide and high: resolution must be 8 or left out")
+        return self
+
+    @property
+    def side(self) -> int:
+        """Pixels along each side of a training image."""
+        return 8 if self.source == "digits" else self.resolution or 256
+
+
+class TrainConfig(_Section):
+    """Optimisation: AdamW at a constant rate; defaults are those of the papers' code."""
+
+    steps: Positive
+    batch_size: Positive = 256
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    weight_decay: NotNegative = 0.0
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    label_dropout: Fraction = 0.1
+    time: Literal["uniform", "lognormal"] = "uniform"
+
+
+class SamplerConfig(_Section):
+    """``ode`` integrates the velocity with ``euler`` or ``heun`` over ``steps``; ``sde`` is the papers' Euler-Maruyama."""
+
+    type: Literal["ode", "sde"] = "ode"
+    solver: Literal["euler", "heun"] = "euler"
+    steps: Annotated[int, Field(ge=2)] = 50
+
+
+class GuidanceConfig(_Section):
+    """Classifier-free guidance of the drift by ``scale`` for times in [``low``, ``high``]; 1 is none."""
+
+    scale: Annotated[float, Field(ge=1)] = 1.0
+    low: Fraction = 0.0
+    high: Fraction = 1.0
+
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> GuidanceConfig:
+        if self.low > self.high:
+            raise ValueError(f"low must not be above high, got {self.low} and {self.high}")
+        return self
+
+
+class ExtractorConfig(_Section):
+    """Whose features the Frechet distance compares: ``inception`` gives FID; others are named and are not FID."""
+
+    name: Literal["inception", "efficientnet_lite0"] = "inception"
+    weights: str | None = None
+
+
+class EvaluateConfig(_Section):
+    """Measurements on EMA weights ``every`` so many steps and at the end.
+
+    ``encoder`` measures alignment in every arm, baselines included; null measures it with the arm's own encoder, if any.
+    ``block_index`` is where, null the regularizer's; ``timestep`` at which noise.
+    """
+
+    every: Positive = 10_000
+    samples: Annotated[int, Field(ge=16)] = 10_000
+    batch_size: Positive = 125
+    sampler: SamplerConfig = SamplerConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    extractor: ExtractorConfig = ExtractorConfig()
+    encoder: EncoderConfig | None = None
+    block_index: BlockIndex | None = None
+    timestep: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+
+class RunConfig(_Section):
+    """All that decides what a run computes, but for its seed."""
+
+    model: ModelConfig
+    regularizer: RegularizerConfig = RegularizerConfig()
+    data: DataConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def alignment_encoder(self) -> EncoderConfig | None:
+        """The encoder that measures alignment, or None if nothing does."""
+        own = self.regularizer.encoder if self.regularizer.type != "none" else None
+        return self.evaluate.encoder or own
+
+    @property
+    def encoders(self) -> tuple[EncoderConfig, ...]:
+        """Every encoder the run needs: none for an unregularised run that measures no alignment."""
+        own = self.regularizer.encoder if self.regularizer.type != "none" else None
+        return tuple(dict.fromkeys(encoder for encoder in (own, self.evaluate.encoder) if encoder))
+
+
+SECTIONS = tuple(RunConfig.model_fields)
+
+
+class WandbOptions(_Section):
+    """W&B; ``auto`` is online with a key in the environment and offline without."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "repa-lab"
+
+
+class RunOptions(_Section):
+    """How runs are carried out; nothing here changes what is computed, so nothing here is part of a run's identity."""
+
+    workers: Positive | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    log_every: Positive = 10
+    checkpoint_every: Positive | None = None
+    data_workers: Count = 0
+    wandb: WandbOptions = WandbOptions()
+
+
+class Interval(_Section):
+    """One searched field: exactly one of ``log``, ``uniform`` (floats from a to b), ``int`` or ``choice``."""
+
+    log: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    uniform: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    int_: Annotated[list[int], Field(min_length=2, max_length=2)] | None = Field(default=None, alias="int")
+    choice: Annotated[list[Any], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Interval:
+        given = [form for form in (self.log, self.uniform, self.int_, self.choice) if form is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of log, uniform, int, choice")
+        for bounds in (self.log, self.uniform, self.int_):
+            if bounds is not None and not bounds[0] < bounds[1]:
+                raise ValueError(f"the bounds must ascend, got {bounds}")
+        if self.log is not None and self.log[0] <= 0:
+            raise ValueError(f"a log range must start above 0, got {self.log}")
+        return self
+
+
+class Objective(_Section):
+    """The metric that a search improves, by its kind (``frechet`` or ``fid``) or its full name, and its direction."""
+
+    metric: str = "frechet"
+    goal: Literal["min", "max"] = "min"
+
+
+class SearchConfig(_Section):
+    """An Optuna search; a trial is one setting with all its seeds; ``trials`` is the total, pruned ones included."""
+
+    space: dict[str, Interval]
+    objective: Objective = Objective()
+    trials: Positive = 20
+    sampler: Literal["tpe", "random"] = "tpe"
+    prune: Literal["none", "median", "asha"] = "none"
+    seed: int = 0
+
+
+class CompareConfig(_Section):
+    """What the report compares: arms against the ``baseline`` (dotted path to value) on ``metric``; ``targets`` by metric."""
+
+    baseline: dict[str, Any] = Field(default_factory=lambda: {"regularizer.type": "none"})
+    metric: str = "frechet"
+    goal: Literal["min", "max"] = "min"
+    targets: dict[str, list[float]] = Field(default_factory=dict)
+
+
+class Include(_Section):
+    """A named extra arm."""
+
+    label: str
+    set: dict[str, Any]
+
+
+Values = Annotated[list[Any], Field(min_length=1)]
+Levels = Annotated[dict[str, dict[str, Any] | None], Field(min_length=1)]
+SeedCount = Annotated[int, Field(ge=1, le=1000)]
+
+
+class Grammar(_Section):
+    """The whole of a spec. The sections of :class:`RunConfig` are only mappings here: they are checked arm by arm.
+
+    ``base`` names a spec file under this one and ``use`` fragments between the two; both are resolved before this model sees
+    the document.
+    """
+
+    base: None = None
+    use: None = None
+    model: dict[str, Any] = Field(default_factory=dict)
+    regularizer: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+    evaluate: dict[str, Any] = Field(default_factory=dict)
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+    question: str = ""
+    axes: dict[str, Values | Levels] = Field(default_factory=dict)
+    one_at_a_time: dict[str, Values] = Field(default_factory=dict)
+    exclude: list[dict[str, Any]] = Field(default_factory=list)
+    include: list[Include] = Field(default_factory=list)
+    seeds: SeedCount | Annotated[list[Count], Field(min_length=1)] = 1
+    search: SearchConfig | None = None
+    compare: CompareConfig = CompareConfig()
+    run: RunOptions = RunOptions()

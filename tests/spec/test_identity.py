@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from repa_lab.spec import load_spec
+from repa_lab.spec.identity import Run, identify, local_files
+from tests.spec.examples import mapping
+
+CONTENTS = {"a.bin": "111", "b.bin": "222", "copy-of-a.bin": "111"}
+
+
+def run(overrides: dict[str, Any] | None = None, seed: int = 0, protocol: int = 1, data: str = "d") -> Run:
+    """The run of a spec that sets a bit of everything, for a UNet with U-REPA."""
+    source = mapping(
+        model={"family": "unet", "size": "S"},
+        regularizer={"type": "urepa", "weight": 0.5, "encoder": {"name": "e", "weights": "a.bin"}},
+        data={"source": "imagefolder", "path": "here", "resolution": 64},
+        evaluate={"extractor": {"weights": "a.bin"}, "encoder": {"name": "f"}},
+    )
+    return identify(load_spec(source, overrides).arms[0].config, seed, protocol, data, CONTENTS)
+
+
+def test_an_id_is_short_stable_hexadecimal():
+    assert re.fullmatch("[0-9a-f]{12}", run().run_id)
+    assert run().run_id == run().run_id
+
+
+def test_seed_protocol_and_data_are_part_of_it():
+    ids = {run().run_id, run(seed=1).run_id, run(protocol=2).run_id, run(data="other").run_id}
+    assert len(ids) == 4
+
+
+SCIENCE = {
+    "model.family": "sit", "model.size": "B", "model.train": "lora", "model.rank": 8, "model.pretrained": "x",
+    "regularizer.type": "repa", "regularizer.weight": 0.25, "regularizer.manifold_weight": 1, "regularizer.block_index": "mid",
+    "regularizer.encoder.name": "g", "regularizer.encoder.image_size": 14, "regularizer.encoder.standardize": True,
+    "regularizer.projector.type": "linear", "regularizer.projector.width": 64, "regularizer.schedule.type": "linear",
+    "regularizer.schedule.warmup_steps": 1, "regularizer.schedule.decay_steps": 9, "regularizer.schedule.end": 0.1,
+    "regularizer.schedule.cutoff_step": 5, "regularizer.schedule.power": 2, "regularizer.encoder.weights": "b.bin",
+    "data.resolution": 32, "data.vae": "v", "data.holdout": 16,
+    "train.steps": 11, "train.batch_size": 8, "train.lr": 1e-3, "train.weight_decay": 0.1, "train.grad_clip": None,
+    "train.ema": 0.9, "train.label_dropout": 0.2, "train.time": "lognormal",
+    "evaluate.every": 5, "evaluate.samples": 100, "evaluate.sampler.type": "sde", "evaluate.sampler.solver": "heun",
+    "evaluate.sampler.steps": 20, "evaluate.guidance.scale": 1.5, "evaluate.guidance.low": 0.1, "evaluate.guidance.high": 0.7,
+    "evaluate.extractor.name": "efficientnet_lite0", "evaluate.extractor.weights": "b.bin", "evaluate.encoder": None,
+    "evaluate.timestep": 0.25,
+}  # fmt: skip
+
+
+def test_every_setting_of_science_is_part_of_it():
+    ids = {path: run({path: value}).run_id for path, value in SCIENCE.items()}
+    ids["as it is"] = run().run_id
+    assert len(set(ids.values())) == len(ids)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"data.path": "elsewhere"},
+        {"regularizer.encoder.weights": "copy-of-a.bin"},
+        {"regularizer.weight": 0.5, "regularizer.schedule.type": "constant"},
+        {"run.device": "cpu", "run.precision": "bf16", "run.wandb.project": "other"},
+        {"name": "other", "question": "Another?", "seeds": 5, "compare.metric": "x"},
+    ],
+)
+def test_where_things_lie_and_how_they_run_is_not(overrides):
+    assert run(overrides).run_id == run().run_id
+
+
+def test_whole_numbers_may_be_written_without_a_point():
+    assert run({"regularizer.weight": 1}).run_id == run({"regularizer.weight": 1.0}).run_id
+
+
+def test_what_a_run_does_not_use_is_not():
+    none = {"regularizer.type": "none"}
+    assert run({**none, "regularizer.weight": 3.0, "regularizer.encoder.name": "z"}).run_id == run(none).run_id
+    repa = {"regularizer.type": "repa"}
+    assert run({**repa, "regularizer.manifold_weight": 9.0}).run_id == run(repa).run_id
+    assert run(none).run_id != run(repa).run_id
+    digits = {"data.source": "digits", "data.resolution": 8}
+    left_out = mapping(data={"source": "digits"})
+    written = mapping(data={"source": "digits", "resolution": 8})
+    ids = {identify(load_spec(source).arms[0].config, 0, 1, "d", {}).run_id for source in (left_out, written)}
+    assert len(ids) == 1
+    assert run(digits).run_id != run().run_id
+
+
+def test_a_weight_of_zero_is_not_the_baseline():
+    """It runs the same steps, but it is its own arm with its own row."""
+    assert run({"regularizer.weight": 0.0}).run_id != run({"regularizer.type": "none"}).run_id
+
+
+def test_only_files_that_are_used_are_read():
+    def named(overrides: dict[str, Any]) -> tuple[str, ...]:
+        return local_files(run(overrides).config)
+
+    assert named({}) == ("a.bin",)
+    assert named({"evaluate.extractor.weights": "b.bin"}) == ("a.bin", "b.bin")
+    assert named({"regularizer.type": "none", "evaluate.extractor.weights": None}) == ()
+    assert named({"regularizer.type": "none", "evaluate.encoder.weights": "b.bin"}) == ("b.bin", "a.bin")
+
+
+def test_a_run_survives_its_file():
+    first = run({"regularizer.weight": 0.1 + 0.2}, seed=7)
+    spec = json.loads(json.dumps(first.to_json()))
+    assert spec["seed"] == 7
+    assert Run.from_json(first.run_id, spec) == first
