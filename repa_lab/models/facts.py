@@ -1,0 +1,163 @@
+"""What every family says of itself, as data: no torch, so that `plan` can check a spec in a second.
+
+Depth, width and strides of pretrained families are those of their released configurations in diffusers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["transformer", "unet"]
+BlockIndex = int | Literal["mid"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One size of a family.
+
+    Attributes:
+        depth: number of blocks that ``block_index`` counts; 1 for a UNet, whose only tap is ``mid``.
+        width: the denoiser's width D at the tap.
+        stride: input pixels (or latent cells) per token along each side at the tap.
+        block: the suggested ``block_index``.
+        heads: attention heads (transformers trained from scratch).
+        channels: channels per level (UNets trained from scratch).
+        layers: residual blocks per level (UNets trained from scratch).
+    """
+
+    depth: int
+    width: int
+    stride: int
+    block: BlockIndex
+    heads: int = 0
+    channels: tuple[int, ...] = ()
+    layers: int = 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """The facts of a family; ``shapes`` maps a size to its shape, with the single key ``""`` where a hub folder decides.
+
+    ``latent_stride`` is the VAE's: image pixels per latent cell; 1 for families that take what they are given.
+    """
+
+    name: str
+    kind: Kind
+    shapes: Mapping[str, Shape]
+    trainable: bool = False
+    latent_stride: int = 8
+
+    @property
+    def regularizer(self) -> str:
+        """The regularizer that fits: REPA taps transformers, U-REPA the mid block of UNets."""
+        return "repa" if self.kind == "transformer" else "urepa"
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the lab builds the family by ``size`` rather than from a pretrained folder."""
+        return "" not in self.shapes
+
+
+class UnknownFactError(ValueError):
+    """A family or size that does not exist; the message lists those that do."""
+
+    def __init__(self, what: str, value: str, allowed: tuple[str, ...]) -> None:
+        near = difflib.get_close_matches(value, allowed, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        super().__init__(f"unknown {what} '{value}'; allowed: {', '.join(allowed)}{hint}")
+
+
+# depth, width, heads and the papers' tap: depth 4 for B, 8 for L and XL (1-based), so block_index 3 and 7.
+_SIT = {
+    "nano": (4, 64, 4, 1),
+    "S": (12, 384, 6, 3),
+    "B": (12, 768, 12, 3),
+    "L": (24, 1024, 16, 7),
+    "XL": (28, 1152, 16, 7),
+}
+_SIT_PATCHES = (2, 4, 8)
+
+SIT_SHAPES: dict[str, Shape] = {
+    f"{size}/{patch}": Shape(depth, width, stride=patch, block=block, heads=heads)
+    for size, (depth, width, heads, block) in _SIT.items()
+    for patch in _SIT_PATCHES
+}
+
+
+def _unet(channels: tuple[int, ...], layers: int) -> Shape:
+    return Shape(1, channels[-1], 2 ** (len(channels) - 1), "mid", channels=channels, layers=layers)
+
+
+# B is the shape of the latent diffusion paper's class-conditional ImageNet UNet (192 channels times 1, 2, 3, 5).
+UNET_SHAPES: dict[str, Shape] = {
+    "nano": _unet((32, 64), 1),
+    "S": _unet((128, 256, 384), 2),
+    "B": _unet((192, 384, 576, 960), 2),
+}
+
+
+def _transformer(
+    name: str, depth: int, width: int, block: int = 8, stride: int = 2, latent_stride: int = 8
+) -> Family:
+    return Family(name, "transformer", {"": Shape(depth, width, stride, block)}, latent_stride=latent_stride)
+
+
+def _mid_block(name: str, stride: int) -> Family:
+    return Family(name, "unet", {"": Shape(1, 1280, stride, "mid")})
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("sit", "transformer", SIT_SHAPES, trainable=True, latent_stride=1),
+        Family("unet", "unet", UNET_SHAPES, trainable=True, latent_stride=1),
+        _mid_block("sd15", stride=8),
+        _mid_block("sdxl", stride=4),
+        _mid_block("kolors", stride=4),
+        _transformer("flux", 57, 3072),
+        _transformer("flux2", 56, 6144),
+        _transformer("sd3", 24, 1536),
+        _transformer("chroma", 57, 3072),
+        _transformer("sana", 20, 2240, block=10, stride=1, latent_stride=32),
+        _transformer("pixart", 28, 1152, block=10),
+        _transformer("hidream", 48, 2560),
+        _transformer("auraflow", 36, 3072),
+        _transformer("lumina2", 26, 2304),
+    )
+}
+
+
+def family_facts(name: str) -> Family:
+    """The facts of a family.
+
+    Raises:
+        UnknownFactError: no such family.
+    """
+    if name not in FAMILIES:
+        raise UnknownFactError("family", name, tuple(FAMILIES))
+    return FAMILIES[name]
+
+
+def shape_of(family: Family, size: str | None) -> Shape:
+    """The shape of a family at ``size`` (``None`` for pretrained families).
+
+    Raises:
+        UnknownFactError: no such size.
+    """
+    key = size or ""
+    if key not in family.shapes:
+        raise UnknownFactError(f"size of {family.name}", key, tuple(family.shapes))
+    return family.shapes[key]
+
+
+def sit_shape(size: str) -> tuple[Shape, int]:
+    """The shape and patch size of ``B/2`` and its like.
+
+    Raises:
+        UnknownFactError: no such size.
+    """
+    shape = shape_of(FAMILIES["sit"], size)
+    return shape, shape.stride

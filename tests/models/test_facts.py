@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from repa_lab.models.facts import (
+    FAMILIES,
+    SIT_SHAPES,
+    UNET_SHAPES,
+    UnknownFactError,
+    family_facts,
+    shape_of,
+    sit_shape,
+)
+from repa_lab.models.family import BUILDERS, Input
+
+TRAINABLE = [(family, size) for family in FAMILIES.values() if family.trainable for size in family.shapes]
+
+
+@pytest.mark.parametrize("family, size", TRAINABLE, ids=lambda value: value if isinstance(value, str) else value.name)
+def test_facts_are_those_of_the_denoiser_that_is_built(family, size):
+    shape, side = family.shapes[size], (32, 64)
+    builder = BUILDERS[family.name]
+    with torch.device("meta"):
+        denoiser = builder.build(size, shape, Input(4, side, 10))
+        tap = builder.tap(denoiser, shape.block)
+        denoiser(torch.empty(1, 4, *side), torch.empty(1), torch.zeros(1, dtype=torch.long))
+    tokens = tap.take()
+    assert tokens.dim == shape.width
+    assert tokens.grid == (side[0] // shape.stride, side[1] // shape.stride)
+    if family.kind == "transformer":
+        assert len(denoiser.blocks) == shape.depth
+        assert all(block.attn.num_heads == shape.heads for block in denoiser.blocks)
+        assert shape.width % shape.heads == 0
+
+
+def test_every_trainable_family_can_be_built_and_no_other():
+    assert set(BUILDERS) == {family.name for family in FAMILIES.values() if family.trainable}
+
+
+def test_the_papers_blocks():
+    """Depth 4 for B and 8 for L and XL, counted from 1, are blocks 3 and 7 counted from 0."""
+    assert {size: SIT_SHAPES[f"{size}/2"].block for size in ("B", "L", "XL")} == {"B": 3, "L": 7, "XL": 7}
+    assert {(s.depth, s.width, s.heads) for s in SIT_SHAPES.values()} >= {(12, 768, 12), (24, 1024, 16), (28, 1152, 16)}
+
+
+def test_strides_of_pretrained_families_in_pixels():
+    pixels = {name: f.latent_stride * f.shapes[""].stride for name, f in FAMILIES.items() if not f.from_scratch}
+    assert {name: 1024 // stride for name, stride in pixels.items() if name in ("sdxl", "kolors", "sana")} == {
+        "sdxl": 32,
+        "kolors": 32,
+        "sana": 32,
+    }
+    assert 512 // pixels["sd15"] == 8
+    assert {pixels[name] for name in ("flux", "flux2", "sd3", "chroma", "pixart", "hidream", "lumina2")} == {16}
+
+
+def test_the_regularizer_that_fits():
+    assert {family.regularizer for family in FAMILIES.values() if family.kind == "unet"} == {"urepa"}
+    assert {family.regularizer for family in FAMILIES.values() if family.kind == "transformer"} == {"repa"}
+    for family in FAMILIES.values():
+        for shape in family.shapes.values():
+            assert shape.block == "mid" if family.kind == "unet" else 0 <= shape.block < shape.depth
+
+
+def test_what_does_not_exist_is_named_with_what_does():
+    with pytest.raises(UnknownFactError, match=r"unknown family 'sdlx'; allowed: sit, unet, .*; did you mean 'sdxl'\?"):
+        family_facts("sdlx")
+    with pytest.raises(UnknownFactError, match=r"unknown size of unet 'B/2'; allowed: nano, S, B$"):
+        shape_of(family_facts("unet"), "B/2")
+    with pytest.raises(UnknownFactError, match="unknown size of sit ''"):
+        shape_of(family_facts("sit"), None)
+    assert shape_of(family_facts("flux"), None).depth == 57
+    assert sit_shape("XL/4") == (SIT_SHAPES["XL/4"], 4)
+    assert set(UNET_SHAPES) == {"nano", "S", "B"}
+
+
+def test_facts_need_no_torch():
+    code = "import sys, repa_lab.models.facts; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
