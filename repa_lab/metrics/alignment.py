@@ -1,0 +1,77 @@
+"""How much two sets of features agree."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+_ZERO_NORM = 1e-12
+
+
+def cosine_gap(student: ArrayLike, teacher: ArrayLike) -> tuple[float, float]:
+    """Mean token cosine, and how far it lies above that of mismatched images.
+
+    A projector can raise the cosine by learning what stands at each place of an average image; tokens of another image at
+    the same place share that, so the gap is the part that is about this image.
+
+    Args:
+        student: projected tokens ``(B, N, D)`` of B >= 2 images.
+        teacher: encoder tokens ``(B, N, D)`` of the same images.
+
+    Returns:
+        The cosine of matched images, and that cosine minus the mean over all pairs of different images.
+
+    Raises:
+        ValueError: shapes differ or there are fewer than two images.
+    """
+    s, t = _unit(student), _unit(teacher)
+    if s.shape != t.shape or s.ndim != 3 or len(s) < 2:
+        raise ValueError(f"need two equal (B >= 2, N, D) arrays, got {s.shape} and {t.shape}")
+    count, places = s.shape[:2]
+    matched = float((s * t).sum(axis=-1).mean())
+    # Sum over all pairs (b, c) and places n of cos(s_bn, t_cn), by summing over images first.
+    everything = float((s.sum(axis=0) * t.sum(axis=0)).sum())
+    mismatched = (everything - matched * count * places) / (count * (count - 1) * places)
+    return matched, matched - mismatched
+
+
+def cka(x: ArrayLike, y: ArrayLike, unbiased: bool = True) -> float:
+    """Linear CKA (1905.00414) of features ``x`` ``(n, d1)`` and ``y`` ``(n, d2)`` of the same n items.
+
+    ``unbiased`` uses the unbiased HSIC estimator (2010.15327, Eq. 3), whose expectation is 0 for independent features
+    whatever their widths; the plain form grows with d / n. Invariant to rotation and isotropic scaling. O(n d1 d2) time and
+    no n x n matrix.
+
+    Raises:
+        ValueError: item counts differ, there are fewer than 4, or values are not finite.
+    """
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if a.ndim != 2 or b.ndim != 2 or len(a) != len(b) or len(a) < 4:
+        raise ValueError(f"need features (n >= 4, d1) and (n, d2) of the same items, got {a.shape} and {b.shape}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("features are not finite")
+    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    hsic = _unbiased_hsic if unbiased else _biased_hsic
+    norm = hsic(a, a) * hsic(b, b)
+    return float(hsic(a, b) / np.sqrt(norm)) if norm > 0 else 0.0
+
+
+def _biased_hsic(a: Array, b: Array) -> float:
+    return float(np.square(a.T @ b).sum())
+
+
+def _unbiased_hsic(a: Array, b: Array) -> float:
+    """HSIC_1 of the linear kernels K = a a^T and L = b b^T with their diagonals set to 0, up to a constant factor."""
+    n = len(a)
+    diagonal_k, diagonal_l = np.square(a).sum(axis=1), np.square(b).sum(axis=1)
+    trace = np.square(a.T @ b).sum() - diagonal_k @ diagonal_l
+    rows_k, rows_l = a @ a.sum(axis=0) - diagonal_k, b @ b.sum(axis=0) - diagonal_l
+    total = rows_k.sum() * rows_l.sum() / ((n - 1) * (n - 2))
+    return float(trace + total - 2 * (rows_k @ rows_l) / (n - 2))
+
+
+def _unit(values: ArrayLike) -> Array:
+    array = np.asarray(values, dtype=np.float64)
+    norm = np.linalg.norm(array, axis=-1, keepdims=True)
+    return array / np.where(norm > _ZERO_NORM, norm, np.inf)
