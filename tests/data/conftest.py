@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Make = Callable[..., Path]
+
+
+def noise_image(seed: int, size: tuple[int, int] = (20, 20), mode: str = "RGB") -> Image.Image:
+    """An image of ``size`` (width, height) that no other seed gives."""
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Make:
+    """Makes a folder of images: names to images, and captions by name if there are any."""
+
+    def make(images: Mapping[str, Image.Image], captions: Mapping[str, str] | None = None, name: str = "images") -> Path:
+        root = tmp_path / name
+        for file, image in images.items():
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            image.save(root / file)
+        if captions is not None:
+            rows = (json.dumps({"file_name": file, "text": text}, ensure_ascii=False) for file, text in captions.items())
+            (root / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        return root
+
+    return make

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from repa_lab.data.fingerprint import DataError, digest, file_digest, fingerprint_digits, fingerprint_folder, image_files
+from tests.data.conftest import noise_image
+
+
+@pytest.fixture
+def images(folder):
+    return folder({"b/1.png": noise_image(1), "a/2.png": noise_image(2), "0.png": noise_image(3)}, {"0.png": "a dog"})
+
+
+def test_digits_are_pinned():
+    # A run's identity hangs on it: if this changes, every digits run that was ever trained is trained again.
+    assert fingerprint_digits() == "fa07793dcaa1e4ab025521e617f65503244025da5486c0fe19166486db2fa6f0"
+
+
+def test_digest_is_that_of_canonical_json():
+    # sha256 of '{"a":[1,2],"b":null}'
+    assert digest({"b": None, "a": (1, 2)}) == "f25109c4111335e4a32d49373585e7a788ff5b10e70023f7004b170e7f84716a"
+
+
+def test_images_are_found_below_the_folder_in_order(images):
+    (images / ".hidden").mkdir()
+    shutil.copy(images / "0.png", images / ".hidden" / "x.png")
+    shutil.copy(images / "0.png", images / ".y.png")
+    shutil.copy(images / "0.png", images / "c.PNG")
+    (images / "notes.txt").write_text("no image")
+    assert [path.relative_to(images).as_posix() for path in image_files(images)] == ["0.png", "a/2.png", "b/1.png", "c.PNG"]
+
+
+def test_a_missing_and_an_empty_folder_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"no folder .*nowhere") as caught:
+        image_files(tmp_path / "nowhere")
+    assert caught.value.field == "path"
+    with pytest.raises(DataError, match=r"no images in .*expected \.png, \.jpg"):
+        image_files(tmp_path)
+
+
+def test_the_place_of_the_folder_is_no_part_of_it(images, tmp_path):
+    shutil.copytree(images, tmp_path / "elsewhere" / "copy")
+    assert fingerprint_folder(tmp_path / "elsewhere" / "copy", 8) == fingerprint_folder(images, 8)
+
+
+def rename(images):
+    (images / "0.png").rename(images / "4.png")
+
+
+def other_class(images):
+    (images / "b" / "1.png").rename(images / "a" / "1.png")
+
+
+def replaced(images):
+    noise_image(7, (21, 20)).save(images / "0.png")
+
+
+def removed(images):
+    (images / "a" / "2.png").unlink()
+
+
+def added(images):
+    noise_image(8).save(images / "a" / "3.png")
+
+
+def recaptioned(images):
+    text = (images / "metadata.jsonl").read_text()
+    (images / "metadata.jsonl").write_text(text.replace("dog", "cat"))
+
+
+def uncaptioned(images):
+    (images / "metadata.jsonl").unlink()
+
+
+@pytest.mark.parametrize("change", [rename, other_class, replaced, removed, added, recaptioned, uncaptioned])
+def test_every_change_of_the_data_shows(images, change):
+    before = fingerprint_folder(images, 8)
+    change(images)
+    assert fingerprint_folder(images, 8) != before
+
+
+def test_the_resolution_is_part_of_it(images):
+    assert fingerprint_folder(images, 8) != fingerprint_folder(images, 16)
+
+
+def test_file_digest_is_the_files_sha256(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert file_digest(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
