@@ -1,0 +1,1 @@
+"""Training one run: the loop, its randomness, its checkpoints, sampling and measurements."""
