@@ -1,0 +1,30 @@
+"""What the runs say: tables, uncertainty, figures and the page. Imports no torch, so a notebook opens in a second."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from repa_lab.report.page import ReportPaths, write_report
+    from repa_lab.report.results import Results, ResultsError, load_results
+    from repa_lab.report.words import answer
+
+__all__ = ["ReportPaths", "Results", "ResultsError", "answer", "load_results", "write_report"]
+
+_HOMES = {
+    "ReportPaths": "page",
+    "write_report": "page",
+    "Results": "results",
+    "ResultsError": "results",
+    "load_results": "results",
+    "answer": "words",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use: the tables do not wait for the drawing library."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'repa_lab.report' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"repa_lab.report.{_HOMES[name]}"), name)

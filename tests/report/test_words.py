@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from repa_lab.report import answer
+from repa_lab.report.results import load_results
+from repa_lab.report.words import best_trial, decimals, incomplete
+from repa_lab.runs import RunsRoot, State, SweepDirectory
+
+from .conftest import METRIC, STEPS, Build, FakeArm, FakeRun, constant_runs
+
+
+def said(sweep: SweepDirectory) -> list[str]:
+    return answer(load_results(sweep.path))
+
+
+def pair(build: Build, arm: list[float], baseline: list[float], **extra: str) -> list[str]:
+    arms = [FakeArm("base", constant_runs(baseline)), FakeArm("arm", constant_runs(arm), "base")]
+    return said(build(arms, **extra))
+
+
+def test_a_resolved_difference_in_full(build: Build) -> None:
+    (line,) = pair(build, [221.0, 224.0, 227.0], [244.0, 246.0, 248.0])
+    # differences -23, -22, -21: mean -22, half width 2.484
+    assert line == (
+        f"arm: {METRIC} at step 600 is 224.0 against 246.0 of base: -22.0 (-8.9 %), 95 % interval of the paired "
+        "difference [-24.5, -19.5], n = 3 seeds: lower, which is better; resolved. It reached the baseline's final value "
+        "at step 100, 1.00x sooner, 95 % interval of the ratio [1.00, 1.00], not resolved as it contains 1 (3 of 3 seeds)."
+    )
+
+
+def test_direction_follows_the_goal(build: Build) -> None:
+    (line,) = pair(build, [1.0, 1.1, 1.2], [2.0, 2.1, 2.3], goal="max")
+    assert "lower, which is worse; resolved" in line
+    assert "It did not reach the baseline's final value (0 of 3 seeds)." in line
+
+
+def test_an_interval_with_0_is_not_resolved(build: Build) -> None:
+    (line,) = pair(build, [10.0, 20.0, 30.0], [12.0, 19.0, 31.0])
+    assert "n = 3 seeds: not resolved, the interval contains 0." in line
+
+
+def test_two_seeds_have_an_interval_and_no_verdict(build: Build) -> None:
+    (line,) = pair(build, [1.0, 2.0], [2.0, 3.0])
+    assert "95 % interval of the paired difference [-1.000, -1.000], n = 2 seeds: two seeds are too few to conclude." in line
+    assert "resolved" not in line
+
+
+def test_one_seed_has_no_interval(build: Build) -> None:
+    (line,) = pair(build, [1.0], [2.0])
+    assert "-1.000 (-50.0 %), n = 1 seed: one seed has no interval and is too few to conclude." in line
+    assert "interval of" not in line
+
+
+def test_a_small_difference_is_not_rounded_away(build: Build) -> None:
+    (line,) = pair(build, [224.001, 224.002, 224.003], [224.0, 224.0, 224.0])
+    assert "+0.0020" in line
+
+
+def test_sooner_with_seeds_that_never_got_there(build: Build) -> None:
+    base = [FakeRun(seed, {100: 20.0, 200: 10.0}) for seed in range(3)]
+    arm = [FakeRun(0, {100: 10.0, 200: 5.0}), FakeRun(1, {100: 15.0, 200: 5.0}), FakeRun(2, {100: 30.0, 200: 15.0})]
+    (line,) = said(build([FakeArm("base", base), FakeArm("arm", arm, "base")]))
+    assert "at step 125, 1.67x sooner" in line
+    assert "(2 of 3 seeds; the others did not, so this flatters it)" in line
+
+
+def test_the_step_says_when_it_is_not_the_last(build: Build) -> None:
+    short = [FakeRun(0, {100: 2.0, 200: 1.0}, State.FAILED, "ValueError: no")]
+    lines = said(build([FakeArm("base", constant_runs([2.0])), FakeArm("arm", short, "base")]))
+    assert "at step 200 of 600 (the last that all its measured runs and its baseline's have)" in lines[0]
+    assert lines[1] == "Incomplete: arm: seed 0 failed at step 200 (ValueError: no)."
+
+
+def test_seeds_left_out_are_counted(build: Build) -> None:
+    diverged = FakeRun(1, {**dict.fromkeys(STEPS, 1.0), 600: math.nan})
+    arms = [FakeArm("base", constant_runs([2.0, 2.0, 2.0])), FakeArm("arm", [*constant_runs([1.0]), diverged, 2], "base")]
+    lines = said(build(arms))
+    assert "n = 1 seed" in lines[0]
+    assert "Left out: 2 of 3 seeds, without a finite value in both arms." in lines[0]
+    assert lines[1] == "Incomplete: arm: seed 2 has not started."
+
+
+def test_nothing_finite(build: Build) -> None:
+    runs = [FakeRun(0, dict.fromkeys(STEPS, math.nan))]
+    lines = said(build([FakeArm("base", constant_runs([1.0])), FakeArm("arm", runs, "base")]))
+    assert lines == [f"arm: no seed has a finite {METRIC} at step 600 both in it and in base; nothing to compare."]
+
+
+def test_nothing_measured_yet(build: Build) -> None:
+    lines = said(build([FakeArm("base", [0]), FakeArm("arm", [0], "base")]))
+    assert lines[0] == "arm: no evaluation yet that all its measured runs and those of base share; nothing to compare."
+    assert lines[1:] == ["Incomplete: base: seed 0 has not started.", "Incomplete: arm: seed 0 has not started."]
+
+
+def test_different_protocols_are_not_compared(build: Build) -> None:
+    other = "fid:inception@10000/sde250"
+    arms = [FakeArm("base", constant_runs([2.0] * 3)), FakeArm("arm", constant_runs([1.0] * 3, metric=other), "base")]
+    warning, line = said(build(arms))
+    assert warning.startswith(f"The arms were not all measured alike ({METRIC} for base; {other} for arm).")
+    assert f"cannot be compared with base: it was measured as {other}, the baseline as {METRIC}" in line
+    assert "against" not in line
+
+
+def test_a_pair_with_its_own_protocol_is_compared_within(build: Build) -> None:
+    other = "frechet:efficientnet_lite0@100/sde50"
+    arms = [
+        FakeArm("ode, base", constant_runs([2.0] * 3)),
+        FakeArm("ode, arm", constant_runs([1.0, 1.1, 1.2]), "ode, base"),
+        FakeArm("sde, base", constant_runs([3.0] * 3, metric=other)),
+        FakeArm("sde, arm", constant_runs([1.0, 1.1, 1.2], metric=other), "sde, base"),
+    ]
+    warning, ode, sde = said(build(arms))
+    assert "cannot be compared" in warning
+    assert METRIC in ode
+    assert f"{other} at step 600 is 1.100 against 3.000 of sde, base" in sde
+
+
+def test_a_sweep_without_a_baseline_claims_nothing(build: Build) -> None:
+    lines = said(build([FakeArm("a", constant_runs([1.0, 2.0, 3.0])), FakeArm("b", constant_runs([2.0])), FakeArm("c", [0])]))
+    assert lines[0] == "No arm has a matched baseline, so nothing is compared."
+    assert lines[1] == f"a: {METRIC} at step 600 is 2.000, 95 % interval [-0.484, 4.484], n = 3 seeds."
+    assert lines[2] == f"b: {METRIC} at step 600 is 2.000, n = 1 seed."
+    assert lines[3] == "c: nothing measured yet."
+
+
+def test_the_same_run_is_no_comparison(build: Build) -> None:
+    shared = [FakeRun(0, dict.fromkeys(STEPS, 1.0), run_id="shared")]
+    (line,) = said(build([FakeArm("off", shared), FakeArm("weight=0", shared, "off")]))
+    assert line == "weight=0: it is the same run as off, setting for setting, so there is no difference to measure."
+
+
+def test_pruned_runs_are_not_incomplete(build: Build) -> None:
+    results = load_results(build([FakeArm("a", [FakeRun(0, {100: 1.0}, State.PRUNED)])]).path)
+    assert incomplete(results) == []
+
+
+def test_several_sweeps_name_themselves(build: Build, root: RunsRoot) -> None:
+    for name in ("one", "two"):
+        build([FakeArm("a", constant_runs([1.0]))], name=name)
+    assert {line.split(":")[0] for line in answer(load_results(root.path))} == {"one", "two"}
+
+
+def search(*trials: tuple[str, str, float | None], goal: str = "min") -> dict[str, object]:
+    rows = [{"arm": arm, "state": state, "value": value, "params": {"regularizer.weight": 0.5}} for arm, state, value in trials]
+    return {"metric": METRIC, "goal": goal, "trials": rows}
+
+
+def searched(build: Build, **recorded: object) -> SweepDirectory:
+    arms = [FakeArm("base", constant_runs([3.0] * 3))]
+    arms += [FakeArm(f"t{trial}", constant_runs([3.0 - trial, 3.1 - trial, 3.2 - trial]), "base") for trial in range(3)]
+    return build(arms, **recorded)
+
+
+def test_a_search_speaks_of_its_best_trial_only_and_of_its_luck(build: Build) -> None:
+    sweep = searched(build, search=search(("t0", "complete", 3.1), ("t1", "complete", 2.1), ("t2", "pruned", 1.1)))
+    best, comparison = said(sweep)
+    assert best.startswith(f"Best of 2 completed trials (3 in all): t1, {METRIC} = 2.100.")
+    assert "optimistic: confirm it with fresh seeds" in best
+    assert comparison.startswith("t1: ")
+
+
+@pytest.mark.parametrize(("goal", "arm"), [("min", "t1"), ("max", "t0")])
+def test_the_best_trial_follows_the_goal(build: Build, goal: str, arm: str) -> None:
+    recorded = search(("t0", "complete", 3.1), ("t1", "complete", 2.1), ("t2", "complete", None), goal=goal)
+    best = best_trial(load_results(searched(build, search=recorded).path))
+    assert best is not None
+    assert best["arm"] == arm
+
+
+def test_a_search_that_has_just_begun(build: Build) -> None:
+    assert said(searched(build, search=search(("t0", "running", None))))[0] == (
+        "The search has no completed trial yet (1 begun)."
+    )
+
+
+def test_decimals() -> None:
+    assert [decimals(value) for value in (224.1, 0.0123, 12345.0, 0.0, math.nan, 1e-9)] == [1, 5, 0, 3, 3, 6]
