@@ -1,0 +1,85 @@
+"""What a scheduler asks of a worker and what a worker answers, as plain data: one JSON object a line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from repa_lab.runs import RunsRoot, State
+from repa_lab.spec import RunConfig, RunOptions
+from repa_lab.spec.identity import Run
+
+
+@dataclass(frozen=True)
+class PrepareJob:
+    """Fill the caches for these settings."""
+
+    configs: tuple[RunConfig, ...]
+    options: RunOptions
+    root: RunsRoot
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        configs = [config.model_dump(mode="json") for config in self.configs]
+        return {"kind": "prepare", "configs": configs, **_common(self.options, self.root)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> PrepareJob:
+        """From plain data."""
+        return cls(tuple(RunConfig.model_validate(c) for c in value["configs"]), *_parse_common(value))
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Train a run; ``name`` is what people call it, ``group`` the sweep it is trained for."""
+
+    run: Run
+    name: str
+    group: str
+    options: RunOptions
+    root: RunsRoot
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        run = {"run_id": self.run.run_id, "spec": self.run.to_json(), "name": self.name, "group": self.group}
+        return {"kind": "train", **run, **_common(self.options, self.root)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> TrainJob:
+        """From plain data."""
+        run = Run.from_json(value["run_id"], value["spec"])
+        return cls(run, value["name"], value["group"], *_parse_common(value))
+
+
+@dataclass(frozen=True)
+class Report:
+    """A worker's answer: ``ready``, ``progress``, ``prepared``, ``refused``, ``broken``, or ``finished`` with a ``state``."""
+
+    kind: str
+    run_id: str | None = None
+    state: State | None = None
+    error: str | None = None
+    task: str | None = None
+    done: int = 0
+    total: int = 0
+    arm: int = 0
+    path: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Report:
+        """From plain data."""
+        state = State(value["state"]) if value["state"] else None
+        return cls(**{**value, "state": state})
+
+
+def _common(options: RunOptions, root: RunsRoot) -> dict[str, Any]:
+    return {"options": options.model_dump(mode="json"), "root": str(root.path)}
+
+
+def _parse_common(value: dict[str, Any]) -> tuple[RunOptions, RunsRoot]:
+    return RunOptions.model_validate(value["options"]), RunsRoot(Path(value["root"]))

@@ -1,0 +1,139 @@
+"""What a sweep would do: its runs by identity, what is done already, what is left, what stands in the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from repa_lab.data.fingerprint import file_digest, fingerprint_digits, fingerprint_folder
+from repa_lab.metrics.protocol import PROTOCOL_VERSION
+from repa_lab.runs import RunsRoot, RunState
+from repa_lab.spec import Arm, DataConfig, Experiment
+from repa_lab.spec.expand import value_at
+from repa_lab.spec.identity import Run, identify, local_files
+from repa_lab.sweep.check import blocked, check, resolve_metric
+from repa_lab.training.protocol import metric_name
+
+UNSET_DATA = "unset"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of the plan: its arm, where it stands, and why it cannot be trained, if so."""
+
+    arm: Arm
+    run: Run
+    state: RunState
+    blocked: str | None
+
+    @property
+    def steps_left(self) -> int:
+        """Optimizer steps that are still to be taken; a checkpoint may lie behind the last reported step."""
+        return 0 if self.state.state.is_finished else self.run.config.train.steps - self.state.step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of an experiment, seed 0 of all arms first; for a search, those of its arms before anything is varied."""
+
+    experiment: Experiment
+    root: RunsRoot
+    runs: tuple[PlannedRun, ...]
+
+    @cached_property
+    def pending(self) -> tuple[Run, ...]:
+        """Runs to train, each once even where two arms ask for it."""
+        left = {planned.run.run_id: planned.run for planned in self.runs if not planned.state.state.is_finished}
+        return tuple(left.values())
+
+    @property
+    def blocked(self) -> str | None:
+        """The first reason why the sweep cannot be trained here."""
+        return next((planned.blocked for planned in self.runs if planned.blocked), None)
+
+    @property
+    def measured(self) -> list[str]:
+        """Full names of the Frechet metrics that the arms measure."""
+        return list(dict.fromkeys(metric_name(arm.config.evaluate) for arm in self.experiment.arms))
+
+    def metric(self, wanted: str) -> str:
+        """The full name of a metric that the spec calls by its kind."""
+        return resolve_metric(wanted, self.measured) or wanted
+
+    def manifest(self, arms: list[dict[str, Any]] | None = None, search: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What :meth:`SweepDirectory.record` keeps; a search gives its trials as arms."""
+        compare = self.experiment.compare
+        return {
+            "name": self.experiment.name,
+            "question": self.experiment.question,
+            "seeds": list(self.experiment.seeds),
+            "compare": {
+                "metric": self.metric(compare.metric),
+                "goal": compare.goal,
+                "targets": {self.metric(metric): values for metric, values in compare.targets.items()},
+            },
+            "arms": arms if arms is not None else self._arms(),
+            "search": search,
+        }
+
+    def _arms(self) -> list[dict[str, Any]]:
+        matched = baselines(self.experiment)
+        return [arm_record(arm, matched[arm.label], [p.run for p in self.runs if p.arm is arm]) for arm in self.experiment.arms]
+
+
+def arm_record(arm: Arm, baseline: str | None, runs: list[Run]) -> dict[str, Any]:
+    """An arm as plain data for the sweep's manifest."""
+    identified = [{"seed": run.seed, "run_id": run.run_id} for run in runs]
+    return {"label": arm.label, "levels": dict(arm.levels), "baseline": baseline, "runs": identified}
+
+
+def make_plan(experiment: Experiment, root: RunsRoot) -> Plan:
+    """Plan an experiment; nothing is created.
+
+    Raises:
+        SpecError: the experiment cannot be right; see `check`.
+    """
+    check(experiment)
+    runs = []
+    for seed in experiment.seeds:
+        for arm in experiment.arms:
+            run = identify_arm(arm, seed)
+            runs.append(PlannedRun(arm, run, root.run(run.run_id).state, blocked(arm)))
+    return Plan(experiment, root, tuple(runs))
+
+
+def identify_arm(arm: Arm, seed: int) -> Run:
+    """The run of an arm with a seed."""
+    contents = {path: file_digest(Path(path)) for path in local_files(arm.config)}
+    return identify(arm.config, seed, PROTOCOL_VERSION, _fingerprint(arm.config.data), contents)
+
+
+def baselines(experiment: Experiment) -> dict[str, str | None]:
+    """The matched baseline of every arm, by label: the one that shares the most axis levels with it; None for a baseline."""
+    wanted = experiment.compare.baseline
+    candidates = [arm for arm in experiment.arms if _satisfies(arm, wanted)]
+    return {arm.label: None if arm in candidates else _nearest(arm, candidates) for arm in experiment.arms}
+
+
+def _nearest(arm: Arm, candidates: list[Arm]) -> str | None:
+    """The candidate with the most levels in common; none if several share as many, for then no match is the right one."""
+    shared = [(len(arm.levels.items() & candidate.levels.items()), candidate.label) for candidate in candidates]
+    most = max(shared, default=(0, ""))[0]
+    nearest = [label for count, label in shared if count == most]
+    return nearest[0] if len(nearest) == 1 else None
+
+
+def _satisfies(arm: Arm, wanted: Mapping[str, Any]) -> bool:
+    settings = arm.config.model_dump()
+    return all(
+        arm.levels.get(key) == value or value_at(settings, tuple(key.split("."))) == value for key, value in wanted.items()
+    )
+
+
+def _fingerprint(data: DataConfig) -> str:
+    if data.source == "digits":
+        return fingerprint_digits()
+    return fingerprint_folder(Path(data.path), data.side) if data.path else UNSET_DATA

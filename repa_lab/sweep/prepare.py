@@ -1,0 +1,56 @@
+"""What all runs of a sweep share, made once before any of them starts: latents, encoder features, reference statistics.
+
+This is also the preflight: an encoder that gives no patch tokens, or data that cannot be read, is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from repa_lab.data.fingerprint import DataError
+from repa_lab.encoders.encoder import EncoderError
+from repa_lab.encoders.extractor import Extractor
+from repa_lab.spec import RunConfig
+from repa_lab.training.aligner import open_targets
+from repa_lab.training.evaluate import reference_statistics
+from repa_lab.training.images import Announce, open_images
+
+
+class RefusedError(ValueError):
+    """Something an arm needs cannot be had; ``path`` is the setting at fault, ``arm`` the number of the config that has it."""
+
+    def __init__(self, arm: int, path: str, message: str) -> None:
+        self.arm, self.path, self.message = arm, path, message
+        super().__init__(message)
+
+
+def prepare(configs: Iterable[RunConfig], cache: Path, device: torch.device, announce: Announce) -> None:
+    """Fill the caches for these settings.
+
+    Raises:
+        RefusedError: naming the setting at fault.
+    """
+    for number, config in enumerate(configs):
+        try:
+            _prepare(config, cache, device, announce, number)
+        except DataError as error:
+            raise RefusedError(number, f"data.{error.field}", str(error)) from error
+
+
+def _prepare(config: RunConfig, cache: Path, device: torch.device, announce: Announce, number: int) -> None:
+    images = open_images(config.data, cache, announce)
+    own = config.regularizer.encoder if config.regularizer.type != "none" else None
+    for path, encoder in (("regularizer.encoder", own), ("evaluate.encoder", config.evaluate.encoder)):
+        try:
+            if encoder is not None:
+                open_targets(encoder, images.source, cache, device, announce)
+        except EncoderError as error:
+            raise RefusedError(number, f"{path}.{error.field}", str(error)) from error
+    wanted = config.evaluate.extractor
+    try:
+        reference_statistics(wanted, Extractor(wanted.name, wanted.weights, device), images, cache)
+    except EncoderError as error:
+        raise RefusedError(number, f"evaluate.extractor.{error.field}", str(error)) from error

@@ -1,0 +1,34 @@
+"""A question small enough to be answered in seconds by the real machinery."""
+
+import copy
+
+import pytest
+
+TINY = {
+    "name": "tiny",
+    "question": "Does it run?",
+    "model": {"family": "sit", "size": "nano/4"},
+    "regularizer": {
+        "type": "repa",
+        "encoder": {"name": "efficientnet_lite0", "image_size": 32},
+        "projector": {"width": 16},
+    },
+    "data": {"source": "digits"},
+    "train": {"steps": 6, "batch_size": 8, "lr": 1e-3, "ema": 0.5},
+    "evaluate": {
+        "every": 3,
+        "samples": 16,
+        "sampler": {"steps": 2},
+        "extractor": {"name": "efficientnet_lite0"},
+        "encoder": {"name": "efficientnet_lite0", "image_size": 32},
+    },
+    "axes": {"alignment": {"baseline": {"regularizer.type": "none"}, "aligned": {}}},
+    "seeds": 2,
+    "run": {"device": "cpu", "log_every": 1, "wandb": {"mode": "disabled"}},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A fresh copy of the tiny experiment, to be changed at will."""
+    return lambda **changes: {**copy.deepcopy(TINY), **changes}

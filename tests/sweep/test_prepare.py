@@ -1,0 +1,52 @@
+"""The preflight: what a sweep's runs share is made once, and what cannot be had is refused with the setting at fault."""
+
+import pytest
+import torch
+
+from repa_lab.spec import load_spec
+from repa_lab.sweep.prepare import RefusedError, prepare
+
+CPU = torch.device("cpu")
+
+
+def configs(spec, **overrides):
+    return [arm.config for arm in load_spec(spec, overrides).arms]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "arm", "path", "message"),
+    [
+        ({"data.holdout": 1797}, 0, "data.holdout", "holding out 1797 of 1797 images leaves none to train on"),
+        ({"regularizer.encoder.name": "resnet_nonsense"}, 1, "regularizer.encoder.name", "unknown encoder 'resnet_nonsense'"),
+        ({"evaluate.encoder.name": "resnet_nonsense"}, 0, "evaluate.encoder.name", "unknown encoder 'resnet_nonsense'"),
+        (
+            {"regularizer.encoder.name": "vit_tiny_patch16_224"},
+            1,
+            "regularizer.encoder.weights",
+            "the weights of 'vit_tiny_patch16_224' are not in the local cache and the hub cannot be reached; give weights: FILE",
+        ),
+        ({"data.vae": "no/such-vae"}, 0, "data.vae", "cannot load the VAE 'no/such-vae'"),
+    ],
+)
+def test_refusals_name_the_arm_the_setting_and_the_reason(tiny, tmp_path, monkeypatch, overrides, arm, path, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or a hub that is not there is tried for a minute
+    with pytest.raises(RefusedError) as caught:
+        prepare(configs(tiny(), **overrides), tmp_path, CPU, lambda task: lambda done, total: None)
+    assert (caught.value.arm, caught.value.path) == (arm, path)
+    assert str(caught.value).startswith(message)
+
+
+def test_what_is_cached_is_not_computed_again(tiny, tmp_path):
+    told = []
+
+    def announce(task):
+        return lambda done, total: told.append((task, done, total))
+
+    prepare(configs(tiny()), tmp_path, CPU, announce)
+    assert told[-1] == ("features of efficientnet_lite0", 1797, 1797)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    told.clear()
+    prepare(configs(tiny()), tmp_path, CPU, announce)
+    assert told == []
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert sorted(path.suffix for path in files if path.suffix != ".json") == [".npz", ".safetensors"]
