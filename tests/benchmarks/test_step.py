@@ -1,0 +1,107 @@
+"""What a training step costs, as ratios of things measured in turn in one run. Prints; asserts nothing about time."""
+
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from repa_lab.align import REPA, Tokens
+from repa_lab.models.sit import SiT
+from repa_lab.models.tap import Tap
+from repa_lab.spec import RunOptions, load_spec
+from repa_lab.sweep.plan import identify_arm
+from repa_lab.training.loop import Trainer
+from repa_lab.training.streams import Order, generator
+
+pytestmark = pytest.mark.bench
+
+
+def ratios(first, second, rounds):
+    """Time of `first` over time of `second`, in turn, after one uncounted round of each: median, lowest, highest."""
+    first(), second()
+    pairs = []
+    for _ in range(rounds):
+        spent = []
+        for work in (first, second):
+            began = time.perf_counter()
+            work()
+            spent.append(time.perf_counter() - began)
+        pairs.append(spent[0] / spent[1])
+    return statistics.median(pairs), min(pairs), max(pairs)
+
+
+def show(name, measured, note=""):
+    print(f"\n{name}: {measured[0]:.3f} (lowest {measured[1]:.3f}, highest {measured[2]:.3f}) {note}")
+
+
+def test_regularised_step_against_plain_step_with_cached_features():
+    """(a) SiT-B/2 at 256 px (256 tokens), DINOv2-B's width, batch 2, AdamW."""
+    torch.manual_seed(0)
+    denoiser = SiT.from_size("B/2")
+    regularizer = REPA(768, 768)
+    tap = Tap(denoiser.blocks[3], lambda output: Tokens(output, (16, 16)))
+    x, t, y = torch.randn(2, 4, 32, 32), torch.rand(2), torch.tensor([1, 2])
+    teacher = Tokens(torch.randn(2, 256, 768), (16, 16))
+    plain = torch.optim.AdamW([p for p in denoiser.parameters() if p.requires_grad])
+    both = torch.optim.AdamW([p for m in (denoiser, regularizer) for p in m.parameters() if p.requires_grad])
+
+    def step(optimizer, aligned):
+        loss = F.mse_loss(denoiser(x, t, y), x)
+        tokens = tap.take()
+        if aligned:
+            loss = loss + regularizer(tokens, teacher).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    # The projector's share of multiply-adds, forward and backward alike: 2 x 256 tokens through 7.34 M weights.
+    projector, backbone = 256 * 7_342_080 / 1e9, 23.00
+    show(
+        "regularised step / plain step, SiT-B/2, batch 2",
+        ratios(lambda: step(both, True), lambda: step(plain, False), rounds=7),
+        f"; the projector's FLOPs alone predict {1 + projector / backbone:.3f}",
+    )
+
+
+def test_lab_loop_against_a_bare_loop(tmp_path):
+    """(b) `Trainer` with its streams, EMA, clipping and row-keeping against the shortest loop that computes the same."""
+    spec = load_spec(Path(__file__).parents[2] / "experiments/quickstart.yaml", {"train.batch_size": 64})
+    run = identify_arm(spec.arms[0], 0)
+    trainer = Trainer(run, RunOptions(device="cpu"), tmp_path)
+    batches = trainer.batches()
+
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+    labels = torch.tensor(bunch.target)
+    denoiser = SiT.from_size("nano/2", 1, 8, 10)
+    parameters = [p for p in denoiser.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
+    average = [p.detach().clone() for p in parameters]
+    order, seen = Order(torch.arange(1541), 0), 0
+
+    def bare():
+        nonlocal seen
+        for _ in range(20):
+            ids = order.take(seen, 64)
+            draw = generator(0, "noise", seen)
+            seen += 64
+            x, noise, t = pixels[ids], torch.randn(64, 1, 8, 8, generator=draw), torch.rand(64, generator=draw)
+            time_ = t.view(-1, 1, 1, 1)
+            velocity = denoiser((1 - time_) * x + time_ * noise, t, labels[ids])
+            F.mse_loss(velocity, noise - x).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], 0.01)
+
+    def lab():
+        for _ in range(20):
+            outcome = trainer.step(next(batches))
+        outcome.row()
+
+    show("lab loop / bare loop, SiT-nano/2, batch 64", ratios(lab, bare, rounds=15), "; the aim is 1.03")
