@@ -107,11 +107,6 @@ def main() -> None:
     """Serve on the standard streams; what libraries print goes to standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    import torch
-
-    threads = os.environ.get("REPA_LAB_THREADS")
-    if threads:
-        torch.set_num_threads(int(threads))
     Worker(sys.stdin, answers).serve()
 
 

@@ -48,7 +48,7 @@ class _Slot:
 
 
 class LocalExecutor:
-    """``slots`` worker processes, each with its share of the cores; their error output goes to ``log``."""
+    """``slots`` worker processes, each with its share of the cores unless OMP_NUM_THREADS is set; errors go to ``log``."""
 
     def __init__(self, slots: int, log: Path) -> None:
         self._threads = max(1, (os.cpu_count() or 1) // slots)
@@ -107,7 +107,7 @@ class LocalExecutor:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, "REPA_LAB_THREADS": str(self._threads), "OMP_NUM_THREADS": str(self._threads)},
+            env={"OMP_NUM_THREADS": str(self._threads), **os.environ},
             start_new_session=True,  # Ctrl-C is the scheduler's to handle
         )
         slot = _Slot(process)

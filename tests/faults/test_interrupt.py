@@ -1,0 +1,73 @@
+"""A sweep that is told to stop, or whose scheduler is shot, goes on where it was."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from repa_lab.runs import RunsRoot, State
+from tests.sweep.conftest import TINY
+
+STEPS = 120
+PATIENCE_S = 120
+
+
+@pytest.fixture
+def spec(tmp_path):
+    """One run of many small steps, measured only at its end."""
+    changed = {
+        **TINY,
+        "axes": {},
+        "seeds": 1,
+        "train": {**TINY["train"], "steps": STEPS},
+        "evaluate": {**TINY["evaluate"], "every": STEPS},
+    }
+    file = tmp_path / "spec.yaml"
+    file.write_text(yaml.safe_dump(changed, sort_keys=False))
+    return file
+
+
+def start(spec):
+    command = [sys.executable, "-m", "repa_lab.cli", "sweep", str(spec), "--root", str(spec.parent / "runs"), "--workers", "1"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_rows(root, count):
+    """The run, once it has written that many rows."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        for run in root.runs():
+            if len(run.rows()) >= count:
+                return run
+        time.sleep(0.02)
+    raise AssertionError("the run wrote nothing")
+
+
+@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_the_run_in_hand_is_checkpointed_and_taken_up_again(spec, sign, status):
+    root = RunsRoot(spec.parent / "runs")
+    first = start(spec)
+    run = wait_for_rows(root, 5)
+    os.kill(first.pid, sign)
+    _, error = first.communicate(timeout=PATIENCE_S)
+    assert first.returncode == status
+    if sign is signal.SIGINT:
+        assert error == "interrupted; run the same command again to go on from the last checkpoints\n"
+    deadline = time.monotonic() + PATIENCE_S
+    while run.state.state is State.RUNNING and time.monotonic() < deadline:
+        time.sleep(0.05)  # the worker has noticed by its closed input, and is writing the checkpoint
+    assert run.state.state is State.INTERRUPTED
+    stopped = run.state.step
+    assert 0 < stopped < STEPS
+
+    second = start(spec)
+    output, error = second.communicate(timeout=PATIENCE_S)
+    assert second.returncode == 0, error
+    assert "1 runs trained now, 0 failed" in output
+    assert run.state.state is State.DONE
+    assert [row["step"] for row in run.rows() if "loss/total" in row] == list(range(1, STEPS + 1))
+    assert [event["step"] for event in run.events() if event["event"] == "resumed"] == [stopped]
