@@ -12,6 +12,7 @@ import queue
 import sys
 import threading
 import traceback
+from pathlib import Path
 from typing import Any, TextIO
 
 from repa_lab.runs import State
@@ -104,10 +105,16 @@ def trackers(job: TrainJob) -> list[Any]:
 
 
 def main() -> None:
-    """Serve on the standard streams; what libraries print goes to standard error."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    """Serve on the standard streams, under numbers of our own.
+
+    What libraries print goes to standard error. Standard input becomes empty, because a data loader's forked process closes
+    it, and would wait for ever for the lock that our reading thread holds on it.
+    """
+    jobs, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    Worker(sys.stdin, answers).serve()
+    sys.stdin = Path(os.devnull).open(encoding="utf-8")
+    os.dup2(sys.stdin.fileno(), 0)
+    Worker(jobs, answers).serve()
 
 
 def _one_line(error: BaseException) -> str:

@@ -18,9 +18,9 @@ METRIC = "frechet:efficientnet_lite0@16/ode2"
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
-    """A sweep that was carried out, and its root."""
+    """A sweep that was carried out with forked data loaders, and its root."""
     root = tmp_path_factory.mktemp("runs")
-    return sweep(tiny(), root, workers=2), root
+    return sweep(tiny(run={**tiny()["run"], "data_workers": 1}), root, workers=2), root
 
 
 def test_every_run_ends_done_with_rows_checkpoint_and_samples(finished):
