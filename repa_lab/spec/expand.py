@@ -41,7 +41,7 @@ class Arm:
         draft = self.draft.copy()
         for dotted, value in settings.items():
             draft.set(dotted, value, Place(None))
-        label = ", ".join([*filter(None, [self.label]), *(f"{_short(path)}={_plain(v)}" for path, v in settings.items())])
+        label = ", ".join([*filter(None, [self.label]), *(f"{_short(path)}={_brief(v)}" for path, v in settings.items())])
         return Arm(label, self.levels, validate(RunConfig, draft), draft)
 
 
@@ -183,6 +183,11 @@ def value_at(value: Any, path: Path_) -> Any:
 
 def _short(dotted: str) -> str:
     return dotted.rsplit(".", 1)[-1]
+
+
+def _brief(value: Any) -> str:
+    """A sampled value for people: six digits tell any two trials apart."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _plain(value: Any) -> str:

@@ -25,10 +25,11 @@ _SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
-_PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
-    "none": optuna.pruners.NopPruner,
-    "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=2),
-    "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(reduction_factor=3),
+# Given the length of a run in steps. The first third of a run says little of its end: no pruning on medians there.
+_PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
+    "none": lambda steps: optuna.pruners.NopPruner(),
+    "median": lambda steps: optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=steps // 3),
+    "asha": lambda steps: optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 9), reduction_factor=3),
 }
 
 
@@ -84,7 +85,7 @@ class SearchWork:
         # Failed trials of this session count, or a search whose every run fails would never end; a rerun tries again.
         self._failed = 0
         self._space = {path: _distribution(interval) for path, interval in config.space.items()}
-        self.study = _open_study(arm.label, config, storage)
+        self.study = _open_study(arm, config, storage)
 
     @property
     def trials(self) -> list[tuple[Arm, list[Run], dict[str, Any]]]:
@@ -158,12 +159,12 @@ class SearchWork:
         return arm, runs, {"arm": arm.label, "state": trial.state.name.lower(), "value": value, "params": dict(trial.params)}
 
 
-def _open_study(label: str, config: SearchConfig, storage: Path) -> optuna.Study:
+def _open_study(arm: Arm, config: SearchConfig, storage: Path) -> optuna.Study:
     """The study of an arm; trials that a killed scheduler left running are asked again with the same parameters."""
     study = optuna.create_study(
-        study_name=label,
+        study_name=arm.label,
         storage=f"sqlite:///{storage}",
-        pruner=_PRUNERS[config.prune](),
+        pruner=_PRUNERS[config.prune](arm.config.train.steps),
         direction="minimize" if config.objective.goal == "min" else "maximize",
         load_if_exists=True,
     )

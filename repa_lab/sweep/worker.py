@@ -112,7 +112,7 @@ def main() -> None:
     """
     jobs, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    sys.stdin = Path(os.devnull).open(encoding="utf-8")
+    sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115  open for as long as the process is
     os.dup2(sys.stdin.fileno(), 0)
     Worker(jobs, answers).serve()
 

@@ -62,7 +62,8 @@ def _start(options: dict[str, Any]) -> Any:
     import wandb  # 1 s
 
     # W&B would otherwise store the command line, the machine's name and the source tree.
-    settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, x_disable_meta=True, disable_git=True)
+    quiet: dict[str, Any] = {"console": "off", "silent": True, "host": ""}
+    settings = wandb.Settings(x_disable_stats=True, x_disable_meta=True, disable_git=True, **quiet)
     # Without "create_new", W&B answers with the run of this process that is still open, if there is one.
     run: Any = wandb.init(resume="allow", reinit="create_new", settings=settings, **options)
     run.define_metric("images")

@@ -142,12 +142,13 @@ class Trainer:
     """The parts of one run on this process's device, and one step of it.
 
     Raises:
-        DataError, EncoderError, TapError: a part cannot be made; nothing has been trained by then.
+        DataError, EncoderError, TapError, DeviceError: a part cannot be had; nothing has been trained by then.
     """
 
     def __init__(self, run: Run, options: RunOptions, cache: Path) -> None:
         config, self.options, self.progress = run.config, options, Progress()
         self.config = config
+        require_device(options)
         AcceleratorState._reset_state()  # accelerate keeps the precision of this process's run before
         self.accelerator = Accelerator(mixed_precision=_MIXED[options.precision], cpu=options.device == "cpu")
         self.device: torch.device = self.accelerator.device
@@ -229,6 +230,23 @@ class Trainer:
 
 
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+class DeviceError(ValueError):
+    """The options ask for what this machine's devices cannot do."""
+
+
+def require_device(options: RunOptions) -> None:
+    """Refuse options that would otherwise fall back in silence: to the CPU, or, by accelerate on a CPU, to float32.
+
+    Raises:
+        DeviceError: naming the option.
+    """
+    available = torch.cuda.is_available()
+    if options.device == "cuda" and not available:
+        raise DeviceError("run.device is cuda, but torch sees no GPU here; use auto or cpu")
+    if options.precision == "fp16" and not (available and options.device != "cpu"):
+        raise DeviceError("run.precision fp16 needs a GPU; use bf16 or fp32")
 
 
 def pick_device(options: RunOptions) -> torch.device:

@@ -178,7 +178,7 @@ class TestArms:
         text = HEAD + "regularizer: {weight: 0.5}\naxes: {train.lr: [1e-3]}\n"
         (arm,) = load_spec(write(tmp_path, text)).arms
         tried = arm.with_settings({"regularizer.weight": 0.1 + 0.2, "regularizer.encoder": {"image_size": 14}})
-        assert tried.label == "lr=0.001, weight=0.30000000000000004, encoder={'image_size': 14}"
+        assert tried.label == "lr=0.001, weight=0.3, encoder={'image_size': 14}"
         assert (tried.config.regularizer.weight, tried.config.train.lr) == (0.1 + 0.2, 1e-3)
         assert tried.config.regularizer.encoder.image_size == 14
         assert dict(tried.levels) == dict(arm.levels)

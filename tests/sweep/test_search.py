@@ -23,9 +23,9 @@ def search(tiny, tmp_path):
 
 
 def finish(work, value):
-    """Hand out a group, let both its runs measure `value` at steps 1 and 2, and end them."""
+    """Hand out a group, let both its runs measure `value` at steps 3 and 6 of 6, and end them."""
     tasks = [work.next(), work.next()]
-    for step in (1, 2):
+    for step in (3, 6):
         for task in tasks:
             assert not list(work.heard(task.run.run_id, {"step": step, METRIC: value}))
     for task in tasks:
@@ -53,8 +53,8 @@ def test_a_group_is_judged_only_where_all_its_seeds_have_measured(search):
     finish(work, 1.0)
     finish(work, 1.0)
     tasks = [work.next(), work.next()]
-    assert not list(work.heard(tasks[0].run.run_id, {"step": 1, METRIC: 100.0}))
-    assert set(work.heard(tasks[1].run.run_id, {"step": 1, METRIC: 100.0})) == {task.run.run_id for task in tasks}
+    assert not list(work.heard(tasks[0].run.run_id, {"step": 3, METRIC: 100.0}))
+    assert set(work.heard(tasks[1].run.run_id, {"step": 3, METRIC: 100.0})) == {task.run.run_id for task in tasks}
     for task in tasks:
         work.finished(task.run.run_id, State.PRUNED)
     assert [record["state"] for *_, record in work.trials] == ["complete", "complete", "pruned"]
@@ -84,3 +84,11 @@ def test_failed_groups_do_not_make_a_search_endless(search):
             work.finished(task.run.run_id, State.FAILED)
     assert work.next() is None
     assert search(trials=2).next() is not None
+
+
+def test_no_group_is_pruned_in_its_first_third(search):
+    work = search()
+    finish(work, 1.0)
+    finish(work, 1.0)
+    tasks = [work.next(), work.next()]
+    assert not [pruned for task in tasks for pruned in work.heard(task.run.run_id, {"step": 1, METRIC: 100.0})]
