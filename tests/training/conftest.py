@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from threadpoolctl import threadpool_limits
+
+from repa_lab.runs import RunDirectory, State, checkpoints
+from repa_lab.runs.files import Row
+from repa_lab.spec import RunConfig, RunOptions
+from repa_lab.spec.identity import Run
+from repa_lab.training.images import Images, open_images
+from repa_lab.training.loop import train
+
+ENCODER = {"name": "efficientnet_lite0", "image_size": 32}
+SETTINGS: dict[str, Any] = {
+    "model": {"family": "sit", "size": "nano/2"},
+    "regularizer": {"type": "repa", "encoder": ENCODER, "projector": {"width": 16}},
+    "data": {"source": "digits", "holdout": 97},
+    "train": {"steps": 5, "batch_size": 6, "lr": 1e-3, "ema": 0.9},
+    "evaluate": {
+        "every": 100,
+        "samples": 16,
+        "sampler": {"steps": 2},
+        "extractor": {"name": "efficientnet_lite0"},
+    },
+}
+OPTIONS: dict[str, Any] = {"device": "cpu", "log_every": 1, "wandb": {"mode": "disabled"}}
+UNET = {"model.family": "unet", "model.size": "nano"}
+OFF = {"regularizer": {"type": "none"}}
+
+
+def make_run(seed: int = 0, **settings: Any) -> Run:
+    """A tiny run; ``settings`` are laid over it by dotted path."""
+    config = copy.deepcopy(SETTINGS)
+    for path, value in settings.items():
+        *sections, field = path.split(".")
+        place = config
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[field] = value
+    return Run(f"run{seed}", RunConfig.model_validate(config), seed)
+
+
+def make_options(**options: Any) -> RunOptions:
+    return RunOptions.model_validate({**OPTIONS, **options})
+
+
+def weights(directory: RunDirectory) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint, by file and name."""
+    found = checkpoints.latest(directory.checkpoints)
+    assert found
+    tensors = {}
+    for path in sorted(found[1].glob("*.safetensors")):
+        tensors |= {f"{path.stem}:{name}": value for name, value in load_file(path).items()}
+    return tensors
+
+
+def rows(directory: RunDirectory) -> list[Row]:
+    """The metric rows without the seconds, which no two runs share."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in directory.rows()]
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], *, only: str = "") -> None:
+    """The tensors whose names begin with ``only`` are equal bit by bit."""
+    names = [name for name in first if name.startswith(only)]
+    assert names
+    assert names == [name for name in second if name.startswith(only)]
+    different = [name for name in names if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+def stop_after(steps: int, state: State = State.INTERRUPTED) -> Callable[[], State | None]:
+    """A `should_stop` that says so after so many steps of this process."""
+    taken = iter(range(1, 10**6))
+    return lambda: state if next(taken) == steps else None
+
+
+def run_to_end(run: Run, directory: RunDirectory, cache: Path, **options: Any) -> RunDirectory:
+    assert train(run, directory, make_options(**options), cache) is State.DONE
+    return directory
+
+
+def run_steps(run: Run, directory: RunDirectory, cache: Path, steps: int = 4, **options: Any) -> RunDirectory:
+    """Train so many steps, with a checkpoint after the last; nothing is measured, which is what takes the time."""
+    assert train(run, directory, make_options(**options), cache, should_stop=stop_after(steps)) is State.INTERRUPTED
+    return directory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_core() -> Iterator[None]:
+    """NumPy's linear algebra on one core, as torch's is: the eigenvalues of a Frechet distance are most of a run here."""
+    with threadpool_limits(1):
+        yield
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """Encoder features and reference statistics, computed by the first test that needs them, in whichever process."""
+    root = tmp_path_factory.getbasetemp()
+    return (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "repa-lab-cache"
+
+
+@pytest.fixture(scope="session")
+def images(cache) -> Images:
+    return open_images(make_run().config.data, cache)
+
+
+@pytest.fixture
+def fresh(tmp_path) -> Callable[[str], RunDirectory]:
+    """Run directories by name."""
+    return lambda name="run": RunDirectory(tmp_path / "runs" / name)

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from repa_lab.align import REPA, UREPA, Tokens
+from repa_lab.encoders.encoder import EncoderError
+from repa_lab.encoders.targets import CachedTargets, OnlineTargets
+from repa_lab.models.facts import UNET_SHAPES
+from repa_lab.models.tap import TapError
+from repa_lab.training.aligner import Aligner, build_regularizer, choose_block, open_targets
+from repa_lab.training.loop import build_denoiser
+from tests.training.conftest import UNET, make_run
+
+CPU = torch.device("cpu")
+
+
+class CountingTargets:
+    """Fixed tokens on a 2x2 grid; counts how often it was asked."""
+
+    dim = 12
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def __call__(self, index: torch.Tensor, device: torch.device) -> Tokens:
+        self.asked.append(index.tolist())
+        return Tokens(torch.arange(len(index) * 48.0).view(len(index), 4, 12).sin(), (2, 2))
+
+
+def make_aligner(images, **settings):
+    run = make_run(**settings)
+    denoiser = build_denoiser(run.config, images.input, run.seed)
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    counting = CountingTargets()
+    aligner = Aligner(run, denoiser, counting)
+    aligner._call = aligner.regularizer
+    return aligner, denoiser, counting
+
+
+def pass_through(denoiser) -> None:
+    denoiser(torch.randn(3, 1, 8, 8), torch.rand(3), torch.arange(3))
+
+
+@pytest.mark.parametrize("settings", [{}, {**UNET, "regularizer.type": "urepa"}], ids=["sit", "unet"])
+def test_aligns_the_tap_with_the_targets_of_these_images(images, settings):
+    aligner, denoiser, counting = make_aligner(images, **settings)
+    pass_through(denoiser)
+    index = torch.tensor([4, 2, 9])
+    alignment = aligner(index, 0, CPU)
+    assert counting.asked == [[4, 2, 9]]
+    pass_through(denoiser)
+    student = aligner.tap.take()
+    assert (student.grid, student.dim) == ((4, 4), UNET_SHAPES["nano"].width if settings else 64)
+    assert alignment.loss.requires_grad
+    alignment.loss.backward()
+    assert all(parameter.grad is not None for parameter in aligner.regularizer.parameters())
+
+
+def test_gradients_reach_the_blocks_up_to_the_tap(images):
+    aligner, denoiser, _ = make_aligner(images, **{"regularizer.block_index": 2})
+    pass_through(denoiser)
+    aligner(torch.arange(3), 0, CPU).loss.backward()
+    reached = [any(p.grad is not None and p.grad.abs().max() > 0 for p in block.parameters()) for block in denoiser.blocks]
+    assert reached == [True, True, True, False]
+
+
+def test_weight_0_asks_no_encoder_and_keeps_no_activations(images):
+    schedule = {"type": "constant", "cutoff_step": 2}
+    aligner, denoiser, counting = make_aligner(images, **{"regularizer.schedule": schedule})
+    for step in range(5):
+        pass_through(denoiser)
+        alignment = aligner(torch.arange(3), step, CPU)
+        assert (alignment is None) == (step >= 2)
+    assert len(counting.asked) == 2
+    with pytest.raises(TapError):
+        aligner.tap.take()
+
+
+def test_the_schedule_counts_steps_already_taken(images):
+    schedule = {"type": "cosine", "warmup_steps": 100, "decay_steps": 5000}
+    run = make_run(**{"regularizer.schedule": schedule, "train.steps": 5000})
+    regularizer = build_regularizer(run, 12)
+    found = [regularizer.weight_at(step) for step in (0, 50, 100, 2550, 5000)]
+    assert found == pytest.approx([0, 0.25, 0.5, 0.25, 0], abs=1e-12)
+
+
+def test_a_decay_without_an_end_ends_with_the_training(images):
+    run = make_run(**{"regularizer.schedule": {"type": "linear"}, "train.steps": 40})
+    assert [build_regularizer(run, 12).weight_at(step) for step in (0, 20, 40)] == [0.5, 0.25, 0]
+
+
+@pytest.mark.parametrize("settings, kind", [({}, REPA), ({**UNET, "regularizer.type": "urepa"}, UREPA)])
+def test_the_regularizer_is_what_the_spec_says(settings, kind):
+    run = make_run(**{**settings, "regularizer.weight": 0.0, "regularizer.manifold_weight": 0.0})
+    built = build_regularizer(run, 12)
+    assert type(built) is kind
+    assert built.weight_at(0) == 0.0
+    assert kind is REPA or built.manifold_weight == 0.0
+
+
+def test_the_projector_is_initialised_from_its_own_stream():
+    def state(seed: int = 0, **settings) -> dict[str, torch.Tensor]:
+        torch.manual_seed(torch.seed())  # whatever stands in torch's own generator
+        return build_regularizer(make_run(seed, **settings), 12).state_dict()
+
+    first = state()
+    for other in (state(), state(**{"regularizer.weight": 0.1}), state(**{"regularizer.type": "urepa"})):
+        assert all(torch.equal(first[name], value) for name, value in other.items())
+    assert not torch.equal(first["projector.net.0.weight"], state(1)["projector.net.0.weight"])
+
+
+MISSING = [({"regularizer.block_index": 4}, "sit has 4 blocks"), ({**UNET, "regularizer.block_index": 0}, "mid")]
+
+
+@pytest.mark.parametrize("settings, match", MISSING, ids=["sit", "unet"])
+def test_a_block_that_is_not_there_is_refused(images, settings, match):
+    with pytest.raises(TapError, match=match):
+        make_aligner(images, **settings)
+
+
+def test_the_first_wish_counts_and_0_is_a_wish():
+    config = make_run().config
+    assert choose_block(config) == 1  # what SiT nano suggests
+    assert choose_block(config, None, 3, 2) == 3
+    assert choose_block(config, 0, 3) == 0
+    assert choose_block(make_run(**UNET).config, None) == "mid"
+
+
+def test_targets_come_from_the_cache_unless_told_otherwise(images, cache):
+    config = make_run().config.regularizer.encoder
+    assert isinstance(open_targets(config, images.source, cache, CPU), CachedTargets)
+    online = config.model_copy(update={"cache": False})
+    assert isinstance(open_targets(online, images.source, cache, CPU), OnlineTargets)
+
+
+def test_an_online_encoder_is_named_when_it_is_refused(images, cache):
+    config = make_run().config.regularizer.encoder.model_copy(update={"cache": False, "image_size": 16})
+    with pytest.raises(EncoderError, match="'efficientnet_lite0' gives one token"):
+        open_targets(config, images.source, cache, CPU)
+
+
+def test_long_work_is_announced(images, tmp_path):
+    heard: list[tuple[str, int, int]] = []
+    settings = make_run().config.regularizer.encoder
+
+    class Few:
+        """The first images only: the digits take seconds."""
+
+        channels, side, num_classes, fingerprint = 1, 8, 10, "few"
+
+        def __len__(self) -> int:
+            return 5
+
+        def read(self, index) -> torch.Tensor:
+            return images.source.read(index)
+
+    open_targets(settings, Few(), tmp_path, CPU, lambda task: lambda done, total: heard.append((task, done, total)))
+    assert heard == [("features of efficientnet_lite0", 5, 5)]

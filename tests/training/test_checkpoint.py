@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from repa_lab.align import REPA
+from repa_lab.models.facts import SIT_SHAPES, UNET_SHAPES
+from repa_lab.models.family import BUILDERS, Input
+from repa_lab.training.checkpoint import Progress, Trained
+from repa_lab.training.ema import EMA
+
+GIVEN = Input(1, (8, 8), 10)
+SHAPES = {"sit": ("nano/2", SIT_SHAPES["nano/2"]), "unet": ("nano", UNET_SHAPES["nano"])}
+
+
+def make(seed: int, family: str = "sit", regularized: bool = True, scaler: object = None) -> Trained:
+    torch.manual_seed(seed)
+    denoiser = BUILDERS[family].build(*SHAPES[family], GIVEN)
+    for parameter in denoiser.parameters():  # else adaLN-Zero passes no gradient to most of it
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    regularizer = REPA(64, 12, width=16) if regularized else None
+    modules = {"denoiser": denoiser} | ({"regularizer": regularizer} if regularizer else {})
+    parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+    return Trained(denoiser, regularizer, optimizer, EMA(modules, 0.9), scaler)
+
+
+def step(trained: Trained, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x, t = torch.randn(4, 1, 8, 8, generator=draw), torch.rand(4, generator=draw)
+    loss = trained.denoiser(x, t, torch.arange(4)).square().mean()
+    if trained.regularizer is not None:
+        loss = loss + trained.regularizer.projector(torch.randn(2, 3, 64, generator=draw)).square().mean()
+    loss.backward()
+    trained.optimizer.step()
+    trained.optimizer.zero_grad(set_to_none=True)
+    trained.ema.update()
+
+
+def tensors(trained: Trained) -> dict[str, torch.Tensor]:
+    found = {f"denoiser.{name}": value for name, value in trained.denoiser.state_dict().items()}
+    if trained.regularizer is not None:
+        found |= {f"regularizer.{name}": value for name, value in trained.regularizer.state_dict().items()}
+    found |= {f"ema.{name}": value for name, value in trained.ema.average.items()}
+    for number, entry in trained.optimizer.state_dict()["state"].items():
+        found |= {f"optimizer.{number}.{key}": value for key, value in entry.items()}
+    return {name: value.clone() for name, value in found.items()}
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.dtype == second[name].dtype
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("family, regularized", [("sit", True), ("sit", False), ("unet", False)])
+def test_what_is_loaded_is_what_was_saved_and_goes_on_alike(tmp_path, family, regularized):
+    first = make(0, family, regularized)
+    for number in range(3):
+        step(first, number)
+    saved = tensors(first)
+    first.save(tmp_path, Progress(3, 18, 1.5))
+    second, progress = make(1, family, regularized), Progress()
+    second.load(tmp_path, progress)
+    assert progress == Progress(3, 18, 1.5)
+    assert_equal(tensors(second), saved)
+    assert any(name.startswith("optimizer.0.exp_avg_sq") for name in saved)
+    for trained in (first, second):
+        step(trained, 7)
+    assert_equal(tensors(second), tensors(first))
+
+
+def test_saving_changes_nothing(tmp_path):
+    trained = make(0)
+    step(trained, 0)
+    before = tensors(trained)
+    trained.save(tmp_path, Progress())
+    assert_equal(tensors(trained), before)
+
+
+def test_an_optimizer_that_has_taken_no_step_is_saved_too(tmp_path):
+    make(0).save(tmp_path, Progress())
+    second = make(1)
+    second.load(tmp_path, Progress())
+    assert second.optimizer.state_dict()["state"] == {}
+
+
+def test_moments_of_parameters_without_gradients_keep_their_number(tmp_path):
+    # A weight that becomes positive late leaves the projector without moments until then.
+    first = make(0)
+    x, t = torch.randn(2, 1, 8, 8), torch.rand(2)
+    first.denoiser(x, t, torch.arange(2)).square().mean().backward()
+    first.optimizer.step()
+    first.save(tmp_path, Progress())
+    count = len(first.optimizer.param_groups[0]["params"])
+    second = make(1)
+    second.load(tmp_path, Progress())
+    assert 0 < len(second.optimizer.state_dict()["state"]) < count
+    assert_equal(tensors(second), tensors(first))
+
+
+def test_the_files_are_safetensors_and_json_only(tmp_path):
+    trained = make(0)
+    step(trained, 0)
+    trained.save(tmp_path, Progress(1, 4, 0.0))
+    names = {path.name for path in tmp_path.iterdir()}
+    kinds = ("denoiser", "regularizer", "ema", "optimizer")
+    assert names == {*(f"{kind}.safetensors" for kind in kinds), "state.json"}
+    for kind in kinds:
+        with safe_open(tmp_path / f"{kind}.safetensors", framework="pt") as file:
+            assert file.keys()
+    assert json.loads((tmp_path / "state.json").read_text())["progress"] == {"step": 1, "images": 4, "seconds": 0.0}
+
+
+def test_the_gradient_scaler_comes_back(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    scaler.scale(torch.ones(()))  # it makes its state when it is first used
+    make(0, scaler=scaler).save(tmp_path, Progress())
+    other = torch.amp.GradScaler("cpu", init_scale=7.0)
+    make(1, scaler=other).load(tmp_path, Progress())
+    assert other.state_dict() == scaler.state_dict()
+    assert other.state_dict()["scale"] == 1024.0
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    make(0).save(tmp_path, Progress())
+    other = make(0)
+    other.denoiser.final_layer.linear = nn.Linear(64, 8)
+    with pytest.raises(RuntimeError, match=r"final_layer\.linear"):
+        other.load(tmp_path, Progress())
+
+
+def test_progress_is_the_head_of_a_row():
+    assert Progress(3, 18, 1.23456).row() == {"step": 3, "images": 18, "seconds": 1.235}

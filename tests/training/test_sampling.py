@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from repa_lab.spec.schema import GuidanceConfig, SamplerConfig
+from repa_lab.training.sampling import Sampling, euler_maruyama, guided, integrate
+from repa_lab.training.streams import generator
+
+SHAPE = (1, 2, 3)
+NO_GUIDANCE = GuidanceConfig()
+
+
+def ode(solver: str, steps: int) -> SamplerConfig:
+    return SamplerConfig(type="ode", solver=solver, steps=steps)
+
+
+class Field(nn.Module):
+    """A velocity field that counts its evaluations and keeps their times and labels."""
+
+    def __init__(self, field=lambda x, t: torch.zeros_like(x)) -> None:
+        super().__init__()
+        self.field = field
+        self.times: list[float] = []
+        self.labels: list[list[int]] = []
+        self.dtypes: set[torch.dtype] = set()
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.times.append(t[0].item())
+        self.labels.append(y.tolist())
+        self.dtypes |= {x.dtype, t.dtype}
+        return self.field(x, t.view(-1, 1, 1, 1))
+
+
+def gaussian_velocity(s: float):
+    """The exact velocity of the linear path for data N(0, s^2 I): E[noise - data | x_t]."""
+    return lambda x, t: x * (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)
+
+
+class TestODE:
+    @pytest.mark.parametrize("steps", [2, 7, 50])
+    def test_euler_on_a_linear_field(self, steps):
+        # dx = a x dt in N steps of -1/N multiplies x by (1 - a/N)^N.
+        x = torch.randn(3, *SHAPE, dtype=torch.float64)
+        found = integrate(lambda x, t: 0.7 * x, lambda: x, ode("euler", steps))
+        torch.testing.assert_close(found, x * (1 - 0.7 / steps) ** steps, rtol=1e-12, atol=0)
+
+    @pytest.mark.parametrize("steps", [2, 7, 50])
+    def test_heun_on_a_linear_field(self, steps):
+        # All steps but the last multiply by 1 - h + h^2/2 (h = a/N); the last, which ends at 0, is Euler's.
+        x, h = torch.randn(3, *SHAPE, dtype=torch.float64), 0.7 / steps
+        found = integrate(lambda x, t: 0.7 * x, lambda: x, ode("heun", steps))
+        torch.testing.assert_close(found, x * (1 - h + h**2 / 2) ** (steps - 1) * (1 - h), rtol=1e-12, atol=0)
+
+    def test_euler_on_a_field_of_time(self):
+        # dx = 2 t dt from 1 to 0 sums 2 t_i / N over t_i = 1, ..., 1/N: N (N + 1) / N^2.
+        start = torch.zeros(1, 1, dtype=torch.float64)
+        found = integrate(lambda x, t: torch.full_like(x, 2 * t), lambda: start, ode("euler", 10))
+        assert found.item() == pytest.approx(-1.1, abs=1e-12)
+
+    @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+    def test_converges_with_its_order(self, solver, order):
+        velocity, x = gaussian_velocity(0.5), torch.ones(1, 1, dtype=torch.float64)
+        exact = 0.5  # noise of size 1 becomes data of size s
+        errors = [abs(integrate(velocity, lambda: x, ode(solver, n)).item() - exact) for n in (40, 80, 160)]
+        for coarse, fine in itertools.pairwise(errors):
+            assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+    @pytest.mark.parametrize("solver, evaluations", [("euler", 50), ("heun", 99)])
+    def test_evaluations(self, solver, evaluations):
+        times: list[float] = []
+        integrate(lambda x, t: times.append(t) or x, lambda: torch.zeros(1, 1), ode(solver, 50))
+        assert len(times) == evaluations
+        assert times[0] == 1.0
+        assert min(times) == pytest.approx(0.02)  # never at 0, where nothing was trained
+
+
+def reference_sde(velocity, noises: list[np.ndarray], steps: int) -> np.ndarray:
+    """Reverse SDE of SiT with diffusion w(t) = 2t, on alpha = 1 - t, sigma = t; from its general formulas.
+
+    score = -noise estimate / sigma, the noise estimate being v alpha + x over alpha sigma' - alpha' sigma (= 1);
+    dx = (v - w/2 score) dt + sqrt(w) dW, backwards in time.
+    """
+    times = [1 + i * (0.04 - 1) / (steps - 1) for i in range(steps)] + [0.0]
+    x = noises[0]
+    for i in range(steps):
+        t, dt = times[i], times[i + 1] - times[i]
+        v = velocity(x, t)
+        alpha, sigma, w = 1 - t, t, 2 * t
+        score = -(alpha * v + x) / sigma
+        x = x + (v - w / 2 * score) * dt
+        if i < steps - 1:
+            x = x + math.sqrt(w * -dt) * noises[i + 1]
+    return x
+
+
+def expected_std(s: float, steps: int) -> float:
+    """Standard deviation of the sampler's result for data N(0, s^2 I), carried through its steps in closed form.
+
+    The exact score is -x / ((1 - t)^2 s^2 + t^2), so every step multiplies x by a number and adds noise of variance 2 t dt.
+    """
+    times, variance = [*np.linspace(1, 0.04, steps), 0.0], 1.0
+    for now, after in itertools.pairwise(times):
+        marginal = (1 - now) ** 2 * s**2 + now**2
+        drift = (now - (1 - now) * s**2) / marginal + now / marginal
+        variance = (1 + drift * (after - now)) ** 2 * variance + (2 * now * (now - after) if after else 0)
+    return math.sqrt(variance)
+
+
+class TestSDE:
+    def drawn(self, count: int, size: int = 5):
+        noises = list(np.random.default_rng(0).standard_normal((count, size)))
+        left = iter(noises)
+        return noises, lambda: torch.from_numpy(next(left))
+
+    @pytest.mark.parametrize("steps", [2, 3, 25])
+    def test_agrees_with_an_independent_implementation(self, steps):
+        def velocity(x, t):
+            return np.sin(3 * x) * t + 0.3 * x - t**2 if isinstance(x, np.ndarray) else torch.from_numpy(velocity(x.numpy(), t))
+
+        noises, draw = self.drawn(steps)
+        found = euler_maruyama(velocity, draw, steps)
+        np.testing.assert_allclose(found.numpy(), reference_sde(velocity, noises, steps), rtol=0, atol=1e-12)
+
+    def test_the_papers_grid(self):
+        times: list[float] = []
+        _, draw = self.drawn(250)
+        euler_maruyama(lambda x, t: times.append(t) or torch.zeros_like(x), draw, 250)
+        assert len(times) == 250
+        assert (times[0], times[-1]) == (1.0, pytest.approx(0.04, abs=1e-15))
+        np.testing.assert_allclose(np.diff(times), -0.0038554217, atol=1e-9)
+
+    @pytest.mark.parametrize("steps", [2, 10])
+    def test_draws_noise_for_the_start_and_all_steps_but_the_last(self, steps):
+        drawn: list[int] = []
+
+        def draw() -> torch.Tensor:
+            drawn.append(1)
+            return torch.randn(3, dtype=torch.float64)
+
+        euler_maruyama(lambda x, t: x, draw, steps)
+        assert len(drawn) == steps
+
+    def test_the_last_step_is_deterministic(self):
+        # Without velocity the score is -x / t and the drift x, so the step from 0.04 to 0 leaves 0.96 x.
+        seen: list[torch.Tensor] = []
+        _, draw = self.drawn(9)
+        found = euler_maruyama(lambda x, t: seen.append(x) or torch.zeros_like(x), draw, 9)
+        torch.testing.assert_close(found, 0.96 * seen[-1], rtol=1e-12, atol=0)
+
+    @pytest.mark.parametrize("s", [0.5, 1.0, 2.0])
+    def test_has_the_variance_of_the_data(self, s):
+        count, draws = 40_000, torch.Generator().manual_seed(0)
+
+        def noise() -> torch.Tensor:
+            return torch.randn(count, generator=draws, dtype=torch.float64)
+
+        sde = euler_maruyama(gaussian_velocity(s), noise, 250)
+        plain = integrate(gaussian_velocity(s), noise, ode("heun", 250))
+        four_standard_errors = 4 / (2 * count) ** 0.5
+        assert plain.std().item() / s == pytest.approx(1, abs=four_standard_errors)
+        assert sde.std().item() / expected_std(s, 250) == pytest.approx(1, abs=four_standard_errors)
+        assert abs(sde.mean().item()) < 4 * s / count**0.5
+        # The discrete process itself comes to the data's variance as its steps shrink, up to the cut at t = 0.04.
+        assert expected_std(s, 250) / s == pytest.approx(1, abs=0.02)
+
+
+class TestGuidance:
+    def test_is_affine_in_the_two_velocities(self):
+        class ByLabel(nn.Module):
+            def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+                return torch.where(y.view(-1, 1) == 10, 1.0, 5.0 + y.view(-1, 1)) * torch.ones_like(x)
+
+        labels = torch.tensor([0, 2])
+        velocity = guided(ByLabel(), labels, 10, GuidanceConfig(scale=1.5))
+        # 1 + 1.5 * (5 - 1) and 1 + 1.5 * (7 - 1)
+        assert velocity(torch.zeros(2, 1, dtype=torch.float64), 0.5).flatten().tolist() == [7.0, 10.0]
+
+    # 104: the grid's points between 0.3 and 0.7.
+    @pytest.mark.parametrize(
+        "low, high, evaluations", [(0, 0.7, 250 + 172), (0, 1, 500), (0.3, 0.7, 250 + 104), (0, 0.01, 250)]
+    )
+    def test_doubles_the_evaluations_of_its_interval(self, low, high, evaluations):
+        field = Field()
+        config = SamplerConfig(type="sde", steps=250)
+        sampling = Sampling(SHAPE, 10, config, GuidanceConfig(scale=1.8, low=float(low), high=float(high)), 0)
+        list(sampling.batches(field, 2, 2, torch.device("cpu")))
+        assert len(field.times) == evaluations
+
+    def test_the_ends_of_the_interval_belong_to_it(self):
+        field = Field()
+        velocity = guided(field, torch.tensor([3]), 10, GuidanceConfig(scale=2.0, low=0.25, high=0.5))
+        for t in (0.25, 0.5):
+            velocity(torch.zeros(1, *SHAPE), t)
+        assert field.labels == [[3], [10], [3], [10]]
+        velocity(torch.zeros(1, *SHAPE), 0.5 + 1e-9)
+        assert field.labels[4:] == [[3]]
+
+    def test_scale_1_never_asks_for_the_null_label(self):
+        field = Field()
+        list(Sampling(SHAPE, 10, ode("heun", 5), GuidanceConfig(scale=1.0), 0).batches(field, 4, 4, torch.device("cpu")))
+        assert field.labels == [[0, 1, 2, 3]] * 9
+
+
+class TestSampling:
+    @pytest.mark.parametrize(
+        "sampler", [ode("euler", 4), ode("heun", 4), SamplerConfig(type="sde", steps=4)], ids=["e", "h", "s"]
+    )
+    def test_a_sample_depends_on_its_number_alone(self, sampler):
+        sampling = Sampling(SHAPE, 3, sampler, GuidanceConfig(scale=1.5, high=0.6), 5)
+
+        def draw(count: int, batch_size: int) -> torch.Tensor:
+            field = Field(lambda x, t: torch.sin(5 * x) * t + x)
+            return torch.cat(list(sampling.batches(field, count, batch_size, torch.device("cpu"))))
+
+        whole = draw(10, 10)
+        assert (whole.shape, whole.dtype) == ((10, *SHAPE), torch.float32)
+        for batch_size in (1, 3, 4, 64):
+            assert torch.equal(draw(10, batch_size), whole)
+        assert torch.equal(draw(4, 4), whole[:4])
+
+    def test_starts_from_its_own_stream(self):
+        sampling = Sampling(SHAPE, 10, ode("euler", 2), NO_GUIDANCE, 7)
+        found = torch.cat(list(sampling.batches(Field(), 3, 2, torch.device("cpu"))))
+        for i in range(3):
+            assert torch.equal(found[i], torch.randn(SHAPE, generator=generator(7, "sampling", i)))
+        other = Sampling(SHAPE, 10, ode("euler", 2), NO_GUIDANCE, 8)
+        assert not torch.equal(next(other.batches(Field(), 3, 3, torch.device("cpu"))), found)
+
+    def test_labels_take_turns(self):
+        field = Field()
+        list(Sampling(SHAPE, 3, ode("euler", 2), NO_GUIDANCE, 0).batches(field, 8, 5, torch.device("cpu")))
+        assert field.labels == [[0, 1, 2, 0, 1]] * 2 + [[2, 0, 1]] * 2
+
+    def test_the_denoiser_sees_float32(self):
+        field = Field()
+        list(Sampling(SHAPE, 3, ode("euler", 2), NO_GUIDANCE, 0).batches(field, 1, 1, torch.device("cpu")))
+        assert field.dtypes == {torch.float32}
+
+    def test_the_state_is_kept_in_float64(self):
+        # 1,000 steps of 1e-8 each would leave a float32 state near 1 where it was.
+        sampling = Sampling((1, 1, 1), 1, ode("euler", 1000), NO_GUIDANCE, 0)
+        start = torch.randn(1, 1, 1, generator=generator(0, "sampling", 0)).double()
+        found = next(sampling.batches(Field(lambda x, t: torch.full_like(x, -1e-5)), 1, 1, torch.device("cpu")))
+        assert (found.double() - start).item() == pytest.approx(1e-5, rel=0.02)
+
+    def test_draws_without_gradients(self):
+        field = Field()
+        field.weight = nn.Parameter(torch.ones(()))
+        field.field = lambda x, t: x * field.weight
+        sampling = Sampling(SHAPE, 3, ode("euler", 2), NO_GUIDANCE, 0)
+        assert not next(sampling.batches(field, 1, 1, torch.device("cpu"))).requires_grad
