@@ -38,7 +38,7 @@ def test_plan_prints_json_that_names_every_run():
 
 def test_set_overrides_the_spec_and_is_checked_like_it():
     done = cli("plan", "experiments/quickstart.yaml", "--json", "--set", "seeds=1", "--set", "train.steps=5", "--root", "nowhere")
-    assert [run["steps"] for run in json.loads(done.stdout)["runs"]] == [5, 5, 300, 300]
+    assert [run["steps"] for run in json.loads(done.stdout)["runs"]] == [5, 5, 240, 240]
     wrong = cli("plan", "experiments/quickstart.yaml", "--set", "train.stepz=5")
     assert wrong.returncode == 2 and "<given>: train.stepz: unknown field 'stepz'" in wrong.stderr
     assert cli("plan", "experiments/quickstart.yaml", "--set", "steps").stderr == "<given>: --set steps: expected PATH=VALUE\n"
