@@ -40,7 +40,7 @@ COLUMNS = ["group", "arm", "name", "is_baseline", "rank", "metric", "seed", "ste
 ALIGNMENT = {
     "heldout/cka": "CKA with the encoder",
     "heldout/cosine": "cosine to the encoder",
-    "heldout/gap": "cosine above mismatched images",
+    "heldout/gap": "matched - mismatched",
 }
 _PALETTE = ("#0b6fb8", "#d1570a", "#128a5f", "#a83a86", "#8a6d00", "#5b4bb5")
 _GREY = "#7d848c"
