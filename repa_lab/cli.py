@@ -163,16 +163,10 @@ def _clean_errors() -> Iterator[None]:
 
 
 def _exit_status(error: Exception) -> int | None:
-    """2 for input that was refused, 1 for work that could not go on, None for a defect of ours."""
-    from repa_lab.runs.directory import RunBusyError
-    from repa_lab.runs.root import UnknownSweepError
-    from repa_lab.spec import SpecError
-    from repa_lab.sweep.api import SweepBusyError
-    from repa_lab.sweep.scheduler import SweepBrokenError
-
-    if isinstance(error, (SpecError, UnknownSweepError)):
-        return 2
-    return 1 if isinstance(error, (RunBusyError, SweepBrokenError, SweepBusyError)) else None
+    """2 for input that was refused, 1 for work that could not go on, None for a defect: an error that is not the lab's own."""
+    if not type(error).__module__.startswith("repa_lab."):
+        return None
+    return 2 if isinstance(error, ValueError) else 1
 
 
 def _overrides(given: list[str] | None) -> dict[str, Any]:

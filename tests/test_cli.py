@@ -61,3 +61,12 @@ def test_unknown_sweeps_and_arms_name_what_there_is(tmp_path):
     assert cli("report", "nothing", "--root", tmp_path).stderr == f"no sweep 'nothing' in {tmp_path}; there are: none\n"
     done = cli("run", "experiments/quickstart.yaml", "--arm", "sit", "--root", tmp_path)
     assert done.returncode == 2 and "no arm 'sit'; there are: sit, baseline; sit, aligned" in done.stderr
+
+
+def test_a_device_that_is_not_there_is_refused_at_its_place(tmp_path):
+    text = (ROOT / "experiments/presets/quickstart.yaml").read_text().replace("run: {device: cpu}", "run: {device: cpu, precision: fp16}")
+    (tmp_path / "half.yaml").write_text("name: half\n" + text)
+    done = cli("run", "half.yaml", "--root", "runs", cwd=tmp_path)
+    line = 1 + ("name: half\n" + text).splitlines().index("run: {device: cpu, precision: fp16}")
+    assert done.stderr == f"half.yaml:{line}:20: run.precision: fp16 needs a GPU; use bf16 or fp32\n"
+    assert done.returncode == 2 and [path.name for path in tmp_path.iterdir()] == ["half.yaml"]

@@ -13,8 +13,9 @@ import torch
 from repa_lab.data.fingerprint import DataError
 from repa_lab.encoders.encoder import EncoderError
 from repa_lab.encoders.extractor import Extractor
-from repa_lab.spec import RunConfig
+from repa_lab.spec import RunConfig, RunOptions
 from repa_lab.training.aligner import open_targets
+from repa_lab.training.device import DeviceError, pick_device
 from repa_lab.training.evaluate import reference_statistics
 from repa_lab.training.images import Announce, open_images
 
@@ -27,12 +28,16 @@ class RefusedError(ValueError):
         super().__init__(message)
 
 
-def prepare(configs: Iterable[RunConfig], cache: Path, device: torch.device, announce: Announce) -> None:
-    """Fill the caches for these settings.
+def prepare(configs: Iterable[RunConfig], options: RunOptions, cache: Path, announce: Announce) -> None:
+    """Fill the caches for these settings, on the device that the options choose.
 
     Raises:
         RefusedError: naming the setting at fault.
     """
+    try:
+        device = pick_device(options)
+    except DeviceError as error:
+        raise RefusedError(0, f"run.{error.field}", str(error)) from error
     for number, config in enumerate(configs):
         try:
             _prepare(config, cache, device, announce, number)

@@ -63,13 +63,13 @@ def run_one(
         raise SpecError([entry.arm.problem("", entry.blocked)])
     from repa_lab.sweep.prepare import RefusedError, prepare
     from repa_lab.sweep.worker import trackers
-    from repa_lab.training.loop import pick_device, train
+    from repa_lab.training.loop import train
 
     options, name = planned.experiment.run, f"{entry.arm.label}, seed {entry.run.seed}"
     with View(console or Console(quiet=True), planned.experiment.name, 1) as view:
         try:
             announce = lambda task: lambda done, total: view.progress(task, done, total)  # noqa: E731
-            prepare([entry.run.config], planned.root.cache, pick_device(options), announce)
+            prepare([entry.run.config], options, planned.root.cache, announce)
         except RefusedError as refusal:
             raise SpecError([entry.arm.problem(refusal.path, refusal.message)]) from None
         directory = planned.root.run(entry.run.run_id)

@@ -56,13 +56,12 @@ class Worker:
 
     def _prepare(self, job: PrepareJob) -> None:
         from repa_lab.sweep.prepare import RefusedError, prepare
-        from repa_lab.training.loop import pick_device
 
         def announce(task: str) -> Any:
             return lambda done, total: self._answer(Report("progress", task=task, done=done, total=total))
 
         try:
-            prepare(job.configs, job.root.cache, pick_device(job.options), announce)
+            prepare(job.configs, job.options, job.root.cache, announce)
             self._answer(Report("prepared"))
         except RefusedError as refusal:
             self._answer(Report("refused", arm=refusal.arm, path=refusal.path, error=refusal.message))

@@ -24,6 +24,7 @@ from repa_lab.spec.identity import Run
 from repa_lab.tracking import Journal, Listener
 from repa_lab.training.aligner import Aligner, choose_block, open_targets, tap_denoiser
 from repa_lab.training.checkpoint import Progress, Trained
+from repa_lab.training.device import MIXED_PRECISION, pick_device
 from repa_lab.training.ema import EMA
 from repa_lab.training.evaluate import DivergedError, Evaluator, write_grid
 from repa_lab.training.images import open_images
@@ -148,9 +149,9 @@ class Trainer:
     def __init__(self, run: Run, options: RunOptions, cache: Path) -> None:
         config, self.options, self.progress = run.config, options, Progress()
         self.config = config
-        require_device(options)
+        pick_device(options)  # refuses what would otherwise fall back in silence
         AcceleratorState._reset_state()  # accelerate keeps the precision of this process's run before
-        self.accelerator = Accelerator(mixed_precision=_MIXED[options.precision], cpu=options.device == "cpu")
+        self.accelerator = Accelerator(mixed_precision=MIXED_PRECISION[options.precision], cpu=options.device == "cpu")
         self.device: torch.device = self.accelerator.device
         images = open_images(config.data, cache)
         source = images.source
@@ -227,31 +228,6 @@ class Trainer:
         self._denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
         ema = EMA(modules, train.ema)
         return Trained(denoiser, modules.get("regularizer"), optimizer, ema, accelerator.scaler)
-
-
-_MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-
-
-class DeviceError(ValueError):
-    """The options ask for what this machine's devices cannot do."""
-
-
-def require_device(options: RunOptions) -> None:
-    """Refuse options that would otherwise fall back in silence: to the CPU, or, by accelerate on a CPU, to float32.
-
-    Raises:
-        DeviceError: naming the option.
-    """
-    available = torch.cuda.is_available()
-    if options.device == "cuda" and not available:
-        raise DeviceError("run.device is cuda, but torch sees no GPU here; use auto or cpu")
-    if options.precision == "fp16" and not (available and options.device != "cpu"):
-        raise DeviceError("run.precision fp16 needs a GPU; use bf16 or fp32")
-
-
-def pick_device(options: RunOptions) -> torch.device:
-    """Where work outside a run's own steps is done: the GPU if there is one and the options allow it."""
-    return torch.device("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu")
 
 
 def build_denoiser(config: RunConfig, given: Input, seed: int) -> nn.Module:

@@ -1,12 +1,11 @@
 """The preflight: what a sweep's runs share is made once, and what cannot be had is refused with the setting at fault."""
 
 import pytest
-import torch
 
-from repa_lab.spec import load_spec
+from repa_lab.spec import RunOptions, load_spec
 from repa_lab.sweep.prepare import RefusedError, prepare
 
-CPU = torch.device("cpu")
+CPU = RunOptions(device="cpu")
 
 
 def configs(spec, **overrides):
@@ -31,9 +30,20 @@ def configs(spec, **overrides):
 def test_refusals_name_the_arm_the_setting_and_the_reason(tiny, tmp_path, monkeypatch, overrides, arm, path, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or a hub that is not there is tried for a minute
     with pytest.raises(RefusedError) as caught:
-        prepare(configs(tiny(), **overrides), tmp_path, CPU, lambda task: lambda done, total: None)
+        prepare(configs(tiny(), **overrides), CPU, tmp_path, lambda task: lambda done, total: None)
     assert (caught.value.arm, caught.value.path) == (arm, path)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("options", "path"), [(RunOptions(device="cpu", precision="fp16"), "run.precision"), (RunOptions(device="cuda"), "run.device")]
+)
+def test_devices_that_are_not_there_are_refused_and_never_replaced(tiny, tmp_path, monkeypatch, options, path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(RefusedError) as caught:
+        prepare(configs(tiny()), options, tmp_path / "cache", lambda task: lambda done, total: None)
+    assert caught.value.path == path
+    assert not (tmp_path / "cache").exists()
 
 
 def test_what_is_cached_is_not_computed_again(tiny, tmp_path):
@@ -42,11 +52,11 @@ def test_what_is_cached_is_not_computed_again(tiny, tmp_path):
     def announce(task):
         return lambda done, total: told.append((task, done, total))
 
-    prepare(configs(tiny()), tmp_path, CPU, announce)
+    prepare(configs(tiny()), CPU, tmp_path, announce)
     assert told[-1] == ("features of efficientnet_lite0", 1797, 1797)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
     told.clear()
-    prepare(configs(tiny()), tmp_path, CPU, announce)
+    prepare(configs(tiny()), CPU, tmp_path, announce)
     assert told == []
     assert {path: path.stat().st_mtime_ns for path in files} == files
     assert sorted(path.suffix for path in files if path.suffix != ".json") == [".npz", ".safetensors"]

@@ -13,8 +13,9 @@ from repa_lab.encoders.encoder import Encoder, load_encoder
 from repa_lab.runs import RunDirectory, RunWriter, State, checkpoints
 from repa_lab.runs import directory as directory_module
 from repa_lab.training import aligner as aligner_module
+from repa_lab.training.device import DeviceError
 from repa_lab.training.evaluate import DivergedError
-from repa_lab.training.loop import DeviceError, Trainer, train
+from repa_lab.training.loop import Trainer, train
 from repa_lab.training.sampling import Sampling
 from tests.data.conftest import noise_image
 from tests.data.test_space import save_vae
@@ -387,7 +388,7 @@ class TestPrecision:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     @pytest.mark.parametrize(
         "options, match",
-        [({"precision": "fp16", "device": "auto"}, "fp16 needs a GPU"), ({"device": "cuda"}, "torch sees no GPU here")],
+        [({"precision": "fp16", "device": "auto"}, "fp16 needs a GPU"), ({"device": "cuda"}, "torch sees no GPU on this machine")],
     )
     def test_what_the_machine_cannot_do_is_refused(self, cache, fresh, options, match):
         # accelerate would train in float32, and on the CPU, without a word.

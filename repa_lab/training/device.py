@@ -1,0 +1,33 @@
+"""Where a run is computed, and refusal of what this machine cannot do."""
+
+from __future__ import annotations
+
+import torch
+
+from repa_lab.spec import RunOptions
+
+# accelerate's names of the precisions.
+MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+class DeviceError(ValueError):
+    """The options ask for what this machine's devices cannot do; :attr:`field` names the option."""
+
+    def __init__(self, field: str, message: str) -> None:
+        self.field = field
+        super().__init__(message)
+
+
+def pick_device(options: RunOptions) -> torch.device:
+    """The GPU if there is one and the options allow it; nothing falls back in silence.
+
+    Raises:
+        DeviceError: a GPU is asked for where torch sees none, or fp16, which accelerate turns into float32 on a CPU.
+    """
+    available = torch.cuda.is_available()
+    if options.device == "cuda" and not available:
+        raise DeviceError("device", "torch sees no GPU on this machine; use auto or cpu")
+    device = torch.device("cuda" if available and options.device != "cpu" else "cpu")
+    if options.precision == "fp16" and device.type == "cpu":
+        raise DeviceError("precision", "fp16 needs a GPU; use bf16 or fp32")
+    return device
