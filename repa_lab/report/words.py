@@ -36,6 +36,8 @@ def conclusions(results: Results) -> list[str]:
     lines = [*_protocol_warning(results), *_search(results, best)]
     if compared:
         return lines + [_comparison(results, arm) for arm in compared]
+    if best is None:  # a search compares its trials with each other
+        lines.append("No arm has a matched baseline, so nothing is compared.")
     return [*lines, *_values(results, arms)]
 
 
@@ -174,7 +176,6 @@ def _is_same_run(results: Results, arm: str) -> bool:
 
 
 def _values(results: Results, arms: Iterable[str]) -> Iterator[str]:
-    yield "No arm has a matched baseline, so nothing is compared."
     for arm in arms:
         row = _summary_row(results, arm)
         yield f"{arm}: nothing measured yet." if row is None else _value(results, row)

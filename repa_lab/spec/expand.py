@@ -41,7 +41,8 @@ class Arm:
         draft = self.draft.copy()
         for dotted, value in settings.items():
             draft.set(dotted, value, Place(None))
-        label = ", ".join([*filter(None, [self.label]), *(f"{_short(path)}={_brief(v)}" for path, v in settings.items())])
+        own = [self.label] if self.levels else []
+        label = ", ".join(own + [f"{_short(path)}={_brief(value)}" for path, value in settings.items()])
         return Arm(label, self.levels, validate(RunConfig, draft), draft)
 
 
