@@ -65,7 +65,7 @@ def plan(spec: SpecArgument, root: RootOption = DEFAULT_ROOT, set_: SetOption = 
                 "state": "blocked" if entry.blocked else entry.state.state.value,
                 "steps": entry.run.config.train.steps,
                 "steps_left": entry.steps_left,
-                "blocked": entry.blocked,
+                "blocked": entry.blocked.message if entry.blocked else None,
             }
             for entry in planned.runs
         ]
@@ -80,7 +80,7 @@ def plan(spec: SpecArgument, root: RootOption = DEFAULT_ROOT, set_: SetOption = 
         left = sum(run.config.train.steps for run in planned.pending)
         out.print(f"{len(planned.pending)} runs to train, {left:,} steps at most", highlight=False)
         if planned.blocked:
-            out.print(f"blocked: {planned.blocked}", highlight=False, markup=False)
+            out.print(f"blocked: {planned.blocked.path}: {planned.blocked.message}", highlight=False, markup=False)
 
 
 @app.command()

@@ -130,6 +130,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+TRAINABLE = tuple(family.name for family in FAMILIES.values() if family.trainable)
+
+
 def family_facts(name: str) -> Family:
     """The facts of a family.
 

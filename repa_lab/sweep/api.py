@@ -16,7 +16,7 @@ from rich.console import Console
 
 from repa_lab.runs import RunsRoot
 from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory
-from repa_lab.spec import Experiment, Problem, SpecError, load_spec
+from repa_lab.spec import Experiment, SpecError, load_spec
 from repa_lab.sweep.executors.local import LocalExecutor
 from repa_lab.sweep.plan import Plan, make_plan
 from repa_lab.sweep.scheduler import Scheduler, SweepBrokenError
@@ -90,7 +90,7 @@ def sweep(
     """
     planned = plan(source, root, overrides)
     if planned.blocked:
-        raise SpecError([_blocked_problem(planned)])
+        raise SpecError([planned.blocked])
     directory = planned.root.sweep(planned.experiment.name)
     trained, failures = 0, dict[str, str]()
     if _is_complete(planned, directory):
@@ -161,12 +161,6 @@ def _make_work(planned: Plan, directory: SweepDirectory) -> Work:
     from repa_lab.sweep.search import Searches
 
     return Searches(planned, directory)
-
-
-def _blocked_problem(planned: Plan) -> Problem:
-    entry = next(entry for entry in planned.runs if entry.blocked)
-    path = "data.path" if (entry.blocked or "").startswith("data.path") else "model.family"
-    return entry.arm.problem(path, entry.blocked or "")
 
 
 def _default_slots(planned: Plan) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from repa_lab.data.fingerprint import DataError, image_files
 from repa_lab.encoders.registry import grid_problem
-from repa_lab.models.facts import Family, Shape, UnknownFactError, family_facts, shape_of
+from repa_lab.models.facts import TRAINABLE, Family, Shape, UnknownFactError, family_facts, shape_of
 from repa_lab.runs.root import RESERVED
 from repa_lab.spec import Arm, EncoderConfig, Experiment, Problem, SpecError
 from repa_lab.spec.errors import Path_
@@ -26,13 +26,14 @@ def check(experiment: Experiment) -> None:
         raise SpecError(problems)
 
 
-def blocked(arm: Arm) -> str | None:
+def blocked(arm: Arm) -> Problem | None:
     """Why an arm that is right cannot be trained here yet, or None."""
     name = arm.config.model.family
     if not family_facts(name).trainable:
-        return f"family '{name}' can be planned but not yet trained by this version (trainable: sit, unet)"
+        message = f"family '{name}' can be planned but not yet trained by this version (trainable: {', '.join(TRAINABLE)})"
+        return arm.problem("model.family", message)
     if arm.config.data.source == "imagefolder" and arm.config.data.path is None:
-        return "data.path is not set; give a folder of images with --set data.path=FOLDER"
+        return arm.problem("data.path", "not set; give a folder of images with --set data.path=FOLDER")
     return None
 
 

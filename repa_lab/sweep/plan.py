@@ -11,7 +11,7 @@ from typing import Any
 from repa_lab.data.fingerprint import file_digest, fingerprint_digits, fingerprint_folder
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.runs import RunsRoot, RunState
-from repa_lab.spec import Arm, DataConfig, Experiment
+from repa_lab.spec import Arm, DataConfig, Experiment, Problem
 from repa_lab.spec.expand import value_at
 from repa_lab.spec.identity import Run, identify, local_files
 from repa_lab.sweep.check import blocked, check, resolve_metric
@@ -27,7 +27,7 @@ class PlannedRun:
     arm: Arm
     run: Run
     state: RunState
-    blocked: str | None
+    blocked: Problem | None
 
     @property
     def steps_left(self) -> int:
@@ -50,7 +50,7 @@ class Plan:
         return tuple(left.values())
 
     @property
-    def blocked(self) -> str | None:
+    def blocked(self) -> Problem | None:
         """The first reason why the sweep cannot be trained here."""
         return next((planned.blocked for planned in self.runs if planned.blocked), None)
 

@@ -60,7 +60,7 @@ def run_one(
     planned = plan(source, root, overrides)
     entry = _choose(planned, arm, seed)
     if entry.blocked:
-        raise SpecError([entry.arm.problem("", entry.blocked)])
+        raise SpecError([entry.blocked])
     from repa_lab.sweep.prepare import RefusedError, prepare
     from repa_lab.sweep.worker import trackers
     from repa_lab.training.loop import train

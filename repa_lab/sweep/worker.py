@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from repa_lab.runs import State
 from repa_lab.sweep.jobs import PrepareJob, Report, TrainJob
+from repa_lab.tracking import Listener
 
 _GRACE_S = 60.0
 
@@ -87,20 +88,15 @@ class Worker:
         self._answers.flush()
 
 
-def trackers(job: TrainJob) -> list[Any]:
-    """The listeners a run's options ask for; one that cannot start costs a warning, never the run."""
+def trackers(job: TrainJob) -> list[Listener]:
+    """The listeners a run's options ask for; W&B starts with the first row, and the journal goes on without it if it cannot."""
     from repa_lab.tracking.wandb import WandbListener, resolve_mode
 
-    mode = resolve_mode(job.options.wandb.mode)
+    options = job.options.wandb
+    mode = resolve_mode(options.mode)
     if mode == "disabled":
         return []
-    directory = job.root.run(job.run.run_id)
-    directory.path.mkdir(parents=True, exist_ok=True)
-    try:
-        return [WandbListener(directory, job.name, job.group, job.run.to_json(), job.options.wandb.project, mode)]
-    except Exception as error:
-        print(f"W&B did not start, going on without it: {_one_line(error)}", file=sys.stderr)
-        return []
+    return [WandbListener(job.root.run(job.run.run_id), job.name, job.group, job.run.to_json(), options.project, mode)]
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def test_an_arm_without_a_single_nearest_baseline_has_none():
 def test_sdxl_is_planned_and_says_what_is_missing():
     planned = make_plan(load_spec(EXPERIMENTS / "sdxl_manifold.yaml"), RunsRoot(Path("nowhere")))
     assert len(planned.runs) == 27
-    assert planned.blocked == "family 'sdxl' can be planned but not yet trained by this version (trainable: sit, unet)"
+    assert planned.blocked and planned.blocked.message == "family 'sdxl' can be planned but not yet trained by this version (trainable: sit, unet)"
 
 
 def test_seed_zero_of_all_arms_comes_first():
