@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,12 +92,13 @@ def run(
     root: RootOption = DEFAULT_ROOT,
     set_: SetOption = None,
 ) -> None:
-    """Train one run of a sweep in this process."""
+    """Train one run of a sweep in this process, or in those that torchrun or accelerate launch started for it."""
     with _clean_errors():
         from repa_lab.sweep.single import run_one
 
-        directory, state = run_one(spec, arm, seed, root, _overrides(set_), out)
-        out.print(f"{state.value}: {directory.path}", highlight=False, soft_wrap=True)
+        shown = out if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
+        directory, state = run_one(spec, arm, seed, root, _overrides(set_), shown)
+        shown.print(f"{state.value}: {directory.path}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -138,6 +140,22 @@ def status(
             error = state.error or ""
             rows.append({"run": name, "run_id": one.run_id, "state": state.state.value, "step": last["step"], "error": error})
         print(json.dumps(rows)) if json_ else out.print(_table(str(sweep or root), rows))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's id, or its folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder for the model.")],
+    weights: Annotated[str, typer.Option(help="ema (the averages that are measured) or last.")] = "ema",
+    root: RootOption = DEFAULT_ROOT,
+) -> None:
+    """Write a run's denoiser alone, as diffusers or a training script of your own would load it."""
+    with _clean_errors():
+        from repa_lab.runs import RunsRoot
+        from repa_lab.training.export import export_model
+
+        step = export_model(RunsRoot(root).find_run(run), folder, weights)
+        out.print(f"{weights} weights of step {step:,}: {folder}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:

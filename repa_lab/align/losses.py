@@ -1,10 +1,16 @@
-"""The two losses, in float32 whatever comes in: cosine alignment (REPA) and the manifold term (U-REPA)."""
+"""Losses that compare matching tokens, in float32 whatever comes in: the cosine of REPA, and its NT-Xent option."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 _ZERO_NORM = 1e-12
+# Tokens are walked through in pieces that stay in a core's cache; on a GPU one piece is fastest.
+_CACHED_BYTES = 1 << 20
 
 
 def unit(tokens: torch.Tensor) -> torch.Tensor:
@@ -19,13 +25,14 @@ def unit(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def token_cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Cosine of matching tokens: ``(B, N, D)`` twice in, ``(B, N)`` in [-1, 1] out; no gradient reaches the teacher.
+    """Cosine of matching tokens: ``(B, N, D)`` twice in, float32 ``(B, N)`` in [-1, 1] out; no gradient reaches the teacher.
 
     Raises:
         ValueError: the shapes differ.
     """
     _require_same_shape(student, teacher)
-    return (unit(student) * unit(teacher.detach())).sum(-1)
+    cosine: torch.Tensor = _Cosine.apply(student, teacher.detach())
+    return cosine
 
 
 def alignment_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -44,27 +51,71 @@ def alignment_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor
     return -token_cosine(student, teacher).mean()
 
 
-def manifold_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of the two cosine Gram matrices within each image: U-REPA (2503.18414), Eqs. 3-4.
+def nt_xent_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+    """Cross-entropy of picking each token's own teacher token among those of its image, by cosine over ``temperature``.
 
-    ``mean over b, i, j of (cos(s_bi, s_bj) - cos(t_bi, t_bj))**2`` for ``(B, N, D)`` inputs. The paper prints a minus sign
-    before the expectation; minimising that would push the Grams apart, so the plus sign is meant. Its expectation over
-    i and j is read as the mean over the N*N pairs of tokens of one image, which puts the term in [0, 4] and makes the
-    published weight 3 sensible. The student and the teacher may differ in width D.
+    REPA (2410.06940), Tables 2 and 6, name NT-Xent as an alternative to the cosine but publish neither its negatives nor its
+    temperature, and the released code lacks it. Negatives are read as the other tokens of the same image, so that the loss
+    depends neither on the micro-batch nor on the number of processes.
 
     Returns:
-        A float32 scalar in [0, 4]; 0 for one token, or when one side is a rotation of the other.
+        A float32 scalar of at least 0; ln N where no token is told from another.
 
     Raises:
-        ValueError: batch size or token count differ.
+        ValueError: the shapes differ.
     """
-    if student.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must share (B, N)")
-    student_unit, teacher_unit = unit(student), unit(teacher.detach())
-    # Autocast would run the two products in half precision; similarities are float32 by contract.
+    _require_same_shape(student, teacher)
+    # Autocast would run the product in half precision; similarities are float32 by contract.
     with torch.autocast(student.device.type, enabled=False):
-        difference = student_unit @ student_unit.transpose(1, 2) - teacher_unit @ teacher_unit.transpose(1, 2)
-    return difference.square().mean()
+        logits = unit(student) @ unit(teacher.detach()).transpose(1, 2) / temperature
+    own = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
+    return functional.cross_entropy(logits.flatten(0, 1), own.flatten())
+
+
+class _Cosine(torch.autograd.Function):
+    """Cosine with its gradient in closed form: it keeps nothing but its inputs and three numbers a token.
+
+    With a = 1 / (|s| |t|) and c the cosine, dc/ds = a t - (c / |s|^2) s.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        dot, student_norm, teacher_norm = torch.empty(3, *student.shape[:-1], device=student.device).unbind()
+        for rows, s, t in _pieces(student, teacher):
+            dot.view(-1)[rows] = (s * t).sum(-1)
+            student_norm.view(-1)[rows] = s.norm(dim=-1)
+            teacher_norm.view(-1)[rows] = t.norm(dim=-1)
+        per_student, per_teacher = _reciprocal(student_norm), _reciprocal(teacher_norm)
+        cosine = dot * per_student * per_teacher
+        ctx.save_for_backward(student, teacher, cosine, per_student, per_teacher)
+        return cosine
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        student, teacher, cosine, per_student, per_teacher = ctx.saved_tensors
+        toward = (gradient * per_student * per_teacher).view(-1, 1)
+        along = (gradient * cosine * per_student.square()).view(-1, 1)
+        out = torch.empty(student.shape, device=student.device)
+        for rows, s, t in _pieces(student, teacher):
+            piece = out.view(-1, out.shape[-1])[rows]
+            torch.mul(t, toward[rows], out=piece)
+            piece.addcmul_(s, along[rows], value=-1)
+        return out.to(student.dtype), None
+
+
+def _pieces(student: torch.Tensor, teacher: torch.Tensor) -> Any:
+    s, t = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
+    whole = student.device.type != "cpu" or torch.compiler.is_compiling()
+    size = len(s) if whole else max(1, _CACHED_BYTES // (4 * s.shape[-1]))
+    for start in range(0, len(s), size):
+        rows = slice(start, min(start + size, len(s)))
+        yield rows, s[rows].float(), t[rows].float()
+
+
+def _reciprocal(norm: torch.Tensor) -> torch.Tensor:
+    """1 / norm, and 0 for a vector of length zero, which then has cosine 0 and gradient 0."""
+    return norm.reciprocal().masked_fill(norm <= _ZERO_NORM, 0.0)
 
 
 def _require_same_shape(student: torch.Tensor, teacher: torch.Tensor) -> None:

@@ -7,45 +7,71 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from repa_lab.align.tokens import Tokens
+from repa_lab.align.tokens import Tokens, flatten_map
 
 
-def _mlp(in_dim: int, out_dim: int, width: int) -> nn.Module:
+class _Conv(nn.Module):
+    """A convolution over the grid of the tokens."""
+
+    def __init__(self, in_dim: int, out_dim: int, kernel: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, out_dim, kernel, padding=kernel // 2)
+
+    def forward(self, tokens: Tokens) -> torch.Tensor:
+        return flatten_map(self.conv(tokens.to_map())).values
+
+
+class _TokenWise(nn.Module):
+    """Layers that see every token alone."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, tokens: Tokens) -> torch.Tensor:
+        projected: torch.Tensor = self.layers(tokens.values)
+        return projected
+
+
+def _mlp(in_dim: int, out_dim: int, width: int, kernel: int) -> nn.Module:
     layers = [nn.Linear(in_dim, width), nn.Linear(width, width), nn.Linear(width, out_dim)]
     for layer in layers:
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
-    return nn.Sequential(layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])
+    return _TokenWise(layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])
 
 
-def _linear(in_dim: int, out_dim: int, width: int) -> nn.Module:
-    return nn.Sequential(nn.LayerNorm(in_dim), nn.Linear(in_dim, out_dim))
+def _linear(in_dim: int, out_dim: int, width: int, kernel: int) -> nn.Module:
+    return _TokenWise(nn.LayerNorm(in_dim), nn.Linear(in_dim, out_dim))
 
 
-KINDS: dict[str, Callable[[int, int, int], nn.Module]] = {"mlp": _mlp, "linear": _linear}
+def _conv(in_dim: int, out_dim: int, width: int, kernel: int) -> nn.Module:
+    return _Conv(in_dim, out_dim, kernel)
+
+
+KINDS: dict[str, Callable[[int, int, int, int], nn.Module]] = {"mlp": _mlp, "linear": _linear, "conv": _conv}
 
 
 class Projector(nn.Module):
-    """Maps tokens ``(B, N, in_dim)`` to ``(B, N, out_dim)``, token by token.
+    """Maps tokens ``(B, N, in_dim)`` to ``(B, N, out_dim)`` and keeps their grid.
 
-    ``mlp`` is REPA's: three linear layers of ``width`` with SiLU between and Xavier-uniform init (the papers' code; 7,344,896
-    parameters for 768 to 768). ``linear`` is the guide's LayerNorm + Linear, which has no use for ``width``.
+    ``mlp`` is REPA's: three linear layers of ``width`` with SiLU between and Xavier-uniform init, token by token (the papers'
+    code; 7,344,896 parameters for 768 to 768). ``linear`` is the guide's LayerNorm + Linear. ``conv`` is iREPA's convolution
+    over the grid with zeros around it, of an odd ``kernel`` so that tokens keep their places; torch's own init for both.
 
     Raises:
-        ValueError: ``kind`` is unknown.
+        ValueError: ``kind`` is unknown, or ``kernel`` even.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, width: int = 2048, kind: str = "mlp") -> None:
+    def __init__(self, in_dim: int, out_dim: int, width: int = 2048, kind: str = "mlp", kernel: int = 3) -> None:
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"unknown projector {kind!r}; allowed: {', '.join(KINDS)}")
-        self.net = KINDS[kind](in_dim, out_dim, width)
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"a projector's kernel must be odd, got {kernel}")
+        self.net = KINDS[kind](in_dim, out_dim, width, kernel)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Project ``(B, N, in_dim)`` to ``(B, N, out_dim)``, in the dtype of the projector's parameters."""
-        projected: torch.Tensor = self.net(tokens.to(next(self.net.parameters()).dtype))
-        return projected
-
-    def project(self, tokens: Tokens) -> Tokens:
-        """Project tokens and keep their grid."""
-        return Tokens(self(tokens.values), tokens.grid)
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Project tokens, in the dtype of the projector's parameters."""
+        dtype = next(self.net.parameters()).dtype
+        return Tokens(self.net(Tokens(tokens.values.to(dtype), tokens.grid)), tokens.grid)

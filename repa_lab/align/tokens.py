@@ -33,6 +33,15 @@ class Tokens:
         """The same tokens on the grid ``to``; see :func:`resample_tokens`."""
         return Tokens(resample_tokens(self.values, self.grid, to), to)
 
+    def mean(self) -> Tokens:
+        """The mean token, in float32, on a grid of one."""
+        return Tokens(self.values.float().mean(dim=1, keepdim=True), (1, 1))
+
+    def to_map(self) -> torch.Tensor:
+        """The tokens as a map ``(B, D, h, w)``."""
+        feature_map: torch.Tensor = self.values.transpose(1, 2).unflatten(2, self.grid)
+        return feature_map
+
 
 def _require_grid(tokens: torch.Tensor, grid: Grid) -> None:
     if tokens.ndim != 3:
@@ -56,8 +65,9 @@ def flatten_map(feature_map: torch.Tensor) -> Tokens:
 def resample_tokens(tokens: torch.Tensor, grid: Grid, to: Grid) -> torch.Tensor:
     """Resample tokens ``(B, h*w, D)`` on ``grid=(h, w)`` to ``(B, H*W, D)`` on ``to=(H, W)``, bilinear in two dimensions.
 
-    Pixel-area convention (``align_corners=False``), no antialiasing, interpolated in float32 and returned in the input's
-    dtype. Equal grids return the input itself; equal counts on different grids are resampled.
+    Pixel-area convention (``align_corners=False``), interpolated in float32 and returned in the input's dtype. Equal grids
+    return the input itself; equal counts on different grids are resampled. Where a side shrinks more than twofold, bilinear
+    interpolation would skip tokens, which then learn nothing: there the average over the area is taken (antialiasing).
 
     Raises:
         ValueError: the tokens do not fill ``grid`` or a size is not positive.
@@ -67,7 +77,7 @@ def resample_tokens(tokens: torch.Tensor, grid: Grid, to: Grid) -> torch.Tensor:
         raise ValueError(f"cannot resample to the grid {to[0]}x{to[1]}")
     if tuple(grid) == tuple(to):
         return tokens
-    batch, _, dim = tokens.shape
-    feature_map = tokens.transpose(1, 2).reshape(batch, dim, *grid).float()
-    resampled = functional.interpolate(feature_map, size=tuple(to), mode="bilinear", align_corners=False)
+    feature_map = tokens.transpose(1, 2).unflatten(2, grid).float()
+    skips = any(source > 2 * target for source, target in zip(grid, to, strict=True))
+    resampled = functional.interpolate(feature_map, tuple(to), mode="bilinear", align_corners=False, antialias=skips)
     return resampled.flatten(2).transpose(1, 2).to(tokens.dtype)

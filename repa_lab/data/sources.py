@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from repa_lab.data.fingerprint import DataError, fingerprint_digits, fingerprint_folder, image_files
+from repa_lab.data.fingerprint import DataError, digest, fingerprint_content, fingerprint_digits, image_files
 
 _SPLIT_SEED = 0
 
@@ -21,7 +21,7 @@ _SPLIT_SEED = 0
 class ImageSource(Protocol):
     """A fixed, ordered set of labelled images of one size.
 
-    ``labels`` is ``(n,)`` int64 in [0, num_classes); ``captions`` has n texts or is empty.
+    ``labels`` is ``(n,)`` int64 in [0, num_classes); ``captions`` has n texts or is empty; ``fingerprint`` is a key of caches.
     """
 
     channels: int
@@ -78,7 +78,7 @@ class ImageFolder:
         self.num_classes = len(names)
         self.labels = torch.tensor([names.index(name) for name in classes])
         self.captions = _captions(folder, self._files)
-        self.fingerprint = fingerprint_folder(folder, resolution)
+        self.fingerprint = fingerprint_content(folder, resolution)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -94,6 +94,29 @@ class ImageFolder:
         except OSError as error:
             raise DataError("path", f"cannot read the image '{path}': {error}") from None
         return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+class Flips:
+    """A source of n images as one of 2n: image n + i is image i mirrored left to right, with its label and caption.
+
+    What is computed once per image, latents and features, is so computed for both versions.
+    """
+
+    def __init__(self, base: ImageSource) -> None:
+        self._base = base
+        self.channels, self.side, self.num_classes = base.channels, base.side, base.num_classes
+        self.labels = torch.cat([base.labels, base.labels])
+        self.captions: Sequence[str] = [*base.captions, *base.captions]
+        self.fingerprint = digest({"source": "flips", "of": base.fingerprint})
+
+    def __len__(self) -> int:
+        return 2 * len(self._base)
+
+    def read(self, index: Sequence[int]) -> torch.Tensor:
+        """See :class:`ImageSource`."""
+        wanted, count = torch.as_tensor(index), len(self._base)
+        pixels = self._base.read((wanted % count).tolist())
+        return torch.where((wanted >= count).view(-1, 1, 1, 1), pixels.flip(-1), pixels)
 
 
 def center_crop(image: Image.Image, side: int) -> Image.Image:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from repa_lab.data.autoencoder import Autoencoder, load_autoencoder, to_uint8
 from repa_lab.data.fingerprint import DataError
 from repa_lab.data.sources import ImageSource
 from repa_lab.data.store import ArrayStore, Progress, open_or_build
+
+_BATCH = 8
+_CPU = torch.device("cpu")
 
 
 class Space(Protocol):
@@ -19,8 +23,12 @@ class Space(Protocol):
     channels: int
     size: tuple[int, int]
 
-    def encode(self, index: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-        """Images of the source as float32 ``(B, channels, *size)``; a VAE draws its latents with ``generator``."""
+    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor | None:
+        """The randomness of encoding ``count`` images; None, and nothing is drawn, where encoding has none."""
+        ...
+
+    def encode(self, index: Sequence[int], noise: torch.Tensor | None) -> torch.Tensor:
+        """Images of the source as float32 ``(B, channels, *size)``; ``noise`` is what :meth:`draw` gave, None the mean."""
         ...
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
@@ -35,7 +43,11 @@ class PixelSpace:
         self._source = source
         self.channels, self.size = source.channels, (source.side, source.side)
 
-    def encode(self, index: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor | None:
+        """See :class:`Space`: None, pixels are no matter of chance."""
+        return None
+
+    def encode(self, index: Sequence[int], noise: torch.Tensor | None) -> torch.Tensor:
         """See :class:`Space`."""
         return self._source.read(index).float() / 127.5 - 1
 
@@ -45,66 +57,56 @@ class PixelSpace:
 
 
 class LatentSpace:
-    """Latents of an `AutoencoderKL`: ``(mean + std * eps - shift) * scale``; the moments are computed once and cached.
+    """Latents of an autoencoder: ``mean + std * noise``, normalised; the moments are computed once and cached.
 
     Args:
-        vae: a diffusers `AutoencoderKL`, in evaluation mode.
-        moments: ``(n, 2 * channels, h, w)``: mean and standard deviation of every image's latent.
+        vae: the autoencoder.
+        moments: ``(n, 2 * c, h, w)``: mean and standard deviation of every image's latent.
     """
 
-    def __init__(self, vae: Any, moments: ArrayStore) -> None:
-        self._vae, self._moments = vae, moments
-        self.channels, self.size = moments.shape[0] // 2, (moments.shape[1], moments.shape[2])
-        self._scale = float(vae.config.scaling_factor)
-        self._shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+    def __init__(self, vae: Autoencoder, moments: ArrayStore) -> None:
+        self.vae, self._moments = vae, moments
+        doubled, height, width = moments.shape
+        self._latent = (doubled // 2, height, width)
+        self.channels, *size = vae.scaling.shape(*self._latent)
+        self.size = (size[0], size[1])
 
-    def encode(self, index: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor | None:
+        """See :class:`Space`: standard normal ``(count, c, h, w)``, in the autoencoder's own shape."""
+        return torch.randn((count, *self._latent), generator=generator)
+
+    def encode(self, index: Sequence[int], noise: torch.Tensor | None) -> torch.Tensor:
         """See :class:`Space`."""
         mean, std = self._moments[torch.as_tensor(index)].chunk(2, dim=1)
-        noise = torch.randn(mean.shape, generator=generator)
-        return (mean + std * noise - self._shift) * self._scale
+        return self.vae.scaling.normalise(mean if noise is None else mean + std * noise)
 
-    @torch.no_grad()
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """See :class:`Space`."""
-        vae = self._vae.to(x.device)
-        return to_uint8(vae.decode(x / self._scale + self._shift).sample)
+        return self.vae.decode(x)
 
 
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """Values in [-1, 1] as levels 0..255, clamped and rounded to nearest."""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def latent_space(source: ImageSource, vae: str, cache: Path, progress: Progress | None = None) -> LatentSpace:
+def latent_space(
+    source: ImageSource, vae: str, cache: Path, progress: Progress | None = None, device: torch.device = _CPU
+) -> LatentSpace:
     """The latent space of a VAE, a hub id or a local folder, with the moments of all images.
 
+    Args:
+        source: the images.
+        vae: any autoencoder of diffusers that takes images.
+        cache: where the moments are kept.
+        progress: told how many of how many images are done.
+        device: where moments that are missing are computed.
+
     Raises:
-        DataError: the VAE cannot be loaded, or does not take images of this many channels.
+        DataError: the VAE cannot be loaded, or does not take images of this many channels or this size.
     """
-    from diffusers import AutoencoderKL
+    model = load_autoencoder(vae, "vae")
+    if model.channels not in (source.channels, None):
+        raise DataError("vae", f"the VAE takes {model.channels} channels, the images have {source.channels}")
 
-    try:
-        model = AutoencoderKL.from_pretrained(vae).eval().requires_grad_(False)
-    except (OSError, ValueError) as error:
-        raise DataError("vae", f"cannot load the VAE '{vae}': {str(error).splitlines()[0]}") from None
-    if model.config.in_channels != source.channels:
-        message = f"the VAE takes {model.config.in_channels} channels, the images have {source.channels}"
-        raise DataError("vae", message)
-
-    @torch.no_grad()
     def moments(index: torch.Tensor) -> torch.Tensor:
-        posterior = model.encode(source.read(index.tolist()).float() / 127.5 - 1).latent_dist
-        return torch.cat([posterior.mean, posterior.std], dim=1)
+        model.model.to(device)
+        return model.moments(source.read(index.tolist()))
 
-    identity = {"kind": "latents/1", "data": source.fingerprint, "vae": _vae_identity(model)}
-    return LatentSpace(model, open_or_build(cache / "latents", identity, len(source), moments, 8, progress))
-
-
-def _vae_identity(model: Any) -> dict[str, Any]:
-    """A folder may be moved or refilled, so its content speaks for it: the sum of every parameter, and the config.
-
-    Names with an underscore are diffusers' own notes: the path, its version.
-    """
-    sums = {key: value.double().sum().item() for key, value in model.state_dict().items()}
-    return {"config": {k: repr(v) for k, v in model.config.items() if not k.startswith("_")}, "weights": sums}
+    identity = {"kind": "latents/2", "data": source.fingerprint, "vae": model.identity}
+    return LatentSpace(model, open_or_build(cache / "latents", identity, len(source), moments, _BATCH, progress))

@@ -1,127 +1,189 @@
-"""Arrays computed once per image and kept: safetensors shards under a manifest, built resumably, read by index."""
+"""Arrays computed once per image and kept: safetensors shards under a manifest, built resumably, checked, read by index."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
-from repa_lab.data.fingerprint import digest
+from repa_lab.data.fingerprint import DataError, digest
+from repa_lab.data.shards import (
+    Manifest,
+    checksums,
+    damaged,
+    dtype_name,
+    is_whole,
+    read_manifest,
+    read_rows,
+    read_shard,
+    shard_path,
+    write_manifest,
+    write_shard,
+)
 
-_SHARD = 4096
+_SHARD_BYTES = 256 << 20
+_SHARD_ROWS = 1024  # small arrays can be slow to compute, and a kill loses a shard
 _IN_MEMORY_BYTES = 2 << 30
 Progress = Callable[[int, int], None]
+Compute = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ArrayStore:
-    """One tensor per image of a source, on disk; small stores are held in memory, large ones read by slice.
+    """One tensor per image of a source: ``shape`` and ``dtype`` are one tensor's.
+
+    Small stores are held in memory. Of large ones rows are read from disk, and checked when they are first read.
 
     Args:
-        folder: where the shards of this content stand.
-        count: number of images.
+        folder: where the shards stand.
+        manifest: what they hold.
+        values: all tensors ``(n, *shape)``, checked; None reads them from disk.
     """
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self._files = [_shard_path(folder, start) for start in range(0, count, _SHARD)]
-        with safe_open(self._files[0], framework="pt") as file:
-            first = file.get_slice("values")[:1]
-        self.shape, self.dtype = first.shape[1:], first.dtype
-        fits = first.nbytes * count <= _IN_MEMORY_BYTES
-        self._values = torch.cat([load_file(path)["values"] for path in self._files]) if fits else None
+    def __init__(self, folder: Path, manifest: Manifest, values: torch.Tensor | None) -> None:
+        self._folder, self._manifest, self._values = folder, manifest, values
+        self.shape, self.dtype = torch.Size(manifest.shape), manifest.torch_dtype
+        self._checked = torch.zeros(manifest.count, dtype=torch.bool)
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        """The tensors of the images ``index`` ``(n,)``: ``(n, *shape)``."""
+        """The tensors of the images ``index`` ``(n,)``: ``(n, *shape)``, as they are stored.
+
+        Raises:
+            DataError: a shard is damaged.
+        """
         if self._values is not None:
             return self._values[index]
         out = torch.empty((len(index), *self.shape), dtype=self.dtype)
-        for shard in index.div(_SHARD, rounding_mode="floor").unique().tolist():
-            rows = (index.div(_SHARD, rounding_mode="floor") == shard).nonzero().flatten()
-            with safe_open(self._files[shard], framework="pt") as file:
-                values = file.get_slice("values")
-                for row in rows.tolist():
-                    out[row] = values[int(index[row]) % _SHARD]
+        starts = index - index % self._manifest.rows
+        for start in starts.unique().tolist():
+            out[starts == start] = self._read(start, index[starts == start])
         return out
+
+    def _read(self, start: int, index: torch.Tensor) -> torch.Tensor:
+        path = shard_path(self._folder, start)
+        values, sums = read_rows(path, index - start)
+        new = ~self._checked[index]
+        if not torch.equal(checksums(values[new]), sums[new]):
+            raise damaged(path)
+        self._checked[index] = True
+        return values
 
 
 def open_or_build(
     root: Path,
     identity: Mapping[str, Any],
     count: int,
-    compute: Callable[[torch.Tensor], torch.Tensor],
+    compute: Compute,
     batch_size: int = 128,
     progress: Progress | None = None,
+    dtype: torch.dtype | None = None,
 ) -> ArrayStore:
-    """The store of ``identity`` under ``root``; what is missing is computed, shard by shard, so that a kill loses one shard.
+    """The store of ``identity`` under ``root``; what is missing or damaged is computed; a kill loses one shard.
 
     Args:
         root: the cache folder; the store's folder in it is named by the hash of ``identity``.
         identity: all that decides the content: data fingerprint, model, preprocessing.
         count: number of images.
-        compute: maps indices ``(b,)`` to a tensor ``(b, *shape)``.
+        compute: maps indices ``(b,)`` to a tensor ``(b, *shape)``; not called if nothing is missing.
         batch_size: images per call of ``compute``.
         progress: told how many of how many images are done.
+        dtype: how tensors are stored; None keeps what ``compute`` gives.
+
+    Raises:
+        DataError: the folder is another store's, or a value has no place in ``dtype``.
     """
     folder = root / digest(identity)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        manifest = folder / "manifest.json"  # for people: what reads a store knows its identity
-        if not manifest.exists():
-            manifest.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-        for path, span in _shards(folder, count):
-            if not _is_whole(path, len(span)):
-                _build_shard(path, span, compute, batch_size, count, progress)
-    return ArrayStore(folder, count)
+        manifest = read_manifest(folder, _wanted(identity, count, dtype))
+        if manifest is None:  # what one tensor is like, the first ones tell
+            head = _stored(compute(torch.arange(min(batch_size, count))), dtype)
+            manifest = _describe(head, identity, count)
+            compute = _remember(head, compute)
+            write_manifest(folder, manifest)
+        builder = _Builder(manifest, compute, batch_size, progress, dtype)
+        return ArrayStore(folder, manifest, builder.complete(folder))
 
 
-def is_built(root: Path, identity: Mapping[str, Any], count: int) -> bool:
-    """Whether :func:`open_or_build` would find everything there."""
-    folder = root / digest(identity)[:16]
-    return all(_is_whole(path, len(span)) for path, span in _shards(folder, count))
+@dataclass(frozen=True)
+class _Builder:
+    """Computes the shards of a store that are not there."""
+
+    manifest: Manifest
+    compute: Compute
+    batch_size: int
+    progress: Progress | None
+    dtype: torch.dtype | None
+
+    def complete(self, folder: Path) -> torch.Tensor | None:
+        """Build what is missing in ``folder``; all values, if they fit in memory."""
+        manifest = self.manifest
+        if manifest.nbytes > _IN_MEMORY_BYTES:
+            for path, span in manifest.shards(folder):
+                if not is_whole(path, manifest):
+                    write_shard(path, self._values(span), manifest)
+            return None
+        values = torch.empty((manifest.count, *manifest.shape), dtype=manifest.torch_dtype)
+        for path, span in manifest.shards(folder):
+            values[span.start : span.stop] = self._shard(path, span)
+        return values
+
+    def _shard(self, path: Path, span: range) -> torch.Tensor:
+        held = read_shard(path, self.manifest)
+        if held is None:
+            held = self._values(span)
+            write_shard(path, held, self.manifest)
+        return held
+
+    def _values(self, span: range) -> torch.Tensor:
+        values = torch.empty((len(span), *self.manifest.shape), dtype=self.manifest.torch_dtype)
+        for begin in range(span.start, span.stop, self.batch_size):
+            end = min(begin + self.batch_size, span.stop)
+            part = _stored(self.compute(torch.arange(begin, end)), self.dtype)
+            self._require_same(part)
+            values[begin - span.start : end - span.start] = part
+            if self.progress:
+                self.progress(end, self.manifest.count)
+        return values
+
+    def _require_same(self, part: torch.Tensor) -> None:
+        held, seen = (self.manifest.shape, self.manifest.torch_dtype), (tuple(part.shape[1:]), part.dtype)
+        if held != seen:
+            raise DataError("source", f"arrays of one cache must be alike: {held} were kept, now there are {seen}")
 
 
-def _build_shard(
-    path: Path,
-    span: range,
-    compute: Callable[[torch.Tensor], torch.Tensor],
-    batch_size: int,
-    count: int,
-    progress: Progress | None,
-) -> None:
-    values = torch.empty(0)
-    for begin in range(span.start, span.stop, batch_size):
-        end = min(begin + batch_size, span.stop)
-        part = compute(torch.arange(begin, end))
-        if begin == span.start:  # one allocation: a shard of a large encoder's features is gigabytes
-            values = torch.empty((len(span), *part.shape[1:]), dtype=part.dtype)
-        values[begin - span.start : end - span.start] = part
-        if progress:
-            progress(end, count)
-    temporary = path.with_suffix(".tmp")
-    save_file({"values": values}, temporary)
-    temporary.replace(path)
+def _wanted(identity: Mapping[str, Any], count: int, dtype: torch.dtype | None) -> dict[str, Any]:
+    """What the manifest of a store must say; what is left out, the store itself decides."""
+    return {"identity": identity, "count": count, **({"dtype": dtype_name(dtype)} if dtype else {})}
 
 
-def _is_whole(path: Path, rows: int) -> bool:
-    """The header of a safetensors file states its length, so a truncated file does not open."""
-    if not path.exists():
-        return False
-    try:
-        with safe_open(path, framework="pt") as file:
-            return bool(file.get_slice("values").get_shape()[0] == rows)
-    except SafetensorError:
-        return False
+def _describe(head: torch.Tensor, identity: Mapping[str, Any], count: int) -> Manifest:
+    shape = tuple(head.shape[1:])
+    fitting = _SHARD_BYTES // max(1, math.prod(shape) * head.dtype.itemsize)
+    return Manifest(identity, dtype_name(head.dtype), shape, count, rows=max(1, min(fitting, _SHARD_ROWS)))
 
 
-def _shards(folder: Path, count: int) -> Iterator[tuple[Path, range]]:
-    for start in range(0, count, _SHARD):
-        yield _shard_path(folder, start), range(start, min(start + _SHARD, count))
+def _remember(head: torch.Tensor, compute: Compute) -> Compute:
+    """``compute``, but for the first tensors, which are there."""
+
+    def remembering(index: torch.Tensor) -> torch.Tensor:
+        known = int(index[0]) == 0 and len(index) <= len(head)
+        return head[: len(index)] if known else compute(index)
+
+    return remembering
 
 
-def _shard_path(folder: Path, start: int) -> Path:
-    return folder / f"values-{start:08d}.safetensors"
+def _stored(values: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    if dtype is None:
+        return values.cpu()
+    stored = values.to(dtype)
+    lost = values[values.isfinite() & ~stored.isfinite()]
+    if len(lost):
+        largest, limit = lost.abs().max().item(), torch.finfo(dtype).max
+        message = f"a value of {largest:g} is too large to be kept as {dtype_name(dtype)} (up to {limit:g})"
+        raise DataError("encoder_storage", f"{message}; set run.encoder_storage: fp32")
+    return stored.cpu()

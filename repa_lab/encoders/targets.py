@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,12 +11,15 @@ import torch
 
 from repa_lab.align.tokens import Grid, Tokens
 from repa_lab.data.fingerprint import file_digest
+from repa_lab.data.shards import dtype_name
 from repa_lab.data.sources import ImageSource
-from repa_lab.data.store import ArrayStore, Progress, is_built, open_or_build
-from repa_lab.encoders.encoder import Encoder, load_encoder, require_patch_tokens
+from repa_lab.data.store import ArrayStore, Progress, open_or_build
+from repa_lab.encoders.encoder import Encoder, EncoderOptions, load_encoder, require_patch_tokens
 
 _PREFLIGHT_IMAGES = 4
 _MIN_STD = 1e-6
+_IMAGES_AT_ONCE = 64
+_PLAIN = EncoderOptions()
 
 
 class Targets(Protocol):
@@ -24,12 +28,13 @@ class Targets(Protocol):
     dim: int
 
     def __call__(self, index: torch.Tensor, device: torch.device) -> Tokens:
-        """Tokens of the images ``index`` ``(B,)`` on ``device``."""
+        """Tokens of the images ``index`` ``(B,)`` on ``device``, float32."""
         ...
 
 
 class CachedTargets:
-    """Features from the cache, ``(n, h, w, D)``; optionally with every channel standardised over all images and places."""
+    """Features from the cache, ``(n, h, w, D)`` in whatever precision they are kept, optionally with every channel standardised
+    over all images and places."""
 
     def __init__(self, store: ArrayStore, count: int, standardize: bool) -> None:
         self._store = store
@@ -39,11 +44,11 @@ class CachedTargets:
 
     def __call__(self, index: torch.Tensor, device: torch.device) -> Tokens:
         """See :class:`Targets`."""
-        values = self._store[index].flatten(1, 2)
+        values = self._store[index].to(device, non_blocking=True).float().flatten(1, 2)
         if self._moments is not None:
-            mean, std = self._moments
+            mean, std = (moment.to(device) for moment in self._moments)
             values = (values - mean) / std
-        return Tokens(values.to(device, non_blocking=True), self._grid)
+        return Tokens(values, self._grid)
 
 
 class OnlineTargets:
@@ -59,11 +64,19 @@ class OnlineTargets:
         return tokens
 
 
-def feature_identity(source: ImageSource, name: str, image_size: int | None, weights: str | None) -> Mapping[str, Any]:
-    """All that decides a feature: the images, the encoder, its weights and its input size."""
-    named = {"name": name, "image_size": image_size, "resolution": source.side}
+def feature_identity(
+    source: ImageSource,
+    name: str,
+    image_size: int | None,
+    weights: str | None,
+    storage: torch.dtype = torch.float16,
+    precision: str = "fp32",
+) -> Mapping[str, Any]:
+    """All that decides a feature: the pixels, the encoder, its weights, input size and precision, and how features are kept."""
+    named = {"name": name, "image_size": image_size, "resolution": source.side, "precision": precision}
     content = None if weights is None else file_digest(Path(weights))
-    return {"kind": "features/1", "data": source.fingerprint, **named, "weights": content}
+    kept = {"storage": dtype_name(storage)}
+    return {"kind": "features/2", "data": source.fingerprint, **named, "weights": content, **kept}
 
 
 def cached_targets(
@@ -75,31 +88,42 @@ def cached_targets(
     cache: Path,
     device: torch.device,
     progress: Progress | None = None,
+    storage: torch.dtype = torch.float16,
+    options: EncoderOptions = _PLAIN,
 ) -> CachedTargets:
     """Features of all images from the cache; the encoder is loaded, and must pass the preflight, only if some are missing.
 
+    Args:
+        source: what the encoder looks at.
+        name: of the encoder.
+        image_size: pixels along each side of its input; None derives it from the images.
+        weights: a local file of weights.
+        standardize: whether every channel is given mean 0 and standard deviation 1.
+        cache: where features are kept.
+        device: where the encoder runs.
+        progress: told how many of how many images are done.
+        storage: float16, or float32 for features that are bit for bit the encoder's.
+        options: how the encoder runs; of these, the precision decides what its features are.
+
     Raises:
         EncoderError: the encoder cannot be loaded or does not give patch tokens.
+        DataError: the cache holds something else or is damaged, or a feature is too large for the storage.
     """
-    identity = feature_identity(source, name, image_size, weights)
-    root = cache / "features"
-    if is_built(root, identity, len(source)):
-        store = open_or_build(root, identity, len(source), _refuse)
-        return CachedTargets(store, len(source), standardize)
-    encoder = load_encoder(name, image_size, source.side, weights).to(device)
-    grid = require_patch_tokens(encoder, name, _sample(source).to(device)).grid
+
+    @functools.cache
+    def ready() -> tuple[Encoder, Grid]:
+        encoder = load_encoder(name, image_size, source.side, weights, options).to(device)
+        return encoder, require_patch_tokens(encoder, name, _sample(source).to(device)).grid
 
     def compute(index: torch.Tensor) -> torch.Tensor:
+        encoder, grid = ready()
         tokens: Tokens = encoder(source.read(index.tolist()).to(device))
         features: torch.Tensor = tokens.values.unflatten(1, grid)
         return features
 
-    store = open_or_build(root, identity, len(source), compute, progress=progress)
+    identity = feature_identity(source, name, image_size, weights, storage, options.precision)
+    store = open_or_build(cache / "features", identity, len(source), compute, progress=progress, dtype=storage)
     return CachedTargets(store, len(source), standardize)
-
-
-def _refuse(index: torch.Tensor) -> torch.Tensor:
-    raise AssertionError("a built store computes nothing")
 
 
 def _sample(source: ImageSource) -> torch.Tensor:
@@ -108,8 +132,8 @@ def _sample(source: ImageSource) -> torch.Tensor:
 
 def _channel_moments(store: ArrayStore, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     total, squares, tokens = torch.zeros(store.shape[-1]).double(), torch.zeros(store.shape[-1]).double(), 0
-    for start in range(0, count, 1024):
-        values = store[torch.arange(start, min(start + 1024, count))].double().flatten(0, 2)
+    for index in torch.arange(count).split(_IMAGES_AT_ONCE):
+        values = store[index].double().flatten(0, 2)
         total, squares, tokens = total + values.sum(0), squares + values.square().sum(0), tokens + len(values)
     mean = total / tokens
     return mean.float(), (squares / tokens - mean.square()).clamp_min(_MIN_STD**2).sqrt().float()

@@ -11,6 +11,7 @@ from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
 from timm.layers.patch_embed import PatchEmbed
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from repa_lab.align.tokens import Grid
 from repa_lab.models.facts import sit_shape
@@ -121,7 +122,12 @@ class SiT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_positions(config.width, self.grid).unsqueeze(0), requires_grad=False)
         self.blocks = nn.ModuleList([SiTBlock(config.width, config.heads) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config.width, config.patch_size, config.in_channels)
+        self._checkpoints = False
         self._init_weights()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only the blocks' inputs for the backward pass, which then runs each block once more."""
+        self._checkpoints = True
 
     @classmethod
     def from_size(
@@ -141,7 +147,10 @@ class SiT(nn.Module):
         tokens = self.x_embedder(x) + self.pos_embed
         condition = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
-            tokens = block(tokens, condition)
+            if self._checkpoints and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, condition, use_reentrant=False)
+            else:
+                tokens = block(tokens, condition)
         return self._unpatchify(self.final_layer(tokens, condition))
 
     def _unpatchify(self, patches: torch.Tensor) -> torch.Tensor:

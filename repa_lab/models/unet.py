@@ -35,6 +35,10 @@ class UNet(nn.Module):
             num_class_embeds=num_classes + 1,
         )
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only the blocks' inputs for the backward pass, which then runs each block once more."""
+        self.net.enable_gradient_checkpointing()
+
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Velocity ``(B, C, H, W)``; diffusers' sinusoids expect t in [0, 1000]."""
         velocity: torch.Tensor = self.net(x, t * 1000, class_labels=y).sample

@@ -25,6 +25,10 @@ class UnknownSweepError(ValueError):
     """There is no such sweep."""
 
 
+class UnknownRunError(ValueError):
+    """There is no run of this id."""
+
+
 class SweepDirectory:
     """A sweep's folder: which arms and runs it asked for, and the report on them."""
 
@@ -76,6 +80,17 @@ class RunsRoot:
     def run(self, run_id: str) -> RunDirectory:
         """The directory of a run, there or not."""
         return RunDirectory(self.path / "by-id" / _folder_name(run_id))
+
+    def find_run(self, name: Path) -> RunDirectory:
+        """A described run by its id, or by its folder or a link to it.
+
+        Raises:
+            UnknownRunError: there is no such run.
+        """
+        for path in (name, self.path / "by-id" / name):
+            if (path / "spec.json").is_file():
+                return RunDirectory(path.resolve())
+        raise UnknownRunError(f"no run '{name}' in {self.path}; `repa-lab status` lists them")
 
     def runs(self) -> list[RunDirectory]:
         """All runs that were ever described."""

@@ -12,6 +12,7 @@ from repa_lab.spec.schema import (
     RegularizerConfig,
     RunConfig,
     RunOptions,
+    ScheduleConfig,
     SearchConfig,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "RegularizerConfig",
     "RunConfig",
     "RunOptions",
+    "ScheduleConfig",
     "SearchConfig",
     "SpecError",
     "load_spec",

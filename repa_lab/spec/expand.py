@@ -34,7 +34,8 @@ class Arm:
 
     def problem(self, dotted: str, message: str) -> Problem:
         """A problem with one of the arm's settings, at the place that set it."""
-        return Problem(self.draft.place(tuple(dotted.split("."))), dotted, message)
+        path = tuple(int(step) if step.isdecimal() else step for step in dotted.split("."))
+        return Problem(self.draft.place(path), dotted, message)
 
     def with_settings(self, settings: Mapping[str, Any]) -> Arm:
         """The same arm with some dotted paths set, as a search does."""

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
 from repa_lab.spec.schema import RunConfig
 
 _ID_LENGTH = 12
@@ -49,28 +51,43 @@ def identify(config: RunConfig, seed: int, protocol: int, data: str, contents: M
 
 def local_files(config: RunConfig) -> tuple[str, ...]:
     """Files of weights that the settings name."""
-    named = [encoder.weights for encoder in config.encoders] + [config.evaluate.extractor.weights]
+    named = [encoder.weights for _, encoder in config.encoder_paths] + [config.evaluate.extractor.weights]
     return tuple(dict.fromkeys(path for path in named if path))
 
 
 def _scientific(config: RunConfig, contents: Mapping[str, str]) -> dict[str, Any]:
     """The settings without what the run does not use, paths replaced by what they lead to."""
-    value = config.model_dump(mode="json")
+    value = _without_neutral(config)
     del value["data"]["path"]
     value["data"]["resolution"] = config.data.side
     if config.regularizer.type == "none":
         value["regularizer"] = {"type": "none"}
     elif config.regularizer.type == "repa":
         del value["regularizer"]["manifold_weight"]
-    return _replace_files(value, contents)
+        value["regularizer"].pop("manifold", None)
+    replaced: dict[str, Any] = _replace_files(value, contents)
+    return replaced
 
 
-def _replace_files(value: dict[str, Any], contents: Mapping[str, str]) -> dict[str, Any]:
+def _without_neutral(section: Any) -> Any:
+    """A section as plain data, without the fields that came later and stand at their neutral value."""
+    if isinstance(section, (list, tuple)):
+        return [_without_neutral(item) for item in section]
+    if not isinstance(section, BaseModel):
+        return section
     return {
-        key: _replace_files(inner, contents)
-        if isinstance(inner, dict)
-        else contents[inner]
-        if key == "weights" and inner is not None
-        else inner
+        name: _without_neutral(getattr(section, name))
+        for name, field in type(section).model_fields.items()
+        if not (field.json_schema_extra and getattr(section, name) == field.default)
+    }
+
+
+def _replace_files(value: Any, contents: Mapping[str, str]) -> Any:
+    if isinstance(value, list):
+        return [_replace_files(item, contents) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: contents[inner] if key == "weights" and inner is not None else _replace_files(inner, contents)
         for key, inner in value.items()
     }

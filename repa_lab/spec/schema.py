@@ -17,6 +17,11 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
+def _later(neutral: Any, **limits: Any) -> Any:
+    """A field that came after runs were identified without it: at its neutral value, a run's id is what it was before."""
+    return Field(default=neutral, json_schema_extra={"neutral": True}, **limits)
+
+
 class ModelConfig(_Section):
     """The denoiser: a ``size`` of a family trained from scratch, or a ``pretrained`` hub id or folder."""
 
@@ -32,7 +37,9 @@ class EncoderConfig(_Section):
 
     ``image_size`` null derives it from the training resolution by the papers' rule (256 px is seen at 224 by patch 14).
     ``weights`` is a local file for when the hub is out of reach. ``standardize`` gives every channel mean 0 and standard
-    deviation 1 over the data set's tokens. ``cache`` computes the features once for all runs.
+    deviation 1 over the data set's tokens. ``cache`` computes the features once for all runs. ``pixels`` is what the encoder
+    looks at: the ``image`` itself, as in the papers, or its reconstruction by the ``vae`` of the data or by a tiny
+    autoencoder of the same latents (``tae``, a hub id or folder), as in the guide's trainer.
     """
 
     name: str = "dinov2_vitg14"
@@ -40,23 +47,53 @@ class EncoderConfig(_Section):
     weights: str | None = None
     standardize: bool = False
     cache: bool = True
+    pixels: Literal["image", "vae", "tae"] = _later("image")
+    tae: str | None = _later(None)
 
     @model_validator(mode="after")
-    def _standardize_needs_cache(self) -> EncoderConfig:
+    def _settings_fit(self) -> EncoderConfig:
         if self.standardize and not self.cache:
             raise ValueError("standardize needs the statistics of all features, so cache must be true")
+        if (self.pixels == "tae") != (self.tae is not None):
+            raise ValueError("tae names the tiny autoencoder that pixels: tae decodes with; give both or neither")
         return self
 
 
 class ProjectorConfig(_Section):
-    """The map from the denoiser's width to the encoder's: REPA's mlp of three layers, or the guide's ``linear``."""
+    """The map from the denoiser's width to the encoder's: REPA's ``mlp`` of three layers, the guide's ``linear``, or a ``conv``
+    of an odd ``kernel`` over the grid."""
 
-    type: Literal["mlp", "linear"] = "mlp"
+    type: Literal["mlp", "linear", "conv"] = "mlp"
     width: Positive = 2048
+    kernel: Annotated[int, Field(ge=1)] = _later(3)
+
+    @model_validator(mode="after")
+    def _kernel_is_odd(self) -> ProjectorConfig:
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, so that tokens keep their places; got {self.kernel}")
+        return self
+
+
+class ManifoldConfig(_Section):
+    """Which pairs U-REPA's manifold loss compares and how; see :class:`repa_lab.align.Manifold`."""
+
+    scope: Literal["intra", "batch_pooled", "batch_tokens"] = "intra"
+    reduction: Literal["mean", "sum", "offdiag_mean"] = "mean"
+    distance: Literal["l2", "l1_margin"] = "l2"
+    margin: NotNegative = 0.1
+    sample: Annotated[int, Field(ge=2)] = 2048
+
+
+class ResampleConfig(_Section):
+    """Which ``side`` is brought to the other's grid where they differ, and ``when``: after or before the projector."""
+
+    side: Literal["student", "teacher"] = "student"
+    when: Literal["after", "before"] = "after"
 
 
 class ScheduleConfig(_Section):
-    """The weight over steps; see :class:`repa_lab.align.Schedule`. ``decay_steps`` is absolute, 0 means the end of training."""
+    """The weight over steps; see :class:`repa_lab.align.Schedule` and, for what depends on how similar the tokens have become,
+    :class:`repa_lab.align.SimilarityCutoff`. ``decay_steps`` is absolute, 0 means the end of training."""
 
     type: Literal["constant", "linear", "cosine", "polynomial"] = "constant"
     warmup_steps: Count = 0
@@ -64,6 +101,11 @@ class ScheduleConfig(_Section):
     end: NotNegative = 0.0
     cutoff_step: Count | None = None
     power: NotNegative = 1.0
+    similarity_threshold: Annotated[float, Field(ge=-1, le=1)] | None = _later(None)
+    similarity_ema_decay: Annotated[float, Field(ge=0, lt=1)] = _later(0.99)
+    similarity_min_count: Positive = _later(100)
+    threshold_mode: Literal["permanent", "recoverable"] = _later("permanent")
+    probe_every: Positive = _later(50)
 
     @model_validator(mode="after")
     def _decay_ends_after_warmup(self) -> ScheduleConfig:
@@ -73,26 +115,53 @@ class ScheduleConfig(_Section):
 
 
 class RegularizerConfig(_Section):
-    """``none``, ``repa`` or ``urepa``; ``block_index`` is 0-based, null takes the family's suggestion."""
+    """``none``, ``repa`` or ``urepa``; ``block_index`` is 0-based, null takes the family's suggestion.
+
+    ``encoder`` may be a list: each has its projector, and the loss is the mean over them. ``spatial_align`` false compares the
+    means over tokens. ``temperature`` is that of the ``nt_xent`` loss.
+    """
 
     type: Literal["none", "repa", "urepa"] = "none"
     weight: NotNegative = 0.5
     manifold_weight: NotNegative = 3.0
     block_index: BlockIndex | None = None
-    encoder: EncoderConfig = EncoderConfig()
+    encoder: EncoderConfig | Annotated[list[EncoderConfig], Field(min_length=1)] = EncoderConfig()
     projector: ProjectorConfig = ProjectorConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    loss: Literal["cosine", "nt_xent"] = _later("cosine")
+    temperature: Annotated[float, Field(gt=0)] = _later(0.1)
+    spatial_align: bool = _later(True)
+    resample: ResampleConfig = _later(ResampleConfig())
+    manifold: ManifoldConfig = _later(ManifoldConfig())
+
+    @property
+    def encoders(self) -> tuple[EncoderConfig, ...]:
+        """The encoders that are aligned to; none for ``none``."""
+        if self.type == "none":
+            return ()
+        return tuple(self.encoder) if isinstance(self.encoder, list) else (self.encoder,)
+
+    @model_validator(mode="after")
+    def _pairs_exist(self) -> RegularizerConfig:
+        pooled = self.manifold.scope == "batch_pooled"
+        if self.type == "urepa" and not self.spatial_align and self.manifold_weight > 0 and not pooled:
+            raise ValueError(
+                "spatial_align false leaves one token an image, so there are no pairs of tokens:"
+                " use manifold.scope batch_pooled or manifold_weight 0"
+            )
+        return self
 
 
 class DataConfig(_Section):
     """The images. ``resolution`` null is 256, or 8 for digits. ``vae`` (a hub id or folder) trains in
-    its latent space; ``holdout`` images are never trained on."""
+    its latent space; ``holdout`` images are never trained on; ``flip`` mirrors every other image at random as it is seen."""
 
     source: Literal["digits", "imagefolder"]
     path: str | None = None
     resolution: Positive | None = None
     vae: str | None = None
     holdout: Positive = 256
+    flip: bool = _later(False)
 
     @model_validator(mode="after")
     def _digits_are_8x8(self) -> DataConfig:
@@ -178,14 +247,16 @@ class RunConfig(_Section):
     @property
     def alignment_encoder(self) -> EncoderConfig | None:
         """The encoder that measures alignment, or None if nothing does."""
-        own = self.regularizer.encoder if self.regularizer.type != "none" else None
-        return self.evaluate.encoder or own
+        return self.evaluate.encoder or next(iter(self.regularizer.encoders), None)
 
     @property
-    def encoders(self) -> tuple[EncoderConfig, ...]:
-        """Every encoder the run needs: none for an unregularised run that measures no alignment."""
-        own = self.regularizer.encoder if self.regularizer.type != "none" else None
-        return tuple(dict.fromkeys(encoder for encoder in (own, self.evaluate.encoder) if encoder))
+    def encoder_paths(self) -> tuple[tuple[str, EncoderConfig], ...]:
+        """Every encoder the run needs with its dotted path: none for an unregularised run that measures no alignment."""
+        own = self.regularizer.encoders
+        several = isinstance(self.regularizer.encoder, list)
+        named = [(f"regularizer.encoder.{i}" if several else "regularizer.encoder", one) for i, one in enumerate(own)]
+        measuring = [("evaluate.encoder", self.evaluate.encoder)] if self.evaluate.encoder else []
+        return (*named, *measuring)
 
 
 SECTIONS = tuple(RunConfig.model_fields)
@@ -199,11 +270,22 @@ class WandbOptions(_Section):
 
 
 class RunOptions(_Section):
-    """How runs are carried out; nothing here changes what is computed, so nothing here is part of a run's identity."""
+    """How runs are carried out; nothing here changes what is computed, so nothing here is part of a run's identity.
+
+    ``micro_batch`` is the images of one forward pass; gradients accumulate over the batch. ``encoder_storage`` is the precision
+    of cached features, ``encoder_batch_size`` the images that an encoder sees at a time.
+    """
 
     workers: Positive | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    micro_batch: Positive | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    encoder_precision: Literal["fp32", "bf16"] = "fp32"
+    encoder_compile: bool = False
+    encoder_batch_size: Positive | None = None
+    encoder_storage: Literal["fp16", "fp32"] = "fp16"
     log_every: Positive = 10
     checkpoint_every: Positive | None = None
     data_workers: Count = 0

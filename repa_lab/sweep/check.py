@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from repa_lab.data.fingerprint import DataError, image_files
-from repa_lab.encoders.registry import grid_problem
+from repa_lab.encoders.registry import grid_problem, weights_problem
 from repa_lab.models.facts import TRAINABLE, Family, Shape, UnknownFactError, family_facts, shape_of
 from repa_lab.runs.root import RESERVED
 from repa_lab.spec import Arm, EncoderConfig, Experiment, Problem, SpecError
@@ -79,10 +79,8 @@ def _regularizer_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Pr
     for path, block in wanted.items():
         if block is not None and (message := _block_problem(family, shape, block)):
             yield arm.problem(path, message)
-    if chosen != "none":
-        yield from _encoder_problems(arm, "regularizer.encoder", regularizer.encoder)
-    if arm.config.evaluate.encoder:
-        yield from _encoder_problems(arm, "evaluate.encoder", arm.config.evaluate.encoder)
+    for path, encoder in arm.config.encoder_paths:
+        yield from _encoder_problems(arm, path, encoder)
 
 
 def _block_problem(family: Family, shape: Shape, block: int | str) -> str | None:
@@ -96,6 +94,11 @@ def _block_problem(family: Family, shape: Shape, block: int | str) -> str | None
 def _encoder_problems(arm: Arm, path: str, encoder: EncoderConfig) -> Iterator[Problem]:
     if message := grid_problem(encoder.name, encoder.image_size, arm.config.data.side):
         yield arm.problem(f"{path}.image_size", message)
+    if message := weights_problem(encoder.name, encoder.weights):
+        yield arm.problem(f"{path}.weights", message)
+    if encoder.pixels != "image" and arm.config.data.vae is None:
+        message = f"{encoder.pixels} decodes latents, and data.vae names no VAE; use image, or set data.vae"
+        yield arm.problem(f"{path}.pixels", message)
 
 
 def _data_problems(arm: Arm) -> Iterator[Problem]:
@@ -111,10 +114,7 @@ def _data_problems(arm: Arm) -> Iterator[Problem]:
 def _file_problems(arm: Arm) -> Iterator[Problem]:
     config = arm.config
     named = {"evaluate.extractor.weights": config.evaluate.extractor.weights}
-    if config.evaluate.encoder:
-        named["evaluate.encoder.weights"] = config.evaluate.encoder.weights
-    if config.regularizer.type != "none":
-        named["regularizer.encoder.weights"] = config.regularizer.encoder.weights
+    named |= {f"{path}.weights": encoder.weights for path, encoder in config.encoder_paths}
     for path, file in named.items():
         if file is not None and not Path(file).is_file():
             yield arm.problem(path, f"no file '{file}'")

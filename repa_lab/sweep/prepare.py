@@ -13,7 +13,7 @@ import torch
 from repa_lab.data.fingerprint import DataError
 from repa_lab.encoders.encoder import EncoderError
 from repa_lab.encoders.extractor import Extractor
-from repa_lab.spec import RunConfig, RunOptions
+from repa_lab.spec import EncoderConfig, RunConfig, RunOptions
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.device import DeviceError, pick_device
 from repa_lab.training.evaluate import reference_statistics
@@ -40,22 +40,31 @@ def prepare(configs: Iterable[RunConfig], options: RunOptions, cache: Path, anno
         raise RefusedError(0, f"run.{error.field}", str(error)) from error
     for number, config in enumerate(configs):
         try:
-            _prepare(config, cache, device, announce, number)
+            _prepare(config, options, cache, device, announce, number)
         except DataError as error:
             raise RefusedError(number, f"data.{error.field}", str(error)) from error
 
 
-def _prepare(config: RunConfig, cache: Path, device: torch.device, announce: Announce, number: int) -> None:
-    images = open_images(config.data, cache, announce)
-    own = config.regularizer.encoder if config.regularizer.type != "none" else None
-    for path, encoder in (("regularizer.encoder", own), ("evaluate.encoder", config.evaluate.encoder)):
+def _prepare(
+    config: RunConfig, options: RunOptions, cache: Path, device: torch.device, announce: Announce, number: int
+) -> None:
+    images = open_images(config.data, cache, announce, device)
+    for path, encoder in config.encoder_paths:
         try:
-            if encoder is not None:
-                open_targets(encoder, images.source, cache, device, announce)
+            open_targets(encoder, images, options, cache, device, announce)
         except EncoderError as error:
             raise RefusedError(number, f"{path}.{error.field}", str(error)) from error
+        except DataError as error:
+            raise RefusedError(number, _place(path, error.field), str(error)) from error
     wanted = config.evaluate.extractor
     try:
         reference_statistics(wanted, Extractor(wanted.name, wanted.weights, device), images, cache)
     except EncoderError as error:
         raise RefusedError(number, f"evaluate.extractor.{error.field}", str(error)) from error
+
+
+def _place(path: str, field: str) -> str:
+    """The dotted path of what stands in the way of an encoder's features: of the encoder, the options or the data."""
+    if field in EncoderConfig.model_fields:
+        return f"{path}.{field}"
+    return f"run.{field}" if field in RunOptions.model_fields else f"data.{field}"

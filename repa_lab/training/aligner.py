@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from repa_lab.align import REPA, UREPA, Alignment, Schedule
-from repa_lab.data.sources import ImageSource
-from repa_lab.encoders.encoder import load_encoder
+from repa_lab.align import REPA, UREPA, Alignment, Manifold, Resample, Schedule, SimilarityCutoff
+from repa_lab.align.regularizer import Options
+from repa_lab.encoders.encoder import EncoderOptions, load_encoder
 from repa_lab.encoders.targets import OnlineTargets, Targets, cached_targets
 from repa_lab.models.facts import BlockIndex, family_facts, shape_of
 from repa_lab.models.family import BUILDERS
 from repa_lab.models.tap import Tap
-from repa_lab.spec import EncoderConfig, RunConfig
+from repa_lab.spec import EncoderConfig, RunConfig, RunOptions, ScheduleConfig
 from repa_lab.spec.identity import Run
-from repa_lab.training.images import Announce
+from repa_lab.training.images import Announce, Images, pixels_for
 from repa_lab.training.streams import seeded
+
+_STORAGE = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 class Aligner:
@@ -28,46 +31,71 @@ class Aligner:
     Args:
         run: a run whose regularizer is not ``none``.
         denoiser: the denoiser, not yet wrapped or compiled.
-        targets: encoder tokens of the run's images.
+        targets: tokens of the run's images by each of its encoders.
 
     Raises:
         TapError: the denoiser has no such block.
     """
 
-    def __init__(self, run: Run, denoiser: nn.Module, targets: Targets) -> None:
+    def __init__(self, run: Run, denoiser: nn.Module, targets: Sequence[Targets]) -> None:
         self.targets = targets
         self.tap = tap_denoiser(run.config, denoiser, choose_block(run.config, run.config.regularizer.block_index))
-        self.regularizer = build_regularizer(run, targets.dim)
-        self._call: nn.Module = self.regularizer
+        self.regularizer = build_regularizer(run, [one.dim for one in targets])
+        self.wrapped: nn.Module = self.regularizer
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Let accelerate wrap the regularizer as it wraps the denoiser."""
-        self._call = accelerator.prepare(self.regularizer.to(accelerator.device))
+        """Let accelerate wrap the regularizer as it wraps the denoiser.
+
+        It is wrapped by itself: on steps of weight 0 it does not run, and DistributedDataParallel then waits for no gradient
+        of it.
+        """
+        self.wrapped = accelerator.prepare(self.regularizer.to(accelerator.device))
 
     def __call__(self, index: torch.Tensor, step: int, device: torch.device) -> Alignment | None:
-        """The alignment of the images ``index`` ``(B,)``, or None where the weight is 0: then no encoder is asked."""
-        if self.regularizer.weight_at(step) == 0:
+        """The alignment of the images ``index`` ``(B,)``, or None where no encoder has to be asked, as at weight 0."""
+        if not self.regularizer.needs_target(step):
             self.tap.clear()
             return None
-        teacher = self.targets(index, device)
-        alignment: Alignment = self._call(self.tap.take(), teacher, step)
+        student, teachers = self.tap.take(), [targets(index, device) for targets in self.targets]
+        if self.regularizer.weight_at(step) == 0:  # a cutoff looks whether it should end
+            with torch.no_grad():
+                return self.regularizer(student, teachers, step)  # type: ignore[no-any-return]
+        alignment: Alignment = self.wrapped(student, teachers, step)
         return alignment
 
 
 def open_targets(
-    encoder: EncoderConfig, source: ImageSource, cache: Path, device: torch.device, announce: Announce | None = None
+    encoder: EncoderConfig,
+    images: Images,
+    options: RunOptions,
+    cache: Path,
+    device: torch.device,
+    announce: Announce | None = None,
 ) -> Targets:
-    """The encoder's tokens of the source's images, from the cache unless the settings say otherwise.
+    """The encoder's tokens of the run's images, from the cache unless the settings say otherwise.
 
     Raises:
         EncoderError: the encoder cannot be loaded or does not give patch tokens.
+        DataError: what it is to look at cannot be had.
     """
+    source = pixels_for(encoder, images, device)
+    how = EncoderOptions(options.encoder_precision, options.encoder_compile, options.encoder_batch_size)
     if not encoder.cache:
-        loaded = load_encoder(encoder.name, encoder.image_size, source.side, encoder.weights)
+        loaded = load_encoder(encoder.name, encoder.image_size, source.side, encoder.weights, how)
         return OnlineTargets(loaded, encoder.name, source, device)
     progress = announce(f"features of {encoder.name}") if announce else None
-    options = (encoder.name, encoder.image_size, encoder.weights, encoder.standardize)
-    return cached_targets(source, *options, cache, device, progress)
+    return cached_targets(
+        source,
+        encoder.name,
+        encoder.image_size,
+        encoder.weights,
+        encoder.standardize,
+        cache,
+        device,
+        progress,
+        storage=_STORAGE[options.encoder_storage],
+        options=how,
+    )
 
 
 def choose_block(config: RunConfig, *wishes: BlockIndex | None) -> BlockIndex:
@@ -85,13 +113,41 @@ def tap_denoiser(config: RunConfig, denoiser: nn.Module, block: BlockIndex) -> T
     return BUILDERS[config.model.family].tap(denoiser, block)
 
 
-def build_regularizer(run: Run, out_dim: int) -> REPA:
-    """The regularizer of a run, from the tap's width to the encoder's, initialised from its own stream."""
+def build_regularizer(run: Run, out_dims: Sequence[int]) -> REPA:
+    """The regularizer of a run, from the tap's width to its encoders', initialised from its own stream."""
     settings = run.config.regularizer
     in_dim = shape_of(family_facts(run.config.model.family), run.config.model.size).width
-    schedule = Schedule(weight=settings.weight, total_steps=run.config.train.steps, **settings.schedule.model_dump())
-    projector: dict[str, Any] = {"width": settings.projector.width, "projector": settings.projector.type}
+    options: Options = {
+        "projector": settings.projector.type,
+        "width": settings.projector.width,
+        "kernel": settings.projector.kernel,
+        "loss": settings.loss,
+        "temperature": settings.temperature,
+        "spatial_align": settings.spatial_align,
+        "resample": Resample(**settings.resample.model_dump()),
+        "cutoff": _cutoff(settings.schedule),
+    }
+    schedule = _schedule(run.config)
     with seeded(run.seed, "init/projector"):
         if settings.type == "urepa":
-            return UREPA(in_dim, out_dim, schedule, settings.manifold_weight, **projector)
-        return REPA(in_dim, out_dim, schedule, **projector)
+            manifold = Manifold(**settings.manifold.model_dump())
+            return UREPA(in_dim, out_dims, schedule, settings.manifold_weight, manifold, **options)
+        return REPA(in_dim, out_dims, schedule, **options)
+
+
+def _schedule(config: RunConfig) -> Schedule:
+    named = {field.name for field in fields(Schedule)}
+    shape = config.regularizer.schedule.model_dump(include=named)
+    return Schedule(weight=config.regularizer.weight, total_steps=config.train.steps, **shape)
+
+
+def _cutoff(schedule: ScheduleConfig) -> SimilarityCutoff | None:
+    if schedule.similarity_threshold is None:
+        return None
+    return SimilarityCutoff(
+        schedule.similarity_threshold,
+        schedule.similarity_ema_decay,
+        schedule.threshold_mode,
+        schedule.similarity_min_count,
+        schedule.probe_every,
+    )

@@ -5,6 +5,7 @@
     ema.safetensors          averages of both
     optimizer.safetensors    AdamW's moments, by parameter number
     state.json               step, images, seconds, gradient scaler
+    input.json               channels, size and classes that the denoiser was built for (written by the trainer)
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from torch import nn
 from repa_lab.runs import files
 from repa_lab.runs.files import Row
 from repa_lab.training.ema import EMA
+
+INPUT_FILE = "input.json"
+# What the denoiser's parameters are called by in the averages.
+PREFIX = "denoiser."
 
 
 @dataclass

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from torch import nn
 from torchvision.utils import make_grid
 
-from repa_lab.align import REPA, Tokens
+from repa_lab.align import Tokens
+from repa_lab.align.regularizer import Pair
 from repa_lab.data.fingerprint import DataError, digest, file_digest
 from repa_lab.encoders.extractor import Extractor
 from repa_lab.encoders.targets import Targets
@@ -24,6 +29,8 @@ from repa_lab.training.protocol import metric_name
 from repa_lab.training.sampling import Sampling
 from repa_lab.training.streams import generator
 
+Match = Callable[[Tokens, Tokens], Pair]
+
 _GRID_SAMPLES = 40
 _GRID_COLUMNS = 10
 _GRID_MIN_PIXELS = 32
@@ -37,6 +44,14 @@ class DivergedError(RuntimeError):
     """The loss, or what the denoiser draws, is no longer a finite number."""
 
 
+class _Drawn(NamedTuple):
+    """A batch of samples: the number of the first, those to show, and features, or None where a sample is not finite."""
+
+    start: int
+    shown: torch.Tensor
+    features: NDArray[np.float64] | None
+
+
 class Evaluator:
     """Measures a denoiser with the weights it has at the moment.
 
@@ -47,6 +62,7 @@ class Evaluator:
         targets: encoder tokens, or None if alignment is not measured.
         cache: where reference statistics are kept.
         device: where to run.
+        part: which of how many processes this is: they share the sampling, and every one of them learns the result.
 
     Raises:
         EncoderError: the extractor's weights are missing.
@@ -54,11 +70,18 @@ class Evaluator:
     """
 
     def __init__(
-        self, config: EvaluateConfig, images: Images, seed: int, targets: Targets | None, cache: Path, device: torch.device
+        self,
+        config: EvaluateConfig,
+        images: Images,
+        seed: int,
+        targets: Targets | None,
+        cache: Path,
+        device: torch.device,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         if targets is not None and len(images.split.held_out) < _MIN_HELD_OUT:
             raise DataError("holdout", f"alignment is measured on held-out images: hold out {_MIN_HELD_OUT} or more")
-        self._config, self._images, self._targets, self._device = config, images, targets, device
+        self._config, self._images, self._targets, self._device, self._part = config, images, targets, device, part
         self._extractor = Extractor(config.extractor.name, config.extractor.weights, device)
         self._reference = reference_statistics(config.extractor, self._extractor, images, cache)
         space, classes = images.space, images.source.num_classes
@@ -71,32 +94,42 @@ class Evaluator:
         Raises:
             DivergedError: the samples are not finite; as pixels they would pass for images.
         """
-        batches = self._sampling.batches(denoiser, self._config.samples, self._config.batch_size, self._device)
-        pixels = torch.cat([self._images.space.decode(_finite(batch)).cpu() for batch in batches])
-        found = statistics(self._extractor(pixels))
+        config = self._config
+        batches = self._sampling.batches(denoiser, config.samples, config.batch_size, self._device, self._part)
+        drawn = sorted(gather_object([self._judge(start, batch) for start, batch in batches]), key=lambda one: one.start)
+        if any(one.features is None for one in drawn):
+            raise DivergedError("the denoiser draws samples that are not finite")
+        found = statistics(np.concatenate([one.features for one in drawn]))
         reference = self._reference
         distance = frechet_distance(found.mu, found.sigma, reference.mu, reference.sigma)
-        return {metric_name(self._config): distance}, pixels[:_GRID_SAMPLES]
+        return {metric_name(config): distance}, torch.cat([one.shown for one in drawn])
+
+    def _judge(self, start: int, batch: torch.Tensor) -> _Drawn:
+        if not batch.isfinite().all():
+            return _Drawn(start, torch.empty(0), None)
+        pixels = self._images.space.decode(batch).cpu()
+        return _Drawn(start, pixels[: max(0, _GRID_SAMPLES - start)].clone(), self._extractor(pixels))
 
     @torch.no_grad()
-    def alignment(self, denoiser: nn.Module, tap: Tap, regularizer: REPA | None) -> Row:
+    def alignment(self, denoiser: nn.Module, tap: Tap, match: Match | None) -> Row:
         """Agreement of the tap with the encoder on held-out images: linear CKA of image means, and the projector's cosine.
 
         Args:
             denoiser: runs on the held-out images at the measuring time, under the null label.
             tap: set on the denoiser.
-            regularizer: whose projector maps the tap to this very encoder; None measures no cosine.
+            match: projects the tap for this very encoder and matches the two token by token; None measures no cosine.
         """
         if self._targets is None:
             return {}
         student, teacher = self._held_out_tokens(denoiser, tap, self._targets)
         row: Row = {"heldout/cka": cka(_image_means(student), _image_means(teacher))}
-        if regularizer is not None:
-            parts = [
-                regularizer.align(Tokens(s.to(self._device), student.grid), Tokens(t.to(self._device), teacher.grid))[0].cpu()
+        if match is not None:
+            pairs = [
+                match(Tokens(s.to(self._device), student.grid), Tokens(t.to(self._device), teacher.grid))
                 for s, t in zip(student.values.split(256), teacher.values.split(256), strict=True)
             ]
-            row["heldout/cosine"], row["heldout/gap"] = cosine_gap(torch.cat(parts).float().numpy(), teacher.values.numpy())
+            ours, theirs = (torch.cat([side.float().cpu() for side in sides]).numpy() for sides in zip(*pairs, strict=True))
+            row["heldout/cosine"], row["heldout/gap"] = cosine_gap(ours, theirs)
         return row
 
     def _held_out_tokens(self, denoiser: nn.Module, tap: Tap, targets: Targets) -> tuple[Tokens, Tokens]:
@@ -104,7 +137,7 @@ class Evaluator:
         students, teachers = [], []
         for index in self._images.split.held_out.split(self._config.batch_size):
             draw = generator(_MEASURING_SEED, "held-out", int(index[0]))
-            x = self._images.space.encode(index.tolist(), draw)
+            x = self._images.space.encode(index.tolist(), self._images.space.draw(len(index), draw))
             noise = torch.randn(x.shape, generator=draw)
             t = torch.full((len(x),), self._config.timestep)
             x_t, _ = interpolate(x, noise, t)
@@ -141,19 +174,13 @@ def write_grid(pixels: torch.Tensor, path: Path) -> None:
     files.replace_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
 
 
-def _finite(samples: torch.Tensor) -> torch.Tensor:
-    if not samples.isfinite().all():
-        raise DivergedError("the denoiser draws samples that are not finite")
-    return samples
-
-
 def _save(path: Path, found: Statistics) -> None:
     with path.open("wb") as file:
         np.savez(file, mu=found.mu, sigma=found.sigma, count=found.count)
 
 
-def _image_means(tokens: Tokens) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    means: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = tokens.values.mean(dim=1).numpy()
+def _image_means(tokens: Tokens) -> NDArray[np.float32]:
+    means: NDArray[np.float32] = tokens.values.mean(dim=1).numpy()
     return means
 
 

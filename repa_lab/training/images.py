@@ -6,24 +6,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from repa_lab.data.autoencoder import Autoencoder, load_autoencoder
 from repa_lab.data.fingerprint import DataError
-from repa_lab.data.sources import Digits, ImageFolder, ImageSource, Split, split
-from repa_lab.data.space import PixelSpace, Space, latent_space
+from repa_lab.data.reconstruct import Reconstructions
+from repa_lab.data.sources import Digits, Flips, ImageFolder, ImageSource, Split, split
+from repa_lab.data.space import LatentSpace, PixelSpace, Space, latent_space
 from repa_lab.data.store import Progress
 from repa_lab.models.family import Input
-from repa_lab.spec import DataConfig
+from repa_lab.spec import DataConfig, EncoderConfig
 
+_CPU = torch.device("cpu")
 # Given the name of a long task, yields what to tell its progress to.
 Announce = Callable[[str], Progress]
 
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a run."""
+    """The images of a run. Where there are ``flips``, image ``base_count + i`` of the source is image i mirrored; the split
+    and whatever is measured are of the images as they are."""
 
     source: ImageSource
     split: Split
     space: Space
+    flips: bool = False
+
+    @property
+    def base_count(self) -> int:
+        """The number of images, not counting mirrored ones."""
+        return len(self.source) // 2 if self.flips else len(self.source)
 
     @property
     def input(self) -> Input:
@@ -37,16 +49,46 @@ _SOURCES: dict[str, Callable[[DataConfig], ImageSource]] = {
 }
 
 
-def open_images(data: DataConfig, cache: Path, announce: Announce | None = None) -> Images:
-    """The data of a run; latents are computed if they are asked for and not in the cache.
+# What decodes the latents for an encoder's eyes, by the encoder's `pixels`; None leaves the images as they are.
+_DECODERS: dict[str, Callable[[EncoderConfig, LatentSpace], Autoencoder] | None] = {
+    "image": None,
+    "vae": lambda encoder, space: space.vae,
+    "tae": lambda encoder, space: load_autoencoder(str(encoder.tae), "tae"),
+}
+
+
+def open_images(data: DataConfig, cache: Path, announce: Announce | None = None, device: torch.device = _CPU) -> Images:
+    """The data of a run; latents are computed on ``device`` if they are asked for and not in the cache.
 
     Raises:
         DataError: the data cannot be used.
     """
-    source = _SOURCES[data.source](data)
+    base = _SOURCES[data.source](data)
+    parts = split(len(base), data.holdout)
+    source = Flips(base) if data.flip else base
     progress = announce("latents") if announce and data.vae else None
-    space = latent_space(source, data.vae, cache, progress) if data.vae else PixelSpace(source)
-    return Images(source, split(len(source), data.holdout), space)
+    space = latent_space(source, data.vae, cache, progress, device) if data.vae else PixelSpace(source)
+    return Images(source, parts, space, data.flip)
+
+
+def pixels_for(encoder: EncoderConfig, images: Images, device: torch.device = _CPU) -> ImageSource:
+    """What an encoder looks at, by its ``pixels``: the images, or what the VAE or a tiny autoencoder makes of their latents.
+
+    Args:
+        encoder: the encoder's settings.
+        images: the run's images.
+        device: where to decode.
+
+    Raises:
+        DataError: there are no latents (field ``vae``), or the tiny autoencoder is not for them (field ``tae``).
+    """
+    decoder = _DECODERS[encoder.pixels]
+    if decoder is None:
+        return images.source
+    space = images.space
+    if not isinstance(space, LatentSpace):
+        raise DataError("vae", f"pixels: {encoder.pixels} decodes latents, and there is no VAE; set data.vae, or pixels: image")
+    return Reconstructions(images.source, space, decoder(encoder, space), device)
 
 
 def _folder(data: DataConfig) -> Path:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from repa_lab.data.space import Space
 from repa_lab.spec import RunConfig
+from repa_lab.training.images import Images
 from repa_lab.training.streams import Order, generator
 
 
@@ -23,6 +23,15 @@ class Batch(NamedTuple):
     t: torch.Tensor
     y: torch.Tensor
 
+    def split(self, size: int | None) -> list[Batch]:
+        """Micro-batches of at most ``size`` images; None keeps it whole."""
+        parts = (part.split(size or len(part)) for part in self)
+        return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device; its ids stay, for it is the CPU that looks images up."""
+        return Batch(self.ids, *(part.to(device, non_blocking=True) for part in self[1:]))
+
 
 class Steps(Dataset[Batch]):
     """The batch of every step, by its number; a function of (config, seed, step) and nothing else.
@@ -30,30 +39,41 @@ class Steps(Dataset[Batch]):
     Args:
         config: batch size, label dropout, distribution of times.
         seed: the run's seed.
-        space: where diffusion takes place.
-        labels: class of every image of the source, ``(n,)``.
-        num_classes: the null label.
-        train: the images to train on.
+        images: what is trained on.
+        part: which of how many equal parts of a batch is this process's.
     """
 
-    def __init__(
-        self, config: RunConfig, seed: int, space: Space, labels: torch.Tensor, num_classes: int, train: torch.Tensor
-    ) -> None:
-        self._train, self._seed, self._space = config.train, seed, space
-        self._labels, self._null, self._order = labels, num_classes, Order(train, seed)
+    def __init__(self, config: RunConfig, seed: int, images: Images, part: tuple[int, int] = (0, 1)) -> None:
+        self._train, self._seed, self._images = config.train, seed, images
+        self._order = Order(images.split.train, seed)
+        number, parts = part
+        size = config.train.batch_size // parts
+        self._mine = slice(number * size, (number + 1) * size)
 
     def __len__(self) -> int:
         return self._train.steps
 
     def __getitem__(self, step: int) -> Batch:
-        size = self._train.batch_size
-        ids = self._order.take(step * size, size)
+        size, space, mine = self._train.batch_size, self._images.space, self._mine
+        ids = self._seen(step)
         draw = generator(self._seed, "noise", step * size)
         t = sample_times(self._train.time, size, draw)
         dropped = torch.rand(size, generator=draw) < self._train.label_dropout
-        x = self._space.encode(ids.tolist(), draw)
-        noise = torch.randn(x.shape, generator=draw)
-        return Batch(ids, x, noise, t, self._labels[ids].masked_fill(dropped, self._null))
+        # All of a batch's randomness is drawn by every process, so that how many there are does not change it.
+        encoding = space.draw(size, draw)
+        noise = torch.randn((size, space.channels, *space.size), generator=draw)
+        x = space.encode(ids[mine].tolist(), None if encoding is None else encoding[mine])
+        labels = self._images.source.labels[ids].masked_fill(dropped, self._images.source.num_classes)
+        return Batch(ids[mine], x, noise[mine], t[mine], labels[mine])
+
+    def _seen(self, step: int) -> torch.Tensor:
+        """The images of a step, mirrored ones by the number of their mirror image."""
+        size = self._train.batch_size
+        ids = self._order.take(step * size, size)
+        if not self._images.flips:
+            return ids
+        mirrored = torch.rand(size, generator=generator(self._seed, "flips", step * size)) < 0.5
+        return ids + self._images.base_count * mirrored
 
 
 def sample_times(kind: str, count: int, draw: torch.Generator) -> torch.Tensor:

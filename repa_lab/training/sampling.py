@@ -28,10 +28,16 @@ class Sampling:
     guidance: GuidanceConfig
     seed: int
 
-    def batches(self, denoiser: nn.Module, count: int, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
-        """``count`` samples in batches ``(b, C, H, W)``, float32 on ``device``."""
-        for start in range(0, count, batch_size):
-            yield self._batch(denoiser, range(start, min(start + batch_size, count)), device)
+    def batches(
+        self, denoiser: nn.Module, count: int, batch_size: int, device: torch.device, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """``count`` samples in batches: the number of the first and ``(b, C, H, W)``, float32 on ``device``.
+
+        Of the batches, process ``part[0]`` of ``part[1]`` draws its share; their number and size stay the same.
+        """
+        number, parts = part
+        for start in range(number * batch_size, count, parts * batch_size):
+            yield start, self._batch(denoiser, range(start, min(start + batch_size, count)), device)
 
     @torch.no_grad()
     def _batch(self, denoiser: nn.Module, index: range, device: torch.device) -> torch.Tensor:

@@ -31,6 +31,16 @@ def manifold(student: Array, teacher: Array) -> float:
     return float(np.mean(images))
 
 
+def nt_xent(student: Array, teacher: Array, temperature: float = 0.1) -> float:
+    """SimCLR's cross-entropy, with the teacher's tokens of the same image as candidates."""
+    total = []
+    for s, t in zip(unit(student), unit(teacher), strict=True):
+        for n in range(len(s)):
+            logits = t @ s[n] / temperature
+            total.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[n])
+    return float(np.mean(total))
+
+
 def gradient(loss: Callable[[Array, Array], float], student: Array, teacher: Array, step: float = 1e-5) -> Array:
     """Central differences of a loss in the student."""
     result = np.zeros_like(student)
@@ -58,3 +68,18 @@ def _weights(source: int, target: int) -> Array:
         weights[i, left] += 1 - (centre - left)
         weights[i, right] += centre - left
     return weights
+
+
+def antialiased(tokens: Array, grid: tuple[int, int], to: tuple[int, int]) -> Array:
+    """As :func:`bilinear`, the triangle widened by the factor of shrinking, and what falls outside left out."""
+    rows, columns = (_wide_weights(n, m) for n, m in zip(grid, to, strict=True))
+    maps = tokens.reshape(len(tokens), *grid, -1)
+    return np.einsum("ih,jw,bhwd->bijd", rows, columns, maps).reshape(len(tokens), to[0] * to[1], -1)
+
+
+def _wide_weights(source: int, target: int) -> Array:
+    scale = source / target
+    centres = (np.arange(target)[:, None] + 0.5) * scale
+    distance = np.abs(np.arange(source)[None] + 0.5 - centres) / max(scale, 1.0)
+    weights = np.clip(1 - distance, 0, None)
+    return weights / weights.sum(axis=1, keepdims=True)

@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from repa_lab.align import alignment_loss, manifold_loss
-from repa_lab.align.losses import token_cosine, unit
+from repa_lab.align import alignment_loss, manifold_loss, nt_xent_loss
+from repa_lab.align.losses import token_cosine
 from tests.align import references
 
-LOSSES = {"alignment": (alignment_loss, references.alignment), "manifold": (manifold_loss, references.manifold)}
+LOSSES = {
+    "alignment": (alignment_loss, references.alignment),
+    "manifold": (manifold_loss, references.manifold),
+    "nt_xent": (nt_xent_loss, references.nt_xent),
+}
 HALVES = (torch.float16, torch.bfloat16)
 losses = pytest.mark.parametrize("loss, reference", LOSSES.values(), ids=LOSSES.keys())
 
@@ -16,11 +20,6 @@ losses = pytest.mark.parametrize("loss, reference", LOSSES.values(), ids=LOSSES.
 def pair(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator), torch.randn(*shape, generator=generator)
-
-
-def rotation(dim: int, seed: int = 0) -> torch.Tensor:
-    q, _ = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
-    return q.float()
 
 
 def test_the_worked_example():
@@ -97,43 +96,6 @@ def test_orthogonal_tokens():
     assert alignment_loss(student, turned).item() == pytest.approx(0.0, abs=1e-7)
 
 
-class TestManifold:
-    def test_it_is_zero_for_equal_features_and_for_one_token(self):
-        student, teacher = pair(2, 9, 8)
-        assert manifold_loss(student, student.clone()).item() == 0.0
-        assert manifold_loss(student[:, :1], teacher[:, :1]).item() == pytest.approx(0.0, abs=1e-12)
-
-    def test_rotating_one_side_changes_nothing_but_the_alignment(self):
-        student, teacher = pair(2, 20, 16)
-        turned = student @ rotation(16)
-        assert manifold_loss(turned, student).item() == pytest.approx(0.0, abs=1e-10)
-        assert alignment_loss(turned, student).item() > -0.5
-        expected = manifold_loss(student, teacher).item()
-        assert expected > 1e-2
-        assert manifold_loss(turned, teacher).item() == pytest.approx(expected, abs=1e-6)
-        assert manifold_loss(student, teacher @ rotation(16, 1)).item() == pytest.approx(expected, abs=1e-6)
-
-    def test_widths_may_differ(self):
-        student, teacher = torch.randn(2, 20, 16), torch.randn(2, 20, 48)
-        expected = references.manifold(student.double().numpy(), teacher.double().numpy())
-        assert manifold_loss(student, teacher).item() == pytest.approx(expected, abs=1e-6)
-        padded = torch.cat([student, torch.zeros(2, 20, 32)], dim=-1)
-        assert manifold_loss(student, padded).item() == pytest.approx(0.0, abs=1e-12)
-
-    def test_it_is_the_frobenius_norm_over_pairs_within_each_image(self):
-        student, teacher = pair(3, 7, 5)
-        norms = [
-            torch.linalg.matrix_norm(unit(s) @ unit(s).T - unit(t) @ unit(t).T) ** 2 / 49
-            for s, t in zip(student, teacher, strict=True)
-        ]
-        assert manifold_loss(student, teacher).item() == pytest.approx(torch.stack(norms).mean().item(), abs=1e-6)
-
-    def test_its_bound_is_reached_by_opposite_relations(self):
-        student = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]])
-        teacher = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
-        assert manifold_loss(student, teacher).item() == pytest.approx(2 * 4 / 4)
-
-
 @losses
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 class TestZeroVectors:
@@ -192,3 +154,59 @@ def test_alignment_refuses_other_shapes(teacher):
 def test_manifold_refuses_other_batches_and_counts(teacher):
     with pytest.raises(ValueError, match=r"must share \(B, N\)"):
         manifold_loss(torch.zeros(2, 6, 8), torch.zeros(teacher))
+
+
+@losses
+def test_many_tokens_are_worked_off_in_pieces(loss, reference):
+    student, teacher = pair(3, 1100, 300)  # 4 MB, and 1,100 tokens: more than a piece and more than a square
+    student = (student + teacher).requires_grad_()
+    value = loss(student, teacher)
+    value.backward()
+    assert value.item() == pytest.approx(reference(student.detach().double().numpy(), teacher.double().numpy()), rel=1e-6)
+    gradient = student.grad.clone()
+    student.grad = None
+    slow = {alignment_loss: slow_alignment, manifold_loss: slow_manifold, nt_xent_loss: slow_nt_xent}[loss]
+    slow(student.double(), teacher.double()).backward()
+    assert (gradient - student.grad).norm() < 1e-5 * student.grad.norm()
+
+
+def slow_alignment(student, teacher):
+    return -torch.nn.functional.cosine_similarity(student, teacher, dim=-1).mean()
+
+
+def slow_manifold(student, teacher):
+    s, t = (torch.nn.functional.normalize(tokens, dim=-1) for tokens in (student, teacher))
+    return (s @ s.mT - t @ t.mT).square().mean()
+
+
+def slow_nt_xent(student, teacher):
+    s, t = (torch.nn.functional.normalize(tokens, dim=-1) for tokens in (student, teacher))
+    return -(s @ t.mT / 0.1).log_softmax(-1).diagonal(dim1=1, dim2=2).mean()
+
+
+class TestNtXent:
+    def test_by_hand(self):
+        student = torch.tensor([[[2.0, 0.0], [0.0, 3.0]]])
+        teacher = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
+        # Cosines: 1 and 0.7071 for the first token, 0 and 0.7071 for the second; temperature 0.5.
+        expected = (np.log(1 + np.exp((0.5**0.5 - 1) / 0.5)) + np.log(1 + np.exp(-(0.5**0.5) / 0.5))) / 2
+        assert nt_xent_loss(student, teacher, temperature=0.5).item() == pytest.approx(expected, abs=1e-6)
+
+    @pytest.mark.parametrize("count", [1, 2, 9])
+    def test_tokens_that_cannot_be_told_apart_give_ln_n(self, count):
+        same = torch.ones(2, count, 4)
+        assert nt_xent_loss(same, same).item() == pytest.approx(np.log(count), abs=1e-6)
+
+    def test_images_do_not_see_each_other(self):
+        student, teacher = pair(4, 9, 8)
+        each = [nt_xent_loss(s[None], t[None]).item() for s, t in zip(student, teacher, strict=True)]
+        assert nt_xent_loss(student, teacher).item() == pytest.approx(np.mean(each), abs=1e-6)
+
+    def test_it_falls_as_tokens_find_their_own(self):
+        student, teacher = pair(2, 9, 8)
+        values = [nt_xent_loss(student + a * teacher, teacher).item() for a in (0, 1, 3, 100)]
+        assert values == sorted(values, reverse=True)
+
+    def test_other_shapes_are_refused(self):
+        with pytest.raises(ValueError, match="must be the same"):
+            nt_xent_loss(torch.zeros(2, 6, 8), torch.zeros(2, 5, 8))

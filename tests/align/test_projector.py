@@ -9,6 +9,11 @@ import torch
 from repa_lab.align import Projector, Tokens
 
 
+def project(projector: Projector, values: torch.Tensor) -> torch.Tensor:
+    """The projected values of tokens in a row."""
+    return projector(Tokens(values, (1, values.shape[1]))).values.detach()
+
+
 @pytest.mark.parametrize("in_dim, count", [(768, 7_344_896), (1024, 7_869_184), (1152, 8_131_328)])
 def test_the_papers_parameter_counts(in_dim, count):
     with torch.device("meta"):
@@ -20,7 +25,7 @@ def test_the_mlp_is_three_linear_maps_with_silu_between():
     projector = Projector(5, 7, width=11)
     tokens = torch.randn(2, 3, 5)
     x = tokens.double().numpy()
-    layers = [module for module in projector.net if isinstance(module, torch.nn.Linear)]
+    layers = [module for module in projector.modules() if isinstance(module, torch.nn.Linear)]
     for position, layer in enumerate(layers):
         bias = torch.randn_like(layer.bias)
         with torch.no_grad():
@@ -28,12 +33,12 @@ def test_the_mlp_is_three_linear_maps_with_silu_between():
         x = x @ layer.weight.detach().double().numpy().T + bias.double().numpy()
         if position < 2:
             x = x / (1 + np.exp(-x))
-    np.testing.assert_allclose(projector(tokens).detach().numpy(), x, atol=1e-5)
+    np.testing.assert_allclose(project(projector, tokens).numpy(), x, atol=1e-5)
 
 
 def test_xavier_uniform_weights_and_no_bias_at_the_start():
     projector = Projector(300, 200, width=400)
-    layers = [module for module in projector.net if isinstance(module, torch.nn.Linear)]
+    layers = [module for module in projector.modules() if isinstance(module, torch.nn.Linear)]
     assert [(layer.in_features, layer.out_features) for layer in layers] == [(300, 400), (400, 400), (400, 200)]
     for layer in layers:
         bound = math.sqrt(6 / (layer.in_features + layer.out_features))
@@ -48,25 +53,69 @@ def test_linear_is_a_norm_and_one_map():
     tokens = torch.randn(2, 3, 6)
     x = tokens.double().numpy()
     normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-    layer = projector.net[1]
+    layer = projector.net.layers[1]
     expected = normed @ layer.weight.detach().double().numpy().T + layer.bias.detach().double().numpy()
-    np.testing.assert_allclose(projector(tokens).detach().numpy(), expected, atol=1e-5)
-
-
-def test_every_token_is_projected_alone():
-    projector, tokens = Projector(6, 4, width=8), torch.randn(2, 5, 6)
-    torch.testing.assert_close(projector(tokens)[:, 2:3], projector(tokens[:, 2:3]))
-    assert projector.project(Tokens(tokens, (1, 5))).grid == (1, 5)
+    np.testing.assert_allclose(project(projector, tokens).numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "linear"])
+def test_every_token_is_projected_alone(kind):
+    projector, tokens = Projector(6, 4, width=8, kind=kind), torch.randn(2, 5, 6)
+    torch.testing.assert_close(project(projector, tokens)[:, 2:3], project(projector, tokens[:, 2:3]))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear", "conv"])
+@pytest.mark.parametrize("grid", [(2, 3), (3, 2), (1, 6)])
+def test_tokens_keep_their_grid(kind, grid):
+    projected = Projector(6, 4, width=8, kind=kind)(Tokens(torch.randn(2, 6, 6), grid))
+    assert (projected.grid, projected.values.shape) == (grid, (2, 6, 4))
+
+
+class TestConv:
+    def test_a_kernel_of_ones_counts_neighbours(self):
+        projector = Projector(1, 1, kind="conv")
+        torch.nn.init.ones_(projector.net.conv.weight)
+        torch.nn.init.zeros_(projector.net.conv.bias)
+        ones = torch.ones(1, 6, 1)
+        assert projector(Tokens(ones, (2, 3))).values.flatten().tolist() == [4, 6, 4, 4, 6, 4]
+        assert projector(Tokens(ones, (3, 2))).values.flatten().tolist() == [4, 4, 6, 6, 4, 4]
+
+    def test_it_agrees_with_a_sum_over_neighbours(self):
+        projector, (h, w) = Projector(3, 2, kind="conv", kernel=5), (4, 6)
+        tokens = torch.randn(2, h * w, 3)
+        weight, bias = (p.detach().double().numpy() for p in (projector.net.conv.weight, projector.net.conv.bias))
+        maps = np.pad(tokens.double().numpy().reshape(2, h, w, 3), ((0, 0), (2, 2), (2, 2), (0, 0)))
+        expected = np.zeros((2, h, w, 2)) + bias
+        for y, x in np.ndindex(h, w):
+            expected[:, y, x] += np.einsum("bijc,ocij->bo", maps[:, y : y + 5, x : x + 5], weight)
+        found = projector(Tokens(tokens, (h, w))).values.detach().numpy()
+        np.testing.assert_allclose(found, expected.reshape(2, h * w, 2), atol=1e-5)
+
+    def test_a_kernel_of_1_is_a_linear_map(self):
+        projector, tokens = Projector(6, 4, kind="conv", kernel=1), torch.randn(2, 5, 6)
+        conv = projector.net.conv
+        expected = tokens @ conv.weight[:, :, 0, 0].T + conv.bias
+        torch.testing.assert_close(project(projector, tokens), expected.detach())
+
+    def test_its_parameter_count(self):
+        with torch.device("meta"):
+            projector = Projector(1152, 768, kind="conv")
+        assert sum(p.numel() for p in projector.parameters()) == 9 * 1152 * 768 + 768  # iREPA: 7.96 M
+
+    @pytest.mark.parametrize("kernel", [0, 2, 4, -1])
+    def test_even_kernels_are_refused(self, kernel):
+        with pytest.raises(ValueError, match=f"a projector's kernel must be odd, got {kernel}"):
+            Projector(4, 4, kind="conv", kernel=kernel)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear", "conv"])
 def test_half_precision_tokens_meet_float32_parameters(kind):
     projector, tokens = Projector(6, 4, width=8, kind=kind), torch.randn(2, 5, 6).bfloat16()
-    projected = projector(tokens)
+    projected = project(projector, tokens)
     assert projected.dtype == torch.float32
-    assert torch.equal(projected, projector(tokens.float()))
+    assert torch.equal(projected, project(projector, tokens.float()))
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="unknown projector 'conv'; allowed: mlp, linear"):
-        Projector(4, 4, kind="conv")
+    with pytest.raises(ValueError, match="unknown projector 'cnn'; allowed: mlp, linear, conv"):
+        Projector(4, 4, kind="cnn")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from repa_lab.align import REPA, UREPA, Schedule, Tokens
+from repa_lab.align import REPA, UREPA, Manifold, Resample, Schedule, Tokens
 from tests.align import references
 
 GRID = (3, 4)
@@ -15,7 +15,7 @@ def tokens(dim: int, grid: tuple[int, int] = GRID, batch: int = 2) -> Tokens:
 
 
 def projected(regularizer: REPA, student: Tokens) -> torch.Tensor:
-    return regularizer.projector(student.values).detach()
+    return regularizer.projectors[0](student).values.detach()
 
 
 @pytest.mark.parametrize("weight", [0.5, 0.25, 2.0])
@@ -111,7 +111,7 @@ def test_autocast_projects_in_half_and_measures_in_float32():
     regularizer, student, teacher = UREPA(64, 48, width=64), tokens(64), tokens(48)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outcome = regularizer(student, teacher)
-        p = regularizer.projector(student.values)
+        p = regularizer.projectors[0](student).values
     assert p.dtype == torch.bfloat16
     assert outcome.loss.dtype == outcome.cosine.dtype == outcome.manifold.dtype == torch.float32
     p64, t64 = p.detach().double().numpy(), teacher.values.double().numpy()
@@ -137,9 +137,121 @@ def test_zero_hidden_states_are_finite():
     assert all(torch.isfinite(p.grad).all() for p in regularizer.parameters())
 
 
+class TestSeveralEncoders:
+    def test_the_loss_is_the_mean_over_them_with_a_projector_each(self):
+        regularizer, student = UREPA(6, [5, 4], 0.5, 2.0, width=8), tokens(6)
+        teachers = [tokens(5, (2, 2)), tokens(4)]
+        outcome = regularizer(student, teachers)
+        alignments, manifolds = [], []
+        for projector, teacher in zip(regularizer.projectors, teachers, strict=True):
+            p = projector(student).values.detach().double().numpy()
+            p, t = references.bilinear(p, GRID, teacher.grid), teacher.values.double().numpy()
+            alignments.append(references.alignment(p, t))
+            manifolds.append(references.manifold(p, t))
+        assert outcome.cosine.item() == pytest.approx(-np.mean(alignments), abs=1e-6)
+        assert outcome.manifold.item() == pytest.approx(np.mean(manifolds), abs=1e-6)
+        assert outcome.loss.item() == pytest.approx(0.5 * (np.mean(alignments) + 2 * np.mean(manifolds)), abs=1e-6)
+
+    def test_the_same_one_twice_is_the_same_as_once(self):
+        once, twice = REPA(6, 5, width=8), REPA(6, [5, 5], width=8)
+        for projector in twice.projectors:
+            projector.load_state_dict(once.projectors[0].state_dict())
+        student, teacher = tokens(6), tokens(5)
+        assert torch.equal(twice(student, [teacher, teacher]).loss, once(student, teacher).loss)
+
+    def test_each_learns_from_its_own(self):
+        regularizer, student = REPA(6, [5, 5], width=8), tokens(6)
+        regularizer(student, [tokens(5), Tokens(torch.zeros(2, 12, 5), GRID)]).loss.backward()
+        first, second = ([p.grad.abs().max() for p in projector.parameters()] for projector in regularizer.projectors)
+        assert min(first) > 0
+        assert max(second) == 0
+
+    @pytest.mark.parametrize("given", [1, 3])
+    def test_another_number_of_teachers_is_refused(self, given):
+        with pytest.raises(ValueError, match=f"there are 2 encoders, got the tokens of {given}"):
+            REPA(6, [5, 5], width=8)(tokens(6), [tokens(5)] * given)
+
+
+class TestResample:
+    @pytest.mark.parametrize("projector", ["mlp", "conv"])
+    def test_projecting_after_resampling(self, projector):
+        regularizer = REPA(6, 5, width=8, projector=projector, resample=Resample(when="before"))
+        student, teacher = tokens(6, (2, 3)), tokens(5, (4, 5))
+        resampled = references.bilinear(student.values.double().numpy(), (2, 3), (4, 5))
+        p = projected(regularizer, Tokens(torch.from_numpy(resampled).float(), (4, 5))).double().numpy()
+        expected = -references.alignment(p, teacher.values.double().numpy())
+        assert regularizer(student, teacher).cosine.item() == pytest.approx(expected, abs=1e-6)
+
+    def test_shrinking_the_teacher(self):
+        regularizer = UREPA(6, 5, width=8, resample=Resample(side="teacher"))
+        student, teacher = tokens(6, (2, 3)), tokens(5, (4, 6))
+        p, t = projected(regularizer, student).double().numpy(), teacher.values.double().numpy()
+        shrunk = t.reshape(2, 2, 2, 3, 2, 5).mean(axis=(2, 4)).reshape(2, 6, 5)
+        outcome = regularizer(student, teacher)
+        assert outcome.cosine.item() == pytest.approx(-references.alignment(p, shrunk), abs=1e-6)
+        assert outcome.manifold.item() == pytest.approx(references.manifold(p, shrunk), abs=1e-6)
+
+    @pytest.mark.parametrize("when", ["after", "before"])
+    def test_equal_grids_are_left_alone(self, when):
+        regularizer, student, teacher = REPA(6, 5, width=8, resample=Resample(when=when)), tokens(6), tokens(5)
+        plain = REPA(6, 5, width=8)
+        plain.load_state_dict(regularizer.state_dict())
+        assert torch.equal(regularizer(student, teacher).loss, plain(student, teacher).loss)
+
+    def test_other_words_are_refused(self):
+        with pytest.raises(ValueError, match="unknown resample side 'both'; allowed: student, teacher"):
+            Resample(side="both")
+        with pytest.raises(ValueError, match="unknown resample when 'never'; allowed: after, before"):
+            Resample(when="never")
+
+
+class TestWithoutSpatialAlignment:
+    def test_means_over_tokens_are_compared(self):
+        regularizer = REPA(6, 5, 0.5, width=8, spatial_align=False)
+        student, teacher = tokens(6, (2, 3)), tokens(5, (4, 5))
+        p, t = projected(regularizer, student).double().numpy(), teacher.values.double().numpy()
+        expected = references.alignment(p.mean(axis=1, keepdims=True), t.mean(axis=1, keepdims=True))
+        assert regularizer(student, teacher).loss.item() == pytest.approx(0.5 * expected, abs=1e-6)
+
+    def test_every_token_gets_the_same_gradient(self):
+        regularizer, teacher = REPA(6, 5, width=8, projector="linear", spatial_align=False), tokens(5)
+        regularizer.projectors[0].net.layers[0] = torch.nn.Identity()
+        student = Tokens(torch.randn(2, 12, 6, requires_grad=True), GRID)
+        regularizer(student, teacher).loss.backward()
+        gradient = student.values.grad
+        assert gradient.abs().amax(-1).min() > 0
+        torch.testing.assert_close(gradient, gradient[:, :1].expand(-1, 12, -1))
+
+    def test_no_pairs_of_tokens_are_left_but_pairs_of_images_are(self):
+        student, teacher = tokens(6), tokens(5)
+        with pytest.raises(ValueError, match="there is a single token"):
+            UREPA(6, 5, width=8, spatial_align=False)(student, teacher)
+        regularizer = UREPA(6, 5, 0.5, 3.0, Manifold("batch_pooled"), width=8, spatial_align=False)
+        p, t = projected(regularizer, student).double().numpy(), teacher.values.double().numpy()
+        expected = references.manifold(p.mean(axis=1)[None], t.mean(axis=1)[None])
+        assert regularizer(student, teacher).manifold.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_nt_xent_replaces_the_alignment_and_the_cosine_is_told_all_the_same():
+    regularizer = UREPA(6, 5, 0.5, 3.0, width=8, loss="nt_xent", temperature=0.3)
+    student, teacher = tokens(6), tokens(5)
+    outcome = regularizer(student, teacher)
+    p, t = projected(regularizer, student).double().numpy(), teacher.values.double().numpy()
+    assert outcome.cosine.item() == pytest.approx(-references.alignment(p, t), abs=1e-6)
+    expected = 0.5 * (references.nt_xent(p, t, 0.3) + 3 * references.manifold(p, t))
+    assert outcome.loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_manifold_is_what_was_asked_for():
+    student, teacher = tokens(6), tokens(5)
+    regularizer = UREPA(6, 5, 1.0, 1.0, Manifold(reduction="sum"), width=8)
+    p, t = projected(regularizer, student).double().numpy(), teacher.values.double().numpy()
+    assert regularizer(student, teacher).manifold.item() == pytest.approx(144 * references.manifold(p, t), rel=1e-5)
+
+
 def test_what_does_not_fit_is_refused():
     student = tokens(6)
-    with pytest.raises(ValueError, match="the encoder gave a single token"):
+    with pytest.raises(ValueError, match="there is a single token"):
         UREPA(6, 5, width=8)(student, tokens(5, (1, 1)))
     with pytest.raises(ValueError, match="must be the same"):
         REPA(6, 5, width=8)(student, tokens(4))
@@ -149,5 +261,11 @@ def test_what_does_not_fit_is_refused():
         UREPA(6, 5, manifold_weight=-1)
     with pytest.raises(ValueError, match="schedule weight must not be negative"):
         REPA(6, 5, weight=-0.5)
+    with pytest.raises(ValueError, match="a single one"):
+        UREPA(6, 5, width=8, manifold=Manifold("batch_pooled"))(tokens(6, batch=1), tokens(5, batch=1))
+    with pytest.raises(ValueError, match="unknown loss 'l2'; allowed: cosine, nt_xent"):
+        REPA(6, 5, loss="l2")
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        REPA(6, 5, temperature=0)
     with pytest.raises(ValueError, match="unknown projector"):
-        REPA(6, 5, projector="conv")
+        REPA(6, 5, projector="cnn")

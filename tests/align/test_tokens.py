@@ -8,7 +8,7 @@ from torch.nn import functional
 from repa_lab.align import Tokens, alignment_loss, flatten_map, resample_tokens
 from tests.align import references
 
-GRIDS = [((1, 2), (1, 4)), ((4, 4), (8, 8)), ((6, 10), (5, 7)), ((3, 5), (9, 2)), ((16, 16), (37, 37)), ((1, 1), (2, 3))]
+GRIDS = [((1, 2), (1, 4)), ((4, 4), (8, 8)), ((6, 10), (5, 7)), ((3, 5), (9, 3)), ((16, 16), (37, 37)), ((1, 1), (2, 3))]
 grids = pytest.mark.parametrize("grid, to", GRIDS)
 
 
@@ -50,11 +50,28 @@ class TestResample:
         error = (resample_tokens(ramp((48, 32)), (48, 32), (37, 37)) - ramp((37, 37))).abs().mean(dim=(0, 1))
         assert error.max() < 0.01
 
-    @pytest.mark.parametrize("grid", [(16, 16), (24, 32), (17, 17), (64, 64)])
-    def test_every_student_token_gets_gradient(self, grid):
+    @pytest.mark.parametrize("grid", [(16, 16), (24, 32), (17, 17), (64, 64), (96, 96), (128, 128), (200, 40)])
+    @pytest.mark.parametrize("to", [(37, 37), (16, 16), (8, 12)])
+    def test_every_student_token_gets_gradient(self, grid, to):
         student = torch.randn(1, grid[0] * grid[1], 8, requires_grad=True)
-        alignment_loss(resample_tokens(student, grid, (37, 37)), torch.randn(1, 37 * 37, 8)).backward()
+        alignment_loss(resample_tokens(student, grid, to), torch.randn(1, to[0] * to[1], 8)).backward()
         assert (student.grad.abs().amax(dim=-1) > 0).all()
+
+    @pytest.mark.parametrize("grid, to", [((64, 64), (16, 16)), ((40, 24), (7, 5)), ((30, 8), (10, 6))])
+    def test_shrinking_more_than_twofold_takes_the_area_in(self, grid, to):
+        tokens = torch.randn(2, grid[0] * grid[1], 3)
+        expected = references.antialiased(tokens.double().numpy(), grid, to)
+        np.testing.assert_allclose(resample_tokens(tokens, grid, to).numpy(), expected, atol=1e-5)
+
+    def test_halving_is_the_mean_of_four(self):
+        tokens = torch.randn(1, 64, 3)
+        expected = tokens.view(4, 2, 4, 2, 3).mean(dim=(1, 3)).view(1, 16, 3)
+        torch.testing.assert_close(resample_tokens(tokens, (8, 8), (4, 4)), expected)
+
+    @pytest.mark.parametrize("grid", [(96, 64), (24, 32), (100, 90)])
+    def test_shrunk_ramps_stay_ramps(self, grid):
+        error = (resample_tokens(ramp(grid), grid, (16, 16)) - ramp((16, 16))).abs().mean(dim=(0, 1))
+        assert error.max() < 0.01
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision_is_interpolated_in_float32(self, dtype):
@@ -71,6 +88,16 @@ class TestResample:
 
 
 class TestTokens:
+    def test_the_mean_is_one_token_in_float32(self):
+        values = torch.randn(2, 12, 3).half()
+        mean = Tokens(values, (3, 4)).mean()
+        assert (mean.grid, mean.values.dtype) == ((1, 1), torch.float32)
+        np.testing.assert_allclose(mean.values[:, 0], values.double().numpy().mean(axis=1), atol=1e-6)
+
+    def test_a_map_and_back(self):
+        maps = torch.randn(2, 3, 4, 5)
+        assert torch.equal(flatten_map(maps).to_map(), maps)
+
     def test_a_map_is_read_row_by_row(self):
         height, width = 3, 5
         maps = torch.arange(height * width).reshape(1, 1, height, width).float()

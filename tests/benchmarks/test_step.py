@@ -13,8 +13,8 @@ from repa_lab.models.sit import SiT
 from repa_lab.models.tap import Tap
 from repa_lab.spec import RunOptions, load_spec
 from repa_lab.sweep.plan import identify_arm
-from repa_lab.training.loop import Trainer
 from repa_lab.training.streams import Order, generator
+from repa_lab.training.trainer import Trainer
 
 pytestmark = pytest.mark.bench
 

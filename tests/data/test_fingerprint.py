@@ -4,7 +4,16 @@ import shutil
 
 import pytest
 
-from repa_lab.data.fingerprint import DataError, digest, file_digest, fingerprint_digits, fingerprint_folder, image_files
+from repa_lab.data import fingerprint
+from repa_lab.data.fingerprint import (
+    DataError,
+    digest,
+    file_digest,
+    fingerprint_content,
+    fingerprint_digits,
+    fingerprint_folder,
+    image_files,
+)
 from tests.data.conftest import noise_image
 
 
@@ -42,7 +51,8 @@ def test_a_missing_and_an_empty_folder_are_refused(tmp_path):
 
 def test_the_place_of_the_folder_is_no_part_of_it(images, tmp_path):
     shutil.copytree(images, tmp_path / "elsewhere" / "copy")
-    assert fingerprint_folder(tmp_path / "elsewhere" / "copy", 8) == fingerprint_folder(images, 8)
+    for kind in (fingerprint_folder, fingerprint_content):
+        assert kind(tmp_path / "elsewhere" / "copy", 8) == kind(images, 8)
 
 
 def rename(images):
@@ -76,13 +86,30 @@ def uncaptioned(images):
 
 @pytest.mark.parametrize("change", [rename, other_class, replaced, removed, added, recaptioned, uncaptioned])
 def test_every_change_of_the_data_shows(images, change):
-    before = fingerprint_folder(images, 8)
+    before = fingerprint_folder(images, 8), fingerprint_content(images, 8)
     change(images)
-    assert fingerprint_folder(images, 8) != before
+    assert fingerprint_folder(images, 8) != before[0]
+    assert fingerprint_content(images, 8) != before[1]
+
+
+def test_an_image_of_the_same_size_in_bytes_shows_in_its_content(folder):
+    noise = folder({"1.bmp": noise_image(1), "2.bmp": noise_image(2)})
+    other = folder({"1.bmp": noise_image(1), "2.bmp": noise_image(3)}, name="other")
+    assert fingerprint_folder(noise, 8) == fingerprint_folder(other, 8)
+    assert fingerprint_content(noise, 8) != fingerprint_content(other, 8)
+
+
+def test_of_many_images_some_from_all_over_are_read(folder, monkeypatch):
+    monkeypatch.setattr(fingerprint, "_CONTENT_SAMPLE", 3)
+    images = {f"{i}.bmp": noise_image(i) for i in range(7)}
+    before = fingerprint_content(folder(images), 8)
+    seen = [i for i in range(7) if fingerprint_content(folder({**images, f"{i}.bmp": noise_image(9)}), 8) != before]
+    assert seen == [0, 3, 6]
 
 
 def test_the_resolution_is_part_of_it(images):
-    assert fingerprint_folder(images, 8) != fingerprint_folder(images, 16)
+    for kind in (fingerprint_folder, fingerprint_content):
+        assert kind(images, 8) != kind(images, 16)
 
 
 def test_file_digest_is_the_files_sha256(tmp_path):

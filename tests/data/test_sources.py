@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from repa_lab.data.fingerprint import DataError, fingerprint_folder
-from repa_lab.data.sources import Digits, ImageFolder, center_crop, split
+from repa_lab.data.fingerprint import DataError, fingerprint_content
+from repa_lab.data.sources import Digits, Flips, ImageFolder, center_crop, split
 from tests.data.conftest import noise_image
 
 
@@ -38,7 +38,7 @@ class TestImageFolder:
         assert (len(source), source.num_classes) == (3, 3)
         assert source.labels.tolist() == [0, 1, 2]
         assert source.labels.dtype == torch.int64
-        assert source.fingerprint == fingerprint_folder(root, 20)
+        assert source.fingerprint == fingerprint_content(root, 20)
 
     def test_pixels_are_those_of_the_files(self, folder):
         images = {f"{i}.png": noise_image(i) for i in range(3)}
@@ -127,6 +127,32 @@ class TestColours:
     @pytest.mark.parametrize("level", [0, 1, 128, 254, 255])
     def test_sixteen_bit_grey_is_scaled_not_clipped(self, folder, level):
         assert read_one(folder, Image.fromarray(np.full((16, 16), level * 257, np.uint16))) == [level] * 3
+
+
+class TestFlips:
+    def test_the_second_half_are_the_images_mirrored_left_to_right(self, folder):
+        images = {f"{name}/{i}.png": noise_image(i) for i, name in enumerate("abb")}
+        flips = Flips(ImageFolder(folder(images, {"b/1.png": "one"}), 20))
+        assert len(flips) == 6
+        pixels = flips.read(range(6)).permute(0, 2, 3, 1).numpy()
+        for i, image in enumerate(images.values()):
+            assert np.array_equal(pixels[i], np.asarray(image))
+            assert np.array_equal(pixels[3 + i], np.asarray(image)[:, ::-1])
+        assert flips.labels.tolist() == [0, 1, 1] * 2
+        assert list(flips.captions) == ["", "one", ""] * 2
+        assert (flips.channels, flips.side, flips.num_classes) == (3, 20, 2)
+
+    @pytest.mark.parametrize("index", [[1800, 3, 3, 0], range(1795, 1800), torch.tensor([3593, 1796])])
+    def test_both_versions_are_read_by_any_index_in_its_order(self, index):
+        digits = Digits()
+        whole = np.concatenate([digits.read(range(1797)).numpy(), digits.read(range(1797)).numpy()[..., ::-1]])
+        assert np.array_equal(Flips(digits).read(index).numpy(), whole[np.asarray(index)])
+
+    def test_are_another_data_set_and_stay_without_captions(self, folder):
+        digits, other = Digits(), ImageFolder(folder({"1.png": noise_image(0)}), 8)
+        assert len({digits.fingerprint, Flips(digits).fingerprint, Flips(other).fingerprint}) == 3
+        assert Flips(digits).fingerprint == Flips(Digits()).fingerprint
+        assert list(Flips(digits).captions) == []
 
 
 def bicubic(rows: np.ndarray, count: int) -> np.ndarray:

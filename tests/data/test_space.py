@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, UNet2DModel
 from PIL import Image
 
+from repa_lab.data.autoencoder import Autoencoder, to_uint8
 from repa_lab.data.fingerprint import DataError
-from repa_lab.data.sources import Digits, ImageFolder
-from repa_lab.data.space import PixelSpace, latent_space, to_uint8
+from repa_lab.data.sources import Digits, Flips, ImageFolder
+from repa_lab.data.space import PixelSpace, Space, latent_space
+from tests.data.autoencoders import dc, flux2, qwen, tiny
 from tests.data.conftest import noise_image
 
 SCALE, SHIFT = 0.3611, 0.1159
@@ -57,6 +59,10 @@ def draw(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def encode(space: Space, index: list[int]) -> torch.Tensor:
+    return space.encode(index, space.draw(len(index), draw()))
+
+
 def uint8(x: torch.Tensor) -> np.ndarray:
     """The definition, in NumPy."""
     return np.clip(np.rint((x.detach().numpy() + np.float32(1)) * np.float32(127.5)), 0, 255).astype(np.uint8)
@@ -66,7 +72,7 @@ class TestPixels:
     def test_all_levels_come_back(self, folder):
         levels = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
         space = PixelSpace(ImageFolder(folder({"1.png": levels}), 16))
-        x = space.encode([0], draw())
+        x = space.encode([0], None)
         assert (x.dtype, x.min().item(), x.max().item()) == (torch.float32, -1.0, 1.0)
         assert (space.channels, space.size) == (3, (16, 16))
         for channel in space.decode(x)[0]:
@@ -77,11 +83,11 @@ class TestPixels:
         space = PixelSpace(digits)
         assert (space.channels, space.size) == (1, (8, 8))
         expected = digits.read([3, 1]).double() / 255 * 2 - 1
-        torch.testing.assert_close(space.encode([3, 1], draw()).double(), expected, rtol=0, atol=1e-7)
+        torch.testing.assert_close(space.encode([3, 1], None).double(), expected, rtol=0, atol=1e-7)
 
     def test_draws_nothing(self):
         generator = draw()
-        PixelSpace(Digits()).encode([0, 1], generator)
+        assert PixelSpace(Digits()).draw(2, generator) is None
         assert torch.equal(torch.randn(3, generator=generator), torch.randn(3, generator=draw()))
 
     def test_the_way_out_rounds_to_nearest_and_clamps(self):
@@ -99,10 +105,26 @@ class TestLatents:
         eps = torch.randn(2, 4, 8, 8, generator=draw(7)).double().numpy()
         mean, log_variance = posterior.mean.double().numpy(), posterior.logvar.double().numpy()
         expected = (mean + np.exp(log_variance / 2) * eps - SHIFT) * SCALE
-        encoded = space.encode([4, 2], draw(7))
+        encoded = space.encode([4, 2], space.draw(2, draw(7)))
         assert encoded.dtype == torch.float32
         np.testing.assert_allclose(encoded.numpy(), expected, rtol=0, atol=1e-6)
         assert np.abs(expected - (mean - SHIFT) * SCALE).max() > 1e-2  # the noise is no rounding error
+
+    def test_what_was_drawn_for_an_image_is_its_own_noise(self, vae, vae_path, source, cache):
+        space = latent_space(source, str(vae_path), cache)
+        noise = space.draw(2, draw(7))
+        assert noise.shape == (2, 4, 8, 8)
+        assert torch.equal(noise, torch.randn(2, 4, 8, 8, generator=draw(7)))
+        both = space.encode([4, 2], noise)
+        assert torch.equal(space.encode([2, 4], noise.flip(0)), both.flip(0))
+        assert not torch.equal(space.encode([2, 4], noise), both.flip(0))
+
+    def test_without_noise_the_latent_is_the_mean(self, vae, vae_path, source, cache):
+        space = latent_space(source, str(vae_path), cache)
+        with torch.no_grad():
+            mean = vae.encode(source.read([3]).float() / 127.5 - 1).latent_dist.mean
+        torch.testing.assert_close(space.encode([3], None), (mean - SHIFT) * SCALE, rtol=0, atol=1e-6)
+        assert torch.equal(space.encode([3], None), space.encode([3], torch.zeros(1, 4, 8, 8)))
 
     def test_decode_of_the_mean_is_the_vaes_own_reconstruction(self, vae, vae_path, source, cache):
         space = latent_space(source, str(vae_path), cache)
@@ -120,24 +142,24 @@ class TestLatents:
         with torch.no_grad():
             posterior = vae.encode(source.read([0]).float() / 127.5 - 1).latent_dist
         eps = torch.randn(1, 4, 8, 8, generator=draw())
-        torch.testing.assert_close(space.encode([0], draw()), (posterior.mean + posterior.std * eps) / 4, rtol=0, atol=1e-6)
+        torch.testing.assert_close(encode(space, [0]), (posterior.mean + posterior.std * eps) / 4, rtol=0, atol=1e-6)
 
     def test_the_moments_are_computed_once(self, vae, vae_path, source, cache):
         done: list[int] = []
-        first = latent_space(source, str(vae_path), cache, lambda now, total: done.append(now)).encode([1, 3], draw())
+        first = encode(latent_space(source, str(vae_path), cache, lambda now, total: done.append(now)), [1, 3])
         assert done[-1] == 5
         done.clear()
-        again = latent_space(source, str(vae_path), cache, lambda now, total: done.append(now)).encode([1, 3], draw())
+        again = encode(latent_space(source, str(vae_path), cache, lambda now, total: done.append(now)), [1, 3])
         assert done == []
         assert torch.equal(first, again)
 
     @pytest.mark.parametrize("change", [{"seed": 1}, {"scaling_factor": 0.5}])
     def test_a_refilled_folder_is_another_vae(self, vae, vae_path, source, cache, change):
-        before = latent_space(source, str(vae_path), cache).encode([0], draw())
+        before = encode(latent_space(source, str(vae_path), cache), [0])
         shutil.rmtree(vae_path)
         save_vae(vae_path, **change)
         done: list[int] = []
-        after = latent_space(source, str(vae_path), cache, lambda now, total: done.append(now)).encode([0], draw())
+        after = encode(latent_space(source, str(vae_path), cache, lambda now, total: done.append(now)), [0])
         assert done and not torch.equal(before, after)
 
     def test_a_moved_folder_is_the_same_vae(self, vae, vae_path, source, cache, tmp_path):
@@ -156,10 +178,63 @@ class TestLatents:
 
     def test_the_vae_is_frozen(self, vae, vae_path, source, cache):
         space = latent_space(source, str(vae_path), cache)
-        x = space.encode([0], draw()).requires_grad_()
+        x = space.encode([0], None).requires_grad_()
         assert not space.decode(x).requires_grad
-        assert not space._vae.training
-        assert not any(parameter.requires_grad for parameter in space._vae.parameters())
+        assert not space.vae.model.training
+        assert not any(parameter.requires_grad for parameter in space.vae.model.parameters())
+
+    @pytest.mark.parametrize("make, channels, side", [(flux2, 16, 4), (dc, 4, 8), (qwen, 4, 8), (tiny, 4, 8)])
+    def test_any_autoencoder_is_loaded_by_its_config(self, vae_path, source, cache, make, channels, side):
+        vae = make().eval()
+        vae.save_pretrained(vae_path)
+        space = latent_space(source, str(vae_path), cache)
+        assert (space.channels, space.size) == (channels, (side, side))
+        assert type(space.vae.model) is type(vae)
+        noise = space.draw(2, draw())
+        assert noise.shape == (2, 4, 8, 8)
+        x = space.encode([4, 2], noise)
+        assert (x.shape, x.dtype) == ((2, channels, side, side), torch.float32)
+        mean = space.encode([4, 2], None)
+        assert torch.equal(mean, x) == (make in (dc, tiny))  # which leave nothing to chance
+        assert torch.equal(space.decode(mean), Autoencoder(vae, "vae").decode(mean))
+        assert space.decode(mean).shape == (2, 3, SIDE, SIDE)
+
+    def test_another_class_of_the_same_weights_is_another_vae(self, vae):
+        class Renamed(AutoencoderKL):
+            pass
+
+        renamed = Renamed(**vae.config)
+        renamed.load_state_dict(vae.state_dict())
+        assert Autoencoder(renamed, "vae").identity != Autoencoder(vae, "vae").identity
+
+    def test_a_model_that_is_no_autoencoder_is_refused(self, source, cache, tmp_path):
+        blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+        UNet2DModel(norm_num_groups=4, **blocks).save_pretrained(tmp_path / "unet")
+        with pytest.raises(DataError, match="UNet2DModel is not an autoencoder") as caught:
+            latent_space(source, str(tmp_path / "unet"), cache)
+        assert caught.value.field == "vae"
+
+    def test_an_autoencoder_that_makes_films_of_images_is_refused(self, source, cache, tmp_path):
+        film = AutoencoderKLTemporalDecoder(block_out_channels=(32,), layers_per_block=1)
+        film.save_pretrained(tmp_path / "film")
+        with pytest.raises(DataError, match="turns images into films; an autoencoder of images is required"):
+            latent_space(source, str(tmp_path / "film"), cache)
+
+    def test_latents_that_do_not_divide_into_patches_are_refused_before_all_are_computed(self, vae_path, cache, folder):
+        flux2().save_pretrained(vae_path)
+        source = ImageFolder(folder({f"{i}.png": noise_image(i, (18, 18)) for i in range(20)}), 18)
+        done: list[int] = []
+        with pytest.raises(DataError, match="measure 9x9, which does not divide into patches of 2x2"):
+            latent_space(source, str(vae_path), cache, lambda now, total: done.append(now))
+        assert done == []
+
+    def test_mirrored_images_have_latents_of_their_own(self, vae, vae_path, source, cache):
+        space = latent_space(Flips(source), str(vae_path), cache)
+        with torch.no_grad():
+            mirrored = source.read([3]).flip(-1).float() / 127.5 - 1
+            mean = vae.encode(mirrored).latent_dist.mean
+        torch.testing.assert_close(space.encode([8], None), (mean - SHIFT) * SCALE, rtol=0, atol=1e-6)
+        assert (space.encode([8], None) - space.encode([3], None).flip(-1)).abs().max() > 1e-3
 
     def test_a_vae_for_other_images_is_refused(self, vae, vae_path, cache):
         with pytest.raises(DataError, match="the VAE takes 3 channels, the images have 1") as caught:

@@ -1,21 +1,30 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from repa_lab.align import REPA, UREPA, Schedule, Tokens
 from repa_lab.data import store
-from repa_lab.data.sources import ImageFolder
+from repa_lab.data.autoencoder import Autoencoder
+from repa_lab.data.fingerprint import DataError
+from repa_lab.data.reconstruct import Reconstructions
+from repa_lab.data.sources import Flips, ImageFolder
+from repa_lab.data.space import latent_space
 from repa_lab.encoders import targets
-from repa_lab.encoders.encoder import EncoderError, lite0_model, load_encoder
-from repa_lab.encoders.targets import OnlineTargets, cached_targets
+from repa_lab.encoders.encoder import EncoderError, EncoderOptions, lite0_model, load_encoder
+from repa_lab.encoders.targets import CachedTargets, OnlineTargets, cached_targets
+from tests.data.autoencoders import kl, tiny
 from tests.data.conftest import noise_image
+from tests.data.test_store import flip_bit
 
 CPU = torch.device("cpu")
 COUNT = 6
+PLAIN = EncoderOptions()
 
 
 def make_source(folder, count: int = COUNT, first: int = 0) -> ImageFolder:
@@ -45,33 +54,69 @@ def loads(monkeypatch):
 
 @pytest.fixture
 def cached(tmp_path, source):
-    def cached(source=source, name="efficientnet_lite0", size=48, weights=None, standardize=False):
-        return cached_targets(source, name, size, weights, standardize, tmp_path / "cache", CPU)
+    def cached(source=source, name="efficientnet_lite0", size=48, weights=None, standardize=False, **options):
+        return cached_targets(source, name, size, weights, standardize, tmp_path / "cache", CPU, **options)
 
     return cached
 
 
+@pytest.fixture
+def online(source):
+    def online(source=source, options=PLAIN):
+        return OnlineTargets(load_encoder("efficientnet_lite0", 48, 16, None, options), "it", source, CPU)
+
+    return online
+
+
+EVERYTHING = torch.arange(COUNT)
+
+
 def stores(tmp_path) -> list[dict]:
-    return [json.loads(path.read_text()) for path in (tmp_path / "cache" / "features").glob("*/manifest.json")]
+    paths = (tmp_path / "cache" / "features").glob("*/manifest.json")
+    return [json.loads(path.read_text())["identity"] for path in paths]
 
 
-def test_cached_features_are_the_encoders_own(cached, source):
-    online = OnlineTargets(load_encoder("efficientnet_lite0", 48, 16), "it", source, CPU)
-    offline = cached()
-    assert offline.dim == online.dim == 112
-    everything = torch.arange(COUNT)
-    fresh, kept = online(everything, CPU), offline(everything, CPU)
+def test_features_kept_in_float32_are_the_encoders_own_bit_for_bit(cached, online):
+    offline = cached(storage=torch.float32)
+    assert offline.dim == online().dim == 112
+    fresh, kept = online()(EVERYTHING, CPU), offline(EVERYTHING, CPU)
     assert fresh.grid == kept.grid == (3, 3)
     assert torch.equal(fresh.values, kept.values)
-    assert torch.equal(cached()(everything, CPU).values, kept.values)  # read again from disk
+    assert torch.equal(cached(storage=torch.float32)(EVERYTHING, CPU).values, kept.values)  # read again from disk
 
 
-def test_images_are_picked_by_index(cached, source):
-    online = OnlineTargets(load_encoder("efficientnet_lite0", 48, 16), "it", source, CPU)
-    everything, index = cached()(torch.arange(COUNT), CPU).values, torch.tensor([4, 0, 4])
-    assert torch.equal(cached()(index, CPU).values, everything[index])
+def test_features_kept_in_float16_are_the_encoders_own_rounded(cached, online):
+    kept = cached()(EVERYTHING, CPU).values
+    assert kept.dtype == torch.float32
+    expected = online()(EVERYTHING, CPU).values.numpy().astype(np.float16).astype(np.float32)
+    assert np.array_equal(kept.numpy(), expected)
+
+
+@pytest.mark.parametrize("urepa", [False, True])
+@pytest.mark.parametrize("standardize", [False, True])
+def test_the_loss_on_cached_features_is_that_on_fresh_ones(cached, online, urepa, standardize):
+    schedule = Schedule(weight=1.0, total_steps=10)
+    torch.manual_seed(1)
+    regularizer = UREPA(8, 112, schedule, 3.0, width=16) if urepa else REPA(8, 112, schedule, width=16)
+    student = Tokens(torch.randn(COUNT, 9, 8), (3, 3))
+
+    def loss(source: CachedTargets | OnlineTargets) -> float:
+        return regularizer(student, source(EVERYTHING, CPU), 0).loss.item()
+
+    exact = loss(cached(storage=torch.float32, standardize=standardize))
+    half = loss(cached(storage=torch.float16, standardize=standardize))
+    assert half == pytest.approx(exact, rel=1e-3)
+    assert half != exact
+    if not standardize:
+        assert loss(online()) == exact
+
+
+def test_images_are_picked_by_index(cached, online):
+    offline = cached(storage=torch.float32)
+    everything, index = offline(EVERYTHING, CPU).values, torch.tensor([4, 0, 4])
+    assert torch.equal(offline(index, CPU).values, everything[index])
     # A convolution's rounding depends on the batch it runs in, hence the tolerance.
-    torch.testing.assert_close(online(index, CPU).values, everything[index], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(online()(index, CPU).values, everything[index], rtol=1e-5, atol=1e-4)
 
 
 def test_standardized_channels_have_mean_0_and_std_1(cached):
@@ -102,7 +147,7 @@ def test_standardizing_shares_the_cache(cached, loads):
 
 
 def test_the_encoder_is_loaded_only_for_what_is_missing(cached, loads, monkeypatch, tmp_path):
-    monkeypatch.setattr(store, "_SHARD", 4)
+    monkeypatch.setattr(store, "_SHARD_ROWS", 4)
     cached()
     cached()
     assert loads == ["efficientnet_lite0"]
@@ -125,10 +170,68 @@ def test_every_part_of_the_identity_is_a_key(cached, tmp_path, loads):
     cached(source=make_source(tmp_path / "others", 3, first=100))
     first = cached(weights=str(tmp_path / "a.safetensors"))
     second = cached(weights=str(tmp_path / "b.safetensors"))
-    assert len(stores(tmp_path)) == len(loads) == 5
+    cached(storage=torch.float32)
+    cached(options=EncoderOptions(precision="bf16"))
+    assert len(stores(tmp_path)) == len(loads) == 7
     cached(weights=str(tmp_path / "copy.safetensors"))
-    assert len(stores(tmp_path)) == len(loads) == 5  # the same content under another name
+    cached(options=EncoderOptions(batch_size=2))
+    assert len(stores(tmp_path)) == len(loads) == 7  # the same content under another name, and in other portions
     assert not torch.equal(first(torch.arange(3), CPU).values, second(torch.arange(3), CPU).values)
+
+
+def test_features_of_other_images_are_never_read(cached, tmp_path, loads):
+    """A folder of features is renamed to where those of other images are looked for."""
+    other = make_source(tmp_path / "others", first=100)
+    cached()
+    (mine,) = (tmp_path / "cache" / "features").iterdir()
+    cached(source=other)
+    (theirs,) = (path for path in mine.parent.iterdir() if path != mine)
+    shutil.rmtree(theirs)
+    shutil.copytree(mine, theirs)
+    with pytest.raises(DataError) as caught:
+        cached(source=other)
+    assert f"'{theirs}' is not the cache of these images" in str(caught.value)
+    assert ": data differ; delete it" in str(caught.value)
+    shutil.rmtree(theirs)
+    assert not torch.equal(cached(source=other)(EVERYTHING, CPU).values, cached()(EVERYTHING, CPU).values)
+
+
+def test_a_flipped_bit_is_found_and_the_features_computed_again(cached, tmp_path, loads):
+    before = cached()(EVERYTHING, CPU).values
+    (shard,) = (tmp_path / "cache").glob("features/*/values-*")
+    flip_bit(shard, row=3)
+    assert torch.equal(cached()(EVERYTHING, CPU).values, before)
+    assert loads == ["efficientnet_lite0"] * 2
+
+
+def test_features_of_mirrored_images_are_the_encoders_of_mirrored_pixels(cached, source):
+    kept = cached(source=Flips(source), storage=torch.float32)
+    encoder = load_encoder("efficientnet_lite0", 48, 16)
+    plain, mirrored = kept(EVERYTHING, CPU).values, kept(EVERYTHING + COUNT, CPU).values
+    torch.testing.assert_close(plain, encoder(source.read(range(COUNT))).values, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(mirrored, encoder(source.read(range(COUNT)).flip(-1)).values, rtol=1e-5, atol=1e-4)
+    assert (plain - mirrored).abs().amax((1, 2)).min() > 0.1
+    grid_mirrored = plain.unflatten(1, (3, 3)).flip(2).flatten(1, 2)
+    assert (grid_mirrored - mirrored).abs().max() > 0.1  # an encoder does not commute with mirroring
+
+
+@pytest.mark.parametrize("kind", ["vae", "tae"])
+def test_features_of_reconstructions_are_the_same_cached_and_online(cached, online, source, tmp_path, kind):
+    kl().save_pretrained(tmp_path / "vae")
+    space = latent_space(source, str(tmp_path / "vae"), tmp_path / "cache")
+    decoder = space.vae if kind == "vae" else Autoencoder(tiny(), "tae")
+    made = Reconstructions(source, space, decoder, CPU)
+    kept = cached(source=made, storage=torch.float32)(EVERYTHING, CPU).values
+    assert torch.equal(kept, online(source=made)(EVERYTHING, CPU).values)
+    assert not torch.allclose(kept, cached(storage=torch.float32)(EVERYTHING, CPU).values, atol=0.1)
+    assert len(stores(tmp_path)) == 2
+
+
+def test_precision_is_passed_on(cached, online):
+    half = cached(storage=torch.float32, options=EncoderOptions(precision="bf16"))(EVERYTHING, CPU).values
+    assert torch.equal(half, online(options=EncoderOptions(precision="bf16"))(EVERYTHING, CPU).values)
+    full = cached(storage=torch.float32)(EVERYTHING, CPU).values
+    assert 1e-3 < (half - full).norm() / full.norm() < 0.1
 
 
 def test_what_is_no_patch_grid_is_refused_before_anything_is_computed(cached, tmp_path):

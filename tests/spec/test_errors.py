@@ -79,7 +79,7 @@ BAD = {
             "3:8: data.source: expected one of digits, imagefolder, got 'digit'; did you mean 'digits'?",
             "4:19: train.time: expected one of uniform, lognormal, got 'logit'",
             "5:15: regularizer.type: expected one of none, repa, urepa, got 'urep'; did you mean 'urepa'?",
-            "5:39: regularizer.projector.type: expected one of mlp, linear, got 'mpl'; did you mean 'mlp'?",
+            "5:39: regularizer.projector.type: expected one of mlp, linear, conv, got 'mpl'; did you mean 'mlp'?",
             "5:62: regularizer.schedule.type: expected one of constant, linear, cosine, polynomial, got 'cosin'; "
             "did you mean 'cosine'?",
         ],

@@ -47,6 +47,14 @@ CASES = [
         "multiple of 16",
     ),
     (("image_size: 64", "image_size: 64, weights: nowhere.pth"), "3:79: regularizer.encoder.weights: no file 'nowhere.pth'"),
+    (
+        ("image_size: 64", "image_size: 64, pixels: vae"),
+        "3:79: regularizer.encoder.pixels: vae decodes latents, and data.vae names no VAE; use image, or set data.vae",
+    ),
+    (
+        ("{name: efficientnet_lite0, image_size: 64}", "[{name: efficientnet_lite0, image_size: 64}, {name: mocov3_vitb16}]"),
+        "3:81: regularizer.encoder.1.weights: the weights of 'mocov3_vitb16' are on no model hub; give weights: FILE",
+    ),
     (("{source: digits}", "{source: imagefolder, path: nowhere}"), "4:29: data.path: no folder 'nowhere'"),
     (("nano/2", "nano/8, pretrained: x"), "2:36: model.pretrained: sit is trained from scratch: leave pretrained out"),
     (
@@ -55,8 +63,8 @@ CASES = [
     ),
     (
         ("steps: 10}", "steps: 10}\nsearch: {space: {regularizer.wait: {log: [1, 2]}}}"),
-        "6:18: search.space.regularizer.wait: unknown field 'wait'; allowed: block_index, encoder, manifold_weight, projector, "
-        "schedule, type, weight; did you mean 'weight'?",
+        "6:18: search.space.regularizer.wait: unknown field 'wait'; allowed: block_index, encoder, loss, manifold, "
+        "manifold_weight, projector, resample, schedule, spatial_align, temperature, type, weight; did you mean 'weight'?",
     ),
     (("name: sound", "name: cache"), "1:1: name: 'cache' is a folder of the runs root; choose another name"),
 ]

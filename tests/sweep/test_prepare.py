@@ -59,4 +59,4 @@ def test_what_is_cached_is_not_computed_again(tiny, tmp_path):
     prepare(configs(tiny()), CPU, tmp_path, announce)
     assert told == []
     assert {path: path.stat().st_mtime_ns for path in files} == files
-    assert sorted(path.suffix for path in files if path.suffix != ".json") == [".npz", ".safetensors"]
+    assert sorted({path.suffix for path in files if path.suffix != ".json"}) == [".npz", ".safetensors"]

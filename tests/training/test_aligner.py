@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,8 +11,8 @@ from repa_lab.encoders.targets import CachedTargets, OnlineTargets
 from repa_lab.models.facts import UNET_SHAPES
 from repa_lab.models.tap import TapError
 from repa_lab.training.aligner import Aligner, build_regularizer, choose_block, open_targets
-from repa_lab.training.loop import build_denoiser
-from tests.training.conftest import UNET, make_run
+from repa_lab.training.trainer import build_denoiser
+from tests.training.conftest import UNET, make_options, make_run
 
 CPU = torch.device("cpu")
 
@@ -35,8 +37,7 @@ def make_aligner(images, **settings):
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     counting = CountingTargets()
-    aligner = Aligner(run, denoiser, counting)
-    aligner._call = aligner.regularizer
+    aligner = Aligner(run, denoiser, [counting])
     return aligner, denoiser, counting
 
 
@@ -82,20 +83,20 @@ def test_weight_0_asks_no_encoder_and_keeps_no_activations(images):
 def test_the_schedule_counts_steps_already_taken(images):
     schedule = {"type": "cosine", "warmup_steps": 100, "decay_steps": 5000}
     run = make_run(**{"regularizer.schedule": schedule, "train.steps": 5000})
-    regularizer = build_regularizer(run, 12)
+    regularizer = build_regularizer(run, [12])
     found = [regularizer.weight_at(step) for step in (0, 50, 100, 2550, 5000)]
     assert found == pytest.approx([0, 0.25, 0.5, 0.25, 0], abs=1e-12)
 
 
 def test_a_decay_without_an_end_ends_with_the_training(images):
     run = make_run(**{"regularizer.schedule": {"type": "linear"}, "train.steps": 40})
-    assert [build_regularizer(run, 12).weight_at(step) for step in (0, 20, 40)] == [0.5, 0.25, 0]
+    assert [build_regularizer(run, [12]).weight_at(step) for step in (0, 20, 40)] == [0.5, 0.25, 0]
 
 
 @pytest.mark.parametrize("settings, kind", [({}, REPA), ({**UNET, "regularizer.type": "urepa"}, UREPA)])
 def test_the_regularizer_is_what_the_spec_says(settings, kind):
     run = make_run(**{**settings, "regularizer.weight": 0.0, "regularizer.manifold_weight": 0.0})
-    built = build_regularizer(run, 12)
+    built = build_regularizer(run, [12])
     assert type(built) is kind
     assert built.weight_at(0) == 0.0
     assert kind is REPA or built.manifold_weight == 0.0
@@ -104,12 +105,12 @@ def test_the_regularizer_is_what_the_spec_says(settings, kind):
 def test_the_projector_is_initialised_from_its_own_stream():
     def state(seed: int = 0, **settings) -> dict[str, torch.Tensor]:
         torch.manual_seed(torch.seed())  # whatever stands in torch's own generator
-        return build_regularizer(make_run(seed, **settings), 12).state_dict()
+        return build_regularizer(make_run(seed, **settings), [12]).state_dict()
 
     first = state()
     for other in (state(), state(**{"regularizer.weight": 0.1}), state(**{"regularizer.type": "urepa"})):
         assert all(torch.equal(first[name], value) for name, value in other.items())
-    assert not torch.equal(first["projector.net.0.weight"], state(1)["projector.net.0.weight"])
+    assert not torch.equal(first["projectors.0.net.layers.0.weight"], state(1)["projectors.0.net.layers.0.weight"])
 
 
 MISSING = [({"regularizer.block_index": 4}, "sit has 4 blocks"), ({**UNET, "regularizer.block_index": 0}, "mid")]
@@ -131,15 +132,15 @@ def test_the_first_wish_counts_and_0_is_a_wish():
 
 def test_targets_come_from_the_cache_unless_told_otherwise(images, cache):
     config = make_run().config.regularizer.encoder
-    assert isinstance(open_targets(config, images.source, cache, CPU), CachedTargets)
+    assert isinstance(open_targets(config, images, make_options(), cache, CPU), CachedTargets)
     online = config.model_copy(update={"cache": False})
-    assert isinstance(open_targets(online, images.source, cache, CPU), OnlineTargets)
+    assert isinstance(open_targets(online, images, make_options(), cache, CPU), OnlineTargets)
 
 
 def test_an_online_encoder_is_named_when_it_is_refused(images, cache):
     config = make_run().config.regularizer.encoder.model_copy(update={"cache": False, "image_size": 16})
     with pytest.raises(EncoderError, match="'efficientnet_lite0' gives one token"):
-        open_targets(config, images.source, cache, CPU)
+        open_targets(config, images, make_options(), cache, CPU)
 
 
 def test_long_work_is_announced(images, tmp_path):
@@ -157,5 +158,6 @@ def test_long_work_is_announced(images, tmp_path):
         def read(self, index) -> torch.Tensor:
             return images.source.read(index)
 
-    open_targets(settings, Few(), tmp_path, CPU, lambda task: lambda done, total: heard.append((task, done, total)))
+    few = replace(images, source=Few())
+    open_targets(settings, few, make_options(), tmp_path, CPU, lambda task: lambda done, total: heard.append((task, done, total)))
     assert heard == [("features of efficientnet_lite0", 5, 5)]

@@ -15,10 +15,10 @@ from repa_lab.models.family import BUILDERS
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.evaluate import DivergedError, Evaluator, reference_statistics, write_grid
 from repa_lab.training.images import Images
-from repa_lab.training.loop import build_denoiser
 from repa_lab.training.sampling import Sampling
 from repa_lab.training.streams import generator
-from tests.training.conftest import make_run
+from repa_lab.training.trainer import build_denoiser
+from tests.training.conftest import make_options, make_run
 
 CPU = torch.device("cpu")
 HELD_OUT = 40
@@ -43,7 +43,7 @@ def denoiser(images) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def targets(images, cache):
-    return open_targets(make_run().config.regularizer.encoder, images.source, cache, CPU)
+    return open_targets(make_run().config.regularizer.encoder, images, make_options(), cache, CPU)
 
 
 def make_evaluator(few, cache, targets=None, seed: int = 0, **settings) -> Evaluator:
@@ -61,7 +61,7 @@ class TestQuality:
         config = make_run().config.evaluate
         row, shown = make_evaluator(few, cache).quality(denoiser)
         sampling = Sampling((1, 8, 8), 10, config.sampler, config.guidance, 0)
-        drawn = few.space.decode(next(sampling.batches(denoiser, 16, 125, CPU)))
+        drawn = few.space.decode(next(sampling.batches(denoiser, 16, 125, CPU))[1])
         samples = statistics(extractor(drawn))
         real = statistics(extractor(few.source.read(few.split.train.tolist())))
         expected = frechet_distance(samples.mu, samples.sigma, real.mu, real.sigma)
@@ -122,10 +122,10 @@ def tokens_by_hand(few, denoiser, block: int, timestep: float, batch_size: int) 
 
 
 class TestAlignment:
-    def measure(self, evaluator, denoiser, block=2, regularizer=None):
+    def measure(self, evaluator, denoiser, block=2, match=None):
         tap = BUILDERS["sit"].tap(denoiser, block)
         try:
-            return evaluator.alignment(denoiser, tap, regularizer)
+            return evaluator.alignment(denoiser, tap, match)
         finally:
             tap.remove()
 
@@ -139,11 +139,11 @@ class TestAlignment:
     def test_the_projector_speaks_of_its_own_tap(self, few, cache, denoiser, targets):
         torch.manual_seed(3)
         regularizer = REPA(64, targets.dim, width=16)
-        row = self.measure(make_evaluator(few, cache, targets, batch_size=16), denoiser, 2, regularizer)
+        row = self.measure(make_evaluator(few, cache, targets, batch_size=16), denoiser, 2, regularizer.match)
         student = Tokens(tokens_by_hand(few, denoiser, 2, 0.5, 16), (4, 4))
         teacher = targets(few.split.held_out, CPU)
         with torch.no_grad():
-            projected = regularizer.projector.project(student).resample((2, 2)).values
+            projected = regularizer.projectors[0](student).resample((2, 2)).values
         matched, gap = cosine_gap(projected, teacher.values)
         assert row["heldout/cosine"] == pytest.approx(matched, abs=1e-6)
         assert row["heldout/gap"] == pytest.approx(gap, abs=1e-6)

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from repa_lab.data.fingerprint import DataError
+from repa_lab.data.sources import ImageFolder
 from repa_lab.data.space import LatentSpace, PixelSpace
-from repa_lab.spec import DataConfig
-from repa_lab.training.images import open_images
+from repa_lab.spec import DataConfig, EncoderConfig
+from repa_lab.training.images import open_images, pixels_for
+from tests.data.autoencoders import tiny
 from tests.data.conftest import noise_image
 from tests.data.test_space import save_vae
 
@@ -44,7 +46,67 @@ def test_a_folder_in_latents_announces_its_work(folder, tmp_path):
     assert heard[-1] == ("latents", 5, 5)
     assert isinstance(images.space, LatentSpace)
     assert (images.input.channels, images.input.size) == (4, (8, 8))
-    assert images.space.encode([0, 4], torch.Generator().manual_seed(0)).shape == (2, 4, 8, 8)
+    assert images.space.encode([0, 4], None).shape == (2, 4, 8, 8)
+
+
+@pytest.fixture
+def latent(folder, tmp_path):
+    """Settings of a data set with latents."""
+    save_vae(tmp_path / "vae")
+    return config(source="imagefolder", path=str(folder), resolution=16, holdout=2, vae=str(tmp_path / "vae"))
+
+
+def test_flips_double_the_source_and_leave_the_split_alone(folder, latent, tmp_path):
+    plain = open_images(latent, tmp_path / "cache")
+    flipped = open_images(latent.model_copy(update={"flip": True}), tmp_path / "cache")
+    assert (plain.flips, plain.base_count, len(plain.source)) == (False, 5, 5)
+    assert (flipped.flips, flipped.base_count, len(flipped.source)) == (True, 5, 10)
+    assert torch.equal(flipped.split.train, plain.split.train)
+    assert torch.equal(flipped.split.held_out, plain.split.held_out)
+    assert flipped.input == plain.input
+    pixels = ImageFolder(folder, 16).read([2])
+    assert torch.equal(flipped.source.read([2, 7]), torch.cat([pixels, pixels.flip(-1)]))
+    latents = flipped.space.encode([2, 7], None)
+    torch.testing.assert_close(latents[:1], plain.space.encode([2], None), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(latents[0], latents[1], atol=1e-3)
+
+
+class TestPixels:
+    def test_are_the_images_unless_told_otherwise(self, latent, tmp_path):
+        images = open_images(latent, tmp_path / "cache")
+        assert pixels_for(EncoderConfig(), images) is images.source
+
+    def test_may_be_what_the_vae_gives_back(self, latent, tmp_path):
+        images = open_images(latent, tmp_path / "cache")
+        made = pixels_for(EncoderConfig(pixels="vae"), images)
+        assert torch.equal(made.read(range(5)), images.space.decode(images.space.encode(range(5), None)))
+        assert made.fingerprint != images.source.fingerprint
+
+    def test_may_be_what_a_tiny_autoencoder_makes_of_the_latents(self, latent, tmp_path):
+        tae = tiny()
+        tae.save_pretrained(tmp_path / "tae")
+        images = open_images(latent, tmp_path / "cache")
+        made = pixels_for(EncoderConfig(pixels="tae", tae=str(tmp_path / "tae")), images)
+        with torch.no_grad():
+            expected = tae.eval().decode(images.space.encode([1, 4], None)).sample
+        assert (made.read([1, 4]) - (expected.clamp(-1, 1) + 1) * 127.5).abs().max() <= 0.501
+
+    @pytest.mark.parametrize("kind", ["vae", "tae"])
+    def test_without_latents_are_refused(self, folder, tmp_path, kind):
+        data = config(source="imagefolder", path=str(folder), resolution=16, holdout=2)
+        encoder = EncoderConfig(pixels=kind, tae="x" if kind == "tae" else None)
+        with pytest.raises(DataError) as caught:
+            pixels_for(encoder, open_images(data, tmp_path))
+        assert str(caught.value) == (f"pixels: {kind} decodes latents, and there is no VAE; set data.vae, or pixels: image")
+        assert caught.value.field == "vae"
+
+    def test_a_tiny_autoencoder_that_is_missing_or_of_other_latents_is_refused(self, latent, tmp_path):
+        images = open_images(latent, tmp_path / "cache")
+        tiny(latent_channels=16).save_pretrained(tmp_path / "wide")
+        for name, match in (("wide", "decodes latents of 16 channels"), ("missing", "cannot load the TAE '.*missing'")):
+            with pytest.raises(DataError, match=match) as caught:
+                pixels_for(EncoderConfig(pixels="tae", tae=str(tmp_path / name)), images)
+            assert caught.value.field == "tae"
 
 
 @pytest.mark.parametrize("settings, match", [({}, r"set data\.path"), ({"path": "nowhere"}, "no folder 'nowhere'")])

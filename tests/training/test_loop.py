@@ -15,8 +15,9 @@ from repa_lab.runs import directory as directory_module
 from repa_lab.training import aligner as aligner_module
 from repa_lab.training.device import DeviceError
 from repa_lab.training.evaluate import DivergedError
-from repa_lab.training.loop import Trainer, train
+from repa_lab.training.loop import train
 from repa_lab.training.sampling import Sampling
+from repa_lab.training.trainer import Trainer
 from tests.data.conftest import noise_image
 from tests.data.test_space import save_vae
 from tests.training.conftest import (
@@ -96,7 +97,9 @@ class TestOffMeansOff:
         for other in ended[1:]:
             assert_same(baseline, weights(other), only="denoiser:")
             assert_same(baseline, {k: v for k, v in weights(other).items() if "regularizer." not in k}, only="ema:")
-            assert step_rows(other) == losses
+            found = step_rows(other)
+            assert [row.pop("align/weight") for row in found] == [0.0] * 4
+            assert found == losses
 
     def test_a_weight_above_0_does_not(self, cache, fresh):
         off = weights(run_steps(make_run(**OFF, **ALL_AT_WORK), fresh("off"), cache))
@@ -179,9 +182,10 @@ class TestRows:
     def test_the_schedules_weight_is_the_one_of_the_steps_before(self, cache, fresh):
         schedule = {"type": "linear", "warmup_steps": 2, "decay_steps": 4}
         directory = run_steps(make_run(**{"regularizer.schedule": schedule, "train.steps": 7}), fresh(), cache, steps=6)
-        found = {row["step"]: row.get("align/weight") for row in step_rows(directory)}
-        # Row n tells of the step taken when n - 1 had been taken; at 0 there is no alignment at all.
-        assert found == {1: None, 2: 0.25, 3: 0.5, 4: 0.25, 5: None, 6: None}
+        found = {row["step"]: (row["align/weight"], "align/cosine" in row) for row in step_rows(directory)}
+        # Row n tells of the step taken when n - 1 had been taken; at weight 0 nothing is aligned.
+        on = {2: (0.25, True), 3: (0.5, True), 4: (0.25, True)}
+        assert found == {1: (0.0, False), **on, 5: (0.0, False), 6: (0.0, False)}
 
     def test_measurements_stand_in_their_own_rows(self, cache, fresh):
         directory = run_to_end(make_run(**{"evaluate.every": 2}), fresh(), cache, log_every=3)

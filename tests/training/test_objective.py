@@ -16,8 +16,7 @@ from tests.training.conftest import OFF, UNET, make_run
 
 def make_steps(images, seed: int = 0, **settings) -> Steps:
     run = make_run(seed, **settings)
-    source = images.source
-    return Steps(run.config, run.seed, images.space, source.labels, source.num_classes, images.split.train)
+    return Steps(run.config, run.seed, images)
 
 
 def equal(first, second) -> bool:

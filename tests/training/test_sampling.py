@@ -216,7 +216,7 @@ class TestSampling:
 
         def draw(count: int, batch_size: int) -> torch.Tensor:
             field = Field(lambda x, t: torch.sin(5 * x) * t + x)
-            return torch.cat(list(sampling.batches(field, count, batch_size, torch.device("cpu"))))
+            return torch.cat([x for _, x in sampling.batches(field, count, batch_size, torch.device("cpu"))])
 
         whole = draw(10, 10)
         assert (whole.shape, whole.dtype) == ((10, *SHAPE), torch.float32)
@@ -226,11 +226,11 @@ class TestSampling:
 
     def test_starts_from_its_own_stream(self):
         sampling = Sampling(SHAPE, 10, ode("euler", 2), NO_GUIDANCE, 7)
-        found = torch.cat(list(sampling.batches(Field(), 3, 2, torch.device("cpu"))))
+        found = torch.cat([x for _, x in sampling.batches(Field(), 3, 2, torch.device("cpu"))])
         for i in range(3):
             assert torch.equal(found[i], torch.randn(SHAPE, generator=generator(7, "sampling", i)))
         other = Sampling(SHAPE, 10, ode("euler", 2), NO_GUIDANCE, 8)
-        assert not torch.equal(next(other.batches(Field(), 3, 3, torch.device("cpu"))), found)
+        assert not torch.equal(next(other.batches(Field(), 3, 3, torch.device("cpu")))[1], found)
 
     def test_labels_take_turns(self):
         field = Field()
@@ -246,7 +246,7 @@ class TestSampling:
         # 1,000 steps of 1e-8 each would leave a float32 state near 1 where it was.
         sampling = Sampling((1, 1, 1), 1, ode("euler", 1000), NO_GUIDANCE, 0)
         start = torch.randn(1, 1, 1, generator=generator(0, "sampling", 0)).double()
-        found = next(sampling.batches(Field(lambda x, t: torch.full_like(x, -1e-5)), 1, 1, torch.device("cpu")))
+        found = next(sampling.batches(Field(lambda x, t: torch.full_like(x, -1e-5)), 1, 1, torch.device("cpu")))[1]
         assert (found.double() - start).item() == pytest.approx(1e-5, rel=0.02)
 
     def test_draws_without_gradients(self):
@@ -254,4 +254,4 @@ class TestSampling:
         field.weight = nn.Parameter(torch.ones(()))
         field.field = lambda x, t: x * field.weight
         sampling = Sampling(SHAPE, 3, ode("euler", 2), NO_GUIDANCE, 0)
-        assert not next(sampling.batches(field, 1, 1, torch.device("cpu"))).requires_grad
+        assert not next(sampling.batches(field, 1, 1, torch.device("cpu")))[1].requires_grad

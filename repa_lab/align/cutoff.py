@@ -1,0 +1,101 @@
+"""Switching the regularizer off once the tokens have become similar enough."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from repa_lab.align.ranks import mean_over_ranks
+
+MODES = ("permanent", "recoverable")
+
+
+class SimilarityCutoff(nn.Module):
+    """Whether the mean token cosine, smoothed over steps, has reached a threshold; then the weight is 0.
+
+    The average is exponential and bias-corrected, so that it is a true mean of what was seen from the first step on, and it
+    is not judged before ``min_count`` steps: an early spike switches nothing off. One step counts once, as the mean over
+    its micro-batches and processes, so all processes decide alike. The state travels in the regularizer's ``state_dict``.
+
+    Args:
+        threshold: the smoothed cosine at which the regularizer goes off, in [-1, 1].
+        ema_decay: the weight of the past, in [0, 1); 0 judges each step alone.
+        mode: ``permanent`` never switches on again; ``recoverable`` does when the average falls below the threshold. To see
+            that, the encoder must look at times: every ``probe_every``-th step, without gradient.
+        min_count: steps observed before anything is decided.
+        probe_every: see ``mode``.
+
+    Raises:
+        ValueError: an unknown mode or a number out of its range.
+    """
+
+    def __init__(
+        self,
+        threshold: float,
+        ema_decay: float = 0.99,
+        mode: str = "permanent",
+        min_count: int = 100,
+        probe_every: int = 50,
+    ) -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"unknown threshold mode {mode!r}; allowed: {', '.join(MODES)}")
+        if not -1 <= threshold <= 1 or not 0 <= ema_decay < 1 or min_count < 1 or probe_every < 1:
+            raise ValueError("a cutoff needs threshold in [-1, 1], ema_decay in [0, 1), min_count and probe_every from 1")
+        self.threshold, self.ema_decay, self.mode = threshold, ema_decay, mode
+        self.min_count, self.probe_every = min_count, probe_every
+        self._sum, self._count, self._latched = 0.0, 0, False
+        self._step, self._waiting = -1, list[torch.Tensor]()
+
+    @property
+    def similarity(self) -> float | None:
+        """The smoothed cosine of the steps taken in so far; None before the first."""
+        return self._sum / (1 - self.ema_decay**self._count) if self._count else None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its state is Python's
+    def observe(self, step: int, cosine: torch.Tensor) -> None:
+        """Note the mean cosine, a scalar, of one micro-batch of ``step``; every process must call it equally often."""
+        if step != self._step:
+            self._take_in()
+        self._step = step
+        self._waiting.append(mean_over_ranks(cosine))
+
+    def is_cut(self, step: int) -> bool:
+        """Whether the weight is 0 at ``step``, judged by the steps before it."""
+        if step > self._step:
+            self._take_in()
+        return self._latched or self._is_above()
+
+    def probes(self, step: int) -> bool:
+        """Whether the encoder should look at ``step`` although the weight is 0."""
+        return self.mode == "recoverable" and step % self.probe_every == 0
+
+    def get_extra_state(self) -> torch.Tensor:
+        """What a checkpoint keeps: ``(3,)``, the running sum, the count, and whether it is off for good."""
+        self._take_in()
+        return torch.tensor([self._sum, self._count, self._latched], dtype=torch.float64)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take up what :meth:`get_extra_state` gave."""
+        self._sum, count, latched = state.tolist()
+        self._count, self._latched = int(count), bool(latched)
+        self._step, self._waiting = -1, []
+
+    def _take_in(self) -> None:
+        if not self._waiting:
+            return
+        # Reading the value waits for the device: a step late, when it has long been computed.
+        seen = torch.stack(self._waiting).double().mean().item()
+        self._waiting = []
+        if not math.isfinite(seen):  # a step that fp16's gradient scaler is about to skip
+            return
+        self._sum = self.ema_decay * self._sum + (1 - self.ema_decay) * seen
+        self._count += 1
+        self._latched |= self.mode == "permanent" and self._is_above()
+
+    def _is_above(self) -> bool:
+        similarity = self.similarity
+        return self._count >= self.min_count and similarity is not None and similarity >= self.threshold

@@ -1,0 +1,114 @@
+"""A frozen autoencoder of diffusers, whichever it is, as a map between uint8 pixels and what the diffusion model sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from repa_lab.data.fingerprint import DataError
+from repa_lab.data.latents import latent_scaling
+
+
+class Autoencoder:
+    """Encodes pixels and decodes latents, on whatever device they are.
+
+    Video autoencoders are given images as films of one frame.
+
+    Args:
+        model: a diffusers autoencoder.
+        field: the setting that names it, for errors.
+
+    Attributes:
+        channels: of the pixels.
+        latent_channels: of the latents, or None if the config does not say.
+        scaling: between latents and what the diffusion model sees.
+        identity: the class, the config and the content of the weights, as JSON.
+
+    Raises:
+        DataError: the model is no autoencoder of images.
+    """
+
+    def __init__(self, model: Any, field: str) -> None:
+        if not (hasattr(model, "encode") and hasattr(model, "decode")):
+            raise DataError(field, f"{type(model).__name__} is not an autoencoder")
+        self.model, self.field = model.eval().requires_grad_(False), field
+        self._film = _takes_films(model, field)
+        self.scaling = latent_scaling(model)
+        self.channels = _first_setting(model, "in_channels", "input_channels")
+        self.latent_channels = _first_setting(model, "latent_channels", "z_dim")
+        self.identity = _identity(model)
+
+    @torch.no_grad()
+    def moments(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Mean and standard deviation ``(B, 2 * c, h, w)`` of the latents of ``pixels`` ``(B, C, H, W)``, uint8.
+
+        The deviation is 0 where the autoencoder leaves nothing to chance.
+        """
+        images = pixels.to(self.model.device).float() / 127.5 - 1
+        mean, std = _posterior(self.model.encode(images.unsqueeze(2) if self._film else images))
+        moments = torch.cat([mean, std], dim=1)
+        moments = moments.squeeze(2) if self._film else moments
+        self.scaling.shape(moments.shape[1] // 2, *moments.shape[2:])  # refuses what would not do before all are computed
+        return moments
+
+    @torch.no_grad()
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """What the diffusion model sees, as uint8 pixels ``(B, C, H, W)``."""
+        z = self.scaling.denormalise(x)
+        decode = self.model.to(x.device).decode
+        return to_uint8(decode(z.unsqueeze(2)).sample.squeeze(2) if self._film else decode(z).sample)
+
+
+def load_autoencoder(place: str, field: str) -> Autoencoder:
+    """An autoencoder by its hub id or folder, of the class that its config names.
+
+    Raises:
+        DataError: it cannot be loaded, or is none.
+    """
+    from diffusers import AutoModel
+
+    try:
+        model = AutoModel.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise DataError(field, f"cannot load the {field.upper()} '{place}': {str(error).splitlines()[0]}") from None
+    return Autoencoder(model, field)
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """Values in [-1, 1] as levels 0..255, clamped and rounded to nearest."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _posterior(encoded: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of what diffusers' autoencoders return: a distribution, or the latent itself."""
+    if "latent_dist" in encoded:
+        return encoded.latent_dist.mean, encoded.latent_dist.std
+    (latent,) = encoded.to_tuple()
+    return latent, torch.zeros_like(latent)
+
+
+def _takes_films(model: Any, field: str) -> bool:
+    encoder, decoder = (any("Conv3d" in type(layer).__name__ for layer in part.modules()) for part in _halves(model))
+    if encoder != decoder:
+        raise DataError(field, f"{type(model).__name__} turns images into films; an autoencoder of images is required")
+    return encoder
+
+
+def _halves(model: Any) -> tuple[nn.Module, nn.Module]:
+    return getattr(model, "encoder", model), getattr(model, "decoder", model)
+
+
+def _first_setting(model: Any, *names: str) -> int | None:
+    return next((int(model.config[name]) for name in names if name in model.config), None)
+
+
+def _identity(model: Any) -> dict[str, Any]:
+    """A folder may be moved or refilled, so its content speaks for it: the sum of every parameter, and the config.
+
+    Names with an underscore are diffusers' own notes: the path, its version.
+    """
+    sums = {key: value.double().sum().item() for key, value in model.state_dict().items()}
+    config = {key: repr(value) for key, value in model.config.items() if not key.startswith("_")}
+    return {"class": type(model).__name__, "config": config, "weights": sums}

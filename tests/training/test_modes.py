@@ -1,0 +1,257 @@
+"""Options say how a run is computed, never what: micro-batches, checkpointed gradients, compilation, several processes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import yaml
+
+from repa_lab.data.sources import Flips
+from repa_lab.encoders.encoder import Encoder
+from repa_lab.runs import RunDirectory, RunsRoot
+from repa_lab.training.device import DeviceError
+from repa_lab.training.images import open_images
+from repa_lab.training.objective import Steps
+from repa_lab.training.trainer import Trainer, require_equal_parts
+from tests.data.conftest import noise_image
+from tests.data.test_space import save_vae
+from tests.training.conftest import (
+    SETTINGS,
+    UNET,
+    assert_same,
+    make_options,
+    make_run,
+    rows,
+    run_steps,
+    run_to_end,
+    weights,
+)
+
+FAMILIES = {"sit": {}, "unet": {**UNET, "regularizer.type": "urepa"}}
+families = pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES.keys())
+# Weight 0 before and after: the projector rests, is trained, and rests again.
+SCHEDULED = {"regularizer.schedule": {"type": "linear", "warmup_steps": 1, "decay_steps": 3}, "train.weight_decay": 0.1}
+
+
+@families
+@pytest.mark.parametrize("size", [1, 4])
+def test_micro_batches_train_as_the_batch_does(settings, size, cache, fresh):
+    run = make_run(**settings, **SCHEDULED)
+    parts, whole = run_steps(run, fresh("parts"), cache, micro_batch=size), run_steps(run, fresh("whole"), cache)
+    for ours, theirs in zip(rows(parts), rows(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+@families
+@pytest.mark.parametrize("size", [1, 4])
+def test_gradients_of_micro_batches_add_up_to_the_batchs(settings, size, cache, fresh):
+    run = make_run(**settings)
+    found, expected = (
+        # After one step AdamW's first moment is a tenth of the gradient.
+        {name: value for name, value in weights(ended).items() if name.endswith("exp_avg")}
+        for ended in (run_steps(run, fresh(str(n)), cache, steps=1, micro_batch=n) for n in (size, None))
+    )
+    assert found.keys() == expected.keys()
+    largest = max(value.abs().max() for value in expected.values())
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5 * largest.item(), msg=name)
+
+
+def test_a_micro_batch_is_all_that_is_seen_at_a_time(cache):
+    trainer = Trainer(make_run(), make_options(micro_batch=4), cache)
+    seen: list[int] = []
+    trainer._trained.denoiser.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    trainer.step(next(trainer.batches()))
+    assert seen == [4, 2]
+
+
+@families
+def test_checkpointing_gradients_changes_no_bit(settings, cache, fresh):
+    run = make_run(**settings, **SCHEDULED)
+    plain = run_steps(run, fresh("plain"), cache)
+    checkpointed = run_steps(run, fresh("checkpointed"), cache, gradient_checkpointing=True)
+    assert_same(weights(plain), weights(checkpointed))
+    assert rows(plain) == rows(checkpointed)
+
+
+@families
+def test_checkpointing_gradients_runs_blocks_again(settings, cache):
+    calls: dict[bool, int] = {}
+    for on in (False, True):
+        trainer = Trainer(make_run(**settings), make_options(gradient_checkpointing=on), cache)
+        denoiser = trainer._trained.denoiser
+        layer = denoiser.blocks[2].mlp.fc1 if hasattr(denoiser, "blocks") else denoiser.net.down_blocks[0].resnets[0].conv1
+        counted: list[int] = []
+        layer.register_forward_pre_hook(lambda module, inputs, counted=counted: counted.append(1))
+        trainer.step(next(trainer.batches()))
+        calls[on] = len(counted)
+    assert calls == {False: 1, True: 2}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@families
+def test_compiling_trains_alike_and_measures(settings, backend, cache, fresh, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    run = make_run(**settings, **SCHEDULED, **{"train.steps": 4})
+    plain, compiled = run_to_end(run, fresh("plain"), cache), run_to_end(run, fresh("compiled"), cache, compile=True)
+    measured = rows(compiled)[-1]
+    assert {"heldout/cka", "heldout/cosine"} <= measured.keys()
+    for ours, theirs in zip(rows(compiled), rows(plain), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-4)
+
+
+def test_an_encoder_sees_no_more_than_it_should(cache, monkeypatch):
+    seen: list[int] = []
+    preprocess = Encoder.preprocess
+    monkeypatch.setattr(Encoder, "preprocess", lambda self, pixels: seen.append(len(pixels)) or preprocess(self, pixels))
+    online = make_run(**{"regularizer.encoder": {**SETTINGS["regularizer"]["encoder"], "cache": False}})
+    trainer = Trainer(online, make_options(encoder_batch_size=4), cache)
+    seen.clear()
+    trainer.step(next(trainer.batches()))
+    assert seen == [4, 2]
+
+
+def test_stored_in_float32_features_train_as_fresh_ones_do(cache, fresh):
+    encoder = SETTINGS["regularizer"]["encoder"]
+    fresh_ones = run_steps(make_run(**{"regularizer.encoder": {**encoder, "cache": False}}), fresh("online"), cache)
+    kept, halved = (run_steps(make_run(), fresh(kind), cache, encoder_storage=kind) for kind in ("fp32", "fp16"))
+    for ours, theirs in zip(rows(kept), rows(fresh_ones), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    for ours, theirs in zip(rows(halved), rows(fresh_ones), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
+        assert ours["align/cosine"] != theirs["align/cosine"]
+
+
+class TestFlips:
+    @pytest.fixture
+    def mirrored(self, cache):
+        return open_images(make_run(**{"data.flip": True}).config.data, cache)
+
+    def test_half_of_what_is_seen_is_mirrored_and_nothing_else_changes(self, images, mirrored):
+        plain, flipped = (Steps(make_run(**{"train.batch_size": 500}).config, 0, one) for one in (images, mirrored))
+        ours, theirs = flipped[3], plain[3]
+        is_mirrored = ours.ids >= 1797
+        assert 0.4 < is_mirrored.float().mean() < 0.6
+        assert torch.equal(ours.ids % 1797, theirs.ids)
+        for name in ("noise", "t", "y"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+        expected = torch.where(is_mirrored.view(-1, 1, 1, 1), theirs.x.flip(-1), theirs.x)
+        assert torch.equal(ours.x, expected)
+
+    def test_the_coin_falls_anew_in_every_epoch_and_alike_in_every_arm(self, mirrored):
+        steps = Steps(make_run(**{"train.batch_size": 1700}).config, 0, mirrored)
+        first, second = ({int(i) % 1797: int(i) >= 1797 for i in steps[n].ids} for n in (0, 1))
+        both = first.keys() & second.keys()
+        assert 0.4 < sum(first[i] == second[i] for i in both) / len(both) < 0.6
+        other = Steps(make_run(**{"train.batch_size": 1700, "regularizer.weight": 0.0}).config, 0, mirrored)
+        assert torch.equal(other[1].ids, steps[1].ids)
+
+    def test_targets_are_those_of_the_mirrored_images(self, cache, fresh):
+        encoder = SETTINGS["regularizer"]["encoder"]
+        run = make_run(**{"data.flip": True})
+        kept = run_steps(run, fresh("kept"), cache, encoder_storage="fp32")
+        online = make_run(**{"data.flip": True, "regularizer.encoder": {**encoder, "cache": False}})
+        for ours, theirs in zip(rows(kept), rows(run_steps(online, fresh("online"), cache)), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+    def test_nothing_is_measured_on_mirrored_images(self, mirrored):
+        assert isinstance(mirrored.source, Flips)
+        assert mirrored.split.held_out.max() < 1797
+        assert mirrored.split.train.max() < 1797
+
+
+class TestPixels:
+    @pytest.fixture
+    def latents(self, tmp_path):
+        folder = tmp_path / "images"
+        folder.mkdir()
+        for i in range(12):
+            noise_image(i, (16, 16)).save(folder / f"{i}.png")
+        save_vae(tmp_path / "vae")
+        data = {"source": "imagefolder", "path": str(folder), "resolution": 16, "vae": str(tmp_path / "vae"), "holdout": 4}
+        return {"data": data, "model.size": "nano/4", "train.batch_size": 4}
+
+    def test_the_encoder_sees_what_the_spec_says(self, latents, tmp_path, fresh):
+        encoder = SETTINGS["regularizer"]["encoder"]
+        losses = {}
+        for pixels in ("image", "vae"):
+            for cached in (True, False):
+                settings = {**latents, "regularizer.encoder": {**encoder, "pixels": pixels, "cache": cached}}
+                run = make_run(**settings)
+                directory = run_steps(run, fresh(f"{pixels}{cached}"), tmp_path / "cache", encoder_storage="fp32")
+                losses[pixels, cached] = [row["align/cosine"] for row in rows(directory)]
+        assert losses["image", True] == pytest.approx(losses["image", False], abs=1e-5)
+        assert losses["vae", True] == pytest.approx(losses["vae", False], abs=1e-5)
+        assert losses["vae", True] != pytest.approx(losses["image", True], abs=1e-3)
+
+
+@pytest.mark.parametrize(("size", "processes"), [(6, 4), (1, 2)])
+def test_a_batch_that_cannot_be_shared_equally_is_refused(size, processes):
+    config = make_run(**{"train.batch_size": size}).config
+    with pytest.raises(DeviceError, match=f"train.batch_size {size} cannot be shared equally by {processes} processes"):
+        require_equal_parts(config, processes)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_parts_of_a_batch_are_the_batch(images, processes):
+    config = make_run().config
+    whole = Steps(config, 0, images)[5]
+    parts = [Steps(config, 0, images, (number, processes))[5] for number in range(processes)]
+    for name in whole._fields:
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+
+
+class TestProcesses:
+    """The README's command for several GPUs, here with two processes on the CPU."""
+
+    SPEC: ClassVar[dict[str, Any]] = {
+        **SETTINGS,
+        "name": "two",
+        "model": {"family": "unet", "size": "nano"},
+        "train": {"steps": 6, "batch_size": 6, "lr": 1e-3, "ema": 0.9, "weight_decay": 0.1},
+        "evaluate": {**SETTINGS["evaluate"], "every": 3, "samples": 20, "batch_size": 6},
+        "regularizer": {
+            **SETTINGS["regularizer"],
+            "type": "urepa",
+            "schedule": {"type": "linear", "warmup_steps": 2, "decay_steps": 5},
+        },
+    }
+
+    def run(self, folder: Path, processes: int, **options) -> RunDirectory:
+        spec = folder / "two.yaml"
+        spec.write_text(yaml.safe_dump({**self.SPEC, "run": {**make_options(**options).model_dump(mode="json")}}))
+        started = [sys.executable, "-m"]
+        if processes > 1:
+            started += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+        command = [*started, "repa_lab", "run", str(spec), "--root", str(folder / "runs")]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("done:") == 1
+        (directory,) = RunsRoot(folder / "runs").runs()
+        return directory
+
+    def test_two_processes_train_what_one_does_and_one_of_them_writes(self, tmp_path):
+        alone, together = tmp_path / "alone", tmp_path / "together"
+        alone.mkdir(), together.mkdir()
+        first, second = self.run(alone, 1), self.run(together, 2, micro_batch=2)
+        assert first.run_id == second.run_id
+        assert [row["step"] for row in rows(second)] == [1, 2, 3, 3, 4, 5, 6, 6]
+        for ours, theirs in zip(rows(second), rows(first), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-3)
+        assert [row["align/weight"] for row in rows(second) if "align/weight" in row] == pytest.approx(
+            [0.0, 0.25, 0.5, 1 / 3, 1 / 6, 0.0]
+        )
+        events = [event["event"] for event in second.events()]
+        assert events == ["running", "done"]
+        assert json.loads((second.path / "state.json").read_text())["step"] == 6
