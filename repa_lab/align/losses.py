@@ -13,15 +13,15 @@ _ZERO_NORM = 1e-12
 _CACHED_BYTES = 1 << 20
 
 
-def unit(tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens scaled to length 1 over the last axis, in float32.
+def scaled_to_unit(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens ``(..., D)`` scaled to length 1, and what each was multiplied by, ``(..., 1)``, in float32.
 
     A vector of length zero stays zero and passes no gradient: dividing by a small epsilon instead would give NaN in half
     precision and a gradient of 1/eps in single.
     """
     values = tokens.float()
-    norm: torch.Tensor = values.norm(dim=-1, keepdim=True)
-    return values / norm.masked_fill(norm <= _ZERO_NORM, torch.inf)
+    per_norm = _reciprocal(values.norm(dim=-1, keepdim=True))
+    return values * per_norm, per_norm
 
 
 def token_cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,8 @@ def nt_xent_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: floa
     _require_same_shape(student, teacher)
     # Autocast would run the product in half precision; similarities are float32 by contract.
     with torch.autocast(student.device.type, enabled=False):
-        logits = unit(student) @ unit(teacher.detach()).transpose(1, 2) / temperature
+        ours, theirs = scaled_to_unit(student)[0], scaled_to_unit(teacher.detach())[0]
+        logits = ours @ theirs.transpose(1, 2) / temperature
     own = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
     return functional.cross_entropy(logits.flatten(0, 1), own.flatten())
 
@@ -115,7 +116,7 @@ def _pieces(student: torch.Tensor, teacher: torch.Tensor) -> Any:
 
 def _reciprocal(norm: torch.Tensor) -> torch.Tensor:
     """1 / norm, and 0 for a vector of length zero, which then has cosine 0 and gradient 0."""
-    return norm.reciprocal().masked_fill(norm <= _ZERO_NORM, 0.0)
+    return norm.masked_fill(norm <= _ZERO_NORM, torch.inf).reciprocal()
 
 
 def _require_same_shape(student: torch.Tensor, teacher: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from repa_lab.align.losses import unit
+from repa_lab.align.losses import scaled_to_unit
 from repa_lab.align.ranks import gather
 
 # Pairs are worked off in squares of this many tokens a side: the largest that matter for memory, large enough for speed.
@@ -135,7 +135,7 @@ def manifold_loss(
     if student.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must share (B, N)")
     choose = SCOPES[manifold.scope]
-    ours, theirs = (unit(choose(tokens, manifold.sample, step)) for tokens in (student, teacher.detach()))
+    ours, theirs = (choose(tokens, manifold.sample, step) for tokens in (student, teacher.detach()))
     # Autocast would run the products in half precision; similarities are float32 by contract.
     with torch.autocast(student.device.type, enabled=False):
         total: torch.Tensor = _Relations.apply(ours, theirs, manifold)
@@ -144,42 +144,60 @@ def manifold_loss(
 
 
 class _Relations(torch.autograd.Function):
-    """Sum over sets and pairs of the distance between two similarities; unit tokens ``(S, M, D)`` and ``(S, M, E)`` in.
+    """Sum over sets and pairs of the distance between two similarities; tokens ``(S, M, D)`` and ``(S, M, E)`` in.
 
-    The matrix of differences d is symmetric, so its squares above the diagonal count twice, and the gradient in token i is
-    ``2 * sum over j of slope(d_ij) s_j``.
+    The matrix of differences d is symmetric, so its squares above the diagonal count twice, and the gradient in the unit
+    token u_i is ``2 * sum over j of slope(d_ij) u_j``. It is all that is kept until the backward pass.
     """
 
     @staticmethod
     def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor, manifold: Manifold) -> torch.Tensor:
         distance, margin = DISTANCES[manifold.distance], manifold.margin
-        total, wanted = student.new_zeros(()), ctx.needs_input_grad[0]
-        gradient = torch.zeros_like(student) if wanted else None
-        for rows, columns in _squares(student.shape[1]):
-            difference = torch.bmm(student[:, rows], student[:, columns].transpose(1, 2))
-            difference.baddbmm_(teacher[:, rows], teacher[:, columns].transpose(1, 2), alpha=-1)
+        (ours, per_norm), (theirs, _) = scaled_to_unit(student), scaled_to_unit(teacher)
+        total = ours.new_zeros(())
+        gradient = torch.zeros_like(ours) if ctx.needs_input_grad[0] else None
+        spans = _spans(ours.shape[1])
+        for rows, columns in _squares(spans):
+            difference = torch.bmm(ours[:, rows], ours[:, columns].transpose(1, 2))
+            difference.baddbmm_(theirs[:, rows], theirs[:, columns].transpose(1, 2), alpha=-1)
             on_diagonal = rows == columns
             if on_diagonal and manifold.reduction == "offdiag_mean":
                 difference.diagonal(dim1=1, dim2=2).zero_()
             total += distance.value(difference, margin).sum() * (1 if on_diagonal else 2)
             if gradient is not None:
                 slope = distance.slope(difference, margin)
-                gradient[:, rows] += 2 * torch.bmm(slope, student[:, columns])
+                gradient[:, rows] += 2 * torch.bmm(slope, ours[:, columns])
                 if not on_diagonal:
-                    gradient[:, columns] += 2 * torch.bmm(slope.transpose(1, 2), student[:, rows])
-        ctx.save_for_backward(gradient)
+                    gradient[:, columns] += 2 * torch.bmm(slope.transpose(1, 2), ours[:, rows])
+        if gradient is not None:
+            ctx.dtype = student.dtype
+            ctx.save_for_backward(_before_scaling(gradient, ours, per_norm, spans))
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return outer * gradient, None, None
+        return (outer * gradient).to(ctx.dtype), None, None
 
 
-def _squares(count: int) -> list[tuple[slice, slice]]:
-    """The squares on and above the diagonal of a matrix of ``count`` rows, in nearly equal parts."""
+def _before_scaling(
+    gradient: torch.Tensor, units: torch.Tensor, per_norm: torch.Tensor, spans: list[slice]
+) -> torch.Tensor:
+    """The gradient in the tokens from that in the unit tokens, in place: ``(g - (g . u) u) / |s|``."""
+    for rows in spans:
+        g, u = gradient[:, rows], units[:, rows]
+        g.addcmul_(u, (g * u).sum(-1, keepdim=True), value=-1).mul_(per_norm[:, rows])
+    return gradient
+
+
+def _spans(count: int) -> list[slice]:
+    """``count`` rows in nearly equal parts."""
     parts = -(-count // _TILE)
     edges = [count * part // parts for part in range(parts + 1)]
-    spans = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def _squares(spans: list[slice]) -> list[tuple[slice, slice]]:
+    """The squares on and above the diagonal of a matrix whose rows and columns are parted so."""
     return [(rows, columns) for first, rows in enumerate(spans) for columns in spans[first:]]
