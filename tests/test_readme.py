@@ -1,15 +1,16 @@
 """What the README shows is what the code does."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from repa_lab.align import UREPA, Schedule, Tokens
+from repa_lab.encoders.registry import ENCODERS
 from repa_lab.models.facts import SIT_SHAPES, UNET_SHAPES
-from repa_lab.models.tap import capture
-from repa_lab.spec import load_spec
+from repa_lab.spec import EncoderConfig, RegularizerConfig, RunConfig, RunOptions, load_spec
+from repa_lab.spec.validate import unknown_field
 from repa_lab.spec.yaml import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_links_and_pictures_lead_somewhere():
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
@@ -38,28 +39,59 @@ def test_every_shipped_experiment_says_what_it_expects_and_costs(file):
     assert read_yaml(file).value["question"].endswith("?")
 
 
-def test_the_loop_of_the_readme_trains_a_plain_diffusers_unet():
+def run_example(*words, cwd):
+    command = [sys.executable, str(ROOT / "docs/examples/urepa_in_your_loop.py"), *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_the_example_loop_aligns_a_plain_diffusers_unet_and_leaves_it_plain(tmp_path):
     from diffusers import UNet2DModel
 
-    unet = UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), attention_head_dim=8,
-    )  # fmt: skip
-    regularizer = UREPA(in_dim=32, out_dim=24, weight=Schedule("linear", weight=0.5, warmup_steps=1, decay_steps=20, end=0.5))
-    optimizer = torch.optim.Adam(unet.parameters(), lr=1e-3)
-    optimizer.add_param_group({"params": regularizer.parameters()})
-    x, teacher = torch.randn(4, 1, 8, 8), Tokens(torch.randn(4, 36, 24), grid=(6, 6))
-    cosines = []
-    with capture(unet.mid_block) as tap:
-        for step in range(20):
-            loss = (unet(x, 500).sample - x).square().mean()
-            tokens = tap.take()
-            if regularizer.weight_at(step) > 0:
-                alignment = regularizer(tokens, teacher, step)
-                loss = loss + alignment.loss
-                cosines.append(alignment.cosine.item())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    assert len(cosines) == 19
-    assert cosines[-1] > cosines[0] + 0.1
+    lines = run_example(82, tmp_path / "unet", cwd=tmp_path)
+    cosines = [float(re.search(r"cosine (-?[\d.]+)", line)[1]) for line in lines]
+    manifolds = [float(re.search(r"manifold ([\d.]+)", line)[1]) for line in lines]
+    assert len(lines) == 5
+    assert cosines[-1] > cosines[0] + 0.3
+    assert manifolds[-1] < manifolds[0] / 2
+    unet, info = UNet2DModel.from_pretrained(tmp_path / "unet", output_loading_info=True)
+    assert not any(info.values())
+    assert unet.config.block_out_channels == [32, 64]
+
+
+def test_the_loop_of_the_readme_is_the_examples():
+    (readme,) = re.findall(r"```python\n(from repa_lab.align .*?)```", README, flags=re.DOTALL)
+    example = (ROOT / "docs/examples/urepa_in_your_loop.py").read_text()
+    marked = [line for line in example.splitlines() if "# U-REPA" in line]
+    assert len(marked) == 11
+    for part in ("with capture(unet.mid_block) as tap:", "if regularizer.needs_target(step):", 'optimizer.add_param_group({"params": regularizer.parameters()})'):
+        assert part in readme
+        assert part in example
+    imports = {line.split("  #")[0] for line in marked if line.startswith("from repa_lab")}
+    assert imports == {line for line in readme.splitlines() if line.startswith("from repa_lab")}
+
+
+REGULARIZER = (ROOT / "docs/regularizer.md").read_text()
+
+
+def test_every_encoder_is_in_the_documentation_with_its_patch():
+    rows = [row.split("|")[1:3] for row in REGULARIZER.splitlines() if row.startswith(("| `dino", "| `mae", "| `moco", "| `clip", "| `sig", "| `ijepa", "| `eff"))]
+    named = {name: patches for names, patches in rows for name in re.findall(r"`(\w+)`", names) if name != "_reg"}
+    named |= {f"{name}_reg": patches for name, patches in named.items() if name.startswith("dinov2")}
+    assert named.keys() == ENCODERS.keys()
+    for name, patches in named.items():
+        assert str(ENCODERS[name].stride) in patches.replace(" ", "").split(","), name
+
+
+def test_every_field_of_the_documentation_exists():
+    paths = re.findall(r"`(regularizer\.[a-z_.]+|evaluate\.[a-z_.]+|run\.[a-z_]+|data\.[a-z_]+)[:`]", REGULARIZER)
+    assert len(paths) > 20
+    for path in paths:
+        section, _, field = path.partition(".")
+        wrong = unknown_field(RunOptions, field) if section == "run" else unknown_field(RunConfig, path)
+        assert wrong is None, f"{path}: {wrong}"
+    fields = re.findall(r"^\| `(\w+)[`.]", REGULARIZER[REGULARIZER.index("## Fields of `regularizer:`") : REGULARIZER.index("| names |")], flags=re.M)
+    assert set(RegularizerConfig.model_fields) <= set(fields) | {"manifold_weight", "temperature"}
+    assert set(fields) <= {*RegularizerConfig.model_fields, *EncoderConfig.model_fields}
+    assert set(EncoderConfig.model_fields) <= set(fields) | {"tae"}

@@ -1,9 +1,9 @@
-"""U-REPA in a plain diffusers training loop: no spec, no sweep. The lines that were added end in `# U-REPA`.
+"""U-REPA in a plain diffusers training loop: no spec, no sweep. What was added is marked.
 
 python docs/examples/urepa_in_your_loop.py [steps] [folder for the model]
 
-Trains a tiny UNet on scikit-learn's digits, on a CPU in a minute, aligned with an ImageNet EfficientNet-Lite0 whose weights came
-with the installation. For your own model, change `in_dim` to its mid block's width and the encoder to, say, `dinov2_vitb14`.
+Trains a tiny UNet on scikit-learn's digits, on a CPU in a minute, aligned with an ImageNet EfficientNet-Lite0 whose weights
+came with the installation. For your own model, change `in_dim` to its mid block's width and the encoder to, say, DINOv2.
 """
 
 import sys

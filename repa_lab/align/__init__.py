@@ -6,7 +6,7 @@ from repa_lab.align.manifold import Manifold, manifold_loss
 from repa_lab.align.projector import Projector
 from repa_lab.align.regularizer import REPA, UREPA, Alignment, Resample
 from repa_lab.align.schedule import Schedule
-from repa_lab.align.tokens import Tokens, flatten_map, resample_tokens
+from repa_lab.align.tokens import Tokens, flatten_map, normalise_over_space, resample_tokens
 
 __all__ = [
     "REPA",
@@ -21,6 +21,7 @@ __all__ = [
     "alignment_loss",
     "flatten_map",
     "manifold_loss",
+    "normalise_over_space",
     "nt_xent_loss",
     "resample_tokens",
 ]

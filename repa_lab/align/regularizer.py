@@ -15,7 +15,7 @@ from repa_lab.align.manifold import Manifold, manifold_loss
 from repa_lab.align.projector import Projector
 from repa_lab.align.ranks import world_size
 from repa_lab.align.schedule import Schedule
-from repa_lab.align.tokens import Tokens
+from repa_lab.align.tokens import Tokens, normalise_over_space
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class Options(TypedDict, total=False):
     loss: str
     temperature: float
     spatial_align: bool
+    spatial_norm: float | None
     resample: Resample
     cutoff: SimilarityCutoff | None
 
@@ -117,6 +118,8 @@ class REPA(nn.Module):
         loss: ``cosine``, or ``nt_xent`` (:func:`nt_xent_loss`) with ``temperature``.
         temperature: see ``loss``.
         spatial_align: False compares the mean projected token with the mean encoder token instead of place with place.
+        spatial_norm: how much of each encoder channel's mean over an image is taken out, before its deviation is made 1
+            (iREPA; :func:`normalise_over_space`); None leaves the encoder's tokens as they are.
         resample: how grids that differ are matched.
         cutoff: switches the regularizer off by similarity.
 
@@ -135,10 +138,13 @@ class REPA(nn.Module):
         loss: str = "cosine",
         temperature: float = 0.1,
         spatial_align: bool = True,
+        spatial_norm: float | None = None,
         resample: Resample = _BY_THE_PAPER,
         cutoff: SimilarityCutoff | None = None,
     ) -> None:
         super().__init__()
+        if spatial_norm is not None and not spatial_norm >= 0:
+            raise ValueError(f"spatial_norm must not be negative, got {spatial_norm}")
         if loss not in LOSSES:
             raise ValueError(f"unknown loss {loss!r}; allowed: {', '.join(LOSSES)}")
         if not temperature > 0:
@@ -146,7 +152,8 @@ class REPA(nn.Module):
         out_dims = [out_dim] if isinstance(out_dim, int) else out_dim
         self.projectors = nn.ModuleList([Projector(in_dim, dim, width, projector, kernel) for dim in out_dims])
         self.schedule = weight if isinstance(weight, Schedule) else Schedule(weight=weight)
-        self.loss, self.temperature, self.spatial_align = loss, temperature, spatial_align
+        self.loss, self.temperature = loss, temperature
+        self.spatial_align, self.spatial_norm = spatial_align, spatial_norm
         self.resample, self.cutoff = resample, cutoff
 
     def weight_at(self, step: int) -> float:
@@ -167,6 +174,8 @@ class REPA(nn.Module):
         """Student tokens, projected for the encoder of that number and matched with its tokens."""
         projector = self.projectors[encoder]
         assert isinstance(projector, Projector)
+        if self.spatial_norm is not None:
+            teacher = normalise_over_space(teacher, self.spatial_norm)
         if self.spatial_align:
             ours, theirs = self.resample(projector, student, teacher)
         else:

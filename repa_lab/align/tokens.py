@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 Grid = tuple[int, int]
+_STD_FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,22 @@ class Tokens:
         """The tokens as a map ``(B, D, h, w)``."""
         feature_map: torch.Tensor = self.values.transpose(1, 2).unflatten(2, self.grid)
         return feature_map
+
+
+def normalise_over_space(tokens: Tokens, strength: float) -> Tokens:
+    """Every channel of an image's tokens without ``strength`` times its mean over them, over its deviation: iREPA.
+
+    ``(y - strength * mean) / (std + 1e-6)`` in float32, with the unbiased standard deviation over the N tokens: what is left is
+    how an image's patches differ rather than what they share. 1 is a z-score; iREPA takes 0.6 for latents, 0.8 for pixels.
+
+    Raises:
+        ValueError: there is a single token, which has no deviation.
+    """
+    if tokens.values.shape[1] < 2:
+        raise ValueError("spatial normalisation compares tokens of one image; there is a single token")
+    values = tokens.values.float()
+    std, mean = torch.std_mean(values, dim=1, keepdim=True)
+    return Tokens((values - strength * mean) / (std + _STD_FLOOR), tokens.grid)
 
 
 def _require_grid(tokens: torch.Tensor, grid: Grid) -> None:

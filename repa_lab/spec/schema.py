@@ -118,7 +118,8 @@ class RegularizerConfig(_Section):
     """``none``, ``repa`` or ``urepa``; ``block_index`` is 0-based, null takes the family's suggestion.
 
     ``encoder`` may be a list: each has its projector, and the loss is the mean over them. ``spatial_align`` false compares the
-    means over tokens. ``temperature`` is that of the ``nt_xent`` loss.
+    means over tokens; ``spatial_norm`` is iREPA's normalisation of the encoder's channels over an image (0.6 there).
+    ``temperature`` is that of the ``nt_xent`` loss.
     """
 
     type: Literal["none", "repa", "urepa"] = "none"
@@ -131,6 +132,7 @@ class RegularizerConfig(_Section):
     loss: Literal["cosine", "nt_xent"] = _later("cosine")
     temperature: Annotated[float, Field(gt=0)] = _later(0.1)
     spatial_align: bool = _later(True)
+    spatial_norm: NotNegative | None = _later(None)
     resample: ResampleConfig = _later(ResampleConfig())
     manifold: ManifoldConfig = _later(ManifoldConfig())
 

@@ -124,6 +124,7 @@ def build_regularizer(run: Run, out_dims: Sequence[int]) -> REPA:
         "loss": settings.loss,
         "temperature": settings.temperature,
         "spatial_align": settings.spatial_align,
+        "spatial_norm": settings.spatial_norm,
         "resample": Resample(**settings.resample.model_dump()),
         "cutoff": _cutoff(settings.schedule),
     }

@@ -54,7 +54,8 @@ def train(
     with RunWriter(directory) as writer:
         if directory.state.state.is_finished:
             return directory.state.state
-        writer.describe(run.to_json(), provenance())
+        how = {"options": options.model_dump(mode="json"), "processes": PartialState().num_processes}
+        writer.describe(run.to_json(), provenance() | how)
         journal, progress = Journal(writer, listeners), Progress()
         try:
             trainer = Trainer(run, options, cache)

@@ -232,6 +232,16 @@ class TestWithoutSpatialAlignment:
         assert regularizer(student, teacher).manifold.item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_spatial_norm_is_the_encoders_alone_and_comes_before_resampling():
+    regularizer, student, teacher = REPA(6, 5, width=8, spatial_norm=0.6), tokens(6, (2, 3)), tokens(5, (4, 6))
+    t = teacher.values.double().numpy()
+    t = (t - 0.6 * t.mean(axis=1, keepdims=True)) / (t.std(axis=1, ddof=1, keepdims=True) + 1e-6)
+    p = references.bilinear(projected(regularizer, student).double().numpy(), (2, 3), (4, 6))
+    assert regularizer(student, teacher).cosine.item() == pytest.approx(-references.alignment(p, t), abs=1e-6)
+    with pytest.raises(ValueError, match="spatial_norm must not be negative, got -1"):
+        REPA(6, 5, spatial_norm=-1)
+
+
 def test_nt_xent_replaces_the_alignment_and_the_cosine_is_told_all_the_same():
     regularizer = UREPA(6, 5, 0.5, 3.0, width=8, loss="nt_xent", temperature=0.3)
     student, teacher = tokens(6), tokens(5)

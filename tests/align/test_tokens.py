@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from repa_lab.align import Tokens, alignment_loss, flatten_map, resample_tokens
+from repa_lab.align import Tokens, alignment_loss, flatten_map, normalise_over_space, resample_tokens
 from tests.align import references
 
 GRIDS = [((1, 2), (1, 4)), ((4, 4), (8, 8)), ((6, 10), (5, 7)), ((3, 5), (9, 3)), ((16, 16), (37, 37)), ((1, 1), (2, 3))]
@@ -120,3 +120,36 @@ class TestTokens:
     def test_resampling_keeps_grid_and_width_together(self):
         tokens = Tokens(torch.randn(2, 12, 3), (3, 4)).resample((6, 2))
         assert (tokens.grid, tokens.dim, tokens.values.shape) == ((6, 2), 3, (2, 12, 3))
+
+
+class TestNormaliseOverSpace:
+    @pytest.mark.parametrize(
+        ("strength", "expected"),
+        [
+            (1.0, [-1.161895, -0.387298, 0.387298, 1.161895]),
+            (0.6, [-0.697137, 0.077460, 0.852056, 1.626652]),
+        ],
+    )
+    def test_the_worked_example_of_irepa(self, strength, expected):
+        tokens = Tokens(torch.tensor([0.0, 2.0, 4.0, 6.0]).view(1, 4, 1), (2, 2))
+        found = normalise_over_space(tokens, strength)
+        assert found.values.flatten().tolist() == pytest.approx(expected, abs=1e-5)
+        assert found.grid == (2, 2)
+
+    def test_a_z_score_of_each_image_and_channel(self):
+        values = normalise_over_space(Tokens(torch.randn(3, 20, 5) * 7 + 4, (4, 5)), 1.0).values.double().numpy()
+        np.testing.assert_allclose(values.mean(axis=1), 0, atol=1e-6)
+        np.testing.assert_allclose(values.std(axis=1, ddof=1), 1, atol=1e-5)
+
+    def test_it_is_computed_in_float32(self):
+        tokens = Tokens((torch.randn(1, 16, 4) * 1e-4).half(), (4, 4))
+        found = normalise_over_space(tokens, 1.0).values
+        assert found.dtype == torch.float32
+        assert torch.equal(found, normalise_over_space(Tokens(tokens.values.float(), (4, 4)), 1.0).values)
+
+    def test_a_constant_channel_stays_finite(self):
+        assert normalise_over_space(Tokens(torch.full((1, 4, 2), 3.0), (2, 2)), 1.0).values.abs().max() == 0
+
+    def test_one_token_is_refused(self):
+        with pytest.raises(ValueError, match="there is a single token"):
+            normalise_over_space(Tokens(torch.zeros(1, 1, 4), (1, 1)), 1.0)

@@ -64,7 +64,7 @@ CASES = [
     (
         ("steps: 10}", "steps: 10}\nsearch: {space: {regularizer.wait: {log: [1, 2]}}}"),
         "6:18: search.space.regularizer.wait: unknown field 'wait'; allowed: block_index, encoder, loss, manifold, "
-        "manifold_weight, projector, resample, schedule, spatial_align, temperature, type, weight; did you mean 'weight'?",
+        "manifold_weight, projector, resample, schedule, spatial_align, spatial_norm, temperature, type, weight; did you mean 'weight'?",
     ),
     (("name: sound", "name: cache"), "1:1: name: 'cache' is a folder of the runs root; choose another name"),
 ]

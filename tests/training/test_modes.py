@@ -255,3 +255,5 @@ class TestProcesses:
         events = [event["event"] for event in second.events()]
         assert events == ["running", "done"]
         assert json.loads((second.path / "state.json").read_text())["step"] == 6
+        assert [run.provenance["processes"] for run in (first, second)] == [1, 2]
+        assert [run.provenance["options"]["micro_batch"] for run in (first, second)] == [None, 2]
