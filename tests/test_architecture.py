@@ -17,7 +17,8 @@ FLOORS = {
     "encoders": 2, "models": 2, "spec": 2, "tracking": 2,
     "training": 3, "report": 3,
     "sweep": 4,
-    "cli": 5, "__main__": 5,
+    "cli": 5,
+    "__main__": 6,
 }  # fmt: skip
 TORCH_FREE = ("repa_lab", "repa_lab.runs", "repa_lab.spec", "repa_lab.models.facts", "repa_lab.report")
 MAX_LINES = 500

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ import torch
 
 from repa_lab.align.tokens import Grid, Tokens
 from repa_lab.data.fingerprint import file_digest
+from repa_lab.data.reconstruct import Reconstructions
 from repa_lab.data.shards import dtype_name
 from repa_lab.data.sources import ImageSource
 from repa_lab.data.store import ArrayStore, Progress, open_or_build
@@ -22,13 +24,23 @@ _IMAGES_AT_ONCE = 64
 _PLAIN = EncoderOptions()
 
 
+Reader = Callable[[torch.Tensor], torch.Tensor]
+
+
 class Targets(Protocol):
-    """Encoder tokens of images of the source; ``dim`` is their width."""
+    """Encoder tokens of images of the source.
+
+    Attributes:
+        dim: width of a token.
+        reader: loads what the tokens of images ``(B,)`` are made from, in whatever process, so that a data loader can do it
+            ahead of time; None if only this process can.
+    """
 
     dim: int
+    reader: Reader | None
 
-    def __call__(self, index: torch.Tensor, device: torch.device) -> Tokens:
-        """Tokens of the images ``index`` ``(B,)`` on ``device``, float32."""
+    def __call__(self, index: torch.Tensor, device: torch.device, loaded: torch.Tensor | None = None) -> Tokens:
+        """Tokens of the images ``index`` ``(B,)`` on ``device``, float32; ``loaded`` is what the reader gave for them."""
         ...
 
 
@@ -37,14 +49,16 @@ class CachedTargets:
     over all images and places."""
 
     def __init__(self, store: ArrayStore, count: int, standardize: bool) -> None:
-        self._store = store
         height, width, self.dim = store.shape
         self._grid: Grid = (height, width)
         self._moments = _channel_moments(store, count) if standardize else None
+        self._read: Reader = store.__getitem__
+        self.reader: Reader | None = self._read
 
-    def __call__(self, index: torch.Tensor, device: torch.device) -> Tokens:
+    def __call__(self, index: torch.Tensor, device: torch.device, loaded: torch.Tensor | None = None) -> Tokens:
         """See :class:`Targets`."""
-        values = self._store[index].to(device, non_blocking=True).float().flatten(1, 2)
+        kept = self._read(index) if loaded is None else loaded
+        values = kept.to(device, non_blocking=True).float().flatten(1, 2)
         if self._moments is not None:
             mean, std = (moment.to(device) for moment in self._moments)
             values = (values - mean) / std
@@ -55,13 +69,27 @@ class OnlineTargets:
     """Features computed anew for every batch, for data sets whose features would not fit on disk."""
 
     def __init__(self, encoder: Encoder, name: str, source: ImageSource, device: torch.device) -> None:
-        self._encoder, self._source = encoder.to(device), source
+        self._encoder = encoder.to(device)
         self.dim = require_patch_tokens(self._encoder, name, _sample(source).to(device)).dim
+        self._read: Reader = _Pixels(source)
+        # Latents are decoded on the device, which a data loader's process has no access to.
+        self.reader: Reader | None = None if isinstance(source, Reconstructions) else self._read
 
-    def __call__(self, index: torch.Tensor, device: torch.device) -> Tokens:
+    def __call__(self, index: torch.Tensor, device: torch.device, loaded: torch.Tensor | None = None) -> Tokens:
         """See :class:`Targets`."""
-        tokens: Tokens = self._encoder(self._source.read(index.tolist()).to(device))
+        pixels = self._read(index) if loaded is None else loaded
+        tokens: Tokens = self._encoder(pixels.to(device, non_blocking=True))
         return tokens
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """Reads pixels of a source by a tensor of indices; goes to other processes without the encoder."""
+
+    source: ImageSource
+
+    def __call__(self, index: torch.Tensor) -> torch.Tensor:
+        return self.source.read(index.tolist())
 
 
 def feature_identity(

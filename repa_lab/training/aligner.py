@@ -20,6 +20,7 @@ from repa_lab.models.tap import Tap
 from repa_lab.spec import EncoderConfig, RunConfig, RunOptions, ScheduleConfig
 from repa_lab.spec.identity import Run
 from repa_lab.training.images import Announce, Images, pixels_for
+from repa_lab.training.objective import Batch
 from repa_lab.training.streams import seeded
 
 _STORAGE = {"fp16": torch.float16, "fp32": torch.float32}
@@ -51,12 +52,14 @@ class Aligner:
         """
         self.wrapped = accelerator.prepare(self.regularizer.to(accelerator.device))
 
-    def __call__(self, index: torch.Tensor, step: int, device: torch.device) -> Alignment | None:
-        """The alignment of the images ``index`` ``(B,)``, or None where no encoder has to be asked, as at weight 0."""
+    def __call__(self, batch: Batch, step: int, device: torch.device) -> Alignment | None:
+        """The alignment of a batch's images, or None where no encoder has to be asked, as at weight 0."""
         if not self.regularizer.needs_target(step):
             self.tap.clear()
             return None
-        student, teachers = self.tap.take(), [targets(index, device) for targets in self.targets]
+        loaded = batch.loaded or (None,) * len(self.targets)
+        teachers = [targets(batch.ids, device, one) for targets, one in zip(self.targets, loaded, strict=True)]
+        student = self.tap.take()
         if self.regularizer.weight_at(step) == 0:  # a cutoff looks whether it should end
             with torch.no_grad():
                 return self.regularizer(student, teachers, step)  # type: ignore[no-any-return]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from repa_lab.spec import RunOptions
@@ -27,7 +29,8 @@ def pick_device(options: RunOptions) -> torch.device:
     available = torch.cuda.is_available()
     if options.device == "cuda" and not available:
         raise DeviceError("device", "torch sees no GPU on this machine; use auto or cpu")
-    device = torch.device("cuda" if available and options.device != "cpu" else "cpu")
+    own = int(os.environ.get("LOCAL_RANK", "0"))  # of the processes that torchrun started, each has a GPU
+    device = torch.device("cuda", own) if available and options.device != "cpu" else torch.device("cpu")
     if options.precision == "fp16" and device.type == "cpu":
         raise DeviceError("precision", "fp16 needs a GPU; use bf16 or fp32")
     return device

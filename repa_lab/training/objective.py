@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
+from repa_lab.align import Schedule
+from repa_lab.encoders.targets import Reader
 from repa_lab.spec import RunConfig
 from repa_lab.training.images import Images
 from repa_lab.training.streams import Order, generator
@@ -14,7 +17,8 @@ from repa_lab.training.streams import Order, generator
 
 class Batch(NamedTuple):
     """All that one step is computed from, drawn on the CPU: images ``ids`` and labels ``y`` ``(B,)``, clean ``x``, ``noise``
-    ``(B, C, H, W)``, times ``t`` ``(B,)``; dropped labels are already the null label.
+    ``(B, C, H, W)``, times ``t`` ``(B,)``; dropped labels are already the null label. ``loaded`` holds what the targets of each
+    encoder are made from, where a reader could load it ahead of time.
     """
 
     ids: torch.Tensor
@@ -22,15 +26,21 @@ class Batch(NamedTuple):
     noise: torch.Tensor
     t: torch.Tensor
     y: torch.Tensor
+    loaded: tuple[torch.Tensor | None, ...] = ()
 
     def split(self, size: int | None) -> list[Batch]:
         """Micro-batches of at most ``size`` images; None keeps it whole."""
-        parts = (part.split(size or len(part)) for part in self)
-        return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
+        step = size or len(self.ids)
+        return [self._part(slice(start, start + step)) for start in range(0, len(self.ids), step)]
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device; its ids stay, for it is the CPU that looks images up."""
-        return Batch(self.ids, *(part.to(device, non_blocking=True) for part in self[1:]))
+        """The same batch on a device; ids stay, and what is loaded goes where its targets want it."""
+        x, noise, t, y = (part.to(device, non_blocking=True) for part in self[1:5])
+        return Batch(self.ids, x, noise, t, y, self.loaded)
+
+    def _part(self, rows: slice) -> Batch:
+        ids, x, noise, t, y = (part[rows] for part in self[:5])
+        return Batch(ids, x, noise, t, y, tuple(None if one is None else one[rows] for one in self.loaded))
 
 
 class Steps(Dataset[Batch]):
@@ -41,10 +51,21 @@ class Steps(Dataset[Batch]):
         seed: the run's seed.
         images: what is trained on.
         part: which of how many equal parts of a batch is this process's.
+        readers: load what targets are made from; see :class:`repa_lab.encoders.targets.Targets`.
+        weight: the regularizer's schedule: on steps where it is 0 nothing is loaded.
     """
 
-    def __init__(self, config: RunConfig, seed: int, images: Images, part: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        seed: int,
+        images: Images,
+        part: tuple[int, int] = (0, 1),
+        readers: Sequence[Reader | None] = (),
+        weight: Schedule | None = None,
+    ) -> None:
         self._train, self._seed, self._images = config.train, seed, images
+        self._readers, self._weight = tuple(readers), weight
         self._order = Order(images.split.train, seed)
         number, parts = part
         size = config.train.batch_size // parts
@@ -64,7 +85,12 @@ class Steps(Dataset[Batch]):
         noise = torch.randn((size, space.channels, *space.size), generator=draw)
         x = space.encode(ids[mine].tolist(), None if encoding is None else encoding[mine])
         labels = self._images.source.labels[ids].masked_fill(dropped, self._images.source.num_classes)
-        return Batch(ids[mine], x, noise[mine], t[mine], labels[mine])
+        return Batch(ids[mine], x, noise[mine], t[mine], labels[mine], self._loaded(step, ids[mine]))
+
+    def _loaded(self, step: int, ids: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if self._weight is None or self._weight(step) == 0:
+            return ()
+        return tuple(None if read is None else read(ids) for read in self._readers)
 
     def _seen(self, step: int) -> torch.Tensor:
         """The images of a step, mirrored ones by the number of their mirror image."""

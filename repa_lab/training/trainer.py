@@ -91,7 +91,9 @@ class Trainer:
         measuring = config.alignment_encoder
         measured = (own.get(measuring) or targets(measuring)) if measuring else None
         self.evaluator = Evaluator(config.evaluate, images, run.seed, measured, cache, self.device, part)
-        self._steps = Steps(config, run.seed, images, part)
+        readers = [own[encoder].reader for encoder in config.regularizer.encoders]
+        weight = self.aligner.regularizer.schedule if self.aligner else None
+        self._steps = Steps(config, run.seed, images, part, readers, weight)
         self._trained = self._prepare(denoiser)
 
     def batches(self) -> Iterator[Batch]:
@@ -148,7 +150,7 @@ class Trainer:
         """Forward and backward through a micro-batch that is ``share`` of this process's batch."""
         x_t, target = interpolate(part.x, part.noise, part.t)
         total = denoise = denoising_loss(self._denoiser(x_t, part.t, part.y), target)
-        alignment = self.aligner(part.ids, self.progress.step, self.device) if self.aligner else None
+        alignment = self.aligner(part, self.progress.step, self.device) if self.aligner else None
         if alignment is not None and alignment.weight > 0:
             total = denoise + alignment.loss
         self.accelerator.backward(total * share)

@@ -11,6 +11,7 @@ from repa_lab.encoders.targets import CachedTargets, OnlineTargets
 from repa_lab.models.facts import UNET_SHAPES
 from repa_lab.models.tap import TapError
 from repa_lab.training.aligner import Aligner, build_regularizer, choose_block, open_targets
+from repa_lab.training.objective import Batch
 from repa_lab.training.trainer import build_denoiser
 from tests.training.conftest import UNET, make_options, make_run
 
@@ -20,13 +21,15 @@ CPU = torch.device("cpu")
 class CountingTargets:
     """Fixed tokens on a 2x2 grid; counts how often it was asked."""
 
-    dim = 12
+    dim, reader = 12, None
 
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
+        self.loaded: list[torch.Tensor | None] = []
 
-    def __call__(self, index: torch.Tensor, device: torch.device) -> Tokens:
+    def __call__(self, index: torch.Tensor, device: torch.device, loaded: torch.Tensor | None = None) -> Tokens:
         self.asked.append(index.tolist())
+        self.loaded.append(loaded)
         return Tokens(torch.arange(len(index) * 48.0).view(len(index), 4, 12).sin(), (2, 2))
 
 
@@ -41,6 +44,10 @@ def make_aligner(images, **settings):
     return aligner, denoiser, counting
 
 
+def batch_of(index: torch.Tensor, loaded: tuple[torch.Tensor | None, ...] = ()) -> Batch:
+    return Batch(index, *[torch.zeros(len(index))] * 4, loaded)
+
+
 def pass_through(denoiser) -> None:
     denoiser(torch.randn(3, 1, 8, 8), torch.rand(3), torch.arange(3))
 
@@ -50,7 +57,7 @@ def test_aligns_the_tap_with_the_targets_of_these_images(images, settings):
     aligner, denoiser, counting = make_aligner(images, **settings)
     pass_through(denoiser)
     index = torch.tensor([4, 2, 9])
-    alignment = aligner(index, 0, CPU)
+    alignment = aligner(batch_of(index), 0, CPU)
     assert counting.asked == [[4, 2, 9]]
     pass_through(denoiser)
     student = aligner.tap.take()
@@ -60,10 +67,22 @@ def test_aligns_the_tap_with_the_targets_of_these_images(images, settings):
     assert all(parameter.grad is not None for parameter in aligner.regularizer.parameters())
 
 
+def test_what_was_loaded_ahead_goes_to_its_targets(images):
+    aligner, denoiser, first = make_aligner(images)
+    second = CountingTargets()
+    aligner.targets = [first, second]
+    aligner.regularizer = aligner.wrapped = build_regularizer(make_run(), [12, 12])
+    pass_through(denoiser)
+    loaded = torch.ones(3)
+    aligner(batch_of(torch.arange(3), (None, loaded)), 0, CPU)
+    assert first.loaded == [None]
+    assert second.loaded == [loaded]
+
+
 def test_gradients_reach_the_blocks_up_to_the_tap(images):
     aligner, denoiser, _ = make_aligner(images, **{"regularizer.block_index": 2})
     pass_through(denoiser)
-    aligner(torch.arange(3), 0, CPU).loss.backward()
+    aligner(batch_of(torch.arange(3)), 0, CPU).loss.backward()
     reached = [any(p.grad is not None and p.grad.abs().max() > 0 for p in block.parameters()) for block in denoiser.blocks]
     assert reached == [True, True, True, False]
 
@@ -73,7 +92,7 @@ def test_weight_0_asks_no_encoder_and_keeps_no_activations(images):
     aligner, denoiser, counting = make_aligner(images, **{"regularizer.schedule": schedule})
     for step in range(5):
         pass_through(denoiser)
-        alignment = aligner(torch.arange(3), step, CPU)
+        alignment = aligner(batch_of(torch.arange(3)), step, CPU)
         assert (alignment is None) == (step >= 2)
     assert len(counting.asked) == 2
     with pytest.raises(TapError):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -120,6 +123,45 @@ def test_an_encoder_sees_no_more_than_it_should(cache, monkeypatch):
     assert seen == [4, 2]
 
 
+class TestReadingAhead:
+    """What targets are made from is loaded with the batch, by the data loader's processes where there are any."""
+
+    def trainer(self, cache, options=None, **settings) -> Trainer:
+        return Trainer(make_run(**settings), make_options(**(options or {})), cache)
+
+    def test_cached_features_come_as_they_are_stored(self, cache):
+        trainer = self.trainer(cache)
+        batch = next(trainer.batches())
+        (loaded,) = batch.loaded
+        assert (loaded.dtype, loaded.shape) == (torch.float16, (6, 2, 2, 112))
+        tokens = trainer.aligner.targets[0](batch.ids, torch.device("cpu"))
+        assert torch.equal(loaded.float().flatten(1, 2), tokens.values)
+
+    def test_an_online_encoders_pixels_do(self, cache, images):
+        online = {"regularizer.encoder": {**SETTINGS["regularizer"]["encoder"], "cache": False}}
+        batch = next(self.trainer(cache, **online).batches())
+        assert torch.equal(batch.loaded[0], images.source.read(batch.ids.tolist()))
+
+    def test_nothing_is_read_where_the_weight_is_0(self, cache):
+        schedule = {"type": "constant", "warmup_steps": 1, "cutoff_step": 3}
+        steps = self.trainer(cache, **{"regularizer.schedule": schedule})._steps
+        assert [len(steps[n].loaded) for n in range(5)] == [0, 1, 1, 0, 0]
+        assert [len(self.trainer(cache, regularizer={"type": "none"})._steps[0].loaded)] == [0]
+
+    def test_micro_batches_get_their_rows(self, cache):
+        batch = next(self.trainer(cache).batches())
+        parts = batch.split(4)
+        assert [len(part.ids) for part in parts] == [4, 2]
+        assert torch.equal(torch.cat([part.loaded[0] for part in parts]), batch.loaded[0])
+        assert torch.equal(torch.cat([part.x for part in parts]), batch.x)
+
+    @pytest.mark.parametrize("kept", [True, False])
+    def test_processes_of_the_loader_change_nothing(self, kept, cache, fresh):
+        settings = {"regularizer.encoder": {**SETTINGS["regularizer"]["encoder"], "cache": kept}}
+        ended = [run_steps(make_run(**settings), fresh(f"{n}"), cache, data_workers=n) for n in (0, 2)]
+        assert_same(weights(ended[0]), weights(ended[1]))
+
+
 def test_stored_in_float32_features_train_as_fresh_ones_do(cache, fresh):
     encoder = SETTINGS["regularizer"]["encoder"]
     fresh_ones = run_steps(make_run(**{"regularizer.encoder": {**encoder, "cache": False}}), fresh("online"), cache)
@@ -206,8 +248,21 @@ def test_the_parts_of_a_batch_are_the_batch(images, processes):
     config = make_run().config
     whole = Steps(config, 0, images)[5]
     parts = [Steps(config, 0, images, (number, processes))[5] for number in range(processes)]
-    for name in whole._fields:
+    for name in ("ids", "x", "noise", "t", "y"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it, the eldest first."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since
+            fields = stat.read_text().rpartition(")")[2].split()
+            parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found = [pid]
+    for one in found:
+        found += parents.get(one, [])
+    return found
 
 
 class TestProcesses:
@@ -225,26 +280,28 @@ class TestProcesses:
             "schedule": {"type": "linear", "warmup_steps": 2, "decay_steps": 5},
         },
     }
+    LONGER: ClassVar[dict[str, Any]] = {"train": {**SPEC["train"], "steps": 60}, "evaluate": {**SPEC["evaluate"], "every": 60}}
 
-    def run(self, folder: Path, processes: int, **options) -> RunDirectory:
+    def start(self, folder: Path, processes: int, changed: dict[str, Any], **options) -> subprocess.Popen[str]:
+        folder.mkdir(exist_ok=True)
         spec = folder / "two.yaml"
-        spec.write_text(yaml.safe_dump({**self.SPEC, "run": {**make_options(**options).model_dump(mode="json")}}))
+        spec.write_text(yaml.safe_dump({**self.SPEC, **changed, "run": make_options(**options).model_dump(mode="json")}))
         started = [sys.executable, "-m"]
         if processes > 1:
             started += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
         command = [*started, "repa_lab", "run", str(spec), "--root", str(folder / "runs")]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("done:") == 1
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def run(self, folder: Path, processes: int, changed: dict[str, Any] | None = None, **options) -> RunDirectory:
+        process = self.start(folder, processes, changed or {}, **options)
+        output, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error[-3000:]
+        assert output.count("done:") == 1
         (directory,) = RunsRoot(folder / "runs").runs()
         return directory
 
     def test_two_processes_train_what_one_does_and_one_of_them_writes(self, tmp_path):
-        alone, together = tmp_path / "alone", tmp_path / "together"
-        alone.mkdir(), together.mkdir()
-        first, second = self.run(alone, 1), self.run(together, 2, micro_batch=2)
+        first, second = self.run(tmp_path / "alone", 1), self.run(tmp_path / "together", 2, micro_batch=2)
         assert first.run_id == second.run_id
         assert [row["step"] for row in rows(second)] == [1, 2, 3, 3, 4, 5, 6, 6]
         for ours, theirs in zip(rows(second), rows(first), strict=True):
@@ -252,8 +309,30 @@ class TestProcesses:
         assert [row["align/weight"] for row in rows(second) if "align/weight" in row] == pytest.approx(
             [0.0, 0.25, 0.5, 1 / 3, 1 / 6, 0.0]
         )
-        events = [event["event"] for event in second.events()]
-        assert events == ["running", "done"]
+        assert [event["event"] for event in second.events()] == ["running", "done"]
         assert json.loads((second.path / "state.json").read_text())["step"] == 6
         assert [run.provenance["processes"] for run in (first, second)] == [1, 2]
         assert [run.provenance["options"]["micro_batch"] for run in (first, second)] == [None, 2]
+
+    @pytest.mark.parametrize("processes", [(2, 1), pytest.param((1, 2), marks=pytest.mark.slow)], ids=str)
+    def test_what_was_killed_goes_on_with_another_number_of_processes(self, tmp_path, processes):
+        whole = self.run(tmp_path / "whole", 1, self.LONGER)
+        before, after = processes
+        folder, often = tmp_path / "killed", {"checkpoint_every": 5}
+        process = self.start(folder, before, self.LONGER, **often)
+        root, deadline = RunsRoot(folder / "runs"), time.monotonic() + 120
+        while not any((run.checkpoints / "step-00000010").exists() for run in root.runs()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        for pid in family(process.pid):  # torchrun gives its processes sessions of their own
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        (directory,) = root.runs()
+        assert directory.state.step < 60
+        resumed = self.run(folder, after, self.LONGER, **often)
+        assert "resumed" in [event["event"] for event in resumed.events()]
+        assert [row["step"] for row in rows(resumed)] == [row["step"] for row in rows(whole)]
+        for ours, theirs in zip(rows(resumed), rows(whole), strict=True):
+            assert ours["step"] > 20 or ours == pytest.approx(theirs, rel=1e-2, abs=1e-3)
+        assert rows(resumed)[-2]["loss/total"] == pytest.approx(rows(whole)[-2]["loss/total"], rel=0.1)
