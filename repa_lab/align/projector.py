@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from repa_lab.align.tokens import Tokens, flatten_map
+from repa_lab.align.tokens import Grid, Tokens, flatten_map
 
 
 class _Conv(nn.Module):
@@ -17,8 +17,10 @@ class _Conv(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_dim, out_dim, kernel, padding=kernel // 2)
 
-    def forward(self, tokens: Tokens) -> torch.Tensor:
-        return flatten_map(self.conv(tokens.to_map())).values
+    def forward(self, values: torch.Tensor, grid: Grid | None) -> torch.Tensor:
+        if grid is None:
+            raise ValueError("a conv projector needs the grid of its tokens")
+        return flatten_map(self.conv(Tokens(values, grid).to_map())).values
 
 
 class _TokenWise(nn.Module):
@@ -28,8 +30,8 @@ class _TokenWise(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, tokens: Tokens) -> torch.Tensor:
-        projected: torch.Tensor = self.layers(tokens.values)
+    def forward(self, values: torch.Tensor, grid: Grid | None) -> torch.Tensor:
+        projected: torch.Tensor = self.layers(values)
         return projected
 
 
@@ -71,7 +73,15 @@ class Projector(nn.Module):
             raise ValueError(f"a projector's kernel must be odd, got {kernel}")
         self.net = KINDS[kind](in_dim, out_dim, width, kernel)
 
-    def forward(self, tokens: Tokens) -> Tokens:
-        """Project tokens, in the dtype of the projector's parameters."""
-        dtype = next(self.net.parameters()).dtype
-        return Tokens(self.net(Tokens(tokens.values.to(dtype), tokens.grid)), tokens.grid)
+    def forward(self, values: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
+        """Project ``(B, N, in_dim)`` to ``(B, N, out_dim)``, in the dtype of the projector's parameters.
+
+        Raises:
+            ValueError: ``conv`` is not told the grid.
+        """
+        projected: torch.Tensor = self.net(values.to(next(self.net.parameters()).dtype), grid)
+        return projected
+
+    def project(self, tokens: Tokens) -> Tokens:
+        """Project tokens and keep their grid."""
+        return Tokens(self(tokens.values, tokens.grid), tokens.grid)

@@ -74,10 +74,10 @@ class Resample:
     def __call__(self, projector: Projector, student: Tokens, teacher: Tokens) -> tuple[Tokens, Tokens]:
         """Projected student and teacher on one grid."""
         if self.side == "teacher":
-            return projector(student), teacher.resample(student.grid)
+            return projector.project(student), teacher.resample(student.grid)
         if self.when == "before":
-            return projector(student.resample(teacher.grid)), teacher
-        return projector(student).resample(teacher.grid), teacher
+            return projector.project(student.resample(teacher.grid)), teacher
+        return projector.project(student).resample(teacher.grid), teacher
 
 
 LOSSES: dict[str, Callable[[Pair, float], torch.Tensor]] = {
@@ -179,7 +179,7 @@ class REPA(nn.Module):
         if self.spatial_align:
             ours, theirs = self.resample(projector, student, teacher)
         else:
-            ours, theirs = projector(student).mean(), teacher.mean()
+            ours, theirs = projector.project(student).mean(), teacher.mean()
         return Pair(ours.values, theirs.values)
 
     def forward(self, student: Tokens, teacher: Tokens | Sequence[Tokens], step: int = 0) -> Alignment:

@@ -102,7 +102,7 @@ def test_the_state_survives_bit_for_bit(mode):
 def aligned(cutoff: SimilarityCutoff, weight: Schedule | float = 0.5) -> tuple[REPA, Tokens, Tokens]:
     """A regularizer whose student already is its teacher: cosine 1."""
     regularizer, student = REPA(6, 6, weight, width=8, cutoff=cutoff), Tokens(torch.randn(2, 4, 6), (2, 2))
-    return regularizer, student, regularizer.projectors[0](student)
+    return regularizer, student, regularizer.projectors[0].project(student)
 
 
 def test_a_regularizer_observes_what_it_aligns_and_then_stops():

@@ -11,7 +11,7 @@ from repa_lab.align import Projector, Tokens
 
 def project(projector: Projector, values: torch.Tensor) -> torch.Tensor:
     """The projected values of tokens in a row."""
-    return projector(Tokens(values, (1, values.shape[1]))).values.detach()
+    return projector(values, (1, values.shape[1])).detach()
 
 
 @pytest.mark.parametrize("in_dim, count", [(768, 7_344_896), (1024, 7_869_184), (1152, 8_131_328)])
@@ -67,7 +67,7 @@ def test_every_token_is_projected_alone(kind):
 @pytest.mark.parametrize("kind", ["mlp", "linear", "conv"])
 @pytest.mark.parametrize("grid", [(2, 3), (3, 2), (1, 6)])
 def test_tokens_keep_their_grid(kind, grid):
-    projected = Projector(6, 4, width=8, kind=kind)(Tokens(torch.randn(2, 6, 6), grid))
+    projected = Projector(6, 4, width=8, kind=kind).project(Tokens(torch.randn(2, 6, 6), grid))
     assert (projected.grid, projected.values.shape) == (grid, (2, 6, 4))
 
 
@@ -77,8 +77,8 @@ class TestConv:
         torch.nn.init.ones_(projector.net.conv.weight)
         torch.nn.init.zeros_(projector.net.conv.bias)
         ones = torch.ones(1, 6, 1)
-        assert projector(Tokens(ones, (2, 3))).values.flatten().tolist() == [4, 6, 4, 4, 6, 4]
-        assert projector(Tokens(ones, (3, 2))).values.flatten().tolist() == [4, 4, 6, 6, 4, 4]
+        assert projector(ones, (2, 3)).flatten().tolist() == [4, 6, 4, 4, 6, 4]
+        assert projector(ones, (3, 2)).flatten().tolist() == [4, 4, 6, 6, 4, 4]
 
     def test_it_agrees_with_a_sum_over_neighbours(self):
         projector, (h, w) = Projector(3, 2, kind="conv", kernel=5), (4, 6)
@@ -88,7 +88,7 @@ class TestConv:
         expected = np.zeros((2, h, w, 2)) + bias
         for y, x in np.ndindex(h, w):
             expected[:, y, x] += np.einsum("bijc,ocij->bo", maps[:, y : y + 5, x : x + 5], weight)
-        found = projector(Tokens(tokens, (h, w))).values.detach().numpy()
+        found = projector(tokens, (h, w)).detach().numpy()
         np.testing.assert_allclose(found, expected.reshape(2, h * w, 2), atol=1e-5)
 
     def test_a_kernel_of_1_is_a_linear_map(self):
@@ -101,6 +101,10 @@ class TestConv:
         with torch.device("meta"):
             projector = Projector(1152, 768, kind="conv")
         assert sum(p.numel() for p in projector.parameters()) == 9 * 1152 * 768 + 768  # iREPA: 7.96 M
+
+    def test_it_must_be_told_the_grid(self):
+        with pytest.raises(ValueError, match="a conv projector needs the grid of its tokens"):
+            Projector(4, 4, kind="conv")(torch.zeros(1, 6, 4))
 
     @pytest.mark.parametrize("kernel", [0, 2, 4, -1])
     def test_even_kernels_are_refused(self, kernel):

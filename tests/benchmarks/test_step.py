@@ -86,3 +86,39 @@ def test_lab_loop_against_a_bare_loop(tmp_path):
         outcome.row()
 
     show("lab loop / bare loop, SiT-nano/2, batch 64", ratios(lab, bare, rounds=15), "; the aim is 1.03")
+
+
+def test_steps_of_weight_0_cost_what_plain_steps_do(tmp_path):
+    """(c) After the cutoff, with an encoder that is not cached: it must not be asked, and nothing else must be left over."""
+    from repa_lab.encoders.encoder import Encoder
+
+    file = Path(__file__).parents[2] / "experiments/quickstart.yaml"
+    online = {"name": "efficientnet_lite0", "image_size": 64, "cache": False}
+    cut = {"regularizer.encoder": online, "regularizer.schedule": {"cutoff_step": 1}, "evaluate.encoder": None}
+    trainers = []
+    for arm, settings in (("sit, aligned", cut), ("sit, baseline", {"evaluate.encoder": None})):
+        chosen = next(one for one in load_spec(file).arms if one.label == arm)
+        trainers.append(Trainer(identify_arm(chosen.with_settings(settings), 0), RunOptions(device="cpu"), tmp_path))
+    batches = [trainer.batches() for trainer in trainers]
+    calls: list[int] = []
+    forward = Encoder.forward
+
+    def counting(self, pixels):
+        calls.append(len(pixels))
+        return forward(self, pixels)
+
+    Encoder.forward = counting
+    try:
+        trainers[0].step(next(batches[0]))
+        trainers[1].step(next(batches[1]))
+        assert len(calls) == 1  # the one step before the cutoff
+
+        def steps(number):
+            for _ in range(20):
+                trainers[number].step(next(batches[number]))
+
+        measured = ratios(lambda: steps(0), lambda: steps(1), rounds=11)
+    finally:
+        Encoder.forward = forward
+    assert len(calls) == 1
+    show("step after the cutoff / plain step", measured, f"; encoder passes in {12 * 20} steps after it: {len(calls) - 1}")

@@ -35,7 +35,7 @@ def step(trained: Trained, seed: int) -> None:
     x, t = torch.randn(4, 1, 8, 8, generator=draw), torch.rand(4, generator=draw)
     loss = trained.denoiser(x, t, torch.arange(4)).square().mean()
     if trained.regularizer is not None:
-        loss = loss + trained.regularizer.projectors[0](Tokens(torch.randn(2, 3, 64, generator=draw), (1, 3))).values.square().mean()
+        loss = loss + trained.regularizer.projectors[0].project(Tokens(torch.randn(2, 3, 64, generator=draw), (1, 3))).values.square().mean()
     loss.backward()
     trained.optimizer.step()
     trained.optimizer.zero_grad(set_to_none=True)

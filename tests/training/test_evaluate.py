@@ -143,7 +143,7 @@ class TestAlignment:
         student = Tokens(tokens_by_hand(few, denoiser, 2, 0.5, 16), (4, 4))
         teacher = targets(few.split.held_out, CPU)
         with torch.no_grad():
-            projected = regularizer.projectors[0](student).resample((2, 2)).values
+            projected = regularizer.projectors[0].project(student).resample((2, 2)).values
         matched, gap = cosine_gap(projected, teacher.values)
         assert row["heldout/cosine"] == pytest.approx(matched, abs=1e-6)
         assert row["heldout/gap"] == pytest.approx(gap, abs=1e-6)
