@@ -93,7 +93,7 @@ def test_steps_of_weight_0_cost_what_plain_steps_do(tmp_path):
     from repa_lab.encoders.encoder import Encoder
 
     file = Path(__file__).parents[2] / "experiments/quickstart.yaml"
-    online = {"name": "efficientnet_lite0", "image_size": 64, "cache": False}
+    online = {"name": "efficientnet_lite0", "image_size": 64, "cache": False, "standardize": False}
     cut = {"regularizer.encoder": online, "regularizer.schedule": {"cutoff_step": 1}, "evaluate.encoder": None}
     trainers = []
     for arm, settings in (("sit, aligned", cut), ("sit, baseline", {"evaluate.encoder": None})):
