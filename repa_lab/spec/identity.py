@@ -60,6 +60,8 @@ def _scientific(config: RunConfig, contents: Mapping[str, str]) -> dict[str, Any
     value = _without_neutral(config)
     del value["data"]["path"]
     value["data"]["resolution"] = config.data.side
+    if isinstance(encoders := value["regularizer"]["encoder"], list) and len(encoders) == 1:
+        value["regularizer"]["encoder"] = encoders[0]
     if config.regularizer.type == "none":
         value["regularizer"] = {"type": "none"}
     elif config.regularizer.type == "repa":

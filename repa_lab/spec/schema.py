@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -57,6 +57,14 @@ class EncoderConfig(_Section):
         if (self.pixels == "tae") != (self.tae is not None):
             raise ValueError("tae names the tiny autoencoder that pixels: tae decodes with; give both or neither")
         return self
+
+
+# A list in a file, a tuple here: settings are keys of mappings, so all of them must be hashable.
+Encoders = Annotated[
+    tuple[EncoderConfig, ...],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+    Field(min_length=1),
+]
 
 
 class ProjectorConfig(_Section):
@@ -126,7 +134,7 @@ class RegularizerConfig(_Section):
     weight: NotNegative = 0.5
     manifold_weight: NotNegative = 3.0
     block_index: BlockIndex | None = None
-    encoder: EncoderConfig | Annotated[list[EncoderConfig], Field(min_length=1)] = EncoderConfig()
+    encoder: EncoderConfig | Encoders = EncoderConfig()
     projector: ProjectorConfig = ProjectorConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: Literal["cosine", "nt_xent"] = _later("cosine")
@@ -141,7 +149,7 @@ class RegularizerConfig(_Section):
         """The encoders that are aligned to; none for ``none``."""
         if self.type == "none":
             return ()
-        return tuple(self.encoder) if isinstance(self.encoder, list) else (self.encoder,)
+        return self.encoder if isinstance(self.encoder, tuple) else (self.encoder,)
 
     @model_validator(mode="after")
     def _pairs_exist(self) -> RegularizerConfig:
@@ -255,7 +263,7 @@ class RunConfig(_Section):
     def encoder_paths(self) -> tuple[tuple[str, EncoderConfig], ...]:
         """Every encoder the run needs with its dotted path: none for an unregularised run that measures no alignment."""
         own = self.regularizer.encoders
-        several = isinstance(self.regularizer.encoder, list)
+        several = isinstance(self.regularizer.encoder, tuple)
         named = [(f"regularizer.encoder.{i}" if several else "regularizer.encoder", one) for i, one in enumerate(own)]
         measuring = [("evaluate.encoder", self.evaluate.encoder)] if self.evaluate.encoder else []
         return (*named, *measuring)

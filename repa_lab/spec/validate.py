@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -101,6 +101,7 @@ _WISHES = {
     "string_pattern_mismatch": "text that matches {pattern}",
     "bool_type": "true or false",
     "list_type": "a list",
+    "tuple_type": "a list",
     "dict_type": "a mapping",
     "model_type": "a mapping",
     "none_required": "null",
@@ -142,19 +143,21 @@ def _section(model: type[BaseModel], path: Path_) -> type[BaseModel] | None:
 
 def _below(annotation: Any, step: str | int) -> Any:
     """The type of what stands at ``step`` inside a value of a type; None where nothing is known."""
-    if (section := _first_model(annotation)) is not None and not _is_container(annotation):
-        return _names(section).get(str(step))
-    return next((typing.get_args(part)[-1] for part in _parts(annotation) if _is_container(part)), None)
+    if (section := _first_model(annotation)) is not None and not isinstance(step, int):
+        return _names(section).get(step)
+    inside = (typing.get_args(part) for part in _parts(annotation) if _is_container(part))
+    return next((types_[0] if types_[-1] is Ellipsis else types_[-1] for types_ in inside), None)
 
 
 def _parts(annotation: Any) -> tuple[Any, ...]:
+    """The types that a type offers to choose from."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return typing.get_args(annotation)
-    return (annotation,)
+        return tuple(part for choice in typing.get_args(annotation) for part in _parts(choice))
+    return _parts(typing.get_args(annotation)[0]) if typing.get_origin(annotation) is Annotated else (annotation,)
 
 
 def _is_container(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (list, dict)
+    return typing.get_origin(annotation) in (list, dict, tuple)
 
 
 def _first_model(annotation: Any) -> type[BaseModel] | None:

@@ -71,6 +71,25 @@ BAD = {
         HEAD + "regularizer: {block_index: {a: 1}}\n",
         ["5:15: regularizer.block_index: expected an integer or mid, got {'a': 1}"],
     ),
+    "several encoders": (
+        HEAD + "regularizer: {type: repa, encoder: [{name: a, imagesize: 64}, 3]}\n",
+        [
+            f"5:47: regularizer.encoder.0.imagesize: unknown field 'imagesize'; {allowed(EncoderConfig)}; "
+            "did you mean 'image_size'?",
+            "5:63: regularizer.encoder.1: expected a mapping, got 3",
+        ],
+    ),
+    "no encoder": (
+        HEAD + "regularizer: {type: repa, encoder: []}\n",
+        ["5:27: regularizer.encoder: expected a mapping or 1 or more values, got []"],
+    ),
+    "settings that do not go together": (
+        HEAD + "regularizer:\n  type: urepa\n  spatial_align: false\n  projector: {kernel: 4}\n  encoder: {pixels: tae}\n",
+        [
+            "8:3: regularizer.projector: kernel must be odd, so that tokens keep their places; got 4",
+            "9:3: regularizer.encoder: tae names the tiny autoencoder that pixels: tae decodes with; give both or neither",
+        ],
+    ),
     "choices": (
         "name: q\nmodel: {family: sit, train: lorra}\ndata: {source: digit}\ntrain: {steps: 1, time: logit}\n"
         "regularizer: {type: urep, projector: {type: mpl}, schedule: {type: cosin}}\n",

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
-from repa_lab.spec import load_spec
+from repa_lab.spec import EncoderConfig, RunConfig, load_spec
 from repa_lab.spec.identity import Run, identify, local_files
 from tests.spec.examples import mapping
 
@@ -47,8 +49,33 @@ SCIENCE = {
     "evaluate.every": 5, "evaluate.samples": 100, "evaluate.sampler.type": "sde", "evaluate.sampler.solver": "heun",
     "evaluate.sampler.steps": 20, "evaluate.guidance.scale": 1.5, "evaluate.guidance.low": 0.1, "evaluate.guidance.high": 0.7,
     "evaluate.extractor.name": "efficientnet_lite0", "evaluate.extractor.weights": "b.bin", "evaluate.encoder": None,
-    "evaluate.timestep": 0.25,
+    "evaluate.timestep": 0.25, "evaluate.batch_size": 9, "evaluate.block_index": "mid",
+    "regularizer.encoder.cache": False, "regularizer.encoder.pixels": "vae", "regularizer.projector.kernel": 5,
+    "regularizer.loss": "nt_xent", "regularizer.temperature": 0.2, "regularizer.spatial_norm": 0.6, "data.flip": True,
+    "regularizer.resample.side": "teacher", "regularizer.resample.when": "before", "regularizer.manifold.scope": "batch_pooled",
+    "regularizer.manifold.reduction": "sum", "regularizer.manifold.distance": "l1_margin", "regularizer.manifold.margin": 0.2,
+    "regularizer.manifold.sample": 64, "regularizer.schedule.similarity_threshold": 0.6,
+    "regularizer.schedule.similarity_ema_decay": 0.9, "regularizer.schedule.similarity_min_count": 5,
+    "regularizer.schedule.threshold_mode": "recoverable", "regularizer.schedule.probe_every": 7,
 }  # fmt: skip
+# They change only together with others, or stand for content that is hashed in their place.
+ELSEWHERE = {"data.source", "data.path", "train.steps", "regularizer.encoder.tae", "regularizer.spatial_align"}
+
+
+def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all settings that are not sections themselves; those of an encoder once."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if name == "encoder":
+            inner = EncoderConfig if prefix == "regularizer." else None
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from leaves(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def test_no_setting_is_forgotten_here():
+    assert set(leaves(RunConfig)) - ELSEWHERE <= SCIENCE.keys()
 
 
 def test_every_setting_of_science_is_part_of_it():
@@ -69,6 +96,41 @@ def test_every_setting_of_science_is_part_of_it():
 )
 def test_where_things_lie_and_how_they_run_is_not(overrides):
     assert run(overrides).run_id == run().run_id
+
+
+def test_the_remaining_settings_are_part_of_it_too():
+    encoder = {"name": "e", "weights": "a.bin", "pixels": "tae"}
+    by_tae = [run({"regularizer.encoder": {**encoder, "tae": tae}}).run_id for tae in ("x", "y")]
+    apart = run({"regularizer.spatial_align": False, "regularizer.manifold_weight": 0.0}).run_id
+    aligned = run({"regularizer.manifold_weight": 0.0}).run_id
+    assert len({*by_tae, apart, aligned, run().run_id}) == 5
+
+
+LATER = {
+    "data.flip": False, "regularizer.loss": "cosine", "regularizer.temperature": 0.1, "regularizer.spatial_align": True,
+    "regularizer.spatial_norm": None, "regularizer.resample": {}, "regularizer.manifold.scope": "intra",
+    "regularizer.projector.kernel": 3, "regularizer.encoder.pixels": "image", "regularizer.schedule.probe_every": 50,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", LATER)
+def test_a_setting_that_came_later_changes_nothing_at_its_neutral_value(path):
+    assert run({path: LATER[path]}).run_id == run().run_id
+
+
+def test_several_encoders_are_one_setting():
+    one, other = {"name": "e", "weights": "a.bin"}, {"name": "g"}
+
+    def of(*encoders: dict[str, Any]) -> Run:
+        return run({"regularizer.encoder": list(encoders)})
+
+    assert of(one).run_id == run().run_id
+    assert of({**one, "weights": "copy-of-a.bin"}, other).run_id == of(one, other).run_id
+    assert len({of(one, other).run_id, of(other, one).run_id, of(one, one).run_id, of(other).run_id, of(one).run_id}) == 5
+    assert len({of(one, other).config, of(one, other).config, of(one).config}) == 2  # settings are keys of mappings
+    assert local_files(of(one, {**other, "weights": "b.bin"}).config) == ("a.bin", "b.bin")
+    again = of(one, other)
+    assert Run.from_json(again.run_id, json.loads(json.dumps(again.to_json()))) == again
 
 
 def test_whole_numbers_may_be_written_without_a_point():
