@@ -112,6 +112,22 @@ def test_compiling_trains_alike_and_measures(settings, backend, cache, fresh, mo
         assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-4)
 
 
+@pytest.mark.parametrize("stop", [2, 3, 5])
+@pytest.mark.parametrize("mode", ["permanent", "recoverable"])
+def test_a_similarity_cutoff_survives_interruption_to_the_bit(mode, stop, cache, fresh):
+    cutoff = {"similarity_threshold": -0.9, "similarity_min_count": 3, "threshold_mode": mode, "probe_every": 2}
+    run = make_run(**{"regularizer.schedule": cutoff, "train.steps": 7, "train.weight_decay": 0.1})
+    whole = run_steps(run, fresh("whole"), cache, steps=6)
+    assert [row["align/weight"] for row in rows(whole)] == [0.5, 0.5, 0.5, 0.0, 0.0, 0.0]
+    looked = [row["step"] - 1 for row in rows(whole) if "align/cosine" in row]
+    assert looked == ([0, 1, 2, 4] if mode == "recoverable" else [0, 1, 2])
+    parts = fresh("parts")
+    run_steps(run, parts, cache, steps=stop)
+    run_steps(run, parts, cache, steps=6 - stop)
+    assert rows(parts) == rows(whole)
+    assert_same(weights(parts), weights(whole))
+
+
 def test_an_encoder_sees_no_more_than_it_should(cache, monkeypatch):
     seen: list[int] = []
     preprocess = Encoder.preprocess
