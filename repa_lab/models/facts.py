@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from repa_lab.models.network import Network
+
 Kind = Literal["transformer", "unet"]
 BlockIndex = int | Literal["mid"]
 
@@ -41,7 +43,8 @@ class Shape:
 class Family:
     """The facts of a family; ``shapes`` maps a size to its shape, with the single key ``""`` where a hub folder decides.
 
-    ``latent_stride`` is the VAE's: image pixels per latent cell; 1 for families that take what they are given.
+    ``latent_stride`` is the VAE's: image pixels per latent cell; 1 for families that take what they are given. ``network`` is
+    the model of diffusers, where it is one.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Family:
     shapes: Mapping[str, Shape]
     trainable: bool = False
     latent_stride: int = 8
+    network: Network | None = None
 
     @property
     def regularizer(self) -> str:
@@ -99,49 +103,8 @@ UNET_SHAPES: dict[str, Shape] = {
 }
 
 
-def _transformer(
-    name: str, depth: int, width: int, block: int = 8, stride: int = 2, latent_stride: int = 8
-) -> Family:
-    return Family(name, "transformer", {"": Shape(depth, width, stride, block)}, latent_stride=latent_stride)
-
-
-def _mid_block(name: str, stride: int) -> Family:
-    return Family(name, "unet", {"": Shape(1, 1280, stride, "mid")})
-
-
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        Family("sit", "transformer", SIT_SHAPES, trainable=True, latent_stride=1),
-        Family("unet", "unet", UNET_SHAPES, trainable=True, latent_stride=1),
-        _mid_block("sd15", stride=8),
-        _mid_block("sdxl", stride=4),
-        _mid_block("kolors", stride=4),
-        _transformer("flux", 57, 3072),
-        _transformer("flux2", 56, 6144),
-        _transformer("sd3", 24, 1536),
-        _transformer("chroma", 57, 3072),
-        _transformer("sana", 20, 2240, block=10, stride=1, latent_stride=32),
-        _transformer("pixart", 28, 1152, block=10),
-        _transformer("hidream", 48, 2560),
-        _transformer("auraflow", 36, 3072),
-        _transformer("lumina2", 26, 2304),
-    )
-}
-
-
-TRAINABLE = tuple(family.name for family in FAMILIES.values() if family.trainable)
-
-
-def family_facts(name: str) -> Family:
-    """The facts of a family.
-
-    Raises:
-        UnknownFactError: no such family.
-    """
-    if name not in FAMILIES:
-        raise UnknownFactError("family", name, tuple(FAMILIES))
-    return FAMILIES[name]
+SIT = Family("sit", "transformer", SIT_SHAPES, trainable=True, latent_stride=1)
+UNET = Family("unet", "unet", UNET_SHAPES, trainable=True, latent_stride=1)
 
 
 def shape_of(family: Family, size: str | None) -> Shape:
@@ -162,5 +125,5 @@ def sit_shape(size: str) -> tuple[Shape, int]:
     Raises:
         UnknownFactError: no such size.
     """
-    shape = shape_of(FAMILIES["sit"], size)
+    shape = shape_of(SIT, size)
     return shape, shape.stride

@@ -41,7 +41,6 @@ class FamilyBuilder(Protocol):
         """
         ...
 
-
     def export(self, denoiser: nn.Module, folder: Path) -> None:
         """Write the denoiser, and nothing else, into a folder, as its users would expect to find it."""
         ...

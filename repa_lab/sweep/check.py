@@ -7,7 +7,8 @@ from pathlib import Path
 
 from repa_lab.data.fingerprint import DataError, image_files
 from repa_lab.encoders.registry import grid_problem, weights_problem
-from repa_lab.models.facts import TRAINABLE, Family, Shape, UnknownFactError, family_facts, shape_of
+from repa_lab.models.facts import Family, Shape, UnknownFactError, shape_of
+from repa_lab.models.families import TRAINABLE, family_facts
 from repa_lab.runs.root import RESERVED
 from repa_lab.spec import Arm, EncoderConfig, Experiment, Problem, SpecError
 from repa_lab.spec.errors import Path_

@@ -14,7 +14,8 @@ from repa_lab.align import REPA, UREPA, Alignment, Manifold, Resample, Schedule,
 from repa_lab.align.regularizer import Options
 from repa_lab.encoders.encoder import EncoderOptions, load_encoder
 from repa_lab.encoders.targets import OnlineTargets, Targets, cached_targets
-from repa_lab.models.facts import BlockIndex, family_facts, shape_of
+from repa_lab.models.facts import BlockIndex, shape_of
+from repa_lab.models.families import family_facts
 from repa_lab.models.family import BUILDERS
 from repa_lab.models.tap import Tap
 from repa_lab.spec import EncoderConfig, RunConfig, RunOptions, ScheduleConfig

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from repa_lab.align import Alignment
 from repa_lab.align.ranks import mean_over_ranks
 from repa_lab.encoders.targets import Targets
-from repa_lab.models.facts import family_facts, shape_of
+from repa_lab.models.facts import shape_of
+from repa_lab.models.families import family_facts
 from repa_lab.models.family import BUILDERS, Input
 from repa_lab.runs import files
 from repa_lab.runs.files import Row

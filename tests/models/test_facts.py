@@ -6,15 +6,8 @@ import sys
 import pytest
 import torch
 
-from repa_lab.models.facts import (
-    FAMILIES,
-    SIT_SHAPES,
-    UNET_SHAPES,
-    UnknownFactError,
-    family_facts,
-    shape_of,
-    sit_shape,
-)
+from repa_lab.models.facts import SIT_SHAPES, UNET_SHAPES, UnknownFactError, shape_of, sit_shape
+from repa_lab.models.families import FAMILIES, family_facts
 from repa_lab.models.family import BUILDERS, Input
 
 TRAINABLE = [(family, size) for family in FAMILIES.values() if family.trainable for size in family.shapes]

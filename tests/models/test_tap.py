@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from repa_lab.align import Tokens
-from repa_lab.models.facts import FAMILIES
+from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import BUILDERS, Input
 from repa_lab.models.sit import SiT, SiTConfig
 from repa_lab.models.tap import Tap, TapError, capture

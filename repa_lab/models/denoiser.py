@@ -1,0 +1,118 @@
+"""A diffusers model as a denoiser: latents and conditioning in, a prediction out, and the place where it is tapped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from repa_lab.align.tokens import Grid, Tokens, flatten_map
+from repa_lab.models.facts import BlockIndex, Family
+from repa_lab.models.network import Blocks, Network
+from repa_lab.models.tap import Tap, TapError
+
+if TYPE_CHECKING:
+    from repa_lab.models.network import Condition
+
+
+class Denoiser(nn.Module):
+    """A model of a family of diffusers.
+
+    Args:
+        net: the model.
+        family: its facts.
+    """
+
+    def __init__(self, net: nn.Module, family: Family) -> None:
+        super().__init__()
+        self.net, self.family = net, family
+        self.grid: Grid = (0, 0)
+        self.text_lengths: torch.Tensor | None = None
+
+    def forward(self, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """What the family predicts for noisy latents ``(B, C, H, W)`` at times ``(B,)`` in [0, 1], 1 being noise."""
+        network, untyped = network_of(self.family), self.net
+        stride = self.family.shapes[""].stride
+        self.grid = (latents.shape[-2] // stride, latents.shape[-1] // stride)
+        self.text_lengths = network.lengths(condition) if network.lengths else None
+        config: Any = untyped.config
+        (output,) = untyped(**network.inputs(config, latents, time, condition), return_dict=False)
+        return network.output(output, latents)
+
+
+def build_net(family: Family, config: Mapping[str, Any]) -> nn.Module:
+    """A freshly initialised model of a family from arguments of its constructor."""
+    import diffusers
+
+    net: nn.Module = getattr(diffusers, network_of(family).model)(**config)
+    return net
+
+
+def tap_denoiser(denoiser: Denoiser, block_index: BlockIndex) -> Tap:
+    """Hook a block of a denoiser: its image tokens ``(B, N, D)`` with their grid, and no token of the text.
+
+    Args:
+        denoiser: not yet compiled.
+        block_index: 0-based, running through all lists of blocks in order; ``mid`` for a UNet.
+
+    Raises:
+        TapError: there is no such block.
+    """
+    family = denoiser.family
+    found = _find(denoiser.net, network_of(family).blocks, block_index)
+    if found is None:
+        shape = family.shapes[""]
+        allowed = "'mid'" if shape.block == "mid" else f"0 to {_depth(denoiser.net, network_of(family).blocks) - 1}"
+        raise TapError(f"{family.name}: block_index must be {allowed}, got {block_index!r}")
+    block, blocks = found
+    return Tap(block, lambda output: _image_tokens(output, blocks, denoiser))
+
+
+def network_of(family: Family) -> Network:
+    """The diffusers model of a family that has one."""
+    assert family.network is not None
+    return family.network
+
+
+def _find(net: nn.Module, lists: tuple[Blocks, ...], index: BlockIndex) -> tuple[nn.Module, Blocks] | None:
+    if index == "mid":
+        return (net.get_submodule(lists[0].path), lists[0]) if lists[0].place == "map" else None
+    if not isinstance(index, int) or index < 0 or lists[0].place == "map":
+        return None
+    for blocks in lists:
+        layers = _layers(net, blocks)
+        if index < len(layers):
+            return layers[index], blocks
+        index -= len(layers)
+    return None
+
+
+def _layers(net: nn.Module, blocks: Blocks) -> nn.ModuleList:
+    layers = net.get_submodule(blocks.path)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def _depth(net: nn.Module, lists: tuple[Blocks, ...]) -> int:
+    return sum(len(_layers(net, blocks)) for blocks in lists)
+
+
+def _image_tokens(output: Any, blocks: Blocks, denoiser: Denoiser) -> Tokens:
+    values: torch.Tensor = output if blocks.item is None else output[blocks.item]
+    if blocks.place == "map":
+        return flatten_map(values)
+    if blocks.sequence_first:
+        values = values.transpose(0, 1)
+    height, width = denoiser.grid
+    count = height * width
+    if blocks.place == "after_text":
+        assert denoiser.text_lengths is not None
+        rows = denoiser.text_lengths.unsqueeze(1) + torch.arange(count, device=values.device)
+        values = values.gather(1, rows.unsqueeze(2).expand(-1, -1, values.shape[2]))
+    elif blocks.place == "head":
+        values = values[:, :count]
+    elif blocks.place == "tail":
+        values = values[:, -count:]
+    return Tokens(values, denoiser.grid)
