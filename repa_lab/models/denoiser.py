@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,14 +32,20 @@ class Denoiser(nn.Module):
         self.text_lengths: torch.Tensor | None = None
 
     def forward(self, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """What the family predicts for noisy latents ``(B, C, H, W)`` at times ``(B,)`` in [0, 1], 1 being noise."""
+        """What the family predicts for noisy latents ``(B, C, H, W)`` at times ``(B,)`` in [0, 1], 1 being noise.
+
+        Raises:
+            ValueError: the family takes square images only, and these are not.
+        """
         network, untyped = network_of(self.family), self.net
         stride = self.family.shapes[""].stride
         self.grid = (latents.shape[-2] // stride, latents.shape[-1] // stride)
+        if network.square and self.grid[0] != self.grid[1]:
+            raise ValueError(f"{self.family.name} takes square images only, got a grid of {self.grid[0]}x{self.grid[1]} tokens")
         self.text_lengths = network.lengths(condition) if network.lengths else None
         config: Any = untyped.config
-        (output,) = untyped(**network.inputs(config, latents, time, condition), return_dict=False)
-        return network.output(output, latents)
+        output = untyped(**network.inputs(config, latents, time, condition), return_dict=False)
+        return network.output(output[0] if isinstance(output, tuple) else output, latents)
 
 
 def build_net(family: Family, config: Mapping[str, Any]) -> nn.Module:
@@ -50,7 +56,7 @@ def build_net(family: Family, config: Mapping[str, Any]) -> nn.Module:
     return net
 
 
-def tap_denoiser(denoiser: Denoiser, block_index: BlockIndex) -> Tap:
+def tap_block(denoiser: Denoiser, block_index: BlockIndex) -> Tap:
     """Hook a block of a denoiser: its image tokens ``(B, N, D)`` with their grid, and no token of the text.
 
     Args:
@@ -103,16 +109,20 @@ def _image_tokens(output: Any, blocks: Blocks, denoiser: Denoiser) -> Tokens:
     values: torch.Tensor = output if blocks.item is None else output[blocks.item]
     if blocks.place == "map":
         return flatten_map(values)
-    if blocks.sequence_first:
-        values = values.transpose(0, 1)
     height, width = denoiser.grid
-    count = height * width
-    if blocks.place == "after_text":
-        assert denoiser.text_lengths is not None
-        rows = denoiser.text_lengths.unsqueeze(1) + torch.arange(count, device=values.device)
-        values = values.gather(1, rows.unsqueeze(2).expand(-1, -1, values.shape[2]))
-    elif blocks.place == "head":
-        values = values[:, :count]
-    elif blocks.place == "tail":
-        values = values[:, -count:]
-    return Tokens(values, denoiser.grid)
+    return Tokens(_PLACES[blocks.place](values, height * width, denoiser.text_lengths), denoiser.grid)
+
+
+def _after_text(values: torch.Tensor, count: int, lengths: torch.Tensor | None) -> torch.Tensor:
+    assert lengths is not None
+    rows = lengths.to(values.device).unsqueeze(1) + torch.arange(count, device=values.device)
+    return values.gather(1, rows.unsqueeze(2).expand(-1, -1, values.shape[2]))
+
+
+# Of a sequence (B, M, D), the image's tokens, given how many they are and how many each sample's text has.
+_PLACES: dict[str, Callable[[torch.Tensor, int, torch.Tensor | None], torch.Tensor]] = {
+    "all": lambda values, count, lengths: values,
+    "head": lambda values, count, lengths: values[:, :count],
+    "tail": lambda values, count, lengths: values[:, -count:],
+    "after_text": _after_text,
+}

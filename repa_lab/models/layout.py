@@ -23,6 +23,17 @@ def unpack(output: Any, latents: torch.Tensor) -> torch.Tensor:
     return latent
 
 
+def flatten(latents: torch.Tensor) -> torch.Tensor:
+    """Every cell as a token: ``(B, C, h, w)`` to ``(B, h*w, C)``."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def unflatten(output: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`flatten` for a prediction of the latents' shape."""
+    latent: torch.Tensor = output.transpose(1, 2).reshape(latents.shape)
+    return latent
+
+
 def positions(grid: tuple[int, int], axes: int, like: torch.Tensor) -> torch.Tensor:
     """Rotary positions ``(h*w, axes)`` of an image's tokens: row and column on the second and third axis, 0 on the others."""
     ids = like.new_zeros(*grid, axes)

@@ -26,13 +26,11 @@ class Blocks:
         path: of the list in the model; of the block itself for a UNet's mid block.
         item: which of the tensors that it returns has the image's tokens; None if it returns one.
         place: where they stand in it; ``map`` is a map ``(B, C, h, w)``.
-        sequence_first: whether it is ``(N, B, D)``.
     """
 
     path: str
     item: int | None = None
     place: Place = "all"
-    sequence_first: bool = False
 
 
 def as_it_comes(output: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -51,11 +49,14 @@ class Network:
         inputs: the arguments of its ``forward`` from its config, noisy latents ``(B, C, H, W)``, times ``(B,)`` in [0, 1]
             (1 is noise) and conditioning.
         condition: the conditioning by name: each one's shape without the batch, from the config and a number of text tokens.
+            What is called a mask or labels holds integers.
         output: the prediction ``(B, C, H, W)`` from what ``forward`` returns and the latents.
         lengths: text tokens of each sample ``(B,)`` from the conditioning, for ``after_text``.
         config: arguments of the released model that differ from the constructor's defaults.
         tiny: arguments of a small model of the same class with every kind of its blocks.
         channels: of the latents.
+        square: whether it takes square images only.
+        uncheckpointed: what goes wrong when its blocks are checkpointed; empty where nothing does.
         native: pixels along each side of a training image of the released model.
         parameters: of the released model.
     """
@@ -70,4 +71,6 @@ class Network:
     lengths: Lengths | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     channels: int = 4
+    square: bool = False
+    uncheckpointed: str = ""
     native: int = 1024

@@ -23,7 +23,7 @@ CASES = [
     (
         ("family: sit", "family: sitt"),
         "2:9: model.family: unknown family 'sitt'; allowed: sit, unet, sd15, sdxl, kolors, flux, flux2, sd3, chroma, sana, "
-        "pixart, hidream, auraflow, lumina2; did you mean 'sit'?",
+        "pixart, hidream, auraflow, lumina2, qwen_image, z_image, dit, hunyuan_dit, cogview4, kandinsky5; did you mean 'sit'?",
     ),
     (("size: nano/2", "size: nano/3"), "2:22: model.size: unknown size of sit 'nano/3'; allowed: nano/2, nano/4, nano/8, S/2"),
     ((", size: nano/2", ""), "2:1: model.size: sit needs a size: unknown size of sit ''; allowed: nano/2"),

@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-from repa_lab.models.facts import SIT, UNET, Family, Shape, UnknownFactError
+from repa_lab.models.facts import SIT, UNET, Family, UnknownFactError
+from repa_lab.models.families.auraflow import AURAFLOW
+from repa_lab.models.families.chroma import CHROMA
+from repa_lab.models.families.cogview4 import COGVIEW4
+from repa_lab.models.families.dit import DIT
 from repa_lab.models.families.flux import FLUX
+from repa_lab.models.families.flux2 import FLUX2
+from repa_lab.models.families.hidream import HIDREAM
+from repa_lab.models.families.hunyuan_dit import HUNYUAN_DIT
+from repa_lab.models.families.kandinsky5 import KANDINSKY5
+from repa_lab.models.families.kolors import KOLORS
+from repa_lab.models.families.lumina2 import LUMINA2
+from repa_lab.models.families.pixart import PIXART
+from repa_lab.models.families.qwen_image import QWEN_IMAGE
+from repa_lab.models.families.sana import SANA
 from repa_lab.models.families.sd3 import SD3
+from repa_lab.models.families.sd15 import SD15
 from repa_lab.models.families.sdxl import SDXL
-
-
-def _transformer(
-    name: str, depth: int, width: int, block: int = 8, stride: int = 2, latent_stride: int = 8
-) -> Family:
-    return Family(name, "transformer", {"": Shape(depth, width, stride, block)}, latent_stride=latent_stride)
-
-
-def _mid_block(name: str, stride: int) -> Family:
-    return Family(name, "unet", {"": Shape(1, 1280, stride, "mid")})
-
+from repa_lab.models.families.z_image import Z_IMAGE
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         SIT,
         UNET,
-        _mid_block("sd15", stride=8),
+        SD15,
         SDXL,
-        _mid_block("kolors", stride=4),
+        KOLORS,
         FLUX,
-        _transformer("flux2", 56, 6144),
+        FLUX2,
         SD3,
-        _transformer("chroma", 57, 3072),
-        _transformer("sana", 20, 2240, block=10, stride=1, latent_stride=32),
-        _transformer("pixart", 28, 1152, block=10),
-        _transformer("hidream", 48, 2560),
-        _transformer("auraflow", 36, 3072),
-        _transformer("lumina2", 26, 2304),
+        CHROMA,
+        SANA,
+        PIXART,
+        HIDREAM,
+        AURAFLOW,
+        LUMINA2,
+        QWEN_IMAGE,
+        Z_IMAGE,
+        DIT,
+        HUNYUAN_DIT,
+        COGVIEW4,
+        KANDINSKY5,
     )
 }
 

@@ -13,24 +13,54 @@ if TYPE_CHECKING:
     from repa_lab.models.network import Condition
 
 _POOLED = 1280
-_TIME_IDS = 6  # original height and width, crop top and left, target height and width
-_TIME_WIDTH = 256
+TIME_IDS = 6  # original height and width, crop top and left, target height and width
+TIME_WIDTH = 256
 
 
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+def sized_inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+    """Arguments of a UNet that is told the image's sizes and a pooled text beside the text."""
     added = {"text_embeds": condition["text_embeds"], "time_ids": condition["time_ids"]}
     text = condition["encoder_hidden_states"]
     return {"sample": latents, "timestep": time * 1000, "encoder_hidden_states": text, "added_cond_kwargs": added}
 
 
-def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    pooled = config.projection_class_embeddings_input_dim - _TIME_IDS * config.addition_time_embed_dim
+def sized_condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of such a UNet's conditioning; its text is as wide as its projection takes it, where it has one."""
+    pooled = config.projection_class_embeddings_input_dim - TIME_IDS * config.addition_time_embed_dim
     return {
-        "encoder_hidden_states": (tokens, config.cross_attention_dim),
+        "encoder_hidden_states": (tokens, config.encoder_hid_dim or config.cross_attention_dim),
         "text_embeds": (pooled,),
-        "time_ids": (_TIME_IDS,),
+        "time_ids": (TIME_IDS,),
     }
 
+
+RELEASED: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": TIME_WIDTH,
+    "projection_class_embeddings_input_dim": _POOLED + TIME_IDS * TIME_WIDTH,
+}
+TINY: dict[str, Any] = {
+    "sample_size": 16,
+    "block_out_channels": (8, 16, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 12,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 10 + TIME_IDS * 8,
+}
 
 SDXL = Family(
     "sdxl",
@@ -39,35 +69,10 @@ SDXL = Family(
     network=Network(
         model="UNet2DConditionModel",
         blocks=(Blocks("mid_block", place="map"),),
-        inputs=_inputs,
-        condition=_condition,
+        inputs=sized_inputs,
+        condition=sized_condition,
         parameters=2_567_463_684,
-        config={
-            "sample_size": 128,
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": (5, 10, 20),
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": _TIME_WIDTH,
-            "projection_class_embeddings_input_dim": _POOLED + _TIME_IDS * _TIME_WIDTH,
-        },
-        tiny={
-            "sample_size": 16,
-            "block_out_channels": (8, 16, 16),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "attention_head_dim": 4,
-            "cross_attention_dim": 12,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 10 + _TIME_IDS * 8,
-        },
+        config=RELEASED,
+        tiny=TINY,
     ),
 )

@@ -1,0 +1,66 @@
+"""FLUX.2: as FLUX.1, but the text is told its places and the single blocks return one sequence, text first.
+
+Its VAE's 32 channels are cut into 2x2 patches before they are normalised, so a latent cell here is 16 pixels in 128 channels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from repa_lab.models.facts import Family, Shape
+from repa_lab.models.layout import flatten, positions, unflatten
+from repa_lab.models.network import Blocks, Network
+
+if TYPE_CHECKING:
+    import torch
+
+    from repa_lab.models.network import Condition
+
+_AXES = 4  # of the positions: image, row, column, word
+
+
+def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+    height, width = latents.shape[-2:]
+    words = condition["encoder_hidden_states"].shape[1]
+    places = latents.new_zeros(words, _AXES)
+    places[:, -1] = latents.new_tensor(range(words))
+    guidance = {"guidance": time.new_ones(time.shape)} if config.guidance_embeds else {}
+    return {
+        "hidden_states": flatten(latents),
+        "timestep": time,
+        "img_ids": positions((height, width), _AXES, latents),
+        "txt_ids": places,
+        **condition,
+        **guidance,
+    }
+
+
+def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
+    return {"encoder_hidden_states": (tokens, config.joint_attention_dim)}
+
+
+FLUX2 = Family(
+    "flux2",
+    "transformer",
+    {"": Shape(56, 6144, 1, 8)},  # 8 double blocks, so the suggested one is the first single block
+    latent_stride=16,
+    network=Network(
+        model="Flux2Transformer2DModel",
+        blocks=(Blocks("transformer_blocks", item=1), Blocks("single_transformer_blocks", place="tail")),
+        inputs=_inputs,
+        condition=_condition,
+        output=unflatten,
+        channels=128,
+        parameters=32_223_281_152,  # FLUX.2-dev is the constructor's defaults
+        tiny={
+            "in_channels": 8,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 12,
+            "timestep_guidance_channels": 16,
+            "axes_dims_rope": (4, 4, 4, 4),
+        },
+    ),
+)

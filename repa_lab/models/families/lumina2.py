@@ -1,0 +1,61 @@
+"""Lumina-Image 2.0: one sequence in which each sample's image follows its own text, without the padding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from repa_lab.models.facts import Family, Shape
+from repa_lab.models.network import Blocks, Network
+
+if TYPE_CHECKING:
+    import torch
+
+    from repa_lab.models.network import Condition
+
+
+def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+    return {"hidden_states": latents, "timestep": 1 - time, **condition}
+
+
+def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
+    return {"encoder_hidden_states": (tokens, config.cap_feat_dim), "encoder_attention_mask": (tokens,)}
+
+
+def _lengths(condition: Condition) -> torch.Tensor:
+    return condition["encoder_attention_mask"].sum(dim=1)
+
+
+def _output(output: Any, latents: torch.Tensor) -> torch.Tensor:
+    velocity: torch.Tensor = -output
+    return velocity
+
+
+LUMINA2 = Family(
+    "lumina2",
+    "transformer",
+    {"": Shape(26, 2304, 2, 8)},
+    network=Network(
+        model="Lumina2Transformer2DModel",
+        blocks=(Blocks("layers", place="after_text"),),
+        inputs=_inputs,
+        condition=_condition,
+        output=_output,
+        lengths=_lengths,
+        channels=16,
+        parameters=2_609_769_152,
+        config={"cap_feat_dim": 2304},  # Lumina-Image-2.0
+        tiny={
+            "sample_size": 16,
+            "in_channels": 4,
+            "hidden_size": 36,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 3,
+            "num_kv_heads": 1,
+            "multiple_of": 8,
+            "axes_dim_rope": (4, 4, 4),
+            "axes_lens": (16, 16, 16),
+            "cap_feat_dim": 10,
+        },
+    ),
+)
