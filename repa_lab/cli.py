@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,7 +17,13 @@ from rich.table import Table
 
 from repa_lab.runs.root import DEFAULT_ROOT
 
+if TYPE_CHECKING:
+    from repa_lab.runs import RunDirectory
+    from repa_lab.spec import SpecError
+    from repa_lab.spec.simpletuner.keys import Lab
+
 _PIPE_WIDTH = 160
+EXPORT_FORMATS = ("diffusers", "simpletuner")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 # A pipe has no width: a table must not be cut for a terminal that is not there.
 out, err = (Console(stderr=e, width=None if s.isatty() else _PIPE_WIDTH) for e, s in ((False, sys.stdout), (True, sys.stderr)))
@@ -25,6 +31,7 @@ out, err = (Console(stderr=e, width=None if s.isatty() else _PIPE_WIDTH) for e, 
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="A spec file: one question.")]
 RootOption = Annotated[Path, typer.Option("--root", help="Where runs live.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Lay a value over the spec.")]
+OutputOption = Annotated[Path | None, typer.Option("--output", metavar="FILE", help="A new file instead of the terminal.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -143,19 +150,59 @@ def status(
 
 
 @app.command()
+def families(json_: JsonOption = False) -> None:
+    """List the denoisers: which regularizer fits, what can be tapped, and the grid of tokens that is found there."""
+    with _clean_errors():
+        from dataclasses import asdict
+
+        from repa_lab.models.catalogue import catalogue
+
+        rows = [asdict(entry) for entry in catalogue()]
+        if json_:
+            print(json.dumps(rows))
+            return
+        for row in rows:
+            row |= {"grid": "{}x{}".format(*row["grid"]), "parameters": f"{row['parameters']:,}"}
+        out.print(_table("families; the grid is that of a tapped image of so many pixels", rows))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's id, or its folder.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder for the model.")],
+    folder: Annotated[Path | None, typer.Argument(metavar="[FOLDER]", help="A new folder for the model.")] = None,
     weights: Annotated[str, typer.Option(help="ema (the averages that are measured) or last.")] = "ema",
+    format_: Annotated[str, typer.Option("--format", help="diffusers: the model; simpletuner: the settings.")] = "diffusers",
+    output: OutputOption = None,
     root: RootOption = DEFAULT_ROOT,
 ) -> None:
-    """Write a run's denoiser alone, as diffusers or a training script of your own would load it."""
+    """Write a run's denoiser alone, as diffusers would load it, or its regularizer's settings as SimpleTuner's JSON."""
     with _clean_errors():
         from repa_lab.runs import RunsRoot
+
+        target = _target(format_, folder, output)
+        directory = RunsRoot(root).find_run(run)
+        if format_ == "simpletuner" or target is None:
+            _export_settings(directory, target)
+            return
         from repa_lab.training.export import export_model
 
-        step = export_model(RunsRoot(root).find_run(run), folder, weights)
-        out.print(f"{weights} weights of step {step:,}: {folder}", highlight=False, soft_wrap=True)
+        step = export_model(directory, target, weights)
+        out.print(f"{weights} weights of step {step:,}: {target}", highlight=False, soft_wrap=True)
+
+
+@app.command("import", context_settings={"ignore_unknown_options": True})
+def import_(
+    config: Annotated[list[str], typer.Argument(metavar="CONFIG", help="A file of JSON or of flags, or the flags themselves.")],
+    output: OutputOption = None,
+) -> None:
+    """Turn a SimpleTuner config into a spec, and say what it cannot carry and what means something else here."""
+    with _clean_errors():
+        from repa_lab.spec.simpletuner.importing import import_config
+
+        imported = import_config(config, _lab())
+        _deliver(imported.spec, output)
+        for remark in imported.remarks:
+            err.print(remark, highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -185,6 +232,57 @@ def _exit_status(error: Exception) -> int | None:
     if not type(error).__module__.startswith("repa_lab."):
         return None
     return 2 if isinstance(error, ValueError) else 1
+
+
+def _target(format_: str, folder: Path | None, output: Path | None) -> Path | None:
+    """Where an export goes; None is standard output, which takes settings alone."""
+    if format_ not in EXPORT_FORMATS:
+        raise _mistake("--format", f"unknown format '{format_}'; allowed: {', '.join(EXPORT_FORMATS)}")
+    if folder and output:
+        raise _mistake("--output", f"'{folder}' is named as well; give one of them")
+    if format_ == "diffusers" and not (folder or output):
+        raise _mistake("FOLDER", "name a new folder for the model")
+    return folder or output
+
+
+def _export_settings(directory: RunDirectory, output: Path | None) -> None:
+    from repa_lab.spec.identity import Run
+    from repa_lab.spec.simpletuner.exporting import export_settings
+
+    exported = export_settings(Run.from_json(directory.run_id, directory.spec).config, _lab())
+    _deliver(json.dumps(exported.settings, indent=2) + "\n", output)
+    for lost in exported.lost:
+        err.print(lost, highlight=False, markup=False, soft_wrap=True)
+
+
+def _lab() -> Lab:
+    """What the rooms of models and encoders know, for the room of specs."""
+    from repa_lab.encoders.registry import ENCODERS
+    from repa_lab.models.families import family_facts
+    from repa_lab.spec.simpletuner.keys import Lab
+
+    return Lab(family_facts, {name: facts.stride for name, facts in ENCODERS.items()})
+
+
+def _deliver(text: str, output: Path | None) -> None:
+    """Print a text as it is, or write it to a file that is not there yet."""
+    from repa_lab.runs.files import write_text
+
+    if output is None:
+        print(text, end="")
+        return
+    try:
+        if output.exists():
+            raise _mistake("", f"'{output}' exists; name a new file")
+        write_text(output, text)
+    except OSError as error:
+        raise _mistake("", f"cannot write '{output}': {error.strerror}") from None
+
+
+def _mistake(what: str, message: str) -> SpecError:
+    from repa_lab.spec import Place, Problem, SpecError
+
+    return SpecError([Problem(Place(None), what, message)])
 
 
 def _overrides(given: list[str] | None) -> dict[str, Any]:

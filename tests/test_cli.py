@@ -70,3 +70,97 @@ def test_a_device_that_is_not_there_is_refused_at_its_place(tmp_path):
     line = 1 + ("name: half\n" + text).splitlines().index("run: {device: cpu, precision: fp16}")
     assert done.stderr == f"half.yaml:{line}:20: run.precision: fp16 needs a GPU; use bf16 or fp32\n"
     assert done.returncode == 2 and [path.name for path in tmp_path.iterdir()] == ["half.yaml"]
+
+
+class TestSimpleTuner:
+    CONFIG = '{"model_family": "sdxl", "urepa_enabled": true, "urepa_manifold_weight": 1.0, "crepa_adjacent_tau": 2}'
+
+    def test_an_imported_config_is_a_spec_that_plan_accepts(self, tmp_path):
+        (tmp_path / "config.json").write_text(self.CONFIG)
+        done = cli("import", "config.json", "--output", "question.yaml", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (0, "")
+        column = self.CONFIG.index('"crepa_adjacent_tau"') + 1
+        line = f"config.json:1:{column}: crepa_adjacent_tau: not carried: it relates the frames of a video; an image has one"
+        assert line in done.stderr.splitlines()
+        planned = cli("plan", "question.yaml", "--json", cwd=tmp_path)
+        assert planned.returncode == 0 and json.loads(planned.stdout)["name"] == "sdxl_urepa"
+        assert cli("import", "config.json", cwd=tmp_path).stdout == (tmp_path / "question.yaml").read_text()
+
+    def test_flags_are_taken_as_they_stand_on_a_command_line(self, tmp_path):
+        flags = ("--crepa_enabled=true", "--crepa_lambda", "0.25", "--crepa_encoder_frames_batch_size", "-1", "--seed=7")
+        done = cli("import", *flags, "--output", "fragment.yaml", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "weight: 0.25" in (tmp_path / "fragment.yaml").read_text()
+        assert cli("import", " ".join(flags)).stdout == (tmp_path / "fragment.yaml").read_text()
+
+    def test_what_is_refused_writes_nothing(self, tmp_path):
+        (tmp_path / "bad.json").write_text(self.CONFIG.replace("sdxl", "flux").replace("1.0", '"abc"'))
+        done = cli("import", "bad.json", "--output", "new/question.yaml", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.splitlines() == [
+            "bad.json:1:26: urepa_enabled: urepa is for UNets; flux is a transformer: use crepa_*",
+            'bad.json:1:49: urepa_manifold_weight: expected a number, got "abc"',
+        ]
+        mistyped = cli("import", "bad.json", "--ouput", "x.yaml", cwd=tmp_path)
+        assert mistyped.returncode == 2 and "expected one file, or flags such as --crepa_enabled=true" in mistyped.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["bad.json"]
+
+    def test_no_file_is_written_over(self, tmp_path):
+        (tmp_path / "config.json").write_text(self.CONFIG)
+        done = cli("import", "config.json", "--output", "config.json", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (2, "<given>: 'config.json' exists; name a new file\n")
+        assert (tmp_path / "config.json").read_text() == self.CONFIG
+        done = cli("import", "config.json", "--output", "config.json/x", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (2, "<given>: cannot write 'config.json/x': File exists\n")
+
+    def test_a_run_is_exported_as_the_settings_that_it_was_imported_from(self, tmp_path):
+        (tmp_path / "config.json").write_text(self.CONFIG)
+        cli("import", "config.json", "--output", "question.yaml", cwd=tmp_path)
+        describe_run(tmp_path)
+        done = cli("export", "abc", "--format", "simpletuner", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        settings = json.loads(done.stdout)
+        assert (settings["urepa_enabled"], settings["urepa_manifold_weight"], settings["urepa_lambda"]) == (True, 1.0, 0.5)
+        assert cli("export", "abc", "out.json", "--format", "simpletuner", cwd=tmp_path).stdout == ""
+        assert cli("export", "abc", "--format", "simpletuner", "--output", "too.json", cwd=tmp_path).returncode == 0
+        assert (tmp_path / "out.json").read_text() == (tmp_path / "too.json").read_text() == done.stdout
+
+    def test_what_cannot_be_exported_is_named_beside_the_settings(self, tmp_path):
+        (tmp_path / "config.json").write_text(self.CONFIG)
+        cli("import", "config.json", "--output", "question.yaml", cwd=tmp_path)
+        describe_run(tmp_path, {"regularizer.loss": "nt_xent"})
+        done = cli("export", "abc", "--format", "simpletuner", cwd=tmp_path)
+        assert done.returncode == 0 and json.loads(done.stdout)["urepa_enabled"] is True
+        assert done.stderr == "regularizer.loss: nt_xent cannot be expressed: that trainer has the cosine alone\n"
+
+    def test_an_export_says_what_it_lacks(self, tmp_path):
+        (tmp_path / "config.json").write_text(self.CONFIG)
+        cli("import", "config.json", "--output", "question.yaml", cwd=tmp_path)
+        describe_run(tmp_path)
+        for words, message in (
+            ((), "FOLDER: name a new folder for the model"),
+            (("--format", "comfy"), "--format: unknown format 'comfy'; allowed: diffusers, simpletuner"),
+            (("a", "--output", "b", "--format", "simpletuner"), "--output: 'a' is named as well; give one of them"),
+        ):
+            done = cli("export", "abc", *words, cwd=tmp_path)
+            assert (done.returncode, done.stderr) == (2, f"<given>: {message}\n")
+
+
+def describe_run(folder, overrides=None):
+    """A run's directory as training would begin it."""
+    from repa_lab.runs import RunsRoot
+    from repa_lab.runs.directory import RunWriter
+    from repa_lab.spec import load_spec
+    from repa_lab.spec.identity import Run
+
+    run = Run("abc", load_spec(folder / "question.yaml", overrides).arms[0].config, 0)
+    with RunWriter(RunsRoot(folder / "runs").run("abc")) as writer:
+        writer.describe(run.to_json(), {})
+
+
+def test_families_are_listed_with_what_can_be_tapped():
+    rows = {row["family"]: row for row in json.loads(cli("families", "--json").stdout)}
+    assert (rows["sdxl"]["grid"], rows["sdxl"]["block_index"], rows["sdxl"]["regularizer"]) == ([32, 32], "mid", "urepa")
+    assert (rows["flux"]["blocks"], rows["flux"]["width"], rows["flux"]["parameters"]) == (57, 3072, 11_901_408_320)
+    table = cli("families").stdout
+    assert all(name in table for name in rows) and "64x64" in table and "11,901,408,320" in table

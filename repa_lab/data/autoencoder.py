@@ -62,18 +62,22 @@ class Autoencoder:
 
 
 def load_autoencoder(place: str, field: str) -> Autoencoder:
-    """An autoencoder by its hub id or folder, of the class that its config names.
+    """An autoencoder by its hub id or folder, or by that of a pipeline, whose ``vae`` it is; of the class its config names.
 
     Raises:
         DataError: it cannot be loaded, or is none.
     """
     from diffusers import AutoModel
 
-    try:
-        model = AutoModel.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise DataError(field, f"cannot load the {field.upper()} '{place}': {str(error).splitlines()[0]}") from None
-    return Autoencoder(model, field)
+    errors: list[Exception] = []
+    for subfolder in (None, "vae"):
+        try:
+            return Autoencoder(AutoModel.from_pretrained(place, subfolder=subfolder), field)
+        except (OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            errors.append(error)
+    raise DataError(field, f"cannot load the {field.upper()} '{place}': {str(errors[0]).splitlines()[0]}")
 
 
 def to_uint8(x: torch.Tensor) -> torch.Tensor:

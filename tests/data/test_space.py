@@ -241,6 +241,13 @@ class TestLatents:
             latent_space(Digits(), str(vae_path), cache)
         assert caught.value.field == "vae"
 
+    def test_a_pipelines_vae_is_found_in_its_folder(self, source, cache, tmp_path):
+        save_vae(tmp_path / "pipeline" / "vae")
+        save_vae(tmp_path / "alone")
+        (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+        ours, theirs = (encode(latent_space(source, str(tmp_path / name), cache), [0]) for name in ("pipeline", "alone"))
+        assert torch.equal(ours, theirs)
+
     def test_a_folder_without_a_vae_is_refused(self, source, cache, tmp_path):
         (tmp_path / "empty").mkdir()
         for path in (tmp_path / "empty", tmp_path / "missing"):

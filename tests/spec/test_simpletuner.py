@@ -1,0 +1,381 @@
+"""A config of the guide's trainer becomes a spec that says what it says, and every loss and difference is named."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+
+from repa_lab.encoders.registry import ENCODERS
+from repa_lab.models.families import FAMILIES, family_facts
+from repa_lab.spec import SpecError, load_spec
+from repa_lab.spec.simpletuner.exporting import export_settings
+from repa_lab.spec.simpletuner.importing import import_config
+from repa_lab.spec.simpletuner.keys import NOT_CARRIED, RELEASED, Lab
+from repa_lab.spec.simpletuner.read import READABLE
+from repa_lab.sweep.check import check
+
+LAB = Lab(family_facts, {name: facts.stride for name, facts in ENCODERS.items()})
+FLUX, SDXL = {"model_family": "flux"}, {"model_family": "sdxl"}
+# The four blocks of the guide, and its two lists of knobs at values that are not the defaults.
+GUIDE = {
+    "repa": {"crepa_enabled": True, "crepa_block_index": 8, "crepa_lambda": 0.5, "crepa_encoder": "dinov2_vitg14", "crepa_encoder_image_size": 518},
+    "urepa": {"urepa_enabled": True, "urepa_lambda": 0.5, "urepa_manifold_weight": 3.0, "urepa_model": "dinov2_vitg14", "urepa_encoder_image_size": 518},
+    "repa schedule": {"crepa_scheduler": "cosine", "crepa_warmup_steps": 100, "crepa_decay_steps": 5000, "crepa_lambda_end": 0.0},
+    "urepa schedule": {"urepa_scheduler": "cosine", "urepa_warmup_steps": 100, "urepa_cutoff_step": 5000},
+    "repa knobs": {"crepa_lambda": 0.7, "crepa_block_index": 11, "crepa_spatial_align": False, "crepa_encoder": "dinov2_vits14", "crepa_encoder_image_size": 224},
+    "urepa knobs": {"urepa_lambda": 1.5, "urepa_manifold_weight": 1.0, "urepa_model": "dinov2_vits14", "urepa_encoder_image_size": 224, "urepa_use_tae": True},
+}
+
+
+def read(tmp_path, config, name="config.json"):
+    file = tmp_path / name
+    file.write_text(config if isinstance(config, str) else json.dumps(config, indent=2), encoding="utf-8")
+    return import_config([str(file)], LAB)
+
+
+def load(tmp_path, imported):
+    (tmp_path / "question.yaml").write_text(imported.spec, encoding="utf-8")
+    return load_spec(tmp_path / "question.yaml")
+
+
+def config_of(tmp_path, config):
+    return load(tmp_path, read(tmp_path, config)).arms[0].config
+
+
+def regularizer_of(tmp_path, **config):
+    family = SDXL if any(name.startswith("urepa") for name in config) else FLUX
+    return config_of(tmp_path, {**family, **config}).regularizer
+
+
+def refusal(tmp_path, config):
+    with pytest.raises(SpecError) as caught:
+        read(tmp_path, config)
+    return [line.removeprefix(f"{tmp_path}/") for line in str(caught.value).splitlines()]
+
+
+def remarks(tmp_path, config):
+    return [remark.removeprefix(f"{tmp_path}/") for remark in read(tmp_path, config).remarks]
+
+
+class TestImport:
+    def test_defaults_of_that_trainer_are_written_down(self, tmp_path):
+        regularizer = regularizer_of(tmp_path, urepa_enabled=True)
+        assert (regularizer.type, regularizer.weight, regularizer.manifold_weight, regularizer.block_index) == ("urepa", 0.5, 3.0, "mid")
+        assert (regularizer.encoder.name, regularizer.encoder.image_size, regularizer.encoder.pixels) == ("dinov2_vitg14", 518, "vae")
+        assert (regularizer.projector.type, regularizer.spatial_norm) == ("linear", None)
+        assert regularizer_of(tmp_path, crepa_enabled=True).block_index == 8
+        irepa = regularizer_of(tmp_path, crepa_enabled=True, irepa_enabled=True)
+        assert (irepa.projector.type, irepa.projector.kernel, irepa.spatial_norm) == ("conv", 3, 0.6)
+
+    def test_the_spec_itself_holds_them_not_the_labs_defaults(self, tmp_path):
+        text = read(tmp_path, {**FLUX, "crepa_enabled": True}).spec
+        for line in ("weight: 0.5", "block_index: 8", "spatial_align: true", "image_size: 518", "power: 1.0", "lr: 4e-07", "rank: 16"):
+            assert line in text
+
+    @pytest.mark.parametrize(
+        "family, resolution, image_size, side",
+        [
+            ("sdxl", 1024, 518, "teacher"),  # 32x32 against 37x37
+            ("sdxl", 1024, 448, "student"),  # 32x32 both
+            ("sd15", 512, 224, "teacher"),  # 8x8 against 16x16
+            ("flux", 1024, 518, "student"),  # 64x64
+            ("flux", 512, 518, "teacher"),  # 32x32
+            ("sana", 1024, 518, "teacher"),  # 32x32
+        ],
+    )
+    def test_the_larger_grid_shrinks(self, tmp_path, family, resolution, image_size, side):
+        prefix = "urepa" if family in ("sdxl", "sd15") else "crepa"
+        settings = {"model_family": family, "resolution": resolution, f"{prefix}_enabled": True, f"{prefix}_encoder_image_size": image_size}
+        assert config_of(tmp_path, settings).regularizer.resample.side == side
+
+    def test_a_threshold_is_judged_from_the_first_step_as_there(self, tmp_path):
+        schedule = regularizer_of(tmp_path, crepa_enabled=True, crepa_similarity_threshold=0.9, crepa_threshold_mode="recoverable").schedule
+        assert (schedule.similarity_threshold, schedule.similarity_min_count, schedule.probe_every) == (0.9, 1, 1)
+        assert regularizer_of(tmp_path, crepa_enabled=True).schedule.similarity_min_count == 100
+
+    def test_zero_is_a_number_where_the_lab_has_one(self, tmp_path):
+        urepa = regularizer_of(tmp_path, urepa_enabled=True, urepa_lambda=0, urepa_manifold_weight=0, urepa_cutoff_step=0)
+        assert (urepa.weight, urepa.manifold_weight, urepa.schedule.cutoff_step) == (0.0, 0.0, None)
+        said = " ".join(remarks(tmp_path, {**SDXL, "urepa_enabled": True, "urepa_lambda": 0, "urepa_manifold_weight": "0.0"}))
+        assert "urepa_lambda: that trainer takes 0 for 0.5" in said
+        assert "urepa_manifold_weight: that trainer takes 0 for 3.0" in said
+        repa = regularizer_of(tmp_path, crepa_enabled=True, crepa_encoder_image_size=0, crepa_power=0, crepa_encoder_frames_batch_size=0)
+        assert (repa.encoder.image_size, repa.schedule.power) == (518, 1.0)
+
+    def test_the_rest_of_a_spec_is_read_too(self, tmp_path):
+        given = {
+            **SDXL, "pretrained_model_name_or_path": "my/sdxl", "pretrained_vae_model_name_or_path": "my/vae", "model_type": "lora", "lora_rank": 64,
+            "learning_rate": 1e-5, "train_batch_size": 2, "gradient_accumulation_steps": 4, "max_train_steps": 700, "resolution": 512, "seed": 42,
+            "use_ema": True, "ema_decay": 0.999, "adam_weight_decay": 0.1, "max_grad_norm": 0.0, "mixed_precision": "no",
+            "gradient_checkpointing": False, "checkpoint_step_interval": 50, "urepa_enabled": True,
+        }  # fmt: skip
+        experiment = load(tmp_path, read(tmp_path, given))
+        config, run = experiment.arms[0].config, experiment.run
+        assert (config.model.pretrained, config.model.train, config.model.rank) == ("my/sdxl", "lora", 64)
+        assert (config.data.vae, config.data.resolution, experiment.seeds) == ("my/vae", 512, (42,))
+        train = config.train
+        assert (train.lr, train.batch_size, train.steps, train.ema, train.weight_decay, train.grad_clip) == (1e-5, 8, 700, 0.999, 0.1, None)
+        assert (run.micro_batch, run.precision, run.gradient_checkpointing, run.checkpoint_every) == (2, "fp32", False, 50)
+
+    @pytest.mark.parametrize(
+        "given, side",
+        [({"resolution": 1.0, "resolution_type": "area"}, 1024), ({"resolution": 0.25}, 512), ({"resolution": 512}, 512), ({}, 1024)],
+    )
+    def test_a_resolution_in_megapixels_is_a_side_in_pixels(self, tmp_path, given, side):
+        assert config_of(tmp_path, {**FLUX, **given}).data.resolution == side
+
+    @pytest.mark.parametrize(
+        "given, ema",
+        [({}, 0.0), ({"use_ema": True}, 0.995), ({"ema_decay": 0.9}, 0.9), ({"use_ema": False, "ema_decay": 0.9}, 0.0)],
+    )
+    def test_an_average_is_kept_where_the_config_asks_for_one(self, tmp_path, given, ema):
+        assert config_of(tmp_path, {**FLUX, **given}).train.ema == ema
+
+    @pytest.mark.parametrize("name, ours", [("sd1x", "sd15"), ("pixart_sigma", "pixart"), ("SD3", "sd3"), ("flux", "flux")])
+    def test_families_go_by_the_labs_names(self, tmp_path, name, ours):
+        assert config_of(tmp_path, {"model_family": name}).model.family == ours
+
+    @pytest.mark.parametrize("family", sorted(set(FAMILIES) & set(RELEASED)))
+    def test_plan_accepts_what_it_writes_for_every_family(self, tmp_path, family):
+        prefix = {"transformer": "crepa", "unet": "urepa"}[FAMILIES[family].kind]
+        for more in ({}, {"irepa_enabled": True}, {f"{prefix}_use_tae": True}):
+            check(load(tmp_path, read(tmp_path, {"model_family": family, f"{prefix}_enabled": True, **more})))
+
+    def test_an_encoder_has_several_names_there(self, tmp_path):
+        assert regularizer_of(tmp_path, crepa_enabled=True, crepa_encoder="dino_v2_s").encoder.name == "dinov2_vits14"
+        both = regularizer_of(tmp_path, crepa_enabled=True, crepa_encoder="dinov2_vits14", crepa_model="dinov2_vitb14")
+        assert both.encoder.name == "dinov2_vitb14"
+
+    def test_a_tiny_autoencoder_is_that_of_the_family(self, tmp_path):
+        sd15 = config_of(tmp_path, {"model_family": "sd15", "urepa_enabled": True, "urepa_use_tae": True}).regularizer.encoder
+        assert (sd15.pixels, sd15.tae) == ("tae", "madebyollin/taesd")
+        sana = {"model_family": "sana", "crepa_enabled": True, "crepa_use_tae": True}
+        assert config_of(tmp_path, sana).regularizer.encoder.pixels == "vae"
+        assert any("crepa_use_tae: not carried: no tiny autoencoder is known for the latents of sana" in line for line in remarks(tmp_path, sana))
+
+    def test_without_a_family_it_is_a_fragment_that_a_spec_can_use(self, tmp_path):
+        imported = read(tmp_path, {**GUIDE["urepa"], "learning_rate": 1e-5, "crepa_encoder_frames_batch_size": 4})
+        (tmp_path / "guide.yaml").write_text(imported.spec)
+        (tmp_path / "q.yaml").write_text("name: q\nmodel: {family: sd15}\ndata: {source: imagefolder, vae: v}\ntrain: {steps: 9}\nuse: [guide.yaml]\n")
+        config = load_spec(tmp_path / "q.yaml").arms[0].config
+        assert (config.regularizer.type, config.regularizer.encoder.image_size, config.train.lr, config.train.steps) == ("urepa", 518, 1e-5, 9)
+        assert any("no model_family, so this is a fragment" in line for line in imported.remarks)
+
+    def test_frames_at_a_time_are_images_at_a_time(self, tmp_path):
+        experiment = load(tmp_path, read(tmp_path, {**FLUX, "crepa_enabled": True, "crepa_encoder_frames_batch_size": 4}))
+        assert experiment.run.encoder_batch_size == 4
+
+
+EXPECTED = {"crepa_enabled": True, "crepa_lambda": 0.25, "crepa_block_index": 3, "crepa_scheduler": "linear", "crepa_decay_steps": 50}
+
+
+class TestWaysToGiveIt:
+    @pytest.mark.parametrize(
+        "text",
+        [
+            '{"--model_family": "flux", "--crepa_enabled": "true", "--crepa_lambda": "0.25", "crepa_block_index": "3", "--crepa_scheduler": "linear", "crepa_decay_steps": 5e1}',
+            '\ufeff{\n\t"model_family": "flux",\n\t"crepa_enabled": 1,\n\t"crepa_lambda": 0.25, "crepa_block_index": 3.0,\n\t"crepa_scheduler": "linear", "crepa_decay_steps": 50,\n}\n',
+            "# mine\n--model_family=flux --crepa_enabled --crepa_lambda 0.25 \\\n  --crepa_block_index=3\n--crepa_scheduler='linear'\n--crepa_decay_steps 50  # steps\n",
+        ],
+        ids=["strings and dashes", "tabs and a last comma", "flags"],
+    )
+    def test_each_says_the_same(self, tmp_path, text):
+        exported = export_settings(config_of(tmp_path, text), LAB).settings
+        assert {name: exported[name] for name in EXPECTED} == EXPECTED
+
+    def test_flags_may_be_words_of_the_command_line_or_one_string(self):
+        words = ["--crepa_enabled=true", "--crepa_lambda", "0.25", "--crepa_similarity_threshold=None"]
+        assert "weight: 0.25" in import_config(words, LAB).spec
+        assert import_config([" ".join(words)], LAB) == import_config(words, LAB)
+
+    def test_what_is_written_there_stays_text_here(self, tmp_path):
+        given = {**FLUX, "pretrained_model_name_or_path": "1e4", "crepa_enabled": True, "crepa_encoder": "x\ntrain: {steps: 1}\u2028 \u0085 \U0001f600"}
+        imported = read(tmp_path, given)
+        config = load(tmp_path, imported).arms[0].config
+        assert (config.model.pretrained, config.train.steps) == ("1e4", 5000)
+        assert config.regularizer.encoder.name == given["crepa_encoder"]
+
+    def test_a_key_cannot_end_a_comment(self, tmp_path):
+        imported = read(tmp_path, {**FLUX, "a\nseeds: 9\u2028seeds: 8\u0085seeds": 1})
+        assert load(tmp_path, imported).seeds == (0,)
+
+
+class TestWhatIsSaid:
+    @pytest.mark.parametrize("name", NOT_CARRIED)
+    def test_every_key_without_a_place_is_named_with_the_reason(self, tmp_path, name):
+        (line,) = [line for line in remarks(tmp_path, {**FLUX, "crepa_enabled": True, name: 0.3}) if f"{name}: not carried: " in line]
+        assert line == f"config.json:4:3: {name}: not carried: {NOT_CARRIED[name]}"
+
+    def test_what_loses_nothing_is_not_named(self, tmp_path):
+        off = {"crepa_self_flow": False, "crepa_use_backbone_features": "false", "crepa_feature_source": "encoder", "layersync_enabled": False}
+        assert not [line for line in remarks(tmp_path, {**FLUX, "crepa_enabled": True, **off}) if "not carried" in line]
+
+    def test_the_rest_is_named_in_one_line(self, tmp_path):
+        lines = remarks(tmp_path, {**FLUX, "validation_prompt": "a cat", "optimizer": "adamw_bf16", "lr_scheduler": "sine"})
+        assert "config.json: not carried, for a spec has no place for them: validation_prompt, optimizer, lr_scheduler" in lines
+
+    def test_keys_of_a_regularizer_that_is_off_have_no_effect_and_are_named(self, tmp_path):
+        given = {**FLUX, "crepa_enabled": True, "urepa_lambda": 0.9, "urepa_enabled": False, "irepa_spatial_norm_alpha": 0.1}
+        lines = remarks(tmp_path, given)
+        assert "config.json: not carried, for urepa_enabled is not true: urepa_lambda" in lines
+        assert "config.json: not carried, for irepa_enabled is not true: irepa_spatial_norm_alpha" in lines
+        assert config_of(tmp_path, given).regularizer.spatial_norm is None
+
+    @pytest.mark.parametrize(
+        "more, said",
+        [
+            ({}, "CLS token"),
+            ({}, "block_index 8 is their depth 9"),
+            ({}, "pixels: vae"),
+            ({}, "LayerNorm + Linear"),
+            ({}, "resample.side: student, for that trainer shrinks the larger grid"),
+            ({"crepa_scheduler": "linear", "crepa_decay_steps": 50}, "the step at which the decay ends"),
+            ({"crepa_similarity_threshold": 0.9}, "no bias correction and no minimum count"),
+            ({"crepa_encoder": "qwen3-vl"}, "crepa_encoder: not carried: a vision-language model"),
+            ({"irepa_enabled": True}, "projector.type: conv"),
+            ({"ema_decay": 0.9}, "ema_decay: carried, though"),
+            ({}, "crepa_lambda 0.5"),
+            ({}, "fill in train.steps"),
+            ({"model_family": "pixart_sigma"}, "never attaches its regularizer to pixart"),
+        ],
+    )
+    def test_every_difference_is_said_in_the_spec_and_to_the_caller(self, tmp_path, more, said):
+        imported = read(tmp_path, {**FLUX, "crepa_enabled": True, **more})
+        assert any(said in line for line in imported.remarks)
+        header = " ".join(line.lstrip("# ") for line in imported.spec.splitlines() if line.startswith("#"))
+        assert said in header
+
+    def test_what_does_not_apply_is_not_said(self, tmp_path):
+        said = " ".join(remarks(tmp_path, {**FLUX, "crepa_enabled": True, "crepa_spatial_align": False, "max_train_steps": 9}))
+        for absent in ("decay ends", "bias correction", "manifold", "resample", "train.steps", "never attaches"):
+            assert absent not in said
+        assert "CLS" not in " ".join(remarks(tmp_path, FLUX))
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        "config, line",
+        [
+            ("{\n  nope\n}", "config.json:2:3: not valid JSON: expecting property name enclosed in double quotes; a config is a JSON object, or flags such as --crepa_enabled=true"),
+            ("[1, 2]", 'config.json:1:1: a config must be a JSON object of settings, such as {"crepa_enabled": true}'),
+            ('{"crepa_lambda": NaN}', "config.json:1:1: not valid JSON: NaN is no number"),
+            ('{"seed": 1,\n "--seed": 2}', "config.json:2:2: seed: given twice"),
+            ("--crepa_enabled=true --crepa_lambda 0.6 0.5", "config.json:1:1: expected a flag such as --crepa_lambda=0.5, got '0.5'"),
+            ("--crepa_encoder 'dino", "config.json:1:1: not a list of flags: no closing quotation"),
+        ],
+    )
+    def test_what_is_no_config_is_one_line(self, tmp_path, config, line):
+        assert refusal(tmp_path, config) == [line]
+
+    @pytest.mark.parametrize(
+        "key, value, message",
+        [
+            ("crepa_lambda", "abc", 'expected a number, got "abc"'),
+            ("crepa_lambda", True, "expected a number, got true"),
+            ("crepa_lambda", -1, "expected a number of at least 0.0, got -1.0"),
+            ("crepa_lambda", {"a": 1}, 'expected a number, got {"a": 1}'),
+            ("crepa_lambda", "inf", 'expected a number, got "inf"'),
+            ("crepa_block_index", 2.5, "expected an integer, got 2.5"),
+            ("crepa_block_index", -1, "expected a number of at least 0 or mid, got -1"),
+            ("crepa_spatial_align", "maybe", 'expected true or false, got "maybe"'),
+            ("crepa_spatial_align", 0.5, "expected true or false, got 0.5"),
+            ("crepa_scheduler", "cosin", 'expected one of constant, linear, cosine, polynomial, got "cosin"; did you mean \'cosine\'?'),
+            ("crepa_similarity_threshold", 1.5, "expected a number of at most 1.0, got 1.5"),
+            ("crepa_encoder", 7, "expected text, got 7"),
+            ("crepa_encoder_image_size", -5, "expected a number of at least 1, got -5"),
+            ("model_type", "lycoris", 'expected one of full, lora, got "lycoris"'),
+            ("learning_rate", 0, "expected a number of more than 0.0, got 0.0"),
+            ("train_batch_size", 0, "expected a number of at least 1, got 0"),
+            ("seed", -1, "expected a number of at least 0, got -1"),
+            ("model_family", "flxu", None),
+        ],
+    )
+    def test_a_wrong_value_is_one_line_at_its_key(self, tmp_path, key, value, message):
+        (line,) = refusal(tmp_path, {"crepa_enabled": True, **FLUX, key: value})
+        place = "config.json:3:3: " if key == "model_family" else "config.json:4:3: "
+        assert line.startswith(f"{place}{key}: ")
+        if message is None:
+            assert "unknown family 'flxu'" in line and "did you mean 'flux'?" in line
+        else:
+            assert line == f"{place}{key}: {message}"
+
+    def test_a_decay_that_ends_before_the_warm_up_is_refused_at_its_key(self, tmp_path):
+        given = {**FLUX, "crepa_enabled": True, "crepa_scheduler": "linear", "crepa_warmup_steps": 100, "crepa_decay_steps": 50}
+        (line,) = refusal(tmp_path, given)
+        assert line == "config.json:6:3: crepa_decay_steps: decay_steps is counted from step 0, so it must be more than warmup_steps"
+
+    @pytest.mark.parametrize("family", [name for name, facts in FAMILIES.items() if not facts.from_scratch])
+    def test_the_wrong_regularizer_for_a_family_is_refused_not_dropped(self, tmp_path, family):
+        unet = FAMILIES[family].kind == "unet"
+        wrong = "crepa_enabled" if unet else "urepa_enabled"
+        (line,) = refusal(tmp_path, {"model_family": family, wrong: True})
+        fits = "repa is for transformers" if unet else "urepa is for UNets"
+        kind = f"{family} is a UNet: use urepa_*" if unet else f"{family} is a transformer: use crepa_*"
+        assert line == f"config.json:3:3: {wrong}: {fits}; {kind}"
+
+    def test_two_regularizers_and_a_lone_irepa_are_refused(self, tmp_path):
+        (line,) = refusal(tmp_path, {**SDXL, "crepa_enabled": True, "urepa_enabled": "true"})
+        assert line == "config.json:4:3: urepa_enabled: crepa_enabled is true as well; a run has one regularizer: leave one of them out"
+        (line,) = refusal(tmp_path, {**FLUX, "irepa_enabled": True})
+        assert line == "config.json:3:3: irepa_enabled: iREPA needs REPA or U-REPA: set crepa_enabled or urepa_enabled as well"
+
+    @pytest.mark.parametrize("key, meant", [("crepa_lamda", "crepa_lambda"), ("urepa_manifold_wieght", "urepa_manifold_weight"), ("irepa_enable", "irepa_enabled")])
+    def test_an_unknown_key_says_what_was_meant(self, tmp_path, key, meant):
+        (line,) = refusal(tmp_path, {key: 1})
+        assert line.startswith(f"config.json:2:3: {key}: that trainer has no such key; allowed: {key[:6]}")
+        assert line.endswith(f"; did you mean '{meant}'?")
+
+    def test_everything_that_is_wrong_is_said_at_once(self, tmp_path):
+        lines = refusal(tmp_path, {"crepa_enabled": "perhaps", "crepa_lambda": [], "crepa_x": 1, "model_family": "wan"})
+        assert [line.split(": ")[1] for line in lines] == ["crepa_enabled", "crepa_lambda", "crepa_x", "model_family"]
+
+    def test_no_file_and_no_text_are_one_line(self, tmp_path):
+        (tmp_path / "bytes.json").write_bytes(b"\xff\xfe{}")
+        for name, message in (("none.json", "cannot read the file: No such file or directory"), ("bytes.json", "not UTF-8 text: invalid start byte at byte 0")):
+            with pytest.raises(SpecError) as caught:
+                import_config([str(tmp_path / name)], LAB)
+            assert str(caught.value) == f"{tmp_path / name}:1:1: {message}"
+
+    def test_endless_nesting_is_one_line(self, tmp_path):
+        (line,) = refusal(tmp_path, '{"a": ' + "[" * 200_000)
+        assert line.startswith("config.json:1:1: not valid JSON: ")
+
+
+    def test_no_text_breaks_a_line_of_a_message(self, tmp_path):
+        for config in ({"crepa_lambda": "a\nb\u2028c"}, {"crepa_x\ny\x1b": 1}, {"model_family": "\ud800\n"}):
+            (line,) = refusal(tmp_path, config)
+            assert line.encode() and line.isprintable()
+        assert all(line.isprintable() for line in remarks(tmp_path, {**FLUX, "\ud800\n": 1}))
+
+    def test_nothing_that_json_can_hold_is_a_traceback(self, tmp_path):
+        draw = random.Random(0)
+        names = [*READABLE, *NOT_CARRIED, "x"]
+        values = [None, True, False, 0, -1, 8, 1e-9, 1e308, 10**400, "", " ", "1", "true", "inf", "flux", "sdxl", "qwen-vl", "\ud800", [], [1], {}, {"a": [None]}]
+        accepted = 0
+        for _ in range(1500):
+            config = {name: draw.choice(values) for name in draw.sample(names, draw.randint(0, 3))}
+            try:
+                imported = read(tmp_path, config)
+            except SpecError as error:
+                assert str(error).encode()
+                continue
+            load_spec_or_fragment(tmp_path, imported)
+            accepted += 1
+        assert 100 < accepted < 1400
+
+
+def load_spec_or_fragment(tmp_path, imported):
+    around = "" if "\nname: " in imported.spec else "name: q\nmodel: {family: sd15}\ndata: {source: imagefolder}\ntrain: {steps: 9}\nuse: [f.yaml]\n"
+    (tmp_path / "f.yaml").write_text(imported.spec, encoding="utf-8")
+    (tmp_path / "q.yaml").write_text(around)
+    load_spec(tmp_path / ("q.yaml" if around else "f.yaml"))
+
+
+def test_no_torch_is_needed():
+    code = "import sys, repa_lab.spec.simpletuner, repa_lab.spec.simpletuner.exporting; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
