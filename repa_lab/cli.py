@@ -20,7 +20,6 @@ from repa_lab.runs.root import DEFAULT_ROOT
 if TYPE_CHECKING:
     from repa_lab.runs import RunDirectory
     from repa_lab.spec import SpecError
-    from repa_lab.spec.simpletuner.keys import Lab
 
 _PIPE_WIDTH = 160
 EXPORT_FORMATS = ("diffusers", "simpletuner")
@@ -197,9 +196,9 @@ def import_(
 ) -> None:
     """Turn a SimpleTuner config into a spec, and say what it cannot carry and what means something else here."""
     with _clean_errors():
-        from repa_lab.spec.simpletuner.importing import import_config
+        from repa_lab.bridge.importing import import_config
 
-        imported = import_config(config, _lab())
+        imported = import_config(config)
         _deliver(imported.spec, output)
         for remark in imported.remarks:
             err.print(remark, highlight=False, markup=False, soft_wrap=True)
@@ -246,22 +245,13 @@ def _target(format_: str, folder: Path | None, output: Path | None) -> Path | No
 
 
 def _export_settings(directory: RunDirectory, output: Path | None) -> None:
+    from repa_lab.bridge.exporting import export_settings
     from repa_lab.spec.identity import Run
-    from repa_lab.spec.simpletuner.exporting import export_settings
 
-    exported = export_settings(Run.from_json(directory.run_id, directory.spec).config, _lab())
+    exported = export_settings(Run.from_json(directory.run_id, directory.spec).config)
     _deliver(json.dumps(exported.settings, indent=2) + "\n", output)
     for lost in exported.lost:
         err.print(lost, highlight=False, markup=False, soft_wrap=True)
-
-
-def _lab() -> Lab:
-    """What the rooms of models and encoders know, for the room of specs."""
-    from repa_lab.encoders.registry import ENCODERS
-    from repa_lab.models.families import family_facts
-    from repa_lab.spec.simpletuner.keys import Lab
-
-    return Lab(family_facts, {name: facts.stride for name, facts in ENCODERS.items()})
 
 
 def _deliver(text: str, output: Path | None) -> None:

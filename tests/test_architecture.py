@@ -15,12 +15,12 @@ PACKAGE = ROOT / "repa_lab"
 FLOORS = {
     "align": 1, "metrics": 1, "data": 1, "runs": 1,
     "encoders": 2, "models": 2, "spec": 2, "tracking": 2,
-    "training": 3, "report": 3,
+    "training": 3, "report": 3, "bridge": 3,
     "sweep": 4,
     "cli": 5,
     "__main__": 6,
 }  # fmt: skip
-TORCH_FREE = ("repa_lab", "repa_lab.runs", "repa_lab.spec", "repa_lab.models.facts", "repa_lab.report")
+TORCH_FREE = ("repa_lab", "repa_lab.runs", "repa_lab.spec", "repa_lab.models.families", "repa_lab.report", "repa_lab.bridge.importing")
 MAX_LINES = 500
 
 

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repa_lab.models.facts import Family, Shape
+from repa_lab.models.families.shared import map_inputs
 from repa_lab.models.network import Blocks, Network
-
-if TYPE_CHECKING:
-    import torch
-
-    from repa_lab.models.network import Condition
-
-
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    return {"hidden_states": latents, "timestep": time * 1000, **condition}
 
 
 def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
@@ -28,7 +20,7 @@ DIT = Family(
     network=Network(
         model="DiTTransformer2DModel",
         blocks=(Blocks("transformer_blocks"),),
-        inputs=_inputs,
+        inputs=map_inputs,
         condition=_condition,
         square=True,
         native=256,

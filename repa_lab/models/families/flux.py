@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
+from repa_lab.models.families.shared import full_guidance
 from repa_lab.models.layout import pack, positions, unpack
 from repa_lab.models.network import Blocks, Network
 
@@ -17,14 +18,13 @@ if TYPE_CHECKING:
 def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
     height, width = latents.shape[-2:]
     text = condition["encoder_hidden_states"]
-    guidance = {"guidance": time.new_ones(time.shape)} if config.guidance_embeds else {}
     return {
         "hidden_states": pack(latents),
         "timestep": time,
         "img_ids": positions((height // 2, width // 2), 3, latents),
         "txt_ids": latents.new_zeros(text.shape[1], 3),
         **condition,
-        **guidance,
+        **full_guidance(config, time),
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
+from repa_lab.models.families.shared import full_guidance
 from repa_lab.models.layout import flatten, positions, unflatten
 from repa_lab.models.network import Blocks, Network
 
@@ -24,14 +25,13 @@ def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: C
     words = condition["encoder_hidden_states"].shape[1]
     places = latents.new_zeros(words, _AXES)
     places[:, -1] = latents.new_tensor(range(words))
-    guidance = {"guidance": time.new_ones(time.shape)} if config.guidance_embeds else {}
     return {
         "hidden_states": flatten(latents),
         "timestep": time,
         "img_ids": positions((height, width), _AXES, latents),
         "txt_ids": places,
         **condition,
-        **guidance,
+        **full_guidance(config, time),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
+from repa_lab.models.families.shared import masked_text, text_lengths
 from repa_lab.models.network import Blocks, Network
 
 if TYPE_CHECKING:
@@ -15,14 +16,6 @@ if TYPE_CHECKING:
 
 def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
     return {"hidden_states": latents, "timestep": 1 - time, **condition}
-
-
-def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    return {"encoder_hidden_states": (tokens, config.cap_feat_dim), "encoder_attention_mask": (tokens,)}
-
-
-def _lengths(condition: Condition) -> torch.Tensor:
-    return condition["encoder_attention_mask"].sum(dim=1)
 
 
 def _output(output: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -38,9 +31,9 @@ LUMINA2 = Family(
         model="Lumina2Transformer2DModel",
         blocks=(Blocks("layers", place="after_text"),),
         inputs=_inputs,
-        condition=_condition,
+        condition=masked_text,
         output=_output,
-        lengths=_lengths,
+        lengths=text_lengths,
         channels=16,
         parameters=2_609_769_152,
         config={"cap_feat_dim": 2304},  # Lumina-Image-2.0

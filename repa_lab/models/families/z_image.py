@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
+from repa_lab.models.families.shared import masked_text, text_lengths
 from repa_lab.models.network import Blocks, Network
 
 if TYPE_CHECKING:
@@ -14,21 +15,13 @@ if TYPE_CHECKING:
 
 
 def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    lengths = _lengths(condition).tolist()
+    lengths = text_lengths(condition).tolist()
     texts = zip(condition["encoder_hidden_states"], lengths, strict=True)
     return {
         "x": list(latents.unsqueeze(2)),  # (C, frames, H, W)
         "t": 1 - time,
         "cap_feats": [text[:length] for text, length in texts],
     }
-
-
-def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    return {"encoder_hidden_states": (tokens, config.cap_feat_dim), "encoder_attention_mask": (tokens,)}
-
-
-def _lengths(condition: Condition) -> torch.Tensor:
-    return condition["encoder_attention_mask"].sum(dim=1)
 
 
 def _output(output: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -45,9 +38,9 @@ Z_IMAGE = Family(
         model="ZImageTransformer2DModel",
         blocks=(Blocks("layers", place="head"),),
         inputs=_inputs,
-        condition=_condition,
+        condition=masked_text,
         output=_output,
-        lengths=_lengths,
+        lengths=text_lengths,
         channels=16,
         parameters=6_154_908_736,
         config={"axes_lens": (1536, 512, 512)},  # Z-Image-Turbo

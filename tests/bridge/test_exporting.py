@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from repa_lab.bridge.exporting import LIMITS, export_settings
+from repa_lab.bridge.keys import IREPA, KEYS, NOT_CARRIED, PARTS, REST, SWITCHES
 from repa_lab.spec import RegularizerConfig
-from repa_lab.spec.simpletuner.exporting import LIMITS, export_settings
-from repa_lab.spec.simpletuner.keys import IREPA, KEYS, NOT_CARRIED, PARTS, REST, SWITCHES
-from tests.spec.test_simpletuner import FLUX, GUIDE, LAB, SDXL, config_of, load, read
+from tests.bridge.test_importing import FLUX, GUIDE, SDXL, config_of, load, read
 
 # Every key that carries a setting of the regularizer, at a value that is not its default.
 OTHER = {
@@ -41,14 +41,14 @@ class TestRoundTrip:
     @pytest.mark.parametrize("block", GUIDE)
     def test_what_the_guide_shows_comes_back_as_it_was(self, tmp_path, block):
         settings = GUIDE[block]
-        exported = export_settings(config_of(tmp_path, {**family_of(settings), **settings}), LAB).settings
+        exported = export_settings(config_of(tmp_path, {**family_of(settings), **settings})).settings
         assert {name: exported[name] for name in settings} == settings
 
     @pytest.mark.parametrize("enabled, name, value", EVERY_KEY, ids=lambda value: value if isinstance(value, str) else None)
     def test_every_key_comes_back_as_it_was(self, tmp_path, enabled, name, value):
         family = FLUX if "crepa_enabled" in enabled else SDXL
-        default = export_settings(config_of(tmp_path, {**family, **enabled}), LAB).settings
-        exported = export_settings(config_of(tmp_path, {**family, **enabled, name: value}), LAB).settings
+        default = export_settings(config_of(tmp_path, {**family, **enabled})).settings
+        exported = export_settings(config_of(tmp_path, {**family, **enabled, name: value})).settings
         assert exported[name] == value
         assert default.get(name) != value
         assert {key: exported[key] for key in default if key != name} == {key: default[key] for key in default if key != name}
@@ -59,7 +59,7 @@ class TestRoundTrip:
             settings = random_config(draw)
             family = {"model_family": draw.choice(["flux", "sd3", "pixart"] if "crepa_enabled" in settings else ["sd15", "sdxl"])}
             config = config_of(tmp_path, {**family, **settings})
-            exported = export_settings(config, LAB)
+            exported = export_settings(config)
             assert {name: exported.settings.get(name) for name in settings} == settings
             zero = "regularizer.manifold_weight: 0.0 cannot be expressed: it takes 0 for 3.0; 1e-9 is as good as 0"
             assert set(exported.lost) <= {zero}
@@ -78,20 +78,20 @@ class TestRoundTrip:
     def test_a_regularizer_that_it_can_express_comes_back_equal(self, tmp_path, family, settings):
         config = config_of(tmp_path, {"model_family": family})
         regularizer = RegularizerConfig.model_validate(settings)
-        exported = export_settings(config.model_copy(update={"regularizer": regularizer}), LAB)
+        exported = export_settings(config.model_copy(update={"regularizer": regularizer}))
         assert exported.lost == ()
         assert config_of(tmp_path, {"model_family": family, **exported.settings}).regularizer == regularizer
 
     @pytest.mark.parametrize("prefix, family", [("crepa", FLUX), ("urepa", SDXL)])
     def test_its_defaults_come_back_as_it_has_them(self, tmp_path, prefix, family):
-        exported = export_settings(config_of(tmp_path, {**family, f"{prefix}_enabled": True}), LAB)
+        exported = export_settings(config_of(tmp_path, {**family, f"{prefix}_enabled": True}))
         defaults = {key.name: key.default for key in KEYS[prefix] if key.default is not None and key.field.startswith("regularizer.")}
         assert exported.settings == {f"{prefix}_enabled": True, **defaults}
         assert exported.lost == ()
 
     def test_no_regularizer_comes_back_as_none(self, tmp_path):
         for family, name in ((FLUX, "crepa_enabled"), (SDXL, "urepa_enabled")):
-            exported = export_settings(config_of(tmp_path, family), LAB)
+            exported = export_settings(config_of(tmp_path, family))
             assert (exported.settings, exported.lost) == ({name: False}, ())
 
 
@@ -138,7 +138,7 @@ class TestExport:
 
         def lost(settings):
             regularizer = RegularizerConfig.model_validate(settings)
-            return [line.split(":")[0] for line in export_settings(config.model_copy(update={"regularizer": regularizer}), LAB).lost]
+            return [line.split(":")[0] for line in export_settings(config.model_copy(update={"regularizer": regularizer})).lost]
 
         assert lost(base) == []
         expected = {f"regularizer.{path}"} | ({"regularizer.manifold"} if "scope" in change.get("manifold", {}) else set())
@@ -151,14 +151,14 @@ class TestExport:
         config = config_of(tmp_path, FLUX)
         change = {"encoder": {"name": "clip_vitl14", "image_size": 224, "pixels": "vae"}, "projector": {"type": "conv"}}
         regularizer = RegularizerConfig.model_validate({**REPA, **change})
-        exported = export_settings(config.model_copy(update={"regularizer": regularizer}), LAB)
+        exported = export_settings(config.model_copy(update={"regularizer": regularizer}))
         assert "crepa_encoder" not in exported.settings and "irepa_spatial_norm_alpha" not in exported.settings
         assert exported.settings["irepa_projector_kernel_size"] == 3
 
     def test_what_the_run_derives_is_written_as_numbers(self, tmp_path):
         config = config_of(tmp_path, {**FLUX, "resolution": 512})
         settings = {**REPA, "block_index": None, "encoder": {"pixels": "vae"}}
-        exported = export_settings(config.model_copy(update={"regularizer": RegularizerConfig.model_validate(settings)}), LAB)
+        exported = export_settings(config.model_copy(update={"regularizer": RegularizerConfig.model_validate(settings)}))
         assert (exported.settings["crepa_block_index"], exported.settings["crepa_encoder_image_size"]) == (8, 448)
         assert exported.lost == ("regularizer.encoder.image_size: null is 448 for images of 512 px, and is written so",)
 
@@ -190,5 +190,5 @@ class TestDocumentation:
         said = [line.removeprefix(f"{tmp_path}/") for line in imported.remarks]
         for line in re.findall(r"^config\.json.*$", session, flags=re.M):
             assert any(remark.startswith(line.removesuffix(" ...")) for remark in said), line
-        exported = export_settings(load(tmp_path, imported).arms[0].config, LAB)
+        exported = export_settings(load(tmp_path, imported).arms[0].config)
         assert exported.lost == tuple(re.findall(r"^regularizer\.\S+: .*cannot.*$", session, flags=re.M))

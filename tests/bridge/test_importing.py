@@ -9,16 +9,14 @@ import sys
 
 import pytest
 
-from repa_lab.encoders.registry import ENCODERS
-from repa_lab.models.families import FAMILIES, family_facts
+from repa_lab.bridge.exporting import export_settings
+from repa_lab.bridge.importing import import_config
+from repa_lab.bridge.keys import NOT_CARRIED, RELEASED
+from repa_lab.bridge.read import READABLE
+from repa_lab.models.families import FAMILIES
 from repa_lab.spec import SpecError, load_spec
-from repa_lab.spec.simpletuner.exporting import export_settings
-from repa_lab.spec.simpletuner.importing import import_config
-from repa_lab.spec.simpletuner.keys import NOT_CARRIED, RELEASED, Lab
-from repa_lab.spec.simpletuner.read import READABLE
 from repa_lab.sweep.check import check
 
-LAB = Lab(family_facts, {name: facts.stride for name, facts in ENCODERS.items()})
 FLUX, SDXL = {"model_family": "flux"}, {"model_family": "sdxl"}
 # The four blocks of the guide, and its two lists of knobs at values that are not the defaults.
 GUIDE = {
@@ -34,7 +32,7 @@ GUIDE = {
 def read(tmp_path, config, name="config.json"):
     file = tmp_path / name
     file.write_text(config if isinstance(config, str) else json.dumps(config, indent=2), encoding="utf-8")
-    return import_config([str(file)], LAB)
+    return import_config([str(file)])
 
 
 def load(tmp_path, imported):
@@ -184,13 +182,13 @@ class TestWaysToGiveIt:
         ids=["strings and dashes", "tabs and a last comma", "flags"],
     )
     def test_each_says_the_same(self, tmp_path, text):
-        exported = export_settings(config_of(tmp_path, text), LAB).settings
+        exported = export_settings(config_of(tmp_path, text)).settings
         assert {name: exported[name] for name in EXPECTED} == EXPECTED
 
     def test_flags_may_be_words_of_the_command_line_or_one_string(self):
         words = ["--crepa_enabled=true", "--crepa_lambda", "0.25", "--crepa_similarity_threshold=None"]
-        assert "weight: 0.25" in import_config(words, LAB).spec
-        assert import_config([" ".join(words)], LAB) == import_config(words, LAB)
+        assert "weight: 0.25" in import_config(words).spec
+        assert import_config([" ".join(words)]) == import_config(words)
 
     def test_what_is_written_there_stays_text_here(self, tmp_path):
         given = {**FLUX, "pretrained_model_name_or_path": "1e4", "crepa_enabled": True, "crepa_encoder": "x\ntrain: {steps: 1}\u2028 \u0085 \U0001f600"}
@@ -337,7 +335,7 @@ class TestBadInput:
         (tmp_path / "bytes.json").write_bytes(b"\xff\xfe{}")
         for name, message in (("none.json", "cannot read the file: No such file or directory"), ("bytes.json", "not UTF-8 text: invalid start byte at byte 0")):
             with pytest.raises(SpecError) as caught:
-                import_config([str(tmp_path / name)], LAB)
+                import_config([str(tmp_path / name)])
             assert str(caught.value) == f"{tmp_path / name}:1:1: {message}"
 
     def test_endless_nesting_is_one_line(self, tmp_path):
@@ -376,6 +374,6 @@ def load_spec_or_fragment(tmp_path, imported):
 
 
 def test_no_torch_is_needed():
-    code = "import sys, repa_lab.spec.simpletuner, repa_lab.spec.simpletuner.exporting; print('torch' in sys.modules)"
+    code = "import sys, repa_lab.bridge, repa_lab.bridge.exporting; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

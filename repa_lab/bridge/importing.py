@@ -15,9 +15,8 @@ from typing import Any
 
 import yaml
 
-from repa_lab.spec.errors import Problem, SpecError
-from repa_lab.spec.experiment import load_spec
-from repa_lab.spec.simpletuner.keys import (
+from repa_lab.bridge.grids import encoder_grid, shrinking_side, student_grid
+from repa_lab.bridge.keys import (
     CREPA_MODEL,
     IREPA,
     KEYS,
@@ -25,12 +24,12 @@ from repa_lab.spec.simpletuner.keys import (
     REST,
     STAND_IN_STEPS,
     TINY_AUTOENCODERS,
-    Lab,
     is_language_model,
-    shrinking_side,
 )
-from repa_lab.spec.simpletuner.read import READABLE, REGULARIZERS, Reading, printable, read, read_config
-from repa_lab.spec.simpletuner.remarks import remarks
+from repa_lab.bridge.read import READABLE, REGULARIZERS, Reading, printable, read, read_config
+from repa_lab.bridge.remarks import remarks
+from repa_lab.spec.errors import Problem, SpecError
+from repa_lab.spec.experiment import load_spec
 from repa_lab.spec.yaml import parse_scalar
 
 _WIDTH = 120
@@ -53,18 +52,17 @@ class Imported:
     remarks: tuple[str, ...]
 
 
-def import_config(words: Sequence[str], lab: Lab) -> Imported:
+def import_config(words: Sequence[str]) -> Imported:
     """Turn a SimpleTuner config into a spec, or into a fragment for ``use:`` where it names no ``model_family``.
 
     Args:
         words: the name of a file with a JSON object or with flags, or the flags themselves.
-        lab: what the lab knows of families and encoders.
 
     Raises:
         SpecError: with every problem, each at the key that has it.
     """
-    reading = read(read_config(words), lab)
-    fields = {**_regularizer(reading, lab), **_rest(reading)}
+    reading = read(read_config(words))
+    fields = {**_regularizer(reading), **_rest(reading)}
     spec = _nested(fields)
     _check(spec, reading)
     said = list(remarks(reading, fields))
@@ -75,7 +73,7 @@ def import_config(words: Sequence[str], lab: Lab) -> Imported:
     return Imported("\n".join(lines) + "\n", tuple(_line(reading, key, message) for key, message in said))
 
 
-def _regularizer(reading: Reading, lab: Lab) -> dict[str, Any]:
+def _regularizer(reading: Reading) -> dict[str, Any]:
     """The fields of the regularizer by dotted path, in the order in which a person would write them."""
     if reading.prefix is None:
         return {"regularizer.type": "none"}
@@ -85,7 +83,7 @@ def _regularizer(reading: Reading, lab: Lab) -> dict[str, Any]:
     fields |= {"regularizer.projector.type": "conv" if reading.irepa else "linear"}
     fields |= {key.field: reading.value(key) for key in IREPA if reading.irepa}
     fields |= _encoder(reading, fields)
-    return fields | _resample(reading, fields, lab) | _cutoff(fields)
+    return fields | _resample(reading, fields) | _cutoff(fields)
 
 
 def _encoder(reading: Reading, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,14 +98,14 @@ def _encoder(reading: Reading, fields: Mapping[str, Any]) -> dict[str, Any]:
     return encoder
 
 
-def _resample(reading: Reading, fields: Mapping[str, Any], lab: Lab) -> dict[str, Any]:
+def _resample(reading: Reading, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Which side shrinks. Without a family: UNets have the smaller grid at its defaults, transformers the larger."""
     if not fields.get("regularizer.spatial_align", True):
         return {}
     side = "teacher" if reading.prefix == "urepa" else "student"
     if reading.family is not None:
-        grid = lab.encoder_grid(fields["regularizer.encoder.name"], fields["regularizer.encoder.image_size"])
-        side = shrinking_side(lab.student_grid(reading.family, None, reading.resolution), grid)
+        grid = encoder_grid(fields["regularizer.encoder.name"], fields["regularizer.encoder.image_size"])
+        side = shrinking_side(student_grid(reading.family, None, reading.resolution), grid)
     return {"regularizer.resample.side": side, "regularizer.resample.when": "after"}
 
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from repa_lab.spec.errors import Place, Problem, SpecError, did_you_mean
-from repa_lab.spec.simpletuner.keys import (
+from repa_lab.bridge.keys import (
     CREPA_MODEL,
     FAMILY_NAMES,
     IREPA,
@@ -21,12 +20,13 @@ from repa_lab.spec.simpletuner.keys import (
     PARTS,
     REST,
     SWITCHES,
-    FamilyLike,
     Key,
-    Lab,
     Prefix,
     UnfitError,
 )
+from repa_lab.models.facts import Family
+from repa_lab.models.families import family_facts
+from repa_lab.spec.errors import Place, Problem, SpecError, did_you_mean
 
 READABLE = {key.name: key for key in (*KEYS["crepa"], *KEYS["urepa"], *IREPA, *REST, *PARTS, *SWITCHES, CREPA_MODEL)}
 PREFIXES = ("crepa_", "urepa_", "irepa_")
@@ -95,7 +95,7 @@ class Reading:
     values: Mapping[str, Any]
     prefix: Prefix | None
     irepa: bool
-    family: FamilyLike | None
+    family: Family | None
 
     def value(self, key: Key) -> Any:
         """What a key says here, that trainer's default if it is left out."""
@@ -129,7 +129,7 @@ class Reading:
         return bool(self.values.get("use_ema", "ema_decay" in self.values))
 
 
-def read(given: Given, lab: Lab) -> Reading:
+def read(given: Given) -> Reading:
     """Read every known key.
 
     Raises:
@@ -140,7 +140,7 @@ def read(given: Given, lab: Lab) -> Reading:
     problems += _unknown(given)
     family = None
     try:
-        family = _family(values.get("model_family"), lab)
+        family = _family(values.get("model_family"))
     except ValueError as error:
         problems.append(given.problem("model_family", str(error)))
     problems += _switch_problems(given, values, family)
@@ -169,19 +169,19 @@ def _unknown(given: Given) -> Iterator[Problem]:
             yield given.problem(name, f"that trainer has no such key; allowed: {allowed}{did_you_mean(name, known)}")
 
 
-def _family(name: str | None, lab: Lab) -> FamilyLike | None:
+def _family(name: str | None) -> Family | None:
     if name is None:
         return None
     ours = name.lower().replace("-", "_")
     try:
-        return lab.family(ours)
+        return family_facts(ours)
     except ValueError:
         if ours in FAMILY_NAMES:
-            return lab.family(FAMILY_NAMES[ours])
+            return family_facts(FAMILY_NAMES[ours])
         raise
 
 
-def _switch_problems(given: Given, values: Mapping[str, Any], family: FamilyLike | None) -> Iterator[Problem]:
+def _switch_problems(given: Given, values: Mapping[str, Any], family: Family | None) -> Iterator[Problem]:
     on = [prefix for prefix in KEYS if values.get(f"{prefix}_enabled")]
     if len(on) > 1:
         yield given.problem("urepa_enabled", "crepa_enabled is true as well; a run has one regularizer: leave one of them out")

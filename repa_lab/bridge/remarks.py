@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from repa_lab.spec.simpletuner.keys import (
+from repa_lab.bridge.keys import (
     CREPA_MODEL,
     HARMLESS,
     IREPA,
@@ -18,7 +18,7 @@ from repa_lab.spec.simpletuner.keys import (
     STAND_IN_STEPS,
     is_language_model,
 )
-from repa_lab.spec.simpletuner.read import READABLE, Reading
+from repa_lab.bridge.read import READABLE, Reading
 
 Fields = Mapping[str, Any]
 Remark = tuple[str, str]  # the key it is about, or nothing, and what to say

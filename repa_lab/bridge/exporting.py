@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from repa_lab.spec.schema import EncoderConfig, RegularizerConfig, RunConfig
-from repa_lab.spec.simpletuner.keys import (
+from repa_lab.bridge.grids import encoder_grid, encoder_pixels, shrinking_side, student_grid
+from repa_lab.bridge.keys import (
     HUB_ENCODERS,
     IREPA,
     KEYS,
     TINY_AUTOENCODERS,
-    FamilyLike,
     Key,
-    Lab,
     Prefix,
-    shrinking_side,
 )
+from repa_lab.models.facts import Family
+from repa_lab.models.families import family_facts
+from repa_lab.spec.schema import EncoderConfig, RegularizerConfig, RunConfig
 
 _KERNELS = (1, 3, 5, 7)
 _LEAST_POWER = 0.1
@@ -38,23 +38,21 @@ class _Run:
 
     regularizer: RegularizerConfig
     encoder: EncoderConfig
-    family: FamilyLike
+    family: Family
     size: str | None
     pixels: int
     latents: bool
-    lab: Lab
 
     @property
     def image_size(self) -> int:
         """Pixels along each side of what the encoder sees, by the papers' rule where it is not given."""
-        stride = self.lab.strides.get(self.encoder.name, 14)
-        return self.encoder.image_size or stride * (self.pixels // 16)
+        return encoder_pixels(self.encoder.name, self.encoder.image_size, self.pixels)
 
     @property
     def grids(self) -> tuple[int, int]:
         """Tokens along each side of the student and of the encoder."""
-        student = self.lab.student_grid(self.family, self.size, self.pixels, self.latents)
-        return student, self.lab.encoder_grid(self.encoder.name, self.image_size)
+        student = student_grid(self.family, self.size, self.pixels, self.latents)
+        return student, encoder_grid(self.encoder.name, self.image_size)
 
     @property
     def resamples(self) -> bool:
@@ -162,20 +160,19 @@ LIMITS = (
 )
 
 
-def export_settings(config: RunConfig, lab: Lab) -> Exported:
+def export_settings(config: RunConfig) -> Exported:
     """Write a run's regularizer for that trainer; every key is written, also at its default.
 
     Args:
         config: the run's settings.
-        lab: what the lab knows of families and encoders.
     """
-    family = lab.family(config.model.family)
+    family = family_facts(config.model.family)
     regularizer = config.regularizer
     prefix: Prefix = "crepa" if family.kind == "transformer" else "urepa"
     if regularizer.type == "none":
         return Exported({f"{prefix}_enabled": False}, ())
     latents = config.data.vae is not None
-    run = _Run(regularizer, regularizer.encoders[0], family, config.model.size, config.data.side, latents, lab)
+    run = _Run(regularizer, regularizer.encoders[0], family, config.model.size, config.data.side, latents)
     lost = [_sentence(run, limit) for limit in LIMITS if limit.prefix in (None, prefix) and not limit.fits(run)]
     hidden = {limit.path for limit in LIMITS if limit.hides and not limit.fits(run)}
     return Exported(dict(_settings(run, prefix, hidden)), (*lost, *_resolved(run)))

@@ -9,38 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from repa_lab.spec.errors import did_you_mean
 
 Prefix = Literal["crepa", "urepa"]
 Read = Callable[[Any], Any]
-
-
-class ShapeLike(Protocol):
-    """What is needed of :class:`repa_lab.models.facts.Shape`, whose room stands beside this one."""
-
-    @property
-    def stride(self) -> int: ...  # noqa: D102
-
-    @property
-    def block(self) -> int | Literal["mid"]: ...  # noqa: D102
-
-
-class FamilyLike(Protocol):
-    """What is needed of :class:`repa_lab.models.facts.Family`."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-
-    @property
-    def kind(self) -> Literal["transformer", "unet"]: ...  # noqa: D102
-
-    @property
-    def latent_stride(self) -> int: ...  # noqa: D102
-
-    @property
-    def shapes(self) -> Mapping[str, ShapeLike]: ...  # noqa: D102
 
 
 class UnfitError(ValueError):
@@ -297,37 +271,3 @@ TINY_AUTOENCODERS = {
 }
 # Families whose loader in that trainer never starts the regularizer: a run with it is one without.
 NEVER_ATTACHED = ("sdxl", "kolors", "pixart")
-
-
-@dataclass(frozen=True)
-class Lab:
-    """What the lab knows, handed in because this room stands beside those that hold it.
-
-    Attributes:
-        family: the facts of a family by its name; raises ValueError for one that does not exist.
-        strides: pixels per patch of the encoders by name.
-    """
-
-    family: Callable[[str], FamilyLike]
-    strides: Mapping[str, int]
-
-    def encoder_grid(self, name: str, image_size: int) -> int:
-        """Tokens of an encoder along each side; those of that trainer all have patches of 14."""
-        return image_size // self.strides.get(name, 14)
-
-    def student_grid(self, family: FamilyLike, size: str | None, pixels: int, latents: bool = True) -> int:
-        """Tokens of a denoiser along each side of a square image.
-
-        Args:
-            family: the family's facts.
-            size: of a family that is trained from scratch.
-            pixels: along each side of the image.
-            latents: whether a family that takes what it is given sees latents, of 8 pixels a cell.
-        """
-        cell = 8 if latents and family.latent_stride == 1 else family.latent_stride
-        return pixels // (cell * family.shapes[size or ""].stride)
-
-
-def shrinking_side(student_grid: int, encoder_grid: int) -> str:
-    """That trainer's rule as a ``resample.side``: the larger grid shrinks to the smaller."""
-    return "teacher" if encoder_grid > student_grid else "student"

@@ -1,0 +1,1 @@
+"""The bridge to the guide's trainer, SimpleTuner: its config as a spec, a run's settings as its keys. Imports no torch."""
