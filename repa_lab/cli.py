@@ -40,17 +40,22 @@ def sweep(
     root: RootOption = DEFAULT_ROOT,
     set_: SetOption = None,
     workers: Annotated[int | None, typer.Option(min=1, help="How many runs go on at a time.")] = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Go through all of it in minutes on a CPU, with tiny random models.")
+    ] = False,
 ) -> None:
     """Train what the question asks for and is not done yet, then report the answer."""
     with _clean_errors():
         from repa_lab.report import answer, load_results
         from repa_lab.sweep.api import sweep as carry_out
 
-        outcome = carry_out(spec, root, _overrides(set_), workers, out)
+        outcome = carry_out(spec, root, _overrides(set_), workers, out, rehearse)
         out.print(f"{outcome.trained} runs trained now, {len(outcome.failures)} failed", highlight=False)
         for run_id, reason in outcome.failures.items():
             err.print(f"run {run_id} failed: {reason}", highlight=False, markup=False)
-        for sentence in answer(load_results(outcome.path)):
+        if rehearse:
+            out.print("a rehearsal: tiny random models, whose numbers say nothing", highlight=False)
+        for sentence in [] if rehearse else answer(load_results(outcome.path)):
             out.print(sentence, highlight=False, markup=False, soft_wrap=True)
         out.print(f"report: {outcome.path / 'report.html'}", highlight=False, soft_wrap=True)
         if outcome.failures:

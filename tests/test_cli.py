@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.training.pretrained import write_images
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -50,11 +52,50 @@ def test_sdxl_is_planned_and_refused_in_one_line(tmp_path):
     swept = cli("sweep", "experiments/sdxl_manifold.yaml", "--root", tmp_path)
     assert swept.returncode == 2
     (line,) = swept.stderr.splitlines()
-    assert line == (
-        "experiments/presets/urepa_sdxl.yaml:3:9: model.family: family 'sdxl' can be planned but not yet trained by this version "
-        "(trainable: sit, unet)"
-    )
+    assert line == "experiments/presets/urepa_sdxl.yaml:10:29: data.path: not set; give a folder of images with --set data.path=FOLDER"
     assert not list(tmp_path.iterdir())
+
+
+def test_sdxl_without_its_weights_or_captions_is_refused_in_one_line_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder, root = write_images(tmp_path / "images"), tmp_path / "runs"
+    words = ("sweep", "experiments/sdxl_manifold.yaml", "--root", root, "--set", f"data.path={folder}", "--set", "data.holdout=6")
+    swept = cli(*words)
+    assert swept.returncode == 2
+    (line,) = swept.stderr.splitlines()
+    assert line.startswith(
+        "experiments/presets/urepa_sdxl.yaml:3:23: model.pretrained: 'stabilityai/stable-diffusion-xl-base-1.0' is no folder and not "
+        "in the local cache; pass a folder or go online ("
+    )
+    (folder / "metadata.jsonl").unlink()
+    swept = cli(*words)
+    assert swept.returncode == 2
+    assert set(swept.stderr.splitlines()) == {
+        f"<given>: data.path: sdxl is trained with captions, and '{folder}' has none: give metadata.jsonl (file_name, text), or a "
+        ".txt beside each image"
+    }
+    assert not root.exists()
+
+
+def test_a_family_that_is_only_tapped_says_so(tmp_path):
+    words = ("--set", "model.family=bria")
+    planned = cli("plan", "experiments/flux_block_index.yaml", *words, "--json", "--root", tmp_path)
+    reasons = {run["blocked"] for run in json.loads(planned.stdout)["runs"]}
+    (reason,) = reasons
+    assert reason.startswith("family 'bria' can be planned and tapped, not trained (trainable: sit, unet, sd15")
+
+
+def test_a_rehearsal_says_what_it_is(tmp_path):
+    (tmp_path / "one.yaml").write_text(
+        "name: one\nmodel: {family: sd15, pretrained: somewhere/else}\nregularizer: {type: urepa}\n"
+        "data: {source: imagefolder, path: null, resolution: 512}\ntrain: {steps: 100}\n"
+    )
+    done = cli("sweep", "one.yaml", "--rehearse", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 runs trained now, 0 failed\na rehearsal: tiny random models, whose numbers say nothing\n" in done.stdout
+    assert done.stdout.endswith("report: runs-rehearsal/one-rehearsal/report.html\n")
+    assert "seed has no interval" not in done.stdout
+    assert not (tmp_path / "runs").exists()
 
 
 def test_unknown_sweeps_and_arms_name_what_there_is(tmp_path):

@@ -63,6 +63,11 @@ class SimilarityCutoff(nn.Module):
         self._step = step
         self._waiting.append(mean_over_ranks(cosine))
 
+    def retract(self, step: int) -> None:
+        """Forget what was noted of ``step``, which is about to be taken again."""
+        if step == self._step:
+            self._waiting = []
+
     def is_cut(self, step: int) -> bool:
         """Whether the weight is 0 at ``step``, judged by the steps before it."""
         if step > self._step:

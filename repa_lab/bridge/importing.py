@@ -20,7 +20,6 @@ from repa_lab.bridge.keys import (
     CREPA_MODEL,
     IREPA,
     KEYS,
-    RELEASED,
     REST,
     STAND_IN_STEPS,
     TINY_AUTOENCODERS,
@@ -150,8 +149,8 @@ def _stand_ins(reading: Reading, fields: Mapping[str, Any]) -> dict[str, Any]:
     """What a whole spec cannot do without and the config leaves to that trainer or to another file."""
     if reading.family is None:
         return {}
-    name = reading.family.name
-    pretrained = fields["model.pretrained"] or RELEASED.get(name)
+    name, pipeline = reading.family.name, reading.family.pipeline
+    pretrained = fields["model.pretrained"] or (pipeline.released if pipeline else None)  # that trainer's own default
     return {
         "name": f"{name}_{REGULARIZERS.get(str(reading.prefix), 'none')}",
         "question": f"What do the settings of {reading.given.file.name if reading.given.file else 'the flags'} do to {name}?",

@@ -240,27 +240,6 @@ CREPA_MODEL = Key("crepa_model", "regularizer.encoder.name", None, _encoder)
 STAND_IN_STEPS = 5000
 # Its names of families that have another here.
 FAMILY_NAMES = {"sd1x": "sd15", "pixart_sigma": "pixart", "kandinsky5_image": "kandinsky5"}
-# The released weights of a family in diffusers' layout, for a config that leaves them to that trainer's own default.
-RELEASED = {
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "kolors": "Kwai-Kolors/Kolors-diffusers",
-    "flux": "black-forest-labs/FLUX.1-dev",
-    "flux2": "black-forest-labs/FLUX.2-dev",
-    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "chroma": "lodestones/Chroma1-HD",
-    "sana": "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
-    "pixart": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
-    "hidream": "HiDream-ai/HiDream-I1-Full",
-    "auraflow": "fal/AuraFlow-v0.3",
-    "lumina2": "Alpha-VLLM/Lumina-Image-2.0",
-    "qwen_image": "Qwen/Qwen-Image",
-    "z_image": "Tongyi-MAI/Z-Image-Turbo",
-    "kandinsky5": "kandinskylab/Kandinsky-5.0-T2I-Lite-sft-Diffusers",
-    "cogview4": "zai-org/CogView4-6B",
-    "hunyuan_dit": "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",
-    "dit": "facebook/DiT-XL-2-256",
-}
 _TAESDXL, _TAEF1 = "madebyollin/taesdxl", "madebyollin/taef1"
 # Tiny autoencoders by the latents that a family has.
 TINY_AUTOENCODERS = {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from repa_lab.data.fingerprint import DataError
+from repa_lab.data.errors import DataError
 from repa_lab.data.latents import latent_scaling
 
 
@@ -19,6 +20,7 @@ class Autoencoder:
     Args:
         model: a diffusers autoencoder.
         field: the setting that names it, for errors.
+        shifted: whether its latents are shifted, if its config says by how much.
 
     Attributes:
         channels: of the pixels.
@@ -30,15 +32,15 @@ class Autoencoder:
         DataError: the model is no autoencoder of images.
     """
 
-    def __init__(self, model: Any, field: str) -> None:
+    def __init__(self, model: Any, field: str, shifted: bool = True) -> None:
         if not (hasattr(model, "encode") and hasattr(model, "decode")):
             raise DataError(field, f"{type(model).__name__} is not an autoencoder")
         self.model, self.field = model.eval().requires_grad_(False), field
         self._film = _takes_films(model, field)
-        self.scaling = latent_scaling(model)
+        self.scaling = latent_scaling(model) if shifted else replace(latent_scaling(model), mean=(0.0,))
         self.channels = _first_setting(model, "in_channels", "input_channels")
         self.latent_channels = _first_setting(model, "latent_channels", "z_dim")
-        self.identity = _identity(model)
+        self.identity = _identity(model) | ({} if shifted else {"shifted": False})
 
     @torch.no_grad()
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -61,7 +63,7 @@ class Autoencoder:
         return to_uint8(decode(z.unsqueeze(2)).sample.squeeze(2) if self._film else decode(z).sample)
 
 
-def load_autoencoder(place: str, field: str) -> Autoencoder:
+def load_autoencoder(place: str, field: str, shifted: bool = True) -> Autoencoder:
     """An autoencoder by its hub id or folder, or by that of a pipeline, whose ``vae`` it is; of the class its config names.
 
     Raises:
@@ -72,7 +74,7 @@ def load_autoencoder(place: str, field: str) -> Autoencoder:
     errors: list[Exception] = []
     for subfolder in (None, "vae"):
         try:
-            return Autoencoder(AutoModel.from_pretrained(place, subfolder=subfolder), field)
+            return Autoencoder(AutoModel.from_pretrained(place, subfolder=subfolder), field, shifted)
         except (OSError, ValueError) as error:
             if isinstance(error, DataError):
                 raise

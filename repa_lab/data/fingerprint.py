@@ -5,21 +5,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from repa_lab.data.crop import Buckets
+from repa_lab.data.errors import DataError
+
 _CONTENT_SAMPLE = 256
+_END_BYTES = 1 << 20
+_DATASETS_CACHE = "cache-*.arrow"  # what `datasets` leaves beside a data set that it maps or filters
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-class DataError(ValueError):
-    """The data cannot be used; :attr:`field` names the setting at fault: one of ``data``, or the encoder's ``tae``, or the
-    run's ``encoder_storage``."""
-
-    def __init__(self, field: str, message: str) -> None:
-        self.field = field
-        super().__init__(message)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -41,19 +38,31 @@ def fingerprint_digits() -> str:
     return digest({"source": "digits", "images": 1797})
 
 
-def fingerprint_folder(folder: Path, resolution: int) -> str:
+def captions_file(image: Path) -> Path:
+    """Where an image's caption stands if it has a file of its own."""
+    return image.with_suffix(".txt")
+
+
+def has_captions(folder: Path) -> bool:
+    """Whether a folder of images has captions: a list of them, or a file beside an image."""
+    return (folder / "metadata.jsonl").is_file() or bool(_texts(image_files(folder)))
+
+
+def fingerprint_folder(folder: Path, resolution: int, buckets: Buckets | None = None) -> str:
     """Names and sizes of the images, the captions, and the resolution they are read at.
 
     Raises:
         DataError: see :func:`image_files`.
     """
-    files = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in image_files(folder)]
+    images = image_files(folder)
     metadata = folder / "metadata.jsonl"
-    captions = hashlib.sha256(metadata.read_bytes()).hexdigest() if metadata.is_file() else None
-    return digest({"source": "imagefolder", "files": files, "captions": captions, "resolution": resolution})
+    texts = [(path.relative_to(folder).as_posix(), _sha256(path)) for path in _texts(images)]
+    captions = _sha256(metadata) if metadata.is_file() else texts
+    held = {"source": "imagefolder", "files": _listing(folder, images), "captions": captions or None, "resolution": resolution}
+    return digest({**held, **({"buckets": asdict(buckets)} if buckets else {})})
 
 
-def fingerprint_content(folder: Path, resolution: int) -> str:
+def fingerprint_content(folder: Path, resolution: int, buckets: Buckets | None = None) -> str:
     """As :func:`fingerprint_folder`, and what is in the images: in all of up to 256, in as many of more, evenly spaced.
 
     Caches hang on it. Reading files takes too long for what `plan` knows of a run, and there a mistake costs less: uncompressed
@@ -62,10 +71,33 @@ def fingerprint_content(folder: Path, resolution: int) -> str:
     Raises:
         DataError: see :func:`image_files`.
     """
-    files = image_files(folder)
-    step = -(-len(files) // _CONTENT_SAMPLE)
-    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files[::step]]
-    return digest({"listing": fingerprint_folder(folder, resolution), "contents": contents})
+    contents = [_sha256(path) for path in _evenly(image_files(folder))]
+    return digest({"listing": fingerprint_folder(folder, resolution, buckets), "contents": contents})
+
+
+def fingerprint_saved(folder: Path, resolution: int, buckets: Buckets | None = None) -> str:
+    """The files of a data set that `Dataset.save_to_disk` wrote, and the resolution they are read at.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise DataError("path", f"no folder '{folder}'")
+    held = {"source": "datasets", "files": fingerprint_files(folder, but=_DATASETS_CACHE), "resolution": resolution}
+    return digest({**held, "buckets": asdict(buckets) if buckets else None})
+
+
+def fingerprint_files(folder: Path, but: str | None = None) -> str:
+    """Any folder: the names and sizes of its files, and the first and last mebibyte of each.
+
+    It stands for a local folder of weights in a run's identity: wherever it lies, and even if it is filled anew. Files whose
+    names match the pattern ``but`` are left out.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    files = sorted(path for path in _walk(folder) if path.is_file() and not (but and path.match(but)))
+    return digest([(path.relative_to(folder).as_posix(), path.stat().st_size, _ends(path)) for path in files])
 
 
 def digest(value: Any) -> str:
@@ -78,6 +110,29 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, computed once a process: a file of weights does not change under a running sweep."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _listing(folder: Path, files: Sequence[Path]) -> list[tuple[str, int]]:
+    return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
+
+
+def _texts(images: Sequence[Path]) -> list[Path]:
+    return [captions_file(path) for path in images if captions_file(path).is_file()]
+
+
+def _evenly(files: Sequence[Path]) -> Sequence[Path]:
+    return files[:: -(-len(files) // _CONTENT_SAMPLE)]
+
+
+def _ends(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(_END_BYTES)
+        file.seek(max(len(start), path.stat().st_size - _END_BYTES))
+        return hashlib.sha256(start + file.read()).hexdigest()
 
 
 def _walk(folder: Path) -> Iterator[Path]:

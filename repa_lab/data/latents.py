@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from repa_lab.data.fingerprint import DataError
+from repa_lab.data.errors import DataError
 
 PerChannel = tuple[float, ...]
 

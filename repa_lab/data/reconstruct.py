@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from repa_lab.data.autoencoder import Autoencoder
-from repa_lab.data.fingerprint import DataError, digest
+from repa_lab.data.errors import DataError
+from repa_lab.data.fingerprint import digest
 from repa_lab.data.sources import ImageSource
 from repa_lab.data.space import LatentSpace
 
@@ -35,14 +36,14 @@ class Reconstructions:
             seen = f"'{decoder.field}' decodes latents of {decoder.latent_channels} channels"
             raise DataError(decoder.field, f"{seen}, but those of the VAE have {space.channels}: it is for another VAE")
         self._space, self._decoder, self._device = space, decoder, device
-        self._count = len(source)
+        self._source = source
         self.channels, self.side, self.num_classes = source.channels, source.side, source.num_classes
-        self.labels, self.captions = source.labels, source.captions
+        self.labels, self.sizes, self.captions = source.labels, source.sizes, source.captions
         content = {"of": source.fingerprint, "vae": space.vae.identity, "decoder": decoder.identity}
         self.fingerprint = digest({"source": f"reconstructions/{decoder.field}", **content})
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._source)
 
     def read(self, index: Sequence[int]) -> torch.Tensor:
         """See :class:`ImageSource`.
@@ -52,10 +53,14 @@ class Reconstructions:
         """
         return torch.cat([self._decode(part) for part in torch.as_tensor(index).split(_BATCH)])
 
+    def frames(self, index: Sequence[int]) -> torch.Tensor:
+        """See :class:`ImageSource`."""
+        return self._source.frames(index)
+
     def _decode(self, index: torch.Tensor) -> torch.Tensor:
-        x = self._space.encode(index.tolist(), None)
+        x = self._space.encode(index, None)
         pixels = self._decoder.decode(x.to(self._device)).cpu()
-        if pixels.shape[1:] != (self.channels, self.side, self.side):
-            seen, wanted = tuple(pixels.shape[1:]), (self.channels, self.side, self.side)
+        seen, wanted = tuple(pixels.shape[1:]), (self.channels, *self._source.sizes[index[0]].tolist())
+        if seen != wanted:
             raise DataError(self._decoder.field, f"images of {wanted} are given back as {seen}: it is not for these latents")
         return pixels

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from repa_lab.data.fingerprint import DataError, digest
+from repa_lab.data.errors import DataError
+from repa_lab.data.fingerprint import digest
 
 MANIFEST = "manifest.json"
 

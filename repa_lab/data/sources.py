@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -13,19 +11,29 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from repa_lab.data.fingerprint import DataError, digest, fingerprint_content, fingerprint_digits, image_files
+from repa_lab.data.crop import Buckets, Size, crop, framing, opaque
+from repa_lab.data.errors import DataError
+from repa_lab.data.fingerprint import digest, fingerprint_digits
 
 _SPLIT_SEED = 0
 
 
 class ImageSource(Protocol):
-    """A fixed, ordered set of labelled images of one size.
+    """A fixed, ordered set of labelled images.
 
-    ``labels`` is ``(n,)`` int64 in [0, num_classes); ``captions`` has n texts or is empty; ``fingerprint`` is a key of caches.
+    Attributes:
+        channels: of the pixels.
+        side: pixels along each side of a square image; images of other aspects have about its area.
+        sizes: every image's height and width ``(n, 2)``.
+        num_classes: of the labels.
+        labels: ``(n,)`` int64 in [0, num_classes).
+        captions: n texts, or empty.
+        fingerprint: a key of caches.
     """
 
     channels: int
     side: int
+    sizes: torch.Tensor
     num_classes: int
     labels: torch.Tensor
     captions: Sequence[str]
@@ -34,8 +42,18 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: Sequence[int]) -> torch.Tensor:
-        """Pixels ``(len(index), channels, side, side)``, uint8."""
+        """Pixels ``(len(index), channels, height, width)``, uint8, of images of one size."""
         ...
+
+    def frames(self, index: Sequence[int]) -> torch.Tensor:
+        """How images were cut, ``(len(index), 6)``: see :attr:`repa_lab.data.crop.Framing.frame`."""
+        ...
+
+
+def groups(sizes: torch.Tensor) -> list[torch.Tensor]:
+    """The images of each size, ascending, those of the smallest first; ``sizes`` is ``(n, 2)``."""
+    kinds, which = sizes.unique(dim=0, return_inverse=True)
+    return [(which == number).nonzero().flatten() for number in range(len(kinds))]
 
 
 class Digits:
@@ -47,6 +65,7 @@ class Digits:
         bunch = load_digits()
         self._pixels = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
         self.labels = torch.from_numpy(bunch.target).long()
+        self.sizes = torch.full((len(self.labels), 2), self.side)
         self.captions: Sequence[str] = ()
         self.fingerprint = fingerprint_digits()
 
@@ -57,43 +76,62 @@ class Digits:
         """See :class:`ImageSource`."""
         return self._pixels[torch.as_tensor(index)]
 
+    def frames(self, index: Sequence[int]) -> torch.Tensor:
+        """See :class:`ImageSource`."""
+        return torch.tensor([[8, 8, 0, 0, 8, 8]]).expand(len(index), -1)
 
-class ImageFolder:
-    """A folder of images: one class per subfolder, captions from ``metadata.jsonl`` (``file_name``, ``text``) if it is there.
 
-    Images directly in the folder belong to one class. Each is centre-cropped and resized as the papers' data was (see
-    :func:`center_crop`).
+class Pictures:
+    """Images of any size, cropped and resized as they are read: what folders and data sets on disk have in common.
 
-    Raises:
-        DataError: no folder, no images, or captions that name missing files.
+    Args:
+        count: how many there are.
+        side: pixels along each side of a square image.
+        buckets: gives each image the size of the nearest aspect; None makes all of them square.
     """
 
     channels = 3
+    num_classes: int
+    labels: torch.Tensor
+    captions: Sequence[str]
+    fingerprint: str
 
-    def __init__(self, folder: Path, resolution: int) -> None:
-        self._files = image_files(folder)
-        self.side = resolution
-        classes = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in self._files]
-        names = sorted(set(classes))
-        self.num_classes = len(names)
-        self.labels = torch.tensor([names.index(name) for name in classes])
-        self.captions = _captions(folder, self._files)
-        self.fingerprint = fingerprint_content(folder, resolution)
+    def __init__(self, count: int, side: int, buckets: Buckets | None) -> None:
+        self._count, self.side = count, side
+        chosen = [buckets.choose(self._size(i)) for i in range(count)] if buckets else [(side, side)] * count
+        self.sizes = torch.tensor(chosen)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return self._count
 
     def read(self, index: Sequence[int]) -> torch.Tensor:
         """See :class:`ImageSource`."""
-        return torch.stack([self._load(self._files[int(i)]) for i in index])
+        return torch.stack([self._pixels(int(i)) for i in index])
 
-    def _load(self, path: Path) -> torch.Tensor:
-        try:
-            with Image.open(path) as image:
-                pixels = np.array(center_crop(_flatten_alpha(image), self.side))
-        except OSError as error:
-            raise DataError("path", f"cannot read the image '{path}': {error}") from None
+    def frames(self, index: Sequence[int]) -> torch.Tensor:
+        """See :class:`ImageSource`."""
+        return torch.tensor([framing(self._size(int(i)), self._target(int(i))).frame for i in index])
+
+    def open(self, index: int) -> Image.Image:
+        """One image as it is on disk.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        raise NotImplementedError
+
+    def _pixels(self, index: int) -> torch.Tensor:
+        with self.open(index) as image:
+            pixels = np.array(crop(opaque(image), self._target(index)))
         return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def _size(self, index: int) -> Size:
+        with self.open(index) as image:
+            return image.height, image.width
+
+    def _target(self, index: int) -> Size:
+        height, width = self.sizes[index].tolist()
+        return height, width
 
 
 class Flips:
@@ -106,6 +144,7 @@ class Flips:
         self._base = base
         self.channels, self.side, self.num_classes = base.channels, base.side, base.num_classes
         self.labels = torch.cat([base.labels, base.labels])
+        self.sizes = torch.cat([base.sizes, base.sizes])
         self.captions: Sequence[str] = [*base.captions, *base.captions]
         self.fingerprint = digest({"source": "flips", "of": base.fingerprint})
 
@@ -118,15 +157,9 @@ class Flips:
         pixels = self._base.read((wanted % count).tolist())
         return torch.where((wanted >= count).view(-1, 1, 1, 1), pixels.flip(-1), pixels)
 
-
-def center_crop(image: Image.Image, side: int) -> Image.Image:
-    """ADM's crop, used by the REPA papers: halve with a box filter while twice too large, then bicubic, then cut the centre."""
-    while min(image.size) >= 2 * side:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = side / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    def frames(self, index: Sequence[int]) -> torch.Tensor:
+        """See :class:`ImageSource`: as of the images that are mirrored."""
+        return self._base.frames([int(i) % len(self._base) for i in index])
 
 
 @dataclass(frozen=True)
@@ -147,33 +180,3 @@ def split(count: int, holdout: int) -> Split:
         raise DataError("holdout", f"holding out {holdout} of {count} images leaves none to train on")
     order = torch.from_numpy(np.random.default_rng(_SPLIT_SEED).permutation(count))
     return Split(train=order[holdout:].sort().values, held_out=order[:holdout].sort().values)
-
-
-def _flatten_alpha(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion would clip to white
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "P"):
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _captions(folder: Path, files: Sequence[Path]) -> Sequence[str]:
-    metadata = folder / "metadata.jsonl"
-    if not metadata.is_file():
-        return ()
-    texts: dict[str, str] = {}
-    # A caption may hold U+2028 and its like, at which splitlines would cut a row in two.
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            texts[row["file_name"]] = row["text"]
-        except (ValueError, KeyError, TypeError):
-            raise DataError("path", f"{metadata}:{number}: expected a JSON object with 'file_name' and 'text'") from None
-    names = [path.relative_to(folder).as_posix() for path in files]
-    if missing := sorted(texts.keys() - set(names)):
-        raise DataError("path", f"{metadata} names '{missing[0]}', which is not in the folder ({len(missing)} such)")
-    return [texts.get(name, "") for name in names]

@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from repa_lab.data.autoencoder import Autoencoder, load_autoencoder, to_uint8
-from repa_lab.data.fingerprint import DataError
+from repa_lab.data.errors import DataError
+from repa_lab.data.sized import SizedStores, open_sized
 from repa_lab.data.sources import ImageSource
-from repa_lab.data.store import ArrayStore, Progress, open_or_build
+from repa_lab.data.store import Progress
 
 _BATCH = 8
 _CPU = torch.device("cpu")
 
 
 class Space(Protocol):
-    """Where diffusion takes place: ``channels`` and ``size`` of its arrays, and the way in and out."""
+    """Where diffusion takes place, and the way in and out. Images that are asked for together are of one size."""
 
     channels: int
-    size: tuple[int, int]
 
-    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor | None:
-        """The randomness of encoding ``count`` images; None, and nothing is drawn, where encoding has none."""
+    def shape(self, index: torch.Tensor) -> tuple[int, int, int]:
+        """(channels, height, width) of one array of the images ``index``."""
         ...
 
-    def encode(self, index: Sequence[int], noise: torch.Tensor | None) -> torch.Tensor:
-        """Images of the source as float32 ``(B, channels, *size)``; ``noise`` is what :meth:`draw` gave, None the mean."""
+    def draw(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
+        """The randomness of encoding the images ``index``; None, and nothing is drawn, where encoding has none."""
+        ...
+
+    def encode(self, index: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """Images of the source as float32 ``(B, *shape)``; ``noise`` is what :meth:`draw` gave, None the mean."""
         ...
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Samples ``(B, channels, *size)`` as uint8 pixels ``(B, C, H, W)``."""
+        """Samples ``(B, channels, h, w)`` as uint8 pixels ``(B, C, H, W)``."""
         ...
 
 
@@ -41,15 +45,20 @@ class PixelSpace:
 
     def __init__(self, source: ImageSource) -> None:
         self._source = source
-        self.channels, self.size = source.channels, (source.side, source.side)
+        self.channels = source.channels
 
-    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor | None:
+    def shape(self, index: torch.Tensor) -> tuple[int, int, int]:
+        """See :class:`Space`."""
+        height, width = self._source.sizes[index[0]].tolist()
+        return self.channels, height, width
+
+    def draw(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
         """See :class:`Space`: None, pixels are no matter of chance."""
         return None
 
-    def encode(self, index: Sequence[int], noise: torch.Tensor | None) -> torch.Tensor:
+    def encode(self, index: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """See :class:`Space`."""
-        return self._source.read(index).float() / 127.5 - 1
+        return self._source.read(index.tolist()).float() / 127.5 - 1
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """See :class:`Space`."""
@@ -61,32 +70,43 @@ class LatentSpace:
 
     Args:
         vae: the autoencoder.
-        moments: ``(n, 2 * c, h, w)``: mean and standard deviation of every image's latent.
+        moments: ``(2 * c, h, w)`` of every image: mean and standard deviation of its latent.
     """
 
-    def __init__(self, vae: Autoencoder, moments: ArrayStore) -> None:
+    def __init__(self, vae: Autoencoder, moments: SizedStores) -> None:
         self.vae, self._moments = vae, moments
-        doubled, height, width = moments.shape
-        self._latent = (doubled // 2, height, width)
-        self.channels, *size = vae.scaling.shape(*self._latent)
-        self.size = (size[0], size[1])
+        shapes = [vae.scaling.shape(store.shape[0] // 2, *store.shape[1:]) for store in moments.stores]
+        self.channels = shapes[0][0]
 
-    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor | None:
-        """See :class:`Space`: standard normal ``(count, c, h, w)``, in the autoencoder's own shape."""
-        return torch.randn((count, *self._latent), generator=generator)
-
-    def encode(self, index: Sequence[int], noise: torch.Tensor | None) -> torch.Tensor:
+    def shape(self, index: torch.Tensor) -> tuple[int, int, int]:
         """See :class:`Space`."""
-        mean, std = self._moments[torch.as_tensor(index)].chunk(2, dim=1)
+        return self.vae.scaling.shape(*self._latent(index))
+
+    def draw(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
+        """See :class:`Space`: standard normal ``(B, c, h, w)``, in the autoencoder's own shape."""
+        return torch.randn((len(index), *self._latent(index)), generator=generator)
+
+    def encode(self, index: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """See :class:`Space`."""
+        mean, std = self._moments[index].chunk(2, dim=1)
         return self.vae.scaling.normalise(mean if noise is None else mean + std * noise)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """See :class:`Space`."""
         return self.vae.decode(x)
 
+    def _latent(self, index: torch.Tensor) -> tuple[int, int, int]:
+        doubled, height, width = self._moments.shape(index)
+        return doubled // 2, height, width
+
 
 def latent_space(
-    source: ImageSource, vae: str, cache: Path, progress: Progress | None = None, device: torch.device = _CPU
+    source: ImageSource,
+    vae: str,
+    cache: Path,
+    progress: Progress | None = None,
+    device: torch.device = _CPU,
+    shifted: bool = True,
 ) -> LatentSpace:
     """The latent space of a VAE, a hub id or a local folder, with the moments of all images.
 
@@ -96,11 +116,12 @@ def latent_space(
         cache: where the moments are kept.
         progress: told how many of how many images are done.
         device: where moments that are missing are computed.
+        shifted: see :class:`Autoencoder`.
 
     Raises:
         DataError: the VAE cannot be loaded, or does not take images of this many channels or this size.
     """
-    model = load_autoencoder(vae, "vae")
+    model = load_autoencoder(vae, "vae", shifted)
     if model.channels not in (source.channels, None):
         raise DataError("vae", f"the VAE takes {model.channels} channels, the images have {source.channels}")
 
@@ -109,4 +130,5 @@ def latent_space(
         return model.moments(source.read(index.tolist()))
 
     identity = {"kind": "latents/2", "data": source.fingerprint, "vae": model.identity}
-    return LatentSpace(model, open_or_build(cache / "latents", identity, len(source), moments, _BATCH, progress))
+    about = {"vae": vae, "resolution": source.side, "crop": "centre", "scaling": asdict(model.scaling)}
+    return LatentSpace(model, open_sized(cache / "latents", identity, source, moments, _BATCH, progress, about=about))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from repa_lab.data.fingerprint import DataError, digest
+from repa_lab.data.errors import DataError
+from repa_lab.data.fingerprint import digest
 from repa_lab.data.shards import (
     Manifest,
     checksums,
@@ -81,6 +83,7 @@ def open_or_build(
     batch_size: int = 128,
     progress: Progress | None = None,
     dtype: torch.dtype | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> ArrayStore:
     """The store of ``identity`` under ``root``; what is missing or damaged is computed; a kill loses one shard.
 
@@ -92,6 +95,7 @@ def open_or_build(
         batch_size: images per call of ``compute``.
         progress: told how many of how many images are done.
         dtype: how tensors are stored; None keeps what ``compute`` gives.
+        about: what a person wants to know of the store beside its identity; written into ``about.json``, never read.
 
     Raises:
         DataError: the folder is another store's, or a value has no place in ``dtype``.
@@ -105,6 +109,7 @@ def open_or_build(
             manifest = _describe(head, identity, count)
             compute = _remember(head, compute)
             write_manifest(folder, manifest)
+            (folder / "about.json").write_text(json.dumps(about or {}, indent=2) + "\n", encoding="utf-8")
         builder = _Builder(manifest, compute, batch_size, progress, dtype)
         return ArrayStore(folder, manifest, builder.complete(folder))
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from repa_lab.align.tokens import Tokens, flatten_map
-from repa_lab.encoders.registry import ENCODERS, EncoderFacts, input_size
+from repa_lab.encoders.registry import ENCODERS, EncoderFacts, facts_of, input_size
 from repa_lab.encoders.weights import EncoderError, lite0_model, load_model, one_line, skeleton
 
 __all__ = [
@@ -144,7 +144,7 @@ def load_encoder(
     Raises:
         EncoderError: unknown name, missing or unfitting weights, a size that is no grid, or a model without feature maps.
     """
-    facts = ENCODERS.get(name) or EncoderFacts(name, 0, 0)
+    facts = facts_of(name) or EncoderFacts(name, 0, 0)
     if not timm.is_model(facts.timm_name.split(".")[0]):
         near = difflib.get_close_matches(name, [*ENCODERS, *timm.list_models()], n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -20,7 +20,8 @@ class EncoderFacts:
         stride: pixels per patch token along each side.
         dim: width D of a token.
         options: further arguments of `timm.create_model`.
-        weights: where they come from unless a file is given: timm's hub, a package the lab depends on, or a file alone.
+        weights: where they come from unless a file is given: timm's hub, a package the lab depends on, a file alone, or
+            nowhere, for what is random.
         prefix: where the encoder stands in its publisher's file, next to what else was trained.
         renames: words in that file's names, and what they mean.
     """
@@ -29,7 +30,7 @@ class EncoderFacts:
     stride: int
     dim: int
     options: Mapping[str, int] = field(default_factory=dict)
-    weights: Literal["hub", "package", "file"] = "hub"
+    weights: Literal["hub", "package", "file", "none"] = "hub"
     prefix: str = ""
     renames: Mapping[str, str] = field(default_factory=dict)
 
@@ -78,6 +79,20 @@ ENCODERS: dict[str, EncoderFacts] = {
 }
 
 
+# Before a name: a vision transformer of its patches and tokens, but two narrow blocks of random weights; for rehearsals.
+TINY = "tiny-"
+_TINY_OPTIONS = {"depth": 2, "embed_dim": 48, "num_heads": 2}
+
+
+def facts_of(name: str) -> EncoderFacts | None:
+    """What is known of an encoder, or None of a name that is timm's own."""
+    if not name.startswith(TINY):
+        return ENCODERS.get(name)
+    like = name.removeprefix(TINY)
+    known = ENCODERS.get(like) or EncoderFacts(like, 0, 0)
+    return replace(known, dim=_TINY_OPTIONS["embed_dim"], options={**known.options, **_TINY_OPTIONS}, weights="none")
+
+
 def input_size(stride: int, shape: tuple[int, int], image_size: int | None = None) -> tuple[int, int]:
     """The pixels (height, width) at which an encoder sees an image, its aspect kept.
 
@@ -106,8 +121,8 @@ def _nearest(side: float, stride: int) -> int:
 
 def grid_problem(name: str, image_size: int | None, resolution: int) -> str | None:
     """Why a known encoder cannot give a patch grid at this size, or None if it can or is not known."""
-    facts = ENCODERS.get(name)
-    if facts is None:
+    facts = facts_of(name)
+    if facts is None or facts.stride == 0:
         return None
     size, _ = input_size(facts.stride, (resolution, resolution), image_size)
     if size == 0:
@@ -123,7 +138,7 @@ def grid_problem(name: str, image_size: int | None, resolution: int) -> str | No
 
 def weights_problem(name: str, weights: str | None) -> str | None:
     """Why a known encoder cannot be had without a file of weights, or None if it can or is not known."""
-    facts = ENCODERS.get(name)
+    facts = facts_of(name)
     if facts is None or facts.weights != "file" or weights is not None:
         return None
     return f"the weights of '{name}' are on no model hub; give weights: FILE, the publisher's .pth.tar"

@@ -14,8 +14,9 @@ from repa_lab.align.tokens import Grid, Tokens
 from repa_lab.data.fingerprint import file_digest
 from repa_lab.data.reconstruct import Reconstructions
 from repa_lab.data.shards import dtype_name
-from repa_lab.data.sources import ImageSource
-from repa_lab.data.store import ArrayStore, Progress, open_or_build
+from repa_lab.data.sized import SizedStores, open_sized
+from repa_lab.data.sources import ImageSource, groups
+from repa_lab.data.store import Progress
 from repa_lab.encoders.encoder import Encoder, EncoderOptions, load_encoder, require_patch_tokens
 
 _PREFLIGHT_IMAGES = 4
@@ -45,24 +46,24 @@ class Targets(Protocol):
 
 
 class CachedTargets:
-    """Features from the cache, ``(n, h, w, D)`` in whatever precision they are kept, optionally with every channel standardised
-    over all images and places."""
+    """Features from the cache, ``(h, w, D)`` of each image in whatever precision they are kept, optionally with every channel
+    standardised over all images and places."""
 
-    def __init__(self, store: ArrayStore, count: int, standardize: bool) -> None:
-        height, width, self.dim = store.shape
-        self._grid: Grid = (height, width)
-        self._moments = _channel_moments(store, count) if standardize else None
-        self._read: Reader = store.__getitem__
+    def __init__(self, stores: SizedStores, source: ImageSource, standardize: bool) -> None:
+        self.dim = stores.stores[0].shape[-1]
+        self._moments = _channel_moments(stores, source) if standardize else None
+        self._read: Reader = stores.__getitem__
         self.reader: Reader | None = self._read
 
     def __call__(self, index: torch.Tensor, device: torch.device, loaded: torch.Tensor | None = None) -> Tokens:
         """See :class:`Targets`."""
         kept = self._read(index) if loaded is None else loaded
+        grid: Grid = (kept.shape[1], kept.shape[2])
         values = kept.to(device, non_blocking=True).float().flatten(1, 2)
         if self._moments is not None:
             mean, std = (moment.to(device) for moment in self._moments)
             values = (values - mean) / std
-        return Tokens(values, self._grid)
+        return Tokens(values, grid)
 
 
 class OnlineTargets:
@@ -139,29 +140,30 @@ def cached_targets(
     """
 
     @functools.cache
-    def ready() -> tuple[Encoder, Grid]:
+    def ready() -> Encoder:
         encoder = load_encoder(name, image_size, source.side, weights, options).to(device)
-        return encoder, require_patch_tokens(encoder, name, _sample(source).to(device)).grid
+        require_patch_tokens(encoder, name, _sample(source).to(device))
+        return encoder
 
     def compute(index: torch.Tensor) -> torch.Tensor:
-        encoder, grid = ready()
-        tokens: Tokens = encoder(source.read(index.tolist()).to(device))
-        features: torch.Tensor = tokens.values.unflatten(1, grid)
+        tokens: Tokens = ready()(source.read(index.tolist()).to(device))
+        features: torch.Tensor = tokens.values.unflatten(1, tokens.grid)
         return features
 
     identity = feature_identity(source, name, image_size, weights, storage, options.precision)
-    store = open_or_build(cache / "features", identity, len(source), compute, progress=progress, dtype=storage)
-    return CachedTargets(store, len(source), standardize)
+    stores = open_sized(cache / "features", identity, source, compute, progress=progress, dtype=storage)
+    return CachedTargets(stores, source, standardize)
 
 
 def _sample(source: ImageSource) -> torch.Tensor:
-    return source.read(range(min(_PREFLIGHT_IMAGES, len(source))))
+    return source.read(groups(source.sizes)[0][:_PREFLIGHT_IMAGES].tolist())
 
 
-def _channel_moments(store: ArrayStore, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    total, squares, tokens = torch.zeros(store.shape[-1]).double(), torch.zeros(store.shape[-1]).double(), 0
-    for index in torch.arange(count).split(_IMAGES_AT_ONCE):
-        values = store[index].double().flatten(0, 2)
+def _channel_moments(stores: SizedStores, source: ImageSource) -> tuple[torch.Tensor, torch.Tensor]:
+    dim = stores.stores[0].shape[-1]
+    total, squares, tokens = torch.zeros(dim).double(), torch.zeros(dim).double(), 0
+    for index in (part for group in groups(source.sizes) for part in group.split(_IMAGES_AT_ONCE)):
+        values = stores[index].double().flatten(0, 2)
         total, squares, tokens = total + values.sum(0), squares + values.square().sum(0), tokens + len(values)
     mean = total / tokens
     return mean.float(), (squares / tokens - mean.square()).clamp_min(_MIN_STD**2).sqrt().float()

@@ -79,6 +79,8 @@ def load_model(name: str, facts: EncoderFacts, weights: str | None, shape: nn.Mo
     if message := weights_problem(name, weights):
         raise EncoderError("weights", message)
     options = {**facts.options, **({"dynamic_img_size": True} if _takes_any_size(shape) else {})}
+    if facts.weights == "none":
+        return _random(facts.timm_name, options)
     if weights is None:
         return _from_hub(name, facts.timm_name, options)
     if not Path(weights).is_file():
@@ -94,6 +96,14 @@ def _takes_any_size(model: nn.Module) -> bool:
 def _create(timm_name: str, **options: Any) -> Any:
     """`timm.create_model`, whose optional arguments have types that those of the models themselves do not fit."""
     return timm.create_model(timm_name, **options)
+
+
+def _random(timm_name: str, options: dict[str, Any]) -> nn.Module:
+    """The same random weights wherever they are made: features of them are cached by the encoder's name."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: nn.Module = _create(timm_name, num_classes=0, **options)
+    return model
 
 
 def _from_hub(name: str, timm_name: str, options: dict[str, Any]) -> nn.Module:

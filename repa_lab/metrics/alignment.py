@@ -9,6 +9,18 @@ Array = NDArray[np.float64]
 _ZERO_NORM = 1e-12
 
 
+def cosine(student: ArrayLike, teacher: ArrayLike) -> float:
+    """Mean cosine of the tokens ``(B, N, D)`` of two sides, image by image and place by place.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    s, t = _unit(student), _unit(teacher)
+    if s.shape != t.shape or s.ndim != 3:
+        raise ValueError(f"need two equal (B, N, D) arrays, got {s.shape} and {t.shape}")
+    return float((s * t).sum(axis=-1).mean())
+
+
 def cosine_gap(student: ArrayLike, teacher: ArrayLike) -> tuple[float, float]:
     """Mean token cosine, and how far it lies above that of mismatched images.
 

@@ -18,6 +18,11 @@ def sampler_name(type: str, solver: str, steps: int) -> str:
     return f"{kind}{steps}"
 
 
+def pipeline_name(steps: int, guidance: float) -> str:
+    """``pipeline30-cfg5``: a pretrained family's own pipeline, scheduler and guidance."""
+    return f"pipeline{steps}" + ("" if guidance == 1 else f"-cfg{guidance:g}")
+
+
 def guidance_name(scale: float, low: float, high: float) -> str:
     """``-cfg1.8[0,0.7]``, or nothing without guidance."""
     return "" if scale == 1 else f"-cfg{scale:g}[{low:g},{high:g}]"

@@ -27,6 +27,7 @@ class Entry:
         pixels: along each side of the image that the grid is for.
         grid: tapped tokens (height, width) for such an image.
         parameters: of the denoiser.
+        use: whether it is trained from scratch, from a pretrained pipeline, or tapped only.
     """
 
     family: str
@@ -37,6 +38,7 @@ class Entry:
     pixels: int
     grid: tuple[int, int]
     parameters: int
+    use: str
 
 
 def catalogue() -> list[Entry]:
@@ -63,4 +65,5 @@ def _from_scratch(family: Family, size: str, shape: Shape) -> Entry:
 
 def _entry(name: str, family: Family, shape: Shape, pixels: int, side: int, parameters: int) -> Entry:
     grid = (side, side)
-    return Entry(name, family.regularizer, shape.depth, shape.width, shape.block, pixels, grid, parameters)
+    use = "from scratch" if family.from_scratch else "pretrained" if family.trainable else "tapped"
+    return Entry(name, family.regularizer, shape.depth, shape.width, shape.block, pixels, grid, parameters, use)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from repa_lab.align.tokens import Grid, Tokens, flatten_map
-from repa_lab.models.facts import BlockIndex, Family
+from repa_lab.models.facts import BlockIndex, Family, network_of
 from repa_lab.models.network import Blocks, Network
 from repa_lab.models.tap import Tap, TapError
-
-if TYPE_CHECKING:
-    from repa_lab.models.network import Condition
 
 
 class Denoiser(nn.Module):
@@ -31,21 +28,26 @@ class Denoiser(nn.Module):
         self.grid: Grid = (0, 0)
         self.text_lengths: torch.Tensor | None = None
 
-    def forward(self, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """What the family predicts for noisy latents ``(B, C, H, W)`` at times ``(B,)`` in [0, 1], 1 being noise.
+    def forward(self, latents: torch.Tensor, time: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
+        """What the family predicts for noisy latents ``(B, C, H, W)`` at times ``(B,)`` in [0, 1], 1 being noise; the
+        conditioning is that of :attr:`Network.condition`.
 
         Raises:
-            ValueError: the family takes square images only, and these are not.
+            ValueError: the family takes no images of that shape.
         """
         network, untyped = network_of(self.family), self.net
         stride = self.family.shapes[""].stride
         self.grid = (latents.shape[-2] // stride, latents.shape[-1] // stride)
-        if network.square and self.grid[0] != self.grid[1]:
-            raise ValueError(f"{self.family.name} takes square images only, got a grid of {self.grid[0]}x{self.grid[1]} tokens")
+        _check_grid(self.family.name, network, self.grid)
         self.text_lengths = network.lengths(condition) if network.lengths else None
         config: Any = untyped.config
         output = untyped(**network.inputs(config, latents, time, condition), return_dict=False)
         return network.output(output[0] if isinstance(output, tuple) else output, latents)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Have the blocks computed again in backward, for less memory."""
+        checkpointed: Any = self.net
+        checkpointed.enable_gradient_checkpointing()
 
 
 def build_net(family: Family, config: Mapping[str, Any]) -> nn.Module:
@@ -54,6 +56,13 @@ def build_net(family: Family, config: Mapping[str, Any]) -> nn.Module:
 
     net: nn.Module = getattr(diffusers, network_of(family).model)(**config)
     return net
+
+
+def uncheckpointed(denoiser: Denoiser) -> str:
+    """Why the blocks of a denoiser cannot be checkpointed; empty if they can."""
+    if not getattr(denoiser.net, "_supports_gradient_checkpointing", False):
+        return f"diffusers' {type(denoiser.net).__name__} has no gradient checkpointing"
+    return network_of(denoiser.family).uncheckpointed
 
 
 def tap_block(denoiser: Denoiser, block_index: BlockIndex) -> Tap:
@@ -76,10 +85,12 @@ def tap_block(denoiser: Denoiser, block_index: BlockIndex) -> Tap:
     return Tap(block, lambda output: _image_tokens(output, blocks, denoiser))
 
 
-def network_of(family: Family) -> Network:
-    """The diffusers model of a family that has one."""
-    assert family.network is not None
-    return family.network
+def _check_grid(name: str, network: Network, grid: Grid) -> None:
+    got = f"got a grid of {grid[0]}x{grid[1]} tokens"
+    if network.square and grid[0] != grid[1]:
+        raise ValueError(f"{name} takes square images only, {got}")
+    if any(side % network.multiple for side in grid):
+        raise ValueError(f"{name} takes a multiple of {network.multiple} tokens along each side only, {got}")
 
 
 def _find(net: nn.Module, lists: tuple[Blocks, ...], index: BlockIndex) -> tuple[nn.Module, Blocks] | None:
@@ -107,6 +118,7 @@ def _depth(net: nn.Module, lists: tuple[Blocks, ...]) -> int:
 
 def _image_tokens(output: Any, blocks: Blocks, denoiser: Denoiser) -> Tokens:
     values: torch.Tensor = output if blocks.item is None else output[blocks.item]
+    values = values.transpose(0, blocks.samples)
     if blocks.place == "map":
         return flatten_map(values)
     height, width = denoiser.grid

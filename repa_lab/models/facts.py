@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from repa_lab.models.network import Network
+from repa_lab.models.pipeline import Pipeline
 
 Kind = Literal["transformer", "unet"]
 BlockIndex = int | Literal["mid"]
+# Before a size: as many blocks or levels, but narrow; what a rehearsal trains instead.
+NARROW = "narrow-"
+_NARROW_WIDTH = 32
 
 
 @dataclass(frozen=True)
@@ -44,20 +48,25 @@ class Family:
     """The facts of a family; ``shapes`` maps a size to its shape, with the single key ``""`` where a hub folder decides.
 
     ``latent_stride`` is the VAE's: image pixels per latent cell; 1 for families that take what they are given. ``network`` is
-    the model of diffusers, where it is one.
+    the model of diffusers, where it is one, and ``pipeline`` what surrounds it there, where it can be trained.
     """
 
     name: str
     kind: Kind
     shapes: Mapping[str, Shape]
-    trainable: bool = False
     latent_stride: int = 8
     network: Network | None = None
+    pipeline: Pipeline | None = None
 
     @property
     def regularizer(self) -> str:
         """The regularizer that fits: REPA taps transformers, U-REPA the mid block of UNets."""
         return "repa" if self.kind == "transformer" else "urepa"
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the lab trains it, from scratch or from a pretrained pipeline; the others can be tapped."""
+        return self.from_scratch or self.pipeline is not None
 
     @property
     def from_scratch(self) -> bool:
@@ -103,8 +112,20 @@ UNET_SHAPES: dict[str, Shape] = {
 }
 
 
-SIT = Family("sit", "transformer", SIT_SHAPES, trainable=True, latent_stride=1)
-UNET = Family("unet", "unet", UNET_SHAPES, trainable=True, latent_stride=1)
+SIT = Family("sit", "transformer", SIT_SHAPES, latent_stride=1)
+UNET = Family("unet", "unet", UNET_SHAPES, latent_stride=1)
+
+
+def network_of(family: Family) -> Network:
+    """The diffusers model of a family that has one."""
+    assert family.network is not None
+    return family.network
+
+
+def pipeline_of(family: Family) -> Pipeline:
+    """The diffusers pipeline of a family that is trained from one."""
+    assert family.pipeline is not None
+    return family.pipeline
 
 
 def shape_of(family: Family, size: str | None) -> Shape:
@@ -113,10 +134,15 @@ def shape_of(family: Family, size: str | None) -> Shape:
     Raises:
         UnknownFactError: no such size.
     """
-    key = size or ""
+    key = (size or "").removeprefix(NARROW)
     if key not in family.shapes:
         raise UnknownFactError(f"size of {family.name}", key, tuple(family.shapes))
-    return family.shapes[key]
+    return family.shapes[key] if size is None or key == size else _narrow(family.shapes[key])
+
+
+def _narrow(shape: Shape) -> Shape:
+    channels = (_NARROW_WIDTH,) * len(shape.channels)
+    return replace(shape, width=_NARROW_WIDTH, heads=min(shape.heads, 2), channels=channels, layers=min(shape.layers, 1))
 
 
 def sit_shape(size: str) -> tuple[Shape, int]:

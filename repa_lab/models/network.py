@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Where a sequence holds the image's tokens: alone, before or after the text's, or after as many of them as a sample has.
 Place = Literal["all", "head", "tail", "after_text", "map"]
+PER_TOKEN = -1  # in a shape of the conditioning: as many as the image has tokens
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Blocks:
         path: of the list in the model; of the block itself for a UNet's mid block.
         item: which of the tensors that it returns has the image's tokens; None if it returns one.
         place: where they stand in it; ``map`` is a map ``(B, C, h, w)``.
+        samples: along which of its dimensions the samples are counted; 1 where sequences come first.
     """
 
     path: str
     item: int | None = None
     place: Place = "all"
+    samples: Literal[0, 1] = 0
 
 
 def as_it_comes(output: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -49,14 +52,17 @@ class Network:
         inputs: the arguments of its ``forward`` from its config, noisy latents ``(B, C, H, W)``, times ``(B,)`` in [0, 1]
             (1 is noise) and conditioning.
         condition: the conditioning by name: each one's shape without the batch, from the config and a number of text tokens.
-            What is called a mask or labels holds integers.
+            What is called a mask, labels or token_ids holds integers; see ``PER_TOKEN``.
         output: the prediction ``(B, C, H, W)`` from what ``forward`` returns and the latents.
-        lengths: text tokens of each sample ``(B,)`` from the conditioning, for ``after_text``.
+        lengths: tokens before the image of each sample ``(B,)`` from the conditioning, for ``after_text``.
         config: arguments of the released model that differ from the constructor's defaults.
         tiny: arguments of a small model of the same class with every kind of its blocks.
         channels: of the latents.
         square: whether it takes square images only.
+        multiple: of which the tokens along each side must be one.
         uncheckpointed: what goes wrong when its blocks are checkpointed; empty where nothing does.
+        depths: the arguments that say how many blocks each list of ``blocks`` has; none for a UNet.
+        per_block: arguments that hold an entry for every block.
         native: pixels along each side of a training image of the released model.
         parameters: of the released model.
     """
@@ -72,5 +78,8 @@ class Network:
     config: Mapping[str, Any] = field(default_factory=dict)
     channels: int = 4
     square: bool = False
+    multiple: int = 1
     uncheckpointed: str = ""
+    depths: tuple[str, ...] = ("num_layers",)
+    per_block: tuple[str, ...] = ()
     native: int = 1024

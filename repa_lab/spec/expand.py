@@ -32,6 +32,11 @@ class Arm:
     config: RunConfig
     draft: Draft = field(compare=False, repr=False)
 
+    @property
+    def asked(self) -> RunConfig:
+        """The settings that comparisons speak of."""
+        return self.config
+
     def problem(self, dotted: str, message: str) -> Problem:
         """A problem with one of the arm's settings, at the place that set it."""
         path = tuple(int(step) if step.isdecimal() else step for step in dotted.split("."))

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from repa_lab.spec.schema import RunConfig
 
 _ID_LENGTH = 12
+_PLACES = ("weights", "tae", "vae", "pretrained")  # fields that hold a path
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,18 @@ def identify(config: RunConfig, seed: int, protocol: int, data: str, contents: M
         seed: the run's seed.
         protocol: the version of what training and measuring mean.
         data: fingerprint of the data set, which stands for its path.
-        contents: digests of local files by their path, which stand for the path.
+        contents: digests of local files and folders by their path, which stand for the path.
     """
     canonical = {"protocol": protocol, "data_fingerprint": data, "seed": seed, **_scientific(config, contents)}
     text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
     return Run(hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH], config, seed)
 
 
-def local_files(config: RunConfig) -> tuple[str, ...]:
-    """Files of weights that the settings name."""
-    named = [encoder.weights for _, encoder in config.encoder_paths] + [config.evaluate.extractor.weights]
+def local_weights(config: RunConfig) -> tuple[str, ...]:
+    """Files of weights that the settings name, and what may be folders of such or hub ids."""
+    encoders = [encoder for _, encoder in config.encoder_paths]
+    named = [encoder.weights for encoder in encoders] + [config.evaluate.extractor.weights]
+    named += [encoder.tae for encoder in encoders] + [config.data.vae, config.model.pretrained]
     return tuple(dict.fromkeys(path for path in named if path))
 
 
@@ -60,6 +63,8 @@ def _scientific(config: RunConfig, contents: Mapping[str, str]) -> dict[str, Any
     value = _without_neutral(config)
     del value["data"]["path"]
     value["data"]["resolution"] = config.data.side
+    if config.model.pretrained is None and config.train.time == "auto":
+        value["train"]["time"] = "uniform"  # what it means there
     if isinstance(encoders := value["regularizer"]["encoder"], list) and len(encoders) == 1:
         value["regularizer"]["encoder"] = encoders[0]
     if config.regularizer.type == "none":
@@ -90,6 +95,6 @@ def _replace_files(value: Any, contents: Mapping[str, str]) -> Any:
     if not isinstance(value, dict):
         return value
     return {
-        key: contents[inner] if key == "weights" and inner is not None else _replace_files(inner, contents)
+        key: contents.get(inner, inner) if key in _PLACES and isinstance(inner, str) else _replace_files(inner, contents)
         for key, inner in value.items()
     }

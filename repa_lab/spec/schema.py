@@ -23,13 +23,17 @@ def _later(neutral: Any, **limits: Any) -> Any:
 
 
 class ModelConfig(_Section):
-    """The denoiser: a ``size`` of a family trained from scratch, or a ``pretrained`` hub id or folder."""
+    """The denoiser: a ``size`` of a family trained from scratch, or a ``pretrained`` pipeline of diffusers, a hub id or folder.
+
+    A pretrained one is trained in ``full`` or through ``lora`` of a ``rank``. ``revision`` is the hub's branch, tag or commit.
+    """
 
     family: str
     size: str | None = None
     pretrained: str | None = None
     train: Literal["full", "lora"] = "full"
     rank: Positive = 16
+    revision: str | None = _later(None)
 
 
 class EncoderConfig(_Section):
@@ -162,16 +166,30 @@ class RegularizerConfig(_Section):
         return self
 
 
-class DataConfig(_Section):
-    """The images. ``resolution`` null is 256, or 8 for digits. ``vae`` (a hub id or folder) trains in
-    its latent space; ``holdout`` images are never trained on; ``flip`` mirrors every other image at random as it is seen."""
+class BucketsConfig(_Section):
+    """Images keep about their aspect: sizes are multiples of ``step`` pixels of about the area of a square of the resolution,
+    one side at most ``max_aspect`` times the other."""
 
-    source: Literal["digits", "imagefolder"]
+    step: Positive = 64
+    max_aspect: Annotated[float, Field(ge=1)] = 2.0
+
+
+class DataConfig(_Section):
+    """The images: scikit-learn's digits, a folder of images, or one that `Dataset.save_to_disk` of `datasets` wrote.
+
+    ``resolution`` null is 256, or 8 for digits. ``vae`` (a hub id or folder) trains in its latent space; a pretrained model has
+    its own. ``holdout`` images are never trained on; ``flip`` mirrors every other image at random as it is seen; ``buckets``
+    keeps aspects, where null cuts squares. ``caption_column`` names the captions of a saved data set.
+    """
+
+    source: Literal["digits", "imagefolder", "datasets"]
     path: str | None = None
     resolution: Positive | None = None
     vae: str | None = None
     holdout: Positive = 256
     flip: bool = _later(False)
+    buckets: BucketsConfig | None = _later(None)
+    caption_column: str | None = _later(None)
 
     @model_validator(mode="after")
     def _digits_are_8x8(self) -> DataConfig:
@@ -186,7 +204,11 @@ class DataConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """Optimisation: AdamW at a constant rate; defaults are those of the papers' code."""
+    """Optimisation: AdamW at a constant rate; defaults are those of the papers' code.
+
+    ``label_dropout`` is how often the class or the caption is left out. ``time`` is the distribution of times: ``auto`` is
+    uniform for SiT and the UNet, as in the papers, and what a pretrained model was trained with.
+    """
 
     steps: Positive
     batch_size: Positive = 256
@@ -195,7 +217,7 @@ class TrainConfig(_Section):
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     label_dropout: Fraction = 0.1
-    time: Literal["uniform", "lognormal"] = "uniform"
+    time: Literal["auto", "uniform", "lognormal"] = "auto"
 
 
 class SamplerConfig(_Section):
@@ -227,11 +249,16 @@ class ExtractorConfig(_Section):
     weights: str | None = None
 
 
+# As a list of encoders.
+Prompts = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+
+
 class EvaluateConfig(_Section):
     """Measurements on EMA weights ``every`` so many steps and at the end.
 
     ``encoder`` measures alignment in every arm, baselines included; null measures it with the arm's own encoder, if any.
-    ``block_index`` is where, null the regularizer's; ``timestep`` at which noise.
+    ``block_index`` is where, null the regularizer's; ``timestep`` at which noise. ``prompts`` are drawn for people to look at,
+    each always from the same noise; without them it is the first samples.
     """
 
     every: Positive = 10_000
@@ -243,6 +270,7 @@ class EvaluateConfig(_Section):
     encoder: EncoderConfig | None = None
     block_index: BlockIndex | None = None
     timestep: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    prompts: Prompts = _later(())
 
 
 class RunConfig(_Section):
@@ -282,14 +310,15 @@ class WandbOptions(_Section):
 class RunOptions(_Section):
     """How runs are carried out; nothing here changes what is computed, so nothing here is part of a run's identity.
 
-    ``micro_batch`` is the images of one forward pass; gradients accumulate over the batch. ``encoder_storage`` is the precision
+    ``micro_batch`` is the images of one forward pass; gradients accumulate over the batch; ``auto`` starts with all of them and
+    halves them as often as the GPU runs out of memory. ``encoder_storage`` is the precision
     of cached features, ``encoder_batch_size`` the images that an encoder sees at a time.
     """
 
     workers: Positive | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    micro_batch: Positive | None = None
+    micro_batch: Positive | Literal["auto"] | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
     encoder_precision: Literal["fp32", "bf16"] = "fp32"

@@ -17,6 +17,7 @@ from rich.console import Console
 from repa_lab.runs import RunsRoot
 from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory
 from repa_lab.spec import Experiment, SpecError, load_spec
+from repa_lab.sweep.check import check
 from repa_lab.sweep.executors.local import LocalExecutor
 from repa_lab.sweep.plan import Plan, make_plan
 from repa_lab.sweep.scheduler import Scheduler, SweepBrokenError
@@ -72,6 +73,7 @@ def sweep(
     overrides: Mapping[str, Any] | None = None,
     workers: int | None = None,
     console: Console | None = None,
+    rehearse: bool = False,
 ) -> SweepOutcome:
     """Train what a sweep asks for and is not done yet, then write its report.
 
@@ -82,13 +84,14 @@ def sweep(
         workers: how many runs go on at a time; None takes ``run.workers``, or else one for a GPU machine and one per core
             without a GPU.
         console: where progress is shown; None keeps silent.
+        rehearse: whether to go through all of it with tiny random models and a few images instead, in a root of its own.
 
     Raises:
         SpecError: the spec is wrong, or asks for what cannot be had; nothing was created.
         SweepBusyError: another process carries out this sweep.
         SweepBrokenError: the workers cannot work at all.
     """
-    planned = plan(source, root, overrides)
+    planned = _plan_rehearsal(source, Path(root), overrides) if rehearse else plan(source, root, overrides)
     if planned.blocked:
         raise SpecError([planned.blocked])
     directory = planned.root.sweep(planned.experiment.name)
@@ -97,21 +100,31 @@ def sweep(
         _make_work(planned, directory)
     else:
         slots = workers or planned.experiment.run.workers or _default_slots(planned)
-        trained, failures = _carry_out(planned, directory, slots, console or Console(quiet=True))
+        trained, failures = _carry_out(planned, directory, slots, console or Console(quiet=True), rehearse)
     from repa_lab.report.page import write_report  # pandas and matplotlib, which `plan` has no use for
 
     write_report(directory)
     return SweepOutcome(directory, trained, failures)
 
 
-def _carry_out(planned: Plan, directory: SweepDirectory, slots: int, console: Console) -> tuple[int, dict[str, str]]:
+def _plan_rehearsal(source: Source, root: Path, overrides: Mapping[str, Any] | None) -> Plan:
+    from repa_lab.sweep.rehearse import rehearsal_root, rehearse
+
+    experiment = source if isinstance(source, Experiment) else load_spec(source, overrides)
+    check(experiment, files=False)
+    return make_plan(rehearse(experiment, rehearsal_root(root)), RunsRoot(rehearsal_root(root)))
+
+
+def _carry_out(
+    planned: Plan, directory: SweepDirectory, slots: int, console: Console, is_rehearsal: bool
+) -> tuple[int, dict[str, str]]:
     experiment = planned.experiment
     # The sweep's folder is made only once nothing was refused, so the workers' log starts elsewhere.
     with tempfile.TemporaryDirectory(prefix="repa-lab-") as scratch, View(console, experiment.name, slots) as view:
         log = Path(scratch) / "workers.log"
         executor = LocalExecutor(slots, log)
         try:
-            scheduler = Scheduler(executor, planned.root, experiment.run, experiment.name, view)
+            scheduler = Scheduler(executor, planned.root, experiment.run, experiment.name, view, is_rehearsal)
             scheduler.prepare({entry.run.config: entry.arm for entry in planned.runs})
             with _held(directory):
                 work = _make_work(planned, directory)

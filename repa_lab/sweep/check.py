@@ -5,23 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from repa_lab.data.fingerprint import DataError, image_files
+from repa_lab.data.errors import DataError
+from repa_lab.data.fingerprint import has_captions
 from repa_lab.encoders.registry import grid_problem, weights_problem
 from repa_lab.models.facts import Family, Shape, UnknownFactError, shape_of
 from repa_lab.models.families import TRAINABLE, family_facts
+from repa_lab.models.released import problem_with
 from repa_lab.runs.root import RESERVED
 from repa_lab.spec import Arm, EncoderConfig, Experiment, Problem, SpecError
 from repa_lab.spec.errors import Path_
+from repa_lab.training.fingerprints import fingerprint_of
 from repa_lab.training.protocol import metric_name
 
 
-def check(experiment: Experiment) -> None:
+def check(experiment: Experiment, files: bool = True) -> None:
     """Refuse an experiment that cannot be right, before anything is created.
+
+    Args:
+        experiment: what to check.
+        files: whether what it names must be on this machine.
 
     Raises:
         SpecError: with every problem of every arm, each at the place that set the value.
     """
-    problems = [problem for arm in experiment.arms for problem in _arm_problems(arm)]
+    problems = [problem for arm in experiment.arms for problem in _arm_problems(arm, files)]
     problems += _experiment_problems(experiment)
     if problems:
         raise SpecError(problems)
@@ -29,16 +36,16 @@ def check(experiment: Experiment) -> None:
 
 def blocked(arm: Arm) -> Problem | None:
     """Why an arm that is right cannot be trained here yet, or None."""
-    name = arm.config.model.family
-    if not family_facts(name).trainable:
-        message = f"family '{name}' can be planned but not yet trained by this version (trainable: {', '.join(TRAINABLE)})"
+    family = family_facts(arm.config.model.family)
+    if not family.trainable:
+        message = f"family '{family.name}' can be planned and tapped, not trained (trainable: {', '.join(TRAINABLE)})"
         return arm.problem("model.family", message)
-    if arm.config.data.source == "imagefolder" and arm.config.data.path is None:
+    if arm.config.data.source != "digits" and arm.config.data.path is None:
         return arm.problem("data.path", "not set; give a folder of images with --set data.path=FOLDER")
     return None
 
 
-def _arm_problems(arm: Arm) -> Iterator[Problem]:
+def _arm_problems(arm: Arm, files: bool) -> Iterator[Problem]:
     config = arm.config
     try:
         family = family_facts(config.model.family)
@@ -52,8 +59,9 @@ def _arm_problems(arm: Arm) -> Iterator[Problem]:
         return
     yield from _model_problems(arm, family, shape)
     yield from _regularizer_problems(arm, family, shape)
-    yield from _data_problems(arm)
-    yield from _file_problems(arm)
+    if files:
+        yield from _data_problems(arm)
+        yield from _file_problems(arm)
 
 
 def _model_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
@@ -61,11 +69,68 @@ def _model_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]
         yield arm.problem("model.pretrained", f"{family.name} is trained from scratch: leave pretrained out")
     if family.from_scratch and arm.config.model.train == "lora":
         yield arm.problem("model.train", f"{family.name} is trained from scratch: train must be full")
+    if not family.from_scratch:
+        yield from _pretrained_problems(arm, family, shape)
+        return
     side = arm.config.data.side
-    if family.from_scratch and arm.config.data.vae is None and side % shape.stride:
+    if arm.config.data.buckets is not None:
+        yield arm.problem("data.buckets", f"{family.name} is built for one size: leave buckets out")
+    if arm.config.evaluate.prompts:
+        yield arm.problem("evaluate.prompts", f"{family.name} is told classes: leave prompts out")
+    if arm.config.data.vae is None and side % shape.stride:
         place = "model.size" if arm.config.data.source == "digits" else "data.resolution"
         named = f"{family.name} {arm.config.model.size}"
         yield arm.problem(place, f"{side} px is not a multiple of {shape.stride}, the stride of {named}")
+
+
+def _pretrained_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
+    config, pipeline = arm.config, family.pipeline
+    if config.model.pretrained is None:
+        yield arm.problem("model.pretrained", f"{family.name} is trained from a pretrained pipeline: name a hub id or a folder")
+    elif pipeline and (folder := Path(config.model.pretrained)).is_dir() and (message := problem_with(folder, family)):
+        yield arm.problem("model.pretrained", message)
+    yield from _size_problems(arm, family, shape)
+    if pipeline and pipeline.num_classes is None:
+        yield from _caption_problems(arm, family)
+    elif config.evaluate.prompts:
+        yield arm.problem("evaluate.prompts", f"{family.name} is told classes: leave prompts out")
+    yield from _sampling_problems(arm, family)
+
+
+def _size_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
+    data, step = arm.config.data, family.latent_stride * shape.stride
+    sides = {"data.resolution": data.side} | ({"data.buckets.step": data.buckets.step} if data.buckets else {})
+    for path, side in sides.items():
+        if side % step:
+            yield arm.problem(path, f"{side} px is not a multiple of {step}, the pixels of a token of {family.name}")
+    if data.buckets and family.network and family.network.square:
+        yield arm.problem("data.buckets", f"{family.name} takes square images only: leave buckets out")
+
+
+def _sampling_problems(arm: Arm, family: Family) -> Iterator[Problem]:
+    config = arm.config
+    sampler, guidance = config.evaluate.sampler, config.evaluate.guidance
+    if (sampler.type, sampler.solver) != ("ode", "euler"):
+        message = f"{family.name} is sampled through its own pipeline and scheduler: only evaluate.sampler.steps can be set"
+        yield arm.problem("evaluate.sampler", message)
+    if (guidance.low, guidance.high) != (0, 1):
+        yield arm.problem("evaluate.guidance", f"the pipeline of {family.name} guides at all times: leave low and high out")
+
+
+def _caption_problems(arm: Arm, family: Family) -> Iterator[Problem]:
+    data, trained = arm.config.data, f"{family.name} is trained with captions"
+    if data.source == "digits":
+        yield arm.problem("data.source", f"{trained}, and digits have none: use imagefolder or datasets")
+    elif data.source == "imagefolder" and data.path and _is_without_captions(Path(data.path)):
+        advice = "give metadata.jsonl (file_name, text), or a .txt beside each image"
+        yield arm.problem("data.path", f"{trained}, and '{data.path}' has none: {advice}")
+
+
+def _is_without_captions(folder: Path) -> bool:
+    try:
+        return not has_captions(folder)
+    except DataError:  # which is told by itself
+        return False
 
 
 def _regularizer_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
@@ -78,16 +143,18 @@ def _regularizer_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Pr
     if chosen != "none":
         wanted["regularizer.block_index"] = regularizer.block_index
     for path, block in wanted.items():
-        if block is not None and (message := _block_problem(family, shape, block)):
+        known = family.pipeline is None or arm.config.model.pretrained == family.pipeline.released
+        if block is not None and (message := _block_problem(family, shape, block, known)):
             yield arm.problem(path, message)
     for path, encoder in arm.config.encoder_paths:
         yield from _encoder_problems(arm, path, encoder)
 
 
-def _block_problem(family: Family, shape: Shape, block: int | str) -> str | None:
+def _block_problem(family: Family, shape: Shape, block: int | str, is_depth_known: bool) -> str | None:
+    """Of weights that may have more blocks than the released ones, a worker asks the folder before anything starts."""
     if family.kind == "unet":
         return None if block == "mid" else f"{family.name} is tapped at its mid block: block_index must be mid, got {block}"
-    if not isinstance(block, int) or block >= shape.depth:
+    if not isinstance(block, int) or (is_depth_known and block >= shape.depth):
         return f"{family.name} has {shape.depth} blocks: block_index must be 0 to {shape.depth - 1}, got {block}"
     return None
 
@@ -97,17 +164,17 @@ def _encoder_problems(arm: Arm, path: str, encoder: EncoderConfig) -> Iterator[P
         yield arm.problem(f"{path}.image_size", message)
     if message := weights_problem(encoder.name, encoder.weights):
         yield arm.problem(f"{path}.weights", message)
-    if encoder.pixels != "image" and arm.config.data.vae is None:
+    if encoder.pixels != "image" and arm.config.data.vae is None and arm.config.model.pretrained is None:
         message = f"{encoder.pixels} decodes latents, and data.vae names no VAE; use image, or set data.vae"
         yield arm.problem(f"{path}.pixels", message)
 
 
 def _data_problems(arm: Arm) -> Iterator[Problem]:
     data = arm.config.data
-    if data.source != "imagefolder" or data.path is None:
+    if data.source == "digits" or data.path is None:
         return
     try:
-        image_files(Path(data.path))
+        fingerprint_of(data)
     except DataError as error:
         yield arm.problem(f"data.{error.field}", str(error))
 
@@ -124,7 +191,7 @@ def _file_problems(arm: Arm) -> Iterator[Problem]:
 def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
     if experiment.name in RESERVED:
         yield experiment.problem("name", f"'{experiment.name}' is a folder of the runs root; choose another name")
-    measured = list(dict.fromkeys(metric_name(arm.config.evaluate) for arm in experiment.arms))
+    measured = list(dict.fromkeys(metric_name(arm.config) for arm in experiment.arms))
     wanted: dict[Path_, str] = {("compare", "metric"): experiment.compare.metric}
     wanted |= {("compare", "targets", metric): metric for metric in experiment.compare.targets}
     if experiment.search:

@@ -32,24 +32,25 @@ class PrepareJob:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Train a run; ``name`` is what people call it, ``group`` the sweep it is trained for."""
+    """Train a run; ``name`` is what people call it, ``group`` the sweep it is trained for; a rehearsal stops and resumes it."""
 
     run: Run
     name: str
     group: str
     options: RunOptions
     root: RunsRoot
+    is_rehearsal: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         run = {"run_id": self.run.run_id, "spec": self.run.to_json(), "name": self.name, "group": self.group}
-        return {"kind": "train", **run, **_common(self.options, self.root)}
+        return {"kind": "train", "is_rehearsal": self.is_rehearsal, **run, **_common(self.options, self.root)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> TrainJob:
         """From plain data."""
         run = Run.from_json(value["run_id"], value["spec"])
-        return cls(run, value["name"], value["group"], *_parse_common(value))
+        return cls(run, value["name"], value["group"], *_parse_common(value), value["is_rehearsal"])
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from repa_lab.data.fingerprint import file_digest, fingerprint_digits, fingerprint_folder
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.runs import RunsRoot, RunState
-from repa_lab.spec import Arm, DataConfig, Experiment, Problem
+from repa_lab.spec import Arm, Experiment, Problem
 from repa_lab.spec.expand import value_at
-from repa_lab.spec.identity import Run, identify, local_files
+from repa_lab.spec.identity import Run, identify, local_weights
 from repa_lab.sweep.check import blocked, check, resolve_metric
+from repa_lab.training.fingerprints import content_of, fingerprint_of
 from repa_lab.training.protocol import metric_name
-
-UNSET_DATA = "unset"
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Plan:
     @property
     def measured(self) -> list[str]:
         """Full names of the Frechet metrics that the arms measure."""
-        return list(dict.fromkeys(metric_name(arm.config.evaluate) for arm in self.experiment.arms))
+        return list(dict.fromkeys(metric_name(arm.config) for arm in self.experiment.arms))
 
     def metric(self, wanted: str) -> str:
         """The full name of a metric that the spec calls by its kind."""
@@ -107,8 +104,8 @@ def make_plan(experiment: Experiment, root: RunsRoot) -> Plan:
 
 def identify_arm(arm: Arm, seed: int) -> Run:
     """The run of an arm with a seed."""
-    contents = {path: file_digest(Path(path)) for path in local_files(arm.config)}
-    return identify(arm.config, seed, PROTOCOL_VERSION, _fingerprint(arm.config.data), contents)
+    contents = {place: content_of(place) for place in local_weights(arm.config)}
+    return identify(arm.config, seed, PROTOCOL_VERSION, fingerprint_of(arm.config.data), contents)
 
 
 def baselines(experiment: Experiment) -> dict[str, str | None]:
@@ -127,13 +124,7 @@ def _nearest(arm: Arm, candidates: list[Arm]) -> str | None:
 
 
 def _satisfies(arm: Arm, wanted: Mapping[str, Any]) -> bool:
-    settings = arm.config.model_dump()
+    settings = arm.asked.model_dump()
     return all(
         arm.levels.get(key) == value or value_at(settings, tuple(key.split("."))) == value for key, value in wanted.items()
     )
-
-
-def _fingerprint(data: DataConfig) -> str:
-    if data.source == "digits":
-        return fingerprint_digits()
-    return fingerprint_folder(Path(data.path), data.side) if data.path else UNSET_DATA

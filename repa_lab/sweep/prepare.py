@@ -10,14 +10,22 @@ from pathlib import Path
 
 import torch
 
-from repa_lab.data.fingerprint import DataError
+from repa_lab.data.errors import DataError
 from repa_lab.encoders.encoder import EncoderError
 from repa_lab.encoders.extractor import Extractor
+from repa_lab.models.denoiser import tap_block, uncheckpointed
+from repa_lab.models.families import family_facts
+from repa_lab.models.pretrained import skeleton
+from repa_lab.models.released import SCHEDULER, PretrainedError, read_json
+from repa_lab.models.tap import TapError
 from repa_lab.spec import EncoderConfig, RunConfig, RunOptions
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.device import DeviceError, pick_device
 from repa_lab.training.evaluate import reference_statistics
-from repa_lab.training.images import Announce, open_images
+from repa_lab.training.images import Announce, Images
+from repa_lab.training.model import open_data, pretrained_folder
+from repa_lab.training.process import ProcessError, process_of
+from repa_lab.training.texts import encode_captions
 
 
 class RefusedError(ValueError):
@@ -43,12 +51,21 @@ def prepare(configs: Iterable[RunConfig], options: RunOptions, cache: Path, anno
             _prepare(config, options, cache, device, announce, number)
         except DataError as error:
             raise RefusedError(number, f"data.{error.field}", str(error)) from error
+        except DeviceError as error:
+            raise RefusedError(number, f"run.{error.field}", str(error)) from error
 
 
 def _prepare(
     config: RunConfig, options: RunOptions, cache: Path, device: torch.device, announce: Announce, number: int
 ) -> None:
-    images = open_images(config.data, cache, announce, device)
+    try:
+        images = open_data(config, cache, device, announce)
+        if config.model.pretrained:
+            _prepare_pretrained(config, images, options, cache, device, announce)
+    except (PretrainedError, ProcessError) as error:
+        raise RefusedError(number, "model.pretrained", str(error)) from error
+    except TapError as error:
+        raise RefusedError(number, "regularizer.block_index", str(error)) from error
     for path, encoder in config.encoder_paths:
         try:
             open_targets(encoder, images, options, cache, device, announce)
@@ -61,6 +78,27 @@ def _prepare(
         reference_statistics(wanted, Extractor(wanted.name, wanted.weights, device), images, cache)
     except EncoderError as error:
         raise RefusedError(number, f"evaluate.extractor.{error.field}", str(error)) from error
+
+
+def _prepare_pretrained(
+    config: RunConfig,
+    images: Images,
+    options: RunOptions,
+    cache: Path,
+    device: torch.device,
+    announce: Announce,
+) -> None:
+    """Captions, and whether what is asked of the denoiser is in this very folder's: sizes of a family differ in depth."""
+    family, folder = family_facts(config.model.family), pretrained_folder(config.model)
+    process_of(read_json(folder / SCHEDULER / "scheduler_config.json") or {})
+    denoiser = skeleton(folder, family)
+    if options.gradient_checkpointing and (message := uncheckpointed(denoiser)):
+        raise DeviceError("gradient_checkpointing", f"{family.name} cannot be checkpointed: {message}")
+    for block in (config.regularizer.block_index, config.evaluate.block_index):
+        if block is not None:
+            tap_block(denoiser, block).remove()
+    prompts = config.evaluate.prompts
+    encode_captions(family, folder, images, prompts, options, cache, device, announce(f"captions for {family.name}"))
 
 
 def _place(path: str, field: str) -> str:

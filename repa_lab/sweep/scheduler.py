@@ -30,6 +30,7 @@ class Scheduler:
     options: RunOptions
     group: str
     view: View
+    is_rehearsal: bool = False
     _running: dict[str, tuple[Task, RowTail]] = field(default_factory=dict)
 
     def prepare(self, arms: Mapping[RunConfig, Arm]) -> None:
@@ -81,7 +82,7 @@ class Scheduler:
             return
         self._running[run_id] = (task, tail)
         self.view.started(run_id, task.name, task.run.config.train.steps)
-        self.executor.submit(TrainJob(task.run, task.name, self.group, self.options, self.root))
+        self.executor.submit(TrainJob(task.run, task.name, self.group, self.options, self.root, self.is_rehearsal))
 
     def _pass_on(self, run_id: str, tail: RowTail, work: Work) -> None:
         for row in tail.new_rows():

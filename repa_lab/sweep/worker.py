@@ -77,7 +77,9 @@ class Worker:
         error: str | None = None
         try:
             listeners = trackers(job)
-            state = train(job.run, directory, job.options, job.root.cache, listeners, lambda: self._stop)
+            if job.is_rehearsal:  # stopped after its first step, so that what follows takes it up from a checkpoint
+                train(job.run, directory, job.options, job.root.cache, listeners, lambda: self._stop or State.INTERRUPTED)
+            state = self._stop or train(job.run, directory, job.options, job.root.cache, listeners, lambda: self._stop)
         except Exception as failure:
             traceback.print_exc()
             state, error = State.FAILED, _one_line(failure)

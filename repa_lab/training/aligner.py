@@ -14,9 +14,8 @@ from repa_lab.align import REPA, UREPA, Alignment, Manifold, Resample, Schedule,
 from repa_lab.align.regularizer import Options
 from repa_lab.encoders.encoder import EncoderOptions, load_encoder
 from repa_lab.encoders.targets import OnlineTargets, Targets, cached_targets
-from repa_lab.models.facts import BlockIndex, shape_of
+from repa_lab.models.facts import BlockIndex, Shape, shape_of
 from repa_lab.models.families import family_facts
-from repa_lab.models.family import BUILDERS
 from repa_lab.models.tap import Tap
 from repa_lab.spec import EncoderConfig, RunConfig, RunOptions, ScheduleConfig
 from repa_lab.spec.identity import Run
@@ -32,17 +31,14 @@ class Aligner:
 
     Args:
         run: a run whose regularizer is not ``none``.
-        denoiser: the denoiser, not yet wrapped or compiled.
+        tap: set on the denoiser before it is wrapped or compiled.
+        width: the denoiser's width at the tap.
         targets: tokens of the run's images by each of its encoders.
-
-    Raises:
-        TapError: the denoiser has no such block.
     """
 
-    def __init__(self, run: Run, denoiser: nn.Module, targets: Sequence[Targets]) -> None:
-        self.targets = targets
-        self.tap = tap_denoiser(run.config, denoiser, choose_block(run.config, run.config.regularizer.block_index))
-        self.regularizer = build_regularizer(run, [one.dim for one in targets])
+    def __init__(self, run: Run, tap: Tap, width: int, targets: Sequence[Targets]) -> None:
+        self.targets, self.tap = targets, tap
+        self.regularizer = build_regularizer(run, width, [one.dim for one in targets])
         self.wrapped: nn.Module = self.regularizer
 
     def prepare(self, accelerator: Accelerator) -> None:
@@ -52,6 +48,12 @@ class Aligner:
         of it.
         """
         self.wrapped = accelerator.prepare(self.regularizer.to(accelerator.device))
+
+    def retract(self, step: int) -> None:
+        """Forget what was seen of ``step``, which is taken again."""
+        self.tap.clear()
+        if self.regularizer.cutoff is not None:
+            self.regularizer.cutoff.retract(step)
 
     def __call__(self, batch: Batch, step: int, device: torch.device) -> Alignment | None:
         """The alignment of a batch's images, or None where no encoder has to be asked, as at weight 0."""
@@ -104,23 +106,17 @@ def open_targets(
 
 def choose_block(config: RunConfig, *wishes: BlockIndex | None) -> BlockIndex:
     """The first block index of ``wishes`` that is not None, or else the family's suggestion."""
-    suggested = shape_of(family_facts(config.model.family), config.model.size).block
-    return next((wish for wish in wishes if wish is not None), suggested)
+    return next((wish for wish in wishes if wish is not None), shape_of_model(config).block)
 
 
-def tap_denoiser(config: RunConfig, denoiser: nn.Module, block: BlockIndex) -> Tap:
-    """Hook a block of a run's denoiser.
-
-    Raises:
-        TapError: the denoiser has no such block.
-    """
-    return BUILDERS[config.model.family].tap(denoiser, block)
+def shape_of_model(config: RunConfig) -> Shape:
+    """What is known of a run's denoiser without building it; of a pretrained one, of the released model."""
+    return shape_of(family_facts(config.model.family), config.model.size)
 
 
-def build_regularizer(run: Run, out_dims: Sequence[int]) -> REPA:
+def build_regularizer(run: Run, in_dim: int, out_dims: Sequence[int]) -> REPA:
     """The regularizer of a run, from the tap's width to its encoders', initialised from its own stream."""
     settings = run.config.regularizer
-    in_dim = shape_of(family_facts(run.config.model.family), run.config.model.size).width
     options: Options = {
         "projector": settings.projector.type,
         "width": settings.projector.width,
@@ -132,7 +128,7 @@ def build_regularizer(run: Run, out_dims: Sequence[int]) -> REPA:
         "resample": Resample(**settings.resample.model_dump()),
         "cutoff": _cutoff(settings.schedule),
     }
-    schedule = _schedule(run.config)
+    schedule = schedule_of(run.config)
     with seeded(run.seed, "init/projector"):
         if settings.type == "urepa":
             manifold = Manifold(**settings.manifold.model_dump())
@@ -140,7 +136,8 @@ def build_regularizer(run: Run, out_dims: Sequence[int]) -> REPA:
         return REPA(in_dim, out_dims, schedule, **options)
 
 
-def _schedule(config: RunConfig) -> Schedule:
+def schedule_of(config: RunConfig) -> Schedule:
+    """The regularizer's weight over a run's steps."""
     named = {field.name for field in fields(Schedule)}
     shape = config.regularizer.schedule.model_dump(include=named)
     return Schedule(weight=config.regularizer.weight, total_steps=config.train.steps, **shape)

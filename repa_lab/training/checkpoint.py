@@ -1,15 +1,16 @@
 """What a run needs to go on, as safetensors and JSON: no pickle anywhere.
 
-    denoiser.safetensors     trainable and fixed weights
+    denoiser.safetensors     the weights that train
     regularizer.safetensors  the projector's weights, if there is one
     ema.safetensors          averages of both
     optimizer.safetensors    AdamW's moments, by parameter number
     state.json               step, images, seconds, gradient scaler
-    input.json               channels, size and classes that the denoiser was built for (written by the trainer)
+    input.json               channels, size and classes that a denoiser from scratch was built for (written by the trainer)
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Trained:
 
     def save(self, folder: Path, progress: Progress) -> None:
         """Write all of it into an empty folder."""
-        save_file(_contiguous(self.denoiser.state_dict()), folder / "denoiser.safetensors")
+        save_file(_contiguous(trainable(self.denoiser)), folder / "denoiser.safetensors")
         if self.regularizer is not None:
             save_file(_contiguous(self.regularizer.state_dict()), folder / "regularizer.safetensors")
         save_file(_contiguous(self.ema.average), folder / "ema.safetensors")
@@ -62,7 +63,7 @@ class Trained:
 
     def load(self, folder: Path, progress: Progress) -> None:
         """Take up what :meth:`save` wrote."""
-        self.denoiser.load_state_dict(load_file(folder / "denoiser.safetensors"))
+        load_trainable(self.denoiser, load_file(folder / "denoiser.safetensors"))
         if self.regularizer is not None:
             self.regularizer.load_state_dict(load_file(folder / "regularizer.safetensors"))
         self.ema.load(load_file(folder / "ema.safetensors"))
@@ -74,7 +75,24 @@ class Trained:
             setattr(progress, field, value)
 
 
-def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def trainable(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a module that train; everything else is as it was built."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def load_trainable(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Take up what :func:`trainable` gave, and perhaps fixed weights, which older checkpoints hold too.
+
+    Raises:
+        KeyError: a weight is missing.
+    """
+    missing = sorted(trainable(module).keys() - state.keys())
+    if missing:
+        raise KeyError(f"the checkpoint lacks {len(missing)} weights, such as {missing[0]}")
+    module.load_state_dict(state, strict=False)
+
+
+def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 

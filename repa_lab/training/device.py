@@ -10,6 +10,7 @@ from repa_lab.spec import RunOptions
 
 # accelerate's names of the precisions.
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DeviceError(ValueError):

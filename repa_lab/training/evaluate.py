@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,23 +10,26 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
-from torch import nn
+from torchvision.transforms.functional import resize
 from torchvision.utils import make_grid
 
 from repa_lab.align import Tokens
 from repa_lab.align.regularizer import Pair
-from repa_lab.data.fingerprint import DataError, digest, file_digest
+from repa_lab.align.tokens import Grid
+from repa_lab.data.errors import DataError
+from repa_lab.data.fingerprint import digest, file_digest
+from repa_lab.data.sources import groups
 from repa_lab.encoders.extractor import Extractor
 from repa_lab.encoders.targets import Targets
-from repa_lab.metrics import Statistics, cka, cosine_gap, frechet_distance, statistics
+from repa_lab.metrics import Statistics, cka, cosine, cosine_gap, frechet_distance, statistics
 from repa_lab.models.tap import Tap
 from repa_lab.runs import files
 from repa_lab.runs.files import Row
-from repa_lab.spec import EvaluateConfig, ExtractorConfig
+from repa_lab.spec import ExtractorConfig, RunConfig
 from repa_lab.training.images import Images
-from repa_lab.training.objective import interpolate
+from repa_lab.training.model import Model
 from repa_lab.training.protocol import metric_name
-from repa_lab.training.sampling import Sampling
+from repa_lab.training.sampling import shares
 from repa_lab.training.streams import generator
 
 Match = Callable[[Tokens, Tokens], Pair]
@@ -34,6 +37,7 @@ Match = Callable[[Tokens, Tokens], Pair]
 _GRID_SAMPLES = 40
 _GRID_COLUMNS = 10
 _GRID_MIN_PIXELS = 32
+_GRID_MAX_WIDTH = 2560
 # Held-out images are measured under the same noise in every run, whatever its seed.
 _MEASURING_SEED = 0
 _REFERENCE_BATCH = 512
@@ -56,9 +60,9 @@ class Evaluator:
     """Measures a denoiser with the weights it has at the moment.
 
     Args:
-        config: what to measure and how.
+        config: the run's settings.
         images: the data; its training images are the Frechet distance's reference.
-        seed: the run's seed, from which its samples are drawn.
+        model: what is measured.
         targets: encoder tokens, or None if alignment is not measured.
         cache: where reference statistics are kept.
         device: where to run.
@@ -71,9 +75,9 @@ class Evaluator:
 
     def __init__(
         self,
-        config: EvaluateConfig,
+        config: RunConfig,
         images: Images,
-        seed: int,
+        model: Model,
         targets: Targets | None,
         cache: Path,
         device: torch.device,
@@ -81,71 +85,84 @@ class Evaluator:
     ) -> None:
         if targets is not None and len(images.split.held_out) < _MIN_HELD_OUT:
             raise DataError("holdout", f"alignment is measured on held-out images: hold out {_MIN_HELD_OUT} or more")
-        self._config, self._images, self._targets, self._device, self._part = config, images, targets, device, part
-        self._extractor = Extractor(config.extractor.name, config.extractor.weights, device)
-        self._reference = reference_statistics(config.extractor, self._extractor, images, cache)
-        space, classes = images.space, images.source.num_classes
-        shape = (space.channels, *space.size)
-        self._sampling = Sampling(shape, classes, config.sampler, config.guidance, seed)
+        self._config, self._metric, self._model = config.evaluate, metric_name(config), model
+        self._images, self._targets, self._device, self._part = images, targets, device, part
+        extractor = config.evaluate.extractor
+        self._extractor = Extractor(extractor.name, extractor.weights, device)
+        self._reference = reference_statistics(extractor, self._extractor, images, cache)
 
-    def quality(self, denoiser: nn.Module) -> tuple[Row, torch.Tensor]:
-        """The Frechet distance by its full name, and the first samples as uint8 pixels ``(n, C, H, W)``.
+    def quality(self) -> tuple[Row, torch.Tensor]:
+        """The Frechet distance by its full name, and what is shown of the samples as uint8 pixels ``(n, C, H, W)``.
 
         Raises:
-            DivergedError: the samples are not finite; as pixels they would pass for images.
+            DivergedError: the samples are not finite.
         """
-        config = self._config
-        batches = self._sampling.batches(denoiser, config.samples, config.batch_size, self._device, self._part)
-        drawn = sorted(gather_object([self._judge(start, batch) for start, batch in batches]), key=lambda one: one.start)
+        config, sampler = self._config, self._model.sampler
+        mine = [self._judge(index) for index in shares(config.samples, config.batch_size, self._part)]
+        drawn = sorted(gather_object(mine), key=lambda one: one.start)
         if any(one.features is None for one in drawn):
             raise DivergedError("the denoiser draws samples that are not finite")
         found = statistics(np.concatenate([one.features for one in drawn]))
         reference = self._reference
         distance = frechet_distance(found.mu, found.sigma, reference.mu, reference.sigma)
-        return {metric_name(config): distance}, torch.cat([one.shown for one in drawn])
+        shown = sampler.shown() if self._part[0] == 0 else None
+        return {self._metric: distance}, torch.cat([one.shown for one in drawn]) if shown is None else shown
 
-    def _judge(self, start: int, batch: torch.Tensor) -> _Drawn:
-        if not batch.isfinite().all():
-            return _Drawn(start, torch.empty(0), None)
-        pixels = self._images.space.decode(batch).cpu()
-        return _Drawn(start, pixels[: max(0, _GRID_SAMPLES - start)].clone(), self._extractor(pixels))
+    def _judge(self, index: range) -> _Drawn:
+        pixels = self._model.sampler(index)
+        if pixels is None:
+            return _Drawn(index.start, torch.empty(0), None)
+        return _Drawn(index.start, pixels[: max(0, _GRID_SAMPLES - index.start)].clone(), self._extractor(pixels))
 
     @torch.no_grad()
-    def alignment(self, denoiser: nn.Module, tap: Tap, match: Match | None) -> Row:
+    def alignment(self, tap: Tap, match: Match | None) -> Row:
         """Agreement of the tap with the encoder on held-out images: linear CKA of image means, and the projector's cosine.
 
         Args:
-            denoiser: runs on the held-out images at the measuring time, under the null label.
-            tap: set on the denoiser.
+            tap: set on the denoiser, which runs on the held-out images at the measuring time, told nothing of them.
             match: projects the tap for this very encoder and matches the two token by token; None measures no cosine.
         """
         if self._targets is None:
             return {}
-        student, teacher = self._held_out_tokens(denoiser, tap, self._targets)
-        row: Row = {"heldout/cka": cka(_image_means(student), _image_means(teacher))}
+        pairs = list(self._held_out_pairs(tap, self._targets))
+        ours, theirs = (np.concatenate([_image_means(one) for one in side]) for side in zip(*pairs, strict=True))
+        row: Row = {"heldout/cka": cka(ours, theirs)}
         if match is not None:
-            pairs = [
-                match(Tokens(s.to(self._device), student.grid), Tokens(t.to(self._device), teacher.grid))
-                for s, t in zip(student.values.split(256), teacher.values.split(256), strict=True)
-            ]
-            ours, theirs = (torch.cat([side.float().cpu() for side in sides]).numpy() for sides in zip(*pairs, strict=True))
-            row["heldout/cosine"], row["heldout/gap"] = cosine_gap(ours, theirs)
+            row |= self._agreement(pairs, match)
         return row
 
-    def _held_out_tokens(self, denoiser: nn.Module, tap: Tap, targets: Targets) -> tuple[Tokens, Tokens]:
-        """Tap and encoder tokens of all held-out images at the measuring time under the null label, on the CPU."""
-        students, teachers = [], []
-        for index in self._images.split.held_out.split(self._config.batch_size):
+    def _agreement(self, pairs: list[tuple[Tokens, Tokens]], match: Match) -> Row:
+        """The mean cosine over images, and how far it lies above that of mismatched images of the same grids."""
+        alike: dict[tuple[Grid, Grid], list[Pair]] = {}
+        for student, teacher in pairs:
+            sides = (Tokens(one.values.to(self._device), one.grid) for one in (student, teacher))
+            alike.setdefault((student.grid, teacher.grid), []).append(match(*sides))
+        counts, cosines, gaps = [], [], []
+        for matched in alike.values():
+            ours, theirs = (torch.cat([one.float().cpu() for one in side]).numpy() for side in zip(*matched, strict=True))
+            counts.append(len(ours))
+            cosines.append(cosine(ours, theirs))
+            gaps.append(cosine_gap(ours, theirs)[1] if len(ours) > 1 else None)
+        row: Row = {"heldout/cosine": float(np.average(cosines, weights=counts))}
+        several = [(gap, count) for gap, count in zip(gaps, counts, strict=True) if gap is not None]
+        if several:  # a lone image of its grid has none to be mismatched with
+            row["heldout/gap"] = float(np.average([gap for gap, _ in several], weights=[count for _, count in several]))
+        return row
+
+    def _held_out_pairs(self, tap: Tap, targets: Targets) -> Iterator[tuple[Tokens, Tokens]]:
+        """Tap and encoder tokens of the held-out images at the measuring time, on the CPU."""
+        model, space, held_out = self._model, self._images.space, self._images.split.held_out
+        members = [held_out[group] for group in groups(self._images.source.sizes[held_out])]
+        for index in (part for group in members for part in group.split(model.at_once)):
             draw = generator(_MEASURING_SEED, "held-out", int(index[0]))
-            x = self._images.space.encode(index.tolist(), self._images.space.draw(len(index), draw))
+            x = space.encode(index, space.draw(index, draw))
             noise = torch.randn(x.shape, generator=draw)
             t = torch.full((len(x),), self._config.timestep)
-            x_t, _ = interpolate(x, noise, t)
-            null = torch.full((len(x),), self._images.source.num_classes)
-            denoiser(x_t.to(self._device), t.to(self._device), null.to(self._device))
-            students.append(tap.take())
-            teachers.append(targets(index, self._device))
-        return _gather(students), _gather(teachers)
+            x_t, _ = model.process.corrupt(x, noise, t)
+            nothing = model.conditioning(index, torch.ones(len(index), dtype=torch.bool))
+            condition = {name: value.to(self._device) for name, value in nothing.items()}
+            model.denoiser(x_t.to(self._device), t.to(self._device), **condition)
+            yield _on_cpu(tap.take()), _on_cpu(targets(index, self._device))
 
 
 def reference_statistics(config: ExtractorConfig, extractor: Extractor, images: Images, cache: Path) -> Statistics:
@@ -157,19 +174,24 @@ def reference_statistics(config: ExtractorConfig, extractor: Extractor, images: 
     if path.exists():
         stored = np.load(path)
         return Statistics(stored["mu"], stored["sigma"], int(stored["count"]))
-    parts = [extractor(source.read(index.tolist())) for index in train.split(_REFERENCE_BATCH)]
+    members = [train[group] for group in groups(source.sizes[train])]
+    parts = [extractor(source.read(index.tolist())) for group in members for index in group.split(_REFERENCE_BATCH)]
     found = statistics(np.concatenate(parts))
     files.replace_atomically(path, lambda temporary: _save(temporary, found))
     return found
 
 
 def write_grid(pixels: torch.Tensor, path: Path) -> None:
-    """Samples ``(n, C, H, W)`` uint8 as one PNG, ten to a row; tiny images are enlarged without smoothing."""
+    """Samples ``(n, C, H, W)`` uint8 as one PNG, ten to a row at most; tiny images are enlarged without smoothing, and large
+    ones shrunk until a row is as wide as a screen."""
     from PIL import Image
 
-    scale = max(1, _GRID_MIN_PIXELS // pixels.shape[-1])
-    enlarged = pixels.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    grid = make_grid(enlarged, nrow=_GRID_COLUMNS, padding=2, pad_value=255)
+    columns, side = min(len(pixels), _GRID_COLUMNS), pixels.shape[-1]
+    scale = max(1, _GRID_MIN_PIXELS // side)
+    sized = pixels.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    if columns * side > _GRID_MAX_WIDTH:
+        sized = resize(pixels, [_GRID_MAX_WIDTH // columns], antialias=True)
+    grid = make_grid(sized, nrow=_GRID_COLUMNS, padding=2, pad_value=255)
     image = Image.fromarray(grid.permute(1, 2, 0).numpy())
     files.replace_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
 
@@ -184,5 +206,5 @@ def _image_means(tokens: Tokens) -> NDArray[np.float32]:
     return means
 
 
-def _gather(parts: list[Tokens]) -> Tokens:
-    return Tokens(torch.cat([part.values.float().cpu() for part in parts]), parts[0].grid)
+def _on_cpu(tokens: Tokens) -> Tokens:
+    return Tokens(tokens.values.float().cpu(), tokens.grid)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 
+from repa_lab.models.denoiser import Denoiser
 from repa_lab.models.family import BUILDERS, Input
+from repa_lab.models.pretrained import export as export_pretrained
 from repa_lab.runs import RunDirectory, checkpoints, files
 from repa_lab.spec.identity import Run
-from repa_lab.training.checkpoint import INPUT_FILE, PREFIX
-from repa_lab.training.trainer import build_denoiser
+from repa_lab.training.checkpoint import INPUT_FILE, PREFIX, load_trainable
+from repa_lab.training.model import build_denoiser
 
 WEIGHTS = ("ema", "last")
 
@@ -23,7 +26,9 @@ def export_model(directory: RunDirectory, folder: Path, weights: str = "ema") ->
     """Write the denoiser of a run's newest checkpoint into a new folder.
 
     A ``unet`` becomes a folder that diffusers' `UNet2DModel.from_pretrained` loads; a ``sit`` becomes ``model.safetensors`` and
-    a ``config.json`` of :class:`repa_lab.models.sit.SiTConfig`.
+    a ``config.json`` of :class:`repa_lab.models.sit.SiTConfig`. A pretrained family that was trained in full becomes a folder
+    of its own class in diffusers; LoRA becomes the one file that the family's pipeline takes (`load_lora_weights`), or, where
+    it takes none, peft's folder (`PeftModel.from_pretrained`).
 
     Args:
         directory: the run.
@@ -45,13 +50,19 @@ def export_model(directory: RunDirectory, folder: Path, weights: str = "ema") ->
         raise ExportError(f"run {directory.run_id} has no checkpoint yet")
     step, checkpoint = found
     run = Run.from_json(directory.run_id, directory.spec)
-    given = files.read_json(checkpoint / INPUT_FILE)
-    denoiser = build_denoiser(run.config, Input(given["channels"], tuple(given["size"]), given["num_classes"]), run.seed)
+    denoiser = build_denoiser(run.config, _input(files.read_json(checkpoint / INPUT_FILE)), run.seed)
     state = load_file(checkpoint / "denoiser.safetensors")
     if weights == "ema":
         averages = load_file(checkpoint / "ema.safetensors")
         state |= {name.removeprefix(PREFIX): value for name, value in averages.items() if name.startswith(PREFIX)}
-    denoiser.load_state_dict(state)
+    load_trainable(denoiser, state)
     folder.mkdir(parents=True, exist_ok=True)
-    BUILDERS[run.config.model.family].export(denoiser, folder)
+    if isinstance(denoiser, Denoiser):
+        export_pretrained(denoiser, folder, run.config.model.rank if run.config.model.train == "lora" else None)
+    else:
+        BUILDERS[run.config.model.family].export(denoiser, folder)
     return step
+
+
+def _input(given: dict[str, Any] | None) -> Input | None:
+    return Input(given["channels"], tuple(given["size"]), given["num_classes"]) if given else None

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import torch
 
+from repa_lab.data.arrow import SavedDataset
 from repa_lab.data.autoencoder import Autoencoder, load_autoencoder
-from repa_lab.data.fingerprint import DataError
+from repa_lab.data.errors import DataError
+from repa_lab.data.folder import ImageFolder
 from repa_lab.data.reconstruct import Reconstructions
-from repa_lab.data.sources import Digits, Flips, ImageFolder, ImageSource, Split, split
+from repa_lab.data.sources import Digits, Flips, ImageSource, Split, split
 from repa_lab.data.space import LatentSpace, PixelSpace, Space, latent_space
 from repa_lab.data.store import Progress
 from repa_lab.models.family import Input
 from repa_lab.spec import DataConfig, EncoderConfig
+from repa_lab.training.fingerprints import buckets_of
 
 _CPU = torch.device("cpu")
 # Given the name of a long task, yields what to tell its progress to.
@@ -39,13 +42,15 @@ class Images:
 
     @property
     def input(self) -> Input:
-        """What the denoiser is built for."""
-        return Input(self.space.channels, self.space.size, self.source.num_classes)
+        """What a denoiser that is trained from scratch is built for; its images are of one size."""
+        channels, height, width = self.space.shape(self.split.train)
+        return Input(channels, (height, width), self.source.num_classes)
 
 
 _SOURCES: dict[str, Callable[[DataConfig], ImageSource]] = {
     "digits": lambda data: Digits(),
-    "imagefolder": lambda data: ImageFolder(_folder(data), data.side),
+    "imagefolder": lambda data: ImageFolder(_folder(data), data.side, buckets_of(data)),
+    "datasets": lambda data: SavedDataset(_folder(data), data.side, buckets_of(data), data.caption_column),
 }
 
 
@@ -57,17 +62,33 @@ _DECODERS: dict[str, Callable[[EncoderConfig, LatentSpace], Autoencoder] | None]
 }
 
 
-def open_images(data: DataConfig, cache: Path, announce: Announce | None = None, device: torch.device = _CPU) -> Images:
+def open_images(
+    data: DataConfig,
+    cache: Path,
+    announce: Announce | None = None,
+    device: torch.device = _CPU,
+    vae: str | None = None,
+    shifted: bool = True,
+) -> Images:
     """The data of a run; latents are computed on ``device`` if they are asked for and not in the cache.
+
+    Args:
+        data: the settings.
+        cache: where latents are kept.
+        announce: told of a long task.
+        device: where latents are computed.
+        vae: the autoencoder, or the pipeline with it, to use where the settings name none.
+        shifted: see :class:`repa_lab.data.autoencoder.Autoencoder`.
 
     Raises:
         DataError: the data cannot be used.
     """
+    vae = data.vae or vae
     base = _SOURCES[data.source](data)
     parts = split(len(base), data.holdout)
     source = Flips(base) if data.flip else base
-    progress = announce("latents") if announce and data.vae else None
-    space = latent_space(source, data.vae, cache, progress, device) if data.vae else PixelSpace(source)
+    progress = announce("latents") if announce and vae else None
+    space = latent_space(source, vae, cache, progress, device, shifted) if vae else PixelSpace(source)
     return Images(source, parts, space, data.flip)
 
 

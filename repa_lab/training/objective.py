@@ -1,4 +1,4 @@
-"""The linear path with velocity target of SiT and REPA: t = 0 is data, t = 1 is noise."""
+"""What a step is computed from, and the loss against noise."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import torch
 from torch.utils.data import Dataset
 
 from repa_lab.align import Schedule
+from repa_lab.data.sources import groups
 from repa_lab.encoders.targets import Reader
 from repa_lab.spec import RunConfig
+from repa_lab.training.conditioning import Condition, Conditioning
 from repa_lab.training.images import Images
-from repa_lab.training.streams import Order, generator
+from repa_lab.training.process import Process
+from repa_lab.training.streams import BatchOrder, generator
 
 
 class Batch(NamedTuple):
-    """All that one step is computed from, drawn on the CPU: images ``ids`` and labels ``y`` ``(B,)``, clean ``x``, ``noise``
-    ``(B, C, H, W)``, times ``t`` ``(B,)``; dropped labels are already the null label. ``loaded`` holds what the targets of each
+    """All that one step is computed from, drawn on the CPU: images ``ids`` ``(B,)``, clean ``x``, ``noise`` ``(B, C, H, W)``,
+    times ``t`` ``(B,)``, and the ``condition``, where some is already dropped. ``loaded`` holds what the targets of each
     encoder are made from, where a reader could load it ahead of time.
     """
 
@@ -25,7 +28,7 @@ class Batch(NamedTuple):
     x: torch.Tensor
     noise: torch.Tensor
     t: torch.Tensor
-    y: torch.Tensor
+    condition: Condition
     loaded: tuple[torch.Tensor | None, ...] = ()
 
     def split(self, size: int | None) -> list[Batch]:
@@ -35,12 +38,14 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; ids stay, and what is loaded goes where its targets want it."""
-        x, noise, t, y = (part.to(device, non_blocking=True) for part in self[1:5])
-        return Batch(self.ids, x, noise, t, y, self.loaded)
+        x, noise, t = (part.to(device, non_blocking=True) for part in (self.x, self.noise, self.t))
+        condition = {name: value.to(device, non_blocking=True) for name, value in self.condition.items()}
+        return Batch(self.ids, x, noise, t, condition, self.loaded)
 
     def _part(self, rows: slice) -> Batch:
-        ids, x, noise, t, y = (part[rows] for part in self[:5])
-        return Batch(ids, x, noise, t, y, tuple(None if one is None else one[rows] for one in self.loaded))
+        ids, x, noise, t = (part[rows] for part in (self.ids, self.x, self.noise, self.t))
+        condition = {name: value[rows] for name, value in self.condition.items()}
+        return Batch(ids, x, noise, t, condition, tuple(None if one is None else one[rows] for one in self.loaded))
 
 
 class Steps(Dataset[Batch]):
@@ -50,6 +55,8 @@ class Steps(Dataset[Batch]):
         config: batch size, label dropout, distribution of times.
         seed: the run's seed.
         images: what is trained on.
+        process: how times are drawn.
+        conditioning: what the denoiser is told of the images.
         part: which of how many equal parts of a batch is this process's.
         readers: load what targets are made from; see :class:`repa_lab.encoders.targets.Targets`.
         weight: the regularizer's schedule: on steps where it is 0 nothing is loaded.
@@ -60,13 +67,17 @@ class Steps(Dataset[Batch]):
         config: RunConfig,
         seed: int,
         images: Images,
+        process: Process,
+        conditioning: Conditioning,
         part: tuple[int, int] = (0, 1),
         readers: Sequence[Reader | None] = (),
         weight: Schedule | None = None,
     ) -> None:
         self._train, self._seed, self._images = config.train, seed, images
+        self._process, self._conditioning = process, conditioning
         self._readers, self._weight = tuple(readers), weight
-        self._order = Order(images.split.train, seed)
+        train = images.split.train
+        self._order = BatchOrder([train[group] for group in groups(images.source.sizes[train])], seed)
         number, parts = part
         size = config.train.batch_size // parts
         self._mine = slice(number * size, (number + 1) * size)
@@ -78,14 +89,14 @@ class Steps(Dataset[Batch]):
         size, space, mine = self._train.batch_size, self._images.space, self._mine
         ids = self._seen(step)
         draw = generator(self._seed, "noise", step * size)
-        t = sample_times(self._train.time, size, draw)
+        t = self._process.times(self._train.time, size, draw)
         dropped = torch.rand(size, generator=draw) < self._train.label_dropout
         # All of a batch's randomness is drawn by every process, so that how many there are does not change it.
-        encoding = space.draw(size, draw)
-        noise = torch.randn((size, space.channels, *space.size), generator=draw)
-        x = space.encode(ids[mine].tolist(), None if encoding is None else encoding[mine])
-        labels = self._images.source.labels[ids].masked_fill(dropped, self._images.source.num_classes)
-        return Batch(ids[mine], x, noise[mine], t[mine], labels[mine], self._loaded(step, ids[mine]))
+        encoding = space.draw(ids, draw)
+        noise = torch.randn((size, *space.shape(ids)), generator=draw)
+        x = space.encode(ids[mine], None if encoding is None else encoding[mine])
+        condition = self._conditioning(ids[mine], dropped[mine])
+        return Batch(ids[mine], x, noise[mine], t[mine], condition, self._loaded(step, ids[mine]))
 
     def _loaded(self, step: int, ids: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if self._weight is None or self._weight(step) == 0:
@@ -95,26 +106,13 @@ class Steps(Dataset[Batch]):
     def _seen(self, step: int) -> torch.Tensor:
         """The images of a step, mirrored ones by the number of their mirror image."""
         size = self._train.batch_size
-        ids = self._order.take(step * size, size)
+        ids = self._order.take(step, size)
         if not self._images.flips:
             return ids
         mirrored = torch.rand(size, generator=generator(self._seed, "flips", step * size)) < 0.5
         return ids + self._images.base_count * mirrored
 
 
-def sample_times(kind: str, count: int, draw: torch.Generator) -> torch.Tensor:
-    """Times ``(count,)`` in [0, 1]: ``uniform``, or ``lognormal``, which is the sigmoid of a standard normal."""
-    if kind == "lognormal":
-        return torch.randn(count, generator=draw).sigmoid()
-    return torch.rand(count, generator=draw)
-
-
-def interpolate(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x_t = (1 - t) x + t noise`` and its velocity ``noise - x``, both ``(B, C, H, W)``; t is ``(B,)``."""
-    time = t.view(-1, 1, 1, 1)
-    return (1 - time) * x + time * noise, noise - x
-
-
-def denoising_loss(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def denoising_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error in float32 over everything."""
-    return (velocity.float() - target).square().mean()
+    return (prediction.float() - target).square().mean()

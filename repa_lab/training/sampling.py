@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
+from repa_lab.data.space import Space
 from repa_lab.spec.schema import GuidanceConfig, SamplerConfig
 from repa_lab.training.streams import generator
 
@@ -16,6 +18,49 @@ from repa_lab.training.streams import generator
 _SDE_LAST_TIME = 0.04
 Velocity = Callable[[torch.Tensor, float], torch.Tensor]
 Noise = Callable[[], torch.Tensor]
+
+
+class Sampler(Protocol):
+    """Draws samples with a run's denoiser, with the weights it has at the moment."""
+
+    def __call__(self, index: range) -> torch.Tensor | None:
+        """Samples by their number as uint8 pixels ``(n, C, H, W)`` on the CPU; None if one of them is not finite, for as pixels
+        it would pass for an image."""
+        ...
+
+    def shown(self) -> torch.Tensor | None:
+        """What is shown to people, as pixels; None where that is the first samples, or where it is not finite."""
+        ...
+
+
+class FieldSampler:
+    """Integrates the velocity field of a denoiser that the lab built.
+
+    Args:
+        sampling: what is sampled and how.
+        denoiser: with ``forward(x, t, y) -> velocity``.
+        space: makes pixels of what is drawn.
+        device: where to run.
+    """
+
+    def __init__(self, sampling: Sampling, denoiser: nn.Module, space: Space, device: torch.device) -> None:
+        self._sampling, self._denoiser, self._space, self._device = sampling, denoiser, space, device
+
+    def __call__(self, index: range) -> torch.Tensor | None:
+        """See :class:`Sampler`."""
+        x = self._sampling.batch(self._denoiser, index, self._device)
+        return self._space.decode(x).cpu() if x.isfinite().all() else None
+
+    def shown(self) -> torch.Tensor | None:
+        """See :class:`Sampler`."""
+        return None
+
+
+def shares(count: int, batch_size: int, part: tuple[int, int] = (0, 1)) -> Iterator[range]:
+    """The batches of ``count`` samples that process ``part[0]`` of ``part[1]`` draws; their number and size stay the same."""
+    number, parts = part
+    for start in range(number * batch_size, count, parts * batch_size):
+        yield range(start, min(start + batch_size, count))
 
 
 @dataclass(frozen=True)
@@ -28,19 +73,9 @@ class Sampling:
     guidance: GuidanceConfig
     seed: int
 
-    def batches(
-        self, denoiser: nn.Module, count: int, batch_size: int, device: torch.device, part: tuple[int, int] = (0, 1)
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """``count`` samples in batches: the number of the first and ``(b, C, H, W)``, float32 on ``device``.
-
-        Of the batches, process ``part[0]`` of ``part[1]`` draws its share; their number and size stay the same.
-        """
-        number, parts = part
-        for start in range(number * batch_size, count, parts * batch_size):
-            yield start, self._batch(denoiser, range(start, min(start + batch_size, count)), device)
-
     @torch.no_grad()
-    def _batch(self, denoiser: nn.Module, index: range, device: torch.device) -> torch.Tensor:
+    def batch(self, denoiser: nn.Module, index: range, device: torch.device) -> torch.Tensor:
+        """The samples of these numbers ``(b, C, H, W)``, float32 on ``device``."""
         draws = [generator(self.seed, "sampling", i) for i in index]
 
         def noise() -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,27 +11,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.utils.data import DataLoader
 
 from repa_lab.align import Alignment
 from repa_lab.align.ranks import mean_over_ranks
 from repa_lab.encoders.targets import Targets
-from repa_lab.models.facts import shape_of
-from repa_lab.models.families import family_facts
-from repa_lab.models.family import BUILDERS, Input
+from repa_lab.models.tap import Tap
 from repa_lab.runs import files
 from repa_lab.runs.files import Row
 from repa_lab.spec import EncoderConfig, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
-from repa_lab.training.aligner import Aligner, choose_block, open_targets, tap_denoiser
+from repa_lab.training.aligner import Aligner, choose_block, open_targets, schedule_of, shape_of_model
 from repa_lab.training.checkpoint import INPUT_FILE, Progress, Trained
 from repa_lab.training.device import MIXED_PRECISION, DeviceError, pick_device
 from repa_lab.training.ema import EMA
 from repa_lab.training.evaluate import Evaluator, Match
-from repa_lab.training.images import open_images
-from repa_lab.training.objective import Batch, Steps, denoising_loss, interpolate
-from repa_lab.training.streams import seeded
+from repa_lab.training.micro_batch import MicroBatch
+from repa_lab.training.model import open_data, open_model
+from repa_lab.training.objective import Batch, Steps, denoising_loss
 
 
 @dataclass(frozen=True)
@@ -65,37 +64,39 @@ class Trainer:
     Where several processes were started (torchrun, accelerate launch), each takes its part of every batch.
 
     Raises:
-        DataError, EncoderError, TapError, DeviceError: a part cannot be had; nothing has been trained by then.
+        DataError, EncoderError, PretrainedError, ProcessError, TapError, DeviceError: a part cannot be had; nothing has been
+            trained by then.
     """
 
     def __init__(self, run: Run, options: RunOptions, cache: Path) -> None:
         config, self.options, self.progress = run.config, options, Progress()
         self.config = config
         pick_device(options)  # refuses what would otherwise fall back in silence
-        AcceleratorState._reset_state()  # accelerate keeps the precision of this process's run before
-        self.accelerator = Accelerator(mixed_precision=MIXED_PRECISION[options.precision], cpu=options.device == "cpu")
+        self.accelerator = _accelerator(config, options)
         self.device: torch.device = self.accelerator.device
         part = (self.accelerator.process_index, self.accelerator.num_processes)
         require_equal_parts(config, part[1])
-        images = open_images(config.data, cache, device=self.device)
-        self.input = images.input
-        denoiser = build_denoiser(config, images.input, run.seed)
+        self._micro_batch = MicroBatch(options.micro_batch, part[1])
+        images = open_data(config, cache, self.device)
+        self._input = images.input if config.model.pretrained is None else None
+        self.model = open_model(run, images, options, cache, self.device)
         if options.gradient_checkpointing:
-            checkpointing: Any = denoiser
+            checkpointing: Any = self.model.denoiser
             checkpointing.enable_gradient_checkpointing()
 
         def targets(encoder: EncoderConfig) -> Targets:
             return open_targets(encoder, images, options, cache, self.device)
 
         own = {encoder: targets(encoder) for encoder in config.regularizer.encoders}
-        self.aligner = Aligner(run, denoiser, [own[e] for e in config.regularizer.encoders]) if own else None
         measuring = config.alignment_encoder
         measured = (own.get(measuring) or targets(measuring)) if measuring else None
-        self.evaluator = Evaluator(config.evaluate, images, run.seed, measured, cache, self.device, part)
+        self.evaluator = Evaluator(config, images, self.model, measured, cache, self.device, part)
         readers = [own[encoder].reader for encoder in config.regularizer.encoders]
-        weight = self.aligner.regularizer.schedule if self.aligner else None
-        self._steps = Steps(config, run.seed, images, part, readers, weight)
-        self._trained = self._prepare(denoiser)
+        weight = schedule_of(config) if own else None
+        self._steps = Steps(config, run.seed, images, self.model.process, self.model.conditioning, part, readers, weight)
+        self.model.denoiser.to(self.device)
+        self.aligner = self._align(run, [own[encoder] for encoder in config.regularizer.encoders]) if own else None
+        self._trained = self._prepare(self.model.denoiser)
 
     def batches(self) -> Iterator[Batch]:
         """The batches of the steps that are left."""
@@ -104,15 +105,9 @@ class Trainer:
         return iter(DataLoader(self._steps, batch_size=None, sampler=left, num_workers=workers, pin_memory=pin))
 
     def step(self, batch: Batch) -> StepOutcome:
-        """One optimizer step on one batch, in as many micro-batches as the options say."""
+        """One optimizer step on one batch, in as many micro-batches as the options say or memory asks for."""
         weight = self.aligner.regularizer.weight_at(self.progress.step) if self.aligner else None
-        values: dict[str, torch.Tensor] = {}
-        parts = batch.split(self.options.micro_batch)
-        for number, part in enumerate(parts, start=1):
-            share = len(part.t) / len(batch.t)
-            with self._accumulating(until_next=number < len(parts)):
-                found = self._pass(part.to(self.device), share)
-            values = {name: value * share + values.get(name, 0) for name, value in found.items()}
+        values = self._gradients(batch)
         limit = self.config.train.grad_clip
         grad_norm = self.accelerator.clip_grad_norm_(self._parameters, limit) if limit else None
         self._trained.optimizer.step()
@@ -129,9 +124,9 @@ class Trainer:
         block = choose_block(config, config.evaluate.block_index, own_block)
         denoiser.eval()
         with self._trained.ema.applied():
-            row, samples = self.evaluator.quality(denoiser)
-            tap = tap_denoiser(config, denoiser, block)
-            row |= self.evaluator.alignment(denoiser, tap, self._match() if block == own_block else None)
+            row, samples = self.evaluator.quality()
+            tap = self.model.tap(block)
+            row |= self.evaluator.alignment(tap, self._match() if block == own_block else None)
             tap.remove()
         denoiser.train()
         if self.aligner:
@@ -141,16 +136,36 @@ class Trainer:
     def save(self, folder: Path) -> None:
         """Write all that is needed to go on, or to export the model, into an empty folder."""
         self._trained.save(folder, self.progress)
-        files.write_json(folder / INPUT_FILE, asdict(self.input))
+        files.write_json(folder / INPUT_FILE, asdict(self._input) if self._input else None)
 
     def resume(self, folder: Path) -> None:
         """Take up what :meth:`save` wrote."""
         self._trained.load(folder, self.progress)
 
+    def _gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The gradients of a batch, and the means that its row shows; where memory runs out, taken again in smaller parts."""
+        while True:
+            try:
+                return self._passes(batch.split(self._micro_batch.size), len(batch.t))
+            except torch.OutOfMemoryError as error:
+                self._micro_batch.shrink(len(batch.t), error)
+            self._trained.optimizer.zero_grad(set_to_none=True)
+            if self.aligner:
+                self.aligner.retract(self.progress.step)
+
+    def _passes(self, parts: list[Batch], count: int) -> dict[str, torch.Tensor]:
+        values: dict[str, torch.Tensor] = {}
+        for number, part in enumerate(parts, start=1):
+            share = len(part.t) / count
+            with self._accumulating(until_next=number < len(parts)):
+                found = self._pass(part.to(self.device), share)
+            values = {name: value * share + values.get(name, 0) for name, value in found.items()}
+        return values
+
     def _pass(self, part: Batch, share: float) -> dict[str, torch.Tensor]:
         """Forward and backward through a micro-batch that is ``share`` of this process's batch."""
-        x_t, target = interpolate(part.x, part.noise, part.t)
-        total = denoise = denoising_loss(self._denoiser(x_t, part.t, part.y), target)
+        x_t, target = self.model.process.corrupt(part.x, part.noise, part.t)
+        total = denoise = denoising_loss(self._denoiser(x_t, part.t, **part.condition), target)
         alignment = self.aligner(part, self.progress.step, self.device) if self.aligner else None
         if alignment is not None and alignment.weight > 0:
             total = denoise + alignment.loss
@@ -174,6 +189,23 @@ class Trainer:
         regularizer, number = self.aligner.regularizer, encoders.index(measuring)
         return lambda student, teacher: regularizer.match(student, teacher, number)
 
+    def _align(self, run: Run, targets: Sequence[Targets]) -> Aligner:
+        """The aligner, its tap set on the denoiser while nothing is wrapped around that."""
+        tap = self.model.tap(choose_block(run.config, run.config.regularizer.block_index))
+        width = self._width(tap) if run.config.model.pretrained else shape_of_model(run.config).width
+        return Aligner(run, tap, width, targets)
+
+    @torch.no_grad()
+    def _width(self, tap: Tap) -> int:
+        """What comes out of a pretrained denoiser at the tap, of whatever size its folder holds, one image tells."""
+        (first, *_) = self._steps[0].split(1)
+        one = first.to(self.device)
+        self.model.denoiser.eval()
+        with self.accelerator.autocast():
+            self.model.denoiser(one.x, one.t, **one.condition)
+        self.model.denoiser.train()
+        return tap.take().dim
+
     def _prepare(self, denoiser: nn.Module) -> Trained:
         train, accelerator = self.config.train, self.accelerator
         modules: dict[str, nn.Module] = {"denoiser": denoiser.to(self.device)}
@@ -189,12 +221,12 @@ class Trainer:
         return Trained(denoiser, modules.get("regularizer"), optimizer, ema, accelerator.scaler)
 
 
-def build_denoiser(config: RunConfig, given: Input, seed: int) -> nn.Module:
-    """A freshly initialised denoiser; the same for every arm with this model and seed, whatever its regularizer."""
-    name, size = config.model.family, config.model.size
-    shape = shape_of(family_facts(name), size)
-    with seeded(seed, "init"):
-        return BUILDERS[name].build(size or "", shape, given)
+def _accelerator(config: RunConfig, options: RunOptions) -> Accelerator:
+    AcceleratorState._reset_state()  # accelerate keeps the precision of this process's run before
+    # In many pretrained models the last block's text leads nowhere, and DistributedDataParallel would wait for its gradients.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=config.model.pretrained is not None)
+    precision = MIXED_PRECISION[options.precision]
+    return Accelerator(mixed_precision=precision, cpu=options.device == "cpu", kwargs_handlers=[unused])
 
 
 def require_equal_parts(config: RunConfig, processes: int) -> None:

@@ -165,3 +165,34 @@ ABSURD = [{"mode": "forever"}, {"threshold": 1.5}, {"ema_decay": 1.0}, {"min_cou
 def test_what_cannot_be_meant_is_refused(settings):
     with pytest.raises(ValueError, match=r"unknown threshold mode 'forever'; allowed|a cutoff needs threshold"):
         SimilarityCutoff(**{"threshold": 0.9, **settings})
+
+
+def test_a_step_that_is_taken_again_counts_once():
+    plain, retried = (SimilarityCutoff(0.9, ema_decay=0.5, min_count=1) for _ in range(2))
+    for step, value in enumerate([0.2, 0.6, 0.4]):
+        assert plain.is_cut(step) == retried.is_cut(step)
+        plain.observe(step, torch.tensor(value))
+        for wrong in (0.99, -0.5):  # noted before memory ran out
+            retried.observe(step, torch.tensor(wrong))
+        retried.retract(step)
+        retried.retract(step)
+        assert not retried.is_cut(step)
+        retried.observe(step, torch.tensor(value))
+    assert torch.equal(retried.get_extra_state(), plain.get_extra_state())
+    assert plain.similarity == pytest.approx((0.2 + 2 * 0.6 + 4 * 0.4) / 7)
+
+
+def test_what_was_taken_in_is_not_retracted():
+    cutoff = SimilarityCutoff(0.9, ema_decay=0.0, min_count=1)
+    cutoff.observe(0, torch.tensor(0.7))
+    assert not cutoff.is_cut(1)
+    cutoff.retract(0)
+    assert cutoff.similarity == pytest.approx(0.7)
+
+
+def test_retracting_a_step_at_which_nothing_was_noted_leaves_the_one_before():
+    cutoff = SimilarityCutoff(0.9, ema_decay=0.0, min_count=1)
+    cutoff.observe(0, torch.tensor(0.7))
+    cutoff.retract(1)
+    assert not cutoff.is_cut(2)
+    assert cutoff.similarity == pytest.approx(0.7)

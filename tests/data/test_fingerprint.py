@@ -5,8 +5,8 @@ import shutil
 import pytest
 
 from repa_lab.data import fingerprint
+from repa_lab.data.errors import DataError
 from repa_lab.data.fingerprint import (
-    DataError,
     digest,
     file_digest,
     fingerprint_content,

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLLTXVideo
 from torch import nn
 
 from repa_lab.data.autoencoder import Autoencoder
-from repa_lab.data.fingerprint import DataError
+from repa_lab.data.errors import DataError
 from repa_lab.data.latents import LatentScaling, latent_scaling
 from tests.data.autoencoders import MEAN, STD, dc, flux2, kl, qwen, tiny
 

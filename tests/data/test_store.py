@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from repa_lab.data import store
-from repa_lab.data.fingerprint import DataError, digest
+from repa_lab.data.errors import DataError
+from repa_lab.data.fingerprint import digest
 from repa_lab.data.store import open_or_build
 
 IDENTITY = {"kind": "test/1", "data": "abc"}

@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_image
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from repa_lab.data.sources import center_crop
+from repa_lab.data.crop import crop
 from repa_lab.encoders import encoder as encoder_module
 from repa_lab.encoders.encoder import (
     Encoder,
@@ -33,7 +33,7 @@ def packaged() -> dict[str, torch.Tensor]:
 
 def photograph(name: str, side: int = 224) -> torch.Tensor:
     """One of the two photographs that come with scikit-learn, ``(1, 3, side, side)``, uint8."""
-    return torch.from_numpy(np.array(center_crop(Image.fromarray(load_sample_image(name)), side))).permute(2, 0, 1)[None]
+    return torch.from_numpy(np.array(crop(Image.fromarray(load_sample_image(name)), (side, side)))).permute(2, 0, 1)[None]
 
 
 class TestLite0:

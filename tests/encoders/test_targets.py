@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from repa_lab.align import REPA, UREPA, Schedule, Tokens
 from repa_lab.data import store
 from repa_lab.data.autoencoder import Autoencoder
-from repa_lab.data.fingerprint import DataError
+from repa_lab.data.crop import Buckets
+from repa_lab.data.errors import DataError
+from repa_lab.data.folder import ImageFolder
 from repa_lab.data.reconstruct import Reconstructions
-from repa_lab.data.sources import Flips, ImageFolder
+from repa_lab.data.sources import Flips
 from repa_lab.data.space import latent_space
 from repa_lab.encoders import targets
 from repa_lab.encoders.encoder import EncoderError, EncoderOptions, lite0_model, load_encoder
@@ -243,3 +245,55 @@ def test_what_is_no_patch_grid_is_refused_before_anything_is_computed(cached, tm
 def test_an_online_encoder_passes_the_preflight_too(source):
     with pytest.raises(EncoderError, match="'lite0' gives one token an image"):
         OnlineTargets(load_encoder("efficientnet_lite0", 16, 16), "lite0", source, CPU)
+
+
+class TestSizes:
+    """Images that keep their aspects are seen by the encoder on grids of their own."""
+
+    # Images by their size (height x width): 64x64, 48x80 and 80x48; and their grids by the papers' rule, a token for 16 pixels.
+    GROUPS = (([0, 4], (4, 4)), ([3, 1], (3, 5)), ([2], (5, 3)))
+
+    @pytest.fixture
+    def mixed(self, tmp_path):
+        root = tmp_path / "mixed"
+        root.mkdir()
+        for i, shape in enumerate([(64, 64), (80, 48), (48, 80), (160, 96), (70, 64)]):
+            noise_image(i, shape).save(root / f"{i}.png")
+        return ImageFolder(root, 64, Buckets(64, 16, 2.0))
+
+    def make(self, mixed, tmp_path, cached=True, size=None, **options) -> CachedTargets | OnlineTargets:
+        if not cached:
+            return OnlineTargets(load_encoder("efficientnet_lite0", size, 64), "it", mixed, CPU)
+        how = {"standardize": False, "storage": torch.float32, **options}
+        return cached_targets(mixed, "efficientnet_lite0", size, None, cache=tmp_path / "cache", device=CPU, **how)
+
+    @pytest.mark.parametrize("cached", [True, False])
+    def test_every_image_has_the_encoders_own_tokens(self, mixed, tmp_path, cached):
+        targets, encoder = self.make(mixed, tmp_path, cached), load_encoder("efficientnet_lite0", None, 64)
+        for index, grid in self.GROUPS:
+            found = targets(torch.tensor(index), CPU)
+            assert (found.grid, found.values.shape) == (grid, (len(index), grid[0] * grid[1], 112))
+            torch.testing.assert_close(found.values, encoder(mixed.read(index)).values, rtol=1e-5, atol=1e-4)
+            read = targets.reader(torch.tensor(index))
+            assert torch.equal(targets(torch.tensor(index), CPU, read).values, found.values)
+
+    @pytest.mark.parametrize("cached", [True, False])
+    def test_a_size_that_is_given_is_that_of_squares(self, mixed, tmp_path, cached):
+        targets = self.make(mixed, tmp_path, cached, size=96)
+        # By hand: 96 * sqrt(48/80) = 74.4 is nearest to 5 patches of 16, 96 * sqrt(80/48) = 123.9 to 8.
+        grids = [targets(torch.tensor(index), CPU).grid for index, _ in self.GROUPS]
+        assert grids == [(6, 6), (5, 8), (8, 5)]
+
+    def test_standardizing_is_over_all_sizes(self, mixed, tmp_path):
+        plain, scaled = (self.make(mixed, tmp_path, standardize=on) for on in (False, True))
+        indices = [torch.tensor(index) for index, _ in self.GROUPS]
+        tokens = np.concatenate([plain(index, CPU).values.double().flatten(0, 1).numpy() for index in indices])
+        assert tokens.shape == (2 * 16 + 3 * 15, 112)
+        for index in indices:
+            expected = (plain(index, CPU).values.double().numpy() - tokens.mean(0)) / tokens.std(0)
+            np.testing.assert_allclose(scaled(index, CPU).values, expected, atol=1e-5)
+
+    def test_the_progress_is_over_all_sizes(self, mixed, tmp_path):
+        heard: list[tuple[int, int]] = []
+        self.make(mixed, tmp_path, progress=lambda *told: heard.append(told))
+        assert heard == [(2, 5), (4, 5), (5, 5)]

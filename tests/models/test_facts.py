@@ -10,10 +10,10 @@ from repa_lab.models.facts import SIT_SHAPES, UNET_SHAPES, UnknownFactError, sha
 from repa_lab.models.families import FAMILIES, family_facts
 from repa_lab.models.family import BUILDERS, Input
 
-TRAINABLE = [(family, size) for family in FAMILIES.values() if family.trainable for size in family.shapes]
+FROM_SCRATCH = [(family, size) for family in FAMILIES.values() if family.from_scratch for size in family.shapes]
 
 
-@pytest.mark.parametrize("family, size", TRAINABLE, ids=lambda value: value if isinstance(value, str) else value.name)
+@pytest.mark.parametrize("family, size", FROM_SCRATCH, ids=lambda value: value if isinstance(value, str) else value.name)
 def test_facts_are_those_of_the_denoiser_that_is_built(family, size):
     shape, side = family.shapes[size], (32, 64)
     builder = BUILDERS[family.name]
@@ -30,8 +30,14 @@ def test_facts_are_those_of_the_denoiser_that_is_built(family, size):
         assert shape.width % shape.heads == 0
 
 
-def test_every_trainable_family_can_be_built_and_no_other():
-    assert set(BUILDERS) == {family.name for family in FAMILIES.values() if family.trainable}
+def test_every_family_from_scratch_can_be_built_and_no_other():
+    assert set(BUILDERS) == {family.name for family in FAMILIES.values() if family.from_scratch}
+
+
+def test_every_family_of_the_guide_and_those_beside_it_can_be_trained():
+    named = "flux flux2 sd3 chroma sana pixart hidream auraflow lumina2 sdxl sd15 kolors"
+    beside = "qwen_image z_image dit hunyuan_dit cogview4 kandinsky5 sit unet"
+    assert {family.name for family in FAMILIES.values() if family.trainable} == {*named.split(), *beside.split()}
 
 
 def test_the_papers_blocks():

@@ -13,12 +13,12 @@ from tests.models.test_families import blocks_of, families, given, make
 def test_a_tap_set_before_compiling_captures_the_same(family):
     torch.compiler.reset()
     denoiser = make(family)
-    inputs = given(family, denoiser)
+    latents, time, condition = given(family, denoiser)
     for block in {blocks_of(family, denoiser)[0], blocks_of(family, denoiser)[-1]}:
         tap = tap_block(denoiser, block)
         with torch.no_grad():
-            expected = denoiser(*inputs), tap.take().values
-            found = torch.compile(denoiser, backend="eager")(*inputs), tap.take().values
+            expected = denoiser(latents, time, **condition), tap.take().values
+            found = torch.compile(denoiser, backend="eager")(latents, time, **condition), tap.take().values
         tap.remove()
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -31,7 +31,7 @@ def test_one_step_with_its_regularizer_reaches_what_lies_before_the_tap_and_noth
     block = blocks_of(family, denoiser)[0]
     tap = tap_block(denoiser, block)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        denoiser(latents, time, condition)
+        denoiser(latents, time, **condition)
     student = tap.take()
     kind = UREPA if family.regularizer == "urepa" else REPA
     regularizer = kind(student.dim, 5, width=8)

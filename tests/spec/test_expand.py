@@ -153,7 +153,7 @@ class TestExclude:
 
     def test_by_a_default_that_nothing_sets(self):
         axes = {"train.lr": [1e-3, 1e-2], "regularizer.type": ["repa", "none"]}
-        rule = {"regularizer.manifold_weight": 3.0, "train.time": "uniform", "train.lr": 1e-2}
+        rule = {"regularizer.manifold_weight": 3.0, "train.time": "auto", "train.lr": 1e-2}
         assert labels(axes=axes, exclude=[rule]) == ["lr=0.001, type=repa", "lr=0.001, type=none"]
 
     def test_an_arm_that_could_not_be_is_excluded_unjudged(self):

@@ -37,7 +37,7 @@ class TestLoading:
         config = load_spec(mapping()).arms[0].config
         train = config.train
         assert (train.batch_size, train.lr, train.ema, train.weight_decay, train.grad_clip) == (256, 1e-4, 0.9999, 0.0, 1.0)
-        assert (train.label_dropout, train.time) == (0.1, "uniform")
+        assert (train.label_dropout, train.time) == (0.1, "auto")
         regularizer = config.regularizer
         assert (regularizer.type, regularizer.weight, regularizer.manifold_weight) == ("none", 0.5, 3.0)
         assert (regularizer.projector.type, regularizer.projector.width, regularizer.block_index) == ("mlp", 2048, None)

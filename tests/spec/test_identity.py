@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
+from repa_lab.data.fingerprint import fingerprint_digits
+from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.spec import EncoderConfig, RunConfig, load_spec
-from repa_lab.spec.identity import Run, identify, local_files
+from repa_lab.spec.identity import Run, identify, local_weights
+from repa_lab.sweep.plan import identify_arm
 from tests.spec.examples import mapping
 
 CONTENTS = {"a.bin": "111", "b.bin": "222", "copy-of-a.bin": "111"}
@@ -57,6 +62,7 @@ SCIENCE = {
     "regularizer.manifold.sample": 64, "regularizer.schedule.similarity_threshold": 0.6,
     "regularizer.schedule.similarity_ema_decay": 0.9, "regularizer.schedule.similarity_min_count": 5,
     "regularizer.schedule.threshold_mode": "recoverable", "regularizer.schedule.probe_every": 7,
+    "model.revision": "v2", "data.buckets": {"step": 32}, "data.caption_column": "text", "evaluate.prompts": ["a cat"],
 }  # fmt: skip
 # They change only together with others, or stand for content that is hashed in their place.
 ELSEWHERE = {"data.source", "data.path", "train.steps", "regularizer.encoder.tae", "regularizer.spatial_align"}
@@ -110,6 +116,7 @@ LATER = {
     "data.flip": False, "regularizer.loss": "cosine", "regularizer.temperature": 0.1, "regularizer.spatial_align": True,
     "regularizer.spatial_norm": None, "regularizer.resample": {}, "regularizer.manifold.scope": "intra",
     "regularizer.projector.kernel": 3, "regularizer.encoder.pixels": "image", "regularizer.schedule.probe_every": 50,
+    "model.revision": None, "data.buckets": None, "data.caption_column": None, "evaluate.prompts": [],
 }  # fmt: skip
 
 
@@ -128,7 +135,7 @@ def test_several_encoders_are_one_setting():
     assert of({**one, "weights": "copy-of-a.bin"}, other).run_id == of(one, other).run_id
     assert len({of(one, other).run_id, of(other, one).run_id, of(one, one).run_id, of(other).run_id, of(one).run_id}) == 5
     assert len({of(one, other).config, of(one, other).config, of(one).config}) == 2  # settings are keys of mappings
-    assert local_files(of(one, {**other, "weights": "b.bin"}).config) == ("a.bin", "b.bin")
+    assert local_weights(of(one, {**other, "weights": "b.bin"}).config) == ("a.bin", "b.bin")
     again = of(one, other)
     assert Run.from_json(again.run_id, json.loads(json.dumps(again.to_json()))) == again
 
@@ -158,7 +165,7 @@ def test_a_weight_of_zero_is_not_the_baseline():
 
 def test_only_files_that_are_used_are_read():
     def named(overrides: dict[str, Any]) -> tuple[str, ...]:
-        return local_files(run(overrides).config)
+        return local_weights(run(overrides).config)
 
     assert named({}) == ("a.bin",)
     assert named({"evaluate.extractor.weights": "b.bin"}) == ("a.bin", "b.bin")
@@ -171,3 +178,110 @@ def test_a_run_survives_its_file():
     spec = json.loads(json.dumps(first.to_json()))
     assert spec["seed"] == 7
     assert Run.from_json(first.run_id, spec) == first
+
+
+def test_auto_is_uniform_where_nothing_is_pretrained():
+    """As every run that was trained before there was another has it."""
+    ids = {time: run({"train.time": time}).run_id for time in ("auto", "uniform", "lognormal")}
+    assert run().run_id == ids["auto"] == ids["uniform"] != ids["lognormal"]
+    tuned = {time: run({"model.pretrained": "x", "train.time": time}).run_id for time in ("auto", "uniform", "lognormal")}
+    assert run({"model.pretrained": "x"}).run_id == tuned["auto"]
+    assert len(set(tuned.values())) == 3
+
+
+def test_neutral_settings_are_left_out_of_what_is_hashed_wherever_they_stand():
+    """An encoder of a list, and sections within sections."""
+    plain = {"name": "e", "weights": "a.bin"}
+    later = {**plain, "pixels": "image", "tae": None}
+    assert run({"regularizer.encoder": [later, later]}).run_id == run({"regularizer.encoder": [plain, plain]}).run_id
+    assert run({"evaluate.encoder": {"name": "f", "pixels": "image"}}).run_id == run().run_id
+    everything = {path: value for path, value in LATER.items() if path != "regularizer.resample"}
+    assert run(everything).run_id == run().run_id
+
+
+class TestFolders:
+    """Weights that lie in a local folder: what is in them counts, not where they lie."""
+
+    def write(self, folder: Path, weight: bytes = b"weights", config: str = "{}") -> str:
+        (folder / "unet").mkdir(parents=True)
+        (folder / "unet" / "model.safetensors").write_bytes(weight)
+        (folder / "model_index.json").write_text(config)
+        return str(folder)
+
+    def id_of(self, kind: str, place: str) -> str:
+        """The id of a run that takes its pipeline, its VAE or its tiny autoencoder from there."""
+        model = {"family": "sdxl", "pretrained": place if kind == "pretrained" else "some/pipeline"}
+        encoder = {"name": "e"} | ({"pixels": "tae", "tae": place} if kind == "tae" else {})
+        data = {"source": "digits"} | ({"vae": place} if kind == "vae" else {})
+        source = mapping(model=model, regularizer={"type": "urepa", "encoder": encoder}, data=data)
+        return identify_arm(load_spec(source).arms[0], 0).run_id
+
+    @pytest.fixture(params=["pretrained", "vae", "tae"])
+    def kind(self, request) -> str:
+        return request.param
+
+    def test_a_folder_that_was_moved_is_the_same(self, kind, tmp_path):
+        before = self.id_of(kind, self.write(tmp_path / "here"))
+        moved = shutil.move(tmp_path / "here", tmp_path / "deep" / "there")
+        assert self.id_of(kind, str(moved)) == before
+        assert self.id_of(kind, str(moved) + "/") == before
+        assert self.id_of(kind, self.write(tmp_path / "filled anew")) == before
+
+    def test_the_way_to_it_does_not_matter(self, kind, tmp_path, monkeypatch):
+        absolute = self.id_of(kind, self.write(tmp_path / "here"))
+        (tmp_path / "link").symlink_to(tmp_path / "here")
+        monkeypatch.chdir(tmp_path)
+        assert self.id_of(kind, "here") == self.id_of(kind, "./here") == self.id_of(kind, "link") == absolute
+
+    def test_a_changed_weight_or_config_is_another(self, kind, tmp_path):
+        places = [
+            self.write(tmp_path / "1"), self.write(tmp_path / "2", b"Weights"), self.write(tmp_path / "3", b"weights."),
+            self.write(tmp_path / "4", config="[]"), self.write(tmp_path / "5"), self.write(tmp_path / "6"),
+        ]  # fmt: skip
+        (tmp_path / "5" / "unet" / "model.safetensors").rename(tmp_path / "5" / "unet" / "other.safetensors")
+        (tmp_path / "6" / "extra").write_text("")
+        assert len({self.id_of(kind, place) for place in places}) == 6
+
+    def test_what_the_hubs_client_keeps_beside_it_does_not_count(self, kind, tmp_path):
+        before = self.id_of(kind, self.write(tmp_path / "here"))
+        (tmp_path / "here" / ".cache" / "huggingface").mkdir(parents=True)
+        (tmp_path / "here" / ".cache" / "huggingface" / "x.metadata").write_text("when it was fetched")
+        (tmp_path / "here" / ".gitattributes").write_text("lfs")
+        assert self.id_of(kind, str(tmp_path / "here")) == before
+
+    def test_what_is_no_folder_is_a_name_at_the_hub(self, kind, tmp_path):
+        names = ["stabilityai/sdxl", "stabilityai/sdxl-turbo", "nowhere", str(tmp_path / "not" / "there")]
+        assert len({self.id_of(kind, name) for name in names}) == 4
+        source = mapping(model={"family": "sdxl", "pretrained": "a/b"}, data={"source": "digits", "vae": "c/d"})
+        arm = load_spec(source).arms[0]
+        assert identify_arm(arm, 0).run_id == identify(arm.config, 0, PROTOCOL_VERSION, fingerprint_digits(), {}).run_id
+
+    def test_a_files_content_counts_too(self, tmp_path):
+        for name, content in (("a.safetensors", b"1"), ("b.safetensors", b"1"), ("c.safetensors", b"2")):
+            (tmp_path / name).write_bytes(content)
+        ids = [self.id_of("vae", str(tmp_path / f"{name}.safetensors")) for name in "abc"]
+        assert ids[0] == ids[1] != ids[2]
+
+    def test_a_folder_under_one_setting_is_not_taken_for_another(self, tmp_path):
+        place = self.write(tmp_path / "here")
+        assert len({self.id_of(kind, place) for kind in ("pretrained", "vae", "tae")}) == 3
+
+    def test_only_those_that_are_used_are_read(self):
+        source = mapping(model={"family": "sdxl", "pretrained": "p"}, regularizer={"type": "urepa", "encoder": {"name": "e"}},
+                         data={"source": "digits", "vae": "v"})  # fmt: skip
+        assert local_weights(load_spec(source).arms[0].config) == ("v", "p")
+        tae = {"regularizer.encoder.pixels": "tae", "regularizer.encoder.tae": "t"}
+        assert local_weights(load_spec(source, tae).arms[0].config) == ("t", "v", "p")
+        assert local_weights(load_spec(source, {**tae, "regularizer.type": "none"}).arms[0].config) == ("v", "p")
+
+
+def test_a_run_with_a_pretrained_model_survives_its_file():
+    """Prompts are a list there and a tuple here, for settings are keys of mappings."""
+    settings = {"model.pretrained": "x", "evaluate.prompts": ["a cat", "a dog"], "data.buckets": {"step": 32, "max_aspect": 3}}
+    first = run(settings)
+    again = Run.from_json(first.run_id, json.loads(json.dumps(first.to_json())))
+    assert again == first
+    assert hash(again.config) == hash(first.config)
+    assert again.config.evaluate.prompts == ("a cat", "a dog")
+    assert len({run({**settings, "data.buckets": {"step": step}}).run_id for step in (32, 64)}) == 2
+    assert run({**settings, "evaluate.prompts": ["a dog", "a cat"]}).run_id != first.run_id

@@ -8,6 +8,7 @@ import pytest
 from repa_lab.runs import RunsRoot, RunWriter, State
 from repa_lab.spec import load_spec
 from repa_lab.sweep.plan import baselines, identify_arm, make_plan
+from tests.data.conftest import noise_image
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 BASE = {
@@ -82,10 +83,17 @@ def test_an_arm_without_a_single_nearest_baseline_has_none():
     assert baselines(spec)["odd"] is None
 
 
-def test_sdxl_is_planned_and_says_what_is_missing():
-    planned = make_plan(load_spec(EXPERIMENTS / "sdxl_manifold.yaml"), RunsRoot(Path("nowhere")))
+def test_sdxl_is_planned_and_says_what_is_missing(tmp_path):
+    file = EXPERIMENTS / "sdxl_manifold.yaml"
+    planned = make_plan(load_spec(file), RunsRoot(Path("nowhere")))
     assert len(planned.runs) == 27
-    assert planned.blocked and planned.blocked.message == "family 'sdxl' can be planned but not yet trained by this version (trainable: sit, unet)"
+    assert planned.blocked and planned.blocked.path == "data.path"
+    assert planned.blocked.message == "not set; give a folder of images with --set data.path=FOLDER"
+    noise_image(0).save(tmp_path / "1.png")
+    (tmp_path / "1.txt").write_text("a cat")
+    given = make_plan(load_spec(file, {"data.path": str(tmp_path)}), RunsRoot(Path("nowhere")))
+    assert (len(given.pending), given.blocked) == (27, None)
+    assert not {run.run_id for run in given.pending} & {entry.run.run_id for entry in planned.runs}
 
 
 def test_seed_zero_of_all_arms_comes_first():

@@ -15,8 +15,11 @@ from repa_lab.runs import RunDirectory, State, checkpoints
 from repa_lab.runs.files import Row
 from repa_lab.spec import RunConfig, RunOptions
 from repa_lab.spec.identity import Run
+from repa_lab.training.conditioning import Labels
 from repa_lab.training.images import Images, open_images
 from repa_lab.training.loop import train
+from repa_lab.training.objective import Steps
+from repa_lab.training.process import Flow
 
 ENCODER = {"name": "efficientnet_lite0", "image_size": 32}
 SETTINGS: dict[str, Any] = {
@@ -46,6 +49,12 @@ def make_run(seed: int = 0, **settings: Any) -> Run:
             place = place.setdefault(section, {})
         place[field] = value
     return Run(f"run{seed}", RunConfig.model_validate(config), seed)
+
+
+def make_steps(images: Images, seed: int = 0, part: tuple[int, int] = (0, 1), **settings: Any) -> Steps:
+    """The batches of a tiny run on these images, with nothing loaded for targets."""
+    labels = Labels(images.source.labels, images.source.num_classes, images.source.num_classes)
+    return Steps(make_run(seed, **settings).config, seed, images, Flow(), labels, part)
 
 
 def make_options(**options: Any) -> RunOptions:

@@ -9,10 +9,11 @@ from repa_lab.align import REPA, UREPA, Tokens
 from repa_lab.encoders.encoder import EncoderError
 from repa_lab.encoders.targets import CachedTargets, OnlineTargets
 from repa_lab.models.facts import UNET_SHAPES
+from repa_lab.models.family import BUILDERS
 from repa_lab.models.tap import TapError
-from repa_lab.training.aligner import Aligner, build_regularizer, choose_block, open_targets
+from repa_lab.training.aligner import Aligner, build_regularizer, choose_block, open_targets, shape_of_model
+from repa_lab.training.model import build_denoiser
 from repa_lab.training.objective import Batch
-from repa_lab.training.trainer import build_denoiser
 from tests.training.conftest import UNET, make_options, make_run
 
 CPU = torch.device("cpu")
@@ -40,12 +41,13 @@ def make_aligner(images, **settings):
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     counting = CountingTargets()
-    aligner = Aligner(run, denoiser, [counting])
+    tap = BUILDERS[run.config.model.family].tap(denoiser, choose_block(run.config, run.config.regularizer.block_index))
+    aligner = Aligner(run, tap, shape_of_model(run.config).width, [counting])
     return aligner, denoiser, counting
 
 
 def batch_of(index: torch.Tensor, loaded: tuple[torch.Tensor | None, ...] = ()) -> Batch:
-    return Batch(index, *[torch.zeros(len(index))] * 4, loaded)
+    return Batch(index, *[torch.zeros(len(index))] * 3, {}, loaded)
 
 
 def pass_through(denoiser) -> None:
@@ -71,7 +73,7 @@ def test_what_was_loaded_ahead_goes_to_its_targets(images):
     aligner, denoiser, first = make_aligner(images)
     second = CountingTargets()
     aligner.targets = [first, second]
-    aligner.regularizer = aligner.wrapped = build_regularizer(make_run(), [12, 12])
+    aligner.regularizer = aligner.wrapped = build_regularizer(make_run(), 64, [12, 12])
     pass_through(denoiser)
     loaded = torch.ones(3)
     aligner(batch_of(torch.arange(3), (None, loaded)), 0, CPU)
@@ -102,20 +104,20 @@ def test_weight_0_asks_no_encoder_and_keeps_no_activations(images):
 def test_the_schedule_counts_steps_already_taken(images):
     schedule = {"type": "cosine", "warmup_steps": 100, "decay_steps": 5000}
     run = make_run(**{"regularizer.schedule": schedule, "train.steps": 5000})
-    regularizer = build_regularizer(run, [12])
+    regularizer = build_regularizer(run, 64, [12])
     found = [regularizer.weight_at(step) for step in (0, 50, 100, 2550, 5000)]
     assert found == pytest.approx([0, 0.25, 0.5, 0.25, 0], abs=1e-12)
 
 
 def test_a_decay_without_an_end_ends_with_the_training(images):
     run = make_run(**{"regularizer.schedule": {"type": "linear"}, "train.steps": 40})
-    assert [build_regularizer(run, [12]).weight_at(step) for step in (0, 20, 40)] == [0.5, 0.25, 0]
+    assert [build_regularizer(run, 64, [12]).weight_at(step) for step in (0, 20, 40)] == [0.5, 0.25, 0]
 
 
 @pytest.mark.parametrize("settings, kind", [({}, REPA), ({**UNET, "regularizer.type": "urepa"}, UREPA)])
 def test_the_regularizer_is_what_the_spec_says(settings, kind):
     run = make_run(**{**settings, "regularizer.weight": 0.0, "regularizer.manifold_weight": 0.0})
-    built = build_regularizer(run, [12])
+    built = build_regularizer(run, 64, [12])
     assert type(built) is kind
     assert built.weight_at(0) == 0.0
     assert kind is REPA or built.manifold_weight == 0.0
@@ -124,7 +126,7 @@ def test_the_regularizer_is_what_the_spec_says(settings, kind):
 def test_the_projector_is_initialised_from_its_own_stream():
     def state(seed: int = 0, **settings) -> dict[str, torch.Tensor]:
         torch.manual_seed(torch.seed())  # whatever stands in torch's own generator
-        return build_regularizer(make_run(seed, **settings), [12]).state_dict()
+        return build_regularizer(make_run(seed, **settings), 64, [12]).state_dict()
 
     first = state()
     for other in (state(), state(**{"regularizer.weight": 0.1}), state(**{"regularizer.type": "urepa"})):
@@ -170,6 +172,7 @@ def test_long_work_is_announced(images, tmp_path):
         """The first images only: the digits take seconds."""
 
         channels, side, num_classes, fingerprint = 1, 8, 10, "few"
+        sizes = torch.full((5, 2), 8)
 
         def __len__(self) -> int:
             return 5

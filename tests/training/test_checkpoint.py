@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from repa_lab.align import REPA, Tokens
@@ -134,6 +135,52 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     other.denoiser.final_layer.linear = nn.Linear(64, 8)
     with pytest.raises(RuntimeError, match=r"final_layer\.linear"):
         other.load(tmp_path, Progress())
+
+
+FIXED = {"sit": {"pos_embed"}, "unet": set()}
+
+
+@pytest.mark.parametrize("family", FIXED)
+def test_the_weights_that_train_are_kept_and_no_others(tmp_path, family):
+    trained = make(0, family)
+    trained.save(tmp_path, Progress())
+    kept = load_file(tmp_path / "denoiser.safetensors")
+    assert kept.keys() == trained.denoiser.state_dict().keys() - FIXED[family]
+    assert not {name for name in load_file(tmp_path / "ema.safetensors") if "pos_embed" in name}
+
+
+def test_a_checkpoint_that_holds_fixed_weights_too_is_taken_up(tmp_path):
+    """As those of earlier versions do."""
+    first = make(0)
+    step(first, 0)
+    first.save(tmp_path, Progress())
+    save_file(first.denoiser.state_dict(), tmp_path / "denoiser.safetensors")
+    second = make(1)
+    second.load(tmp_path, Progress())
+    assert_equal(tensors(second), tensors(first))
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):
+    first = make(0)
+    first.save(tmp_path, Progress())
+    kept = load_file(tmp_path / "denoiser.safetensors")
+    del kept["final_layer.linear.bias"], kept["blocks.0.attn.qkv.weight"]
+    save_file(kept, tmp_path / "denoiser.safetensors")
+    with pytest.raises(KeyError, match=r"the checkpoint lacks 2 weights, such as blocks\.0\.attn\.qkv\.weight"):
+        make(1).load(tmp_path, Progress())
+
+
+def test_frozen_weights_are_left_as_they_were_built(tmp_path):
+    """As under LoRA: what does not train is not in the checkpoint, and stays what the run was built with."""
+    first, second = make(0), make(1)
+    for trained in (first, second):
+        trained.denoiser.blocks[1].requires_grad_(False)
+    before = {name: value.clone() for name, value in second.denoiser.blocks[1].state_dict().items()}
+    first.save(tmp_path, Progress())
+    assert not [name for name in load_file(tmp_path / "denoiser.safetensors") if name.startswith("blocks.1.")]
+    second.load(tmp_path, Progress())
+    assert all(torch.equal(value, before[name]) for name, value in second.denoiser.blocks[1].state_dict().items())
+    assert torch.equal(second.denoiser.blocks[0].attn.qkv.weight, first.denoiser.blocks[0].attn.qkv.weight)
 
 
 def test_progress_is_the_head_of_a_row():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -7,17 +9,27 @@ from PIL import Image
 from torch import nn
 
 from repa_lab.align import REPA, Tokens
-from repa_lab.data.fingerprint import DataError
+from repa_lab.align.tokens import flatten_map
+from repa_lab.data.crop import Buckets
+from repa_lab.data.errors import DataError
+from repa_lab.data.folder import ImageFolder
 from repa_lab.data.sources import split
+from repa_lab.data.space import PixelSpace
+from repa_lab.encoders.encoder import load_encoder
 from repa_lab.encoders.extractor import Extractor
+from repa_lab.encoders.targets import OnlineTargets
 from repa_lab.metrics import cka, cosine_gap, frechet_distance, statistics
 from repa_lab.models.family import BUILDERS
+from repa_lab.models.tap import Tap
 from repa_lab.training.aligner import open_targets
+from repa_lab.training.conditioning import Labels
 from repa_lab.training.evaluate import DivergedError, Evaluator, reference_statistics, write_grid
 from repa_lab.training.images import Images
-from repa_lab.training.sampling import Sampling
+from repa_lab.training.model import Model, build_denoiser
+from repa_lab.training.process import Flow
+from repa_lab.training.sampling import FieldSampler, Sampling
 from repa_lab.training.streams import generator
-from repa_lab.training.trainer import build_denoiser
+from tests.data.conftest import noise_image
 from tests.training.conftest import make_options, make_run
 
 CPU = torch.device("cpu")
@@ -46,9 +58,13 @@ def targets(images, cache):
     return open_targets(make_run().config.regularizer.encoder, images, make_options(), cache, CPU)
 
 
-def make_evaluator(few, cache, targets=None, seed: int = 0, **settings) -> Evaluator:
-    config = make_run(**{f"evaluate.{name}": value for name, value in settings.items()}).config.evaluate
-    return Evaluator(config, few, seed, targets, cache, CPU)
+def make_evaluator(few, cache, denoiser, targets=None, seed: int = 0, **settings) -> Evaluator:
+    config = make_run(**{f"evaluate.{name}": value for name, value in settings.items()}).config
+    sampling = Sampling((1, 8, 8), 10, config.evaluate.sampler, config.evaluate.guidance, seed)
+    sampler = FieldSampler(sampling, denoiser, few.space, CPU)
+    tap = functools.partial(BUILDERS["sit"].tap, denoiser)
+    model = Model(denoiser, Flow(), Labels(few.source.labels, 10, 10), sampler, tap, config.evaluate.batch_size)
+    return Evaluator(config, few, model, targets, cache, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +75,9 @@ def extractor() -> Extractor:
 class TestQuality:
     def test_is_the_distance_of_the_samples_to_the_training_images(self, few, cache, denoiser, extractor):
         config = make_run().config.evaluate
-        row, shown = make_evaluator(few, cache).quality(denoiser)
+        row, shown = make_evaluator(few, cache, denoiser).quality()
         sampling = Sampling((1, 8, 8), 10, config.sampler, config.guidance, 0)
-        drawn = few.space.decode(next(sampling.batches(denoiser, 16, 125, CPU))[1])
+        drawn = few.space.decode(sampling.batch(denoiser, range(16), CPU))
         samples = statistics(extractor(drawn))
         real = statistics(extractor(few.source.read(few.split.train.tolist())))
         expected = frechet_distance(samples.mu, samples.sigma, real.mu, real.sigma)
@@ -69,7 +85,7 @@ class TestQuality:
         assert torch.equal(shown, drawn)
 
     def test_shows_the_first_samples_only(self, few, cache, denoiser):
-        _, shown = make_evaluator(few, cache, samples=50, batch_size=7).quality(denoiser)
+        _, shown = make_evaluator(few, cache, denoiser, samples=50, batch_size=7).quality()
         assert (shown.shape, shown.dtype) == ((40, 1, 8, 8), torch.uint8)
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -79,7 +95,7 @@ class TestQuality:
                 return torch.full_like(x, value)
 
         with pytest.raises(DivergedError, match="samples that are not finite"):
-            make_evaluator(few, cache).quality(Broken())
+            make_evaluator(few, cache, Broken()).quality()
 
 
 class TestReference:
@@ -125,12 +141,12 @@ class TestAlignment:
     def measure(self, evaluator, denoiser, block=2, match=None):
         tap = BUILDERS["sit"].tap(denoiser, block)
         try:
-            return evaluator.alignment(denoiser, tap, match)
+            return evaluator.alignment(tap, match)
         finally:
             tap.remove()
 
     def test_compares_held_out_images_under_the_null_label(self, few, cache, denoiser, targets):
-        evaluator = make_evaluator(few, cache, targets, timestep=0.3, batch_size=16)
+        evaluator = make_evaluator(few, cache, denoiser, targets, timestep=0.3, batch_size=16)
         row = self.measure(evaluator, denoiser)
         student = tokens_by_hand(few, denoiser, 2, 0.3, 16)
         teacher = targets(few.split.held_out, CPU).values
@@ -139,7 +155,7 @@ class TestAlignment:
     def test_the_projector_speaks_of_its_own_tap(self, few, cache, denoiser, targets):
         torch.manual_seed(3)
         regularizer = REPA(64, targets.dim, width=16)
-        row = self.measure(make_evaluator(few, cache, targets, batch_size=16), denoiser, 2, regularizer.match)
+        row = self.measure(make_evaluator(few, cache, denoiser, targets, batch_size=16), denoiser, 2, regularizer.match)
         student = Tokens(tokens_by_hand(few, denoiser, 2, 0.5, 16), (4, 4))
         teacher = targets(few.split.held_out, CPU)
         with torch.no_grad():
@@ -150,20 +166,111 @@ class TestAlignment:
         assert row.keys() == {"heldout/cka", "heldout/cosine", "heldout/gap"}
 
     def test_every_seed_is_measured_under_the_same_noise(self, few, cache, denoiser, targets):
-        rows = [self.measure(make_evaluator(few, cache, targets, seed), denoiser) for seed in (0, 1)]
+        rows = [self.measure(make_evaluator(few, cache, denoiser, targets, seed), denoiser) for seed in (0, 1)]
         assert rows[0] == rows[1]
 
     def test_nothing_is_measured_without_an_encoder(self, few, cache, denoiser):
-        assert self.measure(make_evaluator(few, cache), denoiser) == {}
+        assert self.measure(make_evaluator(few, cache, denoiser), denoiser) == {}
 
-    def test_too_few_held_out_images_are_refused_before_training(self, images, cache, targets):
+    def test_too_few_held_out_images_are_refused_before_training(self, images, cache, denoiser, targets):
         held = type(images.split)(images.split.train, images.split.held_out[:3])
         with pytest.raises(DataError, match="hold out 4 or more") as caught:
-            make_evaluator(Images(images.source, held, images.space), cache, targets)
+            make_evaluator(Images(images.source, held, images.space), cache, denoiser, targets)
         assert caught.value.field == "holdout"
 
 
+class AnySize(nn.Module):
+    """A denoiser of images of any size: what it sees in cells of 4x4, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.back = nn.Conv2d(3, 8, 4, stride=4), nn.ConvTranspose2d(8, 3, 4, stride=4)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.back(self.cells(x) * t.view(-1, 1, 1, 1) + y.view(-1, 1, 1, 1))
+
+
+class TestSizes:
+    """Images that keep their aspects are measured size by size, and the number is one of all images."""
+
+    # Width x height: 20 images, of which 6 are wide and 5 upright.
+    SHAPES = ((64, 64), (80, 48), (64, 64), (48, 80)) * 4 + ((80, 48), (64, 64), (48, 80), (80, 48))
+
+    def make(self, tmp_path, shapes, held_out: int) -> tuple[Evaluator, Model, Images, OnlineTargets]:
+        (tmp_path / "images").mkdir()
+        for i, shape in enumerate(shapes):
+            noise_image(i, shape).save(tmp_path / "images" / f"{i:02}.png")
+        source = ImageFolder(tmp_path / "images", 64, Buckets(64, 16, 4.0))
+        images = Images(source, split(len(source), held_out), PixelSpace(source))
+        denoiser = AnySize().eval()
+        config = make_run(**{"evaluate.batch_size": 2, "evaluate.timestep": 0.25}).config
+        sampling = Sampling((3, 64, 64), 1, config.evaluate.sampler, config.evaluate.guidance, 0)
+        sampler = FieldSampler(sampling, denoiser, images.space, CPU)
+        model = Model(denoiser, Flow(), Labels(source.labels, 1, 1), sampler, lambda block: Tap(denoiser.cells, flatten_map), 2)
+        encoder = OnlineTargets(load_encoder("efficientnet_lite0", None, 64), "it", source, CPU)
+        return Evaluator(config, images, model, encoder, tmp_path / "cache", CPU), model, images, encoder
+
+    def by_hand(self, model, images, encoder, regularizer) -> list[tuple[torch.Tensor, ...]]:
+        """Of each size: means of the images' tokens on both sides, projected tokens and the encoder's."""
+        found, held_out, sizes = [], images.split.held_out, images.source.sizes
+        for size in sizes.unique(dim=0).tolist():
+            index = held_out[(sizes[held_out] == torch.tensor(size)).all(1)]
+            sides: tuple[list[torch.Tensor], ...] = ([], [], [], [])
+            for part in index.split(2):
+                draw = generator(0, "held-out", int(part[0]))
+                x = images.source.read(part.tolist()).float() / 127.5 - 1
+                with torch.no_grad():
+                    cells = model.denoiser.cells(0.75 * x + 0.25 * torch.randn(x.shape, generator=draw))
+                    student = Tokens(cells.flatten(2).mT, (size[0] // 4, size[1] // 4))
+                    teacher = encoder(part, CPU)
+                    projected = regularizer.projectors[0].project(student).resample(teacher.grid).values
+                assert teacher.grid == (size[0] // 16, size[1] // 16)
+                held = student.values.mean(1), teacher.values.mean(1), projected, teacher.values
+                for side, one in zip(sides, held, strict=True):
+                    side.append(one)
+            found.append(tuple(torch.cat(side) for side in sides))
+        return found
+
+    def test_alignment_by_an_independent_computation(self, tmp_path):
+        measured, model, images, encoder = self.make(tmp_path, self.SHAPES, 14)
+        regularizer = REPA(8, 112, width=16).eval()
+        row = measured.alignment(model.tap(0), regularizer.match)
+        found = self.by_hand(model, images, encoder, regularizer)
+        counts = [len(one[0]) for one in found]
+        assert len(counts) == 3
+        assert min(counts) >= 2 and sum(counts) == 14
+        assert row["heldout/cka"] == pytest.approx(cka(*(torch.cat([one[n] for one in found]) for n in (0, 1))), abs=1e-4)
+        cosines = [cosine_gap(one[2], one[3]) for one in found]
+        assert row["heldout/cosine"] == pytest.approx(np.average([one[0] for one in cosines], weights=counts), abs=1e-5)
+        assert row["heldout/gap"] == pytest.approx(np.average([one[1] for one in cosines], weights=counts), abs=1e-5)
+
+    def test_a_size_may_have_a_single_image(self, tmp_path):
+        """It counts for the cosine, and has no other image to be told from."""
+        shapes = [(64, 64), (64, 64), (80, 48), (64, 64), (112, 32), (96, 32)]
+        measured, model, images, encoder = self.make(tmp_path, shapes, 4)
+        regularizer = REPA(8, 112, width=16).eval()
+        row = measured.alignment(model.tap(0), regularizer.match)
+        found = self.by_hand(model, images, encoder, regularizer)
+        cosines = [nn.functional.cosine_similarity(one[2], one[3], dim=-1).mean(1) for one in found if len(one[0])]
+        assert row["heldout/cosine"] == pytest.approx(torch.cat(cosines).mean().item(), abs=1e-5)
+
+    def test_the_reference_is_of_the_training_images_of_all_sizes(self, extractor, tmp_path):
+        _, _, images, _ = self.make(tmp_path, self.SHAPES, 14)
+        found = reference_statistics(make_run().config.evaluate.extractor, extractor, images, tmp_path / "other")
+        features = np.concatenate([extractor(images.source.read([i])) for i in images.split.train.tolist()])
+        assert found.count == 6
+        np.testing.assert_allclose(found.mu, features.mean(0), atol=1e-4)
+        np.testing.assert_allclose(found.sigma, np.cov(features, rowvar=False), atol=1e-4)
+
+
 class TestGrid:
+    def test_large_samples_are_shrunk_to_a_screens_width(self, tmp_path):
+        pixels = torch.full((3, 3, 1024, 1024), 120, dtype=torch.uint8)
+        write_grid(pixels, tmp_path / "grid.png")
+        with Image.open(tmp_path / "grid.png") as grid:
+            assert grid.size == (3 * 853 + 8, 853 + 4)
+            assert grid.getpixel((400, 400)) == (120, 120, 120)
+
     def test_ten_to_a_row_enlarged_without_smoothing(self, tmp_path):
         pixels = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).expand(12, 1, 8, 8) * 20
         write_grid(pixels, tmp_path / "samples" / "grid.png")

@@ -229,14 +229,14 @@ class TestMeasuring:
         live, average = parameter.detach().clone(), trainer._trained.ema.average["denoiser.final_layer.linear.weight"].clone()
         assert not torch.equal(live, average)
         seen: list[torch.Tensor] = []
-        draw = Sampling.batches
+        draw = Sampling.batch
 
         def watching(self, denoiser, *args):
             assert not denoiser.training
             seen.append(parameter.detach().clone())
             return draw(self, denoiser, *args)
 
-        monkeypatch.setattr(Sampling, "batches", watching)
+        monkeypatch.setattr(Sampling, "batch", watching)
         trainer.measure()
         assert torch.equal(seen[0], average)
         assert torch.equal(parameter, live)

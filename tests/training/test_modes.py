@@ -22,7 +22,6 @@ from repa_lab.encoders.encoder import Encoder
 from repa_lab.runs import RunDirectory, RunsRoot
 from repa_lab.training.device import DeviceError
 from repa_lab.training.images import open_images
-from repa_lab.training.objective import Steps
 from repa_lab.training.trainer import Trainer, require_equal_parts
 from tests.data.conftest import noise_image
 from tests.data.test_space import save_vae
@@ -32,6 +31,7 @@ from tests.training.conftest import (
     assert_same,
     make_options,
     make_run,
+    make_steps,
     rows,
     run_steps,
     run_to_end,
@@ -195,22 +195,23 @@ class TestFlips:
         return open_images(make_run(**{"data.flip": True}).config.data, cache)
 
     def test_half_of_what_is_seen_is_mirrored_and_nothing_else_changes(self, images, mirrored):
-        plain, flipped = (Steps(make_run(**{"train.batch_size": 500}).config, 0, one) for one in (images, mirrored))
+        plain, flipped = (make_steps(one, **{"train.batch_size": 500}) for one in (images, mirrored))
         ours, theirs = flipped[3], plain[3]
         is_mirrored = ours.ids >= 1797
         assert 0.4 < is_mirrored.float().mean() < 0.6
         assert torch.equal(ours.ids % 1797, theirs.ids)
-        for name in ("noise", "t", "y"):
+        for name in ("noise", "t"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
+        assert torch.equal(ours.condition["y"], theirs.condition["y"])
         expected = torch.where(is_mirrored.view(-1, 1, 1, 1), theirs.x.flip(-1), theirs.x)
         assert torch.equal(ours.x, expected)
 
     def test_the_coin_falls_anew_in_every_epoch_and_alike_in_every_arm(self, mirrored):
-        steps = Steps(make_run(**{"train.batch_size": 1700}).config, 0, mirrored)
+        steps = make_steps(mirrored, **{"train.batch_size": 1700})
         first, second = ({int(i) % 1797: int(i) >= 1797 for i in steps[n].ids} for n in (0, 1))
         both = first.keys() & second.keys()
         assert 0.4 < sum(first[i] == second[i] for i in both) / len(both) < 0.6
-        other = Steps(make_run(**{"train.batch_size": 1700, "regularizer.weight": 0.0}).config, 0, mirrored)
+        other = make_steps(mirrored, **{"train.batch_size": 1700, "regularizer.weight": 0.0})
         assert torch.equal(other[1].ids, steps[1].ids)
 
     def test_targets_are_those_of_the_mirrored_images(self, cache, fresh):
@@ -261,11 +262,11 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused(size, processes):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_the_parts_of_a_batch_are_the_batch(images, processes):
-    config = make_run().config
-    whole = Steps(config, 0, images)[5]
-    parts = [Steps(config, 0, images, (number, processes))[5] for number in range(processes)]
-    for name in ("ids", "x", "noise", "t", "y"):
+    whole = make_steps(images)[5]
+    parts = [make_steps(images, part=(number, processes))[5] for number in range(processes)]
+    for name in ("ids", "x", "noise", "t"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    assert torch.equal(torch.cat([part.condition["y"] for part in parts]), whole.condition["y"])
 
 
 def family(pid: int) -> list[int]:

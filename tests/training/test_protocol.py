@@ -3,12 +3,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from repa_lab.spec import EvaluateConfig
 from repa_lab.training.protocol import metric_name
+from tests.training.conftest import make_run
 
 
 def name(**settings) -> str:
-    return metric_name(EvaluateConfig.model_validate(settings))
+    return metric_name(make_run(evaluate=settings).config)
 
 
 def test_a_number_carries_its_protocol():

@@ -9,15 +9,21 @@ import torch
 from torch import nn
 
 from repa_lab.spec.schema import GuidanceConfig, SamplerConfig
-from repa_lab.training.sampling import Sampling, euler_maruyama, guided, integrate
+from repa_lab.training.sampling import Sampling, euler_maruyama, guided, integrate, shares
 from repa_lab.training.streams import generator
 
 SHAPE = (1, 2, 3)
 NO_GUIDANCE = GuidanceConfig()
+CPU = torch.device("cpu")
 
 
 def ode(solver: str, steps: int) -> SamplerConfig:
     return SamplerConfig(type="ode", solver=solver, steps=steps)
+
+
+def draw(sampling: Sampling, denoiser: nn.Module, count: int, batch_size: int) -> torch.Tensor:
+    """The first samples, in batches."""
+    return torch.cat([sampling.batch(denoiser, index, CPU) for index in shares(count, batch_size)])
 
 
 class Field(nn.Module):
@@ -189,7 +195,7 @@ class TestGuidance:
         field = Field()
         config = SamplerConfig(type="sde", steps=250)
         sampling = Sampling(SHAPE, 10, config, GuidanceConfig(scale=1.8, low=float(low), high=float(high)), 0)
-        list(sampling.batches(field, 2, 2, torch.device("cpu")))
+        draw(sampling, field, 2, 2)
         assert len(field.times) == evaluations
 
     def test_the_ends_of_the_interval_belong_to_it(self):
@@ -203,7 +209,7 @@ class TestGuidance:
 
     def test_scale_1_never_asks_for_the_null_label(self):
         field = Field()
-        list(Sampling(SHAPE, 10, ode("heun", 5), GuidanceConfig(scale=1.0), 0).batches(field, 4, 4, torch.device("cpu")))
+        draw(Sampling(SHAPE, 10, ode("heun", 5), GuidanceConfig(scale=1.0), 0), field, 4, 4)
         assert field.labels == [[0, 1, 2, 3]] * 9
 
 
@@ -214,39 +220,37 @@ class TestSampling:
     def test_a_sample_depends_on_its_number_alone(self, sampler):
         sampling = Sampling(SHAPE, 3, sampler, GuidanceConfig(scale=1.5, high=0.6), 5)
 
-        def draw(count: int, batch_size: int) -> torch.Tensor:
-            field = Field(lambda x, t: torch.sin(5 * x) * t + x)
-            return torch.cat([x for _, x in sampling.batches(field, count, batch_size, torch.device("cpu"))])
-
-        whole = draw(10, 10)
+        field = Field(lambda x, t: torch.sin(5 * x) * t + x)
+        whole = draw(sampling, field, 10, 10)
         assert (whole.shape, whole.dtype) == ((10, *SHAPE), torch.float32)
         for batch_size in (1, 3, 4, 64):
-            assert torch.equal(draw(10, batch_size), whole)
-        assert torch.equal(draw(4, 4), whole[:4])
+            assert torch.equal(draw(sampling, field, 10, batch_size), whole)
+        assert torch.equal(draw(sampling, field, 4, 4), whole[:4])
+        assert torch.equal(sampling.batch(field, range(7, 9), CPU), whole[7:9])
 
     def test_starts_from_its_own_stream(self):
         sampling = Sampling(SHAPE, 10, ode("euler", 2), NO_GUIDANCE, 7)
-        found = torch.cat([x for _, x in sampling.batches(Field(), 3, 2, torch.device("cpu"))])
+        found = draw(sampling, Field(), 3, 2)
         for i in range(3):
             assert torch.equal(found[i], torch.randn(SHAPE, generator=generator(7, "sampling", i)))
         other = Sampling(SHAPE, 10, ode("euler", 2), NO_GUIDANCE, 8)
-        assert not torch.equal(next(other.batches(Field(), 3, 3, torch.device("cpu")))[1], found)
+        assert not torch.equal(other.batch(Field(), range(3), CPU), found)
 
     def test_labels_take_turns(self):
         field = Field()
-        list(Sampling(SHAPE, 3, ode("euler", 2), NO_GUIDANCE, 0).batches(field, 8, 5, torch.device("cpu")))
+        draw(Sampling(SHAPE, 3, ode("euler", 2), NO_GUIDANCE, 0), field, 8, 5)
         assert field.labels == [[0, 1, 2, 0, 1]] * 2 + [[2, 0, 1]] * 2
 
     def test_the_denoiser_sees_float32(self):
         field = Field()
-        list(Sampling(SHAPE, 3, ode("euler", 2), NO_GUIDANCE, 0).batches(field, 1, 1, torch.device("cpu")))
+        draw(Sampling(SHAPE, 3, ode("euler", 2), NO_GUIDANCE, 0), field, 1, 1)
         assert field.dtypes == {torch.float32}
 
     def test_the_state_is_kept_in_float64(self):
         # 1,000 steps of 1e-8 each would leave a float32 state near 1 where it was.
         sampling = Sampling((1, 1, 1), 1, ode("euler", 1000), NO_GUIDANCE, 0)
         start = torch.randn(1, 1, 1, generator=generator(0, "sampling", 0)).double()
-        found = next(sampling.batches(Field(lambda x, t: torch.full_like(x, -1e-5)), 1, 1, torch.device("cpu")))[1]
+        found = sampling.batch(Field(lambda x, t: torch.full_like(x, -1e-5)), range(1), CPU)
         assert (found.double() - start).item() == pytest.approx(1e-5, rel=0.02)
 
     def test_draws_without_gradients(self):
@@ -254,4 +258,21 @@ class TestSampling:
         field.weight = nn.Parameter(torch.ones(()))
         field.field = lambda x, t: x * field.weight
         sampling = Sampling(SHAPE, 3, ode("euler", 2), NO_GUIDANCE, 0)
-        assert not next(sampling.batches(field, 1, 1, torch.device("cpu")))[1].requires_grad
+        assert not sampling.batch(field, range(1), CPU).requires_grad
+
+
+class TestShares:
+    @pytest.mark.parametrize("count, batch_size", [(10, 3), (12, 4), (1, 8), (50, 7), (16, 16)])
+    @pytest.mark.parametrize("processes", [1, 2, 3, 5])
+    def test_processes_draw_the_batches_of_one_and_each_once(self, count, batch_size, processes):
+        alone = list(shares(count, batch_size))
+        assert [i for index in alone for i in index] == list(range(count))
+        assert all(len(index) == batch_size for index in alone[:-1])
+        together = [list(shares(count, batch_size, (number, processes))) for number in range(processes)]
+        assert sorted((one for part in together for one in part), key=lambda index: index.start) == alone
+        assert max(map(len, together)) - min(map(len, together)) <= 1
+
+    def test_by_hand(self):
+        assert list(shares(10, 3, (1, 2))) == [range(3, 6), range(9, 10)]
+        assert list(shares(10, 3, (3, 4))) == [range(9, 10)]
+        assert list(shares(2, 3, (1, 2))) == []

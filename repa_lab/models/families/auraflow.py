@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
+from repa_lab.models.families.parts import TEXT_ATTENTION, flow_scheduler, kl_autoencoder, t5_text
 from repa_lab.models.network import Blocks, Network
+from repa_lab.models.pipeline import ATTENTION, Part, Pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -22,12 +25,29 @@ def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
     return {"encoder_hidden_states": (tokens, config.joint_attention_dim)}
 
 
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+    text, *_ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": text}
+
+
+def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
+    text, empty = condition["encoder_hidden_states"], null["encoder_hidden_states"]
+    return {
+        "prompt_embeds": text,
+        "prompt_attention_mask": text[..., 0],  # it asks for masks and does nothing with them
+        "negative_prompt_embeds": empty,
+        "negative_prompt_attention_mask": empty[..., 0],
+        "guidance_scale": guidance,
+    }
+
+
 AURAFLOW = Family(
     "auraflow",
     "transformer",
     {"": Shape(36, 3072, 2, 8)},  # 4 joint blocks
     network=Network(
         model="AuraFlowTransformer2DModel",
+        depths=("num_mmdit_layers", "num_single_dit_layers"),
         blocks=(Blocks("joint_transformer_blocks", item=1), Blocks("single_transformer_blocks", place="tail")),
         inputs=_inputs,
         condition=_condition,
@@ -43,5 +63,18 @@ AURAFLOW = Family(
             "caption_projection_dim": 32,
             "pos_embed_max_size": 64,
         },
+    ),
+    pipeline=Pipeline(
+        released="fal/AuraFlow-v0.3",
+        classes=("AuraFlowPipeline",),
+        encode=_encode,
+        call=_call,
+        tiny={
+            "vae": kl_autoencoder(4, 0.13025),
+            "tokenizer": Part("transformers.LlamaTokenizer", {"pad_token": "<pad>", "padding_side": "right"}),
+            "text_encoder": t5_text(12, "UMT5EncoderModel"),
+            "scheduler": flow_scheduler(shift=1.73),
+        },
+        adapted=(*ATTENTION, *TEXT_ATTENTION),
     ),
 )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
+from repa_lab.models.families.parts import T5_TOKENIZER, TEXT_ATTENTION, flow_scheduler, kl_autoencoder, t5_text
 from repa_lab.models.layout import pack, positions, unpack
 from repa_lab.models.network import Blocks, Network
+from repa_lab.models.pipeline import ATTENTION, Pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -41,12 +44,30 @@ def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
     return {"encoder_hidden_states": (tokens, config.joint_attention_dim), "attention_mask": (tokens,)}
 
 
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+    text, _, mask, *_ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": text, "attention_mask": mask.long()}
+
+
+def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
+    # Truth values again: what its pipeline encodes itself are numbers, which attention adds and so masks nothing
+    # (https://github.com/huggingface/diffusers/issues/12116).
+    return {
+        "prompt_embeds": condition["encoder_hidden_states"],
+        "prompt_attention_mask": condition["attention_mask"].bool(),
+        "negative_prompt_embeds": null["encoder_hidden_states"],
+        "negative_prompt_attention_mask": null["attention_mask"].bool(),
+        "guidance_scale": guidance,
+    }
+
+
 CHROMA = Family(
     "chroma",
     "transformer",
     {"": Shape(57, 3072, 2, 8)},
     network=Network(
         model="ChromaTransformer2DModel",
+        depths=("num_layers", "num_single_layers"),
         blocks=(Blocks("transformer_blocks", item=1), Blocks("single_transformer_blocks", place="tail")),
         inputs=_inputs,
         condition=_condition,
@@ -66,5 +87,18 @@ CHROMA = Family(
             "approximator_hidden_dim": 16,
             "approximator_layers": 1,
         },
+    ),
+    pipeline=Pipeline(
+        released="lodestones/Chroma1-HD",
+        classes=("ChromaPipeline",),
+        encode=_encode,
+        call=_call,
+        tiny={
+            "vae": kl_autoencoder(4, 0.3611, 0.1159),
+            "tokenizer": T5_TOKENIZER,
+            "text_encoder": t5_text(12),
+            "scheduler": flow_scheduler(shift=3.0),
+        },
+        adapted=(*ATTENTION, *TEXT_ATTENTION),
     ),
 )

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
+from repa_lab.models.families.parts import (
+    CLIP_TOKENIZER,
+    T5_TOKENIZER,
+    TEXT_ATTENTION,
+    clip_text,
+    flow_scheduler,
+    kl_autoencoder,
+    t5_text,
+)
 from repa_lab.models.families.shared import full_guidance
 from repa_lab.models.layout import pack, positions, unpack
 from repa_lab.models.network import Blocks, Network
+from repa_lab.models.pipeline import ATTENTION, Pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -33,12 +44,26 @@ def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
     return {"encoder_hidden_states": text, "pooled_projections": (config.pooled_projection_dim,)}
 
 
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+    text, pooled, _ = pipeline.encode_prompt(list(captions), None)
+    return {"encoder_hidden_states": text, "pooled_projections": pooled}
+
+
+def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
+    return {
+        "prompt_embeds": condition["encoder_hidden_states"],
+        "pooled_prompt_embeds": condition["pooled_projections"],
+        "guidance_scale": guidance,  # which the model was distilled from, so nothing is computed without text
+    }
+
+
 FLUX = Family(
     "flux",
     "transformer",
     {"": Shape(57, 3072, 2, 8)},
     network=Network(
         model="FluxTransformer2DModel",
+        depths=("num_layers", "num_single_layers"),
         blocks=(Blocks("transformer_blocks", item=1), Blocks("single_transformer_blocks", item=1)),
         inputs=_inputs,
         condition=_condition,
@@ -57,5 +82,20 @@ FLUX = Family(
             "guidance_embeds": True,
             "axes_dims_rope": (4, 6, 6),
         },
+    ),
+    pipeline=Pipeline(
+        released="black-forest-labs/FLUX.1-dev",
+        classes=("FluxPipeline",),
+        encode=_encode,
+        call=_call,
+        tiny={
+            "vae": kl_autoencoder(4, 0.3611, 0.1159),
+            "tokenizer": CLIP_TOKENIZER,
+            "text_encoder": clip_text(10),
+            "tokenizer_2": T5_TOKENIZER,
+            "text_encoder_2": t5_text(12),
+            "scheduler": flow_scheduler(use_dynamic_shifting=True, shift=3.0),
+        },
+        adapted=(*ATTENTION, *TEXT_ATTENTION),
     ),
 )

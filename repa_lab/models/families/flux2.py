@@ -5,12 +5,16 @@ Its VAE's 32 channels are cut into 2x2 patches before they are normalised, so a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
+from repa_lab.models.families.language import PIXTRAL_PROCESSOR, mistral_vl
+from repa_lab.models.families.parts import TEXT_ATTENTION, flow_scheduler
 from repa_lab.models.families.shared import full_guidance
 from repa_lab.models.layout import flatten, positions, unflatten
 from repa_lab.models.network import Blocks, Network
+from repa_lab.models.pipeline import ATTENTION, Part, Pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +43,26 @@ def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
     return {"encoder_hidden_states": (tokens, config.joint_attention_dim)}
 
 
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+    text, _ = pipeline.encode_prompt(list(captions))
+    return {"encoder_hidden_states": text}
+
+
+def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
+    # The model was distilled from guidance, so nothing is computed without text.
+    return {"prompt_embeds": condition["encoder_hidden_states"], "guidance_scale": guidance}
+
+
+_VAE = {
+    "latent_channels": 2,
+    "block_out_channels": (4, 4, 4, 4),
+    "norm_num_groups": 2,
+    "layers_per_block": 1,
+    "sample_size": 64,
+}
+_SINGLE_BLOCKS = 48
+_SINGLE_ATTENTION = ("to_qkv_mlp_proj", *(f"single_transformer_blocks.{block}.attn.to_out" for block in range(_SINGLE_BLOCKS)))
+
 FLUX2 = Family(
     "flux2",
     "transformer",
@@ -50,6 +74,7 @@ FLUX2 = Family(
         inputs=_inputs,
         condition=_condition,
         output=unflatten,
+        depths=("num_layers", "num_single_layers"),
         channels=128,
         parameters=32_223_281_152,  # FLUX.2-dev is the constructor's defaults
         tiny={
@@ -62,5 +87,18 @@ FLUX2 = Family(
             "timestep_guidance_channels": 16,
             "axes_dims_rope": (4, 4, 4, 4),
         },
+    ),
+    pipeline=Pipeline(
+        released="black-forest-labs/FLUX.2-dev",
+        classes=("Flux2Pipeline",),  # Klein's needs a text to be without, and reads it with another language model
+        encode=_encode,
+        call=_call,
+        tiny={
+            "vae": Part("diffusers.AutoencoderKLFlux2", _VAE),
+            "tokenizer": PIXTRAL_PROCESSOR,
+            "text_encoder": mistral_vl(4, layers=31),  # it is read at 10, 20 and 30
+            "scheduler": flow_scheduler(use_dynamic_shifting=True, shift=3.0),
+        },
+        adapted=(*ATTENTION, *TEXT_ATTENTION, *_SINGLE_ATTENTION),
     ),
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
+from repa_lab.models.families.parts import LATENT_BETAS, T5_TOKENIZER, VOCABULARY, kl_autoencoder, t5_text
 from repa_lab.models.network import Blocks, Network
+from repa_lab.models.pipeline import Part, Pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +53,48 @@ def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+    encoded: dict[str, torch.Tensor] = {}
+    for number, suffix in enumerate(("", "_t5")):
+        text, _, mask, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False, text_encoder_index=number)
+        encoded |= {f"encoder_hidden_states{suffix}": text, f"text_embedding_mask{suffix}": mask}
+    return encoded
+
+
+def _sizes(config: Any, frames: torch.Tensor) -> dict[str, torch.Tensor]:
+    # In its pipeline's order: original and target, each height and width, then top and left of the crop.
+    return {"image_meta_size": frames[:, [0, 1, 4, 5, 2, 3]]} if config.use_style_cond_and_image_meta_size else {}
+
+
+def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
+    call: dict[str, Any] = {"guidance_scale": guidance, "use_resolution_binning": False}
+    for prefix, given in (("", condition), ("negative_", null)):
+        call |= {f"{prefix}{name}": given[source] for name, source in _ARGUMENTS.items()}
+    return call
+
+
+# What its pipeline calls its conditioning.
+_ARGUMENTS = {
+    "prompt_embeds": "encoder_hidden_states",
+    "prompt_attention_mask": "text_embedding_mask",
+    "prompt_embeds_2": "encoder_hidden_states_t5",
+    "prompt_attention_mask_2": "text_embedding_mask_t5",
+}
+_SCHEDULER = {
+    **LATENT_BETAS,
+    "beta_end": 0.018,  # 0.03 before v1.2
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "timestep_spacing": "leading",
+}
+_BERT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 12,
+    "intermediate_size": 12,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+}
+
 HUNYUAN_DIT = Family(
     "hunyuan_dit",
     "transformer",
@@ -80,8 +125,21 @@ HUNYUAN_DIT = Family(
             "cross_attention_dim": 12,
             "cross_attention_dim_t5": 16,
             "pooled_projection_dim": 10,
-            "text_len": 7,
-            "text_len_t5": 7,
+        },
+    ),
+    pipeline=Pipeline(
+        released="Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",
+        classes=("HunyuanDiTPipeline",),
+        encode=_encode,
+        call=_call,
+        sizes=_sizes,
+        tiny={
+            "vae": kl_autoencoder(4, 0.13025),
+            "tokenizer": Part("transformers.BertTokenizer", {"model_max_length": 77}),
+            "text_encoder": Part("transformers.BertModel", _BERT),
+            "tokenizer_2": T5_TOKENIZER,
+            "text_encoder_2": t5_text(16),
+            "scheduler": Part("diffusers.DDPMScheduler", _SCHEDULER),
         },
     ),
 )

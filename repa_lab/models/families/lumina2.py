@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.shared import masked_text, text_lengths
+from repa_lab.models.families.language import GEMMA_TOKENIZER, language_model, negative_where_empty
+from repa_lab.models.families.parts import flow_scheduler, kl_autoencoder
+from repa_lab.models.families.shared import masked_call, masked_text, text_lengths
 from repa_lab.models.network import Blocks, Network
+from repa_lab.models.pipeline import Pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +25,11 @@ def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: C
 def _output(output: Any, latents: torch.Tensor) -> torch.Tensor:
     velocity: torch.Tensor = -output
     return velocity
+
+
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+    text, mask, _, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
+    return negative_where_empty(pipeline, captions, text, mask)
 
 
 LUMINA2 = Family(
@@ -47,8 +56,20 @@ LUMINA2 = Family(
             "num_kv_heads": 1,
             "multiple_of": 8,
             "axes_dim_rope": (4, 4, 4),
-            "axes_lens": (16, 16, 16),
+            "axes_lens": (300, 16, 16),
             "cap_feat_dim": 10,
+        },
+    ),
+    pipeline=Pipeline(
+        released="Alpha-VLLM/Lumina-Image-2.0",
+        classes=("Lumina2Pipeline",),
+        encode=_encode,
+        call=masked_call,
+        tiny={
+            "vae": kl_autoencoder(4, 0.3611, 0.1159),
+            "tokenizer": GEMMA_TOKENIZER,
+            "text_encoder": language_model("Gemma2Model", 10, num_attention_heads=2),
+            "scheduler": flow_scheduler(shift=6.0),  # as recalled
         },
     ),
 )

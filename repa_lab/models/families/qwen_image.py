@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
+from repa_lab.models.families.language import QWEN_TOKENIZER, longest, padded, qwen_vl
+from repa_lab.models.families.parts import TEXT_ATTENTION, flow_scheduler
 from repa_lab.models.layout import pack, unpack
 from repa_lab.models.network import Blocks, Network
+from repa_lab.models.pipeline import ATTENTION, Part, Pipeline
 
 if TYPE_CHECKING:
     import torch
 
     from repa_lab.models.network import Condition
+
+_WORDS = 512  # of a text at most, as its call has it
 
 
 def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
@@ -23,6 +29,31 @@ def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: C
 def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
     return {"encoder_hidden_states": (tokens, config.joint_attention_dim), "encoder_hidden_states_mask": (tokens,)}
 
+
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+    text, mask = pipeline.encode_prompt(list(captions), max_sequence_length=_WORDS)
+    mask = text.new_ones(text.shape[:2]).long() if mask is None else mask
+    return {"encoder_hidden_states": padded(text, _WORDS), "encoder_hidden_states_mask": padded(mask, _WORDS)}
+
+
+def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
+    given: dict[str, Any] = {"true_cfg_scale": guidance}
+    for prefix, texts in (("", condition), ("negative_", null)):
+        text, mask = texts["encoder_hidden_states"], texts["encoder_hidden_states_mask"]
+        given |= {f"{prefix}prompt_embeds": longest(text, mask), f"{prefix}prompt_embeds_mask": longest(mask, mask)}
+    return given
+
+
+_VAE = {
+    "base_dim": 4,
+    "z_dim": 4,
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "latents_mean": (-0.7571, -0.7089, -0.9113, 0.1075),
+    "latents_std": (2.8184, 1.4541, 2.3275, 2.6558),
+}
+# As recalled. The last of them stretches the steps of sampling, and is no part of training.
+_SHIFTS = {"base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
 
 QWEN_IMAGE = Family(
     "qwen_image",
@@ -45,5 +76,18 @@ QWEN_IMAGE = Family(
             "joint_attention_dim": 12,
             "axes_dims_rope": (4, 6, 6),
         },
+    ),
+    pipeline=Pipeline(
+        released="Qwen/Qwen-Image",
+        classes=("QwenImagePipeline",),
+        encode=_encode,
+        call=_call,
+        tiny={
+            "vae": Part("diffusers.AutoencoderKLQwenImage", _VAE),
+            "tokenizer": QWEN_TOKENIZER,
+            "text_encoder": qwen_vl(12),
+            "scheduler": flow_scheduler(use_dynamic_shifting=True, **_SHIFTS),
+        },
+        adapted=(*ATTENTION, *TEXT_ATTENTION),
     ),
 )

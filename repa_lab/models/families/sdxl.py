@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
+from repa_lab.models.families.parts import CLIP_TOKENIZER, EULER, clip_text, kl_autoencoder
+from repa_lab.models.families.shared import zeroed_where_empty
 from repa_lab.models.network import Blocks, Network
+from repa_lab.models.pipeline import Pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +35,27 @@ def sized_condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
         "encoder_hidden_states": (tokens, config.encoder_hid_dim or config.cross_attention_dim),
         "text_embeds": (pooled,),
         "time_ids": (TIME_IDS,),
+    }
+
+
+def framed(config: Any, frames: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sizes of such a UNet's images, in its order."""
+    return {"time_ids": frames}
+
+
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+    text, _, pooled, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
+    return zeroed_where_empty(pipeline, captions, {"encoder_hidden_states": text, "text_embeds": pooled})
+
+
+def pooled_call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
+    """Arguments of a pipeline that takes a text and a pooled text."""
+    return {
+        "prompt_embeds": condition["encoder_hidden_states"],
+        "pooled_prompt_embeds": condition["text_embeds"],
+        "negative_prompt_embeds": null["encoder_hidden_states"],
+        "negative_pooled_prompt_embeds": null["text_embeds"],
+        "guidance_scale": guidance,
     }
 
 
@@ -68,11 +93,28 @@ SDXL = Family(
     {"": Shape(1, 1280, 4, "mid")},
     network=Network(
         model="UNet2DConditionModel",
+        depths=(),
         blocks=(Blocks("mid_block", place="map"),),
         inputs=sized_inputs,
         condition=sized_condition,
         parameters=2_567_463_684,
         config=RELEASED,
         tiny=TINY,
+    ),
+    pipeline=Pipeline(
+        released="stabilityai/stable-diffusion-xl-base-1.0",
+        classes=("StableDiffusionXLPipeline",),
+        encode=_encode,
+        call=pooled_call,
+        sizes=framed,
+        denoiser="unet",
+        tiny={
+            "vae": kl_autoencoder(4, 0.13025),
+            "tokenizer": CLIP_TOKENIZER,
+            "tokenizer_2": CLIP_TOKENIZER,
+            "text_encoder": clip_text(4),
+            "text_encoder_2": clip_text(8, projection_dim=10),
+            "scheduler": EULER,
+        },
     ),
 )

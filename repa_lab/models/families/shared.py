@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,3 +29,31 @@ def masked_text(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
 def text_lengths(condition: Condition) -> torch.Tensor:
     """Tokens of each text ``(B,)``, by its mask; padding stands on the right."""
     return condition["encoder_attention_mask"].sum(dim=1)
+
+
+def masked_call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
+    """Arguments of a pipeline that takes a text and its mask."""
+    return {
+        "prompt_embeds": condition["encoder_hidden_states"],
+        "prompt_attention_mask": condition["encoder_attention_mask"],
+        "negative_prompt_embeds": null["encoder_hidden_states"],
+        "negative_prompt_attention_mask": null["encoder_attention_mask"],
+        "guidance_scale": guidance,
+    }
+
+
+def zeroed_where_empty(pipeline: Any, captions: Sequence[str], encoded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The encoded captions with zeros for empty ones, where the pipeline gives its model zeros for no text."""
+    if not pipeline.config.force_zeros_for_empty_prompt:
+        return encoded
+    empty = [number for number, caption in enumerate(captions) if not caption]
+    for values in encoded.values():
+        values[empty] = 0
+    return encoded
+
+
+def with_image(mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """A text's mask followed by an image's; as truth values, for attention would add numbers to its logits."""
+    whole = mask.bool().new_ones(mask.shape[0], mask.shape[1] + tokens)
+    whole[:, : mask.shape[1]] = mask
+    return whole

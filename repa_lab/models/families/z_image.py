@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
+from repa_lab.models.families.language import QWEN_TOKENIZER, language_model, padded
+from repa_lab.models.families.parts import flow_scheduler, kl_autoencoder
 from repa_lab.models.families.shared import masked_text, text_lengths
 from repa_lab.models.network import Blocks, Network
+from repa_lab.models.pipeline import Pipeline
 
 if TYPE_CHECKING:
     import torch
 
     from repa_lab.models.network import Condition
 
+_WORDS = 512  # of a text at most
+
+
+def _texts(condition: Condition) -> list[torch.Tensor]:
+    lengths = text_lengths(condition).tolist()
+    return [text[:length] for text, length in zip(condition["encoder_hidden_states"], lengths, strict=True)]
+
 
 def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    lengths = text_lengths(condition).tolist()
-    texts = zip(condition["encoder_hidden_states"], lengths, strict=True)
-    return {
-        "x": list(latents.unsqueeze(2)),  # (C, frames, H, W)
-        "t": 1 - time,
-        "cap_feats": [text[:length] for text, length in texts],
-    }
+    return {"x": list(latents.unsqueeze(2)), "t": 1 - time, "cap_feats": _texts(condition)}  # x of (C, frames, H, W)
 
 
 def _output(output: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -30,12 +35,26 @@ def _output(output: Any, latents: torch.Tensor) -> torch.Tensor:
     return -torch.stack(output).squeeze(2)
 
 
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+    from torch.nn.utils.rnn import pad_sequence
+
+    texts, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
+    text, mask = (pad_sequence(rows, batch_first=True) for rows in (texts, [one.new_ones(len(one)) for one in texts]))
+    return {"encoder_hidden_states": padded(text, _WORDS), "encoder_attention_mask": padded(mask.long(), _WORDS)}
+
+
+def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
+    scale = guidance - 1  # it adds the difference to the prediction with text, not to that without
+    return {"prompt_embeds": _texts(condition), "negative_prompt_embeds": _texts(null), "guidance_scale": scale}
+
+
 Z_IMAGE = Family(
     "z_image",
     "transformer",
     {"": Shape(30, 3840, 2, 8)},
     network=Network(
         model="ZImageTransformer2DModel",
+        depths=("n_layers",),
         blocks=(Blocks("layers", place="head"),),
         inputs=_inputs,
         condition=masked_text,
@@ -53,7 +72,19 @@ Z_IMAGE = Family(
             "n_kv_heads": 2,
             "cap_feat_dim": 12,
             "axes_dims": (4, 6, 6),
-            "axes_lens": (128, 16, 16),
+            "axes_lens": (640, 16, 16),
+        },
+    ),
+    pipeline=Pipeline(
+        released="Tongyi-MAI/Z-Image-Turbo",
+        classes=("ZImagePipeline",),
+        encode=_encode,
+        call=_call,
+        tiny={
+            "vae": kl_autoencoder(4, 0.3611, 0.1159),
+            "tokenizer": QWEN_TOKENIZER,
+            "text_encoder": language_model("Qwen3Model", 12),
+            "scheduler": flow_scheduler(shift=3.0),  # of Z-Image-Turbo, as recalled
         },
     ),
 )

@@ -1,0 +1,98 @@
+"""From an image of any size to one of a given size: the papers' crop, and the sizes that images of one data set are given."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from repa_lab.data.errors import DataError
+
+Size = tuple[int, int]  # height, width
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How an image is brought to a size, all in (height, width): it is halved ``halvings`` times, resized, and cut."""
+
+    original: Size
+    halvings: int
+    resized: Size
+    size: Size
+
+    @property
+    def offset(self) -> Size:
+        """Rows above and columns left of the cut, in the resized image."""
+        return (self.resized[0] - self.size[0]) // 2, (self.resized[1] - self.size[1]) // 2
+
+    @property
+    def frame(self) -> tuple[int, ...]:
+        """Original height and width, top and left of the cut, height and width: SDXL's micro-conditioning, in its order."""
+        return (*self.original, *self.offset, *self.size)
+
+
+def framing(original: Size, size: Size) -> Framing:
+    """ADM's crop, used by the REPA papers, for any size: halve while twice too large, cover the size, cut the centre."""
+    (height, width), halvings = original, 0
+    while min(height / size[0], width / size[1]) >= 2:
+        height, width, halvings = height // 2, width // 2, halvings + 1
+    scale = max(size[0] / height, size[1] / width)
+    return Framing(original, halvings, (round(height * scale), round(width * scale)), size)
+
+
+def crop(image: Image.Image, size: Size) -> Image.Image:
+    """An image brought to (height, width): halved with a box filter, resized with a bicubic one, cut at its centre."""
+    how = framing((image.height, image.width), size)
+    for _ in range(how.halvings):
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    image = image.resize((how.resized[1], how.resized[0]), Image.Resampling.BICUBIC)
+    top, left = how.offset
+    return image.crop((left, top, left + size[1], top + size[0]))
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """An image as RGB, over white where it is transparent."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion would clip to white
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "P"):
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Sizes of about the same area at several aspects, as SDXL was trained with.
+
+    Sides are multiples of ``step`` pixels; the area is at most that of a square of ``side``; a side is at most ``max_aspect``
+    times the other.
+
+    Raises:
+        DataError: there is no such size.
+    """
+
+    side: int
+    step: int
+    max_aspect: float
+
+    def __post_init__(self) -> None:
+        if not self.sizes:
+            around = f"of about the area of {self.side}x{self.side} px with aspects up to {self.max_aspect:g}"
+            raise DataError("buckets", f"no size in steps of {self.step} px is {around}; choose a smaller step")
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """All sizes, from the tallest to the widest, each upright and wide."""
+        sides = range(self.step, int(self.side * math.sqrt(self.max_aspect)) + 1, self.step)
+        longest = [(self.side**2 // side // self.step * self.step, side) for side in sides]
+        fitting = [pair for pair in longest if min(pair) and max(pair) / min(pair) <= self.max_aspect]
+        both = {size for pair in fitting for size in (pair, pair[::-1])}
+        return tuple(sorted(both, key=lambda size: size[1] / size[0]))
+
+    def choose(self, original: Size) -> Size:
+        """The size whose aspect is nearest to an image's, so that the least is cut off."""
+        wanted = math.log(original[1] / original[0])
+        return min(self.sizes, key=lambda size: abs(math.log(size[1] / size[0]) - wanted))

@@ -1,0 +1,76 @@
+"""A released pipeline's folder, before any of it is loaded: where it is, and whether it is the family's. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from repa_lab.models.facts import Family, network_of, pipeline_of
+
+INDEX = "model_index.json"
+VAE, SCHEDULER = "vae", "scheduler"
+_TEXT = ("text_encoder", "tokenizer")
+
+
+class PretrainedError(ValueError):
+    """A pretrained pipeline cannot be had, or is not what it is taken for; the setting at fault is ``model.pretrained``."""
+
+
+def locate(place: str, revision: str | None = None) -> Path:
+    """The folder of a pipeline: itself if it is a local one, else the hub's, downloaded if need be.
+
+    Raises:
+        PretrainedError: it is neither a folder nor a pipeline that the hub or its local cache has.
+    """
+    if Path(place).is_dir():
+        return Path(place)
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(place, revision=revision))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].partition(" (")[0]  # what follows speaks to diffusers' own callers
+        message = f"'{place}' is no folder and not in the local cache; pass a folder or go online"
+        raise PretrainedError(f"{message} ({reason})") from None
+
+
+def problem_with(folder: Path, family: Family) -> str | None:
+    """Why a folder cannot be used as a pipeline of this family, or None."""
+    network, pipeline = network_of(family), pipeline_of(family)
+    index = read_json(folder / INDEX)
+    if index is None:
+        return f"'{folder}' is no pipeline of diffusers: it has no readable {INDEX}"
+    kind = index.get("_class_name")
+    if kind not in pipeline.classes:
+        return f"'{folder}' is a {kind}, not of family {family.name}: {' or '.join(pipeline.classes)}"
+    missing = sorted(pipeline.tiny.keys() - set(components(folder)))
+    if missing:
+        return f"'{folder}' lacks {', '.join(missing)}: save a complete {kind} there first"
+    config = read_json(folder / pipeline.denoiser / "config.json")
+    if config is None:
+        return f"'{folder}' has no readable {pipeline.denoiser}/config.json"
+    if config.get("_class_name") != network.model:
+        found = config.get("_class_name")
+        return f"the {pipeline.denoiser} in '{folder}' is a {found}, and {family.name} trains a {network.model}"
+    return None
+
+
+def components(folder: Path) -> tuple[str, ...]:
+    """The names of a pipeline's components that it has."""
+    index = read_json(folder / INDEX) or {}
+    return tuple(name for name, value in index.items() if isinstance(value, list) and value[0] is not None)
+
+
+def text_components(folder: Path) -> tuple[str, ...]:
+    """Those of a pipeline's components that encode texts."""
+    return tuple(name for name in components(folder) if name.startswith(_TEXT))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A file of JSON; None if there is none that can be read."""
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

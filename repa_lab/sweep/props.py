@@ -1,0 +1,121 @@
+"""What stands in for the real thing in a rehearsal: tiny pipelines and autoencoders, a few images. Written once and kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repa_lab.data.fingerprint import captions_file, digest, image_files
+from repa_lab.models.facts import Family
+from repa_lab.spec import DataConfig
+
+_IMAGES = 24
+_CLASSES = ("circle", "square")
+_COLOURS = ("red", "green", "blue", "orange", "purple", "black")
+_SIZES = ((96, 96), (128, 96), (96, 128))  # of generated images, so that there are several aspects
+
+
+@dataclass(frozen=True)
+class Props:
+    """Makes them below a folder."""
+
+    folder: Path
+
+    def pipeline(self, family: Family) -> Path:
+        """A tiny random pipeline of a family, its denoiser with as many blocks as the released one."""
+
+        def write(folder: Path) -> None:
+            from repa_lab.models.tiny import full_depth, write_tiny_pipeline
+
+            write_tiny_pipeline(family, folder, config=full_depth(family))
+
+        return self._once(family.name, write)
+
+    def autoencoder(self) -> Path:
+        """A tiny random autoencoder for a denoiser that is trained from scratch on latents."""
+        return self._once("vae", _write_autoencoder)
+
+    def tiny_autoencoder(self) -> Path:
+        """One that decodes the same latents, of the class of TAESD."""
+        return self._once("tae", _write_tiny_autoencoder)
+
+    def images(self, data: DataConfig) -> dict[str, Any]:
+        """Settings of data that lead to a few images: of the spec's own where they are here, else generated."""
+        own = Path(data.path) if data.path and Path(data.path).is_dir() else None
+        if own is None:
+            return {"source": "imagefolder", "path": str(self._once("images", _generate)), "caption_column": None}
+        name = f"images-{digest(str(own.resolve()))[:12]}"
+        return {"path": str(self._once(name, lambda folder: _FEW[data.source](own, folder)))}
+
+    def _once(self, name: str, write: Callable[[Path], None]) -> Path:
+        path = self.folder / name
+        if not path.exists():
+            temporary = path.with_name(f".{name}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            temporary.rename(path)
+        return path.resolve()
+
+
+def _write_autoencoder(folder: Path) -> None:
+    from repa_lab.models.families.parts import kl_autoencoder
+    from repa_lab.models.tiny import build_part
+
+    build_part(kl_autoencoder(4, 0.18215)).save_pretrained(folder)
+
+
+def _write_tiny_autoencoder(folder: Path) -> None:
+    from repa_lab.models.pipeline import Part
+    from repa_lab.models.tiny import build_part
+
+    widths = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    counts = {"num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
+    build_part(Part("diffusers.AutoencoderTiny", {**widths, **counts})).save_pretrained(folder)
+
+
+def _generate(folder: Path) -> None:
+    """Captioned images of two classes and several aspects."""
+    from PIL import Image, ImageDraw
+
+    rows = []
+    for number in range(_IMAGES):
+        kind, colour, (width, height) = _CLASSES[number % 2], _COLOURS[number % 6], _SIZES[number % 3]
+        image = Image.new("RGB", (width, height), (40 + 8 * number, 200, 255 - 8 * number))
+        draw, box = ImageDraw.Draw(image), (10 + number, 12, 60 + number, 62)
+        {"circle": draw.ellipse, "square": draw.rectangle}[kind](box, fill=colour)
+        (folder / kind).mkdir(exist_ok=True)
+        image.save(folder / kind / f"{number:02d}.png")
+        rows.append({"file_name": f"{kind}/{number:02d}.png", "text": f"a {colour} {kind}, number {number}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _few_of_folder(own: Path, folder: Path) -> None:
+    """Some images of a folder, evenly spaced so that its classes are among them, with their captions."""
+    files = image_files(own)
+    chosen = files[:: max(1, len(files) // _IMAGES)][:_IMAGES]
+    for path in chosen:
+        target = folder / path.relative_to(own)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for one in (path, captions_file(path)):
+            if one.is_file():
+                shutil.copyfile(one, target.with_name(one.name))
+    if (own / "metadata.jsonl").is_file():
+        names = {path.relative_to(own).as_posix() for path in chosen}
+        lines = (own / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
+        kept = [line for line in lines if line.strip() and json.loads(line).get("file_name") in names]
+        (folder / "metadata.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
+
+
+def _few_of_dataset(own: Path, folder: Path) -> None:
+    from repa_lab.data.arrow import load_rows
+
+    rows = load_rows(own)
+    rows.select(range(0, len(rows), max(1, len(rows) // _IMAGES))).save_to_disk(str(folder))
+
+
+_FEW: dict[str, Callable[[Path, Path], None]] = {"imagefolder": _few_of_folder, "datasets": _few_of_dataset}

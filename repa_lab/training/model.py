@@ -1,0 +1,165 @@
+"""What a run trains: the denoiser, and all that its family decides about training it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from repa_lab.data.space import LatentSpace
+from repa_lab.models.denoiser import Denoiser, tap_block
+from repa_lab.models.facts import BlockIndex, network_of, pipeline_of, shape_of
+from repa_lab.models.families import family_facts
+from repa_lab.models.family import BUILDERS, Input
+from repa_lab.models.pretrained import adapt, load_denoiser
+from repa_lab.models.released import SCHEDULER, PretrainedError, locate, problem_with, read_json
+from repa_lab.models.tap import Tap
+from repa_lab.spec import ModelConfig, RunConfig, RunOptions
+from repa_lab.spec.identity import Run
+from repa_lab.training.conditioning import Captions, Conditioning, Labels
+from repa_lab.training.device import PRECISION
+from repa_lab.training.images import Announce, Images, open_images
+from repa_lab.training.pipelines import PipelineSampler
+from repa_lab.training.process import Flow, Process, process_of
+from repa_lab.training.sampling import FieldSampler, Sampler, Sampling
+from repa_lab.training.streams import seeded
+from repa_lab.training.texts import text_cache
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a run trains.
+
+    Attributes:
+        denoiser: with ``forward(x, t, **condition)``.
+        process: the noise it is trained against.
+        conditioning: what it is told of images and samples.
+        sampler: draws with it.
+        tap: hooks one of its blocks.
+        at_once: images that it is shown at a time when it is measured.
+    """
+
+    denoiser: nn.Module
+    process: Process
+    conditioning: Conditioning
+    sampler: Sampler
+    tap: Callable[[BlockIndex], Tap]
+    at_once: int
+
+
+def open_model(run: Run, images: Images, options: RunOptions, cache: Path, device: torch.device) -> Model:
+    """The model of a run, initialised from its own stream or pretrained.
+
+    Args:
+        run: the run.
+        images: its data.
+        options: precisions.
+        cache: where encoded captions are.
+        device: where samples are drawn.
+
+    Raises:
+        PretrainedError: the pretrained pipeline cannot be had or is of another family.
+        ProcessError: its scheduler's noise is not known.
+    """
+    if run.config.model.pretrained is None:
+        return _from_scratch(run, images, device)
+    return _pretrained(run, images, options, cache, device)
+
+
+def build_denoiser(config: RunConfig, given: Input | None, seed: int, frozen: torch.dtype = torch.float32) -> nn.Module:
+    """A run's denoiser before its first step: the same for every arm with this model and seed, whatever its regularizer.
+
+    Args:
+        config: the run's settings.
+        given: what a family from scratch is built for.
+        seed: the run's seed.
+        frozen: the precision of weights that LoRA leaves alone.
+    """
+    family, size = family_facts(config.model.family), config.model.size
+    if config.model.pretrained is None:
+        assert given is not None
+        with seeded(seed, "init"):
+            return BUILDERS[family.name].build(size or "", shape_of(family, size), given)
+    folder = pretrained_folder(config.model)
+    if config.model.train == "full":
+        return load_denoiser(folder, family)
+    denoiser = load_denoiser(folder, family, frozen)
+    with seeded(seed, "init"):
+        adapt(denoiser, config.model.rank)
+    return denoiser
+
+
+def pretrained_folder(model: ModelConfig) -> Path:
+    """The folder of a pretrained pipeline that is of the family.
+
+    Raises:
+        PretrainedError: it is not to be had, or not of the family.
+    """
+    assert model.pretrained is not None
+    folder = _located(model.pretrained, model.revision)
+    if message := problem_with(folder, family_facts(model.family)):
+        raise PretrainedError(message)
+    return folder
+
+
+def open_data(config: RunConfig, cache: Path, device: torch.device, announce: Announce | None = None) -> Images:
+    """The data of a run, in the latents of its pretrained pipeline if there is one and `data.vae` names no other.
+
+    Raises:
+        DataError: the data cannot be used.
+        PretrainedError: the pipeline is not to be had.
+    """
+    if config.model.pretrained is None:
+        return open_images(config.data, cache, announce, device)
+    folder, pipeline = pretrained_folder(config.model), pipeline_of(family_facts(config.model.family))
+    return open_images(config.data, cache, announce, device, str(folder), pipeline.shifted)
+
+
+# Asking the hub takes seconds; what was found stays for as long as the process.
+_located = functools.cache(locate)
+
+
+def _from_scratch(run: Run, images: Images, device: torch.device) -> Model:
+    config, given = run.config, images.input
+    denoiser = build_denoiser(config, given, run.seed)
+    source, classes = images.source, images.source.num_classes
+    sampling = Sampling((given.channels, *given.size), classes, config.evaluate.sampler, config.evaluate.guidance, run.seed)
+    builder = BUILDERS[config.model.family]
+    return Model(
+        denoiser,
+        Flow(),
+        Labels(source.labels, classes, classes),
+        FieldSampler(sampling, denoiser, images.space, device),
+        functools.partial(builder.tap, denoiser),
+        config.evaluate.batch_size,
+    )
+
+
+def _pretrained(run: Run, images: Images, options: RunOptions, cache: Path, device: torch.device) -> Model:
+    config, folder, precision = run.config, pretrained_folder(run.config.model), PRECISION[options.precision]
+    denoiser = build_denoiser(config, None, run.seed, precision)
+    assert isinstance(denoiser, Denoiser)
+    assert isinstance(images.space, LatentSpace)
+    conditioning = _conditioning(denoiser, images, folder, options, cache)
+    side, vae = config.data.side, images.space.vae
+    sampler = PipelineSampler(folder, denoiser, vae, conditioning, config.evaluate, side, run.seed, device, precision)
+    process = process_of(read_json(folder / SCHEDULER / "scheduler_config.json") or {})
+    return Model(denoiser, process, conditioning, sampler, functools.partial(tap_block, denoiser), sampler.at_once)
+
+
+def _conditioning(
+    denoiser: Denoiser, images: Images, folder: Path, options: RunOptions, cache: Path
+) -> Captions | Labels:
+    """Captions where the family has text, else classes."""
+    network, pipeline = network_of(denoiser.family), pipeline_of(denoiser.family)
+    net: Any = denoiser.net
+    if pipeline.num_classes is not None:
+        (name,) = network.condition(net.config, 0)
+        return Labels(images.source.labels, pipeline.num_classes(net.config), images.source.num_classes, name)
+    texts = text_cache(denoiser.family, folder, options, cache)
+    return Captions(images.source, images.split.train, texts, pipeline.sizes, net.config)

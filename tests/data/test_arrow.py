@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from PIL import Image
+
+from repa_lab.data import fingerprint
+from repa_lab.data.arrow import SavedDataset
+from repa_lab.data.crop import Buckets
+from repa_lab.data.errors import DataError
+from repa_lab.data.fingerprint import fingerprint_saved
+from repa_lab.data.folder import ImageFolder
+from tests.data.conftest import noise_image
+
+SHAPES = [(16, 16), (50, 30), (33, 61), (24, 22)]  # width, height
+BUCKETS = Buckets(16, 4, 2.0)
+TEXTS = ["a cat", None, "", "ß 🐈"]
+COLUMNS = {"text": Value("string"), "picture": datasets.Image(), "kind": ClassLabel(names=["b", "a", "never"])}
+
+
+@pytest.fixture(autouse=True)
+def silent():
+    datasets.disable_progress_bars()
+
+
+def pictures(first: int = 0) -> list[Image.Image]:
+    return [noise_image(first + i, shape) for i, shape in enumerate(SHAPES)]
+
+
+def make(first: int = 0, features: dict | None = None, **columns) -> Dataset:
+    """Four pictures with captions and classes; ``columns`` replace those and add others."""
+    held = {"text": TEXTS, "picture": pictures(first), "kind": [1, 0, 1, 1], **columns}
+    return Dataset.from_dict(held, features=Features({**COLUMNS, **(features or {})}))
+
+
+@pytest.fixture
+def save(tmp_path):
+    def save(data: Dataset | DatasetDict, name: str = "data"):
+        data.save_to_disk(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+class TestContent:
+    def test_labels_captions_and_sizes_are_those_of_the_columns(self, save):
+        source = SavedDataset(save(make()), 16)
+        assert (len(source), source.side, source.channels) == (4, 16, 3)
+        assert (source.labels.tolist(), source.labels.dtype, source.num_classes) == ([1, 0, 1, 1], torch.int64, 3)
+        assert source.captions == ["a cat", "", "", "ß 🐈"]
+        assert source.sizes.tolist() == [[16, 16]] * 4
+
+    @pytest.mark.parametrize("buckets", [None, BUCKETS], ids=["square", "buckets"])
+    def test_pixels_and_frames_equal_those_of_a_folder_of_the_same_images(self, save, folder, buckets):
+        saved = SavedDataset(save(make()), 16, buckets)
+        files = ImageFolder(folder({f"{i}.png": image for i, image in enumerate(pictures())}), 16, buckets)
+        assert torch.equal(saved.sizes, files.sizes)
+        assert torch.equal(saved.frames(range(4)), files.frames(range(4)))
+        for i in (3, 0, 2, 1):
+            assert torch.equal(saved.read([i]), files.read([i]))
+        if buckets:
+            assert len(saved.sizes.unique(dim=0)) == 3
+
+    def test_images_of_every_mode_are_read_as_a_folders(self, save, folder):
+        images = [
+            Image.new("L", (16, 16), 77), Image.new("RGBA", (16, 16), (0, 0, 0, 128)), Image.new("LA", (16, 16), (0, 0)),
+            Image.fromarray(np.full((16, 16), 128 * 257, np.uint16)),
+        ]  # fmt: skip
+        saved = SavedDataset(save(make(picture=images)), 16)
+        colours = [saved.read([i])[0, :, 0, 0].tolist() for i in range(4)]
+        assert colours == [[77] * 3, [127] * 3, [255] * 3, [128] * 3]
+        files = ImageFolder(folder({f"{i}.png": image for i, image in enumerate(images)}), 16)
+        assert torch.equal(saved.read(range(4)), files.read(range(4)))
+
+    def test_the_train_split_is_taken(self, save):
+        splits = DatasetDict({"test": make(50), "train": make(), "validation": make(90)})
+        source, alone = SavedDataset(save(splits), 16), SavedDataset(save(make(), "alone"), 16)
+        assert torch.equal(source.read(range(4)), alone.read(range(4)))
+
+    def test_without_classes_all_are_one(self, save):
+        source = SavedDataset(save(make().remove_columns("kind")), 16)
+        assert (source.labels.tolist(), source.num_classes) == ([0] * 4, 1)
+
+    def test_the_first_of_several_columns_of_images_and_classes_counts(self, save):
+        more = {"mask": [noise_image(9)] * 4, "other": [0] * 4}
+        data = make(features={"mask": datasets.Image(), "other": ClassLabel(names=["x"])}, **more)
+        source = SavedDataset(save(data), 16)
+        assert source.labels.tolist() == [1, 0, 1, 1]
+        assert torch.equal(source.read([0]), SavedDataset(save(make(), "plain"), 16).read([0]))
+
+    def test_rows_that_were_picked_before_saving_are_the_images(self, save):
+        source = SavedDataset(save(make().select([2, 0])), 16)
+        assert source.captions == ["", "a cat"]
+        assert torch.equal(source.read([1, 0]), SavedDataset(save(make(), "all"), 16).read([0, 2]))
+
+    def test_a_format_that_was_set_before_saving_changes_nothing(self, save):
+        plain = SavedDataset(save(make(), "plain"), 16)
+        formatted = SavedDataset(save(make().with_format("torch")), 16)
+        assert torch.equal(formatted.read(range(4)), plain.read(range(4)))
+        assert (formatted.captions, formatted.labels.tolist()) == (plain.captions, plain.labels.tolist())
+
+
+class TestCaptions:
+    @pytest.mark.parametrize("name", ["text", "caption", "prompt"])
+    def test_are_found_by_the_names_that_are_common(self, save, name):
+        data = make() if name == "text" else make().rename_column("text", name)
+        assert SavedDataset(save(data), 16).captions == ["a cat", "", "", "ß 🐈"]
+
+    def test_the_first_name_counts_and_another_may_be_asked_for(self, save):
+        more = {"prompt": list("pqrs"), "caption": list("cdef"), "note": ["n"] * 4}
+        root = save(make(features={name: Value("string") for name in more}, **more))
+        assert SavedDataset(root, 16).captions == ["a cat", "", "", "ß 🐈"]
+        assert SavedDataset(root, 16, captions="caption").captions == list("cdef")
+        assert SavedDataset(root, 16, captions="note").captions == ["n"] * 4
+
+    def test_without_such_a_column_there_are_none(self, save):
+        assert list(SavedDataset(save(make().rename_column("text", "sentence")), 16).captions) == []
+
+    def test_a_column_that_is_not_there_is_refused(self, save):
+        with pytest.raises(DataError) as caught:
+            SavedDataset(save(make()), 16, captions="words")
+        assert str(caught.value) == "no column 'words'; there are: text, picture, kind"
+        assert caught.value.field == "caption_column"
+
+    @pytest.mark.parametrize("name", ["kind", "lists", "picture"])
+    def test_a_column_of_something_else_is_no_captions(self, save, name):
+        root = save(make(features={"lists": List(Value("string"))}, lists=[["one", "two"]] * 4))
+        with pytest.raises(DataError, match=f"column '{name}' holds no texts; of texts there are: text") as caught:
+            SavedDataset(root, 16, captions=name)
+        assert caught.value.field == "caption_column"
+
+    def test_a_list_of_captions_is_not_taken_for_one(self, save):
+        data = make(features={"caption": List(Value("string"))}, caption=[["one", "two"]] * 4).remove_columns("text")
+        assert list(SavedDataset(save(data), 16).captions) == []
+
+
+class TestRefusals:
+    def test_a_folder_that_is_missing_or_of_something_else(self, folder, tmp_path):
+        images = folder({"1.png": noise_image(0)})
+        for root in (tmp_path / "nowhere", images):
+            with pytest.raises(DataError, match=f"'{root}' is not what Dataset.save_to_disk writes: ") as caught:
+                SavedDataset(root, 16)
+            assert caught.value.field == "path"
+            assert "\n" not in str(caught.value)
+
+    def test_no_images(self, save):
+        with pytest.raises(DataError, match=r"no column of images in '.*data'; there are: text, kind") as caught:
+            SavedDataset(save(make().remove_columns("picture")), 16)
+        assert caught.value.field == "path"
+
+    def test_no_split_to_train_on(self, save):
+        with pytest.raises(DataError, match=r"no split 'train' in '.*data'; there are: test, validation") as caught:
+            SavedDataset(save(DatasetDict({"test": make(), "validation": make()})), 16)
+        assert caught.value.field == "path"
+
+    @pytest.mark.parametrize("buckets", [None, BUCKETS], ids=["square", "buckets"])
+    @pytest.mark.parametrize("value, message", [
+        ({"bytes": b"hello", "path": None}, "cannot read the image of row 2: .*cannot identify image file"),
+        (None, "row 2 has no image"),
+    ])  # fmt: skip
+    def test_an_image_that_cannot_be_read_is_named_by_its_row(self, save, buckets, value, message):
+        images = pictures()
+        root = save(make(picture=[*images[:2], value, images[3]]))
+        with pytest.raises(DataError, match=message) as caught:
+            SavedDataset(root, 16, buckets).read([0, 2] if buckets is None else [2])
+        assert caught.value.field == "path"
+
+    def test_a_damaged_table(self, save):
+        root = save(make())
+        (table,) = root.glob("data-*.arrow")
+        table.write_bytes(b"hello")
+        with pytest.raises(DataError, match=r"is not what Dataset\.save_to_disk writes"):
+            SavedDataset(root, 16)
+
+
+class TestFingerprint:
+    def test_is_the_contents_wherever_they_lie(self, save, tmp_path):
+        first, again = save(make(), "first"), save(make(), "again")
+        shutil.copytree(first, tmp_path / "else" / "where")
+        assert (
+            fingerprint_saved(first, 16) == fingerprint_saved(again, 16) == fingerprint_saved(tmp_path / "else" / "where", 16)
+        )
+        assert SavedDataset(first, 16).fingerprint == fingerprint_saved(first, 16)
+        assert SavedDataset(first, 16, BUCKETS).fingerprint == fingerprint_saved(first, 16, BUCKETS)
+
+    def test_every_change_shows(self, save):
+        one_pixel = pictures()
+        one_pixel[3].putpixel((5, 5), (0, 0, 0))
+        changed = [
+            make(), make(1), make(picture=one_pixel), make(text=["a dog", *TEXTS[1:]]), make(kind=[0, 0, 1, 1]),
+            make().select([1, 0, 2, 3]), make().rename_column("text", "caption"), DatasetDict({"train": make()}),
+        ]  # fmt: skip
+        prints = [fingerprint_saved(save(data, f"{number}"), 16) for number, data in enumerate(changed)]
+        assert len(set(prints)) == len(prints)
+
+    def test_resolution_and_buckets_are_part_of_it(self, save):
+        root = save(make())
+        asked = [(16, None), (32, None), (16, BUCKETS), (16, Buckets(16, 8, 2.0)), (16, Buckets(16, 4, 3.0))]
+        assert len({fingerprint_saved(root, *one) for one in asked}) == 5
+
+    def test_what_datasets_caches_beside_the_data_is_no_part_of_it(self, save):
+        root = save(make())
+        before = fingerprint_saved(root, 16)
+        datasets.load_from_disk(str(root)).map(lambda row: {"length": len(row["text"] or "")})
+        assert list(root.glob("cache-*.arrow"))
+        assert fingerprint_saved(root, 16) == before
+
+    def test_a_missing_folder_is_refused(self, tmp_path):
+        with pytest.raises(DataError, match=r"no folder '.*nowhere'") as caught:
+            fingerprint_saved(tmp_path / "nowhere", 16)
+        assert caught.value.field == "path"
+
+    def test_of_a_large_file_the_ends_are_read(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(fingerprint, "_END_BYTES", 4)
+        (tmp_path / "data").mkdir()
+
+        def of(content: bytes) -> str:
+            (tmp_path / "data" / "x.arrow").write_bytes(content)
+            return fingerprint_saved(tmp_path / "data", 16)
+
+        whole = of(b"abcdefghijkl")
+        assert of(b"abcd????ijkl") == whole
+        assert len({whole, of(b"abc?efghijkl"), of(b"abcdefgh?jkl"), of(b"abcdefghijkl?"), of(b"abcdefghijk")}) == 5
+        assert len({of(b"abcdef"), of(b"abcdeg"), of(b"abc"), of(b"abd"), of(b"")}) == 5

@@ -1,0 +1,214 @@
+"""How many images go through the denoiser at a time, given or found out, and that it changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from repa_lab.training.device import DeviceError
+from repa_lab.training.micro_batch import MicroBatch
+from repa_lab.training.trainer import Trainer
+from tests.training.conftest import UNET, make_options, make_run
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+CUTOFF = {"similarity_threshold": 0.99, "similarity_ema_decay": 0.5, "similarity_min_count": 2}
+SETTINGS = {"train.batch_size": 8, "train.weight_decay": 0.1, "train.grad_clip": 0.5, "train.ema": 0.5, "train.steps": 9}
+UREPA = {**UNET, "regularizer.type": "urepa"}
+
+
+class TestSize:
+    def sizes(self, batch: int) -> list[int | None]:
+        found, micro_batch = [], MicroBatch("auto", 1)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            while True:
+                found.append(micro_batch.size)
+                micro_batch.shrink(batch, FULL)
+        assert caught.value is FULL
+        return found
+
+    @pytest.mark.parametrize("batch, expected", [
+        (8, [None, 4, 2, 1]), (7, [None, 3, 1]), (6, [None, 3, 1]), (2, [None, 1]), (1, [None]),
+        (100, [None, 50, 25, 12, 6, 3, 1]),
+    ])  # fmt: skip
+    def test_begins_with_all_and_halves_down_to_one(self, batch, expected):
+        assert self.sizes(batch) == expected
+
+    def test_half_of_what_was_tried_is_tried(self):
+        micro_batch = MicroBatch("auto", 1)
+        micro_batch.shrink(64, FULL)
+        assert micro_batch.size == 32
+        micro_batch.shrink(4, FULL)  # a batch that is smaller than what went in before
+        assert micro_batch.size == 2
+
+    @pytest.mark.parametrize("setting", [None, 1, 4])
+    def test_what_is_given_stays_and_the_error_is_told(self, setting):
+        micro_batch = MicroBatch(setting, 2)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            micro_batch.shrink(8, FULL)
+        assert caught.value is FULL
+        assert micro_batch.size == setting
+
+    @pytest.mark.parametrize("processes", [2, 8])
+    def test_several_processes_must_be_told(self, processes):
+        with pytest.raises(DeviceError, match=r"auto is for one process, .* give a number") as caught:
+            MicroBatch("auto", processes)
+        assert caught.value.field == "micro_batch"
+        assert MicroBatch(4, processes).size == 4
+
+
+def in_forward(trainer: Trainer, seen: list[int], is_full: Callable[[int], bool]) -> None:
+    def hook(module, inputs, output) -> None:
+        seen.append(len(output))
+        if is_full(len(output)):
+            raise FULL
+
+    trainer._trained.denoiser.register_forward_hook(hook)
+
+
+def in_backward(trainer: Trainer, seen: list[int], is_full: Callable[[int], bool]) -> None:
+    """Where it happens most: gradients of the last layers are there already."""
+
+    def fail(gradient: torch.Tensor) -> None:
+        raise FULL
+
+    def hook(module, inputs, output) -> None:
+        seen.append(len(output))
+        if is_full(len(output)):
+            inputs[0].requires_grad_().register_hook(fail)
+
+    trainer._trained.denoiser.register_forward_pre_hook(lambda module, inputs: hook(module, inputs, inputs[0]))
+
+
+def in_regularizer(trainer: Trainer, seen: list[int], is_full: Callable[[int], bool]) -> None:
+    """After the similarity was noted."""
+
+    def hook(module, inputs, output) -> None:
+        seen.append(len(inputs[0].values))
+        if is_full(len(inputs[0].values)):
+            raise FULL
+
+    trainer.aligner.regularizer.register_forward_hook(hook)
+
+
+PLACES = [in_forward, in_backward, in_regularizer]
+everywhere = pytest.mark.parametrize("settings, place", [*(({}, place) for place in PLACES), (UREPA, in_backward)])
+
+
+def make(cache, micro_batch, **settings) -> Trainer:
+    run = make_run(**{**SETTINGS, "regularizer.schedule": CUTOFF, **settings})
+    return Trainer(run, make_options(micro_batch=micro_batch), cache)
+
+
+def train(trainer: Trainer, steps: int) -> list[dict]:
+    batches = trainer.batches()
+    return [trainer.step(next(batches)).row() for _ in range(steps)]
+
+
+def state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Everything that a step changes."""
+    trained = trainer._trained
+    found = {f"denoiser.{name}": value for name, value in trained.denoiser.state_dict().items()}
+    found |= {f"regularizer.{name}": value for name, value in trained.regularizer.state_dict().items()}
+    found |= {f"ema.{name}": value for name, value in trained.ema.average.items()}
+    for number, entry in trained.optimizer.state_dict()["state"].items():
+        found |= {f"optimizer.{number}.{key}": value for key, value in entry.items()}
+    return found
+
+
+def assert_same(first: Trainer, second: Trainer) -> None:
+    ours, theirs = state(first), state(second)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert first.progress == second.progress
+
+
+class TestStep:
+    @everywhere
+    def test_what_does_not_fit_is_halved_and_trains_as_the_half_does(self, settings, place, cache):
+        found, given = make(cache, "auto", **settings), make(cache, 2, **settings)
+        seen: list[int] = []
+        place(found, seen, lambda images: images > 2)
+        rows = train(found, 3)
+        assert seen == [8, 4, *[2] * 4, *[2] * 8]
+        assert rows == train(given, 3)
+        assert rows[0]["grad_norm"] > 0.5  # so that clipping would show a gradient that is counted twice
+        assert_same(found, given)
+
+    @everywhere
+    def test_gradients_of_parts_that_did_fit_are_taken_once(self, settings, place, cache):
+        """Memory runs out in the second half: the first one's gradients are there, and its similarity is noted."""
+        found, given = make(cache, "auto", **settings), make(cache, 2, **settings)
+        seen: list[int] = []
+        place(found, seen, lambda images: images > 4 or seen[-2:] == [4, 4])
+        rows = train(found, 2)
+        assert seen == [8, 4, 4, *[2] * 4, *[2] * 4]
+        assert rows == train(given, 2)
+        assert_same(found, given)
+
+    @pytest.mark.parametrize("place", PLACES)
+    def test_a_later_step_may_be_the_first_that_does_not_fit(self, place, cache):
+        """The similarity of the step before it has been noted and not yet taken in."""
+        found, first, rest = (make(cache, micro_batch) for micro_batch in ("auto", None, 4))
+        seen: list[int] = []
+        place(found, seen, lambda images: images > 4 and len(seen) > 2)
+        rows = train(found, 4)
+        assert seen == [8, 8, 8, 4, 4, 4, 4]
+        assert rows[:2] == train(first, 2)
+        rest._trained.denoiser.load_state_dict(first._trained.denoiser.state_dict())
+        rest._trained.regularizer.load_state_dict(first._trained.regularizer.state_dict())
+        rest._trained.optimizer.load_state_dict(first._trained.optimizer.state_dict())
+        rest._trained.ema.load({name: value.clone() for name, value in first._trained.ema.average.items()})
+        rest.progress.step, rest.progress.images = 2, 16
+        assert rows[2:] == train(rest, 2)
+        assert_same(found, rest)
+
+    def test_it_trains_as_the_whole_batch_does_but_for_rounding(self, cache):
+        found, whole = make(cache, "auto"), make(cache, None)
+        in_forward(found, [], lambda images: images > 2)
+        for ours, theirs in zip(train(found, 2), train(whole, 2), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+        assert found.aligner.regularizer.cutoff.similarity == pytest.approx(
+            whole.aligner.regularizer.cutoff.similarity, abs=1e-5
+        )
+
+    def test_where_all_fits_nothing_is_split(self, cache):
+        found, whole = make(cache, "auto"), make(cache, None)
+        seen: list[int] = []
+        in_forward(found, seen, lambda images: False)
+        assert train(found, 2) == train(whole, 2)
+        assert seen == [8, 8]
+        assert_same(found, whole)
+
+    def test_the_similarity_counts_a_step_that_was_retried_once(self, cache):
+        found, given = make(cache, "auto"), make(cache, 2)
+        in_regularizer(found, [], lambda images: images > 2)
+        rows = train(found, 3)
+        train(given, 3)
+        ours, theirs = (one.aligner.regularizer.cutoff.get_extra_state() for one in (found, given))
+        assert torch.equal(ours, theirs)
+        assert ours[1].item() == 3
+        # By hand: with a decay of 1/2 the mean of three steps has weights 1/7, 2/7 and 4/7.
+        cosines = [row["align/cosine"] for row in rows]
+        expected = (cosines[0] + 2 * cosines[1] + 4 * cosines[2]) / 7
+        assert found.aligner.regularizer.cutoff.similarity == pytest.approx(expected, abs=1e-6)
+
+    @pytest.mark.parametrize("place", PLACES)
+    def test_a_single_image_that_does_not_fit_ends_the_run(self, place, cache):
+        trainer = make(cache, "auto")
+        seen: list[int] = []
+        place(trainer, seen, lambda images: True)
+        with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+            train(trainer, 1)
+        assert seen == [8, 4, 2, 1]
+        assert trainer.progress.step == 0
+
+    @pytest.mark.parametrize("micro_batch", [None, 4])
+    def test_a_size_that_was_given_is_not_changed(self, micro_batch, cache):
+        trainer = make(cache, micro_batch)
+        seen: list[int] = []
+        in_forward(trainer, seen, lambda images: images > 2)
+        with pytest.raises(torch.OutOfMemoryError):
+            train(trainer, 1)
+        assert seen == [micro_batch or 8]

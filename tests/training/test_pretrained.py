@@ -1,0 +1,310 @@
+"""Training of pretrained families from tiny pipelines on disk, in the real layout and through the real loading code."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from repa_lab.data.errors import DataError
+from repa_lab.models.facts import pipeline_of
+from repa_lab.models.families import FAMILIES
+from repa_lab.models.pretrained import load_denoiser
+from repa_lab.models.released import PretrainedError, locate, problem_with
+from repa_lab.runs import RunDirectory, checkpoints
+from repa_lab.training import pipelines
+from repa_lab.training.export import export_model
+from repa_lab.training.loop import train
+from repa_lab.training.model import open_model
+from repa_lab.training.streams import generator, stream_seed
+from repa_lab.training.trainer import Trainer
+from tests.training.conftest import assert_same, make_options, rows, run_steps, stop_after, weights
+from tests.training.pretrained import (
+    PRETRAINED,
+    SIDES,
+    make_pretrained_run,
+    open_pretrained,
+    write_images,
+    write_pipeline,
+)
+from tests.training.test_modes import TestProcesses as Harness
+
+CPU = torch.device("cpu")
+families = pytest.mark.parametrize("family", PRETRAINED)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder for what all tests of this file share: images, pipelines, the cache."""
+    root = tmp_path_factory.mktemp("pretrained")
+    write_images(root / "images")
+    return root
+
+
+@pytest.fixture
+def made(place):
+    """A run of a family, its caches filled."""
+
+    def make(family: str, **settings):
+        run = make_pretrained_run(family, write_pipeline(family, place / family), place / "images", **settings)
+        open_pretrained(run, place / "cache")
+        return run
+
+    return make
+
+
+@pytest.fixture
+def trained(made, place, fresh):
+    """The directory of a run that was trained for some steps and not measured."""
+
+    def go(name: str, family: str, steps: int = 2, options=None, **settings) -> RunDirectory:
+        return run_steps(made(family, **settings), fresh(name), place / "cache", steps, **(options or {}))
+
+    return go
+
+
+def latest(directory: RunDirectory) -> Path:
+    found = checkpoints.latest(directory.checkpoints)
+    assert found
+    return found[1]
+
+
+class TestEveryFamily:
+    @families
+    def test_lora_trains_with_its_regularizer_and_leaves_the_model_as_it_is(self, family, trained, place):
+        directory = trained("run", family)
+        first, second = rows(directory)
+        assert np.isfinite([first["loss/denoise"], second["loss/denoise"], second["align/cosine"]]).all()
+        assert second["loss/total"] != second["loss/denoise"]
+        state = load_file(latest(directory) / "denoiser.safetensors")
+        assert all("lora_" in name for name in state)
+        assert sum(value.any().item() for name, value in state.items() if "lora_B" in name) > 0
+        assert load_file(latest(directory) / "regularizer.safetensors")
+
+    @families
+    def test_full_training_moves_the_models_own_weights(self, family, trained, place):
+        directory = trained("run", family, steps=1, **{"model.train": "full"})
+        state = load_file(latest(directory) / "denoiser.safetensors")
+        before = dict(load_denoiser(place / family, FAMILIES[family]).named_parameters())
+        assert state.keys() == before.keys()
+        moved = [name for name, value in state.items() if not torch.equal(value, before[name])]
+        assert len(moved) > len(state) / 2
+
+    @families
+    def test_what_is_exported_is_what_diffusers_loads(self, family, trained, place, tmp_path):
+        directory, facts = trained("run", family), pipeline_of(FAMILIES[family])
+        export_model(directory, tmp_path / "lora", "last")
+        state = load_file(latest(directory) / "denoiser.safetensors")
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(place / family)
+        if hasattr(pipeline, "load_lora_weights"):
+            pipeline.load_lora_weights(tmp_path / "lora")
+            net = getattr(pipeline, facts.denoiser)
+        else:
+            net = peft.PeftModel.from_pretrained(getattr(pipeline, facts.denoiser), tmp_path / "lora").base_model.model
+        ours = {name.removeprefix("net.").replace(".default", ""): value for name, value in state.items()}
+        loaded = {name.replace(".default_0", "").replace(".default", ""): p for name, p in net.named_parameters() if "lora_" in name}
+        assert loaded.keys() == ours.keys()
+        assert all(torch.equal(loaded[name], ours[name]) for name in ours)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux", "dit"])
+class TestTheRun:
+    def test_goes_on_from_a_checkpoint_as_if_nothing_had_been(self, family, made, place, fresh):
+        run, cache = made(family), place / "cache"
+        straight = run_steps(run, fresh("straight"), cache, 4)
+        broken = run_steps(run, fresh("broken"), cache, 2)
+        train(run, broken, make_options(), cache, should_stop=stop_after(2))
+        assert rows(broken) == rows(straight)
+        assert_same(weights(broken), weights(straight))
+
+    def test_weight_0_is_no_regularizer_bit_for_bit(self, family, trained):
+        off = trained("off", family, **{"regularizer.weight": 0.0})
+        none = trained("none", family, **{"regularizer.type": "none"})
+        assert_same(weights(off), weights(none), only="denoiser:")
+        assert [row["loss/denoise"] for row in rows(off)] == [row["loss/denoise"] for row in rows(none)]
+
+    def test_micro_batches_and_checkpointed_blocks_compute_the_same(self, family, trained):
+        plain, parted = trained("plain", family), trained("parted", family, options={"micro_batch": 1})
+        checkpointed = trained("checkpointed", family, options={"gradient_checkpointing": True})
+        for ours, theirs in zip(rows(parted), rows(plain), strict=True):  # losses and the norm of the gradients
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+        assert_same(weights(checkpointed), weights(plain), only="denoiser:")
+
+    def test_bf16_keeps_what_trains_in_float32_and_what_does_not_in_bf16(self, family, made, place):
+        trainer = Trainer(made(family), make_options(precision="bf16"), place / "cache")
+        kinds = {(p.requires_grad, p.dtype) for p in trainer.model.denoiser.parameters()}
+        assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+        row = trainer.step(next(trainer.batches())).row()
+        assert np.isfinite([row["loss/denoise"], row["align/cosine"]]).all()
+
+
+@pytest.mark.parametrize("family", ["sdxl", "qwen_image"])  # of the latter's last block, the text goes nowhere
+def test_two_processes_train_what_one_does(family, place, tmp_path):
+    """The README's command for several GPUs, with LoRA and checkpointed blocks."""
+    run = make_pretrained_run(family, write_pipeline(family, place / family), place / "images")
+    changed = {name: section for name, section in run.config.model_dump(mode="json").items() if name != "evaluate"}
+    changed |= {"train": {**changed["train"], "steps": 3}, "evaluate": {**Harness.SPEC["evaluate"], "sampler": {"steps": 2}}}
+    options = {"gradient_checkpointing": True}
+    one, two = (Harness().run(tmp_path / str(count), count, changed, **options) for count in (1, 2))
+    assert one.run_id == two.run_id
+    assert len(rows(one)) == 4
+    for ours, theirs in zip(rows(two)[:3], rows(one)[:3], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+class TestSampling:
+    PROMPTS = ("picture 3 of noise", "a red heart")
+
+    @pytest.mark.parametrize("family", ["sd15", "sdxl", "flux", "sana"])
+    def test_the_trained_pipeline_draws_what_stock_diffusers_draws(self, family, made, place, fresh, tmp_path):
+        settings = {"evaluate.prompts": list(self.PROMPTS), "evaluate.guidance": {"scale": 3.0}, "train.lr": 0.1}
+        run = made(family, **settings)
+        directory = run_steps(run, fresh("run"), place / "cache", 2)
+        trainer = Trainer(run, make_options(), place / "cache")
+        trainer.resume(latest(directory))
+        trainer.model.denoiser.eval()
+        export_model(directory, tmp_path / "lora", "last")
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(place / family)
+        plain = copy.deepcopy(getattr(pipeline, pipeline_of(FAMILIES[family]).denoiser))
+        pipeline.load_lora_weights(tmp_path / "lora")
+        side = SIDES.get(family, 64)
+
+        def stock(captions, stream):
+            draws = [generator(0, stream, number) for number in range(len(captions))]
+            how = {"height": side, "width": side, "num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"}
+            if family == "sana":
+                how["use_resolution_binning"] = False
+            images = pipeline(captions, generator=draws, **how).images
+            return torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
+
+        train_images = open_pretrained(run, place / "cache")
+        captions = [train_images.source.captions[i] for i in train_images.split.train[:3].tolist()]
+        ours, shown = trainer.model.sampler(range(3)), trainer.model.sampler.shown()
+        assert_close_pixels(ours, stock(captions, "sampling"))
+        assert_close_pixels(shown, stock(list(self.PROMPTS), "prompts"))
+        setattr(pipeline, pipeline_of(FAMILIES[family]).denoiser, plain)
+        assert (ours.int() - stock(captions, "sampling").int()).abs().max() > 2  # what was trained is seen
+
+    def test_a_sample_depends_on_its_number_alone(self, made, place):
+        run = made("sdxl")
+        model = open_model(run, open_pretrained(run, place / "cache"), make_options(), place / "cache", CPU)
+        model.denoiser.eval()
+        assert_close_pixels(model.sampler(range(1, 3)), model.sampler(range(3))[1:])
+        assert stream_seed(0, "sampling", 1) != stream_seed(0, "sampling", 2)
+
+    def test_large_images_are_drawn_a_few_at_a_time_with_the_same_result(self, made, place, monkeypatch):
+        run = made("sdxl", **{"evaluate.prompts": list(self.PROMPTS)})
+        model = open_model(run, open_pretrained(run, place / "cache"), make_options(), place / "cache", CPU)
+        model.denoiser.eval()
+        whole, shown = model.sampler(range(5)), model.sampler.shown()
+        assert model.at_once == 8
+        monkeypatch.setattr(pipelines, "_PIXELS_AT_ONCE", 2 * 64 * 64)
+        assert model.sampler.at_once == 2
+        assert_close_pixels(model.sampler(range(5)), whole)
+        assert_close_pixels(model.sampler.shown(), shown)
+
+    def test_a_measured_run_has_distance_agreement_and_pictures(self, made, place, fresh):
+        run = made("flux", **{"evaluate.every": 2, "train.steps": 2, "evaluate.prompts": ["picture 3 of noise"]})
+        directory = fresh("run")
+        train(run, directory, make_options(), place / "cache")
+        row = directory.rows()[-1]
+        assert {"frechet:efficientnet_lite0@16/pipeline2", "heldout/cka", "heldout/cosine", "heldout/gap"} <= row.keys()
+        assert np.isfinite([row["heldout/cka"], row["heldout/cosine"], row["frechet:efficientnet_lite0@16/pipeline2"]]).all()
+        assert list(directory.sample_grids()) == [2]
+
+
+def assert_close_pixels(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Alike but for a grey level where rounding of the last bits decides."""
+    assert ours.shape == theirs.shape
+    assert (ours.int() - theirs.int()).abs().max() <= 1
+
+
+class TestBuckets:
+    BUCKETS: ClassVar[dict[str, Any]] = {"data.buckets": {"step": 16, "max_aspect": 2.0}}
+
+    def test_every_batch_is_of_one_size_and_every_size_is_trained_on(self, made, place):
+        run = made("flux", **self.BUCKETS, **{"train.steps": 40})
+        trainer = Trainer(run, make_options(), place / "cache")
+        shapes = [tuple(batch.x.shape[-2:]) for batch in trainer.batches()]
+        assert len(set(shapes)) == 3
+        assert all(height * width <= 64 for height, width in shapes)  # latents, of 64 px squares
+
+    def test_tokens_of_both_sides_have_the_images_own_grid(self, made, place):
+        run = made("flux", **self.BUCKETS)
+        trainer = Trainer(run, make_options(), place / "cache")
+        seen = set()
+        for batch in trainer.batches():
+            trainer.model.denoiser(batch.x, batch.t, **batch.condition)
+            student, teacher = trainer.aligner.tap.take(), trainer.aligner.targets[0](batch.ids, CPU)
+            assert student.grid == (batch.x.shape[-2] // 2, batch.x.shape[-1] // 2)
+            assert (student.grid[0] > student.grid[1]) == (teacher.grid[0] > teacher.grid[1])
+            seen.add(student.grid)
+        assert len(seen) > 1
+
+    def test_sdxl_is_told_the_sizes(self, made, place):
+        run = made("sdxl", **{**self.BUCKETS, "data.buckets": {"step": 32, "max_aspect": 2.0}})
+        trainer = Trainer(run, make_options(), place / "cache")
+        source = open_pretrained(run, place / "cache").source
+        batch = next(trainer.batches())
+        for row, image in zip(batch.condition["time_ids"].tolist(), batch.ids.tolist(), strict=True):
+            with source.open(image) as picture:
+                assert row[:2] == [picture.height, picture.width]
+            assert row[4:] == source.sizes[image].tolist()
+
+    def test_a_run_over_several_sizes_is_measured(self, made, place, fresh):
+        run = made("flux", **self.BUCKETS, **{"evaluate.every": 2, "train.steps": 2})
+        directory = fresh("run")
+        train(run, directory, make_options(), place / "cache")
+        assert np.isfinite([directory.rows()[-1][name] for name in ("heldout/cka", "heldout/cosine")]).all()
+
+
+class TestRefusals:
+    def test_a_folder_of_another_family(self, place):
+        folder = write_pipeline("flux", place / "flux")
+        assert problem_with(folder, FAMILIES["flux"]) is None
+        message = problem_with(folder, FAMILIES["sdxl"])
+        assert message == f"'{folder}' is a FluxPipeline, not of family sdxl: StableDiffusionXLPipeline"
+        assert "it has no readable model_index.json" in problem_with(place / "images", FAMILIES["sdxl"])
+
+    def test_a_pipeline_that_lacks_an_encoder(self, tmp_path):
+        folder = write_pipeline("sdxl", tmp_path / "sdxl")
+        index = (folder / "model_index.json").read_text()
+        (folder / "model_index.json").write_text(index.replace('"text_encoder_2"', '"text_encoder_9"'))
+        assert "lacks text_encoder_2" in problem_with(folder, FAMILIES["sdxl"])
+
+    def test_weights_that_are_not_here(self, monkeypatch):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(PretrainedError, match="no folder and not in the local cache; pass a folder or go online"):
+            locate("nobody/has-this")
+
+    def test_weights_that_are_damaged(self, tmp_path):
+        folder = write_pipeline("sdxl", tmp_path / "sdxl")
+        (weights_file,) = (folder / "unet").glob("*.safetensors")
+        weights_file.write_bytes(weights_file.read_bytes()[:1000])
+        with pytest.raises(PretrainedError, match="cannot load the unet of"):
+            load_denoiser(folder, FAMILIES["sdxl"])
+
+    def test_no_captions(self, place, tmp_path):
+        bare = write_images(tmp_path / "bare")
+        (bare / "metadata.jsonl").unlink()
+        run = make_pretrained_run("sdxl", write_pipeline("sdxl", place / "sdxl"), bare)
+        with pytest.raises(DataError, match="sdxl is trained with captions and there are none"):
+            open_pretrained(run, place / "cache")
+        dit = make_pretrained_run("dit", write_pipeline("dit", place / "dit"), bare)
+        open_pretrained(dit, place / "cache")  # which is told classes
+
+    def test_a_trained_class_is_dropped_by_the_runs_own_stream_alone(self, made, place):
+        run = made("dit", **{"train.label_dropout": 0.0})
+        trainer = Trainer(run, make_options(), place / "cache")
+        batch = next(trainer.batches())
+        torch.manual_seed(1)
+        first = trainer.model.denoiser(batch.x, batch.t, **batch.condition)
+        torch.manual_seed(2)
+        assert torch.equal(trainer.model.denoiser(batch.x, batch.t, **batch.condition), first)
