@@ -82,8 +82,8 @@ class TextCache:
 
     def _found(self, text: str, row: Encoded | None) -> Encoded:
         if row is None:
-            message = f"the cached embedding of {text[:50]!r} is missing or damaged; delete '{self._path(text)}' and start again"
-            raise DataError("source", message)
+            what = f"the cached embedding of {text[:50]!r} is missing or damaged"
+            raise DataError("source", f"{what}; delete '{self._path(text)}' and start again")
         return row
 
     def _path(self, text: str) -> Path:

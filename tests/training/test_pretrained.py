@@ -145,6 +145,14 @@ class TestTheRun:
         assert np.isfinite([row["loss/denoise"], row["align/cosine"]]).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_compiled_by_inductor_lora_trains_the_same(family, trained):
+    plain, compiled = trained("plain", family), trained("compiled", family, options={"compile": True})
+    for ours, theirs in zip(rows(compiled), rows(plain), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
 @pytest.mark.parametrize("family", ["sdxl", "qwen_image"])  # of the latter's last block, the text goes nowhere
 def test_two_processes_train_what_one_does(family, place, tmp_path):
     """The README's command for several GPUs, with LoRA and checkpointed blocks."""
