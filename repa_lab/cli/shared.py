@@ -1,0 +1,100 @@
+"""What commands share: consoles, options, errors without tracebacks, tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from repa_lab.spec import SpecError
+
+_PIPE_WIDTH = 160
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+# A pipe has no width: a table must not be cut for a terminal that is not there.
+out, err = (Console(stderr=e, width=None if s.isatty() else _PIPE_WIDTH) for e, s in ((False, sys.stdout), (True, sys.stderr)))
+
+SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="A spec file: one question.")]
+RootOption = Annotated[Path, typer.Option("--root", help="Where runs live.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Lay a value over the spec.")]
+OutputOption = Annotated[Path | None, typer.Option("--output", metavar="FILE", help="A new file instead of the terminal.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@contextmanager
+def clean_errors() -> Iterator[None]:
+    """A user's mistake is one message and exit status 2; an interruption says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("interrupted; run the same command again to go on from the last checkpoints")
+        raise typer.Exit(130) from None
+    except (ValueError, RuntimeError) as error:
+        status = _exit_status(error)
+        if status is None:
+            raise
+        err.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(status) from None
+
+
+def _exit_status(error: Exception) -> int | None:
+    """2 for input that was refused, 1 for work that could not go on, None for a defect: an error that is not the lab's own."""
+    if not type(error).__module__.startswith("repa_lab."):
+        return None
+    return 2 if isinstance(error, ValueError) else 1
+
+
+def deliver(text: str, output: Path | None) -> None:
+    """Print a text as it is, or write it to a file that is not there yet."""
+    from repa_lab.runs.files import write_text
+
+    if output is None:
+        print(text, end="")
+        return
+    try:
+        if output.exists():
+            raise mistake("", f"'{output}' exists; name a new file")
+        write_text(output, text)
+    except OSError as error:
+        raise mistake("", f"cannot write '{output}': {error.strerror}") from None
+
+
+def mistake(what: str, message: str) -> SpecError:
+    """A mistake on the command line itself."""
+    from repa_lab.spec import Place, Problem, SpecError
+
+    return SpecError([Problem(Place(None), what, message)])
+
+
+def overrides(given: list[str] | None) -> dict[str, Any]:
+    """What ``--set`` was given, by dotted path."""
+    from repa_lab.spec import Place, Problem, SpecError
+    from repa_lab.spec.yaml import parse_scalar
+
+    overrides = {}
+    for text in given or []:
+        path, equals, value = text.partition("=")
+        try:
+            if not path or not equals:
+                raise ValueError("expected PATH=VALUE")
+            overrides[path] = parse_scalar(value)
+        except ValueError as error:
+            raise SpecError([Problem(Place(None), f"--set {text}", str(error))]) from None
+    return overrides
+
+
+def table(title: str, rows: list[dict[str, Any]], hidden: tuple[str, ...] = ()) -> Table:
+    """Rows as a table; their keys are its columns, but for those that are hidden."""
+    drawn = Table(title=title, title_justify="left")
+    for column in (rows or [{"run": ""}])[0]:
+        if column not in hidden:
+            drawn.add_column(column)
+    for row in rows:
+        drawn.add_row(*(str(value) for column, value in row.items() if column not in hidden))
+    return drawn
