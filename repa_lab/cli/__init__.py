@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 
-# Each puts its commands on the app, and help lists them in this order.
-from repa_lab.cli import sweeps  # noqa: F401, I001
-from repa_lab.cli import watch  # noqa: F401
-from repa_lab.cli import models  # noqa: F401
 from repa_lab.cli.shared import app
+
+# Each puts its commands on the app, and help lists them in this order.
+for _group in ("sweeps", "watch", "models"):
+    importlib.import_module(f"repa_lab.cli.{_group}")
 
 
 def main() -> None:
