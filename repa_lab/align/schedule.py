@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +60,37 @@ class Schedule:
             return 0.0
         if step < self.warmup_steps:
             return self.weight * step / self.warmup_steps
-        decay_end = self.decay_steps or self.total_steps or 0
-        span = max(decay_end - self.warmup_steps, 1)
+        span = max(self.decay_end - self.warmup_steps, 1)
         progress = min((step - self.warmup_steps) / span, 1.0)
         return SHAPES[self.type](self.weight, self.end, progress, self.power)
+
+    @property
+    def decay_end(self) -> int:
+        """The step at which the decay ends; 0 where nothing says so."""
+        return self.decay_steps or self.total_steps or 0
+
+    @property
+    def bends(self) -> set[int]:
+        """The steps at which the weight begins to follow another formula."""
+        decay = () if self.type == "constant" else (self.decay_end,)
+        return {0, self.warmup_steps, *decay, self.cutoff_step or 0}
+
+    def formula(self, step: int) -> tuple[object, ...]:
+        """What the weight follows at ``step`` and until the next bend: the same formula gives the same weights."""
+        decays = self.type != "constant" and self.warmup_steps <= step < self.decay_end
+        if (self.cutoff_step and step >= self.cutoff_step) or not (step < self.warmup_steps or decays):
+            return (self(step),)
+        if step < self.warmup_steps:
+            return ("warmup", self.weight, self.warmup_steps)
+        return (self.type, self.weight, self.end, self.warmup_steps, self.decay_end, self.power)
+
+
+def agreement(one: Schedule, other: Schedule, steps: int) -> int:
+    """The first step, up to ``steps``, at which two schedules have different weights; ``steps`` if there is none."""
+    bends = sorted({bend for bend in one.bends | other.bends if bend < steps} | {steps})
+    for start, end in itertools.pairwise(bends):
+        if one.formula(start) != other.formula(start):
+            differing = next((step for step in range(start, end) if one(step) != other(step)), None)
+            if differing is not None:
+                return differing
+    return steps

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from repa_lab.runs import files
 
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 
 
 def commit(folder: Path, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
@@ -37,7 +37,7 @@ def commit(folder: Path, step: int, write: Callable[[Path], None], keep: int = 2
     write(temporary)
     for path in temporary.iterdir():
         files.fsync(path)
-    files.write_json(temporary / _MANIFEST, {path.name: _digest(path) for path in sorted(temporary.iterdir())})
+    files.write_json(temporary / MANIFEST, {path.name: _digest(path) for path in sorted(temporary.iterdir())})
     final = folder / f"step-{step:08d}"
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
@@ -56,15 +56,16 @@ def latest(folder: Path) -> tuple[int, Path] | None:
     """The newest checkpoint whose manifest holds, and its step; damaged ones are renamed to ``corrupt-...`` on the way."""
     for step in reversed(steps(folder)):
         path = folder / f"step-{step:08d}"
-        if _is_whole(path):
+        if is_whole(path):
             return step, path
         path.rename(folder / f"corrupt-{path.name}-{uuid.uuid4().hex[:8]}")
     return None
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint has all that its manifest lists, unchanged."""
     try:
-        manifest = files.read_json(path / _MANIFEST)
+        manifest = files.read_json(path / MANIFEST)
         return all(_digest(path / name) == recorded for name, recorded in manifest.items())
     except (OSError, ValueError, AttributeError):
         return False

@@ -6,13 +6,14 @@
     metrics.jsonl     one row per logged step and per evaluation
     events.jsonl      what happened to the run: started, resumed, failed, ...
     checkpoints/      step-00000600/ with a manifest (see `checkpoints`)
+    forks/            checkpoints that other runs begin from (see `forks`)
     samples/          step-00000600.png
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +45,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def forks(self) -> Path:
+        """Folder of the checkpoints that are kept for other runs; see :mod:`repa_lab.runs.forks`."""
+        return self.path / "forks"
 
     @property
     def samples(self) -> Path:
@@ -124,6 +130,10 @@ class RunWriter:
         files.rewrite_lines(self._metrics, kept)
         if len(kept) < len(rows):
             self.event("rewound", step=step, rows_dropped=len(rows) - len(kept))
+
+    def replace_rows(self, rows: Sequence[Row]) -> None:
+        """Begin with these rows, whatever was written before."""
+        files.rewrite_lines(self._metrics, list(rows))
 
     def row(self, row: Row) -> None:
         """Append a metric row; it must carry its ``step``; what is not finite is written as null."""

@@ -10,7 +10,9 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from repa_lab.runs import RunDirectory, RunWriter, State, checkpoints
+from repa_lab.runs import RunDirectory, RunWriter, State, checkpoints, forks
+from repa_lab.runs.files import Row
+from repa_lab.runs.forks import Fork
 from repa_lab.runs.provenance import provenance
 from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
@@ -30,6 +32,8 @@ def train(
     cache: Path,
     listeners: Sequence[Listener] = (),
     should_stop: ShouldStop = lambda: None,
+    fork: Fork | None = None,
+    kept: frozenset[int] = frozenset(),
 ) -> State:
     """Train a run to its end and measure it on the way; what an earlier call left off is taken up at its last checkpoint.
 
@@ -41,6 +45,8 @@ def train(
         listeners: hear the run's rows.
         should_stop: asked after every step (of several processes, the first is asked at logged steps); a state ends the run
             there, with a checkpoint.
+        fork: where the run begins if it has no checkpoint yet: another run's first steps are its own as well.
+        kept: steps whose state is kept for runs that begin from it.
 
     Returns:
         The state in which the run came to rest.
@@ -50,7 +56,7 @@ def train(
         DivergedError: the loss became infinite or NaN.
     """
     if not PartialState(cpu=options.device == "cpu").is_main_process:
-        return _follow(run, directory, options, cache)
+        return _follow(run, directory, options, cache, kept)
     with RunWriter(directory) as writer:
         if directory.state.state.is_finished:
             return directory.state.state
@@ -58,13 +64,15 @@ def train(
         writer.describe(run.to_json(), provenance() | how)
         journal, progress = Journal(writer, listeners), Progress()
         try:
+            if fork is not None and not checkpoints.steps(directory.checkpoints):
+                forks.take(RunDirectory(directory.path.with_name(fork.parent)), fork.step, writer, _writes(run, options))
             trainer = Trainer(run, options, cache)
             progress = trainer.progress
             if _resume(trainer, directory):
                 writer.event("resumed", step=progress.step)
             writer.rewind(progress.step)
             journal.state(State.RUNNING, progress.step)
-            state = fit(trainer, Kept(directory, journal), should_stop)
+            state = fit(trainer, Kept(directory, journal), should_stop, kept)
         except Exception as error:
             journal.state(State.FAILED, progress.step, f"{type(error).__name__}: {error}".splitlines()[0])
             raise
@@ -72,13 +80,19 @@ def train(
         return state
 
 
-def _follow(run: Run, directory: RunDirectory, options: RunOptions, cache: Path) -> State:
+def _follow(run: Run, directory: RunDirectory, options: RunOptions, cache: Path, kept: frozenset[int]) -> State:
     """What all processes of a run but the first do: the same steps on their part of each batch, and no writing."""
     if directory.state.state.is_finished:
         return directory.state.state
     trainer = Trainer(run, options, cache)
     _resume(trainer, directory)
-    return fit(trainer, Dropped(), lambda: None)
+    return fit(trainer, Dropped(), lambda: None, kept)
+
+
+def _writes(run: Run, options: RunOptions) -> Callable[[Row], bool]:
+    """Whether a run writes a row by itself, for another one's rhythm may differ."""
+    last, every = run.config.train.steps, run.config.evaluate.every
+    return lambda row: forks.written_by(row, last, every, options.checkpoint_every or every, options.log_every)
 
 
 def _resume(trainer: Trainer, directory: RunDirectory) -> bool:
@@ -89,7 +103,7 @@ def _resume(trainer: Trainer, directory: RunDirectory) -> bool:
     return found is not None
 
 
-def fit(trainer: Trainer, record: Record, should_stop: ShouldStop) -> State:
+def fit(trainer: Trainer, record: Record, should_stop: ShouldStop, kept: frozenset[int] = frozenset()) -> State:
     """Run all steps that are left: step, log, measure, save.
 
     Rows are written before the checkpoint of their step. A kill in between repeats the work from the checkpoint before, whose
@@ -105,7 +119,7 @@ def fit(trainer: Trainer, record: Record, should_stop: ShouldStop) -> State:
         measure = step % measure_every == 0 or step == last
         due = measure or step % save_every == 0 or step % trainer.options.log_every == 0
         stop = _agreed(trainer, should_stop, due)
-        if due or stop:
+        if due or stop or step in kept:
             row = outcome.row()  # waits for the device, so that the seconds are those of finished steps
             progress.seconds += time.perf_counter() - started
             if not math.isfinite(row["loss/total"]):
@@ -118,6 +132,8 @@ def fit(trainer: Trainer, record: Record, should_stop: ShouldStop) -> State:
                 record.samples(step, samples)
             if measure or stop or step % save_every == 0:
                 record.checkpoint(step, trainer.save)
+            if step in kept:
+                record.fork(step, trainer.save)
             started = time.perf_counter()
         if stop and step < last:
             return stop

@@ -13,6 +13,8 @@ from repa_lab.runs.files import Row
 from repa_lab.tracking import Journal
 from repa_lab.training.evaluate import write_grid
 
+_ALL = 1 << 30
+
 
 class Record(Protocol):
     """Takes rows, samples and checkpoints."""
@@ -27,6 +29,11 @@ class Record(Protocol):
 
     def checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
         """Take a checkpoint; ``save`` fills an empty folder."""
+        ...
+
+
+    def fork(self, step: int, save: Callable[[Path], None]) -> None:
+        """Take a checkpoint that other runs begin from."""
         ...
 
 
@@ -51,6 +58,11 @@ class Kept:
         checkpoints.commit(self._directory.checkpoints, step, save)
 
 
+    def fork(self, step: int, save: Callable[[Path], None]) -> None:
+        """See :class:`Record`."""
+        checkpoints.commit(self._directory.forks, step, save, keep=_ALL)
+
+
 class Dropped:
     """Keeps nothing: a run has one writer, its first process."""
 
@@ -61,4 +73,7 @@ class Dropped:
         """See :class:`Record`."""
 
     def checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
+        """See :class:`Record`."""
+
+    def fork(self, step: int, save: Callable[[Path], None]) -> None:
         """See :class:`Record`."""

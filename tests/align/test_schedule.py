@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from repa_lab.align import Schedule
+from repa_lab.align.schedule import agreement
 
 # settings, then weights by step; the values of the papers' and the guide's fact lists
 WORKED = [
@@ -75,3 +78,56 @@ def test_no_cutoff(never):
 def test_what_cannot_be_meant_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Schedule(**settings)
+
+
+class TestAgreement:
+    """How long two schedules have the same weights, against asking both at every step."""
+
+    @staticmethod
+    def by_asking(one: Schedule, other: Schedule, steps: int) -> int:
+        return next((step for step in range(steps) if one(step) != other(step)), steps)
+
+    @pytest.mark.parametrize("seed", range(300))
+    def test_of_any_two(self, seed):
+        draw = random.Random(seed)
+
+        def schedule() -> Schedule:
+            warmup = draw.choice([0, 0, 3, 10])
+            return Schedule(
+                draw.choice(["constant", "linear", "cosine", "polynomial"]),
+                weight=draw.choice([0.0, 0.5, 0.5, 1.0]),
+                end=draw.choice([0.0, 0.0, 0.5]),
+                warmup_steps=warmup,
+                decay_steps=draw.choice([0, warmup + 1, 20, 40]),
+                cutoff_step=draw.choice([None, None, 0, 5, 15, 25, 60]),
+                power=draw.choice([1.0, 1.0, 2.0, 0.0]),
+                total_steps=draw.choice([30, 50]),
+            )
+
+        one, other = schedule(), schedule()
+        assert agreement(one, other, 30) == agreement(other, one, 30) == self.by_asking(one, other, 30)
+        assert agreement(one, one, 30) == 30
+
+    def test_a_cutoff_acts_from_its_step_on(self):
+        assert agreement(Schedule(), Schedule(cutoff_step=400), 1000) == 400
+        assert agreement(Schedule(cutoff_step=600), Schedule(cutoff_step=400), 1000) == 400
+
+    def test_a_decay_to_another_end_acts_after_the_warmup(self):
+        one, other = (Schedule("cosine", warmup_steps=100, decay_steps=900, end=end) for end in (0.0, 0.1))
+        assert agreement(one, other, 1000) == 101  # at step 100 the weight is the start's in both
+
+    def test_a_decay_over_all_of_training_depends_on_its_length_at_once(self):
+        one, other = (Schedule("linear", total_steps=total) for total in (1000, 2000))
+        assert agreement(one, other, 1000) == 1
+        assert agreement(Schedule(total_steps=1000), Schedule(total_steps=2000), 1000) == 1000
+
+    def test_long_ones_are_compared_at_once(self):
+        asked = []
+
+        class Counted(Schedule):
+            def __call__(self, step: int) -> float:
+                asked.append(step)
+                return super().__call__(step)
+
+        assert agreement(Counted(warmup_steps=10), Counted(warmup_steps=10, cutoff_step=4_000_000), 10_000_000) == 4_000_000
+        assert len(asked) < 50
