@@ -8,10 +8,12 @@
     checkpoints/      step-00000600/ with a manifest (see `checkpoints`)
     forks/            checkpoints that other runs begin from (see `forks`)
     samples/          step-00000600.png
+    pinned            if it is there, nothing of the run is ever deleted
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -24,6 +26,8 @@ from filelock import FileLock, Timeout
 from repa_lab.runs import files
 from repa_lab.runs.files import Row
 from repa_lab.runs.state import RunState, State
+
+PIN = "pinned"
 
 
 class RunBusyError(RuntimeError):
@@ -55,6 +59,11 @@ class RunDirectory:
     def samples(self) -> Path:
         """Folder of the sample grids."""
         return self.path / "samples"
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether nothing of it may be deleted."""
+        return (self.path / PIN).exists()
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -122,6 +131,13 @@ class RunWriter:
         if not (self.run.path / "spec.json").exists():
             files.write_json(self.run.path / "provenance.json", dict(provenance))
             files.write_json(self.run.path / "spec.json", dict(spec))
+
+    def start_over(self) -> None:
+        """Forget rows, samples and checkpoints, as if the run had never begun; its history says so."""
+        for folder in (self.run.checkpoints, self.run.forks, self.run.samples):
+            shutil.rmtree(folder, ignore_errors=True)
+        files.rewrite_lines(self._metrics, [])
+        self.event("started over")
 
     def rewind(self, step: int) -> None:
         """Forget the rows after ``step``: they will be measured again from the checkpoint of that step."""

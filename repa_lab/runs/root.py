@@ -13,12 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from repa_lab.runs import files
 from repa_lab.runs.directory import RunDirectory
 
 DEFAULT_ROOT = Path("runs")
 RESERVED = ("by-id", "cache")
 _MAX_LABEL = 50
+_STOP = "stop"
 
 
 class UnknownSweepError(ValueError):
@@ -39,6 +42,31 @@ class SweepDirectory:
     def root(self) -> RunsRoot:
         """The runs root this sweep stands in."""
         return RunsRoot(self.path.parent)
+
+    @property
+    def lock(self) -> Path:
+        """The file that whoever carries out the sweep holds."""
+        return self.path / ".lock"
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a process carries out the sweep at the moment."""
+        if not self.lock.exists():
+            return False
+        try:
+            with FileLock(self.lock, timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Whether somebody wants whoever carries out the sweep to end."""
+        return (self.path / _STOP).exists()
+
+    def ask_to_stop(self, ask: bool = True) -> None:
+        """Want it, or no longer."""
+        (self.path / _STOP).touch() if ask else (self.path / _STOP).unlink(missing_ok=True)
 
     @property
     def manifest(self) -> dict[str, Any]:

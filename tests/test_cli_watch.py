@@ -1,0 +1,131 @@
+"""Commands that look at runs and change where they stand: real processes on real run directories."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from filelock import FileLock
+
+from repa_lab.runs import RunsRoot, RunWriter, State, checkpoints
+from tests.test_cli import cli
+
+
+@pytest.fixture
+def root(tmp_path):
+    return RunsRoot(tmp_path / "runs")
+
+
+def make(root, name="abc", state=State.FAILED, error="DivergedError: the loss is nan at step 7"):
+    run = root.run(name)
+    with RunWriter(run) as writer:
+        writer.describe({"train": {"steps": 100}, "seed": 0}, {})
+        writer.state(State.RUNNING, 0)
+        writer.row({"step": 5, "seconds": 10.0, "loss/total": 1.5})
+        checkpoints.commit(run.checkpoints, 5, lambda folder: (folder / "weights").write_bytes(b"x") and None)
+        if state is not State.RUNNING:
+            writer.state(state, 7, error if state is State.FAILED else None)
+    return run
+
+
+def test_why_tells_a_runs_history_and_the_reason(root):
+    make(root)
+    done = cli("why", "abc", "--root", root.path)
+    assert done.returncode == 0
+    assert [line.split("│")[2].strip() for line in done.stdout.splitlines() if line.startswith("│")] == ["running", "failed"]
+    assert "step 7, error DivergedError: the loss is nan at step 7" in done.stdout
+    events = json.loads(cli("why", "abc", "--root", root.path, "--json").stdout)
+    assert [event["event"] for event in events] == ["running", "failed"]
+    missing = cli("why", "nope", "--root", root.path)
+    assert (missing.returncode, missing.stderr) == (2, f"no run 'nope' in {root.path}; `repa-lab status` lists them\n")
+
+
+def test_status_says_how_long_a_run_still_takes(root):
+    make(root, "running", State.RUNNING)
+    (row,) = json.loads(cli("status", "--root", root.path, "--json").stdout)
+    assert (row["state"], row["step"], row["left"]) == ("running", 5, "0:03:10")  # 95 steps of 2 s
+
+
+def test_status_goes_on_until_all_runs_have_come_to_rest(root):
+    run = make(root, "one", State.RUNNING)
+    command = [sys.executable, "-m", "repa_lab.cli", "status", "--watch", "--root", str(root.path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    time.sleep(4)
+    assert process.poll() is None
+    with RunWriter(run) as writer:
+        writer.state(State.DONE, 100)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "done" in output
+
+
+@pytest.mark.parametrize("state", [State.FAILED, State.PRUNED])
+def test_retry_has_a_run_taken_up_again_from_where_it_was(root, state):
+    run = make(root, state=state)
+    assert cli("retry", "abc", "--root", root.path).returncode == 0
+    assert (run.state.state, run.state.step) == (State.NEW, 7)
+    assert checkpoints.steps(run.checkpoints) == [5]
+    assert [row["step"] for row in run.rows()] == [5]
+
+
+def test_a_run_that_is_done_is_trained_anew_only_from_scratch(root):
+    run = make(root, state=State.DONE)
+    refused = cli("retry", "abc", "--root", root.path)
+    assert (refused.returncode, run.state.state) == (2, State.DONE)
+    assert "give --from-scratch to train it anew" in refused.stderr
+    assert cli("retry", "abc", "--root", root.path, "--from-scratch").returncode == 0
+    assert (run.state.state, run.rows(), run.checkpoints.exists()) == (State.NEW, [], False)
+    assert [event["event"] for event in run.events()][-2:] == ["started over", "new"]
+
+
+def test_a_run_in_training_is_not_touched(root):
+    run = make(root, state=State.RUNNING)
+    with RunWriter(run):
+        refused = cli("retry", "abc", "--root", root.path, "--from-scratch")
+    assert refused.returncode == 1
+    assert refused.stderr == "run abc is being trained by another process\n"
+    assert checkpoints.steps(run.checkpoints) == [5]
+
+
+def test_gc_deletes_what_it_says_and_keeps_what_is_pinned(root):
+    make(root, "pruned", State.PRUNED)
+    make(root, "kept", State.PRUNED)
+    assert cli("pin", "kept", "--root", root.path).returncode == 0
+    dry = cli("gc", "--dry-run", "--root", root.path)
+    assert "would go" in dry.stdout and "pruned" in dry.stdout and "kept" not in dry.stdout
+    assert checkpoints.steps(root.run("pruned").checkpoints) == [5]
+    done = cli("gc", "--root", root.path)
+    assert done.returncode == 0 and "0.00 GiB freed" in done.stdout
+    assert checkpoints.steps(root.run("pruned").checkpoints) == []
+    assert checkpoints.steps(root.run("kept").checkpoints) == [5]
+    assert cli("pin", "kept", "--off", "--root", root.path).returncode == 0
+    assert "kept" in cli("gc", "--root", root.path).stdout
+    assert "nothing more can go: 0 GiB cannot be kept to" in cli("gc", "--root", root.path, "--disk-gib", "0").stdout
+
+
+def test_stop_is_for_a_sweep_that_somebody_carries_out(root):
+    directory = root.sweep("mine")
+    directory.path.mkdir(parents=True)
+    directory.record({"name": "mine", "arms": []})
+    nobody = cli("stop", "mine", "--root", root.path)
+    assert (nobody.returncode, directory.is_asked_to_stop) == (2, False)
+    assert "nobody is carrying out this sweep" in nobody.stderr
+    released = threading.Event()
+
+    def hold() -> None:
+        with FileLock(directory.lock, timeout=0):
+            released.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    time.sleep(0.2)
+    try:
+        assert cli("stop", "mine", "--root", root.path).returncode == 0
+        assert directory.is_asked_to_stop
+    finally:
+        released.set()
+        holder.join()
