@@ -121,7 +121,7 @@ def gc(
     disk_gib: Annotated[float | None, typer.Option(min=0, help="Delete more that can go, until the root is so small.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing; say what would go.")] = False,
 ) -> None:
-    """Delete what is of no use: leftovers of kills, checkpoints of pruned runs; never a run's last good one, nor a pinned run's."""
+    """Delete what is of no use: leftovers of kills, checkpoints of pruned runs; never a run's last good one, nor a pin."""
     with clean_errors():
         from repa_lab.runs import RunsRoot
         from repa_lab.runs.waste import collect, size_of
