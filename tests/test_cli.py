@@ -26,8 +26,8 @@ def test_a_bad_spec_is_one_line_a_problem_and_exit_status_2(tmp_path, command):
         "bad.yaml:1:1: data: this field is required",
         "bad.yaml:3:9: train.steps: expected an integer, got 1000.0",
         "bad.yaml:3:21: train.lr: expected a number, got 'off'",
-        "bad.yaml:4:1: dataa: unknown field 'dataa'; allowed: axes, base, compare, data, evaluate, exclude, include, model, name, "
-        "one_at_a_time, question, regularizer, run, search, seeds, train, use; did you mean 'data'?",
+        "bad.yaml:4:1: dataa: unknown field 'dataa'; allowed: axes, base, budget, compare, data, evaluate, exclude, include, model, "
+        "name, one_at_a_time, question, regularizer, run, search, seeds, stop, train, use; did you mean 'data'?",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
 

@@ -8,7 +8,7 @@ import logging
 from repa_lab.cli.shared import app
 
 # Each puts its commands on the app, and help lists them in this order.
-for _group in ("sweeps", "watch", "models"):
+for _group in ("sweeps", "specs", "watch", "models"):
     importlib.import_module(f"repa_lab.cli.{_group}")
 
 

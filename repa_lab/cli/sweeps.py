@@ -13,13 +13,23 @@ from rich.console import Console
 from repa_lab.cli.shared import JsonOption, RootOption, SetOption, SpecArgument, app, clean_errors, err, out, overrides, table
 from repa_lab.runs.root import DEFAULT_ROOT
 
+WithOption = Annotated[
+    list[Path] | None,
+    typer.Option("--with", metavar="FILE", help="Lay a fragment over the spec, under --set; may be given again."),
+]
+
 
 @app.command()
 def sweep(
     spec: SpecArgument,
     root: RootOption = DEFAULT_ROOT,
     set_: SetOption = None,
+    with_: WithOption = None,
     workers: Annotated[int | None, typer.Option(min=1, help="How many runs go on at a time.")] = None,
+    max_failures: Annotated[
+        int | None, typer.Option("--max-failures", min=1, help="Start no more runs after this many have failed.")
+    ] = None,
+    no_share: Annotated[bool, typer.Option("--no-share", help="Train every run by itself from its first step.")] = False,
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="Go through all of it in minutes on a CPU, with tiny random models.")
     ] = False,
@@ -29,10 +39,14 @@ def sweep(
         from repa_lab.report import answer, load_results
         from repa_lab.sweep.api import sweep as carry_out
 
-        outcome = carry_out(spec, root, overrides(set_), workers, out, rehearse)
+        options = {"run.max_failures": max_failures} if max_failures else {}
+        options |= {"run.share": False} if no_share else {}
+        outcome = carry_out(spec, root, overrides(set_) | options, workers, out, rehearse, with_ or ())
         out.print(f"{outcome.trained} runs trained now, {len(outcome.failures)} failed", highlight=False)
         for run_id, reason in outcome.failures.items():
             err.print(f"run {run_id} failed: {reason}", highlight=False, markup=False)
+        if outcome.stopped:
+            err.print(outcome.stopped, highlight=False, markup=False)
         if rehearse:
             out.print("a rehearsal: tiny random models, whose numbers say nothing", highlight=False)
         for sentence in [] if rehearse else answer(load_results(outcome.path)):
@@ -43,36 +57,32 @@ def sweep(
 
 
 @app.command()
-def plan(spec: SpecArgument, root: RootOption = DEFAULT_ROOT, set_: SetOption = None, json_: JsonOption = False) -> None:
-    """Show a sweep's runs, which of them are done, and what stands in the way. Creates nothing."""
+def plan(
+    spec: SpecArgument,
+    root: RootOption = DEFAULT_ROOT,
+    set_: SetOption = None,
+    with_: WithOption = None,
+    runs: Annotated[bool, typer.Option("--runs", help="A line for every run, not for every arm.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Show a sweep's arms: what is done, what is left, what it takes, and what stands in the way. Creates nothing."""
     with clean_errors():
+        from repa_lab.sweep import overview
         from repa_lab.sweep.api import plan as make_plan
+        from repa_lab.sweep.estimate import estimate
 
-        planned = make_plan(spec, root, overrides(set_))
-        rows = [
-            {
-                "arm": entry.arm.label,
-                "seed": entry.run.seed,
-                "run_id": entry.run.run_id,
-                "state": "blocked" if entry.blocked else entry.state.state.value,
-                "steps": entry.run.config.train.steps,
-                "steps_left": entry.steps_left,
-                "blocked": entry.blocked.message if entry.blocked else None,
-            }
-            for entry in planned.runs
-        ]
+        planned = make_plan(spec, root, overrides(set_), with_ or ())
+        found = estimate(planned)
         if json_:
-            print(json.dumps({"name": planned.experiment.name, "question": planned.experiment.question, "runs": rows}))
+            print(json.dumps(overview.as_json(found)))
             return
-        out.print(table(planned.experiment.question or planned.experiment.name, rows, hidden=("blocked",)))
-        search = planned.experiment.search
-        if search:
-            what = f"{search.trials} trials with {len(planned.experiment.seeds)} seeds each"
-            out.print(f"searches {', '.join(search.space)} around each arm: {what}", highlight=False)
-        left = sum(run.config.train.steps for run in planned.pending)
-        out.print(f"{len(planned.pending)} runs to train, {left:,} steps at most", highlight=False)
-        if planned.blocked:
-            out.print(f"blocked: {planned.blocked.path}: {planned.blocked.message}", highlight=False, markup=False)
+        rows = overview.run_rows(found) if runs else overview.arm_rows(found)
+        out.print(table(planned.experiment.question or planned.experiment.name, rows))
+        if planned.orphans:
+            title = "orphaned: asked for by an earlier version of the spec, and kept"
+            out.print(table(title, overview.orphan_rows(found), hidden=("orphaned",)))
+        for line in overview.sentences(found) + overview.blocked_lines(planned.runs):
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -82,13 +92,14 @@ def run(
     seed: Annotated[int | None, typer.Option(help="One of the spec's seeds.")] = None,
     root: RootOption = DEFAULT_ROOT,
     set_: SetOption = None,
+    with_: WithOption = None,
 ) -> None:
     """Train one run of a sweep in this process, or in those that torchrun or accelerate launch started for it."""
     with clean_errors():
         from repa_lab.sweep.single import run_one
 
         shown = out if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
-        directory, state = run_one(spec, arm, seed, root, overrides(set_), shown)
+        directory, state = run_one(spec, arm, seed, root, overrides(set_), shown, with_ or ())
         shown.print(f"{state.value}: {directory.path}", highlight=False, soft_wrap=True)
 
 

@@ -3,6 +3,7 @@
 from repa_lab.spec.errors import Place, Problem, SpecError
 from repa_lab.spec.expand import Arm
 from repa_lab.spec.experiment import Experiment, load_spec
+from repa_lab.spec.limits import BudgetConfig, StopRule
 from repa_lab.spec.schema import (
     CompareConfig,
     DataConfig,
@@ -19,6 +20,7 @@ from repa_lab.spec.schema import (
 
 __all__ = [
     "Arm",
+    "BudgetConfig",
     "CompareConfig",
     "DataConfig",
     "EncoderConfig",
@@ -34,5 +36,6 @@ __all__ = [
     "ScheduleConfig",
     "SearchConfig",
     "SpecError",
+    "StopRule",
     "load_spec",
 ]

@@ -15,6 +15,8 @@ from repa_lab.spec.yaml import MAX_DEPTH, MAX_DIGITS, MAX_NODES, Document, is_te
 _PROGRAM = Place(None)
 # Sections merge all the way down. In these a child's entry replaces its parent's whole: an axis, a space, a baseline.
 _SHALLOW = ("axes", "one_at_a_time", "search", "compare")
+# Rules of a child replace those of its parent, whichever there were.
+_WHOLE = ("stop",)
 
 
 @dataclass
@@ -42,6 +44,9 @@ class Draft:
             SpecError: the path runs through something that is not a mapping.
         """
         path = tuple(dotted.split("."))
+        if len(path) == 1:
+            self.merge({dotted: value}, {path: place})
+            return
         target = self.value
         for depth, key in enumerate(path[:-1], start=1):
             if key not in target:
@@ -56,6 +61,8 @@ class Draft:
     def merge(self, other: Mapping[str, Any], places: Mapping[Path_, Place]) -> None:
         """Lay another document over this one: sections merge, an axis replaces the axis of its name, lists replace lists."""
         for key, value in other.items():
+            if key in _WHOLE:
+                self.value.pop(key, None)
             if key in _SHALLOW and isinstance(value, Mapping) and isinstance(self.value.get(key), dict):
                 for entry in value:
                     self.value[key].pop(entry, None)
@@ -126,6 +133,16 @@ def load_draft(file: Path) -> Draft:
     return draft
 
 
+def lay_over(draft: Draft, file: Path) -> None:
+    """Lay a fragment over a draft: a spec without ``base`` and ``use``, of which it may give any part.
+
+    Raises:
+        SpecError: the file cannot be read, or names further files.
+    """
+    fragment = _fragment(file)
+    draft.merge(fragment.value, fragment.places)
+
+
 def _lineage(file: Path) -> Iterator[Document]:
     seen: list[Path | None] = []
     place, path = _PROGRAM, ""
@@ -150,16 +167,20 @@ def _lineage(file: Path) -> Iterator[Document]:
 
 def _fragments(document: Document) -> Iterator[Document]:
     """The fragments that a spec lays over its base with ``use``, in order; a fragment names no further files."""
-    named = document.value.get("use") or []
+    named = [] if document.value.get("use") is None else document.value["use"]
     for index, name in enumerate(named if isinstance(named, list) else [named]):
         place = document.places.get(("use", index), document.places[("use",)])
         if not isinstance(name, str) or _find(document.file.parent / name) is None:
             raise SpecError([Problem(place, "use", f"no file {name!r}; use lists files relative to the file that names them")])
-        fragment = read_yaml(document.file.parent / name)
-        for key in ("base", "use"):
-            if key in fragment.value:
-                raise SpecError([Problem(fragment.places[(key,)], key, "a fragment names no further files")])
-        yield fragment
+        yield _fragment(document.file.parent / name)
+
+
+def _fragment(file: Path) -> Document:
+    fragment = read_yaml(file)
+    named = [key for key in ("base", "use") if key in fragment.value]
+    if named:
+        raise SpecError([Problem(fragment.places[(key,)], key, "a fragment names no further files") for key in named])
+    return fragment
 
 
 def _find(file: Path) -> Path | None:

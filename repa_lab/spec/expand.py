@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from repa_lab.spec.document import Draft
 from repa_lab.spec.errors import Path_, Place, Problem, SpecError, did_you_mean
-from repa_lab.spec.schema import SECTIONS, Grammar, RunConfig
+from repa_lab.spec.grammar import Grammar
+from repa_lab.spec.ranges import RangeConfig
+from repa_lab.spec.schema import SECTIONS, RunConfig
 from repa_lab.spec.validate import validate
 
 _MAX_ARMS = 10_000
+_MAX_TOLD = 5  # at one place
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,11 @@ def expand(grammar: Grammar, document: Draft) -> tuple[Arm, ...]:
     """
     base = Draft({key: document.value[key] for key in SECTIONS if key in document.value}, dict(document.places))
     axes = _axes(grammar, document)
-    if (count := math.prod(map(len, axes))) > _MAX_ARMS:
-        raise SpecError([Problem(document.place(("axes",)), "axes", f"{count:,} arms; at most {_MAX_ARMS:,}")])
-    cells: list[_Cell] = [cell for cell in itertools.product(*axes) if not _excluded(cell, base, grammar.exclude)]
     extra: list[_Cell] = [(level,) for level in [*_stars(grammar, document), *_included(grammar, document)]]
+    if (count := math.prod(map(len, axes)) + len(extra)) > _MAX_ARMS:
+        key = "axes" if axes else "one_at_a_time"
+        raise SpecError([Problem(document.place((key,)), key, f"{count:,} arms; at most {_MAX_ARMS:,}")])
+    cells: list[_Cell] = [cell for cell in itertools.product(*axes) if not _excluded(cell, base, grammar.exclude)]
     repeated = [problem for levels in axes for problem in _repeated([(level,) for level in levels])]
     if not cells + extra:
         repeated.append(Problem(document.place(("exclude",)), "exclude", "every arm is excluded"))
@@ -92,8 +96,20 @@ def _build(base: Draft, cells: Iterable[_Cell], problems: list[Problem]) -> tupl
         except SpecError as error:
             problems = problems + error.problems
     if problems:
-        raise SpecError(problems)
+        raise SpecError(_gathered(problems))
     return tuple(arms)
+
+
+def _gathered(problems: Iterable[Problem]) -> Iterator[Problem]:
+    """The problems, but where a range has many wrong values at its one place, the first of them and how many more there are."""
+    groups: dict[tuple[Place, str], list[Problem]] = {}
+    for problem in dict.fromkeys(problems):
+        groups.setdefault((problem.place, problem.path), []).append(problem)
+    for group in groups.values():
+        if len(group) <= _MAX_TOLD:
+            yield from group
+        else:
+            yield replace(group[0], message=f"{group[0].message}; and {len(group) - 1:,} more of the kind here")
 
 
 def _label(cell: _Cell) -> str:
@@ -135,10 +151,11 @@ def _named(axis: str, name: str, settings: Mapping[str, Any], document: Draft, p
     return _Level(axis, name, placed, document.place(path))
 
 
-def _listed(axis: str, values: Iterable[Any], document: Draft, key: str) -> list[_Level]:
+def _listed(axis: str, values: list[Any] | RangeConfig, document: Draft, key: str) -> list[_Level]:
     levels = []
-    for index, value in enumerate(values):
-        place = document.place((key, axis, index))
+    form = values.form if isinstance(values, RangeConfig) else None
+    for index, value in enumerate(values.values if isinstance(values, RangeConfig) else values):
+        place = document.place((key, axis, form or index))
         levels.append(_Level(axis, f"{_short(axis)}={_plain(value)}", {axis: (value, place)}, place))
     return levels
 
@@ -163,7 +180,7 @@ def _excluded(cell: _Cell, base: Draft, rules: list[dict[str, Any]]) -> bool:
 
     def holds(key: str, wanted: Any) -> bool:
         allowed = wanted if isinstance(wanted, list) else [wanted]
-        return names.get(key) in allowed or value_at(settings, tuple(key.split("."))) in allowed
+        return (key in names and names[key] in allowed) or value_at(settings, tuple(key.split("."))) in allowed
 
     return any(all(holds(key, wanted) for key, wanted in rule.items()) for rule in rules)
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from repa_lab.spec.section import Section as _Section
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BlockIndex = Annotated[int, Field(ge=0)] | Literal["mid"]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 def _later(neutral: Any, **limits: Any) -> Any:
@@ -307,17 +305,59 @@ class WandbOptions(_Section):
     project: str = "repa-lab"
 
 
+class RayOptions(_Section):
+    """A Ray cluster: ``address`` null starts one on this machine, ``auto`` finds a running one, else ``host:port``.
+
+    ``num_cpus``, ``num_gpus`` and the cluster's own ``resources`` are what each run takes; a run that is lost with its worker
+    or its node is started again from its last checkpoint, at most ``retries`` times.
+    """
+
+    address: str | None = None
+    num_cpus: NotNegative = 1.0
+    num_gpus: NotNegative = 0.0
+    resources: dict[str, NotNegative] = Field(default_factory=dict)
+    retries: Count = 3
+
+
+# A list of shell commands.
+Commands = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+
+
+class SlurmOptions(_Section):
+    """What each run asks of Slurm; ``setup`` are shell commands before it, ``array_parallelism`` how many go on at a time."""
+
+    partition: str | None = None
+    account: str | None = None
+    time_min: Positive = 1440
+    gpus_per_node: Count | None = None
+    cpus_per_task: Positive = 4
+    mem_gb: Positive | None = None
+    array_parallelism: Positive = 64
+    setup: Commands = ()
+
+
 class RunOptions(_Section):
     """How runs are carried out; nothing here changes what is computed, so nothing here is part of a run's identity.
 
     ``micro_batch`` is the images of one forward pass; gradients accumulate over the batch; ``auto`` starts with all of them and
-    halves them as often as the GPU runs out of memory. ``encoder_storage`` is the precision
-    of cached features, ``encoder_batch_size`` the images that an encoder sees at a time.
+    halves them as often as the GPU runs out of memory. ``share`` trains steps that runs have in common once.
+    ``encoder_storage`` is the precision of cached features, ``encoder_batch_size`` the images that an encoder sees at a time.
+
+    ``gpus_per_run`` processes share a run, one on each GPU (on the CPU without any); ``slots_per_gpu`` runs share a GPU. After
+    ``max_failures`` no further runs are started. A run that gives no sign of life for ``hang_minutes`` is started again, once.
     """
 
+    executor: Literal["local", "ray", "slurm"] = "local"
+    ray: RayOptions = RayOptions()
+    slurm: SlurmOptions = SlurmOptions()
     workers: Positive | None = None
+    slots_per_gpu: Positive = 1
+    gpus_per_run: Positive = 1
+    max_failures: Positive | None = None
+    hang_minutes: Annotated[float, Field(gt=0)] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    share: bool = True
     micro_batch: Positive | Literal["auto"] | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -332,12 +372,19 @@ class RunOptions(_Section):
 
 
 class Interval(_Section):
-    """One searched field: exactly one of ``log``, ``uniform`` (floats from a to b), ``int`` or ``choice``."""
+    """One searched field: exactly one of ``log``, ``uniform`` (floats from a to b), ``int`` or ``choice``.
+
+    ``when`` (dotted path to a value or a list of them) searches the field only where these hold of what was drawn for fields
+    before it in the space, or of the arm's own settings; elsewhere the field keeps the arm's setting.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 2})
 
     log: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     uniform: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     int_: Annotated[list[int], Field(min_length=2, max_length=2)] | None = Field(default=None, alias="int")
     choice: Annotated[list[Any], Field(min_length=1)] | None = None
+    when: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_form(self) -> Interval:
@@ -351,23 +398,70 @@ class Interval(_Section):
             raise ValueError(f"a log range must start above 0, got {self.log}")
         return self
 
+    @property
+    def ends(self) -> list[Any]:
+        """The choices, or the two ends of the range."""
+        return self.choice or self.int_ or self.log or self.uniform or []
+
+    @property
+    def conditions(self) -> dict[str, list[Any]]:
+        """``when`` with a list of allowed values at every path."""
+        return {path: allowed if isinstance(allowed, list) else [allowed] for path, allowed in self.when.items()}
+
+    def takes(self, value: Any) -> bool:
+        """Whether a value is among the choices or in the range."""
+        if self.choice is not None:
+            return value in self.choice
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        return bool(self.ends[0] <= value <= self.ends[1]) and (self.int_ is None or value == int(value))
+
+
+COSTS = ("seconds", "gpu_hours")
+
 
 class Objective(_Section):
-    """The metric that a search improves, by its kind (``frechet`` or ``fid``) or its full name, and its direction."""
+    """The metric that a search improves, by its kind (``frechet`` or ``fid``) or its full name, and its direction.
+
+    Of several objectives, some may be what a run costs: ``seconds`` of training, or those times the GPUs, in ``gpu_hours``.
+    """
 
     metric: str = "frechet"
     goal: Literal["min", "max"] = "min"
 
+    @property
+    def is_cost(self) -> bool:
+        """Whether it is what a run costs rather than what it measures."""
+        return self.metric in COSTS
+
+
+# A list in a file, a tuple here, so that what is read is fixed.
+Objectives = Annotated[
+    tuple[Objective, ...],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+    Field(min_length=1),
+]
+
 
 class SearchConfig(_Section):
-    """An Optuna search; a trial is one setting with all its seeds; ``trials`` is the total, pruned ones included."""
+    """An Optuna search; a trial is one setting with all its seeds; ``trials`` is the total, pruned ones included.
 
-    space: dict[str, Interval]
-    objective: Objective = Objective()
+    ``objective`` may be a list: the search then looks for the settings of which none is better in every objective.
+    ``storage`` is the URL of a database for the study; null keeps it in a file in the sweep's folder.
+    """
+
+    space: Annotated[dict[str, Interval], Field(min_length=1)]
+    objective: Objective | Objectives = Objective()
     trials: Positive = 20
-    sampler: Literal["tpe", "random"] = "tpe"
-    prune: Literal["none", "median", "asha"] = "none"
+    sampler: Literal["tpe", "random", "qmc", "cmaes"] = "tpe"
+    prune: Literal["none", "median", "asha", "hyperband"] = "none"
     seed: int = 0
+    storage: str | None = None
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """The objectives, be it one or several."""
+        return self.objective if isinstance(self.objective, tuple) else (self.objective,)
 
 
 class CompareConfig(_Section):
@@ -377,41 +471,3 @@ class CompareConfig(_Section):
     metric: str = "frechet"
     goal: Literal["min", "max"] = "min"
     targets: dict[str, list[float]] = Field(default_factory=dict)
-
-
-class Include(_Section):
-    """A named extra arm."""
-
-    label: str
-    set: dict[str, Any]
-
-
-Values = Annotated[list[Any], Field(min_length=1)]
-Levels = Annotated[dict[str, dict[str, Any] | None], Field(min_length=1)]
-SeedCount = Annotated[int, Field(ge=1, le=1000)]
-
-
-class Grammar(_Section):
-    """The whole of a spec. The sections of :class:`RunConfig` are only mappings here: they are checked arm by arm.
-
-    ``base`` names a spec file under this one and ``use`` fragments between the two; both are resolved before this model sees
-    the document.
-    """
-
-    base: None = None
-    use: None = None
-    model: dict[str, Any] = Field(default_factory=dict)
-    regularizer: dict[str, Any] = Field(default_factory=dict)
-    data: dict[str, Any] = Field(default_factory=dict)
-    train: dict[str, Any] = Field(default_factory=dict)
-    evaluate: dict[str, Any] = Field(default_factory=dict)
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
-    question: str = ""
-    axes: dict[str, Values | Levels] = Field(default_factory=dict)
-    one_at_a_time: dict[str, Values] = Field(default_factory=dict)
-    exclude: list[dict[str, Any]] = Field(default_factory=list)
-    include: list[Include] = Field(default_factory=list)
-    seeds: SeedCount | Annotated[list[Count], Field(min_length=1)] = 1
-    search: SearchConfig | None = None
-    compare: CompareConfig = CompareConfig()
-    run: RunOptions = RunOptions()

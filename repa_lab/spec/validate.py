@@ -57,8 +57,8 @@ def _message(model: type[BaseModel], path: Path_, found: list[ErrorDetails]) -> 
         return _unknown(path[-1], owner) if owner else f"unknown field '{path[-1]}'"
     if first["type"] == "missing":
         return "this field is required"
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
+    if refusals := [str(details["ctx"]["error"]) for details in found if details["type"] == "value_error"]:
+        return refusals[0]
     wishes = " or ".join(dict.fromkeys(_wish(details) for details in found))
     hint = did_you_mean(first["input"], _choices(found)) if isinstance(first["input"], str) else ""
     return f"expected {wishes}, got {_short(first['input'])}{hint}"
@@ -110,6 +110,7 @@ _WISHES = {
     "greater_than": "a number of more than {gt}",
     "less_than_equal": "a number of at most {le}",
     "less_than": "a number of less than {lt}",
+    "string_too_short": "text of {min_length} or more characters",
     "too_short": "{min_length} or more values",
     "too_long": "at most {max_length} values",
 }

@@ -111,6 +111,14 @@ def parse_scalar(text: str) -> Any:
         raise ValueError(f"not a YAML value: {text!r}") from error
 
 
+def reads_as_text(value: str) -> bool:
+    """Whether a text may stand in a YAML file without quotes, on one line."""
+    try:
+        return value.isprintable() and parse_scalar(value) == value
+    except ValueError:
+        return False
+
+
 def is_text(value: str) -> bool:
     """Whether a string can be written to a file: an escape such as ``\\ud800`` makes one that cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in value)

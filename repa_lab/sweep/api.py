@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,15 @@ from repa_lab.runs import RunsRoot
 from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory
 from repa_lab.spec import Experiment, SpecError, load_spec
 from repa_lab.sweep.check import check
-from repa_lab.sweep.executors.local import LocalExecutor
+from repa_lab.sweep.estimate import require_budget
+from repa_lab.sweep.executors import Executor, ExecutorError
+from repa_lab.sweep.executors.opening import open_executor
 from repa_lab.sweep.plan import Plan, make_plan
 from repa_lab.sweep.scheduler import Scheduler, SweepBrokenError
+from repa_lab.sweep.sharing import SharedWork
 from repa_lab.sweep.view import View
 from repa_lab.sweep.work import FixedWork, Task, Work
 
-STUDY = "study.db"
 Source = str | Path | Mapping[str, Any] | Experiment
 
 
@@ -40,11 +41,13 @@ class SweepOutcome:
         directory: the sweep's folder, with its report; `load_results` takes its path.
         trained: runs that were trained now; runs found done are not among them.
         failures: the reason of every run that failed now, by its id.
+        stopped: why runs were not started, if any were not.
     """
 
     directory: SweepDirectory
     trained: int
     failures: Mapping[str, str]
+    stopped: str | None = None
 
     @property
     def path(self) -> Path:
@@ -52,18 +55,24 @@ class SweepOutcome:
         return self.directory.path
 
 
-def plan(source: Source, root: str | Path = DEFAULT_ROOT, overrides: Mapping[str, Any] | None = None) -> Plan:
+def plan(
+    source: Source,
+    root: str | Path = DEFAULT_ROOT,
+    overrides: Mapping[str, Any] | None = None,
+    fragments: Sequence[str | Path] = (),
+) -> Plan:
     """Plan a sweep: its runs, which of them are done, and what stands in the way. Creates nothing.
 
     Args:
         source: a spec file, its fields as a mapping, or an experiment that `load_spec` gave.
         root: the runs root.
         overrides: dotted paths to values, laid over the spec.
+        fragments: files laid between the spec and the overrides; see `load_spec`.
 
     Raises:
         SpecError: with every problem of the spec.
     """
-    experiment = source if isinstance(source, Experiment) else load_spec(source, overrides)
+    experiment = source if isinstance(source, Experiment) else load_spec(source, overrides, fragments)
     return make_plan(experiment, RunsRoot(Path(root)))
 
 
@@ -74,6 +83,7 @@ def sweep(
     workers: int | None = None,
     console: Console | None = None,
     rehearse: bool = False,
+    fragments: Sequence[str | Path] = (),
 ) -> SweepOutcome:
     """Train what a sweep asks for and is not done yet, then write its report.
 
@@ -81,63 +91,92 @@ def sweep(
         source: see :func:`plan`.
         root: the runs root.
         overrides: see :func:`plan`.
-        workers: how many runs go on at a time; None takes ``run.workers``, or else one for a GPU machine and one per core
-            without a GPU.
+        workers: how many runs go on at a time; None takes ``run.workers``, or else one for each GPU slot, or one per core
+            without a GPU, or as many as the cluster has room for.
         console: where progress is shown; None keeps silent.
         rehearse: whether to go through all of it with tiny random models and a few images instead, in a root of its own.
+        fragments: see :func:`plan`.
 
     Raises:
         SpecError: the spec is wrong, or asks for what cannot be had; nothing was created.
         SweepBusyError: another process carries out this sweep.
-        SweepBrokenError: the workers cannot work at all.
+        SweepBrokenError: the workers cannot work at all, or the first runs all failed for the same reason.
     """
-    planned = _plan_rehearsal(source, Path(root), overrides) if rehearse else plan(source, root, overrides)
+    planned = (_plan_rehearsal if rehearse else plan)(source, Path(root), overrides, fragments)
     if planned.blocked:
         raise SpecError([planned.blocked])
+    if not rehearse:
+        require_budget(planned)
     directory = planned.root.sweep(planned.experiment.name)
-    trained, failures = 0, dict[str, str]()
+    outcome = SweepOutcome(directory, 0, {})
     if _is_complete(planned, directory):
         _make_work(planned, directory)
     else:
-        slots = workers or planned.experiment.run.workers or _default_slots(planned)
-        trained, failures = _carry_out(planned, directory, slots, console or Console(quiet=True), rehearse)
+        outcome = _carry_out(planned, directory, workers, console or Console(quiet=True), rehearse)
     from repa_lab.report.page import write_report  # pandas and matplotlib, which `plan` has no use for
 
     write_report(directory)
-    return SweepOutcome(directory, trained, failures)
+    return outcome
 
 
-def _plan_rehearsal(source: Source, root: Path, overrides: Mapping[str, Any] | None) -> Plan:
+def _plan_rehearsal(
+    source: Source, root: Path, overrides: Mapping[str, Any] | None, fragments: Sequence[str | Path]
+) -> Plan:
     from repa_lab.sweep.rehearse import rehearsal_root, rehearse
 
-    experiment = source if isinstance(source, Experiment) else load_spec(source, overrides)
+    experiment = source if isinstance(source, Experiment) else load_spec(source, overrides, fragments)
     check(experiment, files=False)
     return make_plan(rehearse(experiment, rehearsal_root(root)), RunsRoot(rehearsal_root(root)))
 
 
 def _carry_out(
-    planned: Plan, directory: SweepDirectory, slots: int, console: Console, is_rehearsal: bool
-) -> tuple[int, dict[str, str]]:
+    planned: Plan, directory: SweepDirectory, workers: int | None, console: Console, is_rehearsal: bool
+) -> SweepOutcome:
     experiment = planned.experiment
     # The sweep's folder is made only once nothing was refused, so the workers' log starts elsewhere.
-    with tempfile.TemporaryDirectory(prefix="repa-lab-") as scratch, View(console, experiment.name, slots) as view:
+    with tempfile.TemporaryDirectory(prefix="repa-lab-") as scratch:
         log = Path(scratch) / "workers.log"
-        executor = LocalExecutor(slots, log)
+        executor = _open_executor(planned, workers, log, is_rehearsal)
         try:
-            scheduler = Scheduler(executor, planned.root, experiment.run, experiment.name, view, is_rehearsal)
-            scheduler.prepare({entry.run.config: entry.arm for entry in planned.runs})
-            with _held(directory):
-                work = _make_work(planned, directory)
-                before = work.counts()[0]
-                failures = scheduler.run(work)
+            with View(console, experiment.name, executor.slots) as view:
+                scheduler = Scheduler(executor, planned.root, experiment.run, experiment.name, view, is_rehearsal)
+                scheduler.prepare({entry.run.config: entry.arm for entry in planned.runs})
+                with _held(directory):
+                    work = _make_work(planned, directory)
+                    before = work.counts()[0]
+                    failures = scheduler.run(work)
         except SweepBrokenError as error:
-            tail = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
-            raise SweepBrokenError("; ".join([str(error), *tail])) from None
+            raise _with_last_line(error, log) from None
+        except ExecutorError as error:
+            raise SpecError([experiment.problem(f"run.{error.field}", str(error))]) from None
         finally:
             executor.close()
-            if directory.path.exists():
+            if directory.path.exists() and log.exists():
                 shutil.copyfile(log, directory.path / "workers.log")
-    return work.counts()[0] - before - len(failures), failures
+    return SweepOutcome(directory, work.counts()[0] - before - len(failures), failures, scheduler.stopped or None)
+
+
+def _open_executor(planned: Plan, workers: int | None, log: Path, is_rehearsal: bool) -> Executor:
+    """The executor that the spec asks for; a rehearsal is for this machine, one process a run."""
+    experiment, options = planned.experiment, planned.experiment.run
+    if is_rehearsal:
+        options = options.model_copy(update={"executor": "local", "gpus_per_run": 1})
+    for entry in planned.runs:
+        if entry.run.config.train.batch_size % options.gpus_per_run:
+            message = f"{options.gpus_per_run} processes (run.gpus_per_run) cannot share a batch equally"
+            raise SpecError([entry.arm.problem("train.batch_size", message)])
+    runs = None if experiment.search else len(planned.pending)
+    try:
+        return open_executor(options, planned.root, experiment.name, runs, workers or options.workers, log)
+    except ExecutorError as error:
+        raise SpecError([experiment.problem(f"run.{error.field}", str(error))]) from None
+
+
+def _with_last_line(error: SweepBrokenError, log: Path) -> SweepBrokenError:
+    """With what the workers said last, which is more than that one has died."""
+    lines = log.read_text(encoding="utf-8").strip().splitlines() if log.exists() else []
+    said = str(error)
+    return SweepBrokenError("; ".join([said, *(line for line in lines[-1:] if not said.endswith(line.rpartition(": ")[2]))]))
 
 
 @contextmanager
@@ -148,6 +187,7 @@ def _held(directory: SweepDirectory) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise SweepBusyError(f"another process is carrying out the sweep in {directory.path}") from None
+    directory.ask_to_stop(False)
     try:
         yield
     finally:
@@ -157,7 +197,7 @@ def _held(directory: SweepDirectory) -> Iterator[None]:
 def _is_complete(planned: Plan, directory: SweepDirectory) -> bool:
     if planned.experiment.search is None:
         return not planned.pending
-    if not (directory.path / STUDY).exists():
+    if not (directory.path / "sweep.json").exists():
         return False
     done, total = _make_work(planned, directory).counts()
     return done >= total
@@ -170,12 +210,8 @@ def _make_work(planned: Plan, directory: SweepDirectory) -> Work:
     if experiment.search is None:
         directory.record(planned.manifest())
         names = {entry.run.run_id: f"{entry.arm.label}, seed {entry.run.seed}" for entry in planned.runs}
-        return FixedWork(Task(run, names[run.run_id]) for run in planned.pending)
+        tasks, forks = [Task(run, names[run.run_id]) for run in planned.pending], planned.sharing.forks
+        return SharedWork(tasks, forks, planned.root) if forks else FixedWork(tasks)
     from repa_lab.sweep.search import Searches
 
     return Searches(planned, directory)
-
-
-def _default_slots(planned: Plan) -> int:
-    has_gpu = Path("/dev/nvidia0").exists() and planned.experiment.run.device != "cpu"
-    return 1 if has_gpu else max(1, min(os.cpu_count() or 1, len(planned.pending)))

@@ -14,6 +14,7 @@ from repa_lab.models.released import problem_with
 from repa_lab.runs.root import RESERVED
 from repa_lab.spec import Arm, EncoderConfig, Experiment, Problem, SpecError
 from repa_lab.spec.errors import Path_
+from repa_lab.sweep.searching.problems import objective_path, search_problems
 from repa_lab.training.fingerprints import fingerprint_of
 from repa_lab.training.protocol import metric_name
 
@@ -191,12 +192,15 @@ def _file_problems(arm: Arm) -> Iterator[Problem]:
 def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
     if experiment.name in RESERVED:
         yield experiment.problem("name", f"'{experiment.name}' is a folder of the runs root; choose another name")
+    if experiment.stop:
+        yield experiment.problem("stop", "stop rules are read, but not carried out by this version: leave them out")
     measured = list(dict.fromkeys(metric_name(arm.config) for arm in experiment.arms))
     wanted: dict[Path_, str] = {("compare", "metric"): experiment.compare.metric}
     wanted |= {("compare", "targets", metric): metric for metric in experiment.compare.targets}
     if experiment.search:
-        wanted["search", "objective", "metric"] = experiment.search.objective.metric
-        yield from _space_problems(experiment)
+        named = enumerate(experiment.search.objectives)
+        wanted |= {objective_path(experiment.search, i): one.metric for i, one in named if not one.is_cost}
+        yield from search_problems(experiment, lambda arm: _arm_problems(arm, files=False))
     for path, metric in wanted.items():
         if resolve_metric(metric, measured) is None:
             yield experiment.problem(path, f"'{metric}' is not measured by this spec; measured: {', '.join(measured)}")
@@ -206,16 +210,3 @@ def resolve_metric(wanted: str, measured: list[str]) -> str | None:
     """The measured metric that a spec means: by its full name, or by its kind, ``frechet`` meaning FID as well."""
     kinds = ("frechet", "fid") if wanted == "frechet" else (wanted,)
     return next((name for name in measured if name == wanted or name.split(":")[0] in kinds), None)
-
-
-def _space_problems(experiment: Experiment) -> Iterator[Problem]:
-    """Every searched field must exist and take the ends of its range."""
-    assert experiment.search
-    for dotted, interval in experiment.search.space.items():
-        bounds = interval.log or interval.uniform or interval.int_ or interval.choice or []
-        for value in bounds:
-            try:
-                experiment.arms[0].with_settings({dotted: value})
-            except SpecError as error:
-                yield experiment.problem(("search", "space", dotted), error.problems[0].message)
-                break

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from repa_lab.runs import RunsRoot, State
+from repa_lab.runs.forks import Fork
 from repa_lab.spec import RunConfig, RunOptions
 from repa_lab.spec.identity import Run
+
+HEARTBEAT = "heartbeat"  # in a run directory: touched by whoever trains it
+FINAL = ("finished", "prepared", "refused", "broken")  # kinds of reports that end a job
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,10 @@ class PrepareJob:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Train a run; ``name`` is what people call it, ``group`` the sweep it is trained for; a rehearsal stops and resumes it."""
+    """Train a run; ``name`` is what people call it, ``group`` the sweep it is trained for; a rehearsal stops and resumes it.
+
+    ``fork`` and ``kept`` are those of :class:`repa_lab.sweep.work.Task`.
+    """
 
     run: Run
     name: str
@@ -40,17 +47,30 @@ class TrainJob:
     options: RunOptions
     root: RunsRoot
     is_rehearsal: bool = False
+    fork: Fork | None = None
+    kept: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         run = {"run_id": self.run.run_id, "spec": self.run.to_json(), "name": self.name, "group": self.group}
-        return {"kind": "train", "is_rehearsal": self.is_rehearsal, **run, **_common(self.options, self.root)}
+        shared = {"fork": asdict(self.fork) if self.fork else None, "kept": list(self.kept)}
+        return {"kind": "train", "is_rehearsal": self.is_rehearsal, **run, **shared, **_common(self.options, self.root)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> TrainJob:
         """From plain data."""
         run = Run.from_json(value["run_id"], value["spec"])
-        return cls(run, value["name"], value["group"], *_parse_common(value), value["is_rehearsal"])
+        fork = Fork(**value["fork"]) if value["fork"] else None
+        kept = tuple(value["kept"])
+        return cls(run, value["name"], value["group"], *_parse_common(value), value["is_rehearsal"], fork, kept)
+
+
+Job = PrepareJob | TrainJob
+
+
+def parse_job(value: dict[str, Any]) -> Job:
+    """A job from plain data."""
+    return PrepareJob.from_json(value) if value["kind"] == "prepare" else TrainJob.from_json(value)
 
 
 @dataclass(frozen=True)

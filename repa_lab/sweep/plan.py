@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
-from repa_lab.runs import RunsRoot, RunState
-from repa_lab.spec import Arm, Experiment, Problem
+from repa_lab.runs import RunDirectory, RunsRoot, RunState, State
+from repa_lab.spec import Arm, Experiment, Problem, RunConfig
 from repa_lab.spec.expand import value_at
 from repa_lab.spec.identity import Run, identify, local_weights
+from repa_lab.spec.schema import DataConfig
 from repa_lab.sweep.check import blocked, check, resolve_metric
+from repa_lab.sweep.sharing import Sharing, share
+from repa_lab.sweep.standing import Orphan, Standing, orphans_of, standing_of
 from repa_lab.training.fingerprints import content_of, fingerprint_of
 from repa_lab.training.protocol import metric_name
 
@@ -25,11 +29,12 @@ class PlannedRun:
     run: Run
     state: RunState
     blocked: Problem | None
+    standing: Standing
 
     @property
     def steps_left(self) -> int:
-        """Optimizer steps that are still to be taken; a checkpoint may lie behind the last reported step."""
-        return 0 if self.state.state.is_finished else self.run.config.train.steps - self.state.step
+        """Optimizer steps that are still to be taken, from the last checkpoint on, which may lie behind the last row."""
+        return 0 if self.state.state.is_finished else self.run.config.train.steps - self.standing.step
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,33 @@ class Plan:
     runs: tuple[PlannedRun, ...]
 
     @cached_property
+    def orphans(self) -> tuple[Orphan, ...]:
+        """Runs that an earlier version of the spec asked for and this one does not."""
+        return orphans_of(self.root, self.experiment.name, {planned.run.run_id for planned in self.runs})
+
+    @cached_property
     def pending(self) -> tuple[Run, ...]:
         """Runs to train, each once even where two arms ask for it."""
         left = {planned.run.run_id: planned.run for planned in self.runs if not planned.state.state.is_finished}
         return tuple(left.values())
+
+    @cached_property
+    def sharing(self) -> Sharing:
+        """What the runs that are left have in common with each other and with those that are done, if it may be shared."""
+        if self.experiment.search is not None or not self.experiment.run.share:
+            asked = sum(planned.steps_left for planned in {p.run.run_id: p for p in self.runs}.values())
+            return Sharing({}, asked, asked)
+        done = {planned.run.run_id: planned.run for planned in self.runs if planned.state.state is State.DONE}
+        return share(self.pending, [*done.values(), *self._done_before()], self.root)
+
+    def _done_before(self) -> Iterator[Run]:
+        """Finished runs of an earlier version of the spec, whose data and weights are those that are here now."""
+        for orphan in self.orphans:
+            directory = self.root.run(orphan.run_id)
+            with suppress(ValueError, OSError):  # of an older version, or its data is gone
+                run = Run.from_json(orphan.run_id, directory.spec)
+                if directory.state.state is State.DONE and identify_run(run.config, run.seed) == run:
+                    yield run
 
     @property
     def blocked(self) -> Problem | None:
@@ -74,11 +102,14 @@ class Plan:
             },
             "arms": arms if arms is not None else self._arms(),
             "search": search,
+            **({"orphaned": [orphan.record() for orphan in self.orphans]} if self.orphans else {}),
         }
 
     def _arms(self) -> list[dict[str, Any]]:
-        matched = baselines(self.experiment)
-        return [arm_record(arm, matched[arm.label], [p.run for p in self.runs if p.arm is arm]) for arm in self.experiment.arms]
+        matched, runs = baselines(self.experiment), dict[str, list[Run]]()
+        for planned in self.runs:
+            runs.setdefault(planned.arm.label, []).append(planned.run)
+        return [arm_record(arm, matched[arm.label], runs[arm.label]) for arm in self.experiment.arms]
 
 
 def arm_record(arm: Arm, baseline: str | None, runs: list[Run]) -> dict[str, Any]:
@@ -94,18 +125,30 @@ def make_plan(experiment: Experiment, root: RunsRoot) -> Plan:
         SpecError: the experiment cannot be right; see `check`.
     """
     check(experiment)
+    fingerprint = cache(fingerprint_of)  # a large folder takes seconds, once
+    obstacles = {arm.label: blocked(arm) for arm in experiment.arms}
     runs = []
     for seed in experiment.seeds:
         for arm in experiment.arms:
-            run = identify_arm(arm, seed)
-            runs.append(PlannedRun(arm, run, root.run(run.run_id).state, blocked(arm)))
+            run = identify_arm(arm, seed, fingerprint)
+            runs.append(_planned(arm, run, root.run(run.run_id), obstacles[arm.label]))
     return Plan(experiment, root, tuple(runs))
 
 
-def identify_arm(arm: Arm, seed: int) -> Run:
+def _planned(arm: Arm, run: Run, directory: RunDirectory, obstacle: Problem | None) -> PlannedRun:
+    state = directory.state
+    return PlannedRun(arm, run, state, obstacle, standing_of(directory, state, obstacle))
+
+
+def identify_arm(arm: Arm, seed: int, fingerprint: Callable[[DataConfig], str] = fingerprint_of) -> Run:
     """The run of an arm with a seed."""
-    contents = {place: content_of(place) for place in local_weights(arm.config)}
-    return identify(arm.config, seed, PROTOCOL_VERSION, fingerprint_of(arm.config.data), contents)
+    return identify_run(arm.config, seed, fingerprint)
+
+
+def identify_run(config: RunConfig, seed: int, fingerprint: Callable[[DataConfig], str] = fingerprint_of) -> Run:
+    """The run of these settings with a seed, over the data and weights that are here now."""
+    contents = {place: content_of(place) for place in local_weights(config)}
+    return identify(config, seed, PROTOCOL_VERSION, fingerprint(config.data), contents)
 
 
 def baselines(experiment: Experiment) -> dict[str, str | None]:
@@ -125,6 +168,8 @@ def _nearest(arm: Arm, candidates: list[Arm]) -> str | None:
 
 def _satisfies(arm: Arm, wanted: Mapping[str, Any]) -> bool:
     settings = arm.asked.model_dump()
-    return all(
-        arm.levels.get(key) == value or value_at(settings, tuple(key.split("."))) == value for key, value in wanted.items()
-    )
+
+    def holds(key: str, value: Any) -> bool:
+        return bool(value_at(settings, tuple(key.split("."))) == value or (key in arm.levels and arm.levels[key] == value))
+
+    return all(holds(key, value) for key, value in wanted.items())

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from repa_lab.runs import RunsRoot, RunWriter, State
+from repa_lab.runs import RunDirectory, RunsRoot, RunWriter, State
 from repa_lab.runs.directory import RunBusyError
 from repa_lab.runs.tail import RowTail
 from repa_lab.spec import Arm, RunConfig, RunOptions, SpecError
 from repa_lab.sweep.executors import Executor
-from repa_lab.sweep.jobs import PrepareJob, Report, TrainJob
+from repa_lab.sweep.jobs import HEARTBEAT, PrepareJob, Report, TrainJob
 from repa_lab.sweep.view import View
 from repa_lab.sweep.work import Task, Work
 
 _POLL_S = 0.5
+_ALIKE = 3  # so many first failures of one kind, and nothing done: the rest would fail the same way
 
 
 class SweepBrokenError(RuntimeError):
@@ -22,8 +24,68 @@ class SweepBrokenError(RuntimeError):
 
 
 @dataclass
+class _Watched:
+    """A run in hand: its rows so far, and its last sign of life by our clock, for another machine's may be wrong."""
+
+    task: Task
+    directory: RunDirectory
+    tail: RowTail
+    tries: int = 1
+    is_hung: bool = False
+    _mark: int | None = None
+    _alive: float | None = None
+
+    def __post_init__(self) -> None:
+        self._mark = self._read_mark()
+
+    def silence(self) -> float:
+        """Seconds since the last sign of life; none pass before the first, for the run may be waiting in a queue."""
+        mark, now = self._read_mark(), time.monotonic()
+        if mark != self._mark:
+            self._mark, self._alive = mark, now
+        return now - self._alive if self._alive is not None else 0.0
+
+    def again(self) -> None:
+        """The run starts over, with its next try."""
+        self.tries, self.is_hung, self._alive, self._mark = self.tries + 1, False, None, self._read_mark()
+
+    def _read_mark(self) -> int | None:
+        try:
+            return (self.directory.path / HEARTBEAT).stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+
+@dataclass
+class _Failures:
+    """The reasons of failures, and when there are too many of them to go on."""
+
+    limit: int | None
+    reasons: dict[str, str] = field(default_factory=dict)
+    is_any_done: bool = False
+
+    @property
+    def too_many(self) -> bool:
+        """Whether no further runs shall be started."""
+        return self.limit is not None and len(self.reasons) >= self.limit
+
+    def require_hope(self) -> None:
+        """Refuse to start another run after the first ones have all failed alike.
+
+        Raises:
+            SweepBrokenError: with that reason.
+        """
+        first = list(self.reasons.values())[:_ALIKE]
+        if not self.is_any_done and len(first) == _ALIKE and len(set(first)) == 1:
+            raise SweepBrokenError(f"the first {_ALIKE} runs failed alike: {first[0]}")
+
+
+@dataclass
 class Scheduler:
-    """Gives tasks to free slots, passes rows on, and keeps count of failures; imports no torch."""
+    """Gives tasks to free slots, passes rows on, and keeps count of failures; imports no torch.
+
+    After ``run``, :attr:`stopped` says why runs were left out, if any were.
+    """
 
     executor: Executor
     root: RunsRoot
@@ -31,7 +93,8 @@ class Scheduler:
     group: str
     view: View
     is_rehearsal: bool = False
-    _running: dict[str, tuple[Task, RowTail]] = field(default_factory=dict)
+    stopped: str | None = None
+    _running: dict[str, _Watched] = field(default_factory=dict)
 
     def prepare(self, arms: Mapping[RunConfig, Arm]) -> None:
         """Have a worker fill the caches for these settings, each with an arm that knows its places.
@@ -54,64 +117,111 @@ class Scheduler:
                     raise SweepBrokenError(report.error)
 
     def run(self, work: Work) -> dict[str, str]:
-        """Do all of the work.
+        """Do all of the work, or, after ``run.max_failures``, what has been begun.
 
         Returns:
             The one-line reason of every run that failed, by its id.
+
+        Raises:
+            SweepBrokenError: the workers cannot work, or the first runs all failed for the same reason.
         """
-        failures: dict[str, str] = {}
+        failures = _Failures(self.options.max_failures)
         while True:
-            while self.executor.free() and (task := work.next()):
-                self._start(task, work)
+            self._fill(work, failures)
             if not self._running:
-                return failures
+                return failures.reasons
             reports = self.executor.poll(_POLL_S)
-            for run_id, (_, tail) in self._running.items():
-                self._pass_on(run_id, tail, work)
+            for watched in self._running.values():
+                self._pass_on(watched, work)
             for report in reports:
                 self._settle(report, work, failures)
+            self._end_hung()
+            if self.root.sweep(self.group).is_asked_to_stop:
+                raise KeyboardInterrupt  # `repa-lab stop` is Ctrl-C from another terminal
             self.view.counts(*work.counts())
+
+    def _fill(self, work: Work, failures: _Failures) -> None:
+        """Start what there is room for, unless too much has failed."""
+        if failures.too_many:
+            self._start_no_more(work, failures)
+            return
+        while self.executor.free() and (task := work.next()):
+            failures.require_hope()
+            self._start(task, work)
+
+    def _start_no_more(self, work: Work, failures: _Failures) -> None:
+        if self.stopped is None:
+            for run_id in self.executor.withdraw():
+                del self._running[run_id]
+                self.view.withdrawn(run_id)
+            self.view.say(f"{len(failures.reasons)} runs failed: no more are started, {len(self._running)} go on")
+        done, total = work.counts()
+        left = total - done - len(self._running)
+        self.stopped = f"{left} runs were not started: run.max_failures is {failures.limit}" if left else ""
 
     def _start(self, task: Task, work: Work) -> None:
         run_id = task.run.run_id
         directory = self.root.run(run_id)
-        tail = RowTail(directory)
+        watched = _Watched(task, directory, RowTail(directory))
         if directory.state.state.is_finished:  # another arm or sweep trained it; a search wants its rows all the same
-            self._pass_on(run_id, tail, work)
+            self._pass_on(watched, work)
             work.finished(run_id, directory.state.state)
             return
-        self._running[run_id] = (task, tail)
+        self._running[run_id] = watched
         self.view.started(run_id, task.name, task.run.config.train.steps)
-        self.executor.submit(TrainJob(task.run, task.name, self.group, self.options, self.root, self.is_rehearsal))
+        self._submit(task)
 
-    def _pass_on(self, run_id: str, tail: RowTail, work: Work) -> None:
-        for row in tail.new_rows():
-            self.view.row(run_id, row)
-            for pruned in work.heard(run_id, row):
+    def _submit(self, task: Task) -> None:
+        job = TrainJob(task.run, task.name, self.group, self.options, self.root, self.is_rehearsal, task.fork, task.kept)
+        self.executor.submit(job)
+
+    def _pass_on(self, watched: _Watched, work: Work) -> None:
+        for row in watched.tail.new_rows():
+            self.view.row(watched.task.run.run_id, row)
+            for pruned in work.heard(watched.task.run.run_id, row):
                 self.executor.stop(pruned, State.PRUNED)
 
-    def _settle(self, report: Report, work: Work, failures: dict[str, str]) -> None:
+    def _settle(self, report: Report, work: Work, failures: _Failures) -> None:
         if report.kind == "broken":
             raise SweepBrokenError(report.error)
-        if report.kind != "finished" or report.run_id is None or report.state is None:
+        if report.kind != "finished" or report.run_id not in self._running or report.state is None:
             return
-        _, tail = self._running.pop(report.run_id)
-        self._pass_on(report.run_id, tail, work)
+        watched, error = self._running[report.run_id], report.error
+        self._pass_on(watched, work)
         if report.state is State.FAILED:
-            failures[report.run_id] = report.error or "failed"
-            self._record_death(report)
-        self.view.finished(report.run_id, report.state, report.error)
+            if watched.is_hung:
+                error = f"no sign of life for {self.options.hang_minutes:g} minutes"
+                if watched.tries == 1:
+                    self._try_again(watched, error)
+                    return
+            failures.reasons[report.run_id] = error or "failed"
+            self._record(watched.directory, error)
+        failures.is_any_done |= report.state is not State.FAILED
+        del self._running[report.run_id]
+        self.view.finished(report.run_id, report.state, error)
         work.finished(report.run_id, report.state)
 
-    def _record_death(self, report: Report) -> None:
+    def _end_hung(self) -> None:
+        """Kill what has been silent for too long; its report then comes like that of any run that died."""
+        if self.options.hang_minutes is None:
+            return
+        for run_id, watched in self._running.items():
+            if not watched.is_hung and watched.silence() > self.options.hang_minutes * 60:
+                watched.is_hung = True
+                self.executor.kill(run_id)
+
+    def _try_again(self, watched: _Watched, error: str) -> None:
+        self._record(watched.directory, error)
+        self.view.say(f"{watched.task.name}: {error}; started again")
+        watched.again()
+        self._submit(watched.task)
+
+    def _record(self, directory: RunDirectory, error: str | None) -> None:
         """A worker that was killed could not write its run's end."""
-        assert report.run_id
-        directory = self.root.run(report.run_id)
         if directory.state.state is State.FAILED:
             return
         try:
             with RunWriter(directory) as writer:
-                writer.state(State.FAILED, directory.state.step, report.error)
+                writer.state(State.FAILED, directory.state.step, error)
         except RunBusyError:
             pass  # somebody else has taken the run up
-

@@ -2,187 +2,311 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
-from statistics import fmean
+import math
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from repa_lab.runs import State, SweepDirectory
+from repa_lab.runs import RunsRoot, State, SweepDirectory
 from repa_lab.runs.files import Row
-from repa_lab.spec import Arm, SearchConfig
+from repa_lab.spec import Arm, SearchConfig, SpecError
 from repa_lab.spec.identity import Run
-from repa_lab.spec.schema import Interval
+from repa_lab.sweep.check import resolve_metric
 from repa_lab.sweep.plan import Plan, arm_record, identify_arm
+from repa_lab.sweep.rehearse import RehearsedArm
+from repa_lab.sweep.searching.group import Aim, Group, Key
+from repa_lab.sweep.searching.restore import find_groups, run_ids
+from repa_lab.sweep.searching.space import Settings, Space
+from repa_lab.sweep.searching.study import StorageError, open_storage, open_study, seed_sampler, study_name
 from repa_lab.sweep.work import Task
+from repa_lab.training.protocol import metric_name
 
-_SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
-    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
-}
-# Given the length of a run in steps. The first third of a run says little of its end: no pruning on medians there.
-_PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
-    "none": lambda steps: optuna.pruners.NopPruner(),
-    "median": lambda steps: optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=steps // 3),
-    "asha": lambda steps: optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 9), reduction_factor=3),
-}
+STUDY = "study.db"
+_RESTORED, _QUEUED = "restored", "settings"  # attributes that we give to a study, and to a trial that waits
+_MOST_REFUSED = 100
+_SETTLED = (TrialState.COMPLETE, TrialState.PRUNED)
+# Of several trials of one setting, the one that says most of it.
+_RANK = {TrialState.FAIL: 0, TrialState.WAITING: 1, TrialState.RUNNING: 2, TrialState.PRUNED: 3, TrialState.COMPLETE: 4}
+_NAMES = {TrialState.FAIL: "failed"}
 
 
-@dataclass
-class _Group:
-    """A trial's runs: what each measured, by step, and how each ended."""
+class RefusedSpaceError(ValueError):
+    """Whatever is drawn from the space is refused; the text says why."""
 
-    trial: optuna.Trial
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched around an arm.
+
+    Attributes:
+        arm: the settings that are not searched.
+        config: space, number of trials, sampler, pruner.
+        aims: the objectives; one of them is measured, the others are costs.
+        seeds: of every trial.
+        identify: the run of an arm with a seed.
+        root: where the runs live.
+    """
+
     arm: Arm
-    runs: dict[str, Run]
-    values: dict[str, dict[int, float]] = field(default_factory=dict)
-    ended: dict[str, State] = field(default_factory=dict)
-    reported: int = 0
-    pruned: bool = False
+    config: SearchConfig
+    aims: tuple[Aim, ...]
+    seeds: tuple[int, ...]
+    identify: Callable[[Arm, int], Run]
+    root: RunsRoot
 
-    def common_steps(self) -> list[int]:
-        """Steps that every run of the group has measured, ascending."""
-        seen = [set(self.values.get(run_id, {})) for run_id in self.runs]
-        return sorted(set.intersection(*seen))
+    @property
+    def metric(self) -> str:
+        """Full name of the objective that is measured."""
+        return next(aim.name for aim in self.aims if not aim.is_cost)
 
-    def mean(self, step: int) -> float:
-        return fmean(self.values[run_id][step] for run_id in self.runs)
+    def group(self, arm: Arm) -> Group:
+        """The runs of a setting, with nothing known of them yet."""
+        runs = [self.identify(arm, seed) for seed in self.seeds]
+        return Group({run.run_id: run for run in runs}, self.metric, self.root)
+
+    def content(self) -> list[Any]:
+        """All that the trials of a study have in common, as plain data."""
+        space = {path: interval.model_dump(mode="json") for path, interval in self.config.space.items()}
+        aims = [[aim.name, aim.goal] for aim in self.aims]
+        return [list(space.items()), aims, list(self.seeds), self.arm.config.model_dump(mode="json"), self.group(self.arm).key]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial as the sweep's manifest has it."""
+
+    arm: Arm
+    runs: tuple[Run, ...]
+    record: dict[str, Any]
 
 
 class SearchWork:
     """The work of a search around one arm.
 
+    A new study begins with the trials that the run directories tell of.
+
     Args:
-        arm: the settings that are not searched.
-        config: space, objective, sampler, pruner.
-        metric: full name of the objective.
-        seeds: of every trial.
-        identify: the run of an arm with a seed.
-        storage: SQLite file of the study; it can be lost, the runs are the truth.
+        search: what is searched.
+        study: of Optuna; it can be lost, the runs are the truth.
+        begun: ids of runs that this search has begun.
         on_change: told whenever a trial is opened or closed.
     """
 
     def __init__(
         self,
-        arm: Arm,
-        config: SearchConfig,
-        metric: str,
-        seeds: Iterable[int],
-        identify: Callable[[Arm, int], Run],
-        storage: Path,
+        search: Search,
+        study: optuna.Study,
+        begun: Set[str] = frozenset(),
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        optuna.logging.set_verbosity(logging.WARNING)
-        self._arm, self._config, self._metric, self._seeds = arm, config, metric, tuple(seeds)
-        self._identify, self._on_change = identify, on_change
-        self._groups: list[_Group] = []
+        self.study = study
+        self._search, self._on_change = search, on_change
+        self._space = Space(search.arm, search.config.space)
+        self._open: dict[Key, Group] = {}
         self._queue: list[Task] = []
+        self._entries: dict[int, tuple[Arm, Group] | None] = {}
         # Failed trials of this session count, or a search whose every run fails would never end; a rerun tries again.
         self._failed = 0
-        self._space = {path: _distribution(interval) for path, interval in config.space.items()}
-        self.study = _open_study(arm, config, storage)
+        self._is_ready = False
+        if _RESTORED not in study.user_attrs:
+            self._restore(begun)
+            study.set_user_attr(_RESTORED, True)
+        self._done = {run_id for trial in self._all(*_SETTLED) for run_id in self._key_of(trial)}
 
     @property
-    def trials(self) -> list[tuple[Arm, list[Run], dict[str, Any]]]:
-        """Every trial of this search with its arm, its runs and its record, oldest first."""
-        return [self._record(trial) for trial in self.study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
+    def trials(self) -> list[Trial]:
+        """Every setting that was tried or waits to be, with its runs and its record, oldest first."""
+        best: dict[Key, FrozenTrial] = {}
+        for trial in self._all():
+            key = self._key_of(trial)
+            if key and (key not in best or _RANK[trial.state] > _RANK[best[key].state]):
+                best[key] = trial
+        return [self._shown(trial) for trial in best.values()]
+
+    @property
+    def front(self) -> list[str]:
+        """Labels of the trials of which none is better in every objective."""
+        best = {self._key_of(trial): trial for trial in self.study.best_trials if not _is_diverged(trial)}
+        return [self._shown(trial).arm.label for trial in best.values()]
+
+    @property
+    def taken(self) -> int:
+        """Trials that were taken up."""
+        return self._settled() + sum(len(group.trials) for group in self._open.values())
 
     def next(self) -> Task | None:
-        """See :class:`Work`."""
-        if not self._queue and self._settled() + len(self._groups) < self._config.trials:
+        """See :class:`Work`.
+
+        Raises:
+            RefusedSpaceError: no setting that is drawn is valid.
+        """
+        if not self._is_ready:  # not before: only who is given work holds the sweep
+            self._reap()
+            self._retry()
+            self._is_ready = True
+        while not self._queue and self.taken < self._search.config.trials:
             self._ask()
+            self._on_change()
         return self._queue.pop(0) if self._queue else None
 
     def heard(self, run_id: str, row: Row) -> Iterable[str]:
-        """See :class:`Work`: a group that falls behind is pruned whole."""
-        value = row.get(self._metric)
-        for group in self._groups:
-            if value is not None and run_id in group.runs:
-                group.values.setdefault(run_id, {})[row["step"]] = value
-                if self._should_prune(group):
-                    group.pruned = True
-                    self._queue = [task for task in self._queue if task.run.run_id not in group.runs]
-                    yield from (other for other in group.runs if other not in group.ended)
+        """See :class:`Work`: a group that falls behind, or diverges, is stopped whole."""
+        for group in list(self._open.values()):
+            if run_id in group.runs:
+                group.hear(run_id, row)
+                if not group.stopped and (group.is_diverged or self._judge(group)):
+                    yield from self._stop(group)
 
     def finished(self, run_id: str, state: State) -> None:
         """See :class:`Work`."""
-        for group in list(self._groups):
+        self._queue = [task for task in self._queue if task.run.run_id != run_id]
+        for group in list(self._open.values()):
             if run_id in group.runs:
-                group.ended[run_id] = state
-                if len(group.ended) == len(group.runs) or group.pruned:
+                group.end(run_id, state)
+                self._done.add(run_id)
+                if group.is_diverged:
+                    self._drop(group)
+                if not group.waiting:
                     self._tell(group)
         self._on_change()
 
     def counts(self) -> tuple[int, int]:
         """See :class:`Work`; in runs."""
-        return self._settled() * len(self._seeds), self._config.trials * len(self._seeds)
+        waiting = sum(len(group.waiting) for group in self._open.values())
+        left = max(0, self._search.config.trials - self.taken)
+        return len(self._done), len(self._done) + waiting + left * len(self._search.seeds)
 
-    def _ask(self) -> None:
-        trial = self.study.ask(fixed_distributions=self._space)
-        arm = self._arm.with_settings(trial.params)
-        runs = [self._identify(arm, seed) for seed in self._seeds]
-        self._groups.append(_Group(trial, arm, {run.run_id: run for run in runs}))
+    def _ask(self, settings: Settings | None = None) -> None:
+        """Take up a trial, of these settings if any; what its runs have done already is taken in at once."""
+        if settings is not None:
+            self.study.enqueue_trial(self._space.params(settings), user_attrs={_QUEUED: settings})
+        trial, arm = self._draw()
+        group = self._search.group(arm)
+        if group.key in self._open:
+            self._open[group.key].trials.append(trial)
+            return
+        group.trials.append(trial)
+        group.absorb(group.runs)
+        self._open[group.key] = group
+        if group.is_settled:
+            self._tell(group)
+            return
+        group.waiting |= set(group.runs) - group.ended
+        runs = [run for run in group.runs.values() if run.run_id in group.waiting]
         self._queue += [Task(run, f"{arm.label}, seed {run.seed}") for run in runs]
-        self._on_change()
 
-    def _should_prune(self, group: _Group) -> bool:
-        for step in group.common_steps():
-            if step > group.reported:
-                group.trial.report(group.mean(step), step)
-                group.reported = step
-        return bool(not group.pruned and group.reported and group.trial.should_prune())
+    def _draw(self) -> tuple[optuna.Trial, Arm]:
+        for _ in range(_MOST_REFUSED):
+            seed_sampler(self.study, self._search.config)
+            trial = self.study.ask()
+            try:
+                return trial, self._space.arm(self._space.suggest(trial))
+            except SpecError as error:
+                refusal = error.problems[0]
+                self.study.tell(trial, state=TrialState.FAIL)
+        what = f"{refusal.path}: {refusal.message}"
+        raise RefusedSpaceError(f"{_MOST_REFUSED} settings in a row cannot be, the last for {what}; use when, or other bounds")
 
-    def _tell(self, group: _Group) -> None:
-        self._groups.remove(group)
-        steps = group.common_steps()
-        if State.FAILED in group.ended.values() or not steps:
-            self._failed += 1
-            self.study.tell(group.trial, state=TrialState.FAIL)
-        elif group.pruned or State.PRUNED in group.ended.values():
-            self.study.tell(group.trial, state=TrialState.PRUNED)
-        else:
-            self.study.tell(group.trial, group.mean(steps[-1]))
+    def _judge(self, group: Group) -> bool:
+        return len(self._search.aims) == 1 and group.judge()
+
+    def _stop(self, group: Group) -> list[str]:
+        """Give a group up; the ids of its runs that are going on."""
+        group.stopped = True
+        self._drop(group)
+        return sorted(group.waiting)
+
+    def _drop(self, group: Group) -> None:
+        """Begin no more runs of a group."""
+        queued = {task.run.run_id for task in self._queue if task.run.run_id in group.runs}
+        self._queue = [task for task in self._queue if task.run.run_id not in queued]
+        group.waiting -= queued
+
+    def _tell(self, group: Group) -> None:
+        del self._open[group.key]
+        self._judge(group)
+        state, values = group.outcome(self._search.aims)
+        for trial in group.trials:
+            self.study.tell(trial, values, state=state)
+        if state is TrialState.FAIL:
+            self._failed += len(group.trials)
+
+    def _restore(self, begun: Set[str]) -> None:
+        """Fill a new study from run directories: what has ended is told, what was begun waits to be completed."""
+        known = {self._key_of(trial) for trial in self._all()}
+        found = find_groups(self._search.root, self._search.arm, self._space, self._search.group, begun)
+        left = [one for one in found if one.group.key not in known]
+        for one in left:
+            if one.group.is_settled:
+                self._ask(one.settings)
+        for one in left:
+            if not one.group.is_settled:
+                self._enqueue(one.settings)
+
+    def _reap(self) -> None:
+        """Close what a killed scheduler left open: as its runs say if they have ended, else as failed, to be tried again."""
+        for trial in self._all(TrialState.RUNNING):
+            entry = self._entry(trial)
+            state, values = TrialState.FAIL, None
+            if entry is not None:
+                entry[1].absorb(entry[1].runs)
+                if entry[1].is_settled:
+                    state, values = entry[1].outcome(self._search.aims)
+            self.study.tell(trial.number, values, state=state)
+
+    def _retry(self) -> None:
+        """Queue what failed, or was left open, with the same settings, as far as there is room for it."""
+        taken = {self._key_of(trial) for trial in self._all(*_SETTLED, TrialState.WAITING)}
+        room = self._search.config.trials - self._settled() - len(self._all(TrialState.WAITING))
+        for trial in self._all(TrialState.FAIL):
+            key, settings = self._key_of(trial), self._space.of_params(trial.params)
+            if room > 0 and key and key not in taken and settings is not None:
+                taken.add(key)
+                room -= 1
+                self._enqueue(settings)
+
+    def _enqueue(self, settings: Settings) -> None:
+        self.study.enqueue_trial(self._space.params(settings), user_attrs={_QUEUED: settings})
 
     def _settled(self) -> int:
-        settled = (TrialState.COMPLETE, TrialState.PRUNED)
-        return sum(trial.state in settled for trial in self.study.get_trials(deepcopy=False)) + self._failed
+        return len(self._all(*_SETTLED)) + self._failed
 
-    def _record(self, trial: optuna.trial.FrozenTrial) -> tuple[Arm, list[Run], dict[str, Any]]:
-        arm = self._arm.with_settings(trial.params)
-        runs = [self._identify(arm, seed) for seed in self._seeds]
-        value = trial.value if trial.state != TrialState.RUNNING else None
-        return arm, runs, {"arm": arm.label, "state": trial.state.name.lower(), "value": value, "params": dict(trial.params)}
+    def _all(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def _key_of(self, trial: FrozenTrial) -> Key:
+        """The ids of a trial's runs; none for one that was never drawn to its end, or refused."""
+        entry = self._entry(trial)
+        return entry[1].key if entry else ()
+
+    def _entry(self, trial: FrozenTrial) -> tuple[Arm, Group] | None:
+        if trial.number not in self._entries:
+            queued = trial.state == TrialState.WAITING
+            settings = trial.user_attrs.get(_QUEUED) if queued else self._space.of_params(trial.params)
+            try:
+                arm = None if settings is None else self._space.arm(settings)
+            except SpecError:
+                arm = None
+            self._entries[trial.number] = None if arm is None else (arm, self._search.group(arm))
+        return self._entries[trial.number]
+
+    def _shown(self, trial: FrozenTrial) -> Trial:
+        entry = self._entry(trial)
+        assert entry
+        ended = trial.state.is_finished() and trial.values is not None and not _is_diverged(trial)
+        names = [aim.name for aim in self._search.aims]
+        values = dict(zip(names, trial.values, strict=True)) if ended else {}
+        settings = self._space.of_params(trial.params) or trial.user_attrs.get(_QUEUED, {})
+        state = "diverged" if _is_diverged(trial) else _NAMES.get(trial.state, trial.state.name.lower())
+        record = {"arm": entry[0].label, "state": state, "value": values.get(self._search.metric), "params": settings}
+        return Trial(entry[0], tuple(entry[1].runs.values()), {**record, "values": values})
 
 
-def _open_study(arm: Arm, config: SearchConfig, storage: Path) -> optuna.Study:
-    """The study of an arm; trials that a killed scheduler left running are asked again with the same parameters."""
-    study = optuna.create_study(
-        study_name=arm.label,
-        storage=f"sqlite:///{storage}",
-        pruner=_PRUNERS[config.prune](arm.config.train.steps),
-        direction="minimize" if config.objective.goal == "min" else "maximize",
-        load_if_exists=True,
-    )
-    # A sampler that starts over would draw again what the study has tried already.
-    study.sampler = _SAMPLERS[config.sampler](config.seed + len(study.get_trials(deepcopy=False)))
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
-        study.enqueue_trial(trial.params)
-    return study
-
-
-def _distribution(interval: Interval) -> BaseDistribution:
-    if interval.choice is not None:
-        return CategoricalDistribution(interval.choice)
-    if interval.int_ is not None:
-        return IntDistribution(interval.int_[0], interval.int_[1])
-    low, high = interval.log or interval.uniform or (0.0, 1.0)
-    return FloatDistribution(low, high, log=interval.log is not None)
+def _is_diverged(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.COMPLETE and any(math.isinf(value) for value in trial.values)
 
 
 class Searches:
@@ -190,25 +314,43 @@ class Searches:
 
     Args:
         plan: of an experiment with a ``search``.
-        directory: the sweep's, which holds the studies.
+        directory: the sweep's, which holds the studies unless the spec names a database.
+
+    Raises:
+        SpecError: the database that the spec names cannot be used.
     """
 
     def __init__(self, plan: Plan, directory: SweepDirectory) -> None:
         self._plan, self._directory = plan, directory
-        experiment = plan.experiment
-        assert experiment.search
-        self._config, self._metric = experiment.search, plan.metric(experiment.search.objective.metric)
-        storage = directory.path / "study.db"
-        options = (experiment.search, self._metric, experiment.seeds, identify_arm, storage, self._recorded)
+        config = plan.experiment.search
+        assert config
+        try:
+            # A database of results holds no rehearsals.
+            is_rehearsal = isinstance(plan.experiment.arms[0], RehearsedArm)
+            storage = open_storage(None if is_rehearsal else config.storage, directory.path / STUDY)
+        except StorageError as error:
+            raise SpecError([plan.experiment.problem("search.storage", str(error))]) from None
+        begun = run_ids(directory.manifest) if (directory.path / "sweep.json").is_file() else frozenset[str]()
         self._searches: list[SearchWork] = []
-        self._searches += [SearchWork(arm, *options) for arm in experiment.arms]
+        for arm in plan.experiment.arms:
+            search = Search(arm, config, _aims(plan, arm, config), plan.experiment.seeds, identify_arm, plan.root)
+            name = study_name(plan.experiment.name, arm.label, search.content())
+            study = open_study(storage, name, config, search.aims, arm.config.train.steps)
+            self._searches.append(SearchWork(search, study, begun, self._recorded))
+        self._aims = _aims(plan, plan.experiment.arms[0], config)
+        self._handed: set[str] = set()
         self._recorded()
 
     def next(self) -> Task | None:
-        """See :class:`Work`; the search that has handed out least goes first."""
-        for search in sorted(self._searches, key=lambda search: len(search.trials)):
-            if task := search.next():
-                return task
+        """See :class:`Work`; the search that has taken up least goes first."""
+        for search in sorted(self._searches, key=lambda search: search.taken):
+            try:
+                while task := search.next():
+                    if task.run.run_id not in self._handed:  # else another search has it trained, and both will hear of it
+                        self._handed.add(task.run.run_id)
+                        return task
+            except RefusedSpaceError as error:
+                raise SpecError([self._plan.experiment.problem("search.space", str(error))]) from None
         return None
 
     def heard(self, run_id: str, row: Row) -> Iterable[str]:
@@ -217,6 +359,7 @@ class Searches:
 
     def finished(self, run_id: str, state: State) -> None:
         """See :class:`Work`."""
+        self._handed.discard(run_id)
         for search in self._searches:
             search.finished(run_id, state)
 
@@ -227,6 +370,20 @@ class Searches:
 
     def _recorded(self) -> None:
         trials = [trial for search in self._searches for trial in search.trials]
-        arms = [arm_record(arm, None, runs) for arm, runs, _ in trials]
-        search = {"metric": self._metric, "goal": self._config.objective.goal, "trials": [record for *_, record in trials]}
+        arms = [arm_record(trial.arm, None, list(trial.runs)) for trial in trials]
+        measured = next(aim for aim in self._aims if not aim.is_cost)
+        search: dict[str, Any] = {"metric": measured.name, "goal": measured.goal, "trials": [trial.record for trial in trials]}
+        search["objectives"] = [{"metric": aim.name, "goal": aim.goal} for aim in self._aims]
+        if len(self._aims) > 1:
+            search["pareto"] = [label for one in self._searches for label in one.front]
         self._directory.record(self._plan.manifest(arms, search))
+
+
+def _aims(plan: Plan, arm: Arm, config: SearchConfig) -> tuple[Aim, ...]:
+    """The objectives under the full names by which the runs of an arm measure them."""
+
+    def name(wanted: str) -> str:
+        return resolve_metric(wanted, [metric_name(arm.config)]) or plan.metric(wanted)
+
+    aims: Sequence[Aim] = [Aim(one.metric if one.is_cost else name(one.metric), one.goal) for one in config.objectives]
+    return tuple(aims)

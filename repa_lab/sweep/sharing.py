@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from repa_lab.align.schedule import Schedule, agreement
 from repa_lab.runs import RunsRoot, State, checkpoints
@@ -75,7 +75,11 @@ class SharedWork:
     """
 
     def __init__(self, tasks: Iterable[Task], forks: Mapping[str, Fork], root: RunsRoot) -> None:
-        self._waiting = {task.run.run_id: task for task in tasks}
+        kept = {parent: tuple(sorted({f.step for f in forks.values() if f.parent == parent})) for parent in _parents(forks)}
+        self._waiting = {
+            task.run.run_id: replace(task, fork=forks.get(task.run.run_id), kept=kept.get(task.run.run_id, ()))
+            for task in tasks
+        }
         self._forks, self._root = forks, root
         self._running: set[str] = set()
         self._total, self._done = len(self._waiting), 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def run_one(
     root: str | Path,
     overrides: Mapping[str, Any] | None = None,
     console: Console | None = None,
+    fragments: Sequence[str | Path] = (),
 ) -> tuple[RunDirectory, State]:
     """Train one run of an experiment.
 
@@ -50,6 +51,7 @@ def run_one(
         root: the runs root.
         overrides: dotted paths to values, laid over the spec.
         console: where progress is shown; None keeps silent.
+        fragments: files laid between the spec and the overrides; see `load_spec`.
 
     Returns:
         The run's directory, and the state it came to.
@@ -57,7 +59,7 @@ def run_one(
     Raises:
         SpecError: the spec is wrong, has no such arm or seed, or asks for what cannot be had.
     """
-    planned = plan(source, root, overrides)
+    planned = plan(source, root, overrides, fragments)
     entry = _choose(planned, arm, seed)
     if entry.blocked:
         raise SpecError([entry.blocked])

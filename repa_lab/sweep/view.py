@@ -98,6 +98,14 @@ class View:
         self._lengths.append(time.monotonic() - watched.begun)
         self._say(watched, state.value + (f": {error}" if error else ""))
 
+    def withdrawn(self, run_id: str) -> None:
+        """A run was taken back before it began."""
+        del self._runs[run_id]
+
+    def say(self, what: str) -> None:
+        """Something that a person should know."""
+        self._console.print(what, highlight=False, markup=False, soft_wrap=True)
+
     def counts(self, done: int, total: int) -> None:
         """How many runs are done, of how many."""
         self._counts = (done, total)

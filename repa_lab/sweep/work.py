@@ -8,15 +8,23 @@ from typing import Protocol
 
 from repa_lab.runs import State
 from repa_lab.runs.files import Row
+from repa_lab.runs.forks import Fork
 from repa_lab.spec.identity import Run
 
 
 @dataclass(frozen=True)
 class Task:
-    """A run to train, under the name that people see."""
+    """A run to train, under the name that people see.
+
+    Attributes:
+        fork: where it begins, if another run's first steps are its own as well.
+        kept: steps whose state is kept for runs that begin from it.
+    """
 
     run: Run
     name: str
+    fork: Fork | None = None
+    kept: tuple[int, ...] = ()
 
 
 class Work(Protocol):

@@ -1,25 +1,35 @@
 """A worker: one process that trains one run after another, so that libraries are imported once.
 
 It reads jobs from standard input and answers on standard output, a JSON object a line. When the input ends, because the
-scheduler is gone for whatever reason, the run in hand is checkpointed and the process ends.
+scheduler is gone for whatever reason, the run in hand is checkpointed and the process ends. Workers that share a run are
+started with torchrun's environment variables, and each is given the job.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from repa_lab.runs import State
-from repa_lab.sweep.jobs import PrepareJob, Report, TrainJob
+from repa_lab.runs import RunWriter, State
+from repa_lab.spec import RunOptions
+from repa_lab.sweep.jobs import HEARTBEAT, PrepareJob, Report, TrainJob
 from repa_lab.tracking import Listener
 
+if TYPE_CHECKING:
+    import torch
+
+ShouldStop = Callable[[], State | None]
 _GRACE_S = 60.0
+_BEAT_S = 1.0
 
 
 class Worker:
@@ -40,9 +50,9 @@ class Worker:
         while (job := self._jobs.get()) is not None:
             self._stop = None
             if job["kind"] == "prepare":
-                self._prepare(PrepareJob.from_json(job))
+                self._answer(fill_caches(PrepareJob.from_json(job), self._answer))
             else:
-                self._train(TrainJob.from_json(job))
+                self._answer(train_run(TrainJob.from_json(job), lambda: self._stop))
 
     def _read(self) -> None:
         for line in self._input:
@@ -55,39 +65,107 @@ class Worker:
         self._jobs.put(None)
         threading.Timer(_GRACE_S, os._exit, [75]).start()
 
-    def _prepare(self, job: PrepareJob) -> None:
-        from repa_lab.sweep.prepare import RefusedError, prepare
-
-        def announce(task: str) -> Any:
-            return lambda done, total: self._answer(Report("progress", task=task, done=done, total=total))
-
-        try:
-            prepare(job.configs, job.options, job.root.cache, announce)
-            self._answer(Report("prepared"))
-        except RefusedError as refusal:
-            self._answer(Report("refused", arm=refusal.arm, path=refusal.path, error=refusal.message))
-        except Exception as error:
-            traceback.print_exc()
-            self._answer(Report("broken", error=_one_line(error)))
-
-    def _train(self, job: TrainJob) -> None:
-        from repa_lab.training.loop import train
-
-        directory = job.root.run(job.run.run_id)
-        error: str | None = None
-        try:
-            listeners = trackers(job)
-            if job.is_rehearsal:  # stopped after its first step, so that what follows takes it up from a checkpoint
-                train(job.run, directory, job.options, job.root.cache, listeners, lambda: self._stop or State.INTERRUPTED)
-            state = self._stop or train(job.run, directory, job.options, job.root.cache, listeners, lambda: self._stop)
-        except Exception as failure:
-            traceback.print_exc()
-            state, error = State.FAILED, _one_line(failure)
-        self._answer(Report("finished", run_id=job.run.run_id, state=state, error=error))
-
     def _answer(self, report: Report) -> None:
         self._answers.write(json.dumps(report.to_json()) + "\n")
         self._answers.flush()
+
+
+def fill_caches(job: PrepareJob, answer: Callable[[Report], None]) -> Report:
+    """Fill the caches, announcing progress on the way; says ``prepared``, ``refused`` or ``broken``."""
+    from repa_lab.sweep.prepare import RefusedError, prepare
+
+    def announce(task: str) -> Callable[[int, int], None]:
+        return lambda done, total: answer(Report("progress", task=task, done=done, total=total))
+
+    try:
+        prepare(job.configs, job.options, job.root.cache, announce)
+        return Report("prepared")
+    except RefusedError as refusal:
+        return Report("refused", arm=refusal.arm, path=refusal.path, error=refusal.message)
+    except Exception as error:
+        traceback.print_exc()
+        return Report("broken", error=one_line(error))
+
+
+def train_run(job: TrainJob, should_stop: ShouldStop) -> Report:
+    """Train a run to its end, or until it should stop; says ``finished``, of a failure with its reason."""
+    asked = Heartbeat(job, should_stop) if job.options.hang_minutes else should_stop
+    error: str | None = None
+    try:
+        if job.is_rehearsal:  # stopped after its first step, so that what follows takes it up from a checkpoint
+            train_within_memory(job, lambda: asked() or State.INTERRUPTED)
+        state = asked() or train_within_memory(job, asked)
+    except Exception as failure:
+        traceback.print_exc()
+        state, error = State.FAILED, one_line(failure)
+    return Report("finished", run_id=job.run.run_id, state=state, error=error)
+
+
+def train_within_memory(job: TrainJob, should_stop: ShouldStop) -> State:
+    """Train a run; where a step's memory runs out, go on from the last checkpoint with micro-batches half as large.
+
+    The batch, its randomness and hence the results but for rounding stay the same. A measurement that does not fit, which no
+    micro-batch helps, ends the run, and so does memory that runs out on one of several processes.
+
+    Raises:
+        OutOfMemoryError: not even one image fits.
+        Exception: whatever else ends the run.
+    """
+    import torch
+
+    options = job.options
+    while True:
+        try:
+            return _train(job, options, should_stop)
+        except torch.OutOfMemoryError as error:
+            smaller = _halved(options, job.run.config.train.batch_size)
+            if smaller is None or not _is_of_a_step(error) or os.environ.get("WORLD_SIZE", "1") != "1":
+                raise
+            reason = one_line(error)
+        gc.collect()
+        torch.cuda.empty_cache()  # which does nothing where there is no GPU
+        with RunWriter(job.root.run(job.run.run_id)) as writer:
+            writer.event("out-of-memory", error=reason, micro_batch=options.micro_batch, retried_with=smaller.micro_batch)
+        options = smaller
+
+
+def _train(job: TrainJob, options: RunOptions, should_stop: ShouldStop) -> State:
+    from repa_lab.training.loop import train
+
+    directory, listeners, kept = job.root.run(job.run.run_id), trackers(job), frozenset(job.kept)
+    return train(job.run, directory, options, job.root.cache, listeners, should_stop, job.fork, kept)
+
+
+def _halved(options: RunOptions, batch: int) -> RunOptions | None:
+    """With half the micro-batch, which is all of the batch unless it is given; None where there is no half."""
+    if options.micro_batch == "auto":  # the trainer has halved it as often as it could
+        return None
+    size = min(options.micro_batch or batch, batch)
+    return options.model_copy(update={"micro_batch": size // 2}) if size > 1 else None
+
+
+def _is_of_a_step(error: torch.OutOfMemoryError) -> bool:
+    from repa_lab.training.trainer import Trainer
+
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_code is Trainer.step.__code__ for frame in frames)
+
+
+class Heartbeat:
+    """Passes a question on and leaves a sign of life in the run directory: a scheduler elsewhere looks at nothing but files."""
+
+    def __init__(self, job: TrainJob, should_stop: ShouldStop) -> None:
+        self._path, self._should_stop = job.root.run(job.run.run_id).path / HEARTBEAT, should_stop
+        self._last = 0.0
+
+    def __call__(self) -> State | None:
+        """The answer."""
+        now = time.monotonic()
+        if now - self._last > _BEAT_S:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.touch()
+            self._last = now
+        return self._should_stop()
 
 
 def trackers(job: TrainJob) -> list[Listener]:
@@ -114,7 +192,8 @@ def main() -> None:
     Worker(jobs, answers).serve()
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's kind and the first line of what it says."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 

@@ -12,7 +12,7 @@ import yaml
 from repa_lab.runs import RunsRoot, State
 from tests.sweep.conftest import TINY
 
-STEPS = 120
+STEPS = 300  # long enough to be stopped from another process, which takes seconds to start
 PATIENCE_S = 120
 
 
@@ -47,15 +47,29 @@ def wait_for_rows(root, count):
     raise AssertionError("the run wrote nothing")
 
 
-@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_the_run_in_hand_is_checkpointed_and_taken_up_again(spec, sign, status):
+def stop_from_another_terminal(spec, process):
+    command = [sys.executable, "-m", "repa_lab.cli", "stop", "tiny", "--root", str(spec.parent / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        (lambda spec, process: os.kill(process.pid, signal.SIGINT), 130),
+        (stop_from_another_terminal, 130),
+        (lambda spec, process: os.kill(process.pid, signal.SIGKILL), -signal.SIGKILL),
+    ],
+    ids=["ctrl-c", "repa-lab stop", "killed"],
+)
+def test_the_run_in_hand_is_checkpointed_and_taken_up_again(spec, end, status):
     root = RunsRoot(spec.parent / "runs")
     first = start(spec)
     run = wait_for_rows(root, 5)
-    os.kill(first.pid, sign)
+    end(spec, first)
     _, error = first.communicate(timeout=PATIENCE_S)
     assert first.returncode == status
-    if sign is signal.SIGINT:
+    if status == 130:
         assert error == "interrupted; run the same command again to go on from the last checkpoints\n"
     deadline = time.monotonic() + PATIENCE_S
     while run.state.state is State.RUNNING and time.monotonic() < deadline:

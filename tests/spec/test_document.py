@@ -148,6 +148,52 @@ class TestFragments:
         assert line.startswith(f"{tmp_path}/q.yaml:7:5: use: no file ")
 
 
+class TestFragmentsGivenApart:
+    """Those of ``--with``."""
+
+    def test_they_lie_over_the_file_in_order_and_under_the_overrides(self, tmp_path):
+        write(tmp_path, "train: {steps: 20, lr: 0.1, ema: 0.1}\nseeds: 2\n", "one.yaml")
+        write(tmp_path, "train: {lr: 0.2, ema: 0.2}\nstop: {below: 3}\n", "two.yaml")
+        write(tmp_path, "train: {batch_size: 9, steps: 1}\nstop: {above: 2, metric: fid}\n", "used.yaml")
+        file = write(tmp_path, HEAD + "use: used.yaml\n")
+        experiment = load_spec(file, {"train.ema": 0.3}, [tmp_path / "one.yaml", str(tmp_path / "two.yaml")])
+        train = experiment.arms[0].config.train
+        assert (train.batch_size, train.steps, train.lr, train.ema) == (9, 20, 0.2, 0.3)
+        assert experiment.seeds == (0, 1)
+        assert [(rule.metric, rule.below, rule.above) for rule in experiment.stop] == [("frechet", 3.0, None)]
+
+    def test_an_axis_multiplies_or_takes_the_place_of_the_one_of_its_name(self, tmp_path):
+        write(tmp_path, "axes: {train.lr: [1.0, 2.0, 3.0], train.ema: {linspace: [0.1, 0.5, 2]}}\n", "f.yaml")
+        file = write(tmp_path, HEAD + "axes: {train.lr: [0.5], t: {x: {}, y: {}}}\n")
+        labels = [arm.label for arm in load_spec(file, None, [tmp_path / "f.yaml"]).arms]
+        assert len(labels) == 2 * 3 * 2
+        assert labels[0] == "x, lr=1, ema=0.1"
+
+    def test_what_is_wrong_stands_in_them(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        file = write(tmp_path, HEAD)
+        write(tmp_path, "seeds: 2\ntrain:\n  lr: -1\n", "f.yaml")
+        write(tmp_path, "use: f.yaml\nname: q\nbase: q.yaml\n", "g.yaml")
+        for fragments, expected in (
+            (["f.yaml"], ["f.yaml:3:3: train.lr: expected a number of more than 0.0, got -1"]),
+            (["none.yaml"], ["none.yaml:1:1: cannot read the file: No such file or directory"]),
+            (
+                ["g.yaml"],
+                [
+                    "g.yaml:1:1: use: a fragment names no further files",
+                    "g.yaml:3:1: base: a fragment names no further files",
+                ],
+            ),
+        ):
+            with pytest.raises(SpecError) as caught:
+                load_spec(file, None, fragments)
+            assert str(caught.value).splitlines() == expected
+
+    def test_a_mapping_takes_them_as_well(self, tmp_path):
+        write(tmp_path, "train: {lr: 0.5}\n", "f.yaml")
+        assert load_spec(mapping(), {}, [tmp_path / "f.yaml"]).arms[0].config.train.lr == 0.5
+
+
 class TestPlain:
     def test_it_copies_and_shares_nothing(self):
         encoder = {"name": "x", "sizes": (1, 2)}

@@ -9,7 +9,8 @@ from pydantic import BaseModel
 
 from repa_lab.spec import CompareConfig, EncoderConfig, Place, Problem, RegularizerConfig, SpecError, load_spec
 from repa_lab.spec.errors import did_you_mean
-from repa_lab.spec.schema import Grammar, RunConfig, TrainConfig, WandbOptions
+from repa_lab.spec.grammar import Grammar
+from repa_lab.spec.schema import RunConfig, TrainConfig, WandbOptions
 from tests.spec.examples import HEAD, write
 
 
@@ -207,7 +208,7 @@ BAD = {
         [
             "5:8: axes.regularizer.weight: expected 1 or more values or a mapping, got []",
             "5:32: axes.teacher: expected a list or 1 or more values, got {}",
-            "6:17: one_at_a_time.train.lr: expected 1 or more values, got []",
+            "6:17: one_at_a_time.train.lr: expected 1 or more values or a mapping, got []",
         ],
     ),
     "a named level": (
@@ -284,7 +285,7 @@ BAD = {
             "5:19: seeds.3: expected an integer, got 1.5",
         ],
     ),
-    "a seed twice": (HEAD + "seeds: [3, 1, 3]\n", ["5:1: seeds: a seed is given twice: [3, 1, 3]"]),
+    "a seed twice": (HEAD + "seeds: [3, 1, 3]\n", ["5:15: seeds.2: the seed 3 is given twice"]),
     "search": (
         HEAD
         + "search:\n  space:\n    regularizer.weight: {log: [0, 1]}\n    train.lr: {uniform: [2, 1]}\n"
@@ -294,10 +295,10 @@ BAD = {
             "7:5: search.space.regularizer.weight: a log range must start above 0, got [0.0, 1.0]",
             "8:5: search.space.train.lr: the bounds must ascend, got [2.0, 1.0]",
             "9:35: search.space.regularizer.manifold_weight.int: expected 2 or more values, got [1]",
-            "10:17: search.space.train.ema.range: unknown field 'range'; allowed: choice, int, log, uniform",
+            "10:17: search.space.train.ema.range: unknown field 'range'; allowed: choice, int, log, uniform, when",
             "11:5: search.space.train.steps: give exactly one of log, uniform, int, choice",
             "12:3: search.trials: expected a number of at least 1, got 0",
-            "13:3: search.sampler: expected one of tpe, random, got 'grid'",
+            "13:3: search.sampler: expected one of tpe, random, qmc, cmaes, got 'grid'",
             "14:15: search.objective.goal: expected one of min, max, got 'low'",
         ],
     ),

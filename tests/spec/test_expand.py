@@ -163,6 +163,11 @@ class TestExclude:
         with pytest.raises(SpecError, match="standardize needs"):
             labels(axes=axes)
 
+    def test_a_null_excludes_null_alone(self):
+        axes = {"train.grad_clip": [None, 0.5], "train.lr": [1e-3]}
+        assert labels(axes=axes, exclude=[{"train.grad_clip": None}]) == ["grad_clip=0.5, lr=0.001"]
+        assert labels(exclude=[{"train.grad_clip": None}]) == ["all"]
+
     def test_stars_and_extras_stay(self):
         include = [{"label": "extra", "set": {"regularizer.weight": 0.5}}]
         assert self.left({"teacher": ["small", "giant"]}, include=include) == ["extra"]

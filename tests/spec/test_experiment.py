@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from repa_lab.spec import Experiment, SpecError, load_spec
-from repa_lab.spec.schema import Grammar, RunConfig, RunOptions, SearchConfig
+from repa_lab.spec.grammar import Grammar
+from repa_lab.spec.schema import RunConfig, RunOptions, SearchConfig
 from tests.spec.examples import HEAD, mapping, write
 
 
@@ -109,6 +110,34 @@ class TestOverrides:
         assert str(caught.value).startswith("<given>")
 
 
+class TestLimits:
+    def test_budget_and_stop_are_carried_and_none_by_default(self):
+        plain = load_spec(mapping())
+        assert (plain.budget.gpu_hours, plain.budget.disk_gib, plain.stop) == (None, None, ())
+        given = load_spec(mapping(budget={"gpu_hours": 12, "disk_gib": 0}, stop={"metric": "fid", "below": 10}))
+        assert (given.budget.gpu_hours, given.budget.disk_gib) == (12.0, 0.0)
+        assert [(rule.metric, rule.below, rule.above, rule.after) for rule in given.stop] == [("fid", 10.0, None, 0)]
+        assert given.arms == plain.arms
+
+    @pytest.mark.parametrize(
+        "rule, row, holds",
+        [
+            ({"below": 10}, {"step": 5, "fid:x": 9.9}, True),
+            ({"below": 10}, {"step": 5, "fid:x": 10.0}, False),
+            ({"below": 10}, {"step": 5, "fid:y": 9.0}, False),
+            ({"below": 10}, {"step": 5, "fid:x": None}, False),
+            ({"below": 10}, {"step": 5, "fid:x": math.nan}, False),
+            ({"above": 10}, {"step": 5, "fid:x": 10.1}, True),
+            ({"above": 10}, {"step": 5, "fid:x": 10.0}, False),
+            ({"above": 0}, {"step": 5, "fid:x": 0.5}, True),
+            ({"below": 10, "after": 6}, {"step": 5, "fid:x": 1.0}, False),
+            ({"below": 10, "after": 5}, {"step": 5, "fid:x": 1.0}, True),
+        ],
+    )
+    def test_a_rule_holds_of_a_row(self, rule, row, holds):
+        assert load_spec(mapping(stop=rule)).stop[0].holds(row, "fid:x") is holds
+
+
 class TestSearch:
     def test_the_four_kinds_of_ranges(self, tmp_path):
         text = HEAD + (
@@ -137,6 +166,12 @@ def test_the_experiments_of_the_house_can_be_read(file):
     experiment = load_spec(file)
     assert experiment.arms
     assert experiment.question
+
+
+@pytest.mark.parametrize("file", sorted(Path(__file__).parents[2].glob("sweeps/*.yaml")), ids=lambda file: file.stem)
+def test_the_fragments_of_the_house_can_be_laid_over_an_experiment(file):
+    spec = Path(__file__).parents[2] / "experiments/quickstart.yaml"
+    assert load_spec(spec, None, [file]) != load_spec(spec)
 
 
 def test_the_spec_needs_no_torch():

@@ -1,12 +1,18 @@
 """Identity, baselines, and what a plan says of runs."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from repa_lab.runs import RunsRoot, RunWriter, State
+from repa_lab.runs import RunsRoot, RunWriter, State, checkpoints
+from repa_lab.runs.directory import RunBusyError
 from repa_lab.spec import load_spec
+from repa_lab.sweep import plan as plan_module
+from repa_lab.sweep.estimate import estimate
+from repa_lab.sweep.overview import arm_rows, run_rows, sentences
 from repa_lab.sweep.plan import baselines, identify_arm, make_plan
 from tests.data.conftest import noise_image
 
@@ -101,17 +107,106 @@ def test_seed_zero_of_all_arms_comes_first():
     assert [entry.run.seed for entry in planned.runs] == [0] * 4 + [1] * 4 + [2] * 4
 
 
-@pytest.mark.parametrize(("state", "left"), [(State.DONE, 0), (State.PRUNED, 0), (State.FAILED, 3), (State.INTERRUPTED, 3)])
-def test_finished_runs_are_not_planned_again(tmp_path, state, left):
+@pytest.mark.parametrize(
+    ("state", "checkpoint", "word", "left"),
+    [
+        (State.DONE, 6, "done", 0),
+        (State.PRUNED, 6, "pruned", 0),
+        (State.FAILED, 6, "failed", 4),
+        (State.FAILED, None, "failed", 10),
+        (State.INTERRUPTED, 6, "resumable", 4),
+        (State.INTERRUPTED, None, "new", 10),
+        (State.RUNNING, 6, "resumable", 4),  # of a process that is no more
+    ],
+)
+def test_what_is_left_is_counted_from_the_last_checkpoint(tmp_path, state, checkpoint, word, left):
     spec, root = load_spec(BASE), RunsRoot(tmp_path)
-    run = make_plan(spec, root).runs[0].run
-    with RunWriter(root.run(run.run_id)) as writer:
-        writer.state(state, 7)
+    directory = root.run(make_plan(spec, root).runs[0].run.run_id)
+    if checkpoint:
+        checkpoints.commit(directory.checkpoints, checkpoint, lambda folder: None)
+    with RunWriter(directory) as writer:
+        writer.state(state, 7, "CudaError: gone" if state is State.FAILED else None)
     planned = make_plan(spec, root)
-    assert (planned.runs[0].steps_left, len(planned.pending)) == (left, bool(left))
+    (entry,) = planned.runs
+    assert (entry.standing.word, entry.steps_left, len(planned.pending)) == (word, left, bool(left))
+    assert entry.standing.reason == ("CudaError: gone" if state is State.FAILED else None)
+
+
+def test_a_run_in_another_process_is_running_and_a_plan_does_not_disturb_it(tmp_path):
+    spec, root = load_spec(BASE), RunsRoot(tmp_path)
+    directory = root.run(make_plan(spec, root).runs[0].run.run_id)
+    with RunWriter(directory) as writer:
+        writer.state(State.RUNNING, 4)
+        before = sorted(tmp_path.rglob("*"))
+        (entry,) = make_plan(spec, root).runs
+        assert (entry.standing.word, entry.standing.step, entry.steps_left) == ("running", 4, 6)
+        assert sorted(tmp_path.rglob("*")) == before
+        with pytest.raises(RunBusyError), RunWriter(directory, patience_s=0.0):
+            pass
+
+
+def test_what_is_blocked_says_why_unless_it_is_done(tmp_path):
+    spec, root = load_spec(BASE, {"data": {"source": "imagefolder"}}), RunsRoot(tmp_path)
+    (entry,) = make_plan(spec, root).runs
+    assert (entry.standing.word, entry.standing.reason) == ("blocked", "not set; give a folder of images with --set data.path=FOLDER")
+    with RunWriter(root.run(entry.run.run_id)) as writer:
+        writer.state(State.DONE, 10)
+    assert make_plan(spec, root).runs[0].standing.word == "done"
+
+
+def test_runs_of_an_earlier_version_of_the_spec_are_orphans_and_stay_so(tmp_path):
+    root, weights = RunsRoot(tmp_path), {"regularizer.weight": [0.1, 0.2, 0.3]}
+    first = make_plan(load_spec({**BASE, "axes": weights}), root)
+    for entry in first.runs[:2]:
+        with RunWriter(root.run(entry.run.run_id)) as writer:
+            writer.state(State.DONE, 10)
+    assert first.orphans == ()
+    root.sweep("x").path.mkdir()
+    root.sweep("x").record(first.manifest())
+    for _ in range(2):  # the second time, the manifest knows no arm of the first version
+        second = make_plan(load_spec({**BASE, "axes": {"regularizer.weight": [0.2, 0.9]}}), root)
+        (orphan,) = second.orphans  # what was never begun is missed by nobody
+        assert (orphan.label, orphan.seed, orphan.run_id, orphan.state) == ("weight=0.1", 0, first.runs[0].run.run_id, State.DONE)
+        root.sweep("x").record(second.manifest())
+    again = make_plan(load_spec({**BASE, "axes": weights}), root)
+    assert again.orphans == () and "orphaned" not in again.manifest()
 
 
 def test_arms_of_equal_content_are_trained_once():
     arms = {"axes": {"regularizer.weight": [0.1, 0.2]}, "include": [{"label": "again", "set": {"regularizer.weight": 0.1}}]}
     planned = make_plan(load_spec({**BASE, **arms}), RunsRoot(Path("nowhere")))
     assert len(planned.runs) == 3 and len(planned.pending) == 2
+
+
+def test_the_table_has_a_line_an_arm_and_on_demand_a_line_a_run(tmp_path):
+    root, axes = RunsRoot(tmp_path), {"regularizer.weight": [0.1, 0.2]}
+    spec = load_spec({**BASE, "axes": axes, "seeds": 3})
+    for entry in make_plan(spec, root).runs[:3:2]:  # two seeds of the first arm
+        with RunWriter(root.run(entry.run.run_id)) as writer:
+            writer.state(State.DONE, 10)
+    found = estimate(make_plan(spec, root))
+    assert [(line["arm"], line["runs"], line["steps left"]) for line in arm_rows(found)] == [
+        ("weight=0.1", "2 done, 1 new", "10"),
+        ("weight=0.2", "3 new", "30"),
+    ]
+    assert [line["state"] for line in run_rows(found)] == ["done", "new", "done", "new", "new", "new"]
+    assert sentences(found)[0].startswith("4 runs to train: 40 steps, 10.2 K images, ")
+
+
+def test_a_whole_plan_loads_no_torch():
+    code = (
+        "import sys, json; sys.argv = ['repa-lab', 'plan', 'experiments/sdxl_manifold.yaml', '--json'];"
+        "from repa_lab.cli import main\ntry: main()\nexcept SystemExit: pass\nsys.exit(bool({'torch', 'diffusers', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=EXPERIMENTS.parent, capture_output=True, text=True, check=False)
+    assert (done.returncode, json.loads(done.stdout)["total"]["runs"]) == (0, 27), done.stderr
+
+
+def test_the_files_of_a_folder_are_hashed_once_whatever_the_number_of_runs(tmp_path, monkeypatch):
+    noise_image(0).save(tmp_path / "1.png")
+    seen = []
+    monkeypatch.setattr(plan_module, "fingerprint_of", lambda data: str(seen.append(data)))
+    axes = {"regularizer.weight": [0.1, 0.2]}
+    data = {"source": "imagefolder", "path": str(tmp_path), "holdout": 1, "vae": "x"}
+    make_plan(load_spec({**BASE, "data": data, "axes": axes, "seeds": 3}), RunsRoot(tmp_path / "runs"))
+    assert len(seen) == 1

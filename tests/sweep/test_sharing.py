@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
 
+from repa_lab import plan, sweep
 from repa_lab.runs import RunsRoot, State
 from repa_lab.runs.forks import Fork, available, clear, written_by
 from repa_lab.sweep.sharing import SharedWork, share
 from repa_lab.sweep.work import Task
 from repa_lab.training.loop import train
-from tests.training.conftest import OFF, assert_same, make_options, make_run, rows, weights
+from tests.training.conftest import OFF, OPTIONS, SETTINGS, assert_same, make_options, make_run, rows, weights
 
 CUT = "regularizer.schedule"
 
@@ -172,3 +174,40 @@ class TestTheWork:
         work.finished("cut8-0", State.DONE)
         assert available(root.run("cutNone-0")) == []
         clear(root.run("cutNone-0"))
+
+
+class TestTheSweep:
+    def spec(self, **run):
+        settings = copy.deepcopy(SETTINGS)
+        settings["train"]["steps"], settings["evaluate"]["every"] = 6, 4
+        axis = {"never": {}, "early": {f"{CUT}.cutoff_step": 2}, "late": {f"{CUT}.cutoff_step": 5}}
+        return {"name": "cut", **settings, "axes": {"cut": axis}, "seeds": 2, "run": {**OPTIONS, **run}}
+
+    def test_a_shared_sweep_is_the_same_bit_for_bit_and_leaves_nothing_behind(self, tmp_path):
+        planned = plan(self.spec(), tmp_path / "shared")
+        assert (planned.sharing.asked, planned.sharing.trained) == (36, 2 * (6 + 4 + 1))
+        shared = sweep(self.spec(), tmp_path / "shared", workers=2)
+        alone = sweep(self.spec(share=False), tmp_path / "alone", workers=2)
+        assert (shared.trained, shared.failures, alone.trained) == (6, {}, 6)
+        forked = 0
+        for ours in RunsRoot(tmp_path / "shared").runs():
+            theirs = RunsRoot(tmp_path / "alone").run(ours.run_id)
+            assert rows(ours) == rows(theirs)
+            assert_same(weights(ours), weights(theirs))
+            forked += "forked" in [event["event"] for event in ours.events()]
+            assert not ours.forks.exists()
+        assert forked == 4
+
+    def test_a_longer_run_goes_on_where_a_finished_shorter_one_ended(self, tmp_path):
+        one = {**self.spec(), "axes": {}, "seeds": 1}
+        sweep(one, tmp_path / "runs")
+        longer = {**one, "train": {**one["train"], "steps": 9}}
+        planned = plan(longer, tmp_path / "runs")
+        assert (planned.sharing.asked, planned.sharing.trained) == (9, 3)
+        sweep(longer, tmp_path / "runs")
+        alone = sweep({**longer, "run": {**OPTIONS, "share": False}}, tmp_path / "alone")
+        (arm,) = alone.directory.manifest["arms"]
+        run_id = arm["runs"][0]["run_id"]
+        ours, theirs = (RunsRoot(tmp_path / name).run(run_id) for name in ("runs", "alone"))
+        assert rows(ours) == rows(theirs)
+        assert_same(weights(ours), weights(theirs))

@@ -1,0 +1,175 @@
+"""What one image costs a denoiser: closed formulas and counted numbers, without torch, so that `plan` can tell at once.
+
+FLOPs are twice the multiply-adds of matrix products, convolutions and attention, as `torch.utils.flop_counter` counts them.
+SiT's follow from its shape. All others were counted on the meta device by `repa_lab.models.counting`, and a test counts them
+again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from repa_lab.models.facts import Family, Shape, shape_of
+
+TEXT_TOKENS = 256  # of a text, where there is one, in every counted forward pass
+_TIME_FEATURES = 256
+# Of a family that was not counted: what transformers keep for backward per block, token and channel.
+_KEPT_OF_A_BLOCK = 21
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The forward pass of one image.
+
+    Attributes:
+        flops: of the pass.
+        kept: numbers kept for the backward pass, attention's as flash attention keeps them.
+        parameters: of the denoiser.
+        kept_frozen: the share of ``kept`` that is left where the weights are frozen, as under LoRA.
+        adapted: inputs and outputs of the layers that LoRA adapts, summed: a rank r has r times as many weights.
+        rough: why this is no count; empty where it is one.
+    """
+
+    flops: float
+    kept: float
+    parameters: int
+    kept_frozen: float = 1.0
+    adapted: int = 0
+    rough: str = ""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Counts of a released model at its native size and at a half and a quarter of its sides.
+
+    Every layer costs a constant, or as many times as there are tokens, or as pairs of them, so that a parabola through the
+    three counts gives any other size exactly.
+
+    Attributes:
+        tokens: image tokens at the tap at the native size.
+        gflops: of a forward pass at the three sizes, in 10^9, with a text of :data:`TEXT_TOKENS`.
+        kept: see :class:`Forward`, in 10^6, at the three sizes.
+        frozen: see :attr:`Forward.kept_frozen`, at the native size.
+        adapted: see :class:`Forward`.
+    """
+
+    tokens: int
+    gflops: tuple[float, float, float]
+    kept: tuple[float, float, float]
+    frozen: float = 1.0
+    adapted: int = 0
+
+    def at(self, tokens: float, parameters: int) -> Forward:
+        """The forward pass of an image of so many tokens."""
+        flops, kept = (_parabola(self.tokens, values, tokens) for values in (self.gflops, self.kept))
+        return Forward(flops * 1e9, kept * 1e6, parameters, self.frozen, self.adapted)
+
+
+# Not among them: qwen_image21, whose sequence is laid out by values, which meta lacks, and nucleus_moe, whose experts take as
+# many tokens as values say.
+COUNTED: dict[str, Counted] = {
+    "sd15": Counted(64, (818.41, 189.04, 53.226), (495.04, 128.73, 37.149), 0.79, 199_296),
+    "sdxl": Counted(1024, (6958.3, 1729.6, 554.48), (3677.2, 951.66, 270.28), 0.73, 1_451_520),
+    "kolors": Counted(1024, (6962.6, 1733.9, 558.78), (3678.2, 952.71, 271.33), 0.73, 1_451_520),
+    "sd3": Counted(4096, (8702.3, 1975.2, 728.26), (3385.2, 992.42, 394.21), 0.48, 586_752),
+    "sana": Counted(1024, (2940, 816.04, 285.04), (1736.9, 455.41, 135.04), 0.78, 716_800),
+    "pixart": Counted(4096, (6603.3, 1275.8, 324.46), (3336.4, 848.14, 226.07), 0.48, 516_096),
+    "hidream": Counted(4096, (84591, 27377, 14523), (25975, 9264.2, 5086.5), 0.64, 983_040),
+    "auraflow": Counted(4096, (43968, 11244, 4367.4), (12412, 3667.2, 1481), 0.62, 983_040),
+    "lumina2": Counted(4096, (23829, 5997.8, 2301), (10607, 3117.3, 1245), 0.56, 460_800),
+    "dit": Counted(256, (237.33, 58.157, 14.849), (174.73, 43.982, 11.296), 0.48, 258_048),
+    "hunyuan_dit": Counted(4096, (14366, 2953.5, 764.74), (6471.6, 1665.5, 463.92), 0.63, 870_400),
+    "cogview4": Counted(4096, (57769, 15194, 5903), (11608, 3411.4, 1362.2), 0.52, 917_504),
+    "lumina_next": Counted(4096, (15975, 3320.2, 808.65), (7768.5, 1985.1, 539.24), 0.60, 0),
+    "cogview3plus": Counted(4096, (26363, 6550.1, 2502.9), (7755.3, 2281.2, 912.68), 0.52, 0),
+    "omnigen": Counted(4096, (39001, 9929.9, 3821.7), (11049, 3250.4, 1300.7), 0.70, 0),
+    "flux": Counted(4096, (69467, 17686, 6806.8), (17074, 5022.7, 2009.7), 0.51, 1_634_304),
+    "flux2": Counted(4096, (265324, 72659, 28552), (38397, 11294, 4518.5), 0.63, 5_210_112),
+    "chroma": Counted(4096, (69651, 17871, 6991.6), (17121, 5068.9, 2056), 0.51, 1_634_304),
+    "qwen_image": Counted(4096, (73128, 18623, 7170.6), (20111, 5916.9, 2368.4), 0.48, 2_949_120),
+    "z_image": Counted(4096, (58539, 15291, 5928.7), (18057, 5306.7, 2119), 0.53, 1_044_480),
+    "kandinsky5": Counted(4096, (47134, 10490, 2839.4), (18040, 4636, 1285), 0.47, 2_088_960),
+    "hunyuan_image": Counted(4096, (96969, 25262, 9871.9), (21624, 6385.4, 2575.7), 0.49, 0),
+    "bria": Counted(4096, (69467, 17686, 6806.7), (17074, 5022.7, 2009.7), 0.51, 0),
+    "bria_fibo": Counted(4096, (56135, 14347, 5567.2), (13419, 3964.1, 1600.4), 0.51, 0),
+    "bria_fibo2": Counted(4096, (75485, 19770, 7786.5), (27839, 8214.2, 3308), 0.58, 0),
+    "ovis_image": Counted(4096, (51060, 13427, 5215.1), (13164, 3872, 1548.9), 0.64, 0),
+    "longcat_image": Counted(4096, (36565, 9311.2, 3584.9), (9005.8, 2648.9, 1059.7), 0.51, 0),
+    "prx": Counted(1024, (1731.9, 451.96, 153.1), (984.34, 274.68, 97.269), 0.60, 0),
+    "ernie_image": Counted(4096, (79528, 21076, 8202.4), (21358, 6282.3, 2513.4), 0.58, 0),
+    "glm_image": Counted(4096, (62172, 16350, 6344.2), (12485, 3668.1, 1463.8), 0.52, 0),
+    "ideogram4": Counted(4096, (89422, 23837, 9288.7), (23488, 6908.7, 2763.9), 0.52, 0),
+    "krea2": Counted(4096, (120010, 33419, 13800), (23177, 7153, 3146.9), 0.56, 0),
+    "flux3": Counted(4096, (43476, 11214, 4344.3), (11642, 3424.4, 1370.1), 0.65, 0),
+    "kandinsky6": Counted(1024, (31712, 8905, 3384.3), (8990, 2558.3, 950.33), 0.46, 0),
+}
+
+# By size: the parameters with 4 channels and 1,000 classes, then the counts at 64x64 cells, 32x32 and 16x16.
+COUNTED_UNETS: dict[str, tuple[int, Counted]] = {
+    "nano": (831_204, Counted(1024, (3.13329, 0.582107, 0.133054), (8.34224, 2.08765, 0.524))),
+    "S": (43_363_588, Counted(256, (64.1027, 14.9098, 3.6615), (53.802, 13.4605, 3.3751))),
+    "B": (263_908_804, Counted(64, (159.375, 38.1901, 9.45869), (84.151, 21.0552, 5.28128))),
+    "narrow-nano": (414_372, Counted(1024, (1.55619, 0.288465, 0.0659046), (5.78634, 1.44867, 0.364256))),
+    "narrow-S": (536_708, Counted(256, (1.46237, 0.283902, 0.065962), (5.75453, 1.44144, 0.363168))),
+    "narrow-B": (659_044, Counted(64, (1.45781, 0.283959, 0.0660685), (5.7473, 1.44035, 0.363616))),
+}
+_UNET_CHANNELS, _UNET_CLASSES = 4, 1000
+
+# Stable Diffusion's autoencoder at 512, 256 and 128 pixels; `tokens` are latent cells.
+VAE_ENCODER = Counted(4096, (1116.66, 272.722, 67.7779), (0, 0, 0))
+VAE_DECODER = Counted(4096, (2514.52, 622.187, 155.144), (0, 0, 0))
+
+
+def forward_of(family: Family, size: str | None, tokens: float, channels: int, classes: int) -> Forward:
+    """The forward pass of one image through a family's denoiser.
+
+    Args:
+        family: which one.
+        size: of one that is trained from scratch.
+        tokens: of the image at the tap.
+        channels: of what the denoiser sees (for those from scratch).
+        classes: without the null label (for those from scratch).
+    """
+    shape = shape_of(family, size)
+    if family.name == "sit":
+        return sit_forward(shape, tokens, channels, classes)
+    if family.name == "unet":
+        return _unet_forward(size or "", shape, tokens, channels, classes)
+    parameters = family.network.parameters if family.network else 0
+    if family.name in COUNTED:
+        return COUNTED[family.name].at(tokens, parameters)
+    kept = _KEPT_OF_A_BLOCK * shape.depth * shape.width * tokens
+    adapted = 8 * shape.depth * shape.width  # four square layers a block
+    rough = f"{family.name} was not counted: two FLOPs per weight and token"
+    return Forward(2 * parameters * tokens, kept, parameters, 0.6, adapted, rough)
+
+
+def sit_forward(shape: Shape, tokens: float, channels: int, classes: int) -> Forward:
+    """SiT from its shape: per block 12 D^2 weights at every token, 6 D^2 at every image, and two products of attention.
+
+    Kept are 21 numbers per block, token and channel, as counted, with 3 more around the blocks.
+    """
+    n, width, depth, patch = tokens, shape.width, shape.depth, shape.stride**2 * channels
+    around = 2 * n * patch * width + _TIME_FEATURES * width + 3 * width**2
+    macs = around + depth * (12 * n * width**2 + 2 * n**2 * width + 6 * width**2)
+    ends = patch * width + width + width * patch + patch + 2 * width**2 + 2 * width
+    embedded = (_TIME_FEATURES + 1) * width + width**2 + width + (classes + 1) * width + int(n) * width
+    parameters = ends + embedded + depth * (18 * width**2 + 15 * width)
+    return Forward(2 * macs, (_KEPT_OF_A_BLOCK * depth + 3) * n * width, parameters)
+
+
+def _unet_forward(size: str, shape: Shape, tokens: float, channels: int, classes: int) -> Forward:
+    """The counted UNet with as many channels and classes as there are: its first and last convolution, and its labels."""
+    parameters, counted = COUNTED_UNETS[size]
+    more, first = channels - _UNET_CHANNELS, shape.channels[0]
+    both = 2 * 9 * first * more
+    parameters += both + more + (classes - _UNET_CLASSES) * 4 * first
+    found = counted.at(tokens, parameters)
+    return Forward(found.flops + 2 * both * tokens * shape.stride**2, found.kept, parameters)
+
+
+def _parabola(native: int, values: tuple[float, float, float], tokens: float) -> float:
+    """The parabola through the values at ``native`` tokens, a quarter and a sixteenth of them (Lagrange)."""
+    x = 16 * tokens / native
+    whole, half, quarter = values
+    return whole * (x - 4) * (x - 1) / 180 + half * (x - 16) * (x - 1) / -36 + quarter * (x - 16) * (x - 4) / 45

@@ -1,0 +1,50 @@
+"""What a sweep may cost at most, and what ends its runs early. Neither is part of a run's identity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from repa_lab.spec.section import Section
+
+Limit = Annotated[float, Field(ge=0)]
+
+
+class BudgetConfig(Section):
+    """What a sweep may cost at most; null is no limit. A sweep that would cost more is refused before anything starts."""
+
+    gpu_hours: Limit | None = None
+    disk_gib: Limit | None = None
+
+
+class StopRule(Section):
+    """Ends a run once a measured ``metric`` is ``below`` or ``above`` a value, from step ``after`` on.
+
+    A run that was ended is as good as done for the sweep that has the rule. A sweep without the rule takes it up where it
+    stopped, for the rule is not part of the run's identity.
+    """
+
+    metric: str = "frechet"
+    below: float | None = None
+    above: float | None = None
+    after: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _one_side(self) -> StopRule:
+        if (self.below is None) == (self.above is None):
+            raise ValueError("give exactly one of below, above")
+        return self
+
+    def holds(self, row: Mapping[str, Any], metric: str) -> bool:
+        """Whether a row of a run's measurements ends the run.
+
+        Args:
+            row: values by name, and the ``step`` they were measured at.
+            metric: the full name of what the rule calls its metric.
+        """
+        value = row.get(metric)
+        if value is None or row["step"] < self.after:
+            return False
+        return bool(value < self.below if self.below is not None else value > self.above)

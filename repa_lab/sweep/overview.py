@@ -1,0 +1,222 @@
+"""What `plan` shows: rows for people, one an arm or one a run, and everything as plain data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from repa_lab.sweep.estimate import GIB, Estimate, PlannedCache, Share
+from repa_lab.sweep.plan import PlannedRun
+from repa_lab.sweep.speed import UTILISATION
+
+# From what is over to what is not.
+_ORDER = ("done", "pruned", "running", "resumable", "failed", "new", "blocked")
+_SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
+
+
+def arm_rows(found: Estimate) -> list[dict[str, Any]]:
+    """A row an arm, its runs' states counted."""
+    rows = []
+    for label, members in _members(found).items():
+        left = sum((share for _, share in members), Share())
+        words = Counter(entry.standing.word for entry, _ in members)
+        states = ", ".join(f"{words[word]} {word}" for word in _ORDER if words[word])
+        rows.append({"arm": label, "runs": states, **_left(left), **_of_arm(found, label)})
+    return rows
+
+
+def run_rows(found: Estimate) -> list[dict[str, Any]]:
+    """A row a run."""
+    return [
+        {
+            "arm": entry.arm.label,
+            "seed": entry.run.seed,
+            "run_id": entry.run.run_id,
+            "state": _state(entry),
+            "steps": f"{entry.run.config.train.steps:,}",
+            **_left(share),
+        }
+        for entry, share in zip(found.plan.runs, found.shares, strict=True)
+    ]
+
+
+def orphan_rows(found: Estimate) -> list[dict[str, Any]]:
+    """A row a run that the spec asks for no more."""
+    return [
+        {"arm": one.label, "seed": one.seed, "run_id": one.run_id, "state": one.state.value, "orphaned": True}
+        for one in found.plan.orphans
+    ]
+
+
+def sentences(found: Estimate) -> list[str]:
+    """The total, the caches, the budget, and what all of it rests on."""
+    total, experiment = found.total, found.plan.experiment
+    budget, search = experiment.budget, experiment.search
+    most, lines = " at most" if search else "", list[str]()
+    runs = "run" if total.runs == 1 else "runs"
+    if search:
+        what = f"{search.trials} trials with {len(experiment.seeds)} seeds each"
+        lines.append(f"searches {', '.join(search.space)} around each arm: {what}")
+    lines += [
+        f"{total.runs} {runs} to train{most}: {total.steps:,} steps, {short(total.images)} images, "
+        f"{short(total.flops, 'FLOPs')}, {hours(total.gpu_hours)} GPU h, {gib(total.disk_bytes)} GiB of disk"
+    ]
+    sharing = found.plan.sharing
+    if sharing.forks:
+        lines.append(
+            f"{sharing.asked:,} steps are asked, {sharing.trained:,} have to be trained: {len(sharing.forks)} runs begin where"
+            " another one was (--no-share trains each by itself)"
+        )
+    lines += [_cache_line(one) for one in found.caches]
+    if found.caches and total.runs:
+        net = "" if any(one.images is None for one in found.caches) else ", their own filling deducted"
+        lines.append(f"caches save {hours(found.saved_hours)} GPU h of encoding in every step{net}")
+    limits = {"GPU h": budget.gpu_hours, "GiB": budget.disk_gib}
+    if given := [f"{limit:,.6g} {unit}" for unit, limit in limits.items() if limit is not None]:
+        lines.append(f"budget: {', '.join(given)}")
+    return lines + found.notes
+
+
+def as_json(found: Estimate) -> dict[str, Any]:
+    """All of it as plain data: hours on one GPU, bytes, FLOPs."""
+    experiment, budget = found.plan.experiment, found.plan.experiment.budget
+    return {
+        "name": experiment.name,
+        "question": experiment.question,
+        "runs": [_run_json(*pair) for pair in zip(found.plan.runs, found.shares, strict=True)],
+        "arms": [_arm_json(found, arm.label) for arm in experiment.arms],
+        "steps": {"asked": found.plan.sharing.asked, "trained": found.plan.sharing.trained},
+        "orphaned": orphan_rows(found),
+        "caches": [_cache_json(one) for one in found.caches],
+        "total": {**_share_json(found.total), "runs": found.total.runs, "saved_gpu_hours": found.saved_hours},
+        "budget": budget.model_dump(mode="json"),
+        "assumed": {
+            "device": found.device.name,
+            "peak_flops": found.device.peak(experiment.run.precision),
+            "utilisation": UTILISATION,
+        },
+        "notes": found.notes,
+    }
+
+
+def short(number: float, unit: str = "") -> str:
+    """A large number in three digits: ``4.1 M``, ``4.1 TFLOPs``."""
+    for scale, letter in _SCALES:
+        if number >= scale:
+            return f"{number / scale:.3g} {letter}{unit}"
+    return f"{number:.3g} {unit}".rstrip()
+
+
+def hours(value: float) -> str:
+    """Hours for people; two digits below ten."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def gib(value: float) -> str:
+    """Bytes in GiB for people."""
+    return f"{value / GIB:,.0f}" if value >= 10 * GIB else f"{value / GIB:.2g}"
+
+
+def _members(found: Estimate) -> dict[str, list[tuple[PlannedRun, Share]]]:
+    members: dict[str, list[tuple[PlannedRun, Share]]] = {arm.label: [] for arm in found.plan.experiment.arms}
+    for entry, share in zip(found.plan.runs, found.shares, strict=True):
+        members[entry.arm.label].append((entry, share))
+    return members
+
+
+def _left(share: Share) -> dict[str, str]:
+    return {"steps left": f"{share.steps:,}", "images left": short(share.images), "GPU h": hours(share.gpu_hours)}
+
+
+def _of_arm(found: Estimate, label: str) -> dict[str, str]:
+    cost = found.costs[label]
+    return {
+        "parameters": short(cost.parameters),
+        "trained": short(cost.trained),
+        "FLOPs/image": short(cost.image_flops),
+        "GiB on GPU": gib(cost.memory.total),
+        "GiB on disk": gib(cost.checkpoint_bytes * _seeds(found)),
+    }
+
+
+def _seeds(found: Estimate) -> int:
+    return len(found.plan.experiment.seeds)
+
+
+def _state(entry: PlannedRun) -> str:
+    standing = entry.standing
+    at = f" from step {standing.step:,}" if standing.step and standing.word in ("resumable", "failed") else ""
+    at = f" at step {standing.step:,}" if standing.word == "running" else at
+    return f"{standing.word}{at}" + (f": {standing.reason}" if standing.word == "failed" else "")
+
+
+def _cache_line(one: PlannedCache) -> str:
+    cache = one.cache
+    if one.images is None:
+        return f"caches: {cache.what}, {short(cache.image_flops, 'FLOPs')} and {cache.image_bytes / 1024:,.3g} KiB an image"
+    kept = f"{one.images:,} images x {cache.image_bytes / 1024:,.3g} KiB"
+    filled = "begun already" if one.is_begun else f"{hours(one.gpu_hours)} GPU h once, {gib(one.disk_bytes)} GiB"
+    return f"caches: {cache.what}, {kept} ({filled})"
+
+
+def _run_json(entry: PlannedRun, share: Share) -> dict[str, Any]:
+    return {
+        "arm": entry.arm.label,
+        "seed": entry.run.seed,
+        "run_id": entry.run.run_id,
+        "state": entry.standing.word,
+        "steps": entry.run.config.train.steps,
+        "steps_left": entry.steps_left,
+        "blocked": entry.blocked.message if entry.blocked else None,
+        "reason": entry.standing.reason,
+        "from_step": entry.standing.step,
+        **_share_json(share),
+    }
+
+
+def _share_json(share: Share) -> dict[str, Any]:
+    return {
+        "images_left": share.images,
+        "flops_left": share.flops,
+        "gpu_hours_left": share.gpu_hours,
+        "disk_bytes_left": share.disk_bytes,
+    }
+
+
+def _arm_json(found: Estimate, label: str) -> dict[str, Any]:
+    cost, speed = found.costs[label], found.speeds[label]
+    return {
+        "arm": label,
+        "parameters": cost.parameters,
+        "trained_parameters": cost.trained,
+        "flops_per_image": cost.image_flops,
+        "encoder_flops_per_image": cost.encoder_flops,
+        "flops_per_evaluation": cost.evaluation_flops,
+        "memory_bytes": {**vars(cost.memory), "total": cost.memory.total},
+        "checkpoint_bytes": cost.checkpoint_bytes,
+        "seconds_per_image": speed.image,
+        "seconds_per_evaluation": speed.evaluation,
+        "measured_on_runs": speed.runs,
+    }
+
+
+def _cache_json(one: PlannedCache) -> dict[str, Any]:
+    return {
+        "what": one.cache.what,
+        "images": one.images,
+        "begun": one.is_begun,
+        "flops_per_image": one.cache.image_flops,
+        "bytes_per_image": one.cache.image_bytes,
+        "gpu_hours_left": one.gpu_hours,
+        "disk_bytes_left": one.disk_bytes,
+    }
+
+
+def blocked_lines(entries: Iterable[PlannedRun]) -> list[str]:
+    """Every reason that stands in the way, once."""
+    reasons: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.blocked:
+            reasons.setdefault(f"{entry.blocked.path}: {entry.blocked.message}", []).append(entry.arm.label)
+    return [f"blocked: {reason}" for reason in reasons]

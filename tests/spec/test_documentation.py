@@ -1,0 +1,81 @@
+"""`docs/spec.md` says what the models say: every field of every section with its default, and examples that hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic_core import PydanticUndefined
+
+from repa_lab.spec import load_spec
+from repa_lab.spec.grammar import Grammar
+from repa_lab.spec.ranges import FORMS, RangeConfig
+from repa_lab.spec.schema import SECTIONS, RunConfig
+from repa_lab.spec.section import Section
+from repa_lab.spec.validate import _first_model
+from repa_lab.spec.yaml import parse_scalar
+from tests.spec.examples import HEAD, write
+
+PAGE = (Path(__file__).parents[2] / "docs/spec.md").read_text(encoding="utf-8")
+ROWS = dict(re.findall(r"^\| `([a-z_.]+)` \| (.*?) \|", PAGE[PAGE.index("## Fields") :], flags=re.MULTILINE))
+# Shown in the text: what keys of a mapping hold, and what is said of another section already.
+ELSEWHERE = ("search.space.", "include.", "axes.", "one_at_a_time.", "evaluate.encoder.")
+_NONE = object()
+
+
+def fields(model: type[Section], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every dotted path and its default, or _NONE for what is a section or has no default."""
+    for name, field in model.model_fields.items():
+        path = f"{prefix}{name}"
+        source = RunConfig.model_fields[name] if path in SECTIONS else field
+        inner = _first_model(source.annotation)
+        default = source.get_default(call_default_factory=True)
+        yield path, _NONE if default is PydanticUndefined or isinstance(default, Section) else default
+        if inner is not None:
+            yield from fields(inner, f"{path}.")
+
+
+EXPECTED = {path: default for path, default in fields(Grammar) if not path.startswith(ELSEWHERE)}
+
+
+def test_every_field_has_its_row_and_every_row_its_field():
+    assert len(EXPECTED) > 120
+    assert set(ROWS) == set(EXPECTED)
+
+
+@pytest.mark.parametrize("path", [path for path in EXPECTED if EXPECTED[path] is not _NONE])
+def test_its_default_is_the_models(path):
+    default = EXPECTED[path]
+    said = parse_scalar(ROWS[path].strip("`"))
+    assert said == (list(default) if isinstance(default, tuple) else default)
+
+
+def test_what_must_be_given_is_marked():
+    required = {path for path, said in ROWS.items() if said == "-"}
+    assert required == {"name", "model", "data", "train", "model.family", "data.source", "train.steps", "search.space"}
+
+
+def test_the_forms_of_ranges():
+    assert re.findall(r"^\| `(\w+): \[", PAGE, flags=re.MULTILINE) == list(FORMS)
+    for form, numbers in re.findall(r"`(\w+): \[(-?[\d.]+, -?[\d.]+, [\d.]+)\]`", PAGE):
+        assert RangeConfig.model_validate({form: parse_scalar(f"[{numbers}]")}).values
+    listed = parse_scalar(re.findall(r"5\]` is `(\[.*?\])`", PAGE)[0])
+    assert RangeConfig(logspace=[0.1, 1.0, 5]).values == listed
+
+
+EXAMPLES = [text for text in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL) if not text.startswith("#")]
+
+
+@pytest.mark.parametrize("text", EXAMPLES, ids=[text.split(":")[0] for text in EXAMPLES])
+def test_its_examples_are_sound(tmp_path, text):
+    experiment = load_spec(write(tmp_path, text if text.startswith("name:") else HEAD + text))
+    assert experiment.arms
+
+
+def test_there_are_examples_of_every_kind():
+    assert {text.split(":")[0] for text in EXAMPLES} == {"name", "axes", "search", "budget", "stop"}
+    labels = [arm.label for arm in load_spec({**parse_scalar(HEAD), **parse_scalar(EXAMPLES[2])}).arms]
+    assert len(labels) == 4 + 2 + 1
+    assert "lr=0.0003, weight=0.5" not in labels

@@ -1,0 +1,401 @@
+"""What runs cost: against the papers' numbers, against torch's own counting, and by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from repa_lab.align.projector import Projector
+from repa_lab.encoders.flops import encoder_flops, encoder_weights
+from repa_lab.encoders.registry import ENCODERS
+from repa_lab.models import flops
+from repa_lab.models.counting import adapted, count, count_family, native_side
+from repa_lab.models.facts import SIT, UNET, shape_of
+from repa_lab.models.families import FAMILIES
+from repa_lab.models.family import BUILDERS, Input
+from repa_lab.models.sit import SiT
+from repa_lab.runs import RunsRoot, RunWriter, State
+from repa_lab.spec import RunOptions, SpecError, load_spec
+from repa_lab.spec.schema import ProjectorConfig
+from repa_lab.sweep.api import sweep as carry_out
+from repa_lab.sweep.costs import caches_of, cost_of, projector_size
+from repa_lab.sweep.estimate import estimate, require_budget
+from repa_lab.sweep.overview import as_json, short
+from repa_lab.sweep.plan import make_plan
+from repa_lab.sweep.speed import UTILISATION, assumed_device, seconds_per_image
+from tests.data.conftest import noise_image
+
+REPA = {
+    "name": "x",
+    "model": {"family": "sit", "size": "B/2"},
+    "regularizer": {"type": "repa", "encoder": {"name": "dinov2_vitb14"}},
+    "data": {"source": "imagefolder", "path": None, "vae": "a-vae"},
+    "train": {"steps": 100, "batch_size": 256},
+    "evaluate": {"every": 50, "samples": 1000},
+    "run": {"precision": "bf16", "device": "cpu"},
+}
+DIGITS = {
+    "name": "x",
+    "model": {"family": "sit", "size": "nano/2"},
+    "data": {"source": "digits"},
+    "train": {"steps": 10, "batch_size": 8},
+    "evaluate": {"every": 5, "samples": 16, "extractor": {"name": "efficientnet_lite0"}},
+    "run": {"device": "cpu"},
+}
+
+
+def spec_of(base=REPA, overrides=None, **fields):
+    return load_spec({**base, **fields}, overrides)
+
+
+def cost(overrides=None, base=REPA):
+    spec = spec_of(base, overrides)
+    return cost_of(spec.arms[0].config, spec.run)
+
+
+@pytest.mark.parametrize(("size", "gmacs", "parameters"), [("B/2", 23.00, 130_500_112), ("L/2", 80.69, 458_086_416), ("XL/2", 118.62, 675_111_184)])
+def test_sit_costs_what_the_papers_say(size, gmacs, parameters):
+    found = flops.forward_of(SIT, size, 256, 4, 1000)
+    assert round(found.flops / 2e9, 2) == gmacs
+    assert found.parameters == parameters
+
+
+@pytest.mark.parametrize(("size", "channels", "side", "classes"), [("nano/2", 1, 8, 10), ("S/4", 4, 64, 1000), ("B/2", 4, 32, 5)])
+def test_sits_formula_is_what_torch_counts(size, channels, side, classes):
+    shape = shape_of(SIT, size)
+    with torch.device("meta"):
+        net = BUILDERS["sit"].build(size, shape, Input(channels, (side, side), classes))
+    x, t, y = torch.empty(1, channels, side, side, device="meta"), torch.empty(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+    counted, kept = count(lambda: net(x, t, y), net)
+    found = flops.forward_of(SIT, size, (side // shape.stride) ** 2, channels, classes)
+    assert found.flops == counted
+    assert found.parameters == sum(parameter.numel() for parameter in net.parameters())
+    assert found.kept == pytest.approx(kept, rel=0.06)
+
+
+def test_kept_numbers_are_near_the_count_for_a_real_sit():
+    with torch.device("meta"):
+        net = SiT.from_size("XL/2")
+    x, t, y = torch.empty(1, 4, 32, 32, device="meta"), torch.empty(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+    assert flops.forward_of(SIT, "XL/2", 256, 4, 1000).kept == pytest.approx(count(lambda: net(x, t, y), net)[1], rel=0.002)
+
+
+@pytest.mark.parametrize(("size", "channels", "side", "classes"), [("nano", 1, 8, 10), ("S", 4, 32, 1000), ("B", 3, 48, 2), ("narrow-S", 4, 16, 10)])
+def test_unets_from_scratch_are_as_counted_at_any_size(size, channels, side, classes):
+    shape = shape_of(UNET, size)
+    with torch.device("meta"):
+        net = BUILDERS["unet"].build(size, shape, Input(channels, (side, side), classes)).eval()
+    x, t, y = torch.empty(1, channels, side, side, device="meta"), torch.empty(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+    counted, _ = count(lambda: net(x, t, y), net)
+    found = flops.forward_of(UNET, size, (side // shape.stride) ** 2, channels, classes)
+    assert found.flops == pytest.approx(counted, rel=1e-4)
+    assert found.parameters == sum(parameter.numel() for parameter in net.parameters())
+
+
+def recount(name: str, divisor: int) -> None:
+    family, part = FAMILIES[name], {1: 0, 2: 1, 4: 2}[divisor]
+    side, row = native_side(family), flops.COUNTED[name]
+    found, kept = count_family(family, side // divisor)
+    assert row.tokens == side**2
+    assert (row.gflops[part], row.kept[part]) == (pytest.approx(found / 1e9, rel=1e-4), pytest.approx(kept / 1e6, rel=1e-3))
+
+
+@pytest.mark.parametrize("name", ["sd15", "dit", "sana"])
+def test_a_pretrained_family_is_as_counted(name):
+    recount(name, 4)
+    assert flops.COUNTED[name].adapted == adapted(FAMILIES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("divisor", [1, 2, 4])
+@pytest.mark.parametrize("name", flops.COUNTED)
+def test_every_pretrained_family_is_as_counted(name, divisor):
+    recount(name, divisor)
+
+
+@pytest.mark.parametrize("name", ["sd15", "dit"])
+def test_the_parabola_gives_sizes_that_were_not_counted(name):
+    family, side = FAMILIES[name], native_side(FAMILIES[name]) * 3 // 4
+    counted, kept = count_family(family, side)
+    found = flops.forward_of(family, None, side**2, 4, 0)
+    assert (found.flops, found.kept) == (pytest.approx(counted, rel=1e-3), pytest.approx(kept, rel=1e-2))
+
+
+def test_a_family_that_was_not_counted_says_so():
+    family = FAMILIES["nucleus_moe"]
+    found = flops.forward_of(family, None, 100, 4, 0)
+    assert found.flops == 200 * family.network.parameters
+    assert found.rough == "nucleus_moe was not counted: two FLOPs per weight and token"
+
+
+@pytest.mark.parametrize(("name", "side", "gmacs"), [("dinov2_vitb14", 224, 23.16), ("dinov2_vitg14", 518, 1783)])
+def test_encoders_cost_what_was_published(name, side, gmacs):
+    assert encoder_flops(name, side) / 2e9 == pytest.approx(gmacs, rel=5e-4)
+
+
+@pytest.mark.parametrize("name", ["dinov2_vits14_reg", "dinov3_vits16plus", "siglip2_so400m14", "clip_vitb16", "efficientnet_lite0"])
+def test_an_encoders_formula_is_what_torch_counts(name):
+    facts = ENCODERS[name]
+    side = 16 * facts.stride
+    sized = {} if name == "efficientnet_lite0" else {"img_size": side}
+    with torch.device("meta"):
+        net = timm.create_model(facts.timm_name, num_classes=0, **sized).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net.forward_features(torch.empty(1, 3, side, side, device="meta"))
+    assert encoder_flops(name, side) == pytest.approx(counter.get_total_flops(), rel=2e-3)
+
+
+def test_every_encoder_of_the_registry_has_a_cost_and_others_have_none():
+    assert all(encoder_flops(name, 224) and encoder_weights(name) for name in ENCODERS)
+    assert encoder_flops("tiny-dinov2_vitb14", 56)
+    assert encoder_flops("vit_base_patch16_224.dino", 224) is None
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear", "conv"])
+def test_projectors_are_as_large_as_they_are(kind):
+    config = ProjectorConfig(type=kind, width=64, kernel=5)
+    real = Projector(48, 32, 64, kind, 5)
+    assert projector_size(config, 48, 32)[0] == sum(parameter.numel() for parameter in real.parameters())
+    assert projector_size(ProjectorConfig(), 768, 768) == (7_344_896, 7_340_032)
+
+
+class TestTraining:
+    FORWARD = 46_003_912_704
+
+    def test_three_forward_passes_and_three_of_the_projector(self):
+        assert cost({"regularizer.type": "none"}).image_flops == 3 * self.FORWARD
+        assert cost().image_flops == 3 * self.FORWARD + 6 * 256 * 7_340_032
+
+    def test_overheads_are_those_of_the_papers(self):
+        """41.7, 12.1 and 8.3 % for B, L and XL with the encoder in every step (papers.md, section 7)."""
+        for size, percent in (("B/2", 41.7), ("L/2", 12.1), ("XL/2", 8.3)):
+            own = {"model.size": size, "regularizer.encoder.cache": False}
+            ratio = cost(own).image_flops / cost({**own, "regularizer.type": "none"}).image_flops
+            assert 100 * (ratio - 1) == pytest.approx(percent, abs=0.3)
+
+    def test_checkpointing_is_one_more_forward_pass(self):
+        assert cost({"run.gradient_checkpointing": True}).image_flops - cost().image_flops == self.FORWARD
+
+    def test_an_encoder_costs_nothing_in_a_step_where_its_features_are_cached(self):
+        online, cached = cost({"regularizer.encoder.cache": False}), cost()
+        encoder = encoder_flops("dinov2_vitb14", 224)
+        assert (online.encoder_flops, cached.encoder_flops) == (encoder, 0)
+        assert online.image_flops - cached.image_flops == pytest.approx(encoder)
+        assert cached.saved_flops - online.saved_flops == pytest.approx(encoder)
+
+    def test_an_encoder_is_not_asked_after_the_cutoff_or_at_weight_0(self):
+        online = {"regularizer.encoder.cache": False}
+        assert cost({**online, "regularizer.schedule.cutoff_step": 25}).encoder_flops == encoder_flops("dinov2_vitb14", 224) / 4
+        assert cost({**online, "regularizer.weight": 0.0}).encoder_flops == 0
+
+    def test_lora_is_two_forward_passes_and_the_adapters(self):
+        lora = {"model": {"family": "dit", "pretrained": "x", "train": "lora", "rank": 4}, "regularizer": {"type": "none"}}
+        found = cost_of((spec := spec_of({**REPA, **lora}, {"data.vae": None})).arms[0].config, spec.run)
+        assert found.trained == 4 * 258_048
+        assert found.image_flops == pytest.approx(2 * 237.334e9 + 6 * 256 * 4 * 258_048, rel=1e-4)
+
+    @pytest.mark.parametrize(
+        ("settings", "calls"),
+        [({}, 50), ({"sampler.steps": 20}, 20), ({"sampler.solver": "heun"}, 99), ({"guidance": {"scale": 2.0, "low": 0.0, "high": 0.7}}, 85)],
+    )
+    def test_an_evaluation_is_samples_times_calls(self, settings, calls):
+        decoded = 622.187e9
+        found = cost({f"evaluate.{key}": value for key, value in settings.items()})
+        assert found.evaluation_flops == pytest.approx(1000 * (calls * self.FORWARD + decoded))
+        assert found.evaluations == 2
+        assert cost({"train.steps": 120}).evaluations == 3
+
+
+class TestMemory:
+    PARAMETERS, PROJECTOR = 130_500_112, 7_344_896
+
+    def test_by_hand(self):
+        trains = self.PARAMETERS + self.PROJECTOR
+        found = cost({"run.micro_batch": 32}).memory
+        assert found.weights == 4 * trains
+        assert found.training == 16 * trains  # gradient, two moments, average
+        assert found.copies == 2 * self.PARAMETERS
+        assert found.activations == 2 * 32 * (21 * 12 + 3) * 256 * 768
+        assert found.total == found.weights + found.training + found.copies + found.activations
+
+    def test_float32_has_no_copies_and_activations_twice_as_large(self):
+        half, single = cost().memory, cost({"run.precision": "fp32"}).memory
+        assert (single.copies, single.activations) == (0, 2 * half.activations)
+
+    def test_checkpointing_keeps_the_inputs_of_blocks_and_one_block(self):
+        found = cost({"run.gradient_checkpointing": True, "run.micro_batch": 1}).memory
+        assert found.activations == pytest.approx(2 * 256 * 768 * ((21 * 12 + 3) / 12 + 12))
+
+    def test_processes_share_the_batch(self):
+        assert cost({"run.gpus_per_run": 4}).memory.activations * 4 == cost().memory.activations
+
+    def test_an_encoder_in_the_step_is_held(self):
+        assert cost({"regularizer.encoder.cache": False}).memory.encoders == 4 * 84_934_656
+
+    def test_lora_holds_frozen_weights_in_half_precision(self):
+        model = {"family": "flux", "pretrained": "x", "train": "lora", "rank": 16}
+        spec = spec_of({**REPA, "model": model, "regularizer": {"type": "none"}}, {"data.vae": None})
+        found, trains = cost_of(spec.arms[0].config, spec.run), 16 * 1_634_304
+        assert (found.trained, found.memory.weights) == (trains, 2 * 11_901_408_320 + 4 * trains)
+        assert (found.memory.training, found.memory.copies) == (16 * trains, 0)
+
+    def test_two_checkpoints_hold_weights_averages_and_moments(self):
+        assert cost().checkpoint_bytes == 2 * 16 * (self.PARAMETERS + self.PROJECTOR)
+
+
+def test_caches_are_latents_in_float32_and_features_in_half():
+    spec = spec_of()
+    latents, features = caches_of(spec.arms[0].config, spec.run)
+    assert (latents.what, latents.image_bytes) == ("latents at 256 px", 2 * 4 * 32 * 32 * 4)
+    assert (features.what, features.image_bytes) == ("features of dinov2_vitb14 at 224 px", 384 * 1024)  # papers.md: 384 KiB
+    assert (latents.image_flops, features.image_flops) == (pytest.approx(272.722e9), encoder_flops("dinov2_vitb14", 224))
+
+
+def write_run(root, run, rows, state=State.DONE, machine=None, **options):
+    """A run's directory as a finished run leaves it."""
+    directory = RunsRoot(root).run(run.run_id)
+    made = {"platform": platform.platform(), "cpus": os.cpu_count(), "processes": 1}
+    with RunWriter(directory) as writer:
+        shown = {**RunOptions(device="cpu").model_dump(mode="json"), **options}
+        writer.describe(run.to_json(), {**made, "options": shown, **(machine or {})})
+        for row in rows:
+            writer.row(row)
+        writer.state(state, rows[-1]["step"])
+    return directory
+
+
+def row(step, seconds, batch=8):
+    return {"step": step, "images": step * batch, "seconds": seconds, "loss/total": 1.0}
+
+
+class TestSpeed:
+    def test_seconds_leave_out_the_first_logged_steps(self):
+        assert seconds_per_image([row(2, 9.0), row(6, 10.0), row(10, 11.0)]) == pytest.approx(2 / 64)
+        assert seconds_per_image([row(5, 2.0)]) == pytest.approx(2 / 40)
+        assert seconds_per_image([]) is None
+
+    def test_measured_seconds_are_those_of_runs_of_the_same_kind(self, tmp_path):
+        spec = spec_of(DIGITS, seeds=2)
+        run = make_plan(spec, RunsRoot(tmp_path)).runs[0].run
+        write_run(tmp_path, run, [row(5, 10.0), row(10, 14.0)])
+        found = estimate(make_plan(spec, RunsRoot(tmp_path)))
+        speed = found.speeds["all"]
+        assert (speed.image, speed.runs) == (pytest.approx(0.1), 1)
+        evaluations = 2 * found.costs["all"].evaluation_flops / (found.costs["all"].image_flops / 0.1)
+        assert found.total.runs == 1
+        assert found.total.gpu_hours == pytest.approx((80 * 0.1 + evaluations) / 3600)
+        assert any(note == "1 of 1 arms: as measured here on 1 run, 10 images/s" for note in found.notes)
+
+    def test_evaluations_are_what_an_unbroken_run_spent_beside_training(self, tmp_path):
+        spec = spec_of(DIGITS, seeds=2)
+        run = make_plan(spec, RunsRoot(tmp_path)).runs[0].run
+        measures = [{"step": 5, "images": 40, "seconds": 10.0, "fid": 1.0}, {"step": 10, "images": 80, "seconds": 14.0, "fid": 1.0}]
+        directory = write_run(tmp_path, run, [row(5, 10.0), measures[0], row(10, 14.0), measures[1]])
+        events = [{"time": 100.0, "event": "running", "step": 0}, {"time": 120.0, "event": "done", "step": 10}]
+        (directory.path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        speed = estimate(make_plan(spec, RunsRoot(tmp_path))).speeds["all"]
+        assert (speed.evaluation, speed.is_evaluation_measured) == (pytest.approx((20 - 14) / 2), True)
+
+    @pytest.mark.parametrize("other", [{"machine": {"cpus": 999}}, {"precision": "bf16"}, {"compile": True}])
+    def test_other_machines_and_other_options_say_nothing(self, tmp_path, other):
+        spec = spec_of(DIGITS, seeds=2)
+        write_run(tmp_path, make_plan(spec, RunsRoot(tmp_path)).runs[0].run, [row(5, 10.0), row(10, 14.0)], **other)
+        assert estimate(make_plan(spec, RunsRoot(tmp_path))).speeds["all"].runs == 0
+
+    def test_runs_of_other_sweeps_count(self, tmp_path):
+        longer = spec_of(DIGITS, {"train.steps": 10, "train.lr": 0.5})
+        write_run(tmp_path, make_plan(longer, RunsRoot(tmp_path)).runs[0].run, [row(5, 10.0), row(10, 14.0)])
+        assert estimate(make_plan(spec_of(DIGITS), RunsRoot(tmp_path))).speeds["all"].runs == 1
+        wider = spec_of(DIGITS, {"train.batch_size": 16})
+        assert estimate(make_plan(wider, RunsRoot(tmp_path))).speeds["all"].runs == 0
+
+    def test_without_a_run_it_is_flops_over_a_stated_share_of_the_peak(self, tmp_path):
+        (tmp_path / "0").mkdir()
+        (tmp_path / "0" / "information").write_text("Model: \t\t NVIDIA A100-SXM4-80GB\nIRQ: 1\n")
+        device, reason = assumed_device(RunOptions(), tmp_path)
+        assert (device.name, device.peak("bf16"), device.peak("fp32"), reason) == ("an A100", 312e12, 19.5e12, "")
+        device, reason = assumed_device(RunOptions(), tmp_path / "nothing")
+        assert (device.name, device.peak("fp16")) == ("an H100", 989e12) and reason.startswith("there is no GPU here")
+        assert assumed_device(RunOptions(device="cpu"))[0].name == f"{os.cpu_count()} CPU cores"
+
+    def test_the_papers_run_takes_the_hours_of_its_flops(self, monkeypatch):
+        """REPA XL/2, 400K steps: at 13.5 % of 8 H100s the published 20.6 h are 165 GPU hours (papers.md, section 7)."""
+        monkeypatch.setattr("repa_lab.sweep.speed.UTILISATION", 0.135)
+        monkeypatch.setattr("repa_lab.sweep.speed._GPUS", Path("nowhere"))
+        settings = {"model.size": "XL/2", "train.steps": 400_000, "regularizer.encoder.cache": False, "run.device": "auto"}
+        found = estimate(make_plan(spec_of(REPA, {**settings, "evaluate.every": 400_000, "evaluate.samples": 16}), RunsRoot(Path("nowhere"))))
+        assert found.total.gpu_hours == pytest.approx(165, rel=0.02)
+
+
+class TestTotals:
+    def test_a_run_that_two_arms_ask_for_counts_once(self, tmp_path):
+        arms = {"axes": {"train.lr": [0.1, 0.2]}, "include": [{"label": "again", "set": {"train.lr": 0.1}}]}
+        found = estimate(make_plan(spec_of(DIGITS, **arms), RunsRoot(tmp_path)))
+        assert (len(found.shares), found.total.runs, found.total.images) == (3, 2, 160)
+
+    def test_a_search_counts_its_trials(self, tmp_path):
+        search = {"space": {"train.lr": {"log": [0.1, 0.2]}}, "trials": 7}
+        found = estimate(make_plan(spec_of(DIGITS, search=search, seeds=2), RunsRoot(tmp_path)))
+        assert (found.total.runs, found.total.steps) == (14, 140)
+
+    def test_caches_count_once_and_not_once_a_run_has_begun(self, tmp_path):
+        for number in range(3):
+            noise_image(number).save(tmp_path / f"{number}.png")
+        overrides = {"data.path": str(tmp_path), "data.flip": True, "data.holdout": 1}
+        spec = spec_of(REPA, overrides, axes={"regularizer.weight": [0.1, 0.2]})
+        plan = make_plan(spec, RunsRoot(tmp_path / "runs"))
+        latents, features = estimate(plan).caches
+        assert (latents.images, latents.disk_bytes, features.disk_bytes) == (6, 6 * 32 * 1024, 6 * 384 * 1024)
+        alone = sum(share.gpu_hours for share in estimate(plan).shares)
+        assert estimate(plan).total.gpu_hours == pytest.approx(alone + latents.gpu_hours + features.gpu_hours)
+        with RunWriter(plan.root.run(plan.runs[0].run.run_id)) as writer:
+            writer.state(State.INTERRUPTED, 3)
+        again = estimate(make_plan(spec, plan.root)).caches
+        assert [(one.is_begun, one.gpu_hours, one.disk_bytes) for one in again] == [(True, 0, 0)] * 2
+
+    def test_the_json_has_what_it_has_always_had(self, tmp_path):
+        found = as_json(estimate(make_plan(spec_of(DIGITS), RunsRoot(tmp_path))))
+        json.dumps(found, allow_nan=False)
+        assert set(found) == {"name", "question", "runs", "arms", "steps", "orphaned", "caches", "total", "budget", "assumed", "notes"}
+        known = {"arm", "seed", "run_id", "state", "steps", "steps_left", "blocked"}
+        assert set(found["runs"][0]) == known | {"reason", "from_step", "images_left", "flops_left", "gpu_hours_left", "disk_bytes_left"}
+        assert found["assumed"]["utilisation"] == UTILISATION
+
+    @pytest.mark.parametrize(("number", "text"), [(0, "0"), (999, "999"), (1234, "1.23 K"), (2.5e6, "2.5 M"), (7.25e20, "725 E")])
+    def test_large_numbers_in_three_digits(self, number, text):
+        assert short(number) == text
+        assert short(4.1e12, "FLOPs") == "4.1 TFLOPs"
+
+
+class TestBudget:
+    def test_what_is_left_must_fit(self, tmp_path):
+        spec = tmp_path / "question.yaml"
+        spec.write_text(json.dumps(DIGITS).removesuffix("}") + ',\n "budget": {"gpu_hours": 1e-6, "disk_gib": 1000}}')
+        with pytest.raises(SpecError) as refused:
+            carry_out(spec, tmp_path / "runs")
+        (problem,) = refused.value.problems
+        assert str(refused.value).startswith(f"{spec}:2:")
+        assert (problem.path, problem.place.line) == ("budget.gpu_hours", 2)
+        hours = estimate(make_plan(load_spec(spec), RunsRoot(tmp_path / "runs"))).total.gpu_hours
+        assert problem.message.startswith(f"what is left takes about {hours:,.3g} GPU hours, the budget is 1e-06: allow it with --set budget.gpu_hours=")
+        assert not (tmp_path / "runs").exists()
+
+    def test_the_advice_suffices(self, tmp_path):
+        for name in ("gpu_hours", "disk_gib"):
+            plan = make_plan(spec_of(DIGITS, budget={name: 0}), RunsRoot(tmp_path))
+            with pytest.raises(SpecError) as refused:
+                require_budget(plan)
+            advised = float(refused.value.problems[0].message.split("=")[1].split(",")[0])
+            require_budget(make_plan(spec_of(DIGITS, budget={name: advised}), RunsRoot(tmp_path)))
+
+    def test_what_is_done_takes_nothing(self, tmp_path):
+        spec = spec_of(DIGITS, budget={"gpu_hours": 0, "disk_gib": 0})
+        write_run(tmp_path, make_plan(spec, RunsRoot(tmp_path)).runs[0].run, [row(10, 1.0)])
+        require_budget(make_plan(spec, RunsRoot(tmp_path)))
