@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 
-from repa_lab.cli.shared import app
+import typer
 
-# Each puts its commands on the app, and help lists them in this order.
-for _group in ("sweeps", "specs", "watch", "models"):
-    importlib.import_module(f"repa_lab.cli.{_group}")
+from repa_lab.cli import models, specs, sweeps, watch
+
+# In the order in which help lists them.
+COMMANDS = (
+    sweeps.sweep, sweeps.plan, sweeps.run, sweeps.report,
+    specs.schema, specs.explain, specs.diff,
+    watch.status, watch.why, watch.retry, watch.stop, watch.pin, watch.gc,
+    models.families, models.export,
+)  # fmt: skip
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+for _command in COMMANDS:
+    app.command()(_command)
+app.command("import", context_settings={"ignore_unknown_options": True})(models.import_)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from repa_lab.cli.shared import JsonOption, OutputOption, RootOption, app, clean_errors, deliver, err, mistake, out, table
+from repa_lab.cli.shared import JsonOption, OutputOption, RootOption, clean_errors, deliver, err, mistake, out, table
 from repa_lab.runs.root import DEFAULT_ROOT
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 EXPORT_FORMATS = ("diffusers", "simpletuner")
 
 
-@app.command()
 def families(json_: JsonOption = False) -> None:
     """List the denoisers: which regularizer fits, what can be tapped, and the grid of tokens that is found there."""
     with clean_errors():
@@ -34,7 +33,6 @@ def families(json_: JsonOption = False) -> None:
         out.print(table("families; the grid is that of a tapped image of so many pixels", rows))
 
 
-@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's id, or its folder.")],
     folder: Annotated[Path | None, typer.Argument(metavar="[FOLDER]", help="A new folder for the model.")] = None,
@@ -58,7 +56,6 @@ def export(
         out.print(f"{weights} weights of step {step:,}: {target}", highlight=False, soft_wrap=True)
 
 
-@app.command("import", context_settings={"ignore_unknown_options": True})
 def import_(
     config: Annotated[list[str], typer.Argument(metavar="CONFIG", help="A file of JSON or of flags, or the flags themselves.")],
     output: OutputOption = None,

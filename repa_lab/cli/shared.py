@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from repa_lab.spec import SpecError
 
 _PIPE_WIDTH = 160
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 # A pipe has no width: a table must not be cut for a terminal that is not there.
 out, err = (Console(stderr=e, width=None if s.isatty() else _PIPE_WIDTH) for e, s in ((False, sys.stdout), (True, sys.stderr)))
 

@@ -16,7 +16,6 @@ from repa_lab.cli.shared import (
     RootOption,
     SetOption,
     SpecArgument,
-    app,
     clean_errors,
     deliver,
     mistake,
@@ -35,16 +34,14 @@ _ABSENT = "-"
 _MAX_SHOWN = 60
 
 
-@app.command()
 def schema(output: OutputOption = None) -> None:
     """Print the JSON schema of a spec, with which an editor completes fields and marks mistakes."""
     with clean_errors():
-        from repa_lab.spec.editor import json_schema
+        from repa_lab.spec.json_schema import json_schema
 
         deliver(json.dumps(json_schema(), indent=2) + "\n", output)
 
 
-@app.command()
 def explain(
     spec: SpecArgument,
     path: Annotated[str | None, typer.Argument(metavar="[PATH]", help="A dotted field or section; else all.")] = None,
@@ -67,7 +64,6 @@ def explain(
         _print_columns((one.path, _shown(one.value), one.source, _held_by(one, total)) for one in settings)
 
 
-@app.command()
 def diff(
     left: Annotated[str, typer.Argument(metavar="A", help="A spec file, or a run: its id or folder.")],
     right: Annotated[str, typer.Argument(metavar="B", help="What to compare it with.")],

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from repa_lab.cli.shared import JsonOption, RootOption, SetOption, SpecArgument, app, clean_errors, err, out, overrides, table
+from repa_lab.cli.shared import JsonOption, RootOption, SetOption, SpecArgument, clean_errors, err, out, overrides, table
 from repa_lab.runs.root import DEFAULT_ROOT
 
 WithOption = Annotated[
@@ -19,7 +19,6 @@ WithOption = Annotated[
 ]
 
 
-@app.command()
 def sweep(
     spec: SpecArgument,
     root: RootOption = DEFAULT_ROOT,
@@ -56,7 +55,6 @@ def sweep(
             raise typer.Exit(1)
 
 
-@app.command()
 def plan(
     spec: SpecArgument,
     root: RootOption = DEFAULT_ROOT,
@@ -85,7 +83,6 @@ def plan(
             out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command()
 def run(
     spec: SpecArgument,
     arm: Annotated[str | None, typer.Option(help="Label of the arm; `repa-lab plan` lists them.")] = None,
@@ -103,7 +100,6 @@ def run(
         shown.print(f"{state.value}: {directory.path}", highlight=False, soft_wrap=True)
 
 
-@app.command()
 def report(
     sweep: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep's name or folder.")],
     root: RootOption = DEFAULT_ROOT,

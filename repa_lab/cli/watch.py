@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.live import Live
 
-from repa_lab.cli.shared import JsonOption, RootOption, app, clean_errors, mistake, out, table
+from repa_lab.cli.shared import JsonOption, RootOption, clean_errors, mistake, out, table
 from repa_lab.runs.root import DEFAULT_ROOT
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ SweepArgument = Annotated[Path | None, typer.Argument(metavar="[SWEEP]", help="A
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's id, or its folder.")]
 
 
-@app.command()
 def status(
     sweep: SweepArgument = None,
     root: RootOption = DEFAULT_ROOT,
@@ -48,7 +47,6 @@ def status(
                 live.update(table(title, rows), refresh=True)
 
 
-@app.command()
 def why(run: RunArgument, root: RootOption = DEFAULT_ROOT, json_: JsonOption = False) -> None:
     """Show what happened to a run: its history, and the reason of a failure."""
     with clean_errors():
@@ -65,7 +63,6 @@ def why(run: RunArgument, root: RootOption = DEFAULT_ROOT, json_: JsonOption = F
             out.print(directory.state.error, highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command()
 def retry(
     run: RunArgument,
     root: RootOption = DEFAULT_ROOT,
@@ -85,7 +82,6 @@ def retry(
         out.print(f"{directory.run_id} is taken up by the next sweep that asks for it", highlight=False)
 
 
-@app.command()
 def stop(
     sweep: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep's name or folder.")], root: RootOption = DEFAULT_ROOT
 ) -> None:
@@ -100,7 +96,6 @@ def stop(
         out.print(f"{directory.path.name} ends at its runs' next steps; run the sweep again to go on", highlight=False)
 
 
-@app.command()
 def pin(
     run: RunArgument,
     root: RootOption = DEFAULT_ROOT,
@@ -115,7 +110,6 @@ def pin(
         path.unlink(missing_ok=True) if off else path.touch()
 
 
-@app.command()
 def gc(
     root: RootOption = DEFAULT_ROOT,
     disk_gib: Annotated[float | None, typer.Option(min=0, help="Delete more that can go, until the root is so small.")] = None,

@@ -43,7 +43,7 @@ def conclusions(results: Results) -> list[str]:
 
 def incomplete(results: Results) -> list[str]:
     """A line per arm of one sweep with runs that are neither done nor pruned, and why where that is known."""
-    unfinished = results.runs[~results.runs["state"].isin(("done", "pruned"))]
+    unfinished = results.runs[~results.runs["state"].isin(("done", "stopped", "pruned"))]
     arms = unfinished.groupby("arm", sort=False)
     return [f"{arm}: {'; '.join(_standing(run) for _, run in runs.iterrows())}." for arm, runs in arms]
 
@@ -204,10 +204,16 @@ def _protocol_warning(results: Results) -> Iterator[str]:
 
 def _search(results: Results, best: Trial | None) -> Iterator[str]:
     trials, search = ordered_trials(results), results.sweep.get("search")
+    complete = sum(trial["state"] == "complete" for trial in trials)
     if search and best is None:
         yield f"The search has no completed trial yet ({len(trials)} begun)."
-    if search and best is not None:
-        complete = sum(trial["state"] == "complete" for trial in trials)
+    elif search and (front := search.get("pareto")):
+        wanted = " and ".join(f"{one['metric']} ({one['goal']})" for one in search["objectives"])
+        yield (
+            f"Of {complete} completed trials ({len(trials)} in all), none is better in all of {wanted} than: "
+            f"{'; '.join(front)}. They were picked on these seeds: confirm them with fresh ones."
+        )
+    elif search and best is not None:
         value = f"{search['metric']} = {best['value']:.{decimals(best['value'])}f}"
         yield (
             f"Best of {complete} completed trials ({len(trials)} in all): {best['arm']}, {value}. It was picked for "

@@ -61,6 +61,16 @@ class RunDirectory:
         return self.path / "samples"
 
     @property
+    def lock(self) -> Path:
+        """The file that whoever trains the run holds."""
+        return self.path / ".lock"
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a process trains the run at the moment."""
+        return files.is_locked(self.lock)
+
+    @property
     def is_pinned(self) -> bool:
         """Whether nothing of it may be deleted."""
         return (self.path / PIN).exists()
@@ -110,7 +120,7 @@ class RunWriter:
     def __init__(self, run: RunDirectory, patience_s: float = 10.0) -> None:
         self.run = run
         run.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(run.path / ".lock", timeout=patience_s)
+        self._lock = FileLock(run.lock, timeout=patience_s)
         self._metrics = run.path / "metrics.jsonl"
         self._events = run.path / "events.jsonl"
 

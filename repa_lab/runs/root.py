@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from repa_lab.runs import files
 from repa_lab.runs.directory import RunDirectory
 
@@ -51,13 +49,7 @@ class SweepDirectory:
     @property
     def is_held(self) -> bool:
         """Whether a process carries out the sweep at the moment."""
-        if not self.lock.exists():
-            return False
-        try:
-            with FileLock(self.lock, timeout=0):
-                return False
-        except Timeout:
-            return True
+        return files.is_locked(self.lock)
 
     @property
     def is_asked_to_stop(self) -> bool:

@@ -8,12 +8,16 @@ from typing import Any
 
 
 class State(StrEnum):
-    """Where a run stands; ``done`` and ``pruned`` are final, the rest are taken up again by rerunning the same command."""
+    """Where a run stands; ``done`` and ``pruned`` are final, the rest are taken up again by rerunning the same command.
+
+    ``stopped`` is what a sweep's rule has ended: for a sweep without the rule it goes on.
+    """
 
     NEW = "new"
     RUNNING = "running"
     INTERRUPTED = "interrupted"
     FAILED = "failed"
+    STOPPED = "stopped"
     PRUNED = "pruned"
     DONE = "done"
 
@@ -23,6 +27,10 @@ class State(StrEnum):
         return self in (State.DONE, State.PRUNED)
 
 
+# A failure's reason begins with the kind of error; this one is a result of the run's settings, not a defect.
+DIVERGED = "DivergedError"
+
+
 @dataclass(frozen=True)
 class RunState:
     """A run's state, the last step it reported, and the reason of a failure in one line."""
@@ -30,6 +38,11 @@ class RunState:
     state: State
     step: int = 0
     error: str | None = None
+
+    @property
+    def is_diverged(self) -> bool:
+        """Whether it failed because its loss or its samples were no longer finite."""
+        return self.state is State.FAILED and (self.error or "").startswith(DIVERGED)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""

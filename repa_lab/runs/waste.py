@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from repa_lab.runs import checkpoints
 from repa_lab.runs.directory import RunDirectory
 from repa_lab.runs.root import RunsRoot
@@ -43,7 +41,7 @@ def find_waste(root: RunsRoot) -> list[Waste]:
     """All that can go, what is of no use first. A run's newest checkpoint that is whole stays, and all of a run that is pinned
     or being trained.
     """
-    found = [one for run in root.runs() if not (run.is_pinned or _is_busy(run)) for one in _of_run(run)]
+    found = [one for run in root.runs() if not (run.is_pinned or run.is_held) for one in _of_run(run)]
     return sorted(found, key=lambda one: not one.at_once)
 
 
@@ -103,11 +101,3 @@ def _checkpoint(run: RunDirectory, step: int, why: str, at_once: bool) -> Waste:
 
 def _last_whole(run: RunDirectory, steps: list[int]) -> int | None:
     return next((step for step in reversed(steps) if checkpoints.is_whole(run.checkpoints / f"step-{step:08d}")), None)
-
-
-def _is_busy(run: RunDirectory) -> bool:
-    try:
-        with FileLock(run.path / ".lock", timeout=0):
-            return False
-    except Timeout:
-        return True

@@ -37,14 +37,9 @@ class StopRule(Section):
             raise ValueError("give exactly one of below, above")
         return self
 
-    def holds(self, row: Mapping[str, Any], metric: str) -> bool:
-        """Whether a row of a run's measurements ends the run.
-
-        Args:
-            row: values by name, and the ``step`` they were measured at.
-            metric: the full name of what the rule calls its metric.
-        """
-        value = row.get(metric)
+    def holds(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of measurements by full name, with the ``step`` they were made at, ends the run."""
+        value = row.get(self.metric)
         if value is None or row["step"] < self.after:
             return False
         return bool(value < self.below if self.below is not None else value > self.above)

@@ -209,9 +209,9 @@ def _make_work(planned: Plan, directory: SweepDirectory) -> Work:
     directory.path.mkdir(parents=True, exist_ok=True)
     if experiment.search is None:
         directory.record(planned.manifest())
-        names = {entry.run.run_id: f"{entry.arm.label}, seed {entry.run.seed}" for entry in planned.runs}
-        tasks, forks = [Task(run, names[run.run_id]) for run in planned.pending], planned.sharing.forks
+        tasks = [Task(one.run, f"{one.arm.label}, seed {one.run.seed}", stop=one.stop) for one in planned.left]
+        forks = planned.sharing.forks
         return SharedWork(tasks, forks, planned.root) if forks else FixedWork(tasks)
-    from repa_lab.sweep.search import Searches
+    from repa_lab.sweep.search.searches import Searches
 
     return Searches(planned, directory)

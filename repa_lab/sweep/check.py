@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from repa_lab.data.errors import DataError
@@ -12,24 +12,27 @@ from repa_lab.models.facts import Family, Shape, UnknownFactError, shape_of
 from repa_lab.models.families import TRAINABLE, family_facts
 from repa_lab.models.released import problem_with
 from repa_lab.runs.root import RESERVED
-from repa_lab.spec import Arm, EncoderConfig, Experiment, Problem, SpecError
+from repa_lab.spec import Arm, DataConfig, EncoderConfig, Experiment, Problem, SpecError
 from repa_lab.spec.errors import Path_
-from repa_lab.sweep.searching.problems import objective_path, search_problems
+from repa_lab.sweep.search.problems import objective_path, search_problems
 from repa_lab.training.fingerprints import fingerprint_of
 from repa_lab.training.protocol import metric_name
 
+Fingerprint = Callable[[DataConfig], str]
 
-def check(experiment: Experiment, files: bool = True) -> None:
+
+def check(experiment: Experiment, files: bool = True, fingerprint: Fingerprint = fingerprint_of) -> None:
     """Refuse an experiment that cannot be right, before anything is created.
 
     Args:
         experiment: what to check.
         files: whether what it names must be on this machine.
+        fingerprint: says what the data is, or raises `DataError`.
 
     Raises:
         SpecError: with every problem of every arm, each at the place that set the value.
     """
-    problems = [problem for arm in experiment.arms for problem in _arm_problems(arm, files)]
+    problems = [problem for arm in experiment.arms for problem in _arm_problems(arm, fingerprint if files else None)]
     problems += _experiment_problems(experiment)
     if problems:
         raise SpecError(problems)
@@ -46,7 +49,7 @@ def blocked(arm: Arm) -> Problem | None:
     return None
 
 
-def _arm_problems(arm: Arm, files: bool) -> Iterator[Problem]:
+def _arm_problems(arm: Arm, fingerprint: Fingerprint | None) -> Iterator[Problem]:
     config = arm.config
     try:
         family = family_facts(config.model.family)
@@ -60,8 +63,8 @@ def _arm_problems(arm: Arm, files: bool) -> Iterator[Problem]:
         return
     yield from _model_problems(arm, family, shape)
     yield from _regularizer_problems(arm, family, shape)
-    if files:
-        yield from _data_problems(arm)
+    if fingerprint:
+        yield from _data_problems(arm, fingerprint)
         yield from _file_problems(arm)
 
 
@@ -170,12 +173,12 @@ def _encoder_problems(arm: Arm, path: str, encoder: EncoderConfig) -> Iterator[P
         yield arm.problem(f"{path}.pixels", message)
 
 
-def _data_problems(arm: Arm) -> Iterator[Problem]:
+def _data_problems(arm: Arm, fingerprint: Fingerprint) -> Iterator[Problem]:
     data = arm.config.data
     if data.source == "digits" or data.path is None:
         return
     try:
-        fingerprint_of(data)
+        fingerprint(data)
     except DataError as error:
         yield arm.problem(f"data.{error.field}", str(error))
 
@@ -192,18 +195,25 @@ def _file_problems(arm: Arm) -> Iterator[Problem]:
 def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
     if experiment.name in RESERVED:
         yield experiment.problem("name", f"'{experiment.name}' is a folder of the runs root; choose another name")
-    if experiment.stop:
-        yield experiment.problem("stop", "stop rules are read, but not carried out by this version: leave them out")
+    if experiment.stop and experiment.search:
+        yield experiment.problem("stop", "a search compares groups at equal progress: leave stop out, and set search.prune")
     measured = list(dict.fromkeys(metric_name(arm.config) for arm in experiment.arms))
     wanted: dict[Path_, str] = {("compare", "metric"): experiment.compare.metric}
     wanted |= {("compare", "targets", metric): metric for metric in experiment.compare.targets}
+    wanted |= {rule_path(experiment, index): rule.metric for index, rule in enumerate(experiment.stop)}
     if experiment.search:
         named = enumerate(experiment.search.objectives)
         wanted |= {objective_path(experiment.search, i): one.metric for i, one in named if not one.is_cost}
-        yield from search_problems(experiment, lambda arm: _arm_problems(arm, files=False))
+        yield from search_problems(experiment, lambda arm: _arm_problems(arm, None))
     for path, metric in wanted.items():
         if resolve_metric(metric, measured) is None:
             yield experiment.problem(path, f"'{metric}' is not measured by this spec; measured: {', '.join(measured)}")
+
+
+def rule_path(experiment: Experiment, index: int) -> Path_:
+    """Where the metric of a rule stands in the spec, for a lone rule needs no list."""
+    is_list = isinstance(experiment.draft.value.get("stop"), list)
+    return ("stop", index, "metric") if is_list else ("stop", "metric")
 
 
 def resolve_metric(wanted: str, measured: list[str]) -> str | None:

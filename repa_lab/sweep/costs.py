@@ -206,7 +206,7 @@ def _active(config: RunConfig) -> float:
     if config.regularizer.weight == 0:
         return 0.0
     cutoff = config.regularizer.schedule.cutoff_step
-    return 1.0 if cutoff is None else min(1.0, cutoff / config.train.steps)
+    return min(1.0, cutoff / config.train.steps) if cutoff else 1.0
 
 
 def _vae_flops(config: RunConfig, encode: bool) -> float:

@@ -11,6 +11,7 @@ from repa_lab.data.errors import DataError
 from repa_lab.data.fingerprint import image_files
 from repa_lab.runs import RunDirectory, RunsRoot
 from repa_lab.runs.files import read_json
+from repa_lab.runs.forks import Fork
 from repa_lab.spec import Arm, Problem, RunConfig, SpecError
 from repa_lab.spec.identity import Run
 from repa_lab.spec.schema import DataConfig
@@ -116,7 +117,10 @@ def estimate(plan: Plan) -> Estimate:
     costs = {arm.label: cost_of(arm.config, options) for arm in arms}
     device, reason = assumed_device(options)
     speeds = _speeds(plan, costs, device)
-    shares = tuple(_share(entry, costs[entry.arm.label], speeds[entry.arm.label]) for entry in plan.runs)
+    forks = plan.sharing.forks
+    shares = tuple(
+        _share(entry, forks.get(entry.run.run_id), costs[entry.arm.label], speeds[entry.arm.label]) for entry in plan.runs
+    )
     caches = tuple(_caches(plan, speeds))
     once = {entry.run.run_id: (entry, share) for entry, share in zip(plan.runs, shares, strict=True)}
     factor = _trials_left(plan) / max(1, len(once)) if plan.experiment.search else 1.0
@@ -169,15 +173,18 @@ def _speeds(plan: Plan, costs: dict[str, Cost], device: Device) -> dict[str, Spe
     return {arm.label: speed(arm) for arm in arms}
 
 
-def _share(entry: PlannedRun, cost: Cost, speed: Speed) -> Share:
-    if entry.state.state.is_finished:
+def _share(entry: PlannedRun, fork: Fork | None, cost: Cost, speed: Speed) -> Share:
+    """What is left of a run, which begins after the steps that another one shares with it."""
+    if entry.is_settled:
         return Share()
-    train, begun = entry.run.config.train, entry.standing.step
-    images = entry.steps_left * train.batch_size
+    train, is_begun = entry.run.config.train, entry.standing.step > 0
+    begun = entry.standing.step if is_begun or fork is None else fork.step
+    steps = train.steps - begun
+    images = steps * train.batch_size
     evaluations = max(0, cost.evaluations - begun // entry.run.config.evaluate.every)
     flops = images * cost.image_flops + evaluations * cost.evaluation_flops
     seconds = images * speed.image + evaluations * speed.evaluation
-    return Share(1, entry.steps_left, images, flops, seconds / _HOUR, 0.0 if begun else cost.checkpoint_bytes)
+    return Share(1, steps, images, flops, seconds / _HOUR, 0.0 if is_begun else cost.checkpoint_bytes)
 
 
 def _saved(costs: dict[str, Cost], speeds: dict[str, Speed], entry: PlannedRun) -> float:

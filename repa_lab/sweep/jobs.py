@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from repa_lab.runs import RunsRoot, State
+from repa_lab.runs.files import Row
 from repa_lab.runs.forks import Fork
-from repa_lab.spec import RunConfig, RunOptions
+from repa_lab.spec import RunConfig, RunOptions, StopRule
 from repa_lab.spec.identity import Run
 
 HEARTBEAT = "heartbeat"  # in a run directory: touched by whoever trains it
@@ -38,7 +39,7 @@ class PrepareJob:
 class TrainJob:
     """Train a run; ``name`` is what people call it, ``group`` the sweep it is trained for; a rehearsal stops and resumes it.
 
-    ``fork`` and ``kept`` are those of :class:`repa_lab.sweep.work.Task`.
+    ``fork``, ``kept`` and ``stop`` are those of :class:`repa_lab.sweep.work.Task`.
     """
 
     run: Run
@@ -49,11 +50,17 @@ class TrainJob:
     is_rehearsal: bool = False
     fork: Fork | None = None
     kept: tuple[int, ...] = ()
+    stop: tuple[StopRule, ...] = ()
+
+    def is_enough(self, row: Row) -> bool:
+        """Whether a measurement ends the run."""
+        return any(rule.holds(row) for rule in self.stop)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         run = {"run_id": self.run.run_id, "spec": self.run.to_json(), "name": self.name, "group": self.group}
-        shared = {"fork": asdict(self.fork) if self.fork else None, "kept": list(self.kept)}
+        shared: dict[str, Any] = {"fork": asdict(self.fork) if self.fork else None, "kept": list(self.kept)}
+        shared["stop"] = [rule.model_dump() for rule in self.stop]
         return {"kind": "train", "is_rehearsal": self.is_rehearsal, **run, **shared, **_common(self.options, self.root)}
 
     @classmethod
@@ -61,8 +68,8 @@ class TrainJob:
         """From plain data."""
         run = Run.from_json(value["run_id"], value["spec"])
         fork = Fork(**value["fork"]) if value["fork"] else None
-        kept = tuple(value["kept"])
-        return cls(run, value["name"], value["group"], *_parse_common(value), value["is_rehearsal"], fork, kept)
+        kept, stop = tuple(value["kept"]), tuple(StopRule(**rule) for rule in value["stop"])
+        return cls(run, value["name"], value["group"], *_parse_common(value), value["is_rehearsal"], fork, kept, stop)
 
 
 Job = PrepareJob | TrainJob

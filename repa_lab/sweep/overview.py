@@ -11,7 +11,7 @@ from repa_lab.sweep.plan import PlannedRun
 from repa_lab.sweep.speed import UTILISATION
 
 # From what is over to what is not.
-_ORDER = ("done", "pruned", "running", "resumable", "failed", "new", "blocked")
+_ORDER = ("done", "stopped", "pruned", "running", "resumable", "failed", "new", "blocked")
 _SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
 
 

@@ -10,31 +10,37 @@ from typing import Any
 
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.runs import RunDirectory, RunsRoot, RunState, State
-from repa_lab.spec import Arm, Experiment, Problem, RunConfig
+from repa_lab.spec import Arm, Experiment, Problem, RunConfig, StopRule
 from repa_lab.spec.expand import value_at
 from repa_lab.spec.identity import Run, identify, local_weights
 from repa_lab.spec.schema import DataConfig
 from repa_lab.sweep.check import blocked, check, resolve_metric
 from repa_lab.sweep.sharing import Sharing, share
-from repa_lab.sweep.standing import Orphan, Standing, orphans_of, standing_of
+from repa_lab.sweep.standing import STOPPED, Orphan, Standing, orphans_of, standing_of
 from repa_lab.training.fingerprints import content_of, fingerprint_of
 from repa_lab.training.protocol import metric_name
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run of the plan: its arm, where it stands, and why it cannot be trained, if so."""
+    """A run of the plan: its arm, where it stands, why it cannot be trained, if so, and what ends it early."""
 
     arm: Arm
     run: Run
     state: RunState
     blocked: Problem | None
     standing: Standing
+    stop: tuple[StopRule, ...] = ()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to train for this sweep."""
+        return self.state.state.is_finished or self.standing.word == STOPPED
 
     @property
     def steps_left(self) -> int:
         """Optimizer steps that are still to be taken, from the last checkpoint on, which may lie behind the last row."""
-        return 0 if self.state.state.is_finished else self.run.config.train.steps - self.standing.step
+        return 0 if self.is_settled else self.run.config.train.steps - self.standing.step
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,14 @@ class Plan:
         return orphans_of(self.root, self.experiment.name, {planned.run.run_id for planned in self.runs})
 
     @cached_property
-    def pending(self) -> tuple[Run, ...]:
+    def left(self) -> tuple[PlannedRun, ...]:
         """Runs to train, each once even where two arms ask for it."""
-        left = {planned.run.run_id: planned.run for planned in self.runs if not planned.state.state.is_finished}
-        return tuple(left.values())
+        return tuple({planned.run.run_id: planned for planned in self.runs if not planned.is_settled}.values())
+
+    @cached_property
+    def pending(self) -> tuple[Run, ...]:
+        """The runs to train by themselves."""
+        return tuple(planned.run for planned in self.left)
 
     @cached_property
     def sharing(self) -> Sharing:
@@ -124,20 +134,26 @@ def make_plan(experiment: Experiment, root: RunsRoot) -> Plan:
     Raises:
         SpecError: the experiment cannot be right; see `check`.
     """
-    check(experiment)
     fingerprint = cache(fingerprint_of)  # a large folder takes seconds, once
+    check(experiment, fingerprint=fingerprint)
     obstacles = {arm.label: blocked(arm) for arm in experiment.arms}
     runs = []
     for seed in experiment.seeds:
         for arm in experiment.arms:
             run = identify_arm(arm, seed, fingerprint)
-            runs.append(_planned(arm, run, root.run(run.run_id), obstacles[arm.label]))
+            runs.append(_planned(arm, run, root.run(run.run_id), obstacles[arm.label], _rules(experiment, arm)))
     return Plan(experiment, root, tuple(runs))
 
 
-def _planned(arm: Arm, run: Run, directory: RunDirectory, obstacle: Problem | None) -> PlannedRun:
+def _planned(arm: Arm, run: Run, directory: RunDirectory, obstacle: Problem | None, stop: tuple[StopRule, ...]) -> PlannedRun:
     state = directory.state
-    return PlannedRun(arm, run, state, obstacle, standing_of(directory, state, obstacle))
+    return PlannedRun(arm, run, state, obstacle, standing_of(directory, state, obstacle, stop), stop)
+
+
+def _rules(experiment: Experiment, arm: Arm) -> tuple[StopRule, ...]:
+    """The rules that are about what an arm measures, by its full name."""
+    named = [(rule, resolve_metric(rule.metric, [metric_name(arm.config)])) for rule in experiment.stop]
+    return tuple(rule.model_copy(update={"metric": name}) for rule, name in named if name)
 
 
 def identify_arm(arm: Arm, seed: int, fingerprint: Callable[[DataConfig], str] = fingerprint_of) -> Run:

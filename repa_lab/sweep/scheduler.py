@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from repa_lab.runs import RunDirectory, RunsRoot, RunWriter, State
 from repa_lab.runs.directory import RunBusyError
+from repa_lab.runs.state import DIVERGED
 from repa_lab.runs.tail import RowTail
 from repa_lab.spec import Arm, RunConfig, RunOptions, SpecError
 from repa_lab.sweep.executors import Executor
@@ -61,6 +62,7 @@ class _Failures:
     """The reasons of failures, and when there are too many of them to go on."""
 
     limit: int | None
+    is_divergence_a_result: bool
     reasons: dict[str, str] = field(default_factory=dict)
     is_any_done: bool = False
 
@@ -75,7 +77,8 @@ class _Failures:
         Raises:
             SweepBrokenError: with that reason.
         """
-        first = list(self.reasons.values())[:_ALIKE]
+        reasons = self.reasons.values()
+        first = [one for one in reasons if not (self.is_divergence_a_result and one.startswith(DIVERGED))][:_ALIKE]
         if not self.is_any_done and len(first) == _ALIKE and len(set(first)) == 1:
             raise SweepBrokenError(f"the first {_ALIKE} runs failed alike: {first[0]}")
 
@@ -125,7 +128,7 @@ class Scheduler:
         Raises:
             SweepBrokenError: the workers cannot work, or the first runs all failed for the same reason.
         """
-        failures = _Failures(self.options.max_failures)
+        failures = _Failures(self.options.max_failures, work.is_divergence_a_result)
         while True:
             self._fill(work, failures)
             if not self._running:
@@ -172,8 +175,8 @@ class Scheduler:
         self._submit(task)
 
     def _submit(self, task: Task) -> None:
-        job = TrainJob(task.run, task.name, self.group, self.options, self.root, self.is_rehearsal, task.fork, task.kept)
-        self.executor.submit(job)
+        how = (self.options, self.root, self.is_rehearsal, task.fork, task.kept, task.stop)
+        self.executor.submit(TrainJob(task.run, task.name, self.group, *how))
 
     def _pass_on(self, watched: _Watched, work: Work) -> None:
         for row in watched.tail.new_rows():

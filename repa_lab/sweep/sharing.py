@@ -74,6 +74,8 @@ class SharedWork:
         root: where runs live.
     """
 
+    is_divergence_a_result = False
+
     def __init__(self, tasks: Iterable[Task], forks: Mapping[str, Fork], root: RunsRoot) -> None:
         kept = {parent: tuple(sorted({f.step for f in forks.values() if f.parent == parent})) for parent in _parents(forks)}
         self._waiting = {
@@ -102,7 +104,7 @@ class SharedWork:
         self._running.discard(run_id)
         self._done += 1
         for parent, children in self._children.items():
-            if state is State.DONE:
+            if state in (State.DONE, State.STOPPED):
                 children.discard(run_id)
             if not children:
                 clear(self._root.run(parent))

@@ -75,10 +75,10 @@ def run_one(
         except RefusedError as refusal:
             raise SpecError([entry.arm.problem(refusal.path, refusal.message)]) from None
         directory = planned.root.run(entry.run.run_id)
-        job = TrainJob(entry.run, name, planned.experiment.name, options, planned.root)
+        job = TrainJob(entry.run, name, planned.experiment.name, options, planned.root, stop=entry.stop)
         view.started(entry.run.run_id, name, entry.run.config.train.steps)
         listeners = [_Shown(view, entry.run.run_id), *trackers(job)]
-        return directory, train(entry.run, directory, options, planned.root.cache, listeners)
+        return directory, train(entry.run, directory, options, planned.root.cache, listeners, is_enough=job.is_enough)
 
 
 def _choose(planned: Plan, arm: str | None, seed: int | None) -> PlannedRun:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from repa_lab.runs import RunDirectory, RunsRoot, RunState, State, checkpoints
-from repa_lab.spec import Problem
+from repa_lab.spec import Problem, StopRule
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,8 @@ class Standing:
     """Where a run stands.
 
     Attributes:
-        word: ``new``, ``done``, ``resumable``, ``failed``, ``pruned``, ``running`` (in another process) or ``blocked``.
+        word: ``new``, ``done``, ``stopped`` (by a rule), ``resumable``, ``failed``, ``pruned``, ``blocked`` or ``running`` (in
+            another process).
         step: the optimizer step from which it would go on, or that it has reached if it is running.
         reason: of a failure, or why it cannot be trained.
     """
@@ -41,13 +41,16 @@ class Orphan:
 
 
 NEW = Standing("new")
+STOPPED = State.STOPPED.value
 
 
-def standing_of(run: RunDirectory, state: RunState, blocked: Problem | None) -> Standing:
-    """Where a run stands, given its state and what stands in its way."""
+def standing_of(run: RunDirectory, state: RunState, blocked: Problem | None, stop: Sequence[StopRule] = ()) -> Standing:
+    """Where a run stands, given its state, what stands in its way, and what ends it early."""
     if state.state.is_finished:
         return Standing(state.state.value, state.step)
-    if state.state is State.RUNNING and is_held(run):
+    if stop and any(rule.holds(row) for row in run.rows() for rule in stop):
+        return Standing(STOPPED, state.step)
+    if state.state is State.RUNNING and run.is_held:
         return Standing("running", state.step)
     if blocked:
         return Standing("blocked", reason=blocked.message)
@@ -57,18 +60,6 @@ def standing_of(run: RunDirectory, state: RunState, blocked: Problem | None) -> 
     if state.state is State.FAILED:
         return Standing("failed", step, state.error)
     return Standing("resumable", step) if step else NEW
-
-
-def is_held(run: RunDirectory) -> bool:
-    """Whether a process has the run's lock at this moment."""
-    path = run.path / ".lock"
-    if not path.exists():
-        return False
-    try:
-        with FileLock(path, timeout=0):
-            return False
-    except Timeout:
-        return True
 
 
 def orphans_of(root: RunsRoot, name: str, asked: set[str]) -> tuple[Orphan, ...]:

@@ -9,6 +9,7 @@ from typing import Protocol
 from repa_lab.runs import State
 from repa_lab.runs.files import Row
 from repa_lab.runs.forks import Fork
+from repa_lab.spec import StopRule
 from repa_lab.spec.identity import Run
 
 
@@ -19,16 +20,24 @@ class Task:
     Attributes:
         fork: where it begins, if another run's first steps are its own as well.
         kept: steps whose state is kept for runs that begin from it.
+        stop: what ends it early, with metrics by their full names.
     """
 
     run: Run
     name: str
     fork: Fork | None = None
     kept: tuple[int, ...] = ()
+    stop: tuple[StopRule, ...] = ()
 
 
 class Work(Protocol):
-    """Hands out tasks and hears what becomes of them."""
+    """Hands out tasks and hears what becomes of them.
+
+    Attributes:
+        is_divergence_a_result: whether a run that diverges has told what it was begun for.
+    """
+
+    is_divergence_a_result: bool
 
     def next(self) -> Task | None:
         """The next task, or None if there is none at present."""
@@ -49,6 +58,8 @@ class Work(Protocol):
 
 class FixedWork:
     """A list of tasks, in order."""
+
+    is_divergence_a_result = False
 
     def __init__(self, tasks: Iterable[Task]) -> None:
         self._tasks = list(tasks)

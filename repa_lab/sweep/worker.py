@@ -133,7 +133,7 @@ def _train(job: TrainJob, options: RunOptions, should_stop: ShouldStop) -> State
     from repa_lab.training.loop import train
 
     directory, listeners, kept = job.root.run(job.run.run_id), trackers(job), frozenset(job.kept)
-    return train(job.run, directory, options, job.root.cache, listeners, should_stop, job.fork, kept)
+    return train(job.run, directory, options, job.root.cache, listeners, should_stop, job.fork, kept, job.is_enough)
 
 
 def _halved(options: RunOptions, batch: int) -> RunOptions | None:

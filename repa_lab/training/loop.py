@@ -23,6 +23,7 @@ from repa_lab.training.record import Dropped, Kept, Record
 from repa_lab.training.trainer import Trainer
 
 ShouldStop = Callable[[], State | None]
+IsEnough = Callable[[Row], bool]
 
 
 def train(
@@ -34,6 +35,7 @@ def train(
     should_stop: ShouldStop = lambda: None,
     fork: Fork | None = None,
     kept: frozenset[int] = frozenset(),
+    is_enough: IsEnough = lambda row: False,
 ) -> State:
     """Train a run to its end and measure it on the way; what an earlier call left off is taken up at its last checkpoint.
 
@@ -47,6 +49,7 @@ def train(
             there, with a checkpoint.
         fork: where the run begins if it has no checkpoint yet: another run's first steps are its own as well.
         kept: steps whose state is kept for runs that begin from it.
+        is_enough: asked about every measurement; yes ends the run there, with a checkpoint, as ``stopped``.
 
     Returns:
         The state in which the run came to rest.
@@ -56,7 +59,7 @@ def train(
         DivergedError: the loss became infinite or NaN.
     """
     if not PartialState(cpu=options.device == "cpu").is_main_process:
-        return _follow(run, directory, options, cache, kept)
+        return _follow(run, directory, options, cache, kept, is_enough)
     with RunWriter(directory) as writer:
         if directory.state.state.is_finished:
             return directory.state.state
@@ -72,7 +75,7 @@ def train(
                 writer.event("resumed", step=progress.step)
             writer.rewind(progress.step)
             journal.state(State.RUNNING, progress.step)
-            state = fit(trainer, Kept(directory, journal), should_stop, kept)
+            state = fit(trainer, Kept(directory, journal), should_stop, kept, is_enough)
         except Exception as error:
             journal.state(State.FAILED, progress.step, f"{type(error).__name__}: {error}".splitlines()[0])
             raise
@@ -80,13 +83,15 @@ def train(
         return state
 
 
-def _follow(run: Run, directory: RunDirectory, options: RunOptions, cache: Path, kept: frozenset[int]) -> State:
+def _follow(
+    run: Run, directory: RunDirectory, options: RunOptions, cache: Path, kept: frozenset[int], is_enough: IsEnough
+) -> State:
     """What all processes of a run but the first do: the same steps on their part of each batch, and no writing."""
     if directory.state.state.is_finished:
         return directory.state.state
     trainer = Trainer(run, options, cache)
     _resume(trainer, directory)
-    return fit(trainer, Dropped(), lambda: None, kept)
+    return fit(trainer, Dropped(), lambda: None, kept, is_enough)
 
 
 def _writes(run: Run, options: RunOptions) -> Callable[[Row], bool]:
@@ -103,7 +108,13 @@ def _resume(trainer: Trainer, directory: RunDirectory) -> bool:
     return found is not None
 
 
-def fit(trainer: Trainer, record: Record, should_stop: ShouldStop, kept: frozenset[int] = frozenset()) -> State:
+def fit(
+    trainer: Trainer,
+    record: Record,
+    should_stop: ShouldStop,
+    kept: frozenset[int] = frozenset(),
+    is_enough: IsEnough = lambda row: False,
+) -> State:
     """Run all steps that are left: step, log, measure, save.
 
     Rows are written before the checkpoint of their step. A kill in between repeats the work from the checkpoint before, whose
@@ -130,6 +141,7 @@ def fit(trainer: Trainer, record: Record, should_stop: ShouldStop, kept: frozens
                 found, samples = trainer.measure()
                 record.row({**progress.row(), **found})
                 record.samples(step, samples)
+                stop = stop or (State.STOPPED if is_enough({**progress.row(), **found}) else None)
             if measure or stop or step % save_every == 0:
                 record.checkpoint(step, trainer.save)
             if step in kept:

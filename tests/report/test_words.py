@@ -170,6 +170,14 @@ def test_the_best_trial_follows_the_goal(build: Build, goal: str, arm: str) -> N
     assert best["arm"] == arm
 
 
+def test_a_search_with_several_objectives_names_its_front(build: Build) -> None:
+    recorded = search(("t0", "complete", 3.1), ("t1", "complete", 2.1), ("t2", "complete", 1.1))
+    recorded["objectives"] = [{"metric": METRIC, "goal": "min"}, {"metric": "gpu_hours", "goal": "min"}]
+    (line, *_) = said(searched(build, search={**recorded, "pareto": ["t0", "t2"]}))
+    wanted = f"Of 3 completed trials (3 in all), none is better in all of {METRIC} (min) and gpu_hours (min) than: t0; t2."
+    assert line.startswith(wanted)
+
+
 def test_a_search_that_has_just_begun(build: Build) -> None:
     assert said(searched(build, search=search(("t0", "running", None))))[0] == (
         "The search has no completed trial yet (1 begun)."

@@ -135,7 +135,7 @@ class TestLimits:
         ],
     )
     def test_a_rule_holds_of_a_row(self, rule, row, holds):
-        assert load_spec(mapping(stop=rule)).stop[0].holds(row, "fid:x") is holds
+        assert load_spec(mapping(stop={"metric": "fid:x", **rule})).stop[0].holds(row) is holds
 
 
 class TestSearch:

@@ -3,9 +3,9 @@
 from repa_lab.runs import RunsRoot, RunWriter, State
 from repa_lab.spec import load_spec
 from repa_lab.sweep.plan import identify_arm
-from repa_lab.sweep.search import Search, SearchWork
-from repa_lab.sweep.searching.group import Aim
-from repa_lab.sweep.searching.study import open_storage, open_study, study_name
+from repa_lab.sweep.search.group import Aim
+from repa_lab.sweep.search.study import open_storage, open_study, study_name
+from repa_lab.sweep.search.work import Search, SearchWork
 
 METRIC = "m"
 DISTANCE = (Aim(METRIC, "min"),)

@@ -193,6 +193,8 @@ class TestTraining:
     def test_an_encoder_is_not_asked_after_the_cutoff_or_at_weight_0(self):
         online = {"regularizer.encoder.cache": False}
         assert cost({**online, "regularizer.schedule.cutoff_step": 25}).encoder_flops == encoder_flops("dinov2_vitb14", 224) / 4
+        never = cost({**online, "regularizer.schedule.cutoff_step": 0})
+        assert never.encoder_flops == cost(online).encoder_flops == encoder_flops("dinov2_vitb14", 224)
         assert cost({**online, "regularizer.weight": 0.0}).encoder_flops == 0
 
     def test_lora_is_two_forward_passes_and_the_adapters(self):
@@ -339,6 +341,17 @@ class TestTotals:
         arms = {"axes": {"train.lr": [0.1, 0.2]}, "include": [{"label": "again", "set": {"train.lr": 0.1}}]}
         found = estimate(make_plan(spec_of(DIGITS, **arms), RunsRoot(tmp_path)))
         assert (len(found.shares), found.total.runs, found.total.images) == (3, 2, 160)
+
+    def test_a_beginning_that_is_shared_counts_once(self, tmp_path):
+        aligned = {**DIGITS, "regularizer": {**REPA["regularizer"], "encoder": {"name": "efficientnet_lite0", "image_size": 32}}}
+        axes = {"regularizer.schedule.cutoff_step": [0, 4]}
+        shared, alone = (
+            estimate(make_plan(spec_of(aligned, {"run.share": share}, axes=axes), RunsRoot(tmp_path))) for share in (True, False)
+        )
+        assert (alone.total.steps, shared.total.steps) == (20, 16)
+        assert (alone.total.images, shared.total.images) == (160, 128)
+        assert shared.total.gpu_hours < alone.total.gpu_hours
+        assert shared.total.disk_bytes == alone.total.disk_bytes
 
     def test_a_search_counts_its_trials(self, tmp_path):
         search = {"space": {"train.lr": {"log": [0.1, 0.2]}}, "trials": 7}

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from repa_lab.runs import RunsRoot, State
-from repa_lab.sweep.searching.group import Aim
+from repa_lab.sweep.search.group import Aim
 from tests.sweep.searches import METRIC, finish, searcher, states, take, train, weights
 
 

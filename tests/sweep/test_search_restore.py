@@ -7,7 +7,7 @@ import optuna
 import pytest
 
 from repa_lab.runs import RunsRoot, State
-from repa_lab.sweep.searching.study import StorageError
+from repa_lab.sweep.search.study import StorageError
 from tests.sweep.searches import METRIC, by_value, finish_as, searcher, states, take, train, weights
 
 
@@ -74,7 +74,7 @@ class TestLostStudy:
         assert (tmp_path / "study.db.damaged").read_bytes().startswith(b"this is no")
 
     def test_a_study_that_somebody_else_holds_is_not_taken_for_a_damaged_one(self, search, tmp_path, monkeypatch):
-        monkeypatch.setattr("repa_lab.sweep.searching.study._SQLITE", {"connect_args": {"timeout": 0.1}})
+        monkeypatch.setattr("repa_lab.sweep.search.study._SQLITE", {"connect_args": {"timeout": 0.1}})
         with closing(sqlite3.connect(tmp_path / "study.db")) as other:
             other.execute("BEGIN EXCLUSIVE")
             with pytest.raises(StorageError, match=r"study\.db: database is locked"):

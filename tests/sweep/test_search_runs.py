@@ -20,8 +20,8 @@ from repa_lab.runs import RunsRoot, State
 from repa_lab.spec import SpecError
 from repa_lab.sweep.plan import make_plan
 from repa_lab.sweep.rehearse import rehearse
-from repa_lab.sweep.search import Searches
-from repa_lab.sweep.searching.study import StorageError, open_storage
+from repa_lab.sweep.search.searches import Searches
+from repa_lab.sweep.search.study import StorageError, open_storage
 
 METRIC = "frechet:efficientnet_lite0@16/ode2"
 SEARCH = {"space": {"regularizer.weight": {"log": [0.1, 1.0]}}, "trials": 3, "prune": "median", "sampler": "random"}

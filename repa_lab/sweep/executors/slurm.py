@@ -224,7 +224,7 @@ class SlurmExecutor:
         queued = _Queued(job, handle)
         if handle.paths.result_pickle.exists():
             report = self._outcome(queued)
-            return queued if report and report.state in (State.DONE, State.PRUNED) else None
+            return queued if report and report.state in (State.DONE, State.STOPPED, State.PRUNED) else None
         return queued if job_id in self._list() else None
 
     def _read(self) -> dict[str, str]:

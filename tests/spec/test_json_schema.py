@@ -9,8 +9,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from repa_lab.spec.editor import json_schema
 from repa_lab.spec.grammar import Grammar
+from repa_lab.spec.json_schema import json_schema
 from repa_lab.spec.yaml import parse_scalar, read_yaml
 from tests.spec.examples import HEAD
 

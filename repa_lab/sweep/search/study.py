@@ -17,7 +17,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
 
 from repa_lab.spec import SearchConfig
-from repa_lab.sweep.searching.group import Aim
+from repa_lab.sweep.search.group import Aim
 
 _MAX_LABEL = 200
 # SQLite lets one process write at a time; a dashboard that reads must not end a search.

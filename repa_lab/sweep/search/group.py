@@ -16,7 +16,6 @@ from repa_lab.runs.files import Row
 from repa_lab.spec.identity import Run
 from repa_lab.spec.schema import COSTS
 
-_DIVERGED = "DivergedError"
 _SECONDS_PER_HOUR = 3600
 Key = tuple[str, ...]
 
@@ -98,7 +97,7 @@ class Group:
         """Take in that a run came to rest; its directory says why it failed."""
         self.waiting.discard(run_id)
         self._ended[run_id] = state
-        if state is State.FAILED and (self.root.run(run_id).state.error or "").startswith(_DIVERGED):
+        if self.root.run(run_id).state.is_diverged:
             self._diverged.add(run_id)
 
     def absorb(self, run_ids: Iterable[str]) -> None:
@@ -108,7 +107,7 @@ class Group:
             for row in directory.rows():
                 self.hear(run_id, row)
             standing = directory.state
-            if standing.state.is_finished or (standing.error or "").startswith(_DIVERGED):
+            if standing.state.is_finished or standing.is_diverged:
                 self.end(run_id, standing.state)
 
     def means(self) -> dict[int, float]:

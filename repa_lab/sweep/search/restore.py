@@ -10,8 +10,8 @@ from typing import Any
 from repa_lab.runs import RunDirectory, RunsRoot, State
 from repa_lab.spec import Arm, SpecError
 from repa_lab.spec.expand import value_at
-from repa_lab.sweep.searching.group import Group
-from repa_lab.sweep.searching.space import Settings, Space
+from repa_lab.sweep.search.group import Group
+from repa_lab.sweep.search.space import Settings, Space
 
 # What any two trials of a search share unless it is searched; a look at these spares most runs of a root the rest.
 _SHARED = ("model", "train")

@@ -1,1 +1,0 @@
-"""The parts of a search: its space, its groups of seeds, its study, and what is wrong with how it was asked for."""
