@@ -27,7 +27,7 @@ def test_a_bad_spec_is_one_line_a_problem_and_exit_status_2(tmp_path, command):
         "bad.yaml:3:9: train.steps: expected an integer, got 1000.0",
         "bad.yaml:3:21: train.lr: expected a number, got 'off'",
         "bad.yaml:4:1: dataa: unknown field 'dataa'; allowed: axes, base, budget, compare, data, evaluate, exclude, include, model, "
-        "name, one_at_a_time, question, regularizer, run, search, seeds, stop, train, use; did you mean 'data'?",
+        "name, one_at_a_time, published, question, regularizer, run, search, seeds, stop, train, use; did you mean 'data'?",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
 
@@ -82,7 +82,7 @@ def test_a_family_that_is_only_tapped_says_so(tmp_path):
     planned = cli("plan", "experiments/flux_block_index.yaml", *words, "--json", "--root", tmp_path)
     reasons = {run["blocked"] for run in json.loads(planned.stdout)["runs"]}
     (reason,) = reasons
-    assert reason.startswith("family 'bria' can be planned and tapped, not trained (trainable: sit, unet, sd15")
+    assert reason.startswith("family 'bria' can be planned and tapped, not trained (trainable: sit, unet, sit_down, sd15")
 
 
 def test_a_rehearsal_says_what_it_is(tmp_path):

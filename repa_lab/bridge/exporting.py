@@ -17,7 +17,8 @@ from repa_lab.bridge.keys import (
 )
 from repa_lab.models.facts import Family
 from repa_lab.models.families import family_facts
-from repa_lab.spec.schema import EncoderConfig, RegularizerConfig, RunConfig
+from repa_lab.spec.regularizer import EncoderConfig, RegularizerConfig
+from repa_lab.spec.schema import RunConfig
 
 _KERNELS = (1, 3, 5, 7)
 _LEAST_POWER = 0.1

@@ -6,13 +6,16 @@ import logging
 
 import typer
 
-from repa_lab.cli import models, specs, sweeps, watch
+from repa_lab.cli import data, models, profile, reproduce, results, specs, sweeps, watch
 
 # In the order in which help lists them.
 COMMANDS = (
     sweeps.sweep, sweeps.plan, sweeps.run, sweeps.report,
     specs.schema, specs.explain, specs.diff,
     watch.status, watch.why, watch.retry, watch.stop, watch.pin, watch.gc,
+    profile.profile,
+    results.leaderboard, results.sync,
+    reproduce.reproduce,
     models.families, models.export,
 )  # fmt: skip
 
@@ -20,6 +23,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 for _command in COMMANDS:
     app.command()(_command)
 app.command("import", context_settings={"ignore_unknown_options": True})(models.import_)
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

@@ -113,4 +113,5 @@ def report(
         paths = write_report(directory)
         for sentence in answer(load_results(directory.path)):
             out.print(sentence, highlight=False, markup=False, soft_wrap=True)
-        out.print(f"report: {paths.html}", highlight=False, soft_wrap=True)
+        for path in paths.all:
+            out.print(f"report: {path}", highlight=False, soft_wrap=True)

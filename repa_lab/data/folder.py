@@ -37,9 +37,9 @@ class ImageFolder(Pictures):
         self._files = image_files(folder)
         super().__init__(len(self._files), resolution, buckets)
         classes = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in self._files]
-        names = sorted(set(classes))
-        self.num_classes = len(names)
-        self.labels = torch.tensor([names.index(name) for name in classes])
+        numbers = {name: number for number, name in enumerate(sorted(set(classes)))}
+        self.num_classes = len(numbers)
+        self.labels = torch.tensor([numbers[name] for name in classes])
         self.captions = _listed(folder, self._files) or _beside(self._files)
         self.fingerprint = fingerprint_content(folder, resolution, buckets)
 

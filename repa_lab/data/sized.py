@@ -26,6 +26,11 @@ class SizedStores:
         for number, members in enumerate(groups(sizes)):
             self._store[members], self._row[members] = number, torch.arange(len(members))
 
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """One tensor's shape, of each size."""
+        return [store.shape for store in self.stores]
+
     def shape(self, index: torch.Tensor) -> torch.Size:
         """The shape of one tensor of the images ``index``, which are of one size."""
         return self._of(index).shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +11,8 @@ import torch
 
 from repa_lab.data.autoencoder import Autoencoder, load_autoencoder, to_uint8
 from repa_lab.data.errors import DataError
-from repa_lab.data.sized import SizedStores, open_sized
+from repa_lab.data.prepared import Prepared
+from repa_lab.data.sized import open_sized
 from repa_lab.data.sources import ImageSource
 from repa_lab.data.store import Progress
 
@@ -40,6 +42,23 @@ class Space(Protocol):
         ...
 
 
+class Moments(Protocol):
+    """Mean and standard deviation ``(2 * c, h, w)`` of every image's latent; those asked for together are of one size."""
+
+    @property
+    def shapes(self) -> Sequence[torch.Size]:
+        """All shapes there are."""
+        ...
+
+    def shape(self, index: torch.Tensor) -> torch.Size:
+        """The shape of one tensor of the images ``index``."""
+        ...
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        """The tensors ``(n, *shape)`` of the images ``index``."""
+        ...
+
+
 class PixelSpace:
     """Pixels scaled from 0..255 to [-1, 1]; the way out clamps and rounds to the nearest level."""
 
@@ -66,16 +85,16 @@ class PixelSpace:
 
 
 class LatentSpace:
-    """Latents of an autoencoder: ``mean + std * noise``, normalised; the moments are computed once and cached.
+    """Latents of an autoencoder: ``mean + std * noise``, normalised.
 
     Args:
         vae: the autoencoder.
-        moments: ``(2 * c, h, w)`` of every image: mean and standard deviation of its latent.
+        moments: of every image.
     """
 
-    def __init__(self, vae: Autoencoder, moments: SizedStores) -> None:
+    def __init__(self, vae: Autoencoder, moments: Moments) -> None:
         self.vae, self._moments = vae, moments
-        shapes = [vae.scaling.shape(store.shape[0] // 2, *store.shape[1:]) for store in moments.stores]
+        shapes = [vae.scaling.shape(shape[0] // 2, *shape[1:]) for shape in moments.shapes]
         self.channels = shapes[0][0]
 
     def shape(self, index: torch.Tensor) -> tuple[int, int, int]:
@@ -108,10 +127,10 @@ def latent_space(
     device: torch.device = _CPU,
     shifted: bool = True,
 ) -> LatentSpace:
-    """The latent space of a VAE, a hub id or a local folder, with the moments of all images.
+    """The latent space of a VAE, a hub id or a local folder, with the moments of all images, computed once and cached.
 
     Args:
-        source: the images.
+        source: the images; if their moments are prepared, these are taken.
         vae: any autoencoder of diffusers that takes images.
         cache: where the moments are kept.
         progress: told how many of how many images are done.
@@ -119,11 +138,15 @@ def latent_space(
         shifted: see :class:`Autoencoder`.
 
     Raises:
-        DataError: the VAE cannot be loaded, or does not take images of this many channels or this size.
+        DataError: the VAE cannot be loaded, does not take images of this many channels or this size, or is not the one that
+            moments were prepared with.
     """
     model = load_autoencoder(vae, "vae", shifted)
     if model.channels not in (source.channels, None):
         raise DataError("vae", f"the VAE takes {model.channels} channels, the images have {source.channels}")
+
+    if isinstance(source, Prepared):
+        return LatentSpace(model, source.latents(model, device))
 
     def moments(index: torch.Tensor) -> torch.Tensor:
         model.model.to(device)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Array = NDArray[np.float64]
-_ZERO_NORM = 1e-12
+from repa_lab.metrics.arrays import Array, as_array, centred, paired_features, unit
 
 
 def cosine(student: ArrayLike, teacher: ArrayLike) -> float:
@@ -15,7 +14,7 @@ def cosine(student: ArrayLike, teacher: ArrayLike) -> float:
     Raises:
         ValueError: shapes differ.
     """
-    s, t = _unit(student), _unit(teacher)
+    s, t = unit(as_array(student)), unit(as_array(teacher))
     if s.shape != t.shape or s.ndim != 3:
         raise ValueError(f"need two equal (B, N, D) arrays, got {s.shape} and {t.shape}")
     return float((s * t).sum(axis=-1).mean())
@@ -37,7 +36,7 @@ def cosine_gap(student: ArrayLike, teacher: ArrayLike) -> tuple[float, float]:
     Raises:
         ValueError: shapes differ or there are fewer than two images.
     """
-    s, t = _unit(student), _unit(teacher)
+    s, t = unit(as_array(student)), unit(as_array(teacher))
     if s.shape != t.shape or s.ndim != 3 or len(s) < 2:
         raise ValueError(f"need two equal (B >= 2, N, D) arrays, got {s.shape} and {t.shape}")
     count, places = s.shape[:2]
@@ -58,15 +57,39 @@ def cka(x: ArrayLike, y: ArrayLike, unbiased: bool = True) -> float:
     Raises:
         ValueError: item counts differ, there are fewer than 4, or values are not finite.
     """
-    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if a.ndim != 2 or b.ndim != 2 or len(a) != len(b) or len(a) < 4:
-        raise ValueError(f"need features (n >= 4, d1) and (n, d2) of the same items, got {a.shape} and {b.shape}")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("features are not finite")
-    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    a, b = (centred(side) for side in paired_features(x, y, least=4))
     hsic = _unbiased_hsic if unbiased else _biased_hsic
     norm = hsic(a, a) * hsic(b, b)
     return float(hsic(a, b) / np.sqrt(norm)) if norm > 0 else 0.0
+
+
+def svcca(x: ArrayLike, y: ArrayLike, dims: int = 10) -> float:
+    """Mean canonical correlation of the ``dims`` leading directions of ``x`` ``(n, d1)`` and of ``y`` ``(n, d2)``.
+
+    SVCCA (1706.05806) with platonic-rep's choices: columns standardised, then the 10 leading singular directions of each side
+    rather than those of 99 % of the variance. In closed form: the correlations are the singular values of ``U^T V`` for the
+    left singular vectors U and V. Invariant to shifting and scaling every column.
+
+    Raises:
+        ValueError: item counts differ, values are not finite, there are not more than ``2 dims`` items, whose directions
+            would have to meet, or a side varies in fewer than ``dims`` directions.
+    """
+    a, b = paired_features(x, y, least=4)
+    if not 1 <= dims < len(a) / 2:
+        raise ValueError(f"dims = {dims} directions of {len(a)} items: give 1 <= dims <= {(len(a) - 1) // 2}, or more items")
+    correlations = np.linalg.svd(_leading(a, dims, "x").T @ _leading(b, dims, "y"), compute_uv=False)
+    return float(correlations.clip(max=1).mean())
+
+
+def _leading(a: Array, dims: int, name: str) -> Array:
+    """The ``dims`` leading left singular vectors ``(n, dims)`` of standardised features."""
+    from sklearn.preprocessing import StandardScaler  # knows a constant column when it sees one
+
+    directions, lengths, _ = np.linalg.svd(StandardScaler().fit_transform(a), full_matrices=False)
+    rank = int((lengths > lengths[0] * max(a.shape) * np.finfo(a.dtype).eps).sum())
+    if rank < dims:
+        raise ValueError(f"{name} varies in {rank} directions only: give dims <= {rank}")
+    return np.asarray(directions[:, :dims])
 
 
 def _biased_hsic(a: Array, b: Array) -> float:
@@ -81,9 +104,3 @@ def _unbiased_hsic(a: Array, b: Array) -> float:
     rows_k, rows_l = a @ a.sum(axis=0) - diagonal_k, b @ b.sum(axis=0) - diagonal_l
     total = rows_k.sum() * rows_l.sum() / ((n - 1) * (n - 2))
     return float(trace + total - 2 * (rows_k @ rows_l) / (n - 2))
-
-
-def _unit(values: ArrayLike) -> Array:
-    array = np.asarray(values, dtype=np.float64)
-    norm = np.linalg.norm(array, axis=-1, keepdims=True)
-    return array / np.where(norm > _ZERO_NORM, norm, np.inf)

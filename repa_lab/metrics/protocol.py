@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 # Part of every run's identity: raise it when a change of code changes what a measurement or a training step means.
 PROTOCOL_VERSION = 1
 
 
-def frechet_name(extractor: str, samples: int, sampler: str, guidance: str = "") -> str:
-    """``fid:inception@10k/ode50`` or ``frechet:efficientnet_lite0@500/sde250``: only Inception's distance is FID."""
-    kind = "fid" if extractor == "inception" else "frechet"
-    return f"{kind}:{extractor}@{_thousands(samples)}/{sampler}{guidance}"
+_NOT_COMPARED = {"seed", "versions"}
+# What each kind of measurement yields, as it is called with Inception's features and with any other's, None if it has no
+# meaning there. Only Inception's distances are FID and KID.
+YIELDS: dict[str, tuple[tuple[str, str | None], ...]] = {
+    "frechet": (("fid", "frechet"),),
+    "sfid": (("sfid", None),),
+    "kid": (("kid", "kernel"),),
+    "inception_score": (("is", None),),
+    "precision_recall": (("precision", "precision"), ("recall", "recall")),
+}
+
+
+def quality_names(metric: str, extractor: str, samples: int, sampler: str, suffix: str = "") -> tuple[str, ...]:
+    """The full names of what a metric yields, such as ``fid:inception@10k/ode50`` or ``frechet:efficientnet_lite0@500/sde250``.
+
+    Args:
+        metric: one of :data:`YIELDS`.
+        extractor: whose features are compared.
+        samples: how many.
+        sampler: see :func:`sampler_name`.
+        suffix: guidance and labels, where they are not the usual ones.
+    """
+    kinds = (inception if extractor == "inception" else other for inception, other in YIELDS[metric])
+    return tuple(f"{kind}:{extractor}@{_thousands(samples)}/{sampler}{suffix}" for kind in kinds if kind)
+
+
+def labels_name(labels: str) -> str:
+    """Nothing for classes in turn, ``-random`` for those drawn at random, which cost about 0.1 of FID."""
+    return "" if labels == "balanced" else f"-{labels}"
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, ...]:
+    """The fields in which two protocols of one name differ, so that their numbers must not be compared.
+
+    Seeds are what differs between repeats, and library versions are recorded but not held against anybody.
+    """
+    return tuple(sorted(key for key in {*one, *other} - _NOT_COMPARED if one.get(key) != other.get(key)))
 
 
 def sampler_name(type: str, solver: str, steps: int) -> str:

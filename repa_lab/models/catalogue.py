@@ -20,7 +20,7 @@ class Entry:
 
     Attributes:
         family: its name in a spec, with the size.
-        regularizer: the one that fits.
+        regularizer: those that fit, the suggested one first.
         blocks: how many ``block_index`` counts.
         width: D of a tapped token.
         block_index: the suggested one.
@@ -66,4 +66,4 @@ def _from_scratch(family: Family, size: str, shape: Shape) -> Entry:
 def _entry(name: str, family: Family, shape: Shape, pixels: int, side: int, parameters: int) -> Entry:
     grid = (side, side)
     use = "from scratch" if family.from_scratch else "pretrained" if family.trainable else "tapped"
-    return Entry(name, family.regularizer, shape.depth, shape.width, shape.block, pixels, grid, parameters, use)
+    return Entry(name, ", ".join(family.regularizers), shape.depth, shape.width, shape.block, pixels, grid, parameters, use)

@@ -32,6 +32,7 @@ class Shape:
         heads: attention heads (transformers trained from scratch).
         channels: channels per level (UNets trained from scratch).
         layers: residual blocks per level (UNets trained from scratch).
+        stages: blocks per stage, the middle one at half the resolution (U-shaped transformers trained from scratch).
     """
 
     depth: int
@@ -41,6 +42,7 @@ class Shape:
     heads: int = 0
     channels: tuple[int, ...] = ()
     layers: int = 0
+    stages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Family:
     """The facts of a family; ``shapes`` maps a size to its shape, with the single key ``""`` where a hub folder decides.
 
     ``latent_stride`` is the VAE's: image pixels per latent cell; 1 for families that take what they are given. ``network`` is
-    the model of diffusers, where it is one, and ``pipeline`` what surrounds it there, where it can be trained.
+    the model of diffusers, where it is one, and ``pipeline`` what surrounds it there, where it can be trained. ``u_shaped`` are
+    transformers with a stage of fewer tokens.
     """
 
     name: str
@@ -57,11 +60,19 @@ class Family:
     latent_stride: int = 8
     network: Network | None = None
     pipeline: Pipeline | None = None
+    u_shaped: bool = False
 
     @property
     def regularizer(self) -> str:
-        """The regularizer that fits: REPA taps transformers, U-REPA the mid block of UNets."""
-        return "repa" if self.kind == "transformer" else "urepa"
+        """The regularizer that fits best: REPA taps transformers, U-REPA the mid block of UNets."""
+        return self.regularizers[0]
+
+    @property
+    def regularizers(self) -> tuple[str, ...]:
+        """Those that fit: U-REPA was made for U-shaped transformers, which can be tapped as REPA taps any."""
+        if self.u_shaped:
+            return ("urepa", "repa")
+        return ("repa",) if self.kind == "transformer" else ("urepa",)
 
     @property
     def trainable(self) -> bool:
@@ -112,8 +123,34 @@ UNET_SHAPES: dict[str, Shape] = {
 }
 
 
+# Blocks before, in and after the middle stage, width, heads: U-REPA's Table 2, which gives the heads of B alone.
+_SIT_DOWN: dict[str, tuple[tuple[int, int, int], int, int]] = {
+    "nano": ((2, 2, 2), 64, 4),
+    "B": ((5, 5, 5), 768, 12),
+    "L": ((9, 14, 9), 1024, 16),
+    "XL": ((10, 16, 10), 1152, 16),
+}
+_SIT_DOWN_PATCH = 2
+_SWIGLU_MULTIPLE = 256
+
+
+def swiglu_width(width: int) -> int:
+    """Hidden channels of the MLP in SiT-down's blocks: with a gate, about as many weights as SiT's without."""
+    return -(-(8 * width // 3) // _SWIGLU_MULTIPLE) * _SWIGLU_MULTIPLE
+
+
+def _sit_down(stages: tuple[int, int, int], width: int, heads: int) -> Shape:
+    """Tapped at the middle of its depth (Table 4: the 18th of 36 blocks), where the stride is twice the patch."""
+    depth = sum(stages)
+    return Shape(depth, width, 2 * _SIT_DOWN_PATCH, (depth - 1) // 2, heads=heads, stages=stages)
+
+
+SIT_DOWN_SHAPES = {f"{size}/{_SIT_DOWN_PATCH}": _sit_down(*shape) for size, shape in _SIT_DOWN.items()}
+
+
 SIT = Family("sit", "transformer", SIT_SHAPES, latent_stride=1)
 UNET = Family("unet", "unet", UNET_SHAPES, latent_stride=1)
+SIT_DOWN = Family("sit_down", "transformer", SIT_DOWN_SHAPES, latent_stride=1, u_shaped=True)
 
 
 def network_of(family: Family) -> Network:
@@ -153,3 +190,12 @@ def sit_shape(size: str) -> tuple[Shape, int]:
     """
     shape = shape_of(SIT, size)
     return shape, shape.stride
+
+
+def sit_down_shape(size: str) -> tuple[Shape, int]:
+    """The shape and patch size of ``B/2`` and its like.
+
+    Raises:
+        UnknownFactError: no such size.
+    """
+    return shape_of(SIT_DOWN, size), _SIT_DOWN_PATCH

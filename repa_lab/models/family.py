@@ -11,9 +11,10 @@ from typing import Any, Protocol
 from safetensors.torch import save_file
 from torch import nn
 
-from repa_lab.align.tokens import Tokens, flatten_map
+from repa_lab.align.tokens import Grid, Tokens, flatten_map
 from repa_lab.models.facts import BlockIndex, Shape
-from repa_lab.models.sit import SiT
+from repa_lab.models.sit import SiT, SiTConfig
+from repa_lab.models.sit_down import SiTDown, SiTDownConfig
 from repa_lab.models.tap import Tap, TapError
 
 
@@ -56,16 +57,30 @@ class SiTFamily:
     def tap(self, denoiser: nn.Module, block_index: BlockIndex) -> Tap:
         """See :class:`FamilyBuilder`."""
         assert isinstance(denoiser, SiT)
-        depth, grid = len(denoiser.blocks), denoiser.grid
-        if not isinstance(block_index, int) or not 0 <= block_index < depth:
-            raise TapError(f"sit has {depth} blocks: block_index must be 0 to {depth - 1}, got {block_index!r}")
-        return Tap(denoiser.blocks[block_index], lambda output: Tokens(output, grid))
+        return _tap_block("sit", denoiser.blocks, block_index, lambda index: denoiser.grid)
 
     def export(self, denoiser: nn.Module, folder: Path) -> None:
         """See :class:`FamilyBuilder`: weights and the arguments of :class:`SiTConfig`."""
         assert isinstance(denoiser, SiT)
-        save_file(denoiser.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(asdict(denoiser.config), indent=2) + "\n", encoding="utf-8")
+        _export(denoiser, denoiser.config, folder)
+
+
+class SiTDownFamily:
+    """SiT-down, tapped at the output of a block, on the grid of the block's stage."""
+
+    def build(self, size: str, shape: Shape, given: Input) -> nn.Module:
+        """See :class:`FamilyBuilder`."""
+        return SiTDown.from_size(size, given.channels, given.size, given.num_classes)
+
+    def tap(self, denoiser: nn.Module, block_index: BlockIndex) -> Tap:
+        """See :class:`FamilyBuilder`."""
+        assert isinstance(denoiser, SiTDown)
+        return _tap_block("sit_down", denoiser.blocks, block_index, denoiser.grid_of)
+
+    def export(self, denoiser: nn.Module, folder: Path) -> None:
+        """See :class:`FamilyBuilder`: weights and the arguments of :class:`SiTDownConfig`."""
+        assert isinstance(denoiser, SiTDown)
+        _export(denoiser, denoiser.config, folder)
 
 
 class UNetFamily:
@@ -90,4 +105,17 @@ class UNetFamily:
         net.save_pretrained(folder)
 
 
-BUILDERS: dict[str, FamilyBuilder] = {"sit": SiTFamily(), "unet": UNetFamily()}
+def _tap_block(name: str, blocks: nn.ModuleList, index: BlockIndex, grid_of: Callable[[int], Grid]) -> Tap:
+    depth = len(blocks)
+    if not isinstance(index, int) or not 0 <= index < depth:
+        raise TapError(f"{name} has {depth} blocks: block_index must be 0 to {depth - 1}, got {index!r}")
+    grid = grid_of(index)
+    return Tap(blocks[index], lambda output: Tokens(output, grid))
+
+
+def _export(denoiser: nn.Module, config: SiTConfig | SiTDownConfig, folder: Path) -> None:
+    save_file(denoiser.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+
+
+BUILDERS: dict[str, FamilyBuilder] = {"sit": SiTFamily(), "sit_down": SiTDownFamily(), "unet": UNetFamily()}

@@ -1,15 +1,16 @@
 """What one image costs a denoiser: closed formulas and counted numbers, without torch, so that `plan` can tell at once.
 
 FLOPs are twice the multiply-adds of matrix products, convolutions and attention, as `torch.utils.flop_counter` counts them.
-SiT's follow from its shape. All others were counted on the meta device by `repa_lab.models.counting`, and a test counts them
-again.
+SiT's and SiT-down's follow from their shapes. All others were counted on the meta device by `repa_lab.models.counting`, and a
+test counts them again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from repa_lab.models.facts import Family, Shape, shape_of
+from repa_lab.models.facts import Family, Shape, shape_of, swiglu_width
 
 TEXT_TOKENS = 256  # of a text, where there is one, in every counted forward pass
 _TIME_FEATURES = 256
@@ -120,21 +121,38 @@ VAE_ENCODER = Counted(4096, (1116.66, 272.722, 67.7779), (0, 0, 0))
 VAE_DECODER = Counted(4096, (2514.52, 622.187, 155.144), (0, 0, 0))
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a denoiser from scratch is built for and shown.
+
+    Attributes:
+        size: of the family.
+        shape: of that size.
+        tokens: of the image at the suggested tap.
+        channels: of what the denoiser sees.
+        classes: without the null label.
+    """
+
+    size: str
+    shape: Shape
+    tokens: float
+    channels: int
+    classes: int
+
+
 def forward_of(family: Family, size: str | None, tokens: float, channels: int, classes: int) -> Forward:
     """The forward pass of one image through a family's denoiser.
 
     Args:
         family: which one.
         size: of one that is trained from scratch.
-        tokens: of the image at the tap.
+        tokens: of the image at the suggested tap.
         channels: of what the denoiser sees (for those from scratch).
         classes: without the null label (for those from scratch).
     """
     shape = shape_of(family, size)
-    if family.name == "sit":
-        return sit_forward(shape, tokens, channels, classes)
-    if family.name == "unet":
-        return _unet_forward(size or "", shape, tokens, channels, classes)
+    if family.from_scratch:
+        return FROM_SCRATCH[family.name](Given(size or "", shape, tokens, channels, classes))
     parameters = family.network.parameters if family.network else 0
     if family.name in COUNTED:
         return COUNTED[family.name].at(tokens, parameters)
@@ -144,28 +162,60 @@ def forward_of(family: Family, size: str | None, tokens: float, channels: int, c
     return Forward(2 * parameters * tokens, kept, parameters, 0.6, adapted, rough)
 
 
-def sit_forward(shape: Shape, tokens: float, channels: int, classes: int) -> Forward:
+def _sit_forward(given: Given) -> Forward:
     """SiT from its shape: per block 12 D^2 weights at every token, 6 D^2 at every image, and two products of attention.
 
     Kept are 21 numbers per block, token and channel, as counted, with 3 more around the blocks.
     """
-    n, width, depth, patch = tokens, shape.width, shape.depth, shape.stride**2 * channels
-    around = 2 * n * patch * width + _TIME_FEATURES * width + 3 * width**2
+    n, width, depth = given.tokens, given.shape.width, given.shape.depth
+    around, ends = _ends(given, n, patch=given.shape.stride)
     macs = around + depth * (12 * n * width**2 + 2 * n**2 * width + 6 * width**2)
-    ends = patch * width + width + width * patch + patch + 2 * width**2 + 2 * width
-    embedded = (_TIME_FEATURES + 1) * width + width**2 + width + (classes + 1) * width + int(n) * width
-    parameters = ends + embedded + depth * (18 * width**2 + 15 * width)
+    parameters = ends + int(n) * width + depth * (18 * width**2 + 15 * width)
     return Forward(2 * macs, (_KEPT_OF_A_BLOCK * depth + 3) * n * width, parameters)
 
 
-def _unet_forward(size: str, shape: Shape, tokens: float, channels: int, classes: int) -> Forward:
+def _sit_down_forward(given: Given) -> Forward:
+    """SiT-down from its shape: per block 4 D^2 weights of attention and 3 D H of SwiGLU at every token, 6 D^2 at every image;
+    two 3x3 convolutions of 4 D^2 channels over the middle's tokens.
+
+    Kept are 15 numbers per block, token and channel and 4 per hidden channel, as counted, with 5 more around the blocks.
+    """
+    n, width, stages, hidden = given.tokens, given.shape.width, given.shape.stages, swiglu_width(given.shape.width)
+    around, ends = _ends(given, 4 * n, patch=given.shape.stride // 2)
+    weights, convolutions = 4 * width**2 + 3 * width * hidden, 72 * width**2
+    outer, middle = stages[0] + stages[2], stages[1]
+    macs = around + n * convolutions
+    for blocks, m in ((outer, 4 * n), (middle, n)):
+        macs += blocks * (m * weights + 2 * m**2 * width + 6 * width**2)
+    block = weights + 6 * width**2 + 11 * width + 2 * hidden
+    kept = n * ((4 * outer + middle) * (15 * width + 4 * hidden) + 20 * width)
+    return Forward(2 * macs, kept, ends + convolutions + 5 * width + sum(stages) * block)
+
+
+def _ends(given: Given, tokens: float, patch: int) -> tuple[float, int]:
+    """Multiply-adds and parameters of what stands around SiT's blocks: patches, time, labels and the final layer."""
+    width, pixels = given.shape.width, patch**2 * given.channels
+    macs = 2 * tokens * pixels * width + _TIME_FEATURES * width + 3 * width**2
+    ends = pixels * width + width + width * pixels + pixels + 2 * width**2 + 2 * width
+    embedded = (_TIME_FEATURES + 1) * width + width**2 + width + (given.classes + 1) * width
+    return macs, ends + embedded
+
+
+def _unet_forward(given: Given) -> Forward:
     """The counted UNet with as many channels and classes as there are: its first and last convolution, and its labels."""
-    parameters, counted = COUNTED_UNETS[size]
-    more, first = channels - _UNET_CHANNELS, shape.channels[0]
+    parameters, counted = COUNTED_UNETS[given.size]
+    more, first = given.channels - _UNET_CHANNELS, given.shape.channels[0]
     both = 2 * 9 * first * more
-    parameters += both + more + (classes - _UNET_CLASSES) * 4 * first
-    found = counted.at(tokens, parameters)
-    return Forward(found.flops + 2 * both * tokens * shape.stride**2, found.kept, parameters)
+    parameters += both + more + (given.classes - _UNET_CLASSES) * 4 * first
+    found = counted.at(given.tokens, parameters)
+    return Forward(found.flops + 2 * both * given.tokens * given.shape.stride**2, found.kept, parameters)
+
+
+FROM_SCRATCH: dict[str, Callable[[Given], Forward]] = {
+    "sit": _sit_forward,
+    "sit_down": _sit_down_forward,
+    "unet": _unet_forward,
+}
 
 
 def _parabola(native: int, values: tuple[float, float, float], tokens: float) -> float:

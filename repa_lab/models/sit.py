@@ -35,7 +35,8 @@ def timestep_features(t: torch.Tensor) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Tokens ``(B, N, width)`` shifted and scaled by vectors ``(B, width)``; zeros change nothing."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
@@ -66,8 +67,8 @@ class SiTBlock(nn.Module):
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """Tokens ``(B, N, width)`` under conditioning ``(B, width)``."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + gate_a.unsqueeze(1) * self.attn(_modulate(self.norm1(x), shift_a, scale_a))
-        out: torch.Tensor = x + gate_m.unsqueeze(1) * self.mlp(_modulate(self.norm2(x), shift_m, scale_m))
+        x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        out: torch.Tensor = x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
         return out
 
 
@@ -83,8 +84,31 @@ class FinalLayer(nn.Module):
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """Tokens ``(B, N, width)`` to patches ``(B, N, patch_size**2 * channels)``."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        patches: torch.Tensor = self.linear(_modulate(self.norm_final(x), shift, scale))
+        patches: torch.Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
         return patches
+
+
+def unpatchify(patches: torch.Tensor, grid: Grid, patch_size: int) -> torch.Tensor:
+    """Patches ``(B, N, p*p*C)`` on ``grid`` back to an image ``(B, C, H, W)``."""
+    (rows, columns), p = grid, patch_size
+    x = patches.reshape(-1, rows, columns, p, p, patches.shape[-1] // p**2)
+    return torch.einsum("bhwpqc->bchpwq", x).reshape(-1, x.shape[-1], rows * p, columns * p)
+
+
+def initialise(model: nn.Module, patches: PatchEmbed, time: TimestepEmbedder, labels: nn.Embedding, final: FinalLayer) -> None:
+    """REPA's initialisation: linear maps Xavier-uniform, embeddings normal with 0.02, modulations and the last layer zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    projection = patches.proj
+    nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+    for weight in [labels.weight, *(layer.weight for layer in time.mlp if isinstance(layer, nn.Linear))]:
+        nn.init.normal_(weight, std=0.02)
+    modulations = [module[-1] for name, module in model.named_modules() if name.endswith("adaLN_modulation")]
+    for parameter in [projection.bias, *(p for layer in (*modulations, final.linear) for p in layer.parameters())]:
+        nn.init.zeros_(parameter)
 
 
 @dataclass(frozen=True)
@@ -123,7 +147,7 @@ class SiT(nn.Module):
         self.blocks = nn.ModuleList([SiTBlock(config.width, config.heads) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config.width, config.patch_size, config.in_channels)
         self._checkpoints = False
-        self._init_weights()
+        initialise(self, self.x_embedder, self.t_embedder, self.y_embedder, self.final_layer)
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep only the blocks' inputs for the backward pass, which then runs each block once more."""
@@ -151,27 +175,4 @@ class SiT(nn.Module):
                 tokens = checkpoint(block, tokens, condition, use_reentrant=False)
             else:
                 tokens = block(tokens, condition)
-        return self._unpatchify(self.final_layer(tokens, condition))
-
-    def _unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
-        (rows, columns), p, channels = self.grid, self.config.patch_size, self.config.in_channels
-        x = patches.reshape(-1, rows, columns, p, p, channels)
-        return torch.einsum("bhwpqc->bchpwq", x).reshape(-1, channels, rows * p, columns * p)
-
-    def _init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        projection = self.x_embedder.proj
-        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-        embedded = [self.y_embedder.weight]
-        embedded += [layer.weight for layer in self.t_embedder.mlp if isinstance(layer, nn.Linear)]
-        for weight in embedded:
-            nn.init.normal_(weight, std=0.02)
-        modulated = [module for module in self.modules() if isinstance(module, (SiTBlock, FinalLayer))]
-        zeroed = [*(module.adaLN_modulation[-1] for module in modulated), self.final_layer.linear]
-        for parameter in [projection.bias, *(parameter for layer in zeroed for parameter in layer.parameters())]:
-            if parameter is not None:
-                nn.init.zeros_(parameter)
+        return unpatchify(self.final_layer(tokens, condition), self.grid, self.config.patch_size)

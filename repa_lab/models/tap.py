@@ -25,11 +25,19 @@ class Tap:
 
     def __init__(self, block: nn.Module, to_tokens: Callable[[Any], Tokens]) -> None:
         self._to_tokens = to_tokens
+        self._use: Callable[[Tokens], None] | None = None
         self._output: Any = None
         self._handle = block.register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._output = output
+        if self._use is None:
+            self._output = output
+        else:
+            self._use(self._to_tokens(output))
+
+    def hand_to(self, use: Callable[[Tokens], None]) -> None:
+        """Keep nothing from now on: hand the tokens of every pass to ``use`` as soon as the block has run."""
+        self._output, self._use = None, use
 
     def take(self) -> Tokens:
         """The captured tokens ``(B, N, D)`` with their grid; empties the slot.

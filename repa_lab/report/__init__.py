@@ -5,15 +5,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from repa_lab.report.leaderboard import leaderboards
     from repa_lab.report.page import ReportPaths, write_report
+    from repa_lab.report.profile import load_profile, profile_figure
     from repa_lab.report.results import Results, ResultsError, load_results
     from repa_lab.report.words import answer
 
-__all__ = ["ReportPaths", "Results", "ResultsError", "answer", "load_results", "write_report"]
+__all__ = [
+    "ReportPaths",
+    "Results",
+    "ResultsError",
+    "answer",
+    "leaderboards",
+    "load_profile",
+    "load_results",
+    "profile_figure",
+    "write_report",
+]
 
 _HOMES = {
     "ReportPaths": "page",
     "write_report": "page",
+    "leaderboards": "leaderboard",
+    "load_profile": "profile",
+    "profile_figure": "profile",
     "Results": "results",
     "ResultsError": "results",
     "load_results": "results",

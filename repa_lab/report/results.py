@@ -1,9 +1,7 @@
-"""The runs of a sweep as DataFrames: one row per run, one per measurement, one per arm and metric."""
+"""The runs of a sweep as DataFrames: one row per run, per measurement, per arm and metric, and per grid of samples."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,15 +10,19 @@ from typing import Any
 
 import pandas as pd
 
+from repa_lab.report.progress import AXES, STEPS, Axis, processes_of
+from repa_lab.report.protocols import Protocols
+from repa_lab.report.reading import UNKNOWN, RunReader
 from repa_lab.report.statistics import Goal
-from repa_lab.report.summary import KEYS, Index, SeedCurves, index_curves, is_protocol, metric_kind, summarize
+from repa_lab.report.summary import KEYS, Index, SeedCurves, index_curves, is_evaluation, is_protocol, metric_kind, summarize
 from repa_lab.runs import RunDirectory, RunsRoot, SweepDirectory
-from repa_lab.runs.files import Row
 
 Manifest = dict[str, Any]
-_RUN_COLUMNS = [*KEYS, "baseline", "seed", "run_id", "state", "step", "images", "seconds", "error"]
-_CURVE_COLUMNS = [*KEYS, "seed", "run_id", "step", "images", "metric", "value"]
-_PROGRESS = ("step", "images", "seconds")
+Row = dict[str, Any]
+_RUN_COLUMNS = [*KEYS, "baseline", "seed", "run_id", "state", "step", "images", "seconds", "processes", "error"]
+_CURVE_COLUMNS = [*KEYS, "seed", "run_id", "step", "images", "hours", "flops", "metric", "value"]
+_SAMPLE_COLUMNS = [*KEYS, "seed", "run_id", "step", "path"]
+_TROUBLE_COLUMNS = [*KEYS, "seed", "run_id", "where", "what"]
 
 
 class ResultsError(ValueError):
@@ -34,16 +36,25 @@ class Results:
     Attributes:
         sweeps: the manifests, as the sweeps recorded them.
         runs: a row per arm and seed: where the run stands (``step`` in optimizer steps, ``images`` seen, training
-            ``seconds``), its level on every axis, and its resolved config under dotted names. A config field that is
-            itself an axis holds the field's value.
-        curves: a row per measurement: ``step``, ``images``, ``metric``, ``value`` (NaN where it was not finite).
+            ``seconds`` on each of its ``processes``), what it cost under ``cost/``, its level on every axis, and its
+            resolved config under dotted names. A config field that is itself an axis holds the field's value.
+        curves: a row per measurement: progress (``step``, ``images``, device ``hours`` and ``flops`` of training, NaN where
+            not known), ``metric``, ``value`` (NaN where it was not finite).
         summary: a row per arm and evaluation metric at equal progress; see :func:`repa_lab.report.summary.summarize`.
+        samples: a row per grid of samples: the ``step`` it was drawn at and the ``path`` of its PNG.
+        troubles: a row per thing in a run directory that could not be used: ``where`` and ``what``.
+        protocols: what the runs recorded that their numbers depend on.
+        provenances: what each run was made with, by run id.
     """
 
     sweeps: tuple[Manifest, ...]
     runs: pd.DataFrame
     curves: pd.DataFrame
     summary: pd.DataFrame
+    samples: pd.DataFrame
+    troubles: pd.DataFrame
+    protocols: Protocols
+    provenances: Mapping[str, Mapping[str, Any]]
 
     @property
     def name(self) -> str:
@@ -86,13 +97,39 @@ class Results:
         names = [metric for sweep, label, metric in self._index if (sweep, label) == (self.name, arm)]
         return sorted(names, key=lambda name: (not is_protocol(name), name))
 
-    def seed_curves(self, arm: str | None, metric: str | None) -> SeedCurves:
-        """Value by step, by seed, of an arm of the only sweep and an evaluation metric; empty if never measured."""
-        return self._index.get((self.name, str(arm), str(metric)), {})
+    def seed_curves(self, arm: str | None, metric: str | None, axis: str = "step") -> SeedCurves:
+        """Value by progress, by seed, of an arm of the only sweep and an evaluation metric; empty if never measured.
+
+        Args:
+            arm: its label.
+            metric: full name.
+            axis: the measure of progress, a column of :attr:`curves`.
+        """
+        if axis not in self._indices:
+            self._indices[axis] = index_curves(self.curves, axis)
+        return self._indices[axis].get((self.name, str(arm), str(metric)), {})
 
     @cached_property
+    def _indices(self) -> dict[str, Index]:
+        return {"step": index_curves(self.curves)}
+
+    @property
     def _index(self) -> Index:
-        return index_curves(self.curves)
+        return self._indices["step"]
+
+    @cached_property
+    def axes(self) -> tuple[Axis, ...]:
+        """The measures of progress that every evaluation tells; curves over any other would be means over fewer runs."""
+        measured = self.curves[self.curves["metric"].map(is_evaluation).astype(bool)]
+        return tuple(axis for axis in AXES if axis is STEPS or (len(measured) and measured[axis.name].notna().all()))
+
+    def run_ids(self, arm: str | None) -> list[str]:
+        """The runs of an arm of the only sweep, in the order of the seeds."""
+        return [str(run_id) for run_id in self.runs.loc[self.runs["arm"] == arm, "run_id"]]
+
+    def conflicts(self, arm: str, metric: str) -> list[str]:
+        """In what the protocols of a metric differ between the runs of an arm and of its baseline, if in anything."""
+        return self.protocols.conflicts([*self.run_ids(arm), *self.run_ids(self.baselines[arm])], metric)
 
     def compared_metric(self, arm: str) -> str | None:
         """The metric on which an arm can be compared with its baseline, or shown if it has none.
@@ -101,15 +138,18 @@ class Results:
         that both measured under one protocol.
 
         Returns:
-            None if they share none: then they cannot be compared.
+            None if they share none, or only under a name behind which their protocols differ: then they cannot be compared.
         """
-        baseline = self.baselines[arm]
-        own = self.metrics(arm)
-        shared = [name for name in own if baseline is None or name in self.metrics(baseline)]
+        shared = [name for name in self.shared_metrics(arm) if not self.conflicts(arm, name)]
         if self.metric in shared:
             return self.metric
         alike = [name for name in shared if is_protocol(self.metric) and metric_kind(name) == metric_kind(self.metric)]
         return alike[0] if len(alike) == 1 else None
+
+    def shared_metrics(self, arm: str) -> list[str]:
+        """The metrics that an arm and its baseline, if it has one, have both measured."""
+        baseline = self.baselines[arm]
+        return [name for name in self.metrics(arm) if baseline is None or name in self.metrics(baseline)]
 
     def only(self, name: str) -> Results:
         """The results of one sweep.
@@ -120,8 +160,9 @@ class Results:
         chosen = tuple(sweep for sweep in self.sweeps if sweep["name"] == name)
         if not chosen:
             raise ResultsError(f"no sweep '{name}' among {self.name}")
-        frames = (self.runs, self.curves, self.summary)
-        return Results(chosen, *(frame[frame["sweep"] == name].reset_index(drop=True) for frame in frames))
+        frames = (self.runs, self.curves, self.summary, self.samples, self.troubles)
+        runs, curves, summary, samples, troubles = (one[one["sweep"] == name].reset_index(drop=True) for one in frames)
+        return Results(chosen, runs, curves, summary, samples, troubles, self.protocols, self.provenances)
 
 
 def load_results(path: str | Path) -> Results:
@@ -135,9 +176,33 @@ def load_results(path: str | Path) -> Results:
     """
     path = Path(path)
     try:
-        return _collect(_sources(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        sources = list(_sources(path))
+        for manifest, _ in sources:
+            _require_whole(manifest)
+        return _collect(sources)
+    except ResultsError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResultsError(f"'{path}' holds a file that cannot be read as results: {error!r}") from error
+
+
+def _require_whole(manifest: Manifest) -> None:
+    """Miss what a manifest lacks here, where it is told as an error, and not in the middle of a report."""
+    kinds = {"name": str, "question": str, "compare": dict, "arms": list}
+    wrong = [name for name, kind in kinds.items() if not isinstance(manifest[name], kind)]
+    for arm in manifest["arms"]:
+        wrong += [] if isinstance(arm["label"], str) and isinstance(arm["levels"], dict) else ["arms"]
+        wrong += [] if isinstance(arm["baseline"], str | None) else ["baseline"]
+    if wrong or not isinstance(manifest["compare"]["metric"], str) or manifest["compare"]["goal"] not in ("min", "max"):
+        raise TypeError(f"sweep.json has no sound {', '.join(wrong) or 'compare'}")
+
+
+def root_of(path: str | Path) -> RunsRoot:
+    """The runs root that :func:`load_results` reads for a path."""
+    path = Path(path)
+    if (path / "sweep.json").is_file():
+        return SweepDirectory(path.absolute()).root
+    return RunsRoot(path.resolve().parent.parent if (path / "spec.json").is_file() else path)
 
 
 def _sources(path: Path) -> list[tuple[Manifest, RunsRoot]]:
@@ -155,7 +220,7 @@ def _sources(path: Path) -> list[tuple[Manifest, RunsRoot]]:
 
 def _single(run: RunDirectory) -> tuple[Manifest, RunsRoot]:
     """A run on its own, as a sweep of one arm without a baseline."""
-    measured = [name for row in run.rows() for name in row if "@" in name]
+    measured = [metric for _, metric in RunReader(run).measurements() if is_protocol(metric)]
     seed, name = run.spec["seed"], run.run_id
     arm: Manifest = {"label": name, "levels": {}, "baseline": None, "runs": [{"seed": seed, "run_id": name}]}
     compare = {"metric": measured[0] if measured else "", "goal": "min", "targets": {}}
@@ -169,34 +234,47 @@ class _Member:
 
     arm: Mapping[str, Any]
     keys: Mapping[str, Any]
-    run: RunDirectory
-    rows: list[Row]
+    reader: RunReader
 
     def record(self) -> Row:
-        state = self.run.state
-        last = {key: value for row in self.rows for key, value in row.items() if key in _PROGRESS}
-        progress = {"step": max(state.step, last.pop("step", 0)), "images": None, "seconds": None, **last}
-        standing = {"baseline": self.arm["baseline"], "state": state.state.value, "error": state.error}
-        return {**self.keys, **standing, **progress}
+        state, logged = self.reader.state, self.reader.progress
+        last = max(logged, default=0)
+        standing = {"state": state.state.value if state else UNKNOWN, "error": state.error if state else None}
+        step = max(state.step if state else 0, last)
+        images = logged[last]["images"] if logged else None
+        processes = processes_of(self.reader.provenance)
+        made = {"baseline": self.arm["baseline"], "step": step, "images": images, "seconds": None, "processes": processes}
+        return {**self.keys, **standing, **made, **self.reader.costs}
 
     def config(self) -> Row:
-        spec = self.run.spec if (self.run.path / "spec.json").is_file() else {}
-        return dict(_flat({key: value for key, value in spec.items() if key != "seed"}))
+        return dict(_flat({key: value for key, value in self.reader.spec.items() if key != "seed"}))
 
     def measurements(self) -> Iterator[Row]:
-        for row in self.rows:
-            place = {**self.keys, "step": row["step"], "images": row.get("images")}
-            for metric, value in row.items():
-                if metric not in _PROGRESS:
-                    yield {**place, "metric": metric, "value": math.nan if value is None else float(value)}
+        for (step, metric), value in self.reader.measurements().items():
+            yield {**self.keys, "step": step, **self.reader.progress[step], "metric": metric, "value": float(value)}
+
+    def samples(self) -> Iterator[Row]:
+        for step, path in self.reader.run.sample_grids().items():
+            yield {**self.keys, "step": step, "path": path}
+
+    def troubles(self) -> Iterator[Row]:
+        self.reader.changed_protocols()
+        for trouble in dict.fromkeys(self.reader.troubles):
+            yield {**self.keys, "where": trouble.where, "what": trouble.what}
 
 
 def _collect(sources: Iterable[tuple[Manifest, RunsRoot]]) -> Results:
     sources = list(sources)
-    members = [list(_members(manifest, root)) for manifest, root in sources]
-    runs = pd.concat([_runs_frame(sweep) for sweep in members], ignore_index=True)
-    curves = _curves_frame(member for sweep in members for member in sweep)
-    return Results(tuple(manifest for manifest, _ in sources), runs, curves, summarize(runs, index_curves(curves)))
+    sweeps = [list(_members(manifest, root)) for manifest, root in sources]
+    members = [member for sweep in sweeps for member in sweep]
+    runs = pd.concat([_runs_frame(sweep) for sweep in sweeps], ignore_index=True)
+    curves = pd.DataFrame([row for member in members for row in member.measurements()], columns=_CURVE_COLUMNS)
+    samples = pd.DataFrame([row for member in members for row in member.samples()], columns=_SAMPLE_COLUMNS)
+    protocols = Protocols({member.reader.run.run_id: member.reader.protocols for member in members})
+    provenances = {member.reader.run.run_id: member.reader.provenance for member in members if member.reader.provenance}
+    troubles = pd.DataFrame([row for member in members for row in member.troubles()], columns=_TROUBLE_COLUMNS)
+    summary = summarize(runs, index_curves(curves), protocols)
+    return Results(tuple(one for one, _ in sources), runs, curves, summary, samples, troubles, protocols, provenances)
 
 
 def _members(manifest: Manifest, root: RunsRoot) -> Iterator[_Member]:
@@ -204,7 +282,7 @@ def _members(manifest: Manifest, root: RunsRoot) -> Iterator[_Member]:
         for planned in arm["runs"]:
             run = root.run(planned["run_id"])
             keys = {"sweep": manifest["name"], "arm": arm["label"], "seed": planned["seed"], "run_id": run.run_id}
-            yield _Member(arm, keys, run, run.rows())
+            yield _Member(arm, keys, RunReader(run))
 
 
 def _runs_frame(members: list[_Member]) -> pd.DataFrame:
@@ -215,12 +293,6 @@ def _runs_frame(members: list[_Member]) -> pd.DataFrame:
     records = [{**level, **config, **m.record()} for m, level, config in zip(members, levels, configs, strict=True)]
     frame = pd.DataFrame(records, columns=None if records else _RUN_COLUMNS)
     return frame[[*_RUN_COLUMNS, *(column for column in frame.columns if column not in _RUN_COLUMNS)]]
-
-
-def _curves_frame(members: Iterable[_Member]) -> pd.DataFrame:
-    rows = [row for member in members for row in member.measurements()]
-    frame = pd.DataFrame(rows, columns=_CURVE_COLUMNS)
-    return frame.drop_duplicates([*KEYS, "seed", "metric", "step"], keep="last", ignore_index=True)
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

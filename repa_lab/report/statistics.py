@@ -1,4 +1,4 @@
-"""Uncertainty over seeds: Student-t intervals, differences paired by seed, and steps to reach a value.
+"""Uncertainty over seeds: Student-t intervals, differences paired by seed, several comparisons at once, and bands.
 
 Arms of one sweep share their seeds: seed k sees the same data, noise and initialisation streams in every arm. What a
 seed adds to both arms cancels in their difference, so differences are taken seed by seed before anything is averaged.
@@ -8,16 +8,23 @@ The interval is Student's t: it keeps its coverage at three seeds, where the boo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
-from scipy.special import stdtrit
+from numpy.typing import NDArray
+from scipy.special import ndtr, stdtr, stdtrit
 
+Key = TypeVar("Key")
 Goal = Literal["min", "max"]
-Curve = Mapping[int, float]
+# Value by progress.
+Curve = Mapping[float, float]
+Verdict = Literal["resolved", "not resolved", "insufficient"]
 MIN_SEEDS = 3
+MIN_BOOTSTRAP = 10
+LEVEL = 0.95
+_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,16 @@ class PairedDifference:
         difference: of the metric, in its units.
         baseline_mean: over the paired seeds only, so ``baseline_mean + difference.mean`` is the arm's mean over them.
         seeds: the seeds both have, ascending.
+        p_value: two-sided, of the paired t-test that the mean difference is 0; NaN for fewer than two pairs.
+        correlation: Pearson's, between the arm's and the baseline's values over the seeds: near 1, pairing takes away most of
+            what seeds add; below 0 it makes the interval wider. NaN for fewer than three pairs, where it says nothing.
     """
 
     difference: Estimate
     baseline_mean: float
     seeds: tuple[int, ...]
+    p_value: float
+    correlation: float
 
     @property
     def relative(self) -> float:
@@ -55,18 +67,18 @@ class PairedDifference:
 
     @property
     def is_resolved(self) -> bool:
-        """Whether at least three seeds were paired and the interval excludes 0; fewer are too few to conclude."""
-        return self.difference.n >= MIN_SEEDS and self.difference.excludes(0.0)
+        """Whether it is resolved as the only comparison that is made; see :func:`holm` for several."""
+        return verdict(self.difference.n, self.p_value) == "resolved"
 
 
 @dataclass(frozen=True)
 class Speedup:
-    """How much sooner an arm reaches what its baseline ends with.
+    """How much sooner an arm reaches a value than its baseline.
 
     Attributes:
-        ratio: the baseline's steps over the arm's, above 1 is sooner; over the seeds that reached it.
-        steps: the arm's mean steps over those seeds.
-        reached: how many seeds reached it; below ``n``, ``ratio`` flatters, for the others' ratios are unknown.
+        ratio: the baseline's steps over the arm's, above 1 is sooner; over the seeds in which both reached it.
+        steps: the arm's mean steps over those seeds, in the unit of its curves.
+        reached: in how many seeds both reached it; below ``n``, ``ratio`` speaks of those alone.
         n: how many seeds both arms have.
     """
 
@@ -76,7 +88,7 @@ class Speedup:
     n: int
 
 
-def mean_interval(values: Iterable[float], level: float = 0.95) -> Estimate:
+def mean_interval(values: Iterable[float], level: float = LEVEL) -> Estimate:
     """The mean and its two-sided Student-t interval; values that are not finite are left out, ``n`` counts the rest.
 
     Args:
@@ -92,7 +104,39 @@ def mean_interval(values: Iterable[float], level: float = 0.95) -> Estimate:
     return Estimate(n, mean, mean - half, mean + half)
 
 
-def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float], level: float = 0.95) -> PairedDifference:
+def bootstrap_interval(values: Iterable[float], level: float = LEVEL, resamples: int = _RESAMPLES) -> Estimate:
+    """The mean and its bootstrap interval over seeds, which need not lie evenly about the mean; always the same resamples.
+
+    It is the expanded percentile interval (Hesterberg, The American Statistician 69(4), 2015): the percentiles
+    are widened so that the interval of normal values is nearly Student's, for plain percentiles are too narrow by
+    ``sqrt((n - 1) / n)`` and by the normal quantile in place of t's.
+
+    Args:
+        values: one per seed; those that are not finite are left out.
+        level: coverage of the interval, between 0 and 1.
+        resamples: how many means are drawn.
+
+    Returns:
+        An estimate without an interval below :data:`MIN_BOOTSTRAP` values: resamples of few values are too much alike.
+    """
+    kept = np.array([value for value in values if math.isfinite(value)], dtype=np.float64)
+    n = len(kept)
+    if n < MIN_BOOTSTRAP:
+        return Estimate(n, float(kept.mean()) if n else math.nan, math.nan, math.nan)
+    drawn = np.random.default_rng(0).integers(0, n, (resamples, n))
+    tail = float(ndtr(-math.sqrt(n / (n - 1)) * float(stdtrit(n - 1, 0.5 + level / 2))))
+    low, high = np.quantile(kept[drawn].mean(axis=1), [tail, 1 - tail])
+    return Estimate(n, float(kept.mean()), float(low), float(high))
+
+
+def band(values: Iterable[float], level: float = LEVEL) -> Estimate:
+    """The interval that a curve's band shows: a bootstrap's where there are seeds enough for one, else Student's t."""
+    values = list(values)
+    found = bootstrap_interval(values, level)
+    return found if found.n >= MIN_BOOTSTRAP else mean_interval(values, level)
+
+
+def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float], level: float = LEVEL) -> PairedDifference:
     """Arm minus baseline over the seeds that have a finite value in both.
 
     Args:
@@ -100,74 +144,129 @@ def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float], l
         baseline: value by seed, measured at the same step under the same protocol.
         level: coverage of the interval.
     """
-    seeds = tuple(sorted(_finite(arm).keys() & _finite(baseline).keys()))
-    difference = mean_interval((arm[seed] - baseline[seed] for seed in seeds), level)
-    return PairedDifference(difference, mean_interval(baseline[seed] for seed in seeds).mean, seeds)
+    seeds = tuple(sorted(finite(arm).keys() & finite(baseline).keys()))
+    own, other = (np.array([values[seed] for seed in seeds], dtype=np.float64) for values in (arm, baseline))
+    mean = float(other.mean()) if seeds else math.nan
+    return PairedDifference(mean_interval(own - other, level), mean, seeds, _p_value(own - other), _correlation(own, other))
+
+
+def holm(p_values: Sequence[float], comparisons: int | None = None) -> list[float]:
+    """P-values that hold for several comparisons at once, by Holm's step-down method (Scand. J. Statist. 6, 1979, 65-70).
+
+    Calling those below 0.05 differences keeps the chance of a single false one below 0.05, whatever the comparisons share,
+    such as a baseline.
+
+    Args:
+        p_values: of single comparisons; NaN stands for one that cannot be made yet, and stays NaN.
+        comparisons: how many there are to be made in all, whether or not they have a p-value; None is as many as given.
+
+    Returns:
+        In the order of ``p_values``.
+    """
+    adjusted, largest = [math.nan] * len(p_values), 0.0
+    known = sorted((place for place, p in enumerate(p_values) if not math.isnan(p)), key=lambda place: p_values[place])
+    total = len(p_values) if comparisons is None else max(comparisons, len(known))
+    for rank, place in enumerate(known):
+        largest = max(largest, min(1.0, (total - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def verdict(n: int, p_value: float) -> Verdict:
+    """What may be said of a difference over ``n`` pairs: below three nothing, else whether chance explains it at the 5 % level.
+
+    Args:
+        n: paired seeds.
+        p_value: adjusted for the number of comparisons; see :func:`holm`.
+    """
+    if n < MIN_SEEDS:
+        return "insufficient"
+    return "resolved" if p_value < 1 - LEVEL else "not resolved"
 
 
 def steps_to_reach(curve: Curve, target: float, goal: Goal = "min") -> float | None:
     """The first step at which the curve is at or beyond ``target``, interpolated linearly between measurements.
 
+    Steps may be any measure of progress: optimizer steps, images, device hours or FLOPs.
+
     A curve that is there at its first measurement gives that step: what came before was not measured. Measurements that
     are not finite are left out.
 
     Returns:
-        Optimizer steps, or None if the target was never reached.
+        In the units of the curve's keys, or None if the target was never reached.
     """
     sign = 1.0 if goal == "min" else -1.0
-    before: tuple[int, float] | None = None
-    for step, value in sorted(_finite(curve).items()):
+    before: tuple[float, float] | None = None
+    for place, value in sorted(finite(curve).items()):
         excess = sign * (value - target)
         if excess <= 0:
-            return float(step) if before is None else _crossing(before, (step, excess))
-        before = (step, excess)
+            return float(place) if before is None else _crossing(before, (place, excess))
+        before = (place, excess)
     return None
 
 
-def speedup(arm: Mapping[int, Curve], baseline: Mapping[int, Curve], goal: Goal = "min", level: float = 0.95) -> Speedup | None:
-    """Compare, seed by seed, when the arm and when the baseline first reach the value the baseline ends with.
+def speedup(
+    arm: Mapping[int, Curve],
+    baseline: Mapping[int, Curve],
+    goal: Goal = "min",
+    target: float | None = None,
+    level: float = LEVEL,
+) -> Speedup | None:
+    """Compare, seed by seed, when the arm and when the baseline first reach a value.
 
     The baseline's own first crossing counts, not the end of its training: on a noisy curve it may have been there
     earlier, and an arm compared with itself must give 1.
 
     Args:
-        arm: curve by seed.
-        baseline: curve by seed, of the same metric.
+        arm: curve by seed, over any measure of progress.
+        baseline: curve by seed, of the same metric over the same measure.
         goal: whether small or large values are good.
+        target: the value; None is what the baseline ends with, seed by seed.
         level: coverage of the interval of the ratio.
 
     Returns:
         None if no seed has both curves.
     """
-    pairs = [(_trained(arm[seed]), _trained(baseline[seed])) for seed in sorted(arm.keys() & baseline.keys())]
+    pairs = [(_begun(arm[seed]), _begun(baseline[seed])) for seed in sorted(arm.keys() & baseline.keys())]
     pairs = [(own, other) for own, other in pairs if own and other]
     if not pairs:
         return None
-    reached = [(steps_to_reach(own, _final(other), goal), _own_steps(other, goal)) for own, other in pairs]
-    steps = [(own, other) for own, other in reached if own is not None]
-    ratio = mean_interval((other / own for own, other in steps), level)
-    return Speedup(ratio, mean_interval(own for own, _ in steps).mean, len(steps), len(pairs))
+    reached = []
+    for own, other in pairs:
+        value = other[max(other)] if target is None else target
+        mine, theirs = steps_to_reach(own, value, goal), steps_to_reach(other, value, goal)
+        if mine is not None and theirs is not None:
+            reached.append((mine, theirs))
+    ratio = mean_interval((theirs / mine for mine, theirs in reached), level)
+    return Speedup(ratio, mean_interval(mine for mine, _ in reached).mean, len(reached), len(pairs))
 
 
-def _own_steps(baseline: Curve, goal: Goal) -> float:
-    steps = steps_to_reach(baseline, _final(baseline), goal)
-    assert steps is not None  # a curve reaches its own last value
-    return steps
-
-
-def _final(curve: Curve) -> float:
-    return curve[max(curve)]
-
-
-def _trained(curve: Curve) -> dict[int, float]:
-    """The finite measurements after the first step: a ratio of steps has no use for step 0."""
-    return {step: value for step, value in _finite(curve).items() if step > 0}
-
-
-def _finite(values: Mapping[int, float]) -> dict[int, float]:
+def finite(values: Mapping[Key, float]) -> dict[Key, float]:
+    """Those values that are finite."""
     return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
-def _crossing(above: tuple[int, float], below: tuple[int, float]) -> float:
+def _p_value(differences: NDArray[np.float64]) -> float:
+    n = len(differences)
+    if n < 2:
+        return math.nan
+    mean, spread = float(differences.mean()), float(differences.std(ddof=1))
+    if spread == 0:
+        return float(mean == 0)
+    return float(2 * stdtr(n - 1, -abs(mean) * math.sqrt(n) / spread))
+
+
+def _correlation(own: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    if len(own) < MIN_SEEDS or not (np.ptp(own) and np.ptp(other)):
+        return math.nan
+    return float(np.corrcoef(own, other)[0, 1])
+
+
+def _begun(curve: Curve) -> dict[float, float]:
+    """The finite measurements after the first step: a ratio has no use for step 0."""
+    return {place: value for place, value in finite(curve).items() if place > 0}
+
+
+def _crossing(above: tuple[float, float], below: tuple[float, float]) -> float:
     (start, excess), (end, deficit) = above, below
     return start + (end - start) * excess / (excess - deficit)

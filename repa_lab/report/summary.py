@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
 
-from repa_lab.report.statistics import Curve, mean_interval, paired_difference
+from repa_lab.report.protocols import Protocols
+from repa_lab.report.statistics import Curve, holm, mean_interval, paired_difference, verdict
 
 SeedCurves = Mapping[int, Curve]
-Index = dict[tuple[str, str, str], dict[int, dict[int, float]]]
+Index = dict[tuple[str, str, str], dict[int, dict[float, float]]]
+Row = dict[str, Any]
 KEYS = ("sweep", "arm")
+REFUSED = "refused"
 SUMMARY_COLUMNS = [
     *("sweep", "arm", "baseline", "metric", "step", "seeds", "n", "mean", "low", "high"),
     *("baseline_mean", "diff", "diff_low", "diff_high", "n_pairs", "relative"),
+    *("correlation", "p", "p_holm", "comparisons", "verdict", "conflicts"),
 ]
 
 
@@ -30,42 +35,75 @@ def is_evaluation(metric: str) -> bool:
 
 def metric_kind(metric: str) -> str:
     """What the metric is, whatever its protocol; FID is the Frechet distance of one extractor, so both are one kind."""
-    return metric.partition(":")[0].replace("fid", "frechet")
+    kind = metric.partition(":")[0]
+    return "frechet" if kind == "fid" else kind
 
 
-def index_curves(curves: pd.DataFrame) -> Index:
-    """The curves of the evaluation metrics by seed, under (sweep, arm, metric), in the order of the frame."""
+def index_curves(curves: pd.DataFrame, axis: str = "step") -> Index:
+    """The curves of the evaluation metrics by seed, under (sweep, arm, metric), in the order of the frame.
+
+    Args:
+        curves: see :class:`repa_lab.report.results.Results`.
+        axis: the column of progress; measurements of which it is not known are left out.
+    """
     index: Index = {}
-    measured = curves[curves["metric"].map(is_evaluation).astype(bool)]
-    columns = (measured[name] for name in (*KEYS, "metric", "seed", "step", "value"))
-    for sweep, arm, metric, seed, step, value in zip(*columns, strict=True):
-        index.setdefault((sweep, arm, metric), {}).setdefault(int(seed), {})[int(step)] = float(value)
+    measured = curves[curves["metric"].map(is_evaluation).astype(bool) & curves[axis].notna()]
+    columns = (measured[name] for name in (*KEYS, "metric", "seed", axis, "value"))
+    for sweep, arm, metric, seed, place, value in zip(*columns, strict=True):
+        index.setdefault((sweep, arm, metric), {}).setdefault(int(seed), {})[place] = float(value)
     return index
 
 
-def summarize(runs: pd.DataFrame, index: Index) -> pd.DataFrame:
+def summarize(runs: pd.DataFrame, index: Index, protocols: Protocols = Protocols()) -> pd.DataFrame:  # noqa: B008, frozen
     """One row per arm and evaluation metric, at the last step that all runs of the arm and of its baseline have.
 
     Columns: ``seeds`` planned; ``n`` seeds with a finite value, their ``mean`` and its 95 % interval ``low`` to
     ``high``; ``baseline_mean`` over the paired seeds; ``diff``, ``diff_low``, ``diff_high`` of the arm minus its
-    baseline by seed over ``n_pairs`` seeds; ``relative`` is diff over baseline_mean. A run without a single measurement
-    of the metric is left out (``n`` shows it). Metrics of different protocols are different metrics and never meet.
+    baseline by seed over ``n_pairs`` seeds; ``relative`` is diff over baseline_mean; ``correlation`` of arm and baseline
+    over the seeds; ``p`` of the paired t-test and ``p_holm``, which holds for all ``comparisons`` of the sweep at once;
+    ``verdict``: see :func:`repa_lab.report.statistics.verdict`, empty without a baseline.
+
+    A run without a single measurement of the metric is left out (``n`` shows it). Metrics of different protocols are
+    different metrics and never meet: where runs recorded protocols that differ under one name, ``conflicts`` names the
+    fields, the verdict is ``refused`` and there is no difference; an arm whose own runs differ has no mean either.
     """
-    return pd.DataFrame(_rows(runs, index), columns=SUMMARY_COLUMNS)
+    frame = pd.DataFrame(_rows(runs, index, protocols), columns=SUMMARY_COLUMNS)
+    frame["comparisons"] = frame["sweep"].map(comparisons(runs)).fillna(0).astype(int)
+    for _, rows in frame.groupby(["sweep", "metric"]):
+        frame.loc[rows.index, "p_holm"] = holm(rows["p"].tolist(), int(rows["comparisons"].iloc[0]))
+    compared = frame["baseline"].notna() & (frame["verdict"] != REFUSED)
+    frame.loc[compared, "verdict"] = [
+        verdict(n, p) for n, p in zip(frame.loc[compared, "n_pairs"], frame.loc[compared, "p_holm"], strict=True)
+    ]
+    return frame
 
 
-def _rows(runs: pd.DataFrame, index: Index) -> Iterator[dict[str, Any]]:
+def comparisons(runs: pd.DataFrame) -> dict[str, int]:
+    """How many arms each sweep compares with a baseline that is not the very same run: those not measured yet count."""
+    counts: dict[str, int] = {}
+    for sweep, rows in runs.groupby("sweep", sort=False):
+        ids = {arm: set(group) for arm, group in rows.groupby("arm")["run_id"]}
+        pairs = rows[["arm", "baseline"]].dropna().drop_duplicates()
+        counts[str(sweep)] = sum(ids[arm] != ids.get(base) for arm, base in zip(pairs["arm"], pairs["baseline"], strict=True))
+    return counts
+
+
+def _rows(runs: pd.DataFrame, index: Index, protocols: Protocols) -> Iterator[Row]:
     baselines = dict(zip(zip(runs["sweep"], runs["arm"], strict=True), runs["baseline"], strict=True))
+    ids = {(sweep, arm, int(seed)): run for sweep, arm, seed, run in runs[[*KEYS, "seed", "run_id"]].itertuples(index=False)}
     planned = runs.groupby(list(KEYS)).size()
     for (sweep, arm, metric), curves in index.items():
         baseline = None if pd.isna(baselines[sweep, arm]) else baselines[sweep, arm]
-        values = _compare(curves, index.get((sweep, baseline, metric), {}) if baseline else {})
-        keys = {"sweep": sweep, "arm": arm, "baseline": baseline, "metric": metric, "seeds": planned[sweep, arm]}
+        others = index.get((sweep, baseline, metric), {}) if baseline else {}
+        own, other = [ids[sweep, arm, seed] for seed in curves], [ids[sweep, str(baseline), seed] for seed in others]
+        values = _compare(curves, others)
         if values:
-            yield {**keys, **values}
+            keys = {"sweep": sweep, "arm": arm, "baseline": baseline, "metric": metric, "seeds": planned[sweep, arm]}
+            fine = {"verdict": "", "conflicts": ""}
+            yield {**keys, **values, **fine, **_refused(protocols, own, other, metric)}
 
 
-def _compare(arm: SeedCurves, baseline: SeedCurves) -> dict[str, Any]:
+def _compare(arm: SeedCurves, baseline: SeedCurves) -> Row:
     step = _common_step([*arm.values(), *baseline.values()])
     if step is None:
         return {}
@@ -75,11 +113,22 @@ def _compare(arm: SeedCurves, baseline: SeedCurves) -> dict[str, Any]:
     return {
         **{"step": step, "n": mean.n, "mean": mean.mean, "low": mean.low, "high": mean.high},
         **{"baseline_mean": pairs.baseline_mean, "diff": diff.mean, "diff_low": diff.low, "diff_high": diff.high},
-        **{"n_pairs": diff.n, "relative": pairs.relative},
+        **{"n_pairs": diff.n, "relative": pairs.relative, "correlation": pairs.correlation, "p": pairs.p_value},
     }
 
 
-def _common_step(curves: list[Curve]) -> int | None:
+def _refused(protocols: Protocols, own: list[str], other: list[str], metric: str) -> Row:
+    """What a summary row loses to runs whose protocols of the metric differ."""
+    conflicts = protocols.conflicts([*own, *other], metric)
+    if not conflicts:
+        return {}
+    gone = ["baseline_mean", "diff", "diff_low", "diff_high", "relative", "correlation", "p"]
+    if protocols.conflicts(own, metric):
+        gone += ["mean", "low", "high"]
+    return {**dict.fromkeys(gone, math.nan), "n_pairs": 0, "verdict": REFUSED, "conflicts": "; ".join(conflicts)}
+
+
+def _common_step(curves: list[Curve]) -> float | None:
     """Equal progress: the last step that every curve has; comparing last values would reward who trained longest."""
     steps = set.intersection(*(set(curve) for curve in curves)) if curves else set()
     return max(steps, default=None)

@@ -1,62 +1,51 @@
-"""The tables of the page, as text that Markdown and HTML share."""
+"""The tables of the page, as text that Markdown, LaTeX and HTML share."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pandas as pd
 
+from repa_lab.report.leaderboard import goal_of
+from repa_lab.report.phrases import NONE, decimals, interval, number, p_value, significant
+from repa_lab.report.progress import IMAGES, Axis
 from repa_lab.report.results import Results
-from repa_lab.report.statistics import Goal, mean_interval, steps_to_reach
-from repa_lab.report.summary import metric_kind
-from repa_lab.report.words import Trial, decimals, interval, ordered_trials
+from repa_lab.report.search import Trial, ordered_trials, parameters
+from repa_lab.report.statistics import Estimate, Goal, finite, mean_interval, speedup, steps_to_reach
+from repa_lab.report.summary import SeedCurves, metric_kind
+from repa_lab.report.table import Table
 
-_NONE = "n/a"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Headers and rows of text; a table without rows is false."""
-
-    headers: list[str]
-    rows: list[list[str]]
-
-    def __bool__(self) -> bool:
-        return bool(self.rows)
-
-    @property
-    def markdown(self) -> str:
-        """The table in GitHub's Markdown."""
-        lines = [self.headers, ["---"] * len(self.headers), *self.rows]
-        return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+_FINAL = "the baseline's final value"
 
 
-def summary_table(results: Results) -> Table:
-    """Every evaluation metric of every arm beside its baseline, at equal progress, grouped by metric."""
-    headers = [
-        "metric",
-        "arm",
-        "step",
-        "n",
-        "mean [95 % interval]",
-        "baseline",
-        "paired difference [95 % interval]",
-        "relative",
-    ]
-    order = {metric: place for place, metric in enumerate([results.metric, *results.summary["metric"].unique()][::-1])}
-    rows = results.summary.sort_values("metric", key=lambda names: -names.map(order), kind="stable")
-    return Table(headers, [_summary_row(row) for _, row in rows.iterrows()])
+def summary_tables(results: Results, compared: bool = True) -> dict[str, Table]:
+    """Arms beside their baselines at equal progress, a table for each metric, the compared one first.
+
+    Args:
+        results: of one sweep.
+        compared: whether to show the metrics of the kind that the sweep compares, or all other ones.
+    """
+    headers = ["arm", "step", "n", "mean [95 % interval]", "baseline", "paired difference [95 % interval]", "relative"]
+    headers += ["pairing r", "Holm's p", "verdict"]
+    kind = metric_kind(results.metric)
+    metrics = [str(name) for name in results.summary["metric"].unique() if (metric_kind(name) == kind) is compared]
+    rows = {metric: results.summary[results.summary["metric"] == metric] for metric in _compared_first(results, metrics)}
+    return {metric: Table(headers, [_summary_row(row) for _, row in own.iterrows()]) for metric, own in rows.items()}
 
 
-def targets_table(results: Results) -> Table:
-    """When each arm first reached the targets that the sweep names; steps are means over the seeds that did."""
-    headers = ["metric", "target", "arm", "first reached at step", "seeds that reached it"]
-    targets = results.sweep["compare"].get("targets") or {}
-    cells = [(metric, target, arm) for metric, values in targets.items() for target in values for arm in results.baselines]
-    rows = [_target_row(results, *cell) for cell in cells if results.seed_curves(cell[2], cell[0])]
-    return Table(headers, rows)
+def targets_tables(results: Results) -> dict[str, Table]:
+    """When arms reached the sweep's targets and their baselines' final values, and how much sooner than these; by metric.
+
+    Progress is the mean over the seeds that got there; speed-ups are paired by seed, over those in which both did.
+    """
+    headers = ["target", "arm", "reached by", *(axis.unit for axis in results.axes)]
+    headers += [f"speed-up in {axis.unit} [95 % interval]" for axis in _ratio_axes(results)]
+    rows: dict[str, list[list[str]]] = {}
+    for metric, row in _target_rows(results):
+        rows.setdefault(metric, []).append(row)
+    metrics = _compared_first(results, list(rows))
+    return {metric: Table(headers, rows[metric]).without_empty_columns() for metric in metrics}
 
 
 def runs_table(results: Results) -> Table:
@@ -66,62 +55,108 @@ def runs_table(results: Results) -> Table:
 
 
 def trials_table(results: Results) -> Table:
-    """The trials of a search, best first; those without a value last."""
-    trials = ordered_trials(results)
-    names = list(dict.fromkeys(name for trial in trials for name in trial["params"]))
+    """The trials of a search, the best first; those without a value last."""
+    names = parameters(results)
     metric = (results.sweep.get("search") or {}).get("metric", "value")
-    rows = [_trial_row(place, trial, names) for place, trial in enumerate(trials, start=1)]
-    return Table(["", "arm", "state", metric, *names], rows)
+    rows = [_trial_row(place, trial, names) for place, trial in enumerate(ordered_trials(results), start=1)]
+    return Table(["rank", "arm", "state", metric, *names], rows)
+
+
+def importance_table(frame: pd.DataFrame) -> Table:
+    """What :func:`repa_lab.report.search.importance_frame` found, the most important first."""
+    rows = frame.sort_values("importance", ascending=False, kind="stable").itertuples()
+    return Table(["objective", "setting", "importance"], [[row.objective, row.param, f"{row.importance:.2f}"] for row in rows])
+
+
+def _compared_first(results: Results, metrics: list[str]) -> list[str]:
+    return sorted(metrics, key=lambda metric: metric != results.metric)
 
 
 def _summary_row(row: pd.Series) -> list[str]:
     places = max(decimals(row["mean"]), decimals(row["diff"], digits=2))
-    relative = _NONE if math.isnan(row["relative"]) else f"{100 * row['relative']:+.1f} %"
-    baseline = _NONE if pd.isna(row["baseline_mean"]) else f"{row['baseline']}: {_number(row['baseline_mean'], places)}"
+    relative = NONE if math.isnan(row["relative"]) else f"{100 * row['relative']:+.1f} %"
+    name = NONE if pd.isna(row["baseline"]) else row["baseline"]
+    baseline = name if math.isnan(row["baseline_mean"]) else f"{name}: {number(row['baseline_mean'], places)}"
     count = f"{row['n']}" if row["n"] == row["seeds"] else f"{row['n']} of {row['seeds']}"
-    mean = _with_interval(_number(row["mean"], places), row["low"], row["high"], places)
-    difference = _with_interval(_number(row["diff"], places, sign="+"), row["diff_low"], row["diff_high"], places)
-    return [row["metric"], row["arm"], str(row["step"]), count, mean, baseline, difference, relative]
+    mean = _with_interval(number(row["mean"], places), row["low"], row["high"], places)
+    difference = _with_interval(number(row["diff"], places, sign="+"), row["diff_low"], row["diff_high"], places)
+    judged = [number(row["correlation"], 2), p_value(row["p_holm"]), row["verdict"] or NONE]
+    return [row["arm"], f"{row['step']}", count, mean, baseline, difference, relative, *judged]
 
 
-def _target_row(results: Results, metric: str, target: float, arm: str) -> list[str]:
-    curves = results.seed_curves(arm, metric).values()
-    reached = [steps for curve in curves if (steps := steps_to_reach(curve, target, _goal(results, metric))) is not None]
-    mean = f"{mean_interval(reached).mean:.0f}" if reached else "not reached"
-    return [metric, f"{target:g}", arm, mean, f"{len(reached)} of {len(curves)}"]
+def _ratio_axes(results: Results) -> list[Axis]:
+    """Those that may give different ratios: images are steps over again where all batches have one size."""
+    per_step = (results.curves["images"] / results.curves["step"].where(results.curves["step"] > 0)).dropna()
+    return [axis for axis in results.axes if axis is not IMAGES or per_step.nunique() > 1]
+
+
+def _target_rows(results: Results) -> Iterator[tuple[str, list[str]]]:
+    for arm, baseline in results.baselines.items():
+        metric = results.compared_metric(arm)
+        if baseline is not None and metric is not None and results.run_ids(arm) != results.run_ids(baseline):
+            yield metric, _target_row(results, metric, None, arm)
+    for metric, values in (results.sweep["compare"].get("targets") or {}).items():
+        arms = [arm for arm in results.baselines if results.seed_curves(arm, metric)]
+        yield from ((metric, _target_row(results, metric, target, arm)) for target in values for arm in arms)
+
+
+def _target_row(results: Results, metric: str, target: float | None, arm: str) -> list[str]:
+    """A target of None is the baseline's final value, seed by seed."""
+    sides = [(axis, _sides(results, metric, arm, axis)) for axis in results.axes]
+    reached = [_reached(*side, target, _goal(results, metric)) for _, side in sides]
+    ratios = [_speedup(*side, target, _goal(results, metric)) for axis, side in sides if axis in _ratio_axes(results)]
+    means = [significant(mean_interval(found).mean) if found else "not reached" for found in reached]
+    count = f"{len(reached[0])} of {len(results.seed_curves(arm, metric))}"
+    return [_FINAL if target is None else f"{target:g}", arm, count, *means, *ratios]
+
+
+def _sides(results: Results, metric: str, arm: str, axis: Axis) -> tuple[SeedCurves, SeedCurves]:
+    """The curves of an arm and of its baseline; the baseline has none where the two cannot be compared."""
+    baseline = None if results.conflicts(arm, metric) else results.baselines[arm]
+    return results.seed_curves(arm, metric, axis.name), results.seed_curves(baseline, metric, axis.name)
+
+
+def _reached(arm: SeedCurves, baseline: SeedCurves, target: float | None, goal: Goal) -> list[float]:
+    """The progress at which each seed got there, of those that did."""
+    kept = {seed: known for seed, curve in baseline.items() if (known := finite(curve))}
+    wanted = dict.fromkeys(arm, target) if target is not None else {seed: one[max(one)] for seed, one in kept.items()}
+    found = [steps_to_reach(curve, wanted[seed], goal) for seed, curve in arm.items() if seed in wanted]
+    return [steps for steps in found if steps is not None]
+
+
+def _speedup(arm: SeedCurves, baseline: SeedCurves, target: float | None, goal: Goal) -> str:
+    found = speedup(arm, baseline, goal, target)
+    if found is None or not found.reached:
+        return NONE
+    partly = f" ({found.reached} of {found.n} seeds)" if found.reached < found.n else ""
+    return f"{_ratio(found.ratio)}{partly}"
+
+
+def _ratio(ratio: Estimate) -> str:
+    return _with_interval(f"{ratio.mean:.2f}x", ratio.low, ratio.high, 2)
 
 
 def _run_row(run: pd.Series) -> list[str]:
-    seconds = _NONE if pd.isna(run["seconds"]) else f"{run['seconds']:.0f}"
+    seconds = NONE if pd.isna(run["seconds"]) else f"{run['seconds']:.0f}"
     error = "" if pd.isna(run["error"]) else str(run["error"])
     return [run["arm"], str(run["seed"]), run["run_id"], run["state"], str(run["step"]), seconds, error]
 
 
 def _trial_row(place: int, trial: Trial, names: list[str]) -> list[str]:
-    value = _NONE if trial["value"] is None else f"{trial['value']:.{decimals(trial['value'])}f}"
+    value = NONE if trial["value"] is None else f"{trial['value']:.{decimals(trial['value'])}f}"
     return [str(place), trial["arm"], trial["state"], value, *_params(trial, names)]
 
 
 def _params(trial: Trial, names: list[str]) -> Iterator[str]:
     for name in names:
-        value = trial["params"].get(name, _NONE)
+        value = trial["params"].get(name, NONE)
         yield f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _goal(results: Results, metric: str) -> Goal:
-    """The direction of a target: the sweep's own for the metric it compares; alignment is reached from below."""
-    if metric_kind(metric) == metric_kind(results.metric):
-        return results.goal
-    return "max" if metric.startswith("heldout/") else "min"
-
-
-def _number(value: float, places: int, sign: str = "") -> str:
-    return _NONE if math.isnan(value) else f"{value:{sign}.{places}f}"
+    """The direction of a target: the sweep's own for the metric it compares."""
+    return results.goal if metric_kind(metric) == metric_kind(results.metric) else goal_of(metric)
 
 
 def _with_interval(text: str, low: float, high: float, places: int) -> str:
     return text if math.isnan(low) else f"{text} {interval(low, high, places)}"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import pandas as pd
 
+from repa_lab.report.phrases import decimals, interval, listed, p_value, seeds
+from repa_lab.report.reading import UNKNOWN
 from repa_lab.report.results import Results
+from repa_lab.report.search import Trial, best_trial, ordered_trials
 from repa_lab.report.statistics import MIN_SEEDS, Estimate, Speedup, speedup
 from repa_lab.report.summary import is_protocol, metric_kind
-
-Trial = dict[str, Any]
 
 
 def answer(results: Results) -> list[str]:
@@ -33,7 +33,7 @@ def conclusions(results: Results) -> list[str]:
     # Every other trial is a step of the search, not a claim; the table of trials lists them.
     arms = [arm for arm in results.baselines if arm not in trials or (best and arm == best["arm"])]
     compared = [arm for arm in arms if results.baselines[arm] is not None]
-    lines = [*_protocol_warning(results), *_search(results, best)]
+    lines = [*_protocol_warning(results), *search_lines(results, best)]
     if compared:
         return lines + [_comparison(results, arm) for arm in compared]
     if best is None:  # a search compares its trials with each other
@@ -48,48 +48,12 @@ def incomplete(results: Results) -> list[str]:
     return [f"{arm}: {'; '.join(_standing(run) for _, run in runs.iterrows())}." for arm, runs in arms]
 
 
-def best_trial(results: Results) -> Trial | None:
-    """The completed trial with the best value of one sweep's search, None if there is none."""
-    trials = (trial for trial in ordered_trials(results) if trial["state"] == "complete")
-    return next((trial for trial in trials if trial["value"] is not None), None)
-
-
-def ordered_trials(results: Results) -> list[Trial]:
-    """The trials of one sweep's search: the completed ones from the best on, then the pruned ones, then the rest."""
-    search = results.sweep.get("search") or {"trials": []}
-    sign = -1.0 if search.get("goal") == "max" else 1.0
-    states = {"complete": 0, "pruned": 1}
-
-    def order(trial: Trial) -> tuple[int, float]:
-        value = trial["value"]
-        return states.get(trial["state"], 2), math.inf if value is None else sign * value
-
-    return sorted(search["trials"], key=order)
-
-
 def arm_speedup(results: Results, arm: str) -> Speedup | None:
     """How much sooner the arm reaches its baseline's final value, None where they cannot be compared."""
     metric, baseline = results.compared_metric(arm), results.baselines[arm]
     if metric is None or baseline is None:
         return None
     return speedup(results.seed_curves(arm, metric), results.seed_curves(baseline, metric), results.goal)
-
-
-def decimals(*values: float, digits: int = 4) -> int:
-    """How many decimals show ``digits`` significant digits of the largest value, and at most six."""
-    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-    magnitude = math.floor(math.log10(largest)) if largest > 0 else 0
-    return min(max(digits - 1 - magnitude, 0), 6)
-
-
-def interval(low: float, high: float, places: int) -> str:
-    """``[low, high]`` with so many decimals."""
-    return f"[{low:.{places}f}, {high:.{places}f}]"
-
-
-def seeds(n: int) -> str:
-    """``1 seed``, ``2 seeds``."""
-    return f"{n} seed" if n == 1 else f"{n} seeds"
 
 
 # ---- a compared arm
@@ -104,11 +68,12 @@ def _comparison(results: Results, arm: str) -> str:
     if row["n_pairs"] == 0:
         at = f"{row['metric']} at step {row['step']}"
         return f"{arm}: no seed has a finite {at} both in it and in {baseline}; nothing to compare."
-    sentences = [_difference(results, row), _left_out(row), _sooner(results, arm)]
+    sentences = [difference(results, row), _left_out(row), _sooner(results, arm)]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def _difference(results: Results, row: pd.Series) -> str:
+def difference(results: Results, row: pd.Series) -> str:
+    """A row of the summary in a sentence: both values, the difference, its interval, n and the verdict."""
     diff, reference = float(row["diff"]), float(row["baseline_mean"])
     places = max(decimals(reference), decimals(diff, digits=2))
     relative = "" if math.isnan(row["relative"]) else f" ({100 * row['relative']:+.1f} %)"
@@ -121,14 +86,25 @@ def _difference(results: Results, row: pd.Series) -> str:
 
 def _verdict(results: Results, row: pd.Series) -> str:
     if row["n_pairs"] == 1:
-        return "one seed has no interval and is too few to conclude"
-    if row["n_pairs"] < MIN_SEEDS:
-        return "two seeds are too few to conclude"
+        return "insufficient, one seed has no interval and is too few to conclude"
+    if row["verdict"] == "insufficient":
+        return "insufficient, two seeds are too few to conclude"
     if row["diff_low"] <= 0 <= row["diff_high"]:
         return "not resolved, the interval contains 0"
-    is_lower = row["diff"] < 0
-    is_better = is_lower == (results.goal == "min")
-    return f"{'lower' if is_lower else 'higher'}, which is {'better' if is_better else 'worse'}; resolved"
+    if row["verdict"] != "resolved":
+        return f"not resolved, for among {row['comparisons']} comparisons chance suffices (Holm's p = {p_value(row['p_holm'])})"
+    return f"{'lower' if row['diff'] < 0 else 'higher'}, which is {'better' if is_better(results, row) else 'worse'}; resolved"
+
+
+def is_better(results: Results, row: pd.Series) -> bool:
+    """Whether the mean difference of a row of the summary is in the wanted direction."""
+    return bool((row["diff"] < 0) == (results.goal == "min"))
+
+
+def comparable_row(results: Results, arm: str) -> pd.Series | None:
+    """An arm's row of the summary on the compared metric, None unless there is a difference to a baseline in it."""
+    row = _summary_row(results, arm)
+    return None if row is None or not row["n_pairs"] or _is_same_run(results, arm) else row
 
 
 def _left_out(row: pd.Series) -> str:
@@ -164,6 +140,10 @@ def _nothing_shared(results: Results, arm: str) -> str:
     if own and other and not set(own) & set(other):
         reason = f"it was measured as {', '.join(own)}, the baseline as {', '.join(other)}"
         return f"{arm}: cannot be compared with {baseline}: {reason}. Different protocols are different metrics."
+    for metric in _alike(results, results.shared_metrics(arm)):
+        if conflicts := results.conflicts(arm, metric):
+            reason = f"under the name {metric} their runs were measured differently: {'; '.join(conflicts)}"
+            return f"{arm}: cannot be compared with {baseline}: {reason}."
     return f"{arm}: no evaluation yet that all its measured runs and those of {baseline} share; nothing to compare."
 
 
@@ -178,7 +158,14 @@ def _is_same_run(results: Results, arm: str) -> bool:
 def _values(results: Results, arms: Iterable[str]) -> Iterator[str]:
     for arm in arms:
         row = _summary_row(results, arm)
-        yield f"{arm}: nothing measured yet." if row is None else _value(results, row)
+        yield _unmeasured(results, arm) if row is None else _value(results, row)
+
+
+def _unmeasured(results: Results, arm: str) -> str:
+    conflicts = [(metric, found) for metric in _protocols(results, arm) if (found := results.conflicts(arm, metric))]
+    for metric, found in conflicts:
+        return f"{arm}: no mean of {metric}, for its runs were measured differently: {'; '.join(found)}."
+    return f"{arm}: nothing measured yet."
 
 
 def _value(results: Results, row: pd.Series) -> str:
@@ -198,11 +185,12 @@ def _protocol_warning(results: Results) -> Iterator[str]:
         arms.setdefault(tuple(_protocols(results, arm)), []).append(arm)
     arms.pop((), None)
     if len(arms) > 1:
-        listed = "; ".join(f"{' and '.join(metrics)} for {_listed(labels)}" for metrics, labels in arms.items())
-        yield f"The arms were not all measured alike ({listed}). Values of different protocols cannot be compared."
+        alike = "; ".join(f"{' and '.join(metrics)} for {listed(labels)}" for metrics, labels in arms.items())
+        yield f"The arms were not all measured alike ({alike}). Values of different protocols cannot be compared."
 
 
-def _search(results: Results, best: Trial | None) -> Iterator[str]:
+def search_lines(results: Results, best: Trial | None) -> Iterator[str]:
+    """What a search found, if there is one."""
     trials, search = ordered_trials(results), results.sweep.get("search")
     complete = sum(trial["state"] == "complete" for trial in trials)
     if search and best is None:
@@ -241,19 +229,19 @@ def _subject(results: Results, row: pd.Series) -> str:
 
 def _protocols(results: Results, arm: str | None) -> list[str]:
     """The metrics of the compared kind that an arm measured, each under its own protocol."""
-    if arm is None or not is_protocol(results.metric):
-        return []
-    return [metric for metric in results.metrics(arm) if metric_kind(metric) == metric_kind(results.metric)]
+    return [] if arm is None else _alike(results, results.metrics(arm))
+
+
+def _alike(results: Results, metrics: Iterable[str]) -> list[str]:
+    """Those that are of the compared kind and carry a protocol in their names."""
+    kind = metric_kind(results.metric)
+    return [metric for metric in metrics if is_protocol(results.metric) and metric_kind(metric) == kind]
 
 
 def _standing(run: pd.Series) -> str:
     if run["state"] == "new":
         return f"seed {run['seed']} has not started"
-    verb = {"running": "is running", "interrupted": "was interrupted"}.get(run["state"], run["state"])
+    verbs = {"running": "is running", "interrupted": "was interrupted", UNKNOWN: "has no readable state; its last row is"}
+    verb = verbs.get(run["state"], run["state"])
     reason = "" if pd.isna(run["error"]) else f" ({run['error']})"
     return f"seed {run['seed']} {verb} at step {run['step']}{reason}"
-
-
-def _listed(labels: list[str], most: int = 4) -> str:
-    more = f" and {len(labels) - most} more" if len(labels) > most else ""
-    return " / ".join(labels[:most]) + more

@@ -2,12 +2,14 @@
 
     spec.json         the resolved scientific config and the seed
     provenance.json   code, versions, machine
+    protocols.json    what each measured number depends on, by its name
     state.json        where the run stands
     metrics.jsonl     one row per logged step and per evaluation
     events.jsonl      what happened to the run: started, resumed, failed, ...
     checkpoints/      step-00000600/ with a manifest (see `checkpoints`)
     forks/            checkpoints that other runs begin from (see `forks`)
     samples/          step-00000600.png
+    profile.json      what every block knew when it was last asked (see `profiles`), and pictures of it
     pinned            if it is there, nothing of the run is ever deleted
 """
 
@@ -93,6 +95,13 @@ class RunDirectory:
         path = self.path / "state.json"
         return RunState.from_json(files.read_json(path)) if path.exists() else RunState(State.NEW)
 
+    @property
+    def protocols(self) -> dict[str, dict[str, Any]]:
+        """What each measured number depends on, by its name; nothing for a run of an older version."""
+        path = self.path / "protocols.json"
+        found: dict[str, dict[str, Any]] = files.read_json(path) if path.exists() else {}
+        return found
+
     def rows(self) -> list[Row]:
         """The metric rows, oldest first."""
         return files.read_lines(self.path / "metrics.jsonl")
@@ -142,10 +151,21 @@ class RunWriter:
             files.write_json(self.run.path / "provenance.json", dict(provenance))
             files.write_json(self.run.path / "spec.json", dict(spec))
 
+    def protocols(self, protocols: Mapping[str, Mapping[str, Any]]) -> None:
+        """Record what each number depends on as of now; what changed since an earlier start stands in the history."""
+        known = self.run.protocols
+        shared = known.keys() & protocols.keys()
+        changed = {field for name in shared for field, value in protocols[name].items() if known[name].get(field) != value}
+        if changed:
+            self.event("protocols changed", fields=sorted(changed))
+        files.write_json(self.run.path / "protocols.json", dict(protocols))
+
     def start_over(self) -> None:
-        """Forget rows, samples and checkpoints, as if the run had never begun; its history says so."""
+        """Forget rows, samples, checkpoints and profiles, as if the run had never begun; its history says so."""
         for folder in (self.run.checkpoints, self.run.forks, self.run.samples):
             shutil.rmtree(folder, ignore_errors=True)
+        for profile in self.run.path.glob("profile*"):
+            profile.unlink()
         files.rewrite_lines(self._metrics, [])
         self.event("started over")
 

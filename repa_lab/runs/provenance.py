@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+GPUS = Path("/proc/driver/nvidia/gpus")
 _PACKAGES = ("repa-lab", "torch", "diffusers", "timm", "accelerate", "torch-fidelity", "numpy", "scikit-learn")
 
 
@@ -22,7 +23,18 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
+        "gpus": gpu_models(),
     }
+
+
+def gpu_models(folder: Path = GPUS) -> list[str]:
+    """The GPUs of this machine as the driver calls them; none where there is no driver."""
+    return [_model(path) for path in sorted(folder.glob("*/information"))]
+
+
+def _model(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("Model:")), "the GPU")
 
 
 def _git() -> dict[str, Any] | None:

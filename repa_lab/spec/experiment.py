@@ -12,7 +12,10 @@ from repa_lab.spec.errors import Path_, Place, Problem, SpecError, did_you_mean
 from repa_lab.spec.expand import Arm, expand
 from repa_lab.spec.grammar import Grammar
 from repa_lab.spec.limits import BudgetConfig, StopRule
-from repa_lab.spec.schema import CompareConfig, RunConfig, RunOptions, SearchConfig
+from repa_lab.spec.options import RunOptions
+from repa_lab.spec.published import PublishedConfig
+from repa_lab.spec.schema import CompareConfig, RunConfig
+from repa_lab.spec.search import SearchConfig
 from repa_lab.spec.validate import unknown_field, validate
 
 
@@ -20,7 +23,8 @@ from repa_lab.spec.validate import unknown_field, validate
 class Experiment:
     """One question: its arms, its seeds, and what the report compares.
 
-    ``draft`` keeps the places for errors found later. ``budget`` is what the sweep may cost, ``stop`` what ends a run early.
+    ``draft`` keeps the places for errors found later. ``budget`` is what the sweep may cost, ``stop`` what ends a run early,
+    ``published`` what a paper reports of the arms.
     """
 
     name: str
@@ -32,6 +36,7 @@ class Experiment:
     run: RunOptions
     budget: BudgetConfig
     stop: tuple[StopRule, ...]
+    published: PublishedConfig | None
     draft: Draft = field(compare=False, repr=False)
 
     def problem(self, path: str | Path_, message: str) -> Problem:
@@ -76,7 +81,7 @@ def _build(document: Draft) -> Experiment:
         raise SpecError(problems)
     seeds = tuple(range(grammar.seeds)) if isinstance(grammar.seeds, int) else tuple(grammar.seeds)
     rules = [grammar.stop] if isinstance(grammar.stop, StopRule) else grammar.stop or []
-    asked = (grammar.compare, grammar.search, grammar.run, grammar.budget, tuple(rules))
+    asked = (grammar.compare, grammar.search, grammar.run, grammar.budget, tuple(rules), grammar.published)
     return Experiment(grammar.name, grammar.question, arms, seeds, *asked, document)
 
 

@@ -56,7 +56,7 @@ def resolved(experiment: Experiment) -> dict[str, Any]:
     """What a spec says outside its arms, defaults included, as plain data."""
     stop = [rule.model_dump(mode="json") for rule in experiment.stop]
     is_single = isinstance(experiment.draft.value.get("stop"), dict)
-    sections = {name: getattr(experiment, name) for name in ("search", "compare", "budget", "run")}
+    sections = {name: getattr(experiment, name) for name in ("search", "compare", "budget", "run", "published")}
     return {
         "name": experiment.name,
         "question": experiment.question,

@@ -7,9 +7,12 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from repa_lab.spec.limits import BudgetConfig, StopRule
+from repa_lab.spec.options import RunOptions
+from repa_lab.spec.published import PublishedConfig
 from repa_lab.spec.ranges import RangeConfig, RangeOrLevels, Values
-from repa_lab.spec.schema import CompareConfig, Count, RunOptions, SearchConfig
-from repa_lab.spec.section import Section
+from repa_lab.spec.schema import CompareConfig
+from repa_lab.spec.search import SearchConfig
+from repa_lab.spec.section import Count, Section
 
 
 class Include(Section):
@@ -49,3 +52,4 @@ class Grammar(Section):
     budget: BudgetConfig = BudgetConfig()
     stop: StopRule | Annotated[list[StopRule], Field(min_length=1)] | None = None
     run: RunOptions = RunOptions()
+    published: PublishedConfig | None = None

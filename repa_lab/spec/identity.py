@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from repa_lab.spec.schema import RunConfig
 
 _ID_LENGTH = 12
-_PLACES = ("weights", "tae", "vae", "pretrained")  # fields that hold a path
+_PLACES = ("weights", "reference", "tae", "vae", "pretrained")  # fields that hold a path
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def identify(config: RunConfig, seed: int, protocol: int, data: str, contents: M
 def local_weights(config: RunConfig) -> tuple[str, ...]:
     """Files of weights that the settings name, and what may be folders of such or hub ids."""
     encoders = [encoder for _, encoder in config.encoder_paths]
-    named = [encoder.weights for encoder in encoders] + [config.evaluate.extractor.weights]
+    named = [encoder.weights for encoder in encoders]
+    named += [file for _, one in config.extractor_paths for file in (one.weights, one.reference)]
     named += [encoder.tae for encoder in encoders] + [config.data.vae, config.model.pretrained]
     return tuple(dict.fromkeys(path for path in named if path))
 
@@ -67,6 +68,8 @@ def _scientific(config: RunConfig, contents: Mapping[str, str]) -> dict[str, Any
         value["train"]["time"] = "uniform"  # what it means there
     if isinstance(encoders := value["regularizer"]["encoder"], list) and len(encoders) == 1:
         value["regularizer"]["encoder"] = encoders[0]
+    if isinstance(extractors := value["evaluate"]["extractor"], list) and len(extractors) == 1:
+        value["evaluate"]["extractor"] = extractors[0]
     if config.regularizer.type == "none":
         value["regularizer"] = {"type": "none"}
     elif config.regularizer.type == "repa":

@@ -111,6 +111,7 @@ _WISHES = {
     "less_than_equal": "a number of at most {le}",
     "less_than": "a number of less than {lt}",
     "string_too_short": "text of {min_length} or more characters",
+    "string_too_long": "text of at most {max_length} characters",
     "too_short": "{min_length} or more values",
     "too_long": "at most {max_length} values",
 }
@@ -127,7 +128,8 @@ def _wish(details: ErrorDetails) -> str:
 
 
 def _quoted(expected: str) -> list[str]:
-    return [word.strip().strip("'") for word in expected.replace(" or ", ", ").split(", ")]
+    words = [word.strip() for word in expected.replace(" or ", ", ").split(", ")]
+    return [{"False": "false", "True": "true"}.get(word, word.strip("'")) for word in words]
 
 
 def _choices(found: list[ErrorDetails]) -> list[str]:

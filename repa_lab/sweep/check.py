@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from repa_lab.data.errors import DataError
@@ -15,8 +15,9 @@ from repa_lab.runs.root import RESERVED
 from repa_lab.spec import Arm, DataConfig, EncoderConfig, Experiment, Problem, SpecError
 from repa_lab.spec.errors import Path_
 from repa_lab.sweep.search.problems import objective_path, search_problems
+from repa_lab.tracking import tensorboard
 from repa_lab.training.fingerprints import fingerprint_of
-from repa_lab.training.protocol import metric_name
+from repa_lab.training.protocol import measured, metric_names, tiers
 
 Fingerprint = Callable[[DataConfig], str]
 
@@ -63,6 +64,7 @@ def _arm_problems(arm: Arm, fingerprint: Fingerprint | None) -> Iterator[Problem
         return
     yield from _model_problems(arm, family, shape)
     yield from _regularizer_problems(arm, family, shape)
+    yield from _metric_problems(arm)
     if fingerprint:
         yield from _data_problems(arm, fingerprint)
         yield from _file_problems(arm)
@@ -81,7 +83,9 @@ def _model_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]
         yield arm.problem("data.buckets", f"{family.name} is built for one size: leave buckets out")
     if arm.config.evaluate.prompts:
         yield arm.problem("evaluate.prompts", f"{family.name} is told classes: leave prompts out")
-    if arm.config.data.vae is None and side % shape.stride:
+    if arm.config.data.source == "repa" and arm.config.data.vae is None:
+        yield arm.problem("data.vae", "not set; name the VAE whose latents the prepared folder has: it decodes the samples")
+    elif arm.config.data.vae is None and side % shape.stride:
         place = "model.size" if arm.config.data.source == "digits" else "data.resolution"
         named = f"{family.name} {arm.config.model.size}"
         yield arm.problem(place, f"{side} px is not a multiple of {shape.stride}, the stride of {named}")
@@ -123,8 +127,9 @@ def _sampling_problems(arm: Arm, family: Family) -> Iterator[Problem]:
 
 def _caption_problems(arm: Arm, family: Family) -> Iterator[Problem]:
     data, trained = arm.config.data, f"{family.name} is trained with captions"
-    if data.source == "digits":
-        yield arm.problem("data.source", f"{trained}, and digits have none: use imagefolder or datasets")
+    if data.source in ("digits", "repa"):
+        named = "digits" if data.source == "digits" else "prepared folders"
+        yield arm.problem("data.source", f"{trained}, and {named} have none: use imagefolder or datasets")
     elif data.source == "imagefolder" and data.path and _is_without_captions(Path(data.path)):
         advice = "give metadata.jsonl (file_name, text), or a .txt beside each image"
         yield arm.problem("data.path", f"{trained}, and '{data.path}' has none: {advice}")
@@ -139,9 +144,10 @@ def _is_without_captions(folder: Path) -> bool:
 
 def _regularizer_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
     chosen, regularizer = arm.config.regularizer.type, arm.config.regularizer
-    if chosen not in ("none", family.regularizer):
+    if chosen not in ("none", *family.regularizers):
         kind = "a UNet" if family.kind == "unet" else "a transformer"
-        yield arm.problem("regularizer.type", f"{family.name} is {kind}: use {family.regularizer}, not {chosen}")
+        fits = " or ".join(family.regularizers)
+        yield arm.problem("regularizer.type", f"{family.name} is {kind}: use {fits}, not {chosen}")
         return
     wanted = {"evaluate.block_index": arm.config.evaluate.block_index}
     if chosen != "none":
@@ -173,6 +179,15 @@ def _encoder_problems(arm: Arm, path: str, encoder: EncoderConfig) -> Iterator[P
         yield arm.problem(f"{path}.pixels", message)
 
 
+def _metric_problems(arm: Arm) -> Iterator[Problem]:
+    for path, tier in zip(("evaluate", "evaluate.full"), tiers(arm.config), strict=False):
+        for metric in tier.metrics:
+            if not any(name for one in tier.extractors for name in measured(arm.config, tier, metric, one)):
+                names = " and ".join(one.name for one in tier.extractors)
+                message = f"{metric} has no meaning with the features of {names}: leave it out, or add the extractor inception"
+                yield arm.problem(f"{path}.metrics", message)
+
+
 def _data_problems(arm: Arm, fingerprint: Fingerprint) -> Iterator[Problem]:
     data = arm.config.data
     if data.source == "digits" or data.path is None:
@@ -185,7 +200,8 @@ def _data_problems(arm: Arm, fingerprint: Fingerprint) -> Iterator[Problem]:
 
 def _file_problems(arm: Arm) -> Iterator[Problem]:
     config = arm.config
-    named = {"evaluate.extractor.weights": config.evaluate.extractor.weights}
+    named = {f"{path}.weights": extractor.weights for path, extractor in config.extractor_paths}
+    named |= {f"{path}.reference": extractor.reference for path, extractor in config.extractor_paths}
     named |= {f"{path}.weights": encoder.weights for path, encoder in config.encoder_paths}
     for path, file in named.items():
         if file is not None and not Path(file).is_file():
@@ -197,7 +213,9 @@ def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
         yield experiment.problem("name", f"'{experiment.name}' is a folder of the runs root; choose another name")
     if experiment.stop and experiment.search:
         yield experiment.problem("stop", "a search compares groups at equal progress: leave stop out, and set search.prune")
-    measured = list(dict.fromkeys(metric_name(arm.config) for arm in experiment.arms))
+    if experiment.run.tensorboard and not tensorboard.is_installed():
+        yield experiment.problem("run.tensorboard", "needs TensorBoard: pip install 'repa-lab[tensorboard]'")
+    known = list(dict.fromkeys(name for arm in experiment.arms for name in metric_names(arm.config)))
     wanted: dict[Path_, str] = {("compare", "metric"): experiment.compare.metric}
     wanted |= {("compare", "targets", metric): metric for metric in experiment.compare.targets}
     wanted |= {rule_path(experiment, index): rule.metric for index, rule in enumerate(experiment.stop)}
@@ -206,8 +224,8 @@ def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
         wanted |= {objective_path(experiment.search, i): one.metric for i, one in named if not one.is_cost}
         yield from search_problems(experiment, lambda arm: _arm_problems(arm, None))
     for path, metric in wanted.items():
-        if resolve_metric(metric, measured) is None:
-            yield experiment.problem(path, f"'{metric}' is not measured by this spec; measured: {', '.join(measured)}")
+        if resolve_metric(metric, known) is None:
+            yield experiment.problem(path, f"'{metric}' is not measured by this spec; measured: {', '.join(known)}")
 
 
 def rule_path(experiment: Experiment, index: int) -> Path_:
@@ -216,7 +234,7 @@ def rule_path(experiment: Experiment, index: int) -> Path_:
     return ("stop", index, "metric") if is_list else ("stop", "metric")
 
 
-def resolve_metric(wanted: str, measured: list[str]) -> str | None:
+def resolve_metric(wanted: str, measured: Sequence[str]) -> str | None:
     """The measured metric that a spec means: by its full name, or by its kind, ``frechet`` meaning FID as well."""
     kinds = ("frechet", "fid") if wanted == "frechet" else (wanted,)
     return next((name for name in measured if name == wanted or name.split(":")[0] in kinds), None)

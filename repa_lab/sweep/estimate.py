@@ -9,15 +9,16 @@ from pathlib import Path
 
 from repa_lab.data.errors import DataError
 from repa_lab.data.fingerprint import image_files
+from repa_lab.data.layout import IMAGES
 from repa_lab.runs import RunDirectory, RunsRoot
 from repa_lab.runs.files import read_json
 from repa_lab.runs.forks import Fork
 from repa_lab.spec import Arm, Problem, RunConfig, SpecError
 from repa_lab.spec.identity import Run
 from repa_lab.spec.schema import DataConfig
-from repa_lab.sweep.costs import Cache, Cost, caches_of, cost_of, images_of
 from repa_lab.sweep.plan import Plan, PlannedRun
 from repa_lab.sweep.speed import PUBLISHED, UTILISATION, Device, Measured, Speed, assumed_device, assumed_speed, kind_of
+from repa_lab.training.costs import Cache, Cost, caches_of, cost_of, images_of
 
 GIB = float(2**30)
 _HOUR = 3600.0
@@ -181,9 +182,10 @@ def _share(entry: PlannedRun, fork: Fork | None, cost: Cost, speed: Speed) -> Sh
     begun = entry.standing.step if is_begun or fork is None else fork.step
     steps = train.steps - begun
     images = steps * train.batch_size
-    evaluations = max(0, cost.evaluations - begun // entry.run.config.evaluate.every)
-    flops = images * cost.image_flops + evaluations * cost.evaluation_flops
-    seconds = images * speed.image + evaluations * speed.evaluation
+    measuring = cost.measuring(entry.run.config, begun, train.steps)
+    flops = images * cost.image_flops + measuring
+    # A dear measurement takes as many times longer as it has more to compute.
+    seconds = images * speed.image + measuring / cost.evaluation_flops * speed.evaluation
     return Share(1, steps, images, flops, seconds / _HOUR, 0.0 if is_begun else cost.checkpoint_bytes)
 
 
@@ -216,6 +218,8 @@ def _count(source: str, folder: Path) -> int | None:
     try:
         if source == "imagefolder":
             return len(image_files(folder))
+        if source == "repa":
+            return len(IMAGES.numbers(folder)) or None
         splits = read_json(folder / "dataset_info.json").get("splits") or {}
         return sum(split["num_examples"] for split in splits.values()) or None
     except (DataError, OSError, ValueError, KeyError, AttributeError):

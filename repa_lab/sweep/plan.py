@@ -18,7 +18,7 @@ from repa_lab.sweep.check import blocked, check, resolve_metric
 from repa_lab.sweep.sharing import Sharing, share
 from repa_lab.sweep.standing import STOPPED, Orphan, Standing, orphans_of, standing_of
 from repa_lab.training.fingerprints import content_of, fingerprint_of
-from repa_lab.training.protocol import metric_name
+from repa_lab.training.protocol import metric_names
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Plan:
 
     @property
     def measured(self) -> list[str]:
-        """Full names of the Frechet metrics that the arms measure."""
-        return list(dict.fromkeys(metric_name(arm.config) for arm in self.experiment.arms))
+        """Full names of what the arms measure of their samples."""
+        return list(dict.fromkeys(name for arm in self.experiment.arms for name in metric_names(arm.config)))
 
     def metric(self, wanted: str) -> str:
         """The full name of a metric that the spec calls by its kind."""
@@ -152,7 +152,7 @@ def _planned(arm: Arm, run: Run, directory: RunDirectory, obstacle: Problem | No
 
 def _rules(experiment: Experiment, arm: Arm) -> tuple[StopRule, ...]:
     """The rules that are about what an arm measures, by its full name."""
-    named = [(rule, resolve_metric(rule.metric, [metric_name(arm.config)])) for rule in experiment.stop]
+    named = [(rule, resolve_metric(rule.metric, metric_names(arm.config))) for rule in experiment.stop]
     return tuple(rule.model_copy(update={"metric": name}) for rule, name in named if name)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from repa_lab.data.errors import DataError
 from repa_lab.encoders.encoder import EncoderError
-from repa_lab.encoders.extractor import Extractor
+from repa_lab.metrics.reference import StatisticsError
 from repa_lab.models.denoiser import tap_block, uncheckpointed
 from repa_lab.models.families import family_facts
 from repa_lab.models.pretrained import skeleton
@@ -21,10 +21,10 @@ from repa_lab.models.tap import TapError
 from repa_lab.spec import EncoderConfig, RunConfig, RunOptions
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.device import DeviceError, pick_device
-from repa_lab.training.evaluate import reference_statistics
 from repa_lab.training.images import Announce, Images
 from repa_lab.training.model import open_data, pretrained_folder
 from repa_lab.training.process import ProcessError, process_of
+from repa_lab.training.quality import open_extractor, open_reference, real_images
 from repa_lab.training.texts import encode_captions
 
 
@@ -73,11 +73,13 @@ def _prepare(
             raise RefusedError(number, f"{path}.{error.field}", str(error)) from error
         except DataError as error:
             raise RefusedError(number, _place(path, error.field), str(error)) from error
-    wanted = config.evaluate.extractor
-    try:
-        reference_statistics(wanted, Extractor(wanted.name, wanted.weights, device), images, cache)
-    except EncoderError as error:
-        raise RefusedError(number, f"evaluate.extractor.{error.field}", str(error)) from error
+    for path, extractor in config.extractor_paths:
+        try:
+            open_reference(extractor, open_extractor(config, extractor, device), real_images(images), cache)
+        except EncoderError as error:
+            raise RefusedError(number, f"{path}.{error.field}", str(error)) from error
+        except StatisticsError as error:
+            raise RefusedError(number, f"{path}.reference", str(error)) from error
 
 
 def _prepare_pretrained(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from repa_lab.data.fingerprint import captions_file, digest, image_files
+from repa_lab.data.layout import IMAGES, read_listing
 from repa_lab.models.facts import Family
 from repa_lab.spec import DataConfig
 
@@ -49,7 +50,8 @@ class Props:
         if own is None:
             return {"source": "imagefolder", "path": str(self._once("images", _generate)), "caption_column": None}
         name = f"images-{digest(str(own.resolve()))[:12]}"
-        return {"path": str(self._once(name, lambda folder: _FEW[data.source](own, folder)))}
+        path = str(self._once(name, lambda folder: _FEW[data.source](own, folder)))
+        return {"path": path, **_AS.get(data.source, {})}
 
     def _once(self, name: str, write: Callable[[Path], None]) -> Path:
         path = self.folder / name
@@ -118,4 +120,18 @@ def _few_of_dataset(own: Path, folder: Path) -> None:
     rows.select(range(0, len(rows), max(1, len(rows) // _IMAGES))).save_to_disk(str(folder))
 
 
-_FEW: dict[str, Callable[[Path, Path], None]] = {"imagefolder": _few_of_folder, "datasets": _few_of_dataset}
+def _few_of_prepared(own: Path, folder: Path) -> None:
+    """Images in class folders: their latents are of another VAE than the rehearsal's."""
+    listing = read_listing(own)
+    for index in listing.sample(_IMAGES):
+        target = folder / f"{listing.labels[index]:04d}" / listing.path(IMAGES, index).name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(listing.path(IMAGES, index), target)
+
+
+_FEW: dict[str, Callable[[Path, Path], None]] = {
+    "imagefolder": _few_of_folder,
+    "datasets": _few_of_dataset,
+    "repa": _few_of_prepared,
+}
+_AS = {"repa": {"source": "imagefolder"}}

@@ -8,16 +8,18 @@ nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from repa_lab.encoders.registry import ENCODERS, TINY
+from repa_lab.metrics.protocol import quality_names
 from repa_lab.models.facts import NARROW, shape_of
 from repa_lab.models.families import family_facts
 from repa_lab.spec import Arm, BudgetConfig, CompareConfig, Experiment, RunConfig, RunOptions
-from repa_lab.spec.schema import Objective
+from repa_lab.spec.evaluate import FullConfig
+from repa_lab.spec.search import Objective
 from repa_lab.sweep.props import Props
 
 SUFFIX = "-rehearsal"
@@ -120,9 +122,18 @@ class _Rehearser:
             "samples": _SAMPLES,
             "batch_size": _SAMPLES,
             "sampler": {**config.sampler.model_dump(mode="json"), "steps": 2},
-            "extractor": {"name": _LIKE, "weights": None},
+            "extractor": {"name": _LIKE},
+            "metrics": _meant(config.metrics),
+            "full": config.full and self._full(config.full),
             "encoder": config.encoder and self._encoder(config.encoder.model_dump(mode="json")),
         }
+
+    def _full(self, full: FullConfig) -> dict[str, Any]:
+        """At the end alone, with as many steps as the usual protocol, and twice the samples."""
+        sampler = full.sampler and {**full.sampler.model_dump(mode="json"), "steps": 2}
+        guidance = full.guidance and full.guidance.model_dump(mode="json")
+        metrics = full.metrics and _meant(full.metrics)
+        return {"samples": 2 * _SAMPLES, "sampler": sampler, "guidance": guidance, "labels": full.labels, "metrics": metrics}
 
     def _encoders(self, meant: RunConfig, encoder: Any) -> Any:
         if meant.regularizer.type == "none":
@@ -135,6 +146,11 @@ class _Rehearser:
         size = 4 * (known.stride if known else 16)
         tae = encoder["tae"] and str(self.props.tiny_autoencoder())
         return {**encoder, "name": name, "image_size": encoder["image_size"] and size, "weights": None, "tae": tae}
+
+
+def _meant(metrics: Iterable[str]) -> list[str]:
+    """The metrics that have a meaning with the extractor of rehearsals."""
+    return [metric for metric in metrics if quality_names(metric, _LIKE, _SAMPLES, "")]
 
 
 def _tiny_encoder(name: str) -> str:

@@ -11,13 +11,13 @@ from typing import Any
 
 from repa_lab.runs import RunDirectory, State
 from repa_lab.runs.files import Row
+from repa_lab.runs.provenance import GPUS, gpu_models
 from repa_lab.spec import RunConfig, RunOptions
-from repa_lab.sweep.costs import Cost
+from repa_lab.training.costs import Cost
 
 UTILISATION = 0.35
 PUBLISHED = "REPA's own XL/2 run reached 13.5 %"  # 5.4 steps/s on 8 H100s, by FLOPs as they are counted here
 _RUNS_PER_KIND = 3
-_GPUS = Path("/proc/driver/nvidia/gpus")
 # What decides how fast a run is but not what it computes.
 _OPTIONS = (
     "device", "precision", "micro_batch", "gradient_checkpointing", "compile",
@@ -78,12 +78,12 @@ class Speed:
     is_evaluation_measured: bool = False
 
 
-def assumed_device(options: RunOptions, folder: Path = _GPUS) -> tuple[Device, str]:
+def assumed_device(options: RunOptions, folder: Path = GPUS) -> tuple[Device, str]:
     """The device that runs are assumed to be on, and why: this machine's GPU, an H100 where there is none, or its CPU."""
     if options.device == "cpu":
         cores = os.cpu_count() or 1
         return Device(f"{cores} CPU cores", _CORE * cores, _CORE * cores), ""
-    models = [_model(path) for path in sorted(folder.glob("*/information"))]
+    models = gpu_models(folder)
     known = next((device for word, device in _DEVICES.items() if models and word in models[0]), None)
     if known:
         return known, ""
@@ -132,7 +132,8 @@ class Measured:
 
     def _take(self, directory: RunDirectory, config: RunConfig) -> None:
         made = _provenance(directory)
-        if made is None or (made.get("platform"), made.get("cpus")) != (platform.platform(), os.cpu_count()):
+        here = (platform.platform(), os.cpu_count(), gpu_models())
+        if made is None or (made.get("platform"), made.get("cpus"), made.get("gpus", [])) != here:
             return
         processes = made.get("processes", _ONE_PROCESS)
         kind = kind_of(config, made.get("options", {}), processes)
@@ -163,7 +164,7 @@ def seconds_per_evaluation(directory: RunDirectory, rows: list[Row]) -> float | 
     marks = [event for event in directory.events() if event["event"] in {state.value for state in State}]
     if [event["event"] for event in marks] != [State.RUNNING.value, State.DONE.value] or marks[0].get("step"):
         return None
-    count = sum("loss/total" not in row for row in rows)
+    count = len({row["step"] for row in rows if "loss/total" not in row})
     spent = marks[1]["time"] - marks[0]["time"] - max((row.get("seconds", 0.0) for row in rows), default=0.0)
     return spent / count if count and spent > 0 else None
 
@@ -177,8 +178,3 @@ def _provenance(directory: RunDirectory) -> dict[str, Any] | None:
         return directory.provenance
     except (OSError, ValueError):
         return None
-
-
-def _model(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("Model:")), "the GPU")

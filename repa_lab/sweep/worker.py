@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -26,6 +27,9 @@ from repa_lab.tracking import Listener
 
 if TYPE_CHECKING:
     import torch
+
+    from repa_lab.report.headline import Compared
+    from repa_lab.tracking.wandb import WandbRun
 
 ShouldStop = Callable[[], State | None]
 _GRACE_S = 60.0
@@ -169,14 +173,47 @@ class Heartbeat:
 
 
 def trackers(job: TrainJob) -> list[Listener]:
-    """The listeners a run's options ask for; W&B starts with the first row, and the journal goes on without it if it cannot."""
+    """The listeners a run's options ask for; they start with the first row, and the journal goes on without one that cannot."""
+    from repa_lab.tracking.tensorboard import TensorBoardListener
     from repa_lab.tracking.wandb import WandbListener, resolve_mode
 
-    options = job.options.wandb
-    mode = resolve_mode(options.mode)
-    if mode == "disabled":
-        return []
-    return [WandbListener(job.root.run(job.run.run_id), job.name, job.group, job.run.to_json(), options.project, mode)]
+    directory, mode = job.root.run(job.run.run_id), resolve_mode(job.options.wandb.mode)
+    listeners: list[Listener] = []
+    if mode != "disabled":
+        listeners.append(WandbListener(directory, _told(job, mode)))
+    if job.options.tensorboard:
+        listeners.append(TensorBoardListener(directory, job.run.to_json()))
+    return listeners
+
+
+def _told(job: TrainJob, mode: str) -> WandbRun:
+    from repa_lab.report.headline import headline
+    from repa_lab.tracking.wandb import WandbRun
+
+    options, config = job.options.wandb, job.run.config
+    tags = dict.fromkeys((config.model.family, config.regularizer.type, *options.tags))
+    return WandbRun(
+        name=job.name,
+        group=job.group,
+        config=job.run.to_json(),
+        project=options.project,
+        mode=mode,
+        entity=options.entity,
+        tags=tuple(tags),
+        keeps_weights=options.artifacts == "final",
+        headline=partial(headline, _compared(job)),
+    )
+
+
+def _compared(job: TrainJob) -> Compared:
+    """What the sweep compares, as it is recorded; a run by itself is of no sweep, and is told what it measures."""
+    from repa_lab.report.headline import Compared
+    from repa_lab.training.protocol import metric_name
+
+    sweep = job.root.sweep(job.group)
+    if (sweep.path / "sweep.json").is_file():
+        return Compared.from_manifest(sweep.manifest)
+    return Compared(metric_name(job.run.config))
 
 
 def main() -> None:

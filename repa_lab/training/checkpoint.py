@@ -30,11 +30,12 @@ PREFIX = "denoiser."
 
 @dataclass
 class Progress:
-    """How far a run has come: optimizer steps, images seen, seconds spent training."""
+    """How far a run has come: optimizer steps, images seen, seconds spent training and measuring."""
 
     step: int = 0
     images: int = 0
     seconds: float = 0.0
+    evaluation_seconds: float = 0.0
 
     def row(self) -> Row:
         """As the head of a metric row."""

@@ -17,14 +17,20 @@ Condition = dict[str, torch.Tensor]
 
 
 class Conditioning(Protocol):
-    """Conditioning of images of the source, by the names that the denoiser takes it under, one row an image."""
+    """Conditioning of images of the source, by the names that the denoiser takes it under, one row an image.
+
+    Attributes:
+        kinds: how many classes or captions samples are drawn of.
+    """
+
+    kinds: int
 
     def __call__(self, index: torch.Tensor, dropped: torch.Tensor) -> Condition:
         """Of the images ``index`` ``(B,)``; where ``dropped`` ``(B,)``, bool, is set, of nothing."""
         ...
 
-    def of_samples(self, index: range, dropped: bool = False) -> Condition:
-        """Of samples by their number: of classes or captions in turn; if ``dropped``, of nothing."""
+    def of_samples(self, kinds: Sequence[int], dropped: bool = False) -> Condition:
+        """Of samples of these classes or captions, by their numbers; if ``dropped``, of nothing."""
         ...
 
 
@@ -34,21 +40,20 @@ class Labels:
     Args:
         labels: of every image, ``(n,)``.
         null: the label that stands for none.
-        classes: how many classes samples are drawn of, in turn.
+        classes: how many classes samples are drawn of.
         name: what the denoiser calls it.
     """
 
     def __init__(self, labels: torch.Tensor, null: int, classes: int, name: str = "y") -> None:
-        self._labels, self._null, self._classes, self._name = labels, null, classes, name
+        self._labels, self._null, self.kinds, self._name = labels, null, classes, name
 
     def __call__(self, index: torch.Tensor, dropped: torch.Tensor) -> Condition:
         """See :class:`Conditioning`."""
         return {self._name: self._labels[index].masked_fill(dropped, self._null)}
 
-    def of_samples(self, index: range, dropped: bool = False) -> Condition:
+    def of_samples(self, kinds: Sequence[int], dropped: bool = False) -> Condition:
         """See :class:`Conditioning`."""
-        labels = torch.tensor([self._null if dropped else i % self._classes for i in index])
-        return {self._name: labels}
+        return {self._name: torch.tensor([self._null if dropped else kind for kind in kinds])}
 
 
 class Captions:
@@ -56,7 +61,7 @@ class Captions:
 
     Args:
         source: the images, with captions.
-        train: those whose captions samples are drawn for, in turn.
+        train: those whose captions samples are drawn for.
         texts: their encodings.
         sizes: what a family is told of an image's sizes, or None.
         config: of the denoiser's model.
@@ -64,6 +69,7 @@ class Captions:
 
     def __init__(self, source: ImageSource, train: torch.Tensor, texts: TextCache, sizes: Sizes | None, config: Any) -> None:
         self._source, self._train, self._texts, self._sizes, self._config = source, train, texts, sizes, config
+        self.kinds = len(train)
 
     def __call__(self, index: torch.Tensor, dropped: torch.Tensor) -> Condition:
         """See :class:`Conditioning`."""
@@ -73,9 +79,9 @@ class Captions:
         sized = self._sizes(self._config, self._source.frames(index.tolist()).float()) if self._sizes else {}
         return {**self.of_texts(captions), **sized}
 
-    def of_samples(self, index: range, dropped: bool = False) -> Condition:
+    def of_samples(self, kinds: Sequence[int], dropped: bool = False) -> Condition:
         """See :class:`Conditioning`; of the text alone, for a pipeline knows the sizes it draws."""
-        images = self._train[torch.tensor(index) % len(self._train)].tolist()
+        images = self._train[torch.tensor(kinds)].tolist()
         return self.of_texts(["" if dropped else self._source.captions[image] for image in images])
 
     def of_texts(self, texts: Sequence[str]) -> Condition:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torchvision.transforms.functional import resize
 from torchvision.utils import make_grid
@@ -17,43 +16,30 @@ from repa_lab.align import Tokens
 from repa_lab.align.regularizer import Pair
 from repa_lab.align.tokens import Grid
 from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import digest, file_digest
-from repa_lab.data.sources import groups
-from repa_lab.encoders.extractor import Extractor
+from repa_lab.data.fingerprint import digest
 from repa_lab.encoders.targets import Targets
-from repa_lab.metrics import Statistics, cka, cosine, cosine_gap, frechet_distance, statistics
+from repa_lab.metrics import cka, cosine, cosine_gap
+from repa_lab.models.facts import BlockIndex
 from repa_lab.models.tap import Tap
 from repa_lab.runs import files
 from repa_lab.runs.files import Row
-from repa_lab.spec import ExtractorConfig, RunConfig
+from repa_lab.spec import EvaluateConfig, RunConfig
+from repa_lab.training.heldout import held_out_batches, show
 from repa_lab.training.images import Images
 from repa_lab.training.model import Model
-from repa_lab.training.protocol import metric_name
-from repa_lab.training.sampling import shares
-from repa_lab.training.streams import generator
+from repa_lab.training.quality import Quality, versions
 
 Match = Callable[[Tokens, Tokens], Pair]
 
-_GRID_SAMPLES = 40
 _GRID_COLUMNS = 10
 _GRID_MIN_PIXELS = 32
 _GRID_MAX_WIDTH = 2560
-# Held-out images are measured under the same noise in every run, whatever its seed.
-_MEASURING_SEED = 0
-_REFERENCE_BATCH = 512
 _MIN_HELD_OUT = 4
-
-
-class DivergedError(RuntimeError):
-    """The loss, or what the denoiser draws, is no longer a finite number."""
-
-
-class _Drawn(NamedTuple):
-    """A batch of samples: the number of the first, those to show, and features, or None where a sample is not finite."""
-
-    start: int
-    shown: torch.Tensor
-    features: NDArray[np.float64] | None
+_ALIGNMENT = {
+    "heldout/cka": "linear CKA, unbiased, of image means",
+    "heldout/cosine": "mean cosine of projected tokens",
+    "heldout/gap": "mean cosine of projected tokens, less that of other images",
+}
 
 
 class Evaluator:
@@ -85,34 +71,34 @@ class Evaluator:
     ) -> None:
         if targets is not None and len(images.split.held_out) < _MIN_HELD_OUT:
             raise DataError("holdout", f"alignment is measured on held-out images: hold out {_MIN_HELD_OUT} or more")
-        self._config, self._metric, self._model = config.evaluate, metric_name(config), model
-        self._images, self._targets, self._device, self._part = images, targets, device, part
-        extractor = config.evaluate.extractor
-        self._extractor = Extractor(extractor.name, extractor.weights, device)
-        self._reference = reference_statistics(extractor, self._extractor, images, cache)
+        self._config, self._model, self._images, self._targets, self._device = config.evaluate, model, images, targets, device
+        self._encoder = config.alignment_encoder
+        self._quality = Quality(config, images, model, cache, device, part)
 
-    def quality(self) -> tuple[Row, torch.Tensor]:
-        """The Frechet distance by its full name, and what is shown of the samples as uint8 pixels ``(n, C, H, W)``.
+    def quality(self, tier: EvaluateConfig) -> tuple[Row, torch.Tensor]:
+        """What a protocol measures of samples, and what is shown of them; see :class:`repa_lab.training.quality.Quality`."""
+        return self._quality(tier)
 
-        Raises:
-            DivergedError: the samples are not finite.
+    def protocols(self, seed: int, block: BlockIndex) -> dict[str, dict[str, Any]]:
+        """What each number depends on, by its name.
+
+        Args:
+            seed: the run's.
+            block: where alignment is measured.
         """
-        config, sampler = self._config, self._model.sampler
-        mine = [self._judge(index) for index in shares(config.samples, config.batch_size, self._part)]
-        drawn = sorted(gather_object(mine), key=lambda one: one.start)
-        if any(one.features is None for one in drawn):
-            raise DivergedError("the denoiser draws samples that are not finite")
-        found = statistics(np.concatenate([one.features for one in drawn]))
-        reference = self._reference
-        distance = frechet_distance(found.mu, found.sigma, reference.mu, reference.sigma)
-        shown = sampler.shown() if self._part[0] == 0 else None
-        return {self._metric: distance}, torch.cat([one.shown for one in drawn]) if shown is None else shown
-
-    def _judge(self, index: range) -> _Drawn:
-        pixels = self._model.sampler(index)
-        if pixels is None:
-            return _Drawn(index.start, torch.empty(0), None)
-        return _Drawn(index.start, pixels[: max(0, _GRID_SAMPLES - index.start)].clone(), self._extractor(pixels))
+        found = self._quality.protocols(seed)
+        if self._targets is None or self._encoder is None:
+            return found
+        held_out = {"data": self._images.source.fingerprint, "images": self._images.split.held_out.tolist()}
+        described = {
+            "encoder": self._encoder.model_dump(mode="json"),
+            "block": block,
+            "timestep": self._config.timestep,
+            "held_out": digest(held_out),
+            "images": len(self._images.split.held_out),
+            "versions": versions(),
+        }
+        return found | {name: {"metric": metric, **described} for name, metric in _ALIGNMENT.items()}
 
     @torch.no_grad()
     def alignment(self, tap: Tap, match: Match | None) -> Row:
@@ -151,34 +137,9 @@ class Evaluator:
 
     def _held_out_pairs(self, tap: Tap, targets: Targets) -> Iterator[tuple[Tokens, Tokens]]:
         """Tap and encoder tokens of the held-out images at the measuring time, on the CPU."""
-        model, space, held_out = self._model, self._images.space, self._images.split.held_out
-        members = [held_out[group] for group in groups(self._images.source.sizes[held_out])]
-        for index in (part for group in members for part in group.split(model.at_once)):
-            draw = generator(_MEASURING_SEED, "held-out", int(index[0]))
-            x = space.encode(index, space.draw(index, draw))
-            noise = torch.randn(x.shape, generator=draw)
-            t = torch.full((len(x),), self._config.timestep)
-            x_t, _ = model.process.corrupt(x, noise, t)
-            nothing = model.conditioning(index, torch.ones(len(index), dtype=torch.bool))
-            condition = {name: value.to(self._device) for name, value in nothing.items()}
-            model.denoiser(x_t.to(self._device), t.to(self._device), **condition)
+        for index in held_out_batches(self._images, self._images.split.held_out, self._model.at_once):
+            show(self._model, self._images, index, self._config.timestep, self._device)
             yield _on_cpu(tap.take()), _on_cpu(targets(index, self._device))
-
-
-def reference_statistics(config: ExtractorConfig, extractor: Extractor, images: Images, cache: Path) -> Statistics:
-    """Mean and covariance of the training images' features, computed once for all runs that share them."""
-    source, train = images.source, images.split.train
-    weights = file_digest(Path(config.weights)) if config.weights else None
-    identity = {"data": source.fingerprint, "extractor": config.name, "weights": weights, "images": train.tolist()}
-    path = cache / "reference" / f"{digest(identity)[:16]}.npz"
-    if path.exists():
-        stored = np.load(path)
-        return Statistics(stored["mu"], stored["sigma"], int(stored["count"]))
-    members = [train[group] for group in groups(source.sizes[train])]
-    parts = [extractor(source.read(index.tolist())) for group in members for index in group.split(_REFERENCE_BATCH)]
-    found = statistics(np.concatenate(parts))
-    files.replace_atomically(path, lambda temporary: _save(temporary, found))
-    return found
 
 
 def write_grid(pixels: torch.Tensor, path: Path) -> None:
@@ -194,11 +155,6 @@ def write_grid(pixels: torch.Tensor, path: Path) -> None:
     grid = make_grid(sized, nrow=_GRID_COLUMNS, padding=2, pad_value=255)
     image = Image.fromarray(grid.permute(1, 2, 0).numpy())
     files.replace_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
-
-
-def _save(path: Path, found: Statistics) -> None:
-    with path.open("wb") as file:
-        np.savez(file, mu=found.mu, sigma=found.sigma, count=found.count)
 
 
 def _image_means(tokens: Tokens) -> NDArray[np.float32]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import nn
 
 from repa_lab.models.denoiser import Denoiser
 from repa_lab.models.family import BUILDERS, Input
@@ -51,17 +52,26 @@ def export_model(directory: RunDirectory, folder: Path, weights: str = "ema") ->
     step, checkpoint = found
     run = Run.from_json(directory.run_id, directory.spec)
     denoiser = build_denoiser(run.config, _input(files.read_json(checkpoint / INPUT_FILE)), run.seed)
-    state = load_file(checkpoint / "denoiser.safetensors")
-    if weights == "ema":
-        averages = load_file(checkpoint / "ema.safetensors")
-        state |= {name.removeprefix(PREFIX): value for name, value in averages.items() if name.startswith(PREFIX)}
-    load_trainable(denoiser, state)
+    load_weights(denoiser, checkpoint, weights)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(denoiser, Denoiser):
         export_pretrained(denoiser, folder, run.config.model.rank if run.config.model.train == "lora" else None)
     else:
         BUILDERS[run.config.model.family].export(denoiser, folder)
     return step
+
+
+def load_weights(denoiser: nn.Module, checkpoint: Path, weights: str) -> None:
+    """Give a run's denoiser the ``ema`` or the ``last`` weights of one of its checkpoints.
+
+    Raises:
+        KeyError: a weight is missing.
+    """
+    state = load_file(checkpoint / "denoiser.safetensors")
+    if weights == "ema":
+        averages = load_file(checkpoint / "ema.safetensors")
+        state |= {name.removeprefix(PREFIX): value for name, value in averages.items() if name.startswith(PREFIX)}
+    load_trainable(denoiser, state)
 
 
 def _input(given: dict[str, Any] | None) -> Input | None:

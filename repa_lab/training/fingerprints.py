@@ -13,12 +13,14 @@ from repa_lab.data.fingerprint import (
     fingerprint_folder,
     fingerprint_saved,
 )
+from repa_lab.data.layout import fingerprint_prepared
 from repa_lab.spec.schema import DataConfig
 
 UNSET_DATA = "unset"
 _FINGERPRINTS: dict[str, Callable[[Path, int, Buckets | None], str]] = {
     "imagefolder": fingerprint_folder,
     "datasets": fingerprint_saved,
+    "repa": fingerprint_prepared,
 }
 
 

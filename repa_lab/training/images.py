@@ -12,6 +12,7 @@ from repa_lab.data.arrow import SavedDataset
 from repa_lab.data.autoencoder import Autoencoder, load_autoencoder
 from repa_lab.data.errors import DataError
 from repa_lab.data.folder import ImageFolder
+from repa_lab.data.prepared import Prepared
 from repa_lab.data.reconstruct import Reconstructions
 from repa_lab.data.sources import Digits, Flips, ImageSource, Split, split
 from repa_lab.data.space import LatentSpace, PixelSpace, Space, latent_space
@@ -51,6 +52,7 @@ _SOURCES: dict[str, Callable[[DataConfig], ImageSource]] = {
     "digits": lambda data: Digits(),
     "imagefolder": lambda data: ImageFolder(_folder(data), data.side, buckets_of(data)),
     "datasets": lambda data: SavedDataset(_folder(data), data.side, buckets_of(data), data.caption_column),
+    "repa": lambda data: Prepared(_folder(data), data.side),
 }
 
 

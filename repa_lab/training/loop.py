@@ -18,7 +18,8 @@ from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.tracking import Journal, Listener
 from repa_lab.training.checkpoint import Progress
-from repa_lab.training.evaluate import DivergedError
+from repa_lab.training.protocol import milestone_names
+from repa_lab.training.quality import DivergedError
 from repa_lab.training.record import Dropped, Kept, Record
 from repa_lab.training.trainer import Trainer
 
@@ -71,6 +72,7 @@ def train(
                 forks.take(RunDirectory(directory.path.with_name(fork.parent)), fork.step, writer, _writes(run, options))
             trainer = Trainer(run, options, cache)
             progress = trainer.progress
+            writer.protocols(trainer.protocols())
             if _resume(trainer, directory):
                 writer.event("resumed", step=progress.step)
             writer.rewind(progress.step)
@@ -96,8 +98,15 @@ def _follow(
 
 def _writes(run: Run, options: RunOptions) -> Callable[[Row], bool]:
     """Whether a run writes a row by itself, for another one's rhythm may differ."""
-    last, every = run.config.train.steps, run.config.evaluate.every
-    return lambda row: forks.written_by(row, last, every, options.checkpoint_every or every, options.log_every)
+    last, every, milestones = run.config.train.steps, run.config.evaluate.every, run.config.milestones
+    rare = milestone_names(run.config)
+
+    def writes(row: Row) -> bool:
+        if rare & row.keys():
+            return row["step"] in milestones
+        return forks.written_by(row, last, every, options.checkpoint_every or every, options.log_every)
+
+    return writes
 
 
 def _resume(trainer: Trainer, directory: RunDirectory) -> bool:
@@ -138,10 +147,11 @@ def fit(
             if due:  # not for the stop: a run's rows do not tell where it was interrupted
                 record.row({**progress.row(), **row})
             if measure:
-                found, samples = trainer.measure()
-                record.row({**progress.row(), **found})
+                rows, samples = trainer.measure()
+                for found in rows:
+                    record.row(found)
+                    stop = stop or (State.STOPPED if is_enough(found) else None)
                 record.samples(step, samples)
-                stop = stop or (State.STOPPED if is_enough({**progress.row(), **found}) else None)
             if measure or stop or step % save_every == 0:
                 record.checkpoint(step, trainer.save)
             if step in kept:

@@ -19,7 +19,7 @@ from repa_lab.models.family import BUILDERS, Input
 from repa_lab.models.pretrained import adapt, load_denoiser
 from repa_lab.models.released import SCHEDULER, PretrainedError, locate, problem_with, read_json
 from repa_lab.models.tap import Tap
-from repa_lab.spec import ModelConfig, RunConfig, RunOptions
+from repa_lab.spec import EvaluateConfig, ModelConfig, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.conditioning import Captions, Conditioning, Labels
 from repa_lab.training.device import PRECISION
@@ -39,7 +39,7 @@ class Model:
         denoiser: with ``forward(x, t, **condition)``.
         process: the noise it is trained against.
         conditioning: what it is told of images and samples.
-        sampler: draws with it.
+        sampler: draws with it by a protocol.
         tap: hooks one of its blocks.
         at_once: images that it is shown at a time when it is measured.
     """
@@ -47,7 +47,7 @@ class Model:
     denoiser: nn.Module
     process: Process
     conditioning: Conditioning
-    sampler: Sampler
+    sampler: Callable[[EvaluateConfig], Sampler]
     tap: Callable[[BlockIndex], Tap]
     at_once: int
 
@@ -128,13 +128,18 @@ def _from_scratch(run: Run, images: Images, device: torch.device) -> Model:
     config, given = run.config, images.input
     denoiser = build_denoiser(config, given, run.seed)
     source, classes = images.source, images.source.num_classes
-    sampling = Sampling((given.channels, *given.size), classes, config.evaluate.sampler, config.evaluate.guidance, run.seed)
     builder = BUILDERS[config.model.family]
+
+    def sampler(tier: EvaluateConfig) -> FieldSampler:
+        shape = (given.channels, *given.size)
+        sampling = Sampling(shape, classes, tier.sampler, tier.guidance, run.seed, tier.labels)
+        return FieldSampler(sampling, denoiser, images.space, device)
+
     return Model(
         denoiser,
         Flow(),
         Labels(source.labels, classes, classes),
-        FieldSampler(sampling, denoiser, images.space, device),
+        sampler,
         functools.partial(builder.tap, denoiser),
         config.evaluate.batch_size,
     )
@@ -147,9 +152,13 @@ def _pretrained(run: Run, images: Images, options: RunOptions, cache: Path, devi
     assert isinstance(images.space, LatentSpace)
     conditioning = _conditioning(denoiser, images, folder, options, cache)
     side, vae = config.data.side, images.space.vae
-    sampler = PipelineSampler(folder, denoiser, vae, conditioning, config.evaluate, side, run.seed, device, precision)
+
+    def sampler(tier: EvaluateConfig) -> PipelineSampler:
+        return PipelineSampler(folder, denoiser, vae, conditioning, tier, side, run.seed, device, precision)
+
     process = process_of(read_json(folder / SCHEDULER / "scheduler_config.json") or {})
-    return Model(denoiser, process, conditioning, sampler, functools.partial(tap_block, denoiser), sampler.at_once)
+    tap, at_once = functools.partial(tap_block, denoiser), sampler(config.evaluate).at_once
+    return Model(denoiser, process, conditioning, sampler, tap, at_once)
 
 
 def _conditioning(

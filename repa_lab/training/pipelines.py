@@ -17,7 +17,7 @@ from repa_lab.models.facts import pipeline_of
 from repa_lab.models.pretrained import sampling_pipeline
 from repa_lab.spec import EvaluateConfig
 from repa_lab.training.conditioning import Captions, Condition, Labels
-from repa_lab.training.sampling import shares
+from repa_lab.training.sampling import kinds_of, shares
 from repa_lab.training.streams import generator
 
 _PIXELS_AT_ONCE = 8 << 20  # eight images of 1024 px
@@ -50,11 +50,12 @@ class PipelineSampler:
     precision: torch.dtype
 
     def __call__(self, index: range) -> torch.Tensor | None:
-        """See :class:`Sampler`: sample i has the noise of (seed, i) and the caption of the i-th image, in turn."""
+        """See :class:`Sampler`: sample i has the noise of (seed, i), and its class or caption by :func:`kinds_of`."""
         parts = []
         for part in shares(len(index), self.at_once):
             numbers = index[part.start : part.stop]
-            condition, null = (self.conditioning.of_samples(numbers, dropped) for dropped in (False, True))
+            kinds = kinds_of(numbers, self.conditioning.kinds, self.config.labels, self.seed)
+            condition, null = (self.conditioning.of_samples(kinds, dropped) for dropped in (False, True))
             parts.append(self._draw(condition, null, "sampling", numbers))
         return _joined(parts)
 

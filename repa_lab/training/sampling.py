@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from repa_lab.data.space import Space
-from repa_lab.spec.schema import GuidanceConfig, SamplerConfig
+from repa_lab.spec.evaluate import GuidanceConfig, Labelling, SamplerConfig
 from repa_lab.training.streams import generator
 
 # The papers' code stops its stochastic steps at t = 0.04 and takes the rest in one deterministic step.
@@ -63,15 +63,23 @@ def shares(count: int, batch_size: int, part: tuple[int, int] = (0, 1)) -> Itera
         yield range(start, min(start + batch_size, count))
 
 
+def kinds_of(index: range, kinds: int, labels: Labelling, seed: int) -> list[int]:
+    """The class, or the caption, of samples by their number: every one of ``kinds`` in turn, or each drawn at random."""
+    if labels == "balanced":
+        return [i % kinds for i in index]
+    return [int(torch.randint(kinds, (1,), generator=generator(seed, "sampled labels", i))) for i in index]
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """What is sampled and how: arrays of ``shape`` ``(C, H, W)``, labels class-balanced in turn."""
+    """What is sampled and how: arrays of ``shape`` ``(C, H, W)`` of ``labels``; see :func:`kinds_of`."""
 
     shape: tuple[int, int, int]
     num_classes: int
     sampler: SamplerConfig
     guidance: GuidanceConfig
     seed: int
+    labels: Labelling = "balanced"
 
     @torch.no_grad()
     def batch(self, denoiser: nn.Module, index: range, device: torch.device) -> torch.Tensor:
@@ -82,7 +90,7 @@ class Sampling:
             drawn = torch.stack([torch.randn(self.shape, generator=draw) for draw in draws])
             return drawn.to(device=device, dtype=torch.float64)
 
-        labels = torch.tensor([i % self.num_classes for i in index], device=device)
+        labels = torch.tensor(kinds_of(index, self.num_classes, self.labels, self.seed), device=device)
         velocity = guided(denoiser, labels, self.num_classes, self.guidance)
         return integrate(velocity, noise, self.sampler).float()
 

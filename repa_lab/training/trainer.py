@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 from repa_lab.align import Alignment
 from repa_lab.align.ranks import mean_over_ranks
 from repa_lab.encoders.targets import Targets
+from repa_lab.models.facts import BlockIndex
 from repa_lab.models.tap import Tap
 from repa_lab.runs import files
 from repa_lab.runs.files import Row
@@ -28,9 +30,11 @@ from repa_lab.training.checkpoint import INPUT_FILE, Progress, Trained
 from repa_lab.training.device import MIXED_PRECISION, DeviceError, pick_device
 from repa_lab.training.ema import EMA
 from repa_lab.training.evaluate import Evaluator, Match
+from repa_lab.training.ledger import ledger
 from repa_lab.training.micro_batch import MicroBatch
 from repa_lab.training.model import open_data, open_model
 from repa_lab.training.objective import Batch, Steps, denoising_loss
+from repa_lab.training.protocol import tiers
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Trainer:
 
     def __init__(self, run: Run, options: RunOptions, cache: Path) -> None:
         config, self.options, self.progress = run.config, options, Progress()
-        self.config = config
+        self.config, self._run = config, run
         pick_device(options)  # refuses what would otherwise fall back in silence
         self.accelerator = _accelerator(config, options)
         self.device: torch.device = self.accelerator.device
@@ -117,21 +121,27 @@ class Trainer:
         self.progress.images += self.config.train.batch_size
         return StepOutcome(values, weight, grad_norm)
 
-    def measure(self) -> tuple[Row, torch.Tensor]:
-        """Measurements of the averaged weights, and the first samples ``(n, C, H, W)`` as uint8 pixels."""
-        denoiser, config = self._trained.denoiser, self.config
-        own_block = choose_block(config, config.regularizer.block_index if self.aligner else None)
-        block = choose_block(config, config.evaluate.block_index, own_block)
+    def measure(self) -> tuple[list[Row], torch.Tensor]:
+        """Measurements of the averaged weights, a row for each protocol that is due, and the first samples ``(n, C, H, W)`` as
+        uint8 pixels. The first row has what the run has cost up to now, this measurement included."""
+        denoiser, config, began = self._trained.denoiser, self.config, time.perf_counter()
+        block, own_block = self._measured_block()
         denoiser.eval()
         with self._trained.ema.applied():
-            row, samples = self.evaluator.quality()
+            (row, samples), *rare = (self.evaluator.quality(tier) for tier in tiers(config, self.progress.step))
             tap = self.model.tap(block)
             row |= self.evaluator.alignment(tap, self._match() if block == own_block else None)
             tap.remove()
         denoiser.train()
         if self.aligner:
             self.aligner.tap.clear()
-        return row, samples
+        self.progress.evaluation_seconds += time.perf_counter() - began
+        rows = [{**row, **ledger(self.config, self.options, self.progress)}, *(found for found, _ in rare)]
+        return [{**self.progress.row(), **found} for found in rows], samples
+
+    def protocols(self) -> dict[str, dict[str, Any]]:
+        """What each number that :meth:`measure` yields depends on, by its name."""
+        return self.evaluator.protocols(self._run.seed, self._measured_block()[0])
 
     def save(self, folder: Path) -> None:
         """Write all that is needed to go on, or to export the model, into an empty folder."""
@@ -141,6 +151,12 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Take up what :meth:`save` wrote."""
         self._trained.load(folder, self.progress)
+
+    def _measured_block(self) -> tuple[BlockIndex, BlockIndex]:
+        """Where alignment is measured, and where the regularizer acts or would."""
+        config = self.config
+        own = choose_block(config, config.regularizer.block_index if self.aligner else None)
+        return choose_block(config, config.evaluate.block_index, own), own
 
     def _gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The gradients of a batch, and the means that its row shows; where memory runs out, taken again in smaller parts."""

@@ -371,9 +371,7 @@ class TestOptions:
     @pytest.mark.slow
     def test_inductor_computes_the_same_tokens(self, small):
         pixels = noise(2, 40, 40)
-        torch.testing.assert_close(
-            with_options(small, compile=True)(pixels).values, small(pixels).values, rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(with_options(small, compile=True)(pixels).values, small(pixels).values, rtol=1e-4, atol=1e-4)
 
     def test_they_reach_the_encoder_that_is_loaded(self, vits14):
         encoder = load_encoder("dinov2_vits14", 28, 8, str(vits14[1]), EncoderOptions(precision="bf16", batch_size=1))

@@ -158,7 +158,7 @@ class TestMoCo:
         saved = torch.load(moco[1], weights_only=True)
         del saved["state_dict"]["module.base_encoder.norm.bias"]
         torch.save(saved, tmp_path / "hole.pth.tar")
-        refused('does not fit \'mocov3_vits16\': .*Missing key.*"norm.bias"', "mocov3_vits16", tmp_path / "hole.pth.tar")
+        refused("does not fit 'mocov3_vits16': .*Missing key.*\"norm.bias\"", "mocov3_vits16", tmp_path / "hole.pth.tar")
 
     def test_a_file_of_its_other_size(self, moco):
         refused("does not fit 'mocov3_vitb16': .*size mismatch", "mocov3_vitb16", moco[1])
@@ -244,14 +244,20 @@ class TestHub:
         assert Hub.asked == []
 
     def test_a_model_that_nobody_published(self):
-        refused("timm knows no published weights of 'vit_base_patch16_18x2_224'; give weights: FILE", "vit_base_patch16_18x2_224", None)
+        refused(
+            "timm knows no published weights of 'vit_base_patch16_18x2_224'; give weights: FILE",
+            "vit_base_patch16_18x2_224",
+            None,
+        )
 
     def test_weights_that_timm_does_not_know(self):
         match = "timm has no weights 'augreg' for 'test_vit' \\('test_vit.augreg'\\); allowed: r160_in1k"
         refused(match, "test_vit.augreg", None, field="name")
 
 
-@pytest.mark.parametrize("name", [ARCH, "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "name", [ARCH, "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"]
+)
 def test_timms_transformers_take_other_sizes_than_their_own(name):
     with torch.device("meta"):
         assert _takes_any_size(timm.create_model(name, num_classes=0))

@@ -56,7 +56,7 @@ def stop_from_another_terminal(spec, process):
 @pytest.mark.parametrize(
     ("end", "status"),
     [
-        (lambda spec, process: os.kill(process.pid, signal.SIGINT), 130),
+        pytest.param(lambda spec, process: os.kill(process.pid, signal.SIGINT), 130, marks=pytest.mark.slow),  # test_edit has it too
         (stop_from_another_terminal, 130),
         (lambda spec, process: os.kill(process.pid, signal.SIGKILL), -signal.SIGKILL),
     ],

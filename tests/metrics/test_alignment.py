@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.cross_decomposition import CCA
 
-from repa_lab.metrics import cka, cosine_gap
+from repa_lab.metrics import cka, cosine_gap, svcca
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -156,3 +157,61 @@ class TestCosineGap:
     def test_refuses_what_it_cannot_compare(self, student, teacher):
         with pytest.raises(ValueError, match="need two equal"):
             cosine_gap(normal(*student), normal(*teacher))
+
+
+def svcca_by_definition(x: np.ndarray, y: np.ndarray, dims: int) -> float:
+    """Principal components of standardised features, then classic CCA: the eigenvalues of ``Sxx^-1 Sxy Syy^-1 Syx`` are squares."""
+
+    def leading(a: np.ndarray) -> np.ndarray:
+        a = (a - a.mean(axis=0)) / a.std(axis=0)
+        return a @ np.linalg.eigh(a.T @ a)[1][:, -dims:]
+
+    a, b = leading(x), leading(y)
+    across = np.linalg.solve(a.T @ a, a.T @ b) @ np.linalg.solve(b.T @ b, b.T @ a)
+    return float(np.sqrt(np.linalg.eigvals(across).real.clip(0)).mean())
+
+
+class TestSVCCA:
+    @pytest.mark.parametrize("count, wide, narrow, dims", [(60, 20, 10, 10), (200, 30, 20, 10), (60, 5, 5, 1), (40, 80, 12, 4)])
+    def test_agrees_with_the_definition(self, count, wide, narrow, dims):
+        x, y = related(count, wide, narrow)
+        expected = svcca_by_definition(x, y, dims)
+        assert svcca(x, y, dims) == pytest.approx(expected, abs=1e-9)
+        assert 0.1 < expected < 0.99
+
+    def test_agrees_with_scikit_learns_cca(self):
+        """The reference's way: CCA fitted by iteration to the leading directions, correlations of its scores."""
+        x, y = related(200, 30, 20)
+        sides = [np.linalg.svd((a - a.mean(axis=0)) / a.std(axis=0))[0][:, :5] for a in (x, y)]
+        scores = CCA(n_components=5, tol=1e-10, max_iter=5000).fit(*sides).transform(*sides)
+        expected = np.mean([np.corrcoef(scores[0][:, i], scores[1][:, i])[0, 1] for i in range(5)])
+        assert svcca(x, y, 5) == pytest.approx(expected, abs=1e-5)
+
+    def test_of_features_with_themselves_is_1(self):
+        x, _ = related(60, 20, 4)
+        assert svcca(x, x) == pytest.approx(1, abs=1e-12)
+
+    def test_is_symmetric_and_ignores_scale_place_and_order(self):
+        x, y = related(60, 20, 12)
+        expected = svcca(x, y)
+        order = np.random.default_rng(1).permutation(60)
+        for changed in (x * np.exp(normal(20)), x + np.arange(20), -x, x[:, ::-1]):
+            assert svcca(changed, y) == pytest.approx(expected, abs=1e-9)
+        assert svcca(y, x) == pytest.approx(expected, abs=1e-12)
+        assert svcca(x[order], y[order]) == pytest.approx(expected, abs=1e-9)
+        assert svcca(x[order], y, 3) < svcca(x, y, 3) - 0.1
+
+    def test_a_constant_column_changes_nothing(self):
+        x, y = related(60, 20, 12)
+        assert svcca(np.column_stack([x, np.full(60, 0.1)]), y) == pytest.approx(svcca(x, y), abs=1e-9)
+
+    def test_refuses_fewer_directions_than_asked_for(self):
+        x, y = related(60, 20, 12)
+        with pytest.raises(ValueError, match="y varies in 2 directions only: give dims <= 2"):
+            svcca(x, y[:, :2] @ normal(2, 7), 3)
+
+    @pytest.mark.parametrize("dims", [0, 10, 11])
+    def test_refuses_too_few_items(self, dims):
+        x, y = related(20, 15, 15)
+        with pytest.raises(ValueError, match=f"dims = {dims} directions of 20 items: give 1 <= dims <= 9"):
+            svcca(x, y, dims)

@@ -6,9 +6,11 @@ import torch
 import torch_fidelity
 from scipy.linalg import sqrtm
 from torch.utils.data import Dataset
+from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-from repa_lab.encoders.extractor import EXTRACTORS, Extractor
-from repa_lab.metrics import frechet_distance, statistics
+from repa_lab.encoders.extractor import Extractor
+from repa_lab.encoders.extractor_facts import EXTRACTORS
+from repa_lab.metrics import Moments, Statistics, frechet_distance, statistics
 
 
 def features(count: int, dim: int, seed: int) -> np.ndarray:
@@ -53,9 +55,43 @@ def test_agrees_with_the_matrix_square_root(dim):
     assert distance(a, b) == pytest.approx(by_definition(a, b), rel=1e-9)
 
 
-def test_of_a_set_to_itself_is_0():
-    a = features(200, 40, 0)
-    assert distance(a, a) == pytest.approx(0, abs=1e-6)
+def from_features(a: np.ndarray, b: np.ndarray) -> float:
+    """Without covariances: the trace of the root is the sum of the singular values of ``A B^T``, A and B centred and scaled."""
+    mean = a.mean(axis=0) - b.mean(axis=0)
+    a, b = ((x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (a, b))
+    return float(mean @ mean + (a**2).sum() + (b**2).sum() - 2 * np.linalg.svd(a @ b.T, compute_uv=False).sum())
+
+
+# Samples of either side, and features.
+SHAPES = [(200, 150, 40), (41, 300, 40), (30, 20, 64), (10, 300, 64), (300, 10, 64), (2, 2, 64)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_singular_covariances_cost_no_digits(shape):
+    a, b = features(shape[0], shape[2], 0), features(shape[1], shape[2], 1)
+    assert distance(a, b) == pytest.approx(from_features(a, b), rel=1e-12)
+    assert distance(b, a) == pytest.approx(from_features(a, b), rel=1e-12)
+
+
+def test_a_spectrum_over_many_orders_costs_no_digits():
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.standard_normal((256, 256)))[0]
+    a, b = (rng.standard_normal((900, 256)) * np.exp(-30 * np.arange(256) / 256) @ axes for _ in range(2))
+    assert distance(a, b) == pytest.approx(from_features(a, b), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_torch_fidelitys_number(shape):
+    first, second = statistics(features(shape[0], shape[2], 0)), statistics(features(shape[1], shape[2], 1))
+    sides = ({"mu": one.mu, "sigma": one.sigma} for one in (first, second))
+    theirs = fid_statistics_to_metric(*sides, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(first.mu, first.sigma, second.mu, second.sigma) == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(200, 40), (20, 64), (500, 3)], ids=str)
+def test_of_a_set_to_itself_is_0(shape):
+    a = features(*shape, 0)
+    assert abs(distance(a, a)) < 1e-12 * np.trace(statistics(a).sigma)
 
 
 def test_is_symmetric_and_moves_with_the_mean():
@@ -82,6 +118,63 @@ def test_statistics_are_unbiased():
 def test_statistics_of_one_feature_are_matrices():
     found = statistics(np.array([[1.0], [3.0]]))
     assert (found.mu.tolist(), found.sigma.tolist()) == ([2.0], [[2.0]])
+
+
+def test_tensors_of_any_precision_are_taken_for_arrays():
+    a = torch.randn(20, 6, dtype=torch.float32, requires_grad=True)
+    found, expected = statistics(a), statistics(a.detach().double().numpy())
+    assert np.array_equal(found.mu, expected.mu) and np.array_equal(found.sigma, expected.sigma)
+    half = statistics(a.detach().bfloat16())
+    assert half.sigma.dtype == np.float64
+    mixed = frechet_distance(torch.from_numpy(found.mu), found.sigma, half.mu, torch.from_numpy(half.sigma))
+    assert mixed == frechet_distance(found.mu, found.sigma, half.mu, half.sigma)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_statistics_by_batches_are_those_of_the_whole(offset):
+    a = features(157, 12, 0) + offset
+    moments = Moments()
+    for part in np.split(a, [1, 1, 40, 41, 150]):
+        moments.add(part)
+    found, expected = moments.statistics, np.cov(a, rowvar=False)
+    assert found.count == 157
+    np.testing.assert_allclose(found.mu, a.mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(found.sigma, expected, atol=1e-9 * np.trace(expected))
+
+
+def test_batches_of_other_widths_are_refused():
+    moments = Moments()
+    moments.add(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"d as before \(3\), got shape \(2, 4\)"):
+        moments.add(np.zeros((2, 4)))
+
+
+@pytest.mark.parametrize(("count", "is_singular"), [(2, True), (3, True), (4, False), (0, False)])
+def test_too_few_samples_for_a_covariance_are_told(count, is_singular):
+    note = Statistics(np.zeros(3), np.eye(3), count).note
+    assert note == (
+        f"{count} samples for 3 features: the covariance is singular, and the distance biased upwards" if is_singular else None
+    )
+
+
+def test_covariances_of_a_few_samples_have_no_more_ranks():
+    # What the note says: n vectors span n - 1 directions about their mean.
+    for count in (2, 3, 4):
+        assert np.linalg.matrix_rank(statistics(features(count, 3, 0)).sigma) == min(count - 1, 3)
+
+
+def test_statistics_that_do_not_fit_are_refused():
+    one, two = (np.zeros(1), np.eye(1)), (np.zeros(2), np.eye(2))
+    for sides in (
+        (*one, *two),
+        (np.zeros(2), np.eye(1), *two),
+        (np.zeros((2, 1)), np.eye(2), *two),
+        (np.zeros(0), np.eye(0)) * 2,
+    ):
+        with pytest.raises(ValueError, match=r"need \(d,\), \(d, d\)"):
+            frechet_distance(*sides)
+    with pytest.raises(ValueError, match="not finite"):
+        frechet_distance(np.array([np.nan, 0]), np.eye(2), *two)
 
 
 @pytest.mark.parametrize("array", [np.zeros((1, 3)), np.zeros((0, 3)), np.zeros(5)])
@@ -119,7 +212,7 @@ def test_equals_torch_fidelitys_fid_of_the_same_images():
         input1=generated,
         input2=real,
         fid=True,
-        feature_extractor=EXTRACTORS["efficientnet_lite0"][0],
+        feature_extractor=EXTRACTORS["efficientnet_lite0"].registered,
         cuda=False,
         cache=False,
         verbose=False,

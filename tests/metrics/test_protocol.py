@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from repa_lab.metrics.protocol import frechet_name, guidance_name, sampler_name
+from repa_lab.metrics.protocol import guidance_name, quality_names, sampler_name
 
 
 @pytest.mark.parametrize(
@@ -24,10 +24,21 @@ def test_guidance():
 
 @pytest.mark.parametrize("samples, said", [(500, "500"), (1000, "1k"), (10_000, "10k"), (50_000, "50k"), (1500, "1500")])
 def test_only_inceptions_distance_is_fid(samples, said):
-    assert frechet_name("inception", samples, "ode50") == f"fid:inception@{said}/ode50"
-    assert frechet_name("efficientnet_lite0", samples, "sde250", "-cfg2[0,1]") == (
-        f"frechet:efficientnet_lite0@{said}/sde250-cfg2[0,1]"
+    assert quality_names("frechet", "inception", samples, "ode50") == (f"fid:inception@{said}/ode50",)
+    assert quality_names("frechet", "efficientnet_lite0", samples, "sde250", "-cfg2[0,1]") == (
+        f"frechet:efficientnet_lite0@{said}/sde250-cfg2[0,1]",
     )
+
+
+def test_what_has_a_meaning_with_other_features_has_a_name_with_them():
+    assert quality_names("kid", "inception", 500, "ode50") == ("kid:inception@500/ode50",)
+    assert quality_names("kid", "dinov2_vitl14", 500, "ode50") == ("kernel:dinov2_vitl14@500/ode50",)
+    assert quality_names("precision_recall", "dinov2_vitl14", 500, "ode50") == (
+        "precision:dinov2_vitl14@500/ode50",
+        "recall:dinov2_vitl14@500/ode50",
+    )
+    assert quality_names("inception_score", "dinov2_vitl14", 500, "ode50") == ()
+    assert quality_names("inception_score", "inception", 500, "ode50", "-random") == ("is:inception@500/ode50-random",)
 
 
 def test_importing_it_costs_no_torch():

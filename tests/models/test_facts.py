@@ -6,7 +6,15 @@ import sys
 import pytest
 import torch
 
-from repa_lab.models.facts import SIT_SHAPES, UNET_SHAPES, UnknownFactError, shape_of, sit_shape
+from repa_lab.models.facts import (
+    SIT_DOWN_SHAPES,
+    SIT_SHAPES,
+    UNET_SHAPES,
+    UnknownFactError,
+    shape_of,
+    sit_down_shape,
+    sit_shape,
+)
 from repa_lab.models.families import FAMILIES, family_facts
 from repa_lab.models.family import BUILDERS, Input
 
@@ -36,7 +44,7 @@ def test_every_family_from_scratch_can_be_built_and_no_other():
 
 def test_every_family_of_the_guide_and_those_beside_it_can_be_trained():
     named = "flux flux2 sd3 chroma sana pixart hidream auraflow lumina2 sdxl sd15 kolors"
-    beside = "qwen_image z_image dit hunyuan_dit cogview4 kandinsky5 sit unet"
+    beside = "qwen_image z_image dit hunyuan_dit cogview4 kandinsky5 sit sit_down unet"
     assert {family.name for family in FAMILIES.values() if family.trainable} == {*named.split(), *beside.split()}
 
 
@@ -44,6 +52,17 @@ def test_the_papers_blocks():
     """Depth 4 for B and 8 for L and XL, counted from 1, are blocks 3 and 7 counted from 0."""
     assert {size: SIT_SHAPES[f"{size}/2"].block for size in ("B", "L", "XL")} == {"B": 3, "L": 7, "XL": 7}
     assert {(s.depth, s.width, s.heads) for s in SIT_SHAPES.values()} >= {(12, 768, 12), (24, 1024, 16), (28, 1152, 16)}
+
+
+def test_u_repas_blocks():
+    """U-REPA's Table 2: blocks per stage and widths. Its Table 4 is best at the 18th of XL's 36 blocks, counted from 1."""
+    stages = {size: (shape.stages, shape.width, shape.depth, shape.block) for size, shape in SIT_DOWN_SHAPES.items()}
+    assert stages["B/2"] == ((5, 5, 5), 768, 15, 7)
+    assert stages["L/2"] == ((9, 14, 9), 1024, 32, 15)
+    assert stages["XL/2"] == ((10, 16, 10), 1152, 36, 17)
+    assert sit_down_shape("XL/2") == (SIT_DOWN_SHAPES["XL/2"], 2)
+    with pytest.raises(UnknownFactError, match="unknown size of sit_down 'B/4'; allowed: nano/2, B/2, L/2, XL/2"):
+        sit_down_shape("B/4")
 
 
 def test_strides_of_pretrained_families_in_pixels():
@@ -59,7 +78,9 @@ def test_strides_of_pretrained_families_in_pixels():
 
 def test_the_regularizer_that_fits():
     assert {family.regularizer for family in FAMILIES.values() if family.kind == "unet"} == {"urepa"}
-    assert {family.regularizer for family in FAMILIES.values() if family.kind == "transformer"} == {"repa"}
+    both = [name for name, family in FAMILIES.items() if family.regularizers == ("urepa", "repa")]
+    assert both == ["sit_down"]
+    assert {FAMILIES[name].regularizers for name in FAMILIES.keys() - both if FAMILIES[name].kind == "transformer"} == {("repa",)}
     for family in FAMILIES.values():
         for shape in family.shapes.values():
             assert shape.block == "mid" if family.kind == "unet" else 0 <= shape.block < shape.depth

@@ -30,6 +30,9 @@ class FakeRun:
     metric: str = METRIC
     cka: float | None = None
     run_id: str | None = None
+    batch_size: int = 64
+    flops: float | None = None  # of a step
+    protocol: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -147,19 +150,23 @@ def _write(root: RunsRoot, arm: FakeArm, run: FakeRun, run_id: str) -> None:
     }
     with RunWriter(root.run(run_id)) as writer:
         writer.describe({**spec, **arm.config, "seed": run.seed}, provenance)
+        if run.protocol is not None:
+            writer.protocols({run.metric: run.protocol})
         for step, value in run.curve.items():
-            writer.row({"step": step, "images": 64 * step, "seconds": 0.1 * step, "loss/total": 1.0, "grad_norm": 0.5})
+            images = run.batch_size * step
+            writer.row({"step": step, "images": images, "seconds": 0.1 * step, "loss/total": 1.0, "grad_norm": 0.5})
             writer.row(
                 {
                     "step": step,
-                    "images": 64 * step,
+                    "images": images,
                     run.metric: value if math.isfinite(value) else None,
                     **_alignment(run, step),
+                    **_cost(run, step),
                 }
             )
         writer.state(run.state, max(run.curve, default=0), run.error)
-    if run.curve:
-        _sample(root.run(run_id).samples / f"step-{max(run.curve):08d}.png", run.seed)
+    for step in sorted(run.curve)[-2:]:
+        _sample(root.run(run_id).samples / f"step-{step:08d}.png", run.seed)
 
 
 def _alignment(run: FakeRun, step: int) -> dict[str, float]:
@@ -167,6 +174,13 @@ def _alignment(run: FakeRun, step: int) -> dict[str, float]:
         return {}
     cka = run.cka * (1 - math.exp(-step / 200)) + 0.005 * run.seed
     return {"heldout/cka": cka} | ({"heldout/cosine": 1.2 * cka, "heldout/gap": 0.02 + 1e-5 * step} if run.cka > 0.4 else {})
+
+
+def _cost(run: FakeRun, step: int) -> dict[str, float]:
+    if run.flops is None:
+        return {}
+    flops = {"cost/train_flops": 0.8 * run.flops * step, "cost/encoder_flops": 0.2 * run.flops * step}
+    return {**flops, "cost/evaluation_flops": 5.0 * step, "cost/evaluation_seconds": 0.05 * step}
 
 
 def _sample(path: Path, seed: int) -> None:

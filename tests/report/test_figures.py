@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import matplotlib as mpl
@@ -8,11 +9,13 @@ import pytest
 from PIL import Image
 
 from repa_lab.report import figures
-from repa_lab.report.results import load_results
-from repa_lab.report.statistics import mean_interval
-from repa_lab.runs import State, SweepDirectory
+from repa_lab.report.progress import HOURS
+from repa_lab.report.results import Results, load_results
+from repa_lab.report.search import objectives, search_frame
+from repa_lab.report.statistics import bootstrap_interval, mean_interval
+from repa_lab.runs import RunsRoot, State, SweepDirectory, files
 
-from .conftest import STEPS, Build, FakeArm, FakeRun, constant_runs, decay
+from .conftest import METRIC, STEPS, Build, FakeArm, FakeRun, constant_runs, decay
 
 
 def test_the_frame_holds_what_the_figure_shows(quickstart: SweepDirectory) -> None:
@@ -132,3 +135,128 @@ def test_save_writes_150_dots_per_inch_and_leaves_the_style_alone(quickstart: Sw
     assert dict(mpl.rcParams) == before
     assert Image.open(path).size == tuple(int(150 * inches) for inches in figure.get_size_inches())
     assert [entry.name for entry in path.parent.iterdir()] == ["figure.png"]
+
+
+def test_an_arrow_needs_a_difference_that_holds_among_all_comparisons(build: Build) -> None:
+    # Alone its difference is resolved; among ten comparisons it is not.
+    ends = {"base": (5.0, 5.2, 5.4), "arm": (4.0, 4.4, 4.3)}
+    runs = {arm: [FakeRun(s, decay(9, end)) for s, end in enumerate(values)] for arm, values in ends.items()}
+    pair = [FakeArm("base", runs["base"]), FakeArm("arm", runs["arm"], "base")]
+    others = [FakeArm(f"later{place}", [0], "base") for place in range(9)]
+    marked = []
+    for name, arms in (("alone", pair), ("among", [*pair, *others])):
+        (axes,) = figures.draw_convergence(figures.convergence_frame(load_results(build(arms, name=name).path))).axes
+        marked.append(any("sooner" in text.get_text() for text in axes.texts))
+    assert marked == [True, False]
+
+
+def test_curves_over_hours_are_at_the_mean_hours_of_the_seeds_and_in_a_unit_that_suits(build: Build, root: RunsRoot) -> None:
+    sweep = build([FakeArm("arm", [FakeRun(s, decay(9, 2 + s), run_id=f"run{s}") for s in range(2)])])
+    provenance = root.run("run1").provenance
+    files.write_json(root.run("run1").path / "provenance.json", {**provenance, "processes": 3})
+    frame = figures.convergence_frame(load_results(sweep.path), HOURS)
+    last = frame[frame["step"] == 600]
+    assert last["progress"].tolist() == [pytest.approx(60 / 3600), pytest.approx(180 / 3600)]
+    assert last["place"].unique().tolist() == [pytest.approx(120 / 3600)]
+    (axes,) = figures.draw_convergence(frame, axis=HOURS).axes
+    assert axes.get_xlabel() == "device seconds of training"
+    assert max(axes.get_lines()[0].get_xdata()) == pytest.approx(120)
+
+
+@pytest.mark.parametrize(("hours", "unit"), [(0.05, "seconds"), (4.0, "minutes"), (40.0, "hours")])
+def test_hours_are_shown_in_what_can_be_read(hours: float, unit: str) -> None:
+    factor, label = HOURS.scale(hours)
+    assert label == f"device {unit} of training"
+    assert factor == {"seconds": 3600, "minutes": 60, "hours": 1}[unit]
+
+
+def test_bands_are_bootstraps_from_ten_seeds_on(build: Build) -> None:
+    runs = [FakeRun(seed, decay(9, 2 + 0.1 * seed**2)) for seed in range(10)]
+    frame = figures.convergence_frame(load_results(build([FakeArm("arm", runs)]).path))
+    last = frame[frame["step"] == 600]
+    assert last["high"].iloc[0] == bootstrap_interval(last["value"]).high
+    assert "bootstrap interval" in figures.caption(frame)
+
+
+def test_arms_measured_by_other_protocols_than_their_baseline_are_not_drawn_beside_it(build: Build) -> None:
+    arms = [
+        FakeArm("base", constant_runs([2.0] * 3, protocol={"reference": "train"})),
+        FakeArm("arm", constant_runs([1.0] * 3, protocol={"reference": "val"}), "base"),
+    ]
+    assert set(figures.convergence_frame(load_results(build(arms).path))["arm"]) == {"base"}
+
+
+def test_panels_can_be_drawn_alone_in_the_same_colours(quickstart: SweepDirectory) -> None:
+    frame = figures.convergence_frame(load_results(quickstart.path))
+    whole = figures.draw_convergence(frame)
+    alone = [figures.draw_convergence(panel, captioned=False) for panel in figures.panels(frame)]
+    assert [axes.get_title(loc="left") for figure in alone for axes in figure.axes] == ["sit", "unet"]
+    colors = [[line.get_color() for line in axes.get_lines()] for axes in whole.axes]
+    assert [[line.get_color() for line in figure.axes[0].get_lines()] for figure in alone] == colors
+    assert all(figure.get_supxlabel() == "" for figure in alone)
+
+
+def test_differences_are_coloured_where_they_are_resolved(build: Build) -> None:
+    arms = [
+        FakeArm("base", constant_runs([10.0, 20.0, 30.0])),
+        FakeArm("better", constant_runs([5.0, 15.0, 25.01]), "base"),
+        FakeArm("worse", constant_runs([15.0, 25.0, 35.01]), "base"),
+        FakeArm("unclear", constant_runs([1.0, 29.0, 31.0]), "base"),
+        FakeArm("single", constant_runs([1.0]), "base"),
+    ]
+    frame = figures.differences_frame(load_results(build(arms).path))
+    assert frame["verdict"].tolist() == ["resolved", "resolved", "not resolved", "insufficient"]
+    (axes,) = figures.draw_differences(frame).axes
+    dots = [line for line in axes.get_lines() if line.get_marker() == "o"]
+    assert [float(dot.get_xdata()[0]) for dot in dots] == pytest.approx([-4.99667, 5.00333, 0.33333, -9.0], abs=1e-4)
+    assert dots[2].get_color() == dots[3].get_color()
+    assert len({dot.get_color() for dot in dots}) == 3
+    assert [label.get_text() for label in axes.get_yticklabels()][3] == "single  (n = 1)"
+
+
+def trials(pairs: list[tuple[float, float]], states: str = "") -> dict[str, object]:
+    names = {"c": "complete", "p": "pruned"}
+    records = [
+        {
+            **{"arm": f"t{place}", "state": names[(states or "c" * len(pairs))[place]], "value": one},
+            **{"values": {METRIC: one, "gpu_hours": other}, "params": {"weight": 0.01 * 4**place, "loss": "ab"[place % 2]}},
+        }
+        for place, (one, other) in enumerate(pairs)
+    ]
+    aims = [{"metric": METRIC, "goal": "min"}, {"metric": "gpu_hours", "goal": "min"}]
+    return {"metric": METRIC, "goal": "min", "objectives": aims, "trials": records}
+
+
+def searched(build: Build, search: dict[str, object]) -> Results:
+    return load_results(build([FakeArm(trial["arm"], [0]) for trial in search["trials"]], search=search).path)
+
+
+def test_slices_mark_the_best_completed_trial_of_every_objective(build: Build) -> None:
+    search = trials([(5.0, 1.0), (3.0, 2.0), (1.0, 9.0), (4.0, 0.5)], states="ccpc")
+    results = searched(build, search)
+    figure = figures.draw_slices(search_frame(results), dict(objectives(results)))
+    assert len(figure.axes) == 4
+    assert [axes.get_xscale() for axes in figure.axes] == ["log", "linear", "log", "linear"]
+    stars = [axes.collections[-1].get_offsets().data[0].tolist() for axes in (figure.axes[0], figure.axes[2])]
+    assert stars == [[0.04, 3.0], [pytest.approx(0.64), 0.5]]
+
+
+def test_the_front_is_joined_in_order(build: Build) -> None:
+    results = searched(build, {**trials([(5.0, 1.0), (3.0, 2.0), (1.0, 9.0), (6.0, 8.0)]), "pareto": ["t0", "t2", "t1"]})
+    (axes,) = figures.draw_pareto(search_frame(results)).axes
+    assert axes.get_lines()[0].get_xydata().tolist() == [[1.0, 9.0], [3.0, 2.0], [5.0, 1.0]]
+    assert axes.collections[0].get_offsets().data.tolist() == [[6.0, 8.0]]
+
+
+def test_svg_takes_the_colours_of_the_page_and_has_ids_of_its_own(quickstart: SweepDirectory) -> None:
+    frame = figures.convergence_frame(load_results(quickstart.path))
+    one, other = (figures.to_svg(figures.draw_convergence(panel), name) for panel, name in zip(figures.panels(frame), "ab", strict=True))
+    assert one.startswith("<svg")
+    assert "var(--ink)" in one
+    assert "var(--series-0)" in one
+    assert "var(--series-1)" in other
+    assert not re.search(r"#(24292f|0b6fb8|ffffff)", one)
+    assert ">optimizer steps</text>" in one
+    ids = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (one, other)]
+    assert not ids[0] & ids[1]
+    assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', one)) <= ids[0]

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from repa_lab.report.results import Results, ResultsError, load_results
-from repa_lab.runs import RunsRoot, RunWriter, State, SweepDirectory
+from repa_lab.runs import RunsRoot, RunWriter, State, SweepDirectory, files
 
 from .conftest import METRIC, STEPS, Build, FakeArm, FakeRun, constant_runs
 
@@ -31,10 +31,26 @@ def test_runs_have_a_row_per_arm_and_seed(quickstart: SweepDirectory) -> None:
 
 def test_curves_are_tidy(quickstart: SweepDirectory) -> None:
     curves = load_results(quickstart.path).curves
-    assert list(curves.columns) == ["sweep", "arm", "seed", "run_id", "step", "images", "metric", "value"]
+    assert list(curves.columns) == [
+        *("sweep", "arm", "seed", "run_id", "step", "images", "hours", "flops", "metric", "value")
+    ]
     assert set(curves["metric"]) == {METRIC, "heldout/cka", "heldout/cosine", "heldout/gap", "loss/total", "grad_norm"}
+    assert curves.loc[curves["step"] == 600, "hours"].unique().tolist() == [pytest.approx(60 / 3600)]
     assert curves["value"].dtype == float
     assert len(curves[(curves["metric"] == METRIC) & (curves["arm"] == "sit, baseline")]) == 3 * len(STEPS)
+
+
+def test_samples_have_a_row_per_grid_of_every_run(build: Build, root: RunsRoot) -> None:
+    sweep = build([FakeArm("a", [FakeRun(0, {100: 1.0}, run_id="one"), 1]), FakeArm("b", constant_runs([2.0]))])
+    (root.run("one").samples / "step-00000050.png").write_bytes(b"earlier")
+    samples = load_results(sweep.path).samples
+    assert samples[["sweep", "arm", "seed", "step"]].to_numpy().tolist() == [
+        *(["trial", "a", 0, 50], ["trial", "a", 0, 100]),
+        *(["trial", "b", 0, 500], ["trial", "b", 0, 600]),
+    ]
+    assert samples.loc[0, "path"].read_bytes() == b"earlier"
+    build([FakeArm("c", constant_runs([1.0]))], name="other")
+    assert load_results(root.path).only("other").samples["arm"].tolist() == ["c", "c"]
 
 
 def test_summary_compares_with_the_matched_baseline(build: Build) -> None:
@@ -154,6 +170,7 @@ def test_a_sweep_that_has_not_started(build: Build) -> None:
     assert list(results.runs["state"]) == ["new"] * 4
     assert results.curves.empty
     assert results.summary.empty
+    assert results.samples.empty
 
 
 def test_a_relative_path(quickstart: SweepDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +189,178 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
 def test_a_broken_file_is_said(quickstart: SweepDirectory) -> None:
     (quickstart.path / "sweep.json").write_text("{")
     with pytest.raises(ResultsError, match="cannot be read"):
+        load_results(quickstart.path)
+
+
+# ---- several comparisons
+
+
+def verdicts(results: Results) -> dict[str, tuple[float, str]]:
+    rows = results.summary[results.summary["metric"] == METRIC]
+    return {row["arm"]: (row["p_holm"], row["verdict"]) for _, row in rows.iterrows() if isinstance(row["baseline"], str)}
+
+
+def test_holm_is_over_the_arms_of_a_sweep_those_not_measured_yet_included(build: Build) -> None:
+    base = FakeArm("base", constant_runs([10.0, 20.0, 30.0]))
+    arm = FakeArm("arm", constant_runs([9.0, 19.5, 29.0]), "base")  # differences -1, -0.5, -1: t = -5, p = 0.0377
+    alone = verdicts(load_results(build([base, arm], name="alone").path))
+    assert alone["arm"] == (pytest.approx(0.0377, abs=1e-4), "resolved")
+    among = load_results(build([base, arm, FakeArm("later", [0, 1, 2], "base")], name="among").path)
+    assert verdicts(among) == {"arm": (pytest.approx(0.0755, abs=1e-4), "not resolved")}
+    assert row(among, "arm")["comparisons"] == 2
+
+
+def test_the_same_run_under_two_labels_is_no_comparison(build: Build) -> None:
+    shared = [FakeRun(seed, dict.fromkeys(STEPS, 10.0 + seed), run_id=f"shared{seed}") for seed in range(3)]
+    arms = [FakeArm("base", shared), FakeArm("weight=0", shared, "base"), FakeArm("arm", constant_runs([9.0, 9.8, 11.2]), "base")]
+    assert row(load_results(build(arms).path), "arm")["comparisons"] == 1
+
+
+def test_pairing_is_measured(build: Build) -> None:
+    arms = [FakeArm("base", constant_runs([10.0, 20.0, 30.0])), FakeArm("arm", constant_runs([19.0, 9.0, 29.0]), "base")]
+    assert row(load_results(build(arms).path), "arm")["correlation"] == pytest.approx(0.5)
+
+
+# ---- protocols
+
+
+def with_protocol(values: list[float], **protocol: object) -> list[FakeRun]:
+    return constant_runs(values, protocol={"samples": 500, "seed": 0, "versions": {"torch": "2.9"}, **protocol})
+
+
+def test_one_name_over_different_protocols_is_refused(build: Build) -> None:
+    base = FakeArm("base", with_protocol([10.0, 20.0, 30.0], reference="train"))
+    arm = FakeArm("arm", with_protocol([1.0, 2.0, 3.0], reference="val"), "base")
+    results = load_results(build([base, arm]).path)
+    found = row(results, "arm")
+    assert (found["verdict"], found["conflicts"], found["n_pairs"]) == ("refused", "reference (val / train)", 0)
+    assert math.isnan(found["diff"])
+    assert found["mean"] == 2.0
+    assert results.compared_metric("arm") is None
+
+
+def test_seeds_and_versions_may_differ(build: Build) -> None:
+    base = FakeArm("base", with_protocol([10.0, 20.0, 30.0], versions={"torch": "2.9"}, seed=0))
+    arm = FakeArm("arm", with_protocol([9.0, 19.0, 28.0], versions={"torch": "2.10"}, seed=1), "base")
+    assert row(load_results(build([base, arm]).path), "arm")["diff"] == pytest.approx(-4 / 3)
+
+
+def test_seeds_of_one_arm_that_were_measured_differently_have_no_mean(build: Build) -> None:
+    runs = [*with_protocol([1.0], reference="train"), FakeRun(1, dict.fromkeys(STEPS, 9.0), protocol={"samples": 500, "reference": "val"})]
+    found = row(load_results(build([FakeArm("arm", runs)]).path), "arm")
+    assert math.isnan(found["mean"])
+    assert found["conflicts"] == "reference (train / val)"
+
+
+def test_runs_without_a_record_are_compared_by_name(build: Build) -> None:
+    arms = [FakeArm("base", constant_runs([10.0, 20.0, 30.0])), FakeArm("arm", with_protocol([9.0, 19.0, 28.0]), "base")]
+    assert row(load_results(build(arms).path), "arm")["n_pairs"] == 3
+
+
+# ---- measures of progress
+
+
+def test_progress_is_known_by_steps_images_hours_and_flops(build: Build, root: RunsRoot) -> None:
+    sweep = build([FakeArm("arm", [FakeRun(0, {100: 2.0, 200: 1.0}, flops=1e12, run_id="costly")])])
+    provenance = root.run("costly").provenance
+    files.write_json(root.run("costly").path / "provenance.json", {**provenance, "processes": 4})
+    results = load_results(sweep.path)
+    assert [axis.name for axis in results.axes] == ["step", "images", "hours", "flops"]
+    assert results.seed_curves("arm", METRIC, "flops") == {0: {1e14: 2.0, 2e14: 1.0}}
+    assert results.seed_curves("arm", METRIC, "hours") == {0: {4 * 10 / 3600: 2.0, 4 * 20 / 3600: 1.0}}
+
+
+def test_a_measure_that_one_run_lacks_is_no_axis(build: Build) -> None:
+    runs = [FakeRun(0, {100: 2.0}, flops=1e12), FakeRun(1, {100: 2.0})]
+    assert [axis.name for axis in load_results(build([FakeArm("arm", runs)]).path).axes] == ["step", "images", "hours"]
+
+
+# ---- damage
+
+
+def broken(build: Build, root: RunsRoot, line: str) -> Results:
+    runs = [FakeRun(seed, dict.fromkeys(STEPS, 1.0 + seed), run_id=f"run{seed}") for seed in range(2)]
+    sweep = build([FakeArm("arm", runs)])
+    path = root.run("run1").path / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    lines[-1] = line  # the measurement at step 600
+    path.write_text("\n".join(lines) + "\n")
+    return load_results(sweep.path)
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ('{"step": 600, "frech', "not JSON"),
+        ("\x00\x00\x00", "not JSON"),
+        ("[1, 2]", "no step"),
+        ('{"frechet": 3.0}', "no step"),
+        ('{"step": -1}', "no step"),
+        ('{"step": true}', "no step"),
+    ],
+)
+def test_a_damaged_line_is_named_and_never_makes_a_wrong_mean(build: Build, root: RunsRoot, line: str, what: str) -> None:
+    results = broken(build, root, line)
+    (trouble,) = results.troubles.to_dict("records")
+    assert (trouble["arm"], trouble["seed"], trouble["where"]) == ("arm", 1, "metrics.jsonl:12")
+    assert what in trouble["what"]
+    # Both seeds are compared where both were measured, not one seed at 600.
+    found = row(results, "arm")
+    assert (found["step"], found["n"], found["mean"]) == (500, 2, 1.5)
+
+
+def test_a_value_that_is_no_number_is_left_out(build: Build, root: RunsRoot) -> None:
+    results = broken(build, root, f'{{"step": 600, "{METRIC}": "12", "heldout/cka": 0.5}}')
+    assert results.troubles["what"].tolist() == [f"{METRIC} is no number; it is left out"]
+    assert row(results, "arm")["step"] == 500
+    assert results.seed_curves("arm", "heldout/cka") == {1: {600: 0.5}}
+
+
+@pytest.mark.parametrize("name", ["state.json", "spec.json", "provenance.json", "protocols.json", "events.jsonl"])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[3]\n", b"3\n"])
+def test_any_damaged_file_of_a_run_costs_no_more_than_itself(build: Build, root: RunsRoot, name: str, content: bytes) -> None:
+    sweep = build([FakeArm("arm", [FakeRun(0, dict.fromkeys(STEPS, 1.0), run_id="hurt")])])
+    (root.run("hurt").path / name).write_bytes(content)
+    results = load_results(sweep.path)
+    assert row(results, "arm")["mean"] == 1.0
+    if name != "events.jsonl" or content.endswith(b"\n"):  # else it is a last line that a kill tore
+        assert name in results.troubles["where"].tolist()
+
+
+def test_contradicting_rows_are_named_and_the_last_counts(build: Build, root: RunsRoot) -> None:
+    sweep = build([FakeArm("arm", [FakeRun(0, dict.fromkeys(STEPS, 1.0), run_id="twice")])])
+    with RunWriter(root.run("twice")) as writer:
+        writer.row({"step": 600, METRIC: 2.0})
+    results = load_results(sweep.path)
+    assert row(results, "arm")["mean"] == 2.0
+    assert results.troubles["what"].tolist() == [f"{METRIC} at step 600 stands there twice, differently; the last counts"]
+
+
+def test_a_protocol_that_changed_while_a_run_went_on_is_named(build: Build, root: RunsRoot) -> None:
+    sweep = build([FakeArm("arm", [FakeRun(0, {100: 1.0}, run_id="changed", protocol={"samples": 500, "versions": {"a": 1}})])])
+    with RunWriter(root.run("changed")) as writer:
+        writer.protocols({METRIC: {"samples": 500, "versions": {"a": 2}}})
+        assert load_results(sweep.path).troubles.empty
+        writer.protocols({METRIC: {"samples": 600, "versions": {"a": 2}}})
+    (what,) = load_results(sweep.path).troubles["what"]
+    assert "changed in samples;" in what
+
+
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [("compare", None), ("compare", {"metric": METRIC, "goal": "least"}), ("arms", 3), ("arms", [{"label": 1}]), ("name", 7), ("question", [])],
+)
+def test_a_manifest_that_is_not_sound_is_one_error(quickstart: SweepDirectory, what: str, value: object) -> None:
+    files.write_json(quickstart.path / "sweep.json", {**quickstart.manifest, what: value})
+    with pytest.raises(ResultsError, match="cannot be read as results"):
+        load_results(quickstart.path)
+
+
+def test_a_run_id_leads_nowhere_else(quickstart: SweepDirectory) -> None:
+    manifest = quickstart.manifest
+    manifest["arms"][0]["runs"][0]["run_id"] = "../../secret"
+    files.write_json(quickstart.path / "sweep.json", manifest)
+    with pytest.raises(ResultsError, match="cannot be the name of a run"):
         load_results(quickstart.path)
 
 

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from repa_lab.report.statistics import mean_interval, paired_difference, speedup, steps_to_reach
+from repa_lab.report.statistics import (
+    MIN_BOOTSTRAP,
+    band,
+    bootstrap_interval,
+    holm,
+    mean_interval,
+    paired_difference,
+    speedup,
+    steps_to_reach,
+    verdict,
+)
 
 
 def test_mean_interval_by_hand() -> None:
@@ -44,6 +54,8 @@ def test_paired_difference_is_scipys_paired_test() -> None:
     reference = stats.ttest_rel(arm, baseline).confidence_interval(0.95)
     assert found.difference.low == pytest.approx(reference.low)
     assert found.difference.high == pytest.approx(reference.high)
+    assert found.p_value == pytest.approx(stats.ttest_rel(arm, baseline).pvalue)
+    assert found.correlation == pytest.approx(stats.pearsonr(arm, baseline).statistic)
 
 
 def test_pairs_are_made_by_seed_and_only_where_both_are_finite() -> None:
@@ -58,13 +70,63 @@ def test_what_seeds_share_cancels() -> None:
     baseline = {0: 100.0, 1: 200.0, 2: 300.0}
     found = paired_difference({seed: value - 5 - 0.1 * seed for seed, value in baseline.items()}, baseline)
     assert found.is_resolved
+    assert found.correlation == pytest.approx(1.0)
     assert mean_interval(baseline.values()).high - mean_interval(baseline.values()).low > 400
 
 
-def test_two_seeds_never_resolve() -> None:
+def test_two_seeds_are_insufficient_however_sure_they_seem() -> None:
     found = paired_difference({0: 1.0, 1: 1.0}, {0: 2.0, 1: 2.0})
     assert found.difference.excludes(0.0)
+    assert (found.p_value, verdict(2, found.p_value)) == (0.0, "insufficient")
     assert not found.is_resolved
+    assert math.isnan(found.correlation)
+
+
+def test_an_interval_without_0_and_a_p_below_5_percent_are_one_thing() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        values = dict(enumerate(rng.normal(1, 1, 3)))
+        found = paired_difference(values, dict.fromkeys(values, 0.0))
+        assert found.difference.excludes(0.0) == (found.p_value < 0.05)
+
+
+def test_no_spread_is_certain_and_no_difference_is_none() -> None:
+    assert paired_difference({0: 1.0, 1: 1.0, 2: 1.0}, {0: 1.0, 1: 1.0, 2: 1.0}).p_value == 1.0
+    assert math.isnan(paired_difference({0: 1.0}, {0: 2.0}).p_value)
+
+
+def test_holm_by_hand() -> None:
+    # 0.01 * 4 = 0.04; 0.015 * 3 = 0.045; 0.03 * 2 = 0.06; 0.04 * 1 is below what came before it.
+    assert holm([0.03, 0.01, 0.04, 0.015]) == pytest.approx([0.06, 0.04, 0.06, 0.045])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_holm_counts_comparisons_that_are_still_to_come() -> None:
+    found = holm([0.01, math.nan], comparisons=5)
+    assert found[0] == pytest.approx(0.05)
+    assert math.isnan(found[1])
+    assert holm([0.02]) == [0.02]
+    assert holm([0.02, math.nan], comparisons=1)[0] == 0.02
+
+
+def test_bootstrap_needs_ten_values() -> None:
+    values = np.random.default_rng(2).normal(5, 1, 40)
+    few, many = bootstrap_interval(values[:9]), bootstrap_interval(values)
+    assert math.isnan(few.low)
+    assert few.mean == pytest.approx(values[:9].mean())
+    assert many == bootstrap_interval(values)
+    student = mean_interval(values)
+    assert (many.low, many.high) == (pytest.approx(student.low, abs=0.06), pytest.approx(student.high, abs=0.06))
+
+
+def test_bands_are_students_below_ten_seeds_and_bootstraps_above() -> None:
+    values = np.random.default_rng(3).exponential(1, MIN_BOOTSTRAP)
+    assert band(values[:-1]) == mean_interval(values[:-1])
+    assert band(values) == bootstrap_interval(values)
+    # What lies skew has a skew interval.
+    found = band(np.random.default_rng(3).exponential(1, 30))
+    assert found.high - found.mean > found.mean - found.low
 
 
 def test_relative_to_nothing_is_nan() -> None:
@@ -120,3 +182,19 @@ def test_step_0_does_not_divide() -> None:
     found = speedup({0: {0: 1.0, 100: 1.0}}, {0: {0: 1.0, 100: 1.0}})
     assert found is not None
     assert found.ratio.mean == 1.0
+
+
+def test_curves_may_be_over_anything_that_grows() -> None:
+    hours = {0.25: 10.0, 0.5: 5.0}
+    assert steps_to_reach(hours, 7.5) == 0.375
+    assert steps_to_reach({1e18: 10.0, 3e18: 5.0}, 7.5) == 2e18
+
+
+def test_speedup_to_a_target_counts_the_seeds_in_which_both_get_there() -> None:
+    baseline = {0: {100: 20.0, 200: 10.0}, 1: {100: 20.0, 200: 16.0}, 2: {100: 20.0, 200: 10.0}}
+    arm = {0: {100: 15.0, 200: 5.0}, 1: {100: 10.0}, 2: {100: 20.0, 200: 10.0}}
+    found = speedup(arm, baseline, target=15.0)
+    assert found is not None
+    # Seed 0: 150 against 100; seed 1: its baseline never does; seed 2: both at 150.
+    assert (found.reached, found.n, found.steps) == (2, 3, 125.0)
+    assert found.ratio.mean == pytest.approx((1.5 + 1.0) / 2)

@@ -5,8 +5,12 @@ import math
 import pytest
 
 from repa_lab.report import answer
+from repa_lab.report.exclusions import exclusions
+from repa_lab.report.lead import lead
+from repa_lab.report.phrases import decimals, p_value, significant
 from repa_lab.report.results import load_results
-from repa_lab.report.words import best_trial, decimals, incomplete
+from repa_lab.report.search import best_trial
+from repa_lab.report.words import incomplete
 from repa_lab.runs import RunsRoot, State, SweepDirectory
 
 from .conftest import METRIC, STEPS, Build, FakeArm, FakeRun, constant_runs
@@ -44,13 +48,13 @@ def test_an_interval_with_0_is_not_resolved(build: Build) -> None:
 
 def test_two_seeds_have_an_interval_and_no_verdict(build: Build) -> None:
     (line,) = pair(build, [1.0, 2.0], [2.0, 3.0])
-    assert "95 % interval of the paired difference [-1.000, -1.000], n = 2 seeds: two seeds are too few to conclude." in line
+    assert "95 % interval of the paired difference [-1.000, -1.000], n = 2 seeds: insufficient, two seeds are too few to conclude." in line
     assert "resolved" not in line
 
 
 def test_one_seed_has_no_interval(build: Build) -> None:
     (line,) = pair(build, [1.0], [2.0])
-    assert "-1.000 (-50.0 %), n = 1 seed: one seed has no interval and is too few to conclude." in line
+    assert "-1.000 (-50.0 %), n = 1 seed: insufficient, one seed has no interval and is too few to conclude." in line
     assert "interval of" not in line
 
 
@@ -182,6 +186,102 @@ def test_a_search_that_has_just_begun(build: Build) -> None:
     assert said(searched(build, search=search(("t0", "running", None))))[0] == (
         "The search has no completed trial yet (1 begun)."
     )
+
+
+def test_a_difference_that_chance_explains_among_several_is_not_resolved(build: Build) -> None:
+    base, near = FakeArm("base", constant_runs([10.0, 20.0, 30.0])), constant_runs([9.0, 19.5, 29.0])
+    sweep = build([base, FakeArm("arm", near, "base"), FakeArm("other", [0], "base")])
+    assert "not resolved, for among 2 comparisons chance suffices (Holm's p = 0.075)." in said(sweep)[0]
+
+
+def test_protocols_that_differ_under_one_name_are_named(build: Build) -> None:
+    base = FakeArm("base", constant_runs([2.0] * 3, protocol={"reference": "train"}))
+    arm = FakeArm("arm", constant_runs([1.0] * 3, protocol={"reference": "val"}), "base")
+    sweep = build([base, arm])
+    reason = f"under the name {METRIC} their runs were measured differently: reference (val / train)"
+    assert said(sweep) == [f"arm: cannot be compared with base: {reason}."]
+    (line,) = exclusions(load_results(sweep.path))
+    assert line.startswith(f"arm: {METRIC} is not compared with base, for under this one name runs were measured differently")
+
+
+# ---- the answer in one sentence
+
+
+def test_the_lead_of_one_arm_is_its_difference(build: Build) -> None:
+    arms = [FakeArm("base", constant_runs([244.0, 246.0, 248.0])), FakeArm("arm", constant_runs([221.0, 224.0, 227.0]), "base")]
+    assert lead(load_results(build(arms).path)) == (
+        f"arm: {METRIC} at step 600 is 224.0 against 246.0 of base: -22.0 (-8.9 %), 95 % interval of the paired difference "
+        "[-24.5, -19.5], n = 3 seeds: lower, which is better; resolved."
+    )
+
+
+@pytest.mark.parametrize(("goal", "best"), [("min", "much"), ("max", "worse")])
+def test_the_lead_of_several_arms_counts_them_and_shows_the_best(build: Build, goal: str, best: str) -> None:
+    arms = [
+        FakeArm("base", constant_runs([10.0, 20.0, 30.0])),
+        FakeArm("little", constant_runs([9.0, 19.0, 29.01]), "base"),
+        FakeArm("much", constant_runs([5.0, 15.0, 25.01]), "base"),
+        FakeArm("worse", constant_runs([12.0, 22.0, 32.01]), "base"),
+        FakeArm("unclear", constant_runs([1.0, 29.0, 31.0]), "base"),
+    ]
+    found = lead(load_results(build(arms, goal=goal).path))
+    counts = (2, 1) if goal == "min" else (1, 2)
+    assert found.startswith(f"Of 4 compared arms: {counts[0]} resolved to be better than the baseline, {counts[1]} to be worse.")
+    assert f": {best}: " in found
+    assert ("optimistic" in found) is (goal == "min")
+
+
+def test_the_lead_says_when_nothing_is_resolved(build: Build) -> None:
+    arms = [FakeArm("base", constant_runs([10.0, 20.0])), *(FakeArm(f"a{v}", constant_runs([v, v]), "base") for v in (3.0, 2.0))]
+    assert lead(load_results(build(arms).path)).startswith(
+        "None of 2 compared arms is resolved to differ from its baseline. The most favourable: a2.0: "
+    )
+
+
+def test_the_lead_without_anything_to_compare(build: Build) -> None:
+    assert lead(load_results(build([FakeArm("a", [0])]).path)) == "No arm has a matched baseline, so nothing is compared."
+
+
+# ---- what was left out
+
+
+def test_nothing_is_left_out_of_a_whole_sweep(quickstart: SweepDirectory) -> None:
+    assert exclusions(load_results(quickstart.path)) == []
+
+
+def test_everything_that_is_left_out_is_said(build: Build, root: RunsRoot) -> None:
+    half = FakeRun(1, {**dict.fromkeys(STEPS[:3], 5.0), 300: math.nan}, State.FAILED, "ValueError: no", run_id="half")
+    arms = [
+        FakeArm("base", constant_runs([2.0, 2.0, 2.0])),
+        FakeArm("arm", [*constant_runs([1.0]), half, 2], "base"),
+        FakeArm("large", constant_runs([1.0] * 3, batch_size=128), "base"),
+        FakeArm("pruned", [FakeRun(s, {100: 4.0}, State.PRUNED) for s in range(3)]),
+    ]
+    sweep = build(arms)
+    with (root.run("half").path / "metrics.jsonl").open("a") as file:
+        file.write("{}\n")
+    lines = exclusions(load_results(sweep.path))
+    assert lines == [
+        "arm, seed 1 (run half): metrics.jsonl:7: no step; the line is left out.",
+        f"arm: not in the means of {METRIC} at step 300: seed 2 never measured; seed 1 not finite; "
+        "measurements after step 300 (up to 600).",
+        "large: at step 600 it has seen 76,800 images and base 38,400; the summary compares equal steps, the curves over "
+        "images show the rest.",
+        "3 of 12 runs were ended early by the search (pruned): they count as far as they got.",
+    ]
+
+
+def test_a_run_whose_state_cannot_be_read_is_incomplete(build: Build, root: RunsRoot) -> None:
+    sweep = build([FakeArm("a", [FakeRun(0, {100: 1.0}, run_id="hurt")])])
+    (root.run("hurt").path / "state.json").write_text("{")
+    assert incomplete(load_results(sweep.path)) == ["a: seed 0 has no readable state; its last row is at step 100."]
+
+
+def test_numbers_of_any_size() -> None:
+    assert [significant(value) for value in (0.0, 0.00353, 12800.0, 1.31e11, 2e-7, math.nan, None)] == [
+        *("0", "0.00353", "12,800", "1.31e+11", "2.00e-07", "n/a", "n/a")
+    ]
+    assert [p_value(p) for p in (0.0004, 0.0123, 0.2, math.nan)] == ["<0.001", "0.012", "0.20", "n/a"]
 
 
 def test_decimals() -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import repa_lab.runs.provenance as module
-from repa_lab.runs.provenance import provenance
+from repa_lab.runs.provenance import gpu_models, provenance
 
 
 def test_versions_and_machine():
@@ -17,6 +17,15 @@ def test_versions_and_machine():
     assert set(found["packages"]) >= {"repa-lab", "torch", "diffusers", "timm", "numpy"}
     assert (found["python"], found["platform"]) == (platform.python_version(), platform.platform())
     assert json.loads(json.dumps(found)) == found
+
+
+def test_gpus_as_the_driver_calls_them(tmp_path):
+    assert gpu_models(tmp_path) == []
+    for number, model in enumerate(("NVIDIA A100-SXM4-80GB", "NVIDIA H100 PCIe")):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "information").write_text(f"Model: \t\t {model}\nIRQ: 1\n")
+    assert gpu_models(tmp_path) == ["NVIDIA A100-SXM4-80GB", "NVIDIA H100 PCIe"]
+    assert provenance()["gpus"] == gpu_models()
 
 
 def test_no_secret_of_the_environment_is_told(monkeypatch):

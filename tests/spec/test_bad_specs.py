@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from repa_lab.spec import CompareConfig, SpecError, load_spec
+from repa_lab.spec.evaluate import EvaluateConfig
 from repa_lab.spec.grammar import Grammar
-from repa_lab.spec.schema import EvaluateConfig, RegularizerConfig, RunConfig, RunOptions, TrainConfig
+from repa_lab.spec.options import RunOptions
+from repa_lab.spec.regularizer import RegularizerConfig
+from repa_lab.spec.schema import RunConfig, TrainConfig
 from tests.spec.examples import HEAD, write
 
 
@@ -177,7 +180,7 @@ WHOLE = {
     "regularizer: {type: rep, encoder: {name: 3}}\naxes: {train.ema: {range: [0, 1]}}\nseeds: 0\ncompare: {goal: mean, base: {}}\n": [
         f"1:1: nmae: unknown field 'nmae'; {allowed(Grammar)}; did you mean 'name'?",
         "1:1: name: this field is required",
-        "3:8: data.source: expected one of digits, imagefolder, datasets, got 'digit'; did you mean 'digits'?",
+        "3:8: data.source: expected one of digits, imagefolder, datasets, repa, got 'digit'; did you mean 'digits'?",
         f"4:20: train.stepz: unknown field 'stepz'; {allowed(TrainConfig)}; did you mean 'steps'?",
         "4:30: train.lr: expected a number of more than 0.0, got 0",
         "5:15: regularizer.type: expected one of none, repa, urepa, got 'rep'; did you mean 'repa'?",

@@ -21,7 +21,10 @@ from tests.spec.examples import HEAD, write
 PAGE = (Path(__file__).parents[2] / "docs/spec.md").read_text(encoding="utf-8")
 ROWS = dict(re.findall(r"^\| `([a-z_.]+)` \| (.*?) \|", PAGE[PAGE.index("## Fields") :], flags=re.MULTILINE))
 # Shown in the text: what keys of a mapping hold, and what is said of another section already.
-ELSEWHERE = ("search.space.", "include.", "axes.", "one_at_a_time.", "evaluate.encoder.")
+ELSEWHERE = (
+    "search.space.", "include.", "axes.", "one_at_a_time.",
+    "evaluate.encoder.", "evaluate.full.sampler.", "evaluate.full.guidance.", "evaluate.full.extractor.",
+)  # fmt: skip
 _NONE = object()
 
 

@@ -14,7 +14,9 @@ import pytest
 
 from repa_lab.spec import Experiment, SpecError, load_spec
 from repa_lab.spec.grammar import Grammar
-from repa_lab.spec.schema import RunConfig, RunOptions, SearchConfig
+from repa_lab.spec.options import RunOptions
+from repa_lab.spec.schema import RunConfig
+from repa_lab.spec.search import SearchConfig
 from tests.spec.examples import HEAD, mapping, write
 
 
@@ -226,7 +228,7 @@ def outcome(*given: Any) -> Experiment | SpecError:
 def test_junk_from_a_program_is_refused_and_nothing_else():
     draw = random.Random(0)
     outcomes = []
-    for _ in range(1500):
+    for _ in range(2000):
         source = mapping() if draw.random() < 0.8 else {}
         for _ in range(draw.randrange(1, 4)):
             source[draw.choice(WORDS)] = junk(draw, 4)

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from repa_lab.data.fingerprint import fingerprint_digits
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
-from repa_lab.spec import EncoderConfig, RunConfig, load_spec
+from repa_lab.spec import EncoderConfig, ExtractorConfig, RunConfig, load_spec
 from repa_lab.spec.identity import Run, identify, local_weights
 from repa_lab.sweep.plan import identify_arm
 from tests.spec.examples import mapping
@@ -63,17 +63,20 @@ SCIENCE = {
     "regularizer.schedule.similarity_ema_decay": 0.9, "regularizer.schedule.similarity_min_count": 5,
     "regularizer.schedule.threshold_mode": "recoverable", "regularizer.schedule.probe_every": 7,
     "model.revision": "v2", "data.buckets": {"step": 32}, "data.caption_column": "text", "evaluate.prompts": ["a cat"],
+    "evaluate.labels": "random", "evaluate.extractor.reference": "b.bin", "evaluate.metrics": ["frechet", "kid"], "evaluate.full": {"samples": 64},
 }  # fmt: skip
 # They change only together with others, or stand for content that is hashed in their place.
 ELSEWHERE = {"data.source", "data.path", "train.steps", "regularizer.encoder.tae", "regularizer.spatial_align"}
 
 
 def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted paths of all settings that are not sections themselves; those of an encoder once."""
+    """Dotted paths of all settings that are not sections themselves; those of what may be a list once."""
     for name, field in section.model_fields.items():
         inner = field.annotation
         if name == "encoder":
             inner = EncoderConfig if prefix == "regularizer." else None
+        elif name == "extractor":
+            inner = ExtractorConfig
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from leaves(inner, f"{prefix}{name}.")
         else:

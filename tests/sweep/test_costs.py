@@ -17,19 +17,19 @@ from repa_lab.encoders.flops import encoder_flops, encoder_weights
 from repa_lab.encoders.registry import ENCODERS
 from repa_lab.models import flops
 from repa_lab.models.counting import adapted, count, count_family, native_side
-from repa_lab.models.facts import SIT, UNET, shape_of
+from repa_lab.models.facts import SIT, SIT_DOWN, UNET, shape_of
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import BUILDERS, Input
 from repa_lab.models.sit import SiT
 from repa_lab.runs import RunsRoot, RunWriter, State
 from repa_lab.spec import RunOptions, SpecError, load_spec
-from repa_lab.spec.schema import ProjectorConfig
+from repa_lab.spec.regularizer import ProjectorConfig
 from repa_lab.sweep.api import sweep as carry_out
-from repa_lab.sweep.costs import caches_of, cost_of, projector_size
 from repa_lab.sweep.estimate import estimate, require_budget
 from repa_lab.sweep.overview import as_json, short
 from repa_lab.sweep.plan import make_plan
 from repa_lab.sweep.speed import UTILISATION, assumed_device, seconds_per_image
+from repa_lab.training.costs import caches_of, cost_of, measurements, projector_size
 from tests.data.conftest import noise_image
 
 REPA = {
@@ -78,6 +78,23 @@ def test_sits_formula_is_what_torch_counts(size, channels, side, classes):
     assert found.flops == counted
     assert found.parameters == sum(parameter.numel() for parameter in net.parameters())
     assert found.kept == pytest.approx(kept, rel=0.06)
+
+
+@pytest.mark.parametrize(("size", "channels", "side", "classes"), [("nano/2", 1, 8, 10), ("narrow-L/2", 4, 64, 7), ("B/2", 4, 32, 5), ("L/2", 4, 32, 1000)])
+def test_sit_downs_formula_is_what_torch_counts(size, channels, side, classes):
+    shape = shape_of(SIT_DOWN, size)
+    with torch.device("meta"):
+        net = BUILDERS["sit_down"].build(size, shape, Input(channels, (side, side), classes))
+    x, t, y = torch.empty(1, channels, side, side, device="meta"), torch.empty(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+    counted, kept = count(lambda: net(x, t, y), net)
+    found = flops.forward_of(SIT_DOWN, size, (side // shape.stride) ** 2, channels, classes)
+    assert found.flops == counted
+    assert found.parameters == sum(parameter.numel() for parameter in net.parameters())
+    assert found.kept == pytest.approx(kept, rel=0.06)
+
+
+def test_every_family_from_scratch_has_a_cost():
+    assert flops.FROM_SCRATCH.keys() == BUILDERS.keys()
 
 
 def test_kept_numbers_are_near_the_count_for_a_real_sit():
@@ -211,8 +228,7 @@ class TestTraining:
         decoded = 622.187e9
         found = cost({f"evaluate.{key}": value for key, value in settings.items()})
         assert found.evaluation_flops == pytest.approx(1000 * (calls * self.FORWARD + decoded))
-        assert found.evaluations == 2
-        assert cost({"train.steps": 120}).evaluations == 3
+        assert found.milestone_flops == 0
 
 
 class TestMemory:
@@ -305,7 +321,7 @@ class TestSpeed:
         speed = estimate(make_plan(spec, RunsRoot(tmp_path))).speeds["all"]
         assert (speed.evaluation, speed.is_evaluation_measured) == (pytest.approx((20 - 14) / 2), True)
 
-    @pytest.mark.parametrize("other", [{"machine": {"cpus": 999}}, {"precision": "bf16"}, {"compile": True}])
+    @pytest.mark.parametrize("other", [{"machine": {"cpus": 999}}, {"machine": {"gpus": ["NVIDIA T4"]}}, {"precision": "bf16"}, {"compile": True}])
     def test_other_machines_and_other_options_say_nothing(self, tmp_path, other):
         spec = spec_of(DIGITS, seeds=2)
         write_run(tmp_path, make_plan(spec, RunsRoot(tmp_path)).runs[0].run, [row(5, 10.0), row(10, 14.0)], **other)
@@ -330,7 +346,8 @@ class TestSpeed:
     def test_the_papers_run_takes_the_hours_of_its_flops(self, monkeypatch):
         """REPA XL/2, 400K steps: at 13.5 % of 8 H100s the published 20.6 h are 165 GPU hours (papers.md, section 7)."""
         monkeypatch.setattr("repa_lab.sweep.speed.UTILISATION", 0.135)
-        monkeypatch.setattr("repa_lab.sweep.speed._GPUS", Path("nowhere"))
+        options = RunOptions(precision="bf16")
+        assert assumed_device(options, Path("nowhere"))[0].peak("bf16") == 989e12
         settings = {"model.size": "XL/2", "train.steps": 400_000, "regularizer.encoder.cache": False, "run.device": "auto"}
         found = estimate(make_plan(spec_of(REPA, {**settings, "evaluate.every": 400_000, "evaluate.samples": 16}), RunsRoot(Path("nowhere"))))
         assert found.total.gpu_hours == pytest.approx(165, rel=0.02)
@@ -341,6 +358,18 @@ class TestTotals:
         arms = {"axes": {"train.lr": [0.1, 0.2]}, "include": [{"label": "again", "set": {"train.lr": 0.1}}]}
         found = estimate(make_plan(spec_of(DIGITS, **arms), RunsRoot(tmp_path)))
         assert (len(found.shares), found.total.runs, found.total.images) == (3, 2, 160)
+
+    @pytest.mark.parametrize(("begun", "end", "counted"), [(0, 120, (3, 1)), (0, 100, (2, 1)), (50, 100, (1, 1)), (100, 120, (1, 0)), (49, 50, (1, 0)), (120, 120, (0, 0))])
+    def test_measurements_are_counted_as_the_loop_makes_them(self, begun, end, counted):
+        config = spec_of(REPA, {"train.steps": 120, "evaluate.full": {"at": [100]}}).arms[0].config
+        assert measurements(config, begun, end) == counted
+
+    def test_a_milestone_costs_what_its_protocol_takes(self):
+        full = {"evaluate.full": {"samples": 80, "sampler": {"type": "sde", "steps": 250}}}
+        found = cost(full, DIGITS)
+        assert found.milestone_flops / found.evaluation_flops == pytest.approx(5 * 5)
+        config = spec_of(DIGITS, full).arms[0].config
+        assert found.measuring(config, 0, 10) == 2 * found.evaluation_flops + found.milestone_flops
 
     def test_a_beginning_that_is_shared_counts_once(self, tmp_path):
         aligned = {**DIGITS, "regularizer": {**REPA["regularizer"], "encoder": {"name": "efficientnet_lite0", "image_size": 32}}}

@@ -18,6 +18,7 @@ def question(tiny, steps=6, **options):
     return tiny(train={**tiny()["train"], "steps": steps}, evaluate={**tiny()["evaluate"], "every": steps}, seeds=1, run=run)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_but_for_rounding(tiny, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert sweep(question(tiny), one, workers=1).failures == {}
@@ -60,6 +61,7 @@ def test_a_process_that_dies_costs_its_run_and_the_slot_comes_back(tiny, tmp_pat
     assert [row["step"] for row in victim.rows() if "loss/total" in row] == list(range(1, 61))
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_in_both_processes_leaves_a_slot_that_works(tiny, tmp_path):
     axes = {"train.lr": [1e30, 1e-3]}
     spec = tiny(axes=axes, seeds=1, compare={"baseline": {"train.lr": 1e-3}}, run={**tiny()["run"], "gpus_per_run": 2})
@@ -69,6 +71,7 @@ def test_a_run_that_fails_in_both_processes_leaves_a_slot_that_works(tiny, tmp_p
     assert reason.startswith("DivergedError: the loss is")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_many_workers_is_the_loss_of_one_run(tiny, tmp_path):
     spec = question(tiny, steps=60)
     victim, other = (RunsRoot(tmp_path).run(run.run_id) for run in plan(spec, tmp_path).pending)

@@ -85,6 +85,7 @@ def test_a_preempted_job_checkpoints_and_is_queued_again_and_changes_no_bit(tiny
     assert_equal(root, local)
 
 
+@pytest.mark.slow
 def test_a_job_that_dies_is_a_failure_that_a_rerun_repairs(tiny, local, tmp_path):
     spec, root = question(tiny), RunsRoot(tmp_path)
     victim, other = (root.run(run.run_id) for run in plan(spec, tmp_path).pending)

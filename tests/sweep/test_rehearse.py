@@ -17,7 +17,7 @@ from tests.training.pretrained import write_images
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 PRETRAINED = sorted(file.stem for file in EXPERIMENTS.glob("*.yaml") if "pretrained" in str(load_spec(file).arms[0].draft.value))
 # Between them: a UNet and a transformer, LoRA and full training, two encoders, a schedule, checkpointed blocks.
-BY_DEFAULT = {"sdxl_manifold", "sd3_encoder_size"}
+BY_DEFAULT = {"sdxl_manifold"}
 
 
 def rehearse_file(stem: str, tmp_path: Path, **overrides):
@@ -87,7 +87,7 @@ class TestWhatIsRehearsed:
         assert (config["num_layers"], config["num_single_layers"]) == (19, 38)
 
     def test_a_model_from_scratch_keeps_its_depth_and_its_patch(self, tmp_path):
-        experiment = load_spec(EXPERIMENTS / "repa_sit_b2.yaml")
+        experiment = load_spec(EXPERIMENTS / "paper/repa/b2.yaml")
         for arm in rehearse(experiment, tmp_path / "root").arms:
             assert arm.config.model.size == "narrow-B/2"
             assert arm.config.data.vae.startswith(str(tmp_path))
@@ -118,6 +118,7 @@ class TestWhatIsRehearsed:
         baselines = [arm["baseline"] for arm in outcome.directory.manifest["arms"]]
         assert baselines == [None, "name=dinov2_vits14"]
 
+    @pytest.mark.slow
     def test_a_search_tries_two_trials_around_it(self, tmp_path):
         search = {"space": {"regularizer.weight": {"log": [0.1, 1.0]}}, "trials": 40, "objective": {"metric": "fid"}}
         outcome = sweep(rehearsed(tmp_path, search=search), tmp_path / "runs", rehearse=True)
@@ -130,6 +131,7 @@ class TestWhatIsRehearsed:
 
 
 class TestTheCommand:
+    @pytest.mark.slow
     def test_a_second_rehearsal_finds_everything_done(self, tmp_path):
         experiment = rehearsed(tmp_path)
         first = sweep(experiment, tmp_path / "runs", rehearse=True)

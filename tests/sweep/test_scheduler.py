@@ -70,7 +70,7 @@ def test_a_run_that_is_done_lets_the_others_be_tried(tiny, tmp_path):
     assert (outcome.trained, len(outcome.failures), outcome.stopped) == (1, 4, None)
 
 
-@pytest.mark.parametrize("hangs", [1, 2])
+@pytest.mark.parametrize("hangs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_hangs_is_started_again_once(tiny, tmp_path, hangs):
     spec = tiny(axes={}, seeds=1, train={**tiny()["train"], "steps": 40})
     spec["evaluate"] |= {"every": 40}

@@ -198,6 +198,7 @@ class TestTheSweep:
             assert not ours.forks.exists()
         assert forked == 4
 
+    @pytest.mark.slow
     def test_a_longer_run_goes_on_where_a_finished_shorter_one_ended(self, tmp_path):
         one = {**self.spec(), "axes": {}, "seeds": 1}
         sweep(one, tmp_path / "runs")

@@ -38,6 +38,7 @@ def test_a_rule_ends_runs_where_it_holds_and_a_sweep_without_it_takes_them_up(ti
     assert word(ruled, tmp_path) == ["done", "done"]
 
 
+@pytest.mark.slow
 def test_a_rule_that_never_holds_changes_nothing(tiny, tmp_path):
     spec = tiny(axes={}, seeds=1, stop=[{"below": 0.0}, {"above": 0.0, "after": 7}])
     sweep(spec, tmp_path, workers=1)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import wandb
 
+from repa_lab.report.headline import Compared, headline
 from repa_lab.runs import RunDirectory, RunWriter, State
 from repa_lab.tracking import Journal
-from repa_lab.tracking.wandb import WandbListener, resolve_mode
+from repa_lab.tracking.sync import offline_folders
+from repa_lab.tracking.wandb import WandbListener, WandbRun, resolve_mode
 from repa_lab.training.loop import train
 from tests.training.conftest import OFF, cache, make_options, make_run, rows, stop_after
+
+from .records import config, history, records, summary
 
 __all__ = ["cache"]
 
@@ -37,7 +43,7 @@ def server(monkeypatch) -> Iterator[socket.socket]:
 
 def listen(run: RunDirectory, **config: object) -> WandbListener:
     run.path.mkdir(parents=True, exist_ok=True)
-    return WandbListener(run, "a name", "the-sweep", config, "a-project", "offline")
+    return WandbListener(run, WandbRun("a name", "the-sweep", config, "a-project", "offline"))
 
 
 def recorded(run: RunDirectory) -> list[bytes]:
@@ -45,6 +51,13 @@ def recorded(run: RunDirectory) -> list[bytes]:
     wandb.teardown()  # waits for W&B's own process, which writes the files
     files = sorted(run.path.glob(f"wandb/offline-run-*-{run.run_id}*/run-{run.run_id}.wandb"))
     return [path.read_bytes() for path in files]
+
+
+def models(run: RunDirectory) -> list:
+    """The artifacts of weights that W&B was given."""
+    given = [record.request.log_artifact.artifact for record in records(run) if record.request.HasField("log_artifact")]
+    given += [record.artifact for record in records(run) if record.HasField("artifact")]
+    return [artifact for artifact in given if artifact.type == "model"]
 
 
 def test_a_run_is_recorded_offline_and_resumed_under_its_id(tmp_path, cache, server):
@@ -66,6 +79,7 @@ def test_a_run_is_recorded_offline_and_resumed_under_its_id(tmp_path, cache, ser
     with pytest.raises(BlockingIOError):
         server.accept()  # nobody tried to connect
     assert len(directory.rows()) == 6
+    assert models(directory) == []  # nobody asked for them
 
 
 def test_no_secret_stands_in_any_file_of_a_run(tmp_path, cache, server):
@@ -119,7 +133,7 @@ def test_every_run_of_a_process_has_its_own(tmp_path, server):
 
 def test_one_that_cannot_start_costs_no_row(tmp_path, server, monkeypatch):
     directory = RunDirectory(tmp_path / "abc")
-    listener = WandbListener(directory, "n", "g", {}, "a/bad/project?name", "offline")
+    listener = WandbListener(directory, WandbRun("n", "g", {}, "a/bad/project?name", "offline"))
     with RunWriter(directory) as writer:
         journal = Journal(writer, [listener])
         for step in (1, 2):
@@ -149,3 +163,79 @@ def test_the_mode(monkeypatch, mode, environment, resolved):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert resolve_mode(mode) == resolved
+
+
+ROWS = [
+    {"step": 1, "images": 8, "seconds": 0.1, "loss/total": 0.5},
+    {"step": 2, "images": 16, "seconds": 0.2, "loss/total": None},
+    {"step": 2, "images": 16, "seconds": 0.2, "fid:inception@16/ode2": 30.0, "heldout/cka": None},
+    {"step": 3, "images": 24, "seconds": 0.3, "fid:inception@16/ode2": 20.0, "heldout/cka": 0.25},
+]
+
+
+def tell(directory: RunDirectory, told: WandbRun, rows: list[dict], state: State = State.DONE) -> None:
+    with RunWriter(directory) as writer:
+        writer.describe({"seed": 0}, {})
+        journal = Journal(writer, [WandbListener(directory, told)])
+        for row in rows:
+            journal.row(row)
+        journal.state(state, rows[-1]["step"])
+    assert [event for event in directory.events() if event["event"] == "listener-failed"] == []
+
+
+def test_a_run_is_described_by_nested_settings_its_sweep_and_its_tags(tmp_path, server):
+    directory = RunDirectory(tmp_path / "abc")
+    settings = {"train": {"lr": 0.1, "ema": None}, "seed": 3}
+    tell(directory, WandbRun("arm, seed 3", "mine", settings, "p", "offline", "a-team", ("sit", "repa")), ROWS)
+    (described,) = [record for record in records(directory) if record.HasField("run")]
+    run = described.run
+    assert (run.run_id, run.display_name, run.run_group, run.job_type) == ("abc", "arm, seed 3", "mine", "train")
+    assert (run.project, run.entity, list(run.tags)) == ("p", "a-team", ["sit", "repa"])
+    assert config(described) == settings
+
+
+def test_the_curves_are_the_run_directorys_and_the_summary_has_its_headline(tmp_path, server):
+    directory = RunDirectory(tmp_path / "abc")
+    compared = Compared("fid:inception@16/ode2", "min", {"fid:inception@16/ode2": [25.0, 10.0]})
+    told = WandbRun("a", "b", {}, "p", "offline", headline=partial(headline, compared))
+    tell(directory, told, ROWS)
+    rows, table = history(directory)[:-1], history(directory)[-1]
+    assert rows == [{key: value for key, value in row.items() if value is not None} for row in directory.rows()]
+    found = summary(directory)
+    assert {key: value for key, value in found.items() if key.startswith("headline/")} == {
+        "headline/metric": "fid:inception@16/ode2",
+        "headline/final": 20,
+        "headline/best": 20,
+        "headline/best_step": 3,
+        "headline/steps_to/25": 2.5,
+    }
+    assert (table["images"], table["evaluations/_type"], table["evaluations/nrows"]) == (24, "table-file", 2)
+    (path,) = directory.path.glob("wandb/offline-run-*/files/media/table/evaluations*.json")
+    assert json.loads(path.read_text()) == {
+        "columns": ["step", "images", "seconds", "fid:inception@16/ode2", "heldout/cka"],
+        "data": [[2, 16, 0.2, 30.0, None], [3, 24, 0.3, 20.0, 0.25]],
+    }
+
+
+def test_what_a_run_has_from_another_run_is_told_first_and_once(tmp_path, server):
+    directory = RunDirectory(tmp_path / "abc")
+    with RunWriter(directory) as writer:
+        writer.replace_rows(ROWS[:2])
+    told = WandbRun("a", "b", {}, "p", "offline")
+    tell(directory, told, ROWS[2:3], State.INTERRUPTED)
+    tell(directory, told, ROWS[3:], State.INTERRUPTED)
+    assert [row["step"] for row in history(directory)] == [1, 2, 2, 3]
+    assert len(offline_folders(directory)) == 2
+
+
+def test_final_weights_are_an_artifact_when_asked_for(tmp_path, cache, server):
+    run, directory = make_run(**OFF), RunDirectory(tmp_path / "abc")
+    told = WandbRun("a", "b", run.to_json(), "p", "offline", keeps_weights=True)
+    train(run, directory, make_options(), cache, [WandbListener(directory, told)], stop_after(2))
+    assert models(directory) == []
+    train(run, directory, make_options(), cache, [WandbListener(directory, told)])
+    (artifact,) = models(directory)
+    assert (artifact.name, json.loads(artifact.metadata)) == ("abc-ema", {"run_id": "abc", "step": 5})
+    kept = {entry.path: entry.local_path for entry in artifact.manifest.contents}
+    weights = directory.checkpoints / "step-00000005" / "ema.safetensors"
+    assert kept == {"ema.safetensors": str(weights), "spec.json": str(directory.path / "spec.json")}

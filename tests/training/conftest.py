@@ -36,6 +36,7 @@ SETTINGS: dict[str, Any] = {
 }
 OPTIONS: dict[str, Any] = {"device": "cpu", "log_every": 1, "wandb": {"mode": "disabled"}}
 UNET = {"model.family": "unet", "model.size": "nano"}
+SIT_DOWN = {"model.family": "sit_down", "model.size": "nano/2"}
 OFF = {"regularizer": {"type": "none"}}
 
 
@@ -73,7 +74,7 @@ def weights(directory: RunDirectory) -> dict[str, torch.Tensor]:
 
 def rows(directory: RunDirectory) -> list[Row]:
     """The metric rows without the seconds, which no two runs share."""
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in directory.rows()]
+    return [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in directory.rows()]
 
 
 def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], *, only: str = "") -> None:

@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from repa_lab.align import REPA, Tokens
-from repa_lab.models.facts import SIT_SHAPES, UNET_SHAPES
+from repa_lab.models.facts import SIT_DOWN_SHAPES, SIT_SHAPES, UNET_SHAPES
 from repa_lab.models.family import BUILDERS, Input
 from repa_lab.training.checkpoint import Progress, Trained
 from repa_lab.training.ema import EMA
 
 GIVEN = Input(1, (8, 8), 10)
-SHAPES = {"sit": ("nano/2", SIT_SHAPES["nano/2"]), "unet": ("nano", UNET_SHAPES["nano"])}
+SHAPES = {"sit": ("nano/2", SIT_SHAPES["nano/2"]), "sit_down": ("nano/2", SIT_DOWN_SHAPES["nano/2"]), "unet": ("nano", UNET_SHAPES["nano"])}
 
 
 def make(seed: int, family: str = "sit", regularized: bool = True, scaler: object = None) -> Trained:
@@ -60,7 +60,7 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
         assert torch.equal(value, second[name]), name
 
 
-@pytest.mark.parametrize("family, regularized", [("sit", True), ("sit", False), ("unet", False)])
+@pytest.mark.parametrize("family, regularized", [("sit", True), ("sit", False), ("sit_down", True), ("unet", False)])
 def test_what_is_loaded_is_what_was_saved_and_goes_on_alike(tmp_path, family, regularized):
     first = make(0, family, regularized)
     for number in range(3):
@@ -116,7 +116,7 @@ def test_the_files_are_safetensors_and_json_only(tmp_path):
     for kind in kinds:
         with safe_open(tmp_path / f"{kind}.safetensors", framework="pt") as file:
             assert file.keys()
-    assert json.loads((tmp_path / "state.json").read_text())["progress"] == {"step": 1, "images": 4, "seconds": 0.0}
+    assert json.loads((tmp_path / "state.json").read_text())["progress"] == {"step": 1, "images": 4, "seconds": 0.0, "evaluation_seconds": 0.0}
 
 
 def test_the_gradient_scaler_comes_back(tmp_path):
@@ -137,7 +137,7 @@ def test_weights_of_another_shape_are_refused(tmp_path):
         other.load(tmp_path, Progress())
 
 
-FIXED = {"sit": {"pos_embed"}, "unet": set()}
+FIXED = {"sit": {"pos_embed"}, "sit_down": set(), "unet": set()}
 
 
 @pytest.mark.parametrize("family", FIXED)

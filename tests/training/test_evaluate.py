@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,16 +19,19 @@ from repa_lab.data.sources import split
 from repa_lab.data.space import PixelSpace
 from repa_lab.encoders.encoder import load_encoder
 from repa_lab.encoders.extractor import Extractor
+from repa_lab.encoders.reference import reference
 from repa_lab.encoders.targets import OnlineTargets
-from repa_lab.metrics import cka, cosine_gap, frechet_distance, statistics
+from repa_lab.metrics import cka, cosine_gap, frechet_distance, kid, precision_recall, statistics
+from repa_lab.metrics.protocol import differences
 from repa_lab.models.family import BUILDERS
 from repa_lab.models.tap import Tap
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.conditioning import Labels
-from repa_lab.training.evaluate import DivergedError, Evaluator, reference_statistics, write_grid
+from repa_lab.training.evaluate import Evaluator, write_grid
 from repa_lab.training.images import Images
 from repa_lab.training.model import Model, build_denoiser
 from repa_lab.training.process import Flow
+from repa_lab.training.quality import DivergedError, real_images
 from repa_lab.training.sampling import FieldSampler, Sampling
 from repa_lab.training.streams import generator
 from tests.data.conftest import noise_image
@@ -60,11 +65,19 @@ def targets(images, cache):
 
 def make_evaluator(few, cache, denoiser, targets=None, seed: int = 0, **settings) -> Evaluator:
     config = make_run(**{f"evaluate.{name}": value for name, value in settings.items()}).config
-    sampling = Sampling((1, 8, 8), 10, config.evaluate.sampler, config.evaluate.guidance, seed)
-    sampler = FieldSampler(sampling, denoiser, few.space, CPU)
+
+    def sampler(tier):
+        sampling = Sampling((1, 8, 8), 10, tier.sampler, tier.guidance, seed, tier.labels)
+        return FieldSampler(sampling, denoiser, few.space, CPU)
+
     tap = functools.partial(BUILDERS["sit"].tap, denoiser)
     model = Model(denoiser, Flow(), Labels(few.source.labels, 10, 10), sampler, tap, config.evaluate.batch_size)
     return Evaluator(config, few, model, targets, cache, CPU)
+
+
+def quality(few, cache, denoiser, **settings):
+    config = make_run(**{f"evaluate.{name}": value for name, value in settings.items()}).config
+    return make_evaluator(few, cache, denoiser, **settings).quality(config.evaluate)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +88,7 @@ def extractor() -> Extractor:
 class TestQuality:
     def test_is_the_distance_of_the_samples_to_the_training_images(self, few, cache, denoiser, extractor):
         config = make_run().config.evaluate
-        row, shown = make_evaluator(few, cache, denoiser).quality()
+        row, shown = quality(few, cache, denoiser)
         sampling = Sampling((1, 8, 8), 10, config.sampler, config.guidance, 0)
         drawn = few.space.decode(sampling.batch(denoiser, range(16), CPU))
         samples = statistics(extractor(drawn))
@@ -85,7 +98,7 @@ class TestQuality:
         assert torch.equal(shown, drawn)
 
     def test_shows_the_first_samples_only(self, few, cache, denoiser):
-        _, shown = make_evaluator(few, cache, denoiser, samples=50, batch_size=7).quality()
+        _, shown = quality(few, cache, denoiser, samples=50, batch_size=7)
         assert (shown.shape, shown.dtype) == ((40, 1, 8, 8), torch.uint8)
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -95,30 +108,78 @@ class TestQuality:
                 return torch.full_like(x, value)
 
         with pytest.raises(DivergedError, match="samples that are not finite"):
-            make_evaluator(few, cache, Broken()).quality()
+            quality(few, cache, Broken())
 
 
 class TestReference:
-    def test_is_computed_once_for_good(self, few, tmp_path, extractor):
-        config = make_run().config.evaluate.extractor
+    def test_is_the_training_images_looked_at_once_for_good(self, few, tmp_path, extractor):
+        real = real_images(few)
         asked: list[int] = []
 
-        def counting(pixels: torch.Tensor) -> np.ndarray:
-            asked.append(len(pixels))
-            return extractor(pixels)
+        def counting():
+            for pixels in real.batches():
+                asked.append(len(pixels))
+                yield pixels
 
-        first = reference_statistics(config, counting, few, tmp_path)
-        again = reference_statistics(config, counting, few, tmp_path)
+        watched = dataclasses.replace(real, batches=counting)
+        first, again = (reference(extractor, watched, tmp_path).of("frechet") for _ in range(2))
         assert asked == [60]
         assert first.count == again.count == 60
         assert np.array_equal(first.mu, again.mu) and np.array_equal(first.sigma, again.sigma)
 
     def test_other_training_images_are_another_reference(self, few, tmp_path, extractor):
-        config = make_run().config.evaluate.extractor
         less = Images(few.source, type(few.split)(few.split.train[:30], few.split.held_out), few.space)
-        first, second = (reference_statistics(config, extractor, one, tmp_path) for one in (few, less))
+        first, second = (reference(extractor, real_images(one), tmp_path).of("frechet") for one in (few, less))
         assert (first.count, second.count) == (60, 30)
         assert len(list((tmp_path / "reference").iterdir())) == 2
+
+    def test_a_file_of_statistics_takes_their_place(self, few, tmp_path, cache, denoiser):
+        rng = np.random.default_rng(0)
+        vectors = rng.normal(size=(3000, 1280))
+        np.savez(tmp_path / "theirs.npz", mu=vectors.mean(axis=0), sigma=np.cov(vectors, rowvar=False))
+        row, shown = quality(few, cache, denoiser, **{"extractor.reference": str(tmp_path / "theirs.npz")})
+        samples = statistics(Extractor("efficientnet_lite0", None, CPU)(shown))
+        expected = frechet_distance(samples.mu, samples.sigma, vectors.mean(axis=0), np.cov(vectors, rowvar=False))
+        assert row == {"frechet:efficientnet_lite0@16/ode2": pytest.approx(expected, rel=1e-6)}
+
+
+class TestProtocols:
+    ALL: ClassVar = {"metrics": ["frechet", "kid", "precision_recall"], "samples": 20}
+
+    def test_one_pass_gives_all_that_was_asked_for(self, few, cache, denoiser, extractor, monkeypatch):
+        seen: list[int] = []
+        features = Extractor.features
+        monkeypatch.setattr(Extractor, "features", lambda self, pixels, *more: seen.append(len(pixels)) or features(self, pixels, *more))
+        evaluator = make_evaluator(few, cache, denoiser, **self.ALL)
+        seen.clear()  # of the reference
+        row, shown = evaluator.quality(make_run(**{f"evaluate.{name}": value for name, value in self.ALL.items()}).config.evaluate)
+        assert seen == [20]
+        found, real = extractor.features(shown).layers["1280"], extractor.features(few.source.read(few.split.train.tolist())).layers["1280"]
+        at = "efficientnet_lite0@20/ode2"
+        assert list(row) == [f"frechet:{at}", f"kernel:{at}", f"precision:{at}", f"recall:{at}"]
+        assert row[f"kernel:{at}"] == pytest.approx(kid(found, real).value)
+        both = precision_recall(found, real)
+        assert (row[f"precision:{at}"], row[f"recall:{at}"]) == (both.precision, both.recall)
+
+    def test_every_number_says_what_it_depends_on(self, few, cache, denoiser, targets):
+        evaluator = make_evaluator(few, cache, denoiser, targets, full={"samples": 32, "sampler": {"type": "sde", "steps": 3}}, **self.ALL)
+        found = evaluator.protocols(5, 2)
+        at = "efficientnet_lite0@20/ode2"
+        rare = {name for name in found if name.endswith("@32/sde3")}
+        assert set(found) == {f"frechet:{at}", f"kernel:{at}", f"precision:{at}", f"recall:{at}", "heldout/cka", "heldout/cosine", "heldout/gap"} | rare
+        assert len(rare) == 4
+        kernel = found[f"kernel:{at}"]
+        assert (kernel["samples"], kernel["subsets"], kernel["real"], kernel["seed"], kernel["labels"]) == (20, "100x20", 60, 5, "balanced")
+        assert kernel["preprocessing"] == "bicubic-antialias-64-half"
+        assert kernel["versions"]["torch"] == torch.__version__.split("+")[0]
+        assert found["heldout/cka"]["encoder"]["name"] == "efficientnet_lite0"
+        assert (found["heldout/cka"]["block"], found["heldout/cka"]["images"]) == (2, HELD_OUT)
+
+    def test_of_two_references_the_difference_is_named(self, few, cache, denoiser):
+        less = Images(few.source, type(few.split)(few.split.train[:30], few.split.held_out), few.space)
+        (one,), (other,) = (make_evaluator(images, cache, denoiser).protocols(seed, 1).values() for seed, images in enumerate((few, less)))
+        assert differences(one, other) == ("real", "reference")
+        assert differences(one, {**one, "seed": 9, "versions": {}}) == ()
 
 
 def tokens_by_hand(few, denoiser, block: int, timestep: float, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,7 +267,8 @@ class TestSizes:
         config = make_run(**{"evaluate.batch_size": 2, "evaluate.timestep": 0.25}).config
         sampling = Sampling((3, 64, 64), 1, config.evaluate.sampler, config.evaluate.guidance, 0)
         sampler = FieldSampler(sampling, denoiser, images.space, CPU)
-        model = Model(denoiser, Flow(), Labels(source.labels, 1, 1), sampler, lambda block: Tap(denoiser.cells, flatten_map), 2)
+        labels = Labels(source.labels, 1, 1)
+        model = Model(denoiser, Flow(), labels, lambda tier: sampler, lambda block: Tap(denoiser.cells, flatten_map), 2)
         encoder = OnlineTargets(load_encoder("efficientnet_lite0", None, 64), "it", source, CPU)
         return Evaluator(config, images, model, encoder, tmp_path / "cache", CPU), model, images, encoder
 
@@ -256,7 +318,7 @@ class TestSizes:
 
     def test_the_reference_is_of_the_training_images_of_all_sizes(self, extractor, tmp_path):
         _, _, images, _ = self.make(tmp_path, self.SHAPES, 14)
-        found = reference_statistics(make_run().config.evaluate.extractor, extractor, images, tmp_path / "other")
+        found = reference(extractor, real_images(images), tmp_path / "other").of("frechet")
         features = np.concatenate([extractor(images.source.read([i])) for i in images.split.train.tolist()])
         assert found.count == 6
         np.testing.assert_allclose(found.mu, features.mean(0), atol=1e-4)

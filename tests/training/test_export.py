@@ -10,8 +10,9 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
 from repa_lab.models.sit import SiT, SiTConfig
+from repa_lab.models.sit_down import SiTDown, SiTDownConfig
 from repa_lab.training.export import ExportError, export_model
-from tests.training.conftest import UNET, make_run, run_steps, weights
+from tests.training.conftest import SIT_DOWN, UNET, make_run, run_steps, weights
 
 REGULARIZED = {**UNET, "regularizer.type": "urepa"}
 
@@ -69,6 +70,18 @@ def test_a_sit_is_rebuilt_from_its_config(cache, fresh, tmp_path):
     assert torch.equal(exported.pop("pos_embed"), SiT.from_size("nano/2", 1, 8, 10).pos_embed)  # fixed, so in no checkpoint
     assert exported.keys() == held.keys()
     assert all(torch.equal(value, held[name]) for name, value in exported.items())
+
+
+def test_a_sit_down_is_rebuilt_from_its_config(cache, fresh, tmp_path):
+    directory = run_steps(make_run(**SIT_DOWN, **{"regularizer.type": "urepa"}), fresh(), cache)
+    export_model(directory, tmp_path / "sit_down", "last")
+    config = json.loads((tmp_path / "sit_down" / "config.json").read_text())
+    shapes = {name: tuple(config[name]) for name in ("stages", "input_size")}
+    model = SiTDown(SiTDownConfig(**{**config, **shapes}))
+    model.load_state_dict(load_file(tmp_path / "sit_down" / "model.safetensors"))
+    held = {n.removeprefix("denoiser:"): v for n, v in weights(directory).items() if n.startswith("denoiser:")}
+    assert model.state_dict().keys() == held.keys()
+    assert all(torch.equal(value, held[name]) for name, value in model.state_dict().items())
 
 
 def test_what_cannot_be_exported_is_refused_and_nothing_is_written(unet, fresh, cache, tmp_path):

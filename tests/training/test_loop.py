@@ -14,14 +14,15 @@ from repa_lab.runs import RunDirectory, RunWriter, State, checkpoints
 from repa_lab.runs import directory as directory_module
 from repa_lab.training import aligner as aligner_module
 from repa_lab.training.device import DeviceError
-from repa_lab.training.evaluate import DivergedError
 from repa_lab.training.loop import train
+from repa_lab.training.quality import DivergedError
 from repa_lab.training.sampling import Sampling
 from repa_lab.training.trainer import Trainer
 from tests.data.conftest import noise_image
 from tests.data.test_space import save_vae
 from tests.training.conftest import (
     OFF,
+    SIT_DOWN,
     UNET,
     assert_same,
     make_options,
@@ -194,7 +195,9 @@ class TestRows:
             (2, False), (2, True), (3, False), (4, False), (4, True), (5, False), (5, True),
         ]  # fmt: skip
         measured = next(row for row in directory.rows() if metric in row)
-        assert measured.keys() == {"step", "images", "seconds", metric, "heldout/cka", "heldout/cosine", "heldout/gap"}
+        known = {"step", "images", "seconds", metric, "heldout/cka", "heldout/cosine", "heldout/gap"}
+        costs = {"cost/evaluation_seconds", "cost/train_flops", "cost/encoder_flops", "cost/evaluation_flops"}
+        assert measured.keys() == known | costs
         assert sorted(directory.sample_grids()) == [2, 4, 5]
         assert checkpoints.steps(directory.checkpoints) == [4, 5]
         seconds = [row["seconds"] for row in directory.rows()]
@@ -215,7 +218,7 @@ class TestRows:
         ({"evaluate.encoder": {"name": "efficientnet_lite0", "image_size": 32, "standardize": True}}, False),
     ])  # fmt: skip
     def test_the_projector_is_asked_about_its_own_tap_and_encoder_only(self, cache, settings, there):
-        measured, _ = Trainer(make_run(**settings), make_options(), cache).measure()
+        (measured,), _ = Trainer(make_run(**settings), make_options(), cache).measure()
         assert ("heldout/cosine" in measured) == there
 
 
@@ -424,7 +427,7 @@ def test_an_image_folder_in_latents(family, tmp_path, fresh):
     assert -1 <= found[-1]["heldout/cosine"] <= 1
 
 
-@pytest.mark.parametrize("settings", [{}, {**UNET, **UREPA}], ids=["sit", "unet"])
+@pytest.mark.parametrize("settings", [{}, {**UNET, **UREPA}, {**SIT_DOWN, **UREPA}], ids=["sit", "unet", "sit_down"])
 def test_training_learns(settings, cache, fresh):
     run = make_run(**settings, **{"train.steps": 41, "train.batch_size": 32})
     found = step_rows(run_steps(run, fresh(), cache, steps=40))

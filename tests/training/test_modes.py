@@ -27,6 +27,7 @@ from tests.data.conftest import noise_image
 from tests.data.test_space import save_vae
 from tests.training.conftest import (
     SETTINGS,
+    SIT_DOWN,
     UNET,
     assert_same,
     make_options,
@@ -38,7 +39,7 @@ from tests.training.conftest import (
     weights,
 )
 
-FAMILIES = {"sit": {}, "unet": {**UNET, "regularizer.type": "urepa"}}
+FAMILIES = {"sit": {}, "unet": {**UNET, "regularizer.type": "urepa"}, "sit_down": {**SIT_DOWN, "regularizer.type": "urepa"}}
 families = pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES.keys())
 # Weight 0 before and after: the projector rests, is trained, and rests again.
 SCHEDULED = {"regularizer.schedule": {"type": "linear", "warmup_steps": 1, "decay_steps": 3}, "train.weight_decay": 0.1}
@@ -91,7 +92,7 @@ def test_checkpointing_gradients_runs_blocks_again(settings, cache):
     for on in (False, True):
         trainer = Trainer(make_run(**settings), make_options(gradient_checkpointing=on), cache)
         denoiser = trainer._trained.denoiser
-        layer = denoiser.blocks[2].mlp.fc1 if hasattr(denoiser, "blocks") else denoiser.net.down_blocks[0].resnets[0].conv1
+        layer = denoiser.blocks[2].mlp.fc2 if hasattr(denoiser, "blocks") else denoiser.net.down_blocks[0].resnets[0].conv1
         counted: list[int] = []
         layer.register_forward_pre_hook(lambda module, inputs, counted=counted: counted.append(1))
         trainer.step(next(trainer.batches()))

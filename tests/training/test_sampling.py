@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from repa_lab.spec.schema import GuidanceConfig, SamplerConfig
-from repa_lab.training.sampling import Sampling, euler_maruyama, guided, integrate, shares
+from repa_lab.spec.evaluate import GuidanceConfig, SamplerConfig
+from repa_lab.training.sampling import Sampling, euler_maruyama, guided, integrate, kinds_of, shares
 from repa_lab.training.streams import generator
 
 SHAPE = (1, 2, 3)
@@ -240,6 +241,30 @@ class TestSampling:
         field = Field()
         draw(Sampling(SHAPE, 3, ode("euler", 2), NO_GUIDANCE, 0), field, 8, 5)
         assert field.labels == [[0, 1, 2, 0, 1]] * 2 + [[2, 0, 1]] * 2
+
+    @pytest.mark.parametrize("processes", [1, 2, 8])
+    def test_random_labels_depend_on_the_number_alone(self, processes):
+        sampling = Sampling(SHAPE, 7, ode("euler", 2), NO_GUIDANCE, 3, "random")
+        whole = kinds_of(range(64), 7, "random", 3)
+        found = {}
+        for number in range(processes):
+            for index in shares(64, 5, (number, processes)):
+                field = Field()
+                sampling.batch(field, index, CPU)
+                found |= dict(zip(index, field.labels[0], strict=True))
+        assert [found[i] for i in range(64)] == whole
+        assert kinds_of(range(64), 7, "random", 4) != whole
+
+    def test_labels_are_balanced_or_drawn_uniformly(self):
+        assert set(Counter(kinds_of(range(5000), 100, "balanced", 0)).values()) == {50}
+        counts = Counter(kinds_of(range(5000), 10, "random", 0))
+        assert set(counts) == set(range(10))
+        # Chi-squared with 9 degrees of freedom: below 27.9 in 999 of 1,000 such draws, and not 0 as for balanced ones.
+        assert 0 < sum((count - 500) ** 2 / 500 for count in counts.values()) < 27.9
+
+    def test_the_noise_is_that_of_balanced_ones(self):
+        one, other = (Sampling(SHAPE, 10, ode("euler", 2), NO_GUIDANCE, 7, labels) for labels in ("balanced", "random"))
+        assert torch.equal(draw(one, Field(), 3, 2), draw(other, Field(), 3, 2))
 
     def test_the_denoiser_sees_float32(self):
         field = Field()

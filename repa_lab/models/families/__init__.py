@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repa_lab.models.facts import SIT, UNET, Family, UnknownFactError
+from repa_lab.models.facts import SIT, SIT_DOWN, UNET, Family, UnknownFactError
 from repa_lab.models.families.auraflow import AURAFLOW
 from repa_lab.models.families.bria import BRIA
 from repa_lab.models.families.bria_fibo import BRIA_FIBO
@@ -45,6 +45,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         SIT,
         UNET,
+        SIT_DOWN,
         SD15,
         SDXL,
         KOLORS,

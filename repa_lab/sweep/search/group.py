@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from repa_lab.runs import RunsRoot, State
 from repa_lab.runs.files import Row
 from repa_lab.spec.identity import Run
-from repa_lab.spec.schema import COSTS
+from repa_lab.spec.search import COSTS
 
 _SECONDS_PER_HOUR = 3600
 Key = tuple[str, ...]

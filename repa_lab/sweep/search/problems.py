@@ -9,7 +9,7 @@ from typing import Any
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SearchConfig, SpecError
 from repa_lab.spec.errors import Path_
 from repa_lab.spec.expand import value_at
-from repa_lab.spec.schema import Interval
+from repa_lab.spec.search import Interval
 from repa_lab.spec.validate import unknown_field
 from repa_lab.training.protocol import metric_name
 

@@ -16,7 +16,7 @@ from repa_lab.sweep.search.restore import run_ids
 from repa_lab.sweep.search.study import StorageError, open_storage, open_study, study_name
 from repa_lab.sweep.search.work import RefusedSpaceError, Search, SearchWork
 from repa_lab.sweep.work import Task
-from repa_lab.training.protocol import metric_name
+from repa_lab.training.protocol import metric_names
 
 STUDY = "study.db"
 
@@ -97,7 +97,7 @@ def _aims(plan: Plan, arm: Arm, config: SearchConfig) -> tuple[Aim, ...]:
     """The objectives under the full names by which the runs of an arm measure them."""
 
     def name(wanted: str) -> str:
-        return resolve_metric(wanted, [metric_name(arm.config)]) or plan.metric(wanted)
+        return resolve_metric(wanted, metric_names(arm.config)) or plan.metric(wanted)
 
     aims: Sequence[Aim] = [Aim(one.metric if one.is_cost else name(one.metric), one.goal) for one in config.objectives]
     return tuple(aims)

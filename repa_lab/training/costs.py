@@ -13,8 +13,9 @@ from repa_lab.encoders.registry import facts_of, input_size
 from repa_lab.models.facts import Family, Shape, shape_of
 from repa_lab.models.families import family_facts
 from repa_lab.models.flops import VAE_DECODER, VAE_ENCODER, Forward, forward_of
-from repa_lab.spec import EncoderConfig, RunConfig, RunOptions
-from repa_lab.spec.schema import DataConfig, ProjectorConfig
+from repa_lab.spec import EncoderConfig, EvaluateConfig, RunConfig, RunOptions
+from repa_lab.spec.regularizer import ProjectorConfig
+from repa_lab.spec.schema import DataConfig
 
 _VAE_STRIDE, _VAE_CHANNELS = 8, 4
 _CHANNELS = {"digits": 1}  # three otherwise
@@ -61,8 +62,8 @@ class Cost:
         image_flops: to train on one image, online encoders included.
         encoder_flops: for an encoder's view of one image in a step, where its features are not cached.
         saved_flops: what caches save for one image.
-        evaluation_flops: of one evaluation.
-        evaluations: of a whole run.
+        evaluation_flops: of one measurement by the usual protocol.
+        milestone_flops: of one by the protocol of milestones; 0 without one.
         memory: see :class:`Memory`.
         checkpoint_bytes: of all checkpoints that a run keeps.
         rough: what is guessed rather than counted.
@@ -74,10 +75,15 @@ class Cost:
     encoder_flops: float
     saved_flops: float
     evaluation_flops: float
-    evaluations: int
+    milestone_flops: float
     memory: Memory
     checkpoint_bytes: int
     rough: tuple[str, ...] = ()
+
+    def measuring(self, config: RunConfig, begun: int, end: int) -> float:
+        """FLOPs of all measurements after step ``begun`` up to ``end``."""
+        usual, rare = measurements(config, begun, end)
+        return usual * self.evaluation_flops + rare * self.milestone_flops
 
 
 @dataclass(frozen=True)
@@ -114,19 +120,32 @@ def cost_of(config: RunConfig, options: RunOptions) -> Cost:
         image_flops=training + online,
         encoder_flops=online,
         saved_flops=cached + (_vae_flops(config, encode=True) if _has_vae(config, family) else 0),
-        evaluation_flops=_evaluation(config, family, forward),
-        evaluations=-(-config.train.steps // config.evaluate.every),
+        evaluation_flops=_evaluation(config, config.evaluate, family, forward),
+        milestone_flops=_evaluation(config, rare, family, forward) if (rare := config.evaluate.milestone) else 0.0,
         memory=_memory(config, options, forward, shape, tokens, (trained, weights)),
         checkpoint_bytes=_CHECKPOINT_NUMBERS * _FLOAT * _CHECKPOINTS_KEPT * trained,
         rough=_rough(config, forward),
     )
 
 
+def measurements(config: RunConfig, begun: int, end: int) -> tuple[int, int]:
+    """How often a run is measured after step ``begun`` up to ``end``, by the usual protocol and by that of milestones."""
+    every, last = config.evaluate.every, config.train.steps
+    usual = end // every - begun // every + int(begun < last == end and last % every > 0)
+    return usual, sum(begun < step <= end for step in config.milestones)
+
+
+def active_steps(config: RunConfig, step: int) -> int:
+    """The first ``step`` steps but for those of which the schedule says beforehand that no encoder is asked."""
+    cutoff = config.regularizer.schedule.cutoff_step
+    return 0 if config.regularizer.weight == 0 else min(step, cutoff or step)
+
+
 def caches_of(config: RunConfig, options: RunOptions) -> Iterator[Cache]:
     """What a run's settings have computed once for all images."""
     family, data = family_facts(config.model.family), config.data
     seen = data.model_copy(update={"holdout": 1})  # which decides nothing of it
-    if _has_vae(config, family):
+    if _has_vae(config, family) and data.source != "repa":
         stride = family.latent_stride if family.network else _VAE_STRIDE
         channels = family.network.channels if family.network else _VAE_CHANNELS
         kept = 2 * channels * (data.side // stride) ** 2 * _FLOAT
@@ -203,10 +222,7 @@ def _encoders(config: RunConfig, share: bool) -> float:
 
 def _active(config: RunConfig) -> float:
     """The share of the steps in which an encoder is asked."""
-    if config.regularizer.weight == 0:
-        return 0.0
-    cutoff = config.regularizer.schedule.cutoff_step
-    return min(1.0, cutoff / config.train.steps) if cutoff else 1.0
+    return active_steps(config, config.train.steps) / config.train.steps
 
 
 def _vae_flops(config: RunConfig, encode: bool) -> float:
@@ -215,9 +231,8 @@ def _vae_flops(config: RunConfig, encode: bool) -> float:
     return counted.at((config.data.side / _VAE_STRIDE) ** 2, 0).flops
 
 
-def _evaluation(config: RunConfig, family: Family, forward: Forward) -> float:
+def _evaluation(config: RunConfig, evaluate: EvaluateConfig, family: Family, forward: Forward) -> float:
     """Sampling and decoding; held-out images are few beside the samples' many steps."""
-    evaluate = config.evaluate
     calls = evaluate.sampler.steps
     if (evaluate.sampler.type, evaluate.sampler.solver) == ("ode", "heun"):
         calls = 2 * calls - 1

@@ -1,0 +1,174 @@
+"""A paper's table again: at full scale, or its arms at the nano scale, on digits and a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from repa_lab.models.facts import Shape, shape_of
+from repa_lab.models.families import family_facts
+from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SpecError, load_spec
+from repa_lab.spec.document import Draft, load_draft, plain
+from repa_lab.spec.errors import Place, did_you_mean
+from repa_lab.spec.schema import SECTIONS
+from repa_lab.spec.validate import validate
+
+if TYPE_CHECKING:
+    from repa_lab.report.published import Comparison
+
+Scale = Literal["full", "nano"]
+SCALES: dict[str, Scale] = {"full": "full", "nano": "nano"}
+PAPERS = Path(__file__).parents[2] / "experiments" / "paper"
+_NANO = "nano.yaml"
+_FRAGMENTS = ("presets",)
+NANO_TITLE = "nano scale, on digits: the shape of the effect, not the number"
+
+
+class ReproduceError(ValueError):
+    """There is no such table, or it cannot be had at this scale; the text says what can."""
+
+
+def names(papers: Path = PAPERS) -> tuple[str, ...]:
+    """The tables that can be reproduced, such as ``urepa/table8``."""
+    files = sorted(papers.glob("*/*.yaml"))
+    return tuple(f"{file.parent.name}/{file.stem}" for file in files if file.parent.name not in _FRAGMENTS)
+
+
+def open_table(
+    name: str, scale: Scale = "full", overrides: Mapping[str, Any] | None = None, papers: Path = PAPERS
+) -> Experiment:
+    """The experiment of a paper's table.
+
+    Args:
+        name: one of :func:`names`.
+        scale: ``full`` is the spec as it stands; ``nano`` lays ``nano.yaml`` over every arm.
+        overrides: dotted paths to values, laid over all of it.
+        papers: the folder of the specs.
+
+    Raises:
+        ReproduceError: no such table, or its arms cannot be told apart at this scale.
+        SpecError: what was laid over it is wrong.
+    """
+    known = names(papers)
+    if name not in known:
+        listed = ", ".join(known) or f"none: {papers} is not there; install from a checkout with pip install -e"
+        raise ReproduceError(f"no table '{name}'; there are: {listed}{did_you_mean(name, known)}")
+    file = papers / f"{name}.yaml"
+    full = load_spec(file, overrides)
+    return full if scale == "full" else _at_nano(full, file, papers / _NANO, overrides or {}, name)
+
+
+def _at_nano(full: Experiment, file: Path, nano: Path, overrides: Mapping[str, Any], name: str) -> Experiment:
+    """The fragment over what stands around the arms, as ever, and over every arm, axes included."""
+    experiment, fragment = load_spec(file, overrides, [nano]), load_draft(nano)
+    arms = tuple(_small_arm(arm, fragment, overrides) for arm in full.arms)
+    if len({arm.config for arm in arms}) == 1:
+        raise ReproduceError(f"the arms of {name} differ in what the nano scale has only one of; take --scale full")
+    question = f"{experiment.question} ({NANO_TITLE})"
+    return replace(experiment, name=f"{experiment.name}-nano", question=question, arms=arms)
+
+
+def _small_arm(arm: Arm, fragment: Draft, overrides: Mapping[str, Any]) -> Arm:
+    """The arm with the fragment's settings over its own, and its block where it was in its stage."""
+    draft = arm.draft.copy()
+    draft.merge({key: fragment.value[key] for key in SECTIONS if key in fragment.value}, fragment.places)
+    block, place = arm.config.regularizer.block_index, arm.draft.place(("regularizer", "block_index"))
+    if isinstance(block, int):
+        draft.set("regularizer.block_index", scaled_block(block, _shape(arm.config), _shape(_config(draft))), place)
+    for dotted, value in plain(overrides).items():
+        if dotted.split(".")[0] in SECTIONS:
+            draft.set(dotted, value, Place(None))
+    return replace(arm, config=_config(draft), draft=draft)
+
+
+def _config(draft: Draft) -> RunConfig:
+    return validate(RunConfig, draft)
+
+
+def _shape(config: RunConfig) -> Shape:
+    return shape_of(family_facts(config.model.family), config.model.size)
+
+
+def scaled_block(block: int, big: Shape, small: Shape) -> int:
+    """The block of ``small`` that stands in its stage where ``block`` stands in its stage of ``big``; one stage without any.
+
+    A block is taken at its middle: block i of n is at ``(i + 1/2) / n`` of the stage.
+    """
+    above = below = 0
+    for large, little in zip(big.stages or (big.depth,), small.stages or (small.depth,), strict=True):
+        if block < above + large:
+            return below + int((block - above + 0.5) / large * little)
+        above, below = above + large, below + little
+    return below - 1
+
+
+def results_of(experiment: Experiment, path: Path, scale: Scale) -> tuple[Comparison, ...]:
+    """The comparisons of a sweep that was carried out, written beside its report as ``reproduce.md`` and ``reproduce.csv``.
+
+    Args:
+        experiment: what :func:`open_table` gave.
+        path: the sweep's folder.
+        scale: of the experiment.
+
+    Raises:
+        SpecError: the spec says of no arm what was published.
+    """
+    from repa_lab.report import load_results
+    from repa_lab.report.published import compare_published
+    from repa_lab.runs.files import write_text
+
+    published = experiment.published
+    if published is None or not published.arms:
+        raise SpecError([Problem(Place(None), "published", "the spec says of no arm what was published")])
+    comparisons = compare_published(load_results(path), published, exact=scale == "full")
+    write_text(path / "reproduce.md", _markdown(experiment, comparisons, scale))
+    write_text(path / "reproduce.csv", _csv(comparisons))
+    return comparisons
+
+
+def lines_of(experiment: Experiment, comparisons: Sequence[Comparison], scale: Scale) -> list[str]:
+    """What a reader of the numbers must know, and what they come to."""
+    from repa_lab.report.published import sentences
+
+    published = experiment.published
+    assert published is not None
+    lines = [NANO_TITLE] if scale == "nano" else []
+    lines += [f"published: {published.source}; {published.protocol}"]
+    lines += [f"measured: {metric}" for metric in dict.fromkeys(one.metric for one in comparisons)]
+    lines += [f"tolerance: {published.basis}"] if scale == "full" and published.basis else []
+    lines += [f"deviation: {one}" for one in published.deviations] if scale == "full" else []
+    lines += [sentence for one in comparisons for sentence in sentences(one)]
+    labels = {arm.label for arm in experiment.arms}
+    return lines + [f"published, and no arm here: {label}" for label in published.arms if label not in labels]
+
+
+def _markdown(experiment: Experiment, comparisons: Sequence[Comparison], scale: Scale) -> str:
+    from repa_lab.report.published import table_rows
+    from repa_lab.report.table import Table
+
+    parts = [f"# {experiment.name}", experiment.question]
+    for comparison in comparisons:
+        rows = table_rows(comparison)
+        parts.append(Table(list(rows[0]), [list(row.values()) for row in rows]).markdown)
+    parts.append("\n".join(f"- {line}" for line in lines_of(experiment, comparisons, scale)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _csv(comparisons: Sequence[Comparison]) -> str:
+    import pandas as pd
+
+    rows = [
+        {
+            **{"arm": row.arm, "kind": one.kind, "published": row.published, "metric": one.metric, "n": row.measured.n},
+            **{"measured": row.measured.mean, "low": row.measured.low, "high": row.measured.high},
+            **{"reference": one.reference, "published_difference": row.published_difference},
+            **{"difference": row.difference.difference.mean, "difference_low": row.difference.difference.low},
+            **{"difference_high": row.difference.difference.high, "agrees": row.agrees, "same_sign": row.same_sign},
+        }
+        for one in comparisons
+        for row in one.rows
+    ]
+    text: str = pd.DataFrame(rows).to_csv(index=False)
+    return text

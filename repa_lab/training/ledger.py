@@ -1,0 +1,28 @@
+"""What a run has cost, for its rows: so that measuring never outweighs training unseen. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from repa_lab.runs.files import Row
+from repa_lab.spec import RunConfig, RunOptions
+from repa_lab.training.costs import active_steps, cost_of
+
+if TYPE_CHECKING:
+    from repa_lab.training.checkpoint import Progress
+
+
+def ledger(config: RunConfig, options: RunOptions, progress: Progress) -> Row:
+    """Seconds of all measurements up to now, and counted FLOPs of training, of encoders in the steps, and of measurements.
+
+    Seconds of training are the row's own. What caches spare is in nobody's ledger: it was computed once for all runs.
+    """
+    cost, last = cost_of(config, options), config.train.steps
+    # The mean over all steps of a run, spread over those that ask the encoder.
+    asked = active_steps(config, progress.step) * last / max(1, active_steps(config, last))
+    return {
+        "cost/evaluation_seconds": round(progress.evaluation_seconds, 3),
+        "cost/train_flops": progress.images * (cost.image_flops - cost.encoder_flops),
+        "cost/encoder_flops": config.train.batch_size * asked * cost.encoder_flops,
+        "cost/evaluation_flops": cost.measuring(config, 0, progress.step),
+    }

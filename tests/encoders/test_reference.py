@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from repa_lab.encoders.extractor import Extractor
+from repa_lab.encoders.reference import FOLDER, RealImages, measure, read_reference, reference
+from repa_lab.metrics import frechet_distance, inception_score, kid, precision_recall, statistics
+from repa_lab.metrics.adm import write_images
+from repa_lab.metrics.protocol import YIELDS
+from repa_lab.metrics.reference import StatisticsError
+
+CPU = torch.device("cpu")
+COUNT = 30
+PIXELS = torch.randint(0, 256, (COUNT, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def make(*metrics: str, name: str = "efficientnet_lite0") -> Extractor:
+    return Extractor(name, None, CPU, metrics)
+
+
+@pytest.fixture(scope="module")
+def everything() -> Extractor:
+    return make("frechet", "kid", "precision_recall")
+
+
+@pytest.fixture(scope="module")
+def alone() -> Extractor:
+    return make("frechet")
+
+
+class Images(RealImages):
+    """Real images that count how often they are looked at."""
+
+    def __init__(self, source: str = "a", pixels: torch.Tensor = PIXELS, announced: int | None = None) -> None:
+        self.looks: list[int]
+        object.__setattr__(self, "looks", [])
+        super().__init__(source, len(pixels) if announced is None else announced, lambda: self.look(pixels))
+
+    def look(self, pixels: torch.Tensor):
+        self.looks.append(len(pixels))
+        return pixels.split(7)
+
+
+def files(cache) -> set[str]:
+    return {path.name for path in (cache / FOLDER).iterdir()}
+
+
+class TestCache:
+    def test_a_second_run_does_not_look_at_the_images(self, everything, tmp_path):
+        images = Images()
+        first = reference(everything, images, tmp_path)
+        again = reference(everything, images, tmp_path)
+        assert images.looks == [COUNT]
+        assert np.array_equal(first.of("frechet").sigma, again.of("frechet").sigma)
+        assert np.array_equal(first.features.of("kid"), again.features.of("kid"))
+
+    def test_another_process_with_another_extractor_object_finds_it(self, alone, tmp_path):
+        reference(alone, Images(), tmp_path)
+        images = Images()
+        reference(make("frechet"), images, tmp_path)
+        assert images.looks == []
+
+    def test_is_the_statistics_of_all_images_and_their_features(self, everything, tmp_path):
+        found = reference(everything, Images(), tmp_path)
+        features = everything.features(PIXELS).of("frechet")
+        expected = statistics(features)
+        assert found.of("frechet").count == COUNT
+        np.testing.assert_allclose(found.of("frechet").mu, expected.mu, atol=1e-5)
+        np.testing.assert_allclose(found.of("frechet").sigma, expected.sigma, atol=1e-5)
+        assert found.features.of("precision_recall").dtype == np.float32
+        np.testing.assert_allclose(found.features.of("precision_recall"), features, rtol=1e-4, atol=1e-5)
+
+    def test_features_are_kept_only_when_a_metric_needs_them(self, everything, alone, tmp_path):
+        assert reference(alone, Images(), tmp_path).features is None
+        assert [name[-4:] for name in files(tmp_path)] == [".npz"]
+        images = Images()
+        reference(everything, images, tmp_path)
+        assert images.looks == [COUNT]
+        assert sorted(name[-4:] for name in files(tmp_path)) == [".npy", ".npz"]
+
+    @pytest.mark.parametrize("keep", [1, 7, 10, 29, 30, 1000])
+    def test_of_many_images_evenly_spaced_ones_are_kept(self, everything, tmp_path, keep):
+        found = reference(everything, Images(), tmp_path, keep).features.of("kid")
+        kept = min(keep, COUNT)
+        whole = everything.features(PIXELS).of("kid")
+        np.testing.assert_allclose(found, whole[[i * COUNT // kept for i in range(kept)]], rtol=1e-3, atol=1e-4)
+        assert np.abs(whole[0] - whole[1]).max() > 1e-2
+
+    def test_other_images_and_other_extractors_are_other_files(self, alone, tmp_path):
+        reference(alone, Images(), tmp_path)
+        for extractor, images in ((alone, Images("b")), (make("frechet", name="tiny-dinov2_vits14"), Images())):
+            reference(extractor, images, tmp_path)
+            assert images.looks == [COUNT]
+        assert len(files(tmp_path)) == 3
+
+    def test_an_inception_score_needs_no_real_images(self, inception, tmp_path):
+        images = Images()
+        extractor = Extractor("inception", str(inception), CPU, ("inception_score",))
+        found = reference(extractor, images, tmp_path)
+        assert (images.looks, found.statistics, found.features) == ([], {}, None)
+
+    def test_images_that_were_not_announced_are_no_reference(self, alone, tmp_path):
+        with pytest.raises(ValueError, match="31 real images were announced and 30 came"):
+            reference(alone, Images(announced=31), tmp_path)
+        assert not (tmp_path / FOLDER).exists()
+
+    def test_one_image_is_no_reference(self, alone, tmp_path):
+        with pytest.raises(ValueError, match="at least two feature vectors"):
+            reference(alone, Images(pixels=PIXELS[:1]), tmp_path)
+
+    def test_damaged_files_are_named(self, everything, tmp_path):
+        reference(everything, Images(), tmp_path)
+        paths = {path.suffix: path for path in (tmp_path / FOLDER).iterdir()}
+        whole = paths[".npy"].read_bytes()
+        for content in (b"", whole[:-1], whole[:40]):
+            paths[".npy"].write_bytes(content)
+            with pytest.raises(StatisticsError, match="is no file of features: delete it"):
+                reference(everything, Images(), tmp_path)
+        np.save(paths[".npy"], np.zeros((3, 2)))
+        with pytest.raises(StatisticsError, match=r"holds features \(3, 2\) and not of 30 images"):
+            reference(everything, Images(), tmp_path)
+        paths[".npz"].write_bytes(paths[".npz"].read_bytes()[:100])
+        with pytest.raises(StatisticsError, match="is no npz file of arrays"):
+            reference(everything, Images(), tmp_path)
+
+
+class TestMeasure:
+    def test_every_metric_in_the_order_of_its_names(self, inception, tmp_path):
+        extractor = Extractor("inception", str(inception), CPU, tuple(YIELDS))
+        generated, real = PIXELS[:10] // 2, PIXELS[10:16]
+        against = reference(extractor, Images(pixels=real), tmp_path)
+        found, other = extractor.features(generated), extractor.features(real)
+        measured = {metric: measure(metric, found, against) for metric in YIELDS}
+        assert {metric: len(values) for metric, values in measured.items()} == {
+            metric: len(kinds) for metric, kinds in YIELDS.items()
+        }
+        for metric, layer in (("frechet", "2048"), ("sfid", "spatial")):
+            first, second = statistics(found.layers[layer]), statistics(other.layers[layer])
+            assert measured[metric] == (
+                pytest.approx(frechet_distance(first.mu, first.sigma, second.mu, second.sigma), rel=1e-5),
+            )
+        assert measured["sfid"] != measured["frechet"]
+        x, y = found.layers["2048"], other.layers["2048"]
+        assert measured["kid"] == (pytest.approx(kid(x, y).value, rel=1e-3),)
+        assert measured["inception_score"] == (inception_score(found.layers["logits_unbiased"]).value,)
+        shares = precision_recall(x, y)
+        assert measured["precision_recall"] == (shares.precision, shares.recall)
+
+    def test_what_is_missing_is_named(self, everything, alone, tmp_path):
+        against = reference(alone, Images(), tmp_path)
+        with pytest.raises(ValueError, match="kid needs features of real images: name it when the extractor is made"):
+            measure("kid", everything.features(PIXELS), against)
+        with pytest.raises(ValueError, match="no features of efficientnet_lite0 for sfid"):
+            measure("sfid", everything.features(PIXELS), against)
+
+
+class TestRead:
+    def save(self, path, extractor: Extractor) -> None:
+        """A reference batch of ADM's form: statistics of ten images, and the first four of them."""
+        found = extractor.features(PIXELS[:10])
+        pooled, spatial = (statistics(found.layers[layer]) for layer in ("2048", "spatial"))
+        images = PIXELS[:4].permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+        np.savez(path, arr_0=images, mu=pooled.mu, sigma=pooled.sigma, mu_s=spatial.mu, sigma_s=spatial.sigma)
+
+    def test_a_reference_of_adms_serves_every_metric(self, inception, tmp_path):
+        extractor = Extractor("inception", str(inception), CPU, tuple(YIELDS))
+        self.save(tmp_path / "VIRTUAL_x.npz", extractor)
+        found = read_reference(extractor, tmp_path / "VIRTUAL_x.npz")
+        again = extractor.features(PIXELS[:10])
+        assert measure("frechet", again, found)[0] < 1e-6 * np.trace(found.of("frechet").sigma)
+        assert measure("sfid", again, found)[0] < 1e-6 * np.trace(found.of("sfid").sigma)
+        assert len(found.of("sfid").mu) == 2023
+        np.testing.assert_allclose(found.features.of("kid"), again.of("kid")[:4], rtol=1e-3, atol=1e-4)
+        assert measure("precision_recall", again, found)[1] == 1
+
+    def test_a_file_of_another_extractors(self, alone, tmp_path):
+        held = statistics(np.random.default_rng(0).standard_normal((9, 4)))
+        np.savez(tmp_path / "x.npz", mu=held.mu, sigma=held.sigma)
+        with pytest.raises(StatisticsError, match="has 4 features and the extractor 1280"):
+            read_reference(alone, tmp_path / "x.npz")
+        np.savez(tmp_path / "x.npz", mu=held.mu, sigma=held.sigma, mu_s=held.mu, sigma_s=held.sigma)
+        with pytest.raises(StatisticsError, match="statistics of extractor inception, not efficientnet_lite0"):
+            read_reference(alone, tmp_path / "x.npz")
+
+    def test_the_labs_own_file_is_read_back(self, alone, tmp_path):
+        made = reference(alone, Images(), tmp_path)
+        path = next((tmp_path / FOLDER).iterdir())
+        assert np.array_equal(read_reference(alone, path).of("frechet").sigma, made.of("frechet").sigma)
+        with pytest.raises(StatisticsError, match="has statistics of extractor efficientnet_lite0, not tiny-dinov2_vits14"):
+            read_reference(make("frechet", name="tiny-dinov2_vits14"), path)
+
+    def test_statistics_without_images_do_not_serve_kid(self, everything, alone, tmp_path):
+        reference(alone, Images(), tmp_path)
+        with pytest.raises(StatisticsError, match="holds no images under arr_0"):
+            read_reference(everything, next((tmp_path / FOLDER).iterdir()))
+
+    def test_exported_samples_are_measured_alike(self, everything, tmp_path):
+        """What is exported for audit gives the same features as the pixels it was made of."""
+        write_images(tmp_path / "samples.npz", PIXELS.split(8), COUNT)
+        found = statistics(everything.features(PIXELS).of("frechet"))
+        with np.load(tmp_path / "samples.npz") as stored:
+            np.savez(tmp_path / "with.npz", arr_0=stored["arr_0"], mu=found.mu, sigma=found.sigma)
+        read = read_reference(everything, tmp_path / "with.npz").features.of("kid")
+        np.testing.assert_allclose(read, everything.features(PIXELS).of("kid"), rtol=1e-4, atol=1e-5)

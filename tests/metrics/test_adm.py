@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from repa_lab.metrics.adm import read_images, write_images
+from repa_lab.metrics.reference import StatisticsError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (10, 3, 6, 5), dtype=np.uint8)
+
+
+def test_a_batch_is_numpys_own_npz(tmp_path):
+    path = tmp_path / "new" / "samples.npz"
+    write_images(path, [PIXELS[:4], torch.from_numpy(PIXELS[4:])], 10)
+    with np.load(path, allow_pickle=False) as stored:
+        assert stored.files == ["arr_0"]
+        assert (stored["arr_0"].dtype, stored["arr_0"].shape) == (np.uint8, (10, 6, 5, 3))
+        assert np.array_equal(stored["arr_0"], PIXELS.transpose(0, 2, 3, 1))
+    assert [file.name for file in path.parent.iterdir()] == ["samples.npz"]
+
+
+def test_grey_is_three_equal_channels(tmp_path):
+    write_images(tmp_path / "x.npz", [PIXELS[:, :1]], 10)
+    stored = np.load(tmp_path / "x.npz")["arr_0"]
+    assert (stored == PIXELS[:, 0, :, :, None]).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 10, 64])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_what_others_wrote_is_read(tmp_path, batch_size, save):
+    save(tmp_path / "x.npz", arr_0=PIXELS.transpose(0, 2, 3, 1).copy(), mu=np.zeros(3))
+    parts = list(read_images(tmp_path / "x.npz", batch_size))
+    assert [len(part) for part in parts] == [min(batch_size, 10 - start) for start in range(0, 10, batch_size)]
+    assert np.array_equal(np.concatenate(parts), PIXELS)
+    assert torch.from_numpy(parts[0]).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("batches", "count", "match"),
+    [
+        ([PIXELS], 11, "11 images were announced and 10 came"),
+        ([PIXELS, PIXELS], 11, "11 images were announced and 20 came"),
+        ([PIXELS, PIXELS[:, :, :5]], 20, "images of one size are needed"),
+        ([PIXELS.astype(np.float32)], 10, r"need uint8 pixels \(B, 1 or 3, H, W\), got float32"),
+        ([PIXELS.transpose(0, 2, 3, 1)], 10, "need uint8 pixels"),
+        ([], 0, "no images"),
+        ([PIXELS[:0]], 0, "no images"),
+    ],
+)
+def test_a_batch_that_is_not_whole_is_not_written(tmp_path, batches, count, match):
+    (tmp_path / "x.npz").write_bytes(b"of before")
+    with pytest.raises(ValueError, match=match):
+        write_images(tmp_path / "x.npz", batches, count)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("x.npz", b"of before")]
+
+
+def test_a_failing_sampler_leaves_nothing(tmp_path):
+    def batches():
+        yield PIXELS
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        write_images(tmp_path / "x.npz", batches(), 20)
+    assert list(tmp_path.iterdir()) == []
+
+
+STREAM = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from repa_lab.metrics.adm import read_images, write_images
+batch = np.zeros((8, 3, 256, 256), np.uint8)
+write_images(Path(sys.argv[1]), [batch], 8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write_images(Path(sys.argv[1]), (batch for _ in range(100)), 800)
+assert sum(len(part) for part in read_images(Path(sys.argv[1]), 8)) == 800
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_images_are_never_all_in_memory(tmp_path):
+    command = [sys.executable, "-c", STREAM, str(tmp_path / "x.npz")]
+    kib = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert (tmp_path / "x.npz").stat().st_size > 150 << 20
+    assert kib < 30 << 10
+
+
+@pytest.mark.parametrize(
+    ("held", "match"),
+    [
+        ({"mu": np.zeros(3)}, "holds no images under arr_0"),
+        ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, r"holds float32 \(2, 4, 4, 3\) under arr_0; allowed: uint8"),
+        ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, "allowed: uint8"),
+        ({"arr_0": np.zeros((2, 3), np.uint8)}, "allowed: uint8"),
+    ],
+)
+def test_what_holds_no_images_is_refused(tmp_path, held, match):
+    np.savez(tmp_path / "x.npz", **held)
+    with pytest.raises(StatisticsError, match=match):
+        next(read_images(tmp_path / "x.npz"))
+
+
+def test_no_file_and_a_damaged_one(tmp_path):
+    (tmp_path / "x.npz").write_bytes(b"PK\3\4aaaa")
+    for name in ("x.npz", "none.npz"):
+        with pytest.raises(StatisticsError, match=f"{name}' holds no images under arr_0"):
+            next(read_images(tmp_path / name))

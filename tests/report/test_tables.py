@@ -1,0 +1,105 @@
+"""What stands in the tables, and the sheets of samples."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shutil
+
+from PIL import Image
+
+from repa_lab.report.ledger import cost_table
+from repa_lab.report.provenance import protocols_table, provenance_table
+from repa_lab.report.results import load_results
+from repa_lab.report.samples import sheets
+from repa_lab.report.tables import summary_tables, targets_tables
+from repa_lab.runs import RunsRoot, files
+
+from .conftest import METRIC, Build, FakeArm, FakeRun, constant_runs
+
+
+def test_speedups_are_paired_and_over_every_measure_that_differs(build: Build) -> None:
+    def runs(first: float, factor: int) -> list[FakeRun]:
+        # An arm that falls twice as fast a step, and takes four times the FLOPs for it.
+        return [FakeRun(seed, {100: first + seed, 200: 6.0, 400: 4.0}, flops=factor * 1e12) for seed in range(3)]
+
+    slow = [FakeRun(seed, {200: 10.0 + seed, 400: 6.0}, flops=1e12) for seed in range(3)]
+    sweep = build([FakeArm("base", slow), FakeArm("fast", runs(10.0, 4), "base")])
+    table = targets_tables(load_results(sweep.path))[METRIC]
+    assert table.headers[3:7] == ["steps", "images", "device hours", "FLOPs"]
+    assert [header.split(" [")[0] for header in table.headers[7:]] == [f"speed-up in {x}" for x in ("steps", "device hours", "FLOPs")]
+    ((target, arm, reached, steps, images, hours, flops, *ratios),) = table.rows
+    assert (target, arm, reached) == ("the baseline's final value", "fast", "3 of 3")
+    assert (steps, images, hours, flops) == ("200", "12,800", "0.00556", "8.00e+14")
+    assert ratios == ["2.00x [2.00, 2.00]", "2.00x [2.00, 2.00]", "0.50x [0.50, 0.50]"]
+
+
+def test_the_cost_ledger_counts_a_shared_run_once(build: Build) -> None:
+    shared = [FakeRun(0, {100: 2.0, 200: 1.0}, flops=1e12, run_id="shared")]
+    own = [FakeRun(0, {100: 2.0, 200: 1.0}, flops=1e12)]
+    rows = cost_table(load_results(build([FakeArm("a", shared), FakeArm("b", shared), FakeArm("c", own)]).path)).rows
+    assert [row[:2] for row in rows] == [["a", "1"], ["c", "1"], ["all runs, each once", "2"]]
+    # 20 s of training and 10 s of evaluation a run; of 2e14 FLOPs four fifths are the denoiser's.
+    assert rows[0][2:] == ["0.00556", "0.00278", "1.60e+14", "4.00e+13", "1,000", "33 %"]
+    assert rows[2][2:] == ["0.0111", "0.00556", "3.20e+14", "8.00e+13", "2,000", "33 %"]
+
+
+def test_numbers_of_different_protocols_are_in_different_tables(build: Build) -> None:
+    other = "fid:inception@10k/sde250"
+    results = load_results(build([FakeArm("a", constant_runs([1.0])), FakeArm("b", constant_runs([2.0], metric=other))]).path)
+    tables = summary_tables(results)
+    assert {metric: [row[0] for row in table.rows] for metric, table in tables.items()} == {METRIC: ["a"], other: ["b"]}
+    assert summary_tables(results, compared=False) == {}
+
+
+def test_samples_stand_side_by_side_at_one_seed(build: Build) -> None:
+    def runs(seeds: tuple[int, ...]) -> list[FakeRun]:
+        return [FakeRun(seed, {100: 2.0, 200: 1.0, 300: 1.0}) for seed in seeds]
+
+    # Seed 0 has samples in one arm only; seed 1 in both.
+    sweep = build([FakeArm("base", runs((0, 1))), FakeArm("arm", runs((1, 2)), "base")])
+    (sheet,) = sheets(load_results(sweep.path), sweep.path)
+    assert (sheet.seed, sheet.steps, list(sheet.rows)) == (1, (200, 300), ["base", "arm"])
+    ids = [run["run_id"] for arm in sweep.manifest["arms"] for run in arm["runs"] if run["seed"] == 1]
+    links = [sample.link for samples in sheet.rows.values() for sample in samples if sample]
+    assert links == [f"../by-id/{run_id}/samples/step-00000{step}.png" for run_id in ids for step in (200, 300)]
+
+
+def test_many_steps_are_thinned_evenly_with_the_first_and_the_last(build: Build, root: RunsRoot) -> None:
+    sweep = build([FakeArm("a", [FakeRun(0, {100: 1.0}, run_id="long")])])
+    for step in range(200, 1200, 100):
+        shutil.copy(root.run("long").samples / "step-00000100.png", root.run("long").samples / f"step-{step:08d}.png")
+    (sheet,) = sheets(load_results(sweep.path), sweep.path)
+    assert sheet.steps == (100, 300, 600, 900, 1100)
+
+
+def test_large_samples_are_shrunk_for_the_page(build: Build, root: RunsRoot) -> None:
+    sweep = build([FakeArm("a", [FakeRun(0, {100: 1.0}, run_id="large")])])
+    noise = Image.effect_noise((2560, 1024), 90)
+    noise.save(root.run("large").samples / "step-00000100.png")
+    (sheet,) = sheets(load_results(sweep.path), sweep.path)
+    sample = sheet.rows["a"][0]
+    assert sample is not None
+    assert sample.data is not None
+    kind, _, content = sample.data.partition(";base64,")
+    assert kind == "data:image/jpeg"
+    assert Image.open(io.BytesIO(base64.b64decode(content))).size == (640, 256)
+
+
+def test_recorded_protocols_are_listed(build: Build) -> None:
+    runs = constant_runs([1.0, 2.0], protocol={"samples": 500, "sampler": {"type": "ode", "steps": 20}})
+    rows = protocols_table(load_results(build([FakeArm("a", runs)]).path)).rows
+    assert rows == [[METRIC, "samples", "500"], [METRIC, "sampler", '{"type": "ode", "steps": 20}']]
+
+
+def test_provenances_that_differ_have_a_row_each(build: Build, root: RunsRoot) -> None:
+    sweep = build([FakeArm("arm", [FakeRun(seed, {100: 1.0}, run_id=f"run{seed}") for seed in range(3)])])
+    old = root.run("run0").provenance
+    files.write_json(root.run("run0").path / "provenance.json", {**old, "git": None, "packages": {"torch": "2.8.0"}})
+    rows = provenance_table(load_results(sweep.path)).rows
+    assert [row for row in rows if row[0] in ("code", "torch")] == [
+        ["code", "not from a git checkout", "1"],
+        ["code", "commit 0123456789abcdef", "2"],
+        ["torch", "2.8.0", "1"],
+        ["torch", "2.9.0", "2"],
+    ]
