@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from repa_lab.metrics.protocol import differences
-from repa_lab.report.results import Results, ResultsError, load_results, root_of
+from repa_lab.report.results import Results, ResultsError, load_results
 from repa_lab.report.statistics import Goal, mean_interval
 from repa_lab.report.summary import is_protocol, metric_kind
-from repa_lab.runs import RunsRoot
 
 COLUMNS = [
     *("arm", "sweeps", "family", "size", "regularizer", "encoder", "state", "seeds"),
@@ -64,12 +64,12 @@ class _Known:
     protocols: Mapping[str, Mapping[str, Protocol]]
 
     @classmethod
-    def of(cls, results: Results, root: RunsRoot) -> _Known:
+    def of(cls, results: Results) -> _Known:
         facts = results.runs.drop_duplicates("run_id").set_index("run_id")
-        return cls(_entries(results), facts, {run: root.run(run).protocols for run in facts.index})
+        return cls(_entries(results), facts, results.protocols.by_run)
 
     def protocol(self, run: str, metric: str) -> Protocol:
-        return self.protocols[run].get(metric) or _guessed(metric, self.facts.loc[run])
+        return self.protocols.get(run, {}).get(metric) or _guessed(metric, self.facts.loc[run])
 
 
 def leaderboards(path: str | Path, metric: str | None = None, protocol: str = "") -> list[Board]:
@@ -86,7 +86,7 @@ def leaderboards(path: str | Path, metric: str | None = None, protocol: str = ""
         ResultsError: there is no sweep, or nothing of that name was measured.
     """
     results = load_results(path)
-    known = _Known.of(results, root_of(path))
+    known = _Known.of(results)
     values = results.curves.drop_duplicates(["run_id", "metric", "step"], keep="last")
     measured = sorted(values["metric"].unique())
     chosen = [name for name in measured if _is_wanted(name, metric) and protocol in name]
@@ -121,8 +121,9 @@ def _guessed(metric: str, run: pd.Series) -> Protocol:
     """Of a run that recorded no protocols: the metric's name says how it was measured, and the settings on what data."""
     if not is_protocol(metric):
         return {}
-    data = {name: value for name, value in run.items() if str(name).startswith("data.") and not pd.isna(value)}
-    return {"recorded": False, **data}
+    known = {name: value for name, value in run.items() if str(name).startswith("data.") and not pd.isna(value)}
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in known.items()}
+    return {"recorded": False, **plain}
 
 
 def _alike(protocols: Mapping[str, Protocol]) -> list[tuple[Protocol, set[str]]]:

@@ -169,3 +169,14 @@ def test_what_is_not_there_is_said_in_one_line(build: Build, root: RunsRoot, tmp
     build([FakeArm("base", constant_runs([1.0]))])
     done = cli(root.path, "--protocol", "@50k")
     assert (done.returncode, done.stderr) == (2, f"no such metric with a protocol in '{root.path}'; measured: {METRIC}\n")
+
+
+def test_a_damaged_record_of_protocols_sets_its_run_apart_and_ends_nothing(build: Build, root: RunsRoot):
+    config = {**SIT, "data": {"source": "digits", "flip": True}}
+    build([FakeArm(name, [FakeRun(0, {600: value}, run_id=name)], config=config) for name, value in (("a", 3.0), ("b", 2.0))])
+    recorded(root, "a", reference="digits")
+    (root.run("b").path / "protocols.json").write_text('{"x": ')
+    shown = cli(root.path)
+    assert (shown.returncode, "Traceback" in shown.stderr) == (0, False)
+    boards = json.loads(cli(root.path, "--json").stdout)
+    assert {(board["arms"][0]["arm"], len(board["arms"]), board["protocol"].get("data.flip")) for board in boards} == {("a", 1, None), ("b", 1, True)}
