@@ -15,7 +15,7 @@ _PROTOCOL = re.compile(r"(?P<kind>[^:]+):(?P<extractor>[^@]+)@(?P<samples>\d+k?)
 def measured_how(results: Results) -> list[str]:
     """A line on every protocol in use, and on how arms were compared."""
     metrics = dict.fromkeys(metric for metric in results.summary["metric"] if is_protocol(metric))
-    return [*(_protocol(metric) for metric in metrics), *_comparisons(results)]
+    return [*(_protocol(metric) + _bias(results, metric) for metric in metrics), *_comparisons(results)]
 
 
 def _protocol(metric: str) -> str:
@@ -29,6 +29,18 @@ def _protocol(metric: str) -> str:
         features = f"Frechet distance between {parts['extractor']} features of {made} and of the reference images"
         return f"{metric}: {features}. It is not FID and cannot be set beside published FIDs."
     return f"{metric}: {parts['kind']} with {parts['extractor']} on {made}."
+
+
+def _bias(results: Results, metric: str) -> str:
+    """What is to be said of a Frechet distance over fewer samples than features, as the runs recorded them."""
+    known = [held.get(metric, {}) for held in results.protocols.by_run.values()]
+    recorded = [one for one in known if all(isinstance(one.get(key), int) for key in ("samples", "real", "features"))]
+    sides = [(min(one["samples"], one["real"] or one["samples"]), one["features"]) for one in recorded]
+    few = next(((count, width) for count, width in sides if count <= width), None)
+    if few is None:
+        return ""
+    count, width = few
+    return f" {count} images for {width} features leave a covariance singular, and the distance biased upward: it ranks, no more."
 
 
 def _comparisons(results: Results) -> Iterator[str]:

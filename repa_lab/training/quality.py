@@ -28,7 +28,8 @@ _LIBRARIES = ("torch", "torchvision", "torch-fidelity", "diffusers", "timm", "nu
 
 
 def _of_statistics(against: Reference, metric: str, samples: int) -> dict[str, Any]:
-    return {"real": against.of(metric).count}
+    found = against.of(metric)
+    return {"real": found.count, "features": len(found.mu)}
 
 
 def _of_features(against: Reference, metric: str, samples: int) -> dict[str, Any]:

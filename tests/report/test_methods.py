@@ -1,0 +1,31 @@
+"""What a report says of how its numbers came about."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from repa_lab.report import load_results
+from repa_lab.report.methods import measured_how
+
+from .conftest import METRIC, Build, FakeArm, FakeRun
+
+NOTE = "300 images for 1280 features leave a covariance singular, and the distance biased upward: it ranks, no more."
+
+
+@pytest.mark.parametrize(
+    ("protocol", "is_told"),
+    [
+        ({"samples": 300, "real": 1541, "features": 1280}, True),
+        ({"samples": 5000, "real": 300, "features": 1280}, True),
+        ({"samples": 1281, "real": 0, "features": 1280}, False),  # a file that does not say how many it is of
+        ({"samples": 300, "real": 1541}, False),
+    ],
+)
+def test_too_few_images_for_the_features_are_told(build: Build, protocol, is_told):
+    sweep = build([FakeArm("arm", [FakeRun(0, {600: 1.0}, run_id="run")])])
+    (sweep.root.run("run").path / "protocols.json").write_text(json.dumps({METRIC: protocol}))
+    (line, *_) = measured_how(load_results(sweep.path))
+    assert line.startswith(METRIC)
+    assert line.endswith(NOTE) is is_told
