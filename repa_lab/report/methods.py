@@ -40,7 +40,8 @@ def _bias(results: Results, metric: str) -> str:
     if few is None:
         return ""
     count, width = few
-    return f" {count} images for {width} features leave a covariance singular, and the distance biased upward: it ranks, no more."
+    biased = "leave a covariance singular, and the distance biased upward: it ranks, no more."
+    return f" {count} images for {width} features {biased}"
 
 
 def _comparisons(results: Results) -> Iterator[str]:
