@@ -16,7 +16,7 @@ COMMANDS = (
     profile.profile,
     results.leaderboard, results.sync,
     reproduce.reproduce,
-    models.families, models.export,
+    models.families, models.export, models.sample,
 )  # fmt: skip
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

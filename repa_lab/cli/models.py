@@ -56,6 +56,32 @@ def export(
         out.print(f"{weights} weights of step {step:,}: {target}", highlight=False, soft_wrap=True)
 
 
+def sample(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's id, or its folder.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.npz", help="A new file.")],
+    metric: Annotated[str | None, typer.Option(help="Full name of a number; else the first of the dearest protocol.")] = None,
+    weights: Annotated[str, typer.Option(help="ema (the averages that are measured) or last.")] = "ema",
+    root: RootOption = DEFAULT_ROOT,
+) -> None:
+    """Draw the samples that a run's number was measured on into one file, as ADM's evaluator takes it."""
+    with clean_errors():
+        from repa_lab.runs import RunsRoot
+
+        directory = RunsRoot(root).find_run(run)
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from repa_lab.training.audit import write_samples
+
+        with Progress(TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err) as bars:
+            bar = bars.add_task("", total=None)
+
+            def show(done: int, total: int) -> None:
+                bars.update(bar, completed=done, total=total)
+
+            step, name = write_samples(directory, file, RunsRoot(root).cache, metric, weights, show)
+        out.print(f"the samples of {name} at step {step:,}, {weights} weights: {file}", highlight=False, soft_wrap=True)
+
+
 def import_(
     config: Annotated[list[str], typer.Argument(metavar="CONFIG", help="A file of JSON or of flags, or the flags themselves.")],
     output: OutputOption = None,

@@ -107,10 +107,6 @@ class Extractor:
             parts = [self._run(batch) for batch in pixels.split(batch_size)]
         return Features.cat([Features(self.name, part) for part in parts])
 
-    def __call__(self, pixels: torch.Tensor, batch_size: int = 64) -> NDArray[np.float64]:
-        """Features ``(n, d)`` of its first layer, in float64; see :meth:`features`."""
-        return self.features(pixels, batch_size).layers[self.layers[0]].astype(np.float64)
-
     def _run(self, batch: torch.Tensor) -> dict[str, NDArray[np.float32]]:
         found = self._net(batch.to(self._device).expand(-1, 3, -1, -1).contiguous())
         if not isinstance(found, dict):

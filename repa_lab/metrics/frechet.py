@@ -18,17 +18,6 @@ class Statistics:
     sigma: Array
     count: int
 
-    @property
-    def note(self) -> str | None:
-        """What to tell whoever reads a distance to it: that the covariance is singular, or None.
-
-        The distance grows as samples get fewer, by about c / n (1911.07023); numbers of different n are not compared.
-        """
-        width = len(self.mu)
-        if not 0 < self.count <= width:
-            return None
-        return f"{self.count} samples for {width} features: the covariance is singular, and the distance biased upwards"
-
 
 class Moments:
     """Mean and covariance of features that come batch by batch, in float64 and O(d^2) memory."""

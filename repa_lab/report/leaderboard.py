@@ -13,13 +13,12 @@ import pandas as pd
 from repa_lab.metrics.protocol import differences
 from repa_lab.report.results import Results, ResultsError, load_results
 from repa_lab.report.statistics import Goal, mean_interval
-from repa_lab.report.summary import is_protocol, metric_kind
+from repa_lab.report.summary import goal_of, is_protocol, metric_kind
 
 COLUMNS = [
     *("arm", "sweeps", "family", "size", "regularizer", "encoder", "state", "seeds"),
     *("n", "mean", "low", "high", "best", "step", "images"),
 ]
-_RISING = ("is", "precision", "recall")
 Protocol = Mapping[str, Any]
 
 
@@ -95,11 +94,6 @@ def leaderboards(path: str | Path, metric: str | None = None, protocol: str = ""
         names = ", ".join(filter(is_protocol, measured)) or "nothing"
         raise ResultsError(f"no such metric with a protocol in '{path}'; measured: {names}")
     return boards
-
-
-def goal_of(metric: str) -> Goal:
-    """Whether small or large values of an evaluation metric are good; agreement with an encoder is good."""
-    return "max" if metric_kind(metric) in _RISING or metric.startswith("heldout/") else "min"
 
 
 def _is_wanted(name: str, metric: str | None) -> bool:

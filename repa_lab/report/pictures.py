@@ -103,8 +103,9 @@ def _search(results: Results) -> Iterator[_Draft]:
     if frame.empty or frame[values].isna().all(axis=None) or not any(name.startswith("param/") for name in frame):
         return
     slices = figures.draw_slices(frame, goals)
-    caption = "A point for each trial; faint ones did not complete; the star is the best completed one."
-    yield _Draft("search", "search", "The objective along every searched setting", caption, slices, (slices,))
+    caption = "A point for each trial; faint ones did not complete. Star: the best completed one; line: the best so far."
+    title = "The objective over the trials, and along every searched setting"
+    yield _Draft("search", "search", title, caption, slices, (slices,))
     if len(goals) > 1:
         front = figures.draw_pareto(frame)
         caption = "A point for each trial; joined: the trials of which none is better in every objective."

@@ -13,8 +13,8 @@ from repa_lab.report import figures
 from repa_lab.report.profile import load_profile, profile_figures
 from repa_lab.report.reproduced import reproduction
 from repa_lab.report.results import Results, ResultsError, load_results, root_of
+from repa_lab.report.search import objectives, search_frame
 from repa_lab.report.statistics import Goal
-from repa_lab.report.trials import draw_trials, trials_frame
 from repa_lab.runs import profiles
 
 __all__ = ["Drawn", "Profiles", "alignment", "convergence", "layers", "quality", "reproduction", "search"]
@@ -57,16 +57,16 @@ def quality(results: Results) -> Drawn:
 
 
 def search(results: Results) -> Drawn:
-    """The trials of one sweep's search; see :func:`repa_lab.report.trials.trials_frame`.
+    """The trials of one sweep's search; see :func:`repa_lab.report.search.search_frame`.
 
     Raises:
         ResultsError: the sweep is no search, or there are several.
     """
-    asked = results.sweep.get("search")
-    if not asked:
+    goals = dict(objectives(results))
+    if not goals:
         raise ResultsError(f"sweep {results.name} is no search: its spec has no search section")
-    frame = trials_frame(results)
-    return Drawn(draw_trials(frame, asked["metric"], "max" if asked["goal"] == "max" else "min"), frame)
+    frame = search_frame(results)
+    return Drawn(figures.draw_slices(frame, goals), frame)
 
 
 def layers(path: str | Path) -> Profiles:

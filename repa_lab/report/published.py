@@ -13,9 +13,8 @@ import pandas as pd
 
 from repa_lab.report.results import Results
 from repa_lab.report.statistics import MIN_SEEDS, Estimate, PairedDifference, mean_interval, paired_difference
+from repa_lab.report.summary import goal_of
 from repa_lab.spec.published import PublishedConfig
-
-_GOALS = {"is": "max", "precision": "max", "recall": "max"}  # of the others small is good
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def _kind(metric: str) -> str:
 
 
 def _best(values: Mapping[str, float], kind: str) -> str:
-    choose = max if _GOALS.get(kind) == "max" else min
+    choose = max if goal_of(kind) == "max" else min
     return choose(values, key=lambda label: values[label])
 
 

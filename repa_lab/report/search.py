@@ -53,14 +53,16 @@ def parameters(results: Results) -> list[str]:
 def search_frame(results: Results) -> pd.DataFrame:
     """A row per trial of one sweep's search in :func:`ordered_trials`' order.
 
-    Columns: ``arm``, ``state``, ``on_front`` (whether none is better in every objective), ``value/<objective>`` (NaN without a
-    value) and ``param/<dotted path>`` (text where it is no number, None where it was not searched).
+    Columns: ``trial``, its number in the order in which they were begun; ``arm``, ``state``, ``on_front`` (whether none is
+    better in every objective), ``value/<objective>`` (NaN without a value) and ``param/<dotted path>`` (text where it is no
+    number, None where it was not searched).
     """
     search, aims = results.sweep.get("search") or {}, objectives(results)
     front = set(search.get("pareto") or [])
+    begun = {id(trial): number for number, trial in enumerate(search.get("trials") or [])}
     rows = [
         {
-            **{"arm": trial["arm"], "state": trial["state"], "on_front": trial["arm"] in front},
+            **{"trial": begun[id(trial)], "arm": trial["arm"], "state": trial["state"], "on_front": trial["arm"] in front},
             **{f"value/{metric}": value for metric, value in _values(trial, aims).items()},
             **{f"param/{name}": _plain(trial["params"].get(name)) for name in parameters(results)},
         }

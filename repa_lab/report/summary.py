@@ -9,13 +9,14 @@ from typing import Any
 import pandas as pd
 
 from repa_lab.report.protocols import Protocols
-from repa_lab.report.statistics import Curve, holm, mean_interval, paired_difference, verdict
+from repa_lab.report.statistics import Curve, Goal, holm, mean_interval, paired_difference, verdict
 
 SeedCurves = Mapping[int, Curve]
 Index = dict[tuple[str, str, str], dict[int, dict[float, float]]]
 Row = dict[str, Any]
 KEYS = ("sweep", "arm")
 REFUSED = "refused"
+_RISING = ("is", "precision", "recall")
 SUMMARY_COLUMNS = [
     *("sweep", "arm", "baseline", "metric", "step", "seeds", "n", "mean", "low", "high"),
     *("baseline_mean", "diff", "diff_low", "diff_high", "n_pairs", "relative"),
@@ -37,6 +38,11 @@ def metric_kind(metric: str) -> str:
     """What the metric is, whatever its protocol; FID is the Frechet distance of one extractor, so both are one kind."""
     kind = metric.partition(":")[0]
     return "frechet" if kind == "fid" else kind
+
+
+def goal_of(metric: str) -> Goal:
+    """Whether small or large values of an evaluation metric, or of its kind, are good; agreement with an encoder is good."""
+    return "max" if metric_kind(metric) in _RISING or metric.startswith("heldout/") else "min"
 
 
 def index_curves(curves: pd.DataFrame, axis: str = "step") -> Index:

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from repa_lab.report.leaderboard import goal_of
 from repa_lab.report.phrases import NONE, decimals, interval, number, p_value, significant
 from repa_lab.report.progress import IMAGES, Axis
 from repa_lab.report.results import Results
 from repa_lab.report.search import Trial, ordered_trials, parameters
 from repa_lab.report.statistics import Estimate, Goal, finite, mean_interval, speedup, steps_to_reach
-from repa_lab.report.summary import SeedCurves, metric_kind
+from repa_lab.report.summary import SeedCurves, goal_of, metric_kind
 from repa_lab.report.table import Table
 
 _FINAL = "the baseline's final value"

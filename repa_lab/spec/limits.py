@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from repa_lab.spec.section import Section
-
-Limit = Annotated[float, Field(ge=0)]
+from repa_lab.spec.section import Count, NotNegative, Section
 
 
 class BudgetConfig(Section):
     """What a sweep may cost at most; null is no limit. A sweep that would cost more is refused before anything starts."""
 
-    gpu_hours: Limit | None = None
-    disk_gib: Limit | None = None
+    gpu_hours: NotNegative | None = None
+    disk_gib: NotNegative | None = None
 
 
 class StopRule(Section):
@@ -29,7 +27,7 @@ class StopRule(Section):
     metric: str = "frechet"
     below: float | None = None
     above: float | None = None
-    after: Annotated[int, Field(ge=0)] = 0
+    after: Count = 0
 
     @model_validator(mode="after")
     def _one_side(self) -> StopRule:

@@ -12,7 +12,7 @@ from repa_lab.models.facts import Family, Shape, UnknownFactError, shape_of
 from repa_lab.models.families import TRAINABLE, family_facts
 from repa_lab.models.released import problem_with
 from repa_lab.runs.root import RESERVED
-from repa_lab.spec import Arm, DataConfig, EncoderConfig, Experiment, Problem, SpecError
+from repa_lab.spec import Arm, DataConfig, EncoderConfig, EvaluateConfig, Experiment, Problem, SpecError
 from repa_lab.spec.errors import Path_
 from repa_lab.sweep.search.problems import objective_path, search_problems
 from repa_lab.tracking import tensorboard
@@ -116,13 +116,14 @@ def _size_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
 
 
 def _sampling_problems(arm: Arm, family: Family) -> Iterator[Problem]:
-    config = arm.config
-    sampler, guidance = config.evaluate.sampler, config.evaluate.guidance
-    if (sampler.type, sampler.solver) != ("ode", "euler"):
-        message = f"{family.name} is sampled through its own pipeline and scheduler: only evaluate.sampler.steps can be set"
-        yield arm.problem("evaluate.sampler", message)
-    if (guidance.low, guidance.high) != (0, 1):
-        yield arm.problem("evaluate.guidance", f"the pipeline of {family.name} guides at all times: leave low and high out")
+    dearest_first = [*_tiers(arm)][::-1]  # what both protocols have is the usual one's
+    for sampler, path in {tier.sampler: f"{path}.sampler" for path, tier in dearest_first}.items():
+        if (sampler.type, sampler.solver) != ("ode", "euler"):
+            message = f"{family.name} is sampled through its own pipeline and scheduler: only {path}.steps can be set"
+            yield arm.problem(path, message)
+    for guidance, path in {tier.guidance: f"{path}.guidance" for path, tier in dearest_first}.items():
+        if (guidance.low, guidance.high) != (0, 1):
+            yield arm.problem(path, f"the pipeline of {family.name} guides at all times: leave low and high out")
 
 
 def _caption_problems(arm: Arm, family: Family) -> Iterator[Problem]:
@@ -179,8 +180,13 @@ def _encoder_problems(arm: Arm, path: str, encoder: EncoderConfig) -> Iterator[P
         yield arm.problem(f"{path}.pixels", message)
 
 
+def _tiers(arm: Arm) -> Iterator[tuple[str, EvaluateConfig]]:
+    """The protocols that an arm is measured by, each with its place."""
+    return zip(("evaluate", "evaluate.full"), tiers(arm.config), strict=False)
+
+
 def _metric_problems(arm: Arm) -> Iterator[Problem]:
-    for path, tier in zip(("evaluate", "evaluate.full"), tiers(arm.config), strict=False):
+    for path, tier in _tiers(arm):
         for metric in tier.metrics:
             if not any(name for one in tier.extractors for name in measured(arm.config, tier, metric, one)):
                 names = " and ".join(one.name for one in tier.extractors)

@@ -117,14 +117,15 @@ def results_of(experiment: Experiment, path: Path, scale: Scale) -> tuple[Compar
     """
     from repa_lab.report import load_results
     from repa_lab.report.published import compare_published
+    from repa_lab.report.reproduced import TEXT, VALUES
     from repa_lab.runs.files import write_text
 
     published = experiment.published
     if published is None or not published.arms:
         raise SpecError([Problem(Place(None), "published", "the spec says of no arm what was published")])
     comparisons = compare_published(load_results(path), published, exact=scale == "full")
-    write_text(path / "reproduce.md", _markdown(experiment, comparisons, scale))
-    write_text(path / "reproduce.csv", _csv(comparisons))
+    write_text(path / TEXT, _markdown(experiment, comparisons, scale))
+    write_text(path / VALUES, _csv(comparisons))
     return comparisons
 
 

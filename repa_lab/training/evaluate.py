@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torchvision.transforms.functional import resize
 from torchvision.utils import make_grid
 
@@ -24,7 +23,7 @@ from repa_lab.models.tap import Tap
 from repa_lab.runs import files
 from repa_lab.runs.files import Row
 from repa_lab.spec import EvaluateConfig, RunConfig
-from repa_lab.training.heldout import held_out_batches, show
+from repa_lab.training.heldout import held_out_batches, image_means, show
 from repa_lab.training.images import Images
 from repa_lab.training.model import Model
 from repa_lab.training.quality import Quality, versions
@@ -111,7 +110,7 @@ class Evaluator:
         if self._targets is None:
             return {}
         pairs = list(self._held_out_pairs(tap, self._targets))
-        ours, theirs = (np.concatenate([_image_means(one) for one in side]) for side in zip(*pairs, strict=True))
+        ours, theirs = (np.concatenate([image_means(one.values) for one in side]) for side in zip(*pairs, strict=True))
         row: Row = {"heldout/cka": cka(ours, theirs)}
         if match is not None:
             row |= self._agreement(pairs, match)
@@ -155,11 +154,6 @@ def write_grid(pixels: torch.Tensor, path: Path) -> None:
     grid = make_grid(sized, nrow=_GRID_COLUMNS, padding=2, pad_value=255)
     image = Image.fromarray(grid.permute(1, 2, 0).numpy())
     files.replace_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
-
-
-def _image_means(tokens: Tokens) -> NDArray[np.float32]:
-    means: NDArray[np.float32] = tokens.values.mean(dim=1).numpy()
-    return means
 
 
 def _on_cpu(tokens: Tokens) -> Tokens:

@@ -5,22 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from torch import nn
-
 from repa_lab.models.denoiser import Denoiser
 from repa_lab.models.family import BUILDERS, Input
 from repa_lab.models.pretrained import export as export_pretrained
-from repa_lab.runs import RunDirectory, checkpoints, files
+from repa_lab.runs import RunDirectory, files
 from repa_lab.spec.identity import Run
-from repa_lab.training.checkpoint import INPUT_FILE, PREFIX, load_trainable
+from repa_lab.training.checkpoint import INPUT_FILE
 from repa_lab.training.model import build_denoiser
-
-WEIGHTS = ("ema", "last")
+from repa_lab.training.trained import load_weights, newest_checkpoint
 
 
 class ExportError(ValueError):
-    """There is nothing to export, or no place to put it."""
+    """There is no place to put it."""
 
 
 def export_model(directory: RunDirectory, folder: Path, weights: str = "ema") -> int:
@@ -40,16 +36,12 @@ def export_model(directory: RunDirectory, folder: Path, weights: str = "ema") ->
         The step of the checkpoint.
 
     Raises:
-        ExportError: the run has no checkpoint, the folder is in use, or ``weights`` is another word.
+        NoWeightsError: the run has no checkpoint, or ``weights`` is another word.
+        ExportError: the folder is in use.
     """
-    if weights not in WEIGHTS:
-        raise ExportError(f"unknown weights '{weights}'; allowed: {', '.join(WEIGHTS)}")
+    step, checkpoint = newest_checkpoint(directory, weights)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"'{folder}' is not empty; name a new folder")
-    found = checkpoints.latest(directory.checkpoints)
-    if found is None:
-        raise ExportError(f"run {directory.run_id} has no checkpoint yet")
-    step, checkpoint = found
     run = Run.from_json(directory.run_id, directory.spec)
     denoiser = build_denoiser(run.config, _input(files.read_json(checkpoint / INPUT_FILE)), run.seed)
     load_weights(denoiser, checkpoint, weights)
@@ -59,19 +51,6 @@ def export_model(directory: RunDirectory, folder: Path, weights: str = "ema") ->
     else:
         BUILDERS[run.config.model.family].export(denoiser, folder)
     return step
-
-
-def load_weights(denoiser: nn.Module, checkpoint: Path, weights: str) -> None:
-    """Give a run's denoiser the ``ema`` or the ``last`` weights of one of its checkpoints.
-
-    Raises:
-        KeyError: a weight is missing.
-    """
-    state = load_file(checkpoint / "denoiser.safetensors")
-    if weights == "ema":
-        averages = load_file(checkpoint / "ema.safetensors")
-        state |= {name.removeprefix(PREFIX): value for name, value in averages.items() if name.startswith(PREFIX)}
-    load_trainable(denoiser, state)
 
 
 def _input(given: dict[str, Any] | None) -> Input | None:

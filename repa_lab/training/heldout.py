@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from repa_lab.data.sources import groups
 from repa_lab.training.images import Images
@@ -19,6 +21,12 @@ def held_out_batches(images: Images, chosen: torch.Tensor, at_once: int) -> Iter
     """The images ``chosen`` ``(n,)``, size by size, at most ``at_once`` at a time: each batch has its noise."""
     members = [chosen[group] for group in groups(images.source.sizes[chosen])]
     return (part for group in members for part in group.split(at_once))
+
+
+def image_means(values: torch.Tensor) -> NDArray[np.float32]:
+    """Tokens ``(B, N, D)`` averaged over each image, ``(B, D)``: what linear CKA and its like compare."""
+    means: NDArray[np.float32] = values.float().mean(dim=1).cpu().numpy()
+    return means
 
 
 def show(model: Model, images: Images, index: torch.Tensor, timestep: float, device: torch.device) -> None:

@@ -16,21 +16,19 @@ from repa_lab.encoders.targets import Targets
 from repa_lab.metrics import cds, cka, cknna, lds, mutual_knn, rmsc
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.models.blocks import BlockName, tap_every_block
-from repa_lab.models.families import family_facts
 from repa_lab.models.tap import TapError
-from repa_lab.runs import RunDirectory, checkpoints, profiles
+from repa_lab.runs import RunDirectory, profiles
 from repa_lab.runs.files import Row
 from repa_lab.runs.provenance import provenance
 from repa_lab.spec import EncoderConfig, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.aligner import choose_block, open_targets
-from repa_lab.training.device import PRECISION, pick_device
-from repa_lab.training.export import WEIGHTS, load_weights
+from repa_lab.training.device import pick_device
 from repa_lab.training.fingerprints import content_of
-from repa_lab.training.heldout import MEASURING_SEED, held_out_batches, show
+from repa_lab.training.heldout import MEASURING_SEED, held_out_batches, image_means, show
 from repa_lab.training.images import Images
-from repa_lab.training.model import Model, open_data, open_model, pretrained_folder
-from repa_lab.training.texts import encode_captions
+from repa_lab.training.model import Model, open_data
+from repa_lab.training.trained import newest_checkpoint, open_trained
 
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
 METRICS = (*profiles.ALIGNMENT, *profiles.SPATIAL)
@@ -90,8 +88,6 @@ class Request:
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown or not self.metrics:
             raise ProfileError(f"unknown metric '{''.join(unknown[:1])}'; allowed: {', '.join(METRICS)}")
-        if self.weights not in WEIGHTS:
-            raise ProfileError(f"unknown weights '{self.weights}'; allowed: {', '.join(WEIGHTS)}")
 
 
 def profile_run(directory: RunDirectory, request: Request, options: RunOptions, cache: Path) -> dict[str, Any]:
@@ -111,23 +107,18 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
         timestep, metric and value each. A spatial metric has none where the grid is too small for it.
 
     Raises:
-        ProfileError: no checkpoint, no encoder, too few images, no grid that is large enough, or values that are not finite.
+        NoWeightsError: no checkpoint, or weights of another word.
+        ProfileError: no encoder, too few images, no grid that is large enough, or values that are not finite.
         DataError, EncoderError, PretrainedError, DeviceError: a part cannot be had.
     """
-    found = checkpoints.latest(directory.checkpoints)
-    if found is None:
-        raise ProfileError(f"run {directory.run_id} has no checkpoint yet")
-    step, checkpoint = found
+    step, checkpoint = newest_checkpoint(directory, request.weights)
     run, device = Run.from_json(directory.run_id, directory.spec), pick_device(options)
     encoder = _encoder(run, request)
     images = open_data(run.config, cache, device)
     chosen = choose_images(images, request, run.run_id)
     targets = open_targets(encoder, images, options, cache, device)
-    model = _open(run, images, options, cache, device)
-    load_weights(model.denoiser, checkpoint, request.weights)
-    model.denoiser.eval().to(device)
-    with torch.autocast(device.type, PRECISION[options.precision], enabled=options.precision != "fp32"):
-        values = measure_profile(model, images, targets, request, chosen, device)
+    model = open_trained(run, checkpoint, request.weights, images, options, cache, device)
+    values = measure_profile(model, images, targets, request, chosen, device)
     if not values:
         raise ProfileError(f"no block of run {run.run_id} has a grid that is large enough for {', '.join(request.metrics)}")
     profile = {
@@ -158,7 +149,7 @@ def measure_profile(
         ProfileError: a block's values are not finite.
     """
     batches = list(held_out_batches(images, chosen, model.at_once))
-    theirs = np.concatenate([_image_means(targets(index, device).values) for index in batches])
+    theirs = np.concatenate([image_means(targets(index, device).values) for index in batches])
     taps = tap_every_block(model.denoiser, model.tap)
     rows: list[Row] = []
     try:
@@ -207,7 +198,7 @@ class _Kept:
 
     def __call__(self, tokens: Tokens) -> None:
         """Take in the tokens of a batch, and keep none of them."""
-        means = _image_means(tokens.values)
+        means = image_means(tokens.values)
         if not np.isfinite(means).all():
             raise ProfileError(f"{self._name} yields values that are not finite")
         self._means.append(means)
@@ -235,11 +226,6 @@ class _Kept:
                 yield metric, float(np.average(values, weights=counts))
 
 
-def _image_means(values: torch.Tensor) -> Features:
-    means: Features = values.float().mean(dim=1).cpu().numpy()
-    return means
-
-
 def _coarse(tokens: Tokens) -> Tokens:
     """Tokens in float32 on a grid of at most 16 along a side, of the same aspect."""
     height, width = tokens.grid
@@ -259,14 +245,6 @@ def _encoder(run: Run, request: Request) -> EncoderConfig:
     if encoder.weights is not None and not Path(encoder.weights).is_file():
         raise ProfileError(f"the weights of '{encoder.name}', '{encoder.weights}', are no file")
     return encoder
-
-
-def _open(run: Run, images: Images, options: RunOptions, cache: Path, device: torch.device) -> Model:
-    """The model of a run, with its captions at hand; as a rule they were encoded when it was trained."""
-    if run.config.model.pretrained is not None:
-        family, folder = family_facts(run.config.model.family), pretrained_folder(run.config.model)
-        encode_captions(family, folder, images, (), options, cache, device)
-    return open_model(run, images, options, cache, device)
 
 
 def _blocks(config: RunConfig) -> Row:

@@ -47,7 +47,6 @@ def test_adms_statistics_are_inceptions_pooled_and_spatial_ones(adm):
     assert np.array_equal(pooled.mu, FOUND.mu) and np.array_equal(pooled.sigma, FOUND.sigma)
     assert np.allclose(spatial.mu, FOUND.mu[:4] + 1) and np.allclose(spatial.sigma, FOUND.sigma[:4, :4])
     assert pooled.count == 0  # the file does not say of how many images
-    assert pooled.note is None
 
 
 def test_statistics_alone_are_taken_on_trust(tmp_path):

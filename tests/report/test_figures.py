@@ -235,10 +235,19 @@ def test_slices_mark_the_best_completed_trial_of_every_objective(build: Build) -
     search = trials([(5.0, 1.0), (3.0, 2.0), (1.0, 9.0), (4.0, 0.5)], states="ccpc")
     results = searched(build, search)
     figure = figures.draw_slices(search_frame(results), dict(objectives(results)))
-    assert len(figure.axes) == 4
-    assert [axes.get_xscale() for axes in figure.axes] == ["log", "linear", "log", "linear"]
-    stars = [axes.collections[-1].get_offsets().data[0].tolist() for axes in (figure.axes[0], figure.axes[2])]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["trial", "weight", "loss"] * 2
+    assert [axes.get_xscale() for axes in figure.axes] == ["linear", "log", "linear"] * 2
+    stars = [axes.collections[-1].get_offsets().data[0].tolist() for axes in (figure.axes[1], figure.axes[4])]
     assert stars == [[0.04, 3.0], [pytest.approx(0.64), 0.5]]
+
+
+@pytest.mark.parametrize(("goal", "best"), [("min", [5.0, 3.0, 3.0]), ("max", [5.0, 5.0, 5.0])])
+def test_the_best_so_far_is_of_completed_trials_in_the_order_they_were_begun(build: Build, goal: str, best: list[float]) -> None:
+    search = trials([(5.0, 1.0), (3.0, 2.0), (9.0, 9.0), (4.0, 0.5)], states="ccpc")
+    figure = figures.draw_slices(search_frame(searched(build, search)), {METRIC: goal, "gpu_hours": "min"})
+    line = figure.axes[0].get_lines()[0].get_xydata()
+    assert line[:, 0].tolist() == [0, 1, 3]  # the pruned trial's value is no result
+    assert line[:, 1].tolist() == best
 
 
 def test_the_front_is_joined_in_order(build: Build) -> None:

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from repa_lab.report.leaderboard import COLUMNS, goal_of, leaderboards
+from repa_lab.report.leaderboard import COLUMNS, leaderboards
 from repa_lab.report.results import ResultsError
+from repa_lab.report.summary import goal_of
 from repa_lab.runs import RunsRoot, RunWriter, State
 
 from .conftest import METRIC, STEPS, Build, FakeArm, FakeRun, constant_runs

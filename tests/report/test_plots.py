@@ -5,7 +5,7 @@ import pytest
 
 from repa_lab.report import figures, plots
 from repa_lab.report.results import ResultsError, load_results
-from repa_lab.report.trials import trials_frame
+from repa_lab.report.search import search_frame
 from repa_lab.runs import RunsRoot, SweepDirectory
 
 from .conftest import Build, FakeArm, constant_runs
@@ -60,21 +60,12 @@ def test_sweeps_with_opposite_goals_are_not_drawn_together(build: Build, root: R
         plots.convergence(load_results(root.path))
 
 
-def test_trials_stand_in_their_order_with_the_best_of_the_completed(build: Build):
+def test_a_search_is_drawn_from_the_frame_that_is_returned(build: Build):
     results = load_results(searched(build).path)
-    frame = trials_frame(results)
-    assert list(frame.columns) == ["trial", "arm", "state", "value", "best", "regularizer.weight", "regularizer.type"]
-    assert frame["best"].tolist() == [30.0, 30.0, 20.0, 20.0]  # a pruned value is not a result
     drawn = plots.search(results)
-    pd.testing.assert_frame_equal(drawn.frame, frame)
+    pd.testing.assert_frame_equal(drawn.frame, search_frame(results))
     assert [axes.get_xlabel() for axes in drawn.figure.axes] == ["trial", "regularizer.weight", "regularizer.type"]
     assert [axes.get_xscale() for axes in drawn.figure.axes] == ["linear", "log", "linear"]
-    shown = [tuple(map(float, point)) for dots in drawn.figure.axes[1].collections for point in dots.get_offsets()]
-    assert sorted(shown) == [(0.1, 30.0), (1.0, 10.0), (10.0, 20.0)]
-
-
-def test_where_large_values_are_good_the_best_is_the_largest(build: Build):
-    assert trials_frame(load_results(searched(build, "max").path))["best"].tolist() == [30.0, 30.0, 30.0, 30.0]
 
 
 def test_a_papers_values_and_ours_stand_on_their_own_axes(tmp_path):

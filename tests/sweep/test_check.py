@@ -139,6 +139,15 @@ TUNED_CASES = [
         ("prompts:", "guidance: {scale: 2, high: 0.5}, prompts:"),
         "6:51: evaluate.guidance: the pipeline of sdxl guides at all times: leave low and high out",
     ),
+    (
+        ("prompts:", "full: {sampler: {type: sde}}, prompts:"),
+        "6:58: evaluate.full.sampler: sdxl is sampled through its own pipeline and scheduler: only evaluate.full.sampler.steps "
+        "can be set",
+    ),
+    (
+        ("prompts:", "guidance: {scale: 2, high: 0.5}, full: {samples: 50}, prompts:"),
+        "6:51: evaluate.guidance: the pipeline of sdxl guides at all times: leave low and high out",
+    ),
     (("type: urepa", "type: repa"), "3:15: regularizer.type: sdxl is a UNet: use urepa, not repa"),
     (
         ("type: urepa", "type: urepa, block_index: 2"),

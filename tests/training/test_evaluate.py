@@ -91,8 +91,8 @@ class TestQuality:
         row, shown = quality(few, cache, denoiser)
         sampling = Sampling((1, 8, 8), 10, config.sampler, config.guidance, 0)
         drawn = few.space.decode(sampling.batch(denoiser, range(16), CPU))
-        samples = statistics(extractor(drawn))
-        real = statistics(extractor(few.source.read(few.split.train.tolist())))
+        samples = statistics(extractor.features(drawn).of("frechet"))
+        real = statistics(extractor.features(few.source.read(few.split.train.tolist())).of("frechet"))
         expected = frechet_distance(samples.mu, samples.sigma, real.mu, real.sigma)
         assert row == {"frechet:efficientnet_lite0@16/ode2": pytest.approx(expected, rel=1e-6)}
         assert torch.equal(shown, drawn)
@@ -138,7 +138,7 @@ class TestReference:
         vectors = rng.normal(size=(3000, 1280))
         np.savez(tmp_path / "theirs.npz", mu=vectors.mean(axis=0), sigma=np.cov(vectors, rowvar=False))
         row, shown = quality(few, cache, denoiser, **{"extractor.reference": str(tmp_path / "theirs.npz")})
-        samples = statistics(Extractor("efficientnet_lite0", None, CPU)(shown))
+        samples = statistics(Extractor("efficientnet_lite0", None, CPU).features(shown).of("frechet"))
         expected = frechet_distance(samples.mu, samples.sigma, vectors.mean(axis=0), np.cov(vectors, rowvar=False))
         assert row == {"frechet:efficientnet_lite0@16/ode2": pytest.approx(expected, rel=1e-6)}
 
@@ -319,7 +319,7 @@ class TestSizes:
     def test_the_reference_is_of_the_training_images_of_all_sizes(self, extractor, tmp_path):
         _, _, images, _ = self.make(tmp_path, self.SHAPES, 14)
         found = reference(extractor, real_images(images), tmp_path / "other").of("frechet")
-        features = np.concatenate([extractor(images.source.read([i])) for i in images.split.train.tolist()])
+        features = np.concatenate([extractor.features(images.source.read([i])).of("frechet") for i in images.split.train.tolist()])
         assert found.count == 6
         np.testing.assert_allclose(found.mu, features.mean(0), atol=1e-4)
         np.testing.assert_allclose(found.sigma, np.cov(features, rowvar=False), atol=1e-4)

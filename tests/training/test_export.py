@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from repa_lab.models.sit import SiT, SiTConfig
 from repa_lab.models.sit_down import SiTDown, SiTDownConfig
 from repa_lab.training.export import ExportError, export_model
+from repa_lab.training.trained import NoWeightsError
 from tests.training.conftest import SIT_DOWN, UNET, make_run, run_steps, weights
 
 REGULARIZED = {**UNET, "regularizer.type": "urepa"}
@@ -89,9 +90,9 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(unet, fresh, 
     (tmp_path / "used" / "precious").touch()
     with pytest.raises(ExportError, match="used' is not empty; name a new folder"):
         export_model(unet, tmp_path / "used")
-    with pytest.raises(ExportError, match="unknown weights 'best'; allowed: ema, last"):
+    with pytest.raises(NoWeightsError, match="unknown weights 'best'; allowed: ema, last"):
         export_model(unet, tmp_path / "new", "best")
-    with pytest.raises(ExportError, match="run run has no checkpoint yet"):
+    with pytest.raises(NoWeightsError, match="run run has no checkpoint yet"):
         export_model(fresh(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["precious"]

@@ -25,6 +25,7 @@ from repa_lab.training.images import Images
 from repa_lab.training.model import Model, open_model
 from repa_lab.training.process import Flow
 from repa_lab.training.profile import METRICS, ProfileError, Request, choose_images, known_encoder, measure_profile, profile_run
+from repa_lab.training.trained import NoWeightsError
 from tests.training.conftest import ENCODER, OFF, UNET, make_options, make_run, rows, run_steps, run_to_end
 from tests.training.pretrained import make_pretrained_run, open_pretrained, write_images, write_pipeline
 
@@ -206,7 +207,6 @@ class TestWhatCannotBeMeasured:
         ({"timesteps": ()}, "different numbers"),
         ({"metrics": ("cka", "knn")}, "unknown metric 'knn'; allowed: cka, cknna, mutual_knn, lds, cds, rmsc"),
         ({"metrics": ()}, "unknown metric ''"),
-        ({"weights": "best"}, "unknown weights 'best'; allowed: ema, last"),
     ])  # fmt: skip
     def test_a_request_is_refused_before_anything_is_loaded(self, wrong, message):
         with pytest.raises(ProfileError, match=message):
@@ -224,9 +224,11 @@ class TestWhatCannotBeMeasured:
         run = make_run(**OFF)
         with RunWriter(fresh()) as writer:
             writer.describe(run.to_json(), {})
-        with pytest.raises(ProfileError, match="run run has no checkpoint yet"):
+        with pytest.raises(NoWeightsError, match="run run has no checkpoint yet"):
             profile_run(fresh(), HALF, make_options(), cache)
         directory = run_steps(run, fresh("off"), cache, 1)
+        with pytest.raises(NoWeightsError, match="unknown weights 'best'; allowed: ema, last"):
+            profile_run(directory, Request(weights="best"), make_options(), cache)
         with pytest.raises(ProfileError, match="run off is compared with no encoder; name one"):
             profile_run(directory, HALF, make_options(), cache)
         named = Request((0.5,), encoder=EncoderConfig(**ENCODER))

@@ -9,6 +9,7 @@ from itertools import combinations
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from repa_lab.report.figures.style import FAINT, GREY, PALETTE, canvas, styled
 from repa_lab.report.search import is_wide
@@ -18,13 +19,14 @@ _BEST, _OTHER = PALETTE[1], PALETTE[0]
 
 @styled
 def draw_slices(frame: pd.DataFrame, goals: Mapping[str, str]) -> Figure:
-    """Every objective along every searched setting: a point for each trial with a value, the best completed one marked.
+    """Every objective over the trials in their order, with the best so far, and along every searched setting: a point for each
+    trial with a value, the best completed one marked.
 
     Args:
         frame: from :func:`repa_lab.report.search.search_frame`.
         goals: ``min`` or ``max``, by objective.
     """
-    aims, names = _columns(frame, "value/"), _columns(frame, "param/")
+    aims, names = _columns(frame, "value/"), ["trial", *_columns(frame, "param/")]
     columns = min(len(names), 3)
     rows_each = math.ceil(len(names) / columns)
     figure, panels = canvas(len(aims) * rows_each, columns, size=(6.2, 4.2) if columns == 1 else (4.4, 3.6))
@@ -71,7 +73,12 @@ def _slice(axes: Axes, frame: pd.DataFrame, cell: tuple[str, str], goal: str) ->
         best = done[aim].idxmin() if goal == "min" else done[aim].idxmax()
         axes.scatter([places[best]], [done[aim][best]], color=_BEST, s=110, marker="*", zorder=4, label="best")
         axes.legend(loc="best")
-    if is_number and is_wide(frame[name]):
+    if name == "trial":
+        running = done.sort_values(name)
+        best_so_far = running[aim].cummin() if goal == "min" else running[aim].cummax()
+        axes.step(running[name], best_so_far, where="post", color=GREY, lw=1.4)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    elif is_number and is_wide(frame[name]):
         axes.set_xscale("log")
     if is_wide(known[aim]):
         axes.set_yscale("log")
