@@ -176,7 +176,11 @@ def _group(groups: dict[str, _Group], run: Run) -> _Group:
 
 
 def _key(run: Run) -> str:
-    """All that decides a run's steps but for the weight and their number."""
+    """All that decides a run's steps but for the weight and their number, and what tells at once that nothing is shared.
+
+    That is the weight in the first two steps: one step, which all that warms up has in common, is not worth a checkpoint.
+    """
+    schedule = _schedule(run.config)
     value = run.config.model_dump(mode="json")
     del value["train"]["steps"]
     if run.config.regularizer.type == "none":
@@ -185,7 +189,7 @@ def _key(run: Run) -> str:
         del value["regularizer"]["weight"]
         for name in _SHAPE:
             del value["regularizer"]["schedule"][name]
-    return json.dumps([run.seed, value], sort_keys=True)
+    return json.dumps([run.seed, value, schedule(0), schedule(1)], sort_keys=True)
 
 
 def _schedule(config: RunConfig) -> Schedule:

@@ -8,9 +8,10 @@ import random
 import pytest
 
 from repa_lab import plan, sweep
+from repa_lab.align.schedule import agreement
 from repa_lab.runs import RunsRoot, State
 from repa_lab.runs.forks import Fork, available, clear, written_by
-from repa_lab.sweep.sharing import SharedWork, share
+from repa_lab.sweep.sharing import SharedWork, _schedule, share
 from repa_lab.sweep.work import Task
 from repa_lab.training.loop import train
 from tests.training.conftest import OFF, OPTIONS, SETTINGS, assert_same, make_options, make_run, rows, weights
@@ -61,9 +62,18 @@ class TestThePlan:
             assert found.forks == {}
             assert found.asked == found.trained == 24
 
-    def test_other_weights_share_a_warmup_from_zero_for_one_step(self, tmp_path):
+    def test_the_one_step_that_a_warmup_from_zero_has_in_common_is_not_worth_a_checkpoint(self, tmp_path):
         pair = [named(str(weight), **{"regularizer.weight": weight, CUT: {"warmup_steps": 3}}) for weight in (0.5, 0.6)]
-        assert share(pair, [], RunsRoot(tmp_path)).forks == {"0.6": Fork("0.5", 1)}
+        assert agreement(*(_schedule(run.config) for run in pair), 12) == 1
+        found = share(pair, [], RunsRoot(tmp_path))
+        assert (found.forks, found.trained) == ({}, 24)
+
+    def test_runs_of_one_weight_share_a_warmup_whatever_comes_after_it(self, tmp_path):
+        shapes = ({"type": "constant"}, {"type": "linear", "decay_steps": 10})
+        pair = [named(str(number), **{CUT: {"warmup_steps": 3, **shape}}) for number, shape in enumerate(shapes)]
+        found = share(pair, [], RunsRoot(tmp_path))
+        assert [fork.step for fork in found.forks.values()] == [agreement(*(_schedule(run.config) for run in pair), 12)]
+        assert found.trained < found.asked
 
     def test_the_tree_leaves_the_fewest_steps(self, tmp_path):
         """Against every order in which parents could be chosen, for small groups."""
