@@ -50,6 +50,7 @@ class Worker:
         import repa_lab.sweep.prepare
         import repa_lab.training.loop  # noqa: F401  imported before the first job, while the scheduler does something else
 
+        gc.freeze()  # half a million objects of the libraries: each full collection, and the end, would go through them all
         self._answer(Report("ready"))
         while (job := self._jobs.get()) is not None:
             self._stop = None

@@ -154,8 +154,12 @@ def open_extractor(config: RunConfig, extractor: ExtractorConfig, device: torch.
     Raises:
         EncoderError: its weights are missing.
     """
-    wanted = dict.fromkeys(metric for tier in tiers(config) if extractor in tier.extractors for metric in tier.metrics)
-    return Extractor(extractor.name, extractor.weights, device, tuple(wanted))
+    return Extractor(extractor.name, extractor.weights, device, metrics_with(config, extractor))
+
+
+def metrics_with(config: RunConfig, extractor: ExtractorConfig) -> tuple[str, ...]:
+    """The metrics that a run measures with an extractor, under any of its protocols."""
+    return tuple(dict.fromkeys(metric for tier in tiers(config) if extractor in tier.extractors for metric in tier.metrics))
 
 
 def open_reference(config: ExtractorConfig, extractor: Extractor, real: RealImages, cache: Path) -> Reference:

@@ -2,6 +2,7 @@
 
 import pytest
 
+import repa_lab.sweep.prepare as preparing
 from repa_lab.spec import RunOptions, load_spec
 from repa_lab.sweep.prepare import RefusedError, prepare
 
@@ -60,3 +61,25 @@ def test_what_is_cached_is_not_computed_again(tiny, tmp_path):
     assert told == []
     assert {path: path.stat().st_mtime_ns for path in files} == files
     assert sorted({path.suffix for path in files if path.suffix != ".json"}) == [".npz", ".safetensors"]
+
+
+def test_what_several_arms_need_is_loaded_once_and_what_differs_for_each(tiny, tmp_path, monkeypatch):
+    loaded = []
+    for name in ("open_data", "open_targets", "open_extractor"):
+        real = getattr(preparing, name)
+        monkeypatch.setattr(preparing, name, lambda *args, real=real, name=name: (loaded.append(name), real(*args))[1])
+    weights = {"regularizer.weight": [0.1, 0.2, 0.3], "data.holdout": [64, 128]}
+    prepare(configs(tiny(axes=weights, compare={"baseline": {"regularizer.weight": 0.1}})), CPU, tmp_path, lambda task: lambda done, total: None)
+    assert loaded == 2 * ["open_data", "open_targets", "open_extractor"]  # the run's encoder is the protocol's as well
+    loaded.clear()
+    metrics = {"evaluate.metrics": [["frechet"], ["frechet", "kid"]]}
+    prepare(configs(tiny(axes=metrics, compare={"baseline": {"evaluate.metrics": ["frechet"]}})), CPU, tmp_path, lambda task: lambda done, total: None)
+    assert loaded == ["open_data", "open_targets", "open_extractor", "open_extractor"]
+
+
+def test_a_refusal_names_the_first_arm_that_has_the_setting(tiny, tmp_path):
+    sizes = {"regularizer.encoder.name": ["efficientnet_lite0", "resnet_nonsense"], "regularizer.weight": [0.1, 0.2]}
+    spec = tiny(axes=sizes, compare={"baseline": {"regularizer.weight": 0.1}})
+    with pytest.raises(RefusedError) as caught:
+        prepare(configs(spec), CPU, tmp_path, lambda task: lambda done, total: None)
+    assert (caught.value.arm, caught.value.path) == (2, "regularizer.encoder.name")
