@@ -1,6 +1,6 @@
 """Measurements as functions on arrays."""
 
-from repa_lab.metrics.alignment import cka, cosine, cosine_gap, svcca
+from repa_lab.metrics.alignment import CosineSums, cka, cosine, cosine_gap, svcca
 from repa_lab.metrics.frechet import Moments, Statistics, frechet_distance, statistics
 from repa_lab.metrics.neighbours import cknna, clip_and_normalise, mutual_knn, nearest_neighbours
 from repa_lab.metrics.probe import Probe, linear_probe
@@ -8,6 +8,7 @@ from repa_lab.metrics.quality import PrecisionRecall, Score, inception_score, ki
 from repa_lab.metrics.spatial import cds, lds, rmsc, srss
 
 __all__ = [
+    "CosineSums",
     "Moments",
     "PrecisionRecall",
     "Probe",

@@ -6,29 +6,37 @@ cosine gives features of length 1; the papers do not say that they do, platonic-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from array_api_compat import array_namespace, device, is_torch_array
+from numpy.typing import ArrayLike
 
-from repa_lab.metrics.arrays import Array, centred, features, paired_features, unit
+from repa_lab.metrics.arrays import (
+    AnyArray,
+    centred,
+    features,
+    largest,
+    paired_features,
+    scaled_to_one,
+    unit,
+    value_of_rank,
+)
 
-Index = NDArray[np.int64]
 _CHUNK = 1024
 _SPARE = 6  # candidates beyond k that a first look keeps: enough that a second is rarely needed
 _GATHER = 2**22  # numbers of features copied at a time
 _FLOOR = 1e-6  # platonic-rep's, in the denominator
 
 
-def nearest_neighbours(x: ArrayLike, k: int = 10, chunk: int = _CHUNK) -> Index:
+def nearest_neighbours(x: ArrayLike, k: int = 10, chunk: int = _CHUNK) -> AnyArray:
     """The k items of largest inner product with each item of features ``x`` ``(n, d)``, itself left out.
 
-    The result is that of float64: a first look in single precision keeps candidates, their products are then taken in
-    float64, and where rounding could have hidden a neighbour all items that might be one are looked at. O(n^2 d) time,
-    O(chunk n) memory beyond a few copies of ``x``; up to 50 times slower where items can hardly be told apart (all equal, or
-    one a thousand times longer than the rest). The result does not depend on ``chunk``.
+    The result is that of float64: a first look (of arrays, in single precision) keeps candidates, the products of these are
+    then taken one by one, and where rounding could have hidden a neighbour all items that might be one are looked at.
+    O(n^2 d) time, O(chunk n) memory beyond a few copies of ``x``; up to 50 times slower where items can hardly be told apart
+    (all equal, or one a thousand times longer than the rest). The result does not depend on ``chunk``.
 
     Args:
         x: features of any float type.
@@ -56,8 +64,10 @@ def mutual_knn(x: ArrayLike, y: ArrayLike, k: int = 10, chunk: int = _CHUNK) -> 
     """
     a, b = paired_features(x, y, least=2)
     _require_k(k, len(a))
-    shared = np.intersect1d(_codes(_nearest(a, k, chunk)), _codes(_nearest(b, k, chunk)), assume_unique=True)
-    return len(shared) / (len(a) * k)
+    xp = array_namespace(a)
+    near_a, near_b = (xp.sort(_nearest(side, k, chunk), axis=1) for side in (a, b))
+    _, is_shared = _find(_codes(near_a), _codes(near_b))
+    return int(xp.sum(is_shared)) / (len(a) * k)
 
 
 def cknna(x: ArrayLike, y: ArrayLike, k: int = 10, definition: str = "paper", chunk: int = _CHUNK) -> float:
@@ -98,7 +108,7 @@ def cknna(x: ArrayLike, y: ArrayLike, k: int = 10, definition: str = "paper", ch
     return of.value(a, b, _nearest(a, k, chunk), _nearest(b, k, chunk))
 
 
-def clip_and_normalise(x: ArrayLike, quantile: float = 0.95) -> Array:
+def clip_and_normalise(x: ArrayLike, quantile: float = 0.95) -> AnyArray:
     """Features ``(n, d)`` clipped at a quantile of their absolute values, then each of length 1.
 
     What platonic-rep does before it measures, with its exact quantile: the value of rank ``int(quantile * n * d)`` of all
@@ -111,9 +121,9 @@ def clip_and_normalise(x: ArrayLike, quantile: float = 0.95) -> Array:
         raise ValueError(f"the quantile must lie in (0, 1], got {quantile}")
     a = features(x, least=1)
     if quantile < 1:
-        rank = int(quantile * a.size)
-        bound = np.partition(np.abs(a), rank, axis=None)[rank]
-        a = a.clip(-bound, bound)
+        xp = array_namespace(a)
+        bound = value_of_rank(xp.abs(a), int(quantile * math.prod(a.shape)))
+        a = xp.clip(a, min=-bound, max=bound)
     return unit(a)
 
 
@@ -124,117 +134,145 @@ def _require_k(k: int, count: int, least: int = 1) -> None:
 
 @dataclass(frozen=True)
 class _Screen:
-    """Features made ready for a first look in single precision.
+    """Features made ready for a first look, which a product of matrices takes at all pairs.
 
     For the order of an item's neighbours j, ``x_i . x_j`` may be replaced by ``x_i . (x_j - mean)``, whose rounding is that of
     what differs between items and not that of what they share.
     """
 
-    exact: Array
-    offset: Array  # (n,) x_i . mean, which the first look leaves out
-    centred: NDArray[np.float32]
-    shift: NDArray[np.float32]  # (n,) mean . (x_j - mean)
-    slack: Array  # (n,) how far the first look can be off for item i and any other
+    exact: AnyArray
+    offset: AnyArray  # (n,) x_i . mean, which the first look leaves out
+    centred: AnyArray  # in the precision of the first look
+    shift: AnyArray  # (n,) mean . (x_j - mean), likewise
+    slack: AnyArray  # (n,) how far the first look can be off for item i and any other
 
     @classmethod
-    def of(cls, x: Array) -> _Screen:
-        # By a power of two, which alters no digit: products in single precision must neither overflow nor vanish.
-        x = np.ldexp(x, -int(np.frexp(np.abs(x).max())[1]))
-        mean, rest = x.mean(axis=0), centred(x)
-        shift, lengths = rest @ mean, np.linalg.norm(rest, axis=1)
-        single, double = np.finfo(np.float32), np.finfo(np.float64)
+    def of(cls, x: AnyArray) -> _Screen:
+        xp = array_namespace(x)
+        x = scaled_to_one(x)  # products in single precision must neither overflow nor vanish
+        mean, rest = xp.mean(x, axis=0), centred(x)
+        shift, lengths = rest @ mean, xp.linalg.vector_norm(rest, axis=1)
+        # A GPU may be told to take single precision for less than it is, and has double to spare.
+        look = x.dtype if is_torch_array(x) else xp.float32
+        eps, tiny = (float(getattr(xp.finfo(look), name)) for name in ("eps", "smallest_normal"))
         terms = x.shape[1] + 4
-        rounding = terms * float(single.eps) * lengths * lengths.max() + 4 * float(single.eps) * np.abs(shift).max()
-        norms = np.linalg.norm(x, axis=1)
-        rounding += terms * (4 * float(double.eps) * norms * norms.max() + float(single.tiny))
-        return cls(x, x @ mean, rest.astype(np.float32), shift.astype(np.float32), rounding)
+        rounding = terms * eps * lengths * xp.max(lengths) + 4 * eps * xp.max(xp.abs(shift))
+        norms = xp.linalg.vector_norm(x, axis=1)
+        rounding = rounding + terms * (4 * float(xp.finfo(x.dtype).eps) * norms * xp.max(norms) + tiny)
+        return cls(x, x @ mean, xp.astype(rest, look), xp.astype(shift, look), rounding)
 
 
-def _nearest(x: Array, k: int, chunk: int) -> Index:
-    screen = _Screen.of(x)
-    starts = range(0, len(x), chunk)
-    return np.concatenate([_of_rows(screen, np.arange(start, min(start + chunk, len(x))), k) for start in starts])
+def _nearest(x: AnyArray, k: int, chunk: int) -> AnyArray:
+    screen, xp = _Screen.of(x), array_namespace(x)
+    parts = [_of_rows(screen, start, min(start + chunk, len(x)), k) for start in range(0, len(x), chunk)]
+    return xp.concat(parts, axis=0)
 
 
-def _of_rows(screen: _Screen, rows: Index, k: int) -> Index:
-    scores = screen.centred[rows] @ screen.centred.T
+def _of_rows(screen: _Screen, start: int, end: int, k: int) -> AnyArray:
+    xp = array_namespace(screen.exact)
+    rows = xp.arange(start, end, device=device(screen.exact))
+    scores = screen.centred[start:end, :] @ screen.centred.T
     scores += screen.shift
-    scores[np.arange(len(rows)), rows] = -np.inf
+    scores[rows - start, rows] = -math.inf
     width = min(k + max(k // 2, _SPARE), scores.shape[1] - 1)
-    near = np.argpartition(scores, -width, axis=1)[:, -width:]
-    lowest = np.take_along_axis(scores, near, axis=1).min(axis=1)
-    near.sort(axis=1)
-    products = _products(screen.exact, screen.exact, rows, near)
-    order = np.argsort(-products, axis=1, kind="stable")[:, :k]
-    kth = np.take_along_axis(products, order[:, -1:], axis=1)[:, 0] - screen.offset[rows]
-    found = np.take_along_axis(near, order, axis=1)
-    for row in np.flatnonzero(kth <= lowest + screen.slack[rows]):
-        found[row] = _of_all_that_might(screen, rows[row], scores[row] >= kth[row] - screen.slack[rows[row]], k)
+    near = largest(scores, width)
+    lowest = xp.min(xp.take_along_axis(scores, near, axis=1), axis=1)
+    near = xp.sort(near, axis=1)
+    products = _products(screen.exact, screen.exact, start, near)
+    order = xp.argsort(-products, axis=1, stable=True)[:, :k]
+    kth = xp.take_along_axis(products, order[:, -1:], axis=1)[:, 0] - screen.offset[start:end]
+    found = xp.take_along_axis(near, order, axis=1)
+    slack = screen.slack[start:end]
+    for row in xp.nonzero(kth <= lowest + slack)[0].tolist():
+        found[row, :] = _of_all_that_might(screen, start + row, scores[row, :] >= kth[row] - slack[row], k)
     return found
 
 
-def _of_all_that_might(screen: _Screen, item: int, might: NDArray[np.bool_], k: int) -> Index:
-    near = np.flatnonzero(might)
-    products = np.einsum("kd,d->k", screen.exact[near], screen.exact[item])
-    return near[np.argsort(-products, kind="stable")[:k]]
+def _of_all_that_might(screen: _Screen, item: int, might: AnyArray, k: int) -> AnyArray:
+    xp = array_namespace(might)
+    near = xp.nonzero(might)[0]
+    products = xp.linalg.vecdot(screen.exact[near, :], screen.exact[item, :])
+    return near[xp.argsort(-products, stable=True)[:k]]
 
 
-def _products(x: Array, z: Array, rows: Index, near: Index) -> Array:
-    """``x_i . z_j`` for each i of ``rows`` and each j of its row of ``near``: each product summed in one and the same order."""
-    size = max(1, _GATHER // (near.shape[1] * x.shape[1]))
-    parts = [slice(start, start + size) for start in range(0, len(rows), size)]
-    return np.concatenate([np.einsum("ikd,id->ik", z[near[part]], x[rows[part]]) for part in parts])
+def _products(x: AnyArray, z: AnyArray, start: int, near: AnyArray) -> AnyArray:
+    """``x_i . z_j`` for each i from ``start`` and each j of its row of ``near``, each summed in one and the same order."""
+    size, xp = max(1, _GATHER // (near.shape[1] * x.shape[1])), array_namespace(x)
+    parts = []
+    for first in range(0, len(near), size):
+        part = near[first : first + size, :]
+        parts.append(xp.linalg.vecdot(z[part], x[start + first : start + first + len(part), None, :]))
+    return xp.concat(parts, axis=0)
 
 
-def _codes(near: Index) -> Index:
-    """Every pair (i, j) of neighbours as the one number ``i n + j``."""
-    n = len(near)
-    return (np.arange(n)[:, None] * n + near).ravel()
+def _codes(near: AnyArray) -> AnyArray:
+    """Every pair (i, j) of neighbours as the one number ``i n + j``; in order where each row of ``near`` is."""
+    xp, n = array_namespace(near), len(near)
+    return xp.reshape(xp.arange(n, device=device(near))[:, None] * n + near, (-1,))
 
 
-def _kernel(x: Array, z: Array, near: Index) -> Any:
-    """The sparse n x n matrix that holds ``x_i . z_j`` where j is a neighbour of i."""
-    from scipy.sparse import csr_array
-
-    n, k = near.shape
-    values = _products(x, z, np.arange(n), near)
-    kernel = csr_array((values.ravel(), near.ravel(), np.arange(0, n * k + 1, k)), shape=(n, n))
-    kernel.sort_indices()
-    return kernel
+def _find(wanted: AnyArray, codes: AnyArray) -> tuple[AnyArray, AnyArray]:
+    """Where each wanted code stands among codes in order, and whether it does."""
+    xp = array_namespace(codes)
+    place = xp.clip(xp.searchsorted(codes, wanted), max=len(codes) - 1)
+    return place, codes[place] == wanted
 
 
-def _paper(x: Array, y: Array, near_x: Index, near_y: Index) -> float:
-    k, m = _kernel(x, centred(x), near_x), _kernel(y, centred(y), near_y)
-    norm = np.sqrt(k.multiply(k).sum()) * np.sqrt(m.multiply(m).sum())
-    return float(k.multiply(m).sum() / norm) if norm > 0 else 0.0
+@dataclass(frozen=True)
+class _Kernel:
+    """The sparse n x n matrix of diagonal 0 that holds ``values`` ``(n, k)`` at the columns ``near`` ``(n, k)``, in order."""
+
+    near: AnyArray
+    values: AnyArray
+
+    @classmethod
+    def of(cls, x: AnyArray, z: AnyArray, near: AnyArray) -> _Kernel:
+        """``x_i . z_j`` where j is a neighbour of i."""
+        near = array_namespace(near).sort(near, axis=1)
+        return cls(near, _products(x, z, 0, near))
+
+    def at(self, codes: AnyArray) -> AnyArray:
+        """The entries of pairs ``i n + j``, 0 where there is none."""
+        xp = array_namespace(self.values)
+        place, is_there = _find(codes, _codes(self.near))
+        return xp.where(is_there, xp.reshape(self.values, (-1,))[place], 0.0)
+
+    def within(self, other: _Kernel) -> _Kernel:
+        """This one's entries where the other holds one too."""
+        xp = array_namespace(self.values)
+        _, is_there = _find(_codes(self.near), _codes(other.near))
+        return _Kernel(self.near, xp.where(xp.reshape(is_there, self.values.shape), self.values, 0.0))
 
 
-def _platonic(x: Array, y: Array, near_x: Index, near_y: Index) -> float:
-    k, m = _kernel(x, x, near_x), _kernel(y, y, near_y)
+def _paper(x: AnyArray, y: AnyArray, near_x: AnyArray, near_y: AnyArray) -> float:
+    k, m = _Kernel.of(x, centred(x), near_x), _Kernel.of(y, centred(y), near_y)
+    xp = array_namespace(x)
+    across = xp.sum(xp.reshape(k.values, (-1,)) * m.at(_codes(k.near)))
+    norm = math.sqrt(xp.sum(k.values**2)) * math.sqrt(xp.sum(m.values**2))
+    return float(across) / norm if norm > 0 else 0.0
+
+
+def _platonic(x: AnyArray, y: AnyArray, near_x: AnyArray, near_y: AnyArray) -> float:
+    k, m = _Kernel.of(x, x, near_x), _Kernel.of(y, y, near_y)
     product = _unbiased_hsic(k, k) * _unbiased_hsic(m, m)
     if product < 0:
-        return float("nan")
-    shared = _pattern(k).multiply(_pattern(m))
-    return _unbiased_hsic(shared.multiply(k), shared.multiply(m)) / (float(np.sqrt(product)) + _FLOOR)
+        return math.nan
+    return _unbiased_hsic(k.within(m), m.within(k)) / (math.sqrt(product) + _FLOOR)
 
 
-def _pattern(kernel: Any) -> Any:
-    ones = kernel.copy()
-    ones.data[:] = 1
-    return ones
-
-
-def _unbiased_hsic(k: Any, m: Any) -> float:
+def _unbiased_hsic(k: _Kernel, m: _Kernel) -> float:
     """HSIC_1 of sparse kernels whose diagonals are 0. ``tr(k m)`` meets ``k_ij`` with ``m_ji``: they need not be symmetric."""
-    n = k.shape[0]
-    total = k.sum() * m.sum() / ((n - 1) * (n - 2))
-    paths = k.sum(axis=0) @ m.sum(axis=1)
-    return float((k.multiply(m.T).sum() + total - 2 * paths / (n - 2)) / (n * (n - 3)))
+    n, xp = len(k.near), array_namespace(k.values)
+    mirrored = k.near * n + xp.arange(n, device=device(k.near))[:, None]
+    trace = xp.sum(xp.reshape(k.values, (-1,)) * m.at(xp.reshape(mirrored, (-1,))))
+    total = xp.sum(k.values) * xp.sum(m.values) / ((n - 1) * (n - 2))
+    paths = xp.sum(k.values * xp.sum(m.values, axis=1)[k.near])
+    return float(trace + total - 2 * paths / (n - 2)) / (n * (n - 3))
 
 
 @dataclass(frozen=True)
 class _Definition:
-    value: Callable[[Array, Array, Index, Index], float]
+    value: Callable[[AnyArray, AnyArray, AnyArray, AnyArray], float]
     least_k: int
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from array_api_compat import array_namespace, device
 from numpy.typing import ArrayLike, NDArray
 
-from repa_lab.metrics.arrays import Array, as_array, features, on_host, require_finite
+from repa_lab.metrics.arrays import AnyArray, Array, alongside, as_array, features, on_host, require_finite, spread
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _TRAIN, _VALIDATION = 0.6, 0.8  # where an item's place among those of its class puts it: below, between, above
@@ -16,7 +17,8 @@ _LEAST = 4  # items a class that leave one for each part
 _ITERATIONS = 2000
 
 Index = NDArray[np.int64]
-Predict = Callable[[Array], Array]
+Predict = Callable[[AnyArray], AnyArray]
+Fit = Callable[[AnyArray, AnyArray, float], Predict]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def linear_probe(x: ArrayLike, labels: ArrayLike, kind: str = "ridge", seed: int
     the bias is free.
 
     - ``ridge``: least squares on one-hot targets, in closed form; the largest output is the class.
-    - ``logistic``: multinomial logistic regression, scikit-learn's L-BFGS.
+    - ``logistic``: multinomial logistic regression, scikit-learn's L-BFGS, on the host wherever the features lie.
     - ``regression``: least squares on real-valued targets ``(n,)`` or ``(n, t)``, in closed form; scored by R^2 over all
       t targets together. There are no classes: the items are dealt as one.
 
@@ -76,13 +78,15 @@ def linear_probe(x: ArrayLike, labels: ArrayLike, kind: str = "ridge", seed: int
     """
     if kind not in _KINDS:
         raise ValueError(f"unknown kind of probe {kind!r}; allowed: {', '.join(_KINDS)}")
-    method, a = _KINDS[kind], features(x, least=_LEAST)
-    targets, groups = method.targets(labels, len(a))
+    method, a = _KINDS[kind], features(as_array(x) if _KINDS[kind].is_on_host else x, least=_LEAST)
+    given, groups = method.targets(labels, len(a))
+    targets = alongside(given, a)
     train, validation, test = _split(groups, seed)
 
     def score(penalty: float, fitted: Index, held_out: Index) -> float:
-        predict = _standardised(method.fit, a[fitted], targets[fitted], penalty)
-        return method.score(predict(a[held_out]), targets[held_out])
+        known, asked = alongside(fitted, a), alongside(held_out, a)
+        predict = _standardised(method.fit, a[known, :], targets[known, ...], penalty)
+        return method.score(predict(a[asked, :]), targets[asked, ...])
 
     found = {penalty: score(penalty, train, validation) for penalty in PENALTIES}
     best = max(PENALTIES, key=lambda penalty: (found[penalty], penalty))
@@ -122,27 +126,25 @@ def _values(targets: ArrayLike, count: int) -> tuple[Array, Index]:
     return given.reshape(count, -1), np.zeros(count, dtype=np.int64)
 
 
-def _standardised(fit: Callable[[Array, Array, float], Predict], x: Array, targets: Array, penalty: float) -> Predict:
-    from sklearn.preprocessing import StandardScaler  # knows a constant column when it sees one
-
-    scaler = StandardScaler().fit(x)
-    predict = fit(scaler.transform(x), targets, penalty)
-    return lambda values: predict(scaler.transform(values))
+def _standardised(fit: Fit, x: AnyArray, targets: AnyArray, penalty: float) -> Predict:
+    mean, deviation = spread(x)
+    predict = fit((x - mean) / deviation, targets, penalty)
+    return lambda values: predict((values - mean) / deviation)
 
 
-def _least_squares(x: Array, targets: Array, penalty: float) -> Predict:
+def _least_squares(x: AnyArray, targets: AnyArray, penalty: float) -> Predict:
     """``(X^T X / n + penalty I) W = X^T (Y - mean Y) / n`` for standardised X."""
-    from scipy.linalg import solve
-
-    mean = targets.mean(axis=0)
-    gram = x.T @ x / len(x) + penalty * np.eye(x.shape[1])
-    weights = solve(gram, x.T @ (targets - mean) / len(x), assume_a="pos")
+    xp = array_namespace(x)
+    mean = xp.mean(targets, axis=0)
+    gram = x.T @ x / len(x) + penalty * xp.eye(x.shape[1], dtype=x.dtype, device=device(x))
+    weights = xp.linalg.solve(gram, x.T @ (targets - mean) / len(x))
     return lambda values: values @ weights + mean
 
 
-def _ridge(x: Array, codes: Array, penalty: float) -> Predict:
-    outputs = _least_squares(x, (codes[:, None] == np.unique(codes)).astype(np.float64), penalty)
-    return lambda values: outputs(values).argmax(axis=1).astype(np.float64)
+def _ridge(x: AnyArray, codes: AnyArray, penalty: float) -> Predict:
+    xp = array_namespace(x)
+    outputs = _least_squares(x, xp.astype(codes[:, None] == xp.unique_values(codes), x.dtype), penalty)
+    return lambda values: xp.argmax(outputs(values), axis=1)
 
 
 def _logistic(x: Array, codes: Array, penalty: float) -> Predict:
@@ -152,26 +154,27 @@ def _logistic(x: Array, codes: Array, penalty: float) -> Predict:
     return lambda values: np.asarray(model.predict(values))
 
 
-def _accuracy(predicted: Array, codes: Array) -> float:
-    return float((predicted == codes).mean())
+def _accuracy(predicted: AnyArray, codes: AnyArray) -> float:
+    return int((predicted == codes).sum()) / len(codes)
 
 
-def _r2(predicted: Array, targets: Array) -> float:
-    spread = np.square(targets - targets.mean(axis=0)).sum()
-    if spread == 0:
+def _r2(predicted: AnyArray, targets: AnyArray) -> float:
+    variation = float(((targets - array_namespace(targets).mean(targets, axis=0)) ** 2).sum())
+    if variation == 0:
         raise ValueError("the targets of a part are constant: R^2 needs targets that differ, or more items")
-    return float(1 - np.square(targets - predicted).sum() / spread)
+    return 1 - float(((targets - predicted) ** 2).sum()) / variation
 
 
 @dataclass(frozen=True)
 class _Kind:
     targets: Callable[[ArrayLike, int], tuple[Array, Index]]
-    fit: Callable[[Array, Array, float], Predict]
-    score: Callable[[Array, Array], float]
+    fit: Fit
+    score: Callable[[AnyArray, AnyArray], float]
+    is_on_host: bool = False
 
 
 _KINDS = {
     "ridge": _Kind(_classes, _ridge, _accuracy),
-    "logistic": _Kind(_classes, _logistic, _accuracy),
+    "logistic": _Kind(_classes, _logistic, _accuracy, is_on_host=True),
     "regression": _Kind(_values, _least_squares, _r2),
 }

@@ -6,13 +6,15 @@ cosine 0 with every other. The grid is given and may be non-square; iREPA measur
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import math
 
-from repa_lab.metrics.arrays import Array, as_array, on_host, require_finite, unit
+import numpy as np
+from array_api_compat import array_namespace
+from numpy.typing import ArrayLike
+
+from repa_lab.metrics.arrays import AnyArray, alongside, as_float64, require_finite, shape, unit
 
 Grid = tuple[int, int]
-Distances = NDArray[np.int64]
 
 
 def lds(tokens: ArrayLike, grid: Grid, far: int = 6) -> float:
@@ -32,8 +34,7 @@ def lds(tokens: ArrayLike, grid: Grid, far: int = 6) -> float:
         ValueError: the tokens do not fill the grid or are not finite, or the grid has no pair that far apart.
     """
     u = _unit_tokens(tokens, grid)
-    distance = _require_far(grid, far)
-    gram = _mean_gram(u)
+    distance, gram = _require_far(grid, far, u), _mean_gram(u)
     return float(gram[distance == 1].mean() - gram[distance >= far].mean())
 
 
@@ -55,11 +56,11 @@ def cds(tokens: ArrayLike, grid: Grid, farthest: int = 8) -> float:
         ValueError: the tokens do not fill the grid or are not finite, or there are not two distances to fit a line to.
     """
     u = _unit_tokens(tokens, grid)
-    distance, gram = _distances(grid), _mean_gram(u)
+    distance, gram = _distances(grid, u), _mean_gram(u)
     steps = np.arange(1, min(farthest, int(distance.max())) + 1)
     if len(steps) < 2:
         raise ValueError(f"a slope needs two distances: give farthest >= 2 and h + w >= 4, got {farthest} and the grid {grid}")
-    means = np.array([gram[distance == step].mean() for step in steps])
+    means = np.array([float(gram[distance == int(step)].mean()) for step in steps])
     away = steps - steps.mean()
     return float(-(away @ means) / (away @ away))
 
@@ -80,8 +81,9 @@ def rmsc(tokens: ArrayLike, grid: Grid) -> float:
         ValueError: the tokens do not fill the grid or are not finite.
     """
     u = _unit_tokens(tokens, grid)
-    rest = u - u.mean(axis=1, keepdims=True)
-    return float(np.sqrt(np.square(rest).sum(axis=-1).mean(axis=-1)).mean())
+    xp = array_namespace(u)
+    rest = u - xp.mean(u, axis=1, keepdims=True)
+    return float(xp.mean(xp.sqrt(xp.mean(xp.sum(rest**2, axis=-1), axis=-1))))
 
 
 def srss(tokens: ArrayLike, grid: Grid, mask: ArrayLike, far: int = 6) -> float:
@@ -101,33 +103,34 @@ def srss(tokens: ArrayLike, grid: Grid, mask: ArrayLike, far: int = 6) -> float:
         ValueError: tokens, mask and grid do not fit, values are not finite, or no image has a token to compare.
     """
     u = _unit_tokens(tokens, grid)
-    distance = _require_far(grid, far)
-    foreground = np.asarray(on_host(mask)) != 0
+    distance, foreground = _require_far(grid, far, u), alongside(mask, u) != 0
     if foreground.shape != u.shape[:2]:
-        raise ValueError(f"need a mask (B, N) = {u.shape[:2]} like the tokens, got {foreground.shape}")
-    values = np.concatenate([[_contrast(image, inside, distance, far)] for image, inside in zip(u, foreground, strict=True)])
-    if np.isnan(values).all():
+        raise ValueError(f"need a mask (B, N) = {shape(u)[:2]} like the tokens, got {shape(foreground)}")
+    pairs = zip(range(len(u)), foreground, strict=True)
+    values = [value for image, inside in pairs if not math.isnan(value := _contrast(u[image, ...], inside, distance, far))]
+    if not values:
         raise ValueError(f"no image has a foreground token beside another and {far} or more from background; check the masks")
-    return float(np.nanmean(values))
+    return sum(values) / len(values)
 
 
-def _contrast(u: Array, inside: NDArray[np.bool_], distance: Distances, far: int) -> float:
+def _contrast(u: AnyArray, inside: AnyArray, distance: AnyArray, far: int) -> float:
     """SRSS of one image; NaN if it has no token to compare."""
+    xp = array_namespace(u)
     gram = u[inside] @ u.T
     beside = (distance[inside] == 1) & inside
     opposite = (distance[inside] >= far) & ~inside
-    counts = beside.sum(axis=1), opposite.sum(axis=1)
+    counts = xp.sum(beside, axis=1), xp.sum(opposite, axis=1)
     valid = (counts[0] > 0) & (counts[1] > 0)
-    if not valid.any():
-        return float("nan")
-    means = [(gram * pairs).sum(axis=1)[valid] / count[valid] for pairs, count in zip((beside, opposite), counts, strict=True)]
-    return float((means[0] - means[1]).mean())
+    if not xp.any(valid):
+        return math.nan
+    near, distant = (xp.sum(gram * pairs, axis=1)[valid] for pairs in (beside, opposite))
+    return float(xp.mean(near / counts[0][valid] - distant / counts[1][valid]))
 
 
-def _unit_tokens(tokens: ArrayLike, grid: Grid) -> Array:
-    a = as_array(tokens)
+def _unit_tokens(tokens: ArrayLike, grid: Grid) -> AnyArray:
+    a = as_float64(tokens)
     if a.ndim != 3 or 0 in a.shape:
-        raise ValueError(f"need tokens (B, N, D), got {a.shape}")
+        raise ValueError(f"need tokens (B, N, D), got {shape(a)}")
     if a.shape[1] != grid[0] * grid[1] or min(grid) < 1:
         fix = "give the (h, w) of the patches, and leave class and register tokens out"
         raise ValueError(f"{a.shape[1]} tokens do not fill the grid {grid[0]}x{grid[1]}: {fix}")
@@ -135,21 +138,22 @@ def _unit_tokens(tokens: ArrayLike, grid: Grid) -> Array:
     return unit(a)
 
 
-def _mean_gram(u: Array) -> Array:
+def _mean_gram(u: AnyArray) -> AnyArray:
     """Cosines ``(N, N)`` of places, averaged over images: one product, since the sum over images is one over channels too."""
-    flat = u.transpose(1, 0, 2).reshape(u.shape[1], -1)
+    xp = array_namespace(u)
+    flat = xp.reshape(xp.permute_dims(u, (1, 0, 2)), (u.shape[1], -1))
     return flat @ flat.T / len(u)
 
 
-def _distances(grid: Grid) -> Distances:
+def _distances(grid: Grid, u: AnyArray) -> AnyArray:
+    """Of all pairs of places, where the tokens lie."""
     row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
-    distances: Distances = np.abs(row[:, None] - row) + np.abs(column[:, None] - column)
-    return distances
+    return alongside(np.abs(row[:, None] - row) + np.abs(column[:, None] - column), u)
 
 
-def _require_far(grid: Grid, far: int) -> Distances:
+def _require_far(grid: Grid, far: int, u: AnyArray) -> AnyArray:
     h, w = grid
     farthest = h + w - 2
     if not 2 <= far <= farthest:
         raise ValueError(f"tokens on the grid {h}x{w} are at most {farthest} apart: give 2 <= far <= {farthest}, got {far}")
-    return _distances(grid)
+    return _distances(grid, u)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from repa_lab.align.tokens import Grid
 from repa_lab.data.errors import DataError
 from repa_lab.data.fingerprint import digest
 from repa_lab.encoders.targets import Targets
-from repa_lab.metrics import cka, cosine, cosine_gap
+from repa_lab.metrics import CosineSums, cka
 from repa_lab.models.facts import BlockIndex
 from repa_lab.models.tap import Tap
 from repa_lab.runs import files
@@ -109,36 +110,30 @@ class Evaluator:
         """
         if self._targets is None:
             return {}
-        pairs = list(self._held_out_pairs(tap, self._targets))
-        ours, theirs = (np.concatenate([image_means(one.values) for one in side]) for side in zip(*pairs, strict=True))
-        row: Row = {"heldout/cka": cka(ours, theirs)}
-        if match is not None:
-            row |= self._agreement(pairs, match)
-        return row
-
-    def _agreement(self, pairs: list[tuple[Tokens, Tokens]], match: Match) -> Row:
-        """The mean cosine over images, and how far it lies above that of mismatched images of the same grids."""
-        alike: dict[tuple[Grid, Grid], list[Pair]] = {}
-        for student, teacher in pairs:
-            sides = (Tokens(one.values.to(self._device), one.grid) for one in (student, teacher))
-            alike.setdefault((student.grid, teacher.grid), []).append(match(*sides))
-        counts, cosines, gaps = [], [], []
-        for matched in alike.values():
-            ours, theirs = (torch.cat([one.float().cpu() for one in side]).numpy() for side in zip(*matched, strict=True))
-            counts.append(len(ours))
-            cosines.append(cosine(ours, theirs))
-            gaps.append(cosine_gap(ours, theirs)[1] if len(ours) > 1 else None)
-        row: Row = {"heldout/cosine": float(np.average(cosines, weights=counts))}
-        several = [(gap, count) for gap, count in zip(gaps, counts, strict=True) if gap is not None]
-        if several:  # a lone image of its grid has none to be mismatched with
-            row["heldout/gap"] = float(np.average([gap for gap, _ in several], weights=[count for _, count in several]))
-        return row
+        ours, theirs, sums = [], [], defaultdict[tuple[Grid, Grid], CosineSums](CosineSums)
+        for student, teacher in self._held_out_pairs(tap, self._targets):
+            ours.append(image_means(student.values))
+            theirs.append(image_means(teacher.values))
+            if match is not None:
+                sums[student.grid, teacher.grid].add(*match(student, teacher))
+        return {"heldout/cka": cka(torch.cat(ours), torch.cat(theirs)), **_agreement(list(sums.values()))}
 
     def _held_out_pairs(self, tap: Tap, targets: Targets) -> Iterator[tuple[Tokens, Tokens]]:
-        """Tap and encoder tokens of the held-out images at the measuring time, on the CPU."""
+        """Tap and encoder tokens of the held-out images at the measuring time, batch by batch."""
         for index in held_out_batches(self._images, self._images.split.held_out, self._model.at_once):
             show(self._model, self._images, index, self._config.timestep, self._device)
-            yield _on_cpu(tap.take()), _on_cpu(targets(index, self._device))
+            student, teacher = tap.take(), targets(index, self._device)
+            yield Tokens(student.values.float(), student.grid), Tokens(teacher.values.float(), teacher.grid)
+
+
+def _agreement(sums: Sequence[CosineSums]) -> Row:
+    """The mean cosine over images, and how far it lies above that of mismatched images of the same grids."""
+    row: Row = {}
+    if sums:
+        row["heldout/cosine"] = float(np.average([one.cosine for one in sums], weights=[one.images for one in sums]))
+    if several := [one for one in sums if one.images > 1]:  # a lone image of its grid has none to be mismatched with
+        row["heldout/gap"] = float(np.average([one.gap for one in several], weights=[one.images for one in several]))
+    return row
 
 
 def write_grid(pixels: torch.Tensor, path: Path) -> None:
@@ -154,7 +149,3 @@ def write_grid(pixels: torch.Tensor, path: Path) -> None:
     grid = make_grid(sized, nrow=_GRID_COLUMNS, padding=2, pad_value=255)
     image = Image.fromarray(grid.permute(1, 2, 0).numpy())
     files.replace_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
-
-
-def _on_cpu(tokens: Tokens) -> Tokens:
-    return Tokens(tokens.values.float().cpu(), tokens.grid)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from repa_lab.data.sources import groups
 from repa_lab.training.images import Images
@@ -23,10 +21,9 @@ def held_out_batches(images: Images, chosen: torch.Tensor, at_once: int) -> Iter
     return (part for group in members for part in group.split(at_once))
 
 
-def image_means(values: torch.Tensor) -> NDArray[np.float32]:
-    """Tokens ``(B, N, D)`` averaged over each image, ``(B, D)``: what linear CKA and its like compare."""
-    means: NDArray[np.float32] = values.float().mean(dim=1).cpu().numpy()
-    return means
+def image_means(values: torch.Tensor) -> torch.Tensor:
+    """Tokens ``(B, N, D)`` averaged over each image, ``(B, D)`` in float32: what linear CKA and its like compare."""
+    return values.float().mean(dim=1)
 
 
 def show(model: Model, images: Images, index: torch.Tensor, timestep: float, device: torch.device) -> None:

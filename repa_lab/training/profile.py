@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from repa_lab.align.tokens import Grid, Tokens
 from repa_lab.encoders.targets import Targets
@@ -37,8 +36,6 @@ NEIGHBOURS = 10
 SPATIAL_SIDE = 16
 _LEAST_IMAGES = {"cka": 4, "cknna": NEIGHBOURS + 1, "mutual_knn": NEIGHBOURS + 1}
 
-Features = NDArray[np.float32]
-
 
 class ProfileError(ValueError):
     """The profile that is asked for cannot be measured."""
@@ -48,11 +45,11 @@ class ProfileError(ValueError):
 class _Spatial:
     """A spatial metric, and how far apart two tokens of a grid must be for it to have a meaning."""
 
-    value: Callable[[NDArray[np.float32], Grid], float]
+    value: Callable[[torch.Tensor, Grid], float]
     farthest: int
 
 
-_ALIGNMENT: dict[str, Callable[[Features, Features], float]] = {
+_ALIGNMENT: dict[str, Callable[[torch.Tensor, torch.Tensor], float]] = {
     "cka": cka,
     "cknna": lambda ours, theirs: cknna(ours, theirs, NEIGHBOURS),
     "mutual_knn": lambda ours, theirs: mutual_knn(ours, theirs, NEIGHBOURS),
@@ -149,7 +146,7 @@ def measure_profile(
         ProfileError: a block's values are not finite.
     """
     batches = list(held_out_batches(images, chosen, model.at_once))
-    theirs = np.concatenate([image_means(targets(index, device).values) for index in batches])
+    theirs = torch.cat([image_means(targets(index, device).values) for index in batches])
     taps = tap_every_block(model.denoiser, model.tap)
     rows: list[Row] = []
     try:
@@ -193,29 +190,29 @@ class _Kept:
 
     def __init__(self, name: str, metrics: Sequence[str]) -> None:
         self._name, self._metrics = name, metrics
-        self._means: list[Features] = []
+        self._means: list[torch.Tensor] = []  # on the host: a network has many blocks
         self._spatial: dict[str, list[tuple[float | None, int]]] = {name: [] for name in metrics if name in _SPATIAL}
 
     def __call__(self, tokens: Tokens) -> None:
         """Take in the tokens of a batch, and keep none of them."""
-        means = image_means(tokens.values)
-        if not np.isfinite(means).all():
+        means = image_means(tokens.values).cpu()
+        if not means.isfinite().all():
             raise ProfileError(f"{self._name} yields values that are not finite")
         self._means.append(means)
         if self._spatial:
             coarse = _coarse(tokens)
-            values, farthest = coarse.values.cpu().numpy(), sum(coarse.grid) - 2
+            farthest = sum(coarse.grid) - 2
             for metric, held in self._spatial.items():
                 fits = farthest >= _SPATIAL[metric].farthest
-                held.append((_SPATIAL[metric].value(values, coarse.grid) if fits else None, len(values)))
+                held.append((_SPATIAL[metric].value(coarse.values, coarse.grid) if fits else None, len(means)))
 
-    def values(self, theirs: Features) -> Iterator[tuple[str, float]]:
+    def values(self, theirs: torch.Tensor) -> Iterator[tuple[str, float]]:
         """The metrics over all batches, against the encoder's image means of the same images.
 
         Raises:
             TapError: the block did not run once in every pass.
         """
-        ours = np.concatenate(self._means) if self._means else np.empty((0, 1), np.float32)
+        ours = torch.cat(self._means).to(theirs.device) if self._means else torch.empty(0, 1)
         if len(ours) != len(theirs):
             raise TapError(f"{self._name} saw {len(ours)} images of {len(theirs)}")
         for metric in self._metrics:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.cross_decomposition import CCA
 
-from repa_lab.metrics import cka, cosine_gap, svcca
+from repa_lab.metrics import CosineSums, cka, cosine_gap, svcca
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -51,10 +51,10 @@ forms = pytest.mark.parametrize("unbiased, definition", FORMS.values(), ids=FORM
 class TestCKA:
     @forms
     @pytest.mark.parametrize("count, wide, narrow", [(4, 2, 3), (12, 40, 3), (60, 5, 5), (200, 30, 20)])
-    def test_agrees_with_the_definition(self, unbiased, definition, count, wide, narrow):
+    def test_agrees_with_the_definition(self, unbiased, definition, count, wide, narrow, lie):
         x, y = related(count, wide, narrow)
         expected = definition(x, y)
-        assert cka(x, y, unbiased) == pytest.approx(expected, abs=1e-9)
+        assert cka(lie(x), lie(y), unbiased) == pytest.approx(expected, abs=1e-9)
         assert abs(expected) > 0.05
 
     @forms
@@ -94,8 +94,8 @@ class TestCKA:
         assert cka(x, y) == pytest.approx(unbiased_by_definition(x.astype(float) - 1e3, y.astype(float)), abs=1e-6)
 
     @forms
-    def test_of_constant_features_is_0(self, unbiased, definition):
-        assert cka(np.ones((6, 2)), normal(6, 3), unbiased) == 0
+    def test_of_constant_features_is_0(self, unbiased, definition, lie):
+        assert cka(lie(np.full((6, 2), 0.1)), lie(normal(6, 3)), unbiased) == 0
 
     @pytest.mark.parametrize("x, y", [((3, 2), (3, 2)), ((5, 2), (6, 2)), ((5,), (5, 2)), ((5, 2, 2), (5, 2))])
     def test_refuses_what_it_cannot_compare(self, x, y):
@@ -126,10 +126,28 @@ def gap_by_loops(student: np.ndarray, teacher: np.ndarray) -> tuple[float, float
 
 class TestCosineGap:
     @pytest.mark.parametrize("shape", [(2, 1, 3), (5, 4, 7), (3, 6, 1)])
-    def test_agrees_with_explicit_loops(self, shape):
+    def test_agrees_with_explicit_loops(self, shape, lie):
         teacher = normal(*shape)
         student = teacher + normal(*shape, seed=1)
-        assert cosine_gap(student, teacher) == pytest.approx(gap_by_loops(student, teacher), abs=1e-12)
+        assert cosine_gap(lie(student), lie(teacher)) == pytest.approx(gap_by_loops(student, teacher), abs=1e-12)
+
+    @pytest.mark.parametrize("sizes", [(7,), (1, 6), (2, 3, 2)])
+    def test_of_batches_is_that_of_all(self, sizes, lie):
+        student, teacher = normal(7, 4, 5), normal(7, 4, 5, seed=1) + 0.5
+        sums, ends = CosineSums(), np.cumsum(sizes)
+        assert np.isnan([sums.cosine, sums.gap]).all()
+        for start, end in zip([0, *ends], ends, strict=False):
+            sums.add(lie(student[start:end]), lie(teacher[start:end]))
+        assert (sums.cosine, sums.gap) == pytest.approx(gap_by_loops(student, teacher), abs=1e-12)
+        assert sums.images == 7
+
+    def test_one_image_has_a_cosine_and_no_gap(self):
+        sums = CosineSums()
+        sums.add(normal(1, 4, 5), normal(1, 4, 5))
+        assert (sums.cosine, str(sums.gap)) == (pytest.approx(1, abs=1e-15), "nan")
+        with pytest.raises(ValueError, match=r"\(N, D\) = \(4, 5\) as before, got \(2, 3, 5\)"):
+            sums.add(normal(2, 3, 5), normal(2, 3, 5))
+        assert sums.images == 1
 
     def test_by_hand(self):
         # Matched: 1 and 0. Mismatched: student 0 with teacher 1 gives 0, student 1 with teacher 0 gives 1.
@@ -173,10 +191,10 @@ def svcca_by_definition(x: np.ndarray, y: np.ndarray, dims: int) -> float:
 
 class TestSVCCA:
     @pytest.mark.parametrize("count, wide, narrow, dims", [(60, 20, 10, 10), (200, 30, 20, 10), (60, 5, 5, 1), (40, 80, 12, 4)])
-    def test_agrees_with_the_definition(self, count, wide, narrow, dims):
+    def test_agrees_with_the_definition(self, count, wide, narrow, dims, lie):
         x, y = related(count, wide, narrow)
         expected = svcca_by_definition(x, y, dims)
-        assert svcca(x, y, dims) == pytest.approx(expected, abs=1e-9)
+        assert svcca(lie(x), lie(y), dims) == pytest.approx(expected, abs=1e-9)
         assert 0.1 < expected < 0.99
 
     def test_agrees_with_scikit_learns_cca(self):
@@ -201,9 +219,9 @@ class TestSVCCA:
         assert svcca(x[order], y[order]) == pytest.approx(expected, abs=1e-9)
         assert svcca(x[order], y, 3) < svcca(x, y, 3) - 0.1
 
-    def test_a_constant_column_changes_nothing(self):
+    def test_a_constant_column_changes_nothing(self, lie):
         x, y = related(60, 20, 12)
-        assert svcca(np.column_stack([x, np.full(60, 0.1)]), y) == pytest.approx(svcca(x, y), abs=1e-9)
+        assert svcca(lie(np.column_stack([x, np.full(60, 0.1)])), lie(y)) == pytest.approx(svcca(x, y), abs=1e-9)
 
     def test_refuses_fewer_directions_than_asked_for(self):
         x, y = related(60, 20, 12)

@@ -132,26 +132,26 @@ class TestByHand:
 class TestAgainstLoops:
     @GRIDS
     @pytest.mark.parametrize("far", [2, 4])
-    def test_lds(self, grid, far):
+    def test_lds(self, grid, far, lie):
         tokens = normal(3, grid[0] * grid[1], 5) + 0.5
-        assert lds(tokens, grid, far) == pytest.approx(lds_by_loops(tokens, grid, far), abs=1e-12)
+        assert lds(lie(tokens), grid, far) == pytest.approx(lds_by_loops(tokens, grid, far), abs=1e-12)
 
     @GRIDS
     @pytest.mark.parametrize("farthest", [2, 8])
-    def test_cds(self, grid, farthest):
+    def test_cds(self, grid, farthest, lie):
         tokens = normal(3, grid[0] * grid[1], 5) + 0.5
-        assert cds(tokens, grid, farthest) == pytest.approx(cds_by_loops(tokens, grid, farthest), abs=1e-12)
+        assert cds(lie(tokens), grid, farthest) == pytest.approx(cds_by_loops(tokens, grid, farthest), abs=1e-12)
 
     @GRIDS
-    def test_rmsc(self, grid):
+    def test_rmsc(self, grid, lie):
         tokens = normal(3, grid[0] * grid[1], 5) + 0.5
-        assert rmsc(tokens, grid) == pytest.approx(rmsc_by_loops(tokens), abs=1e-12)
+        assert rmsc(lie(tokens), grid) == pytest.approx(rmsc_by_loops(tokens), abs=1e-12)
 
     @GRIDS
-    def test_srss(self, grid):
+    def test_srss(self, grid, lie):
         tokens, mask = normal(4, grid[0] * grid[1], 5) + 0.5, half(4, grid)
         mask[1] = False  # an image without foreground is left out
-        assert srss(tokens, grid, mask, far=3) == pytest.approx(srss_by_loops(tokens, grid, mask, 3), abs=1e-12)
+        assert srss(lie(tokens), grid, mask, far=3) == pytest.approx(srss_by_loops(tokens, grid, mask, 3), abs=1e-12)
 
     def test_the_papers_settings(self):
         """Distances 6 and 8 on 16 x 16."""
