@@ -9,7 +9,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from repa_lab.data.crop import Buckets, Size, crop, framing, opaque
 from repa_lab.data.errors import DataError
@@ -62,6 +61,8 @@ class Digits:
     channels, side, num_classes = 1, 8, 10
 
     def __init__(self) -> None:
+        from sklearn.datasets import load_digits  # a sixth of what a worker imports, and no other data needs it
+
         bunch = load_digits()
         self._pixels = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
         self.labels = torch.from_numpy(bunch.target).long()
