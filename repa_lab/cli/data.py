@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -91,10 +92,13 @@ def _carry_out(source: Path, folder: Path, resolution: int, vae: str, batch_size
     place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=out, disable=rank != 0) as bars:
-        bar = bars.add_task("images" if world == 1 else f"images (one of {world} equal parts)", total=None)
+    bars = Progress(*columns, console=out, disable=rank != 0)
+    bar = bars.add_task("images" if world == 1 else f"images (one of {world} equal parts)", total=None)
+    with ExitStack() as shown:
 
         def show(done: int, total: int) -> None:
+            if not bars.live.is_started:  # what is refused before has no bar
+                shown.enter_context(bars)
             bars.update(bar, completed=done, total=total)
 
         wanted = Preparation(source, folder, resolution, vae, batch_size)

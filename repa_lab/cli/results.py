@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from repa_lab.cli.shared import JsonOption, RootOption, clean_errors, out, table
+from repa_lab.cli.shared import JsonOption, RootOption, clean_errors, err, out, table
 from repa_lab.runs.root import DEFAULT_ROOT
 
 if TYPE_CHECKING:
@@ -30,12 +30,16 @@ def leaderboard(
     with clean_errors():
         from repa_lab.report.leaderboard import leaderboards
 
-        boards = leaderboards(root, metric, protocol)
+        boards = leaderboards(root, metric, protocol, tell=_tell)
         if json_:
             print(json.dumps([_as_json(board) for board in boards]))
             return
         for board in boards:
             out.print(table(_title(board), _rows(board)))
+
+
+def _tell(line: str) -> None:
+    err.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _as_json(board: Board) -> dict[str, Any]:

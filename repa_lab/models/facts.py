@@ -44,6 +44,14 @@ class Shape:
     layers: int = 0
     stages: tuple[int, ...] = ()
 
+    def stride_at(self, block: BlockIndex | None) -> int:
+        """The stride of the tokens that leave a block: half of ``stride`` outside the middle stage of a U-shaped transformer.
+        None is the suggested block."""
+        if not self.stages or not isinstance(block, int):
+            return self.stride
+        before, middle, _ = self.stages
+        return self.stride if before <= block < before + middle else self.stride // 2
+
 
 @dataclass(frozen=True)
 class Family:

@@ -18,7 +18,7 @@ _MOST_PER_RUN = 8
 def exclusions(results: Results) -> list[str]:
     """A line on everything of one sweep that is in no mean or in no comparison, and why."""
     return [
-        *_troubles(results),
+        *troubles(results),
         *_missing_seeds(results),
         *_missing_values(results),
         *_refusals(results),
@@ -30,7 +30,8 @@ def exclusions(results: Results) -> list[str]:
     ]
 
 
-def _troubles(results: Results) -> Iterator[str]:
+def troubles(results: Results) -> Iterator[str]:
+    """A line on everything of a run that could not be read."""
     for (arm, seed, run_id), rows in results.troubles.groupby(["arm", "seed", "run_id"], sort=False):
         found = [f"{where}: {what}" for where, what in zip(rows["where"], rows["what"], strict=True)]
         more = f"; and {len(found) - _MOST_PER_RUN} more" if len(found) > _MOST_PER_RUN else ""

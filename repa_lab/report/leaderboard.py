@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from repa_lab.metrics.protocol import differences
+from repa_lab.report.exclusions import troubles
 from repa_lab.report.results import Results, ResultsError, load_results
 from repa_lab.report.statistics import Goal, mean_interval
 from repa_lab.report.summary import goal_of, is_protocol, metric_kind
@@ -71,7 +72,9 @@ class _Known:
         return self.protocols.get(run, {}).get(metric) or _guessed(metric, self.facts.loc[run])
 
 
-def leaderboards(path: str | Path, metric: str | None = None, protocol: str = "") -> list[Board]:
+def leaderboards(
+    path: str | Path, metric: str | None = None, protocol: str = "", tell: Callable[[str], None] = lambda line: None
+) -> list[Board]:
     """The boards of a runs root, by metric.
 
     A metric is shown where its protocol is known: it stands in its name, or the run recorded it.
@@ -80,11 +83,15 @@ def leaderboards(path: str | Path, metric: str | None = None, protocol: str = ""
         path: a runs root, or a sweep's folder.
         metric: its full name or its kind (Frechet distances are one kind); None is all that carry a protocol in their name.
         protocol: what the full name must contain, such as ``@50k`` or ``sde250``.
+        tell: is told, a line for each run, what could not be read and is on no board.
 
     Raises:
         ResultsError: there is no sweep, or nothing of that name was measured.
     """
     results = load_results(path)
+    once = results.troubles.drop_duplicates(["run_id", "where", "what"])  # of runs that several arms share
+    for line in troubles(replace(results, troubles=once)):
+        tell(line)
     known = _Known.of(results)
     values = results.curves.drop_duplicates(["run_id", "metric", "step"], keep="last")
     measured = sorted(values["metric"].unique())

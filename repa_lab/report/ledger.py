@@ -12,6 +12,7 @@ from repa_lab.report.table import Table
 
 _SECONDS_PER_HOUR = 3600
 _SECONDS = {"training": "seconds", "encoder": "cost/encoder_seconds", "evaluation": "cost/evaluation_seconds"}
+_HOURS = ("training", "encoder (within training)", "evaluation")  # what _SECONDS are called in the table
 _FLOPS = {"training": "cost/train_flops", "encoder": "cost/encoder_flops", "evaluation": "cost/evaluation_flops"}
 
 
@@ -33,7 +34,7 @@ def cost_frame(results: Results) -> pd.DataFrame:
 def cost_table(results: Results) -> Table:
     """Sums over the runs of an arm, and over the sweep; columns that no run recorded are left out."""
     frame = cost_frame(results)
-    headers = ["arm", "runs", *(f"device hours, {part}" for part in _SECONDS), *(f"FLOPs, {part}" for part in _FLOPS)]
+    headers = ["arm", "runs", *(f"device hours, {part}" for part in _HOURS), *(f"FLOPs, {part}" for part in _FLOPS)]
     headers.append("evaluation's share of the hours")
     if frame["hours/training"].isna().all():
         return Table(headers, [])

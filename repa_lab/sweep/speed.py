@@ -13,7 +13,7 @@ from repa_lab.runs import RunDirectory, State
 from repa_lab.runs.files import Row
 from repa_lab.runs.provenance import GPUS, gpu_models
 from repa_lab.spec import RunConfig, RunOptions
-from repa_lab.training.costs import Cost
+from repa_lab.training.costs import Cost, measurements
 
 UTILISATION = 0.35
 PUBLISHED = "REPA's own XL/2 run reached 13.5 %"  # 5.4 steps/s on 8 H100s, by FLOPs as they are counted here
@@ -66,7 +66,7 @@ class Speed:
     Attributes:
         flops: FLOP/s, as the FLOPs of :class:`Cost` are counted.
         image: seconds to train on an image.
-        evaluation: seconds of an evaluation; measured ones include writing the checkpoint.
+        evaluation: seconds of an evaluation by the usual protocol; measured ones include writing the checkpoint.
         runs: how many runs this was measured on; 0 where it is assumed.
         is_evaluation_measured: whether the seconds of an evaluation were measured too.
     """
@@ -76,6 +76,20 @@ class Speed:
     evaluation: float
     runs: int = 0
     is_evaluation_measured: bool = False
+
+
+@dataclass(frozen=True)
+class _Pause:
+    """What a run spent beside training: seconds of one device, for so many measurements by the usual protocol and by that of
+    milestones."""
+
+    seconds: float
+    usual: int
+    milestones: int
+
+    def each(self, rare: float) -> float:
+        """Seconds of a measurement by the usual protocol, where one of a milestone takes ``rare`` times as long."""
+        return self.seconds / (self.usual + self.milestones * rare)
 
 
 def assumed_device(options: RunOptions, folder: Path = GPUS) -> tuple[Device, str]:
@@ -116,7 +130,7 @@ class Measured:
     def __init__(self, runs: Iterable[tuple[RunDirectory, RunConfig]], wanted: frozenset[Hashable]) -> None:
         self._wanted = wanted
         self._images: dict[Hashable, list[float]] = {}
-        self._evaluations: dict[Hashable, list[float]] = {}
+        self._evaluations: dict[Hashable, list[_Pause]] = {}
         for directory, config in runs:
             self._take(directory, config)
 
@@ -127,7 +141,9 @@ class Measured:
         image = sum(found) / len(found)
         flops = cost.image_flops / image
         evaluated = self._evaluations.get((kind, _evaluated(config)))
-        seconds = sum(evaluated) / len(evaluated) if evaluated else cost.evaluation_flops / flops
+        rare = cost.milestone_flops / cost.evaluation_flops
+        each = [pause.each(rare) for pause in evaluated or ()]
+        seconds = sum(each) / len(each) if each else cost.evaluation_flops / flops
         return Speed(flops, image, seconds, len(found), evaluated is not None)
 
     def _take(self, directory: RunDirectory, config: RunConfig) -> None:
@@ -143,8 +159,9 @@ class Measured:
         rows = directory.rows()
         if (seconds := seconds_per_image(rows)) is not None:
             taken.append(seconds * processes)
-        if (pause := seconds_per_evaluation(directory, rows)) is not None:
-            self._evaluations.setdefault((kind, _evaluated(config)), []).append(pause * processes)
+        if (seconds := seconds_beside_training(directory, rows)) is not None:
+            pause = _Pause(seconds * processes, *measurements(config, 0, config.train.steps))
+            self._evaluations.setdefault((kind, _evaluated(config)), []).append(pause)
 
 
 def seconds_per_image(rows: list[Row]) -> float | None:
@@ -159,14 +176,15 @@ def seconds_per_image(rows: list[Row]) -> float | None:
     return (ended - begun) / (last - first) if ended > begun else None
 
 
-def seconds_per_evaluation(directory: RunDirectory, rows: list[Row]) -> float | None:
-    """What a run that went through without a break spent beside training, by evaluation; None of others."""
+def seconds_beside_training(directory: RunDirectory, rows: list[Row]) -> float | None:
+    """What a run that went through without a break spent beside training, with all its evaluations; None of others."""
     marks = [event for event in directory.events() if event["event"] in {state.value for state in State}]
     if [event["event"] for event in marks] != [State.RUNNING.value, State.DONE.value] or marks[0].get("step"):
         return None
-    count = len({row["step"] for row in rows if "loss/total" not in row})
-    spent = marks[1]["time"] - marks[0]["time"] - max((row.get("seconds", 0.0) for row in rows), default=0.0)
-    return spent / count if count and spent > 0 else None
+    if all("loss/total" in row for row in rows):
+        return None
+    spent = float(marks[1]["time"] - marks[0]["time"] - max(row.get("seconds", 0.0) for row in rows))
+    return spent if spent > 0 else None
 
 
 def _evaluated(config: RunConfig) -> Hashable:

@@ -30,12 +30,17 @@ PREFIX = "denoiser."
 
 @dataclass
 class Progress:
-    """How far a run has come: optimizer steps, images seen, seconds spent training and measuring."""
+    """How far a run has come: optimizer steps, images seen, seconds spent training and measuring.
+
+    ``encoder_seconds`` are those of ``seconds`` that encoders took, since the last checkpoint of a version that did not count
+    them, if there was one.
+    """
 
     step: int = 0
     images: int = 0
     seconds: float = 0.0
     evaluation_seconds: float = 0.0
+    encoder_seconds: float = 0.0
 
     def row(self) -> Row:
         """As the head of a metric row."""

@@ -107,13 +107,14 @@ def cost_of(config: RunConfig, options: RunOptions) -> Cost:
     """What a run with these settings costs."""
     family = family_facts(config.model.family)
     shape = shape_of(family, config.model.size)
-    tokens, channels = _tokens(config, family, shape), _channels(config)
+    tokens, channels = _tokens(config, family, shape.stride), _channels(config)
+    tapped = _tokens(config, family, shape.stride_at(config.regularizer.block_index))
     forward = forward_of(family, config.model.size, tokens, channels, _CLASSES.get(config.data.source, _ASSUMED_CLASSES))
     weights, rows = _projectors(config, shape)
     adapters = config.model.rank * forward.adapted if config.model.train == "lora" else 0
     trained = weights + (adapters or forward.parameters)
     online, cached = _encoders(config, share=True), _encoders(config, share=False)
-    training = _passes(config, options) * forward.flops + 6.0 * tokens * (adapters + rows)
+    training = _passes(config, options) * forward.flops + 6.0 * (tokens * adapters + tapped * rows)
     return Cost(
         parameters=forward.parameters,
         trained=trained,
@@ -176,9 +177,10 @@ def projector_size(projector: ProjectorConfig, in_dim: int, out_dim: int) -> tup
     return macs + 2 * width + out_dim, macs
 
 
-def _tokens(config: RunConfig, family: Family, shape: Shape) -> float:
+def _tokens(config: RunConfig, family: Family, stride: int) -> float:
+    """Tokens of an image where they stand so many cells apart."""
     latent = _VAE_STRIDE if family.from_scratch and config.data.vae else family.latent_stride
-    return max(1, config.data.side // (latent * shape.stride)) ** 2
+    return max(1, config.data.side // (latent * stride)) ** 2
 
 
 def _channels(config: RunConfig) -> int:

@@ -35,6 +35,7 @@ from repa_lab.training.micro_batch import MicroBatch
 from repa_lab.training.model import open_data, open_model
 from repa_lab.training.objective import Batch, Steps, denoising_loss
 from repa_lab.training.protocol import tiers
+from repa_lab.training.stopwatch import Stopwatch, TimedTargets
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,15 @@ class Trainer:
         measuring = config.alignment_encoder
         measured = (own.get(measuring) or targets(measuring)) if measuring else None
         self.evaluator = Evaluator(config, images, self.model, measured, cache, self.device, part)
-        readers = [own[encoder].reader for encoder in config.regularizer.encoders]
+        self._stopwatch, reads_here = Stopwatch(self.device), options.data_workers == 0
+        timed = [TimedTargets(own[encoder], self._stopwatch, reads_here) for encoder in config.regularizer.encoders]
+        readers = [one.reader for one in timed]
         weight = schedule_of(config) if own else None
         self._steps = Steps(config, run.seed, images, self.model.process, self.model.conditioning, part, readers, weight)
         self.model.denoiser.to(self.device)
-        self.aligner = self._align(run, [own[encoder] for encoder in config.regularizer.encoders]) if own else None
+        self.aligner = self._align(run, timed) if own else None
         self._trained = self._prepare(self.model.denoiser)
+        self._stopwatch.take()  # of what was read to build the parts
 
     def batches(self) -> Iterator[Batch]:
         """The batches of the steps that are left."""
@@ -136,6 +140,7 @@ class Trainer:
         if self.aligner:
             self.aligner.tap.clear()
         self.progress.evaluation_seconds += time.perf_counter() - began
+        self.progress.encoder_seconds += self._stopwatch.take()
         rows = [{**row, **ledger(self.config, self.options, self.progress)}, *(found for found, _ in rare)]
         return [{**self.progress.row(), **found} for found in rows], samples
 
@@ -145,6 +150,7 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write all that is needed to go on, or to export the model, into an empty folder."""
+        self.progress.encoder_seconds += self._stopwatch.take()
         self._trained.save(folder, self.progress)
         files.write_json(folder / INPUT_FILE, asdict(self._input) if self._input else None)
 

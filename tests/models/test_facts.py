@@ -17,6 +17,7 @@ from repa_lab.models.facts import (
 )
 from repa_lab.models.families import FAMILIES, family_facts
 from repa_lab.models.family import BUILDERS, Input
+from repa_lab.models.sit_down import SiTDown
 
 FROM_SCRATCH = [(family, size) for family in FAMILIES.values() if family.from_scratch for size in family.shapes]
 
@@ -63,6 +64,17 @@ def test_u_repas_blocks():
     assert sit_down_shape("XL/2") == (SIT_DOWN_SHAPES["XL/2"], 2)
     with pytest.raises(UnknownFactError, match="unknown size of sit_down 'B/4'; allowed: nano/2, B/2, L/2, XL/2"):
         sit_down_shape("B/4")
+
+
+def test_a_blocks_stride_is_that_of_the_tokens_that_leave_it():
+    shape = SIT_DOWN_SHAPES["nano/2"]
+    denoiser = SiTDown.from_size("nano/2", in_channels=1, input_size=8)
+    grids = [denoiser.grid_of(block) for block in range(shape.depth)]
+    assert grids == [(8 // shape.stride_at(block),) * 2 for block in range(shape.depth)]
+    assert set(grids) == {(2, 2), (4, 4)}
+    assert shape.stride_at(None) == shape.stride == shape.stride_at(shape.block)
+    assert [UNET_SHAPES["B"].stride_at(block) for block in (None, "mid")] == [8, 8]
+    assert {SIT_SHAPES["B/2"].stride_at(block) for block in (None, 0, 11)} == {2}
 
 
 def test_strides_of_pretrained_families_in_pixels():

@@ -178,6 +178,24 @@ def test_a_damaged_record_of_protocols_sets_its_run_apart_and_ends_nothing(build
     recorded(root, "a", reference="digits")
     (root.run("b").path / "protocols.json").write_text('{"x": ')
     shown = cli(root.path)
-    assert (shown.returncode, "Traceback" in shown.stderr) == (0, False)
+    assert (shown.returncode, shown.stderr) == (0, "b, seed 0 (run b): protocols.json: cannot be read (JSONDecodeError).\n")
     boards = json.loads(cli(root.path, "--json").stdout)
     assert {(board["arms"][0]["arm"], len(board["arms"]), board["protocol"].get("data.flip")) for board in boards} == {("a", 1, None), ("b", 1, True)}
+
+
+def test_what_could_not_be_read_is_said_once_a_run_beside_the_tables(build: Build, root: RunsRoot):
+    build([FakeArm("whole", constant_runs([1.0]))], name="one")
+    assert cli(root.path).stderr == ""
+    shared = FakeRun(0, {100: 3.0, 200: 2.0}, run_id="shared")
+    for name in ("two", "three"):
+        build([FakeArm("cut", [shared])], name=name)
+    rows = root.run("shared").path / "metrics.jsonl"
+    rows.write_bytes(rows.read_bytes() + b'{"step": 3\n')
+    number = len(rows.read_bytes().splitlines())
+    line = f"cut, seed 0 (run shared): metrics.jsonl:{number}: not JSON; the line is left out.\n"
+    table, found = cli(root.path), cli(root.path, "--json")
+    assert (table.stderr, found.stderr) == (line, line)
+    (board,) = json.loads(found.stdout)
+    assert {arm["arm"]: arm["mean"] for arm in board["arms"]} == {"whole": 1.0, "cut": 2.0}
+    nothing = cli(root.path, "--protocol", "@50k")
+    assert nothing.stderr == f"{line}no such metric with a protocol in '{root.path}'; measured: {METRIC}\n"

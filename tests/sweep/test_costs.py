@@ -190,6 +190,14 @@ class TestTraining:
         assert cost({"regularizer.type": "none"}).image_flops == 3 * self.FORWARD
         assert cost().image_flops == 3 * self.FORWARD + 6 * 256 * 7_340_032
 
+    def test_a_projector_takes_the_tokens_of_the_block_that_is_tapped(self):
+        """SiT-down B has 5 blocks on 16x16 tokens, 5 on 8x8 and 5 on 16x16 at 256 px."""
+        down = {"model": {"family": "sit_down", "size": "B/2"}}
+        without = cost({"regularizer.type": "none", **down}).image_flops
+        blocks = (None, 0, 4, 5, 9, 10, 14)
+        tokens = [(cost({"regularizer.block_index": block, **down}).image_flops - without) / (6 * 7_340_032) for block in blocks]
+        assert tokens == pytest.approx([64, 256, 256, 64, 64, 256, 256])
+
     def test_overheads_are_those_of_the_papers(self):
         """41.7, 12.1 and 8.3 % for B, L and XL with the encoder in every step (papers.md, section 7)."""
         for size, percent in (("B/2", 41.7), ("L/2", 12.1), ("XL/2", 8.3)):
@@ -320,6 +328,20 @@ class TestSpeed:
         (directory.path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
         speed = estimate(make_plan(spec, RunsRoot(tmp_path))).speeds["all"]
         assert (speed.evaluation, speed.is_evaluation_measured) == (pytest.approx((20 - 14) / 2), True)
+
+    def test_dear_measurements_are_told_from_usual_ones(self, tmp_path):
+        """25 times the samples' FLOPs at the end: of 54 s beside training the usual two took 2 s each."""
+        spec = spec_of(DIGITS, {"evaluate.full": {"samples": 80, "sampler": {"type": "sde", "steps": 250}}}, seeds=2)
+        run = make_plan(spec, RunsRoot(tmp_path)).runs[0].run
+        measures = [{"step": step, "images": 8 * step, "seconds": 14.0, name: 1.0} for step, name in ((5, "fid"), (10, "fid"), (10, "full"))]
+        directory = write_run(tmp_path, run, [row(5, 10.0), measures[0], row(10, 14.0), *measures[1:]])
+        events = [{"time": 100.0, "event": "running", "step": 0}, {"time": 168.0, "event": "done", "step": 10}]
+        (directory.path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        found = estimate(make_plan(spec, RunsRoot(tmp_path)))
+        speed = found.speeds["all"]
+        assert (speed.evaluation, speed.is_evaluation_measured) == (pytest.approx(54 / 27), True)
+        # The run that is left takes as long: 80 images of 0.1 s, and the same measurements.
+        assert found.total.gpu_hours == pytest.approx((80 * 0.1 + 54) / 3600)
 
     @pytest.mark.parametrize("other", [{"machine": {"cpus": 999}}, {"machine": {"gpus": ["NVIDIA T4"]}}, {"precision": "bf16"}, {"compile": True}])
     def test_other_machines_and_other_options_say_nothing(self, tmp_path, other):

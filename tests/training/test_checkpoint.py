@@ -116,7 +116,7 @@ def test_the_files_are_safetensors_and_json_only(tmp_path):
     for kind in kinds:
         with safe_open(tmp_path / f"{kind}.safetensors", framework="pt") as file:
             assert file.keys()
-    assert json.loads((tmp_path / "state.json").read_text())["progress"] == {"step": 1, "images": 4, "seconds": 0.0, "evaluation_seconds": 0.0}
+    assert json.loads((tmp_path / "state.json").read_text())["progress"] == {"step": 1, "images": 4, "seconds": 0.0, "evaluation_seconds": 0.0, "encoder_seconds": 0.0}
 
 
 def test_the_gradient_scaler_comes_back(tmp_path):

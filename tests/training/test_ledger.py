@@ -15,7 +15,7 @@ ONLINE = {"regularizer.encoder": {"name": "efficientnet_lite0", "image_size": 32
 
 def of(step, **settings):
     config = make_run(**{"train.steps": 100, **settings}).config
-    return ledger(config, RunOptions(), Progress(step, 6 * step, 0.0, 1.5)), cost_of(config, RunOptions())
+    return ledger(config, RunOptions(), Progress(step, 6 * step, 0.0, 1.5, 0.25)), cost_of(config, RunOptions())
 
 
 def test_training_and_measuring_grow_with_the_steps():
@@ -23,7 +23,7 @@ def test_training_and_measuring_grow_with_the_steps():
     late, _ = of(100, **{"evaluate.every": 25})
     assert early["cost/train_flops"] == 300 * cost.image_flops
     assert (early["cost/evaluation_flops"], late["cost/evaluation_flops"]) == (2 * cost.evaluation_flops, 4 * cost.evaluation_flops)
-    assert early["cost/evaluation_seconds"] == 1.5
+    assert (early["cost/evaluation_seconds"], early["cost/encoder_seconds"]) == (1.5, 0.25)
 
 
 def test_encoders_in_the_steps_are_told_apart_and_end_with_the_cutoff():

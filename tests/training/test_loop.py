@@ -196,7 +196,7 @@ class TestRows:
         ]  # fmt: skip
         measured = next(row for row in directory.rows() if metric in row)
         known = {"step", "images", "seconds", metric, "heldout/cka", "heldout/cosine", "heldout/gap"}
-        costs = {"cost/evaluation_seconds", "cost/train_flops", "cost/encoder_flops", "cost/evaluation_flops"}
+        costs = {"cost/evaluation_seconds", "cost/encoder_seconds", "cost/train_flops", "cost/encoder_flops", "cost/evaluation_flops"}
         assert measured.keys() == known | costs
         assert sorted(directory.sample_grids()) == [2, 4, 5]
         assert checkpoints.steps(directory.checkpoints) == [4, 5]
