@@ -61,6 +61,7 @@ def sample(
     file: Annotated[Path, typer.Argument(metavar="FILE.npz", help="A new file.")],
     metric: Annotated[str | None, typer.Option(help="Full name of a number; else the first of the dearest protocol.")] = None,
     weights: Annotated[str, typer.Option(help="ema (the averages that are measured) or last.")] = "ema",
+    real: Annotated[bool, typer.Option("--real", help="Write instead what they are compared with: training images.")] = False,
     root: RootOption = DEFAULT_ROOT,
 ) -> None:
     """Draw the samples that a run's number was measured on into one file, as ADM's evaluator takes it."""
@@ -70,16 +71,23 @@ def sample(
         directory = RunsRoot(root).find_run(run)
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        from repa_lab.training.audit import write_samples
+        from repa_lab.training.audit import write_real, write_samples
 
-        with Progress(TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err) as bars:
+        shown = TextColumn("images" if real else "samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*shown, console=err) as bars:
             bar = bars.add_task("", total=None)
 
             def show(done: int, total: int) -> None:
                 bars.update(bar, completed=done, total=total)
 
-            step, name = write_samples(directory, file, RunsRoot(root).cache, metric, weights, show)
+            if real:
+                count = write_real(directory, file, RunsRoot(root).cache, show)
+                out.print(f"{count:,} training images: {file}", highlight=False, soft_wrap=True)
+                return
+            step, name, value = write_samples(directory, file, RunsRoot(root).cache, metric, weights, show)
         out.print(f"the samples of {name} at step {step:,}, {weights} weights: {file}", highlight=False, soft_wrap=True)
+        measured = "the run has no such number of these weights" if value is None else f"the run measured {value!r}"
+        out.print(measured, highlight=False, soft_wrap=True)
 
 
 def import_(

@@ -139,10 +139,13 @@ class Flips:
     """A source of n images as one of 2n: image n + i is image i mirrored left to right, with its label and caption.
 
     What is computed once per image, latents and features, is so computed for both versions.
+
+    Attributes:
+        base: the images as they are.
     """
 
     def __init__(self, base: ImageSource) -> None:
-        self._base = base
+        self.base = base
         self.channels, self.side, self.num_classes = base.channels, base.side, base.num_classes
         self.labels = torch.cat([base.labels, base.labels])
         self.sizes = torch.cat([base.sizes, base.sizes])
@@ -150,17 +153,17 @@ class Flips:
         self.fingerprint = digest({"source": "flips", "of": base.fingerprint})
 
     def __len__(self) -> int:
-        return 2 * len(self._base)
+        return 2 * len(self.base)
 
     def read(self, index: Sequence[int]) -> torch.Tensor:
         """See :class:`ImageSource`."""
-        wanted, count = torch.as_tensor(index), len(self._base)
-        pixels = self._base.read((wanted % count).tolist())
+        wanted, count = torch.as_tensor(index), len(self.base)
+        pixels = self.base.read((wanted % count).tolist())
         return torch.where((wanted >= count).view(-1, 1, 1, 1), pixels.flip(-1), pixels)
 
     def frames(self, index: Sequence[int]) -> torch.Tensor:
         """See :class:`ImageSource`: as of the images that are mirrored."""
-        return self._base.frames([int(i) % len(self._base) for i in index])
+        return self.base.frames([int(i) % len(self.base) for i in index])
 
 
 @dataclass(frozen=True)

@@ -145,9 +145,9 @@ def _weights_file(name: str, facts: ExtractorFacts, weights: str | None) -> Path
         if not path.is_file():
             raise EncoderError("weights", f"no file '{weights}'")
     if path is not None:
+        _require_published(path, name, facts.sha256)
         if not facts.encoder:
             _require_plain_tensors(path)
-        _require_published(path, name, facts.sha256)
     return path
 
 
@@ -169,12 +169,12 @@ def _require_plain_tensors(path: Path) -> None:
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
-        raise EncoderError("weights", f"'{path}' is no file of tensors: {one_line(error)}") from None
+        raise EncoderError("weights", f"'{path}' is no file of tensors, or damaged; get it anew ({one_line(error)})") from None
 
 
 def _require_published(path: Path, name: str, sha256: str) -> None:
     found, note = file_digest(path), Path(f"{path}{VOUCHED}")
-    vouched = note.read_text(encoding="utf-8").split()[:1] if note.is_file() else []
+    vouched = note.read_text(encoding="utf-8", errors="replace").split()[:1] if note.is_file() else []
     if found != sha256 and vouched != [found]:
         seen = f"its SHA-256 begins with {found[:_PREFIX]}, not {sha256[:_PREFIX]}"
         allowed = f"get that file, or vouch for this one: sha256sum FILE > FILE{VOUCHED}"

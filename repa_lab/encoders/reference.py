@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from repa_lab.data.fingerprint import digest
 from repa_lab.encoders.extractor import Extractor, Features
 from repa_lab.encoders.extractor_facts import EXTRACTORS, SPATIAL, layers
-from repa_lab.metrics.adm import read_images
+from repa_lab.metrics.adm import images_shape, read_images
 from repa_lab.metrics.frechet import Moments, Statistics, frechet_distance, statistics
-from repa_lab.metrics.quality import inception_score, kid, precision_recall
+from repa_lab.metrics.quality import NEIGHBOURS, inception_score, kid, precision_recall
 from repa_lab.metrics.reference import StatisticsError, read_statistics, write_statistics
 from repa_lab.runs.files import replace_atomically
 
@@ -35,11 +35,13 @@ class RealImages:
             wanted of this source is kept.
         count: how many.
         batches: yields them all, uint8 ``(B, 1 or 3, H, W)``; called when they are needed.
+        size: height and width in pixels, None where they differ.
     """
 
     source: str
     count: int
     batches: Callable[[], Iterable[torch.Tensor]]
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,31 +77,43 @@ def reference(extractor: Extractor, images: RealImages, cache: Path, keep: int =
             evaluator takes 10,000).
 
     Raises:
-        StatisticsError: a file in the cache is damaged.
-        ValueError: fewer than two images, or features that are not finite.
+        StatisticsError: a file in the cache is damaged, or there are too few images for the metrics.
+        ValueError: features that are not finite.
     """
+    _require_enough(_asked(extractor, (*_BY_STATISTICS, *_BY_FEATURES)), images.count, "the training images")
     wanted = _Kept(extractor, images, cache / FOLDER, min(keep, images.count))
     if not wanted.are_there:
         wanted.compute()
     return wanted.read()
 
 
-def read_reference(extractor: Extractor, path: Path) -> Reference:
+def read_reference(extractor: Extractor, path: Path, size: tuple[int, int] | None = None) -> Reference:
     """A reference that others made: a file of ADM's (VIRTUAL_*.npz), of pytorch-fid, or the lab's own.
 
     ADM's hold statistics of the whole training set, for FID and sFID, and images, whose features are computed where KID or
     precision and recall are measured.
 
+    Args:
+        extractor: made for the metrics.
+        path: the file.
+        size: height and width that its images must have if it has any, or None.
+
     Raises:
-        StatisticsError: the file lacks what the extractor's metrics need, or is of another extractor.
+        StatisticsError: the file lacks what the extractor's metrics need, or is of another extractor or of another size.
     """
     blank = extractor.features(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
     found = {}
     for layer in layers(extractor.name, _asked(extractor, _BY_STATISTICS)):
         identity = {**extractor.identity, "layer": layer}
         found[layer] = read_statistics(path, identity, blank.layers[layer].shape[1], layer == SPATIAL)
+    shape = images_shape(path)
+    if size and shape and shape[1:] != size:
+        sides = " and the run's ".join(f"{height}x{width} px" for height, width in (shape[1:], size))
+        raise StatisticsError(f"the images of '{path}' have {sides}: give a reference of the run's size")
     if not _asked(extractor, _BY_FEATURES):
         return Reference(extractor.name, found, None)
+    if shape:
+        _require_enough(_asked(extractor, _BY_FEATURES), shape[0], f"'{path}'")
     parts = [extractor.features(torch.from_numpy(pixels)) for pixels in read_images(path)]
     return Reference(extractor.name, found, Features.cat(parts))
 
@@ -151,6 +165,15 @@ def _features(metric: str, against: Reference) -> NDArray[np.float32]:
     return against.features.of(metric)
 
 
+def _require_enough(metrics: Iterable[str], count: int, where: str) -> None:
+    """Refuse, before anything is trained, what a metric could not be computed against."""
+    for metric in metrics:
+        least = NEIGHBOURS + 1 if metric == "precision_recall" else 2
+        if count < least:
+            needed = f"{metric} needs at least {least} real images"
+            raise StatisticsError(f"{needed}, and there are {count} in {where}: give more, or leave it out of metrics")
+
+
 def _asked(extractor: Extractor, metrics: Iterable[str]) -> tuple[str, ...]:
     return tuple(metric for metric in metrics if metric in extractor.metrics)
 
@@ -191,10 +214,16 @@ class _Kept:
         Raises:
             StatisticsError: one is damaged.
         """
-        found = {layer: read_statistics(path, self._identity(layer)) for layer, path in self._statistics.items()}
+        found = {layer: self._statistics_of(layer, path) for layer, path in self._statistics.items()}
         features = {layer: _load(path, self._keep) for layer, path in self._features.items()}
         name = self._extractor.name
         return Reference(name, found, Features(name, features) if features else None)
+
+    def _statistics_of(self, layer: str, path: Path) -> Statistics:
+        try:
+            return read_statistics(path, self._identity(layer))
+        except StatisticsError:
+            raise StatisticsError(f"the cache file '{path}' is damaged; delete it, and it is computed again") from None
 
     def _write(self, moments: Mapping[str, Moments], kept: Features) -> None:
         for layer, path in self._statistics.items():
@@ -219,7 +248,7 @@ def _load(path: Path, count: int) -> NDArray[np.float32]:
     try:
         values = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise StatisticsError(f"'{path}' is no file of features: delete it ({error})") from None
-    if values.ndim != 2 or len(values) != count:
-        raise StatisticsError(f"'{path}' holds features {values.shape} and not of {count} images: delete it")
+        raise StatisticsError(f"the cache file '{path}' is damaged ({error}); delete it, and it is computed again") from None
+    if values.ndim != 2 or len(values) != count or not np.isfinite(values).all():
+        raise StatisticsError(f"the cache file '{path}' is damaged; delete it, and it is computed again")
     return np.asarray(values, dtype=np.float32)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import itertools
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,17 +57,35 @@ def read_images(path: Path, batch_size: int = 64) -> Iterator[Pixels]:
     """The images of a file, ``(B, 3, H, W)`` at a time.
 
     Raises:
-        StatisticsError: no such file, or it holds no images, or others than uint8 ``(N, H, W, 3)``.
+        StatisticsError: no such file, or it holds no images, fewer than it says, or others than uint8 ``(N, H, W, 3)``.
     """
+    with _opened(path) as (file, (count, height, width)):
+        for start in range(0, count, batch_size):
+            size = min(batch_size, count - start)
+            values = np.frombuffer(file.read(size * height * width * 3), np.uint8)
+            yield values.reshape(size, height, width, 3).transpose(0, 3, 1, 2).copy()
+
+
+def images_shape(path: Path) -> tuple[int, int, int] | None:
+    """How many images a file has, their height and their width, without reading them; None where it has none."""
+    try:
+        with _opened(path) as (_, shape):
+            return shape
+    except StatisticsError:
+        return None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int]]]:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(_MEMBER) as file:
-            count, height, width = _shape(path, file)
-            for start in range(0, count, batch_size):
-                size = min(batch_size, count - start)
-                values = np.frombuffer(file.read(size * height * width * 3), np.uint8)
-                yield values.reshape(size, height, width, 3).transpose(0, 3, 1, 2).copy()
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise StatisticsError(f"'{path}' holds no images under arr_0: {error}") from None
+            yield file, _shape(path, file)
+    except StatisticsError:
+        raise
+    except KeyError:
+        raise StatisticsError(f"'{path}' holds no images under arr_0: give a file that has them, as ADM's have") from None
+    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
+        raise StatisticsError(f"'{path}' holds no images under arr_0 that can be read: {error}; get it anew") from None
 
 
 def _write(out: IO[bytes], batches: Iterable[ArrayLike], shape: tuple[int, ...]) -> None:

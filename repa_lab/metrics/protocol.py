@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 # Part of every run's identity: raise it when a change of code changes what a measurement or a training step means.
 PROTOCOL_VERSION = 1
@@ -19,6 +19,13 @@ YIELDS: dict[str, tuple[tuple[str, str | None], ...]] = {
     "inception_score": (("is", None),),
     "precision_recall": (("precision", "precision"), ("recall", "recall")),
 }
+
+_RISING = {"is", "precision", "recall"}
+
+
+def goal_of_kind(kind: str) -> Literal["min", "max"]:
+    """Whether small or large values of a kind of metric, the first part of its full name, are good."""
+    return "max" if kind in _RISING else "min"
 
 
 def quality_names(metric: str, extractor: str, samples: int, sampler: str, suffix: str = "") -> tuple[str, ...]:

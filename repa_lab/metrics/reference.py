@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from repa_lab.metrics.arrays import Array
 from repa_lab.metrics.frechet import Statistics
 
 # What the statistics in a published reference batch of ADM (guided-diffusion's VIRTUAL_*.npz) are of, in the lab's words.
@@ -50,21 +52,32 @@ def read_statistics(path: Path, identity: Mapping[str, str], width: int | None =
     if missing := [name for name in named.values() if name not in held]:
         raise StatisticsError(f"'{path}' has no {' and no '.join(missing)}: give an npz file with mu and sigma")
     _require_same(path, {**held, **(_ADM if is_adm else {})}, identity)
-    mu, sigma = (np.asarray(held[name], dtype=np.float64) for name in named.values())
-    found = Statistics(mu, sigma, int(held.get("count", 0)))
+    mu, sigma, count = (_real(path, name, held.get(name, 0)) for name in (*named.values(), "count"))
+    if count.size != 1:
+        raise StatisticsError(f"'{path}' has counts {count.shape}: give one number of images, or none")
+    found = Statistics(mu, sigma, int(count.item()))
     _require_sound(path, found, width, "count" in held)
     return found
+
+
+def _real(path: Path, name: str, value: Any) -> Array:
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu":
+        raise StatisticsError(f"'{path}' has {name} of {array.dtype}: give real numbers")
+    return array.astype(np.float64)
 
 
 def _arrays(path: Path) -> dict[str, Any]:
     """What a file holds but for its images, which may be gigabytes."""
     if not path.is_file():
         raise StatisticsError(f"no file '{path}'")
+    if not zipfile.is_zipfile(path):  # which numpy would take for a pickle
+        raise StatisticsError(f"'{path}' is no npz file of arrays, or cut short; get it anew")
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files if name != "arr_0"}
     except Exception as error:  # a damaged file can raise anything
-        raise StatisticsError(f"'{path}' is no npz file of arrays: {' '.join(str(error).split())}") from None
+        raise StatisticsError(f"'{path}' is no npz file of arrays: {' '.join(str(error).split())}; get it anew") from None
 
 
 def _require_same(path: Path, held: Mapping[str, Any], wanted: Mapping[str, str]) -> None:
@@ -82,5 +95,8 @@ def _require_sound(path: Path, found: Statistics, width: int | None, is_counted:
         raise StatisticsError(f"'{path}' has {len(mu)} features and the extractor {width}: compute them with this extractor")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise StatisticsError(f"'{path}' has statistics that are not finite: compute them anew")
+    if not np.allclose(sigma, sigma.T, rtol=1e-5, atol=1e-6 * np.abs(sigma).max()) or (sigma.diagonal() < 0).any():
+        what = "a sigma that is no covariance: it is not symmetric, or has variances below 0"
+        raise StatisticsError(f"'{path}' has {what}; compute it anew")
     if is_counted and found.count < 2:
         raise StatisticsError(f"'{path}' has statistics of {found.count} images: compute them of two or more")

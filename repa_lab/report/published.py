@@ -13,7 +13,7 @@ import pandas as pd
 
 from repa_lab.report.results import Results
 from repa_lab.report.statistics import MIN_SEEDS, Estimate, PairedDifference, mean_interval, paired_difference
-from repa_lab.report.summary import goal_of
+from repa_lab.report.summary import common_step, goal_of
 from repa_lab.spec.published import PublishedConfig
 
 
@@ -57,6 +57,7 @@ class Comparison:
         reference: the arm that is best by the paper, from which differences are taken.
         rows: the arms of both, in the spec's order.
         tolerance: see :class:`PublishedConfig`; None at a scale at which values are not the paper's.
+        refused: arms whose values are left out, for under the metric's name they were measured unlike the reference.
     """
 
     kind: str
@@ -64,6 +65,7 @@ class Comparison:
     reference: str
     rows: tuple[Compared, ...]
     tolerance: float | None
+    refused: tuple[str, ...] = ()
 
     @property
     def is_complete(self) -> bool:
@@ -120,9 +122,17 @@ def _compare(
         return None
     reference = _best(values, kind)
     tolerance = published.tolerance.get(kind) if exact else None
-    held = _at_equal_progress(results, metric, list(values))
+    refused = _unlike(results, metric, list(values), reference)
+    held = _at_equal_progress(results, metric, [label for label in values if label not in refused])
     rows = tuple(_row(results, label, values, held, reference, tolerance) for label in values)
-    return Comparison(kind, metric, reference, rows, tolerance)
+    return Comparison(kind, metric, reference, rows, tolerance, refused)
+
+
+def _unlike(results: Results, metric: str, labels: Sequence[str], reference: str) -> tuple[str, ...]:
+    """The arms that were measured, and unlike the reference, or unlike within themselves."""
+    kept = results.run_ids(reference)
+    unlike = (arm for arm in labels if results.protocols.conflicts([*kept, *results.run_ids(arm)], metric))
+    return tuple(arm for arm in unlike if results.seed_curves(arm, metric))
 
 
 def _kind(metric: str) -> str:
@@ -136,14 +146,10 @@ def _best(values: Mapping[str, float], kind: str) -> str:
 
 
 def _at_equal_progress(results: Results, metric: str, labels: Sequence[str]) -> dict[str, dict[int, float]]:
-    """By arm the value by seed, at the step that the summary took for it."""
-    rows = results.summary[results.summary["metric"] == metric]
-    steps = {str(row.arm): int(row.step) for row in rows.itertuples()}
-    curves = {label: results.seed_curves(label, metric) for label in labels if label in steps}
-    return {
-        label: {seed: curve[steps[label]] for seed, curve in found.items() if steps[label] in curve}
-        for label, found in curves.items()
-    }
+    """By arm the value by seed, at the last step that all runs of these arms have that were measured at all."""
+    curves = {label: found for label in labels if (found := results.seed_curves(label, metric))}
+    step = common_step([curve for found in curves.values() for curve in found.values()])
+    return {} if step is None else {label: {seed: curve[step] for seed, curve in own.items()} for label, own in curves.items()}
 
 
 def _row(
@@ -222,6 +228,9 @@ def sentences(comparison: Comparison) -> Iterator[str]:
     signs = f"{resolved.count(True)} have the published sign, {resolved.count(False)} the other"
     left = f"{others - len(resolved)} are open: seeds do not tell them from 0"
     yield f"{comparison.kind}: of {others} differences from '{comparison.reference}', {signs}, and {left}"
+    if comparison.refused:
+        unlike = f"under the name {comparison.metric} they were measured unlike '{comparison.reference}'"
+        yield f"{comparison.kind}: {', '.join(comparison.refused)} left out, for {unlike}"
     if not comparison.is_complete:
         yield f"{comparison.kind}: not every arm was measured"
     shared = _shared(comparison)

@@ -14,7 +14,17 @@ from repa_lab.report.progress import AXES, STEPS, Axis, processes_of
 from repa_lab.report.protocols import Protocols
 from repa_lab.report.reading import UNKNOWN, RunReader
 from repa_lab.report.statistics import Goal
-from repa_lab.report.summary import KEYS, Index, SeedCurves, index_curves, is_evaluation, is_protocol, metric_kind, summarize
+from repa_lab.report.summary import (
+    KEYS,
+    Index,
+    SeedCurves,
+    goal_of,
+    index_curves,
+    is_evaluation,
+    is_protocol,
+    metric_kind,
+    summarize,
+)
 from repa_lab.runs import RunDirectory, RunsRoot, SweepDirectory
 
 Manifest = dict[str, Any]
@@ -109,6 +119,13 @@ class Results:
             self._indices[axis] = index_curves(self.curves, axis)
         return self._indices[axis].get((self.name, str(arm), str(metric)), {})
 
+    def places(self, arm: str | None, metric: str, axis: str) -> SeedCurves:
+        """Progress along an axis by step, by seed, of what :meth:`seed_curves` has; NaN where it is not known."""
+        key = f"{axis} by step"
+        if key not in self._indices:
+            self._indices[key] = index_curves(self.curves.assign(value=self.curves[axis]))
+        return self._indices[key].get((self.name, str(arm), metric), {})
+
     @cached_property
     def _indices(self) -> dict[str, Index]:
         return {"step": index_curves(self.curves)}
@@ -126,6 +143,20 @@ class Results:
     def run_ids(self, arm: str | None) -> list[str]:
         """The runs of an arm of the only sweep, in the order of the seeds."""
         return [str(run_id) for run_id in self.runs.loc[self.runs["arm"] == arm, "run_id"]]
+
+    def names(self, metric: str) -> dict[str, str]:
+        """What a metric is to be called for each arm of the only sweep: values of one such name may stand side by side.
+
+        See :meth:`repa_lab.report.protocols.Protocols.names`.
+        """
+        if metric not in self._names:
+            runs = self.runs.groupby("arm", sort=False)["run_id"].agg(list).to_dict()
+            self._names[metric] = self.protocols.names(runs, metric)
+        return self._names[metric]
+
+    @cached_property
+    def _names(self) -> dict[str, dict[str, str]]:
+        return {}
 
     def conflicts(self, arm: str, metric: str) -> list[str]:
         """In what the protocols of a metric differ between the runs of an arm and of its baseline, if in anything."""
@@ -223,7 +254,8 @@ def _single(run: RunDirectory) -> tuple[Manifest, RunsRoot]:
     measured = [metric for _, metric in RunReader(run).measurements() if is_protocol(metric)]
     seed, name = run.spec["seed"], run.run_id
     arm: Manifest = {"label": name, "levels": {}, "baseline": None, "runs": [{"seed": seed, "run_id": name}]}
-    compare = {"metric": measured[0] if measured else "", "goal": "min", "targets": {}}
+    metric = measured[0] if measured else ""
+    compare = {"metric": metric, "goal": goal_of(metric), "targets": {}}
     manifest = {"name": name, "question": "", "seeds": [seed], "compare": compare, "arms": [arm], "search": None}
     return manifest, RunsRoot(run.path.parent.parent)
 

@@ -80,12 +80,15 @@ class Speedup:
         steps: the arm's mean steps over those seeds, in the unit of its curves.
         reached: in how many seeds both reached it; below ``n``, ``ratio`` speaks of those alone.
         n: how many seeds both arms have.
+        early: in how many of the reached seeds a first measurement, the arm's or the baseline's, was there already. When it got
+            there is then not known, only that it was by then.
     """
 
     ratio: Estimate
     steps: float
     reached: int
     n: int
+    early: int = 0
 
 
 def mean_interval(values: Iterable[float], level: float = LEVEL) -> Estimate:
@@ -236,9 +239,24 @@ def speedup(
         value = other[max(other)] if target is None else target
         mine, theirs = steps_to_reach(own, value, goal), steps_to_reach(other, value, goal)
         if mine is not None and theirs is not None:
-            reached.append((mine, theirs))
-    ratio = mean_interval((theirs / mine for mine, theirs in reached), level)
-    return Speedup(ratio, mean_interval(mine for mine, _ in reached).mean, len(reached), len(pairs))
+            reached.append((mine, theirs, mine == min(own) or theirs == min(other)))
+    ratio = mean_interval((theirs / mine for mine, theirs, _ in reached), level)
+    early = sum(is_early for *_, is_early in reached)
+    return Speedup(ratio, mean_interval(mine for mine, *_ in reached).mean, len(reached), len(pairs), early)
+
+
+def in_common(one: Iterable[float], other: Iterable[float]) -> tuple[set[float], set[float]]:
+    """Of the steps at which two curves were measured those that compare: both were, or the other one had ended.
+
+    A curve that is measured more often crosses a value earlier between its points, the more so where it is convex; one that is
+    measured sooner may be seen to cross before the other was looked at.
+    """
+    mine, theirs = set(one), set(other)
+    both = mine & theirs
+    return (
+        both | {step for step in mine if step > max(theirs, default=-math.inf)},
+        both | {step for step in theirs if step > max(mine, default=-math.inf)},
+    )
 
 
 def finite(values: Mapping[Key, float]) -> dict[Key, float]:

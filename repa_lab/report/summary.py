@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from repa_lab.metrics.protocol import goal_of_kind
 from repa_lab.report.protocols import Protocols
 from repa_lab.report.statistics import Curve, Goal, holm, mean_interval, paired_difference, verdict
 
@@ -16,7 +17,6 @@ Index = dict[tuple[str, str, str], dict[int, dict[float, float]]]
 Row = dict[str, Any]
 KEYS = ("sweep", "arm")
 REFUSED = "refused"
-_RISING = ("is", "precision", "recall")
 SUMMARY_COLUMNS = [
     *("sweep", "arm", "baseline", "metric", "step", "seeds", "n", "mean", "low", "high"),
     *("baseline_mean", "diff", "diff_low", "diff_high", "n_pairs", "relative"),
@@ -42,7 +42,7 @@ def metric_kind(metric: str) -> str:
 
 def goal_of(metric: str) -> Goal:
     """Whether small or large values of an evaluation metric, or of its kind, are good; agreement with an encoder is good."""
-    return "max" if metric_kind(metric) in _RISING or metric.startswith("heldout/") else "min"
+    return "max" if metric.startswith("heldout/") else goal_of_kind(metric_kind(metric))
 
 
 def index_curves(curves: pd.DataFrame, axis: str = "step") -> Index:
@@ -110,7 +110,7 @@ def _rows(runs: pd.DataFrame, index: Index, protocols: Protocols) -> Iterator[Ro
 
 
 def _compare(arm: SeedCurves, baseline: SeedCurves) -> Row:
-    step = _common_step([*arm.values(), *baseline.values()])
+    step = common_step([*arm.values(), *baseline.values()])
     if step is None:
         return {}
     own, other = ({seed: curve[step] for seed, curve in curves.items()} for curves in (arm, baseline))
@@ -134,7 +134,7 @@ def _refused(protocols: Protocols, own: list[str], other: list[str], metric: str
     return {**dict.fromkeys(gone, math.nan), "n_pairs": 0, "verdict": REFUSED, "conflicts": "; ".join(conflicts)}
 
 
-def _common_step(curves: list[Curve]) -> float | None:
+def common_step(curves: list[Curve]) -> float | None:
     """Equal progress: the last step that every curve has; comparing last values would reward who trained longest."""
     steps = set.intersection(*(set(curve) for curve in curves)) if curves else set()
     return max(steps, default=None)

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from repa_lab.report.pairing import paired_curves
 from repa_lab.report.phrases import NONE, decimals, interval, number, p_value, significant
 from repa_lab.report.progress import IMAGES, Axis
+from repa_lab.report.protocols import bare
 from repa_lab.report.results import Results
 from repa_lab.report.search import Trial, ordered_trials, parameters
 from repa_lab.report.statistics import Estimate, Goal, finite, mean_interval, speedup, steps_to_reach
-from repa_lab.report.summary import SeedCurves, goal_of, metric_kind
+from repa_lab.report.summary import goal_of, metric_kind
 from repa_lab.report.table import Table
 
 _FINAL = "the baseline's final value"
@@ -20,6 +22,8 @@ _FINAL = "the baseline's final value"
 
 def summary_tables(results: Results, compared: bool = True) -> dict[str, Table]:
     """Arms beside their baselines at equal progress, a table for each metric, the compared one first.
+
+    Where arms were measured differently under one name, each protocol has a table; see :meth:`Results.names`.
 
     Args:
         results: of one sweep.
@@ -29,8 +33,11 @@ def summary_tables(results: Results, compared: bool = True) -> dict[str, Table]:
     headers += ["pairing r", "Holm's p", "verdict"]
     kind = metric_kind(results.metric)
     metrics = [str(name) for name in results.summary["metric"].unique() if (metric_kind(name) == kind) is compared]
-    rows = {metric: results.summary[results.summary["metric"] == metric] for metric in _compared_first(results, metrics)}
-    return {metric: Table(headers, [_summary_row(row) for _, row in own.iterrows()]) for metric, own in rows.items()}
+    rows: dict[str, list[list[str]]] = {}
+    for metric in _compared_first(results, metrics):
+        for _, row in results.summary[results.summary["metric"] == metric].iterrows():
+            rows.setdefault(results.names(metric)[row["arm"]], []).append(_summary_row(row))
+    return {name: Table(headers, own) for name, own in rows.items()}
 
 
 def targets_tables(results: Results) -> dict[str, Table]:
@@ -41,10 +48,10 @@ def targets_tables(results: Results) -> dict[str, Table]:
     headers = ["target", "arm", "reached by", *(axis.unit for axis in results.axes)]
     headers += [f"speed-up in {axis.unit} [95 % interval]" for axis in _ratio_axes(results)]
     rows: dict[str, list[list[str]]] = {}
-    for metric, row in _target_rows(results):
-        rows.setdefault(metric, []).append(row)
-    metrics = _compared_first(results, list(rows))
-    return {metric: Table(headers, rows[metric]).without_empty_columns() for metric in metrics}
+    for name, row in _target_rows(results):
+        rows.setdefault(name, []).append(row)
+    names = _compared_first(results, list(rows))
+    return {name: Table(headers, rows[name]).without_empty_columns() for name in names}
 
 
 def runs_table(results: Results) -> Table:
@@ -68,7 +75,7 @@ def importance_table(frame: pd.DataFrame) -> Table:
 
 
 def _compared_first(results: Results, metrics: list[str]) -> list[str]:
-    return sorted(metrics, key=lambda metric: metric != results.metric)
+    return sorted(metrics, key=lambda metric: bare(metric) != results.metric)
 
 
 def _summary_row(row: pd.Series) -> list[str]:
@@ -93,38 +100,44 @@ def _target_rows(results: Results) -> Iterator[tuple[str, list[str]]]:
     for arm, baseline in results.baselines.items():
         metric = results.compared_metric(arm)
         if baseline is not None and metric is not None and results.run_ids(arm) != results.run_ids(baseline):
-            yield metric, _target_row(results, metric, None, arm)
+            yield results.names(metric)[arm], _target_row(results, metric, None, arm)
     for metric, values in (results.sweep["compare"].get("targets") or {}).items():
-        arms = [arm for arm in results.baselines if results.seed_curves(arm, metric)]
-        yield from ((metric, _target_row(results, metric, target, arm)) for target in values for arm in arms)
+        arms = [arm for arm in results.baselines if results.seed_curves(arm, metric) and not _is_mixed(results, arm, metric)]
+        names = results.names(metric)
+        yield from ((names[arm], _target_row(results, metric, target, arm)) for target in values for arm in arms)
+
+
+def _is_mixed(results: Results, arm: str, metric: str) -> bool:
+    """Whether the arm's own runs were measured differently, so that a mean over them is none."""
+    return bool(results.protocols.conflicts(results.run_ids(arm), metric))
 
 
 def _target_row(results: Results, metric: str, target: float | None, arm: str) -> list[str]:
     """A target of None is the baseline's final value, seed by seed."""
-    sides = [(axis, _sides(results, metric, arm, axis)) for axis in results.axes]
-    reached = [_reached(*side, target, _goal(results, metric)) for _, side in sides]
-    ratios = [_speedup(*side, target, _goal(results, metric)) for axis, side in sides if axis in _ratio_axes(results)]
-    means = [significant(mean_interval(found).mean) if found else "not reached" for found in reached]
-    count = f"{len(reached[0])} of {len(results.seed_curves(arm, metric))}"
+    goal = _goal(results, metric)
+    met = [_reached(results, metric, arm, axis, target, goal) for axis in results.axes]
+    ratios = [_speedup(results, metric, arm, axis, target, goal) for axis in _ratio_axes(results)]
+    means = [significant(mean_interval(found).mean) if (found := _known(steps)) else "not reached" for steps in met]
+    count = f"{len(_known(met[0]))} of {len(met[0])}"
     return [_FINAL if target is None else f"{target:g}", arm, count, *means, *ratios]
 
 
-def _sides(results: Results, metric: str, arm: str, axis: Axis) -> tuple[SeedCurves, SeedCurves]:
-    """The curves of an arm and of its baseline; the baseline has none where the two cannot be compared."""
-    baseline = None if results.conflicts(arm, metric) else results.baselines[arm]
-    return results.seed_curves(arm, metric, axis.name), results.seed_curves(baseline, metric, axis.name)
+def _reached(results: Results, metric: str, arm: str, axis: Axis, target: float | None, goal: Goal) -> list[float | None]:
+    """The progress at which each seed got there, None for those that did not; seeds that have no target are left out."""
+    own, other = (results.seed_curves(label, metric, axis.name) for label in (arm, results.baselines[arm]))
+    kept = {seed: known for seed, curve in other.items() if (known := finite(curve))}
+    wanted = dict.fromkeys(own, target) if target is not None else {seed: one[max(one)] for seed, one in kept.items()}
+    return [steps_to_reach(curve, wanted[seed], goal) for seed, curve in own.items() if seed in wanted]
 
 
-def _reached(arm: SeedCurves, baseline: SeedCurves, target: float | None, goal: Goal) -> list[float]:
-    """The progress at which each seed got there, of those that did."""
-    kept = {seed: known for seed, curve in baseline.items() if (known := finite(curve))}
-    wanted = dict.fromkeys(arm, target) if target is not None else {seed: one[max(one)] for seed, one in kept.items()}
-    found = [steps_to_reach(curve, wanted[seed], goal) for seed, curve in arm.items() if seed in wanted]
-    return [steps for steps in found if steps is not None]
+def _known(steps: list[float | None]) -> list[float]:
+    return [one for one in steps if one is not None]
 
 
-def _speedup(arm: SeedCurves, baseline: SeedCurves, target: float | None, goal: Goal) -> str:
-    found = speedup(arm, baseline, goal, target)
+def _speedup(results: Results, metric: str, arm: str, axis: Axis, target: float | None, goal: Goal) -> str:
+    if results.conflicts(arm, metric):
+        return NONE
+    found = speedup(*paired_curves(results, arm, metric, axis.name), goal, target)
     if found is None or not found.reached:
         return NONE
     partly = f" ({found.reached} of {found.n} seeds)" if found.reached < found.n else ""

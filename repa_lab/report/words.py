@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import pandas as pd
 
+from repa_lab.report.pairing import paired_curves
 from repa_lab.report.phrases import decimals, interval, listed, p_value, seeds
 from repa_lab.report.reading import UNKNOWN
 from repa_lab.report.results import Results
@@ -53,7 +54,7 @@ def arm_speedup(results: Results, arm: str) -> Speedup | None:
     metric, baseline = results.compared_metric(arm), results.baselines[arm]
     if metric is None or baseline is None:
         return None
-    return speedup(results.seed_curves(arm, metric), results.seed_curves(baseline, metric), results.goal)
+    return speedup(*paired_curves(results, arm, metric), results.goal)
 
 
 # ---- a compared arm
@@ -122,11 +123,18 @@ def _sooner(results: Results, arm: str) -> str:
         return f"It did not reach {value} (0 of {seeds(found.n)})."
     flattered = "" if found.reached == found.n else "; the others did not, so this flatters it"
     where = f"{value} at step {found.steps:.0f}"
-    return f"It reached {where}, {_ratio(found.ratio)} ({found.reached} of {seeds(found.n)}{flattered})."
+    return f"It reached {where}, {_ratio(found.ratio)} ({found.reached} of {seeds(found.n)}{flattered}).{_early(found)}"
+
+
+def _early(found: Speedup) -> str:
+    if not found.early:
+        return ""
+    which = f"In {found.early} of {seeds(found.reached)}"
+    return f" {which} the arm's or the baseline's first measurement was there already, so how much sooner is not known."
 
 
 def _ratio(ratio: Estimate) -> str:
-    words = f"{ratio.mean:.2f}x sooner" if ratio.mean >= 1 else f"at {ratio.mean:.2f}x the baseline's speed"
+    words = f"{ratio.mean:.2f}x sooner" if round(ratio.mean, 2) > 1 else f"at {ratio.mean:.2f}x the baseline's speed"
     if ratio.n < 2:
         return words
     is_open = ratio.n >= MIN_SEEDS and not ratio.excludes(1.0)
@@ -187,6 +195,11 @@ def _protocol_warning(results: Results) -> Iterator[str]:
     if len(arms) > 1:
         alike = "; ".join(f"{' and '.join(metrics)} for {listed(labels)}" for metrics, labels in arms.items())
         yield f"The arms were not all measured alike ({alike}). Values of different protocols cannot be compared."
+    for metric in dict.fromkeys(metric for metrics in arms for metric in metrics):
+        # An arm that differs from its own baseline has a line that says so.
+        fine = [arm for arm in results.baselines if metric in _protocols(results, arm) and not results.conflicts(arm, metric)]
+        if told := results.protocols.conflicts((run for arm in fine for run in results.run_ids(arm)), metric):
+            yield f"Under the name {metric} arms were measured differently: {'; '.join(told)}. Such values cannot be compared."
 
 
 def search_lines(results: Results, best: Trial | None) -> Iterator[str]:

@@ -1,9 +1,10 @@
-"""The samples behind a run's numbers, for others' evaluators."""
+"""The samples behind a run's numbers, and the real images they are compared with, for others' evaluators."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -14,11 +15,25 @@ from repa_lab.spec.identity import Run
 from repa_lab.training.device import pick_device
 from repa_lab.training.model import open_data
 from repa_lab.training.protocol import metric_names, names_of, tiers
-from repa_lab.training.quality import DivergedError
+from repa_lab.training.quality import DivergedError, real_images
 from repa_lab.training.sampling import shares
 from repa_lab.training.trained import newest_checkpoint, open_trained
 
 Progress = Callable[[int, int], None]
+
+
+class Written(NamedTuple):
+    """What was written.
+
+    Attributes:
+        step: of the checkpoint.
+        metric: full name of the number.
+        value: what the run measured of these samples; None where it measured none at this step, or other weights.
+    """
+
+    step: int
+    metric: str
+    value: float | None
 
 
 class AuditError(ValueError):
@@ -32,7 +47,7 @@ def write_samples(
     metric: str | None = None,
     weights: str = "ema",
     progress: Progress = lambda done, total: None,
-) -> tuple[int, str]:
+) -> Written:
     """Draw the samples that a number of a run is measured on from its newest checkpoint, as one npz for ADM's evaluator.
 
     Args:
@@ -42,9 +57,6 @@ def write_samples(
         metric: full name of the number; None takes the first of the dearest protocol.
         weights: ``ema``, the averages that are measured, or ``last``.
         progress: told of samples drawn, and of all.
-
-    Returns:
-        The step of the checkpoint, and the number's name.
 
     Raises:
         AuditError: the file is there, or the run measures no such number.
@@ -61,7 +73,7 @@ def write_samples(
         raise AuditError(f"run {run.run_id} measures no '{chosen}'; it measures: {', '.join(metric_names(run.config))}")
     tier = by_name[chosen]
     # In the precision in which it was measured, on whatever device there is.
-    options = RunOptions(precision=directory.provenance["options"]["precision"])
+    options = RunOptions.model_validate({"precision": _precision(directory, chosen)})
     device = pick_device(options)
     model = open_trained(run, checkpoint, weights, open_data(run.config, cache, device), options, cache, device)
     sampler = model.sampler(tier)
@@ -75,4 +87,45 @@ def write_samples(
             yield pixels
 
     write_images(path, batches(), tier.samples)
-    return step, chosen
+    found = [row[chosen] for row in directory.rows() if row["step"] == step and chosen in row]
+    return Written(step, chosen, found[-1] if found and weights == "ema" else None)
+
+
+def write_real(directory: RunDirectory, path: Path, cache: Path, progress: Progress = lambda done, total: None) -> int:
+    """Write the training images that a run's samples are compared with, in their order, in the form of :func:`write_samples`.
+
+    Args:
+        directory: the run.
+        path: a new file.
+        cache: where latents are.
+        progress: told of images written, and of all.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        AuditError: the file is there, or the images are of several sizes.
+        DataError: the data is not there any more.
+    """
+    if path.exists():
+        raise AuditError(f"'{path}' exists; name a new file")
+    config = Run.from_json(directory.run_id, directory.spec).config
+    real = real_images(open_data(config, cache, pick_device(RunOptions())))
+    if real.size is None:
+        raise AuditError("the training images are of several sizes, and such a file holds images of one")
+
+    def batches() -> Iterator[torch.Tensor]:
+        done = 0
+        for pixels in real.batches():
+            done += len(pixels)
+            progress(done, real.count)
+            yield pixels
+
+    write_images(path, batches(), real.count)
+    return real.count
+
+
+def _precision(directory: RunDirectory, metric: str) -> str:
+    """As the number's protocol has it; a run that recorded none was not resumed in another than it began in."""
+    recorded = directory.protocols.get(metric)
+    return str(directory.provenance["options"]["precision"] if recorded is None else recorded.get("precision", "fp32"))

@@ -24,6 +24,7 @@ from repa_lab.models.tap import Tap
 from repa_lab.runs import files
 from repa_lab.runs.files import Row
 from repa_lab.spec import EvaluateConfig, RunConfig
+from repa_lab.training.fingerprints import described
 from repa_lab.training.heldout import held_out_batches, image_means, show
 from repa_lab.training.images import Images
 from repa_lab.training.model import Model
@@ -89,16 +90,16 @@ class Evaluator:
         found = self._quality.protocols(seed)
         if self._targets is None or self._encoder is None:
             return found
-        held_out = {"data": self._images.source.fingerprint, "images": self._images.split.held_out.tolist()}
-        described = {
-            "encoder": self._encoder.model_dump(mode="json"),
+        held_out = {"data": self._images.base.fingerprint, "images": self._images.split.held_out.tolist()}
+        given = {
+            "encoder": described(self._encoder),
             "block": block,
             "timestep": self._config.timestep,
             "held_out": digest(held_out),
             "images": len(self._images.split.held_out),
             "versions": versions(),
         }
-        return found | {name: {"metric": metric, **described} for name, metric in _ALIGNMENT.items()}
+        return found | {name: {"metric": metric, **given} for name, metric in _ALIGNMENT.items()}
 
     @torch.no_grad()
     def alignment(self, tap: Tap, match: Match | None) -> Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from repa_lab.data.crop import Buckets
 from repa_lab.data.fingerprint import (
@@ -14,9 +15,10 @@ from repa_lab.data.fingerprint import (
     fingerprint_saved,
 )
 from repa_lab.data.layout import fingerprint_prepared
-from repa_lab.spec.schema import DataConfig
+from repa_lab.spec import DataConfig, EncoderConfig
 
 UNSET_DATA = "unset"
+_FILES = ("weights", "tae")  # of an encoder
 _FINGERPRINTS: dict[str, Callable[[Path, int, Buckets | None], str]] = {
     "imagefolder": fingerprint_folder,
     "datasets": fingerprint_saved,
@@ -46,3 +48,9 @@ def content_of(place: str) -> str:
     if path.is_file():
         return file_digest(path)
     return fingerprint_files(path) if path.is_dir() else place
+
+
+def described(encoder: EncoderConfig) -> dict[str, Any]:
+    """An encoder's settings with its files by their content: two of one description give the same tokens."""
+    settings = encoder.model_dump(mode="json")
+    return settings | {name: settings[name] and content_of(settings[name]) for name in _FILES}

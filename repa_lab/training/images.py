@@ -37,9 +37,14 @@ class Images:
     flips: bool = False
 
     @property
+    def base(self) -> ImageSource:
+        """The images as they are, without mirrored ones."""
+        return self.source.base if isinstance(self.source, Flips) else self.source
+
+    @property
     def base_count(self) -> int:
-        """The number of images, not counting mirrored ones."""
-        return len(self.source) // 2 if self.flips else len(self.source)
+        """How many they are."""
+        return len(self.base)
 
     @property
     def input(self) -> Input:

@@ -23,7 +23,7 @@ from repa_lab.spec import EncoderConfig, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.aligner import choose_block, open_targets
 from repa_lab.training.device import pick_device
-from repa_lab.training.fingerprints import content_of
+from repa_lab.training.fingerprints import described
 from repa_lab.training.heldout import MEASURING_SEED, held_out_batches, image_means, show
 from repa_lab.training.images import Images
 from repa_lab.training.model import Model, open_data
@@ -254,12 +254,9 @@ def _protocol(
     request: Request, encoder: EncoderConfig, options: RunOptions, images: Images, chosen: torch.Tensor
 ) -> dict[str, Any]:
     """All that decides a value but the run; files of weights are named by their content."""
-    named = encoder.model_dump(mode="json")
-    for field in ("weights", "tae"):
-        named[field] = content_of(named[field]) if named[field] else None
     return {
         "version": PROTOCOL_VERSION,
-        "encoder": named,
+        "encoder": described(encoder),
         "weights": request.weights,
         "timesteps": list(request.timesteps),
         "metrics": list(request.metrics),

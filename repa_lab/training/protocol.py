@@ -42,6 +42,19 @@ def measured(config: RunConfig, tier: EvaluateConfig, metric: str, extractor: Ex
     yield from quality_names(metric, extractor.name, tier.samples, *_sampling(config, tier))
 
 
+def shared_names(config: RunConfig) -> Iterator[str]:
+    """Full names that a run would give to measurements of several extractors, of other weights or another reference."""
+    owner: dict[str, ExtractorConfig] = {}
+    found = (
+        (name, extractor)
+        for tier in tiers(config)
+        for extractor in tier.extractors
+        for metric in tier.metrics
+        for name in measured(config, tier, metric, extractor)
+    )
+    yield from dict.fromkeys(name for name, extractor in found if owner.setdefault(name, extractor) != extractor)
+
+
 def _sampling(config: RunConfig, tier: EvaluateConfig) -> tuple[str, str]:
     sampler, guidance, labels = tier.sampler, tier.guidance, labels_name(tier.labels)
     if config.model.pretrained is not None:

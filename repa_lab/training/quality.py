@@ -15,10 +15,12 @@ from repa_lab.data.sources import groups
 from repa_lab.encoders.extractor import Extractor, Features
 from repa_lab.encoders.reference import RealImages, Reference, measure, read_reference, reference
 from repa_lab.metrics.quality import NEIGHBOURS, SPLITS, kid_protocol
+from repa_lab.models.released import SCHEDULER, read_json
 from repa_lab.runs.files import Row
 from repa_lab.spec import EvaluateConfig, ExtractorConfig, RunConfig
+from repa_lab.training.fingerprints import content_of
 from repa_lab.training.images import Images
-from repa_lab.training.model import Model
+from repa_lab.training.model import Model, pretrained_folder
 from repa_lab.training.protocol import measured, tiers
 from repa_lab.training.sampling import Sampler, shares
 
@@ -137,10 +139,20 @@ class Quality:
             "sampler": tier.sampler.model_dump(mode="json"),
             "guidance": tier.guidance.model_dump(mode="json"),
             "labels": tier.labels,
-            "decoder": self._config.data.vae or self._config.model.pretrained,
+            **drawn_by(self._config),
             "seed": seed,
             "versions": versions(),
         }
+
+
+def drawn_by(config: RunConfig) -> dict[str, Any]:
+    """What makes pixels of what is drawn, by its content, and of a pretrained pipeline the scheduler that it draws with."""
+    decoder = config.data.vae or config.model.pretrained
+    found: dict[str, Any] = {"decoder": decoder and content_of(decoder)}
+    if config.model.pretrained is None:
+        return found
+    scheduler = read_json(pretrained_folder(config.model) / SCHEDULER / "scheduler_config.json") or {}
+    return {**found, "scheduler": {name: value for name, value in scheduler.items() if name != "_diffusers_version"}}
 
 
 def versions() -> dict[str, str]:
@@ -168,16 +180,20 @@ def open_reference(config: ExtractorConfig, extractor: Extractor, real: RealImag
     Raises:
         StatisticsError: the file cannot be used.
     """
-    return read_reference(extractor, Path(config.reference)) if config.reference else reference(extractor, real, cache)
+    return (
+        read_reference(extractor, Path(config.reference), real.size) if config.reference else reference(extractor, real, cache)
+    )
 
 
 def real_images(images: Images) -> RealImages:
-    """The training images as a reference."""
-    source, train = images.source, images.split.train
+    """The training images as a reference: as they are, whether or not some are mirrored as they are seen."""
+    source, train = images.base, images.split.train
 
     def batches() -> Iterator[torch.Tensor]:
         for group in groups(source.sizes[train]):
             for index in train[group].split(_REFERENCE_BATCH):
                 yield source.read(index.tolist())
 
-    return RealImages(digest({"data": source.fingerprint, "images": train.tolist()}), len(train), batches)
+    sizes = source.sizes[train].unique(dim=0).tolist()
+    size = (sizes[0][0], sizes[0][1]) if len(sizes) == 1 else None
+    return RealImages(digest({"data": source.fingerprint, "images": train.tolist()}), len(train), batches, size)

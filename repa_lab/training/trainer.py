@@ -146,7 +146,9 @@ class Trainer:
 
     def protocols(self) -> dict[str, dict[str, Any]]:
         """What each number that :meth:`measure` yields depends on, by its name."""
-        return self.evaluator.protocols(self._run.seed, self._measured_block()[0])
+        found, precision = self.evaluator.protocols(self._run.seed, self._measured_block()[0]), self.options.precision
+        # The denoiser is measured in the precision it is trained in; float32 goes without saying.
+        return found if precision == "fp32" else {name: {**one, "precision": precision} for name, one in found.items()}
 
     def save(self, folder: Path) -> None:
         """Write all that is needed to go on, or to export the model, into an empty folder."""

@@ -131,11 +131,16 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\x80", b"hello world", b"PK\3\4aaaa"])
 def test_damaged_weights_are_refused(tmp_path, content):
     (tmp_path / "x.pth").write_bytes(content)
-    refused("x.pth' is no file of tensors", "inception", str(tmp_path / "x.pth"))
+    refused("x.pth' is not the published file of 'inception'.*; get that file, or vouch", "inception", str(tmp_path / "x.pth"))
+    vouch(tmp_path / "x.pth")
+    refused("x.pth' is no file of tensors, or damaged; get it anew", "inception", str(tmp_path / "x.pth"))
 
 
 def test_code_in_a_file_of_weights_is_not_run(hostile):
     path, victim = hostile
+    refused("hostile.pth' is not the published file of 'inception'", "inception", str(path))
+    assert not victim.exists()
+    vouch(path)
     refused("hostile.pth' is no file of tensors", "inception", str(path))
     assert not victim.exists()
 

@@ -107,8 +107,14 @@ class TestCache:
         assert not (tmp_path / FOLDER).exists()
 
     def test_one_image_is_no_reference(self, alone, tmp_path):
-        with pytest.raises(ValueError, match="at least two feature vectors"):
+        with pytest.raises(StatisticsError, match="frechet needs at least 2 real images, and there are 1 in the training images"):
             reference(alone, Images(pixels=PIXELS[:1]), tmp_path)
+
+    def test_too_few_for_a_neighbourhood_are_refused_before_they_are_looked_at(self, everything, tmp_path):
+        images = Images(pixels=PIXELS[:3])
+        with pytest.raises(StatisticsError, match="precision_recall needs at least 4 real images, and there are 3"):
+            reference(everything, images, tmp_path)
+        assert images.looks == []
 
     def test_damaged_files_are_named(self, everything, tmp_path):
         reference(everything, Images(), tmp_path)
@@ -116,13 +122,14 @@ class TestCache:
         whole = paths[".npy"].read_bytes()
         for content in (b"", whole[:-1], whole[:40]):
             paths[".npy"].write_bytes(content)
-            with pytest.raises(StatisticsError, match="is no file of features: delete it"):
+            with pytest.raises(StatisticsError, match=r"\.npy' is damaged \(.*\); delete it, and it is computed again"):
                 reference(everything, Images(), tmp_path)
         np.save(paths[".npy"], np.zeros((3, 2)))
-        with pytest.raises(StatisticsError, match=r"holds features \(3, 2\) and not of 30 images"):
+        with pytest.raises(StatisticsError, match=r"\.npy' is damaged; delete it, and it is computed again"):
             reference(everything, Images(), tmp_path)
         paths[".npz"].write_bytes(paths[".npz"].read_bytes()[:100])
-        with pytest.raises(StatisticsError, match="is no npz file of arrays"):
+        paths[".npy"].write_bytes(whole)
+        with pytest.raises(StatisticsError, match=r"\.npz' is damaged; delete it, and it is computed again"):
             reference(everything, Images(), tmp_path)
 
 
@@ -195,6 +202,18 @@ class TestRead:
         reference(alone, Images(), tmp_path)
         with pytest.raises(StatisticsError, match="holds no images under arr_0"):
             read_reference(everything, next((tmp_path / FOLDER).iterdir()))
+
+    def test_a_reference_of_another_size_or_of_too_few_images_is_refused(self, everything, alone, tmp_path):
+        found = statistics(alone.features(PIXELS).of("frechet"))
+        height, width = PIXELS.shape[2:]
+        for name, shape in (("few", (3, height, width, 3)), ("large", (9, 2 * height, width, 3))):
+            np.savez(tmp_path / name, arr_0=np.zeros(shape, np.uint8), mu=found.mu, sigma=found.sigma)
+        with pytest.raises(StatisticsError, match=r"precision_recall needs at least 4 real images, and there are 3 in '.*few\.npz'"):
+            read_reference(everything, tmp_path / "few.npz", (height, width))
+        told = f"large.npz' have {2 * height}x{width} px and the run's {height}x{width} px: give a reference of the run's size"
+        with pytest.raises(StatisticsError, match=told):
+            read_reference(alone, tmp_path / "large.npz", (height, width))
+        assert read_reference(alone, tmp_path / "large.npz").features is None
 
     def test_exported_samples_are_measured_alike(self, everything, tmp_path):
         """What is exported for audit gives the same features as the pixels it was made of."""

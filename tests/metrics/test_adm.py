@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 
-from repa_lab.metrics.adm import read_images, write_images
+from repa_lab.metrics.adm import images_shape, read_images, write_images
 from repa_lab.metrics.reference import StatisticsError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 3, 6, 5), dtype=np.uint8)
@@ -72,7 +74,7 @@ STREAM = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from repa_lab.metrics.adm import read_images, write_images
+from repa_lab.metrics.adm import images_shape, read_images, write_images
 batch = np.zeros((8, 3, 256, 256), np.uint8)
 write_images(Path(sys.argv[1]), [batch], 8)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -102,6 +104,32 @@ def test_what_holds_no_images_is_refused(tmp_path, held, match):
     np.savez(tmp_path / "x.npz", **held)
     with pytest.raises(StatisticsError, match=match):
         next(read_images(tmp_path / "x.npz"))
+
+
+def test_a_header_that_promises_more_than_there_is_and_none_at_all(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (100, 8, 8, 3)})
+    for content in (header.getvalue() + bytes(1000), b"no array", b""):
+        with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+            archive.writestr("arr_0.npy", content)
+        with pytest.raises(StatisticsError, match=r"x\.npz' holds no images under arr_0 that can be read: .*; get it anew"):
+            next(read_images(tmp_path / "x.npz"))
+
+
+def test_damage_within_compressed_images_is_named(tmp_path):
+    np.savez_compressed(tmp_path / "x.npz", arr_0=np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8))
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[60:100] = bytes(40 * [0x5A])
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(StatisticsError, match="holds no images under arr_0 that can be read"):
+        next(read_images(tmp_path / "x.npz"))
+
+
+def test_the_size_is_told_without_the_images(tmp_path):
+    write_images(tmp_path / "x.npz", [np.zeros((3, 1, 4, 5), np.uint8)], 3)
+    assert images_shape(tmp_path / "x.npz") == (3, 4, 5)
+    np.savez(tmp_path / "none.npz", mu=np.zeros(3))
+    assert images_shape(tmp_path / "none.npz") is None
 
 
 def test_no_file_and_a_damaged_one(tmp_path):

@@ -82,6 +82,11 @@ def test_another_width(ours):
         ({"mu": FOUND.mu * np.nan, "sigma": FOUND.sigma}, "not finite"),
         ({"mu": FOUND.mu, "sigma": FOUND.sigma * np.inf}, "not finite"),
         ({"mu": FOUND.mu, "sigma": FOUND.sigma, "count": 1}, "of 1 images: compute them of two or more"),
+        ({"mu": FOUND.mu, "sigma": FOUND.sigma, "count": [9, 9]}, r"has counts \(2,\): give one number of images, or none"),
+        ({"mu": FOUND.mu.astype(str), "sigma": FOUND.sigma}, "has mu of <U[0-9]+: give real numbers"),
+        ({"mu": FOUND.mu, "sigma": FOUND.sigma + 1j}, "has sigma of complex128: give real numbers"),
+        ({"mu": FOUND.mu, "sigma": -FOUND.sigma}, "has a sigma that is no covariance: .*variances below 0"),
+        ({"mu": FOUND.mu, "sigma": FOUND.sigma + np.eye(6, k=1)}, "has a sigma that is no covariance: it is not symmetric"),
     ],
 )
 def test_what_is_no_file_of_statistics(tmp_path, held, match):
@@ -97,6 +102,11 @@ def test_spatial_statistics_that_are_not_there(adm, tmp_path):
 def test_no_file_and_a_damaged_one(ours, tmp_path):
     refused("no file", tmp_path / "none.npz")
     (tmp_path / "cut.npz").write_bytes(ours.read_bytes()[:200])
-    refused("is no npz file of arrays", tmp_path / "cut.npz")
+    refused("is no npz file of arrays, or cut short; get it anew", tmp_path / "cut.npz")
+    # Only the sum over a member tells that a bit of it has turned.
+    turned = bytearray(ours.read_bytes())
+    turned[ours.read_bytes().index(FOUND.sigma.tobytes()) + 5] ^= 1
+    (tmp_path / "turned.npz").write_bytes(turned)
+    refused("is no npz file of arrays: Bad CRC-32 .*; get it anew", tmp_path / "turned.npz")
     np.savez(tmp_path / "code.npz", mu=np.array([{}], dtype=object), sigma=FOUND.sigma)
     refused("is no npz file of arrays: .*allow_pickle", tmp_path / "code.npz")

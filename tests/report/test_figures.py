@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from repa_lab.report import figures
+from repa_lab.report.figures.frames import paired
 from repa_lab.report.progress import HOURS
 from repa_lab.report.results import Results, load_results
 from repa_lab.report.search import objectives, search_frame
@@ -269,3 +270,34 @@ def test_svg_takes_the_colours_of_the_page_and_has_ids_of_its_own(quickstart: Sw
     ids = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (one, other)]
     assert not ids[0] & ids[1]
     assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', one)) <= ids[0]
+
+
+def test_what_was_measured_differently_under_one_name_has_a_panel_of_its_own(build: Build, root: RunsRoot) -> None:
+    def arm(label: str, encoder: str, value: float) -> FakeArm:
+        return FakeArm(label, [FakeRun(s, decay(9, value + s), cka=0.3, run_id=f"{label}{s}") for s in range(2)], "base")
+
+    sweep = build([FakeArm("base", [FakeRun(s, decay(9, 4 + s)) for s in range(2)]), arm("a", "dino", 1), arm("b", "mae", 2)])
+    for label, encoder in (("a", "dino"), ("b", "mae")):
+        for seed in range(2):
+            files.write_json(root.run(f"{label}{seed}").path / "protocols.json", {"heldout/cka": {"encoder": {"name": encoder}}})
+    results = load_results(sweep.path)
+    names = [f"heldout/cka (encoder.name: {encoder})" for encoder in ("dino", "mae")]
+    assert figures.alignment_frame(results).groupby("metric")["arm"].unique().map(list).to_dict() == {names[0]: ["a"], names[1]: ["b"]}
+    figure = figures.draw_alignment(figures.alignment_frame(results))
+    assert [axes.get_ylabel() for axes in figure.axes] == [f"CKA with the encoder\n{name}" for name in names]
+    # Quality was measured alike; the panels are of one protocol along either axis.
+    quality = figures.draw_quality(figures.quality_frame(results))
+    assert [axes.get_xlabel() for axes in quality.axes] == [f"CKA with the encoder\n{name}" for name in names]
+    assert [axes.get_ylabel() for axes in quality.axes] == [METRIC, METRIC]
+
+
+def test_no_arrow_comes_of_looking_more_often(build: Build) -> None:
+    # The same curve, looked at five times as often; at its end the arm is a little better in every seed.
+    def runs(every: int, better: float) -> list[FakeRun]:
+        steps = range(every, 3001, every)
+        return [FakeRun(s, {n: 20 + 0.1 * s - better + 400 * math.exp(-n / 300) for n in steps}) for s in range(3)]
+
+    arms = [FakeArm("base", runs(1000, 0.0)), FakeArm("arm", runs(200, 0.001), "base")]
+    frame = figures.convergence_frame(load_results(build(arms).path))
+    own, other = paired(frame[frame["arm"] == "arm"], frame[frame["arm"] == "base"])
+    assert [sorted(curve) for curve in own.values()] == [sorted(curve) for curve in other.values()] == 3 * [[1000, 2000, 3000]]

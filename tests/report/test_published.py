@@ -117,3 +117,25 @@ def test_arms_that_share_their_runs_are_named(build):
     sweep = build([FakeArm("a", runs), FakeArm("b", runs), FakeArm("c", constant_runs([9.0] * 3))])
     (one,) = compare_published(load_results(sweep.path), published(a={"fid": 1}, b={"fid": 2}, c={"fid": 3}), exact=False)
     assert list(sentences(one))[-1] == "the same runs, for their settings are the same here: a, b"
+
+
+def test_arms_are_set_beside_each_other_at_equal_progress(build):
+    """`b` got to step 600, `a` to step 200 so far: what `b` is at step 600 says nothing about the two."""
+    ahead = [FakeRun(seed, {200: 50.0 + seed, 600: 10.0}) for seed in range(3)]
+    behind = [FakeRun(seed, {200: 40.0 + seed}) for seed in range(3)]
+    sweep = build([FakeArm("a", behind), FakeArm("b", ahead)])
+    (one,) = compare_published(load_results(sweep.path), published(a={"fid": 7}, b={"fid": 6}), exact=False)
+    assert {row.arm: row.measured.mean for row in one.rows} == {"a": 41, "b": 51}
+    assert one.rows[0].difference.difference.mean == -10
+
+
+def test_values_of_another_protocol_are_left_out_and_named(build):
+    def runs(value, weights):
+        return constant_runs([value, value + 1, value + 2], protocol={"weights": weights})
+
+    sweep = build([FakeArm("a", runs(10.0, "x")), FakeArm("b", runs(20.0, "y")), FakeArm("c", runs(30.0, "y"))])
+    said = published(a={"fid": 7}, b={"fid": 6}, c={"fid": 8})
+    (one,) = compare_published(load_results(sweep.path), said, exact=False)
+    assert {row.arm: row.measured.n for row in one.rows} == {"a": 0, "b": 3, "c": 3}
+    assert one.refused == ("a",)
+    assert f"fid: a left out, for under the name {METRIC} they were measured unlike 'b'" in list(sentences(one))

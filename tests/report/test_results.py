@@ -368,3 +368,8 @@ def test_the_tables_load_without_torch_and_without_the_drawing_library() -> None
     probe = "import sys, repa_lab; repa_lab.load_results; print({'torch', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_run_on_its_own_is_judged_by_its_metrics_direction(build: Build, root: RunsRoot) -> None:
+    build([FakeArm("arm", [FakeRun(0, {100: 0.1}, metric="precision:inception@10k/ode50", run_id="alone")])])
+    assert load_results(root.run("alone").path).goal == "max"

@@ -11,6 +11,7 @@ from repa_lab.report.statistics import (
     band,
     bootstrap_interval,
     holm,
+    in_common,
     mean_interval,
     paired_difference,
     speedup,
@@ -198,3 +199,18 @@ def test_speedup_to_a_target_counts_the_seeds_in_which_both_get_there() -> None:
     # Seed 0: 150 against 100; seed 1: its baseline never does; seed 2: both at 150.
     assert (found.reached, found.n, found.steps) == (2, 3, 125.0)
     assert found.ratio.mean == pytest.approx((1.5 + 1.0) / 2)
+
+
+def test_curves_are_compared_where_both_were_measured_or_one_had_ended() -> None:
+    assert in_common([100, 200, 300, 400], [200, 400, 600]) == ({200, 400}, {200, 400, 600})
+    assert in_common([100, 200], []) == ({100, 200}, set())
+    assert in_common([100, 200], [200, 100]) == ({100, 200}, {100, 200})
+
+
+def test_a_first_measurement_that_is_there_already_is_counted() -> None:
+    baseline = {0: {100: 9.0, 200: 5.0}, 1: {100: 4.0, 200: 5.0}, 2: {100: 9.0, 200: 5.0}}
+    arm = {0: {100: 5.0, 200: 1.0}, 1: {100: 6.0, 200: 4.0}, 2: {100: 7.0, 200: 3.0}}
+    found = speedup(arm, baseline)
+    assert found is not None
+    # In seed 0 the arm's, in seed 1 the baseline's; in seed 2 both cross between measurements.
+    assert (found.reached, found.early) == (3, 2)

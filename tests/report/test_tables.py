@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import shutil
+from collections.abc import Sequence
 
+import pytest
 from PIL import Image
 
 from repa_lab.report.ledger import cost_table
@@ -13,7 +16,7 @@ from repa_lab.report.provenance import protocols_table, provenance_table
 from repa_lab.report.results import load_results
 from repa_lab.report.samples import sheets
 from repa_lab.report.tables import summary_tables, targets_tables
-from repa_lab.runs import RunsRoot, files
+from repa_lab.runs import RunsRoot, RunWriter, files
 
 from .conftest import METRIC, Build, FakeArm, FakeRun, constant_runs
 
@@ -42,6 +45,20 @@ def test_the_cost_ledger_counts_a_shared_run_once(build: Build) -> None:
     # 20 s of training and 10 s of evaluation a run; of 2e14 FLOPs four fifths are the denoiser's.
     assert rows[0][2:] == ["0.00556", "0.00278", "1.60e+14", "4.00e+13", "1,000", "33 %"]
     assert rows[2][2:] == ["0.0111", "0.00556", "3.20e+14", "8.00e+13", "2,000", "33 %"]
+
+
+def test_the_encoders_hours_are_told_apart_within_those_of_training(build: Build, root: RunsRoot) -> None:
+    sweep = build([FakeArm("a", [FakeRun(0, {100: 2.0, 200: 1.0}, flops=1e12, run_id="counted")])])
+    assert not any("encoder (within" in header for header in cost_table(load_results(sweep.path)).headers)  # of an older version
+    with RunWriter(root.run("counted")) as writer:
+        for seconds in (4.5, 9.0):
+            writer.row({"step": 200, "cost/encoder_seconds": seconds})
+    table = cost_table(load_results(sweep.path))
+    hours = dict(zip(table.headers, table.rows[0], strict=True))
+    # 9 of 20 s; the share is that of 10 s of evaluation in 30.
+    assert hours["device hours, training"] == "0.00556"
+    assert hours["device hours, encoder (within training)"] == "0.00250"
+    assert hours["evaluation's share of the hours"] == "33 %"
 
 
 def test_numbers_of_different_protocols_are_in_different_tables(build: Build) -> None:
@@ -103,3 +120,49 @@ def test_provenances_that_differ_have_a_row_each(build: Build, root: RunsRoot) -
         ["torch", "2.8.0", "1"],
         ["torch", "2.9.0", "2"],
     ]
+
+
+def exponential(every: int, last: int = 3000) -> dict[int, float]:
+    return {step: 20 + 400 * math.exp(-step / 300) for step in range(every, last + 1, every)}
+
+
+@pytest.mark.parametrize(("own", "other"), [(100, 1000), (1000, 100), (200, 300)])
+def test_equal_curves_that_were_measured_at_other_steps_are_equally_fast(build: Build, own: int, other: int) -> None:
+    # Straight lines between few points lie above a convex curve, and a late first look finds it crossed long ago.
+    arms = [FakeArm("base", [FakeRun(seed, exponential(other)) for seed in range(3)])]
+    arms += [FakeArm("arm", [FakeRun(seed, exponential(own)) for seed in range(3)], "base")]
+    results = load_results(build(arms, targets={METRIC: [100.0, 30.0]}).path)
+    rows = [row for row in targets_tables(results)[METRIC].rows if row[1] == "arm"]
+    assert [row[-2:] for row in rows] == 3 * [["1.00x [1.00, 1.00]", "1.00x [1.00, 1.00]"]]
+
+
+def test_the_seeds_that_have_a_target_are_those_it_can_be_reached_in(build: Build) -> None:
+    base = [FakeRun(0, {100: 9.0, 200: 5.0}), 1, 2]
+    arm = [FakeRun(seed, {100: 9.0, 200: 3.0}) for seed in range(3)]
+    ((target, _, reached, steps, *_),) = targets_tables(load_results(build([FakeArm("b", base), FakeArm("a", arm, "b")]).path))[METRIC].rows
+    assert (target, reached, steps) == ("the baseline's final value", "1 of 1", "167")
+
+
+def test_two_protocols_of_one_name_never_share_a_table(build: Build) -> None:
+    def arm(label: str, value: float, weights: Sequence[str], baseline: str | None = None) -> FakeArm:
+        (run, *_), recorded = constant_runs([value]), [{"weights": name, "samples": 500} for name in weights]
+        return FakeArm(label, [FakeRun(seed, run.curve, protocol=one) for seed, one in enumerate(recorded)], baseline)
+
+    long = [f"{digit}" * 64 for digit in "ab"]
+    arms = [arm("base", 9.0, [long[0]] * 2), arm("alike", 7.0, [long[0]] * 2, "base"), arm("other", 5.0, [long[1]] * 2, "base")]
+    arms += [arm("lone", 4.0, [long[1]] * 2), arm("mixed", 3.0, long)]
+    results = load_results(build(arms, targets={METRIC: [8.0]}).path)
+    first, second = (f"{METRIC} (weights: {one[:12]})" for one in long)
+    assert {name: [row[0] for row in table.rows] for name, table in summary_tables(results).items()} == {
+        first: ["base", "alike", "mixed"],
+        second: ["other", "lone"],
+    }
+    assert summary_tables(results)[first].rows[2][3] == "n/a"  # no mean over two protocols
+    reached = {name: [row[1] for row in table.rows if row[0] == "8"] for name, table in targets_tables(results).items()}
+    assert reached == {first: ["base", "alike"], second: ["other", "lone"]}
+
+
+def test_only_what_differs_within_a_field_is_named(build: Build) -> None:
+    held = [{"encoder": {"name": name, "image_size": 32}, "seed": seed} for seed, name in enumerate(("dino", "mae"))]
+    arms = [FakeArm(label, constant_runs([1.0], protocol=one)) for label, one in zip("ab", held, strict=True)]
+    assert list(summary_tables(load_results(build(arms).path))) == [f"{METRIC} (encoder.name: dino)", f"{METRIC} (encoder.name: mae)"]

@@ -31,7 +31,9 @@ def test_a_resolved_difference_in_full(build: Build) -> None:
     assert line == (
         f"arm: {METRIC} at step 600 is 224.0 against 246.0 of base: -22.0 (-8.9 %), 95 % interval of the paired "
         "difference [-24.5, -19.5], n = 3 seeds: lower, which is better; resolved. It reached the baseline's final value "
-        "at step 100, 1.00x sooner, 95 % interval of the ratio [1.00, 1.00], not resolved as it contains 1 (3 of 3 seeds)."
+        "at step 100, at 1.00x the baseline's speed, 95 % interval of the ratio [1.00, 1.00], not resolved as it contains 1 "
+        "(3 of 3 seeds). In 3 of 3 seeds the arm's or the baseline's first measurement was there already, so how much sooner "
+        "is not known."
     )
 
 
@@ -286,3 +288,19 @@ def test_numbers_of_any_size() -> None:
 
 def test_decimals() -> None:
     assert [decimals(value) for value in (224.1, 0.0123, 12345.0, 0.0, math.nan, 1e-9)] == [1, 5, 0, 3, 3, 6]
+
+
+def test_one_look_at_each_tells_no_speed(build: Build) -> None:
+    arms = [FakeArm("base", [FakeRun(s, {600: 50.0 + s}) for s in range(3)])]
+    (line,) = said(build([*arms, FakeArm("arm", [FakeRun(s, {600: 20.0 + s}) for s in range(3)], "base")]))
+    assert "resolved. It reached the baseline's final value at step 600, at 1.00x the baseline's speed" in line
+    assert line.endswith(
+        "In 3 of 3 seeds the arm's or the baseline's first measurement was there already, so how much sooner is not known."
+    )
+
+
+def test_arms_without_a_baseline_that_were_measured_differently_are_warned_of(build: Build) -> None:
+    arms = [FakeArm(label, constant_runs([1.0], protocol={"weights": label})) for label in "ab"]
+    assert said(build(arms))[0] == (
+        f"Under the name {METRIC} arms were measured differently: weights (a / b). Such values cannot be compared."
+    )

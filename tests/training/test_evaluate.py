@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from repa_lab.align.tokens import flatten_map
 from repa_lab.data.crop import Buckets
 from repa_lab.data.errors import DataError
 from repa_lab.data.folder import ImageFolder
-from repa_lab.data.sources import split
+from repa_lab.data.sources import Flips, split
 from repa_lab.data.space import PixelSpace
 from repa_lab.encoders.encoder import load_encoder
 from repa_lab.encoders.extractor import Extractor
@@ -25,17 +26,20 @@ from repa_lab.metrics import cka, cosine_gap, frechet_distance, kid, precision_r
 from repa_lab.metrics.protocol import differences
 from repa_lab.models.family import BUILDERS
 from repa_lab.models.tap import Tap
+from repa_lab.spec import EncoderConfig
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.conditioning import Labels
 from repa_lab.training.evaluate import Evaluator, write_grid
+from repa_lab.training.fingerprints import described
 from repa_lab.training.images import Images
 from repa_lab.training.model import Model, build_denoiser
 from repa_lab.training.process import Flow
-from repa_lab.training.quality import DivergedError, real_images
+from repa_lab.training.quality import DivergedError, drawn_by, real_images
 from repa_lab.training.sampling import FieldSampler, Sampling
 from repa_lab.training.streams import generator
 from tests.data.conftest import noise_image
 from tests.training.conftest import make_options, make_run
+from tests.training.pretrained import make_pretrained_run, write_pipeline
 
 CPU = torch.device("cpu")
 HELD_OUT = 40
@@ -180,6 +184,37 @@ class TestProtocols:
         (one,), (other,) = (make_evaluator(images, cache, denoiser).protocols(seed, 1).values() for seed, images in enumerate((few, less)))
         assert differences(one, other) == ("real", "reference")
         assert differences(one, {**one, "seed": 9, "versions": {}}) == ()
+
+    def test_alignment_of_an_arm_with_mirrored_images_is_of_the_same_held_out_ones(self, few, cache, denoiser, targets):
+        mirrored = Images(Flips(few.source), few.split, few.space, flips=True)
+        plain, flipped = (make_evaluator(images, cache, denoiser, targets).protocols(0, 1)["heldout/cka"] for images in (few, mirrored))
+        assert differences(plain, flipped) == ()
+        fewer = Images(few.source, type(few.split)(few.split.train, few.split.held_out[1:]), few.space)
+        assert differences(plain, make_evaluator(fewer, cache, denoiser, targets).protocols(0, 1)["heldout/cka"]) == ("held_out", "images")
+
+    def test_an_encoder_is_known_by_what_is_in_its_files(self, tmp_path):
+        encoders = {}
+        for name in ("one", "copy", "other"):
+            file = tmp_path / f"{name}.safetensors"
+            file.write_text("other" if name == "other" else "one")
+            encoders[name] = described(EncoderConfig(weights=str(file)))
+        assert encoders["one"] == encoders["copy"] != encoders["other"]
+        assert described(EncoderConfig()) == EncoderConfig().model_dump(mode="json")
+
+    def test_a_decoder_is_known_by_what_is_in_it_and_a_pipeline_by_its_scheduler_too(self, tmp_path):
+        vaes = {name: tmp_path / name for name in ("one", "copy", "other")}
+        for name, folder in vaes.items():
+            folder.mkdir()
+            (folder / "weights").write_text("other" if name == "other" else "one")
+        one, copy, other = (drawn_by(make_run(**{"data.vae": str(folder)}).config) for folder in vaes.values())
+        assert one == copy != other
+        assert drawn_by(make_run(**{"data.vae": "some/vae"}).config) == {"decoder": "some/vae"}
+        assert drawn_by(make_run().config) == {"decoder": None}
+        run = make_pretrained_run("sd15", write_pipeline("sd15", tmp_path / "sd15"), tmp_path, **{"data.vae": str(vaes["one"])})
+        before, path = drawn_by(run.config), tmp_path / "sd15" / "scheduler" / "scheduler_config.json"
+        assert before["decoder"] == one["decoder"]
+        path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.013, "_diffusers_version": "0"}))
+        assert {**before["scheduler"], "beta_end": 0.013} == drawn_by(run.config)["scheduler"] != before["scheduler"]
 
 
 def tokens_by_hand(few, denoiser, block: int, timestep: float, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:

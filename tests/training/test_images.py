@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
@@ -10,6 +12,7 @@ from repa_lab.data.space import LatentSpace, PixelSpace
 from repa_lab.spec import DataConfig, EncoderConfig
 from repa_lab.training.fingerprints import fingerprint_of
 from repa_lab.training.images import open_images, pixels_for
+from repa_lab.training.quality import real_images
 from tests.data.autoencoders import tiny
 from tests.data.conftest import noise_image
 from tests.data.test_space import save_vae
@@ -71,6 +74,13 @@ def test_flips_double_the_source_and_leave_the_split_alone(folder, latent, tmp_p
     latents = flipped.space.encode(torch.tensor([2, 7]), None)
     torch.testing.assert_close(latents[:1], plain.space.encode(torch.tensor([2]), None), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(latents[0], latents[1], atol=1e-3)
+
+
+def test_mirrored_arms_are_measured_against_the_same_images(folder):
+    settings = {"source": "imagefolder", "path": str(folder), "resolution": 16, "holdout": 2}
+    plain, flipped = (real_images(open_images(config(**settings, flip=flip), Path("unused"))) for flip in (False, True))
+    assert (flipped.source, flipped.count, flipped.size) == (plain.source, 3, (16, 16))
+    assert torch.equal(torch.cat([*flipped.batches()]), torch.cat([*plain.batches()]))
 
 
 class TestPixels:

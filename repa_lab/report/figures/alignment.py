@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from repa_lab.report.figures.convergence import with_caption
 from repa_lab.report.figures.curves import Look, draw_curves, legend, looks, title
-from repa_lab.report.figures.frames import ALIGNMENT, cells, unique
+from repa_lab.report.figures.frames import ALIGNMENT, unique
 from repa_lab.report.figures.style import canvas, styled
+from repa_lab.report.protocols import bare
 
 _COLUMNS = 3
 
@@ -24,12 +23,12 @@ def draw_alignment(frame: pd.DataFrame, captioned: bool = True) -> Figure:
         frame: from :func:`alignment_frame`.
         captioned: whether to say below what lines and bands are.
     """
-    groups, metrics = unique(frame, "group"), unique(frame, "metric")
-    columns = min(len(metrics), _COLUMNS)
-    rows_each = math.ceil(len(metrics) / columns)
-    figure, panels = canvas(len(groups) * rows_each, columns, size=(4.4, 3.4) if columns > 1 else (5.4, 3.9))
-    blanks = [""] * (rows_each * columns - len(metrics))
-    places = [(group, metric) for group in groups for metric in (*metrics, *blanks)]
+    shown = {group: unique(frame[frame["group"] == group], "metric") for group in unique(frame, "group")}
+    columns = min(max(map(len, shown.values())), _COLUMNS)
+    # Every group begins a row of its own.
+    padded = {group: [*names, *[""] * (-len(names) % columns)] for group, names in shown.items()}
+    places = [(group, metric) for group, names in padded.items() for metric in names]
+    figure, panels = canvas(len(places) // columns, columns, size=(4.4, 3.4) if columns > 1 else (5.4, 3.9))
     for axes, (group, metric) in zip(panels, places, strict=True):
         rows = frame[(frame["group"] == group) & (frame["metric"] == metric)]
         if rows.empty:
@@ -48,10 +47,10 @@ def draw_quality(frame: pd.DataFrame) -> Figure:
     Args:
         frame: from :func:`quality_frame`.
     """
-    places = cells(frame)
+    # A panel has one protocol along either axis.
+    places = frame.groupby(["group", "metric", "alignment_metric"], sort=False)
     figure, panels = canvas(1, len(places), size=(5.1, 4.3))
-    for axes, (group, metric) in zip(panels, places, strict=True):
-        rows = frame[(frame["group"] == group) & (frame["metric"] == metric)]
+    for axes, ((group, metric, _), rows) in zip(panels, places, strict=True):
         for look in looks(frame, group):
             _trails(axes, rows[rows["arm"] == look.arm], look)
         axes.set(title=title(rows), xlabel=_label(rows["alignment_metric"].iloc[0]), ylabel=metric)
@@ -60,7 +59,7 @@ def draw_quality(frame: pd.DataFrame) -> Figure:
 
 
 def _label(metric: str) -> str:
-    return f"{ALIGNMENT[metric]}\n{metric}" if metric in ALIGNMENT else metric
+    return f"{ALIGNMENT[bare(metric)]}\n{metric}" if bare(metric) in ALIGNMENT else metric
 
 
 def _trails(axes: Axes, rows: pd.DataFrame, look: Look) -> None:

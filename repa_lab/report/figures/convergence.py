@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from repa_lab.report.figures.curves import caption, draw_curves, legend, looks
-from repa_lab.report.figures.frames import by_seed, cells, means
+from repa_lab.report.figures.frames import cells, means, paired
 from repa_lab.report.figures.style import INK, SOFT, canvas, styled
 from repa_lab.report.progress import STEPS, Axis
 from repa_lab.report.statistics import MIN_SEEDS, Goal, Speedup, speedup, steps_to_reach
@@ -71,7 +71,7 @@ def _mark_speedup(axes: Axes, rows: pd.DataFrame, goal: Goal, axis: Axis) -> Non
 
 def _resolved_speedup(arm: pd.DataFrame, baseline: pd.DataFrame, goal: Goal) -> Speedup | None:
     """The speed-up if every seed has one and its interval excludes 1."""
-    found = speedup(by_seed(arm), by_seed(baseline), goal)
+    found = speedup(*paired(arm, baseline), goal)
     if found is None or found.reached < found.n or found.n < MIN_SEEDS or found.ratio.low <= 1:
         return None
     return found

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import pandas as pd
 
 from repa_lab.report.progress import STEPS, Axis
+from repa_lab.report.protocols import bare
 from repa_lab.report.results import Results
-from repa_lab.report.statistics import band
+from repa_lab.report.statistics import band, in_common
 from repa_lab.report.summary import SeedCurves, is_protocol
 
 COLUMNS = [
@@ -29,9 +30,9 @@ def convergence_frame(results: Results, axis: Axis = STEPS) -> pd.DataFrame:
     Columns: ``group`` (the arms that share a baseline) and ``arm``; ``name`` is the arm's label without what its group
     shares; ``rank`` of the arm in its group by the compared metric, 0 is best, and -1 for the baseline;
     ``hue`` is its place among the colours; ``resolved`` is whether the summary calls it different from its baseline;
-    ``value`` by ``seed``, ``step`` and ``progress`` along the axis; and, repeated for every seed of a step, ``n``, ``mean``
-    and its 95 % interval ``low`` to ``high`` at ``place``, the mean progress. Steps that some of the arm's measured seeds lack
-    have no ``mean``: it would jump as seeds drop out.
+    ``metric`` as :meth:`Results.names` has it; ``value`` by ``seed``, ``step`` and ``progress`` along the axis; and, repeated
+    for every seed of a step, ``n``, ``mean`` and its 95 % interval ``low`` to ``high`` at ``place``, the mean progress. Steps
+    that some of the arm's measured seeds lack have no ``mean``: it would jump as seeds drop out.
     """
     pairs = [(arm, metric) for arm in results.baselines if (metric := results.compared_metric(arm))]
     return _frame(results, pairs, axis)
@@ -52,9 +53,10 @@ def quality_frame(results: Results, alignment: str = "heldout/cka") -> pd.DataFr
     of :func:`convergence_frame`.
     """
     quality = convergence_frame(results).rename(columns={"value": "quality"}).drop(columns=["n", "mean", "low", "high"])
-    aligned = alignment_frame(results).query("metric == @alignment")[["arm", "seed", "step", "value"]]
-    joined = quality.merge(aligned.rename(columns={"value": "alignment"}), on=["arm", "seed", "step"])
-    return joined.assign(alignment_metric=alignment).dropna(subset=["alignment", "quality"])
+    aligned = alignment_frame(results)
+    aligned = aligned[aligned["metric"].map(bare) == alignment][["arm", "seed", "step", "value", "metric"]]
+    aligned = aligned.rename(columns={"value": "alignment", "metric": "alignment_metric"})
+    return quality.merge(aligned, on=["arm", "seed", "step"]).dropna(subset=["alignment", "quality"])
 
 
 def cells(frame: pd.DataFrame) -> list[tuple[str, str]]:
@@ -69,7 +71,16 @@ def panels(frame: pd.DataFrame) -> Iterator[pd.DataFrame]:
         yield frame[(frame["group"] == group) & (frame["metric"] == metric)]
 
 
-def by_seed(rows: pd.DataFrame) -> SeedCurves:
+def paired(arm: pd.DataFrame, baseline: pd.DataFrame) -> tuple[SeedCurves, SeedCurves]:
+    """The curves of an arm and of its baseline by seed, at the steps of :func:`repa_lab.report.statistics.in_common`."""
+    sides = {seed: (own, baseline[baseline["seed"] == seed]) for seed, own in arm.groupby("seed")}
+    kept = {seed: in_common(*(rows["step"] for rows in both)) for seed, both in sides.items()}
+    sides = {seed: tuple(r[r["step"].isin(s)] for r, s in zip(both, kept[seed], strict=True)) for seed, both in sides.items()}
+    own, other = (pd.concat([both[side] for both in sides.values()]) for side in (0, 1))
+    return _by_seed(own), _by_seed(other)
+
+
+def _by_seed(rows: pd.DataFrame) -> SeedCurves:
     """The curve of every seed over progress."""
     curves: dict[int, dict[float, float]] = {}
     for seed, place, value in zip(rows["seed"], rows["progress"], rows["value"], strict=True):
@@ -111,7 +122,8 @@ def _arm_frame(results: Results, arm: str, metric: str, axis: Axis) -> pd.DataFr
     referenced = arm in results.baselines.values()
     group = results.baselines[arm] or (arm if referenced else "")
     verdicts = results.summary.loc[(results.summary["arm"] == arm) & (results.summary["metric"] == metric), "verdict"]
-    facts = {"group": group, "arm": arm, "is_baseline": referenced, "resolved": "resolved" in set(verdicts), "metric": metric}
+    facts = {"group": group, "arm": arm, "is_baseline": referenced, "resolved": "resolved" in set(verdicts)}
+    facts["metric"] = results.names(metric)[arm]
     return rows.merge(_bands(rows), on="step").assign(**facts)
 
 
