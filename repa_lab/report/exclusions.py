@@ -10,7 +10,7 @@ import pandas as pd
 from repa_lab.report.phrases import listed
 from repa_lab.report.progress import AXES
 from repa_lab.report.results import Results
-from repa_lab.report.summary import is_evaluation, is_protocol
+from repa_lab.report.summary import is_protocol
 
 _MOST_PER_RUN = 8
 
@@ -76,7 +76,9 @@ def _refusals(results: Results) -> Iterator[str]:
 
 def _unvouched(results: Results) -> Iterator[str]:
     """Runs without a record of what their numbers depend on, beside runs that have one."""
-    for metric, rows in results.curves[results.curves["metric"].map(is_protocol).astype(bool)].groupby("metric", sort=False):
+    for metric, rows in results.evaluations.groupby("metric", sort=False):
+        if not is_protocol(str(metric)):
+            continue
         ids = list(rows["run_id"].unique())
         lacking = results.protocols.lacking(ids, str(metric))
         if lacking and len(lacking) < len(ids):
@@ -85,7 +87,7 @@ def _unvouched(results: Results) -> Iterator[str]:
 
 def _unequal_images(results: Results) -> Iterator[str]:
     """Equal steps are no equal progress where batches differ in size."""
-    images = results.curves.dropna(subset=["images"]).groupby(["arm", "step"])["images"].first()
+    images = results.evaluations.dropna(subset=["images"]).groupby(["arm", "step"])["images"].first()
     rows = results.summary[results.summary["metric"] == results.metric].dropna(subset=["baseline", "diff"])
     for arm, baseline, step in zip(rows["arm"], rows["baseline"], rows["step"], strict=True):
         own, other = images.get((arm, step)), images.get((baseline, step))
@@ -110,7 +112,7 @@ def _orphans(results: Results) -> Iterator[str]:
 
 def _axes(results: Results) -> Iterator[str]:
     """Measures of progress that only some runs recorded, so that no curves are drawn over them."""
-    measured = results.curves[results.curves["metric"].map(is_evaluation).astype(bool)]
+    measured = results.evaluations
     for axis in (axis for axis in AXES if axis not in results.axes):
         lacking, known = (
             measured.loc[gaps, "run_id"].nunique() for gaps in (measured[axis.name].isna(), measured["step"] >= 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ def progress_of(row: Mapping[str, float], processes: int) -> dict[str, float]:
     return {"images": row.get("images", nan), "hours": seconds * processes / _SECONDS_PER_HOUR, "flops": flops}
 
 
+@functools.cache
 def is_progress(name: str) -> bool:
     """Whether a row's entry says how far training is or what it took, rather than what was measured."""
     return name in ("step", "images", "seconds") or name.startswith("cost/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ Numbers = dict[str, float]
 T = TypeVar("T")
 UNKNOWN = "unknown"
 _CHANGED = "protocols changed"
+_NUMBERS = frozenset({int, float})  # and not bool, which is an int
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,11 @@ class RunReader:
         """How far training was at every step that was logged; see :func:`repa_lab.report.progress.progress_of`."""
         merged: dict[int, Numbers] = {}
         for row in self.rows:
-            merged.setdefault(int(row["step"]), {}).update({name: value for name, value in row.items() if is_progress(name)})
-        return {step: progress_of(row, processes_of(self.provenance)) for step, row in merged.items()}
+            known = merged.setdefault(int(row["step"]), {})
+            for name in filter(is_progress, row):
+                known[name] = row[name]
+        processes = processes_of(self.provenance)
+        return {step: progress_of(row, processes) for step, row in merged.items()}
 
     @property
     def costs(self) -> Numbers:
@@ -91,17 +96,16 @@ class RunReader:
         last = {name: value for row in self.rows for name, value in row.items() if is_progress(name)}
         return {name: value for name, value in last.items() if name not in ("step", "images")}
 
-    def measurements(self) -> dict[tuple[int, str], float]:
-        """Value by step and metric; of one that was written twice the last counts, and a contradiction is noted."""
-        found: dict[tuple[int, str], float] = {}
+    def measurements(self) -> dict[str, dict[int, float]]:
+        """Value by metric and step; of one that was written twice the last counts, and a contradiction is noted."""
+        found: dict[str, dict[int, float]] = {}
         for row in self.rows:
-            for metric, value in row.items():
-                place = int(row["step"]), metric
-                if is_progress(metric):
-                    continue
-                if found.get(place, value) != value and not math.isnan(value):
-                    self._note("metrics.jsonl", f"{metric} at step {place[0]} stands there twice, differently; the last counts")
-                found[place] = value
+            step = int(row["step"])
+            for metric in itertools.filterfalse(is_progress, row):
+                value, values = row[metric], found.setdefault(metric, {})
+                if values.get(step, value) != value and not math.isnan(value):
+                    self._note("metrics.jsonl", f"{metric} at step {step} stands there twice, differently; the last counts")
+                values[step] = value
         return found
 
     def _changed(self) -> list[str]:
@@ -119,7 +123,8 @@ class RunReader:
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             self._note(where, "no step; the line is left out")
             return None
-        return dict(self._numbers(where, row))
+        is_plain = all(type(value) in _NUMBERS for value in row.values())  # as nearly every row is, of very many
+        return row if is_plain else dict(self._numbers(where, row))
 
     def _numbers(self, where: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
         for name, value in row.items():

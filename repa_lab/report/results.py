@@ -18,9 +18,9 @@ from repa_lab.report.summary import (
     KEYS,
     Index,
     SeedCurves,
+    evaluations,
     goal_of,
     index_curves,
-    is_evaluation,
     is_protocol,
     metric_kind,
     summarize,
@@ -102,6 +102,11 @@ class Results:
         """The matched baseline of every arm of the only sweep in its order; None where there is none."""
         return {arm["label"]: arm["baseline"] for arm in self.sweep["arms"]}
 
+    @cached_property
+    def evaluations(self) -> pd.DataFrame:
+        """The rows of :attr:`curves` that are of evaluation metrics."""
+        return evaluations(self.curves)
+
     def metrics(self, arm: str) -> list[str]:
         """The evaluation metrics that an arm of the only sweep has measured, those with a protocol first."""
         names = [metric for sweep, label, metric in self._index if (sweep, label) == (self.name, arm)]
@@ -116,19 +121,19 @@ class Results:
             axis: the measure of progress, a column of :attr:`curves`.
         """
         if axis not in self._indices:
-            self._indices[axis] = index_curves(self.curves, axis)
+            self._indices[axis] = index_curves(self.evaluations, axis)
         return self._indices[axis].get((self.name, str(arm), str(metric)), {})
 
     def places(self, arm: str | None, metric: str, axis: str) -> SeedCurves:
         """Progress along an axis by step, by seed, of what :meth:`seed_curves` has; NaN where it is not known."""
         key = f"{axis} by step"
         if key not in self._indices:
-            self._indices[key] = index_curves(self.curves.assign(value=self.curves[axis]))
+            self._indices[key] = index_curves(self.evaluations.assign(value=self.evaluations[axis]))
         return self._indices[key].get((self.name, str(arm), metric), {})
 
     @cached_property
     def _indices(self) -> dict[str, Index]:
-        return {"step": index_curves(self.curves)}
+        return {"step": index_curves(self.evaluations)}
 
     @property
     def _index(self) -> Index:
@@ -137,7 +142,7 @@ class Results:
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
         """The measures of progress that every evaluation tells; curves over any other would be means over fewer runs."""
-        measured = self.curves[self.curves["metric"].map(is_evaluation).astype(bool)]
+        measured = self.evaluations
         return tuple(axis for axis in AXES if axis is STEPS or (len(measured) and measured[axis.name].notna().all()))
 
     def run_ids(self, arm: str | None) -> list[str]:
@@ -251,7 +256,7 @@ def _sources(path: Path) -> list[tuple[Manifest, RunsRoot]]:
 
 def _single(run: RunDirectory) -> tuple[Manifest, RunsRoot]:
     """A run on its own, as a sweep of one arm without a baseline."""
-    measured = [metric for _, metric in RunReader(run).measurements() if is_protocol(metric)]
+    measured = [metric for metric in RunReader(run).measurements() if is_protocol(metric)]
     seed, name = run.spec["seed"], run.run_id
     arm: Manifest = {"label": name, "levels": {}, "baseline": None, "runs": [{"seed": seed, "run_id": name}]}
     metric = measured[0] if measured else ""
@@ -281,9 +286,13 @@ class _Member:
     def config(self) -> Row:
         return dict(_flat({key: value for key, value in self.reader.spec.items() if key != "seed"}))
 
-    def measurements(self) -> Iterator[Row]:
-        for (step, metric), value in self.reader.measurements().items():
-            yield {**self.keys, "step": step, **self.reader.progress[step], "metric": metric, "value": float(value)}
+    def measurements(self) -> Iterator[pd.DataFrame]:
+        """A row for each, metric by metric; made column by column, for there may be a million."""
+        for metric, values in self.reader.measurements().items():
+            reached = [self.reader.progress[step] for step in values]
+            progress = {name: [one[name] for one in reached] for name in ("images", "hours", "flops")}
+            measured = {"metric": metric, "value": list(map(float, values.values()))}
+            yield pd.DataFrame({**self.keys, "step": list(values), **progress, **measured})
 
     def samples(self) -> Iterator[Row]:
         for step, path in self.reader.run.sample_grids().items():
@@ -300,7 +309,8 @@ def _collect(sources: Iterable[tuple[Manifest, RunsRoot]]) -> Results:
     sweeps = [list(_members(manifest, root)) for manifest, root in sources]
     members = [member for sweep in sweeps for member in sweep]
     runs = pd.concat([_runs_frame(sweep) for sweep in sweeps], ignore_index=True)
-    curves = pd.DataFrame([row for member in members for row in member.measurements()], columns=_CURVE_COLUMNS)
+    measured = [found for member in members for found in member.measurements()]
+    curves = pd.concat(measured, ignore_index=True)[_CURVE_COLUMNS] if measured else pd.DataFrame(columns=_CURVE_COLUMNS)
     samples = pd.DataFrame([row for member in members for row in member.samples()], columns=_SAMPLE_COLUMNS)
     protocols = Protocols({member.reader.run.run_id: member.reader.protocols for member in members})
     provenances = {member.reader.run.run_id: member.reader.provenance for member in members if member.reader.provenance}

@@ -45,6 +45,11 @@ def goal_of(metric: str) -> Goal:
     return "max" if metric.startswith("heldout/") else goal_of_kind(metric_kind(metric))
 
 
+def evaluations(curves: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the evaluation metrics: few beside what is logged while training."""
+    return curves[curves["metric"].isin([name for name in curves["metric"].unique() if is_evaluation(name)])]
+
+
 def index_curves(curves: pd.DataFrame, axis: str = "step") -> Index:
     """The curves of the evaluation metrics by seed, under (sweep, arm, metric), in the order of the frame.
 
@@ -53,7 +58,7 @@ def index_curves(curves: pd.DataFrame, axis: str = "step") -> Index:
         axis: the column of progress; measurements of which it is not known are left out.
     """
     index: Index = {}
-    measured = curves[curves["metric"].map(is_evaluation).astype(bool) & curves[axis].notna()]
+    measured = evaluations(curves).dropna(subset=[axis])
     columns = (measured[name] for name in (*KEYS, "metric", "seed", axis, "value"))
     for sweep, arm, metric, seed, place, value in zip(*columns, strict=True):
         index.setdefault((sweep, arm, metric), {}).setdefault(int(seed), {})[place] = float(value)

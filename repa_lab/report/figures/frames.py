@@ -117,7 +117,8 @@ def _frame(results: Results, pairs: Iterable[tuple[str, str]], axis: Axis) -> pd
 
 
 def _arm_frame(results: Results, arm: str, metric: str, axis: Axis) -> pd.DataFrame:
-    own = results.curves[(results.curves["arm"] == arm) & (results.curves["metric"] == metric)]
+    measured = results.evaluations
+    own = measured[(measured["arm"] == arm) & (measured["metric"] == metric)]
     rows = own.assign(progress=own[axis.name].astype(float))[["seed", "step", "progress", "value"]].dropna()
     referenced = arm in results.baselines.values()
     group = results.baselines[arm] or (arm if referenced else "")
