@@ -47,7 +47,7 @@ class Protocols:
         held = {arm: self._first(runs, metric) for arm, runs in arms.items()}
         known = [protocol for protocol in held.values() if protocol is not None]
         fields = sorted({name for protocol in known[1:] for name in differences(known[0], protocol)})
-        flat = {arm: dict(_flat({name: one.get(name) for name in fields})) for arm, one in held.items() if one is not None}
+        flat = {arm: dict(dotted({name: one.get(name) for name in fields})) for arm, one in held.items() if one is not None}
         paths = sorted({path for one in flat.values() for path in one})
         differing = [path for path in paths if len({_text(one.get(path)) for one in flat.values()}) > 1]
         told = {arm: ", ".join(f"{path}: {_short(one.get(path))}" for path in differing) for arm, one in flat.items()}
@@ -66,12 +66,13 @@ def bare(name: str) -> str:
     return name.partition(" (")[0]
 
 
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def dotted(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings under dotted names."""
     if not isinstance(value, Mapping):
         yield path, value
         return
     for key, inner in value.items():
-        yield from _flat(inner, f"{path}.{key}" if path else str(key))
+        yield from dotted(inner, f"{path}.{key}" if path else str(key))
 
 
 def _text(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from repa_lab.report.progress import AXES, STEPS, Axis, processes_of
-from repa_lab.report.protocols import Protocols
+from repa_lab.report.protocols import Protocols, dotted
 from repa_lab.report.reading import UNKNOWN, RunReader
 from repa_lab.report.statistics import Goal
 from repa_lab.report.summary import (
@@ -284,7 +284,7 @@ class _Member:
         return {**self.keys, **standing, **made, **self.reader.costs}
 
     def config(self) -> Row:
-        return dict(_flat({key: value for key, value in self.reader.spec.items() if key != "seed"}))
+        return dict(dotted({key: value for key, value in self.reader.spec.items() if key != "seed"}))
 
     def measurements(self) -> Iterator[pd.DataFrame]:
         """A row for each, metric by metric; made column by column, for there may be a million."""
@@ -335,11 +335,3 @@ def _runs_frame(members: list[_Member]) -> pd.DataFrame:
     records = [{**level, **config, **m.record()} for m, level, config in zip(members, levels, configs, strict=True)]
     frame = pd.DataFrame(records, columns=None if records else _RUN_COLUMNS)
     return frame[[*_RUN_COLUMNS, *(column for column in frame.columns if column not in _RUN_COLUMNS)]]
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, Mapping):
-        yield path, value
-        return
-    for key, inner in value.items():
-        yield from _flat(inner, f"{path}.{key}" if path else str(key))
