@@ -179,3 +179,11 @@ def describe_runs(folder, wanted):
     for run_id, (label, seed) in wanted.items():
         with RunWriter(RunsRoot(folder / "runs").run(run_id)) as writer:
             writer.describe(Run(run_id, arms[label], seed).to_json(), {})
+
+
+def test_labels_and_questions_are_shown_as_they_are_written(folder):
+    (folder / "odd.yaml").write_text("question: Does [1] help [/x]?\ninclude: [{label: 'a [red]b[/red] :100:', set: {train.lr: 2e-3}}]\n")
+    shown = cli("plan", "one.yaml", "--with", "odd.yaml", cwd=folder)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("Does [1] help [/x]?")
+    assert "│ a [red]b[/red] :100: │" in shown.stdout

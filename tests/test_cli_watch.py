@@ -45,18 +45,26 @@ def test_why_tells_a_runs_history_and_the_reason(root):
 
 
 def test_status_says_how_long_a_run_still_takes(root):
-    make(root, "running", State.RUNNING)
-    (row,) = json.loads(cli("status", "--root", root.path, "--json").stdout)
+    with FileLock(make(root, "running", State.RUNNING).lock):
+        (row,) = json.loads(cli("status", "--root", root.path, "--json").stdout)
     assert (row["state"], row["step"], row["left"]) == ("running", 5, "0:03:10")  # 95 steps of 2 s
+
+
+def test_a_run_that_was_killed_does_not_seem_to_go_on(root):
+    make(root, "killed", State.RUNNING)
+    (row,) = json.loads(cli("status", "--root", root.path, "--json").stdout)
+    assert (row["state"], row["step"], row["left"]) == ("interrupted", 5, "")
+    command = [sys.executable, "-m", "repa_lab.cli", "status", "--watch", "--root", str(root.path)]
+    assert "interrupted" in subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
 
 
 def test_status_goes_on_until_all_runs_have_come_to_rest(root):
     run = make(root, "one", State.RUNNING)
     command = [sys.executable, "-m", "repa_lab.cli", "status", "--watch", "--root", str(root.path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    time.sleep(4)
-    assert process.poll() is None
     with RunWriter(run) as writer:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        time.sleep(4)
+        assert process.poll() is None
         writer.state(State.DONE, 100)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0
@@ -82,6 +90,13 @@ def test_a_run_that_is_done_is_trained_anew_only_from_scratch(root):
     assert [event["event"] for event in run.events()][-2:] == ["started over", "new"]
 
 
+def test_a_run_that_a_rule_ended_is_left_to_the_rule(root):
+    run = make(root, state=State.STOPPED)
+    refused = cli("retry", "abc", "--root", root.path)
+    assert (refused.returncode, run.state.state) == (2, State.STOPPED)
+    assert "a stop rule ended the run; a sweep without the rule takes it up" in refused.stderr
+
+
 def test_a_run_in_training_is_not_touched(root):
     run = make(root, state=State.RUNNING)
     with RunWriter(run):
@@ -105,6 +120,12 @@ def test_gc_deletes_what_it_says_and_keeps_what_is_pinned(root):
     assert cli("pin", "kept", "--off", "--root", root.path).returncode == 0
     assert "kept" in cli("gc", "--root", root.path).stdout
     assert "nothing more can go: 0 GiB cannot be kept to" in cli("gc", "--root", root.path, "--disk-gib", "0").stdout
+
+
+def test_a_disk_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    shown = cli("sweep", "experiments/quickstart.yaml", "--root", tmp_path / "file")
+    assert (shown.returncode, shown.stderr) == (1, f"'{tmp_path / 'file' / 'quickstart'}': Not a directory\n")
 
 
 def test_stop_is_for_a_sweep_that_somebody_carries_out(root):

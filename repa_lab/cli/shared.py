@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -16,8 +16,15 @@ if TYPE_CHECKING:
     from repa_lab.spec import SpecError
 
 _PIPE_WIDTH = 160
-# A pipe has no width: a table must not be cut for a terminal that is not there.
-out, err = (Console(stderr=e, width=None if s.isatty() else _PIPE_WIDTH) for e, s in ((False, sys.stdout), (True, sys.stderr)))
+
+
+def _console(is_error: bool, stream: TextIO) -> Console:
+    """A console for plain text: labels and paths may hold brackets and colons. A pipe has no width: a table must not be cut for
+    a terminal that is not there."""
+    return Console(stderr=is_error, width=None if stream.isatty() else _PIPE_WIDTH, markup=False, emoji=False)
+
+
+out, err = _console(False, sys.stdout), _console(True, sys.stderr)
 
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="A spec file: one question.")]
 RootOption = Annotated[Path, typer.Option("--root", help="Where runs live.")]
@@ -28,7 +35,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @contextmanager
 def clean_errors() -> Iterator[None]:
-    """A user's mistake is one message and exit status 2; an interruption says how to go on."""
+    """A user's mistake is one message and exit status 2; an interruption says how to go on. A disk that is full or
+    read-only is one message too, and exit status 1."""
     try:
         yield
     except KeyboardInterrupt:
@@ -40,6 +48,12 @@ def clean_errors() -> Iterator[None]:
             raise
         err.print(str(error), highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(status) from None
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # a reader such as `head` has seen enough
+            raise
+        where = f"'{error.filename}': " if error.filename else ""
+        err.print(f"{where}{error.strerror or error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
 
 
 def _exit_status(error: Exception) -> int | None:

@@ -32,7 +32,8 @@ def status(
     with clean_errors():
         from repa_lab.runs import RunsRoot
 
-        rows = _rows(RunsRoot(root), sweep)
+        runs = RunsRoot(root)
+        rows = _rows(runs, sweep)
         if json_:
             print(json.dumps(rows))
             return
@@ -41,9 +42,9 @@ def status(
             out.print(table(title, rows))
             return
         with Live(table(title, rows), console=out, auto_refresh=False) as live:
-            while any(row["state"] in ("new", "running") for row in rows):
+            while _goes_on(runs, sweep, rows):
                 time.sleep(_REFRESH_S)
-                rows = _rows(RunsRoot(root), sweep)
+                rows = _rows(runs, sweep)
                 live.update(table(title, rows), refresh=True)
 
 
@@ -75,6 +76,9 @@ def retry(
         directory = RunsRoot(root).find_run(run)
         if directory.state.state is State.DONE and not from_scratch:
             raise mistake(str(run), "the run is done, and so would be its rerun; give --from-scratch to train it anew")
+        if directory.state.state is State.STOPPED and not from_scratch:
+            message = "a stop rule ended the run; a sweep without the rule takes it up, or give --from-scratch to train it anew"
+            raise mistake(str(run), message)
         with RunWriter(directory, patience_s=0) as writer:
             if from_scratch:
                 writer.start_over()
@@ -88,8 +92,11 @@ def stop(
     """Have the process that carries out a sweep checkpoint its runs and end, as Ctrl-C there would."""
     with clean_errors():
         from repa_lab.runs import RunsRoot
+        from repa_lab.runs.root import SweepDirectory
 
-        directory = RunsRoot(root).find_sweep(sweep)
+        # Not recorded yet while it prepares.
+        held = (one for path in (sweep, root / sweep) if (one := SweepDirectory(path)).is_held)
+        directory = next(held, None) or RunsRoot(root).find_sweep(sweep)
         if not directory.is_held:
             raise mistake(str(sweep), "nobody is carrying out this sweep")
         directory.ask_to_stop()
@@ -131,6 +138,13 @@ def gc(
             out.print(f"nothing more can go: {disk_gib:g} GiB cannot be kept to", highlight=False)
 
 
+def _goes_on(root: RunsRoot, sweep: Path | None, rows: list[dict[str, Any]]) -> bool:
+    """Whether a run is trained, or waits for its turn in a sweep that somebody carries out."""
+    states = {row["state"] for row in rows}
+    held = [root.find_sweep(sweep)] if sweep else root.sweeps()
+    return "running" in states or ("new" in states and any(directory.is_held for directory in held))
+
+
 def _rows(root: RunsRoot, sweep: Path | None) -> list[dict[str, Any]]:
     if sweep is None:
         return [_row("", run) for run in root.runs()]
@@ -141,13 +155,15 @@ def _rows(root: RunsRoot, sweep: Path | None) -> list[dict[str, Any]]:
 
 def _row(name: str, run: RunDirectory) -> dict[str, Any]:
     state, last = run.state, (run.rows() or [{"step": 0}])[-1]
-    row = {"run": name, "run_id": run.run_id, "state": state.state.value, "step": last["step"]}
-    return {**row, "left": _left(run, last), "error": state.error or ""}
+    is_running = state.state.value == "running" and run.is_held
+    word = "interrupted" if state.state.value == "running" and not is_running else state.state.value  # it was killed
+    row = {"run": name, "run_id": run.run_id, "state": word, "step": last["step"]}
+    return {**row, "left": _left(run, last) if is_running else "", "error": state.error or ""}
 
 
 def _left(run: RunDirectory, last: dict[str, Any]) -> str:
     """The time that a run still needs, at the pace of its steps so far."""
-    if run.state.state.value != "running" or not last["step"]:
+    if not last["step"]:
         return ""
     seconds = (run.spec["train"]["steps"] - last["step"]) * last["seconds"] / last["step"]
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"

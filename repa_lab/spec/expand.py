@@ -51,7 +51,8 @@ class Arm:
         for dotted, value in settings.items():
             draft.set(dotted, value, Place(None))
         own = [self.label] if self.levels else []
-        label = ", ".join(own + [f"{_short(path)}={_brief(value)}" for path, value in settings.items()])
+        names = _short_names(settings)
+        label = ", ".join(own + [f"{names[path]}={_brief(value)}" for path, value in settings.items()])
         return Arm(label, self.levels, validate(RunConfig, draft), draft)
 
 
@@ -141,7 +142,7 @@ def _axes(grammar: Grammar, document: Draft) -> list[list[_Level]]:
     return [
         [_named(axis, name, value or {}, document, ("axes", axis, name)) for name, value in levels.items()]
         if isinstance(levels, dict)
-        else _listed(axis, levels, document, "axes")
+        else _listed(axis, levels, document, "axes", _names(grammar)[axis])
         for axis, levels in grammar.axes.items()
     ]
 
@@ -151,17 +152,18 @@ def _named(axis: str, name: str, settings: Mapping[str, Any], document: Draft, p
     return _Level(axis, name, placed, document.place(path))
 
 
-def _listed(axis: str, values: list[Any] | RangeConfig, document: Draft, key: str) -> list[_Level]:
+def _listed(axis: str, values: list[Any] | RangeConfig, document: Draft, key: str, called: str) -> list[_Level]:
     levels = []
     form = values.form if isinstance(values, RangeConfig) else None
     for index, value in enumerate(values.values if isinstance(values, RangeConfig) else values):
         place = document.place((key, axis, form or index))
-        levels.append(_Level(axis, f"{_short(axis)}={_plain(value)}", {axis: (value, place)}, place))
+        levels.append(_Level(axis, f"{called}={_plain(value)}", {axis: (value, place)}, place))
     return levels
 
 
 def _stars(grammar: Grammar, document: Draft) -> list[_Level]:
-    listed = (_listed(axis, values, document, "one_at_a_time") for axis, values in grammar.one_at_a_time.items())
+    names = _names(grammar)
+    listed = (_listed(axis, values, document, "one_at_a_time", names[axis]) for axis, values in grammar.one_at_a_time.items())
     return [level for levels in listed for level in levels]
 
 
@@ -190,7 +192,7 @@ def _resolved(base: Draft, cell: _Cell) -> Mapping[str, Any]:
     settings: Mapping[str, Any] = {}
     try:
         settings = (draft := _apply(base, cell)).value
-        settings = validate(RunConfig, draft).model_dump()
+        settings = validate(RunConfig, draft).model_dump(mode="json")  # a list as the file has it
     except SpecError:
         pass
     return settings
@@ -205,8 +207,19 @@ def value_at(value: Any, path: Path_) -> Any:
     return value
 
 
-def _short(dotted: str) -> str:
-    return dotted.rsplit(".", 1)[-1]
+def _names(grammar: Grammar) -> dict[str, str]:
+    return _short_names(dict.fromkeys([*grammar.axes, *grammar.one_at_a_time]))
+
+
+def _short_names(paths: Iterable[str]) -> dict[str, str]:
+    """Every path's last step, or as many of its last steps as tell it apart from the others."""
+    known = list(paths)
+    tails = {path: [path.split(".", start)[-1] for start in range(path.count("."), -1, -1)] for path in known}
+
+    def is_own(path: str, tail: str) -> bool:
+        return not any(other != path and (other == tail or other.endswith(f".{tail}")) for other in known)
+
+    return {path: next((tail for tail in tails[path] if is_own(path, tail)), path) for path in known}
 
 
 def _brief(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from repa_lab.sweep.scheduler import Scheduler, SweepBrokenError
 from repa_lab.sweep.sharing import SharedWork
 from repa_lab.sweep.view import View
 from repa_lab.sweep.work import FixedWork, Task, Work
+
+_LOOK_S = 0.5  # who only looks whether a sweep is held holds it for a moment
 
 Source = str | Path | Mapping[str, Any] | Experiment
 
@@ -109,10 +111,11 @@ def sweep(
         require_budget(planned)
     directory = planned.root.sweep(planned.experiment.name)
     outcome = SweepOutcome(directory, 0, {})
-    if _is_complete(planned, directory):
-        _make_work(planned, directory)
-    else:
-        outcome = _carry_out(planned, directory, workers, console or Console(quiet=True), rehearse)
+    with _held(directory):
+        if _is_complete(planned, directory):
+            _make_work(planned, directory)
+        else:
+            outcome = _carry_out(planned, directory, workers, console or Console(quiet=True), rehearse)
     from repa_lab.report.page import write_report  # pandas and matplotlib, which `plan` has no use for
 
     write_report(directory)
@@ -133,7 +136,7 @@ def _carry_out(
     planned: Plan, directory: SweepDirectory, workers: int | None, console: Console, is_rehearsal: bool
 ) -> SweepOutcome:
     experiment = planned.experiment
-    # The sweep's folder is made only once nothing was refused, so the workers' log starts elsewhere.
+    # The sweep's folder is kept only once nothing was refused, so the workers' log starts elsewhere.
     with tempfile.TemporaryDirectory(prefix="repa-lab-") as scratch:
         log = Path(scratch) / "workers.log"
         executor = _open_executor(planned, workers, log, is_rehearsal)
@@ -141,19 +144,19 @@ def _carry_out(
             with View(console, experiment.name, executor.slots) as view:
                 scheduler = Scheduler(executor, planned.root, experiment.run, experiment.name, view, is_rehearsal)
                 scheduler.prepare({entry.run.config: entry.arm for entry in planned.runs})
-                with _held(directory):
-                    work = _make_work(planned, directory)
-                    before = work.counts()[0]
-                    failures = scheduler.run(work)
+                work = _make_work(planned, directory)
+                before = work.counts()[0]
+                failures = scheduler.run(work)
         except SweepBrokenError as error:
             raise _with_last_line(error, log) from None
         except ExecutorError as error:
             raise SpecError([experiment.problem(f"run.{error.field}", str(error))]) from None
         finally:
             executor.close()
-            if directory.path.exists() and log.exists():
+            if _is_recorded(directory) and log.exists():
                 shutil.copyfile(log, directory.path / "workers.log")
-    return SweepOutcome(directory, work.counts()[0] - before - len(failures), failures, scheduler.stopped or None)
+    trained = work.counts()[0] - before - len(failures) - scheduler.found
+    return SweepOutcome(directory, trained, failures, scheduler.stopped or None)
 
 
 def _open_executor(planned: Plan, workers: int | None, log: Path, is_rehearsal: bool) -> Executor:
@@ -181,8 +184,10 @@ def _with_last_line(error: SweepBrokenError, log: Path) -> SweepBrokenError:
 
 @contextmanager
 def _held(directory: SweepDirectory) -> Iterator[None]:
+    """Be the one process that carries out a sweep, from before it prepares; one that is refused leaves no folder."""
+    made = [path for path in (directory.path, *directory.path.parents) if not path.exists()]
     directory.path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory.path / ".lock", timeout=0)
+    lock = FileLock(directory.lock, timeout=_LOOK_S)
     try:
         lock.acquire()
     except Timeout:
@@ -191,16 +196,26 @@ def _held(directory: SweepDirectory) -> Iterator[None]:
     try:
         yield
     finally:
+        if not _is_recorded(directory):
+            directory.ask_to_stop(False)
+            directory.lock.unlink(missing_ok=True)
         lock.release()
+        with suppress(OSError):  # what is not empty stays
+            for path in made:
+                path.rmdir()
 
 
 def _is_complete(planned: Plan, directory: SweepDirectory) -> bool:
     if planned.experiment.search is None:
         return not planned.pending
-    if not (directory.path / "sweep.json").exists():
+    if not _is_recorded(directory):
         return False
     done, total = _make_work(planned, directory).counts()
     return done >= total
+
+
+def _is_recorded(directory: SweepDirectory) -> bool:
+    return (directory.path / "sweep.json").exists()
 
 
 def _make_work(planned: Plan, directory: SweepDirectory) -> Work:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from repa_lab.data.errors import DataError
 from repa_lab.data.fingerprint import has_captions
 from repa_lab.encoders.registry import grid_problem, weights_problem
+from repa_lab.metrics.protocol import goal_of_kind
 from repa_lab.models.facts import Family, Shape, UnknownFactError, shape_of
 from repa_lab.models.families import TRAINABLE, family_facts
 from repa_lab.models.released import problem_with
@@ -17,7 +19,7 @@ from repa_lab.spec.errors import Path_
 from repa_lab.sweep.search.problems import objective_path, search_problems
 from repa_lab.tracking import tensorboard
 from repa_lab.training.fingerprints import fingerprint_of
-from repa_lab.training.protocol import measured, metric_names, tiers
+from repa_lab.training.protocol import measured, metric_names, shared_names, tiers
 
 Fingerprint = Callable[[DataConfig], str]
 
@@ -192,6 +194,10 @@ def _metric_problems(arm: Arm) -> Iterator[Problem]:
                 names = " and ".join(one.name for one in tier.extractors)
                 message = f"{metric} has no meaning with the features of {names}: leave it out, or add the extractor inception"
                 yield arm.problem(f"{path}.metrics", message)
+    for name in itertools.islice(shared_names(arm.config), 1):
+        path = f"{[*_tiers(arm)][-1][0]}.extractor"
+        twice = f"'{name}' would stand for two numbers, one with other weights or another reference"
+        yield arm.problem(path, f"{twice}: leave one out, or measure it in evaluate.full with other samples")
 
 
 def _data_problems(arm: Arm, fingerprint: Fingerprint) -> Iterator[Problem]:
@@ -229,9 +235,16 @@ def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
         named = enumerate(experiment.search.objectives)
         wanted |= {objective_path(experiment.search, i): one.metric for i, one in named if not one.is_cost}
         yield from search_problems(experiment, lambda arm: _arm_problems(arm, None))
+    goals: dict[Path_, str] = {("compare", "metric"): experiment.compare.goal}
+    if experiment.search:
+        goals |= {objective_path(experiment.search, i): one.goal for i, one in enumerate(experiment.search.objectives)}
     for path, metric in wanted.items():
-        if resolve_metric(metric, known) is None:
+        if (name := resolve_metric(metric, known)) is None:
             yield experiment.problem(path, f"'{metric}' is not measured by this spec; measured: {', '.join(known)}")
+        elif path in goals and goals[path] != (right := goal_of_kind(name.partition(":")[0])):
+            better = "larger" if right == "max" else "smaller"
+            message = f"must be {right}, for {better} values of {name} are better; got {goals[path]}"
+            yield experiment.problem((*path[:-1], "goal"), message)
 
 
 def rule_path(experiment: Experiment, index: int) -> Path_:

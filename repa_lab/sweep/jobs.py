@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from repa_lab.runs import RunsRoot, State
+from repa_lab.runs.directory import RunBusyError
 from repa_lab.runs.files import Row
 from repa_lab.runs.forks import Fork
 from repa_lab.spec import RunConfig, RunOptions, StopRule
@@ -93,6 +94,11 @@ class Report:
     total: int = 0
     arm: int = 0
     path: str = ""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether nothing came of a run because another process trains it."""
+        return self.state is State.FAILED and (self.error or "").startswith(RunBusyError.__name__)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""

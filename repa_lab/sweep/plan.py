@@ -108,12 +108,20 @@ class Plan:
             "compare": {
                 "metric": self.metric(compare.metric),
                 "goal": compare.goal,
-                "targets": {self.metric(metric): values for metric, values in compare.targets.items()},
+                "targets": self._targets(),
             },
             "arms": arms if arms is not None else self._arms(),
             "search": search,
             **({"orphaned": [orphan.record() for orphan in self.orphans]} if self.orphans else {}),
         }
+
+    def _targets(self) -> dict[str, list[float]]:
+        """By full name: a metric may be called by its kind and by its name."""
+        targets: dict[str, list[float]] = {}
+        for metric, values in self.experiment.compare.targets.items():
+            known = targets.setdefault(self.metric(metric), [])
+            known += [value for value in values if value not in known]
+        return targets
 
     def _arms(self) -> list[dict[str, Any]]:
         matched, runs = baselines(self.experiment), dict[str, list[Run]]()
@@ -183,9 +191,11 @@ def _nearest(arm: Arm, candidates: list[Arm]) -> str | None:
 
 
 def _satisfies(arm: Arm, wanted: Mapping[str, Any]) -> bool:
-    settings = arm.asked.model_dump()
+    """Whether an arm is a baseline; as in ``exclude``, a list of values means any of them."""
+    settings = arm.asked.model_dump(mode="json")
 
     def holds(key: str, value: Any) -> bool:
-        return bool(value_at(settings, tuple(key.split("."))) == value or (key in arm.levels and arm.levels[key] == value))
+        allowed = value if isinstance(value, list) else [value]
+        return value_at(settings, tuple(key.split("."))) in allowed or (key in arm.levels and arm.levels[key] in allowed)
 
     return all(holds(key, value) for key, value in wanted.items())

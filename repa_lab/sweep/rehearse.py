@@ -53,7 +53,7 @@ def rehearse(experiment: Experiment, root: Path) -> Experiment:
         question=f"{MARK}: {experiment.question or experiment.name}",
         arms=tuple(rehearser.arm(arm) for arm in experiment.arms),
         seeds=experiment.seeds[:1],
-        compare=CompareConfig(baseline=experiment.compare.baseline, goal=experiment.compare.goal),
+        compare=CompareConfig(baseline=experiment.compare.baseline),
         search=search,
         budget=BudgetConfig(),
         stop=(),

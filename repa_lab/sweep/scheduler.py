@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from repa_lab.runs import RunDirectory, RunsRoot, RunWriter, State
 from repa_lab.runs.directory import RunBusyError
@@ -46,9 +46,9 @@ class _Watched:
             self._mark, self._alive = mark, now
         return now - self._alive if self._alive is not None else 0.0
 
-    def again(self) -> None:
-        """The run starts over, with its next try."""
-        self.tries, self.is_hung, self._alive, self._mark = self.tries + 1, False, None, self._read_mark()
+    def again(self) -> _Watched:
+        """The same as one that has yet to give its first sign of life; its rows go on where they were."""
+        return replace(self, is_hung=False, _alive=None)
 
     def _read_mark(self) -> int | None:
         try:
@@ -69,7 +69,12 @@ class _Failures:
     @property
     def too_many(self) -> bool:
         """Whether no further runs shall be started."""
-        return self.limit is not None and len(self.reasons) >= self.limit
+        return self.limit is not None and len(self.counted) >= self.limit
+
+    @property
+    def counted(self) -> list[str]:
+        """The reasons without those that tell what their runs were begun for."""
+        return [one for one in self.reasons.values() if not (self.is_divergence_a_result and one.startswith(DIVERGED))]
 
     def require_hope(self) -> None:
         """Refuse to start another run after the first ones have all failed alike.
@@ -77,8 +82,7 @@ class _Failures:
         Raises:
             SweepBrokenError: with that reason.
         """
-        reasons = self.reasons.values()
-        first = [one for one in reasons if not (self.is_divergence_a_result and one.startswith(DIVERGED))][:_ALIKE]
+        first = self.counted[:_ALIKE]
         if not self.is_any_done and len(first) == _ALIKE and len(set(first)) == 1:
             raise SweepBrokenError(f"the first {_ALIKE} runs failed alike: {first[0]}")
 
@@ -87,7 +91,7 @@ class _Failures:
 class Scheduler:
     """Gives tasks to free slots, passes rows on, and keeps count of failures; imports no torch.
 
-    After ``run``, :attr:`stopped` says why runs were left out, if any were.
+    After ``run``, :attr:`stopped` says why runs were left out, if any were, and :attr:`found` how many others had trained.
     """
 
     executor: Executor
@@ -97,7 +101,9 @@ class Scheduler:
     view: View
     is_rehearsal: bool = False
     stopped: str | None = None
+    found: int = 0
     _running: dict[str, _Watched] = field(default_factory=dict)
+    _elsewhere: dict[str, _Watched] = field(default_factory=dict)  # another process, such as another sweep's, trains them
 
     def prepare(self, arms: Mapping[RunConfig, Arm]) -> None:
         """Have a worker fill the caches for these settings, each with an arm that knows its places.
@@ -118,6 +124,7 @@ class Scheduler:
                     raise SpecError([arms[order[report.arm]].problem(report.path, report.error or "")])
                 elif report.kind == "broken":
                     raise SweepBrokenError(report.error)
+            self._heed_stop()
 
     def run(self, work: Work) -> dict[str, str]:
         """Do all of the work, or, after ``run.max_failures``, what has been begun.
@@ -131,44 +138,54 @@ class Scheduler:
         failures = _Failures(self.options.max_failures, work.is_divergence_a_result)
         while True:
             self._fill(work, failures)
-            if not self._running:
+            if not self._running and not self._elsewhere:
                 return failures.reasons
             reports = self.executor.poll(_POLL_S)
-            for watched in self._running.values():
+            for watched in (*self._running.values(), *self._elsewhere.values()):
                 self._pass_on(watched, work)
             for report in reports:
                 self._settle(report, work, failures)
             self._end_hung()
-            if self.root.sweep(self.group).is_asked_to_stop:
-                raise KeyboardInterrupt  # `repa-lab stop` is Ctrl-C from another terminal
+            self._heed_stop()
             self.view.counts(*work.counts())
+
+    def _heed_stop(self) -> None:
+        """`repa-lab stop` is Ctrl-C from another terminal."""
+        if self.root.sweep(self.group).is_asked_to_stop:
+            raise KeyboardInterrupt
 
     def _fill(self, work: Work, failures: _Failures) -> None:
         """Start what there is room for, unless too much has failed."""
         if failures.too_many:
             self._start_no_more(work, failures)
             return
+        for run_id, watched in list(self._elsewhere.items()):
+            if self.executor.free() and not watched.directory.is_held:
+                del self._elsewhere[run_id]
+                self._begin(watched.again(), work)
         while self.executor.free() and (task := work.next()):
             failures.require_hope()
-            self._start(task, work)
+            directory = self.root.run(task.run.run_id)
+            self._begin(_Watched(task, directory, RowTail(directory)), work)
 
     def _start_no_more(self, work: Work, failures: _Failures) -> None:
         if self.stopped is None:
             for run_id in self.executor.withdraw():
                 del self._running[run_id]
                 self.view.withdrawn(run_id)
-            self.view.say(f"{len(failures.reasons)} runs failed: no more are started, {len(self._running)} go on")
+            self._elsewhere.clear()
+            self.view.say(f"{len(failures.counted)} runs failed: no more are started, {len(self._running)} go on")
         done, total = work.counts()
         left = total - done - len(self._running)
         self.stopped = f"{left} runs were not started: run.max_failures is {failures.limit}" if left else ""
 
-    def _start(self, task: Task, work: Work) -> None:
-        run_id = task.run.run_id
-        directory = self.root.run(run_id)
-        watched = _Watched(task, directory, RowTail(directory))
-        if directory.state.state.is_finished:  # another arm or sweep trained it; a search wants its rows all the same
+    def _begin(self, watched: _Watched, work: Work) -> None:
+        task, run_id = watched.task, watched.task.run.run_id
+        state = watched.directory.state.state
+        if state.is_finished:  # another arm or sweep trained it; a search wants its rows all the same
             self._pass_on(watched, work)
-            work.finished(run_id, directory.state.state)
+            self.found += 1
+            work.finished(run_id, state)
             return
         self._running[run_id] = watched
         self.view.started(run_id, task.name, task.run.config.train.steps)
@@ -192,6 +209,9 @@ class Scheduler:
         watched, error = self._running[report.run_id], report.error
         self._pass_on(watched, work)
         if report.state is State.FAILED:
+            if report.is_busy:
+                self._set_aside(report.run_id)
+                return
             if watched.is_hung:
                 error = f"no sign of life for {self.options.hang_minutes:g} minutes"
                 if watched.tries == 1:
@@ -216,15 +236,22 @@ class Scheduler:
     def _try_again(self, watched: _Watched, error: str) -> None:
         self._record(watched.directory, error)
         self.view.say(f"{watched.task.name}: {error}; started again")
-        watched.again()
+        self._running[watched.task.run.run_id] = replace(watched.again(), tries=watched.tries + 1)
         self._submit(watched.task)
 
+    def _set_aside(self, run_id: str) -> None:
+        """Another process trains a run: it is done when that one is, and ours to go on with should it be let go."""
+        watched = self._elsewhere[run_id] = self._running.pop(run_id)
+        self.view.withdrawn(run_id)
+        self.view.say(f"{watched.task.name}: another process trains it; waited for")
+
     def _record(self, directory: RunDirectory, error: str | None) -> None:
-        """A worker that was killed could not write its run's end."""
+        """A worker that was killed could not write its run's end; what another process has trained to its end stays so."""
         if directory.state.state is State.FAILED:
             return
         try:
             with RunWriter(directory) as writer:
-                writer.state(State.FAILED, directory.state.step, error)
+                if not directory.state.state.is_finished:
+                    writer.state(State.FAILED, directory.state.step, error)
         except RunBusyError:
             pass  # somebody else has taken the run up

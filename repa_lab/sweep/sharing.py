@@ -134,7 +134,15 @@ class _Trajectory:
     def shared(self, other: _Trajectory) -> int:
         """How many steps of ``other`` this one can give it."""
         common = agreement(_schedule(self.run.config), _schedule(other.run.config), min(self.steps, other.steps))
+        if common == other.steps and not self._measures_the_end_of(other):
+            common -= 1
         return common if self.kept is None else max((step for step in self.kept if step <= common), default=0)
+
+    def _measures_the_end_of(self, other: _Trajectory) -> bool:
+        """Whether what the other one measures at its last step is measured here too: nothing is, without a step to take."""
+        last, own, others = other.steps, self.run.config, other.run.config
+        is_usual = last == self.steps or last % own.evaluate.every == 0
+        return is_usual and (last in own.milestones or last not in others.milestones)
 
 
 class _Group:

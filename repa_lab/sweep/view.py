@@ -69,7 +69,7 @@ class View:
     def progress(self, task: str, done: int, total: int) -> None:
         """A task of preparation went on."""
         if done == total:
-            self._console.print(f"{task}: {total:,} images cached", highlight=False)
+            self.say(f"{task}: {total:,} images cached")
         self._task = (task, done, total) if done < total else None
 
     def started(self, run_id: str, name: str, steps: int) -> None:
@@ -104,7 +104,7 @@ class View:
 
     def say(self, what: str) -> None:
         """Something that a person should know."""
-        self._console.print(what, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(Text(what), soft_wrap=True)  # names may hold what rich would take for markup
 
     def counts(self, done: int, total: int) -> None:
         """How many runs are done, of how many."""
@@ -116,7 +116,7 @@ class View:
             numbers.append(f"cosine {watched.row['align/cosine']:.3f}")
         if watched.metric:
             numbers.append(f"{watched.metric[0]} {watched.metric[1]:.1f}")
-        self._console.print(", ".join([f"{watched.name}: {what}", *numbers]), highlight=False, soft_wrap=True)
+        self.say(", ".join([f"{watched.name}: {what}", *numbers]))
 
     def _render(self) -> Group:
         table = Table(title=f"{self._title}: {self._counts[0]} of {self._counts[1]} runs done", title_justify="left")
@@ -124,7 +124,7 @@ class View:
             table.add_column(column, justify="left" if column in ("run", "") else "right")
         for watched in self._runs.values():
             bar = ProgressBar(watched.steps, watched.step, width=20)
-            table.add_row(watched.name, bar, f"{watched.step}/{watched.steps}", *self._cells(watched))
+            table.add_row(Text(watched.name), bar, f"{watched.step}/{watched.steps}", *self._cells(watched))
         return Group(table, Text(self._foot(), style="dim"))
 
     def _cells(self, watched: _Watched) -> tuple[str, str, str, str]:

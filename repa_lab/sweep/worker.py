@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 ShouldStop = Callable[[], State | None]
 _GRACE_S = 60.0
+_GRACE_IDLE_S = 2.0
 _BEAT_S = 1.0
 
 
@@ -43,6 +44,7 @@ class Worker:
         self._input, self._answers = jobs, answers
         self._jobs: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._stop: State | None = None
+        self._is_training = False
 
     def serve(self) -> None:
         """Answer every job in turn."""
@@ -57,7 +59,9 @@ class Worker:
             if job["kind"] == "prepare":
                 self._answer(fill_caches(PrepareJob.from_json(job), self._answer))
             else:
+                self._is_training = True
                 self._answer(train_run(TrainJob.from_json(job), lambda: self._stop))
+                self._is_training = False
 
     def _read(self) -> None:
         for line in self._input:
@@ -68,7 +72,8 @@ class Worker:
                 self._jobs.put(message)
         self._stop = State.INTERRUPTED
         self._jobs.put(None)
-        threading.Timer(_GRACE_S, os._exit, [75]).start()
+        # Training ends with a checkpoint; caches are filled file by file, and what is there is found again.
+        threading.Timer(_GRACE_S if self._is_training else _GRACE_IDLE_S, os._exit, [75]).start()
 
     def _answer(self, report: Report) -> None:
         self._answers.write(json.dumps(report.to_json()) + "\n")

@@ -34,6 +34,14 @@ class TestAxes:
         arms = load_spec(write(tmp_path, text)).arms
         assert [arm.label for arm in arms][:2] == ["lr=0.001, weight=0.5", "lr=0.001, weight=0.25"]
 
+    def test_fields_of_one_name_are_told_apart_by_what_they_belong_to(self):
+        axes = {"train.steps": [5, 6], "evaluate.sampler.steps": [5], "train.lr": [0.1]}
+        assert labels(axes=axes) == ["train.steps=5, sampler.steps=5, lr=0.1", "train.steps=6, sampler.steps=5, lr=0.1"]
+        names = {"regularizer.encoder.name": ["a"], "evaluate.encoder.name": ["a"]}
+        assert labels(one_at_a_time=names) == ["all", "regularizer.encoder.name=a", "evaluate.encoder.name=a"]
+        (arm,) = load_spec(mapping()).arms
+        assert arm.with_settings({"train.steps": 5, "evaluate.sampler.steps": 6}).label == "train.steps=5, sampler.steps=6"
+
     def test_a_named_axis_bundles_settings(self):
         arms = load_spec(mapping(axes={"teacher": TEACHERS, "regularizer.weight": [1.0]})).arms
         assert [arm.label for arm in arms] == ["small, weight=1", "giant, weight=1"]
@@ -224,3 +232,9 @@ def test_value_at():
     value = {"a": {"b": 0, "c": None}}
     paths = [("a", "b"), ("a", "c"), ("a", "x"), ("a", "b", "x"), ()]
     assert [value_at(value, path) for path in paths] == [0, None, None, None, value]
+
+
+def test_a_rule_knows_a_field_whose_value_is_a_list():
+    axes = {"evaluate.metrics": [["frechet"], ["frechet", "kid"]]}
+    kept = load_spec(mapping(axes=axes, exclude=[{"evaluate.metrics": [["frechet", "kid"]]}])).arms
+    assert [arm.config.evaluate.metrics for arm in kept] == [("frechet",)]

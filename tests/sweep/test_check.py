@@ -74,6 +74,27 @@ CASES = [
         ("lite0}}\n", "lite0}, prompts: [a cat]}\n"),
         "6:51: evaluate.prompts: sit is told classes: leave prompts out",
     ),
+    (
+        ("steps: 10}", "steps: 10}\ncompare: {goal: max}"),
+        "6:11: compare.goal: must be min, for smaller values of frechet:efficientnet_lite0@10k/ode50 are better; got max",
+    ),
+    (
+        ("lite0}}\n", "lite0}, metrics: [frechet, precision_recall]}\ncompare: {metric: precision}"),
+        "7:1: compare.goal: must be max, for larger values of precision:efficientnet_lite0@10k/ode50 are better; got min",
+    ),
+    (
+        ("steps: 10}", "steps: 10}\nsearch: {space: {train.lr: {log: [1e-4, 1e-3]}}, objective: {goal: max}}"),
+        "6:62: search.objective.goal: must be min, for smaller values of frechet:efficientnet_lite0@10k/ode50 are better",
+    ),
+    (
+        ("{name: efficientnet_lite0}}", "[{name: efficientnet_lite0}, {name: efficientnet_lite0, reference: theirs.npz}]}"),
+        "6:12: evaluate.extractor: 'frechet:efficientnet_lite0@10k/ode50' would stand for two numbers, one with other weights "
+        "or another reference: leave one out, or measure it in evaluate.full with other samples",
+    ),
+    (
+        ("lite0}}", "lite0}, full: {extractor: {name: efficientnet_lite0, reference: theirs.npz}}}"),
+        "6:58: evaluate.full.extractor: 'frechet:efficientnet_lite0@10k/ode50' would stand for two numbers",
+    ),
     (("name: sound", "name: cache"), "1:1: name: 'cache' is a folder of the runs root; choose another name"),
 ]
 

@@ -210,3 +210,16 @@ def test_the_files_of_a_folder_are_hashed_once_whatever_the_number_of_runs(tmp_p
     data = {"source": "imagefolder", "path": str(tmp_path), "holdout": 1, "vae": "x"}
     make_plan(load_spec({**BASE, "data": data, "axes": axes, "seeds": 3}), RunsRoot(tmp_path / "runs"))
     assert len(seen) == 1
+
+
+def test_targets_of_a_metric_that_is_called_by_two_names_are_all_kept(tiny, tmp_path):
+    targets = {"frechet": [30.0, 20.0], "frechet:efficientnet_lite0@16/ode2": [20.0, 10.0]}
+    manifest = make_plan(load_spec(tiny(compare={"targets": targets})), RunsRoot(tmp_path)).manifest()
+    assert manifest["compare"]["targets"] == {"frechet:efficientnet_lite0@16/ode2": [30.0, 20.0, 10.0]}
+
+
+def test_several_values_of_a_field_can_be_baselines(tiny):
+    axes = {"train.lr": [1e-3, 2e-3, 3e-3], "alignment": {"off": {"regularizer.type": "none"}, "on": {}}}
+    found = baselines(load_spec(tiny(axes=axes, compare={"baseline": {"train.lr": [1e-3, 2e-3], "alignment": "off"}})))
+    assert {label for label, baseline in found.items() if baseline is None} >= {"lr=0.001, off", "lr=0.002, off"}
+    assert (found["lr=0.001, on"], found["lr=0.002, on"]) == ("lr=0.001, off", "lr=0.002, off")

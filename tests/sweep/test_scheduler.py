@@ -1,14 +1,18 @@
 """The order of a sweep's runs, and when it gives up: real sweeps in real worker processes."""
 
+import io
 import signal
+import time
 
 import pytest
 import torch
+from filelock import FileLock
+from rich.console import Console
 
 from repa_lab import plan, sweep
-from repa_lab.runs import RunsRoot, State
+from repa_lab.runs import RunsRoot, RunWriter, State
 from repa_lab.spec import RunOptions
-from repa_lab.sweep.api import SweepBrokenError
+from repa_lab.sweep.api import SweepBrokenError, SweepBusyError
 from repa_lab.sweep.jobs import PrepareJob, TrainJob, parse_job
 from repa_lab.sweep.worker import train_run, train_within_memory
 from tests.faults.processes import meanwhile, signal_holders, steps_of
@@ -68,6 +72,35 @@ def test_a_run_that_is_done_lets_the_others_be_tried(tiny, tmp_path):
     rates = [1e-3, *(DIVERGING * factor for factor in range(1, 5))]
     outcome = sweep(diverging(tiny, *rates), tmp_path, workers=1)
     assert (outcome.trained, len(outcome.failures), outcome.stopped) == (1, 4, None)
+
+
+def test_a_run_that_another_process_trains_is_waited_for_and_never_told_to_have_failed(tiny, tmp_path):
+    spec = tiny(axes={"train.lr": [1e-3, 2e-3]}, seeds=1, compare={"baseline": {"train.lr": 1e-3}})
+    ours, theirs = (RunsRoot(tmp_path).run(run.run_id) for run in plan(spec, tmp_path).pending)
+    seen = io.StringIO()
+    with RunWriter(theirs) as writer:
+        outcomes = []
+        sweeping = meanwhile(lambda: outcomes.append(sweep(spec, tmp_path, workers=1, console=Console(file=seen, width=200))))
+        while "another process trains it" not in seen.getvalue():
+            assert sweeping.is_alive()
+            time.sleep(0.1)
+        assert ours.state.state is State.DONE and outcomes == []
+        writer.describe({"seed": 0}, {})
+        writer.state(State.DONE, 6)
+    sweeping.join()
+    (outcome,) = outcomes
+    assert (outcome.trained, outcome.failures) == (1, {})
+    assert [event["event"] for event in theirs.events()] == ["done"]
+
+
+def test_a_second_process_is_refused_before_it_prepares_anything(tiny, tmp_path):
+    directory = RunsRoot(tmp_path).sweep("tiny")
+    directory.path.mkdir()
+    spec = tiny(run={**tiny()["run"], "device": "cuda"})  # which a worker would refuse
+    with FileLock(directory.lock), pytest.raises(SweepBusyError, match="another process is carrying out the sweep in"):
+        sweep(spec, tmp_path)
+    assert list(directory.path.iterdir()) == [directory.lock]
+    assert not RunsRoot(tmp_path).cache.exists()
 
 
 @pytest.mark.parametrize("hangs", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from repa_lab.runs import RunsRoot, State
+from repa_lab.runs import RunsRoot, RunWriter, State
 from repa_lab.sweep.search.group import Aim
 from tests.sweep.searches import METRIC, finish, searcher, states, take, train, weights
 
@@ -217,3 +217,20 @@ class TestSeveralObjectives:
             list(work.heard(task.run.run_id, row))
             work.finished(task.run.run_id, State.DONE)
         assert states(work).count("diverged") == 6 and len(set(weights(work))) == 24
+
+
+def test_a_run_of_a_settled_trial_that_is_wanted_again_is_trained_and_its_trial_stays(tiny, tmp_path):
+    make, root = searcher(tiny, tmp_path), RunsRoot(tmp_path)
+    work = make(trials=1)
+    tasks = finish(work, 1.0)
+    for task in tasks:
+        train(root, task, {6: 1.0})
+    assert (make(trials=1).next(), make(trials=1).counts()) == (None, (2, 2))
+    with RunWriter(root.run(tasks[1].run.run_id)) as writer:  # as `repa-lab retry --from-scratch`
+        writer.start_over()
+        writer.state(State.NEW, 0)
+    again = make(trials=1)
+    assert again.counts() == (1, 2)
+    assert again.next() == tasks[1] and again.next() is None
+    again.finished(tasks[1].run.run_id, State.DONE)
+    assert (again.counts(), states(again)) == ((2, 2), ["complete"])

@@ -45,11 +45,20 @@ class TestThePlan:
         assert found.trained / found.asked == pytest.approx((12 + 10 + 8 + 6 + 4 + 2) / 72)
         assert found.trained / found.asked <= 0.75
 
-    def test_a_longer_training_begins_with_a_shorter_one(self, tmp_path):
-        short, long = (named(str(steps), **{"train.steps": steps}) for steps in (6, 12))
-        found = share([short, long], [], RunsRoot(tmp_path))
-        assert found.forks == {"6": Fork("12", 6)}
-        assert found.trained == 12
+    @pytest.mark.parametrize(
+        ("evaluate", "step"),
+        [
+            ({"every": 3}, 6),
+            ({"every": 4}, 5),  # the longer run does not measure at step 6
+            ({"every": 3, "full": {}}, 5),  # nor by the protocol of milestones, which is for a run's end
+            ({"every": 3, "full": {"at": [6]}}, 6),
+        ],
+    )
+    def test_a_run_takes_its_last_step_itself_unless_its_end_is_measured_for_it(self, tmp_path, evaluate, step):
+        pair = [named(str(steps), **{"train.steps": steps, **{f"evaluate.{k}": v for k, v in evaluate.items()}}) for steps in (6, 12)]
+        found = share(pair, [], RunsRoot(tmp_path))
+        assert found.forks == {"6": Fork("12", step)}
+        assert found.trained == 12 + 6 - step
 
     def test_nothing_is_shared_by_what_differs_otherwise(self, tmp_path):
         seeds = [named("a", 0), named("b", 1)]
@@ -80,7 +89,11 @@ class TestThePlan:
         for seed in range(20):
             draw = random.Random(seed)
             steps = [draw.choice([None, 2, 3, 5, 7, 9, 11]) for _ in range(5)]
-            runs = [named(str(n), **{CUT: {"cutoff_step": step}, "train.steps": draw.choice([6, 12])}) for n, step in enumerate(steps)]
+            all_measured = {"evaluate.every": 6}  # a longer run measures the end of a shorter one
+            runs = [
+                named(str(n), **all_measured, **{CUT: {"cutoff_step": step}, "train.steps": draw.choice([6, 12])})
+                for n, step in enumerate(steps)
+            ]
             found = share(runs, [], RunsRoot(tmp_path))
             ends = [run.config.train.steps for run in runs]
             # What is trained is the number of distinct (history, step): a trie of the weights.
@@ -207,6 +220,19 @@ class TestTheSweep:
             forked += "forked" in [event["event"] for event in ours.events()]
             assert not ours.forks.exists()
         assert forked == 4
+
+    @pytest.mark.slow
+    def test_a_shorter_run_whose_end_the_longer_one_does_not_measure_is_measured(self, tmp_path):
+        axes, evaluate = {"train.steps": [9, 6]}, {"every": 4, "full": {"samples": 24}}
+        spec = {**self.spec(), "axes": axes, "seeds": 1, "compare": {"baseline": {"train.steps": 9}}}
+        spec["evaluate"] |= evaluate
+        assert plan(spec, tmp_path / "shared").sharing.trained == 9 + 1
+        sweep(spec, tmp_path / "shared", workers=1)
+        alone = sweep({**spec, "run": {**OPTIONS, "share": False}}, tmp_path / "alone", workers=1)
+        for arm in alone.directory.manifest["arms"]:
+            ours, theirs = (RunsRoot(tmp_path / name).run(arm["runs"][0]["run_id"]) for name in ("shared", "alone"))
+            assert rows(ours) == rows(theirs)
+            assert len([row for row in rows(ours) if "loss/total" not in row and row["step"] == ours.spec["train"]["steps"]]) == 2
 
     @pytest.mark.slow
     def test_a_longer_run_goes_on_where_a_finished_shorter_one_ended(self, tmp_path):

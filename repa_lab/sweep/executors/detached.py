@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from repa_lab.runs import RunsRoot, State
-from repa_lab.runs.directory import RunBusyError
 from repa_lab.runs.files import write_text
 from repa_lab.sweep.jobs import Job, PrepareJob, Report, TrainJob, parse_job
 
@@ -130,8 +129,7 @@ def _patiently(train: Callable[[], Report]) -> Report:
     deadline = time.monotonic() + _BUSY_PATIENCE_S
     while True:
         report = train()
-        is_busy = (report.error or "").startswith(RunBusyError.__name__)
-        if not is_busy or time.monotonic() > deadline:
+        if not report.is_busy or time.monotonic() > deadline:
             return report
 
 

@@ -89,6 +89,11 @@ def _goes_on(run: RunDirectory, begun: Set[str]) -> bool:
     return state in (State.INTERRUPTED, State.FAILED) or (run.run_id in begun and state is not State.NEW)
 
 
+def is_wanted_again(run: RunDirectory) -> bool:
+    """Whether somebody wants a run taken up again that had ended: `repa-lab retry` says so in its history."""
+    return run.state.state is State.NEW and [event["event"] for event in run.events()][-1:] == [State.NEW.value]
+
+
 def _time(run: RunDirectory) -> str:
     try:
         return str(run.provenance.get("time", ""))

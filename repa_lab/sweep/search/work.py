@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from repa_lab.runs.files import Row
 from repa_lab.spec import Arm, SearchConfig, SpecError
 from repa_lab.spec.identity import Run
 from repa_lab.sweep.search.group import Aim, Group, Key
-from repa_lab.sweep.search.restore import find_groups
+from repa_lab.sweep.search.restore import find_groups, is_wanted_again
 from repa_lab.sweep.search.space import Settings, Space
 from repa_lab.sweep.search.study import seed_sampler
 from repa_lab.sweep.work import Task
@@ -109,7 +109,9 @@ class SearchWork:
         if _RESTORED not in study.user_attrs:
             self._restore(begun)
             study.set_user_attr(_RESTORED, True)
-        self._done = {run_id for trial in self._all(*_SETTLED) for run_id in self._key_of(trial)}
+        settled = {run.run_id: task for trial in self._all(*_SETTLED) for run, task in self._tasks_of(trial)}
+        self._again = {run_id: task for run_id, task in settled.items() if is_wanted_again(search.root.run(run_id))}
+        self._done = settled.keys() - self._again.keys()
 
     @property
     def trials(self) -> list[Trial]:
@@ -141,6 +143,7 @@ class SearchWork:
         if not self._is_ready:  # not before: only who is given work holds the sweep
             self._reap()
             self._retry()
+            self._queue += self._again.values()
             self._is_ready = True
         while not self._queue and self.taken < self._search.config.trials:
             self._ask()
@@ -158,6 +161,8 @@ class SearchWork:
     def finished(self, run_id: str, state: State) -> None:
         """See :class:`Work`."""
         self._queue = [task for task in self._queue if task.run.run_id != run_id]
+        if self._again.pop(run_id, None):  # what its trial was told stays
+            self._done.add(run_id)
         for group in list(self._open.values()):
             if run_id in group.runs:
                 group.end(run_id, state)
@@ -172,7 +177,7 @@ class SearchWork:
         """See :class:`Work`; in runs."""
         waiting = sum(len(group.waiting) for group in self._open.values())
         left = max(0, self._search.config.trials - self.taken)
-        return len(self._done), len(self._done) + waiting + left * len(self._search.seeds)
+        return len(self._done), len(self._done) + waiting + len(self._again) + left * len(self._search.seeds)
 
     def _ask(self, settings: Settings | None = None) -> None:
         """Take up a trial, of these settings if any; what its runs have done already is taken in at once."""
@@ -190,8 +195,7 @@ class SearchWork:
             self._tell(group)
             return
         group.waiting |= set(group.runs) - group.ended
-        runs = [run for run in group.runs.values() if run.run_id in group.waiting]
-        self._queue += [Task(run, f"{arm.label}, seed {run.seed}") for run in runs]
+        self._queue += [_task(arm, run) for run in group.runs.values() if run.run_id in group.waiting]
 
     def _draw(self) -> tuple[optuna.Trial, Arm]:
         for _ in range(_MOST_REFUSED):
@@ -277,6 +281,10 @@ class SearchWork:
         entry = self._entry(trial)
         return entry[1].key if entry else ()
 
+    def _tasks_of(self, trial: FrozenTrial) -> Iterator[tuple[Run, Task]]:
+        if entry := self._entry(trial):
+            yield from ((run, _task(entry[0], run)) for run in entry[1].runs.values())
+
     def _entry(self, trial: FrozenTrial) -> tuple[Arm, Group] | None:
         if trial.number not in self._entries:
             queued = trial.state == TrialState.WAITING
@@ -298,6 +306,10 @@ class SearchWork:
         state = "diverged" if _is_diverged(trial) else _NAMES.get(trial.state, trial.state.name.lower())
         record = {"arm": entry[0].label, "state": state, "value": values.get(self._search.metric), "params": settings}
         return Trial(entry[0], tuple(entry[1].runs.values()), {**record, "values": values})
+
+
+def _task(arm: Arm, run: Run) -> Task:
+    return Task(run, f"{arm.label}, seed {run.seed}")
 
 
 def _is_diverged(trial: FrozenTrial) -> bool:
