@@ -7,13 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from repa_lab.cli.shared import clean_errors, mistake, out
+from repa_lab.cli.shared import clean_errors, mistake, out, progress
 
 app = typer.Typer(no_args_is_help=True, help="Prepare data sets.")
 
@@ -84,22 +83,13 @@ def _failure(processes: Sequence[subprocess.Popen[bytes]]) -> int:
 
 def _carry_out(source: Path, folder: Path, resolution: int, vae: str, batch_size: int, on_gpu: bool) -> None:
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from repa_lab.data.prepare import Part, Preparation, prepare
 
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    bars = Progress(*columns, console=out, disable=rank != 0)
-    bar = bars.add_task("images" if world == 1 else f"images (one of {world} equal parts)", total=None)
-    with ExitStack() as shown:
-
-        def show(done: int, total: int) -> None:
-            if not bars.live.is_started:  # what is refused before has no bar
-                shown.enter_context(bars)
-            bars.update(bar, completed=done, total=total)
-
+    task = "images" if world == 1 else f"images (one of {world} equal parts)"
+    with progress(task, out, is_shown=rank == 0) as show:
         wanted = Preparation(source, folder, resolution, vae, batch_size)
         prepare(wanted, place, Part(rank, world), threads, show)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from repa_lab.cli.shared import JsonOption, OutputOption, RootOption, clean_errors, deliver, err, mistake, out, table
+from repa_lab.cli.shared import JsonOption, OutputOption, RootOption, clean_errors, deliver, err, mistake, out, progress, table
 from repa_lab.runs.root import DEFAULT_ROOT
 
 if TYPE_CHECKING:
@@ -69,17 +69,9 @@ def sample(
         from repa_lab.runs import RunsRoot
 
         directory = RunsRoot(root).find_run(run)
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
         from repa_lab.training.audit import write_real, write_samples
 
-        shown = TextColumn("images" if real else "samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*shown, console=err) as bars:
-            bar = bars.add_task("", total=None)
-
-            def show(done: int, total: int) -> None:
-                bars.update(bar, completed=done, total=total)
-
+        with progress("images" if real else "samples", err) as show:
             if real:
                 count = write_real(directory, file, RunsRoot(root).cache, show)
                 out.print(f"{count:,} training images: {file}", highlight=False, soft_wrap=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -100,6 +100,33 @@ def overrides(given: list[str] | None) -> dict[str, Any]:
         except ValueError as error:
             raise SpecError([Problem(Place(None), f"--set {text}", str(error))]) from None
     return overrides
+
+
+@contextmanager
+def progress(task: str, console: Console, is_shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A bar that begins with the first progress it is told, so that what is refused before has none.
+
+    Args:
+        task: what is counted.
+        console: where it is shown.
+        is_shown: or not at all.
+
+    Yields:
+        What to tell how much is done, and of how much.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    bars = Progress(*columns, console=console, disable=not is_shown)
+    bar = bars.add_task(task, total=None)
+    with ExitStack() as shown:
+
+        def show(done: int, total: int) -> None:
+            if not bars.live.is_started:
+                shown.enter_context(bars)
+            bars.update(bar, completed=done, total=total)
+
+        yield show
 
 
 def table(title: str, rows: list[dict[str, Any]], hidden: tuple[str, ...] = ()) -> Table:

@@ -91,9 +91,19 @@ class RunDirectory:
 
     @property
     def state(self) -> RunState:
-        """Where the run stands; ``new`` if it never started."""
+        """Where the run stands; ``new`` if it never started.
+
+        Raises:
+            DamagedFileError: it cannot be read.
+        """
         path = self.path / "state.json"
-        return RunState.from_json(files.read_json(path)) if path.exists() else RunState(State.NEW)
+        if not path.exists():
+            return RunState(State.NEW)
+        try:
+            return RunState.from_json(files.read_json(path))
+        except (ValueError, KeyError, TypeError):
+            message = f"'{path}' is damaged; delete it, and the run is taken up from its last checkpoint"
+            raise files.DamagedFileError(message) from None
 
     @property
     def protocols(self) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,10 @@ from filelock import FileLock, Timeout
 Row = dict[str, Any]
 
 
+class DamagedFileError(ValueError):
+    """A file does not hold what was written to it."""
+
+
 def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it: readers see the old or the new, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,16 +40,24 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; see :func:`write_json`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file; see :func:`write_json`.
+
+    Raises:
+        DamagedFileError: it is no JSON.
+    """
+    return _parse(path.read_bytes(), f"'{path}'")
 
 
 def read_lines(path: Path) -> list[Row]:
-    """The complete rows of a JSON-lines file; a last line that a kill tore is left out, a missing file has no rows."""
+    """The complete rows of a JSON-lines file; a last line that a kill tore is left out, a missing file has no rows.
+
+    Raises:
+        DamagedFileError: another line is no JSON.
+    """
     if not path.exists():
         return []
     complete = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in complete if line]
+    return [_parse(line, f"'{path}' line {number}") for number, line in enumerate(complete, start=1) if line]
 
 
 def append_line(path: Path, row: Row) -> None:
@@ -76,6 +88,13 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _parse(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # of Unicode, too
+        raise DamagedFileError(f"{where} is damaged: no JSON ({error})") from None
 
 
 def _write(path: Path, text: str) -> None:

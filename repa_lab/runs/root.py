@@ -75,11 +75,12 @@ class SweepDirectory:
             old.unlink()
         for arm in manifest["arms"]:
             for run in arm["runs"]:
-                target = self.root.run(run["run_id"]).path
+                target = os.path.relpath(self.root.run(run["run_id"]).path, links)
                 link = links / _link_name(arm["label"], run["seed"])
-                if link.is_symlink():  # labels that differ only in what a file name cannot say
+                if link.is_symlink() and str(link.readlink()) != target:  # labels that differ in what a file name cannot say
                     link = link.with_name(f"{link.name}-{run['run_id']}")
-                link.symlink_to(os.path.relpath(target, links))
+                if not link.is_symlink():
+                    link.symlink_to(target)
 
 
 class RunsRoot:

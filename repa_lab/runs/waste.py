@@ -39,9 +39,10 @@ class Waste:
 
 def find_waste(root: RunsRoot) -> list[Waste]:
     """All that can go, what is of no use first. A run's newest checkpoint that is whole stays, and all of a run that is pinned
-    or being trained.
+    or being trained, and what other runs may yet begin from while a sweep is carried out.
     """
-    found = [one for run in root.runs() if not (run.is_pinned or run.is_held) for one in _of_run(run)]
+    is_busy = any(sweep.is_held for sweep in root.sweeps())
+    found = [one for run in root.runs() if not (run.is_pinned or run.is_held) for one in _of_run(run, is_busy)]
     return sorted(found, key=lambda one: not one.at_once)
 
 
@@ -75,7 +76,7 @@ def size_of(path: Path) -> int:
     return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
 
 
-def _of_run(run: RunDirectory) -> Iterator[Waste]:
+def _of_run(run: RunDirectory, is_busy: bool) -> Iterator[Waste]:
     for folder in (run.checkpoints, run.forks):
         for path in sorted(folder.glob(".tmp-*")):
             yield Waste(path, size_of(path), "left by a kill", True)
@@ -90,7 +91,7 @@ def _of_run(run: RunDirectory) -> Iterator[Waste]:
         last = _last_whole(run, steps)
         for step in (step for step in steps if step != last and last is not None):
             yield _checkpoint(run, step, "an older checkpoint of a run that is done", False)
-    if state.is_finished and run.forks.exists():
+    if state.is_finished and run.forks.exists() and not is_busy:
         yield Waste(run.forks, size_of(run.forks), "kept for runs that begin like this one", False)
 
 

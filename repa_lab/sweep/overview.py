@@ -70,8 +70,7 @@ def sentences(found: Estimate) -> list[str]:
         )
     lines += [_cache_line(one) for one in found.caches]
     if found.caches and total.runs:
-        net = "" if any(one.images is None for one in found.caches) else ", their own filling deducted"
-        lines.append(f"caches save {hours(found.saved_hours)} GPU h of encoding in every step{net}")
+        lines.append(_saving(found))
     limits = {"GPU h": budget.gpu_hours, "GiB": budget.disk_gib}
     if given := [f"{limit:,.6g} {unit}" for unit, limit in limits.items() if limit is not None]:
         lines.append(f"budget: {', '.join(given)}")
@@ -106,6 +105,13 @@ def short(number: float, unit: str = "") -> str:
         if number >= scale:
             return f"{number / scale:.3g} {letter}{unit}"
     return f"{number:.3g} {unit}".rstrip()
+
+
+def _saving(found: Estimate) -> str:
+    if found.saved_hours < 0:
+        return f"filling the caches takes {hours(-found.saved_hours)} GPU h more than they save in so few steps"
+    net = "" if any(one.images is None for one in found.caches) else ", their own filling deducted"
+    return f"caches save {hours(found.saved_hours)} GPU h of encoding in every step{net}"
 
 
 def hours(value: float) -> str:

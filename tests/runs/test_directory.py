@@ -11,6 +11,7 @@ import pytest
 
 from repa_lab.runs import RunDirectory, RunState, RunWriter, State
 from repa_lab.runs.directory import RunBusyError
+from repa_lab.runs.files import DamagedFileError
 
 
 @pytest.fixture
@@ -51,6 +52,17 @@ class TestReading:
             (run.samples / f"step-{step:08d}.png").touch()
         (run.samples / "other.png").touch()
         assert run.sample_grids() == {step: run.samples / f"step-{step:08d}.png" for step in (20, 100, 12345678)}
+
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"state": "lost", "step": 3, "error": null}', "null"])
+    def test_a_damaged_state_says_what_to_do(self, run, content):
+        with RunWriter(run) as writer:
+            writer.state(State.RUNNING, 3)
+        (run.path / "state.json").write_text(content)
+        with pytest.raises(DamagedFileError, match=r"state.json' is damaged; delete it, and the run is taken up from its last"):
+            _ = run.state
+        (run.path / "state.json").unlink()
+        assert run.state == RunState(State.NEW)
 
 
 class TestWriting:

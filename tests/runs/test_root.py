@@ -75,6 +75,10 @@ class TestSweeps:
         root.sweep("s").record(manifest(("a b", [(0, "aaa")]), ("a/b", [(0, "bbb")]), ("a_b", [(0, "ccc")])))
         assert sorted(links(root).values()) == ["../../by-id/aaa", "../../by-id/bbb", "../../by-id/ccc"]
 
+    def test_one_run_under_labels_that_read_alike_has_one_link(self, root):
+        root.sweep("s").record(manifest(*((label, [(0, "aaa")]) for label in ("a b", "a+b", "a*b")), ("a/b", [(0, "bbb")])))
+        assert links(root) == {"a_b-seed0": "../../by-id/aaa", "a_b-seed0-bbb": "../../by-id/bbb"}
+
     def test_labels_of_any_length_and_any_letters(self, root):
         arms = [(f"{'é' * 400} {i}", [(0, f"{i}{'f' * 11}")]) for i in range(3)]
         arms.append(("\U00020000" * 300, [(0, "ddd")]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from filelock import FileLock
 
 from repa_lab.runs import RunsRoot, RunWriter, State, checkpoints
 from repa_lab.runs.directory import PIN
@@ -73,6 +74,16 @@ def test_a_pinned_run_and_one_in_training_are_left_alone(root):
     with RunWriter(busy):
         assert find_waste(root) == []
     assert len(find_waste(root)) == 2
+
+
+def test_what_runs_may_begin_from_stays_while_a_sweep_is_carried_out(root):
+    run = make(root, "done", State.DONE)
+    checkpoints.commit(run.forks, 100, lambda folder: (folder / "weights").write_bytes(b"x") and None)
+    root.sweep("s").path.mkdir()
+    root.sweep("s").record({"name": "s", "arms": []})
+    with FileLock(root.sweep("s").lock):
+        assert paths(find_waste(root)) == {"done/checkpoints/step-00000100"}
+    assert paths(find_waste(root)) == {"done/checkpoints/step-00000100", "by-id/done/forks"}
 
 
 def test_a_limit_takes_no_more_than_it_needs(root):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from repa_lab.spec import RunOptions, SpecError, load_spec
 from repa_lab.spec.regularizer import ProjectorConfig
 from repa_lab.sweep.api import sweep as carry_out
 from repa_lab.sweep.estimate import estimate, require_budget
-from repa_lab.sweep.overview import as_json, short
+from repa_lab.sweep.overview import as_json, sentences, short
 from repa_lab.sweep.plan import make_plan
 from repa_lab.sweep.speed import UTILISATION, assumed_device, seconds_per_image
 from repa_lab.training.costs import caches_of, cost_of, measurements, projector_size
@@ -423,6 +424,18 @@ class TestTotals:
             writer.state(State.INTERRUPTED, 3)
         again = estimate(make_plan(spec, plan.root)).caches
         assert [(one.is_begun, one.gpu_hours, one.disk_bytes) for one in again] == [(True, 0, 0)] * 2
+
+    def test_caches_that_take_more_than_they_save_are_told_as_such(self, tmp_path):
+        def told(steps: int) -> str:
+            found = estimate(make_plan(spec_of(REPA, {"data.path": str(tmp_path), "data.holdout": 1}, train={"steps": steps, "batch_size": 1}), RunsRoot(tmp_path / "runs")))
+            assert (found.saved_hours < 0) == (steps == 1)
+            (line,) = (line for line in sentences(found) if "caches " in line and "GPU h" in line and "images x" not in line)
+            return line
+
+        for number in range(3):
+            noise_image(number).save(tmp_path / f"{number}.png")
+        assert re.fullmatch(r"filling the caches takes [\d.e-]+ GPU h more than they save in so few steps", told(1))
+        assert re.fullmatch(r"caches save [\d.e-]+ GPU h of encoding in every step, their own filling deducted", told(1000))
 
     def test_the_json_has_what_it_has_always_had(self, tmp_path):
         found = as_json(estimate(make_plan(spec_of(DIGITS), RunsRoot(tmp_path))))
