@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,7 +153,9 @@ def drawn_by(config: RunConfig) -> dict[str, Any]:
     if config.model.pretrained is None:
         return found
     scheduler = read_json(pretrained_folder(config.model) / SCHEDULER / "scheduler_config.json") or {}
-    return {**found, "scheduler": {name: value for name, value in scheduler.items() if name != "_diffusers_version"}}
+    # Some have a limit of -Infinity, which diffusers writes as such and no other parser reads.
+    written = {name: str(value) if value in (math.inf, -math.inf) else value for name, value in scheduler.items()}
+    return {**found, "scheduler": {name: value for name, value in written.items() if name != "_diffusers_version"}}
 
 
 def versions() -> dict[str, str]:

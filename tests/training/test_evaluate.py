@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from typing import ClassVar
 
 import numpy as np
@@ -215,6 +216,9 @@ class TestProtocols:
         assert before["decoder"] == one["decoder"]
         path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.013, "_diffusers_version": "0"}))
         assert {**before["scheduler"], "beta_end": 0.013} == drawn_by(run.config)["scheduler"] != before["scheduler"]
+        path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.013, "lambda_min_clipped": -math.inf}))
+        assert drawn_by(run.config)["scheduler"]["lambda_min_clipped"] == "-inf"
+        json.dumps(drawn_by(run.config), allow_nan=False)
 
 
 def tokens_by_hand(few, denoiser, block: int, timestep: float, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
