@@ -5,7 +5,6 @@ A difference is drawn of two profiles only if one protocol made both.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from matplotlib.patches import Rectangle
 
 from repa_lab.report.results import Results, ResultsError
 from repa_lab.runs import RunDirectory, RunsRoot, profiles
+from repa_lab.runs.files import DamagedFileError
 
 COLUMNS = ["run_id", "block", "timestep", "metric", "value"]
 LABELS = {
@@ -190,7 +190,7 @@ def _stored(run: str | Path | RunDirectory) -> dict[str, Any]:
     except FileNotFoundError:
         hint = f"make one with `repa-lab profile {directory.run_id}`"
         raise ResultsError(f"run {directory.run_id} has no profile; {hint}") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (DamagedFileError, KeyError, TypeError) as error:
         raise ResultsError(f"'{profiles.path_of(directory)}' cannot be read as a profile: {error!r}") from error
 
 

@@ -17,6 +17,16 @@ def search(tiny, tmp_path):
 
 
 class TestLostStudy:
+    def test_a_run_whose_provenance_is_damaged_counts_all_the_same(self, search, tmp_path):
+        root, work = RunsRoot(tmp_path), search(trials=2, prune="none")
+        tasks = take(work)
+        for task, value in zip(tasks, (1.0, 3.0), strict=True):
+            train(root, task, {3: 9.0, 6: value})
+        (root.run(tasks[0].run.run_id).path / "provenance.json").write_text("{")
+        (tmp_path / "study.db").unlink()
+        again = search(trials=2, prune="none")
+        assert [trial.record["value"] for trial in again.trials] == [2.0]
+
     def test_every_kind_of_trial_is_restored_and_what_was_begun_goes_on(self, search, tmp_path):
         root = RunsRoot(tmp_path)
         work = search(trials=5, prune="none")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import optuna
 from optuna.trial import TrialState
 
 from repa_lab.runs import RunsRoot, State
-from repa_lab.runs.files import Row
+from repa_lab.runs.files import DamagedFileError, Row
 from repa_lab.spec.identity import Run
 from repa_lab.spec.search import COSTS
 
@@ -151,5 +150,5 @@ class Group:
     def _processes(self, run_id: str) -> int:
         try:
             return int(self.root.run(run_id).provenance.get("processes", 1))
-        except (OSError, json.JSONDecodeError):
+        except (OSError, DamagedFileError):
             return 1

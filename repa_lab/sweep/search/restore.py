@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from repa_lab.runs import RunDirectory, RunsRoot, State
+from repa_lab.runs.files import DamagedFileError
 from repa_lab.spec import Arm, SpecError
 from repa_lab.spec.expand import value_at
 from repa_lab.sweep.search.group import Group
@@ -97,7 +98,7 @@ def is_wanted_again(run: RunDirectory) -> bool:
 def _time(run: RunDirectory) -> str:
     try:
         return str(run.provenance.get("time", ""))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, DamagedFileError):
         return ""
 
 
