@@ -8,7 +8,7 @@ host, which reads a tensor there in place. They are written once, in the functio
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 from array_api_compat import array_namespace, device, is_torch_array
@@ -142,4 +142,4 @@ def scaled_to_one(a: AnyArray) -> AnyArray:
     xp = array_namespace(a)
     exponent = -math.frexp(float(xp.max(xp.abs(a))))[1]
     half = exponent // 2  # in two parts, for of a float the power alone might overflow
-    return cast("AnyArray", a * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half))
+    return a * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half)

@@ -34,7 +34,11 @@ class Images:
     source: ImageSource
     split: Split
     space: Space
-    flips: bool = False
+
+    @property
+    def flips(self) -> bool:
+        """Whether there are mirrored images."""
+        return isinstance(self.source, Flips)
 
     @property
     def base(self) -> ImageSource:
@@ -96,7 +100,7 @@ def open_images(
     source = Flips(base) if data.flip else base
     progress = announce("latents") if announce and vae else None
     space = latent_space(source, vae, cache, progress, device, shifted) if vae else PixelSpace(source)
-    return Images(source, parts, space, data.flip)
+    return Images(source, parts, space)
 
 
 def pixels_for(encoder: EncoderConfig, images: Images, device: torch.device = _CPU) -> ImageSource:

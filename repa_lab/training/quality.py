@@ -183,9 +183,9 @@ def open_reference(config: ExtractorConfig, extractor: Extractor, real: RealImag
     Raises:
         StatisticsError: the file cannot be used.
     """
-    return (
-        read_reference(extractor, Path(config.reference), real.size) if config.reference else reference(extractor, real, cache)
-    )
+    if config.reference:
+        return read_reference(extractor, Path(config.reference), real.size)
+    return reference(extractor, real, cache)
 
 
 def real_images(images: Images) -> RealImages:

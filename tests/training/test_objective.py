@@ -204,7 +204,7 @@ class TestSizes:
 
     def test_mirrored_images_are_of_the_size_too(self, mixed):
         source = Flips(mixed.source)
-        flipped, plain = make_steps(Images(source, mixed.split, PixelSpace(source), True)), make_steps(mixed)
+        flipped, plain = make_steps(Images(source, mixed.split, PixelSpace(source))), make_steps(mixed)
         for step in range(8):
             ours, theirs = flipped[step], plain[step]
             assert torch.equal(ours.ids % 30, theirs.ids)
