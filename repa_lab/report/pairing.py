@@ -8,10 +8,7 @@ from repa_lab.report.summary import SeedCurves
 
 
 def paired_curves(results: Results, arm: str, metric: str, axis: str = "step") -> tuple[SeedCurves, SeedCurves]:
-    """The curves by seed of an arm of one sweep and of its baseline; see :meth:`Results.seed_curves`.
-
-    Where the two were evaluated at other steps, a seed's curves are left those of
-    :func:`repa_lab.report.statistics.in_common`.
+    """The curves by seed of an arm of one sweep and of its baseline, as :func:`pair` leaves them.
 
     Args:
         results: of the sweep.
@@ -20,8 +17,21 @@ def paired_curves(results: Results, arm: str, metric: str, axis: str = "step") -
         axis: the measure of progress, a column of ``results.curves``.
     """
     sides = (arm, results.baselines[arm])
-    own, other = (results.seed_curves(label, metric, axis) for label in sides)
-    places, others = (results.places(label, metric, axis) for label in sides)
+    curves = (results.seed_curves(label, metric, axis) for label in sides)
+    places = (results.places(label, metric, axis) for label in sides)
+    return pair(*curves, *places)
+
+
+def pair(own: SeedCurves, other: SeedCurves, places: SeedCurves, others: SeedCurves) -> tuple[SeedCurves, SeedCurves]:
+    """Two sides' curves over progress; where they were evaluated at other steps, a seed's are left those of
+    :func:`repa_lab.report.statistics.in_common`.
+
+    Args:
+        own: value by progress.
+        other: the same of the other side.
+        places: progress by step of ``own``.
+        others: the same of ``other``.
+    """
     kept = {seed: in_common(places.get(seed, {}), others.get(seed, {})) for seed in own.keys() & other.keys()}
     return (
         {seed: _at(curve, places[seed], kept[seed][0]) if seed in kept else curve for seed, curve in own.items()},

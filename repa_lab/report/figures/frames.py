@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import pandas as pd
 
+from repa_lab.report.pairing import pair
 from repa_lab.report.progress import STEPS, Axis
 from repa_lab.report.protocols import bare
 from repa_lab.report.results import Results
-from repa_lab.report.statistics import band, in_common
+from repa_lab.report.statistics import band
 from repa_lab.report.summary import SeedCurves, is_protocol
 
 COLUMNS = [
@@ -72,19 +73,17 @@ def panels(frame: pd.DataFrame) -> Iterator[pd.DataFrame]:
 
 
 def paired(arm: pd.DataFrame, baseline: pd.DataFrame) -> tuple[SeedCurves, SeedCurves]:
-    """The curves of an arm and of its baseline by seed, at the steps of :func:`repa_lab.report.statistics.in_common`."""
-    sides = {seed: (own, baseline[baseline["seed"] == seed]) for seed, own in arm.groupby("seed")}
-    kept = {seed: in_common(*(rows["step"] for rows in both)) for seed, both in sides.items()}
-    sides = {seed: tuple(r[r["step"].isin(s)] for r, s in zip(both, kept[seed], strict=True)) for seed, both in sides.items()}
-    own, other = (pd.concat([both[side] for both in sides.values()]) for side in (0, 1))
-    return _by_seed(own), _by_seed(other)
+    """The curves of an arm and of its baseline over progress; see :func:`repa_lab.report.pairing.pair`."""
+    curves = (_by_seed(rows, "progress", "value") for rows in (arm, baseline))
+    places = (_by_seed(rows, "step", "progress") for rows in (arm, baseline))
+    return pair(*curves, *places)
 
 
-def _by_seed(rows: pd.DataFrame) -> SeedCurves:
-    """The curve of every seed over progress."""
+def _by_seed(rows: pd.DataFrame, place: str, value: str) -> SeedCurves:
+    """One column over another, by seed."""
     curves: dict[int, dict[float, float]] = {}
-    for seed, place, value in zip(rows["seed"], rows["progress"], rows["value"], strict=True):
-        curves.setdefault(int(seed), {})[float(place)] = float(value)
+    for seed, at, found in zip(rows["seed"], rows[place], rows[value], strict=True):
+        curves.setdefault(int(seed), {})[float(at)] = float(found)
     return curves
 
 
