@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,8 +93,11 @@ def environments(executor: LocalExecutor) -> list[list[dict[str, str]]]:
     """Of the worker processes, slot by slot, as the kernel knows them."""
 
     def environment(pid: int) -> dict[str, str]:
-        entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-        return dict(entry.split("=", 1) for entry in entries if entry)
+        until = time.monotonic() + 60
+        while not (block := Path(f"/proc/{pid}/environ").read_bytes()):  # Popen returns before the kernel has laid it out
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        return dict(entry.split("=", 1) for entry in block.decode().split("\0") if entry)
 
     return [[environment(process.popen.pid) for process in slot.processes] for slot in executor._slots]
 
