@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
@@ -18,3 +20,33 @@ def known_randomness() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+_open: list[tuple[str, list[tuple[object, ...]]]] = []
+
+
+def _note(event: str, arguments: tuple[object, ...]) -> None:
+    for wanted, found in _open:
+        if event == wanted:
+            found.append(arguments)
+
+
+@pytest.fixture
+def audited() -> Callable[[str], AbstractContextManager[list[tuple[object, ...]]]]:
+    """What this process does of one kind meanwhile, by the name that Python's audit events give it."""
+
+    @contextmanager
+    def listen(event: str) -> Iterator[list[tuple[object, ...]]]:
+        found: list[tuple[object, ...]] = []
+        _open.append((event, found))
+        try:
+            yield found
+        finally:
+            _open.remove((event, found))
+
+    return listen
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _hook() -> None:
+    sys.addaudithook(_note)  # it cannot be taken out again

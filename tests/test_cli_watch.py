@@ -135,15 +135,16 @@ def test_stop_is_for_a_sweep_that_somebody_carries_out(root):
     nobody = cli("stop", "mine", "--root", root.path)
     assert (nobody.returncode, directory.is_asked_to_stop) == (2, False)
     assert "nobody is carrying out this sweep" in nobody.stderr
-    released = threading.Event()
+    held, released = threading.Event(), threading.Event()
 
     def hold() -> None:
         with FileLock(directory.lock, timeout=0):
+            held.set()
             released.wait(60)
 
     holder = threading.Thread(target=hold)
     holder.start()
-    time.sleep(0.2)
+    assert held.wait(60)
     try:
         assert cli("stop", "mine", "--root", root.path).returncode == 0
         assert directory.is_asked_to_stop
