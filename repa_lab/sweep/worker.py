@@ -55,7 +55,6 @@ class Worker:
         gc.freeze()  # half a million objects of the libraries: each full collection, and the end, would go through them all
         self._answer(Report("ready"))
         while (job := self._jobs.get()) is not None:
-            self._stop = None
             if job["kind"] == "prepare":
                 self._answer(fill_caches(PrepareJob.from_json(job), self._answer))
             else:
@@ -69,6 +68,7 @@ class Worker:
             if message["kind"] == "stop":
                 self._stop = State(message["state"])
             else:
+                self._stop = None  # here, in the order of what is said: we may be importing, and hear of the job later
                 self._jobs.put(message)
         self._stop = State.INTERRUPTED
         self._jobs.put(None)
@@ -104,7 +104,7 @@ def train_run(job: TrainJob, should_stop: ShouldStop) -> Report:
     try:
         if job.is_rehearsal:  # stopped after its first step, so that what follows takes it up from a checkpoint
             train_within_memory(job, lambda: asked() or State.INTERRUPTED)
-        state = asked() or train_within_memory(job, asked)
+        state = train_within_memory(job, asked)
     except Exception as failure:
         traceback.print_exc()
         state, error = State.FAILED, one_line(failure)
