@@ -105,6 +105,8 @@ def carry_out(shared: Shared, value: dict[str, Any], asked: Asked | None = None)
     with suppress(OSError):
         os.chdir(shared.folder)  # settings may name files from there
     asked = asked or shared.asked(job)
+    if isinstance(job, TrainJob) and (state := asked()):  # while it waited for a place
+        return Report("finished", run_id=job.run.run_id, state=state).to_json()
     if job.options.gpus_per_run > 1:
         return _in_several_processes(job, asked).to_json()
     from repa_lab.sweep.worker import fill_caches, train_run
