@@ -106,8 +106,9 @@ class _Rehearser:
         return {"pretrained": str(self.props.pipeline(family)), "revision": None, "rank": min(meant.model.rank, 2)}
 
     def _data(self, meant: RunConfig) -> dict[str, Any]:
-        data, token = meant.data, _token(meant)
-        found: dict[str, Any] = {"vae": data.vae and str(self.props.autoencoder())}
+        data, token, family = meant.data, _token(meant), family_facts(meant.model.family)
+        vae = data.vae and str(self.props.autoencoder() if family.from_scratch else self.props.pipeline(family))
+        found: dict[str, Any] = {"vae": vae}
         if data.source != "digits":
             found |= self.props.images(data) | {"resolution": max(32, 2 * token, 64 if _is_latent(meant) else 0)}
             found |= {"holdout": min(data.holdout, _HOLDOUT)}

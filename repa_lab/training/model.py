@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from repa_lab.data.autoencoder import load_autoencoder
+from repa_lab.data.errors import DataError
 from repa_lab.data.space import LatentSpace
 from repa_lab.models.denoiser import Denoiser, tap_block
 from repa_lab.models.facts import BlockIndex, network_of, pipeline_of, shape_of
@@ -29,6 +31,8 @@ from repa_lab.training.process import Flow, Process, process_of
 from repa_lab.training.sampling import FieldSampler, Sampler, Sampling
 from repa_lab.training.streams import seeded
 from repa_lab.training.texts import text_cache
+
+_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of a VAE's config, read by pipelines that draw
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,18 @@ def open_data(config: RunConfig, cache: Path, device: torch.device, announce: An
     if config.model.pretrained is None:
         return open_images(config.data, cache, announce, device)
     folder, pipeline = pretrained_folder(config.model), pipeline_of(family_facts(config.model.family))
+    if config.data.vae is not None:
+        _require_scaling(config.data.vae, folder)
     return open_images(config.data, cache, announce, device, str(folder), pipeline.shifted)
+
+
+def _require_scaling(vae: str, folder: Path) -> None:
+    """Refuse before anything is encoded a VAE that the pipeline in this folder could not draw with."""
+    given, own = load_autoencoder(vae, "vae").model.config, read_json(folder / "vae" / "config.json") or {}
+    lacking = [name for name in _SCALING if own.get(name) is not None and given.get(name) is None]
+    if lacking:
+        names = ", ".join(lacking)
+        raise DataError("vae", f"the config of '{vae}' lacks {names}, which that of the pipeline's own VAE has and it draws by")
 
 
 # Asking the hub takes seconds; what was found stays for as long as the process.

@@ -92,6 +92,13 @@ class TestWhatIsRehearsed:
             assert arm.config.model.size == "narrow-B/2"
             assert arm.config.data.vae.startswith(str(tmp_path))
 
+    def test_a_pipeline_that_is_given_another_vae_has_one_that_it_can_draw_with(self, tmp_path):
+        data = {"source": "imagefolder", "path": "/data/on/the/cluster", "resolution": 1024, "vae": "somebody/better-vae"}
+        (arm,) = rehearse(rehearsed(tmp_path, data=data), tmp_path / "root").arms
+        assert arm.config.data.vae == arm.config.model.pretrained
+        config = yaml.safe_load((Path(arm.config.data.vae) / "vae" / "config.json").read_text())
+        assert config["shift_factor"] is not None  # by which Flux shifts what it decodes
+
     def test_encoders_are_tiny_ones_of_the_same_patches(self, tmp_path):
         names = ["dinov2_vitg14", "dinov3_vitb16", "convnext_tiny", "efficientnet_lite0"]
         experiment = rehearsed(tmp_path, axes={"regularizer.encoder.name": names})

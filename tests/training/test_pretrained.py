@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -310,6 +312,17 @@ class TestRefusals:
             open_pretrained(run, place / "cache")
         dit = make_pretrained_run("dit", write_pipeline("dit", place / "dit"), bare)
         open_pretrained(dit, place / "cache")  # which is told classes
+
+    def test_a_vae_that_the_pipeline_could_not_draw_with(self, place, tmp_path):
+        pipeline = write_pipeline("flux", place / "flux")
+        shutil.copytree(pipeline / "vae", tmp_path / "vae")
+        run = make_pretrained_run("flux", pipeline, place / "images", **{"data.vae": str(tmp_path / "vae")})
+        open_pretrained(run, place / "cache")
+        config = json.loads((tmp_path / "vae" / "config.json").read_text())
+        (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"shift_factor": None}))
+        with pytest.raises(DataError, match="vae' lacks shift_factor, which that of the pipeline's own VAE has") as caught:
+            open_pretrained(run, tmp_path / "cache")
+        assert caught.value.field == "vae" and not (tmp_path / "cache").exists()
 
     def test_a_trained_class_is_dropped_by_the_runs_own_stream_alone(self, made, place):
         run = made("dit", **{"train.label_dropout": 0.0})
