@@ -16,8 +16,8 @@ from rich.console import Console
 from repa_lab.runs import RunsRoot
 from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory
 from repa_lab.spec import Experiment, SpecError, load_spec
+from repa_lab.sweep.budget import require_budget
 from repa_lab.sweep.check import check
-from repa_lab.sweep.estimate import require_budget
 from repa_lab.sweep.executors import Executor, ExecutorError
 from repa_lab.sweep.executors.opening import open_executor
 from repa_lab.sweep.plan import Plan, make_plan

@@ -1,10 +1,10 @@
-"""What is left of a plan in GPU hours and bytes, run by run and in all, and the refusal of what is beyond the budget."""
+"""What is left of a plan in FLOPs, GPU hours and bytes, run by run and in all."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from repa_lab.data.errors import DataError
@@ -13,10 +13,11 @@ from repa_lab.data.layout import IMAGES
 from repa_lab.runs import RunDirectory, RunsRoot
 from repa_lab.runs.files import read_json
 from repa_lab.runs.forks import Fork
-from repa_lab.spec import Arm, Problem, RunConfig, SpecError
+from repa_lab.spec import Arm, RunConfig
 from repa_lab.spec.identity import Run
 from repa_lab.spec.schema import DataConfig
 from repa_lab.sweep.plan import Plan, PlannedRun
+from repa_lab.sweep.search.reach import is_searched
 from repa_lab.sweep.speed import PUBLISHED, UTILISATION, Device, Measured, Speed, assumed_device, assumed_speed, kind_of
 from repa_lab.training.costs import Cache, Cost, caches_of, cost_of, images_of
 
@@ -91,6 +92,7 @@ class Estimate:
         shares: of each run of the plan, in its order; one that two arms ask for has the same in both.
         caches: of all arms, each once.
         total: runs once each, with all caches; of a search, all trials that are left.
+        trials: of a search, what is left around each arm in which it changes something, by label and at most.
         saved_hours: what caches save of training, beyond what it takes to fill those whose number of images is known.
         device: what the speeds are assumed for where none were measured.
         reason: why that device.
@@ -102,9 +104,16 @@ class Estimate:
     shares: tuple[Share, ...]
     caches: tuple[PlannedCache, ...]
     total: Share
+    trials: dict[str, Share]
     saved_hours: float
     device: Device
     reason: str
+
+    @property
+    def fixed(self) -> list[str]:
+        """Labels of the arms in which a search changes nothing."""
+        is_search = self.plan.experiment.search is not None
+        return [arm.label for arm in self.plan.experiment.arms if is_search and arm.label not in self.trials]
 
     @property
     def notes(self) -> list[str]:
@@ -123,42 +132,18 @@ def estimate(plan: Plan) -> Estimate:
         _share(entry, forks.get(entry.run.run_id), costs[entry.arm.label], speeds[entry.arm.label]) for entry in plan.runs
     )
     caches = tuple(_caches(plan, speeds))
-    once = {entry.run.run_id: (entry, share) for entry, share in zip(plan.runs, shares, strict=True)}
-    factor = _trials_left(plan) / max(1, len(once)) if plan.experiment.search else 1.0
-    total = sum((share for _, share in once.values()), Share()).times(factor)
+    once = {entry.run.run_id: (entry.arm.label, share) for entry, share in zip(plan.runs, shares, strict=True)}
+    trials = _trials(plan, costs, speeds)
+    left = _by_label(once.values()) | trials
+    total = sum(left.values(), Share())
     filled = Share(gpu_hours=sum(one.gpu_hours for one in caches), disk_bytes=sum(one.disk_bytes for one in caches))
-    spared = sum(share.images * _saved(costs, speeds, entry) for entry, share in once.values()) * factor
-    return Estimate(plan, costs, speeds, shares, caches, total + filled, spared - filled.gpu_hours, device, reason)
+    spared = sum(share.images * _saved(costs[label], speeds[label]) for label, share in left.items())
+    return Estimate(plan, costs, speeds, shares, caches, total + filled, trials, spared - filled.gpu_hours, device, reason)
 
 
-def require_budget(plan: Plan) -> None:
-    """Refuse what would take more than the spec's budget.
-
-    Raises:
-        SpecError: at the limit that does not suffice, with both numbers.
-    """
-    budget = plan.experiment.budget
-    if budget.gpu_hours is None and budget.disk_gib is None:
-        return
-    if problems := list(_over_budget(estimate(plan))):
-        raise SpecError(problems)
-
-
-def _over_budget(found: Estimate) -> Iterator[Problem]:
-    experiment, total = found.plan.experiment, found.total
-    needed = {"gpu_hours": (total.gpu_hours, "GPU hours"), "disk_gib": (total.disk_bytes / GIB, "GiB")}
-    for name, (value, unit) in needed.items():
-        limit = getattr(experiment.budget, name)
-        if limit is not None and value > limit:
-            advice = f"allow it with --set budget.{name}={_rounded_up(value)}, or ask for less; see `repa-lab plan`"
-            message = f"what is left takes about {value:,.3g} {unit}, the budget is {limit:,.6g}: {advice}"
-            yield experiment.problem(f"budget.{name}", message)
-
-
-def _rounded_up(value: float) -> float:
-    """A number of two digits that suffices."""
-    rounded = float(f"{value:.2g}")
-    return rounded if rounded >= value else float(f"{value * 1.1:.2g}")
+def rounded(value: float) -> str:
+    """A number below 1e15 in three digits, written out."""
+    return f"{float(f'{value:.3g}'):,.15g}"
 
 
 def _speeds(plan: Plan, costs: dict[str, Cost], device: Device) -> dict[str, Speed]:
@@ -178,20 +163,53 @@ def _share(entry: PlannedRun, fork: Fork | None, cost: Cost, speed: Speed) -> Sh
     """What is left of a run, which begins after the steps that another one shares with it."""
     if entry.is_settled:
         return Share()
-    train, is_begun = entry.run.config.train, entry.standing.step > 0
-    begun = entry.standing.step if is_begun or fork is None else fork.step
-    steps = train.steps - begun
-    images = steps * train.batch_size
-    measuring = cost.measuring(entry.run.config, begun, train.steps)
+    is_begun = entry.standing.step > 0
+    left = _from(entry.standing.step if is_begun or fork is None else fork.step, entry.run.config, cost, speed)
+    return replace(left, disk_bytes=0.0) if is_begun else left
+
+
+def _from(begun: int, config: RunConfig, cost: Cost, speed: Speed) -> Share:
+    """What a run still takes after its first ``begun`` steps, with room for its checkpoints."""
+    steps = config.train.steps - begun
+    images = steps * config.train.batch_size
+    measuring = cost.measuring(config, begun, config.train.steps)
     flops = images * cost.image_flops + measuring
     # A dear measurement takes as many times longer as it has more to compute.
     seconds = images * speed.image + measuring / cost.evaluation_flops * speed.evaluation
-    return Share(1, steps, images, flops, seconds / _HOUR, 0.0 if is_begun else cost.checkpoint_bytes)
+    return Share(1, steps, images, flops, seconds / _HOUR, cost.checkpoint_bytes)
 
 
-def _saved(costs: dict[str, Cost], speeds: dict[str, Speed], entry: PlannedRun) -> float:
+def _by_label(shares: Iterable[tuple[str, Share]]) -> dict[str, Share]:
+    left: dict[str, Share] = {}
+    for label, share in shares:
+        left[label] = left.get(label, Share()) + share
+    return left
+
+
+def _trials(plan: Plan, costs: dict[str, Cost], speeds: dict[str, Speed]) -> dict[str, Share]:
+    """See :attr:`Estimate.trials`; an arm's own runs need not be among them."""
+    experiment, search = plan.experiment, plan.experiment.search
+    if search is None:
+        return {}
+    left, asked, recorded = {}, search.trials * len(experiment.seeds), _recorded(plan)
+    for arm in (one for one in experiment.arms if is_searched(one, search.space)):
+        ended = [plan.root.run(run_id).state.state.is_finished for levels, run_id in recorded if levels == arm.levels]
+        each = _from(0, arm.config, costs[arm.label], speeds[arm.label])
+        left[arm.label] = each.times(max(0, asked - sum(ended)))
+    return left
+
+
+def _recorded(plan: Plan) -> list[tuple[dict[str, str], str]]:
+    """The runs of all trials until now, each with the levels of the arm that was searched around."""
+    directory = plan.root.sweep(plan.experiment.name)
+    if not (directory.path / "sweep.json").is_file():
+        return []
+    return [(arm["levels"], run["run_id"]) for arm in directory.manifest["arms"] for run in arm["runs"]]
+
+
+def _saved(cost: Cost, speed: Speed) -> float:
     """Hours that caches save of an image."""
-    return costs[entry.arm.label].saved_flops / speeds[entry.arm.label].flops / _HOUR
+    return cost.saved_flops / speed.flops / _HOUR
 
 
 def _caches(plan: Plan, speeds: dict[str, Speed]) -> Iterator[PlannedCache]:
@@ -242,31 +260,20 @@ def _others(root: RunsRoot, known: set[str]) -> Iterator[tuple[RunDirectory, Run
             continue
 
 
-def _trials_left(plan: Plan) -> int:
-    """Runs that a search has yet to train, at most."""
-    experiment = plan.experiment
-    assert experiment.search
-    asked = len(experiment.arms) * experiment.search.trials * len(experiment.seeds)
-    directory = plan.root.sweep(experiment.name)
-    if not (directory.path / "sweep.json").is_file():
-        return asked
-    recorded = {run["run_id"] for arm in directory.manifest["arms"] for run in arm["runs"]}
-    return max(0, asked - sum(plan.root.run(run_id).state.state.is_finished for run_id in recorded))
-
 
 def _speed_notes(found: Estimate) -> Iterator[str]:
     speeds, precision = found.speeds.values(), found.plan.experiment.run.precision
     if measured := [speed for speed in speeds if speed.runs]:
         kinds = {speed.image: speed for speed in measured}
         rates = sorted(1 / image for image in kinds)
-        between = f"{rates[0]:,.3g}" if len(rates) == 1 else f"{rates[0]:,.3g} to {rates[-1]:,.3g}"
+        between = rounded(rates[0]) if len(rates) == 1 else f"{rounded(rates[0])} to {rounded(rates[-1])}"
         count = sum(speed.runs for speed in kinds.values())
         runs = "run" if count == 1 else "runs"
         yield f"{len(measured)} of {len(speeds)} arms: as measured here on {count} {runs}, {between} images/s"
     if len(measured) < len(speeds):
         peak = found.device.peak(precision) / 1e12
         why = f" ({found.reason})" if found.reason else ""
-        at = f"{UTILISATION:.0%} of {peak:,.3g} TFLOP/s {precision}".replace("%", " %")
+        at = f"{UTILISATION:.0%} of {rounded(peak)} TFLOP/s {precision}".replace("%", " %")
         yield f"assuming {found.device.name} at {at}{why}; {PUBLISHED}"
     if any(not speed.is_evaluation_measured for speed in speeds):
         yield "evaluations are sampling and decoding by counted FLOPs; texts and the extractor are not counted"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from repa_lab.sweep.estimate import GIB, Estimate, PlannedCache, Share
+from repa_lab.sweep.estimate import GIB, Estimate, PlannedCache, Share, rounded
 from repa_lab.sweep.plan import PlannedRun
 from repa_lab.sweep.speed import UTILISATION
 
@@ -16,13 +16,14 @@ _SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, 
 
 
 def arm_rows(found: Estimate) -> list[dict[str, Any]]:
-    """A row an arm, its runs' states counted."""
+    """A row an arm, its runs' states counted; of a search, its trials."""
     rows = []
     for label, members in _members(found).items():
-        left = sum((share for _, share in members), Share())
+        left, trials = sum((share for _, share in members), Share()), found.trials.get(label)
         words = Counter(entry.standing.word for entry, _ in members)
         states = ", ".join(f"{words[word]} {word}" for word in _ORDER if words[word])
-        rows.append({"arm": label, "runs": states, **_left(left), **_of_arm(found, label)})
+        runs = states if trials is None else f"{trials.runs} at most"
+        rows.append({"arm": label, "runs": runs, **_left(trials or left), **_of_arm(found, label)})
     return rows
 
 
@@ -57,7 +58,7 @@ def sentences(found: Estimate) -> list[str]:
     runs = "run" if total.runs == 1 else "runs"
     if search:
         what = f"{search.trials} trials with {len(experiment.seeds)} seeds each"
-        lines.append(f"searches {', '.join(search.space)} around each arm: {what}")
+        lines.append(f"searches {', '.join(search.space)} around each arm{_but(found.fixed)}: {what}")
     lines += [
         f"{total.runs} {runs} to train{most}: {total.steps:,} steps, {short(total.images)} images, "
         f"{short(total.flops, 'FLOPs')}, {hours(total.gpu_hours)} GPU h, {gib(total.disk_bytes)} GiB of disk"
@@ -107,6 +108,11 @@ def short(number: float, unit: str = "") -> str:
     return f"{number:.3g} {unit}".rstrip()
 
 
+def _but(fixed: Sequence[str]) -> str:
+    named = ", ".join(f"'{label}'" for label in fixed)
+    return f" but {named}, where that changes nothing" if fixed else ""
+
+
 def _saving(found: Estimate) -> str:
     if found.saved_hours < 0:
         return f"filling the caches takes {hours(-found.saved_hours)} GPU h more than they save in so few steps"
@@ -142,12 +148,15 @@ def _of_arm(found: Estimate, label: str) -> dict[str, str]:
         "trained": short(cost.trained),
         "FLOPs/image": short(cost.image_flops),
         "GiB on GPU": gib(cost.memory.total),
-        "GiB on disk": gib(cost.checkpoint_bytes * _seeds(found)),
+        "GiB on disk": gib(cost.checkpoint_bytes * _runs(found, label)),
     }
 
 
-def _seeds(found: Estimate) -> int:
-    return len(found.plan.experiment.seeds)
+def _runs(found: Estimate, label: str) -> int:
+    """How many runs an arm has in all."""
+    experiment = found.plan.experiment
+    trials = experiment.search.trials if experiment.search and label in found.trials else 1
+    return trials * len(experiment.seeds)
 
 
 def _state(entry: PlannedRun) -> str:
@@ -160,8 +169,8 @@ def _state(entry: PlannedRun) -> str:
 def _cache_line(one: PlannedCache) -> str:
     cache = one.cache
     if one.images is None:
-        return f"caches: {cache.what}, {short(cache.image_flops, 'FLOPs')} and {cache.image_bytes / 1024:,.3g} KiB an image"
-    kept = f"{one.images:,} images x {cache.image_bytes / 1024:,.3g} KiB"
+        return f"caches: {cache.what}, {short(cache.image_flops, 'FLOPs')} and {rounded(cache.image_bytes / 1024)} KiB an image"
+    kept = f"{one.images:,} images x {rounded(cache.image_bytes / 1024)} KiB"
     filled = "begun already" if one.is_begun else f"{hours(one.gpu_hours)} GPU h once, {gib(one.disk_bytes)} GiB"
     return f"caches: {cache.what}, {kept} ({filled})"
 
@@ -197,7 +206,7 @@ def _arm_json(found: Estimate, label: str) -> dict[str, Any]:
         "parameters": cost.parameters,
         "trained_parameters": cost.trained,
         "flops_per_image": cost.image_flops,
-        "encoder_flops_per_image": cost.encoder_flops,
+        "encoder_flops_per_image": cost.active * cost.encoder_flops,
         "flops_per_evaluation": cost.evaluation_flops,
         "memory_bytes": {**vars(cost.memory), "total": cost.memory.total},
         "checkpoint_bytes": cost.checkpoint_bytes,

@@ -59,8 +59,10 @@ class Cost:
     Attributes:
         parameters: of the denoiser.
         trained: parameters that train, the projector's included.
-        image_flops: to train on one image, online encoders included.
-        encoder_flops: for an encoder's view of one image in a step, where its features are not cached.
+        denoiser_flops: to train the denoiser on one image.
+        encoder_flops: for the encoders' view of one image in a step that asks them, where their features are not cached.
+        projector_flops: to train the projectors on one image in such a step.
+        active: the share of the steps that ask the encoders.
         saved_flops: what caches save for one image.
         evaluation_flops: of one measurement by the usual protocol.
         milestone_flops: of one by the protocol of milestones; 0 without one.
@@ -71,14 +73,21 @@ class Cost:
 
     parameters: int
     trained: int
-    image_flops: float
+    denoiser_flops: float
     encoder_flops: float
+    projector_flops: float
+    active: float
     saved_flops: float
     evaluation_flops: float
     milestone_flops: float
     memory: Memory
     checkpoint_bytes: int
     rough: tuple[str, ...] = ()
+
+    @property
+    def image_flops(self) -> float:
+        """To train on one image, online encoders and projectors included: the mean over all steps."""
+        return self.denoiser_flops + self.active * (self.encoder_flops + self.projector_flops)
 
     def measuring(self, config: RunConfig, begun: int, end: int) -> float:
         """FLOPs of all measurements after step ``begun`` up to ``end``."""
@@ -108,18 +117,20 @@ def cost_of(config: RunConfig, options: RunOptions) -> Cost:
     family = family_facts(config.model.family)
     shape = shape_of(family, config.model.size)
     tokens, channels = _tokens(config, family, shape.stride), _channels(config)
-    tapped = _tokens(config, family, shape.stride_at(config.regularizer.block_index))
     forward = forward_of(family, config.model.size, tokens, channels, _CLASSES.get(config.data.source, _ASSUMED_CLASSES))
-    weights, rows = _projectors(config, shape)
+    projectors = _projectors(config, shape)
+    weights = sum(parameters for parameters, _ in projectors)
     adapters = config.model.rank * forward.adapted if config.model.train == "lora" else 0
     trained = weights + (adapters or forward.parameters)
-    online, cached = _encoders(config, share=True), _encoders(config, share=False)
-    training = _passes(config, options) * forward.flops + 6.0 * (tokens * adapters + tapped * rows)
+    active = active_steps(config, config.train.steps) / config.train.steps
+    cached = active * _encoders(config, are_cached=True)
     return Cost(
         parameters=forward.parameters,
         trained=trained,
-        image_flops=training + online,
-        encoder_flops=online,
+        denoiser_flops=_passes(config, options) * forward.flops + 6.0 * tokens * adapters,
+        encoder_flops=_encoders(config, are_cached=False),
+        projector_flops=_projecting(config, [macs for _, macs in projectors], _tapped(config, family, shape)),
+        active=active,
         saved_flops=cached + (_vae_flops(config, encode=True) if _has_vae(config, family) else 0),
         evaluation_flops=_evaluation(config, config.evaluate, family, forward),
         milestone_flops=_evaluation(config, rare, family, forward) if (rare := config.evaluate.milestone) else 0.0,
@@ -153,9 +164,10 @@ def caches_of(config: RunConfig, options: RunOptions) -> Iterator[Cache]:
         yield Cache(f"latents at {data.side} px", seen, _vae_flops(config, encode=True), kept)
     for encoder in dict.fromkeys(encoder for _, encoder in config.encoder_paths):
         facts = facts_of(encoder.name)
-        if encoder.cache and facts is not None and facts.stride:
+        tokens = _encoded(encoder, data)
+        if encoder.cache and facts is not None and tokens is not None:
             size = _seen(encoder, data)
-            bytes_ = (size // facts.stride) ** 2 * facts.dim * (_HALF if options.encoder_storage == "fp16" else _FLOAT)
+            bytes_ = tokens * facts.dim * (_HALF if options.encoder_storage == "fp16" else _FLOAT)
             yield Cache(f"features of {encoder.name} at {size} px", seen, _encoder_image(encoder, config), bytes_)
 
 
@@ -196,11 +208,29 @@ def _passes(config: RunConfig, options: RunOptions) -> int:
     return (2 if config.model.train == "lora" else 3) + int(options.gradient_checkpointing)
 
 
-def _projectors(config: RunConfig, shape: Shape) -> tuple[int, int]:
-    """Parameters of all projectors of a run, and their multiply-adds a token."""
+def _projectors(config: RunConfig, shape: Shape) -> list[tuple[int, int]]:
+    """Parameters of the projector of each of a run's encoders, and its multiply-adds a token."""
     dims = [facts.dim if (facts := facts_of(encoder.name)) else shape.width for encoder in config.regularizer.encoders]
-    sizes = [projector_size(config.regularizer.projector, shape.width, dim or shape.width) for dim in dims]
-    return sum(parameters for parameters, _ in sizes), sum(macs for _, macs in sizes)
+    return [projector_size(config.regularizer.projector, shape.width, dim or shape.width) for dim in dims]
+
+
+def _projecting(config: RunConfig, macs: list[int], tapped: float) -> float:
+    """FLOPs an image of the projectors, forward and backward, on as many tokens as each takes."""
+    regularizer = config.regularizer
+    is_first = (regularizer.resample.side, regularizer.resample.when) == ("student", "before")
+    taken = [(_encoded(encoder, config.data) if is_first else None) or tapped for encoder in regularizer.encoders]
+    return 6.0 * sum(tokens * each for tokens, each in zip(taken, macs, strict=True))
+
+
+def _tapped(config: RunConfig, family: Family, shape: Shape) -> float:
+    """Tokens of an image at the tap."""
+    return _tokens(config, family, shape.stride_at(config.regularizer.block_index))
+
+
+def _encoded(encoder: EncoderConfig, data: DataConfig) -> int | None:
+    """Tokens of an image by an encoder; None where its stride is not known."""
+    facts = facts_of(encoder.name)
+    return (_seen(encoder, data) // facts.stride) ** 2 if facts is not None and facts.stride else None
 
 
 def _seen(encoder: EncoderConfig, data: DataConfig) -> int:
@@ -215,16 +245,10 @@ def _encoder_image(encoder: EncoderConfig, config: RunConfig) -> float:
     return (encoder_flops(encoder.name, _seen(encoder, config.data)) or 0) + decoded
 
 
-def _encoders(config: RunConfig, share: bool) -> float:
-    """FLOPs an image of the regularizer's encoders: of those that run in the steps, or of those that caches spare."""
-    active = _active(config)
-    wanted = (encoder for encoder in config.regularizer.encoders if encoder.cache is not share)
-    return sum(active * _encoder_image(encoder, config) for encoder in wanted)
-
-
-def _active(config: RunConfig) -> float:
-    """The share of the steps in which an encoder is asked."""
-    return active_steps(config, config.train.steps) / config.train.steps
+def _encoders(config: RunConfig, are_cached: bool) -> float:
+    """FLOPs an image of the regularizer's encoders: of those that caches spare, or of those that run in the steps."""
+    wanted = (encoder for encoder in config.regularizer.encoders if encoder.cache is are_cached)
+    return sum(_encoder_image(encoder, config) for encoder in wanted)
 
 
 def _vae_flops(config: RunConfig, encode: bool) -> float:

@@ -19,13 +19,11 @@ def ledger(config: RunConfig, options: RunOptions, progress: Progress) -> Row:
     Seconds of training are the row's own, the encoders' among them; of several processes, all seconds are those of the first.
     What caches spare is in nobody's ledger: it was computed once for all runs. Reading them is in the encoders' seconds.
     """
-    cost, last = cost_of(config, options), config.train.steps
-    # The mean over all steps of a run, spread over those that ask the encoder.
-    asked = active_steps(config, progress.step) * last / max(1, active_steps(config, last))
+    cost, asked = cost_of(config, options), config.train.batch_size * active_steps(config, progress.step)
     return {
         "cost/evaluation_seconds": round(progress.evaluation_seconds, 3),
         "cost/encoder_seconds": round(progress.encoder_seconds, 3),
-        "cost/train_flops": progress.images * (cost.image_flops - cost.encoder_flops),
-        "cost/encoder_flops": config.train.batch_size * asked * cost.encoder_flops,
+        "cost/train_flops": progress.images * cost.denoiser_flops + asked * cost.projector_flops,
+        "cost/encoder_flops": asked * cost.encoder_flops,
         "cost/evaluation_flops": cost.measuring(config, 0, progress.step),
     }

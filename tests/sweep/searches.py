@@ -5,7 +5,8 @@ from repa_lab.spec import load_spec
 from repa_lab.sweep.plan import identify_arm
 from repa_lab.sweep.search.group import Aim
 from repa_lab.sweep.search.study import open_storage, open_study, study_name
-from repa_lab.sweep.search.work import Search, SearchWork
+from repa_lab.sweep.search.trials import Search
+from repa_lab.sweep.search.work import SearchWork
 
 METRIC = "m"
 DISTANCE = (Aim(METRIC, "min"),)

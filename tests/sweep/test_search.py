@@ -1,11 +1,14 @@
 """Seed groups in a search, without any training: rows are told by hand."""
 
 import math
+from collections import Counter
 
 import pytest
 
+from repa_lab import plan
 from repa_lab.runs import RunsRoot, RunWriter, State
 from repa_lab.sweep.search.group import Aim
+from repa_lab.sweep.search.searches import Searches
 from tests.sweep.searches import METRIC, finish, searcher, states, take, train, weights
 
 
@@ -234,3 +237,17 @@ def test_a_run_of_a_settled_trial_that_is_wanted_again_is_trained_and_its_trial_
     assert again.next() == tasks[1] and again.next() is None
     again.finished(tasks[1].run.run_id, State.DONE)
     assert (again.counts(), states(again)) == ((2, 2), ["complete"])
+
+
+@pytest.mark.parametrize("when", [{}, {"when": {"regularizer.loss": "nt_xent"}}], ids=["changes nothing", "is never drawn"])
+def test_an_arm_that_nothing_searched_makes_a_difference_to_is_trained_once(tiny, tmp_path, when):
+    arms = {"baseline": {"regularizer.type": "none"}, "aligned": {"regularizer.loss": "nt_xent"}}
+    search = {"space": {"regularizer.weight": {"log": [0.1, 1.0], **when}}, "trials": 3, "sampler": "random"}
+    planned = plan(tiny(axes={"alignment": arms}, search=search), tmp_path)
+    directory = RunsRoot(tmp_path).sweep("tiny")
+    directory.path.mkdir()
+    work = Searches(planned, directory)
+    tasks = list(iter(work.next, None))
+    assert Counter(task.run.config.regularizer.type for task in tasks) == {"none": 2, "repa": 3 * 2}
+    assert len({task.run.run_id for task in tasks}) == 8
+    assert work.counts() == (0, 8)

@@ -170,6 +170,20 @@ class TestChangedSpace:
         work = search(space=space, trials=6, prune="none", seeds=(0,))
         assert len(work.study.trials) == 6 and by_value(work) == tried
 
+    def test_a_field_that_is_searched_inside_a_choice_is_told_from_it(self, search, tmp_path):
+        shapes = [{"type": "constant"}, {"type": "cosine"}]
+        space = {"regularizer.schedule": {"choice": shapes}, "regularizer.schedule.cutoff_step": {"int": [1, 5]}}
+        work = search(space=space, trials=4, prune="none", seeds=(0,))
+        told = {}
+        for value in (1.0, 2.0, 3.0):
+            task = work.next()
+            train(RunsRoot(tmp_path), task, {6: value})
+            finish_as(work, task, value)
+            told = by_value(work)
+        assert {params["regularizer.schedule"]["type"] for params in told.values()} == {"constant", "cosine"}
+        (tmp_path / "study.db").unlink()
+        assert by_value(search(space=space, trials=4, prune="none", seeds=(0,))) == told
+
     def test_choices_that_are_mappings_are_recognised(self, search, tmp_path):
         encoders = [{"name": "efficientnet_lite0", "image_size": size} for size in (32, 64)]
         space = {"regularizer.encoder": {"choice": encoders}}

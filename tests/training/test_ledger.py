@@ -6,7 +6,7 @@ from repa_lab.spec import RunOptions
 from repa_lab.training.checkpoint import Progress
 from repa_lab.training.costs import cost_of
 from repa_lab.training.ledger import ledger
-from tests.training.conftest import make_options, make_run, run_to_end
+from tests.training.conftest import OFF, make_options, make_run, run_to_end
 
 METRIC = "frechet:efficientnet_lite0@16/ode2"
 FULL = "frechet:efficientnet_lite0@20/sde3"
@@ -35,6 +35,15 @@ def test_encoders_in_the_steps_are_told_apart_and_end_with_the_cutoff():
     assert whole["cost/train_flops"] == pytest.approx(360 * (cost.image_flops - cost.encoder_flops))
     cut = [of(step, **online, **{"regularizer.schedule": {"cutoff_step": 40}})[0]["cost/encoder_flops"] for step in (20, 40, 60)]
     assert cut == pytest.approx([120 * cost.encoder_flops, 240 * cost.encoder_flops, 240 * cost.encoder_flops])
+
+
+def test_a_projector_is_trained_no_more_after_the_cutoff_and_never_at_weight_0():
+    cut = {"regularizer.schedule": {"cutoff_step": 40}}
+    off, whole = ({step: of(step, **settings)[0]["cost/train_flops"] for step in (20, 40, 60, 100)} for settings in (OFF, {}))
+    for settings, active in ((cut, (20, 40, 40, 40)), ({"regularizer.weight": 0.0}, (0, 0, 0, 0))):
+        spent = [of(step, **settings)[0]["cost/train_flops"] - off[step] for step in (20, 40, 60, 100)]
+        assert spent == pytest.approx([(whole[20] - off[20]) * steps / 20 for steps in active], abs=1)
+    assert whole[20] > off[20]
 
 
 def test_a_milestone_has_a_row_of_its_own_and_is_paid_for(cache, tmp_path):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SearchConfig, SpecError
 from repa_lab.spec.errors import Path_
-from repa_lab.spec.expand import value_at
-from repa_lab.spec.search import Interval
 from repa_lab.spec.validate import unknown_field
+from repa_lab.sweep.search.reach import Space, ends, own_value
 from repa_lab.training.protocol import metric_name
 
 ArmProblems = Callable[[Arm], Iterable[Problem]]
@@ -41,7 +40,7 @@ def objective_path(search: SearchConfig, index: int) -> Path_:
     return ("search", "objective", index, "metric") if several else ("search", "objective", "metric")
 
 
-def _condition_problems(experiment: Experiment, space: Mapping[str, Interval]) -> Iterator[Problem]:
+def _condition_problems(experiment: Experiment, space: Space) -> Iterator[Problem]:
     """A condition speaks of a field that is drawn before, or of the arms' own settings, and can hold."""
     drawn: set[str] = set()
     for dotted, interval in space.items():
@@ -65,57 +64,31 @@ def _condition_problem(experiment: Experiment, dotted: str, path: str, allowed: 
     # A field that is searched under a condition keeps the arm's own setting elsewhere.
     if path in space and not space[path].when:
         return f"the space of '{path}' has none of {allowed}"
-    if not any(_own(arm, path) in allowed for arm in experiment.arms):
+    if not any(own_value(arm, path) in allowed for arm in experiment.arms):
         return f"no arm has '{path}' at any of {allowed}, so '{dotted}' would never be searched"
     return None
 
 
-def _end_problems(experiment: Experiment, space: Mapping[str, Interval], arm_problems: ArmProblems) -> Iterator[Problem]:
+def _end_problems(experiment: Experiment, space: Space, arm_problems: ArmProblems) -> Iterator[Problem]:
     """Every searched field must exist and take its choices, or the ends of its range, in every arm that searches it."""
-    for dotted, interval in space.items():
-        found = (_end_problem(arm, space, dotted, interval, arm_problems) for arm in experiment.arms)
+    for dotted in space:
+        found = (_end_problem(arm, space, dotted, arm_problems) for arm in experiment.arms)
         if message := next((one for one in found if one), None):
             yield experiment.problem((*_SPACE, dotted), message)
 
 
-def _end_problem(
-    arm: Arm, space: Mapping[str, Interval], dotted: str, interval: Interval, arm_problems: ArmProblems
-) -> str | None:
-    needed = _needed(space, dotted)
-    if any(_own(arm, path) not in allowed for path, allowed in _own_conditions(space, dotted)):
-        return None
-    for value in interval.ends:
+def _end_problem(arm: Arm, space: Space, dotted: str, arm_problems: ArmProblems) -> str | None:
+    for settings in ends(arm, space, dotted):
         try:
-            tried = arm.with_settings({**needed, dotted: value})
+            tried = arm.with_settings(settings)
         except SpecError as error:
             return error.problems[0].message
         if metric_name(tried.config) != metric_name(arm.config):
             return f"changes how {metric_name(arm.config)} is measured, so that trials could not be compared"
         known = {problem.message for problem in arm_problems(arm)}
         if new := [problem for problem in arm_problems(tried) if problem.message not in known]:
-            return f"at {value}: {new[0].path}: {new[0].message}"
+            return f"at {settings[dotted]}: {new[0].path}: {new[0].message}"
     return None
-
-
-def _needed(space: Mapping[str, Interval], dotted: str) -> dict[str, Any]:
-    """Settings of fields that are drawn before, under which a field is searched."""
-    settings: dict[str, Any] = {}
-    for path, allowed in space[dotted].conditions.items():
-        if path in space and (fitting := [value for value in allowed if space[path].takes(value)]):
-            settings |= {**_needed(space, path), path: fitting[0]}
-    return settings
-
-
-def _own_conditions(space: Mapping[str, Interval], dotted: str) -> Iterator[tuple[str, list[Any]]]:
-    for path, allowed in space[dotted].conditions.items():
-        if path not in space:
-            yield path, allowed
-        elif any(space[path].takes(value) for value in allowed):
-            yield from _own_conditions(space, path)
-
-
-def _own(arm: Arm, path: str) -> Any:
-    return value_at(arm.asked.model_dump(mode="json"), tuple(path.split(".")))
 
 
 def _objective_problems(experiment: Experiment, search: SearchConfig) -> Iterator[Problem]:

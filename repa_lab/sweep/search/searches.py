@@ -12,9 +12,11 @@ from repa_lab.sweep.check import resolve_metric
 from repa_lab.sweep.plan import Plan, arm_record, identify_arm
 from repa_lab.sweep.rehearse import RehearsedArm
 from repa_lab.sweep.search.group import Aim
+from repa_lab.sweep.search.reach import is_searched
 from repa_lab.sweep.search.restore import run_ids
 from repa_lab.sweep.search.study import StorageError, open_storage, open_study, study_name
-from repa_lab.sweep.search.work import RefusedSpaceError, Search, SearchWork
+from repa_lab.sweep.search.trials import Search
+from repa_lab.sweep.search.work import RefusedSpaceError, SearchWork
 from repa_lab.sweep.work import Task
 from repa_lab.training.protocol import metric_names
 
@@ -47,7 +49,8 @@ class Searches:
         begun = run_ids(directory.manifest) if (directory.path / "sweep.json").is_file() else frozenset[str]()
         self._searches: list[SearchWork] = []
         for arm in plan.experiment.arms:
-            search = Search(arm, config, _aims(plan, arm, config), plan.experiment.seeds, identify_arm, plan.root)
+            own = config if is_searched(arm, config.space) else config.model_copy(update={"trials": 1})
+            search = Search(arm, own, _aims(plan, arm, config), plan.experiment.seeds, identify_arm, plan.root)
             name = study_name(plan.experiment.name, arm.label, search.content())
             study = open_study(storage, name, config, search.aims, arm.config.train.steps)
             self._searches.append(SearchWork(search, study, begun, self._recorded))

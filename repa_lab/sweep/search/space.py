@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,10 +133,18 @@ class Space:
             if not field.interval.takes(value):
                 raise _MissingError
             return field.to_param(value)
+        inner = self._inside(field.path)
         for choice in field.interval.choice:
-            if value == choice or (not isinstance(choice, _PLAIN) and value == self._resolved(field.path, choice)):
+            if value == choice:
+                return choice
+            if not isinstance(choice, _PLAIN) and _without(value, inner) == _without(self._resolved(field.path, choice), inner):
                 return choice
         raise _MissingError
+
+    def _inside(self, path: str) -> list[list[str]]:
+        """The places within a searched field that are searched for themselves, so that a run may have them as no choice has."""
+        fields = (field.path for field in self._fields)
+        return [one.removeprefix(f"{path}.").split(".") for one in fields if one.startswith(f"{path}.")]
 
     def _resolved(self, path: str, choice: Any) -> Any:
         """A list or mapping as the spec of a run holds it, defaults included."""
@@ -145,3 +153,12 @@ class Space:
         except SpecError:
             return choice
         return value_at(config.model_dump(mode="json"), tuple(path.split(".")))
+
+
+def _without(value: Any, places: Iterable[Sequence[str]]) -> Any:
+    """A mapping but for what stands at some places in it; anything else as it is."""
+    for first, *rest in places:
+        if isinstance(value, Mapping) and first in value:
+            inside = {first: _without(value[first], [rest])} if rest else {}
+            value = {**{name: one for name, one in value.items() if name != first}, **inside}
+    return value
