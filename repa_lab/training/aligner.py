@@ -26,6 +26,26 @@ from repa_lab.training.streams import seeded
 _STORAGE = {"fp16": torch.float16, "fp32": torch.float32}
 
 
+class Foreseen:
+    """The weight of steps to come, as far as a data loader can know it: the schedule's, or 0 while a similarity cutoff holds.
+
+    It is there to spare reading what nobody asks for. Where it is wrong, as at a look whether the cutoff still holds, the
+    targets read for themselves. The loader's processes see what is noted here, for it lies in shared memory.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._is_cut = torch.zeros((), dtype=torch.bool).share_memory_()
+
+    def __call__(self, step: int) -> float:
+        """The weight at ``step``."""
+        return 0.0 if self._is_cut else self._schedule(step)
+
+    def note(self, is_cut: bool) -> None:
+        """Whether the cutoff holds at present."""
+        self._is_cut.fill_(is_cut)
+
+
 class Aligner:
     """Turns what the tap captured in the latest forward pass into the regularizer's loss.
 
@@ -34,10 +54,11 @@ class Aligner:
         tap: set on the denoiser before it is wrapped or compiled.
         width: the denoiser's width at the tap.
         targets: tokens of the run's images by each of its encoders.
+        foreseen: is told when a similarity cutoff sets in or ends.
     """
 
-    def __init__(self, run: Run, tap: Tap, width: int, targets: Sequence[Targets]) -> None:
-        self.targets, self.tap = targets, tap
+    def __init__(self, run: Run, tap: Tap, width: int, targets: Sequence[Targets], foreseen: Foreseen | None = None) -> None:
+        self.targets, self.tap, self._foreseen = targets, tap, foreseen
         self.regularizer = build_regularizer(run, width, [one.dim for one in targets])
         self.wrapped: nn.Module = self.regularizer
 
@@ -57,6 +78,8 @@ class Aligner:
 
     def __call__(self, batch: Batch, step: int, device: torch.device) -> Alignment | None:
         """The alignment of a batch's images, or None where no encoder has to be asked, as at weight 0."""
+        if self._foreseen and self.regularizer.cutoff is not None:
+            self._foreseen.note(self.regularizer.cutoff.is_cut(step))
         if not self.regularizer.needs_target(step):
             self.tap.clear()
             return None

@@ -69,7 +69,7 @@ def train(
         journal, progress = Journal(writer, listeners), Progress()
         try:
             if fork is not None and not checkpoints.steps(directory.checkpoints):
-                forks.take(RunDirectory(directory.path.with_name(fork.parent)), fork.step, writer, _writes(run, options))
+                _take(fork, run, writer, options, is_enough)
             trainer = Trainer(run, options, cache)
             progress = trainer.progress
             writer.protocols(trainer.protocols())
@@ -77,7 +77,8 @@ def train(
                 writer.event("resumed", step=progress.step)
             writer.rewind(progress.step)
             journal.state(State.RUNNING, progress.step)
-            state = fit(trainer, Kept(directory, journal), should_stop, kept, is_enough)
+            is_over = _is_over(trainer, directory, is_enough)
+            state = State.STOPPED if is_over else fit(trainer, Kept(directory, journal), should_stop, kept, is_enough)
         except Exception as error:
             journal.state(State.FAILED, progress.step, f"{type(error).__name__}: {error}".splitlines()[0])
             raise
@@ -93,7 +94,25 @@ def _follow(
         return directory.state.state
     trainer = Trainer(run, options, cache)
     _resume(trainer, directory)
+    if _is_over(trainer, directory, is_enough):
+        return State.STOPPED
     return fit(trainer, Dropped(), lambda: None, kept, is_enough)
+
+
+def _take(fork: Fork, run: Run, writer: RunWriter, options: RunOptions, is_enough: IsEnough) -> None:
+    """Begin with the first steps of another run, as many as there are, but none from beyond where this one would have ended."""
+    parent, writes = RunDirectory(writer.run.path.with_name(fork.parent)), _writes(run, options)
+    ends = [row["step"] for row in parent.rows() if writes(row) and is_enough(row)]
+    last = min([fork.step, *ends])
+    if steps := [step for step in forks.available(parent) if step <= last]:
+        forks.take(parent, max(steps), writer, writes)
+
+
+def _is_over(trainer: Trainer, directory: RunDirectory, is_enough: IsEnough) -> bool:
+    """Whether a measurement up to where a run is taken up ends it: its own before a kill, or one that a fork gave it."""
+    step = trainer.progress.step
+    measured = (row for row in directory.rows() if row["step"] <= step)  # later ones are measured again
+    return step < trainer.config.train.steps and any(is_enough(row) for row in measured)
 
 
 def _writes(run: Run, options: RunOptions) -> Callable[[Row], bool]:
@@ -128,6 +147,9 @@ def fit(
 
     Rows are written before the checkpoint of their step. A kill in between repeats the work from the checkpoint before, whose
     later rows are dropped on resuming: nothing is lost and nothing appears twice.
+
+    Raises:
+        DivergedError: the loss, or what the denoiser draws, is not finite.
     """
     progress, last = trainer.progress, trainer.config.train.steps
     measure_every = trainer.config.evaluate.every

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
-from repa_lab.align import Schedule
 from repa_lab.data.sources import groups
 from repa_lab.encoders.targets import Reader
 from repa_lab.spec import RunConfig
@@ -59,7 +58,7 @@ class Steps(Dataset[Batch]):
         conditioning: what the denoiser is told of the images.
         part: which of how many equal parts of a batch is this process's.
         readers: load what targets are made from; see :class:`repa_lab.encoders.targets.Targets`.
-        weight: the regularizer's schedule: on steps where it is 0 nothing is loaded.
+        weight: the regularizer's by step, as far as it is known ahead: where it is 0 nothing is loaded.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Steps(Dataset[Batch]):
         conditioning: Conditioning,
         part: tuple[int, int] = (0, 1),
         readers: Sequence[Reader | None] = (),
-        weight: Schedule | None = None,
+        weight: Callable[[int], float] | None = None,
     ) -> None:
         self._train, self._seed, self._images = config.train, seed, images
         self._process, self._conditioning = process, conditioning
@@ -114,5 +113,5 @@ class Steps(Dataset[Batch]):
 
 
 def denoising_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error in float32 over everything."""
+    """Mean squared error of two ``(B, C, H, W)`` over everything, a float32 scalar."""
     return (prediction.float() - target).square().mean()

@@ -25,7 +25,7 @@ from repa_lab.runs import files
 from repa_lab.runs.files import Row
 from repa_lab.spec import EncoderConfig, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
-from repa_lab.training.aligner import Aligner, choose_block, open_targets, schedule_of, shape_of_model
+from repa_lab.training.aligner import Aligner, Foreseen, choose_block, open_targets, schedule_of, shape_of_model
 from repa_lab.training.checkpoint import INPUT_FILE, Progress, Trained
 from repa_lab.training.device import MIXED_PRECISION, DeviceError, pick_device
 from repa_lab.training.ema import EMA
@@ -99,8 +99,9 @@ class Trainer:
         self._stopwatch, reads_here = Stopwatch(self.device), options.data_workers == 0
         timed = [TimedTargets(own[encoder], self._stopwatch, reads_here) for encoder in config.regularizer.encoders]
         readers = [one.reader for one in timed]
-        weight = schedule_of(config) if own else None
-        self._steps = Steps(config, run.seed, images, self.model.process, self.model.conditioning, part, readers, weight)
+        self._foreseen = Foreseen(schedule_of(config)) if own else None
+        parts = (self.model.process, self.model.conditioning, part, readers, self._foreseen)
+        self._steps = Steps(config, run.seed, images, *parts)
         self.model.denoiser.to(self.device)
         self.aligner = self._align(run, timed) if own else None
         self._trained = self._prepare(self.model.denoiser)
@@ -217,7 +218,7 @@ class Trainer:
         """The aligner, its tap set on the denoiser while nothing is wrapped around that."""
         tap = self.model.tap(choose_block(run.config, run.config.regularizer.block_index))
         width = self._width(tap) if run.config.model.pretrained else shape_of_model(run.config).width
-        return Aligner(run, tap, width, targets)
+        return Aligner(run, tap, width, targets, self._foreseen)
 
     @torch.no_grad()
     def _width(self, tap: Tap) -> int:

@@ -11,10 +11,23 @@ from repa_lab import plan, sweep
 from repa_lab.align.schedule import agreement
 from repa_lab.runs import RunsRoot, State
 from repa_lab.runs.forks import Fork, available, clear, written_by
+from repa_lab.spec import StopRule
 from repa_lab.sweep.sharing import SharedWork, _schedule, share
 from repa_lab.sweep.work import Task
 from repa_lab.training.loop import train
-from tests.training.conftest import OFF, OPTIONS, SETTINGS, assert_same, make_options, make_run, rows, weights
+from tests.faults.processes import steps_of
+from tests.training.conftest import (
+    OFF,
+    OPTIONS,
+    SETTINGS,
+    assert_same,
+    make_options,
+    make_run,
+    rows,
+    run_steps,
+    stop_after,
+    weights,
+)
 
 CUT = "regularizer.schedule"
 
@@ -150,6 +163,34 @@ class TestForked:
         found = self.directory(root, child, cache, fork=Fork("cutNone", 2))
         assert_same(weights(found), weights(expected))
         assert [event["event"] for event in found.events()] == ["running", "done"]
+
+    @pytest.mark.parametrize(("after", "forked"), [(4, [4]), (2, [])])  # of a finished run the last two checkpoints are left
+    def test_a_rule_is_asked_of_what_is_inherited(self, tmp_path, cache, after, forked):
+        """A run of 6 steps is done; a longer one comes with a rule that would have ended it on the way."""
+        short, long = (named(str(steps), **{"train.steps": steps, "evaluate.every": 2}) for steps in (6, 8))
+        rule = StopRule(metric="frechet:efficientnet_lite0@16/ode2", above=0, after=after)
+        alone, shared = RunsRoot(tmp_path / "alone").run("8"), RunsRoot(tmp_path / "shared")
+        assert train(long, alone, make_options(), cache, is_enough=rule.holds) is State.STOPPED
+        assert alone.state.step == after
+        self.directory(shared, short, cache)
+        found = shared.run("8")
+        assert train(long, found, make_options(), cache, fork=Fork("6", 6), is_enough=rule.holds) is State.STOPPED
+        assert [event["step"] for event in found.events() if event["event"] == "forked"] == forked
+        assert (found.state.step, rows(found)) == (after, rows(alone))
+        assert_same(weights(found), weights(alone))
+        assert train(long, found, make_options(), cache) is State.DONE  # without the rule it goes on
+        assert steps_of(found) == list(range(1, 9))
+
+    def test_what_a_parent_got_to_before_it_ended_early_is_not_trained_again(self, tmp_path, cache):
+        parent, child = (named(f"cut{step}", **{"evaluate.every": 2, CUT: {"cutoff_step": step}}) for step in (None, 5))
+        root, ends = RunsRoot(tmp_path), stop_after(3)
+        assert train(parent, root.run(parent.run_id), make_options(), cache, should_stop=ends) is State.INTERRUPTED
+        found = root.run(child.run_id)
+        assert train(child, found, make_options(), cache, fork=Fork(parent.run_id, 5), should_stop=stop_after(4)) is State.INTERRUPTED
+        assert [(event["event"], event["step"]) for event in found.events()][:2] == [("forked", 3), ("resumed", 3)]
+        alone = run_steps(child, RunsRoot(tmp_path / "alone").run("alone"), cache, steps=7)
+        assert rows(found) == rows(alone)
+        assert_same(weights(found), weights(alone))
 
     def test_rows_of_another_rhythm_are_left_out(self):
         of_training, of_measuring = {"step": 6, "loss/total": 1.0}, {"step": 6, "heldout/cka": 1.0}

@@ -165,6 +165,19 @@ class TestReadingAhead:
         assert [len(steps[n].loaded) for n in range(5)] == [0, 1, 1, 0, 0]
         assert [len(self.trainer(cache, regularizer={"type": "none"})._steps[0].loaded)] == [0]
 
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_nothing_more_is_read_once_a_similarity_cutoff_holds(self, workers, cache):
+        """It holds from the second step on; a loader's process is two batches ahead by then, and looks are not foreseen."""
+        cutoff = {"similarity_threshold": -1.0, "similarity_min_count": 1, "threshold_mode": "recoverable", "probe_every": 4}
+        trainer = self.trainer(cache, {"data_workers": workers}, **{"regularizer.schedule": cutoff, "train.steps": 9})
+        found = []
+        for batch in trainer.batches():
+            outcome = trainer.step(batch)
+            found.append((len(batch.loaded), "align/cosine" in outcome.row()))
+        assert [is_asked for _, is_asked in found] == [True, False, False, False, True, False, False, False, True]
+        ahead = 4 if workers else 2  # asked for before the second step found the cutoff
+        assert found[0][0] == 1 and not any(read for read, _ in found[ahead:])
+
     def test_micro_batches_get_their_rows(self, cache):
         batch = next(self.trainer(cache).batches())
         parts = batch.split(4)
