@@ -38,7 +38,7 @@ class Draft:
         return Draft(copy.deepcopy(self.value), dict(self.places))
 
     def set(self, dotted: str, value: Any, place: Place) -> None:
-        """Set a dotted path; mappings merge into what is there.
+        """Set a dotted path; mappings merge into what is there, but for what a file would replace whole.
 
         Raises:
             SpecError: the path runs through something that is not a mapping.
@@ -46,6 +46,9 @@ class Draft:
         path = tuple(dotted.split("."))
         if len(path) == 1:
             self.merge({dotted: value}, {path: place})
+            return
+        if len(path) == 2 and path[0] in _SHALLOW:
+            self.merge({path[0]: {path[1]: value}}, {path: place})
             return
         target = self.value
         for depth, key in enumerate(path[:-1], start=1):

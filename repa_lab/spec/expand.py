@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ from repa_lab.spec.validate import validate
 
 _MAX_ARMS = 10_000
 _MAX_TOLD = 5  # at one place
+_BREAKS = ("Cc", "Zl", "Zp")  # control characters and separators of lines, as Unicode has them
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,11 @@ def expand(grammar: Grammar, document: Draft) -> tuple[Arm, ...]:
         key = "axes" if axes else "one_at_a_time"
         raise SpecError([Problem(document.place((key,)), key, f"{count:,} arms; at most {_MAX_ARMS:,}")])
     cells: list[_Cell] = [cell for cell in itertools.product(*axes) if not _excluded(cell, base, grammar.exclude)]
-    repeated = [problem for levels in axes for problem in _repeated([(level,) for level in levels])]
+    levels = [level for levels in axes for level in levels] + [level for (level,) in extra]
+    problems = [problem for levels in axes for problem in _repeated([(level,) for level in levels])]
     if not cells + extra:
-        repeated.append(Problem(document.place(("exclude",)), "exclude", "every arm is excluded"))
-    return _build(base, cells + extra, repeated or list(_repeated(cells + extra)))
+        problems.append(Problem(document.place(("exclude",)), "exclude", "every arm is excluded"))
+    return _build(base, cells + extra, [*_broken(levels), *(problems or _repeated(cells + extra))])
 
 
 def _build(base: Draft, cells: Iterable[_Cell], problems: list[Problem]) -> tuple[Arm, ...]:
@@ -115,6 +118,13 @@ def _gathered(problems: Iterable[Problem]) -> Iterator[Problem]:
 
 def _label(cell: _Cell) -> str:
     return ", ".join(level.name for level in cell) or "all"
+
+
+def _broken(levels: Iterable[_Level]) -> Iterator[Problem]:
+    """Names that do not fit on a line, which would take what is printed of their arms apart."""
+    for level in levels:
+        if any(unicodedata.category(character) in _BREAKS for character in level.name):
+            yield Problem(level.place, level.axis, f"an arm is called by one line of text, got {level.name!r}")
 
 
 def _repeated(cells: Iterable[_Cell]) -> Iterator[Problem]:
@@ -175,16 +185,11 @@ def _included(grammar: Grammar, document: Draft) -> list[_Level]:
 
 
 def _excluded(cell: _Cell, base: Draft, rules: list[dict[str, Any]]) -> bool:
-    """Whether a rule fits: all its entries hold; an entry names an axis level or a dotted path, a list means any of them."""
+    """Whether a rule fits."""
     if not rules:
         return False
-    names, settings = {level.axis: level.name for level in cell}, _resolved(base, cell)
-
-    def holds(key: str, wanted: Any) -> bool:
-        allowed = wanted if isinstance(wanted, list) else [wanted]
-        return (key in names and names[key] in allowed) or value_at(settings, tuple(key.split("."))) in allowed
-
-    return any(all(holds(key, wanted) for key, wanted in rule.items()) for rule in rules)
+    levels, settings = {level.axis: level.name for level in cell}, _resolved(base, cell)
+    return any(holds(rule, levels, settings) for rule in rules)
 
 
 def _resolved(base: Draft, cell: _Cell) -> Mapping[str, Any]:
@@ -196,6 +201,27 @@ def _resolved(base: Draft, cell: _Cell) -> Mapping[str, Any]:
     except SpecError:
         pass
     return settings
+
+
+def holds(condition: Mapping[str, Any], levels: Mapping[str, str], settings: Mapping[str, Any]) -> bool:
+    """Whether all entries of a condition hold of an arm's levels and its resolved settings.
+
+    An entry names an axis and a level, or a dotted path and a value; a list means any of what it holds, and a mapping speaks
+    of the fields that it names.
+    """
+
+    def is_so(key: str, wanted: Any) -> bool:
+        value = value_at(settings, tuple(key.split(".")))
+        allowed = [wanted, *wanted] if isinstance(wanted, list) else [wanted]
+        return (key in levels and levels[key] in allowed) or any(_agrees(value, one) for one in allowed)
+
+    return all(is_so(key, wanted) for key, wanted in condition.items())
+
+
+def _agrees(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, Mapping) and isinstance(value, Mapping):
+        return all(name in value and _agrees(value[name], part) for name, part in wanted.items())
+    return bool(value == wanted)
 
 
 def value_at(value: Any, path: Path_) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.runs import RunDirectory, RunsRoot, RunState, State
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, StopRule
-from repa_lab.spec.expand import value_at
+from repa_lab.spec.expand import holds
 from repa_lab.spec.identity import Run, identify, local_weights
 from repa_lab.spec.schema import DataConfig
 from repa_lab.sweep.check import blocked, check, resolve_metric
@@ -191,11 +191,5 @@ def _nearest(arm: Arm, candidates: list[Arm]) -> str | None:
 
 
 def _satisfies(arm: Arm, wanted: Mapping[str, Any]) -> bool:
-    """Whether an arm is a baseline; as in ``exclude``, a list of values means any of them."""
-    settings = arm.asked.model_dump(mode="json")
-
-    def holds(key: str, value: Any) -> bool:
-        allowed = value if isinstance(value, list) else [value]
-        return value_at(settings, tuple(key.split("."))) in allowed or (key in arm.levels and arm.levels[key] in allowed)
-
-    return all(holds(key, value) for key, value in wanted.items())
+    """Whether an arm is a baseline."""
+    return holds(wanted, arm.levels, arm.asked.model_dump(mode="json"))

@@ -65,6 +65,17 @@ class TestBase:
         experiment = load_spec(write(tmp_path, "base: p.yaml\ncompare: {baseline: {train.lr: 1e-3}}\n"))
         assert experiment.compare.baseline == {"train.lr": 0.001}
 
+    def test_what_a_file_replaces_whole_an_override_does_too(self, tmp_path):
+        space = "search: {space: {train.lr: {log: [1e-4, 1e-2]}}, objective: {goal: max}}\n"
+        file = write(tmp_path, HEAD + space + "compare: {baseline: {regularizer.weight: 0.5}, metric: fid}\n")
+        given = {"search.space": {"train.lr": {"choice": [0.1]}}, "compare.baseline": {"train.lr": 1e-3}}
+        over, under = load_spec(file, given), load_spec(file)
+        assert over.compare.baseline == {"train.lr": 0.001} and over.compare.metric == "fid"
+        assert {path: one.choice for path, one in over.search.space.items()} == {"train.lr": [0.1]}
+        assert over.search.objective == under.search.objective
+        axes = {"teacher": {"small": {"train.lr": 0.1}}, "train.batch_size": [1, 2]}
+        assert len(load_spec(mapping(axes=axes), {"axes.teacher": {"large": {}, "larger": {"train.lr": 0.2}}}).arms) == 4
+
     def test_a_base_is_relative_to_the_file_that_names_it(self, tmp_path):
         write(tmp_path, HEAD, "a/deep/root.yaml")
         write(tmp_path, "base: deep/root.yaml\ntrain: {lr: 0.5}\n", "a/middle.yaml")

@@ -129,6 +129,16 @@ class TestStarsAndExtras:
         assert (arms[3].config.regularizer.type, arms[3].config.train.lr) == ("none", 0.5)
 
 
+@pytest.mark.parametrize("name", ["two\nlines", "block\n", "bell\a", "esc\x1b[2J", "separator\u2028"])
+def test_an_arm_is_called_by_one_line(name):
+    for more in ({"include": [{"label": name, "set": {}}]}, {"axes": {"kind": {name: {}, "other": {"train.lr": 1e-3}}}}):
+        with pytest.raises(SpecError) as caught:
+            labels(**more)
+        (problem,) = caught.value.problems
+        assert problem.message == f"an arm is called by one line of text, got {name!r}"
+    assert labels(include=[{"label": "é½ [x] / `y`|z", "set": {}}])[-1] == "é½ [x] / `y`|z"
+
+
 class TestExclude:
     AXES = {"teacher": TEACHERS, "regularizer.weight": [0.5, 1.0, 2.0]}  # noqa: RUF012
 
@@ -175,6 +185,13 @@ class TestExclude:
         axes = {"train.grad_clip": [None, 0.5], "train.lr": [1e-3]}
         assert labels(axes=axes, exclude=[{"train.grad_clip": None}]) == ["grad_clip=0.5, lr=0.001"]
         assert labels(exclude=[{"train.grad_clip": None}]) == ["all"]
+
+    @pytest.mark.parametrize("rule", [{"cutoff_step": 2}, [{"cutoff_step": 2, "type": "constant"}, {"cutoff_step": 4}]])
+    def test_a_mapping_speaks_of_the_fields_that_it_names(self, rule):
+        axes = {"regularizer.schedule": [{"cutoff_step": 2}, {"cutoff_step": 3}]}
+        assert labels(axes=axes, exclude=[{"regularizer.schedule": rule}]) == ["schedule={'cutoff_step': 3}"]
+        unknown = {"regularizer.schedule": {"cutoff_step": 2, "type": "linear"}}
+        assert len(labels(axes=axes, exclude=[unknown])) == 2
 
     def test_stars_and_extras_stay(self):
         include = [{"label": "extra", "set": {"regularizer.weight": 0.5}}]
@@ -234,7 +251,8 @@ def test_value_at():
     assert [value_at(value, path) for path in paths] == [0, None, None, None, value]
 
 
-def test_a_rule_knows_a_field_whose_value_is_a_list():
+@pytest.mark.parametrize("wanted", [[["frechet", "kid"]], ["frechet", "kid"]])
+def test_a_rule_knows_a_field_whose_value_is_a_list(wanted):
     axes = {"evaluate.metrics": [["frechet"], ["frechet", "kid"]]}
-    kept = load_spec(mapping(axes=axes, exclude=[{"evaluate.metrics": [["frechet", "kid"]]}])).arms
+    kept = load_spec(mapping(axes=axes, exclude=[{"evaluate.metrics": wanted}])).arms
     assert [arm.config.evaluate.metrics for arm in kept] == [("frechet",)]

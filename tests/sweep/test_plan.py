@@ -223,3 +223,10 @@ def test_several_values_of_a_field_can_be_baselines(tiny):
     found = baselines(load_spec(tiny(axes=axes, compare={"baseline": {"train.lr": [1e-3, 2e-3], "alignment": "off"}})))
     assert {label for label, baseline in found.items() if baseline is None} >= {"lr=0.001, off", "lr=0.002, off"}
     assert (found["lr=0.001, on"], found["lr=0.002, on"]) == ("lr=0.001, off", "lr=0.002, off")
+
+
+def test_a_baseline_can_be_named_by_a_mapping_as_its_axis_is(tiny):
+    axes = {"regularizer.schedule": [{"cutoff_step": 2}, {"cutoff_step": None}]}
+    found = baselines(load_spec(tiny(axes=axes, compare={"baseline": {"regularizer.schedule": {"cutoff_step": None}}})))
+    without = "schedule={'cutoff_step': None}"
+    assert found == {"schedule={'cutoff_step': 2}": without, without: None}
