@@ -5,15 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
 from repa_lab.runs import RunsRoot, State
+from tests.faults.processes import wait_until
 from tests.sweep.conftest import TINY
 
 STEPS = 300  # long enough to be stopped from another process, which takes seconds to start
 PATIENCE_S = 120
+INTERRUPTED = "interrupted; run the same command again to go on from the last checkpoints\n"
 
 
 @pytest.fixture
@@ -70,7 +73,7 @@ def test_the_run_in_hand_is_checkpointed_and_taken_up_again(spec, end, status):
     _, error = first.communicate(timeout=PATIENCE_S)
     assert first.returncode == status
     if status == 130:
-        assert error == "interrupted; run the same command again to go on from the last checkpoints\n"
+        assert error == INTERRUPTED
     deadline = time.monotonic() + PATIENCE_S
     while run.state.state is State.RUNNING and time.monotonic() < deadline:
         time.sleep(0.05)  # the worker has noticed by its closed input, and is writing the checkpoint
@@ -85,3 +88,45 @@ def test_the_run_in_hand_is_checkpointed_and_taken_up_again(spec, end, status):
     assert run.state.state is State.DONE
     assert [row["step"] for row in run.rows() if "loss/total" in row] == list(range(1, STEPS + 1))
     assert [event["step"] for event in run.events() if event["event"] == "resumed"] == [stopped]
+
+
+def children_of(process):
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def assert_ends_at_once(process, workers, root):
+    """As one that is interrupted, its workers too, before the features are there, and leaves no sweep."""
+    _, error = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, error) == (130, INTERRUPTED)
+    assert workers and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert not (root.path / "tiny").exists() and root.runs() == []
+    assert len(list(root.cache.glob("features/*/values-*"))) < 2  # of so many files
+
+
+def test_a_sweep_that_is_told_to_stop_while_it_prepares_ends_at_once_and_can_be_run_again(spec):
+    """By `repa-lab stop` while its worker starts, then by Ctrl-C while features are computed; then it is let be."""
+    settings = yaml.safe_load(spec.read_text())
+    for encoder in (settings["regularizer"]["encoder"], settings["evaluate"]["encoder"]):
+        encoder["image_size"] = 96  # which takes some five times longer than a worker is given to end
+    settings["train"]["steps"] = settings["evaluate"]["every"] = 3
+    spec.write_text(yaml.safe_dump(settings, sort_keys=False))
+    root = RunsRoot(spec.parent / "runs")
+
+    first = start(spec)
+    wait_until(lambda: root.sweep("tiny").is_held and children_of(first), "the worker is started")
+    workers = children_of(first)
+    stop_from_another_terminal(spec, first)
+    assert_ends_at_once(first, workers, root)
+
+    second = start(spec)
+    wait_until(lambda: list(root.cache.glob("features/*")), "features are computed")
+    workers = children_of(second)
+    os.kill(second.pid, signal.SIGINT)
+    assert_ends_at_once(second, workers, root)
+
+    third = start(spec)
+    output, error = third.communicate(timeout=PATIENCE_S)
+    assert third.returncode == 0, error
+    assert "1 runs trained now, 0 failed" in output
+    assert [run.state.state for run in root.runs()] == [State.DONE]
+    assert len(list(root.cache.glob("features/*/values-*"))) == 2

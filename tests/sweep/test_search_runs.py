@@ -121,6 +121,15 @@ def test_a_setting_that_diverges_is_the_worst_of_all_and_is_not_tried_again(tiny
     assert (again.trained, again.failures, histories(tmp_path)) == (0, {}, before)
 
 
+def test_diverged_trials_use_up_no_failures(tiny, tmp_path):
+    spec = spec_of(tiny, space={"train.lr": {"choice": [1e30, 2e30]}}, trials=2, prune="none") | {"seeds": 1}
+    spec["run"] = {**spec["run"], "max_failures": 1}
+    outcome = sweep(spec, tmp_path, workers=1)
+    assert (len(outcome.failures), outcome.stopped) == (2, None)
+    told = {trial["params"]["train.lr"]: trial["state"] for trial in outcome.directory.manifest["search"]["trials"]}
+    assert told == {1e30: "diverged", 2e30: "diverged"}
+
+
 def test_distance_against_cost_in_a_database_of_ones_own(tiny, tmp_path):
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     objectives = [{"metric": "frechet"}, {"metric": "gpu_hours"}]
