@@ -40,5 +40,5 @@ def _of_several(results: Results, rows: list[pd.Series]) -> str:
 
 def _loss(results: Results, row: pd.Series) -> float:
     """The relative difference, or the absolute one where there is none; less is better."""
-    change = row["diff"] if math.isnan(row["relative"]) else row["relative"] * math.copysign(1, row["baseline_mean"])
+    change = row["diff"] if math.isnan(row["relative"]) else row["relative"]
     return float(change if results.goal == "min" else -change)

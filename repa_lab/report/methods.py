@@ -57,7 +57,8 @@ def _comparisons(results: Results) -> Iterator[str]:
     yield (
         "One seed has no interval and two are insufficient. A difference is called resolved if at least three seeds were "
         "paired and Holm's p is below 0.05. How much sooner compares the steps at which the arm and the baseline itself first "
-        "reach the baseline's final value, interpolated between evaluations that both have, over the seeds in which both do."
+        "reach the baseline's final value, interpolated between evaluations that both have, over the seeds in which both do: "
+        "the geometric mean of the seeds' ratios, with the Student-t interval of their logarithms."
     )
     compared = comparisons(results.runs).get(results.name, 0)
     if compared > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,12 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from repa_lab.report.progress import AXES, STEPS, Axis, processes_of
-from repa_lab.report.protocols import Protocols, dotted
-from repa_lab.report.reading import UNKNOWN, RunReader
+from repa_lab.report.members import curves_frame, members_of, runs_frame, samples_frame, troubles_frame
+from repa_lab.report.progress import AXES, STEPS, Axis
+from repa_lab.report.protocols import Protocols
+from repa_lab.report.reading import RunReader
 from repa_lab.report.statistics import Goal
 from repa_lab.report.summary import (
-    KEYS,
     Index,
     SeedCurves,
     evaluations,
@@ -28,11 +28,6 @@ from repa_lab.report.summary import (
 from repa_lab.runs import RunDirectory, RunsRoot, SweepDirectory
 
 Manifest = dict[str, Any]
-Row = dict[str, Any]
-_RUN_COLUMNS = [*KEYS, "baseline", "seed", "run_id", "state", "step", "images", "seconds", "processes", "error"]
-_CURVE_COLUMNS = [*KEYS, "seed", "run_id", "step", "images", "hours", "flops", "metric", "value"]
-_SAMPLE_COLUMNS = [*KEYS, "seed", "run_id", "step", "path"]
-_TROUBLE_COLUMNS = [*KEYS, "seed", "run_id", "where", "what"]
 
 
 class ResultsError(ValueError):
@@ -265,73 +260,19 @@ def _single(run: RunDirectory) -> tuple[Manifest, RunsRoot]:
     return manifest, RunsRoot(run.path.parent.parent)
 
 
-@dataclass(frozen=True)
-class _Member:
-    """A run in its place in a sweep."""
-
-    arm: Mapping[str, Any]
-    keys: Mapping[str, Any]
-    reader: RunReader
-
-    def record(self) -> Row:
-        state, logged = self.reader.state, self.reader.progress
-        last = max(logged, default=0)
-        standing = {"state": state.state.value if state else UNKNOWN, "error": state.error if state else None}
-        step = max(state.step if state else 0, last)
-        images = logged[last]["images"] if logged else None
-        processes = processes_of(self.reader.provenance)
-        made = {"baseline": self.arm["baseline"], "step": step, "images": images, "seconds": None, "processes": processes}
-        return {**self.keys, **standing, **made, **self.reader.costs}
-
-    def config(self) -> Row:
-        return dict(dotted({key: value for key, value in self.reader.spec.items() if key != "seed"}))
-
-    def measurements(self) -> Iterator[pd.DataFrame]:
-        """A row for each, metric by metric; made column by column, for there may be a million."""
-        for metric, values in self.reader.measurements().items():
-            reached = [self.reader.progress[step] for step in values]
-            progress = {name: [one[name] for one in reached] for name in ("images", "hours", "flops")}
-            measured = {"metric": metric, "value": list(map(float, values.values()))}
-            yield pd.DataFrame({**self.keys, "step": list(values), **progress, **measured})
-
-    def samples(self) -> Iterator[Row]:
-        for step, path in self.reader.run.sample_grids().items():
-            yield {**self.keys, "step": step, "path": path}
-
-    def troubles(self) -> Iterator[Row]:
-        self.reader.changed_protocols()
-        for trouble in dict.fromkeys(self.reader.troubles):
-            yield {**self.keys, "where": trouble.where, "what": trouble.what}
-
-
 def _collect(sources: Iterable[tuple[Manifest, RunsRoot]]) -> Results:
     sources = list(sources)
-    sweeps = [list(_members(manifest, root)) for manifest, root in sources]
+    sweeps = [list(members_of(manifest, root)) for manifest, root in sources]
     members = [member for sweep in sweeps for member in sweep]
-    runs = pd.concat([_runs_frame(sweep) for sweep in sweeps], ignore_index=True)
-    measured = [found for member in members for found in member.measurements()]
-    curves = pd.concat(measured, ignore_index=True)[_CURVE_COLUMNS] if measured else pd.DataFrame(columns=_CURVE_COLUMNS)
-    samples = pd.DataFrame([row for member in members for row in member.samples()], columns=_SAMPLE_COLUMNS)
-    protocols = Protocols({member.reader.run.run_id: member.reader.protocols for member in members})
-    provenances = {member.reader.run.run_id: member.reader.provenance for member in members if member.reader.provenance}
-    troubles = pd.DataFrame([row for member in members for row in member.troubles()], columns=_TROUBLE_COLUMNS)
-    summary = summarize(runs, index_curves(curves), protocols)
-    return Results(tuple(one for one, _ in sources), runs, curves, summary, samples, troubles, protocols, provenances)
-
-
-def _members(manifest: Manifest, root: RunsRoot) -> Iterator[_Member]:
-    for arm in manifest["arms"]:
-        for planned in arm["runs"]:
-            run = root.run(planned["run_id"])
-            keys = {"sweep": manifest["name"], "arm": arm["label"], "seed": planned["seed"], "run_id": run.run_id}
-            yield _Member(arm, keys, RunReader(run))
-
-
-def _runs_frame(members: list[_Member]) -> pd.DataFrame:
-    configs = [member.config() for member in members]
-    fields = {name for config in configs for name in config}
-    # A plain axis is named after the field it sets: the value says more than the level's name, and has a type.
-    levels = [{axis: name for axis, name in m.arm["levels"].items() if axis not in fields} for m in members]
-    records = [{**level, **config, **m.record()} for m, level, config in zip(members, levels, configs, strict=True)]
-    frame = pd.DataFrame(records, columns=None if records else _RUN_COLUMNS)
-    return frame[[*_RUN_COLUMNS, *(column for column in frame.columns if column not in _RUN_COLUMNS)]]
+    runs = pd.concat([runs_frame(sweep) for sweep in sweeps], ignore_index=True)
+    curves, protocols = curves_frame(members), Protocols({one.run_id: one.reader.protocols for one in members})
+    return Results(
+        sweeps=tuple(manifest for manifest, _ in sources),
+        runs=runs,
+        curves=curves,
+        summary=summarize(runs, index_curves(curves), protocols),
+        samples=samples_frame(members),
+        protocols=protocols,
+        provenances={one.run_id: one.reader.provenance for one in members if one.reader.provenance},
+        troubles=troubles_frame(members),  # last, for every reading may add to them
+    )

@@ -3,6 +3,7 @@
 Arms of one sweep share their seeds: seed k sees the same data, noise and initialisation streams in every arm. What a
 seed adds to both arms cancels in their difference, so differences are taken seed by seed before anything is averaged.
 The interval is Student's t: it keeps its coverage at three seeds, where the bootstrap and 1.96 standard errors do not.
+Ratios are averaged as their logarithms, so that no bound is below 0 and which arm stands below the line does not matter.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over ``n`` values with its interval; ``low`` and ``high`` are NaN for fewer than two values."""
+    """A mean over ``n`` values, of ratios the geometric one, with its interval, NaN for fewer than two values."""
 
     n: int
     mean: float
@@ -62,8 +63,8 @@ class PairedDifference:
 
     @property
     def relative(self) -> float:
-        """The mean difference as a fraction of the baseline's mean; NaN if there are no pairs or that mean is 0."""
-        return self.difference.mean / self.baseline_mean if self.baseline_mean else math.nan
+        """The mean difference over the size of the baseline's mean; NaN if there are no pairs or that mean is 0."""
+        return self.difference.mean / abs(self.baseline_mean) if self.baseline_mean else math.nan
 
     @property
     def is_resolved(self) -> bool:
@@ -76,7 +77,8 @@ class Speedup:
     """How much sooner an arm reaches a value than its baseline.
 
     Attributes:
-        ratio: the baseline's steps over the arm's, above 1 is sooner; over the seeds in which both reached it.
+        ratio: the baseline's steps over the arm's, above 1 is sooner; over the seeds in which both reached it, as
+            :func:`ratio_interval` has it.
         steps: the arm's mean steps over those seeds, in the unit of its curves.
         reached: in how many seeds both reached it; below ``n``, ``ratio`` speaks of those alone.
         n: how many seeds both arms have.
@@ -105,6 +107,20 @@ def mean_interval(values: Iterable[float], level: float = LEVEL) -> Estimate:
     mean = float(np.mean(kept))
     half = float(stdtrit(n - 1, 0.5 + level / 2)) * float(np.std(kept, ddof=1)) / math.sqrt(n)
     return Estimate(n, mean, mean - half, mean + half)
+
+
+def ratio_interval(ratios: Iterable[float], level: float = LEVEL) -> Estimate:
+    """The geometric mean of ratios above 0 and its interval: Student's t of their logarithms, taken back.
+
+    The t interval of the ratios themselves may reach below 0 where seeds are few, and their mean favours whichever side is
+    above the line: of 2 and 1/2 it is 1.25, either way round. Here inverse ratios have the inverse mean and bounds.
+
+    Args:
+        ratios: one per seed, independent of each other.
+        level: coverage of the interval, between 0 and 1.
+    """
+    found = mean_interval((math.log(ratio) for ratio in ratios), level)
+    return Estimate(found.n, *(math.exp(value) for value in (found.mean, found.low, found.high)))
 
 
 def bootstrap_interval(values: Iterable[float], level: float = LEVEL, resamples: int = _RESAMPLES) -> Estimate:
@@ -240,7 +256,7 @@ def speedup(
         mine, theirs = steps_to_reach(own, value, goal), steps_to_reach(other, value, goal)
         if mine is not None and theirs is not None:
             reached.append((mine, theirs, mine == min(own) or theirs == min(other)))
-    ratio = mean_interval((theirs / mine for mine, theirs, _ in reached), level)
+    ratio = ratio_interval((theirs / mine for mine, theirs, _ in reached), level)
     early = sum(is_early for *_, is_early in reached)
     return Speedup(ratio, mean_interval(mine for mine, *_ in reached).mean, len(reached), len(pairs), early)
 

@@ -70,7 +70,7 @@ def summarize(runs: pd.DataFrame, index: Index, protocols: Protocols = Protocols
 
     Columns: ``seeds`` planned; ``n`` seeds with a finite value, their ``mean`` and its 95 % interval ``low`` to
     ``high``; ``baseline_mean`` over the paired seeds; ``diff``, ``diff_low``, ``diff_high`` of the arm minus its
-    baseline by seed over ``n_pairs`` seeds; ``relative`` is diff over baseline_mean; ``correlation`` of arm and baseline
+    baseline by seed over ``n_pairs`` seeds; ``relative`` is diff over ``|baseline_mean|``; ``correlation`` of arm and baseline
     over the seeds; ``p`` of the paired t-test and ``p_holm``, which holds for all ``comparisons`` of the sweep at once;
     ``verdict``: see :func:`repa_lab.report.statistics.verdict`, empty without a baseline.
 

@@ -14,6 +14,7 @@ from repa_lab.report.statistics import (
     in_common,
     mean_interval,
     paired_difference,
+    ratio_interval,
     speedup,
     steps_to_reach,
     verdict,
@@ -111,6 +112,34 @@ def test_holm_counts_comparisons_that_are_still_to_come() -> None:
     assert holm([0.02, math.nan], comparisons=1)[0] == 0.02
 
 
+def test_the_mean_of_ratios_by_hand() -> None:
+    # Logarithms 0, log 2, 2 log 2: mean log 2, standard deviation log 2, half width log 2 * 4.302653 / sqrt(3).
+    found = ratio_interval([1.0, 2.0, 4.0])
+    assert (found.n, found.mean) == (3, pytest.approx(2.0))
+    assert (found.low, found.high) == (pytest.approx(2 / 2**2.484138, rel=1e-6), pytest.approx(2 * 2**2.484138, rel=1e-6))
+    assert mean_interval([1.0, 2.0, 4.0]).low < 0 < found.low  # which no ratio can be
+    one = ratio_interval([1.5])
+    assert (one.n, one.mean, math.isnan(one.low)) == (1, pytest.approx(1.5), True)
+
+
+def test_the_interval_of_ratios_is_scipys_of_their_logarithms() -> None:
+    ratios = np.exp(np.random.default_rng(5).normal(0.2, 0.3, 4))
+    bounds = stats.t.interval(0.9, 3, loc=np.log(ratios).mean(), scale=stats.sem(np.log(ratios)))
+    found = ratio_interval(ratios, 0.9)
+    assert found.mean == pytest.approx(stats.gmean(ratios))
+    assert (found.low, found.high) == tuple(pytest.approx(bound) for bound in np.exp(bounds))
+
+
+def test_which_side_is_the_baseline_does_not_matter_to_a_speedup() -> None:
+    # Both sides reach 5: at 100 and 200 against 200 and 100, so that neither is faster.
+    fast, slow = {100: 5.0, 200: 5.0}, {100: 9.0, 200: 5.0}
+    one, other = (speedup(*sides, target=5.0) for sides in (({0: fast, 1: slow}, {0: slow, 1: fast}), ({0: slow}, {0: fast})))
+    assert one is not None and other is not None
+    assert one.ratio.mean == pytest.approx(1.0)
+    assert one.ratio.low * one.ratio.high == pytest.approx(1.0)
+    assert other.ratio.mean == pytest.approx(0.5)
+
+
 def test_bootstrap_needs_ten_values() -> None:
     values = np.random.default_rng(2).normal(5, 1, 40)
     few, many = bootstrap_interval(values[:9]), bootstrap_interval(values)
@@ -128,6 +157,11 @@ def test_bands_are_students_below_ten_seeds_and_bootstraps_above() -> None:
     # What lies skew has a skew interval.
     found = band(np.random.default_rng(3).exponential(1, 30))
     assert found.high - found.mean > found.mean - found.low
+
+
+def test_relative_to_what_is_below_0_keeps_the_sign_of_the_difference() -> None:
+    # Unbiased estimates, as of KID and CKA, may be below 0: from -0.2 to -0.3 is a fall by half.
+    assert paired_difference({0: -0.3, 1: -0.3}, {0: -0.2, 1: -0.2}).relative == pytest.approx(-0.5)
 
 
 def test_relative_to_nothing_is_nan() -> None:
@@ -167,7 +201,7 @@ def test_speedup_by_hand() -> None:
     assert found is not None
     # seed 0 is there at 100 (2x), seed 1 at 150 (4/3x), seed 2 never.
     assert (found.reached, found.n, found.steps) == (2, 3, 125.0)
-    assert found.ratio.mean == pytest.approx((2 + 4 / 3) / 2)
+    assert found.ratio.mean == pytest.approx(math.sqrt(2 * 4 / 3))
 
 
 def test_speedup_without_pairs_or_without_reaching() -> None:
@@ -198,7 +232,7 @@ def test_speedup_to_a_target_counts_the_seeds_in_which_both_get_there() -> None:
     assert found is not None
     # Seed 0: 150 against 100; seed 1: its baseline never does; seed 2: both at 150.
     assert (found.reached, found.n, found.steps) == (2, 3, 125.0)
-    assert found.ratio.mean == pytest.approx((1.5 + 1.0) / 2)
+    assert found.ratio.mean == pytest.approx(math.sqrt(1.5 * 1.0))
 
 
 def test_curves_are_compared_where_both_were_measured_or_one_had_ended() -> None:
