@@ -26,7 +26,8 @@ from repa_lab.metrics.arrays import (
 
 _CHUNK = 1024
 _SPARE = 6  # candidates beyond k that a first look keeps: enough that a second is rarely needed
-_GATHER = 2**22  # numbers of features copied at a time
+_GATHER = 2**16  # numbers of features copied at a time: half a MiB, which stays in a processor's cache
+_GATHER_ON_GPU = 2**22  # where every copy is a launch
 _FLOOR = 1e-6  # platonic-rep's, in the denominator
 
 
@@ -41,7 +42,7 @@ def nearest_neighbours(x: ArrayLike, k: int = 10, chunk: int = _CHUNK) -> AnyArr
     Args:
         x: features of any float type.
         k: neighbours an item, 1 <= k < n.
-        chunk: items looked at at a time.
+        chunk: items looked at at a time; up to twice as many are one tile.
 
     Returns:
         Indices ``(n, k)``, nearest first; ties go to the lower index.
@@ -92,7 +93,7 @@ def cknna(x: ArrayLike, y: ArrayLike, k: int = 10, definition: str = "paper", ch
         y: features of the same items, e.g. those of the encoder.
         k: neighbours an item, k < n; from 1 for ``paper``, from 2 for ``platonic``. 10 in the papers.
         definition: ``paper`` or ``platonic``.
-        chunk: items looked at at a time; the value does not depend on it.
+        chunk: items looked at at a time, up to twice as many in one tile; the value does not depend on it.
 
     Returns:
         1 for identical features (``paper``); 0 if one side is constant.
@@ -164,7 +165,9 @@ class _Screen:
 
 def _nearest(x: AnyArray, k: int, chunk: int) -> AnyArray:
     screen, xp = _Screen.of(x), array_namespace(x)
-    parts = [_of_rows(screen, start, min(start + chunk, len(x)), k) for start in range(0, len(x), chunk)]
+    # Few items are one tile: a matrix by its own transpose is half the work, which BLAS sees.
+    size = len(x) if len(x) <= 2 * chunk else chunk
+    parts = [_of_rows(screen, start, min(start + size, len(x)), k) for start in range(0, len(x), size)]
     return xp.concat(parts, axis=0)
 
 
@@ -197,7 +200,8 @@ def _of_all_that_might(screen: _Screen, item: int, might: AnyArray, k: int) -> A
 
 def _products(x: AnyArray, z: AnyArray, start: int, near: AnyArray) -> AnyArray:
     """``x_i . z_j`` for each i from ``start`` and each j of its row of ``near``, each summed in one and the same order."""
-    size, xp = max(1, _GATHER // (near.shape[1] * x.shape[1])), array_namespace(x)
+    at_once, xp = _GATHER_ON_GPU if is_torch_array(x) else _GATHER, array_namespace(x)
+    size = max(1, at_once // (near.shape[1] * x.shape[1]))
     parts = []
     for first in range(0, len(near), size):
         part = near[first : first + size, :]

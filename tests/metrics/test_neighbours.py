@@ -109,7 +109,7 @@ class TestNearestNeighbours:
     @hard
     def test_does_not_depend_on_the_chunk(self, x, lie):
         whole = nearest_neighbours(lie(x), 10)
-        for chunk in (1, 7, COUNT):
+        for chunk in (1, 7, COUNT // 2, COUNT - 1, COUNT):  # from half of them on, all are one tile
             assert nearest_neighbours(lie(x), 10, chunk).tolist() == whole.tolist()
 
     def test_more_items_than_a_chunk(self, lie):
@@ -168,7 +168,7 @@ class TestMutualKNN:
 
     def test_does_not_depend_on_the_chunk(self):
         x, y = related(60)
-        assert {mutual_knn(x, y, 5, chunk) for chunk in (1, 7, 60)} == {mutual_knn(x, y, 5)}
+        assert {mutual_knn(x, y, 5, chunk) for chunk in (1, 7, 30, 59, 60)} == {mutual_knn(x, y, 5)}
 
     def test_refuses_different_items(self):
         with pytest.raises(ValueError, match=r"of the same items, one pooled vector an item, got \(6, 3\) and \(7, 3\)"):
@@ -268,7 +268,7 @@ class TestCKNNA:
     @definitions
     def test_does_not_depend_on_the_chunk(self, definition):
         x, y = related(60)
-        assert {cknna(x, y, 5, definition, chunk) for chunk in (1, 7, 60)} == {cknna(x, y, 5, definition)}
+        assert {cknna(x, y, 5, definition, chunk) for chunk in (1, 7, 30, 59, 60)} == {cknna(x, y, 5, definition)}
 
     @definitions
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
