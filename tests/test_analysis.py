@@ -146,7 +146,7 @@ def test_wandb_groups_a_sweeps_runs_and_has_their_nested_settings_and_weights(ma
         told = described.run
         assert (told.run_group, told.job_type, told.project, told.entity) == ("tiny", "train", "p", "us")
         assert (told.display_name, list(told.tags)) == (f"{'baseline' if aligned == 'none' else 'aligned'}, seed {run.spec['seed']}", ["sit", aligned, "mine"])
-        assert config(described) == run.spec
+        assert config(described) == {**run.spec, "protocols": run.protocols}
         named = [record.artifact.name for record in found if record.HasField("artifact")]
         named += [record.request.log_artifact.artifact.name for record in found if record.request.HasField("log_artifact")]
         assert f"{run.run_id}-ema" in named

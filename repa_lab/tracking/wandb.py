@@ -29,7 +29,7 @@ class WandbRun:
     Attributes:
         name: what people call the run.
         group: the sweep's name.
-        config: the resolved settings, nested.
+        config: the resolved settings, nested; what the run's numbers depend on is added to them as ``protocols``.
         project: the W&B project.
         mode: ``online`` or ``offline``.
         entity: the W&B user or team; None is the key's own.
@@ -124,7 +124,9 @@ def _start(run: RunDirectory, told: WandbRun) -> Any:
     quiet: dict[str, Any] = {"console": "off", "silent": True, "host": ""}
     settings = wandb.Settings(x_disable_stats=True, x_disable_meta=True, disable_git=True, **quiet)
     where: dict[str, Any] = {"project": told.project, "entity": told.entity, "mode": told.mode, "dir": str(run.path)}
-    what: dict[str, Any] = {"name": told.name, "group": told.group, "config": told.config, "tags": list(told.tags)}
+    # They are recorded before the first row is, so before W&B is started.
+    config = {**told.config, "protocols": run.protocols}
+    what: dict[str, Any] = {"name": told.name, "group": told.group, "config": config, "tags": list(told.tags)}
     # Without "create_new", W&B answers with the run of this process that is still open, if there is one.
     how: dict[str, Any] = {"resume": "allow", "reinit": "create_new", "settings": settings, "job_type": "train"}
     started: Any = wandb.init(id=run.run_id, **where, **what, **how)

@@ -191,7 +191,29 @@ def test_a_run_is_described_by_nested_settings_its_sweep_and_its_tags(tmp_path, 
     run = described.run
     assert (run.run_id, run.display_name, run.run_group, run.job_type) == ("abc", "arm, seed 3", "mine", "train")
     assert (run.project, run.entity, list(run.tags)) == ("p", "a-team", ["sit", "repa"])
-    assert config(described) == settings
+    assert config(described) == {**settings, "protocols": {}}
+
+
+def test_its_config_says_what_the_runs_numbers_depend_on(tmp_path, cache, server):
+    run, directory = make_run(**OFF), RunDirectory(tmp_path / "abc")
+    train(run, directory, make_options(), cache, [listen(directory, **run.to_json())])
+    (described,) = [record for record in records(directory) if record.HasField("run")]
+    told = config(described)
+    assert {name: told[name] for name in run.to_json()} == run.to_json()
+    assert told["protocols"] == json.loads((directory.path / "protocols.json").read_text())
+    measured = {name for row in directory.rows() for name in row if "@" in name or name.startswith("heldout/")}
+    assert measured and measured <= told["protocols"].keys()
+    assert told["protocols"]["frechet:efficientnet_lite0@16/ode2"]["samples"] == 16
+
+
+def test_a_run_that_goes_on_tells_what_its_numbers_depend_on_by_then(tmp_path, server):
+    directory = RunDirectory(tmp_path / "abc")
+    for start, images in enumerate((100, 200)):
+        with RunWriter(directory) as writer:
+            writer.protocols({"fid:inception@16/ode2": {"real": images}})
+        tell(directory, WandbRun("a", "b", {"seed": 3}, "p", "offline"), ROWS[start : start + 1], State.INTERRUPTED)
+    told = [config(record)["protocols"] for record in records(directory) if record.HasField("run")]
+    assert [one["fid:inception@16/ode2"]["real"] for one in told] == [100, 200]
 
 
 def test_the_curves_are_the_run_directorys_and_the_summary_has_its_headline(tmp_path, server):
