@@ -25,7 +25,7 @@ from repa_lab.runs import files
 from repa_lab.runs.files import Row
 from repa_lab.spec import EvaluateConfig, RunConfig
 from repa_lab.training.fingerprints import described
-from repa_lab.training.heldout import held_out_batches, image_means, show
+from repa_lab.training.heldout import held_out_batches, image_means, noise_protocol, show
 from repa_lab.training.images import Images
 from repa_lab.training.model import Model
 from repa_lab.training.quality import Quality, versions
@@ -97,6 +97,7 @@ class Evaluator:
             "timestep": self._config.timestep,
             "held_out": digest(held_out),
             "images": len(self._images.split.held_out),
+            **noise_protocol(self._config, len(self._images.split.held_out)),
             "versions": versions(),
         }
         return found | {name: {"metric": metric, **given} for name, metric in _ALIGNMENT.items()}

@@ -7,18 +7,29 @@ from collections.abc import Iterator
 import torch
 
 from repa_lab.data.sources import groups
+from repa_lab.spec import EvaluateConfig
 from repa_lab.training.images import Images
 from repa_lab.training.model import Model
 from repa_lab.training.streams import generator
 
 # Held-out images are measured under the same noise in every run, whatever its seed.
 MEASURING_SEED = 0
+_USUAL_BATCH: int = EvaluateConfig.model_fields["batch_size"].default
 
 
 def held_out_batches(images: Images, chosen: torch.Tensor, at_once: int) -> Iterator[torch.Tensor]:
     """The images ``chosen`` ``(n,)``, size by size, at most ``at_once`` at a time: each batch has its noise."""
     members = [chosen[group] for group in groups(images.source.sizes[chosen])]
     return (part for group in members for part in group.split(at_once))
+
+
+def noise_protocol(config: EvaluateConfig, images: int) -> dict[str, int]:
+    """What the noise of so many images depends on beside them: it is drawn a batch at a time.
+
+    Nothing where the usual size would draw the same: that goes without saying, as older runs have it.
+    """
+    batch = min(config.batch_size, images)
+    return {} if batch == min(_USUAL_BATCH, images) else {"noise_batch": batch}
 
 
 def image_means(values: torch.Tensor) -> torch.Tensor:
@@ -32,7 +43,7 @@ def show(model: Model, images: Images, index: torch.Tensor, timestep: float, dev
     Args:
         model: its denoiser stands on the device.
         images: the data.
-        index: a batch of :func:`held_out_batches`.
+        index: a batch of :func:`held_out_batches`, ``(b,)``.
         timestep: 0 is data, 1 is noise.
         device: where to run.
     """

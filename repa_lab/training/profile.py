@@ -24,7 +24,7 @@ from repa_lab.spec.identity import Run
 from repa_lab.training.aligner import choose_block, open_targets
 from repa_lab.training.device import pick_device
 from repa_lab.training.fingerprints import described
-from repa_lab.training.heldout import MEASURING_SEED, held_out_batches, image_means, show
+from repa_lab.training.heldout import MEASURING_SEED, held_out_batches, image_means, noise_protocol, show
 from repa_lab.training.images import Images
 from repa_lab.training.model import Model, open_data
 from repa_lab.training.trained import newest_checkpoint, open_trained
@@ -118,10 +118,11 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
     values = measure_profile(model, images, targets, request, chosen, device)
     if not values:
         raise ProfileError(f"no block of run {run.run_id} has a grid that is large enough for {', '.join(request.metrics)}")
+    noise = noise_protocol(run.config.evaluate, len(chosen))
     profile = {
         "run_id": run.run_id,
         **_blocks(run.config),
-        "protocol": {"step": step, **_protocol(request, encoder, options, images, chosen)},
+        "protocol": {"step": step, **_protocol(request, encoder, options, images, chosen), **noise},
         "values": values,
     }
     profiles.write(directory, profile)
@@ -165,7 +166,7 @@ def measure_profile(
 
 
 def choose_images(images: Images, request: Request, run_id: str) -> torch.Tensor:
-    """The held-out images to measure on; fewer than all are spread evenly over them, for neighbours may be of one class.
+    """The held-out images to measure on, ``(n,)``; fewer than all are spread evenly, for neighbours may be of one class.
 
     Raises:
         ProfileError: there are too few for what is asked.
