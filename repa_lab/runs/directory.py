@@ -80,14 +80,12 @@ class RunDirectory:
     @property
     def spec(self) -> dict[str, Any]:
         """The resolved scientific config, as plain data."""
-        value: dict[str, Any] = files.read_json(self.path / "spec.json")
-        return value
+        return files.read_object(self.path / "spec.json")
 
     @property
     def provenance(self) -> dict[str, Any]:
         """Code, versions and machine of the first start."""
-        value: dict[str, Any] = files.read_json(self.path / "provenance.json")
-        return value
+        return files.read_object(self.path / "provenance.json")
 
     @property
     def state(self) -> RunState:
@@ -100,17 +98,25 @@ class RunDirectory:
         if not path.exists():
             return RunState(State.NEW)
         try:
-            return RunState.from_json(files.read_json(path))
+            return RunState.from_json(files.read_object(path))
         except (ValueError, KeyError, TypeError):
             message = f"'{path}' is damaged; delete it, and the run is taken up from its last checkpoint"
             raise files.DamagedFileError(message) from None
 
     @property
     def protocols(self) -> dict[str, dict[str, Any]]:
-        """What each measured number depends on, by its name; nothing for a run of an older version."""
+        """What each measured number depends on, by its name; nothing for a run of an older version.
+
+        Raises:
+            DamagedFileError: it cannot be read.
+        """
         path = self.path / "protocols.json"
-        found: dict[str, dict[str, Any]] = files.read_json(path) if path.exists() else {}
-        return found
+        try:
+            found = files.read_object(path) if path.exists() else {}
+            return {name: dict(protocol) for name, protocol in found.items()}
+        except (ValueError, TypeError, AttributeError):
+            message = f"'{path}' is damaged; delete it, and it is written again when the run goes on"
+            raise files.DamagedFileError(message) from None
 
     def rows(self) -> list[Row]:
         """The metric rows, oldest first."""

@@ -48,16 +48,25 @@ def read_json(path: Path) -> Any:
     return _parse(path.read_bytes(), f"'{path}'")
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        DamagedFileError: it holds none.
+    """
+    return _object(path.read_bytes(), f"'{path}'")
+
+
 def read_lines(path: Path) -> list[Row]:
     """The complete rows of a JSON-lines file; a last line that a kill tore is left out, a missing file has no rows.
 
     Raises:
-        DamagedFileError: another line is no JSON.
+        DamagedFileError: another line is no JSON object.
     """
     if not path.exists():
         return []
     complete = path.read_bytes().split(b"\n")[:-1]
-    return [_parse(line, f"'{path}' line {number}") for number, line in enumerate(complete, start=1) if line]
+    return [_object(line, f"'{path}' line {number}") for number, line in enumerate(complete, start=1) if line]
 
 
 def append_line(path: Path, row: Row) -> None:
@@ -95,6 +104,13 @@ def _parse(content: bytes, where: str) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError) as error:  # of Unicode, too
         raise DamagedFileError(f"{where} is damaged: no JSON ({error})") from None
+
+
+def _object(content: bytes, where: str) -> dict[str, Any]:
+    value = _parse(content, where)
+    if not isinstance(value, dict):
+        raise DamagedFileError(f"{where} is damaged: no JSON object")
+    return value
 
 
 def _write(path: Path, text: str) -> None:

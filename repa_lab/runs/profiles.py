@@ -41,5 +41,4 @@ def read(run: RunDirectory) -> dict[str, Any]:
     Raises:
         FileNotFoundError: it has none.
     """
-    value: dict[str, Any] = files.read_json(path_of(run))
-    return value
+    return files.read_object(path_of(run))

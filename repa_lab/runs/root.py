@@ -62,8 +62,14 @@ class SweepDirectory:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Name, question, comparison and arms with their runs, as :meth:`record` was given."""
-        value: dict[str, Any] = files.read_json(self.path / "sweep.json")
+        """Name, question, comparison and arms with their runs, as :meth:`record` was given.
+
+        Raises:
+            DamagedFileError: it cannot be read.
+        """
+        value = files.read_object(self.path / "sweep.json")
+        if not isinstance(value.get("arms"), list):
+            raise files.DamagedFileError(f"'{self.path / 'sweep.json'}' is damaged: it has no arms")
         return value
 
     def record(self, manifest: Mapping[str, Any]) -> None:

@@ -8,12 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from repa_lab.spec.schema import RunConfig
 
 _ID_LENGTH = 12
 _PLACES = ("weights", "reference", "tae", "vae", "pretrained")  # fields that hold a path
+
+
+class RecordedSpecError(ValueError):
+    """The recorded spec of a run is none that this version of the lab can read; the text is one line."""
+
+    def __init__(self, run_id: str, what: str) -> None:
+        super().__init__(f"the spec.json of run {run_id} is damaged, or of another version of the lab: {what}")
 
 
 @dataclass(frozen=True)
@@ -30,9 +37,19 @@ class Run:
 
     @classmethod
     def from_json(cls, run_id: str, spec: Mapping[str, Any]) -> Run:
-        """The run of a directory."""
+        """The run of a directory.
+
+        Raises:
+            RecordedSpecError: it is not what :meth:`to_json` makes.
+        """
+        if not isinstance(spec, Mapping) or not isinstance(spec.get("seed"), int):
+            raise RecordedSpecError(run_id, "it has no settings with a seed")
         settings = {key: value for key, value in spec.items() if key != "seed"}
-        return cls(run_id, RunConfig.model_validate(settings), spec["seed"])
+        try:
+            return cls(run_id, RunConfig.model_validate(settings), spec["seed"])
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise RecordedSpecError(run_id, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def identify(config: RunConfig, seed: int, protocol: int, data: str, contents: Mapping[str, str]) -> Run:

@@ -109,7 +109,7 @@ class TestLines:
             whole = content[:length].count(b"\n")
             assert files.read_lines(path) == self.ROWS[:whole]
 
-    @pytest.mark.parametrize("line", [b"{", b"\x00\x00\x00", b"\xff\xfe", b"[" * 100_000])
+    @pytest.mark.parametrize("line", [b"{", b"\x00\x00\x00", b"\xff\xfe", b"[" * 100_000, b"[1]", b"null", b'"x"', b"3"])
     def test_a_damaged_line_is_named(self, tmp_path, line):
         path = tmp_path / "m.jsonl"
         self.fill(path)
@@ -119,7 +119,7 @@ class TestLines:
             files.read_lines(path)
         path.write_bytes(line)
         with pytest.raises(files.DamagedFileError, match=rf"^'{path}' is damaged: no JSON"):
-            files.read_json(path)
+            files.read_object(path)
 
     def test_dropping_a_torn_tail_keeps_every_whole_row_to_the_byte(self, tmp_path):
         path = tmp_path / "m.jsonl"

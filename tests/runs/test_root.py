@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from repa_lab.runs import RunsRoot, RunWriter
+from repa_lab.runs.files import DamagedFileError
 
 
 @pytest.fixture
@@ -89,3 +90,12 @@ class TestSweeps:
         root.sweep("s").record(manifest(("../../../etc", [(0, "aaa")]), ("..", [(0, "bbb")])))
         assert set(links(root).values()) == {"../../by-id/aaa", "../../by-id/bbb"}
         assert all("/" not in name for name in links(root))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"arms": {}}', "null"])
+def test_a_sweep_whose_record_is_none_is_said_to_be_damaged(root, content):
+    directory = root.sweep("s")
+    directory.path.mkdir(parents=True)
+    (directory.path / "sweep.json").write_text(content)
+    with pytest.raises(DamagedFileError, match=r"/s/sweep.json' is damaged: (no JSON object|it has no arms)"):
+        _ = directory.manifest

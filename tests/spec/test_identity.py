@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from repa_lab.data.fingerprint import fingerprint_digits
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.spec import EncoderConfig, ExtractorConfig, RunConfig, load_spec
-from repa_lab.spec.identity import Run, identify, local_weights
+from repa_lab.spec.identity import RecordedSpecError, Run, identify, local_weights
 from repa_lab.sweep.plan import identify_arm
 from tests.spec.examples import mapping
 
@@ -181,6 +181,20 @@ def test_a_run_survives_its_file():
     spec = json.loads(json.dumps(first.to_json()))
     assert spec["seed"] == 7
     assert Run.from_json(first.run_id, spec) == first
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"seed": None}, "it has no settings with a seed"),
+        ({"data": {"source": "digits", "rotate": 3}}, "data.rotate: Extra inputs are not permitted"),
+        ({"train": {"steps": 0}}, "train.steps: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_record_that_this_version_cannot_read_is_told_in_a_line(change, what):
+    with pytest.raises(RecordedSpecError) as caught:
+        Run.from_json("0123456789ab", {**run().to_json(), **change})
+    assert str(caught.value) == f"the spec.json of run 0123456789ab is damaged, or of another version of the lab: {what}"
 
 
 def test_auto_is_uniform_where_nothing_is_pretrained():
