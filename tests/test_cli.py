@@ -43,7 +43,7 @@ def test_set_overrides_the_spec_and_is_checked_like_it():
     assert [run["steps"] for run in json.loads(done.stdout)["runs"]] == [5, 5, 240, 240]
     wrong = cli("plan", "experiments/quickstart.yaml", "--set", "train.stepz=5")
     assert wrong.returncode == 2 and "<given>: train.stepz: unknown field 'stepz'" in wrong.stderr
-    assert cli("plan", "experiments/quickstart.yaml", "--set", "steps").stderr == "<given>: --set steps: expected PATH=VALUE\n"
+    assert cli("plan", "experiments/quickstart.yaml", "--set", "steps").stderr == "--set steps: expected PATH=VALUE\n"
 
 
 def test_sdxl_is_planned_and_refused_in_one_line(tmp_path):
@@ -149,10 +149,10 @@ class TestSimpleTuner:
     def test_no_file_is_written_over(self, tmp_path):
         (tmp_path / "config.json").write_text(self.CONFIG)
         done = cli("import", "config.json", "--output", "config.json", cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (2, "<given>: 'config.json' exists; name a new file\n")
+        assert (done.returncode, done.stderr) == (2, "'config.json' exists; name a new file\n")
         assert (tmp_path / "config.json").read_text() == self.CONFIG
         done = cli("import", "config.json", "--output", "config.json/x", cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (2, "<given>: cannot write 'config.json/x': File exists\n")
+        assert (done.returncode, done.stderr) == (2, "cannot write 'config.json/x': File exists\n")
 
     def test_a_run_is_exported_as_the_settings_that_it_was_imported_from(self, tmp_path):
         (tmp_path / "config.json").write_text(self.CONFIG)
@@ -184,7 +184,7 @@ class TestSimpleTuner:
             (("a", "--output", "b", "--format", "simpletuner"), "--output: 'a' is named as well; give one of them"),
         ):
             done = cli("export", "abc", *words, cwd=tmp_path)
-            assert (done.returncode, done.stderr) == (2, f"<given>: {message}\n")
+            assert (done.returncode, done.stderr) == (2, f"{message}\n")
 
 
 def describe_run(folder, overrides=None):

@@ -100,12 +100,12 @@ def test_mistakes_are_one_line(root, tmp_path):
     at = ("--root", root.path)
     assert refused("nope", *at) == f"no run 'nope' in {root.path}; `repa-lab status` lists them"
     assert refused("new", "--root", tmp_path) == "run new has no checkpoint yet"
-    assert refused("aligned", "--timesteps", "0.5,x", *at) == "<given>: --timesteps: expected numbers with commas between them, got '0.5,x'"
-    assert refused("aligned", "--precision", "int8", *at) == "<given>: --precision: unknown precision 'int8'; allowed: fp32, bf16, fp16"
+    assert refused("aligned", "--timesteps", "0.5,x", *at) == "--timesteps: expected numbers with commas between them, got '0.5,x'"
+    assert refused("aligned", "--precision", "int8", *at) == "--precision: unknown precision 'int8'; allowed: fp32, bf16, fp16"
     assert refused("baseline", *at) == "run baseline is compared with no encoder; name one"
     assert refused("aligned", "--samples", 10, *at) == "cknna needs 11 or more held-out images, got 10; leave it out of the metrics"
     assert refused("aligned", "--encoder", "{name: dinov2_vits14, size: 3}", *at).startswith("<given>: size: unknown field 'size'; allowed: cache,")
-    assert refused("aligned", "--encoder", "[a", *at) == "<given>: --encoder: not a YAML value: '[a'"
+    assert refused("aligned", "--encoder", "[a", *at) == "--encoder: not a YAML value: '[a'"
     assert refused("aligned", "--encoder", "dinov2_vits15", *at).startswith("unknown encoder 'dinov2_vits15'; allowed: efficientnet_lite0,")
 
 

@@ -69,7 +69,7 @@ class TestSchema:
         assert cli("schema", "--output", "s.json", cwd=folder).stdout == ""
         assert (folder / "s.json").read_text() == printed.stdout
         again = cli("schema", "--output", "s.json", cwd=folder)
-        assert (again.returncode, again.stderr) == (2, "<given>: 's.json' exists; name a new file\n")
+        assert (again.returncode, again.stderr) == (2, "'s.json' exists; name a new file\n")
 
 
 class TestExplain:
@@ -158,7 +158,7 @@ class TestDiff:
         done = cli("diff", "one.yaml", "aaa", cwd=folder)
         assert (done.returncode, done.stderr) == (
             2,
-            "<given>: 'one.yaml' and 'aaa' are a spec and a run; compare two of a kind\n",
+            "'one.yaml' and 'aaa' are a spec and a run; compare two of a kind\n",
         )
         (folder / "bad.yaml").write_text("name: q\n")
         done = cli("diff", "one.yaml", "bad.yaml", cwd=folder)

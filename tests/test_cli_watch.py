@@ -50,6 +50,23 @@ def test_status_says_how_long_a_run_still_takes(root):
     assert (row["state"], row["step"], row["left"]) == ("running", 5, "0:03:10")  # 95 steps of 2 s
 
 
+def test_status_of_a_root_calls_runs_as_their_sweeps_do(root):
+    for name in ("asked", "shared", "lone"):
+        make(root, name)
+    arms = [{"label": "weight=0.5", "runs": [{"seed": 3, "run_id": "asked"}, {"seed": 4, "run_id": "shared"}]}]
+    for sweep, label in (("a", "weight=0.5"), ("b", "baseline")):
+        root.sweep(sweep).record({"name": sweep, "arms": [{**arms[0], "label": label, "runs": arms[0]["runs"][sweep == "b" :]}]})
+    (root.path / "c").mkdir()
+    (root.path / "c/sweep.json").write_text("{")
+    rows = json.loads(cli("status", "--root", root.path, "--json").stdout)
+    assert {row["run_id"]: row["run"] for row in rows} == {"asked": "a: weight=0.5, seed 3", "shared": "a: weight=0.5, seed 4", "lone": ""}
+    (row,) = json.loads(cli("status", "b", "--root", root.path, "--json").stdout)
+    assert (row["run"], row["run_id"]) == ("baseline, seed 4", "shared")
+    twins = [{"label": label, "runs": [{"seed": 0, "run_id": "lone"}]} for label in ("x", "y")]
+    root.sweep("d").record({"name": "d", "arms": twins})
+    assert [row["run"] for row in json.loads(cli("status", "d", "--root", root.path, "--json").stdout)] == ["x, seed 0", "y, seed 0"]
+
+
 def test_a_run_that_was_killed_does_not_seem_to_go_on(root):
     make(root, "killed", State.RUNNING)
     (row,) = json.loads(cli("status", "--root", root.path, "--json").stdout)
@@ -63,12 +80,16 @@ def test_status_goes_on_until_all_runs_have_come_to_rest(root):
     command = [sys.executable, "-m", "repa_lab.cli", "status", "--watch", "--root", str(root.path)]
     with RunWriter(run) as writer:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        while "one" not in (line := process.stdout.readline()):
+            assert line  # a pipe sees where runs stand before they have come to rest
+        assert "running" in line
         time.sleep(4)
         assert process.poll() is None
         writer.state(State.DONE, 100)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0
-    assert "done" in output
+    assert output.count("done") == 1 and "running" not in output
 
 
 @pytest.mark.parametrize("state", [State.FAILED, State.PRUNED])

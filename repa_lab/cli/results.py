@@ -21,7 +21,8 @@ WhatArgument = Annotated[
 
 
 def leaderboard(
-    root: Annotated[Path, typer.Argument(metavar="[ROOT]", help="Where runs live.")] = DEFAULT_ROOT,
+    place: Annotated[Path | None, typer.Argument(metavar="[ROOT]", help="Where runs live; the same as --root.")] = None,
+    root: RootOption = DEFAULT_ROOT,
     metric: Annotated[str | None, typer.Option(metavar="NAME|KIND", help="One metric, or one kind, such as fid.")] = None,
     protocol: Annotated[str, typer.Option(metavar="TEXT", help="What its name must contain, such as @50k/sde250.")] = "",
     json_: JsonOption = False,
@@ -30,7 +31,7 @@ def leaderboard(
     with clean_errors():
         from repa_lab.report.leaderboard import leaderboards
 
-        boards = leaderboards(root, metric, protocol, tell=_tell)
+        boards = leaderboards(place or root, metric, protocol, tell=_tell)
         if json_:
             print(json.dumps([_as_json(board) for board in boards]))
             return

@@ -6,14 +6,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from repa_lab.spec import SpecError
 
 _PIPE_WIDTH = 160
 
@@ -64,7 +61,7 @@ def _exit_status(error: Exception) -> int | None:
 
 
 def deliver(text: str, output: Path | None) -> None:
-    """Print a text as it is, or write it to a file that is not there yet."""
+    """Print a text as it is, or write it to a file that is not there yet; a file that is there is a mistake of the user's."""
     from repa_lab.runs.files import write_text
 
     if output is None:
@@ -78,16 +75,21 @@ def deliver(text: str, output: Path | None) -> None:
         raise mistake("", f"cannot write '{output}': {error.strerror}") from None
 
 
-def mistake(what: str, message: str) -> SpecError:
+class UsageError(ValueError):
     """A mistake on the command line itself."""
-    from repa_lab.spec import Place, Problem, SpecError
 
-    return SpecError([Problem(Place(None), what, message)])
+
+def mistake(what: str, message: str) -> UsageError:
+    """The error of a word or an option of the command line; ``what`` is empty where the message names it."""
+    return UsageError(": ".join(part for part in (what, message) if part))
 
 
 def overrides(given: list[str] | None) -> dict[str, Any]:
-    """What ``--set`` was given, by dotted path."""
-    from repa_lab.spec import Place, Problem, SpecError
+    """What ``--set`` was given, by dotted path.
+
+    Raises:
+        UsageError: a word is not ``PATH=VALUE``, or its value is no YAML.
+    """
     from repa_lab.spec.yaml import parse_scalar
 
     overrides = {}
@@ -98,7 +100,7 @@ def overrides(given: list[str] | None) -> dict[str, Any]:
                 raise ValueError("expected PATH=VALUE")
             overrides[path] = parse_scalar(value)
         except ValueError as error:
-            raise SpecError([Problem(Place(None), f"--set {text}", str(error))]) from None
+            raise mistake(f"--set {text}", str(error)) from None
     return overrides
 
 

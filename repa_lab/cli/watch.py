@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +17,7 @@ from repa_lab.runs.root import DEFAULT_ROOT
 
 if TYPE_CHECKING:
     from repa_lab.runs import RunDirectory, RunsRoot
+    from repa_lab.runs.root import SweepDirectory
 
 _REFRESH_S = 2.0
 _GIB = 1 << 30
@@ -41,11 +44,15 @@ def status(
         if not watch:
             out.print(table(title, rows))
             return
+        if not out.is_terminal:  # in a file or a pipe nothing is shown over: a table whenever a run's state is another
+            out.print(table(title, rows))
+            for before, now in _later(runs, sweep, rows):
+                if [row["state"] for row in now] != [row["state"] for row in before]:
+                    out.print(table(title, now))
+            return
         with Live(table(title, rows), console=out, auto_refresh=False) as live:
-            while _goes_on(runs, sweep, rows):
-                time.sleep(_REFRESH_S)
-                rows = _rows(runs, sweep)
-                live.update(table(title, rows), refresh=True)
+            for _, now in _later(runs, sweep, rows):
+                live.update(table(title, now), refresh=True)
 
 
 def why(run: RunArgument, root: RootOption = DEFAULT_ROOT, json_: JsonOption = False) -> None:
@@ -138,6 +145,14 @@ def gc(
             out.print(f"nothing more can go: {disk_gib:g} GiB cannot be kept to", highlight=False)
 
 
+def _later(root: RunsRoot, sweep: Path | None, rows: list[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], ...]]:
+    """What stood in the rows and what stands in them now, again and again until all runs have come to rest."""
+    while _goes_on(root, sweep, rows):
+        time.sleep(_REFRESH_S)
+        before, rows = rows, _rows(root, sweep)
+        yield before, rows
+
+
 def _goes_on(root: RunsRoot, sweep: Path | None, rows: list[dict[str, Any]]) -> bool:
     """Whether a run is trained, or waits for its turn in a sweep that somebody carries out."""
     states = {row["state"] for row in rows}
@@ -147,10 +162,24 @@ def _goes_on(root: RunsRoot, sweep: Path | None, rows: list[dict[str, Any]]) -> 
 
 def _rows(root: RunsRoot, sweep: Path | None) -> list[dict[str, Any]]:
     if sweep is None:
-        return [_row("", run) for run in root.runs()]
+        names = _names(root)
+        return [_row(names.get(run.run_id, ""), run) for run in root.runs()]
     directory = root.find_sweep(sweep)
-    asked = [(f"{a['label']}, seed {r['seed']}", r["run_id"]) for a in directory.manifest["arms"] for r in a["runs"]]
-    return [_row(name, directory.root.run(run_id)) for name, run_id in asked]
+    return [_row(name, directory.root.run(run_id)) for name, run_id in _asked(directory)]
+
+
+def _names(root: RunsRoot) -> dict[str, str]:
+    """What runs are called in the first sweep that asks for each."""
+    found: dict[str, str] = {}
+    for directory in root.sweeps():
+        with suppress(ValueError, LookupError, TypeError):  # a damaged manifest; its runs are there all the same
+            found = {run_id: f"{directory.path.name}: {name}" for name, run_id in _asked(directory)} | found
+    return found
+
+
+def _asked(directory: SweepDirectory) -> list[tuple[str, str]]:
+    """What runs are called in a sweep, and their ids; arms of the same settings share their runs."""
+    return [(f"{a['label']}, seed {r['seed']}", r["run_id"]) for a in directory.manifest["arms"] for r in a["runs"]]
 
 
 def _row(name: str, run: RunDirectory) -> dict[str, Any]:

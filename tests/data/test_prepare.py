@@ -287,7 +287,7 @@ class TestProcesses:
     def test_where_one_is_refused_all_end(self, root, tmp_path, capfd):
         assert spread([*words(root, tmp_path / "data"), "--device", "tpu"], 2) == 2
         assert set(capfd.readouterr().err.splitlines()) == {
-            "<given>: --device: unknown device 'tpu'; allowed: auto, cpu, cuda",
+            "--device: unknown device 'tpu'; allowed: auto, cpu, cuda",
         }
 
     def test_what_is_refused_has_no_bar_and_what_is_done_has_one(self, root, whole, tmp_path):

@@ -158,6 +158,7 @@ def test_the_command_line_prints_tables_and_json(build: Build, root: RunsRoot):
     assert f"{METRIC} (lower is better)" in shown
     assert shown.index("aligned") < shown.index("base")
     assert "32.00 [27.03, 36.97]" in shown and "3 of 3" in shown and "38400" in shown
+    assert cli("--root", root.path).stdout == shown
     (board,) = json.loads(cli(root.path, "--metric", "fid", "--json").stdout)
     assert (board["metric"], board["goal"], board["protocol"]) == (METRIC, "min", {})
     first = board["arms"][0]
