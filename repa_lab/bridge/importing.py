@@ -155,7 +155,6 @@ def _stand_ins(reading: Reading, fields: Mapping[str, Any]) -> dict[str, Any]:
         "name": f"{name}_{REGULARIZERS.get(str(reading.prefix), 'none')}",
         "question": f"What do the settings of {reading.given.file.name if reading.given.file else 'the flags'} do to {name}?",
         "model.pretrained": pretrained,
-        "data.vae": fields["data.vae"] or pretrained,
         "train.steps": fields["train.steps"] or STAND_IN_STEPS,
     }
 

@@ -93,7 +93,7 @@ def text(value: Any) -> str:
 
 
 def one_of(*allowed: str, **renamed: str) -> Read:
-    """A reader of words, some of which go by another name here."""
+    """A reader of words, some of which go by another name here; of any other word it raises UnfitError."""
     words = {**{word: word for word in allowed}, **renamed}
 
     def read(value: Any) -> str:

@@ -119,6 +119,13 @@ class TestImport:
         assert (train.lr, train.batch_size, train.steps, train.ema, train.weight_decay, train.grad_clip) == (1e-5, 8, 700, 0.999, 0.1, None)
         assert (run.micro_batch, run.precision, run.gradient_checkpointing, run.checkpoint_every) == (2, "fp32", False, 50)
 
+    def test_a_vae_that_is_not_named_is_the_pipelines_own(self, tmp_path):
+        given = {"model_family": "sd1x", "pretrained_model_name_or_path": "my/sd15", "urepa_enabled": True}
+        config, said = config_of(tmp_path, given), " ".join(remarks(tmp_path, given))
+        assert (config.model.pretrained, config.data.vae, config.regularizer.encoder.pixels) == ("my/sd15", None, "vae")
+        assert "data.vae" not in said
+        check(load(tmp_path, read(tmp_path, given)))
+
     @pytest.mark.parametrize(
         "given, side",
         [({"resolution": 1.0, "resolution_type": "area"}, 1024), ({"resolution": 0.25}, 512), ({"resolution": 512}, 512), ({}, 1024)],
@@ -238,6 +245,8 @@ class TestWhatIsSaid:
             ({"ema_decay": 0.9}, "ema_decay: carried, though"),
             ({}, "crepa_lambda 0.5"),
             ({}, "fill in train.steps"),
+            ({}, "fill in model.pretrained: the config does not say; black-forest-labs/FLUX.1-dev stands in"),
+            ({"model_family": "omnigen"}, "omnigen can be aligned in a loop of your own"),
             ({"model_family": "pixart_sigma"}, "never attaches its regularizer to pixart"),
         ],
     )
