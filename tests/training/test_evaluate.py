@@ -193,6 +193,22 @@ class TestProtocols:
         fewer = Images(few.source, type(few.split)(few.split.train, few.split.held_out[1:]), few.space)
         assert differences(plain, make_evaluator(fewer, cache, denoiser, targets).protocols(0, 1)["heldout/cka"]) == ("held_out", "images")
 
+    def test_alignment_under_the_noise_of_other_batches_is_another_number_and_says_so(self, few, cache, denoiser, targets):
+        """The noise of held-out images is drawn batch by batch; from 40 on, all 40 are one batch."""
+
+        def measured(**settings):
+            evaluator, tap = make_evaluator(few, cache, denoiser, targets, **settings), BUILDERS["sit"].tap(denoiser, 2)
+            try:
+                return evaluator.alignment(tap, None)["heldout/cka"], evaluator.protocols(0, 2)["heldout/cka"]
+            finally:
+                tap.remove()
+
+        (usual, one), (whole, two), (parts, three) = measured(), measured(batch_size=HELD_OUT), measured(batch_size=16)
+        assert whole == usual != parts
+        assert differences(one, two) == ()
+        assert differences(one, three) == ("noise_batch",)
+        assert (three["noise_batch"], "noise_batch" in one) == (16, False)
+
     def test_an_encoder_is_known_by_what_is_in_its_files(self, tmp_path):
         encoders = {}
         for name in ("one", "copy", "other"):

@@ -271,6 +271,14 @@ def test_the_protocol_says_what_decides_a_value(trained, cache, images):
     assert (found["images"], found["data"], found["seed"], found["k"]) == (30, images.source.fingerprint, 0, 10)
     assert (found["weights"], found["timesteps"], found["metrics"], found["precision"]) == ("ema", [0.5], ["cka", "cknna"], "fp32")
     assert found["packages"]["torch"] == version("torch")
+    assert "noise_batch" not in found
+
+
+def test_profiles_under_the_noise_of_other_batches_are_of_two_protocols(cache, fresh):
+    directories = [run_steps(make_run(**settings), fresh(name), cache) for name, settings in (("a", {}), ("b", {"evaluate.batch_size": 8}))]
+    one, other = (profile_run(directory, Request((0.5,), ("cka",)), make_options(), cache) for directory in directories)
+    assert {**one["protocol"], "noise_batch": 8} == other["protocol"]
+    assert values(one) != values(other)
 
 
 def test_a_file_of_weights_is_named_by_its_content(trained, cache, tmp_path):
