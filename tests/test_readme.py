@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from repa_lab.cli import app
 from repa_lab.encoders.registry import ENCODERS
 from repa_lab.models.facts import SIT_SHAPES, UNET_SHAPES
 from repa_lab.spec import EncoderConfig, RegularizerConfig, RunConfig, RunOptions, load_spec
@@ -21,6 +23,39 @@ def test_links_and_pictures_lead_somewhere():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_tables_are_whole():
+    tables = 0
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
+        for table in re.findall(r"(?:^\|.*\n)+", page.read_text(), flags=re.MULTILINE):
+            head, line, *rows = (re.sub(r"\\\||`[^`]*`", "x", row) for row in table.splitlines())  # what stands in code divides nothing
+            assert re.fullmatch(r"\|(-+\|)+", line), f"{page.name}: a row without its table: {head}"
+            assert {row.count("|") for row in (head, *rows)} == {line.count("|")}, f"{page.name}: {head}"
+            tables += 1
+    assert tables > 40
+
+
+def shown_commands():
+    """Every `repa-lab ...` in a code span or at the start of a line of code, comments left out."""
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
+        for span, line in re.findall(r"`(?:\$ )?repa-lab ([^`]+)`|^(?:\$ )?repa-lab ([^#\n]+)", page.read_text(), flags=re.MULTILINE):
+            yield page.name, span or line
+
+
+def test_every_command_that_is_shown_exists_with_its_options():
+    group = typer.main.get_command(app)
+    seen = set()
+    for page, words in shown_commands():
+        name, *rest = words.split()
+        command = group.commands[name]
+        while hasattr(command, "commands"):
+            command = command.commands[rest.pop(0)]
+        known = {option for parameter in command.params for option in parameter.opts}
+        options = set(re.findall(r"(?<!\S)\[?(--[a-z][a-z-]*)(?=[ =\]]|$)", words))
+        assert options <= known or name == "import", f"{page}: repa-lab {words}"  # which takes the flags of another trainer
+        seen.add(name)
+    assert seen == set(group.commands)
 
 
 def test_the_example_question_is_a_sound_spec(tmp_path):

@@ -83,5 +83,5 @@ class Projector(nn.Module):
         return projected
 
     def project(self, tokens: Tokens) -> Tokens:
-        """Project tokens and keep their grid."""
+        """Project tokens ``(B, N, in_dim)`` to ``(B, N, out_dim)`` on the same grid; see :meth:`forward`."""
         return Tokens(self(tokens.values, tokens.grid), tokens.grid)

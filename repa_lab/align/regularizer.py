@@ -72,7 +72,7 @@ class Resample:
                 raise ValueError(f"unknown resample {name} {given!r}; allowed: {', '.join(allowed)}")
 
     def __call__(self, projector: Projector, student: Tokens, teacher: Tokens) -> tuple[Tokens, Tokens]:
-        """Projected student and teacher on one grid."""
+        """Projected student and teacher, ``(B, n, out_dim)`` each, on one grid."""
         if self.side == "teacher":
             return projector.project(student), teacher.resample(student.grid)
         if self.when == "before":
@@ -171,7 +171,16 @@ class REPA(nn.Module):
         return self.cutoff is not None and self.schedule(step) > 0 and self.cutoff.probes(step)
 
     def match(self, student: Tokens, teacher: Tokens, encoder: int = 0) -> Pair:
-        """Student tokens, projected for the encoder of that number and matched with its tokens."""
+        """Projected student tokens and encoder tokens, matched one to one.
+
+        Args:
+            student: the tap's tokens, ``(B, N, in_dim)``.
+            teacher: the encoder's tokens, ``(B, M, out_dim)``.
+            encoder: its number among the regularizer's encoders, from 0.
+
+        Raises:
+            ValueError: ``spatial_norm`` is given a single token.
+        """
         projector = self.projectors[encoder]
         assert isinstance(projector, Projector)
         if self.spatial_norm is not None:

@@ -35,7 +35,7 @@ class Tokens:
         return Tokens(resample_tokens(self.values, self.grid, to), to)
 
     def mean(self) -> Tokens:
-        """The mean token, in float32, on a grid of one."""
+        """The mean token ``(B, 1, D)``, in float32, on the grid ``(1, 1)``."""
         return Tokens(self.values.float().mean(dim=1, keepdim=True), (1, 1))
 
     def to_map(self) -> torch.Tensor:

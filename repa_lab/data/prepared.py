@@ -101,7 +101,11 @@ class PreparedLatents:
         return torch.stack([self.read(number) for number in index.tolist()])
 
     def read(self, index: int) -> torch.Tensor:
-        """Those of one image, ``(2 * c, h, w)`` in float32."""
+        """Those of one image, ``(2 * c, h, w)`` in float32.
+
+        Raises:
+            DataError: the file cannot be read, or holds something else.
+        """
         values = _load(self._listing.path(LATENTS, index))
         if values.shape != self._shape:
             seen = f"'{self._listing.path(LATENTS, index)}' is {tuple(values.shape)}, the first is {tuple(self._shape)}"

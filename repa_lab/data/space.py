@@ -30,7 +30,7 @@ class Space(Protocol):
         ...
 
     def draw(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
-        """The randomness of encoding the images ``index``; None, and nothing is drawn, where encoding has none."""
+        """The randomness of encoding the images ``index``, ``(B, *shape)``; None, and nothing is drawn, where there is none."""
         ...
 
     def encode(self, index: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:

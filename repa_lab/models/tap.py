@@ -36,7 +36,7 @@ class Tap:
             self._use(self._to_tokens(output))
 
     def hand_to(self, use: Callable[[Tokens], None]) -> None:
-        """Keep nothing from now on: hand the tokens of every pass to ``use`` as soon as the block has run."""
+        """Keep nothing from now on: hand the tokens ``(B, N, D)`` of every pass to ``use`` as soon as the block has run."""
         self._output, self._use = None, use
 
     def take(self) -> Tokens:

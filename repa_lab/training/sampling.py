@@ -29,7 +29,7 @@ class Sampler(Protocol):
         ...
 
     def shown(self) -> torch.Tensor | None:
-        """What is shown to people, as pixels; None where that is the first samples, or where it is not finite."""
+        """What is shown to people, as uint8 pixels ``(n, C, H, W)``; None if that is the first samples, or is not finite."""
         ...
 
 
@@ -113,7 +113,7 @@ def guided(denoiser: nn.Module, labels: torch.Tensor, null: int, guidance: Guida
 
 
 def integrate(velocity: Velocity, noise: Noise, sampler: SamplerConfig) -> torch.Tensor:
-    """From noise at t = 1 to data at t = 0, with the state in float64."""
+    """From noise at t = 1 to data at t = 0, ``(b, C, H, W)`` each, with the state in float64."""
     if sampler.type == "sde":
         return euler_maruyama(velocity, noise, sampler.steps)
     step = {"euler": _euler, "heun": _heun}[sampler.solver]

@@ -62,7 +62,10 @@ def mistral_vl(width: int, layers: int) -> Part:
 def negative_where_empty(
     pipeline: Any, captions: Sequence[str], text: torch.Tensor, mask: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Texts and their masks, with the pipeline's own negative where a caption is empty: it is read without instructions."""
+    """Texts ``(B, M, D)`` and masks ``(B, M)``, with the pipeline's own negative where a caption is empty.
+
+    It is read without the instructions that a caption is read with.
+    """
     empty = [number for number, caption in enumerate(captions) if not caption]
     if empty:
         _, _, text[empty], mask[empty] = pipeline.encode_prompt([""])

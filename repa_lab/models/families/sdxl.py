@@ -39,7 +39,7 @@ def sized_condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
 
 
 def framed(config: Any, frames: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sizes of such a UNet's images, in its order."""
+    """Sizes of such a UNet's images, ``(B, TIME_IDS)`` in its order."""
     return {"time_ids": frames}
 
 

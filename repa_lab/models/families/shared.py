@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def map_inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    """Of a model that takes latents as a map, times from 0 to 1,000, and conditioning under its own names."""
+    """Of a model that takes latents ``(B, C, H, W)``, times ``(B,)`` from 0 to 1,000, and conditioning under its own names."""
     return {"hidden_states": latents, "timestep": time * 1000, **condition}
 
 
 def full_guidance(config: Any, time: torch.Tensor) -> dict[str, Any]:
-    """Of a model distilled from guidance, if it is one: the guidance of training, 1."""
+    """Of a model distilled from guidance, if it is one: the guidance of training, 1, ``(B,)``."""
     return {"guidance": time.new_ones(time.shape)} if config.guidance_embeds else {}
 
 
@@ -53,7 +53,7 @@ def zeroed_where_empty(pipeline: Any, captions: Sequence[str], encoded: dict[str
 
 
 def with_image(mask: torch.Tensor, tokens: int) -> torch.Tensor:
-    """A text's mask followed by an image's; as truth values, for attention would add numbers to its logits."""
+    """A text's mask ``(B, M)`` and an image's ``(B, M + tokens)``; truth values: attention adds numbers to its logits."""
     whole = mask.bool().new_ones(mask.shape[0], mask.shape[1] + tokens)
     whole[:, : mask.shape[1]] = mask
     return whole
