@@ -41,7 +41,8 @@ def sweep(
         options = {"run.max_failures": max_failures} if max_failures else {}
         options |= {"run.share": False} if no_share else {}
         outcome = carry_out(spec, root, overrides(set_) | options, workers, out, rehearse, with_ or ())
-        out.print(f"{outcome.trained} runs trained now, {len(outcome.failures)} failed", highlight=False)
+        diverged = f"{len(outcome.diverged)} diverged, " if outcome.diverged else ""
+        out.print(f"{outcome.trained} runs trained now, {diverged}{len(outcome.failures)} failed", highlight=False)
         for run_id, reason in outcome.failures.items():
             err.print(f"run {run_id} failed: {reason}", highlight=False, markup=False)
         if outcome.stopped:

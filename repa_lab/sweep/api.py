@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,14 @@ class SweepOutcome:
         directory: the sweep's folder, with its report; `load_results` takes its path.
         trained: runs that were trained now; runs found done are not among them.
         failures: the reason of every run that failed now, by its id.
+        diverged: likewise of the runs of a search that diverged: no failures, but the worst that there is.
         stopped: why runs were not started, if any were not.
     """
 
     directory: SweepDirectory
     trained: int
     failures: Mapping[str, str]
+    diverged: Mapping[str, str] = field(default_factory=dict)
     stopped: str | None = None
 
     @property
@@ -155,8 +157,8 @@ def _carry_out(
             executor.close()
             if _is_recorded(directory) and log.exists():
                 shutil.copyfile(log, directory.path / "workers.log")
-    trained = work.counts()[0] - before - len(failures) - scheduler.found
-    return SweepOutcome(directory, trained, failures, scheduler.stopped or None)
+    trained = work.counts()[0] - before - len(failures) - len(scheduler.diverged) - scheduler.found
+    return SweepOutcome(directory, trained, failures, scheduler.diverged, scheduler.stopped or None)
 
 
 def _open_executor(planned: Plan, workers: int | None, log: Path, is_rehearsal: bool) -> Executor:

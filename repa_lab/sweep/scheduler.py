@@ -62,19 +62,13 @@ class _Failures:
     """The reasons of failures, and when there are too many of them to go on."""
 
     limit: int | None
-    is_divergence_a_result: bool
     reasons: dict[str, str] = field(default_factory=dict)
     is_any_done: bool = False
 
     @property
     def too_many(self) -> bool:
         """Whether no further runs shall be started."""
-        return self.limit is not None and len(self.counted) >= self.limit
-
-    @property
-    def counted(self) -> list[str]:
-        """The reasons without those that tell what their runs were begun for."""
-        return [one for one in self.reasons.values() if not (self.is_divergence_a_result and one.startswith(DIVERGED))]
+        return self.limit is not None and len(self.reasons) >= self.limit
 
     def require_hope(self) -> None:
         """Refuse to start another run after the first ones have all failed alike.
@@ -82,7 +76,7 @@ class _Failures:
         Raises:
             SweepBrokenError: with that reason.
         """
-        first = self.counted[:_ALIKE]
+        first = list(self.reasons.values())[:_ALIKE]
         if not self.is_any_done and len(first) == _ALIKE and len(set(first)) == 1:
             raise SweepBrokenError(f"the first {_ALIKE} runs failed alike: {first[0]}")
 
@@ -91,7 +85,8 @@ class _Failures:
 class Scheduler:
     """Gives tasks to free slots, passes rows on, and keeps count of failures; imports no torch.
 
-    After ``run``, :attr:`stopped` says why runs were left out, if any were, and :attr:`found` how many others had trained.
+    After ``run``, :attr:`stopped` says why runs were left out, if any were, :attr:`found` how many others had trained, and
+    :attr:`diverged` why runs diverged whose work was to tell that.
     """
 
     executor: Executor
@@ -102,6 +97,7 @@ class Scheduler:
     is_rehearsal: bool = False
     stopped: str | None = None
     found: int = 0
+    diverged: dict[str, str] = field(default_factory=dict)
     _running: dict[str, _Watched] = field(default_factory=dict)
     _elsewhere: dict[str, _Watched] = field(default_factory=dict)  # another process, such as another sweep's, trains them
 
@@ -130,12 +126,12 @@ class Scheduler:
         """Do all of the work, or, after ``run.max_failures``, what has been begun.
 
         Returns:
-            The one-line reason of every run that failed, by its id.
+            The one-line reason of every other run that failed, by its id.
 
         Raises:
             SweepBrokenError: the workers cannot work, or the first runs all failed for the same reason.
         """
-        failures = _Failures(self.options.max_failures, work.is_divergence_a_result)
+        failures = _Failures(self.options.max_failures)
         while True:
             self._fill(work, failures)
             if not self._running and not self._elsewhere:
@@ -174,7 +170,7 @@ class Scheduler:
                 del self._running[run_id]
                 self.view.withdrawn(run_id)
             self._elsewhere.clear()
-            self.view.say(f"{len(failures.counted)} runs failed: no more are started, {len(self._running)} go on")
+            self.view.say(f"{len(failures.reasons)} runs failed: no more are started, {len(self._running)} go on")
         done, total = work.counts()
         left = total - done - len(self._running)
         self.stopped = f"{left} runs were not started: run.max_failures is {failures.limit}" if left else ""
@@ -217,7 +213,8 @@ class Scheduler:
                 if watched.tries == 1:
                     self._try_again(watched, error)
                     return
-            failures.reasons[report.run_id] = error or "failed"
+            is_result = work.is_divergence_a_result and (error or "").startswith(DIVERGED)
+            (self.diverged if is_result else failures.reasons)[report.run_id] = error or "failed"
             self._record(watched.directory, error)
         failures.is_any_done |= report.state is not State.FAILED
         del self._running[report.run_id]

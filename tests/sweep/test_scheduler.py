@@ -14,7 +14,6 @@ from repa_lab.runs import RunsRoot, RunWriter, State
 from repa_lab.spec import RunOptions
 from repa_lab.sweep.api import SweepBrokenError, SweepBusyError
 from repa_lab.sweep.jobs import PrepareJob, TrainJob, parse_job
-from repa_lab.sweep.scheduler import _Failures
 from repa_lab.sweep.worker import train_run, train_within_memory
 from tests.faults.processes import meanwhile, signal_holders, steps_of
 from tests.training.conftest import assert_same, cache, make_options, make_run, rows, run_to_end, weights
@@ -73,13 +72,6 @@ def test_a_run_that_is_done_lets_the_others_be_tried(tiny, tmp_path):
     rates = [1e-3, *(DIVERGING * factor for factor in range(1, 5))]
     outcome = sweep(diverging(tiny, *rates), tmp_path, workers=1)
     assert (outcome.trained, len(outcome.failures), outcome.stopped) == (1, 4, None)
-
-
-def test_where_divergence_is_a_result_only_other_failures_count():
-    reasons = {"a": "DivergedError: the loss is nan at step 2", "b": "the worker died", "c": "DivergedError: at once"}
-    in_a_search, in_a_sweep = (_Failures(2, is_a_result, reasons) for is_a_result in (True, False))
-    assert (in_a_search.counted, in_a_search.too_many) == (["the worker died"], False)
-    assert (in_a_sweep.counted, in_a_sweep.too_many) == (list(reasons.values()), True)
 
 
 def test_a_run_that_another_process_trains_is_waited_for_and_never_told_to_have_failed(tiny, tmp_path):

@@ -105,29 +105,22 @@ def test_a_search_shares_the_runs_of_a_sweep_over_values_in_its_space(tiny, root
     assert outcome.trained == 0
 
 
-def test_a_setting_that_diverges_is_the_worst_of_all_and_is_not_tried_again(tiny, tmp_path):
-    space = {"train.lr": {"choice": [1e-3, 1e30]}}
-    spec = spec_of(tiny, space=space, trials=6, prune="none") | {"seeds": 1}
+def test_settings_that_diverge_are_the_worst_of_all_and_no_failures_and_are_not_tried_again(tiny, tmp_path):
+    space = {"train.lr": {"choice": [1e-3, 1e30, 2e30]}}
+    spec = spec_of(tiny, space=space, trials=12, prune="none") | {"seeds": 1}
+    spec["run"] = {**spec["run"], "max_failures": 1}
     outcome = sweep(spec, tmp_path, workers=1)
-    assert ["DivergedError" in failure for failure in outcome.failures.values()] == [True]
+    assert (outcome.trained, outcome.failures, outcome.stopped) == (1, {}, None)
+    assert ["DivergedError" in reason for reason in outcome.diverged.values()] == [True, True]
     trials = {trial["params"]["train.lr"]: trial for trial in outcome.directory.manifest["search"]["trials"]}
-    assert {rate: trial["state"] for rate, trial in trials.items()} == {1e-3: "complete", 1e30: "diverged"}
-    assert trials[1e30]["value"] is None
+    assert {rate: trial["state"] for rate, trial in trials.items()} == {1e-3: "complete", 1e30: "diverged", 2e30: "diverged"}
+    assert (trials[1e30]["value"], trials[2e30]["value"]) == (None, None)
     (study,) = optuna.get_all_study_summaries(f"sqlite:///{outcome.path / 'study.db'}")
-    assert study.n_trials == 6 and study.best_trial.params == {"train.lr": 1e-3}
+    assert study.n_trials == 12 and study.best_trial.params == {"train.lr": 1e-3}
     assert "DivergedError" in (outcome.path / "report.md").read_text()
     before = histories(tmp_path)
     again = sweep(spec, tmp_path, workers=1)
     assert (again.trained, again.failures, histories(tmp_path)) == (0, {}, before)
-
-
-def test_diverged_trials_use_up_no_failures(tiny, tmp_path):
-    spec = spec_of(tiny, space={"train.lr": {"choice": [1e30, 2e30]}}, trials=2, prune="none") | {"seeds": 1}
-    spec["run"] = {**spec["run"], "max_failures": 1}
-    outcome = sweep(spec, tmp_path, workers=1)
-    assert (len(outcome.failures), outcome.stopped) == (2, None)
-    told = {trial["params"]["train.lr"]: trial["state"] for trial in outcome.directory.manifest["search"]["trials"]}
-    assert told == {1e30: "diverged", 2e30: "diverged"}
 
 
 def test_distance_against_cost_in_a_database_of_ones_own(tiny, tmp_path):
