@@ -68,6 +68,7 @@ def assert_equal(root: RunsRoot, local: RunsRoot) -> None:
         assert rows(found) == rows(expected)
 
 
+@pytest.mark.slow
 def test_a_preempted_job_checkpoints_and_is_queued_again_and_changes_no_bit(tiny, local, tmp_path):
     """USR2 is what Slurm sends before it takes a node away."""
     spec, root = question(tiny, slurm={"time_min": 60}), RunsRoot(tmp_path)

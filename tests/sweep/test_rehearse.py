@@ -118,6 +118,7 @@ class TestWhatIsRehearsed:
         assert len(captions) == 24
         assert set(captions) <= set((own / "metadata.jsonl").read_text().splitlines())
 
+    @pytest.mark.slow
     def test_a_comparison_speaks_of_the_settings_that_are_meant(self, tmp_path):
         baseline = {"regularizer.encoder.name": "dinov2_vits14"}
         sections = {"axes": {"regularizer.encoder.name": ["dinov2_vits14", "dinov2_vitg14"]}, "compare": {"baseline": baseline}}

@@ -52,6 +52,7 @@ def test_after_so_many_failures_no_run_is_started(tiny, tmp_path):
     assert (again.trained, again.stopped) == (2, None)
 
 
+@pytest.mark.slow
 def test_what_runs_beside_the_last_failure_is_finished(tiny, tmp_path):
     spec = diverging(tiny, DIVERGING, 1e-3, 2e-3, max_failures=1)
     outcome = sweep(spec, tmp_path, workers=2)
@@ -68,6 +69,7 @@ def test_where_the_first_runs_fail_alike_the_rest_is_not_tried(tiny, tmp_path):
     assert len(RunsRoot(tmp_path).runs()) == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_lets_the_others_be_tried(tiny, tmp_path):
     rates = [1e-3, *(DIVERGING * factor for factor in range(1, 5))]
     outcome = sweep(diverging(tiny, *rates), tmp_path, workers=1)
