@@ -57,10 +57,11 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """What the diffusion model sees, as uint8 pixels ``(B, C, H, W)``."""
+        """What the diffusion model sees, as pixels ``(B, C, H, W)`` of [-1, 1], not clamped; see :func:`to_uint8`."""
         z = self.scaling.denormalise(x)
         decode = self.model.to(x.device).decode
-        return to_uint8(decode(z.unsqueeze(2)).sample.squeeze(2) if self._film else decode(z).sample)
+        pixels: torch.Tensor = decode(z.unsqueeze(2)).sample.squeeze(2) if self._film else decode(z).sample
+        return pixels
 
 
 def load_autoencoder(place: str, field: str, shifted: bool = True) -> Autoencoder:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from repa_lab.data.autoencoder import Autoencoder
+from repa_lab.data.autoencoder import Autoencoder, to_uint8
 from repa_lab.data.errors import DataError
 from repa_lab.data.fingerprint import digest
 from repa_lab.data.sources import ImageSource
@@ -59,7 +59,7 @@ class Reconstructions:
 
     def _decode(self, index: torch.Tensor) -> torch.Tensor:
         x = self._space.encode(index, None)
-        pixels = self._decoder.decode(x.to(self._device)).cpu()
+        pixels = to_uint8(self._decoder.decode(x.to(self._device))).cpu()
         seen, wanted = tuple(pixels.shape[1:]), (self.channels, *self._source.sizes[index[0]].tolist())
         if seen != wanted:
             raise DataError(self._decoder.field, f"images of {wanted} are given back as {seen}: it is not for these latents")

@@ -37,8 +37,8 @@ class Space(Protocol):
         """Images of the source as float32 ``(B, *shape)``; ``noise`` is what :meth:`draw` gave, None the mean."""
         ...
 
-    def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Samples ``(B, channels, h, w)`` as uint8 pixels ``(B, C, H, W)``."""
+    def decode(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Samples ``(B, channels, h, w)`` as uint8 pixels ``(B, C, H, W)``; None where a pixel would not be finite."""
         ...
 
 
@@ -79,9 +79,9 @@ class PixelSpace:
         """See :class:`Space`."""
         return self._source.read(index.tolist()).float() / 127.5 - 1
 
-    def decode(self, x: torch.Tensor) -> torch.Tensor:
+    def decode(self, x: torch.Tensor) -> torch.Tensor | None:
         """See :class:`Space`."""
-        return to_uint8(x)
+        return _levels(x)
 
 
 class LatentSpace:
@@ -110,13 +110,18 @@ class LatentSpace:
         mean, std = self._moments[index].chunk(2, dim=1)
         return self.vae.scaling.normalise(mean if noise is None else mean + std * noise)
 
-    def decode(self, x: torch.Tensor) -> torch.Tensor:
+    def decode(self, x: torch.Tensor) -> torch.Tensor | None:
         """See :class:`Space`."""
-        return self.vae.decode(x)
+        return _levels(self.vae.decode(x))
 
     def _latent(self, index: torch.Tensor) -> tuple[int, int, int]:
         doubled, height, width = self._moments.shape(index)
         return doubled // 2, height, width
+
+
+def _levels(pixels: torch.Tensor) -> torch.Tensor | None:
+    """NaN would be black, and infinity white: images like any other to whoever measures them."""
+    return to_uint8(pixels) if bool(pixels.isfinite().all()) else None
 
 
 def latent_space(

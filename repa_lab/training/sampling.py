@@ -48,8 +48,8 @@ class FieldSampler:
 
     def __call__(self, index: range) -> torch.Tensor | None:
         """See :class:`Sampler`."""
-        x = self._sampling.batch(self._denoiser, index, self._device)
-        return self._space.decode(x).cpu() if x.isfinite().all() else None
+        pixels = self._space.decode(self._sampling.batch(self._denoiser, index, self._device))
+        return None if pixels is None else pixels.cpu()
 
     def shown(self) -> torch.Tensor | None:
         """See :class:`Sampler`."""

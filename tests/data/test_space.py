@@ -78,6 +78,7 @@ class TestPixels:
         x = space.encode(torch.tensor([0]), None)
         assert (x.dtype, x.min().item(), x.max().item()) == (torch.float32, -1.0, 1.0)
         assert space.shape(torch.tensor([0])) == (3, 16, 16)
+        assert space.decode(torch.where(x == 1, torch.inf, x)) is space.decode(x * torch.nan) is None
         for channel in space.decode(x)[0]:
             assert channel.flatten().tolist() == list(range(256))
 
@@ -179,6 +180,15 @@ class TestLatents:
         latent_space(other, str(vae_path), cache, lambda now, total: done.append(now))
         assert done == [1]
 
+    def test_what_does_not_decode_to_numbers_is_no_image(self, vae, vae_path, source, cache):
+        space = latent_space(source, str(vae_path), cache)
+        sound = space.encode(torch.tensor([0, 1]), None)
+        assert space.decode(sound) is not None
+        for value in (1e38, torch.nan, torch.inf):  # the first is finite, and what comes out is not
+            x = sound.clone()
+            x[1, 0, 3, 3] = value
+            assert space.decode(x) is None
+
     def test_the_vae_is_frozen(self, vae, vae_path, source, cache):
         space = latent_space(source, str(vae_path), cache)
         x = space.encode(torch.tensor([0]), None).requires_grad_()
@@ -200,7 +210,7 @@ class TestLatents:
         assert (x.shape, x.dtype) == ((2, channels, side, side), torch.float32)
         mean = space.encode(torch.tensor([4, 2]), None)
         assert torch.equal(mean, x) == (make in (dc, tiny))  # which leave nothing to chance
-        assert torch.equal(space.decode(mean), Autoencoder(vae, "vae").decode(mean))
+        assert torch.equal(space.decode(mean), to_uint8(Autoencoder(vae, "vae").decode(mean)))
         assert space.decode(mean).shape == (2, 3, SIDE, SIDE)
 
     def test_another_class_of_the_same_weights_is_another_vae(self, vae):
