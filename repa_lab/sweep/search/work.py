@@ -126,7 +126,7 @@ class SearchWork:
     def _ask(self, settings: Settings | None = None) -> None:
         """Take up a trial, of these settings if any; what its runs have done already is taken in at once."""
         if settings is not None:
-            self.study.enqueue_trial(self._space.params(settings), user_attrs={QUEUED: settings})
+            self._enqueue(settings)
         trial, arm = self._draw()
         group = self._search.group(arm)
         if group.key in self._open:
