@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from repa_lab.bridge.flavours import ASSISTED, BLOCKS, FLAVOURS, OTHER_DEFAULTS, REFUSED
 from repa_lab.bridge.keys import (
     CREPA_MODEL,
+    GRAD_CLIP_CAPS,
     HARMLESS,
     IREPA,
     KEYS,
@@ -19,9 +21,14 @@ from repa_lab.bridge.keys import (
     is_language_model,
 )
 from repa_lab.bridge.read import READABLE, Reading
+from repa_lab.spec.evaluate import EvaluateConfig
 
 Fields = Mapping[str, Any]
 Remark = tuple[str, str]  # the key it is about, or nothing, and what to say
+
+_PASSES = 3  # forward passes that a training step is worth: backward takes about two
+_FEW_SAMPLES = 2048  # as many as Inception's features have dimensions
+_CAPTIONS = ("textfile", None)  # captions that the lab reads as they are
 
 
 def remarks(reading: Reading, fields: Fields) -> Iterator[Remark]:
@@ -39,8 +46,9 @@ def remarks(reading: Reading, fields: Fields) -> Iterator[Remark]:
     yield from _to_fill_in(reading, fields)
 
 
-def _is_given(name: str) -> Callable[[Reading, Fields], bool]:
-    return lambda reading, fields: name in reading.values
+def training_passes(fields: Fields) -> int:
+    """Return how many forward passes of one image the training is worth."""
+    return int(fields["train.steps"] * fields["train.batch_size"] * _PASSES)
 
 
 def _schedules(reading: Reading, fields: Fields) -> bool:
@@ -49,6 +57,9 @@ def _schedules(reading: Reading, fields: Fields) -> bool:
 
 def _judges_similarity(reading: Reading, fields: Fields) -> bool:
     return fields["regularizer.schedule.similarity_threshold"] is not None
+
+
+_DECAY = "regularizer.schedule.decay_steps"
 
 
 def _always(reading: Reading, fields: Fields) -> bool:
@@ -101,8 +112,14 @@ DIFFERENCES: tuple[tuple[str, Callable[[Reading, Fields], bool], str], ...] = (
     (
         "decay_steps",
         _schedules,
-        "the step at which the decay ends, counted from 0 and warm-up included, as that trainer computes it; its documentation"
+        "the step at which the decay ends, counted from 0 and warm-up included, as SimpleTuner computes it; its documentation"
         " calls it a duration. 0 is the end of training in both",
+    ),
+    (
+        "decay_steps",
+        lambda reading, fields: _schedules(reading, fields) and reading.part(f"{reading.prefix}_decay_steps") != fields[_DECAY],
+        "the decay ends no later than the warm-up, so SimpleTuner drops the weight to its end one step after the warm-up:"
+        " decay_steps: {decay} does the same",
     ),
     (
         "similarity_threshold",
@@ -135,6 +152,7 @@ def _differences(reading: Reading, fields: Fields) -> Iterator[Remark]:
         "depth": block + 1 if isinstance(block, int) else "",
         "pixels": fields["regularizer.encoder.pixels"],
         "side": fields.get("regularizer.resample.side"),
+        "decay": fields[_DECAY],
     }
     for suffix, applies, message in DIFFERENCES:
         if applies(reading, fields):
@@ -194,6 +212,7 @@ def _defaults(reading: Reading) -> Iterator[Remark]:
     keys += [*REST, *PARTS] if reading.family else []
     absent = [key for key in keys if key.name not in reading.values and key.default is not None]
     unsaid = {"crepa_encoder" if CREPA_MODEL.name in reading.values else "", "" if reading.averages else "ema_decay"}
+    unsaid |= set(reading.data_set.values) if reading.data_set else set()
     if absent:
         values = ", ".join(f"{key.name} {json.dumps(key.default)}" for key in absent if key.name not in unsaid)
         yield "", f"left out of the config, so that trainer's defaults are written down: {values}"
@@ -205,21 +224,110 @@ def _to_fill_in(reading: Reading, fields: Fields) -> Iterator[Remark]:
         yield "", "neither crepa_enabled nor urepa_enabled is true: there is no regularizer"
     if reading.family is None:
         yield "", "no model_family, so this is a fragment: name it with use: in a spec, or add model_family and import again"
+        if "model_flavour" in reading.values:
+            yield "model_flavour", "not carried without model_family, whose release it names"
+        yield from _images(reading, fields) if "data_backend_config" in reading.values else ()
         return
-    yield "", "fill in data.path, the folder of images (--set data.path=FOLDER); that trainer has it in data_backend_config"
+    yield from _images(reading, fields)
+    yield from _release(reading)
     yield from _stand_ins(reading, fields)
+    yield from _evaluation(reading, fields)
+
+
+def _images(reading: Reading, fields: Fields) -> Iterator[Remark]:
+    """What the data backend's file says, or what it would."""
+    key, images = "data_backend_config", reading.data_set
+    if not (images and images.folder):
+        yield "", "fill in data.path, the folder of images (--set data.path=FOLDER); SimpleTuner has it in data_backend_config"
+    if images is None:
+        if key in reading.values:
+            message = "is not found here or beside the config, or has no image data set; it may have another resolution"
+            yield key, f"'{reading.values[key]}' {message}"
+        return
+    own = f"data set '{images.name}' of {images.file}"
+    if images.folder:
+        yield key, f"data.path is '{images.folder}', from {own}; a relative one is there relative to where SimpleTuner starts"
+    elif images.kind:
+        saved = "save its images to a folder, or with `Dataset.save_to_disk` (data.source: datasets)"
+        yield key, f"{own} is of type {images.kind}: {saved}"
+    if "resolution" in images.values:
+        yield key, f"data.resolution is {fields['data.resolution']}, from {own}, which overrides the config's"
+    if images.keeps_aspect:
+        message = f"{own} is not cut to squares: data.buckets keeps aspects, up to 2 to 1, in sides that are multiples of 64"
+        is_edge = images.values.get("resolution_type", reading.part("resolution_type")) == "pixel"
+        yield key, message + ("; the resolution stands for the area here, and for the shorter edge there" if is_edge else "")
+    if images.captions not in _CAPTIONS:
+        message = f"captions are by {images.captions} there; here they are read from metadata.jsonl or a .txt beside each image"
+        yield key, f"{own}: {message}"
+    if images.others:
+        yield key, f"not carried: a spec has one data set; the others of {images.file} are {', '.join(images.others)}"
+
+
+def _release(reading: Reading) -> Iterator[Remark]:
+    """Which release is trained, and what is known of it."""
+    family, named = reading.family, reading.part("pretrained_model_name_or_path")
+    if family is None or family.pipeline is None:
+        if "model_flavour" in reading.values:
+            yield "model_flavour", "not carried: the lab knows no releases of this family; give model.pretrained"
+        return
+    if family.name not in FLAVOURS:
+        if "model_flavour" in reading.values:
+            yield "model_flavour", f"not carried: SimpleTuner does not train {family.name}"
+    elif "model_flavour" not in reading.values and not named:
+        yield "", f"no model_flavour: '{reading.flavour}' ({reading.pretrained}) stands in{_default(family.name)}"
+    elif named and "model_flavour" in reading.values and FLAVOURS[family.name][str(reading.flavour)].lower() != named.lower():
+        yield "model_flavour", "pretrained_model_name_or_path names other weights, and wins, as in SimpleTuner"
+    if reading.pretrained != family.pipeline.released:
+        blocks = BLOCKS.get(str(reading.pretrained))
+        known = f"it has {blocks} blocks, and " if blocks else ""
+        yield "", (
+            f"model.pretrained is {reading.pretrained}: {known}what `plan` says of blocks, parameters, FLOPs and memory is"
+            f" counted for {family.pipeline.released}; a run checks block_index against the weights before it trains"
+        )
+    if (family.name, reading.flavour) in ASSISTED and reading.part("model_type") == "lora" and not named:
+        message = f"SimpleTuner trains '{reading.flavour}' beside an assistant LoRA, which keeps it distilled; the lab has none"
+        yield "model_flavour" if "model_flavour" in reading.values else "", message
+
+
+def _default(family: str) -> str:
+    """What to say where SimpleTuner's own default flavour is not trained here."""
+    other = OTHER_DEFAULTS.get(family)
+    if other is None:
+        return ", as in SimpleTuner"
+    return f"; SimpleTuner's own default is '{other}', which the lab does not train: {REFUSED[family][other]}"
+
+
+def _evaluation(reading: Reading, fields: Fields) -> Iterator[Remark]:
+    """What evaluation costs beside training."""
+    usual, training = EvaluateConfig(), training_passes(fields)
+    calls = 2 if fields.get("evaluate.guidance.scale", 1.0) > 1 else 1
+    samples, steps = fields["evaluate.samples"], fields["evaluate.sampler.steps"]
+    asked = reading.part("validation_num_inference_steps")
+    cut = f" (validation_num_inference_steps {asked} would cost more)" if asked and asked > steps else ""
+    few = "" if samples >= _FEW_SAMPLES else ". A Frechet distance of so few samples is mostly noise: raise evaluate.samples"
+    yield "", (
+        f"evaluate: {samples:,} samples of {steps} sampling steps{cut}, at the end alone: {samples * steps * calls:,} forward"
+        f" passes; training takes about {training:,}. The lab's default, {usual.samples:,} samples of {usual.sampler.steps}"
+        f" steps, would take {usual.samples * usual.sampler.steps * calls:,}{few}"
+    )
 
 
 def _stand_ins(reading: Reading, fields: Fields) -> Iterator[Remark]:
     if reading.family and not reading.family.trainable:
         yield "model_family", f"{reading.family.name} can be aligned in a loop of your own; the lab does not train it"
-    elif not reading.part("pretrained_model_name_or_path"):
-        yield "", f"fill in model.pretrained: the config does not say; {fields['model.pretrained'] or 'nothing'} stands in"
+    elif reading.pretrained is None:
+        yield "", "fill in model.pretrained: the config names no weights"
     if not reading.part("max_train_steps"):
         yield "", f"fill in train.steps: there is no max_train_steps, so {STAND_IN_STEPS:,} stand in"
     if reading.averages and "use_ema" not in reading.values:
         yield "ema_decay", "carried, though that trainer keeps no average unless use_ema is true"
     if not reading.averages:
         yield "", "use_ema is off, so train.ema is 0.0: what is measured is the weights of the last step"
+    alpha, rank = reading.part("lora_alpha"), reading.part("lora_rank")
+    if alpha not in (None, rank):
+        yield "lora_alpha", f"not carried: here alpha is the rank, so that the adapter's scale is 1, and {alpha / rank:g} there"
+    cap, clip = GRAD_CLIP_CAPS.get(reading.family.name if reading.family else ""), reading.part("max_grad_norm")
+    if cap and clip and clip > cap:
+        yield "max_grad_norm", f"SimpleTuner lowers it to {cap} for this family, unless i_know_what_i_am_doing is set"
     if reading.given.values.get("grad_clip_method", "value") != "norm":
         yield "", "max_grad_norm clips the gradient's norm here, and each of its values there unless grad_clip_method is norm"
