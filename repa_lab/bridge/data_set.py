@@ -48,8 +48,8 @@ class DataSet:
 def read_data_set(given: Given) -> DataSet | None:
     """Return the first enabled image data set of the data backend's file; None if there is no such file or data set.
 
-    The file is looked for as given, in the config's folder, and under the folders above it, one of which is the one that
-    SimpleTuner is started in.
+    The file is looked for as given, in the config's folder, and under the folders above it, for SimpleTuner is started
+    in one of those.
 
     Raises:
         SpecError: the file is no list of data sets, or a value in it has the wrong kind.

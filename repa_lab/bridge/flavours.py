@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 _EDITS = "it edits images, and the lab trains text to image"
 _REFINER = "a refiner takes images and other texts than the base model, so the lab does not train it"
-_KLEIN = "its pipeline is Flux2KleinPipeline, which reads texts with another language model; the lab trains Flux2Pipeline"
+_KLEIN = "its pipeline, Flux2KleinPipeline, reads texts with another language model; the lab trains Flux2Pipeline"
 _STAGE = "it is trained on one part of the noise levels, and the lab trains on all of them"
 
 # Flavour to hub id; the first one stands in where a config names none: SimpleTuner's default, if the lab trains it.
@@ -88,7 +88,7 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "pixart": dict.fromkeys(("900M-1024-v0.7-stage1", "900M-1024-v0.7-stage2"), _STAGE),
     "qwen_image": dict.fromkeys(("edit-v1", "edit-v2", "edit-v2+", "edit-v3"), _EDITS),
     "z_image": {
-        "ostris-de-turbo": "its transformer is in a repository of its own (ostris/Z-Image-De-Turbo), and model.pretrained"
+        "ostris-de-turbo": "its transformer is in a repository of its own, ostris/Z-Image-De-Turbo, and model.pretrained"
         " names a whole pipeline"
     },
     "kandinsky5": dict.fromkeys(("i2i-lite-sft", "i2i-lite-pretrain"), _EDITS),
@@ -106,6 +106,6 @@ BLOCKS = {
 
 
 def find_flavour(family: str, name: str) -> str | None:
-    """Return a flavour as SimpleTuner spells it, whatever the case of ``name``; None if the family has no such flavour."""
+    """Return a flavour, named in any case, as SimpleTuner spells it; None if the family has no such flavour."""
     known = {flavour.lower(): flavour for flavour in (*FLAVOURS.get(family, ()), *REFUSED.get(family, ()))}
     return known.get(name.lower())

@@ -94,7 +94,8 @@ def _from_json(text: str, file: Path) -> Given:
         refuse(file, 'a config must be a JSON object of settings, such as {"crepa_enabled": true}')
     is_saved = isinstance(value.get(_SAVED), dict)
     settings, above = (value[_SAVED], (_SAVED,)) if is_saved else (value, ())
-    return _given(file, [(_bare(str(path[-1])), settings[path[-1]], place) for path, place in places if path[:-1] == above])
+    keys = [(str(path[-1]), place) for path, place in places if path[:-1] == above]
+    return _given(file, [(_bare(key), settings[key], place) for key, place in keys])
 
 
 def parse_json(text: str, file: Path) -> tuple[Any, list[tuple[JsonPath, Place]]]:

@@ -1,6 +1,6 @@
-"""From the guide's trainer to a spec: SimpleTuner's `crepa_*`, `urepa_*` and `irepa_*` keys, and what a spec needs besides.
+"""From SimpleTuner to a spec: SimpleTuner's `crepa_*`, `urepa_*` and `irepa_*` keys, and what a spec needs besides.
 
-Every value that trainer would use is written down, its defaults included. What a spec has no place for is named, and so is
+Every value SimpleTuner would use is written down, its defaults included. What a spec has no place for is named, and so is
 every place where the two compute something else from the same number.
 """
 
@@ -122,7 +122,7 @@ def _decay(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cutoff(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """That trainer judges the similarity from the first step on, and at every step."""
+    """SimpleTuner judges the similarity from the first step on, and at every step."""
     schedule = "regularizer.schedule"
     if fields[f"{schedule}.similarity_threshold"] is None:
         return {}
@@ -189,7 +189,7 @@ def _average(reading: Reading) -> dict[str, Any]:
 
 
 def _stand_ins(reading: Reading, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a whole spec cannot do without and the config leaves to that trainer or to another file."""
+    """What a whole spec cannot do without and the config leaves to SimpleTuner or to another file."""
     if reading.family is None:
         return {}
     name = reading.family.name

@@ -1,6 +1,6 @@
 """SimpleTuner's keys, as data: what each is called here, how it is read and written, and what it is when it is left out.
 
-Defaults and rules are those of that trainer's registry (2026-08-22). What it computes with them differs from the lab in places;
+Defaults and rules are those of SimpleTuner's registry (2026-08-22). What it computes with them differs from the lab in places;
 `DIFFERENCES` in `remarks` says where.
 """
 
@@ -106,7 +106,7 @@ def one_of(*allowed: str, **renamed: str) -> Read:
 
 
 def _or_default(read: Read, default: Any) -> Read:
-    """A reader for which 0 means something else, as it does in that trainer."""
+    """A reader for which 0 means something else, as it does in SimpleTuner."""
     return lambda value: read(value) or default
 
 
@@ -277,5 +277,5 @@ TINY_AUTOENCODERS = {
 }
 # The largest max_grad_norm that SimpleTuner lets a family have.
 GRAD_CLIP_CAPS = {"pixart": 0.01}
-# Families whose loader in that trainer never starts the regularizer: a run with it is one without.
+# Families whose loader in SimpleTuner never starts the regularizer: a run with it is one without.
 NEVER_ATTACHED = ("sdxl", "kolors", "pixart")

@@ -55,7 +55,7 @@ class Reading:
     data_set: DataSet | None = None
 
     def value(self, key: Key) -> Any:
-        """What a key says here, that trainer's default if it is left out."""
+        """What a key says here, SimpleTuner's default if it is left out."""
         return self.values.get(key.name, None if key.default is None else key.read(key.default))
 
     def part(self, name: str) -> Any:
@@ -142,7 +142,7 @@ def _unknown(given: Given) -> Iterator[Problem]:
     for name in given.values:
         if name.startswith(PREFIXES) and name not in known:
             allowed = ", ".join(key for key in known if key.startswith(name[:6]))
-            yield given.problem(name, f"that trainer has no such key; allowed: {allowed}{did_you_mean(name, known)}")
+            yield given.problem(name, f"SimpleTuner has no such key; allowed: {allowed}{did_you_mean(name, known)}")
 
 
 def _family(name: str | None) -> Family | None:

@@ -1,4 +1,4 @@
-"""What goes back to the guide's trainer is what came from it, and what it has no word for is named."""
+"""What goes back to SimpleTuner is what came from it, and what it has no word for is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A config of the guide's trainer becomes a spec that says what it says, and every loss and difference is named."""
+"""A config of SimpleTuner becomes a spec that says what it says, and every loss and difference is named."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ class TestImport:
         urepa = regularizer_of(tmp_path, urepa_enabled=True, urepa_lambda=0, urepa_manifold_weight=0, urepa_cutoff_step=0)
         assert (urepa.weight, urepa.manifold_weight, urepa.schedule.cutoff_step) == (0.0, 0.0, None)
         said = " ".join(remarks(tmp_path, {**SDXL, "urepa_enabled": True, "urepa_lambda": 0, "urepa_manifold_weight": "0.0"}))
-        assert "urepa_lambda: that trainer takes 0 for 0.5" in said
-        assert "urepa_manifold_weight: that trainer takes 0 for 3.0" in said
+        assert "urepa_lambda: SimpleTuner takes 0 for 0.5" in said
+        assert "urepa_manifold_weight: SimpleTuner takes 0 for 3.0" in said
         repa = regularizer_of(tmp_path, crepa_enabled=True, crepa_encoder_image_size=0, crepa_power=0, crepa_encoder_frames_batch_size=0)
         assert (repa.encoder.image_size, repa.schedule.power) == (518, 1.0)
 
@@ -200,7 +200,7 @@ class TestImport:
         assert (experiment.arms[0].config.model.family, experiment.run.checkpoint_every) == ("flux", 50)
         saved["config"]["--crepa_lamda"] = 1
         (line,) = refusal(tmp_path, saved)
-        assert line.startswith("config.json:9:5: crepa_lamda: that trainer has no such key")
+        assert line.startswith("config.json:9:5: crepa_lamda: SimpleTuner has no such key")
 
 
 def simpletuner_weight(step, *, kind, weight, end, warmup, decay, power, cutoff, total):
@@ -305,7 +305,7 @@ class TestWhatIsSaid:
             ({}, "block_index 8 is their depth 9"),
             ({}, "pixels: vae"),
             ({}, "LayerNorm + Linear"),
-            ({}, "resample.side: student, for that trainer shrinks the larger grid"),
+            ({}, "resample.side: student, for SimpleTuner shrinks the larger grid"),
             ({"crepa_scheduler": "linear", "crepa_decay_steps": 50}, "the step at which the decay ends"),
             ({"crepa_similarity_threshold": 0.9}, "no bias correction and no minimum count"),
             ({"crepa_encoder": "qwen3-vl"}, "crepa_encoder: not carried: a vision-language model"),
@@ -403,7 +403,7 @@ class TestBadInput:
     @pytest.mark.parametrize("key, meant", [("crepa_lamda", "crepa_lambda"), ("urepa_manifold_wieght", "urepa_manifold_weight"), ("irepa_enable", "irepa_enabled")])
     def test_an_unknown_key_says_what_was_meant(self, tmp_path, key, meant):
         (line,) = refusal(tmp_path, {key: 1})
-        assert line.startswith(f"config.json:2:3: {key}: that trainer has no such key; allowed: {key[:6]}")
+        assert line.startswith(f"config.json:2:3: {key}: SimpleTuner has no such key; allowed: {key[:6]}")
         assert line.endswith(f"; did you mean '{meant}'?")
 
     def test_everything_that_is_wrong_is_said_at_once(self, tmp_path):

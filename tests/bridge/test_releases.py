@@ -10,7 +10,7 @@ from PIL import Image
 from repa_lab.bridge.flavours import ASSISTED, BLOCKS, FLAVOURS, OTHER_DEFAULTS, REFUSED
 from repa_lab.models.families import FAMILIES
 from repa_lab.spec import RunOptions, load_spec
-from repa_lab.sweep.check import check
+from repa_lab.sweep.check import blocked, check
 from repa_lab.training.costs import cost_of
 from tests.bridge.test_importing import FLUX, config_of, load, read, refusal, remarks
 
@@ -78,6 +78,11 @@ class TestFlavour:
 
     def test_plan_lets_a_block_through_that_only_a_larger_release_has(self, tmp_path):
         check(load(tmp_path, read(tmp_path, {"model_family": "sd3", "model_flavour": "large", "crepa_enabled": True, "crepa_block_index": 30})))
+
+    def test_a_family_that_is_only_tapped_is_planned_as_blocked(self, tmp_path):
+        experiment = load(tmp_path, read(tmp_path, {"model_family": "longcat_image"}))
+        check(experiment)
+        assert "can be planned and tapped, not trained" in blocked(experiment.arms[0]).message
 
     def test_a_family_without_flavours_here_says_so(self, tmp_path):
         assert "not carried: the lab knows no releases" in " ".join(remarks(tmp_path, {"model_family": "ernie", "model_flavour": "turbo"}))
