@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from repa_lab.bridge.flavours import ASSISTED, BLOCKS, FLAVOURS, OTHER_DEFAULTS, REFUSED
@@ -22,6 +23,7 @@ from repa_lab.bridge.keys import (
 )
 from repa_lab.bridge.read import READABLE, Reading
 from repa_lab.spec.evaluate import EvaluateConfig
+from repa_lab.spec.schema import DataConfig
 
 Fields = Mapping[str, Any]
 Remark = tuple[str, str]  # the key it is about, or nothing, and what to say
@@ -229,6 +231,8 @@ def _to_fill_in(reading: Reading, fields: Fields) -> Iterator[Remark]:
         yield from _images(reading, fields) if "data_backend_config" in reading.values else ()
         return
     yield from _images(reading, fields)
+    held_out = DataConfig.model_fields["holdout"].default
+    yield "", f"data.holdout is {held_out}: so many images are not trained on; lower it for a data set of few more, or fewer"
     yield from _release(reading)
     yield from _stand_ins(reading, fields)
     yield from _evaluation(reading, fields)
@@ -247,8 +251,9 @@ def _images(reading: Reading, fields: Fields) -> Iterator[Remark]:
         return
     own = f"data set '{images.name}' of {images.file}"
     if images.folder:
-        relative = "a relative path is relative to the folder that SimpleTuner starts in"
-        yield key, f"data.path is '{images.folder}', from {own}; {relative}"
+        is_absolute = Path(images.folder).is_absolute()
+        relative = "" if is_absolute else ", relative to the folder that SimpleTuner starts in"
+        yield key, f"data.path is '{images.folder}', from {own}{relative}"
     elif images.kind:
         saved = "save its images to a folder, or with `Dataset.save_to_disk` (data.source: datasets)"
         yield key, f"{own} is of type {images.kind}: {saved}"
@@ -283,9 +288,11 @@ def _release(reading: Reading) -> Iterator[Remark]:
     if reading.pretrained != family.pipeline.released:
         blocks = BLOCKS.get(str(reading.pretrained))
         known = f"it has {blocks} blocks, and " if blocks else ""
+        is_counted = family.kind == "transformer"  # a UNet has one block to tap
+        checked = "; a run checks block_index against the weights before it trains" if is_counted else ""
         yield "", (
             f"model.pretrained is {reading.pretrained}: {known}what `plan` says of blocks, parameters, FLOPs and memory"
-            f" is counted for {family.pipeline.released}; a run checks block_index against the weights before it trains"
+            f" is counted for {family.pipeline.released}{checked}"
         )
     if (family.name, reading.flavour) in ASSISTED and reading.part("model_type") == "lora" and not named:
         message = f"SimpleTuner trains '{reading.flavour}' beside an assistant LoRA, which keeps it distilled"
