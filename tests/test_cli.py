@@ -172,7 +172,7 @@ class TestSimpleTuner:
         describe_run(tmp_path, {"regularizer.loss": "nt_xent"})
         done = cli("export", "abc", "--format", "simpletuner", cwd=tmp_path)
         assert done.returncode == 0 and json.loads(done.stdout)["urepa_enabled"] is True
-        assert done.stderr == "regularizer.loss: nt_xent cannot be expressed: that trainer has the cosine alone\n"
+        assert done.stderr == "regularizer.loss: nt_xent cannot be expressed: SimpleTuner has the cosine alone\n"
 
     def test_an_export_says_what_it_lacks(self, tmp_path):
         (tmp_path / "config.json").write_text(self.CONFIG)

@@ -1,1 +1,1 @@
-"""The bridge to the guide's trainer, SimpleTuner: its config as a spec, a run's settings as its keys. Imports no torch."""
+"""the bridge to SimpleTuner: its config as a spec, a run's settings as its keys. Imports no torch."""

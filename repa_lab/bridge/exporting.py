@@ -1,4 +1,4 @@
-"""From a run back to the guide's trainer: its regularizer as SimpleTuner's `crepa_*`, `urepa_*` and `irepa_*` keys."""
+"""From a run back to SimpleTuner: its regularizer as SimpleTuner's `crepa_*`, `urepa_*` and `irepa_*` keys."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LEAST_IMAGE = 64
 
 @dataclass(frozen=True)
 class Exported:
-    """Keys and values for that trainer's config, and the settings that it cannot express, a line each."""
+    """Keys and values for SimpleTuner's config, and the settings that it cannot express, a line each."""
 
     settings: dict[str, Any]
     lost: tuple[str, ...]
@@ -75,9 +75,9 @@ class _Run:
 
 @dataclass(frozen=True)
 class Limit:
-    """Something that trainer cannot express: the field, when it can, and why not otherwise.
+    """Something SimpleTuner cannot express: the field, when it can, and why not otherwise.
 
-    ``hides`` leaves the key out, since that trainer would take the value for something else; ``prefix`` is that of the
+    ``hides`` leaves the key out, since SimpleTuner would take the value for something else; ``prefix`` is that of the
     regularizer that has the limit, None for both.
     """
 
@@ -89,7 +89,7 @@ class Limit:
 
 
 LIMITS = (
-    Limit("loss", lambda run: run.at("loss") == "cosine", "that trainer has the cosine alone"),
+    Limit("loss", lambda run: run.at("loss") == "cosine", "SimpleTuner has the cosine alone"),
     Limit("projector.type", lambda run: run.at("projector.type") != "mlp", "it has LayerNorm + Linear, or iREPA's convolution"),
     Limit(
         "projector.kernel",
@@ -162,7 +162,7 @@ LIMITS = (
 
 
 def export_settings(config: RunConfig) -> Exported:
-    """Write a run's regularizer for that trainer; every key is written, also at its default.
+    """Write a run's regularizer for SimpleTuner; every key is written, also at its default.
 
     Args:
         config: the run's settings.

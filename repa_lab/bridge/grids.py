@@ -1,11 +1,11 @@
-"""Tokens of a denoiser and of an encoder along each side of a square image, and which of the two that trainer shrinks."""
+"""Tokens of a denoiser and of an encoder along each side of a square image, and which of the two SimpleTuner shrinks."""
 
 from __future__ import annotations
 
 from repa_lab.encoders.registry import ENCODERS, input_size
 from repa_lab.models.facts import Family
 
-_HUB_STRIDE = 14  # of all encoders that trainer has
+_HUB_STRIDE = 14  # of all encoders SimpleTuner has
 _LATENT_STRIDE = 8  # of the latents that a family trained from scratch is given
 
 
@@ -33,7 +33,7 @@ def student_grid(family: Family, size: str | None, pixels: int, latents: bool = 
 
 
 def shrinking_side(student: int, encoder: int) -> str:
-    """That trainer's rule as a ``resample.side``: the larger grid shrinks to the smaller."""
+    """SimpleTuner's rule as a ``resample.side``: the larger grid shrinks to the smaller."""
     return "teacher" if encoder > student else "student"
 
 

@@ -1,6 +1,6 @@
-"""From the guide's trainer to a spec: SimpleTuner's `crepa_*`, `urepa_*` and `irepa_*` keys, and what a spec needs besides.
+"""From SimpleTuner to a spec: SimpleTuner's `crepa_*`, `urepa_*` and `irepa_*` keys, and what a spec needs besides.
 
-Every value that trainer would use is written down, its defaults included. What a spec has no place for is named, and so is
+Every value SimpleTuner would use is written down, its defaults included. What a spec has no place for is named, and so is
 every place where the two compute something else from the same number.
 """
 
@@ -15,25 +15,30 @@ from typing import Any
 
 import yaml
 
+from repa_lab.bridge.given import printable, read_config
 from repa_lab.bridge.grids import encoder_grid, shrinking_side, student_grid
 from repa_lab.bridge.keys import (
     CREPA_MODEL,
     IREPA,
     KEYS,
     REST,
+    SAMPLING_STEPS,
     STAND_IN_STEPS,
     TINY_AUTOENCODERS,
     is_language_model,
 )
-from repa_lab.bridge.read import READABLE, REGULARIZERS, Reading, printable, read, read_config
-from repa_lab.bridge.remarks import remarks
+from repa_lab.bridge.read import READABLE, REGULARIZERS, Reading, read
+from repa_lab.bridge.remarks import remarks, training_passes
 from repa_lab.spec.errors import Problem, SpecError
+from repa_lab.spec.evaluate import EvaluateConfig
 from repa_lab.spec.experiment import load_spec
 from repa_lab.spec.yaml import parse_scalar
 
 _WIDTH = 120
 _BASELINE = "# include: [{label: baseline, set: {regularizer.type: none}}]  # without its # it is compared with none"
-_ORDER = ("name", "question", "model", "regularizer", "data", "train", "seeds", "run")
+_ORDER = ("name", "question", "model", "regularizer", "data", "train", "evaluate", "seeds", "run")
+# The fewest samples that a spec can ask for, and the fewest sampling steps that an evaluation is cut down to.
+_LEAST_SAMPLES, _LEAST_STEPS = 16, 8
 # What a fragment lacks of a spec, so that the grammar can check it.
 _AROUND: dict[str, Any] = {
     "name": "fragment",
@@ -82,7 +87,7 @@ def _regularizer(reading: Reading) -> dict[str, Any]:
     fields |= {"regularizer.projector.type": "conv" if reading.irepa else "linear"}
     fields |= {key.field: reading.value(key) for key in IREPA if reading.irepa}
     fields |= _encoder(reading, fields)
-    return fields | _resample(reading, fields) | _cutoff(fields)
+    return fields | _resample(reading, fields) | _decay(fields) | _cutoff(fields)
 
 
 def _encoder(reading: Reading, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,8 +113,16 @@ def _resample(reading: Reading, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"regularizer.resample.side": side, "regularizer.resample.when": "after"}
 
 
+def _decay(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """In SimpleTuner a decay that ends during the warm-up takes one step after it."""
+    schedule = "regularizer.schedule"
+    warmup, end = fields[f"{schedule}.warmup_steps"], fields[f"{schedule}.decay_steps"]
+    ends_early = fields[f"{schedule}.type"] != "constant" and 0 < end <= warmup
+    return {f"{schedule}.decay_steps": warmup + 1} if ends_early else {}
+
+
 def _cutoff(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """That trainer judges the similarity from the first step on, and at every step."""
+    """SimpleTuner judges the similarity from the first step on, and at every step."""
     schedule = "regularizer.schedule"
     if fields[f"{schedule}.similarity_threshold"] is None:
         return {}
@@ -123,13 +136,43 @@ def _rest(reading: Reading) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if reading.family is not None:
         fields |= {"model.family": reading.family.name, "data.source": "imagefolder", "data.path": None}
+    fields |= _images(reading)
     fields |= {key.field: reading.value(key) for key in REST if whole or key.name in reading.values}
     fields |= _batch(reading) | _average(reading)
-    if "resolution" in reading.values or whole:
+    if whole or "resolution" in reading.values or (reading.data_set and "resolution" in reading.data_set.values):
         fields["data.resolution"] = reading.resolution
     if "seed" in reading.values:
         fields["seeds"] = [reading.values["seed"]]
-    return fields | _stand_ins(reading, fields)
+    fields |= _stand_ins(reading, fields)
+    return fields | _evaluation(reading, fields)
+
+
+def _images(reading: Reading) -> dict[str, Any]:
+    """What the data backend's file says of the images, if it is to be had."""
+    if reading.data_set is None:
+        return {}
+    folder = reading.data_set.folder
+    buckets = {"data.buckets.step": 64, "data.buckets.max_aspect": 2.0} if reading.data_set.keeps_aspect else {}
+    return {**({"data.path": folder} if folder else {}), **buckets}
+
+
+def _evaluation(reading: Reading, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """One evaluation, at the end, that takes about as many forward passes as the training at most."""
+    steps, scale = reading.part("validation_num_inference_steps"), reading.part("validation_guidance")
+    guidance = {} if scale is None else {"evaluate.guidance.scale": max(scale, 1.0)}
+    if reading.family is None:
+        return guidance | ({} if steps is None else {"evaluate.sampler.steps": max(steps, 2)})
+    training = training_passes(fields)
+    calls = 2 if guidance and guidance["evaluate.guidance.scale"] > 1 else 1
+    affordable = max(training // (_LEAST_SAMPLES * calls), _LEAST_STEPS)
+    steps = max(min(steps or SAMPLING_STEPS, affordable), 2)
+    samples = min(max(training // (steps * calls), _LEAST_SAMPLES), EvaluateConfig().samples)
+    return {
+        "evaluate.every": fields["train.steps"],
+        "evaluate.samples": samples,
+        "evaluate.sampler.steps": steps,
+        **guidance,
+    }
 
 
 def _batch(reading: Reading) -> dict[str, Any]:
@@ -146,15 +189,14 @@ def _average(reading: Reading) -> dict[str, Any]:
 
 
 def _stand_ins(reading: Reading, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a whole spec cannot do without and the config leaves to that trainer or to another file."""
+    """What a whole spec cannot do without and the config leaves to SimpleTuner or to another file."""
     if reading.family is None:
         return {}
-    name, pipeline = reading.family.name, reading.family.pipeline
-    pretrained = fields["model.pretrained"] or (pipeline.released if pipeline else None)  # that trainer's own default
+    name = reading.family.name
     return {
         "name": f"{name}_{REGULARIZERS.get(str(reading.prefix), 'none')}",
         "question": f"What do the settings of {reading.given.file.name if reading.given.file else 'the flags'} do to {name}?",
-        "model.pretrained": pretrained,
+        "model.pretrained": reading.pretrained,
         "train.steps": fields["train.steps"] or STAND_IN_STEPS,
     }
 

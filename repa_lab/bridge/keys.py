@@ -1,6 +1,6 @@
 """SimpleTuner's keys, as data: what each is called here, how it is read and written, and what it is when it is left out.
 
-Defaults and rules are those of that trainer's registry (2026-08-22). What it computes with them differs from the lab in places;
+Defaults and rules are those of SimpleTuner's registry (2026-08-22). What it computes with them differs from the lab in places;
 `DIFFERENCES` in `remarks` says where.
 """
 
@@ -93,20 +93,20 @@ def text(value: Any) -> str:
 
 
 def one_of(*allowed: str, **renamed: str) -> Read:
-    """A reader of words, some of which go by another name here; of any other word it raises UnfitError."""
+    """Return a reader of words in any case, some of which have another name here; it raises UnfitError for other words."""
     words = {**{word: word for word in allowed}, **renamed}
 
     def read(value: Any) -> str:
-        if not isinstance(value, str) or value not in words:
-            hint = did_you_mean(value, words) if isinstance(value, str) else ""
-            raise UnfitError(f"one of {', '.join(words)}", hint)
-        return words[value]
+        word = value.strip().lower() if isinstance(value, str) else ""
+        if word not in words:
+            raise UnfitError(f"one of {', '.join(words)}", did_you_mean(word, words))
+        return words[word]
 
     return read
 
 
 def _or_default(read: Read, default: Any) -> Read:
-    """A reader for which 0 means something else, as it does in that trainer."""
+    """A reader for which 0 means something else, as it does in SimpleTuner."""
     return lambda value: read(value) or default
 
 
@@ -134,7 +134,8 @@ def is_language_model(encoder: str) -> bool:
 
 def _encoder(value: Any) -> str:
     name = text(value)
-    return _ENCODER_NAMES.get(name, name)
+    known = name.lower()
+    return _ENCODER_NAMES.get(known, known if known in HUB_ENCODERS else name)
 
 
 def _pixels(value: Any) -> str:
@@ -186,6 +187,7 @@ REST = (
     Key("max_train_steps", "train.steps", None, _or_default(whole, None)),
     Key("learning_rate", "train.lr", 4e-7, number),
     Key("adam_weight_decay", "train.weight_decay", 0.01, number),
+    Key("caption_dropout_probability", "train.label_dropout", 0.0, number),
     Key("max_grad_norm", "train.grad_clip", 2.0, _or_default(number, None)),
     Key("mixed_precision", "run.precision", "bf16", one_of("bf16", "fp16", no="fp32")),
     Key("gradient_checkpointing", "run.gradient_checkpointing", True, truth),
@@ -194,6 +196,9 @@ REST = (
 # What several keys decide together.
 PARTS = (
     Key("model_family", "model.family", None, text),
+    Key("model_flavour", "model.pretrained", None, text),
+    Key("lora_alpha", "model.rank", None, number),
+    Key("data_backend_config", "data.path", None, text),
     Key("train_batch_size", "train.batch_size", 4, whole),
     Key("gradient_accumulation_steps", "train.batch_size", 1, whole),
     Key("resolution", "data.resolution", 1024, number),
@@ -201,7 +206,19 @@ PARTS = (
     Key("use_ema", "train.ema", False, truth),
     Key("ema_decay", "train.ema", 0.995, number),
     Key("seed", "seeds", None, whole),
+    Key("validation_num_inference_steps", "evaluate.sampler.steps", None, whole),
+    Key("validation_guidance", "evaluate.guidance.scale", None, number),
 )
+# Keys of an image data set in the file that `data_backend_config` names; the first two override those of the config.
+DATA_SET = (
+    Key("resolution", "data.resolution", None, number),
+    Key("resolution_type", "data.resolution", None, one_of("pixel", "area", "pixel_area")),
+    Key("instance_data_dir", "data.path", None, text),
+    Key("crop", "data.buckets", None, truth),
+    Key("crop_aspect", "data.buckets", None, one_of("square", "preserve", "random", "closest")),
+)
+# Other names of a key.
+ALIASES = {"checkpointing_steps": "checkpoint_step_interval"}
 SWITCHES = tuple(Key(f"{prefix}_enabled", "regularizer.type", False, truth) for prefix in ("crepa", "urepa", "irepa"))
 
 _VIDEO = "it relates the frames of a video; an image has one"
@@ -225,6 +242,7 @@ NOT_CARRIED: Mapping[str, str] = {
     "layersync_student_block": _LAYERSYNC,
     "layersync_teacher_block": _LAYERSYNC,
     "layersync_lambda": _LAYERSYNC,
+    "lora_type": "the lab trains PEFT's LoRA; SimpleTuner's LyCORIS is another adapter, beside which it trains no projector",
 }
 HARMLESS: Mapping[str, tuple[str, ...]] = {
     "crepa_drop_vae_encoder": ("false",),
@@ -232,14 +250,23 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
     "crepa_use_backbone_features": ("false",),
     "crepa_self_flow": ("false",),
     "layersync_enabled": ("false",),
+    "lora_type": ("standard",),
 }
 # Documented there, though its own parser refuses it; where it is read, it wins over crepa_encoder.
 CREPA_MODEL = Key("crepa_model", "regularizer.encoder.name", None, _encoder)
 
 # For a config that counts epochs.
 STAND_IN_STEPS = 5000
+# SimpleTuner's own default of validation_num_inference_steps.
+SAMPLING_STEPS = 30
 # Its names of families that have another here.
-FAMILY_NAMES = {"sd1x": "sd15", "pixart_sigma": "pixart", "kandinsky5_image": "kandinsky5"}
+FAMILY_NAMES = {
+    "sd1x": "sd15",
+    "pixart_sigma": "pixart",
+    "kandinsky5_image": "kandinsky5",
+    "ernie": "ernie_image",
+    "ideogram": "ideogram4",
+}
 _TAESDXL, _TAEF1 = "madebyollin/taesdxl", "madebyollin/taef1"
 # Tiny autoencoders by the latents that a family has.
 TINY_AUTOENCODERS = {
@@ -248,5 +275,7 @@ TINY_AUTOENCODERS = {
     "sd3": "madebyollin/taesd3",
     **dict.fromkeys(("flux", "chroma", "hidream", "lumina2", "z_image"), _TAEF1),
 }
-# Families whose loader in that trainer never starts the regularizer: a run with it is one without.
+# The largest max_grad_norm that SimpleTuner lets a family have.
+GRAD_CLIP_CAPS = {"pixart": 0.01}
+# Families whose loader in SimpleTuner never starts the regularizer: a run with it is one without.
 NEVER_ATTACHED = ("sdxl", "kolors", "pixart")

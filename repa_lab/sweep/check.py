@@ -95,9 +95,10 @@ def _model_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]
 
 def _pretrained_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
     config, pipeline = arm.config, family.pipeline
-    if config.model.pretrained is None:
+    named = config.model.pretrained
+    if pipeline and named is None:  # of a family without a pipeline, `blocked` says that it is not trained
         yield arm.problem("model.pretrained", f"{family.name} is trained from a pretrained pipeline: name a hub id or a folder")
-    elif pipeline and (folder := Path(config.model.pretrained)).is_dir() and (message := problem_with(folder, family)):
+    elif pipeline and named and (folder := Path(named)).is_dir() and (message := problem_with(folder, family)):
         yield arm.problem("model.pretrained", message)
     yield from _size_problems(arm, family, shape)
     if pipeline and pipeline.num_classes is None:

@@ -277,4 +277,5 @@ def _speed_notes(found: Estimate) -> Iterator[str]:
         yield f"assuming {found.device.name} at {at}{why}; {PUBLISHED}"
     if any(not speed.is_evaluation_measured for speed in speeds):
         yield "evaluations are sampling and decoding by counted FLOPs; texts and the extractor are not counted"
-    yield "memory: weights, gradients, AdamW and averages exact, activations rough; micro_batch auto taken as the whole batch"
+    exact = "weights, gradients, AdamW and averages exact for the weights that were counted"
+    yield f"memory: {exact}, activations rough; micro_batch auto taken as the whole batch"

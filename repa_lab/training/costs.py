@@ -289,7 +289,10 @@ def _memory(
 def _rough(config: RunConfig, forward: Forward) -> tuple[str, ...]:
     unknown = [encoder.name for _, encoder in config.encoder_paths if encoder_flops(encoder.name, 224) is None]
     encoders = [f"the cost of encoder '{name}' is not known and not counted" for name in dict.fromkeys(unknown)]
-    return (*([forward.rough] if forward.rough else []), *encoders)
+    pipeline, named = family_facts(config.model.family).pipeline, config.model.pretrained
+    released = pipeline.released if pipeline else named
+    counted = f"parameters, FLOPs and memory are counted for {released}; those of {named} may differ"
+    return (*([forward.rough] if forward.rough else []), *([counted] if named not in (None, released) else []), *encoders)
 
 
 def images_of(data: DataConfig, files: int | None) -> int | None:

@@ -1,4 +1,4 @@
-"""What goes back to the guide's trainer is what came from it, and what it has no word for is named."""
+"""What goes back to SimpleTuner is what came from it, and what it has no word for is named."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from repa_lab.bridge.exporting import LIMITS, export_settings
-from repa_lab.bridge.keys import IREPA, KEYS, NOT_CARRIED, PARTS, REST, SWITCHES
+from repa_lab.bridge.flavours import FLAVOURS, REFUSED
+from repa_lab.bridge.keys import DATA_SET, IREPA, KEYS, NOT_CARRIED, PARTS, REST, SWITCHES
 from repa_lab.spec import RegularizerConfig
 from tests.bridge.test_importing import FLUX, GUIDE, SDXL, config_of, load, read
 
@@ -178,8 +179,15 @@ class TestDocumentation:
         for key in (*KEYS["crepa"], *KEYS["urepa"], *IREPA, *SWITCHES):
             shown = {None: "none", True: "true", False: "false"}.get(key.default) if isinstance(key.default, (bool, type(None))) else str(key.default)
             assert defaults[key.name] == shown, key.name
-        for name in (*(key.name for key in (*REST, *PARTS)), *NOT_CARRIED):
+        for name in (*(key.name for key in (*REST, *PARTS, *DATA_SET)), *NOT_CARRIED):
             assert f"`{name}`" in self.PAGE or name.startswith("layersync_"), name
+
+    def test_every_flavour_is_on_the_page(self):
+        table = self.PAGE[self.PAGE.index("| family | flavours |") :]
+        rows = [[re.findall(r"[^ `,]+", cell) for cell in row.split("|")[1:4]] for row in table[: table.index("\n\n")].splitlines()[2:]]
+        assert [(family, flavours, refused) for (family,), flavours, refused in rows] == [
+            (family, [*flavours], [*REFUSED.get(family, ())]) for family, flavours in FLAVOURS.items()
+        ]
 
     def test_the_session_is_what_the_commands_print(self, tmp_path):
         (session,) = re.findall(r"```\n(\$ cat.*?)```", self.PAGE, flags=re.DOTALL)

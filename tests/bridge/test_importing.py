@@ -1,14 +1,16 @@
-"""A config of the guide's trainer becomes a spec that says what it says, and every loss and difference is named."""
+"""A config of SimpleTuner becomes a spec that says what it says, and every loss and difference is named."""
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
 
 import pytest
 
+from repa_lab.align.schedule import Schedule
 from repa_lab.bridge.exporting import export_settings
 from repa_lab.bridge.importing import import_config
 from repa_lab.bridge.keys import NOT_CARRIED
@@ -99,8 +101,8 @@ class TestImport:
         urepa = regularizer_of(tmp_path, urepa_enabled=True, urepa_lambda=0, urepa_manifold_weight=0, urepa_cutoff_step=0)
         assert (urepa.weight, urepa.manifold_weight, urepa.schedule.cutoff_step) == (0.0, 0.0, None)
         said = " ".join(remarks(tmp_path, {**SDXL, "urepa_enabled": True, "urepa_lambda": 0, "urepa_manifold_weight": "0.0"}))
-        assert "urepa_lambda: that trainer takes 0 for 0.5" in said
-        assert "urepa_manifold_weight: that trainer takes 0 for 3.0" in said
+        assert "urepa_lambda: SimpleTuner takes 0 for 0.5" in said
+        assert "urepa_manifold_weight: SimpleTuner takes 0 for 3.0" in said
         repa = regularizer_of(tmp_path, crepa_enabled=True, crepa_encoder_image_size=0, crepa_power=0, crepa_encoder_frames_batch_size=0)
         assert (repa.encoder.image_size, repa.schedule.power) == (518, 1.0)
 
@@ -175,6 +177,72 @@ class TestImport:
         assert experiment.run.encoder_batch_size == 4
 
 
+    @pytest.mark.parametrize("value, dropout", [(0.1, 0.1), ("0.25", 0.25), (0, 0.0), (1, 1.0), (None, 0.0)])
+    def test_caption_dropout_is_label_dropout_and_none_where_it_is_left_out(self, tmp_path, value, dropout):
+        assert config_of(tmp_path, {**FLUX, "caption_dropout_probability": value}).train.label_dropout == dropout
+
+    def test_words_and_names_are_read_in_any_case(self, tmp_path):
+        given = {
+            "model_family": "Z-Image", "model_flavour": "BASE", "model_type": "LoRA", "crepa_enabled": True, "crepa_encoder": "DINO_V2_S",
+            "crepa_scheduler": "Cosine", "crepa_threshold_mode": "Permanent", "mixed_precision": "BF16", "resolution_type": "Pixel",
+        }  # fmt: skip
+        lower = {key: value.lower() if isinstance(value, str) else value for key, value in given.items()}
+        assert config_of(tmp_path, given) == config_of(tmp_path, lower)
+        config = config_of(tmp_path, given)
+        assert (config.model.pretrained, config.regularizer.schedule.type) == ("Tongyi-MAI/Z-Image", "cosine")
+        assert config.regularizer.encoder.name == "dinov2_vits14"
+        assert regularizer_of(tmp_path, crepa_enabled=True, crepa_encoder="DINOv2_ViTB14_reg").encoder.name == "dinov2_vitb14_reg"
+        assert regularizer_of(tmp_path, crepa_enabled=True, crepa_encoder="My/Encoder").encoder.name == "My/Encoder"
+
+    def test_settings_that_the_web_interface_saved_are_those_under_config(self, tmp_path):
+        saved = {"_metadata": {"name": "default", "model_family": None}, "config": {"--model_family": "flux", "--checkpointing_steps": 50}}
+        experiment = load(tmp_path, read(tmp_path, saved))
+        assert (experiment.arms[0].config.model.family, experiment.run.checkpoint_every) == ("flux", 50)
+        saved["config"]["--crepa_lamda"] = 1
+        (line,) = refusal(tmp_path, saved)
+        assert line.startswith("config.json:9:5: crepa_lamda: SimpleTuner has no such key")
+
+
+def simpletuner_weight(step, *, kind, weight, end, warmup, decay, power, cutoff, total):
+    """SimpleTuner's weight at a step; see its schedule in the reference: `decay` is an end, 0 is that of training."""
+    if 0 < cutoff <= step:
+        return 0.0
+    if step < warmup:
+        return weight * step / warmup
+    progress = min((step - warmup) / max((decay or total) - warmup, 1), 1.0)
+    if kind == "constant":
+        return weight
+    if kind == "linear":
+        return weight + (end - weight) * progress
+    if kind == "cosine":
+        return end + (weight - end) * (1 + math.cos(math.pi * progress)) / 2
+    return (weight - end) * (1 - progress) ** (power or 1.0) + end
+
+
+class TestSchedule:
+    @pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "polynomial"])
+    @pytest.mark.parametrize(
+        "warmup, decay, cutoff, power",
+        [(0, 0, 0, 1.0), (10, 30, 0, 2.0), (10, 10, 0, 2.0), (10, 4, 0, 0.5), (10, 1, 12, 2.0), (10, 11, 11, 1.0), (0, 1, 0, 0), (60, 50, 0, 1)],
+    )
+    def test_every_step_has_the_weight_that_simpletuner_gives_it(self, tmp_path, kind, warmup, decay, cutoff, power):
+        total = 50
+        given = {
+            **FLUX, "crepa_enabled": True, "max_train_steps": total, "crepa_lambda": 0.75, "crepa_scheduler": kind, "crepa_lambda_end": 0.125,
+            "crepa_warmup_steps": warmup, "crepa_decay_steps": decay, "crepa_cutoff_step": cutoff, "crepa_power": power,
+        }  # fmt: skip
+        config = config_of(tmp_path, given)
+        settings = {name: getattr(config.regularizer.schedule, name) for name in ("type", "end", "warmup_steps", "decay_steps", "cutoff_step", "power")}
+        ours = Schedule(weight=config.regularizer.weight, total_steps=config.train.steps, **settings)
+        theirs = {"kind": kind, "weight": 0.75, "end": 0.125, "warmup": warmup, "decay": decay, "power": power, "cutoff": cutoff, "total": total}
+        assert [ours(step) for step in range(total)] == pytest.approx([simpletuner_weight(step, **theirs) for step in range(total)], abs=1e-15)
+
+    def test_a_decay_within_the_warm_up_drops_one_step_after_it(self, tmp_path):
+        given = {"crepa_enabled": True, "crepa_scheduler": "linear", "crepa_warmup_steps": 100, "crepa_decay_steps": 50}
+        assert regularizer_of(tmp_path, **given).schedule.decay_steps == 101  # 0.5 at step 100, 0 from step 101 on
+        assert regularizer_of(tmp_path, **{**given, "crepa_scheduler": "constant"}).schedule.decay_steps == 50
+
+
 EXPECTED = {"crepa_enabled": True, "crepa_lambda": 0.25, "crepa_block_index": 3, "crepa_scheduler": "linear", "crepa_decay_steps": 50}
 
 
@@ -237,7 +305,7 @@ class TestWhatIsSaid:
             ({}, "block_index 8 is their depth 9"),
             ({}, "pixels: vae"),
             ({}, "LayerNorm + Linear"),
-            ({}, "resample.side: student, for that trainer shrinks the larger grid"),
+            ({}, "resample.side: student, for SimpleTuner shrinks the larger grid"),
             ({"crepa_scheduler": "linear", "crepa_decay_steps": 50}, "the step at which the decay ends"),
             ({"crepa_similarity_threshold": 0.9}, "no bias correction and no minimum count"),
             ({"crepa_encoder": "qwen3-vl"}, "crepa_encoder: not carried: a vision-language model"),
@@ -245,7 +313,13 @@ class TestWhatIsSaid:
             ({"ema_decay": 0.9}, "ema_decay: carried, though"),
             ({}, "crepa_lambda 0.5"),
             ({}, "fill in train.steps"),
-            ({}, "fill in model.pretrained: the config does not say; black-forest-labs/FLUX.1-dev stands in"),
+            ({}, "no model_flavour: 'krea' (black-forest-labs/FLUX.1-Krea-dev) stands in, as in SimpleTuner"),
+            ({"crepa_scheduler": "linear", "crepa_warmup_steps": 9, "crepa_decay_steps": 5}, "decay_steps: 10 does the same"),
+            ({"model_family": "pixart"}, "max_grad_norm: SimpleTuner lowers it to 0.01 for this family"),
+            ({"lora_type": "lycoris"}, "lora_type: not carried: the lab trains PEFT's LoRA"),
+            ({"model_type": "lora", "lora_rank": 8, "lora_alpha": 16}, "the adapter's scale is 1, and 2 there"),
+            ({}, "caption_dropout_probability 0.0"),
+            ({}, "data.holdout is 256: so many images are not trained on"),
             ({"model_family": "omnigen"}, "omnigen can be aligned in a loop of your own"),
             ({"model_family": "pixart_sigma"}, "never attaches its regularizer to pixart"),
         ],
@@ -294,6 +368,8 @@ class TestBadInput:
             ("crepa_similarity_threshold", 1.5, "expected a number of at most 1.0, got 1.5"),
             ("crepa_encoder", 7, "expected text, got 7"),
             ("crepa_encoder_image_size", -5, "expected a number of at least 1, got -5"),
+            ("caption_dropout_probability", 1.5, "expected a number of at most 1.0, got 1.5"),
+            ("caption_dropout_probability", -0.1, "expected a number of at least 0.0, got -0.1"),
             ("model_type", "lycoris", 'expected one of full, lora, got "lycoris"'),
             ("learning_rate", 0, "expected a number of more than 0.0, got 0.0"),
             ("train_batch_size", 0, "expected a number of at least 1, got 0"),
@@ -309,11 +385,6 @@ class TestBadInput:
             assert "unknown family 'flxu'" in line and "did you mean 'flux'?" in line
         else:
             assert line == f"{place}{key}: {message}"
-
-    def test_a_decay_that_ends_before_the_warm_up_is_refused_at_its_key(self, tmp_path):
-        given = {**FLUX, "crepa_enabled": True, "crepa_scheduler": "linear", "crepa_warmup_steps": 100, "crepa_decay_steps": 50}
-        (line,) = refusal(tmp_path, given)
-        assert line == "config.json:6:3: crepa_decay_steps: decay_steps is counted from step 0, so it must be more than warmup_steps"
 
     @pytest.mark.parametrize("family", [name for name, facts in FAMILIES.items() if not facts.from_scratch])
     def test_the_wrong_regularizer_for_a_family_is_refused_not_dropped(self, tmp_path, family):
@@ -333,7 +404,7 @@ class TestBadInput:
     @pytest.mark.parametrize("key, meant", [("crepa_lamda", "crepa_lambda"), ("urepa_manifold_wieght", "urepa_manifold_weight"), ("irepa_enable", "irepa_enabled")])
     def test_an_unknown_key_says_what_was_meant(self, tmp_path, key, meant):
         (line,) = refusal(tmp_path, {key: 1})
-        assert line.startswith(f"config.json:2:3: {key}: that trainer has no such key; allowed: {key[:6]}")
+        assert line.startswith(f"config.json:2:3: {key}: SimpleTuner has no such key; allowed: {key[:6]}")
         assert line.endswith(f"; did you mean '{meant}'?")
 
     def test_everything_that_is_wrong_is_said_at_once(self, tmp_path):
