@@ -49,17 +49,18 @@ def test_set_overrides_the_spec_and_is_checked_like_it():
 def test_sdxl_is_planned_and_refused_in_one_line(tmp_path):
     planned = cli("plan", "experiments/sdxl_manifold.yaml", "--json", "--root", tmp_path)
     assert planned.returncode == 0 and len(json.loads(planned.stdout)["runs"]) == 27
-    swept = cli("sweep", "experiments/sdxl_manifold.yaml", "--root", tmp_path)
+    swept = cli("sweep", "experiments/sdxl_manifold.yaml", "--root", tmp_path, "--set", "data.source=imagefolder")
     assert swept.returncode == 2
     (line,) = swept.stderr.splitlines()
-    assert line == "experiments/presets/urepa_sdxl.yaml:10:29: data.path: not set; give a folder of images with --set data.path=FOLDER"
+    assert line == "<given>: data.path: not set; give a folder of images with --set data.path=FOLDER"
     assert not list(tmp_path.iterdir())
 
 
 def test_sdxl_without_its_weights_or_captions_is_refused_in_one_line_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder, root = write_images(tmp_path / "images"), tmp_path / "runs"
-    words = ("sweep", "experiments/sdxl_manifold.yaml", "--root", root, "--set", f"data.path={folder}", "--set", "data.holdout=6")
+    data = [f"data={{source: imagefolder, path: {folder}, holdout: 6}}"]
+    words = ("sweep", "experiments/sdxl_manifold.yaml", "--root", root, "--set", *data)
     swept = cli(*words)
     assert swept.returncode == 2
     (line,) = swept.stderr.splitlines()

@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from repa_lab.data.errors import DataError
 
 Size = tuple[int, int]  # height, width
+_GREY_STEPS = {"L;2": 85, "L;4": 17}  # between two levels of grey of 2 and 4 bits, as Pillow unpacks them
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,33 @@ def crop(image: Image.Image, size: Size) -> Image.Image:
 
 
 def opaque(image: Image.Image) -> Image.Image:
-    """An image as RGB, over white where it is transparent."""
+    """Return an image as RGB, over white where it is transparent: by alpha channel, palette or colour."""
+    key = _transparent_colour(image)
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion would clip to white
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "P"):
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+        levels = np.asarray(image)
+        return Image.fromarray(np.where(levels == key, 255, np.rint(levels / 257)).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if key is not None:
+        image = image.copy()
+        image.info["transparency"] = key
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def _transparent_colour(image: Image.Image) -> int | tuple[int, ...] | None:
+    """Return the colour that a PNG's tRNS chunk makes transparent, on the scale of the image's pixels, or None.
+
+    Pillow scales the pixels of other depths than 8 bits, and leaves the colour as the file has it.
+    """
+    colour = image.info.get("transparency")
+    packing = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else None
+    if isinstance(colour, int) and packing in _GREY_STEPS:
+        return colour * _GREY_STEPS[packing]
+    if isinstance(colour, tuple) and packing == "RGB;16B":
+        return tuple(part >> 8 for part in colour)
+    return colour if isinstance(colour, (int, tuple)) and image.mode != "P" else None
 
 
 @dataclass(frozen=True)

@@ -5,32 +5,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from repa_lab.data.crop import Buckets
 from repa_lab.data.errors import DataError
+from repa_lab.data.listing import ImageList, read_image_folder, require_targets, walk
 
 _CONTENT_SAMPLE = 256
 _END_BYTES = 1 << 20
 _DATASETS_CACHE = "cache-*.arrow"  # what `datasets` leaves beside a data set that it maps or filters
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-def image_files(folder: Path) -> list[Path]:
-    """All images below a folder, sorted by their path in it; hidden folders are left out.
-
-    Raises:
-        DataError: the folder is missing or holds no image.
-    """
-    if not folder.is_dir():
-        raise DataError("path", f"no folder '{folder}'")
-    found = sorted(path for path in _walk(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise DataError("path", f"no images in '{folder}'; expected {', '.join(IMAGE_SUFFIXES)}")
-    return found
 
 
 def fingerprint_digits() -> str:
@@ -38,51 +24,36 @@ def fingerprint_digits() -> str:
     return digest({"source": "digits", "images": 1797})
 
 
-def captions_file(image: Path) -> Path:
-    """Where an image's caption stands if it has a file of its own."""
-    return image.with_suffix(".txt")
-
-
-def has_captions(folder: Path) -> bool:
-    """Whether a folder of images has captions: a list of them, or a file beside an image."""
-    return (folder / "metadata.jsonl").is_file() or bool(_texts(image_files(folder)))
-
-
-def fingerprint_folder(folder: Path, resolution: int, buckets: Buckets | None = None) -> str:
-    """Names and sizes of the images, the captions, and the resolution they are read at.
+def fingerprint_folder(
+    folder: Path, resolution: int, buckets: Buckets | None = None, caption_column: str | None = None
+) -> str:
+    """Return a digest of the names and sizes of the images, their captions, and the resolution they are read at.
 
     Raises:
-        DataError: see :func:`image_files`.
+        DataError: see :func:`read_image_folder`.
     """
-    images = image_files(folder)
-    metadata = folder / "metadata.jsonl"
-    texts = [(path.relative_to(folder).as_posix(), _sha256(path)) for path in _texts(images)]
-    captions = _sha256(metadata) if metadata.is_file() else texts
-    held = {"source": "imagefolder", "files": _listing(folder, images), "captions": captions or None, "resolution": resolution}
-    return digest({**held, **({"buckets": asdict(buckets)} if buckets else {})})
+    return _listed(read_image_folder(folder, caption_column), resolution, buckets)
 
 
-def fingerprint_content(folder: Path, resolution: int, buckets: Buckets | None = None) -> str:
+def fingerprint_content(images: ImageList, resolution: int, buckets: Buckets | None = None) -> str:
     """As :func:`fingerprint_folder`, and what is in the images: in all of up to 256, in as many of more, evenly spaced.
 
     Caches hang on it. Reading files takes too long for what `plan` knows of a run, and there a mistake costs less: uncompressed
     images of two data sets have the same sizes, and features of one must not pass for the other's.
-
-    Raises:
-        DataError: see :func:`image_files`.
     """
-    contents = [_sha256(path) for path in _evenly(image_files(folder))]
-    return digest({"listing": fingerprint_folder(folder, resolution, buckets), "contents": contents})
+    contents = [_sha256(path) for path in _evenly(images.files)]
+    return digest({"listing": _listed(images, resolution, buckets), "contents": contents})
 
 
 def fingerprint_saved(folder: Path, resolution: int, buckets: Buckets | None = None) -> str:
     """The files of a data set that `Dataset.save_to_disk` wrote, and the resolution they are read at.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: there is no such folder, or a link in it leads nowhere.
     """
     if not folder.is_dir():
         raise DataError("path", f"no folder '{folder}'")
+    require_targets(walk(folder).files)
     held = {"source": "datasets", "files": fingerprint_files(folder, but=_DATASETS_CACHE), "resolution": resolution}
     return digest({**held, "buckets": asdict(buckets) if buckets else None})
 
@@ -96,7 +67,7 @@ def fingerprint_files(folder: Path, but: str | None = None) -> str:
     Raises:
         OSError: the folder cannot be read.
     """
-    files = sorted(path for path in _walk(folder) if path.is_file() and not (but and path.match(but)))
+    files = sorted(path for path in walk(folder).files if path.is_file() and not (but and path.match(but)))
     return digest([(path.relative_to(folder).as_posix(), path.stat().st_size, _ends(path)) for path in files])
 
 
@@ -116,12 +87,11 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _listing(folder: Path, files: Sequence[Path]) -> list[tuple[str, int]]:
-    return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
-
-
-def _texts(images: Sequence[Path]) -> list[Path]:
-    return [captions_file(path) for path in images if captions_file(path).is_file()]
+def _listed(images: ImageList, resolution: int, buckets: Buckets | None) -> str:
+    files = [(path.relative_to(images.folder).as_posix(), path.stat().st_size) for path in images.files]
+    captions = digest(list(images.captions)) if images.captions else None
+    held = {"source": "imagefolder", "files": files, "captions": captions, "resolution": resolution}
+    return digest({**held, **({"buckets": asdict(buckets)} if buckets else {})})
 
 
 def _evenly(files: Sequence[Path]) -> Sequence[Path]:
@@ -133,13 +103,3 @@ def _ends(path: Path) -> str:
         start = file.read(_END_BYTES)
         file.seek(max(len(start), path.stat().st_size - _END_BYTES))
         return hashlib.sha256(start + file.read()).hexdigest()
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _walk(path)
-        else:
-            yield path

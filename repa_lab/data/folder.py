@@ -1,9 +1,7 @@
-"""A folder of images: one class per subfolder, captions from a list beside them or a text file beside each."""
+"""A folder of images: one class per subfolder, captions from metadata files or a text file beside each."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +9,8 @@ from PIL import Image, ImageOps
 
 from repa_lab.data.crop import Buckets
 from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import captions_file, fingerprint_content, image_files
+from repa_lab.data.fingerprint import fingerprint_content
+from repa_lab.data.listing import read_image_folder
 from repa_lab.data.sources import Pictures
 
 # Formats of cameras, which note how they were held; others would have to be decoded to look for such a note.
@@ -21,27 +20,30 @@ _ROTATED = ("JPEG", "MPO", "TIFF", "WEBP")
 class ImageFolder(Pictures):
     """Images below a folder; those directly in it belong to one class. Each is cropped and resized as the papers' data was.
 
-    Captions are those of ``metadata.jsonl`` (``file_name``, ``text``), the Hugging Face layout, or else of text files that are
-    called as the images are (``cat.png``, ``cat.txt``), the layout of most trainers. Where there is none it is empty.
+    See :func:`repa_lab.data.listing.read_image_folder` for what is read and where captions come from.
 
     Args:
         folder: the folder.
         resolution: pixels along each side.
         buckets: see :class:`Pictures`.
+        captions: the column of captions in metadata files.
 
     Raises:
-        DataError: no folder, no images, an image that cannot be read, or captions that name missing files.
+        DataError: no folder, no images, an image that cannot be read, or metadata that cannot be used.
     """
 
-    def __init__(self, folder: Path, resolution: int, buckets: Buckets | None = None) -> None:
-        self._files = image_files(folder)
+    def __init__(
+        self, folder: Path, resolution: int, buckets: Buckets | None = None, captions: str | None = None
+    ) -> None:
+        images = read_image_folder(folder, captions)
+        self._files = images.files
         super().__init__(len(self._files), resolution, buckets)
         classes = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in self._files]
         numbers = {name: number for number, name in enumerate(sorted(set(classes)))}
         self.num_classes = len(numbers)
         self.labels = torch.tensor([numbers[name] for name in classes])
-        self.captions = _listed(folder, self._files) or _beside(self._files)
-        self.fingerprint = fingerprint_content(folder, resolution, buckets)
+        self.captions, self.notes = images.captions, images.notes
+        self.fingerprint = fingerprint_content(images, resolution, buckets)
 
     def open(self, index: int) -> Image.Image:
         """See :class:`Pictures`."""
@@ -62,37 +64,3 @@ class ImageFolder(Pictures):
 
 def _unreadable(path: Path, error: OSError) -> DataError:
     return DataError("path", f"cannot read the image '{path}': {error}")
-
-
-def _listed(folder: Path, files: Sequence[Path]) -> Sequence[str]:
-    metadata = folder / "metadata.jsonl"
-    if not metadata.is_file():
-        return ()
-    texts: dict[str, str] = {}
-    # A caption may hold U+2028 and its like, at which splitlines would cut a row in two.
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            texts[row["file_name"]] = row["text"]
-        except (ValueError, KeyError, TypeError):
-            raise DataError("path", f"{metadata}:{number}: expected a JSON object with 'file_name' and 'text'") from None
-    names = [path.relative_to(folder).as_posix() for path in files]
-    if missing := sorted(texts.keys() - set(names)):
-        raise DataError("path", f"{metadata} names '{missing[0]}', which is not in the folder ({len(missing)} such)")
-    return [texts.get(name, "") for name in names]
-
-
-def _beside(files: Sequence[Path]) -> Sequence[str]:
-    texts = [_text(captions_file(path)) for path in files]
-    return texts if any(texts) else ()
-
-
-def _text(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()  # Windows' editors mark UTF-8
-    except (OSError, ValueError) as error:
-        raise DataError("path", f"cannot read the caption '{path}': {error}") from None

@@ -107,12 +107,12 @@ class Listing:
         All files of a tree have one size, so their sizes tell nothing.
 
         Raises:
-            DataError: one of these images is not ``side`` pixels wide and high.
+            DataError: one of these images is not ``side`` pixels wide and high, or a file cannot be read.
         """
         sample = self.sample(_CONTENT_SAMPLE)
         for index in sample:
             open_image(self.path(IMAGES, index), side).close()
-        contents = [[_sha256(self.path(kind, index).read_bytes()) for kind in KINDS] for index in sample]
+        contents = [[_content(self.path(kind, index)) for kind in KINDS] for index in sample]
         listed = _sha256(np.array([self.numbers, self.labels], dtype="<i8").tobytes())
         return digest({"source": "repa", "listed": listed, "contents": contents})
 
@@ -214,6 +214,13 @@ def _in_order(folder: Path, kind: Kind, labels: dict[str, int], numbers: Sequenc
         message = f"'{file}' names '{missing[0]}', which is not there ({len(missing)} such)"
         raise DataError("path", f"{message}; was the preparation interrupted?")
     return [labels[name] for name in names]
+
+
+def _content(file: Path) -> str:
+    try:
+        return _sha256(file.read_bytes())
+    except OSError as error:
+        raise unreadable(file, error) from None
 
 
 def _sha256(content: bytes) -> str:

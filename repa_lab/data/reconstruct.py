@@ -39,6 +39,7 @@ class Reconstructions:
         self._source = source
         self.channels, self.side, self.num_classes = source.channels, source.side, source.num_classes
         self.labels, self.sizes, self.captions = source.labels, source.sizes, source.captions
+        self.notes = source.notes
         content = {"of": source.fingerprint, "vae": space.vae.identity, "decoder": decoder.identity}
         self.fingerprint = digest({"source": f"reconstructions/{decoder.field}", **content})
 

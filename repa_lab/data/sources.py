@@ -27,6 +27,7 @@ class ImageSource(Protocol):
         num_classes: of the labels.
         labels: ``(n,)`` int64 in [0, num_classes).
         captions: n texts, or empty.
+        notes: what was left out or is missing, a sentence each.
         fingerprint: a key of caches.
     """
 
@@ -36,6 +37,7 @@ class ImageSource(Protocol):
     num_classes: int
     labels: torch.Tensor
     captions: Sequence[str]
+    notes: tuple[str, ...]
     fingerprint: str
 
     def __len__(self) -> int: ...
@@ -68,6 +70,7 @@ class Digits:
         self.labels = torch.from_numpy(bunch.target).long()
         self.sizes = torch.full((len(self.labels), 2), self.side)
         self.captions: Sequence[str] = ()
+        self.notes: tuple[str, ...] = ()
         self.fingerprint = fingerprint_digits()
 
     def __len__(self) -> int:
@@ -95,6 +98,7 @@ class Pictures:
     num_classes: int
     labels: torch.Tensor
     captions: Sequence[str]
+    notes: tuple[str, ...] = ()
     fingerprint: str
 
     def __init__(self, count: int, side: int, buckets: Buckets | None) -> None:
@@ -150,6 +154,7 @@ class Flips:
         self.labels = torch.cat([base.labels, base.labels])
         self.sizes = torch.cat([base.sizes, base.sizes])
         self.captions: Sequence[str] = [*base.captions, *base.captions]
+        self.notes = base.notes
         self.fingerprint = digest({"source": "flips", "of": base.fingerprint})
 
     def __len__(self) -> int:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from repa_lab.spec.errors import Path_, Place, Problem, SpecError
+from repa_lab.spec.schema import SOURCES_OF
 from repa_lab.spec.yaml import MAX_DEPTH, MAX_DIGITS, MAX_NODES, Document, is_text, read_yaml
 
 _PROGRAM = Place(None)
 # Sections merge all the way down. In these a child's entry replaces its parent's whole: an axis, a space, a baseline.
 _SHALLOW = ("axes", "one_at_a_time", "search", "compare")
+_SOURCE = ("data", "source")
 # Rules of a child replace those of its parent, whichever there were.
 _WHOLE = ("stop",)
 
@@ -76,12 +78,22 @@ class Draft:
     def _assign(self, target: dict[str, Any], path: Path_, value: Any, place: Place) -> None:
         key = str(path[-1])
         if isinstance(value, Mapping) and isinstance(target.get(key), dict):
-            for inner, inner_value in value.items():
+            for inner, inner_value in sorted(value.items(), key=lambda item: (*path, item[0]) != _SOURCE):
                 self._assign(target[key], (*path, inner), inner_value, place)
             return
+        if path == _SOURCE and isinstance(value, str):
+            self._drop_fields_of_others(target, value)
         target[key] = copy.deepcopy(dict(value) if isinstance(value, Mapping) else value)
         self._drop(path)
         self.places[path] = place
+
+    def _drop_fields_of_others(self, data: dict[str, Any], source: str) -> None:
+        """Another source of data has fields of its own: those laid down for the former one go with it."""
+        if data.get("source", source) == source:
+            return
+        for name in [name for name, sources in SOURCES_OF.items() if name in data and source not in sources]:
+            del data[name]
+            self._drop((_SOURCE[0], name))
 
     def _drop(self, path: Path_) -> None:
         for known in [known for known in self.places if known[: len(path)] == path and known != ()]:

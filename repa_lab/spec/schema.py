@@ -33,16 +33,30 @@ class BucketsConfig(Section):
     max_aspect: Annotated[float, Field(ge=1)] = 2.0
 
 
+FOLDER_SOURCES = ("imagefolder", "datasets", "repa")
+# The sources that a field of `data` belongs to, where it does not belong to all.
+SOURCES_OF = {
+    "path": FOLDER_SOURCES,
+    "name": ("hub",),
+    "config": ("hub",),
+    "split": ("hub",),
+    "revision": ("hub",),
+    "caption_column": ("imagefolder", "datasets", "hub"),
+}
+
+
 class DataConfig(Section):
-    """The images: scikit-learn's digits, a folder of images, one that `Dataset.save_to_disk` of `datasets` wrote, or one that
-    REPA's preprocessing or `repa-lab data prepare` wrote (``repa``), whose latents are taken as they are.
+    """The images: scikit-learn's digits, a folder of images, a folder that `Dataset.save_to_disk` of `datasets` wrote, a
+    folder that REPA's preprocessing or `repa-lab data prepare` wrote (``repa``), whose latents are taken as they are, or a
+    ``split`` of the data set ``name`` of the Hugging Face hub, at a ``revision`` (a branch, a tag or a commit).
 
     ``resolution`` null is 256, or 8 for digits. ``vae`` (a hub id or folder) trains in its latent space; a pretrained model has
     its own. ``holdout`` images are never trained on; ``flip`` mirrors every other image at random as it is seen; ``buckets``
-    keeps aspects, where null cuts squares. ``caption_column`` names the captions of a saved data set.
+    keeps aspects, where null cuts squares. ``caption_column`` names the column of captions; null is ``text``,
+    ``caption`` or ``prompt``, the first there is.
     """
 
-    source: Literal["digits", "imagefolder", "datasets", "repa"]
+    source: Literal["digits", "imagefolder", "datasets", "repa", "hub"]
     path: str | None = None
     resolution: Positive | None = None
     vae: str | None = None
@@ -50,6 +64,20 @@ class DataConfig(Section):
     flip: bool = later(False)
     buckets: BucketsConfig | None = later(None)
     caption_column: str | None = later(None)
+    name: str | None = later(None)
+    config: str | None = later(None)
+    split: str = later("train")
+    revision: str | None = later(None)
+
+    @model_validator(mode="after")
+    def _fields_are_of_the_source(self) -> DataConfig:
+        for name, sources in SOURCES_OF.items():
+            if self.source not in sources and getattr(self, name) != type(self).model_fields[name].default:
+                advice = "leave it out, or set data.source"
+                raise ValueError(f"{name} is a field of source {' or '.join(sources)}, not of {self.source}: {advice}")
+        if self.source == "hub" and self.name is None:
+            raise ValueError("source hub takes the name of a data set: owner/name")
+        return self
 
     @model_validator(mode="after")
     def _digits_are_8x8(self) -> DataConfig:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import has_captions
+from repa_lab.data.listing import read_image_folder
 from repa_lab.encoders.registry import grid_problem, weights_problem
 from repa_lab.metrics.protocol import goal_of_kind
 from repa_lab.models.facts import Family, Shape, UnknownFactError, shape_of
@@ -18,7 +18,7 @@ from repa_lab.spec import Arm, DataConfig, EncoderConfig, EvaluateConfig, Experi
 from repa_lab.spec.errors import Path_
 from repa_lab.sweep.search.problems import objective_path, search_problems
 from repa_lab.tracking import tensorboard
-from repa_lab.training.fingerprints import fingerprint_of
+from repa_lab.training.fingerprints import fingerprint_of, is_unset
 from repa_lab.training.protocol import measured, metric_names, shared_names, tiers
 
 Fingerprint = Callable[[DataConfig], str]
@@ -47,7 +47,7 @@ def blocked(arm: Arm) -> Problem | None:
     if not family.trainable:
         message = f"family '{family.name}' can be planned and tapped, not trained (trainable: {', '.join(TRAINABLE)})"
         return arm.problem("model.family", message)
-    if arm.config.data.source != "digits" and arm.config.data.path is None:
+    if is_unset(arm.config.data):
         return arm.problem("data.path", "not set; give a folder of images with --set data.path=FOLDER")
     return None
 
@@ -133,15 +133,15 @@ def _caption_problems(arm: Arm, family: Family) -> Iterator[Problem]:
     data, trained = arm.config.data, f"{family.name} is trained with captions"
     if data.source in ("digits", "repa"):
         named = "digits" if data.source == "digits" else "prepared folders"
-        yield arm.problem("data.source", f"{trained}, and {named} have none: use imagefolder or datasets")
-    elif data.source == "imagefolder" and data.path and _is_without_captions(Path(data.path)):
+        yield arm.problem("data.source", f"{trained}, and {named} have none: use imagefolder, datasets or hub")
+    elif data.source == "imagefolder" and data.path and _is_without_captions(Path(data.path), data.caption_column):
         advice = "give metadata.jsonl (file_name, text), or a .txt beside each image"
         yield arm.problem("data.path", f"{trained}, and '{data.path}' has none: {advice}")
 
 
-def _is_without_captions(folder: Path) -> bool:
+def _is_without_captions(folder: Path, column: str | None) -> bool:
     try:
-        return not has_captions(folder)
+        return not read_image_folder(folder, column).captions
     except DataError:  # which is told by itself
         return False
 
@@ -203,8 +203,6 @@ def _metric_problems(arm: Arm) -> Iterator[Problem]:
 
 def _data_problems(arm: Arm, fingerprint: Fingerprint) -> Iterator[Problem]:
     data = arm.config.data
-    if data.source == "digits" or data.path is None:
-        return
     try:
         fingerprint(data)
     except DataError as error:

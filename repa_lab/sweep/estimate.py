@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import image_files
 from repa_lab.data.layout import IMAGES
+from repa_lab.data.listing import read_image_folder
 from repa_lab.runs import RunDirectory, RunsRoot
 from repa_lab.runs.files import read_json
 from repa_lab.runs.forks import Fork
@@ -20,6 +20,7 @@ from repa_lab.sweep.plan import Plan, PlannedRun
 from repa_lab.sweep.search.reach import is_searched
 from repa_lab.sweep.speed import PUBLISHED, UTILISATION, Device, Measured, Speed, assumed_device, assumed_speed, kind_of
 from repa_lab.training.costs import Cache, Cost, caches_of, cost_of, images_of
+from repa_lab.training.fingerprints import hub_data, notes_of
 
 GIB = float(2**30)
 _HOUR = 3600.0
@@ -118,7 +119,9 @@ class Estimate:
     @property
     def notes(self) -> list[str]:
         """What all of it rests on, a sentence each."""
-        return [*_speed_notes(self), *dict.fromkeys(note for cost in self.costs.values() for note in cost.rough)]
+        data = dict.fromkeys(arm.config.data for arm in self.plan.experiment.arms)
+        told = dict.fromkeys(note for one in data for note in notes_of(one))
+        return [*told, *_speed_notes(self), *dict.fromkeys(note for cost in self.costs.values() for note in cost.rough)]
 
 
 def estimate(plan: Plan) -> Estimate:
@@ -227,15 +230,17 @@ def _caches(plan: Plan, speeds: dict[str, Speed]) -> Iterator[PlannedCache]:
 
 
 def _files(data: DataConfig) -> int | None:
-    return _count(data.source, Path(data.path)) if data.path else None
+    if data.source == "hub":
+        return hub_data(data).count()
+    return _count(data.source, Path(data.path), data.caption_column) if data.path else None
 
 
 @functools.lru_cache(maxsize=16)
-def _count(source: str, folder: Path) -> int | None:
+def _count(source: str, folder: Path, caption_column: str | None) -> int | None:
     """Images of a folder, or of a saved data set by what it says of itself; None where it cannot be told."""
     try:
         if source == "imagefolder":
-            return len(image_files(folder))
+            return len(read_image_folder(folder, caption_column).files)
         if source == "repa":
             return len(IMAGES.numbers(folder)) or None
         splits = read_json(folder / "dataset_info.json").get("splits") or {}

@@ -17,7 +17,7 @@ from repa_lab.spec.schema import DataConfig
 from repa_lab.sweep.check import blocked, check, resolve_metric
 from repa_lab.sweep.sharing import Sharing, share
 from repa_lab.sweep.standing import STOPPED, Orphan, Standing, orphans_of, standing_of
-from repa_lab.training.fingerprints import content_of, fingerprint_of
+from repa_lab.training.fingerprints import content_of, fingerprint_of, pinned
 from repa_lab.training.protocol import metric_names
 
 
@@ -172,7 +172,8 @@ def identify_arm(arm: Arm, seed: int, fingerprint: Callable[[DataConfig], str] =
 def identify_run(config: RunConfig, seed: int, fingerprint: Callable[[DataConfig], str] = fingerprint_of) -> Run:
     """The run of these settings with a seed, over the data and weights that are here now."""
     contents = {place: content_of(place) for place in local_weights(config)}
-    return identify(config, seed, PROTOCOL_VERSION, fingerprint(config.data), contents)
+    exact = config.model_copy(update={"data": pinned(config.data)})
+    return identify(exact, seed, PROTOCOL_VERSION, fingerprint(exact.data), contents)
 
 
 def baselines(experiment: Experiment) -> dict[str, str | None]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repa_lab.data.fingerprint import captions_file, digest, image_files
+from repa_lab.data.fingerprint import digest
 from repa_lab.data.layout import IMAGES, read_listing
+from repa_lab.data.listing import CAPTION_COLUMNS, read_image_folder
 from repa_lab.models.facts import Family
 from repa_lab.spec import DataConfig
+from repa_lab.spec.schema import SOURCES_OF
 
 _IMAGES = 24
 _CLASSES = ("circle", "square")
@@ -48,9 +50,10 @@ class Props:
         """Settings of data that lead to a few images: of the spec's own where they are here, else generated."""
         own = Path(data.path) if data.path and Path(data.path).is_dir() else None
         if own is None:
-            return {"source": "imagefolder", "path": str(self._once("images", _generate)), "caption_column": None}
-        name = f"images-{digest(str(own.resolve()))[:12]}"
-        path = str(self._once(name, lambda folder: _FEW[data.source](own, folder)))
+            neutral = {name: DataConfig.model_fields[name].default for name in SOURCES_OF}
+            return {**neutral, "source": "imagefolder", "path": str(self._once("images", _generate))}
+        name = f"images-{digest([str(own.resolve()), data.caption_column])[:12]}"
+        path = str(self._once(name, lambda folder: _FEW[data.source](own, folder, data.caption_column)))
         return {"path": path, **_AS.get(data.source, {})}
 
     def _once(self, name: str, write: Callable[[Path], None]) -> Path:
@@ -93,34 +96,35 @@ def _generate(folder: Path) -> None:
         (folder / kind).mkdir(exist_ok=True)
         image.save(folder / kind / f"{number:02d}.png")
         rows.append({"file_name": f"{kind}/{number:02d}.png", "text": f"a {colour} {kind}, number {number}"})
+    _write_metadata(folder, rows)
+
+
+def _write_metadata(folder: Path, rows: list[dict[str, str]]) -> None:
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _few_of_folder(own: Path, folder: Path) -> None:
+def _few_of_folder(own: Path, folder: Path, caption_column: str | None) -> None:
     """Some images of a folder, evenly spaced so that its classes are among them, with their captions."""
-    files = image_files(own)
-    chosen = files[:: max(1, len(files) // _IMAGES)][:_IMAGES]
-    for path in chosen:
-        target = folder / path.relative_to(own)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for one in (path, captions_file(path)):
-            if one.is_file():
-                shutil.copyfile(one, target.with_name(one.name))
-    if (own / "metadata.jsonl").is_file():
-        names = {path.relative_to(own).as_posix() for path in chosen}
-        lines = (own / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
-        kept = [line for line in lines if line.strip() and json.loads(line).get("file_name") in names]
-        (folder / "metadata.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
+    images = read_image_folder(own, caption_column)
+    chosen = range(0, len(images.files), max(1, len(images.files) // _IMAGES))[:_IMAGES]
+    names = [images.files[index].relative_to(own).as_posix() for index in chosen]
+    for index, name in zip(chosen, names, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(images.files[index], folder / name)
+    if images.captions:
+        column = caption_column or CAPTION_COLUMNS[0]
+        captions = [images.captions[index] for index in chosen]
+        _write_metadata(folder, [{"file_name": name, column: text} for name, text in zip(names, captions, strict=True)])
 
 
-def _few_of_dataset(own: Path, folder: Path) -> None:
+def _few_of_dataset(own: Path, folder: Path, caption_column: str | None) -> None:
     from repa_lab.data.arrow import load_rows
 
     rows = load_rows(own)
     rows.select(range(0, len(rows), max(1, len(rows) // _IMAGES))).save_to_disk(str(folder))
 
 
-def _few_of_prepared(own: Path, folder: Path) -> None:
+def _few_of_prepared(own: Path, folder: Path, caption_column: str | None) -> None:
     """Images in class folders: their latents are of another VAE than the rehearsal's."""
     listing = read_listing(own)
     for index in listing.sample(_IMAGES):
@@ -129,7 +133,7 @@ def _few_of_prepared(own: Path, folder: Path) -> None:
         shutil.copyfile(listing.path(IMAGES, index), target)
 
 
-_FEW: dict[str, Callable[[Path, Path], None]] = {
+_FEW: dict[str, Callable[[Path, Path, str | None], None]] = {
     "imagefolder": _few_of_folder,
     "datasets": _few_of_dataset,
     "repa": _few_of_prepared,

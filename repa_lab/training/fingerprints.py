@@ -14,15 +14,22 @@ from repa_lab.data.fingerprint import (
     fingerprint_folder,
     fingerprint_saved,
 )
+from repa_lab.data.hub import HubData, resolve_commit
 from repa_lab.data.layout import fingerprint_prepared
+from repa_lab.data.listing import read_image_folder
 from repa_lab.spec import DataConfig, EncoderConfig
+from repa_lab.spec.schema import FOLDER_SOURCES
 
 UNSET_DATA = "unset"
 _FILES = ("weights", "tae")  # of an encoder
-_FINGERPRINTS: dict[str, Callable[[Path, int, Buckets | None], str]] = {
-    "imagefolder": fingerprint_folder,
-    "datasets": fingerprint_saved,
-    "repa": fingerprint_prepared,
+_FINGERPRINTS: dict[str, Callable[[DataConfig], str]] = {
+    "digits": lambda data: fingerprint_digits(),
+    "imagefolder": lambda data: fingerprint_folder(
+        Path(data.path or ""), data.side, buckets_of(data), data.caption_column
+    ),
+    "datasets": lambda data: fingerprint_saved(Path(data.path or ""), data.side, buckets_of(data)),
+    "repa": lambda data: fingerprint_prepared(Path(data.path or ""), data.side),
+    "hub": lambda data: hub_data(data).fingerprint(data.side, buckets_of(data)),
 }
 
 
@@ -37,9 +44,42 @@ def fingerprint_of(data: DataConfig) -> str:
     Raises:
         DataError: it is not there.
     """
-    if data.source == "digits":
-        return fingerprint_digits()
-    return _FINGERPRINTS[data.source](Path(data.path), data.side, buckets_of(data)) if data.path else UNSET_DATA
+    return UNSET_DATA if is_unset(data) else _FINGERPRINTS[data.source](data)
+
+
+def is_unset(data: DataConfig) -> bool:
+    """Return whether the settings are of a folder and name none."""
+    return data.source in FOLDER_SOURCES and data.path is None
+
+
+def hub_data(data: DataConfig) -> HubData:
+    """Return the data set of the hub that the settings name, at the commit its revision stands for.
+
+    Raises:
+        DataError: see :func:`resolve_commit`.
+    """
+    assert data.name is not None
+    return HubData(data.name, data.config, data.split, resolve_commit(data.name, data.revision))
+
+
+def pinned(data: DataConfig) -> DataConfig:
+    """Return the settings with a branch or a tag of the hub replaced by its commit, which is what a run records.
+
+    Raises:
+        DataError: see :func:`resolve_commit`.
+    """
+    return data.model_copy(update={"revision": hub_data(data).commit}) if data.source == "hub" else data
+
+
+def notes_of(data: DataConfig) -> tuple[str, ...]:
+    """Return what was left out of a folder of images or is missing there; other sources say it when they are opened.
+
+    Raises:
+        DataError: see :func:`read_image_folder`.
+    """
+    if data.source != "imagefolder" or data.path is None:
+        return ()
+    return read_image_folder(Path(data.path), data.caption_column).notes
 
 
 def content_of(place: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from repa_lab.data.arrow import SavedDataset
+from repa_lab.data.arrow import HubDataset, SavedDataset
 from repa_lab.data.autoencoder import Autoencoder, load_autoencoder
 from repa_lab.data.errors import DataError
 from repa_lab.data.folder import ImageFolder
@@ -19,7 +19,7 @@ from repa_lab.data.space import LatentSpace, PixelSpace, Space, latent_space
 from repa_lab.data.store import Progress
 from repa_lab.models.family import Input
 from repa_lab.spec import DataConfig, EncoderConfig
-from repa_lab.training.fingerprints import buckets_of
+from repa_lab.training.fingerprints import buckets_of, hub_data
 
 _CPU = torch.device("cpu")
 # Given the name of a long task, yields what to tell its progress to.
@@ -59,9 +59,10 @@ class Images:
 
 _SOURCES: dict[str, Callable[[DataConfig], ImageSource]] = {
     "digits": lambda data: Digits(),
-    "imagefolder": lambda data: ImageFolder(_folder(data), data.side, buckets_of(data)),
+    "imagefolder": lambda data: ImageFolder(_folder(data), data.side, buckets_of(data), data.caption_column),
     "datasets": lambda data: SavedDataset(_folder(data), data.side, buckets_of(data), data.caption_column),
     "repa": lambda data: Prepared(_folder(data), data.side),
+    "hub": lambda data: HubDataset(hub_data(data), data.side, buckets_of(data), data.caption_column),
 }
 
 

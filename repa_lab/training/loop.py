@@ -73,6 +73,8 @@ def train(
             trainer = Trainer(run, options, cache)
             progress = trainer.progress
             writer.protocols(trainer.protocols())
+            if trainer.notes:
+                writer.event("data", notes=trainer.notes)
             if _resume(trainer, directory):
                 writer.event("resumed", step=progress.step)
             writer.rewind(progress.step)

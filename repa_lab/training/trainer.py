@@ -83,6 +83,7 @@ class Trainer:
         require_equal_parts(config, part[1])
         self._micro_batch = MicroBatch(options.micro_batch, part[1])
         images = open_data(config, cache, self.device)
+        self.notes = images.base.notes
         self._input = images.input if config.model.pretrained is None else None
         self.model = open_model(run, images, options, cache, self.device)
         if options.gradient_checkpointing:

@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repa_lab.data.crop import Buckets
+from repa_lab.data.fingerprint import fingerprint_content
+from repa_lab.data.listing import read_image_folder
+
 Make = Callable[..., Path]
 
 
@@ -15,6 +19,11 @@ def noise_image(seed: int, size: tuple[int, int] = (20, 20), mode: str = "RGB") 
     """An image of ``size`` (width, height) that no other seed gives."""
     shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def content_of(root: Path, resolution: int, buckets: Buckets | None = None) -> str:
+    """The fingerprint of a folder's content."""
+    return fingerprint_content(read_image_folder(root), resolution, buckets)
 
 
 @pytest.fixture

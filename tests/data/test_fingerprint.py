@@ -9,17 +9,20 @@ from repa_lab.data.errors import DataError
 from repa_lab.data.fingerprint import (
     digest,
     file_digest,
-    fingerprint_content,
     fingerprint_digits,
     fingerprint_folder,
-    image_files,
 )
-from tests.data.conftest import noise_image
+from repa_lab.data.listing import read_image_folder
+from tests.data.conftest import content_of, noise_image
+
+IMAGES = {"b/1.png": noise_image(1), "a/2.png": noise_image(2), "0.png": noise_image(3)}
 
 
 @pytest.fixture
 def images(folder):
-    return folder({"b/1.png": noise_image(1), "a/2.png": noise_image(2), "0.png": noise_image(3)}, {"0.png": "a dog"})
+    root = folder(IMAGES)
+    (root / "0.txt").write_text("a dog")
+    return root
 
 
 def test_digits_are_pinned():
@@ -38,20 +41,20 @@ def test_images_are_found_below_the_folder_in_order(images):
     shutil.copy(images / "0.png", images / ".y.png")
     shutil.copy(images / "0.png", images / "c.PNG")
     (images / "notes.txt").write_text("no image")
-    assert [path.relative_to(images).as_posix() for path in image_files(images)] == ["0.png", "a/2.png", "b/1.png", "c.PNG"]
+    assert [path.relative_to(images).as_posix() for path in read_image_folder(images).files] == ["0.png", "a/2.png", "b/1.png", "c.PNG"]
 
 
 def test_a_missing_and_an_empty_folder_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"no folder .*nowhere") as caught:
-        image_files(tmp_path / "nowhere")
+        read_image_folder(tmp_path / "nowhere")
     assert caught.value.field == "path"
     with pytest.raises(DataError, match=r"no images in .*expected \.png, \.jpg"):
-        image_files(tmp_path)
+        read_image_folder(tmp_path)
 
 
 def test_the_place_of_the_folder_is_no_part_of_it(images, tmp_path):
     shutil.copytree(images, tmp_path / "elsewhere" / "copy")
-    for kind in (fingerprint_folder, fingerprint_content):
+    for kind in (fingerprint_folder, content_of):
         assert kind(tmp_path / "elsewhere" / "copy", 8) == kind(images, 8)
 
 
@@ -76,39 +79,38 @@ def added(images):
 
 
 def recaptioned(images):
-    text = (images / "metadata.jsonl").read_text()
-    (images / "metadata.jsonl").write_text(text.replace("dog", "cat"))
+    (images / "0.txt").write_text("a cat")
 
 
 def uncaptioned(images):
-    (images / "metadata.jsonl").unlink()
+    (images / "0.txt").unlink()
 
 
 @pytest.mark.parametrize("change", [rename, other_class, replaced, removed, added, recaptioned, uncaptioned])
 def test_every_change_of_the_data_shows(images, change):
-    before = fingerprint_folder(images, 8), fingerprint_content(images, 8)
+    before = fingerprint_folder(images, 8), content_of(images, 8)
     change(images)
     assert fingerprint_folder(images, 8) != before[0]
-    assert fingerprint_content(images, 8) != before[1]
+    assert content_of(images, 8) != before[1]
 
 
 def test_an_image_of_the_same_size_in_bytes_shows_in_its_content(folder):
     noise = folder({"1.bmp": noise_image(1), "2.bmp": noise_image(2)})
     other = folder({"1.bmp": noise_image(1), "2.bmp": noise_image(3)}, name="other")
     assert fingerprint_folder(noise, 8) == fingerprint_folder(other, 8)
-    assert fingerprint_content(noise, 8) != fingerprint_content(other, 8)
+    assert content_of(noise, 8) != content_of(other, 8)
 
 
 def test_of_many_images_some_from_all_over_are_read(folder, monkeypatch):
     monkeypatch.setattr(fingerprint, "_CONTENT_SAMPLE", 3)
     images = {f"{i}.bmp": noise_image(i) for i in range(7)}
-    before = fingerprint_content(folder(images), 8)
-    seen = [i for i in range(7) if fingerprint_content(folder({**images, f"{i}.bmp": noise_image(9)}), 8) != before]
+    before = content_of(folder(images), 8)
+    seen = [i for i in range(7) if content_of(folder({**images, f"{i}.bmp": noise_image(9)}), 8) != before]
     assert seen == [0, 3, 6]
 
 
 def test_the_resolution_is_part_of_it(images):
-    for kind in (fingerprint_folder, fingerprint_content):
+    for kind in (fingerprint_folder, content_of):
         assert kind(images, 8) != kind(images, 16)
 
 

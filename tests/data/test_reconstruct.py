@@ -21,7 +21,7 @@ SETTINGS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 @pytest.fixture
 def source(folder):
     images = {f"{'ab'[i % 2]}/{i:02}.png": noise_image(i, (SIDE, SIDE)) for i in range(COUNT)}
-    return ImageFolder(folder(images, {"a/00.png": "one"}), SIDE)
+    return ImageFolder(folder(images, dict.fromkeys(images, "") | {"a/00.png": "one"}), SIDE)
 
 
 @pytest.fixture

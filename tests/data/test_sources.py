@@ -34,7 +34,7 @@ class TestDigits:
 class TestFlips:
     def test_the_second_half_are_the_images_mirrored_left_to_right(self, folder):
         images = {f"{name}/{i}.png": noise_image(i) for i, name in enumerate("abb")}
-        flips = Flips(ImageFolder(folder(images, {"b/1.png": "one"}), 20))
+        flips = Flips(ImageFolder(folder(images, dict.fromkeys(images, "") | {"b/1.png": "one"}), 20))
         assert len(flips) == 6
         pixels = flips.read(range(6)).permute(0, 2, 3, 1).numpy()
         for i, image in enumerate(images.values()):

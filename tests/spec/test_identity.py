@@ -66,7 +66,8 @@ SCIENCE = {
     "evaluate.labels": "random", "evaluate.extractor.reference": "b.bin", "evaluate.metrics": ["frechet", "kid"], "evaluate.full": {"samples": 64},
 }  # fmt: skip
 # They change only together with others, or stand for content that is hashed in their place.
-ELSEWHERE = {"data.source", "data.path", "train.steps", "regularizer.encoder.tae", "regularizer.spatial_align"}
+HUB = {"data.name": "other/set", "data.config": "small", "data.split": "test", "data.revision": "v2"}
+ELSEWHERE = {*HUB, "data.source", "data.path", "train.steps", "regularizer.encoder.tae", "regularizer.spatial_align"}
 
 
 def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -113,6 +114,8 @@ def test_the_remaining_settings_are_part_of_it_too():
     apart = run({"regularizer.spatial_align": False, "regularizer.manifold_weight": 0.0}).run_id
     aligned = run({"regularizer.manifold_weight": 0.0}).run_id
     assert len({*by_tae, apart, aligned, run().run_id}) == 5
+    hub = {"data.source": "hub", "data.name": "owner/set"}
+    assert len({run({**hub, path: value}).run_id for path, value in [*HUB.items(), ("data.name", "owner/set")]}) == 5
 
 
 LATER = {
@@ -120,6 +123,7 @@ LATER = {
     "regularizer.spatial_norm": None, "regularizer.resample": {}, "regularizer.manifold.scope": "intra",
     "regularizer.projector.kernel": 3, "regularizer.encoder.pixels": "image", "regularizer.schedule.probe_every": 50,
     "model.revision": None, "data.buckets": None, "data.caption_column": None, "evaluate.prompts": [],
+    "data.name": None, "data.config": None, "data.split": "train", "data.revision": None,
 }  # fmt: skip
 
 

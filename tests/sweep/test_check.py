@@ -149,7 +149,7 @@ TUNED_CASES = [
     ),
     (
         ("source: imagefolder, path: images, resolution: 256", "source: digits"),
-        "4:8: data.source: sdxl is trained with captions, and digits have none: use imagefolder or datasets",
+        "4:8: data.source: sdxl is trained with captions, and digits have none: use imagefolder, datasets or hub",
     ),
     (
         ("prompts:", "sampler: {type: sde}, prompts:"),

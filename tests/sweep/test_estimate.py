@@ -249,3 +249,20 @@ class TestBudget:
         spec = spec_of(DIGITS, budget={"gpu_hours": 0, "disk_gib": 0})
         write_run(tmp_path, make_plan(spec, RunsRoot(tmp_path)).runs[0].run, [row(10, 1.0)])
         require_budget(make_plan(spec, RunsRoot(tmp_path)))
+
+
+def test_a_plan_says_what_is_left_out_of_a_folder(tmp_path):
+    for number in range(3):
+        noise_image(number).save(tmp_path / f"{number}.png")
+    rows = [{"file_name": "0.png", "text": "a cat"}, {"file_name": "1.png", "text": ""}]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "again").symlink_to(tmp_path)
+    data = {"source": "imagefolder", "path": str(tmp_path), "resolution": 32, "holdout": 1}
+    found = estimate(make_plan(spec_of(DIGITS, data=data), RunsRoot(tmp_path / "runs")))
+    expected = [
+        f"1 folder is reached twice through links and read once ('{tmp_path}/again' is left out)",
+        "1 of 3 images have no row in metadata.jsonl and are left out",
+        "1 of 2 images have no caption: they are trained with the empty one",
+    ]
+    assert found.notes[:3] == expected == as_json(found)["notes"][:3]
+    assert set(expected) <= set(sentences(found))

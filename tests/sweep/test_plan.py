@@ -91,13 +91,15 @@ def test_an_arm_without_a_single_nearest_baseline_has_none():
 
 def test_sdxl_is_planned_and_says_what_is_missing(tmp_path):
     file = EXPERIMENTS / "sdxl_manifold.yaml"
-    planned = make_plan(load_spec(file), RunsRoot(Path("nowhere")))
+    default = make_plan(load_spec(file), RunsRoot(Path("nowhere")))
+    assert (len(default.pending), default.blocked) == (27, None)  # a commit of the hub, for which nobody is asked
+    planned = make_plan(load_spec(file, {"data.source": "imagefolder"}), RunsRoot(Path("nowhere")))
     assert len(planned.runs) == 27
     assert planned.blocked and planned.blocked.path == "data.path"
     assert planned.blocked.message == "not set; give a folder of images with --set data.path=FOLDER"
     noise_image(0).save(tmp_path / "1.png")
     (tmp_path / "1.txt").write_text("a cat")
-    given = make_plan(load_spec(file, {"data.path": str(tmp_path)}), RunsRoot(Path("nowhere")))
+    given = make_plan(load_spec(file, {"data.source": "imagefolder", "data.path": str(tmp_path)}), RunsRoot(Path("nowhere")))
     assert (len(given.pending), given.blocked) == (27, None)
     assert not {run.run_id for run in given.pending} & {entry.run.run_id for entry in planned.runs}
 

@@ -438,3 +438,15 @@ def test_training_learns(settings, cache, fresh):
 
     assert mean("loss/denoise", slice(-5, None)) < 0.8 * mean("loss/denoise", slice(0, 5))
     assert mean("align/cosine", slice(-5, None)) > mean("align/cosine", slice(0, 5)) + 0.1
+
+
+def test_what_is_left_out_of_the_data_is_in_the_history_of_the_run(tmp_path):
+    for number in range(5):
+        noise_image(number, (8, 8)).save(tmp_path / f"{number}.png")
+    listed = [json.dumps({"file_name": f"{number}.png", "text": "x"}) for number in range(4)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(listed))
+    data = {"source": "imagefolder", "path": str(tmp_path), "resolution": 8, "holdout": 1}
+    run = make_run(**OFF, data=data, **{"train.steps": 2, "train.batch_size": 2})
+    directory = run_steps(run, RunDirectory(tmp_path / "runs" / run.run_id), tmp_path / "cache", steps=1)
+    notes = [event["notes"] for event in directory.events() if event["event"] == "data"]
+    assert notes == [["1 of 5 images have no row in metadata.jsonl and are left out"]]
