@@ -10,7 +10,7 @@ from pathlib import Path
 from repa_lab.data.errors import DataError
 from repa_lab.data.fingerprint import image_files
 from repa_lab.data.layout import IMAGES
-from repa_lab.runs import RunDirectory, RunsRoot
+from repa_lab.runs import RunDirectory, RunsRoot, RunStatus
 from repa_lab.runs.files import read_json
 from repa_lab.runs.forks import Fork
 from repa_lab.spec import Arm, RunConfig
@@ -163,8 +163,8 @@ def _share(entry: PlannedRun, fork: Fork | None, cost: Cost, speed: Speed) -> Sh
     """What is left of a run, which begins after the steps that another one shares with it."""
     if entry.is_settled:
         return Share()
-    is_begun = entry.standing.step > 0
-    left = _from(entry.standing.step if is_begun or fork is None else fork.step, entry.run.config, cost, speed)
+    is_begun = entry.step > 0
+    left = _from(entry.step if is_begun or fork is None else fork.step, entry.run.config, cost, speed)
     return replace(left, disk_bytes=0.0) if is_begun else left
 
 
@@ -193,7 +193,7 @@ def _trials(plan: Plan, costs: dict[str, Cost], speeds: dict[str, Speed]) -> dic
         return {}
     left, asked, recorded = {}, search.trials * len(experiment.seeds), _recorded(plan)
     for arm in (one for one in experiment.arms if is_searched(one, search.space)):
-        ended = [plan.root.run(run_id).state.state.is_finished for levels, run_id in recorded if levels == arm.levels]
+        ended = [plan.root.run(run_id).status().is_final for levels, run_id in recorded if levels == arm.levels]
         each = _from(0, arm.config, costs[arm.label], speeds[arm.label])
         left[arm.label] = each.times(max(0, asked - sum(ended)))
     return left
@@ -214,7 +214,7 @@ def _saved(cost: Cost, speed: Speed) -> float:
 
 def _caches(plan: Plan, speeds: dict[str, Speed]) -> Iterator[PlannedCache]:
     options = plan.experiment.run
-    begun = {entry.arm.label for entry in plan.runs if entry.state.step or entry.state.state.is_finished}
+    begun = {entry.arm.label for entry in plan.runs if entry.status is not RunStatus.NEW}
     found: dict[Cache, list[str]] = {}
     for arm in plan.experiment.arms:
         for cache in caches_of(arm.config, options):
@@ -246,8 +246,8 @@ def _count(source: str, folder: Path) -> int | None:
 
 def _begun(plan: Plan) -> Iterator[tuple[RunDirectory, RunConfig]]:
     """Runs of the plan that have started, finished ones first, and then others of the root."""
-    started = [entry for entry in plan.runs if entry.state.step]
-    for entry in sorted(started, key=lambda entry: not entry.state.state.is_finished)[:_OWN]:
+    started = [entry for entry in plan.runs if entry.status is not RunStatus.NEW]
+    for entry in sorted(started, key=lambda entry: not entry.status.is_final)[:_OWN]:
         yield plan.root.run(entry.run.run_id), entry.run.config
     yield from _others(plan.root, {entry.run.run_id for entry in plan.runs})
 

@@ -9,38 +9,57 @@ from functools import cache, cached_property
 from typing import Any
 
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
-from repa_lab.runs import RunDirectory, RunsRoot, RunState, State
+from repa_lab.runs import RunDirectory, RunsRoot, RunStatus
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, StopRule
 from repa_lab.spec.expand import holds
 from repa_lab.spec.identity import Run, identify, local_weights
 from repa_lab.spec.schema import DataConfig
 from repa_lab.sweep.check import blocked, check, resolve_metric
+from repa_lab.sweep.orphans import Orphan, orphans_of
 from repa_lab.sweep.sharing import Sharing, share
-from repa_lab.sweep.standing import STOPPED, Orphan, Standing, orphans_of, standing_of
 from repa_lab.training.fingerprints import content_of, fingerprint_of
 from repa_lab.training.protocol import metric_names
+
+BLOCKED = "blocked"
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run of the plan: its arm, where it stands, why it cannot be trained, if so, and what ends it early."""
+    """A run of the plan.
+
+    Attributes:
+        arm: the arm that asks for it.
+        run: the run.
+        status: where it stands for this sweep, whose stop rules decide whether it is stopped.
+        step: the step of its last checkpoint, from which it goes on; the last recorded one of a run that is running or over.
+        error: the reason of a failure in one line.
+        blocked: why it cannot be trained here, or None.
+        stop: the rules that end it early.
+    """
 
     arm: Arm
     run: Run
-    state: RunState
+    status: RunStatus
+    step: int
+    error: str | None
     blocked: Problem | None
-    standing: Standing
     stop: tuple[StopRule, ...] = ()
 
     @property
     def is_settled(self) -> bool:
         """Whether nothing is left to train for this sweep."""
-        return self.state.state.is_finished or self.standing.word == STOPPED
+        return self.status.is_over
+
+    @property
+    def word(self) -> str:
+        """The status, or ``blocked`` for a run that is left to train and cannot be trained here."""
+        is_blocked = self.blocked and not self.is_settled and self.status is not RunStatus.RUNNING
+        return BLOCKED if is_blocked else self.status.value
 
     @property
     def steps_left(self) -> int:
         """Optimizer steps that are still to be taken, from the last checkpoint on, which may lie behind the last row."""
-        return 0 if self.is_settled else self.run.config.train.steps - self.standing.step
+        return 0 if self.is_settled else self.run.config.train.steps - self.step
 
 
 @dataclass(frozen=True)
@@ -72,7 +91,7 @@ class Plan:
         if self.experiment.search is not None or not self.experiment.run.share:
             asked = sum(planned.steps_left for planned in {p.run.run_id: p for p in self.runs}.values())
             return Sharing({}, asked, asked)
-        done = {planned.run.run_id: planned.run for planned in self.runs if planned.state.state is State.DONE}
+        done = {planned.run.run_id: planned.run for planned in self.runs if planned.status is RunStatus.DONE}
         return share(self.pending, [*done.values(), *self._done_before()], self.root)
 
     def _done_before(self) -> Iterator[Run]:
@@ -81,7 +100,7 @@ class Plan:
             directory = self.root.run(orphan.run_id)
             with suppress(ValueError, OSError):  # of an older version, or its data is gone
                 run = Run.from_json(orphan.run_id, directory.spec)
-                if directory.state.state is State.DONE and identify_run(run.config, run.seed) == run:
+                if directory.status() is RunStatus.DONE and identify_run(run.config, run.seed) == run:
                     yield run
 
     @property
@@ -154,8 +173,11 @@ def make_plan(experiment: Experiment, root: RunsRoot) -> Plan:
 
 
 def _planned(arm: Arm, run: Run, directory: RunDirectory, obstacle: Problem | None, stop: tuple[StopRule, ...]) -> PlannedRun:
-    state = directory.state
-    return PlannedRun(arm, run, state, obstacle, standing_of(directory, state, obstacle, stop), stop)
+    status, recorded = directory.status([rule.holds for rule in stop]), directory.state
+    step = directory.checkpoint_step
+    if status.is_over or status is RunStatus.RUNNING:
+        step = max(recorded.step, step)
+    return PlannedRun(arm, run, status, step, recorded.error, obstacle, stop)
 
 
 def _rules(experiment: Experiment, arm: Arm) -> tuple[StopRule, ...]:

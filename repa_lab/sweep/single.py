@@ -30,7 +30,7 @@ class _Shown:
         pass
 
     def finish(self, state: State) -> None:
-        self._view.finished(self._run_id, state, None)
+        self._view.finished(self._run_id, state.status, None)
 
 
 def run_one(
