@@ -13,7 +13,7 @@ import yaml
 
 from repa_lab.report import load_results
 from repa_lab.runs import RunsRoot, State
-from tests.faults.processes import holders, wait_until
+from tests.faults.processes import wait_until
 from tests.sweep.conftest import TINY
 
 STEPS = 300  # long enough to be stopped from another process, which takes seconds to start
@@ -113,7 +113,7 @@ def test_a_run_whose_scheduler_and_workers_are_killed_has_one_status_everywhere(
     for pid in (first.pid, *workers):
         os.kill(pid, signal.SIGKILL)
     first.communicate(timeout=PATIENCE_S)
-    wait_until(lambda: not holders(run), "nobody holds the run")
+    wait_until(lambda: not run.is_held, "nobody holds the run")
     assert run.state.state is State.RUNNING  # nobody was left to record anything else
     assert load_results(root.path / "tiny").runs["state"].tolist() == ["resumable"]
     assert "seed 0 is resumable at step" in shown("report", spec, "tiny")
