@@ -43,18 +43,20 @@ def captions_file(image: Path) -> Path:
     return image.with_suffix(".txt")
 
 
-def has_captions(folder: Path) -> bool:
+def has_captions(folder: Path, images: Sequence[Path] | None = None) -> bool:
     """Whether a folder of images has captions: a list of them, or a file beside an image."""
-    return (folder / "metadata.jsonl").is_file() or bool(_texts(image_files(folder)))
+    return (folder / "metadata.jsonl").is_file() or bool(_texts(images or image_files(folder)))
 
 
-def fingerprint_folder(folder: Path, resolution: int, buckets: Buckets | None = None) -> str:
-    """Names and sizes of the images, the captions, and the resolution they are read at.
+def fingerprint_folder(
+    folder: Path, resolution: int, buckets: Buckets | None = None, images: Sequence[Path] | None = None
+) -> str:
+    """Names and sizes of the images, the captions, and the resolution they are read at; ``images`` spares listing them.
 
     Raises:
         DataError: see :func:`image_files`.
     """
-    images = image_files(folder)
+    images = images or image_files(folder)
     metadata = folder / "metadata.jsonl"
     texts = [(path.relative_to(folder).as_posix(), _sha256(path)) for path in _texts(images)]
     captions = _sha256(metadata) if metadata.is_file() else texts
@@ -71,8 +73,9 @@ def fingerprint_content(folder: Path, resolution: int, buckets: Buckets | None =
     Raises:
         DataError: see :func:`image_files`.
     """
-    contents = [_sha256(path) for path in _evenly(image_files(folder))]
-    return digest({"listing": fingerprint_folder(folder, resolution, buckets), "contents": contents})
+    images = image_files(folder)
+    contents = [_sha256(path) for path in _evenly(images)]
+    return digest({"listing": fingerprint_folder(folder, resolution, buckets, images), "contents": contents})
 
 
 def fingerprint_saved(folder: Path, resolution: int, buckets: Buckets | None = None) -> str:
@@ -105,9 +108,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-@functools.cache
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, computed once a process: a file of weights does not change under a running sweep."""
+    """SHA-256 of a file, computed once a process for as long as its size and time of change stay."""
+    found = path.stat()
+    return _file_digest(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def _file_digest(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

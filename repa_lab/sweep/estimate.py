@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import image_files
-from repa_lab.data.layout import IMAGES
 from repa_lab.runs import RunDirectory, RunsRoot, RunStatus
-from repa_lab.runs.files import read_json
 from repa_lab.runs.forks import Fork
 from repa_lab.spec import Arm, RunConfig
 from repa_lab.spec.identity import Run
-from repa_lab.spec.schema import DataConfig
 from repa_lab.sweep.plan import Plan, PlannedRun
 from repa_lab.sweep.search.reach import is_searched
 from repa_lab.sweep.speed import PUBLISHED, UTILISATION, Device, Measured, Speed, assumed_device, assumed_speed, kind_of
@@ -220,28 +213,10 @@ def _caches(plan: Plan, speeds: dict[str, Speed]) -> Iterator[PlannedCache]:
         for cache in caches_of(arm.config, options):
             found.setdefault(cache, []).append(arm.label)
     for cache, labels in found.items():
-        images, is_begun = images_of(cache.data, _files(cache.data)), not begun.isdisjoint(labels)
+        images, is_begun = images_of(cache.data, plan.inventory.dataset(cache.data).images), not begun.isdisjoint(labels)
         left = 0 if is_begun else images or 0
         hours = left * cache.image_flops / speeds[labels[0]].flops / _HOUR
         yield PlannedCache(cache, images, is_begun, hours, left * cache.image_bytes)
-
-
-def _files(data: DataConfig) -> int | None:
-    return _count(data.source, Path(data.path)) if data.path else None
-
-
-@functools.lru_cache(maxsize=16)
-def _count(source: str, folder: Path) -> int | None:
-    """Images of a folder, or of a saved data set by what it says of itself; None where it cannot be told."""
-    try:
-        if source == "imagefolder":
-            return len(image_files(folder))
-        if source == "repa":
-            return len(IMAGES.numbers(folder)) or None
-        splits = read_json(folder / "dataset_info.json").get("splits") or {}
-        return sum(split["num_examples"] for split in splits.values()) or None
-    except (DataError, OSError, ValueError, KeyError, AttributeError):
-        return None
 
 
 def _begun(plan: Plan) -> Iterator[tuple[RunDirectory, RunConfig]]:

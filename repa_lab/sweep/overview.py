@@ -76,7 +76,7 @@ def sentences(found: Estimate) -> list[str]:
     limits = {"GPU h": budget.gpu_hours, "GiB": budget.disk_gib}
     if given := [f"{limit:,.6g} {unit}" for unit, limit in limits.items() if limit is not None]:
         lines.append(f"budget: {', '.join(given)}")
-    return lines + found.notes
+    return [*lines, *found.plan.notes, *found.notes]
 
 
 def as_json(found: Estimate) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def as_json(found: Estimate) -> dict[str, Any]:
             "peak_flops": found.device.peak(experiment.run.precision),
             "utilisation": UTILISATION,
         },
-        "notes": found.notes,
+        "notes": [*found.plan.notes, *found.notes],
     }
 
 

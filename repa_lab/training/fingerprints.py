@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,69 @@ from repa_lab.data.fingerprint import (
     fingerprint_files,
     fingerprint_folder,
     fingerprint_saved,
+    has_captions,
+    image_files,
 )
-from repa_lab.data.layout import fingerprint_prepared
-from repa_lab.spec import DataConfig, EncoderConfig
+from repa_lab.data.layout import read_listing
+from repa_lab.data.saved import read_saved
+from repa_lab.spec import DataConfig, EncoderConfig, RunConfig
 
 UNSET_DATA = "unset"
 _FILES = ("weights", "tae")  # of an encoder
-_FINGERPRINTS: dict[str, Callable[[Path, int, Buckets | None], str]] = {
-    "imagefolder": fingerprint_folder,
-    "datasets": fingerprint_saved,
-    "repa": fingerprint_prepared,
-}
+_DIGITS = (1797, 10)  # images, classes
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a data set is, as far as it can be told without reading its images.
+
+    Attributes:
+        fingerprint: stands for it in the identity of runs.
+        images: their number; None where no folder is given.
+        classes: the number of their labels.
+        has_captions: whether there are any.
+    """
+
+    fingerprint: str
+    images: int | None
+    classes: int = 1
+    has_captions: bool = False
+
+
+@dataclass
+class Inventory:
+    """The data sets and local weights of a sweep: each folder is listed, and each file read, once for as long as this lives."""
+
+    _datasets: dict[DataConfig, Dataset] = field(default_factory=dict)
+    _contents: dict[str, str] = field(default_factory=dict)
+
+    def dataset(self, data: DataConfig) -> Dataset:
+        """Return what is known of a data set.
+
+        Raises:
+            DataError: it is not there, or incomplete.
+        """
+        key = data.model_copy(update={"holdout": None, "flip": False, "vae": None})
+        if key not in self._datasets:
+            self._datasets[key] = _open(key)
+        return self._datasets[key]
+
+    def content(self, place: str) -> str:
+        """See :func:`content_of`."""
+        if place not in self._contents:
+            self._contents[place] = content_of(place)
+        return self._contents[place]
+
+    def resolve(self, config: RunConfig) -> RunConfig:
+        """Return the settings with the number of images that are held out.
+
+        Raises:
+            DataError: see :meth:`dataset`.
+        """
+        if config.data.holdout is not None:
+            return config
+        held_out = config.data.held_out(self.dataset(config.data).images)
+        return config.model_copy(update={"data": config.data.model_copy(update={"holdout": held_out})})
 
 
 def buckets_of(data: DataConfig) -> Buckets | None:
@@ -32,14 +85,44 @@ def buckets_of(data: DataConfig) -> Buckets | None:
 
 
 def fingerprint_of(data: DataConfig) -> str:
-    """The data set of these settings.
+    """Return what stands for the data set of these settings.
 
     Raises:
         DataError: it is not there.
     """
+    return _open(data).fingerprint
+
+
+def _open(data: DataConfig) -> Dataset:
     if data.source == "digits":
-        return fingerprint_digits()
-    return _FINGERPRINTS[data.source](Path(data.path), data.side, buckets_of(data)) if data.path else UNSET_DATA
+        return Dataset(fingerprint_digits(), *_DIGITS)
+    return _DATASETS[data.source](data, Path(data.path)) if data.path else Dataset(UNSET_DATA, None)
+
+
+def _folder(data: DataConfig, folder: Path) -> Dataset:
+    images = image_files(folder)
+    fingerprint = fingerprint_folder(folder, data.side, buckets_of(data), images)
+    names = [path.parts[len(folder.parts) :] for path in images]
+    classes = len({parts[0] if len(parts) > 1 else "" for parts in names})
+    return Dataset(fingerprint, len(images), classes, has_captions(folder, images))
+
+
+def _saved(data: DataConfig, folder: Path) -> Dataset:
+    fingerprint = fingerprint_saved(folder, data.side, buckets_of(data))
+    facts = read_saved(folder, data.caption_column)
+    return Dataset(fingerprint, facts.rows, facts.classes, facts.captions is not None)
+
+
+def _prepared(data: DataConfig, folder: Path) -> Dataset:
+    listing = read_listing(folder)
+    return Dataset(listing.fingerprint(data.side), len(listing), max(listing.labels) + 1)
+
+
+_DATASETS: dict[str, Callable[[DataConfig, Path], Dataset]] = {
+    "imagefolder": _folder,
+    "datasets": _saved,
+    "repa": _prepared,
+}
 
 
 def content_of(place: str) -> str:
