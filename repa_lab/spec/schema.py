@@ -40,8 +40,8 @@ class DataConfig(Section):
     REPA's preprocessing or `repa-lab data prepare` wrote (``repa``), whose latents are taken as they are.
 
     ``resolution`` null is 256, or 8 for digits. ``vae`` (a hub id or folder) trains in its latent space; a pretrained model has
-    its own. ``holdout`` images are never trained on; null is 256 or, if that is less, a tenth of a folder's images (one at least).
-    ``flip`` mirrors every other image at random as it is seen; ``buckets``
+    its own. ``holdout`` images are never trained on; null is 256 or, if that is less, a tenth of a folder's images, one at
+    least. ``flip`` mirrors every other image at random as it is seen; ``buckets``
     keeps aspects, where null cuts squares. ``caption_column`` names the captions of a saved data set.
     """
 

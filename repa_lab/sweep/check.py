@@ -223,7 +223,8 @@ def _data_problems(arm: Arm, family: Family, inventory: Inventory) -> Iterator[P
     held, by_default = data.held_out(dataset.images), " by default" if data.holdout is None else ""
     if held >= dataset.images:
         yield arm.problem("data.holdout", f"holding out {held} of {dataset.images} images leaves none to train on")
-    elif arm.config.alignment_encoder and held < MIN_HELD_OUT:
+        return
+    if arm.config.alignment_encoder and held < MIN_HELD_OUT:
         few = f"{held} of {dataset.images} are held out{by_default}"
         yield arm.problem("data.holdout", f"alignment is measured on held-out images: hold out {MIN_HELD_OUT} or more; {few}")
     for path, metric in _compared(arm):
