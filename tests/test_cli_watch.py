@@ -70,9 +70,9 @@ def test_status_of_a_root_calls_runs_as_their_sweeps_do(root):
 def test_a_run_that_was_killed_does_not_seem_to_go_on(root):
     make(root, "killed", State.RUNNING)
     (row,) = json.loads(cli("status", "--root", root.path, "--json").stdout)
-    assert (row["state"], row["step"], row["left"]) == ("interrupted", 5, "")
+    assert (row["state"], row["step"], row["left"]) == ("resumable", 5, "")
     command = [sys.executable, "-m", "repa_lab.cli", "status", "--watch", "--root", str(root.path)]
-    assert "interrupted" in subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    assert "resumable" in subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
 
 
 def test_status_goes_on_until_all_runs_have_come_to_rest(root):

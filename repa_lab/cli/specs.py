@@ -105,11 +105,12 @@ def _run_ids(experiment: Experiment) -> set[str]:
     from repa_lab.data.errors import DataError
     from repa_lab.spec import SpecError
     from repa_lab.sweep.plan import identify_arm
+    from repa_lab.training.fingerprints import Inventory
 
-    ids = set()
+    ids, inventory = set(), Inventory()
     for arm in experiment.arms:
         try:
-            ids |= {identify_arm(arm, seed).run_id for seed in experiment.seeds}
+            ids |= {identify_arm(arm, seed, inventory).run_id for seed in experiment.seeds}
         except DataError as error:
             raise SpecError([arm.problem(f"data.{error.field}", str(error))]) from None
     return ids

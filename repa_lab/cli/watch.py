@@ -66,7 +66,7 @@ def why(run: RunArgument, root: RootOption = DEFAULT_ROOT, json_: JsonOption = F
             print(json.dumps(events))
             return
         rows = [_told(event) for event in events]
-        out.print(table(f"{directory.run_id}: {directory.state.state.value}", rows))
+        out.print(table(f"{directory.run_id}: {directory.status().value}", rows))
         if directory.state.error:
             out.print(directory.state.error, highlight=False, markup=False, soft_wrap=True)
 
@@ -183,11 +183,10 @@ def _asked(directory: SweepDirectory) -> list[tuple[str, str]]:
 
 
 def _row(name: str, run: RunDirectory) -> dict[str, Any]:
-    state, last = run.state, (run.rows() or [{"step": 0}])[-1]
-    is_running = state.state.value == "running" and run.is_held
-    word = "interrupted" if state.state.value == "running" and not is_running else state.state.value  # it was killed
-    row = {"run": name, "run_id": run.run_id, "state": word, "step": last["step"]}
-    return {**row, "left": _left(run, last) if is_running else "", "error": state.error or ""}
+    status, last = run.status(), (run.rows() or [{"step": 0}])[-1]
+    left = _left(run, last) if status == "running" else ""
+    row = {"run": name, "run_id": run.run_id, "state": status.value, "step": last["step"]}
+    return {**row, "left": left, "error": run.state.error or ""}
 
 
 def _left(run: RunDirectory, last: dict[str, Any]) -> str:

@@ -27,12 +27,20 @@ def fingerprint_digits() -> str:
 def fingerprint_folder(
     folder: Path, resolution: int, buckets: Buckets | None = None, caption_column: str | None = None
 ) -> str:
-    """Return a digest of the names and sizes of the images, their captions, and the resolution they are read at.
+    """Return :func:`fingerprint_images` of the images of a folder.
 
     Raises:
         DataError: see :func:`read_image_folder`.
     """
-    return _listed(read_image_folder(folder, caption_column), resolution, buckets)
+    return fingerprint_images(read_image_folder(folder, caption_column), resolution, buckets)
+
+
+def fingerprint_images(images: ImageList, resolution: int, buckets: Buckets | None = None) -> str:
+    """Return a digest of the names and sizes of the images, their captions, and the resolution they are read at."""
+    files = [(path.relative_to(images.folder).as_posix(), path.stat().st_size) for path in images.files]
+    captions = digest(list(images.captions)) if images.captions else None
+    held = {"source": "imagefolder", "files": files, "captions": captions, "resolution": resolution}
+    return digest({**held, **({"buckets": asdict(buckets)} if buckets else {})})
 
 
 def fingerprint_content(images: ImageList, resolution: int, buckets: Buckets | None = None) -> str:
@@ -42,7 +50,7 @@ def fingerprint_content(images: ImageList, resolution: int, buckets: Buckets | N
     images of two data sets have the same sizes, and features of one must not pass for the other's.
     """
     contents = [_sha256(path) for path in _evenly(images.files)]
-    return digest({"listing": _listed(images, resolution, buckets), "contents": contents})
+    return digest({"listing": fingerprint_images(images, resolution, buckets), "contents": contents})
 
 
 def fingerprint_saved(folder: Path, resolution: int, buckets: Buckets | None = None) -> str:
@@ -76,22 +84,20 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-@functools.cache
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, computed once a process: a file of weights does not change under a running sweep."""
+    """SHA-256 of a file, computed once a process for as long as its size and time of change stay."""
+    found = path.stat()
+    return _file_digest(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def _file_digest(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _listed(images: ImageList, resolution: int, buckets: Buckets | None) -> str:
-    files = [(path.relative_to(images.folder).as_posix(), path.stat().st_size) for path in images.files]
-    captions = digest(list(images.captions)) if images.captions else None
-    held = {"source": "imagefolder", "files": files, "captions": captions, "resolution": resolution}
-    return digest({**held, **({"buckets": asdict(buckets)} if buckets else {})})
 
 
 def _evenly(files: Sequence[Path]) -> Sequence[Path]:

@@ -16,7 +16,7 @@ from repa_lab.encoders.extractor import Extractor, Features
 from repa_lab.encoders.extractor_facts import EXTRACTORS, SPATIAL, layers
 from repa_lab.metrics.adm import images_shape, read_images
 from repa_lab.metrics.frechet import Moments, Statistics, frechet_distance, statistics
-from repa_lab.metrics.quality import NEIGHBOURS, inception_score, kid, precision_recall
+from repa_lab.metrics.quality import LEAST_REAL, inception_score, kid, precision_recall
 from repa_lab.metrics.reference import StatisticsError, read_statistics, write_statistics
 from repa_lab.runs.files import replace_atomically
 
@@ -168,9 +168,8 @@ def _features(metric: str, against: Reference) -> NDArray[np.float32]:
 def _require_enough(metrics: Iterable[str], count: int, where: str) -> None:
     """Refuse, before anything is trained, what a metric could not be computed against."""
     for metric in metrics:
-        least = NEIGHBOURS + 1 if metric == "precision_recall" else 2
-        if count < least:
-            needed = f"{metric} needs at least {least} real images"
+        if count < LEAST_REAL[metric]:
+            needed = f"{metric} needs at least {LEAST_REAL[metric]} real images"
             raise StatisticsError(f"{needed}, and there are {count} in {where}: give more, or leave it out of metrics")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from repa_lab.models.facts import Family, network_of, pipeline_of
@@ -11,6 +13,10 @@ from repa_lab.models.facts import Family, network_of, pipeline_of
 INDEX = "model_index.json"
 VAE, SCHEDULER = "vae", "scheduler"
 _TEXT = ("text_encoder", "tokenizer")
+_WEIGHTS = (".safetensors", ".bin")
+FLOW_PREDICTION = "flow_prediction"
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of a VAE's config, read by pipelines that draw
 
 
 class PretrainedError(ValueError):
@@ -53,7 +59,49 @@ def problem_with(folder: Path, family: Family) -> str | None:
     if config.get("_class_name") != network.model:
         found = config.get("_class_name")
         return f"the {pipeline.denoiser} in '{folder}' is a {found}, and {family.name} trains a {network.model}"
+    if not any(path.suffix in _WEIGHTS for path in (folder / pipeline.denoiser).iterdir()):
+        return f"'{folder}' has no weights in {pipeline.denoiser}/: save a complete {kind} there first"
+    absent = [name for name in sorted(pipeline.tiny) if not (folder / name).is_dir()]
+    if absent:
+        return f"'{folder}' has no folder {absent[0]}/: save a complete {kind} there first"
+    return noise_problem(read_json(folder / SCHEDULER / "scheduler_config.json") or {})
+
+
+def noise_problem(scheduler: Mapping[str, Any]) -> str | None:
+    """Return why the noise of a scheduler, by its ``scheduler_config.json``, is not known, or None."""
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if is_flow(scheduler):
+        return None
+    if "beta_start" not in scheduler:  # DDPM would take its own, and an EDM scheduler's noise is another
+        return f"the noise of a scheduler of class {scheduler.get('_class_name')} is not known"
+    if prediction not in PREDICTIONS:
+        return f"prediction_type '{prediction}' is not known; known: {', '.join(PREDICTIONS)}"
     return None
+
+
+def is_flow(scheduler: Mapping[str, Any]) -> bool:
+    """Return whether a scheduler's noise is that of flow matching."""
+    return "FlowMatch" in str(scheduler.get("_class_name")) or scheduler.get("prediction_type") == FLOW_PREDICTION
+
+
+def depth_of(folder: Path, family: Family) -> int | None:
+    """Return the number of blocks of the denoiser in a pipeline's folder; None where its config does not say."""
+    config = read_json(folder / pipeline_of(family).denoiser / "config.json") or {}
+    counts = [count for name in network_of(family).depths if isinstance(count := config.get(name), int)]
+    return sum(counts) if len(counts) == len(network_of(family).depths) else None
+
+
+def num_classes(folder: Path, family: Family) -> int | None:
+    """Return the number of classes that a pipeline's denoiser knows; None where it is told texts or its config is not here."""
+    if family.pipeline is None or family.pipeline.num_classes is None:
+        return None
+    config = read_json(folder / family.pipeline.denoiser / "config.json")
+    return None if config is None else family.pipeline.num_classes(SimpleNamespace(**config))
+
+
+def class_problem(classes: int, known: int) -> str:
+    """Return why images of so many classes cannot train a denoiser that knows fewer."""
+    return f"the images have {classes} classes, and the pretrained model knows {known}"
 
 
 def components(folder: Path) -> tuple[str, ...]:

@@ -38,7 +38,8 @@ class Member:
         """Where it stands and what it cost."""
         state, logged = self.reader.state, self.reader.progress
         last = max(logged, default=0)
-        standing = {"state": state.state.value if state else UNKNOWN, "error": state.error if state else None}
+        status = self.reader.status
+        standing = {"state": status.value if status else UNKNOWN, "error": state.error if state else None}
         step = max(state.step if state else 0, last)
         images = logged[last]["images"] if logged else None
         processes = processes_of(self.reader.provenance)

@@ -17,7 +17,7 @@ from repa_lab.report.results import Results, load_results
 from repa_lab.report.samples import sheets
 from repa_lab.report.search import MIN_TRIALS, importance_frame
 from repa_lab.report.table import latex
-from repa_lab.runs import SweepDirectory, files
+from repa_lab.runs import RunStatus, SweepDirectory, files
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     """The size of the sweep in numbers."""
     runs = results.runs.drop_duplicates("run_id")
     hours = ledger.cost_frame(results)["hours/training"]
-    done = int(runs["state"].isin(("done", "pruned", "stopped")).sum())
+    done = int(runs["state"].isin([status.value for status in RunStatus if status.is_over]).sum())
     facts = [("arms", str(results.runs["arm"].nunique())), ("seeds", str(results.runs["seed"].nunique()))]
     facts.append(("runs ended", f"{done} of {len(runs)}"))
     return facts if hours.isna().all() else [*facts, ("device hours", significant(float(hours.sum())))]

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from repa_lab.report.progress import is_progress, processes_of, progress_of
-from repa_lab.runs import RunDirectory, RunState
+from repa_lab.runs import RunDirectory, RunState, RunStatus
 
 Numbers = dict[str, float]
 T = TypeVar("T")
@@ -42,8 +42,13 @@ class RunReader:
 
     @cached_property
     def state(self) -> RunState | None:
-        """Where the run stands, None if that cannot be read."""
+        """What the run recorded last, None if that cannot be read."""
         return self._read("state.json", lambda: self.run.state, None)
+
+    @cached_property
+    def status(self) -> RunStatus | None:
+        """Where the run stands, None if that cannot be read."""
+        return self._read("state.json", self.run.status, None) if self.state else None
 
     @cached_property
     def spec(self) -> dict[str, Any]:

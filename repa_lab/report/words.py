@@ -14,6 +14,7 @@ from repa_lab.report.results import Results
 from repa_lab.report.search import Trial, best_trial, ordered_trials
 from repa_lab.report.statistics import MIN_SEEDS, Estimate, Speedup, speedup
 from repa_lab.report.summary import is_protocol, metric_kind
+from repa_lab.runs import RunStatus
 
 
 def answer(results: Results) -> list[str]:
@@ -44,7 +45,7 @@ def conclusions(results: Results) -> list[str]:
 
 def incomplete(results: Results) -> list[str]:
     """A line per arm of one sweep with runs that are neither done nor pruned, and why where that is known."""
-    unfinished = results.runs[~results.runs["state"].isin(("done", "stopped", "pruned"))]
+    unfinished = results.runs[~results.runs["state"].isin([status.value for status in RunStatus if status.is_over])]
     arms = unfinished.groupby("arm", sort=False)
     return [f"{arm}: {'; '.join(_standing(run) for _, run in runs.iterrows())}." for arm, runs in arms]
 
@@ -252,9 +253,9 @@ def _alike(results: Results, metrics: Iterable[str]) -> list[str]:
 
 
 def _standing(run: pd.Series) -> str:
-    if run["state"] == "new":
+    if run["state"] == RunStatus.NEW:
         return f"seed {run['seed']} has not started"
-    verbs = {"running": "is running", "interrupted": "was interrupted", UNKNOWN: "has no readable state; its last row is"}
+    verbs = {"running": "is running", "resumable": "is resumable", UNKNOWN: "has no readable state; its last row is"}
     verb = verbs.get(run["state"], run["state"])
     reason = "" if pd.isna(run["error"]) else f" ({run['error']})"
     return f"seed {run['seed']} {verb} at step {run['step']}{reason}"

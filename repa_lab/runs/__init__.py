@@ -2,6 +2,6 @@
 
 from repa_lab.runs.directory import RunDirectory, RunWriter
 from repa_lab.runs.root import RunsRoot, SweepDirectory
-from repa_lab.runs.state import RunState, State
+from repa_lab.runs.state import RunState, RunStatus, State
 
-__all__ = ["RunDirectory", "RunState", "RunWriter", "RunsRoot", "State", "SweepDirectory"]
+__all__ = ["RunDirectory", "RunState", "RunStatus", "RunWriter", "RunsRoot", "State", "SweepDirectory"]

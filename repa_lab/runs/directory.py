@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
@@ -25,9 +25,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from repa_lab.runs import files
+from repa_lab.runs import checkpoints, files
 from repa_lab.runs.files import Row
-from repa_lab.runs.state import RunState, State
+from repa_lab.runs.state import RunState, RunStatus, State
 
 PIN = "pinned"
 
@@ -102,6 +102,32 @@ class RunDirectory:
         except (ValueError, KeyError, TypeError):
             message = f"'{path}' is damaged; delete it, and the run is taken up from its last checkpoint"
             raise files.DamagedFileError(message) from None
+
+    def status(self, rules: Sequence[Callable[[Row], bool]] | None = None) -> RunStatus:
+        """Where the run stands: by its recorded state, its lock, its checkpoints and its rows.
+
+        Args:
+            rules: the stop rules of the sweep that asks, which decide whether the run is stopped; None takes what is recorded.
+
+        Raises:
+            DamagedFileError: a file cannot be read.
+        """
+        recorded = self.state.state
+        if recorded.status.is_final:
+            return recorded.status
+        if rules and any(holds(row) for row in self.rows() for holds in rules):
+            return RunStatus.STOPPED
+        if self.is_held:
+            return RunStatus.RUNNING
+        is_stopped_elsewhere = rules is not None and recorded is State.STOPPED
+        if is_stopped_elsewhere or (recorded is State.NEW and self.checkpoint_step):
+            return RunStatus.RESUMABLE
+        return recorded.status
+
+    @property
+    def checkpoint_step(self) -> int:
+        """The step of the newest checkpoint, from which the run goes on; 0 without one."""
+        return max(checkpoints.steps(self.checkpoints), default=0)
 
     @property
     def protocols(self) -> dict[str, dict[str, Any]]:

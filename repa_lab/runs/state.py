@@ -1,4 +1,4 @@
-"""The states of a run."""
+"""What a run records of itself, and where it stands."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from typing import Any
 
 
 class State(StrEnum):
-    """Where a run stands; ``done`` and ``pruned`` are final, the rest are taken up again by rerunning the same command.
-
-    ``stopped`` is what a sweep's rule has ended: for a sweep without the rule it goes on.
-    """
+    """What the process that trained a run recorded last; a killed process leaves ``running`` behind."""
 
     NEW = "new"
     RUNNING = "running"
@@ -22,9 +19,41 @@ class State(StrEnum):
     DONE = "done"
 
     @property
-    def is_finished(self) -> bool:
-        """Whether nothing is left to train."""
-        return self in (State.DONE, State.PRUNED)
+    def status(self) -> RunStatus:
+        """The status of a run that this state was recorded of and that no process trains."""
+        return RunStatus.RESUMABLE if self in (State.RUNNING, State.INTERRUPTED) else RunStatus(self.value)
+
+
+class RunStatus(StrEnum):
+    """Where a run stands, in the words of `plan`, `status` and the report; see :meth:`RunDirectory.status`.
+
+    Attributes:
+        NEW: nothing has been trained.
+        RUNNING: a process trains it.
+        RESUMABLE: it was begun, and goes on from its last checkpoint.
+        FAILED: an error ended it; it goes on from its last checkpoint.
+        STOPPED: a stop rule ended it.
+        PRUNED: a search ended it.
+        DONE: trained to its last step.
+    """
+
+    NEW = "new"
+    RUNNING = "running"
+    RESUMABLE = "resumable"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    PRUNED = "pruned"
+    DONE = "done"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether no sweep trains the run any further."""
+        return self in (RunStatus.DONE, RunStatus.PRUNED)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has come to an end: final, or ended by a stop rule."""
+        return self.is_final or self is RunStatus.STOPPED
 
 
 # A failure's reason begins with the kind of error; this one is a result of the run's settings, not a defect.

@@ -10,7 +10,7 @@ from pathlib import Path
 from repa_lab.runs import checkpoints
 from repa_lab.runs.directory import RunDirectory
 from repa_lab.runs.root import RunsRoot
-from repa_lab.runs.state import State
+from repa_lab.runs.state import RunStatus
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,15 @@ def _of_run(run: RunDirectory, is_busy: bool) -> Iterator[Waste]:
         for path in sorted(folder.glob("corrupt-*")):
             yield Waste(path, size_of(path), "a damaged checkpoint", True)
     steps = checkpoints.steps(run.checkpoints)
-    state = run.state.state
-    if state is State.PRUNED:
+    status = run.status()
+    if status is RunStatus.PRUNED:
         for step in steps:
             yield _checkpoint(run, step, "of a pruned run", True)
-    elif state is State.DONE:
+    elif status is RunStatus.DONE:
         last = _last_whole(run, steps)
         for step in (step for step in steps if step != last and last is not None):
             yield _checkpoint(run, step, "an older checkpoint of a run that is done", False)
-    if state.is_finished and run.forks.exists() and not is_busy:
+    if status.is_final and run.forks.exists() and not is_busy:
         yield Waste(run.forks, size_of(run.forks), "kept for runs that begin like this one", False)
 
 

@@ -10,6 +10,8 @@ from repa_lab.spec.evaluate import EvaluateConfig, ExtractorConfig
 from repa_lab.spec.regularizer import EncoderConfig, RegularizerConfig
 from repa_lab.spec.section import Fraction, NotNegative, Positive, Section, later
 
+_HELD_OUT = 256
+
 
 class ModelConfig(Section):
     """The denoiser: a ``size`` of a family trained from scratch, or a ``pretrained`` pipeline of diffusers, a hub id or folder.
@@ -51,16 +53,16 @@ class DataConfig(Section):
     ``split`` of the data set ``name`` of the Hugging Face hub, at a ``revision`` (a branch, a tag or a commit).
 
     ``resolution`` null is 256, or 8 for digits. ``vae`` (a hub id or folder) trains in its latent space; a pretrained model has
-    its own. ``holdout`` images are never trained on; ``flip`` mirrors every other image at random as it is seen; ``buckets``
-    keeps aspects, where null cuts squares. ``caption_column`` names the column of captions; null is ``text``,
-    ``caption`` or ``prompt``, the first there is.
+    its own. ``holdout`` images are never trained on; null is 256 or, if that is less, a tenth of the images, one at least.
+    ``flip`` mirrors every other image at random as it is seen; ``buckets`` keeps aspects, where null cuts squares.
+    ``caption_column`` names the column of captions; null is ``text``, ``caption`` or ``prompt``, the first there is.
     """
 
     source: Literal["digits", "imagefolder", "datasets", "repa", "hub"]
     path: str | None = None
     resolution: Positive | None = None
     vae: str | None = None
-    holdout: Positive = 256
+    holdout: Positive | None = None
     flip: bool = later(False)
     buckets: BucketsConfig | None = later(None)
     caption_column: str | None = later(None)
@@ -90,6 +92,14 @@ class DataConfig(Section):
         if self.source == "repa" and (self.flip or self.buckets):
             raise ValueError("prepared latents are of square images, none of them mirrored: leave flip and buckets out")
         return self
+
+    def held_out(self, images: int | None) -> int:
+        """How many of so many images are held out; None where their number is not known. Of the digits 256 always were."""
+        if self.holdout is not None:
+            return self.holdout
+        if images is None or self.source == "digits":
+            return _HELD_OUT
+        return max(1, min(_HELD_OUT, images // 10))
 
     @property
     def side(self) -> int:

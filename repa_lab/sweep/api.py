@@ -130,7 +130,7 @@ def _plan_rehearsal(
     from repa_lab.sweep.rehearse import rehearsal_root, rehearse
 
     experiment = source if isinstance(source, Experiment) else load_spec(source, overrides, fragments)
-    check(experiment, files=False)
+    check(experiment, inventory=None)
     return make_plan(rehearse(experiment, rehearsal_root(root)), RunsRoot(rehearsal_root(root)))
 
 
@@ -145,6 +145,8 @@ def _carry_out(
         try:
             with View(console, experiment.name, executor.slots) as view:
                 scheduler = Scheduler(executor, planned.root, experiment.run, experiment.name, view, is_rehearsal)
+                for note in planned.notes:
+                    view.say(note)
                 scheduler.prepare({entry.run.config: entry.arm for entry in planned.runs})
                 work = _make_work(planned, directory)
                 before = work.counts()[0]
@@ -166,10 +168,6 @@ def _open_executor(planned: Plan, workers: int | None, log: Path, is_rehearsal: 
     experiment, options = planned.experiment, planned.experiment.run
     if is_rehearsal:
         options = options.model_copy(update={"executor": "local", "gpus_per_run": 1})
-    for entry in planned.runs:
-        if entry.run.config.train.batch_size % options.gpus_per_run:
-            message = f"{options.gpus_per_run} processes (run.gpus_per_run) cannot share a batch equally"
-            raise SpecError([entry.arm.problem("train.batch_size", message)])
     runs = None if experiment.search else len(planned.pending)
     try:
         return open_executor(options, planned.root, experiment.name, runs, workers or options.workers, log)

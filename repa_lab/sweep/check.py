@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from repa_lab.data.errors import DataError
-from repa_lab.data.listing import read_image_folder
 from repa_lab.encoders.registry import grid_problem, weights_problem
 from repa_lab.metrics.protocol import goal_of_kind
+from repa_lab.metrics.quality import LEAST_REAL
 from repa_lab.models.facts import Family, Shape, UnknownFactError, shape_of
 from repa_lab.models.families import TRAINABLE, family_facts
-from repa_lab.models.released import problem_with
+from repa_lab.models.released import SCALING, VAE, class_problem, depth_of, num_classes, problem_with, read_json
 from repa_lab.runs.root import RESERVED
-from repa_lab.spec import Arm, DataConfig, EncoderConfig, EvaluateConfig, Experiment, Problem, SpecError
+from repa_lab.spec import Arm, EncoderConfig, EvaluateConfig, Experiment, Problem, RunOptions, SpecError
 from repa_lab.spec.errors import Path_
 from repa_lab.sweep.search.problems import objective_path, search_problems
 from repa_lab.tracking import tensorboard
-from repa_lab.training.fingerprints import fingerprint_of, is_unset
-from repa_lab.training.protocol import measured, metric_names, shared_names, tiers
-
-Fingerprint = Callable[[DataConfig], str]
+from repa_lab.training.fingerprints import Inventory, is_unset
+from repa_lab.training.protocol import MIN_HELD_OUT, measured, metric_names, shared_names, tiers
 
 
-def check(experiment: Experiment, files: bool = True, fingerprint: Fingerprint = fingerprint_of) -> None:
+def check(experiment: Experiment, inventory: Inventory | None) -> None:
     """Refuse an experiment that cannot be right, before anything is created.
 
     Args:
         experiment: what to check.
-        files: whether what it names must be on this machine.
-        fingerprint: says what the data is, or raises `DataError`.
+        inventory: the data sets and weights on this machine; None checks nothing that depends on files.
 
     Raises:
         SpecError: with every problem of every arm, each at the place that set the value.
     """
-    problems = [problem for arm in experiment.arms for problem in _arm_problems(arm, fingerprint if files else None)]
+    problems = [problem for arm in experiment.arms for problem in _arm_problems(arm, experiment.run, inventory)]
     problems += _experiment_problems(experiment)
     if problems:
         raise SpecError(problems)
@@ -52,7 +49,7 @@ def blocked(arm: Arm) -> Problem | None:
     return None
 
 
-def _arm_problems(arm: Arm, fingerprint: Fingerprint | None) -> Iterator[Problem]:
+def _arm_problems(arm: Arm, options: RunOptions, inventory: Inventory | None) -> Iterator[Problem]:
     config = arm.config
     try:
         family = family_facts(config.model.family)
@@ -67,9 +64,11 @@ def _arm_problems(arm: Arm, fingerprint: Fingerprint | None) -> Iterator[Problem
     yield from _model_problems(arm, family, shape)
     yield from _regularizer_problems(arm, family, shape)
     yield from _metric_problems(arm)
-    if fingerprint:
-        yield from _data_problems(arm, fingerprint)
+    yield from _process_problems(arm, family, options)
+    if inventory:
+        yield from _data_problems(arm, family, inventory)
         yield from _file_problems(arm)
+        yield from _vae_problems(arm, family, shape)
 
 
 def _model_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
@@ -109,7 +108,7 @@ def _pretrained_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Pro
 
 
 def _size_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
-    data, step = arm.config.data, family.latent_stride * shape.stride
+    data, step = arm.config.data, family.latent_stride * shape.stride * (family.network.multiple if family.network else 1)
     sides = {"data.resolution": data.side} | ({"data.buckets.step": data.buckets.step} if data.buckets else {})
     for path, side in sides.items():
         if side % step:
@@ -134,16 +133,6 @@ def _caption_problems(arm: Arm, family: Family) -> Iterator[Problem]:
     if data.source in ("digits", "repa"):
         named = "digits" if data.source == "digits" else "prepared folders"
         yield arm.problem("data.source", f"{trained}, and {named} have none: use imagefolder, datasets or hub")
-    elif data.source == "imagefolder" and data.path and _is_without_captions(Path(data.path), data.caption_column):
-        advice = "give metadata.jsonl (file_name, text), or a .txt beside each image"
-        yield arm.problem("data.path", f"{trained}, and '{data.path}' has none: {advice}")
-
-
-def _is_without_captions(folder: Path, column: str | None) -> bool:
-    try:
-        return not read_image_folder(folder, column).captions
-    except DataError:  # which is told by itself
-        return False
 
 
 def _regularizer_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
@@ -157,19 +146,26 @@ def _regularizer_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Pr
     if chosen != "none":
         wanted["regularizer.block_index"] = regularizer.block_index
     for path, block in wanted.items():
-        known = family.pipeline is None or arm.config.model.pretrained == family.pipeline.released
-        if block is not None and (message := _block_problem(family, shape, block, known)):
+        if block is not None and (message := _block_problem(family, block, _depth(arm, family, shape))):
             yield arm.problem(path, message)
     for path, encoder in arm.config.encoder_paths:
         yield from _encoder_problems(arm, path, encoder)
 
 
-def _block_problem(family: Family, shape: Shape, block: int | str, is_depth_known: bool) -> str | None:
-    """Of weights that may have more blocks than the released ones, a worker asks the folder before anything starts."""
+def _depth(arm: Arm, family: Family, shape: Shape) -> int | None:
+    """The number of blocks; None for weights elsewhere that may have others than the released ones: a worker looks."""
+    pretrained = arm.config.model.pretrained
+    if pretrained is None or family.pipeline is None or pretrained == family.pipeline.released:
+        return shape.depth
+    return depth_of(Path(pretrained), family)
+
+
+def _block_problem(family: Family, block: int | str, depth: int | None) -> str | None:
     if family.kind == "unet":
         return None if block == "mid" else f"{family.name} is tapped at its mid block: block_index must be mid, got {block}"
-    if not isinstance(block, int) or (is_depth_known and block >= shape.depth):
-        return f"{family.name} has {shape.depth} blocks: block_index must be 0 to {shape.depth - 1}, got {block}"
+    if not isinstance(block, int) or (depth is not None and block >= depth):
+        known = depth or family.shapes[""].depth
+        return f"{family.name} has {known} blocks: block_index must be 0 to {known - 1}, got {block}"
     return None
 
 
@@ -201,12 +197,81 @@ def _metric_problems(arm: Arm) -> Iterator[Problem]:
         yield arm.problem(path, f"{twice}: leave one out, or measure it in evaluate.full with other samples")
 
 
-def _data_problems(arm: Arm, fingerprint: Fingerprint) -> Iterator[Problem]:
+def _process_problems(arm: Arm, family: Family, options: RunOptions) -> Iterator[Problem]:
+    if arm.config.train.batch_size % options.gpus_per_run:
+        message = f"{options.gpus_per_run} processes (run.gpus_per_run) cannot share a batch equally"
+        yield arm.problem("train.batch_size", message)
+    if options.gradient_checkpointing and family.network and (why := family.network.uncheckpointed):
+        yield arm.problem("model.family", f"{family.name} cannot be checkpointed (run.gradient_checkpointing): {why}")
+
+
+def _data_problems(arm: Arm, family: Family, inventory: Inventory) -> Iterator[Problem]:
     data = arm.config.data
     try:
-        fingerprint(data)
+        dataset = inventory.dataset(data)
     except DataError as error:
         yield arm.problem(f"data.{error.field}", str(error))
+        return
+    if dataset.images is None:
+        return
+    takes_captions = family.pipeline is not None and family.pipeline.num_classes is None
+    if takes_captions and not dataset.has_captions and data.source in _CAPTIONED:
+        has_none = f"{family.name} is trained with captions, and '{data.path}' has none"
+        yield arm.problem("data.path", f"{has_none}: {_CAPTIONED[data.source]}")
+    known = num_classes(Path(arm.config.model.pretrained or ""), family)
+    if known is not None and dataset.classes > known:
+        yield arm.problem("data.path", class_problem(dataset.classes, known))
+    held, by_default = data.held_out(dataset.images), " by default" if data.holdout is None else ""
+    if held >= dataset.images:
+        yield arm.problem("data.holdout", f"holding out {held} of {dataset.images} images leaves none to train on")
+        return
+    if arm.config.alignment_encoder and held < MIN_HELD_OUT:
+        few = f"{held} of {dataset.images} are held out{by_default}"
+        yield arm.problem("data.holdout", f"alignment is measured on held-out images: hold out {MIN_HELD_OUT} or more; {few}")
+    for path, metric in _compared(arm):
+        if dataset.images - held < LEAST_REAL.get(metric, 0):
+            needed = f"{metric} needs at least {LEAST_REAL[metric]} real images"
+            left = f"there are {dataset.images - held} training images"
+            yield arm.problem(path, f"{needed}, and {left}: give more, or leave it out of metrics")
+
+
+_CAPTIONED = {
+    "imagefolder": "give metadata.jsonl (file_name, text), or a .txt beside each image",
+    "datasets": "give a column of captions (data.caption_column)",
+}
+
+
+def _compared(arm: Arm) -> Iterator[tuple[str, str]]:
+    """The metrics that compare with training images, each with the place that asks for it."""
+    for path, tier in _tiers(arm):
+        if any(extractor.reference is None for extractor in tier.extractors):
+            yield from ((f"{path}.metrics", metric) for metric in tier.metrics)
+
+
+def _vae_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
+    """What the config of a local VAE rules out; one at the hub is looked at by a worker."""
+    data, pretrained = arm.config.data, arm.config.model.pretrained
+    path, folder = ("data.vae", data.vae) if data.vae else ("model.pretrained", pretrained)
+    if folder is None or not Path(folder).is_dir():
+        return
+    vae = read_json(Path(folder) / "config.json") or read_json(Path(folder) / VAE / "config.json")
+    if vae is None:
+        yield arm.problem(path, f"'{folder}' has no VAE: neither config.json nor {VAE}/config.json can be read")
+        return
+    taken, given = vae.get("in_channels", vae.get("input_channels")), 1 if data.source == "digits" else 3
+    if taken not in (given, None):
+        yield arm.problem(path, f"the VAE takes {taken} channels, the images have {given}")
+    own = read_json(Path(pretrained) / VAE / "config.json") or {} if pretrained else {}
+    if data.vae and (lacking := [name for name in SCALING if own.get(name) is not None and vae.get(name, "") is None]):
+        pipelines = "which that of the pipeline's own VAE has and it draws by"
+        yield arm.problem("data.vae", f"the config of '{data.vae}' lacks {', '.join(lacking)}, {pipelines}")
+    levels = vae.get("down_block_types")
+    if family.from_scratch and isinstance(levels, list):
+        step = 2 ** (len(levels) - 1) * shape.stride
+        if data.side % step:
+            named = f"{family.name} {arm.config.model.size} in the latents of '{folder}'"
+            message = f"{data.side} px is not a multiple of {step}, the pixels of a token of {named}"
+            yield arm.problem("data.resolution", message)
 
 
 def _file_problems(arm: Arm) -> Iterator[Problem]:
@@ -224,6 +289,11 @@ def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
         yield experiment.problem("name", f"'{experiment.name}' is a folder of the runs root; choose another name")
     if experiment.stop and experiment.search:
         yield experiment.problem("stop", "a search compares groups at equal progress: leave stop out, and set search.prune")
+    if experiment.run.precision == "fp16" and experiment.run.device == "cpu":
+        yield experiment.problem("run.precision", "fp16 needs a GPU; use bf16 or fp32")
+    if experiment.run.micro_batch == "auto" and experiment.run.gpus_per_run > 1:
+        message = "auto is for one process, for several would not find the same; give a number"
+        yield experiment.problem("run.micro_batch", message)
     if experiment.run.tensorboard and not tensorboard.is_installed():
         yield experiment.problem("run.tensorboard", "needs TensorBoard: pip install 'repa-lab[tensorboard]'")
     known = list(dict.fromkeys(name for arm in experiment.arms for name in metric_names(arm.config)))
@@ -233,7 +303,7 @@ def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
     if experiment.search:
         named = enumerate(experiment.search.objectives)
         wanted |= {objective_path(experiment.search, i): one.metric for i, one in named if not one.is_cost}
-        yield from search_problems(experiment, lambda arm: _arm_problems(arm, None))
+        yield from search_problems(experiment, lambda arm: _arm_problems(arm, experiment.run, None))
     goals: dict[Path_, str] = {("compare", "metric"): experiment.compare.goal}
     if experiment.search:
         goals |= {objective_path(experiment.search, i): one.goal for i, one in enumerate(experiment.search.objectives)}

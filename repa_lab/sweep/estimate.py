@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from repa_lab.data.errors import DataError
-from repa_lab.data.layout import IMAGES
-from repa_lab.data.listing import read_image_folder
-from repa_lab.runs import RunDirectory, RunsRoot
-from repa_lab.runs.files import read_json
+from repa_lab.runs import RunDirectory, RunsRoot, RunStatus
 from repa_lab.runs.forks import Fork
 from repa_lab.spec import Arm, RunConfig
 from repa_lab.spec.identity import Run
-from repa_lab.spec.schema import DataConfig
 from repa_lab.sweep.plan import Plan, PlannedRun
 from repa_lab.sweep.search.reach import is_searched
 from repa_lab.sweep.speed import PUBLISHED, UTILISATION, Device, Measured, Speed, assumed_device, assumed_speed, kind_of
 from repa_lab.training.costs import Cache, Cost, caches_of, cost_of, images_of
-from repa_lab.training.fingerprints import hub_data, notes_of
 
 GIB = float(2**30)
 _HOUR = 3600.0
@@ -120,7 +112,7 @@ class Estimate:
     def notes(self) -> list[str]:
         """What all of it rests on, a sentence each."""
         data = dict.fromkeys(arm.config.data for arm in self.plan.experiment.arms)
-        told = dict.fromkeys(note for one in data for note in notes_of(one))
+        told = dict.fromkeys(note for one in data for note in self.plan.inventory.dataset(one).notes)
         return [*told, *_speed_notes(self), *dict.fromkeys(note for cost in self.costs.values() for note in cost.rough)]
 
 
@@ -166,8 +158,8 @@ def _share(entry: PlannedRun, fork: Fork | None, cost: Cost, speed: Speed) -> Sh
     """What is left of a run, which begins after the steps that another one shares with it."""
     if entry.is_settled:
         return Share()
-    is_begun = entry.standing.step > 0
-    left = _from(entry.standing.step if is_begun or fork is None else fork.step, entry.run.config, cost, speed)
+    is_begun = entry.step > 0
+    left = _from(entry.step if is_begun or fork is None else fork.step, entry.run.config, cost, speed)
     return replace(left, disk_bytes=0.0) if is_begun else left
 
 
@@ -196,7 +188,7 @@ def _trials(plan: Plan, costs: dict[str, Cost], speeds: dict[str, Speed]) -> dic
         return {}
     left, asked, recorded = {}, search.trials * len(experiment.seeds), _recorded(plan)
     for arm in (one for one in experiment.arms if is_searched(one, search.space)):
-        ended = [plan.root.run(run_id).state.state.is_finished for levels, run_id in recorded if levels == arm.levels]
+        ended = [plan.root.run(run_id).status().is_final for levels, run_id in recorded if levels == arm.levels]
         each = _from(0, arm.config, costs[arm.label], speeds[arm.label])
         left[arm.label] = each.times(max(0, asked - sum(ended)))
     return left
@@ -217,42 +209,22 @@ def _saved(cost: Cost, speed: Speed) -> float:
 
 def _caches(plan: Plan, speeds: dict[str, Speed]) -> Iterator[PlannedCache]:
     options = plan.experiment.run
-    begun = {entry.arm.label for entry in plan.runs if entry.state.step or entry.state.state.is_finished}
+    begun = {entry.arm.label for entry in plan.runs if entry.status is not RunStatus.NEW}
     found: dict[Cache, list[str]] = {}
     for arm in plan.experiment.arms:
         for cache in caches_of(arm.config, options):
             found.setdefault(cache, []).append(arm.label)
     for cache, labels in found.items():
-        images, is_begun = images_of(cache.data, _files(cache.data)), not begun.isdisjoint(labels)
+        images, is_begun = images_of(cache.data, plan.inventory.dataset(cache.data).images), not begun.isdisjoint(labels)
         left = 0 if is_begun else images or 0
         hours = left * cache.image_flops / speeds[labels[0]].flops / _HOUR
         yield PlannedCache(cache, images, is_begun, hours, left * cache.image_bytes)
 
 
-def _files(data: DataConfig) -> int | None:
-    if data.source == "hub":
-        return hub_data(data).count()
-    return _count(data.source, Path(data.path), data.caption_column) if data.path else None
-
-
-@functools.lru_cache(maxsize=16)
-def _count(source: str, folder: Path, caption_column: str | None) -> int | None:
-    """Images of a folder, or of a saved data set by what it says of itself; None where it cannot be told."""
-    try:
-        if source == "imagefolder":
-            return len(read_image_folder(folder, caption_column).files)
-        if source == "repa":
-            return len(IMAGES.numbers(folder)) or None
-        splits = read_json(folder / "dataset_info.json").get("splits") or {}
-        return sum(split["num_examples"] for split in splits.values()) or None
-    except (DataError, OSError, ValueError, KeyError, AttributeError):
-        return None
-
-
 def _begun(plan: Plan) -> Iterator[tuple[RunDirectory, RunConfig]]:
     """Runs of the plan that have started, finished ones first, and then others of the root."""
-    started = [entry for entry in plan.runs if entry.state.step]
-    for entry in sorted(started, key=lambda entry: not entry.state.state.is_finished)[:_OWN]:
+    started = [entry for entry in plan.runs if entry.status is not RunStatus.NEW]
+    for entry in sorted(started, key=lambda entry: not entry.status.is_final)[:_OWN]:
         yield plan.root.run(entry.run.run_id), entry.run.config
     yield from _others(plan.root, {entry.run.run_id for entry in plan.runs})
 

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from repa_lab.runs import RunStatus
 from repa_lab.sweep.estimate import GIB, Estimate, PlannedCache, Share, rounded
-from repa_lab.sweep.plan import PlannedRun
+from repa_lab.sweep.plan import BLOCKED, PlannedRun
 from repa_lab.sweep.speed import UTILISATION
 
 # From what is over to what is not.
-_ORDER = ("done", "stopped", "pruned", "running", "resumable", "failed", "new", "blocked")
+_ORDER = (*(status.value for status in reversed(RunStatus)), BLOCKED)
 _SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
 
 
@@ -20,7 +21,7 @@ def arm_rows(found: Estimate) -> list[dict[str, Any]]:
     rows = []
     for label, members in _members(found).items():
         left, trials = sum((share for _, share in members), Share()), found.trials.get(label)
-        words = Counter(entry.standing.word for entry, _ in members)
+        words = Counter(entry.word for entry, _ in members)
         states = ", ".join(f"{words[word]} {word}" for word in _ORDER if words[word])
         runs = states if trials is None else f"{trials.runs} at most"
         rows.append({"arm": label, "runs": runs, **_left(trials or left), **_of_arm(found, label)})
@@ -45,7 +46,7 @@ def run_rows(found: Estimate) -> list[dict[str, Any]]:
 def orphan_rows(found: Estimate) -> list[dict[str, Any]]:
     """A row a run that the spec asks for no more."""
     return [
-        {"arm": one.label, "seed": one.seed, "run_id": one.run_id, "state": one.state.value, "orphaned": True}
+        {"arm": one.label, "seed": one.seed, "run_id": one.run_id, "state": one.status.value, "orphaned": True}
         for one in found.plan.orphans
     ]
 
@@ -75,7 +76,7 @@ def sentences(found: Estimate) -> list[str]:
     limits = {"GPU h": budget.gpu_hours, "GiB": budget.disk_gib}
     if given := [f"{limit:,.6g} {unit}" for unit, limit in limits.items() if limit is not None]:
         lines.append(f"budget: {', '.join(given)}")
-    return lines + found.notes
+    return [*lines, *found.plan.notes, *found.notes]
 
 
 def as_json(found: Estimate) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def as_json(found: Estimate) -> dict[str, Any]:
             "peak_flops": found.device.peak(experiment.run.precision),
             "utilisation": UTILISATION,
         },
-        "notes": found.notes,
+        "notes": [*found.plan.notes, *found.notes],
     }
 
 
@@ -160,10 +161,9 @@ def _runs(found: Estimate, label: str) -> int:
 
 
 def _state(entry: PlannedRun) -> str:
-    standing = entry.standing
-    at = f" from step {standing.step:,}" if standing.step and standing.word in ("resumable", "failed") else ""
-    at = f" at step {standing.step:,}" if standing.word == "running" else at
-    return f"{standing.word}{at}" + (f": {standing.reason}" if standing.word == "failed" else "")
+    at = {RunStatus.RUNNING: f" at step {entry.step:,}", RunStatus.RESUMABLE: f" from step {entry.step:,}"}
+    at[RunStatus.FAILED] = f" from step {entry.step:,}: {entry.error}" if entry.step else f": {entry.error}"
+    return entry.word + ("" if entry.word == BLOCKED else at.get(entry.status, ""))
 
 
 def _cache_line(one: PlannedCache) -> str:
@@ -180,12 +180,12 @@ def _run_json(entry: PlannedRun, share: Share) -> dict[str, Any]:
         "arm": entry.arm.label,
         "seed": entry.run.seed,
         "run_id": entry.run.run_id,
-        "state": entry.standing.word,
+        "state": entry.word,
         "steps": entry.run.config.train.steps,
         "steps_left": entry.steps_left,
         "blocked": entry.blocked.message if entry.blocked else None,
-        "reason": entry.standing.reason,
-        "from_step": entry.standing.step,
+        "reason": entry.blocked.message if entry.word == BLOCKED and entry.blocked else entry.error,
+        "from_step": entry.step,
         **_share_json(share),
     }
 

@@ -2,45 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
-from repa_lab.runs import RunDirectory, RunsRoot, RunState, State
+from repa_lab.runs import RunDirectory, RunsRoot, RunStatus
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, StopRule
 from repa_lab.spec.expand import holds
 from repa_lab.spec.identity import Run, identify, local_weights
-from repa_lab.spec.schema import DataConfig
 from repa_lab.sweep.check import blocked, check, resolve_metric
+from repa_lab.sweep.orphans import Orphan, orphans_of
 from repa_lab.sweep.sharing import Sharing, share
-from repa_lab.sweep.standing import STOPPED, Orphan, Standing, orphans_of, standing_of
-from repa_lab.training.fingerprints import content_of, fingerprint_of, pinned
+from repa_lab.training.fingerprints import Inventory
 from repa_lab.training.protocol import metric_names
+
+BLOCKED = "blocked"
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run of the plan: its arm, where it stands, why it cannot be trained, if so, and what ends it early."""
+    """A run of the plan.
+
+    Attributes:
+        arm: the arm that asks for it.
+        run: the run.
+        status: where it stands for this sweep, whose stop rules decide whether it is stopped.
+        step: the step of its last checkpoint, from which it goes on; the last recorded one of a run that is running or over.
+        error: the reason of a failure in one line.
+        blocked: why it cannot be trained here, or None.
+        stop: the rules that end it early.
+    """
 
     arm: Arm
     run: Run
-    state: RunState
+    status: RunStatus
+    step: int
+    error: str | None
     blocked: Problem | None
-    standing: Standing
     stop: tuple[StopRule, ...] = ()
 
     @property
     def is_settled(self) -> bool:
         """Whether nothing is left to train for this sweep."""
-        return self.state.state.is_finished or self.standing.word == STOPPED
+        return self.status.is_over
+
+    @property
+    def word(self) -> str:
+        """The status, or ``blocked`` for a run that is left to train and cannot be trained here."""
+        is_blocked = self.blocked and not self.is_settled and self.status is not RunStatus.RUNNING
+        return BLOCKED if is_blocked else self.status.value
 
     @property
     def steps_left(self) -> int:
         """Optimizer steps that are still to be taken, from the last checkpoint on, which may lie behind the last row."""
-        return 0 if self.is_settled else self.run.config.train.steps - self.standing.step
+        return 0 if self.is_settled else self.run.config.train.steps - self.step
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,15 @@ class Plan:
     experiment: Experiment
     root: RunsRoot
     runs: tuple[PlannedRun, ...]
+    inventory: Inventory = field(default_factory=Inventory, compare=False, repr=False)
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What was chosen because of how few images there are."""
+        given = [(p.arm.config.data, p.run.config.data.holdout) for p in self.runs if p.arm.config.data.holdout is None]
+        small = [(data, held) for data, held in given if held != data.held_out(None)]
+        notes = (f"{held} of {self.inventory.dataset(data).images} images" for data, held in small)
+        return tuple(f"{note} are held out, for a tenth is less than 256 (data.holdout)" for note in dict.fromkeys(notes))
 
     @cached_property
     def orphans(self) -> tuple[Orphan, ...]:
@@ -72,7 +99,7 @@ class Plan:
         if self.experiment.search is not None or not self.experiment.run.share:
             asked = sum(planned.steps_left for planned in {p.run.run_id: p for p in self.runs}.values())
             return Sharing({}, asked, asked)
-        done = {planned.run.run_id: planned.run for planned in self.runs if planned.state.state is State.DONE}
+        done = {planned.run.run_id: planned.run for planned in self.runs if planned.status is RunStatus.DONE}
         return share(self.pending, [*done.values(), *self._done_before()], self.root)
 
     def _done_before(self) -> Iterator[Run]:
@@ -81,7 +108,7 @@ class Plan:
             directory = self.root.run(orphan.run_id)
             with suppress(ValueError, OSError):  # of an older version, or its data is gone
                 run = Run.from_json(orphan.run_id, directory.spec)
-                if directory.state.state is State.DONE and identify_run(run.config, run.seed) == run:
+                if directory.status() is RunStatus.DONE and identify_run(run.config, run.seed, self.inventory) == run:
                     yield run
 
     @property
@@ -142,20 +169,23 @@ def make_plan(experiment: Experiment, root: RunsRoot) -> Plan:
     Raises:
         SpecError: the experiment cannot be right; see `check`.
     """
-    fingerprint = cache(fingerprint_of)  # a large folder takes seconds, once
-    check(experiment, fingerprint=fingerprint)
+    inventory = Inventory()
+    check(experiment, inventory)
     obstacles = {arm.label: blocked(arm) for arm in experiment.arms}
     runs = []
     for seed in experiment.seeds:
         for arm in experiment.arms:
-            run = identify_arm(arm, seed, fingerprint)
+            run = identify_arm(arm, seed, inventory)
             runs.append(_planned(arm, run, root.run(run.run_id), obstacles[arm.label], _rules(experiment, arm)))
-    return Plan(experiment, root, tuple(runs))
+    return Plan(experiment, root, tuple(runs), inventory)
 
 
 def _planned(arm: Arm, run: Run, directory: RunDirectory, obstacle: Problem | None, stop: tuple[StopRule, ...]) -> PlannedRun:
-    state = directory.state
-    return PlannedRun(arm, run, state, obstacle, standing_of(directory, state, obstacle, stop), stop)
+    status, recorded = directory.status([rule.holds for rule in stop]), directory.state
+    step = directory.checkpoint_step
+    if status.is_over or status is RunStatus.RUNNING:
+        step = max(recorded.step, step)
+    return PlannedRun(arm, run, status, step, recorded.error, obstacle, stop)
 
 
 def _rules(experiment: Experiment, arm: Arm) -> tuple[StopRule, ...]:
@@ -164,16 +194,16 @@ def _rules(experiment: Experiment, arm: Arm) -> tuple[StopRule, ...]:
     return tuple(rule.model_copy(update={"metric": name}) for rule, name in named if name)
 
 
-def identify_arm(arm: Arm, seed: int, fingerprint: Callable[[DataConfig], str] = fingerprint_of) -> Run:
+def identify_arm(arm: Arm, seed: int, inventory: Inventory | None = None) -> Run:
     """The run of an arm with a seed."""
-    return identify_run(arm.config, seed, fingerprint)
+    return identify_run(arm.config, seed, inventory)
 
 
-def identify_run(config: RunConfig, seed: int, fingerprint: Callable[[DataConfig], str] = fingerprint_of) -> Run:
-    """The run of these settings with a seed, over the data and weights that are here now."""
-    contents = {place: content_of(place) for place in local_weights(config)}
-    exact = config.model_copy(update={"data": pinned(config.data)})
-    return identify(exact, seed, PROTOCOL_VERSION, fingerprint(exact.data), contents)
+def identify_run(config: RunConfig, seed: int, inventory: Inventory | None = None) -> Run:
+    """The run of these settings with a seed, over the data and weights that are in the inventory, None being those of now."""
+    inventory = inventory or Inventory()
+    contents = {place: inventory.content(place) for place in local_weights(config)}
+    return identify(inventory.resolve(config), seed, PROTOCOL_VERSION, inventory.dataset(config.data).fingerprint, contents)
 
 
 def baselines(experiment: Experiment) -> dict[str, str | None]:

@@ -111,7 +111,7 @@ class _Rehearser:
         found: dict[str, Any] = {"vae": vae}
         if data.source != "digits":
             found |= self.props.images(data) | {"resolution": max(32, 2 * token, 64 if _is_latent(meant) else 0)}
-            found |= {"holdout": min(data.holdout, _HOLDOUT)}
+            found |= {"holdout": min(data.holdout or _HOLDOUT, _HOLDOUT)}
         if data.buckets is not None:
             found["buckets"] = {"step": token, "max_aspect": data.buckets.max_aspect}
         return found

@@ -178,7 +178,7 @@ class Scheduler:
     def _begin(self, watched: _Watched, work: Work) -> None:
         task, run_id = watched.task, watched.task.run.run_id
         state = watched.directory.state.state
-        if state.is_finished:  # another arm or sweep trained it; a search wants its rows all the same
+        if state.status.is_final:  # another arm or sweep trained it; a search wants its rows all the same
             self._pass_on(watched, work)
             self.found += 1
             work.finished(run_id, state)
@@ -218,7 +218,7 @@ class Scheduler:
             self._record(watched.directory, error)
         failures.is_any_done |= report.state is not State.FAILED
         del self._running[report.run_id]
-        self.view.finished(report.run_id, report.state, error)
+        self.view.finished(report.run_id, report.state.status, error)
         work.finished(report.run_id, report.state)
 
     def _end_hung(self) -> None:
@@ -248,7 +248,7 @@ class Scheduler:
             return
         try:
             with RunWriter(directory) as writer:
-                if not directory.state.state.is_finished:
+                if not directory.state.state.status.is_final:
                     writer.state(State.FAILED, directory.state.step, error)
         except RunBusyError:
             pass  # somebody else has taken the run up

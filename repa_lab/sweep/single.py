@@ -30,7 +30,7 @@ class _Shown:
         pass
 
     def finish(self, state: State) -> None:
-        self._view.finished(self._run_id, state, None)
+        self._view.finished(self._run_id, state.status, None)
 
 
 def run_one(
@@ -69,6 +69,8 @@ def run_one(
 
     options, name = planned.experiment.run, f"{entry.arm.label}, seed {entry.run.seed}"
     with View(console or Console(quiet=True), planned.experiment.name, 1) as view:
+        for note in planned.notes:
+            view.say(note)
         try:
             announce = lambda task: lambda done, total: view.progress(task, done, total)  # noqa: E731
             prepare([entry.run.config], options, planned.root.cache, announce)

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from repa_lab.runs import State
+from repa_lab.runs import RunStatus
 from repa_lab.runs.files import Row
 
 _REFRESH_PER_S = 4
@@ -92,11 +92,11 @@ class View:
             watched.said = now
             self._say(watched, f"step {watched.step}/{watched.steps}")
 
-    def finished(self, run_id: str, state: State, error: str | None) -> None:
+    def finished(self, run_id: str, status: RunStatus, error: str | None) -> None:
         """A run came to rest."""
         watched = self._runs.pop(run_id)
         self._lengths.append(time.monotonic() - watched.begun)
-        self._say(watched, state.value + (f": {error}" if error else ""))
+        self._say(watched, status.value + (f": {error}" if error else ""))
 
     def withdrawn(self, run_id: str) -> None:
         """A run was taken back before it began."""

@@ -85,7 +85,7 @@ class WandbListener:
         self._run.summary.update({f"headline/{name}": value for name, value in self._told.headline(rows).items()})
         if state is State.DONE:
             self._conclude(rows)
-        self._run.finish(exit_code=0 if state.is_finished else 1)
+        self._run.finish(exit_code=0 if state.status.is_over else 1)
 
     def _conclude(self, rows: list[Row]) -> None:
         import wandb

@@ -28,6 +28,7 @@ from repa_lab.training.fingerprints import described
 from repa_lab.training.heldout import held_out_batches, image_means, noise_protocol, show
 from repa_lab.training.images import Images
 from repa_lab.training.model import Model
+from repa_lab.training.protocol import MIN_HELD_OUT
 from repa_lab.training.quality import Quality, versions
 
 Match = Callable[[Tokens, Tokens], Pair]
@@ -35,7 +36,6 @@ Match = Callable[[Tokens, Tokens], Pair]
 _GRID_COLUMNS = 10
 _GRID_MIN_PIXELS = 32
 _GRID_MAX_WIDTH = 2560
-_MIN_HELD_OUT = 4
 _ALIGNMENT = {
     "heldout/cka": "linear CKA, unbiased, of image means",
     "heldout/cosine": "mean cosine of projected tokens",
@@ -70,8 +70,8 @@ class Evaluator:
         device: torch.device,
         part: tuple[int, int] = (0, 1),
     ) -> None:
-        if targets is not None and len(images.split.held_out) < _MIN_HELD_OUT:
-            raise DataError("holdout", f"alignment is measured on held-out images: hold out {_MIN_HELD_OUT} or more")
+        if targets is not None and len(images.split.held_out) < MIN_HELD_OUT:
+            raise DataError("holdout", f"alignment is measured on held-out images: hold out {MIN_HELD_OUT} or more")
         self._config, self._model, self._images, self._targets, self._device = config.evaluate, model, images, targets, device
         self._encoder = config.alignment_encoder
         self._quality = Quality(config, images, model, cache, device, part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,74 @@ from repa_lab.data.fingerprint import (
     file_digest,
     fingerprint_digits,
     fingerprint_files,
-    fingerprint_folder,
+    fingerprint_images,
     fingerprint_saved,
 )
 from repa_lab.data.hub import HubData, resolve_commit
-from repa_lab.data.layout import fingerprint_prepared
+from repa_lab.data.layout import read_listing
 from repa_lab.data.listing import read_image_folder
-from repa_lab.spec import DataConfig, EncoderConfig
+from repa_lab.data.saved import read_saved
+from repa_lab.spec import DataConfig, EncoderConfig, RunConfig
 from repa_lab.spec.schema import FOLDER_SOURCES
 
 UNSET_DATA = "unset"
 _FILES = ("weights", "tae")  # of an encoder
-_FINGERPRINTS: dict[str, Callable[[DataConfig], str]] = {
-    "digits": lambda data: fingerprint_digits(),
-    "imagefolder": lambda data: fingerprint_folder(
-        Path(data.path or ""), data.side, buckets_of(data), data.caption_column
-    ),
-    "datasets": lambda data: fingerprint_saved(Path(data.path or ""), data.side, buckets_of(data)),
-    "repa": lambda data: fingerprint_prepared(Path(data.path or ""), data.side),
-    "hub": lambda data: hub_data(data).fingerprint(data.side, buckets_of(data)),
-}
+_DIGITS = (1797, 10)  # images, classes
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a data set is, as far as it can be told without reading its images.
+
+    Attributes:
+        fingerprint: stands for it in the identity of runs.
+        images: their number; None where it is not known, or no folder is given.
+        classes: the number of their labels.
+        has_captions: whether there are any.
+        notes: what was left out, a sentence each.
+    """
+
+    fingerprint: str
+    images: int | None
+    classes: int = 1
+    has_captions: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Inventory:
+    """The data sets and local weights of a sweep: each folder is listed, and each file read, once for as long as this lives."""
+
+    _datasets: dict[DataConfig, Dataset] = field(default_factory=dict)
+    _contents: dict[str, str] = field(default_factory=dict)
+
+    def dataset(self, data: DataConfig) -> Dataset:
+        """Return what is known of a data set.
+
+        Raises:
+            DataError: it is not there, or incomplete.
+        """
+        key = data.model_copy(update={"holdout": None, "flip": False, "vae": None})
+        if key not in self._datasets:
+            self._datasets[key] = _open(key)
+        return self._datasets[key]
+
+    def content(self, place: str) -> str:
+        """See :func:`content_of`."""
+        if place not in self._contents:
+            self._contents[place] = content_of(place)
+        return self._contents[place]
+
+    def resolve(self, config: RunConfig) -> RunConfig:
+        """Return the settings that a run records: the number of images that are held out, and the commit of a hub's data set.
+
+        Raises:
+            DataError: see :meth:`dataset`.
+        """
+        data = pinned(config.data)
+        if data.holdout is None:
+            data = data.model_copy(update={"holdout": data.held_out(self.dataset(config.data).images)})
+        return config.model_copy(update={"data": data})
 
 
 def buckets_of(data: DataConfig) -> Buckets | None:
@@ -39,12 +88,12 @@ def buckets_of(data: DataConfig) -> Buckets | None:
 
 
 def fingerprint_of(data: DataConfig) -> str:
-    """The data set of these settings.
+    """Return what stands for the data set of these settings.
 
     Raises:
         DataError: it is not there.
     """
-    return UNSET_DATA if is_unset(data) else _FINGERPRINTS[data.source](data)
+    return _open(data).fingerprint
 
 
 def is_unset(data: DataConfig) -> bool:
@@ -71,15 +120,46 @@ def pinned(data: DataConfig) -> DataConfig:
     return data.model_copy(update={"revision": hub_data(data).commit}) if data.source == "hub" else data
 
 
-def notes_of(data: DataConfig) -> tuple[str, ...]:
-    """Return what was left out of a folder of images or is missing there; other sources say it when they are opened.
+def _open(data: DataConfig) -> Dataset:
+    return Dataset(UNSET_DATA, None) if is_unset(data) else _DATASETS[data.source](data, Path(data.path or ""))
 
-    Raises:
-        DataError: see :func:`read_image_folder`.
-    """
-    if data.source != "imagefolder" or data.path is None:
-        return ()
-    return read_image_folder(Path(data.path), data.caption_column).notes
+
+def _digits(data: DataConfig, folder: Path) -> Dataset:
+    return Dataset(fingerprint_digits(), *_DIGITS)
+
+
+def _folder(data: DataConfig, folder: Path) -> Dataset:
+    images = read_image_folder(folder, data.caption_column)
+    fingerprint = fingerprint_images(images, data.side, buckets_of(data))
+    names = [path.parts[len(folder.parts) :] for path in images.files]
+    classes = len({parts[0] if len(parts) > 1 else "" for parts in names})
+    return Dataset(fingerprint, len(images.files), classes, bool(images.captions), images.notes)
+
+
+def _saved(data: DataConfig, folder: Path) -> Dataset:
+    fingerprint = fingerprint_saved(folder, data.side, buckets_of(data))
+    facts = read_saved(folder, data.caption_column)
+    return Dataset(fingerprint, facts.rows, facts.classes, facts.captions is not None)
+
+
+def _prepared(data: DataConfig, folder: Path) -> Dataset:
+    listing = read_listing(folder)
+    return Dataset(listing.fingerprint(data.side), len(listing), max(listing.labels) + 1)
+
+
+def _hub(data: DataConfig, folder: Path) -> Dataset:
+    """The hub's card says how many images there are, not whether they have captions: the run finds that out."""
+    found = hub_data(data)
+    return Dataset(found.fingerprint(data.side, buckets_of(data)), found.count(), has_captions=True)
+
+
+_DATASETS: dict[str, Callable[[DataConfig, Path], Dataset]] = {
+    "digits": _digits,
+    "imagefolder": _folder,
+    "datasets": _saved,
+    "repa": _prepared,
+    "hub": _hub,
+}
 
 
 def content_of(place: str) -> str:

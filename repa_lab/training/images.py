@@ -97,7 +97,7 @@ def open_images(
     """
     vae = data.vae or vae
     base = _SOURCES[data.source](data)
-    parts = split(len(base), data.holdout)
+    parts = split(len(base), data.held_out(len(base)))
     source = Flips(base) if data.flip else base
     progress = announce("latents") if announce and vae else None
     space = latent_space(source, vae, cache, progress, device, shifted) if vae else PixelSpace(source)

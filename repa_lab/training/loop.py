@@ -62,7 +62,7 @@ def train(
     if not PartialState(cpu=options.device == "cpu").is_main_process:
         return _follow(run, directory, options, cache, kept, is_enough)
     with RunWriter(directory) as writer:
-        if directory.state.state.is_finished:
+        if directory.status().is_final:
             return directory.state.state
         how = {"options": options.model_dump(mode="json"), "processes": PartialState().num_processes}
         writer.describe(run.to_json(), provenance() | how)
@@ -92,7 +92,7 @@ def _follow(
     run: Run, directory: RunDirectory, options: RunOptions, cache: Path, kept: frozenset[int], is_enough: IsEnough
 ) -> State:
     """What all processes of a run but the first do: the same steps on their part of each batch, and no writing."""
-    if directory.state.state.is_finished:
+    if directory.status().is_final:
         return directory.state.state
     trainer = Trainer(run, options, cache)
     _resume(trainer, directory)

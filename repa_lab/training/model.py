@@ -19,7 +19,7 @@ from repa_lab.models.facts import BlockIndex, network_of, pipeline_of, shape_of
 from repa_lab.models.families import family_facts
 from repa_lab.models.family import BUILDERS, Input
 from repa_lab.models.pretrained import adapt, load_denoiser
-from repa_lab.models.released import SCHEDULER, PretrainedError, locate, problem_with, read_json
+from repa_lab.models.released import SCALING, SCHEDULER, PretrainedError, class_problem, locate, problem_with, read_json
 from repa_lab.models.tap import Tap
 from repa_lab.spec import EvaluateConfig, ModelConfig, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
@@ -31,8 +31,6 @@ from repa_lab.training.process import Flow, Process, process_of
 from repa_lab.training.sampling import FieldSampler, Sampler, Sampling
 from repa_lab.training.streams import seeded
 from repa_lab.training.texts import text_cache
-
-_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of a VAE's config, read by pipelines that draw
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def open_data(config: RunConfig, cache: Path, device: torch.device, announce: An
 def _require_scaling(vae: str, folder: Path) -> None:
     """Refuse before anything is encoded a VAE that the pipeline in this folder could not draw with."""
     given, own = load_autoencoder(vae, "vae").model.config, read_json(folder / "vae" / "config.json") or {}
-    lacking = [name for name in _SCALING if own.get(name) is not None and given.get(name) is None]
+    lacking = [name for name in SCALING if own.get(name) is not None and given.get(name) is None]
     if lacking:
         names = ", ".join(lacking)
         raise DataError("vae", f"the config of '{vae}' lacks {names}, which that of the pipeline's own VAE has and it draws by")
@@ -183,7 +181,10 @@ def _conditioning(
     network, pipeline = network_of(denoiser.family), pipeline_of(denoiser.family)
     net: Any = denoiser.net
     if pipeline.num_classes is not None:
+        known = pipeline.num_classes(net.config)
+        if images.source.num_classes > known:
+            raise DataError("path", class_problem(images.source.num_classes, known))
         (name,) = network.condition(net.config, 0)
-        return Labels(images.source.labels, pipeline.num_classes(net.config), images.source.num_classes, name)
+        return Labels(images.source.labels, known, images.source.num_classes, name)
     texts = text_cache(denoiser.family, folder, options, cache)
     return Captions(images.source, images.split.train, texts, pipeline.sizes, net.config)

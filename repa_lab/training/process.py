@@ -8,8 +8,9 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from repa_lab.models.released import is_flow, noise_problem
+
 TimeSampling = Literal["auto", "uniform", "lognormal"]
-_FLOW_PREDICTION = "flow_prediction"
 _STEPS = 1000  # of the clock that denoisers are told the time by
 
 
@@ -65,8 +66,6 @@ class Diffusion:
     """
 
     def __init__(self, alphas: torch.Tensor, prediction: str) -> None:
-        if prediction not in _TARGETS:
-            raise ProcessError(f"prediction_type '{prediction}' is not known; known: {', '.join(_TARGETS)}")
         self._signal, self._noise = alphas.double().sqrt().float(), (1 - alphas.double()).clamp_min(0).sqrt().float()
         self._target = _TARGETS[prediction]
 
@@ -101,13 +100,12 @@ def process_of(scheduler: Mapping[str, Any]) -> Process:
     Raises:
         ProcessError: its noise, or what it predicts, is not known.
     """
-    prediction = scheduler.get("prediction_type", "epsilon")
-    if "FlowMatch" in str(scheduler.get("_class_name")) or prediction == _FLOW_PREDICTION:
+    if is_flow(scheduler):
         static = not scheduler.get("use_dynamic_shifting", False)
         shift = scheduler.get("flow_shift", scheduler.get("shift", 1.0))
         return Flow(float(shift) if static else 1.0, "lognormal")
-    if "beta_start" not in scheduler:  # DDPM would take its own, and an EDM scheduler's noise is another
-        raise ProcessError(f"the noise of a scheduler of class {scheduler.get('_class_name')} is not known")
+    if message := noise_problem(scheduler):
+        raise ProcessError(message)
     from diffusers import DDPMScheduler
 
-    return Diffusion(DDPMScheduler.from_config(dict(scheduler)).alphas_cumprod, prediction)
+    return Diffusion(DDPMScheduler.from_config(dict(scheduler)).alphas_cumprod, scheduler.get("prediction_type", "epsilon"))

@@ -8,6 +8,8 @@ from repa_lab.metrics.protocol import guidance_name, labels_name, pipeline_name,
 from repa_lab.spec import EvaluateConfig, ExtractorConfig
 from repa_lab.spec.schema import RunConfig
 
+MIN_HELD_OUT = 4  # images that an unbiased CKA needs
+
 
 def metric_name(config: RunConfig) -> str:
     """The full name of the Frechet metric that a run measures most often."""

@@ -1,5 +1,6 @@
 """A sweep that is told to stop, or whose scheduler is shot, goes on where it was."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from repa_lab.report import load_results
 from repa_lab.runs import RunsRoot, State
 from tests.faults.processes import wait_until
 from tests.sweep.conftest import TINY
@@ -88,6 +90,35 @@ def test_the_run_in_hand_is_checkpointed_and_taken_up_again(spec, end, status):
     assert run.state.state is State.DONE
     assert [row["step"] for row in run.rows() if "loss/total" in row] == list(range(1, STEPS + 1))
     assert [event["step"] for event in run.events() if event["event"] == "resumed"] == [stopped]
+
+
+def shown(command, spec, *options):
+    given = [sys.executable, "-m", "repa_lab.cli", command, *options, "--root", str(spec.parent / "runs")]
+    return subprocess.run(given, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_run_whose_scheduler_and_workers_are_killed_has_one_status_everywhere(spec):
+    settings = yaml.safe_load(spec.read_text())
+    settings["train"]["steps"] = 100 * STEPS
+    settings["regularizer"] = {"type": "none"}  # no features, which take longer than all the rest
+    del settings["evaluate"]["encoder"]
+    spec.write_text(yaml.safe_dump(settings, sort_keys=False))
+    root = RunsRoot(spec.parent / "runs")
+    first = start(spec)
+    run = wait_for_rows(root, 1)
+    said = {"status": json.loads(shown("status", spec, "tiny", "--json"))[0]["state"]}
+    said["plan"] = json.loads(shown("plan", spec, str(spec), "--json"))["runs"][0]["state"]
+    assert said == {"status": "running", "plan": "running"}
+    workers = children_of(first)
+    for pid in (first.pid, *workers):
+        os.kill(pid, signal.SIGKILL)
+    first.communicate(timeout=PATIENCE_S)
+    wait_until(lambda: not run.is_held, "nobody holds the run")
+    assert run.state.state is State.RUNNING  # nobody was left to record anything else
+    assert load_results(root.path / "tiny").runs["state"].tolist() == ["resumable"]
+    assert "seed 0 is resumable at step" in shown("report", spec, "tiny")
+    assert json.loads(shown("status", spec, "tiny", "--json"))[0]["state"] == "resumable"
+    assert json.loads(shown("plan", spec, str(spec), "--json"))["runs"][0]["state"] == "resumable"
 
 
 def children_of(process):

@@ -123,7 +123,7 @@ def test_failures_are_prominent(troubled: ReportPaths) -> None:
     html = troubled.html.read_text()
     alert = html[html.index('role="alert"') :].split("</div>")[0]
     assert "w|1: seed 2 failed at step 100 (OutOfMemoryError: tried &lt;3 GiB&gt; | on cuda:0)." in alert
-    assert "&lt;w2&gt;: seed 0 is running at step 100; seed 1 has not started." in alert
+    assert "&lt;w2&gt;: seed 0 is resumable at step 100; seed 1 has not started." in alert
     assert "<w2>" not in html
     assert "## Incomplete arms" in troubled.markdown.read_text()
 

@@ -15,6 +15,7 @@ from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.spec import EncoderConfig, ExtractorConfig, RunConfig, load_spec
 from repa_lab.spec.identity import RecordedSpecError, Run, identify, local_weights
 from repa_lab.sweep.plan import identify_arm
+from repa_lab.training.fingerprints import Inventory
 from tests.spec.examples import mapping
 
 CONTENTS = {"a.bin": "111", "b.bin": "222", "copy-of-a.bin": "111"}
@@ -275,7 +276,7 @@ class TestFolders:
         assert len({self.id_of(kind, name) for name in names}) == 4
         source = mapping(model={"family": "sdxl", "pretrained": "a/b"}, data={"source": "digits", "vae": "c/d"})
         arm = load_spec(source).arms[0]
-        assert identify_arm(arm, 0).run_id == identify(arm.config, 0, PROTOCOL_VERSION, fingerprint_digits(), {}).run_id
+        assert identify_arm(arm, 0).run_id == identify(Inventory().resolve(arm.config), 0, PROTOCOL_VERSION, fingerprint_digits(), {}).run_id
 
     def test_a_files_content_counts_too(self, tmp_path):
         for name, content in (("a.safetensors", b"1"), ("b.safetensors", b"1"), ("c.safetensors", b"2")):

@@ -189,7 +189,8 @@ class TestPretrained:
         monkeypatch.chdir(tmp_path)
         for folder in ("images", "silent"):
             Path(folder).mkdir()
-            noise_image(0).save(f"{folder}/1.png")
+            for number in range(1, 41):  # of which four are held out
+                noise_image(0).save(f"{folder}/{number}.png")
         Path("images/1.txt").write_text("a cat")
         sdxl = {name: ["somewhere", "something"] for name in FAMILIES["sdxl"].pipeline.tiny} | {"unet": ["diffusers", "UNet"]}
         for folder, kind, parts, net in (

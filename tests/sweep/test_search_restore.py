@@ -6,7 +6,7 @@ from contextlib import closing
 import optuna
 import pytest
 
-from repa_lab.runs import RunsRoot, State
+from repa_lab.runs import RunsRoot, RunWriter, State
 from repa_lab.sweep.search.study import StorageError
 from tests.sweep.searches import METRIC, by_value, finish_as, searcher, states, take, train, weights
 
@@ -72,7 +72,10 @@ class TestLostStudy:
         mine = search(trials=1, begun={tasks[0].run.run_id}, seed=5)
         assert states(mine) == ["waiting"]
         (tmp_path / "study.db").unlink()
-        assert states(search(trials=1, seed=5)) == []
+        with RunWriter(RunsRoot(tmp_path).run(tasks[0].run.run_id)):
+            assert states(search(trials=1, seed=5)) == []
+        (tmp_path / "study.db").unlink()
+        assert states(search(trials=1, seed=5)) == ["waiting"]  # that sweep was killed
 
     def test_a_study_that_cannot_be_read_is_put_aside_and_rebuilt(self, search, tmp_path):
         work = search(trials=1)

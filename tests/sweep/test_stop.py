@@ -16,7 +16,7 @@ def measured(root):
 
 
 def word(spec, root):
-    return [one.standing.word for one in plan(spec, root).runs]
+    return [one.word for one in plan(spec, root).runs]
 
 
 def test_a_rule_ends_runs_where_it_holds_and_a_sweep_without_it_takes_them_up(tiny, tmp_path):

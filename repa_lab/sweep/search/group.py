@@ -105,9 +105,9 @@ class Group:
             directory = self.root.run(run_id)
             for row in directory.rows():
                 self.hear(run_id, row)
-            standing = directory.state
-            if standing.state.is_finished or standing.is_diverged:
-                self.end(run_id, standing.state)
+            recorded = directory.state
+            if recorded.state.status.is_final or recorded.is_diverged:
+                self.end(run_id, recorded.state)
 
     def means(self) -> dict[int, float]:
         """The group's mean by step, where all of its runs have measured something finite."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from repa_lab.runs import RunDirectory, RunsRoot, State
+from repa_lab.runs import RunDirectory, RunsRoot, RunStatus, State
 from repa_lab.runs.files import DamagedFileError
 from repa_lab.spec import Arm, SpecError
 from repa_lab.spec.expand import value_at
@@ -85,9 +85,9 @@ def _grouped(known: dict[str, Group], settings: Settings, space: Space, grouping
 
 
 def _goes_on(run: RunDirectory, begun: Set[str]) -> bool:
-    """Whether a run makes its group one to complete; one that is going on may be another sweep's at this moment."""
-    state = run.state.state
-    return state in (State.INTERRUPTED, State.FAILED) or (run.run_id in begun and state is not State.NEW)
+    """Whether a run makes its group one to complete; a running one may be another sweep's."""
+    status = run.status()
+    return status in (RunStatus.RESUMABLE, RunStatus.FAILED) or (run.run_id in begun and status is not RunStatus.NEW)
 
 
 def is_wanted_again(run: RunDirectory) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from repa_lab.runs import State, SweepDirectory
@@ -47,10 +48,11 @@ class Searches:
         except StorageError as error:
             raise SpecError([plan.experiment.problem("search.storage", str(error))]) from None
         begun = run_ids(directory.manifest) if (directory.path / "sweep.json").is_file() else frozenset[str]()
+        identify = partial(identify_arm, inventory=plan.inventory)
         self._searches: list[SearchWork] = []
         for arm in plan.experiment.arms:
             own = config if is_searched(arm, config.space) else config.model_copy(update={"trials": 1})
-            search = Search(arm, own, _aims(plan, arm, config), plan.experiment.seeds, identify_arm, plan.root)
+            search = Search(arm, own, _aims(plan, arm, config), plan.experiment.seeds, identify, plan.root)
             name = study_name(plan.experiment.name, arm.label, search.content())
             study = open_study(storage, name, config, search.aims, arm.config.train.steps)
             self._searches.append(SearchWork(search, study, begun, self._recorded))
