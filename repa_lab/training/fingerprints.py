@@ -15,6 +15,7 @@ from repa_lab.data.fingerprint import (
     fingerprint_saved,
 )
 from repa_lab.data.layout import fingerprint_prepared
+from repa_lab.encoders.registry import token_identity
 from repa_lab.spec import DataConfig, EncoderConfig
 
 UNSET_DATA = "unset"
@@ -51,6 +52,7 @@ def content_of(place: str) -> str:
 
 
 def described(encoder: EncoderConfig) -> dict[str, Any]:
-    """An encoder's settings with its files by their content: two of one description give the same tokens."""
+    """Return an encoder's settings with its files by their content: equal descriptions give the same tokens."""
     settings = encoder.model_dump(mode="json")
-    return settings | {name: settings[name] and content_of(settings[name]) for name in _FILES}
+    files = {name: settings[name] and content_of(settings[name]) for name in _FILES}
+    return settings | files | token_identity(encoder.name)
