@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -112,10 +114,21 @@ def _first_setting(model: Any, *names: str) -> int | None:
 
 
 def _identity(model: Any) -> dict[str, Any]:
-    """A folder may be moved or refilled, so its content speaks for it: the sum of every parameter, and the config.
+    """Return what an autoencoder is: its class, its config and a digest of its weights, wherever its folder lies.
 
-    Names with an underscore are diffusers' own notes: the path, its version.
+    Names in the config that begin with an underscore are diffusers' own notes: the path, its version.
     """
-    sums = {key: value.double().sum().item() for key, value in model.state_dict().items()}
     config = {key: repr(value) for key, value in model.config.items() if not key.startswith("_")}
-    return {"class": type(model).__name__, "config": config, "weights": sums}
+    return {"class": type(model).__name__, "config": config, "weights": weights_digest(model.state_dict())}
+
+
+def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of a state dict: the name, type, shape and bytes of every tensor, on whatever device and strides.
+
+    Bytes, for a sum of floats depends on the number of threads that add them.
+    """
+    found = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -6,7 +6,6 @@ many processes share the work or how often it was interrupted. A file is written
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -242,7 +241,7 @@ def _begin(wanted: Preparation, images: ImageFolder, vae: Autoencoder) -> None:
 def _manifest(wanted: Preparation, images: ImageFolder, vae: Autoencoder) -> dict[str, Any]:
     return {
         "vae": wanted.vae,
-        "vae_hash": _hash(vae),
+        "vae_hash": digest(vae.identity),
         "scaling": asdict(vae.scaling),
         "resolution": wanted.resolution,
         "crop": "center-crop-dhariwal",
@@ -259,15 +258,6 @@ def _differing(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     return str(value)[:_SHOWN]
-
-
-def _hash(vae: Autoencoder) -> str:
-    """Class, config and weights of an autoencoder: bit for bit, for a sum of weights hangs on the number of threads."""
-    found = hashlib.sha256(digest({key: vae.identity[key] for key in ("class", "config")}).encode())
-    for name, value in sorted(vae.model.state_dict().items()):
-        found.update(name.encode())
-        found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def _png(pixels: np.ndarray) -> bytes:

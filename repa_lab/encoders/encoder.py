@@ -60,18 +60,25 @@ class Encoder(nn.Module):
         stride: pixels of the input per token of that map, along each side.
         image_size: pixels along each side of a square input; None derives the size from the image's.
         options: how it is run.
+        norm: whether the tokens are taken after the model's final norm, or before (`EncoderFacts.norm`).
     """
 
     mean: torch.Tensor
     std: torch.Tensor
 
     def __init__(
-        self, model: nn.Module, stage: int, stride: int, image_size: int | None, options: EncoderOptions = EncoderOptions()
+        self,
+        model: nn.Module,
+        stage: int,
+        stride: int,
+        image_size: int | None,
+        options: EncoderOptions = EncoderOptions(),
+        norm: bool = True,
     ) -> None:
         super().__init__()
         self.dtype = _PRECISIONS[options.precision]
         self.model, self.stage, self.stride = model.to(self.dtype), stage, stride
-        self.image_size, self.options = image_size, options
+        self.image_size, self.options, self.norm = image_size, options, norm
         config: Any = model.pretrained_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
@@ -106,7 +113,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> Tokens:
-        """Patch tokens of uint8 pixels ``(B, 1 or 3, H, W)``, after the final norm where there is one; no CLS, no registers.
+        """Return the patch tokens of uint8 pixels ``(B, 1 or 3, H, W)``, without CLS and registers.
 
         Returns:
             tokens: float32 ``(B, h*w, D)`` on the grid ``(h, w)``, the input size over the stride.
@@ -114,13 +121,13 @@ class Encoder(nn.Module):
         parts = pixels.split(self.options.batch_size or max(len(pixels), 1))
         with torch.autocast(pixels.device.type, enabled=False):
             maps = [self._features(self.preprocess(part).to(self.dtype)) for part in parts]
-        tokens: Tokens = flatten_map(torch.cat(maps).float())
-        return tokens
+        tokens = flatten_map(torch.cat(maps).float())
+        return Tokens(tokens.values.contiguous(), tokens.grid)
 
     def _map(self, images: torch.Tensor) -> torch.Tensor:
         model: Any = self.model
         maps: list[torch.Tensor] = model.forward_intermediates(
-            images, indices=[self.stage], norm=True, output_fmt="NCHW", intermediates_only=True
+            images, indices=[self.stage], norm=self.norm, output_fmt="NCHW", intermediates_only=True
         )
         return maps[0]
 
@@ -154,7 +161,7 @@ def load_encoder(
     side, _ = input_size(stride, (resolution, resolution), image_size)
     if side < stride or side % stride:
         raise EncoderError("image_size", f"'{name}' has patches of {stride} px: {side} is not a multiple of them")
-    return Encoder(load_model(name, facts, weights, shape), stage, stride, image_size, options)
+    return Encoder(load_model(name, facts, weights, shape), stage, stride, image_size, options, facts.norm)
 
 
 def require_patch_tokens(encoder: Encoder, name: str, pixels: torch.Tensor) -> Tokens:

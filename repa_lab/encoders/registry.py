@@ -24,6 +24,7 @@ class EncoderFacts:
             nowhere, for what is random.
         prefix: where the encoder stands in its publisher's file, next to what else was trained.
         renames: words in that file's names, and what they mean.
+        norm: whether the tokens are taken after the model's final norm, or before.
     """
 
     timm_name: str
@@ -33,6 +34,7 @@ class EncoderFacts:
     weights: Literal["hub", "package", "file", "none"] = "hub"
     prefix: str = ""
     renames: Mapping[str, str] = field(default_factory=dict)
+    norm: bool = True
 
 
 # MoCo v3 is not in timm, but a ViT of its shape and with its statistics is; its ViT-S has 12 heads, not 6. In the file that the
@@ -41,6 +43,9 @@ _MOCOV3_L = {"norm13": "norm1", "fc13": "fc1", "norm14": "norm2", "fc14": "fc2"}
 
 # OpenAI trained CLIP with QuickGELU: timm's names without it compute GELU with the same weights. Each SigLIP 2 is the one that
 # was trained on 16x16 patches, the grid that the papers' rule gives for images of 256 px.
+#
+# Tokens are those after the final norm, as DINOv2's publisher defines its patch features (`x_norm_patchtokens`) and REPA's code
+# takes DINOv2's, MoCo v3's and I-JEPA's. REPA's code takes MAE's and CLIP's before it, and so do their rows.
 ENCODERS: dict[str, EncoderFacts] = {
     "efficientnet_lite0": EncoderFacts("tf_efficientnet_lite0", 16, 112, weights="package"),
     "dinov2_vits14": EncoderFacts("vit_small_patch14_dinov2.lvd142m", 14, 384),
@@ -61,15 +66,15 @@ ENCODERS: dict[str, EncoderFacts] = {
     "dino_vits8": EncoderFacts("vit_small_patch8_224.dino", 8, 384),
     "dino_vitb16": EncoderFacts("vit_base_patch16_224.dino", 16, 768),
     "dino_vitb8": EncoderFacts("vit_base_patch8_224.dino", 8, 768),
-    "mae_vitb16": EncoderFacts("vit_base_patch16_224.mae", 16, 768),
-    "mae_vitl16": EncoderFacts("vit_large_patch16_224.mae", 16, 1024),
-    "mae_vith14": EncoderFacts("vit_huge_patch14_224.mae", 14, 1280),
+    "mae_vitb16": EncoderFacts("vit_base_patch16_224.mae", 16, 768, norm=False),
+    "mae_vitl16": EncoderFacts("vit_large_patch16_224.mae", 16, 1024, norm=False),
+    "mae_vith14": EncoderFacts("vit_huge_patch14_224.mae", 14, 1280, norm=False),
     "mocov3_vits16": EncoderFacts("vit_small_patch16_224.dino", 16, 384, {"num_heads": 12}, "file", "base_encoder."),
     "mocov3_vitb16": EncoderFacts("vit_base_patch16_224.dino", 16, 768, {}, "file", "base_encoder."),
     "mocov3_vitl16": EncoderFacts("vit_large_patch16_224.mae", 16, 1024, {}, "file", "base_encoder.", _MOCOV3_L),
-    "clip_vitb16": EncoderFacts("vit_base_patch16_clip_quickgelu_224.openai", 16, 768),
-    "clip_vitl14": EncoderFacts("vit_large_patch14_clip_quickgelu_224.openai", 14, 1024),
-    "clip_vitl14_336": EncoderFacts("vit_large_patch14_clip_quickgelu_336.openai", 14, 1024),
+    "clip_vitb16": EncoderFacts("vit_base_patch16_clip_quickgelu_224.openai", 16, 768, norm=False),
+    "clip_vitl14": EncoderFacts("vit_large_patch14_clip_quickgelu_224.openai", 14, 1024, norm=False),
+    "clip_vitl14_336": EncoderFacts("vit_large_patch14_clip_quickgelu_336.openai", 14, 1024, norm=False),
     "siglip2_vitb16": EncoderFacts("vit_base_patch16_siglip_256.v2_webli", 16, 768),
     "siglip2_vitl16": EncoderFacts("vit_large_patch16_siglip_256.v2_webli", 16, 1024),
     "siglip2_vitg16": EncoderFacts("vit_giantopt_patch16_siglip_256.v2_webli", 16, 1536),
@@ -91,6 +96,15 @@ def facts_of(name: str) -> EncoderFacts | None:
     like = name.removeprefix(TINY)
     known = ENCODERS.get(like) or EncoderFacts(like, 0, 0)
     return replace(known, dim=_TINY_OPTIONS["embed_dim"], options={**known.options, **_TINY_OPTIONS}, weights="none")
+
+
+def token_identity(name: str) -> dict[str, bool]:
+    """Return what a name alone does not say of an encoder's tokens, for the identity of caches and protocols.
+
+    Empty for tokens after the final norm, so that what is cached and recorded of most encoders stays valid.
+    """
+    facts = facts_of(name)
+    return {} if facts is None or facts.norm else {"norm": False}
 
 
 def input_size(stride: int, shape: tuple[int, int], image_size: int | None = None) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from repa_lab.data.sized import SizedStores, open_sized
 from repa_lab.data.sources import ImageSource, groups
 from repa_lab.data.store import Progress
 from repa_lab.encoders.encoder import Encoder, EncoderOptions, load_encoder, require_patch_tokens
+from repa_lab.encoders.registry import token_identity
 
 _PREFLIGHT_IMAGES = 4
 _MIN_STD = 1e-6
@@ -101,11 +102,11 @@ def feature_identity(
     storage: torch.dtype = torch.float16,
     precision: str = "fp32",
 ) -> Mapping[str, Any]:
-    """All that decides a feature: the pixels, the encoder, its weights, input size and precision, and how features are kept."""
+    """Return all that decides a feature: pixels, encoder, weights, input size, precision, final norm or not, and storage."""
     named = {"name": name, "image_size": image_size, "resolution": source.side, "precision": precision}
     content = None if weights is None else file_digest(Path(weights))
     kept = {"storage": dtype_name(storage)}
-    return {"kind": "features/2", "data": source.fingerprint, **named, "weights": content, **kept}
+    return {"kind": "features/2", "data": source.fingerprint, **named, "weights": content, **kept, **token_identity(name)}
 
 
 def cached_targets(

@@ -19,6 +19,7 @@ from repa_lab.data.hub import HubData, resolve_commit
 from repa_lab.data.layout import read_listing
 from repa_lab.data.listing import read_image_folder
 from repa_lab.data.saved import read_saved
+from repa_lab.encoders.registry import token_identity
 from repa_lab.spec import DataConfig, EncoderConfig, RunConfig
 from repa_lab.spec.schema import FOLDER_SOURCES
 
@@ -171,6 +172,7 @@ def content_of(place: str) -> str:
 
 
 def described(encoder: EncoderConfig) -> dict[str, Any]:
-    """An encoder's settings with its files by their content: two of one description give the same tokens."""
+    """Return an encoder's settings with its files by their content: equal descriptions give the same tokens."""
     settings = encoder.model_dump(mode="json")
-    return settings | {name: settings[name] and content_of(settings[name]) for name in _FILES}
+    files = {name: settings[name] and content_of(settings[name]) for name in _FILES}
+    return settings | files | token_identity(encoder.name)

@@ -36,5 +36,3 @@ class MicroBatch:
         if not self._is_auto or tried == 1:
             raise error
         self.size = tried // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()

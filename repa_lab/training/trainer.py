@@ -169,15 +169,17 @@ class Trainer:
         return choose_block(config, config.evaluate.block_index, own), own
 
     def _gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The gradients of a batch, and the means that its row shows; where memory runs out, taken again in smaller parts."""
+        """Compute the gradients of a batch and the means that its row shows; where memory runs out, in smaller parts."""
         while True:
             try:
                 return self._passes(batch.split(self._micro_batch.size), len(batch.t))
             except torch.OutOfMemoryError as error:
                 self._micro_batch.shrink(len(batch.t), error)
+            # Outside the except block, for until its end the error's traceback holds the tensors of the failed pass.
             self._trained.optimizer.zero_grad(set_to_none=True)
             if self.aligner:
                 self.aligner.retract(self.progress.step)
+            torch.cuda.empty_cache()  # does nothing without a GPU
 
     def _passes(self, parts: list[Batch], count: int) -> dict[str, torch.Tensor]:
         values: dict[str, torch.Tensor] = {}

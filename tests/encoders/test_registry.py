@@ -8,7 +8,7 @@ import timm
 import torch
 
 from repa_lab.encoders.encoder import _stage
-from repa_lab.encoders.registry import ENCODERS, grid_problem, input_size, weights_problem
+from repa_lab.encoders.registry import ENCODERS, grid_problem, input_size, token_identity, weights_problem
 from repa_lab.encoders.weights import skeleton
 
 DINOV2 = ["dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14"]
@@ -75,6 +75,14 @@ def test_clip_computes_the_gelu_that_it_was_trained_with():
         act = skeleton(name, ENCODERS[name]).blocks[0].mlp.act
         x = torch.linspace(-3, 3, 7)
         torch.testing.assert_close(act(x), x * torch.sigmoid(1.702 * x))
+
+
+def test_tokens_are_taken_before_the_final_norm_where_repas_code_takes_them_so():
+    before = {name for name in (*ENCODERS, *(f"tiny-{name}" for name in ENCODERS)) if token_identity(name) == {"norm": False}}
+    named = {"mae_vitb16", "mae_vitl16", "mae_vith14", "clip_vitb16", "clip_vitl14", "clip_vitl14_336"}
+    assert before == named | {f"tiny-{name}" for name in named}
+    others = {*ENCODERS, "vit_large_patch16_224.mae", "resnet50"} - named
+    assert all(token_identity(name) == {} for name in others)
 
 
 SIZES = [(14, 256, 224), (14, 512, 448), (16, 256, 256), (16, 64, 64), (8, 256, 128), (14, 15, 0)]

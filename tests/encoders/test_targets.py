@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from repa_lab.data.sources import Flips
 from repa_lab.data.space import latent_space
 from repa_lab.encoders import targets
 from repa_lab.encoders.encoder import EncoderError, EncoderOptions, lite0_model, load_encoder
+from repa_lab.encoders.registry import ENCODERS
 from repa_lab.encoders.targets import CachedTargets, OnlineTargets, cached_targets
 from tests.data.autoencoders import kl, tiny
 from tests.data.conftest import noise_image
@@ -179,6 +181,20 @@ def test_every_part_of_the_identity_is_a_key(cached, tmp_path, loads):
     cached(options=EncoderOptions(batch_size=2))
     assert len(stores(tmp_path)) == len(loads) == 7  # the same content under another name, and in other portions
     assert not torch.equal(first(torch.arange(3), CPU).values, second(torch.arange(3), CPU).values)
+
+
+def test_features_after_the_final_norm_are_never_taken_for_those_before_it(cached, tmp_path, loads, monkeypatch):
+    """A cache that was filled when the encoder's row said otherwise, or nothing."""
+    with monkeypatch.context() as patched:
+        patched.setitem(ENCODERS, "mae_vitb16", replace(ENCODERS["mae_vitb16"], norm=True))
+        normed = cached(name="tiny-mae_vitb16", storage=torch.float32)(EVERYTHING, CPU).values
+        assert [identity.get("norm") for identity in stores(tmp_path)] == [None]
+    plain = cached(name="tiny-mae_vitb16", storage=torch.float32)(EVERYTHING, CPU).values
+    assert sorted(identity.get("norm", True) for identity in stores(tmp_path)) == [False, True]
+    assert len(loads) == 2
+    norm = load_encoder("tiny-mae_vitb16", 48, 16).model.norm
+    torch.testing.assert_close(norm(plain), normed)
+    assert not torch.allclose(plain, normed, atol=0.1)
 
 
 def test_features_of_other_images_are_never_read(cached, tmp_path, loads):

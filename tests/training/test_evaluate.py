@@ -218,6 +218,10 @@ class TestProtocols:
         assert encoders["one"] == encoders["copy"] != encoders["other"]
         assert described(EncoderConfig()) == EncoderConfig().model_dump(mode="json")
 
+    def test_an_encoder_is_known_by_whether_its_tokens_are_normed(self):
+        mae = EncoderConfig(name="mae_vitl16")
+        assert described(mae) == {**mae.model_dump(mode="json"), "norm": False}
+
     def test_a_decoder_is_known_by_what_is_in_it_and_a_pipeline_by_its_scheduler_too(self, tmp_path):
         vaes = {name: tmp_path / name for name in ("one", "copy", "other")}
         for name, folder in vaes.items():

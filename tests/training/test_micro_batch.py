@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from repa_lab.training.device import DeviceError
 from repa_lab.training.micro_batch import MicroBatch
@@ -58,11 +60,16 @@ class TestSize:
         assert MicroBatch(4, processes).size == 4
 
 
+def full() -> torch.OutOfMemoryError:
+    """An error of its own, for its traceback holds what the pass computed."""
+    return torch.OutOfMemoryError(*FULL.args)
+
+
 def in_forward(trainer: Trainer, seen: list[int], is_full: Callable[[int], bool]) -> None:
     def hook(module, inputs, output) -> None:
         seen.append(len(output))
         if is_full(len(output)):
-            raise FULL
+            raise full()
 
     trainer._trained.denoiser.register_forward_hook(hook)
 
@@ -71,7 +78,7 @@ def in_backward(trainer: Trainer, seen: list[int], is_full: Callable[[int], bool
     """Where it happens most: gradients of the last layers are there already."""
 
     def fail(gradient: torch.Tensor) -> None:
-        raise FULL
+        raise full()
 
     def hook(module, inputs, output) -> None:
         seen.append(len(output))
@@ -87,7 +94,7 @@ def in_regularizer(trainer: Trainer, seen: list[int], is_full: Callable[[int], b
     def hook(module, inputs, output) -> None:
         seen.append(len(inputs[0].values))
         if is_full(len(inputs[0].values)):
-            raise FULL
+            raise full()
 
     trainer.aligner.regularizer.register_forward_hook(hook)
 
@@ -172,6 +179,33 @@ class TestStep:
         assert found.aligner.regularizer.cutoff.similarity == pytest.approx(
             whole.aligner.regularizer.cutoff.similarity, abs=1e-5
         )
+
+    @everywhere
+    def test_the_failed_passs_tensors_are_free_before_the_cache_is_emptied(self, settings, place, cache, monkeypatch):
+        """Or their memory would stay reserved in blocks of the size that did not fit."""
+        trainer, outputs, alive = make(cache, "auto", **settings), [], []
+
+        def note(module, inputs, output) -> None:
+            if isinstance(output, torch.Tensor):
+                outputs.append(StorageWeakRef(output.untyped_storage()))
+
+        def empty_cache() -> None:
+            torch.ones((), requires_grad=True).backward()  # on a CPU autograd's queue keeps an interrupted pass until the next
+            gradients = [parameter.grad for parameter in trainer._parameters if parameter.grad is not None]
+            alive.append((len(outputs), sum(not output.expired() for output in outputs), len(gradients)))
+            outputs.clear()
+
+        for module in trainer._trained.denoiser.modules():
+            module.register_forward_hook(note)
+        place(trainer, [], lambda images: images > 2)
+        monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+        gc.disable()  # what only a collection of cycles frees is not free in time
+        try:
+            train(trainer, 1)
+        finally:
+            gc.enable()
+        assert [(kept, gradients) for _, kept, gradients in alive] == [(0, 0), (0, 0)]  # of 8 images, and of 4
+        assert min(count for count, _, _ in alive) > 10
 
     def test_where_all_fits_nothing_is_split(self, cache):
         found, whole = make(cache, "auto"), make(cache, None)
