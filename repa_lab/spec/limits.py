@@ -7,17 +7,17 @@ from typing import Any
 
 from pydantic import model_validator
 
-from repa_lab.spec.section import Count, NotNegative, Section
+from repa_lab.settings import Count, NotNegative, Settings
 
 
-class BudgetConfig(Section):
+class BudgetConfig(Settings):
     """What a sweep may cost at most; null is no limit. A sweep that would cost more is refused before anything starts."""
 
     gpu_hours: NotNegative | None = None
     disk_gib: NotNegative | None = None
 
 
-class StopRule(Section):
+class StopRule(Settings):
     """Ends a run once a measured ``metric`` is ``below`` or ``above`` a value, from step ``after`` on.
 
     A run that was ended is as good as done for the sweep that has the rule. A sweep without the rule takes it up where it

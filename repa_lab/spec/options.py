@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from repa_lab.spec.section import AS_TUPLE, Count, NotNegative, Positive, Section
+from repa_lab.settings import AS_TUPLE, Count, NotNegative, Positive, Settings
 
 # Short words, as W&B takes them; a list in a file, a tuple here.
 Tags = Annotated[
@@ -15,7 +15,7 @@ Tags = Annotated[
 ]
 
 
-class WandbOptions(Section):
+class WandbOptions(Settings):
     """W&B; ``auto`` is online with a key in the environment and offline without.
 
     ``entity`` is the user or team whose ``project`` it is, null the key's own. ``tags`` are added to family and regularizer.
@@ -29,7 +29,7 @@ class WandbOptions(Section):
     artifacts: Literal[False, "final"] = False
 
 
-class RayOptions(Section):
+class RayOptions(Settings):
     """A Ray cluster: ``address`` null starts one on this machine, ``auto`` finds a running one, else ``host:port``.
 
     ``num_cpus``, ``num_gpus`` and the cluster's own ``resources`` are what each run takes; a run that is lost with its worker
@@ -47,7 +47,7 @@ class RayOptions(Section):
 Commands = Annotated[tuple[str, ...], AS_TUPLE]
 
 
-class SlurmOptions(Section):
+class SlurmOptions(Settings):
     """What each run asks of Slurm; ``setup`` are shell commands before it, ``array_parallelism`` how many go on at a time."""
 
     partition: str | None = None
@@ -60,7 +60,7 @@ class SlurmOptions(Section):
     setup: Commands = ()
 
 
-class RunOptions(Section):
+class RunOptions(Settings):
     """How runs are carried out; nothing here changes what is computed, so nothing here is part of a run's identity.
 
     ``micro_batch`` is the images of one forward pass; gradients accumulate over the batch; ``auto`` starts with all of them and

@@ -6,13 +6,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from repa_lab.spec.section import AS_TUPLE, NotNegative, Section
+from repa_lab.settings import AS_TUPLE, NotNegative, Settings
 
 Sentences = Annotated[tuple[str, ...], AS_TUPLE]
 Values = Annotated[dict[str, float], Field(min_length=1)]
 
 
-class PublishedConfig(Section):
+class PublishedConfig(Settings):
     """Numbers of a paper: of ``arms`` by label, a value for each kind of metric (``fid``, ``sfid``, ``is``, ...).
 
     ``source`` is the table, ``protocol`` how it was measured. A measured value agrees where it is within the ``tolerance`` of

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from repa_lab.spec.section import AS_TUPLE, Positive, Section
+from repa_lab.settings import AS_TUPLE, Positive, Settings
 
 
-class Interval(Section):
+class Interval(Settings):
     """One searched field: exactly one of ``log``, ``uniform`` (floats from a to b), ``int`` or ``choice``.
 
     ``when`` (dotted path to a value or a list of them) searches the field only where these hold of what was drawn for fields
@@ -58,7 +58,7 @@ class Interval(Section):
 COSTS = ("seconds", "gpu_hours")
 
 
-class Objective(Section):
+class Objective(Settings):
     """The metric that a search improves, by its kind (``frechet`` or ``fid``) or its full name, and its direction.
 
     Of several objectives, some may be what a run costs: ``seconds`` of training, or those times the GPUs, in ``gpu_hours``.
@@ -81,7 +81,7 @@ Objectives = Annotated[
 ]
 
 
-class SearchConfig(Section):
+class SearchConfig(Settings):
     """An Optuna search; a trial is one setting with all its seeds; ``trials`` is the total, pruned ones included.
 
     ``objective`` may be a list: the search then looks for the settings of which none is better in every objective.

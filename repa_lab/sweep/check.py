@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from repa_lab.align.settings import REGULARIZERS, EncoderSettings
 from repa_lab.data.errors import DataError
 from repa_lab.data.fingerprint import has_captions
 from repa_lab.encoders.registry import grid_problem, weights_problem
@@ -13,12 +14,15 @@ from repa_lab.metrics.protocol import goal_of_kind
 from repa_lab.models.facts import Family, Shape, UnknownFactError, shape_of
 from repa_lab.models.families import TRAINABLE, family_facts
 from repa_lab.models.released import problem_with
+from repa_lab.registry import one_line
 from repa_lab.runs.root import RESERVED
-from repa_lab.spec import Arm, DataConfig, EncoderConfig, EvaluateConfig, Experiment, Problem, SpecError
+from repa_lab.settings import file_fields, settings_in
+from repa_lab.spec import Arm, DataConfig, EvaluateConfig, Experiment, Problem, SpecError
 from repa_lab.spec.errors import Path_
 from repa_lab.sweep.search.problems import objective_path, search_problems
 from repa_lab.tracking import tensorboard
 from repa_lab.training.fingerprints import fingerprint_of
+from repa_lab.training.needs import encoders_of, needs_of
 from repa_lab.training.protocol import measured, metric_names, shared_names, tiers
 
 Fingerprint = Callable[[DataConfig], str]
@@ -152,14 +156,21 @@ def _regularizer_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Pr
         fits = " or ".join(family.regularizers)
         yield arm.problem("regularizer.type", f"{family.name} is {kind}: use {fits}, not {chosen}")
         return
-    wanted = {"evaluate.block_index": arm.config.evaluate.block_index}
-    if chosen != "none":
-        wanted["regularizer.block_index"] = regularizer.block_index
-    for path, block in wanted.items():
-        known = family.pipeline is None or arm.config.model.pretrained == family.pipeline.released
-        if block is not None and (message := _block_problem(family, shape, block, known)):
-            yield arm.problem(path, message)
-    for path, encoder in arm.config.encoder_paths:
+    try:
+        needs, encoders = needs_of(arm.config), encoders_of(arm.config)
+    except Exception as error:  # whatever a plugin raises
+        yield arm.problem("regularizer.type", f"cannot tell what {chosen} needs: {one_line(error)}")
+        return
+    known = family.pipeline is None or arm.config.model.pretrained == family.pipeline.released
+    wanted = {"evaluate.block_index": (arm.config.evaluate.block_index,), "regularizer.type": (*needs.taps, *needs.ema_taps)}
+    for path, blocks in wanted.items():
+        for block in dict.fromkeys(blocks):
+            if block is not None and (message := _block_problem(family, shape, block, known)):
+                is_set = path == "regularizer.type" and block == regularizer.block_index
+                place = "regularizer.block_index" if is_set else path
+                origin = None if is_set or path != "regularizer.type" else REGULARIZERS.origin(chosen)
+                yield arm.problem(place, f"{origin.file}:{origin.line}: {message}" if origin else message)
+    for path, encoder in encoders:
         yield from _encoder_problems(arm, path, encoder)
 
 
@@ -172,7 +183,7 @@ def _block_problem(family: Family, shape: Shape, block: int | str, is_depth_know
     return None
 
 
-def _encoder_problems(arm: Arm, path: str, encoder: EncoderConfig) -> Iterator[Problem]:
+def _encoder_problems(arm: Arm, path: str, encoder: EncoderSettings) -> Iterator[Problem]:
     if message := grid_problem(encoder.name, encoder.image_size, arm.config.data.side):
         yield arm.problem(f"{path}.image_size", message)
     if message := weights_problem(encoder.name, encoder.weights):
@@ -211,13 +222,10 @@ def _data_problems(arm: Arm, fingerprint: Fingerprint) -> Iterator[Problem]:
 
 
 def _file_problems(arm: Arm) -> Iterator[Problem]:
-    config = arm.config
-    named = {f"{path}.weights": extractor.weights for path, extractor in config.extractor_paths}
-    named |= {f"{path}.reference": extractor.reference for path, extractor in config.extractor_paths}
-    named |= {f"{path}.weights": encoder.weights for path, encoder in config.encoder_paths}
-    for path, file in named.items():
-        if file is not None and not Path(file).is_file():
-            yield arm.problem(path, f"no file '{file}'")
+    for path, section in settings_in(arm.config):
+        for name, file, mark in file_fields(section):
+            if mark.required and not Path(file).is_file():
+                yield arm.problem(".".join(map(str, (*path, name))), f"no file '{file}'")
 
 
 def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:

@@ -12,7 +12,7 @@ from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.runs import RunDirectory, RunsRoot, RunState, State
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, StopRule
 from repa_lab.spec.expand import holds
-from repa_lab.spec.identity import Run, identify, local_weights
+from repa_lab.spec.identity import Run, identify, local_files
 from repa_lab.spec.schema import DataConfig
 from repa_lab.sweep.check import blocked, check, resolve_metric
 from repa_lab.sweep.sharing import Sharing, share
@@ -171,7 +171,7 @@ def identify_arm(arm: Arm, seed: int, fingerprint: Callable[[DataConfig], str] =
 
 def identify_run(config: RunConfig, seed: int, fingerprint: Callable[[DataConfig], str] = fingerprint_of) -> Run:
     """The run of these settings with a seed, over the data and weights that are here now."""
-    contents = {place: content_of(place) for place in local_weights(config)}
+    contents = {place: content_of(place) for place in local_files(config)}
     return identify(config, seed, PROTOCOL_VERSION, fingerprint(config.data), contents)
 
 

@@ -15,7 +15,7 @@ from repa_lab.data.fingerprint import (
     fingerprint_saved,
 )
 from repa_lab.data.layout import fingerprint_prepared
-from repa_lab.spec import DataConfig, EncoderConfig
+from repa_lab.spec import DataConfig, EncoderSettings
 
 UNSET_DATA = "unset"
 _FILES = ("weights", "tae")  # of an encoder
@@ -50,7 +50,7 @@ def content_of(place: str) -> str:
     return fingerprint_files(path) if path.is_dir() else place
 
 
-def described(encoder: EncoderConfig) -> dict[str, Any]:
+def described(encoder: EncoderSettings) -> dict[str, Any]:
     """An encoder's settings with its files by their content: two of one description give the same tokens."""
     settings = encoder.model_dump(mode="json")
     return settings | {name: settings[name] and content_of(settings[name]) for name in _FILES}
