@@ -161,8 +161,8 @@ class Needs:
 class RegularizerSettings(Settings):
     """What every regularizer has."""
 
-    type: str = ""
-    """The regularizer's registered name."""
+    type: str = "none"
+    """The regularizer's registered name; `none` is the baseline."""
     weight: NotNegative = 0.5
     """Lambda: the weight after warm-up. At 0 nothing is computed."""
     schedule: ScheduleSettings = ScheduleSettings()
