@@ -23,7 +23,7 @@ class Interval(Settings):
     choice: Annotated[list[Any], Field(min_length=1)] | None = None
     """One of a list."""
     when: dict[str, Any] = Field(default_factory=dict)
-    """Search the field only where these dotted paths have these values, or one of a list of them; elsewhere the field keeps the arm's setting."""
+    """Search the field only where these dotted paths have these values, or one of a list; elsewhere the arm's setting stays."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Interval:

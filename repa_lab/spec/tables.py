@@ -21,7 +21,14 @@ from repa_lab.spec.schema import RunConfig
 
 # `<!-- fields of NAME -->`, a table, `<!-- end -->`.
 _BLOCK = re.compile(r"(<!-- fields of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_KINDS = {int: "an integer", float: "a number", str: "text", bool: "`true`, `false`", dict: "a mapping", types.NoneType: "`null`"}
+_KINDS = {
+    bool: "`true`, `false`",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    dict: "a mapping",
+    types.NoneType: "`null`",
+}
 
 
 def write_tables(page: Path) -> None:
