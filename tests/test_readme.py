@@ -11,7 +11,7 @@ import typer
 from repa_lab.cli import app
 from repa_lab.encoders.registry import ENCODERS
 from repa_lab.models.facts import SIT_SHAPES, UNET_SHAPES
-from repa_lab.spec import EncoderConfig, RegularizerConfig, RunConfig, RunOptions, load_spec
+from repa_lab.spec import EncoderSettings, RegularizerSettings, RunConfig, RunOptions, load_spec
 from repa_lab.spec.validate import unknown_field
 from repa_lab.spec.yaml import read_yaml
 
@@ -127,6 +127,6 @@ def test_every_field_of_the_documentation_exists():
         wrong = unknown_field(RunOptions, field) if section == "run" else unknown_field(RunConfig, path)
         assert wrong is None, f"{path}: {wrong}"
     fields = re.findall(r"^\| `(\w+)[`.]", REGULARIZER[REGULARIZER.index("## Fields of `regularizer:`") : REGULARIZER.index("| names |")], flags=re.M)
-    assert set(RegularizerConfig.model_fields) <= set(fields) | {"manifold_weight", "temperature"}
-    assert set(fields) <= {*RegularizerConfig.model_fields, *EncoderConfig.model_fields}
-    assert set(EncoderConfig.model_fields) <= set(fields) | {"tae"}
+    assert set(RegularizerSettings.model_fields) <= set(fields) | {"manifold_weight", "temperature"}
+    assert set(fields) <= {*RegularizerSettings.model_fields, *EncoderSettings.model_fields}
+    assert set(EncoderSettings.model_fields) <= set(fields) | {"tae"}

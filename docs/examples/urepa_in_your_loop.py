@@ -3,7 +3,8 @@
 python docs/examples/urepa_in_your_loop.py [steps] [folder for the model]
 
 Trains a tiny UNet on scikit-learn's digits, on a CPU in a minute, aligned with an ImageNet EfficientNet-Lite0 whose weights
-came with the installation. For your own model, change `in_dim` to its mid block's width and the encoder to, say, DINOv2.
+came with the installation. For your own model, replace UREPA's 64 by the width of its mid block, the encoder by, say, DINOv2,
+and the 112 by that encoder's width.
 """
 
 import sys
@@ -12,7 +13,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from sklearn.datasets import load_digits
 
-from repa_lab.align import UREPA, Schedule  # U-REPA
+from repa_lab.align import UREPA, Signals  # U-REPA
 from repa_lab.encoders.encoder import load_encoder  # U-REPA
 from repa_lab.models.tap import capture  # U-REPA
 
@@ -32,8 +33,8 @@ def main(steps: int = 300, folder: str | None = None) -> None:
     )
     noising = DDPMScheduler()
     encoder = load_encoder("efficientnet_lite0", image_size=64, resolution=8)  # U-REPA
-    weight = Schedule("cosine", weight=0.5, warmup_steps=20, decay_steps=steps)  # U-REPA
-    regularizer = UREPA(in_dim=64, out_dim=112, weight=weight, manifold_weight=3.0, projector="linear")  # U-REPA
+    schedule = {"type": "cosine", "warmup_steps": 20, "decay_steps": steps}  # U-REPA
+    regularizer = UREPA(64, 112, weight=0.5, manifold_weight=3.0, projector="linear", schedule=schedule)  # U-REPA
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
     optimizer.add_param_group({"params": regularizer.parameters()})  # U-REPA
 
@@ -43,11 +44,12 @@ def main(steps: int = 300, folder: str | None = None) -> None:
             x, noise = images.float() / 127.5 - 1, torch.randn(32, 1, 8, 8)
             t = torch.randint(noising.config.num_train_timesteps, (32,))
             loss = (unet(noising.add_noise(x, noise, t), t).sample - noise).square().mean()
-            if regularizer.needs_target(step):  # U-REPA: at weight 0 the encoder need not run
-                alignment = regularizer(tap.take(), encoder(images), step)  # U-REPA
-                loss = loss + alignment.loss  # U-REPA
+            if weight := regularizer.weight_at(step):  # U-REPA: at weight 0 the encoder need not run
+                alignment = regularizer(Signals(taps=(tap.take(),), encoders=(encoder(images),)), step)  # U-REPA
+                loss = loss + weight * alignment.value  # U-REPA
                 if step % 20 == 1:
-                    print(f"step {step}: cosine {alignment.cosine:.3f}, manifold {alignment.manifold:.4f}", flush=True)
+                    parts = ", ".join(f"{name} {value:.4f}" for name, value in alignment.parts.items())
+                    print(f"step {step}: {parts}", flush=True)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -7,20 +7,39 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from repa_lab.align.cutoff import SimilarityCutoff
     from repa_lab.align.losses import alignment_loss, nt_xent_loss
-    from repa_lab.align.manifold import Manifold, manifold_loss
+    from repa_lab.align.manifold import manifold_loss
     from repa_lab.align.projector import Projector
-    from repa_lab.align.regularizer import REPA, UREPA, Alignment, Resample
+    from repa_lab.align.regularizer import REPA, UREPA, Loss, Prediction, Regularizer, Shapes, Signals
     from repa_lab.align.schedule import Schedule
+    from repa_lab.align.settings import ManifoldSettings, Needs, ProjectorSettings, RegularizerSettings, ScheduleSettings
     from repa_lab.align.tokens import Tokens, flatten_map, normalise_over_space, resample_tokens
+
+_HOMES = {
+    "cutoff": ("SimilarityCutoff",),
+    "losses": ("alignment_loss", "nt_xent_loss"),
+    "manifold": ("manifold_loss",),
+    "projector": ("Projector",),
+    "regularizer": ("REPA", "UREPA", "Loss", "Prediction", "Regularizer", "Shapes", "Signals"),
+    "schedule": ("Schedule",),
+    "settings": ("ManifoldSettings", "Needs", "ProjectorSettings", "RegularizerSettings", "ScheduleSettings"),
+    "tokens": ("Tokens", "flatten_map", "normalise_over_space", "resample_tokens"),
+}
 
 __all__ = [
     "REPA",
     "UREPA",
-    "Alignment",
-    "Manifold",
+    "Loss",
+    "ManifoldSettings",
+    "Needs",
+    "Prediction",
     "Projector",
-    "Resample",
+    "ProjectorSettings",
+    "Regularizer",
+    "RegularizerSettings",
     "Schedule",
+    "ScheduleSettings",
+    "Shapes",
+    "Signals",
     "SimilarityCutoff",
     "Tokens",
     "alignment_loss",
@@ -30,16 +49,6 @@ __all__ = [
     "nt_xent_loss",
     "resample_tokens",
 ]
-
-_HOMES = {
-    "cutoff": ("SimilarityCutoff",),
-    "losses": ("alignment_loss", "nt_xent_loss"),
-    "manifold": ("Manifold", "manifold_loss"),
-    "projector": ("Projector",),
-    "regularizer": ("REPA", "UREPA", "Alignment", "Resample"),
-    "schedule": ("Schedule",),
-    "tokens": ("Tokens", "flatten_map", "normalise_over_space", "resample_tokens"),
-}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,51 +9,36 @@ import torch
 from torch import nn
 
 from repa_lab.align.ranks import mean_over_ranks
-
-MODES = ("permanent", "recoverable")
+from repa_lab.align.settings import ScheduleSettings
 
 
 class SimilarityCutoff(nn.Module):
     """Whether the mean token cosine, smoothed over steps, has reached a threshold; then the weight is 0.
 
     The average is exponential and bias-corrected, so that it is a true mean of what was seen from the first step on, and it
-    is not judged before ``min_count`` steps: an early spike switches nothing off. One step counts once, as the mean over
-    its micro-batches and processes, so all processes decide alike. The state travels in the regularizer's ``state_dict``.
+    is not judged before ``similarity_min_count`` steps: an early spike switches nothing off. One step counts once, as the
+    mean over its micro-batches and processes, so all processes decide alike. The state travels in the regularizer's
+    ``state_dict``.
 
     Args:
-        threshold: the smoothed cosine at which the regularizer goes off, in [-1, 1].
-        ema_decay: the weight of the past, in [0, 1); 0 judges each step alone.
-        mode: ``permanent`` never switches on again; ``recoverable`` does when the average falls below the threshold. To see
-            that, the encoder must look at times: every ``probe_every``-th step, without gradient.
-        min_count: steps observed before anything is decided.
-        probe_every: see ``mode``.
+        settings: ``similarity_threshold`` and the fields beside it.
 
     Raises:
-        ValueError: an unknown mode or a number out of its range.
+        ValueError: there is no threshold.
     """
 
-    def __init__(
-        self,
-        threshold: float,
-        ema_decay: float = 0.99,
-        mode: str = "permanent",
-        min_count: int = 100,
-        probe_every: int = 50,
-    ) -> None:
+    def __init__(self, settings: ScheduleSettings) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"unknown threshold mode {mode!r}; allowed: {', '.join(MODES)}")
-        if not -1 <= threshold <= 1 or not 0 <= ema_decay < 1 or min_count < 1 or probe_every < 1:
-            raise ValueError("a cutoff needs threshold in [-1, 1], ema_decay in [0, 1), min_count and probe_every from 1")
-        self.threshold, self.ema_decay, self.mode = threshold, ema_decay, mode
-        self.min_count, self.probe_every = min_count, probe_every
+        if settings.similarity_threshold is None:
+            raise ValueError("a similarity cutoff needs a similarity_threshold")
+        self.settings, self.threshold = settings, settings.similarity_threshold
         self._sum, self._count, self._latched = 0.0, 0, False
         self._step, self._waiting = -1, list[torch.Tensor]()
 
     @property
     def similarity(self) -> float | None:
         """The smoothed cosine of the steps taken in so far; None before the first."""
-        return self._sum / (1 - self.ema_decay**self._count) if self._count else None
+        return self._sum / (1 - self.settings.similarity_ema_decay**self._count) if self._count else None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # its state is Python's
     def observe(self, step: int, cosine: torch.Tensor) -> None:
@@ -76,7 +61,7 @@ class SimilarityCutoff(nn.Module):
 
     def probes(self, step: int) -> bool:
         """Whether the encoder should look at ``step`` although the weight is 0."""
-        return self.mode == "recoverable" and step % self.probe_every == 0
+        return self.settings.threshold_mode == "recoverable" and step % self.settings.probe_every == 0
 
     def get_extra_state(self) -> torch.Tensor:
         """What a checkpoint keeps: ``(3,)``, the running sum, the count, and whether it is off for good."""
@@ -97,10 +82,11 @@ class SimilarityCutoff(nn.Module):
         self._waiting = []
         if not math.isfinite(seen):  # a step that fp16's gradient scaler is about to skip
             return
-        self._sum = self.ema_decay * self._sum + (1 - self.ema_decay) * seen
+        decay = self.settings.similarity_ema_decay
+        self._sum = decay * self._sum + (1 - decay) * seen
         self._count += 1
-        self._latched |= self.mode == "permanent" and self._is_above()
+        self._latched |= self.settings.threshold_mode == "permanent" and self._is_above()
 
     def _is_above(self) -> bool:
-        similarity = self.similarity
-        return self._count >= self.min_count and similarity is not None and similarity >= self.threshold
+        similarity, is_counted = self.similarity, self._count >= self.settings.similarity_min_count
+        return is_counted and similarity is not None and similarity >= self.threshold

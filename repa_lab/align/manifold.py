@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from repa_lab.align.losses import scaled_to_unit
 from repa_lab.align.ranks import gather
+from repa_lab.align.settings import ManifoldSettings
 
 # Pairs are worked off in squares of this many tokens a side: the largest that matter for memory, large enough for speed.
 _TILE = 512
@@ -63,46 +63,11 @@ SCOPES: dict[str, Callable[[torch.Tensor, int, int], torch.Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
-class Manifold:
-    """Which pairs are compared, and how.
-
-    Args:
-        scope: ``intra``, pairs of tokens within an image; ``batch_pooled``, pairs of images by their mean token;
-            ``batch_tokens``, pairs of tokens whatever their image. The last two see the images of one forward pass in all
-            processes, so that a micro-batch changes them, and the number of processes does not.
-        reduction: ``mean`` over all N*N pairs, ``sum`` over them, or ``offdiag_mean``, which leaves out each token's pair with
-            itself; then the mean over images.
-        distance: ``l2``, the square of the difference of two similarities, or ``l1_margin``, what its size exceeds ``margin``
-            by (VideoREPA's relation loss with 0.1, VA-VAE's matrix loss with 0.25).
-        margin: see ``distance``.
-        sample: the most tokens that ``batch_tokens`` compares, drawn anew at every step.
-
-    Raises:
-        ValueError: an unknown name, a negative margin, or a sample of less than a pair.
-    """
-
-    scope: str = "intra"
-    reduction: str = "mean"
-    distance: str = "l2"
-    margin: float = 0.1
-    sample: int = 2048
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("scope", SCOPES), ("reduction", REDUCTIONS), ("distance", DISTANCES)):
-            if (given := getattr(self, name)) not in allowed:
-                raise ValueError(f"unknown manifold {name} {given!r}; allowed: {', '.join(allowed)}")
-        if not self.margin >= 0:
-            raise ValueError(f"manifold margin must not be negative, got {self.margin}")
-        if self.sample < 2:
-            raise ValueError(f"manifold sample must be 2 or more, got {self.sample}")
-
-
-_PAPER = Manifold()
+_PAPER = ManifoldSettings()
 
 
 def manifold_loss(
-    student: torch.Tensor, teacher: torch.Tensor, manifold: Manifold = _PAPER, step: int = 0
+    student: torch.Tensor, teacher: torch.Tensor, manifold: ManifoldSettings = _PAPER, step: int = 0
 ) -> torch.Tensor:
     """How far similarities between student tokens are from those between teacher tokens: U-REPA (2503.18414), Eqs. 3-4.
 
@@ -151,7 +116,7 @@ class _Relations(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor, manifold: Manifold) -> torch.Tensor:
+    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor, manifold: ManifoldSettings) -> torch.Tensor:
         distance, margin = DISTANCES[manifold.distance], manifold.margin
         (ours, per_norm), (theirs, _) = scaled_to_unit(student), scaled_to_unit(teacher)
         total = ours.new_zeros(())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from repa_lab.align.settings import ProjectorSettings
 from repa_lab.align.tokens import Grid, Tokens, flatten_map
 
 
@@ -54,24 +55,25 @@ def _conv(in_dim: int, out_dim: int, width: int, kernel: int) -> nn.Module:
 KINDS: dict[str, Callable[[int, int, int, int], nn.Module]] = {"mlp": _mlp, "linear": _linear, "conv": _conv}
 
 
+_MLP = ProjectorSettings()
+
+
 class Projector(nn.Module):
     """Maps tokens ``(B, N, in_dim)`` to ``(B, N, out_dim)`` and keeps their grid.
 
     ``mlp`` is REPA's: three linear layers of ``width`` with SiLU between and Xavier-uniform init, token by token (the papers'
-    code; 7,344,896 parameters for 768 to 768). ``linear`` is the guide's LayerNorm + Linear. ``conv`` is iREPA's convolution
+    code; 7,344,896 parameters for 768 to 768). ``linear`` is SimpleTuner's LayerNorm + Linear. ``conv`` is iREPA's convolution
     over the grid with zeros around it, of an odd ``kernel`` so that tokens keep their places; torch's own init for both.
 
-    Raises:
-        ValueError: ``kind`` is unknown, or ``kernel`` even.
+    Args:
+        in_dim: the denoiser's width.
+        out_dim: the encoder's width.
+        settings: which map, and its sizes.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, width: int = 2048, kind: str = "mlp", kernel: int = 3) -> None:
+    def __init__(self, in_dim: int, out_dim: int, settings: ProjectorSettings = _MLP) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"unknown projector {kind!r}; allowed: {', '.join(KINDS)}")
-        if kernel < 1 or kernel % 2 == 0:
-            raise ValueError(f"a projector's kernel must be odd, got {kernel}")
-        self.net = KINDS[kind](in_dim, out_dim, width, kernel)
+        self.net = KINDS[settings.type](in_dim, out_dim, settings.width, settings.kernel)
 
     def forward(self, values: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
         """Project ``(B, N, in_dim)`` to ``(B, N, out_dim)``, in the dtype of the projector's parameters.

@@ -1,39 +1,155 @@
-"""REPA and U-REPA: tap + target + step in, weighted loss and its parts out."""
+"""Regularizers: what was captured at a step goes in, a loss and its parts come out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, TypedDict, Unpack
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import nn
 
 from repa_lab.align.cutoff import SimilarityCutoff
 from repa_lab.align.losses import alignment_loss, nt_xent_loss, token_cosine
-from repa_lab.align.manifold import Manifold, manifold_loss
+from repa_lab.align.manifold import manifold_loss
 from repa_lab.align.projector import Projector
 from repa_lab.align.ranks import world_size
 from repa_lab.align.schedule import Schedule
+from repa_lab.align.settings import Needs, RegularizerSettings, REPASettings, ResampleSettings, UREPASettings
 from repa_lab.align.tokens import Tokens, normalise_over_space
 
 
 @dataclass(frozen=True)
-class Alignment:
-    """What a regularizer yields at one step; the parts are unscaled so that they compare across weights.
+class Shapes:
+    """Widths of what a regularizer asked for.
 
     Attributes:
-        loss: the scalar to add to the denoising loss: ``weight * (alignment + manifold_weight * manifold)``, where the
-            alignment is ``-cosine`` unless NT-Xent was asked for.
-        weight: the scheduled weight that was applied.
-        cosine: the mean cosine of matching tokens, in [-1, 1].
-        manifold: the manifold loss, in [0, 4] by default; ``None`` where the regularizer has no such term.
+        taps: the denoiser's width D at each tap.
+        encoders: the width D of each encoder's tokens.
+        ema_taps: the width D at each tap of the averaged model.
     """
 
-    loss: torch.Tensor
-    weight: float
-    cosine: torch.Tensor
-    manifold: torch.Tensor | None = None
+    taps: tuple[int, ...] = ()
+    encoders: tuple[int, ...] = ()
+    ema_taps: tuple[int, ...] = ()
+
+
+class Prediction(NamedTuple):
+    """What the denoiser predicts and what it should: velocity, noise or image, ``(B, C, H, W)`` each."""
+
+    output: torch.Tensor
+    target: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What was captured or computed for a regularizer at one step, in the order in which it asked.
+
+    Attributes:
+        taps: tokens ``(B, N, D)`` of the tapped blocks.
+        encoders: patch tokens ``(B, M, E)`` of the encoders.
+        ema_taps: tokens ``(B, N, D)`` of the averaged model's blocks, without gradient.
+        latents: the clean latents ``(B, C, H, W)``, or pixels in [-1, 1] where there is no VAE.
+        prediction: the denoiser's output and its target.
+    """
+
+    taps: tuple[Tokens, ...] = ()
+    encoders: tuple[Tokens, ...] = ()
+    ema_taps: tuple[Tokens, ...] = ()
+    latents: torch.Tensor | None = None
+    prediction: Prediction | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a regularizer yields at one step.
+
+    Attributes:
+        value: a scalar; the trainer multiplies it by the scheduled weight and adds it to the denoising loss.
+        parts: scalars to log by name, unscaled, so that they compare across weights. A similarity threshold watches the part
+            called ``cosine``.
+    """
+
+    value: torch.Tensor
+    parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Regularizer(nn.Module):
+    """The base of all regularizers.
+
+    A subclass has ``forward(signals, step) -> Loss``, settings of its own in ``Settings``, and, where it asks for more than one
+    tap and the encoders among its settings, ``needs(settings) -> Needs``. Its parameters train and are checkpointed; the
+    exported model holds none of them.
+
+    Args:
+        settings: an instance of ``Settings``.
+        shapes: the widths of what was asked for.
+
+    Raises:
+        ValueError: a decay has no end.
+    """
+
+    Settings: ClassVar[type[RegularizerSettings]] = RegularizerSettings
+
+    def __init__(self, settings: RegularizerSettings, shapes: Shapes) -> None:
+        super().__init__()
+        self.settings, self.shapes = settings, shapes
+        self.schedule = Schedule.of(settings)
+        watches = settings.schedule.similarity_threshold is not None
+        self.cutoff = SimilarityCutoff(settings.schedule) if watches else None
+
+    @classmethod
+    def needs(cls, settings: Any) -> Needs:
+        """Return what must be captured or computed for these settings."""
+        needs: Needs = settings.needs()
+        return needs
+
+    @classmethod
+    def defect(cls) -> str | None:
+        """Return what a class lacks of a regularizer, None if it lacks nothing."""
+        if cls.forward is Regularizer.forward:
+            return "lacks the method forward(self, signals, step) -> Loss"
+        if not (isinstance(cls.Settings, type) and issubclass(cls.Settings, RegularizerSettings)):
+            return "must have a class Settings(RegularizerSettings)"
+        if not inspect.ismethod(inspect.getattr_static(cls, "needs").__get__(None, cls)):
+            return "must have needs(cls, settings) as a classmethod"
+        return None
+
+    def forward(self, signals: Signals, step: int) -> Loss:
+        """Return the unweighted loss of one batch.
+
+        Args:
+            signals: what was asked for.
+            step: optimizer steps already taken.
+        """
+        raise NotImplementedError
+
+    def weight_at(self, step: int) -> float:
+        """Return the weight at ``step``: the schedule's, or 0 while the similarity cutoff holds."""
+        scheduled = self.schedule(step)
+        return 0.0 if scheduled and self.cutoff and self.cutoff.is_cut(step) else scheduled
+
+    def is_active(self, step: int) -> bool:
+        """Return whether the regularizer has to be called at ``step``; where the weight is 0 nothing is computed for it.
+
+        The one exception is a recoverable similarity cutoff, which at times looks whether it still holds.
+        """
+        if self.weight_at(step) > 0:
+            return True
+        return self.cutoff is not None and self.schedule(step) > 0 and self.cutoff.probes(step)
+
+    def observe(self, step: int, loss: Loss) -> None:
+        """Tell the similarity cutoff, if there is one, the loss of one micro-batch of ``step``.
+
+        Raises:
+            ValueError: the loss has no part ``cosine``.
+        """
+        if self.cutoff is None:
+            return
+        if "cosine" not in loss.parts:
+            raise ValueError("similarity_threshold watches the part 'cosine' of the loss, and this regularizer yields none")
+        self.cutoff.observe(step, loss.parts["cosine"])
 
 
 class Pair(NamedTuple):
@@ -43,135 +159,47 @@ class Pair(NamedTuple):
     teacher: torch.Tensor
 
 
-class _Term(NamedTuple):
-    weight: float
-    value: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Resample:
-    """How grids that differ are matched.
-
-    By default the projected student is brought to the encoder's grid: U-REPA (2503.18414) finds that better than shrinking
-    the teacher (Table 6: FID 5.72 against 5.99), and projecting first better than resampling first (Table 7: 5.72, 5.84).
-
-    Args:
-        side: which side is resampled to the other's grid, ``student`` or ``teacher``.
-        when: whether the student is resampled ``after`` or ``before`` the projector.
-
-    Raises:
-        ValueError: another word.
-    """
-
-    side: str = "student"
-    when: str = "after"
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("side", ("student", "teacher")), ("when", ("after", "before"))):
-            if (given := getattr(self, name)) not in allowed:
-                raise ValueError(f"unknown resample {name} {given!r}; allowed: {', '.join(allowed)}")
-
-    def __call__(self, projector: Projector, student: Tokens, teacher: Tokens) -> tuple[Tokens, Tokens]:
-        """Projected student and teacher, ``(B, n, out_dim)`` each, on one grid."""
-        if self.side == "teacher":
-            return projector.project(student), teacher.resample(student.grid)
-        if self.when == "before":
-            return projector.project(student.resample(teacher.grid)), teacher
-        return projector.project(student).resample(teacher.grid), teacher
-
-
 LOSSES: dict[str, Callable[[Pair, float], torch.Tensor]] = {
     "cosine": lambda pair, temperature: alignment_loss(*pair),
     "nt_xent": lambda pair, temperature: nt_xent_loss(*pair, temperature),
 }
-_BY_THE_PAPER = Resample()
-_PAPER_MANIFOLD = Manifold()
 
 
-class Options(TypedDict, total=False):
-    """The settings that REPA and U-REPA share, by keyword; see :class:`REPA`."""
-
-    width: int
-    projector: str
-    kernel: int
-    loss: str
-    temperature: float
-    spatial_align: bool
-    spatial_norm: float | None
-    resample: Resample
-    cutoff: SimilarityCutoff | None
-
-
-class REPA(nn.Module):
+class REPA(Regularizer):
     """REPA (2410.06940): project the tap's tokens and raise their cosine with the encoder's patch tokens.
 
-    Add it to the optimizer with its projectors' parameters and leave it out of the exported model: it is a module of its own.
+    The trainer builds it from settings and shapes. In a loop of your own name the widths, and any field of
+    :class:`REPASettings` by keyword: ``REPA(1152, 768, weight=0.5, projector={"type": "linear"})``.
 
     Args:
-        in_dim: the denoiser's width at the tap.
-        out_dim: the encoder's width, or one for each of several encoders; each then has a projector of its own, and the
-            losses are averaged (the papers' code).
-        weight: lambda: a number for every step, or a :class:`Schedule` over steps.
-        width: the hidden width of the ``mlp`` projector.
-        projector: ``mlp``, ``linear`` or ``conv``; see :class:`Projector`.
-        kernel: the size of the ``conv`` projector.
-        loss: ``cosine``, or ``nt_xent`` (:func:`nt_xent_loss`) with ``temperature``.
-        temperature: see ``loss``.
-        spatial_align: False compares the mean projected token with the mean encoder token instead of place with place.
-        spatial_norm: how much of each encoder channel's mean over an image is taken out, before its deviation is made 1
-            (iREPA; :func:`normalise_over_space`); None leaves the encoder's tokens as they are.
-        resample: how grids that differ are matched.
-        cutoff: switches the regularizer off by similarity.
+        in_dim: the denoiser's width at the tap, or the settings.
+        out_dim: the encoder's width, or one for each of several encoders, or the shapes.
+        settings: fields of the settings.
 
     Raises:
-        ValueError: an unknown name or a number out of range.
+        ValidationError: a field is unknown or out of range.
     """
 
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int | Sequence[int],
-        weight: Schedule | float = 0.5,
-        width: int = 2048,
-        projector: str = "mlp",
-        kernel: int = 3,
-        loss: str = "cosine",
-        temperature: float = 0.1,
-        spatial_align: bool = True,
-        spatial_norm: float | None = None,
-        resample: Resample = _BY_THE_PAPER,
-        cutoff: SimilarityCutoff | None = None,
-    ) -> None:
-        super().__init__()
-        if spatial_norm is not None and not spatial_norm >= 0:
-            raise ValueError(f"spatial_norm must not be negative, got {spatial_norm}")
-        if loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}; allowed: {', '.join(LOSSES)}")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
-        out_dims = [out_dim] if isinstance(out_dim, int) else out_dim
-        self.projectors = nn.ModuleList([Projector(in_dim, dim, width, projector, kernel) for dim in out_dims])
-        self.schedule = weight if isinstance(weight, Schedule) else Schedule(weight=weight)
-        self.loss, self.temperature = loss, temperature
-        self.spatial_align, self.spatial_norm = spatial_align, spatial_norm
-        self.resample, self.cutoff = resample, cutoff
+    Settings: ClassVar[type[RegularizerSettings]] = REPASettings
+    settings: REPASettings
 
-    def weight_at(self, step: int) -> float:
-        """The weight at ``step``: the schedule's, or 0 where the similarity cutoff holds."""
-        scheduled = self.schedule(step)
-        return 0.0 if scheduled and self.cutoff and self.cutoff.is_cut(step) else scheduled
+    @overload
+    def __init__(self, in_dim: RegularizerSettings, out_dim: Shapes) -> None: ...
 
-    def needs_target(self, step: int) -> bool:
-        """Whether the encoder has to run at ``step``: where the weight is 0 it need not, and this module need not be called.
+    @overload
+    def __init__(self, in_dim: int, out_dim: int | Sequence[int], **settings: Any) -> None: ...
 
-        The one exception is a recoverable cutoff, which looks at times whether it should end.
-        """
-        if self.weight_at(step) > 0:
-            return True
-        return self.cutoff is not None and self.schedule(step) > 0 and self.cutoff.probes(step)
+    def __init__(self, in_dim: Any, out_dim: Any, **settings: Any) -> None:
+        if isinstance(in_dim, int):
+            dims = (out_dim,) if isinstance(out_dim, int) else tuple(out_dim)
+            in_dim, out_dim = self.Settings.model_validate(settings), Shapes((in_dim,), dims)
+        super().__init__(in_dim, out_dim)
+        (width,) = self.shapes.taps
+        projector = self.settings.projector
+        self.projectors = nn.ModuleList([Projector(width, dim, projector) for dim in self.shapes.encoders])
 
     def match(self, student: Tokens, teacher: Tokens, encoder: int = 0) -> Pair:
-        """Projected student tokens and encoder tokens, matched one to one.
+        """Return projected student tokens and encoder tokens, matched one to one.
 
         Args:
             student: the tap's tokens, ``(B, N, in_dim)``.
@@ -183,81 +211,71 @@ class REPA(nn.Module):
         """
         projector = self.projectors[encoder]
         assert isinstance(projector, Projector)
-        if self.spatial_norm is not None:
-            teacher = normalise_over_space(teacher, self.spatial_norm)
-        if self.spatial_align:
-            ours, theirs = self.resample(projector, student, teacher)
+        if self.settings.spatial_norm is not None:
+            teacher = normalise_over_space(teacher, self.settings.spatial_norm)
+        if self.settings.spatial_align:
+            ours, theirs = _on_one_grid(self.settings.resample, projector, student, teacher)
         else:
             ours, theirs = projector.project(student).mean(), teacher.mean()
         return Pair(ours.values, theirs.values)
 
-    def forward(self, student: Tokens, teacher: Tokens | Sequence[Tokens], step: int = 0) -> Alignment:
-        """The weighted loss at ``step``.
+    def forward(self, signals: Signals, step: int = 0) -> Loss:
+        """Return minus the mean cosine, or the NT-Xent loss, and the mean cosine as a part.
 
         Args:
-            student: the tap's tokens, ``(B, N, in_dim)``.
-            teacher: the encoder's tokens, ``(B, M, out_dim)``, or those of each encoder in turn.
+            signals: one tap ``(B, N, in_dim)`` and the tokens ``(B, M, out_dim)`` of every encoder.
             step: optimizer steps already taken.
 
         Raises:
-            ValueError: what is given does not fit together.
+            ValueError: the signals do not fit together.
         """
-        pairs = self._pairs(student, teacher)
-        weight = self.weight_at(step)
-        losses = [LOSSES[self.loss](pair, self.temperature) for pair in pairs]
-        total, cosine = torch.stack(losses).mean(), self._cosine(pairs, losses)
-        manifold = self._manifold(pairs, step)
-        if manifold is not None:
-            total = total + manifold.weight * manifold.value
-        if self.training and self.cutoff is not None:
-            self.cutoff.observe(step, cosine)
-        return Alignment(weight * total, weight, cosine, None if manifold is None else manifold.value.detach())
+        value, cosine, _ = self._align(signals)
+        return Loss(value, {"cosine": cosine})
 
-    def _manifold(self, pairs: Sequence[Pair], step: int) -> _Term | None:
-        """What U-REPA adds."""
-        return None
-
-    def _pairs(self, student: Tokens, teacher: Tokens | Sequence[Tokens]) -> list[Pair]:
-        teachers = [teacher] if isinstance(teacher, Tokens) else teacher
-        if len(teachers) != len(self.projectors):
-            raise ValueError(f"there are {len(self.projectors)} encoders, got the tokens of {len(teachers)}")
-        return [self.match(student, tokens, number) for number, tokens in enumerate(teachers)]
-
-    def _cosine(self, pairs: Sequence[Pair], losses: Sequence[torch.Tensor]) -> torch.Tensor:
-        if self.loss == "cosine":
-            return -torch.stack([loss.detach() for loss in losses]).mean()
-        return torch.stack([token_cosine(*pair).detach().mean() for pair in pairs]).mean()
+    def _align(self, signals: Signals) -> tuple[torch.Tensor, torch.Tensor, list[Pair]]:
+        """Return the alignment loss, the mean cosine, and the matched tokens."""
+        (student,) = signals.taps
+        if len(signals.encoders) != len(self.projectors):
+            raise ValueError(f"there are {len(self.projectors)} encoders, got the tokens of {len(signals.encoders)}")
+        pairs = [self.match(student, tokens, number) for number, tokens in enumerate(signals.encoders)]
+        value = torch.stack([LOSSES[self.settings.loss](pair, self.settings.temperature) for pair in pairs]).mean()
+        if self.settings.loss == "cosine":
+            return value, -value.detach(), pairs
+        return value, torch.stack([token_cosine(*pair).detach().mean() for pair in pairs]).mean(), pairs
 
 
 class UREPA(REPA):
-    """U-REPA (2503.18414), Eq. 5: ``weight * (alignment + manifold_weight * manifold)`` at a UNet's mid block.
+    """U-REPA (2503.18414), Eq. 5: ``alignment + manifold_weight * manifold`` at the middle of a U-shaped denoiser.
 
-    Args as :class:`REPA`, those after ``weight`` by keyword, and ``manifold_weight``, the paper's w (default 3; 0 means 0), and
-    ``manifold``, which pairs are compared and how.
-
-    Raises:
-        ValueError: ``manifold_weight`` is negative, or there is a single token or image, for which the term is void.
+    Args as :class:`REPA`, by the fields of :class:`UREPASettings`.
     """
 
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int | Sequence[int],
-        weight: Schedule | float = 0.5,
-        manifold_weight: float = 3.0,
-        manifold: Manifold = _PAPER_MANIFOLD,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(in_dim, out_dim, weight, **options)
-        if not manifold_weight >= 0:
-            raise ValueError(f"manifold_weight must not be negative, got {manifold_weight}")
-        self.manifold_weight, self.manifold = manifold_weight, manifold
+    Settings: ClassVar[type[RegularizerSettings]] = UREPASettings
+    settings: UREPASettings
 
-    def _manifold(self, pairs: Sequence[Pair], step: int) -> _Term:
-        images, tokens = pairs[0].teacher.shape[:2]
-        if self.manifold.scope == "intra" and tokens < 2:
+    def forward(self, signals: Signals, step: int = 0) -> Loss:
+        """Return the alignment and the weighted manifold loss; parts are the mean cosine and the manifold loss.
+
+        Raises:
+            ValueError: the signals do not fit together, or there is a single token or image, for which no pair exists.
+        """
+        alignment, cosine, pairs = self._align(signals)
+        scope, (images, tokens) = self.settings.manifold.scope, pairs[0].teacher.shape[:2]
+        if scope == "intra" and tokens < 2:
             raise ValueError("the manifold loss compares tokens of one image; there is a single token")
-        if self.manifold.scope == "batch_pooled" and images * world_size() < 2:
+        if scope == "batch_pooled" and images * world_size() < 2:
             raise ValueError("the manifold loss with scope batch_pooled compares images; there is a single one")
-        values = [manifold_loss(*pair, self.manifold, step) for pair in pairs]
-        return _Term(self.manifold_weight, torch.stack(values).mean())
+        manifold = torch.stack([manifold_loss(*pair, self.settings.manifold, step) for pair in pairs]).mean()
+        value = alignment + self.settings.manifold_weight * manifold
+        return Loss(value, {"cosine": cosine, "manifold": manifold.detach()})
+
+
+def _on_one_grid(
+    resample: ResampleSettings, projector: Projector, student: Tokens, teacher: Tokens
+) -> tuple[Tokens, Tokens]:
+    """Return the projected student and the teacher, ``(B, n, out_dim)`` each, on one grid."""
+    if resample.side == "teacher":
+        return projector.project(student), teacher.resample(student.grid)
+    if resample.when == "before":
+        return projector.project(student.resample(teacher.grid)), teacher
+    return projector.project(student).resample(teacher.grid), teacher

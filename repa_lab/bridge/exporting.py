@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from repa_lab.align.settings import EncoderSettings, REPASettings
 from repa_lab.bridge.grids import encoder_grid, encoder_pixels, shrinking_side, student_grid
 from repa_lab.bridge.keys import (
     HUB_ENCODERS,
@@ -17,7 +18,6 @@ from repa_lab.bridge.keys import (
 )
 from repa_lab.models.facts import Family
 from repa_lab.models.families import family_facts
-from repa_lab.spec.regularizer import EncoderConfig, RegularizerConfig
 from repa_lab.spec.schema import RunConfig
 
 _KERNELS = (1, 3, 5, 7)
@@ -37,8 +37,8 @@ class Exported:
 class _Run:
     """A run's regularizer with its one encoder and what the family decides."""
 
-    regularizer: RegularizerConfig
-    encoder: EncoderConfig
+    regularizer: REPASettings
+    encoder: EncoderSettings
     family: Family
     size: str | None
     pixels: int
@@ -172,6 +172,8 @@ def export_settings(config: RunConfig) -> Exported:
     prefix: Prefix = "crepa" if family.kind == "transformer" else "urepa"
     if regularizer.type == "none":
         return Exported({f"{prefix}_enabled": False}, ())
+    if not isinstance(regularizer, REPASettings):
+        return Exported({f"{prefix}_enabled": False}, (f"regularizer.type: {regularizer.type} is not one of that trainer's",))
     latents = config.data.vae is not None
     run = _Run(regularizer, regularizer.encoders[0], family, config.model.size, config.data.side, latents)
     lost = [_sentence(run, limit) for limit in LIMITS if limit.prefix in (None, prefix) and not limit.fits(run)]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from repa_lab.runs import RunDirectory
-    from repa_lab.spec import EncoderConfig
+    from repa_lab.spec import EncoderSettings
     from repa_lab.training.profile import Request
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -73,9 +73,9 @@ def _options(precision: str) -> Any:
     return RunOptions.model_validate({"precision": precision})
 
 
-def _encoder(given: str | None, directories: Sequence[RunDirectory]) -> EncoderConfig | None:
+def _encoder(given: str | None, directories: Sequence[RunDirectory]) -> EncoderSettings | None:
     """The encoder that is named: with the settings under which one of the runs uses it, or else with the spec's defaults."""
-    from repa_lab.spec import EncoderConfig
+    from repa_lab.spec import EncoderSettings
     from repa_lab.spec.document import Draft
     from repa_lab.spec.identity import Run
     from repa_lab.spec.validate import validate
@@ -89,9 +89,9 @@ def _encoder(given: str | None, directories: Sequence[RunDirectory]) -> EncoderC
     except ValueError as error:
         raise mistake("--encoder", str(error)) from None
     if isinstance(value, dict):
-        return validate(EncoderConfig, Draft(value))
+        return validate(EncoderSettings, Draft(value))
     configs = [Run.from_json(run.run_id, run.spec).config for run in directories]
-    return known_encoder(configs, given) or EncoderConfig(name=given)
+    return known_encoder(configs, given) or EncoderSettings(name=given)
 
 
 def _tell(run: RunDirectory, asked: Request) -> None:

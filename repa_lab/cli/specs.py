@@ -34,11 +34,18 @@ _ABSENT = "-"
 _MAX_SHOWN = 60
 
 
-def schema(output: OutputOption = None) -> None:
+def schema(
+    output: OutputOption = None,
+    tables: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page's tables of fields anew.")] = None,
+) -> None:
     """Print the JSON schema of a spec, with which an editor completes fields and marks mistakes."""
     with clean_errors():
         from repa_lab.spec.json_schema import json_schema
+        from repa_lab.spec.tables import write_tables
 
+        if tables is not None:
+            write_tables(tables)
+            return
         deliver(json.dumps(json_schema(), indent=2) + "\n", output)
 
 

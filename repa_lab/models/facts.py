@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from repa_lab.align.settings import REGULARIZERS
 from repa_lab.models.network import Network
 from repa_lab.models.pipeline import Pipeline
 
@@ -77,10 +78,11 @@ class Family:
 
     @property
     def regularizers(self) -> tuple[str, ...]:
-        """Those that fit: U-REPA was made for U-shaped transformers, which can be tapped as REPA taps any."""
-        if self.u_shaped:
-            return ("urepa", "repa")
-        return ("repa",) if self.kind == "transformer" else ("urepa",)
+        """Those that fit, the best first: U-REPA was made for U-shaped denoisers, and REPA taps any transformer."""
+        own = ("u_shaped",) if self.u_shaped else ()
+        kinds = (*own, self.kind)
+        fitting = {name: REGULARIZERS[name].settings.kinds for name in REGULARIZERS if name != "none"}
+        return tuple(dict.fromkeys(name for kind in kinds for name, fits in fitting.items() if kind in fits))
 
     @property
     def trainable(self) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
@@ -192,6 +192,11 @@ class RunWriter:
         if not (self.run.path / "spec.json").exists():
             files.write_json(self.run.path / "provenance.json", dict(provenance))
             files.write_json(self.run.path / "spec.json", dict(spec))
+
+    def plugins(self, plugins: Iterable[Path]) -> None:
+        """Keep a copy of the plugin files that the run is trained with; nothing ever loads them from here."""
+        for file in plugins:
+            files.write_text(self.run.path / "plugins" / file.name, file.read_text(encoding="utf-8"))
 
     def protocols(self, protocols: Mapping[str, Mapping[str, Any]]) -> None:
         """Record what each number depends on as of now; what changed since an earlier start stands in the history."""

@@ -142,6 +142,7 @@ def load_draft(file: Path) -> Draft:
     """
     draft = Draft()
     for document in reversed(list(_lineage(file))):
+        _locate_plugins(document)
         draft.merge({key: value for key, value in document.value.items() if key not in ("base", "use")}, document.places)
     for key in ("base", "use"):
         draft.places.pop((key,), None)
@@ -155,7 +156,16 @@ def lay_over(draft: Draft, file: Path) -> None:
         SpecError: the file cannot be read, or names further files.
     """
     fragment = _fragment(file)
+    _locate_plugins(fragment)
     draft.merge(fragment.value, fragment.places)
+
+
+def _locate_plugins(document: Document) -> None:
+    """Make the plugins of a file, which are relative to it, absolute."""
+    plugins = document.value.get("plugins")
+    if isinstance(plugins, list):
+        folder = document.file.parent
+        document.value["plugins"] = [str((folder / one).resolve()) if isinstance(one, str) else one for one in plugins]
 
 
 def _lineage(file: Path) -> Iterator[Document]:

@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from repa_lab.spec.regularizer import EncoderConfig
-from repa_lab.spec.section import AS_TUPLE, BlockIndex, Fraction, Positive, Section, later
+from repa_lab.align.settings import EncoderSettings
+from repa_lab.settings import AS_TUPLE, BlockIndex, Fraction, LocalFile, Positive, Settings, later
 
 
-class SamplerConfig(Section):
+class SamplerConfig(Settings):
     """``ode`` integrates the velocity with ``euler`` or ``heun`` over ``steps``; ``sde`` is the papers' Euler-Maruyama."""
 
     type: Literal["ode", "sde"] = "ode"
@@ -18,7 +18,7 @@ class SamplerConfig(Section):
     steps: Annotated[int, Field(ge=2)] = 50
 
 
-class GuidanceConfig(Section):
+class GuidanceConfig(Settings):
     """Classifier-free guidance of the drift by ``scale`` for times in [``low``, ``high``]; 1 is none."""
 
     scale: Annotated[float, Field(ge=1)] = 1.0
@@ -47,15 +47,15 @@ ExtractorName = Literal[
 ]
 
 
-class ExtractorConfig(Section):
+class ExtractorConfig(Settings):
     """Whose features the Frechet distance compares: ``inception`` gives FID; others are named and are not FID.
 
     ``reference`` is a file of statistics to compare with, such as ADM's VIRTUAL_*.npz; null compares with the training images.
     """
 
     name: ExtractorName = "inception"
-    weights: str | None = None
-    reference: str | None = later(None)
+    weights: LocalFile | None = None
+    reference: LocalFile | None = later(None)
 
 
 # Lists in a file, tuples here, as with encoders.
@@ -74,7 +74,7 @@ Labelling = Literal["balanced", "random"]
 Steps = Annotated[tuple[Positive, ...], AS_TUPLE]
 
 
-class FullConfig(Section):
+class FullConfig(Settings):
     """The protocol of milestones, measured beside the other one ``at`` these steps, or, without any, at the end alone.
 
     What is null is as in ``evaluate``.
@@ -92,7 +92,7 @@ class FullConfig(Section):
 Prompts = Annotated[tuple[str, ...], AS_TUPLE]
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(Settings):
     """Measurements on EMA weights ``every`` so many steps and at the end.
 
     ``metrics`` are computed from the features of one pass over ``samples``; ``extractor`` may be a list, and the first one's
@@ -110,7 +110,7 @@ class EvaluateConfig(Section):
     sampler: SamplerConfig = SamplerConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     extractor: ExtractorConfig | Extractors = ExtractorConfig()
-    encoder: EncoderConfig | None = None
+    encoder: EncoderSettings | None = None
     block_index: BlockIndex | None = None
     timestep: Annotated[float, Field(gt=0, lt=1)] = 0.5
     prompts: Prompts = later(())

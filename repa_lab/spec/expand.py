@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from repa_lab.align.settings import REGULARIZERS
 from repa_lab.spec.document import Draft
 from repa_lab.spec.errors import Path_, Place, Problem, SpecError, did_you_mean
 from repa_lab.spec.grammar import Grammar
@@ -16,6 +17,7 @@ from repa_lab.spec.ranges import RangeConfig
 from repa_lab.spec.schema import SECTIONS, RunConfig
 from repa_lab.spec.validate import validate
 
+_TYPE = ("regularizer", "type")
 _MAX_ARMS = 10_000
 _MAX_TOLD = 5  # at one place
 _BREAKS = ("Cc", "Zl", "Zp")  # control characters and separators of lines, as Unicode has them
@@ -52,6 +54,7 @@ class Arm:
         draft = self.draft.copy()
         for dotted, value in settings.items():
             draft.set(dotted, value, Place(None))
+        _drop_foreign_fields(draft, REGULARIZERS)
         own = [self.label] if self.levels else []
         names = _short_names(settings)
         label = ", ".join(own + [f"{names[path]}={_brief(value)}" for path, value in settings.items()])
@@ -91,17 +94,44 @@ def expand(grammar: Grammar, document: Draft) -> tuple[Arm, ...]:
     return _build(base, cells + extra, [*_broken(levels), *(problems or _repeated(cells + extra))])
 
 
-def _build(base: Draft, cells: Iterable[_Cell], problems: list[Problem]) -> tuple[Arm, ...]:
+def _build(base: Draft, cells: list[_Cell], problems: list[Problem]) -> tuple[Arm, ...]:
     arms: list[Arm] = []
+    kinds = _regularizers(base, cells)
     for cell in cells:
         try:
             draft = _apply(base, cell)
+            _drop_foreign_fields(draft, kinds)
             arms.append(Arm(_label(cell), {level.axis: level.name for level in cell}, validate(RunConfig, draft), draft))
         except SpecError as error:
             problems = problems + error.problems
     if problems:
         raise SpecError(_gathered(problems))
     return tuple(arms)
+
+
+def _regularizers(base: Draft, cells: Iterable[_Cell]) -> set[str]:
+    """Return the types of regularizers that the arms name."""
+    levels = {id(level): level for cell in cells for level in cell}.values()
+    drafts = [base.value, *(_nested(level.settings) for level in levels)]
+    return {kind for draft in drafts if isinstance(kind := value_at(draft, _TYPE), str) and kind in REGULARIZERS}
+
+
+def _drop_foreign_fields(draft: Draft, kinds: Iterable[str]) -> None:
+    """Take fields out of an arm's regularizer that only other types have, for the arms of a sweep share one base.
+
+    Args:
+        draft: the arm.
+        kinds: the other types whose fields are ignored; ``none`` ignores those of every type, so that any arm can be turned
+            off.
+    """
+    section, kind = draft.value.get("regularizer"), value_at(draft.value, _TYPE)
+    if not isinstance(section, dict) or kind not in REGULARIZERS:
+        return
+    own = REGULARIZERS[kind].settings.field_names()
+    others = REGULARIZERS if kind == "none" else kinds
+    foreign = {name for other in others for name in REGULARIZERS[other].settings.field_names()} - set(own)
+    for name in foreign & section.keys():
+        del section[name]
 
 
 def _gathered(problems: Iterable[Problem]) -> Iterator[Problem]:
@@ -231,6 +261,14 @@ def value_at(value: Any, path: Path_) -> Any:
             return None
         value = value[step]
     return value
+
+
+def _nested(settings: Mapping[str, tuple[Any, Place]]) -> dict[str, Any]:
+    """Return settings by dotted path as nested mappings."""
+    draft = Draft()
+    for dotted, (value, place) in settings.items():
+        draft.set(dotted, value, place)
+    return draft.value
 
 
 def _names(grammar: Grammar) -> dict[str, str]:

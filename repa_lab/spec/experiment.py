@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from repa_lab.registry import PluginError, load_plugins
 from repa_lab.spec.document import Draft, lay_over, load_draft, plain
 from repa_lab.spec.errors import Path_, Place, Problem, SpecError, did_you_mean
 from repa_lab.spec.expand import Arm, expand
@@ -24,7 +25,7 @@ class Experiment:
     """One question: its arms, its seeds, and what the report compares.
 
     ``draft`` keeps the places for errors found later. ``budget`` is what the sweep may cost, ``stop`` what ends a run early,
-    ``published`` what a paper reports of the arms.
+    ``published`` what a paper reports of the arms, ``plugins`` the Python files that it loads.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Experiment:
     budget: BudgetConfig
     stop: tuple[StopRule, ...]
     published: PublishedConfig | None
+    plugins: tuple[str, ...]
     draft: Draft = field(compare=False, repr=False)
 
     def problem(self, path: str | Path_, message: str) -> Problem:
@@ -69,6 +71,7 @@ def load_spec(
 
 
 def _build(document: Draft) -> Experiment:
+    _load_plugins(document)
     grammar, problems = _grammar(document)
     problems += _check(grammar, document)
     arms: tuple[Arm, ...] = ()
@@ -81,8 +84,21 @@ def _build(document: Draft) -> Experiment:
         raise SpecError(problems)
     seeds = tuple(range(grammar.seeds)) if isinstance(grammar.seeds, int) else tuple(grammar.seeds)
     rules = [grammar.stop] if isinstance(grammar.stop, StopRule) else grammar.stop or []
-    asked = (grammar.compare, grammar.search, grammar.run, grammar.budget, tuple(rules), grammar.published)
+    asked = (grammar.compare, grammar.search, grammar.run, grammar.budget, tuple(rules), grammar.published, grammar.plugins)
     return Experiment(grammar.name, grammar.question, arms, seeds, *asked, document)
+
+
+def _load_plugins(document: Draft) -> None:
+    """Load the plugins that a document names, before anything is checked that they may extend."""
+    named = document.value.get("plugins", [])
+    for index, file in enumerate(named if isinstance(named, list) else []):
+        if not isinstance(file, str) or not Path(file).is_file():
+            problem = Problem(document.place(("plugins", index)), f"plugins.{index}", f"no Python file {file!r}")
+            raise SpecError([problem])
+    try:
+        load_plugins([Path(file) for file in named if isinstance(file, str)] if isinstance(named, list) else [])
+    except PluginError as error:
+        raise SpecError([Problem(Place(Path(error.file), error.line), "", error.message)]) from None
 
 
 def _grammar(document: Draft) -> tuple[Grammar, list[Problem]]:

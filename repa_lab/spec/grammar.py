@@ -6,16 +6,16 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from repa_lab.settings import AS_TUPLE, Count, Settings
 from repa_lab.spec.limits import BudgetConfig, StopRule
 from repa_lab.spec.options import RunOptions
 from repa_lab.spec.published import PublishedConfig
 from repa_lab.spec.ranges import RangeConfig, RangeOrLevels, Values
 from repa_lab.spec.schema import CompareConfig
 from repa_lab.spec.search import SearchConfig
-from repa_lab.spec.section import Count, Section
 
 
-class Include(Section):
+class Include(Settings):
     """A named extra arm."""
 
     label: Annotated[str, Field(min_length=1)]
@@ -26,7 +26,7 @@ Condition = Annotated[dict[str, Any], Field(min_length=1)]
 SeedCount = Annotated[int, Field(ge=1, le=1000)]
 
 
-class Grammar(Section):
+class Grammar(Settings):
     """The whole of a spec. The sections of :class:`RunConfig` are only mappings here: they are checked arm by arm.
 
     ``base`` names a spec file under this one and ``use`` fragments between the two; both are resolved before this model sees
@@ -42,6 +42,7 @@ class Grammar(Section):
     evaluate: dict[str, Any] = Field(default_factory=dict)
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
     question: str = ""
+    plugins: Annotated[tuple[str, ...], AS_TUPLE] = ()
     axes: dict[str, Values | RangeOrLevels] = Field(default_factory=dict)
     one_at_a_time: dict[str, Values | RangeConfig] = Field(default_factory=dict)
     exclude: list[Condition] = Field(default_factory=list)

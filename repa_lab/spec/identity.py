@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from repa_lab.align.settings import REGULARIZERS
+from repa_lab.registry import Origin
+from repa_lab.settings import Settings, file_fields, settings_in
 from repa_lab.spec.schema import RunConfig
 
 _ID_LENGTH = 12
-_PLACES = ("weights", "reference", "tae", "vae", "pretrained")  # fields that hold a path
 
 
 class RecordedSpecError(ValueError):
@@ -67,54 +69,42 @@ def identify(config: RunConfig, seed: int, protocol: int, data: str, contents: M
     return Run(hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH], config, seed)
 
 
-def local_weights(config: RunConfig) -> tuple[str, ...]:
-    """Files of weights that the settings name, and what may be folders of such or hub ids."""
-    encoders = [encoder for _, encoder in config.encoder_paths]
-    named = [encoder.weights for encoder in encoders]
-    named += [file for _, one in config.extractor_paths for file in (one.weights, one.reference)]
-    named += [encoder.tae for encoder in encoders] + [config.data.vae, config.model.pretrained]
-    return tuple(dict.fromkeys(path for path in named if path))
+def local_files(config: RunConfig) -> tuple[str, ...]:
+    """Return what the settings name that may be local files or folders of weights."""
+    named = (value for _, section in settings_in(config) for _, value, _ in file_fields(section))
+    return tuple(dict.fromkeys(named))
 
 
 def _scientific(config: RunConfig, contents: Mapping[str, str]) -> dict[str, Any]:
-    """The settings without what the run does not use, paths replaced by what they lead to."""
-    value = _without_neutral(config)
+    """Return the settings as plain data, paths replaced by what they lead to, with the plugins that they use."""
+    value: dict[str, Any] = _plain(config, contents)
     del value["data"]["path"]
     value["data"]["resolution"] = config.data.side
     if config.model.pretrained is None and config.train.time == "auto":
         value["train"]["time"] = "uniform"  # what it means there
-    if isinstance(encoders := value["regularizer"]["encoder"], list) and len(encoders) == 1:
+    if isinstance(encoders := value["regularizer"].get("encoder"), list) and len(encoders) == 1:
         value["regularizer"]["encoder"] = encoders[0]
     if isinstance(extractors := value["evaluate"]["extractor"], list) and len(extractors) == 1:
         value["evaluate"]["extractor"] = extractors[0]
-    if config.regularizer.type == "none":
-        value["regularizer"] = {"type": "none"}
-    elif config.regularizer.type == "repa":
-        del value["regularizer"]["manifold_weight"]
-        value["regularizer"].pop("manifold", None)
-    replaced: dict[str, Any] = _replace_files(value, contents)
-    return replaced
+    origins = (origin for _, origin in plugins_of(config))
+    return {**value, **({"plugins": sorted(digests)} if (digests := {origin.digest for origin in origins}) else {})}
 
 
-def _without_neutral(section: Any) -> Any:
-    """A section as plain data, without the fields that came later and stand at their neutral value."""
+def plugins_of(config: RunConfig) -> Iterator[tuple[str, Origin]]:
+    """Yield the name and the origin of every component from a plugin that a run uses."""
+    if origin := REGULARIZERS.origin(config.regularizer.type):
+        yield config.regularizer.type, origin
+
+
+def _plain(section: Any, contents: Mapping[str, str]) -> Any:
+    """Return a section as plain data, without the fields that came later and stand at their neutral value."""
     if isinstance(section, (list, tuple)):
-        return [_without_neutral(item) for item in section]
-    if not isinstance(section, BaseModel):
+        return [_plain(item, contents) for item in section]
+    if not isinstance(section, Settings):
         return section
+    files = {name: contents.get(value, value) for name, value, _ in file_fields(section)}
     return {
-        name: _without_neutral(getattr(section, name))
+        name: files[name] if name in files else _plain(getattr(section, name), contents)
         for name, field in type(section).model_fields.items()
-        if not (field.json_schema_extra and getattr(section, name) == field.default)
-    }
-
-
-def _replace_files(value: Any, contents: Mapping[str, str]) -> Any:
-    if isinstance(value, list):
-        return [_replace_files(item, contents) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: contents.get(inner, inner) if key in _PLACES and isinstance(inner, str) else _replace_files(inner, contents)
-        for key, inner in value.items()
+        if not (field.exclude or (field.json_schema_extra and getattr(section, name) == field.default))
     }

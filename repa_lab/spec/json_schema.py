@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
@@ -31,7 +31,7 @@ def json_schema() -> dict[str, Any]:
         if name not in _WHOLE:
             part.pop("required", None)
     document, sections = (parts.pop(name)["properties"] for name in ("Grammar", "RunConfig"))
-    parts["Settings"] = _settings(dict(_paths(sections, parts)))
+    parts["Settings"] = _settings(_merged(_paths(sections, parts)))
     properties: dict[str, Any] = document | {"base": _BASE, "use": _USE}
     properties |= {name: _described(sections[name]) for name in SECTIONS}
     _name_fields(properties, parts)
@@ -52,6 +52,15 @@ def _paths(fields: dict[str, Any], parts: dict[str, Any], prefix: str = "") -> I
         for choice in field.get("anyOf", [field]):
             part = parts.get(choice.get("$ref", "").removeprefix(_REF), {})
             yield from _paths(part.get("properties", {}), parts, f"{prefix}{name}.")
+
+
+def _merged(paths: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the schema of every path; where components differ in a field of one name, any of theirs will do."""
+    found: dict[str, list[Any]] = {}
+    for path, field in paths:
+        if field not in found.setdefault(path, []):
+            found[path].append(field)
+    return {path: fields[0] if len(fields) == 1 else {"anyOf": fields} for path, fields in found.items()}
 
 
 def _described(field: dict[str, Any]) -> dict[str, Any]:

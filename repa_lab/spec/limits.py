@@ -7,17 +7,19 @@ from typing import Any
 
 from pydantic import model_validator
 
-from repa_lab.spec.section import Count, NotNegative, Section
+from repa_lab.settings import Count, NotNegative, Settings
 
 
-class BudgetConfig(Section):
-    """What a sweep may cost at most; null is no limit. A sweep that would cost more is refused before anything starts."""
+class BudgetConfig(Settings):
+    """What a sweep may cost at most."""
 
     gpu_hours: NotNegative | None = None
+    """A sweep that would take more is refused before it starts; null is no limit."""
     disk_gib: NotNegative | None = None
+    """GiB of disk; a sweep that would take more is refused."""
 
 
-class StopRule(Section):
+class StopRule(Settings):
     """Ends a run once a measured ``metric`` is ``below`` or ``above`` a value, from step ``after`` on.
 
     A run that was ended is as good as done for the sweep that has the rule. A sweep without the rule takes it up where it
@@ -25,9 +27,13 @@ class StopRule(Section):
     """
 
     metric: str = "frechet"
+    """By its kind or full name."""
     below: float | None = None
+    """Ends the run once the metric is below; give exactly one of the two."""
     above: float | None = None
+    """Ends the run once the metric is above."""
     after: Count = 0
+    """The rule is not asked before this step."""
 
     @model_validator(mode="after")
     def _one_side(self) -> StopRule:

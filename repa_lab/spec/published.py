@@ -6,22 +6,24 @@ from typing import Annotated
 
 from pydantic import Field
 
-from repa_lab.spec.section import AS_TUPLE, NotNegative, Section
+from repa_lab.settings import AS_TUPLE, NotNegative, Settings
 
 Sentences = Annotated[tuple[str, ...], AS_TUPLE]
 Values = Annotated[dict[str, float], Field(min_length=1)]
 
 
-class PublishedConfig(Section):
-    """Numbers of a paper: of ``arms`` by label, a value for each kind of metric (``fid``, ``sfid``, ``is``, ...).
-
-    ``source`` is the table, ``protocol`` how it was measured. A measured value agrees where it is within the ``tolerance`` of
-    its kind, in the metric's own unit; ``basis`` says where that is from. ``deviations`` are what the spec does otherwise.
-    """
+class PublishedConfig(Settings):
+    """What a paper reports of the arms; no part of a run's identity."""
 
     source: str = ""
+    """The paper and its table."""
     protocol: str = ""
+    """How the paper measured."""
     tolerance: dict[str, NotNegative] = Field(default_factory=dict)
+    """By kind of metric, in its own unit: within it, a measured value agrees."""
     basis: str = ""
+    """Where the tolerance is from."""
     deviations: Sentences = ()
+    """What the spec does otherwise than the paper."""
     arms: dict[str, Values] = Field(default_factory=dict)
+    """Label to values by kind: `fid`, `sfid`, `is`, `precision`, `recall`."""

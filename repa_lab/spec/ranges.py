@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from repa_lab.spec.section import Section
+from repa_lab.settings import Settings
 
 MAX_VALUES = 10_000
 Number = int | float
@@ -136,7 +136,7 @@ def _short(given: Any) -> str:
 _Three = Annotated[list[Number], Field(min_length=3, max_length=3)]
 
 
-class RangeConfig(Section):
+class RangeConfig(Settings):
     """Evenly spaced values, exactly one of ``range`` [start, stop, step] (stop is included where it falls on a step),
     ``linspace`` [start, stop, count] and ``logspace`` [start, stop, count] (in equal ratios); both ends are included."""
 

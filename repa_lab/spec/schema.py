@@ -6,14 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from repa_lab.align.settings import REGULARIZERS, EncoderSettings, NoSettings, RegularizerSettings
+from repa_lab.settings import Fraction, HubOrLocal, NotNegative, Positive, Settings, later, settings_in
+from repa_lab.spec.component import NamedBy
 from repa_lab.spec.evaluate import EvaluateConfig, ExtractorConfig
-from repa_lab.spec.regularizer import EncoderConfig, RegularizerConfig
-from repa_lab.spec.section import Fraction, NotNegative, Positive, Section, later
 
 _HELD_OUT = 256
 
 
-class ModelConfig(Section):
+class ModelConfig(Settings):
     """The denoiser: a ``size`` of a family trained from scratch, or a ``pretrained`` pipeline of diffusers, a hub id or folder.
 
     A pretrained one is trained in ``full`` or through ``lora`` of a ``rank``. ``revision`` is the hub's branch, tag or commit.
@@ -21,13 +22,13 @@ class ModelConfig(Section):
 
     family: str
     size: str | None = None
-    pretrained: str | None = None
+    pretrained: HubOrLocal | None = None
     train: Literal["full", "lora"] = "full"
     rank: Positive = 16
     revision: str | None = later(None)
 
 
-class BucketsConfig(Section):
+class BucketsConfig(Settings):
     """Images keep about their aspect: sizes are multiples of ``step`` pixels of about the area of a square of the resolution,
     one side at most ``max_aspect`` times the other."""
 
@@ -47,7 +48,7 @@ SOURCES_OF = {
 }
 
 
-class DataConfig(Section):
+class DataConfig(Settings):
     """The images: scikit-learn's digits, a folder of images, a folder that `Dataset.save_to_disk` of `datasets` wrote, a
     folder that REPA's preprocessing or `repa-lab data prepare` wrote (``repa``), whose latents are taken as they are, or a
     ``split`` of the data set ``name`` of the Hugging Face hub, at a ``revision`` (a branch, a tag or a commit).
@@ -61,7 +62,7 @@ class DataConfig(Section):
     source: Literal["digits", "imagefolder", "datasets", "repa", "hub"]
     path: str | None = None
     resolution: Positive | None = None
-    vae: str | None = None
+    vae: HubOrLocal | None = None
     holdout: Positive | None = None
     flip: bool = later(False)
     buckets: BucketsConfig | None = later(None)
@@ -107,7 +108,7 @@ class DataConfig(Section):
         return 8 if self.source == "digits" else self.resolution or 256
 
 
-class TrainConfig(Section):
+class TrainConfig(Settings):
     """Optimisation: AdamW at a constant rate; defaults are those of the papers' code.
 
     ``label_dropout`` is how often the class or the caption is left out. ``time`` is the distribution of times: ``auto`` is
@@ -124,11 +125,11 @@ class TrainConfig(Section):
     time: Literal["auto", "uniform", "lognormal"] = "auto"
 
 
-class RunConfig(Section):
+class RunConfig(Settings):
     """All that decides what a run computes, but for its seed."""
 
     model: ModelConfig
-    regularizer: RegularizerConfig = RegularizerConfig()
+    regularizer: Annotated[RegularizerSettings, NamedBy(REGULARIZERS, "type", "none")] = NoSettings()
     data: DataConfig
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -140,33 +141,28 @@ class RunConfig(Section):
         return () if full is None else tuple(step for step in full.at if step <= steps) or (steps,)
 
     @property
-    def alignment_encoder(self) -> EncoderConfig | None:
+    def alignment_encoder(self) -> EncoderSettings | None:
         """The encoder that measures alignment, or None if nothing does."""
         return self.evaluate.encoder or next(iter(self.regularizer.encoders), None)
 
     @property
-    def encoder_paths(self) -> tuple[tuple[str, EncoderConfig], ...]:
+    def encoder_paths(self) -> tuple[tuple[str, EncoderSettings], ...]:
         """Every encoder the run needs with its dotted path: none for an unregularised run that measures no alignment."""
-        own = self.regularizer.encoders
-        several = isinstance(self.regularizer.encoder, tuple)
-        named = [(f"regularizer.encoder.{i}" if several else "regularizer.encoder", one) for i, one in enumerate(own)]
-        measuring = [("evaluate.encoder", self.evaluate.encoder)] if self.evaluate.encoder else []
-        return (*named, *measuring)
+        sections = {"regularizer": self.regularizer, "evaluate": self.evaluate}
+        found = (pair for name, section in sections.items() for pair in settings_in(section, (name,)))
+        return tuple((".".join(map(str, path)), value) for path, value in found if isinstance(value, EncoderSettings))
 
     @property
     def extractor_paths(self) -> tuple[tuple[str, ExtractorConfig], ...]:
         """Every extractor that measures samples, with its dotted path."""
-        full = self.evaluate.full and self.evaluate.full.extractor
-        held = {"evaluate.extractor": self.evaluate.extractor, "evaluate.full.extractor": full}
-        several = {path: value for path, value in held.items() if isinstance(value, tuple)}
-        lone = [(path, value) for path, value in held.items() if isinstance(value, ExtractorConfig)]
-        return (*lone, *((f"{path}.{i}", one) for path, value in several.items() for i, one in enumerate(value)))
+        found = settings_in(self.evaluate, ("evaluate",))
+        return tuple((".".join(map(str, path)), value) for path, value in found if isinstance(value, ExtractorConfig))
 
 
 SECTIONS = tuple(RunConfig.model_fields)
 
 
-class CompareConfig(Section):
+class CompareConfig(Settings):
     """What the report compares: arms against the ``baseline`` (dotted path to value) on ``metric``; ``targets`` by metric."""
 
     baseline: dict[str, Any] = Field(default_factory=lambda: {"regularizer.type": "none"})

@@ -6,23 +6,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from repa_lab.spec.section import AS_TUPLE, Positive, Section
+from repa_lab.settings import AS_TUPLE, Positive, Settings
 
 
-class Interval(Section):
-    """One searched field: exactly one of ``log``, ``uniform`` (floats from a to b), ``int`` or ``choice``.
-
-    ``when`` (dotted path to a value or a list of them) searches the field only where these hold of what was drawn for fields
-    before it in the space, or of the arm's own settings; elsewhere the field keeps the arm's setting.
-    """
+class Interval(Settings):
+    """One searched field: exactly one of `log`, `uniform`, `int` or `choice`."""
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 2})
 
     log: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """From a to b, both above 0, uniform in the logarithm."""
     uniform: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """Numbers from a to b."""
     int_: Annotated[list[int], Field(min_length=2, max_length=2)] | None = Field(default=None, alias="int")
+    """Integers from a to b."""
     choice: Annotated[list[Any], Field(min_length=1)] | None = None
+    """One of a list."""
     when: dict[str, Any] = Field(default_factory=dict)
+    """Search the field only where these dotted paths have these values, or one of a list; elsewhere the arm's setting stays."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Interval:
@@ -58,14 +59,13 @@ class Interval(Section):
 COSTS = ("seconds", "gpu_hours")
 
 
-class Objective(Section):
-    """The metric that a search improves, by its kind (``frechet`` or ``fid``) or its full name, and its direction.
-
-    Of several objectives, some may be what a run costs: ``seconds`` of training, or those times the GPUs, in ``gpu_hours``.
-    """
+class Objective(Settings):
+    """What a search improves."""
 
     metric: str = "frechet"
+    """By its kind (`frechet`, `fid`) or its full name; of several objectives, also `seconds` or `gpu_hours`."""
     goal: Literal["min", "max"] = "min"
+    """Which values are better."""
 
     @property
     def is_cost(self) -> bool:
@@ -81,20 +81,23 @@ Objectives = Annotated[
 ]
 
 
-class SearchConfig(Section):
-    """An Optuna search; a trial is one setting with all its seeds; ``trials`` is the total, pruned ones included.
-
-    ``objective`` may be a list: the search then looks for the settings of which none is better in every objective.
-    ``storage`` is the URL of a database for the study; null keeps it in a file in the sweep's folder.
-    """
+class SearchConfig(Settings):
+    """An Optuna search. A trial is one setting with all its seeds."""
 
     space: Annotated[dict[str, Interval], Field(min_length=1)]
+    """Dotted path to one of `log`, `uniform` (numbers), `int` (each `[from, to]`) or `choice` (a list)."""
     objective: Objective | Objectives = Objective()
+    """What is improved; a list looks for the Pareto front."""
     trials: Positive = 20
+    """The total, pruned ones included."""
     sampler: Literal["tpe", "random", "qmc", "cmaes"] = "tpe"
+    """Optuna's sampler."""
     prune: Literal["none", "median", "asha", "hyperband"] = "none"
+    """Optuna's pruner."""
     seed: int = 0
+    """Seed of the sampler."""
     storage: str | None = None
+    """URL of the study's database; null is a file in the sweep's folder."""
 
     @property
     def objectives(self) -> tuple[Objective, ...]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from repa_lab.spec.component import NamedBy
 from repa_lab.spec.document import Draft
 from repa_lab.spec.errors import Path_, Problem, SpecError, did_you_mean
 
@@ -36,7 +37,7 @@ def _problems(model: type[BaseModel], draft: Draft, error: ValidationError) -> I
     for path, found in by_path.items():
         # A branch of a union that fits as far as something inside it says more than the branches that do not fit at all.
         if not any(other[: len(path)] == path and other != path for other in by_path):
-            yield Problem(draft.place(path), ".".join(map(str, path)), _message(model, path, found))
+            yield Problem(draft.place(path), ".".join(map(str, path)), _message(model, draft.value, path, found))
 
 
 def _path_in(value: Any, loc: Path_, is_missing: bool) -> Path_:
@@ -50,11 +51,10 @@ def _path_in(value: Any, loc: Path_, is_missing: bool) -> Path_:
     return (*path, loc[-1]) if is_missing else tuple(path)
 
 
-def _message(model: type[BaseModel], path: Path_, found: list[ErrorDetails]) -> str:
+def _message(model: type[BaseModel], value: Any, path: Path_, found: list[ErrorDetails]) -> str:
     first = found[0]
     if first["type"] == "extra_forbidden":
-        owner = _section(model, path[:-1])
-        return _unknown(path[-1], owner) if owner else f"unknown field '{path[-1]}'"
+        return _unknown(path[-1], _owners(model, path[:-1], value))
     if first["type"] == "missing":
         return "this field is required"
     if refusals := [str(details["ctx"]["error"]) for details in found if details["type"] == "value_error"]:
@@ -65,24 +65,33 @@ def _message(model: type[BaseModel], path: Path_, found: list[ErrorDetails]) -> 
 
 
 def unknown_field(model: type[BaseModel], dotted: str) -> str | None:
-    """What to say of a dotted path that leads to no field of a model; None if it leads to one."""
+    """Return what to say of a dotted path that leads to no field of a model, None if it leads to one.
+
+    Where a section's fields are those of the component it names, a field of any component counts.
+    """
     path = dotted.split(".")
     for depth, step in enumerate(path):
-        owner = _section(model, tuple(path[:depth]))
-        if owner is None:
+        owners = _owners(model, tuple(path[:depth]))
+        if not owners:
             return f"'{'.'.join(path[:depth])}' is a value, so it has no field '{step}'"
-        if step not in _names(owner):
-            return _unknown(step, owner)
+        if not any(step in _fields(owner) for owner in owners):
+            return _unknown(step, owners)
     return None
 
 
-def _unknown(name: str | int, owner: type[BaseModel]) -> str:
-    allowed = sorted(_names(owner))
-    return f"unknown field '{name}'; allowed: {', '.join(allowed)}{did_you_mean(str(name), allowed)}"
+def _unknown(name: str | int, owners: Sequence[type[BaseModel]]) -> str:
+    allowed = sorted({field for owner in owners for field in _fields(owner)})
+    listed = f"; allowed: {', '.join(allowed)}" if allowed else ""
+    return f"unknown field '{name}'{listed}{did_you_mean(str(name), allowed)}"
 
 
-def _names(owner: type[BaseModel]) -> dict[str, Any]:
-    return {field.alias or name: field.annotation for name, field in owner.model_fields.items()}
+def _fields(owner: type[BaseModel]) -> dict[str, Any]:
+    """Return the type of every field by its name in a file, with the marks that pydantic takes off."""
+    return {
+        field.alias or name: Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        for name, field in owner.model_fields.items()
+        if not field.exclude
+    }
 
 
 def _short(value: Any) -> str:
@@ -136,32 +145,42 @@ def _choices(found: list[ErrorDetails]) -> list[str]:
     return [word for details in found if details["type"] == "literal_error" for word in _quoted(details["ctx"]["expected"])]
 
 
-def _section(model: type[BaseModel], path: Path_) -> type[BaseModel] | None:
-    """The section that a path leads to, through optional, list and mapping fields."""
-    annotation: Any = model
+def _owners(model: type[BaseModel], path: Path_, value: Any = None) -> tuple[type[BaseModel], ...]:
+    """Return the models that may stand at a path, through optional, list and mapping fields.
+
+    Args:
+        model: where the path begins.
+        path: of field names, keys and positions.
+        value: what the file says, which decides between components; None allows all of them.
+    """
+    annotations: tuple[Any, ...] = (model,)
     for step in path:
-        annotation = _below(annotation, step)
-    return _first_model(annotation)
+        annotations = tuple(below for annotation in annotations for below in _below(annotation, step, value))
+        value = value.get(step) if isinstance(value, dict) else None
+    return tuple(dict.fromkeys(found for annotation in annotations for found in _models(annotation, value)))
 
 
-def _below(annotation: Any, step: str | int) -> Any:
-    """The type of what stands at ``step`` inside a value of a type; None where nothing is known."""
-    if (section := _first_model(annotation)) is not None and not isinstance(step, int):
-        return _names(section).get(step)
-    inside = (typing.get_args(part) for part in _parts(annotation) if _is_container(part))
-    return next((types_[0] if types_[-1] is Ellipsis else types_[-1] for types_ in inside), None)
+def _below(annotation: Any, step: str | int, value: Any) -> Iterator[Any]:
+    """Yield the types of what stands at ``step`` inside a value of a type."""
+    models = _models(annotation, value)
+    if models and not isinstance(step, int):
+        yield from (_fields(model)[step] for model in models if step in _fields(model))
+        return
+    for inside in (typing.get_args(part) for part in _parts(annotation) if typing.get_origin(part) in (list, dict, tuple)):
+        yield inside[0] if inside[-1] is Ellipsis else inside[-1]
+
+
+def _models(annotation: Any, value: Any) -> tuple[type[BaseModel], ...]:
+    """Return the models that a type offers."""
+    named = next((mark for mark in getattr(annotation, "__metadata__", ()) if isinstance(mark, NamedBy)), None)
+    if named is not None:
+        chosen = named.settings_of(value) if isinstance(value, dict) else None
+        return (chosen,) if chosen else named.choices
+    return tuple(part for part in _parts(annotation) if isinstance(part, type) and issubclass(part, BaseModel))
 
 
 def _parts(annotation: Any) -> tuple[Any, ...]:
-    """The types that a type offers to choose from."""
+    """Return the types that a type offers to choose from."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return tuple(part for choice in typing.get_args(annotation) for part in _parts(choice))
     return _parts(typing.get_args(annotation)[0]) if typing.get_origin(annotation) is Annotated else (annotation,)
-
-
-def _is_container(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (list, dict, tuple)
-
-
-def _first_model(annotation: Any) -> type[BaseModel] | None:
-    return next((p for p in _parts(annotation) if isinstance(p, type) and issubclass(p, BaseModel)), None)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from repa_lab.align.settings import REGULARIZERS, EncoderSettings, Needs
 from repa_lab.data.errors import DataError
 from repa_lab.encoders.registry import grid_problem, weights_problem
 from repa_lab.metrics.protocol import goal_of_kind
@@ -13,12 +14,15 @@ from repa_lab.metrics.quality import LEAST_REAL
 from repa_lab.models.facts import Family, Shape, UnknownFactError, shape_of
 from repa_lab.models.families import TRAINABLE, family_facts
 from repa_lab.models.released import SCALING, VAE, class_problem, depth_of, num_classes, problem_with, read_json
+from repa_lab.registry import one_line
 from repa_lab.runs.root import RESERVED
-from repa_lab.spec import Arm, EncoderConfig, EvaluateConfig, Experiment, Problem, RunOptions, SpecError
+from repa_lab.settings import file_fields, settings_in
+from repa_lab.spec import Arm, EvaluateConfig, Experiment, Problem, RunOptions, SpecError
 from repa_lab.spec.errors import Path_
 from repa_lab.sweep.search.problems import objective_path, search_problems
 from repa_lab.tracking import tensorboard
 from repa_lab.training.fingerprints import Inventory, is_unset
+from repa_lab.training.needs import encoders_of, needs_of
 from repa_lab.training.protocol import MIN_HELD_OUT, measured, metric_names, shared_names, tiers
 
 
@@ -136,19 +140,19 @@ def _caption_problems(arm: Arm, family: Family) -> Iterator[Problem]:
 
 
 def _regularizer_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
-    chosen, regularizer = arm.config.regularizer.type, arm.config.regularizer
+    chosen = arm.config.regularizer.type
     if chosen not in ("none", *family.regularizers):
         kind = "a UNet" if family.kind == "unet" else "a transformer"
         fits = " or ".join(family.regularizers)
         yield arm.problem("regularizer.type", f"{family.name} is {kind}: use {fits}, not {chosen}")
         return
-    wanted = {"evaluate.block_index": arm.config.evaluate.block_index}
-    if chosen != "none":
-        wanted["regularizer.block_index"] = regularizer.block_index
-    for path, block in wanted.items():
-        if block is not None and (message := _block_problem(family, block, _depth(arm, family, shape))):
-            yield arm.problem(path, message)
-    for path, encoder in arm.config.encoder_paths:
+    try:
+        needs, encoders = needs_of(arm.config), encoders_of(arm.config)
+    except Exception as error:  # whatever a plugin raises
+        yield arm.problem("regularizer.type", f"cannot tell what {chosen} needs: {one_line(error)}")
+        return
+    yield from _block_problems(arm, family, shape, needs)
+    for path, encoder in encoders:
         yield from _encoder_problems(arm, path, encoder)
 
 
@@ -160,6 +164,21 @@ def _depth(arm: Arm, family: Family, shape: Shape) -> int | None:
     return depth_of(Path(pretrained), family)
 
 
+def _block_problems(arm: Arm, family: Family, shape: Shape, needs: Needs) -> Iterator[Problem]:
+    depth, chosen = _depth(arm, family, shape), arm.config.regularizer
+    measured_at = arm.config.evaluate.block_index
+    if measured_at is not None and (message := _block_problem(family, measured_at, depth)):
+        yield arm.problem("evaluate.block_index", message)
+    for block in dict.fromkeys((*needs.taps, *needs.ema_taps)):
+        if block is None or not (message := _block_problem(family, block, depth)):
+            continue
+        if block == chosen.block_index:
+            yield arm.problem("regularizer.block_index", message)
+        else:
+            origin = REGULARIZERS.origin(chosen.type)
+            yield arm.problem("regularizer.type", f"{origin.file}:{origin.line}: {message}" if origin else message)
+
+
 def _block_problem(family: Family, block: int | str, depth: int | None) -> str | None:
     if family.kind == "unet":
         return None if block == "mid" else f"{family.name} is tapped at its mid block: block_index must be mid, got {block}"
@@ -169,7 +188,7 @@ def _block_problem(family: Family, block: int | str, depth: int | None) -> str |
     return None
 
 
-def _encoder_problems(arm: Arm, path: str, encoder: EncoderConfig) -> Iterator[Problem]:
+def _encoder_problems(arm: Arm, path: str, encoder: EncoderSettings) -> Iterator[Problem]:
     if message := grid_problem(encoder.name, encoder.image_size, arm.config.data.side):
         yield arm.problem(f"{path}.image_size", message)
     if message := weights_problem(encoder.name, encoder.weights):
@@ -275,13 +294,10 @@ def _vae_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
 
 
 def _file_problems(arm: Arm) -> Iterator[Problem]:
-    config = arm.config
-    named = {f"{path}.weights": extractor.weights for path, extractor in config.extractor_paths}
-    named |= {f"{path}.reference": extractor.reference for path, extractor in config.extractor_paths}
-    named |= {f"{path}.weights": encoder.weights for path, encoder in config.encoder_paths}
-    for path, file in named.items():
-        if file is not None and not Path(file).is_file():
-            yield arm.problem(path, f"no file '{file}'")
+    for path, section in settings_in(arm.config):
+        for name, file, mark in file_fields(section):
+            if mark.required and not Path(file).is_file():
+                yield arm.problem(".".join(map(str, (*path, name))), f"no file '{file}'")
 
 
 def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from repa_lab.registry import load_planned, loaded_plugins
 from repa_lab.runs import RunsRoot, State
 from repa_lab.runs.directory import RunBusyError
 from repa_lab.runs.files import Row
@@ -32,7 +33,8 @@ class PrepareJob:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> PrepareJob:
-        """From plain data."""
+        """From plain data, the plugins of the scheduler loaded."""
+        load_planned(value["plugins"])
         return cls(tuple(RunConfig.model_validate(c) for c in value["configs"]), *_parse_common(value))
 
 
@@ -66,7 +68,8 @@ class TrainJob:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> TrainJob:
-        """From plain data."""
+        """From plain data, the plugins of the scheduler loaded."""
+        load_planned(value["plugins"])
         run = Run.from_json(value["run_id"], value["spec"])
         fork = Fork(**value["fork"]) if value["fork"] else None
         kept, stop = tuple(value["kept"]), tuple(StopRule(**rule) for rule in value["stop"])
@@ -112,7 +115,7 @@ class Report:
 
 
 def _common(options: RunOptions, root: RunsRoot) -> dict[str, Any]:
-    return {"options": options.model_dump(mode="json"), "root": str(root.path)}
+    return {"options": options.model_dump(mode="json"), "root": str(root.path), "plugins": loaded_plugins()}
 
 
 def _parse_common(value: dict[str, Any]) -> tuple[RunOptions, RunsRoot]:

@@ -12,7 +12,7 @@ from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.runs import RunDirectory, RunsRoot, RunStatus
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, StopRule
 from repa_lab.spec.expand import holds
-from repa_lab.spec.identity import Run, identify, local_weights
+from repa_lab.spec.identity import Run, identify, local_files
 from repa_lab.sweep.check import blocked, check, resolve_metric
 from repa_lab.sweep.orphans import Orphan, orphans_of
 from repa_lab.sweep.sharing import Sharing, share
@@ -202,7 +202,7 @@ def identify_arm(arm: Arm, seed: int, inventory: Inventory | None = None) -> Run
 def identify_run(config: RunConfig, seed: int, inventory: Inventory | None = None) -> Run:
     """The run of these settings with a seed, over the data and weights that are in the inventory, None being those of now."""
     inventory = inventory or Inventory()
-    contents = {place: inventory.content(place) for place in local_weights(config)}
+    contents = {place: inventory.content(place) for place in local_files(config)}
     return identify(inventory.resolve(config), seed, PROTOCOL_VERSION, inventory.dataset(config.data).fingerprint, contents)
 
 

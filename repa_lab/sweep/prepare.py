@@ -19,11 +19,12 @@ from repa_lab.models.families import family_facts
 from repa_lab.models.pretrained import skeleton
 from repa_lab.models.released import SCHEDULER, PretrainedError, read_json
 from repa_lab.models.tap import TapError
-from repa_lab.spec import EncoderConfig, ExtractorConfig, RunConfig, RunOptions
+from repa_lab.spec import EncoderSettings, ExtractorConfig, RunConfig, RunOptions
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.device import DeviceError, pick_device
 from repa_lab.training.images import Announce, Images
 from repa_lab.training.model import open_data, pretrained_folder
+from repa_lab.training.needs import encoders_of, needs_of
 from repa_lab.training.process import ProcessError, process_of
 from repa_lab.training.quality import metrics_with, open_extractor, open_reference, real_images
 from repa_lab.training.texts import encode_captions
@@ -75,14 +76,14 @@ class _Preparation:
             if given not in self._images:
                 self._images[given] = open_data(config, self.cache, self.device, self.announce)
             images = self._images[given]
-            blocks = (config.regularizer.block_index, config.evaluate.block_index)
+            blocks = (*(needs := needs_of(config)).taps, *needs.ema_taps, config.evaluate.block_index)
             if config.model.pretrained and self._is_new(given, blocks, config.evaluate.prompts):
                 self._pretrained(config, images)
         except (PretrainedError, ProcessError) as error:
             raise RefusedError(number, "model.pretrained", str(error)) from error
         except TapError as error:
             raise RefusedError(number, "regularizer.block_index", str(error)) from error
-        for path, encoder in config.encoder_paths:
+        for path, encoder in encoders_of(config):
             if self._is_new(given, encoder):
                 self._targets(number, path, encoder, images)
         for path, extractor in config.extractor_paths:
@@ -94,7 +95,7 @@ class _Preparation:
         self._met.add(need)
         return is_new
 
-    def _targets(self, number: int, path: str, encoder: EncoderConfig, images: Images) -> None:
+    def _targets(self, number: int, path: str, encoder: EncoderSettings, images: Images) -> None:
         try:
             open_targets(encoder, images, self.options, self.cache, self.device, self.announce)
         except EncoderError as error:
@@ -117,7 +118,7 @@ class _Preparation:
         denoiser = skeleton(folder, family)
         if self.options.gradient_checkpointing and (message := uncheckpointed(denoiser)):
             raise DeviceError("gradient_checkpointing", f"{family.name} cannot be checkpointed: {message}")
-        for block in (config.regularizer.block_index, config.evaluate.block_index):
+        for block in (*(needs := needs_of(config)).taps, *needs.ema_taps, config.evaluate.block_index):
             if block is not None:
                 tap_block(denoiser, block).remove()
         progress = self.announce(f"captions for {family.name}")
@@ -126,6 +127,6 @@ class _Preparation:
 
 def _place(path: str, field: str) -> str:
     """The dotted path of what stands in the way of an encoder's features: of the encoder, the options or the data."""
-    if field in EncoderConfig.model_fields:
+    if field in EncoderSettings.model_fields:
         return f"{path}.{field}"
     return f"run.{field}" if field in RunOptions.model_fields else f"data.{field}"

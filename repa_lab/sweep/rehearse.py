@@ -7,12 +7,14 @@ nothing.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from repa_lab.align.settings import REPASettings
 from repa_lab.encoders.registry import ENCODERS, TINY
 from repa_lab.metrics.protocol import quality_names
 from repa_lab.models.facts import NARROW, shape_of
@@ -94,9 +96,14 @@ class _Rehearser:
         value["data"] |= self._data(meant)
         value["train"] |= {"steps": min(meant.train.steps, _STEPS), "batch_size": min(meant.train.batch_size, _BATCH)}
         value["evaluate"] |= self._evaluate(meant)
-        value["regularizer"]["encoder"] = self._encoders(meant, value["regularizer"]["encoder"])
-        value["regularizer"]["projector"]["width"] = min(meant.regularizer.projector.width, 32)
-        value["regularizer"]["schedule"] |= _schedule(meant)
+        for path, _ in meant.encoder_paths:
+            *parents, last = path.split(".")
+            section = functools.reduce(_inside, parents, value)
+            section[_key(section, last)] = self._encoder(_inside(section, last))
+        if isinstance(meant.regularizer, REPASettings):
+            value["regularizer"]["projector"]["width"] = min(meant.regularizer.projector.width, 32)
+        if meant.regularizer.type != "none":
+            value["regularizer"]["schedule"] |= _schedule(meant)
         return RunConfig.model_validate(value)
 
     def _model(self, meant: RunConfig) -> dict[str, Any]:
@@ -126,7 +133,6 @@ class _Rehearser:
             "extractor": {"name": _LIKE},
             "metrics": _meant(config.metrics),
             "full": config.full and self._full(config.full),
-            "encoder": config.encoder and self._encoder(config.encoder.model_dump(mode="json")),
         }
 
     def _full(self, full: FullConfig) -> dict[str, Any]:
@@ -136,17 +142,20 @@ class _Rehearser:
         metrics = full.metrics and _meant(full.metrics)
         return {"samples": 2 * _SAMPLES, "sampler": sampler, "guidance": guidance, "labels": full.labels, "metrics": metrics}
 
-    def _encoders(self, meant: RunConfig, encoder: Any) -> Any:
-        if meant.regularizer.type == "none":
-            return encoder
-        return [self._encoder(one) for one in encoder] if isinstance(encoder, list) else self._encoder(encoder)
-
     def _encoder(self, encoder: dict[str, Any]) -> dict[str, Any]:
         name = _tiny_encoder(encoder["name"])
         known = ENCODERS.get(name.removeprefix(TINY))
         size = 4 * (known.stride if known else 16)
         tae = encoder["tae"] and str(self.props.tiny_autoencoder())
         return {**encoder, "name": name, "image_size": encoder["image_size"] and size, "weights": None, "tae": tae}
+
+
+def _key(section: Any, step: str) -> Any:
+    return int(step) if isinstance(section, list) else step
+
+
+def _inside(section: Any, step: str) -> Any:
+    return section[_key(section, step)]
 
 
 def _meant(metrics: Iterable[str]) -> list[str]:

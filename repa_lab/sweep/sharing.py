@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from repa_lab.align.schedule import Schedule, agreement
 from repa_lab.runs import RunsRoot, State, checkpoints
@@ -19,7 +19,8 @@ from repa_lab.spec import RunConfig
 from repa_lab.spec.identity import Run
 from repa_lab.sweep.work import Task
 
-_SHAPE = tuple(field.name for field in fields(Schedule) if field.name not in ("weight", "total_steps"))
+# The fields of a schedule that say the weight beforehand; the others act by what is measured.
+_SHAPE = ("type", "end", "warmup_steps", "decay_steps", "cutoff_step", "power")
 
 
 @dataclass(frozen=True)
@@ -191,20 +192,14 @@ def _key(run: Run) -> str:
     schedule = _schedule(run.config)
     value = run.config.model_dump(mode="json")
     del value["train"]["steps"]
-    if run.config.regularizer.type == "none":
-        value["regularizer"] = {}
-    else:
-        del value["regularizer"]["weight"]
-        for name in _SHAPE:
-            del value["regularizer"]["schedule"][name]
+    value["regularizer"].pop("weight", None)
+    for name in _SHAPE:
+        value["regularizer"].get("schedule", {}).pop(name, None)
     return json.dumps([run.seed, value, schedule(0), schedule(1)], sort_keys=True)
 
 
 def _schedule(config: RunConfig) -> Schedule:
-    if config.regularizer.type == "none":
-        return Schedule(weight=0.0)
-    shape = config.regularizer.schedule.model_dump(include=set(_SHAPE))
-    return Schedule(weight=config.regularizer.weight, total_steps=config.train.steps, **shape)
+    return Schedule.of(config.regularizer, config.train.steps)
 
 
 def _parents(forks: Mapping[str, Fork]) -> set[str]:

@@ -114,7 +114,7 @@ def kind_of(config: RunConfig, options: Mapping[str, Any], processes: int) -> Ha
     """What decides how many seconds a run takes an image: equal kinds are equally fast on one machine."""
     regularizer = config.regularizer
     data = (config.data.source, config.data.side, config.data.vae, config.data.buckets)
-    aligned = (regularizer.type, regularizer.encoders, regularizer.projector) if regularizer.type != "none" else ()
+    aligned = (regularizer.type, regularizer.encoders, getattr(regularizer, "projector", None))
     how = tuple(options.get(name) for name in _OPTIONS)
     return (config.model, data, config.train.batch_size, aligned, how, processes)
 

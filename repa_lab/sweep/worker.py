@@ -20,9 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from repa_lab.registry import PluginError, one_line
 from repa_lab.runs import RunWriter, State
 from repa_lab.spec import RunOptions
-from repa_lab.sweep.jobs import HEARTBEAT, PrepareJob, Report, TrainJob
+from repa_lab.sweep.jobs import HEARTBEAT, PrepareJob, Report, TrainJob, parse_job
 from repa_lab.tracking import Listener
 
 if TYPE_CHECKING:
@@ -55,12 +56,20 @@ class Worker:
         gc.freeze()  # half a million objects of the libraries: each full collection, and the end, would go through them all
         self._answer(Report("ready"))
         while (job := self._jobs.get()) is not None:
+            self._is_training = job["kind"] == "train"
+            self._answer(self._carry_out(job))
+            self._is_training = False
+
+    def _carry_out(self, job: dict[str, Any]) -> Report:
+        try:
+            parsed = parse_job(job)
+        except PluginError as error:
             if job["kind"] == "prepare":
-                self._answer(fill_caches(PrepareJob.from_json(job), self._answer))
-            else:
-                self._is_training = True
-                self._answer(train_run(TrainJob.from_json(job), lambda: self._stop))
-                self._is_training = False
+                return Report("broken", error=str(error))
+            return Report("finished", run_id=job["run_id"], state=State.FAILED, error=str(error))
+        if isinstance(parsed, PrepareJob):
+            return fill_caches(parsed, self._answer)
+        return train_run(parsed, lambda: self._stop)
 
     def _read(self) -> None:
         for line in self._input:
@@ -233,11 +242,6 @@ def main() -> None:
     sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115  open for as long as the process is
     os.dup2(sys.stdin.fileno(), 0)
     Worker(jobs, answers).serve()
-
-
-def one_line(error: BaseException) -> str:
-    """An error's kind and the first line of what it says."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 if __name__ == "__main__":

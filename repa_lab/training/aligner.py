@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from repa_lab.align import REPA, UREPA, Alignment, Manifold, Resample, Schedule, SimilarityCutoff
-from repa_lab.align.regularizer import Options
+from repa_lab.align import Loss, Needs, Prediction, Schedule, Shapes, Signals, Tokens
+from repa_lab.align.settings import REGULARIZERS, EncoderSettings
 from repa_lab.encoders.encoder import EncoderOptions, load_encoder
 from repa_lab.encoders.targets import OnlineTargets, Targets, cached_targets
-from repa_lab.models.facts import BlockIndex, Shape, shape_of
-from repa_lab.models.families import family_facts
 from repa_lab.models.tap import Tap
-from repa_lab.spec import EncoderConfig, RunConfig, RunOptions, ScheduleConfig
+from repa_lab.registry import PluginError
+from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.images import Announce, Images, pixels_for
+from repa_lab.training.needs import resolved_regularizer
 from repa_lab.training.objective import Batch
 from repa_lab.training.streams import seeded
 
 _STORAGE = {"fp16": torch.float16, "fp32": torch.float32}
 
 
-class Foreseen:
+class PrefetchWeight:
     """The weight of steps to come, as far as a data loader can know it: the schedule's, or 0 while a similarity cutoff holds.
 
     It is there to spare reading what nobody asks for. Where it is wrong, as at a look whether the cutoff still holds, the
@@ -47,54 +47,100 @@ class Foreseen:
 
 
 class Aligner:
-    """Turns what the tap captured in the latest forward pass into the regularizer's loss.
+    """A run's regularizer, and what it asked for at a step.
 
     Args:
         run: a run whose regularizer is not ``none``.
-        tap: set on the denoiser before it is wrapped or compiled.
-        width: the denoiser's width at the tap.
-        targets: tokens of the run's images by each of its encoders.
-        foreseen: is told when a similarity cutoff sets in or ends.
+        needs: what the regularizer asks for.
+        taps: hooks on the blocks that it asks for, set before the denoiser is wrapped or compiled.
+        ema_taps: hooks on the blocks that it asks for of the averaged model.
+        shapes: the widths of all of these.
+        targets: tokens of the run's images by each of the encoders that it asks for.
+        prefetch: is told when a similarity cutoff sets in or ends.
     """
 
-    def __init__(self, run: Run, tap: Tap, width: int, targets: Sequence[Targets], foreseen: Foreseen | None = None) -> None:
-        self.targets, self.tap, self._foreseen = targets, tap, foreseen
-        self.regularizer = build_regularizer(run, width, [one.dim for one in targets])
+    def __init__(
+        self,
+        run: Run,
+        needs: Needs,
+        taps: Sequence[Tap],
+        ema_taps: Sequence[Tap],
+        shapes: Shapes,
+        targets: Sequence[Targets],
+        prefetch: PrefetchWeight | None = None,
+    ) -> None:
+        self.needs, self.taps, self.ema_taps, self.targets = needs, taps, ema_taps, targets
+        self._prefetch = prefetch
+        settings = resolved_regularizer(run.config)
+        with seeded(run.seed, "init/projector"):
+            self.regularizer = REGULARIZERS[settings.type].load()(settings, shapes)
         self.wrapped: nn.Module = self.regularizer
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Let accelerate wrap the regularizer as it wraps the denoiser.
 
-        It is wrapped by itself: on steps of weight 0 it does not run, and DistributedDataParallel then waits for no gradient
-        of it.
+        The regularizer is wrapped by itself: DistributedDataParallel then waits for none of its gradients on steps of weight 0,
+        at which it does not run.
         """
         self.wrapped = accelerator.prepare(self.regularizer.to(accelerator.device))
 
     def retract(self, step: int) -> None:
         """Forget what was seen of ``step``, which is taken again."""
-        self.tap.clear()
+        self.clear()
         if self.regularizer.cutoff is not None:
             self.regularizer.cutoff.retract(step)
 
-    def __call__(self, batch: Batch, step: int, device: torch.device) -> Alignment | None:
-        """The alignment of a batch's images, or None where no encoder has to be asked, as at weight 0."""
-        if self._foreseen and self.regularizer.cutoff is not None:
-            self._foreseen.note(self.regularizer.cutoff.is_cut(step))
-        if not self.regularizer.needs_target(step):
-            self.tap.clear()
-            return None
+    def clear(self) -> None:
+        """Empty the taps."""
+        for tap in (*self.taps, *self.ema_taps):
+            tap.clear()
+
+    def is_active(self, step: int) -> bool:
+        """Return whether the regularizer is called at ``step``; its taps are emptied otherwise."""
+        if self._prefetch and self.regularizer.cutoff is not None:
+            self._prefetch.note(self.regularizer.cutoff.is_cut(step))
+        return self.regularizer.is_active(step)
+
+    def __call__(
+        self, batch: Batch, step: int, device: torch.device, prediction: Prediction, averages: Sequence[Tokens] = ()
+    ) -> Loss:
+        """Return the unweighted loss of a batch; without gradient where the weight is 0 and a cutoff only looks.
+
+        Args:
+            batch: on the device.
+            step: optimizer steps already taken.
+            device: where encoder tokens are wanted.
+            prediction: the denoiser's output and its target.
+            averages: tokens of the averaged model, one for each of its taps.
+        """
         loaded = batch.loaded or (None,) * len(self.targets)
-        teachers = [targets(batch.ids, device, one) for targets, one in zip(self.targets, loaded, strict=True)]
-        student = self.tap.take()
-        if self.regularizer.weight_at(step) == 0:  # a cutoff looks whether it should end
-            with torch.no_grad():
-                return self.regularizer(student, teachers, step)  # type: ignore[no-any-return]
-        alignment: Alignment = self.wrapped(student, teachers, step)
-        return alignment
+        signals = Signals(
+            taps=tuple(tap.take() for tap in self.taps),
+            encoders=tuple(
+                targets(batch.ids, device, one) for targets, one in zip(self.targets, loaded, strict=True)
+            ),
+            ema_taps=tuple(averages),
+            latents=batch.x if self.needs.latents else None,
+            prediction=prediction if self.needs.prediction else None,
+        )
+        is_weighted = self.regularizer.weight_at(step) > 0
+        with torch.set_grad_enabled(is_weighted):
+            loss = (self.wrapped if is_weighted else self.regularizer)(signals, step)
+        self._require_loss(loss)
+        self.regularizer.observe(step, loss)
+        return loss  # type: ignore[no-any-return]
+
+    def _require_loss(self, loss: Any) -> None:
+        if isinstance(loss, Loss) and loss.value.ndim == 0:
+            return
+        name = self.regularizer.settings.type
+        origin = REGULARIZERS.origin(name)
+        message = f"forward of the regularizer '{name}' must return a Loss with a scalar value, got {type(loss).__name__}"
+        raise PluginError(origin.file, origin.line, message) if origin else TypeError(message)
 
 
 def open_targets(
-    encoder: EncoderConfig,
+    encoder: EncoderSettings,
     images: Images,
     options: RunOptions,
     cache: Path,
@@ -124,55 +170,4 @@ def open_targets(
         progress,
         storage=_STORAGE[options.encoder_storage],
         options=how,
-    )
-
-
-def choose_block(config: RunConfig, *wishes: BlockIndex | None) -> BlockIndex:
-    """The first block index of ``wishes`` that is not None, or else the family's suggestion."""
-    return next((wish for wish in wishes if wish is not None), shape_of_model(config).block)
-
-
-def shape_of_model(config: RunConfig) -> Shape:
-    """What is known of a run's denoiser without building it; of a pretrained one, of the released model."""
-    return shape_of(family_facts(config.model.family), config.model.size)
-
-
-def build_regularizer(run: Run, in_dim: int, out_dims: Sequence[int]) -> REPA:
-    """The regularizer of a run, from the tap's width to its encoders', initialised from its own stream."""
-    settings = run.config.regularizer
-    options: Options = {
-        "projector": settings.projector.type,
-        "width": settings.projector.width,
-        "kernel": settings.projector.kernel,
-        "loss": settings.loss,
-        "temperature": settings.temperature,
-        "spatial_align": settings.spatial_align,
-        "spatial_norm": settings.spatial_norm,
-        "resample": Resample(**settings.resample.model_dump()),
-        "cutoff": _cutoff(settings.schedule),
-    }
-    schedule = schedule_of(run.config)
-    with seeded(run.seed, "init/projector"):
-        if settings.type == "urepa":
-            manifold = Manifold(**settings.manifold.model_dump())
-            return UREPA(in_dim, out_dims, schedule, settings.manifold_weight, manifold, **options)
-        return REPA(in_dim, out_dims, schedule, **options)
-
-
-def schedule_of(config: RunConfig) -> Schedule:
-    """The regularizer's weight over a run's steps."""
-    named = {field.name for field in fields(Schedule)}
-    shape = config.regularizer.schedule.model_dump(include=named)
-    return Schedule(weight=config.regularizer.weight, total_steps=config.train.steps, **shape)
-
-
-def _cutoff(schedule: ScheduleConfig) -> SimilarityCutoff | None:
-    if schedule.similarity_threshold is None:
-        return None
-    return SimilarityCutoff(
-        schedule.similarity_threshold,
-        schedule.similarity_ema_decay,
-        schedule.threshold_mode,
-        schedule.similarity_min_count,
-        schedule.probe_every,
     )

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from repa_lab.align.settings import EncoderSettings, NoSettings, ProjectorSettings, REPASettings
 from repa_lab.encoders.flops import encoder_flops, encoder_weights
 from repa_lab.encoders.registry import facts_of, input_size
 from repa_lab.models.facts import Family, Shape, shape_of
 from repa_lab.models.families import family_facts
 from repa_lab.models.flops import VAE_DECODER, VAE_ENCODER, Forward, forward_of
-from repa_lab.spec import EncoderConfig, EvaluateConfig, RunConfig, RunOptions
-from repa_lab.spec.regularizer import ProjectorConfig
+from repa_lab.spec import EvaluateConfig, RunConfig, RunOptions
 from repa_lab.spec.schema import DataConfig
 
 _VAE_STRIDE, _VAE_CHANNELS = 8, 4
@@ -177,7 +177,7 @@ def micro_batch(config: RunConfig, options: RunOptions) -> int:
     return min(share, options.micro_batch) if isinstance(options.micro_batch, int) else share
 
 
-def projector_size(projector: ProjectorConfig, in_dim: int, out_dim: int) -> tuple[int, int]:
+def projector_size(projector: ProjectorSettings, in_dim: int, out_dim: int) -> tuple[int, int]:
     """Parameters of a projector, and its multiply-adds a token."""
     width = projector.width
     if projector.type == "linear":
@@ -210,13 +210,18 @@ def _passes(config: RunConfig, options: RunOptions) -> int:
 
 def _projectors(config: RunConfig, shape: Shape) -> list[tuple[int, int]]:
     """Parameters of the projector of each of a run's encoders, and its multiply-adds a token."""
-    dims = [facts.dim if (facts := facts_of(encoder.name)) else shape.width for encoder in config.regularizer.encoders]
-    return [projector_size(config.regularizer.projector, shape.width, dim or shape.width) for dim in dims]
+    regularizer = config.regularizer
+    if not isinstance(regularizer, REPASettings):
+        return []
+    dims = [facts.dim if (facts := facts_of(encoder.name)) else shape.width for encoder in regularizer.encoders]
+    return [projector_size(regularizer.projector, shape.width, dim or shape.width) for dim in dims]
 
 
 def _projecting(config: RunConfig, macs: list[int], tapped: float) -> float:
     """FLOPs an image of the projectors, forward and backward, on as many tokens as each takes."""
     regularizer = config.regularizer
+    if not isinstance(regularizer, REPASettings):
+        return 0.0
     is_first = (regularizer.resample.side, regularizer.resample.when) == ("student", "before")
     taken = [(_encoded(encoder, config.data) if is_first else None) or tapped for encoder in regularizer.encoders]
     return 6.0 * sum(tokens * each for tokens, each in zip(taken, macs, strict=True))
@@ -227,19 +232,19 @@ def _tapped(config: RunConfig, family: Family, shape: Shape) -> float:
     return _tokens(config, family, shape.stride_at(config.regularizer.block_index))
 
 
-def _encoded(encoder: EncoderConfig, data: DataConfig) -> int | None:
+def _encoded(encoder: EncoderSettings, data: DataConfig) -> int | None:
     """Tokens of an image by an encoder; None where its stride is not known."""
     facts = facts_of(encoder.name)
     return (_seen(encoder, data) // facts.stride) ** 2 if facts is not None and facts.stride else None
 
 
-def _seen(encoder: EncoderConfig, data: DataConfig) -> int:
+def _seen(encoder: EncoderSettings, data: DataConfig) -> int:
     """Pixels along each side at which an encoder sees an image."""
     facts = facts_of(encoder.name)
     return input_size(facts.stride, (data.side, data.side), encoder.image_size)[0] if facts else 0
 
 
-def _encoder_image(encoder: EncoderConfig, config: RunConfig) -> float:
+def _encoder_image(encoder: EncoderSettings, config: RunConfig) -> float:
     """FLOPs of an encoder's view of one image, the decoding included where it looks at a reconstruction by the VAE."""
     decoded = _vae_flops(config, encode=False) if encoder.pixels == "vae" else 0
     return (encoder_flops(encoder.name, _seen(encoder, config.data)) or 0) + decoded
@@ -292,6 +297,8 @@ def _rough(config: RunConfig, forward: Forward) -> tuple[str, ...]:
     pipeline, named = family_facts(config.model.family).pipeline, config.model.pretrained
     released = pipeline.released if pipeline else named
     counted = f"parameters, FLOPs and memory are counted for {released}; those of {named} may differ"
+    if not isinstance(config.regularizer, REPASettings | NoSettings):
+        encoders.append(f"what the regularizer '{config.regularizer.type}' computes is not known and not counted")
     return (*([forward.rough] if forward.rough else []), *([counted] if named not in (None, released) else []), *encoders)
 
 

@@ -20,7 +20,7 @@ from repa_lab.data.layout import read_listing
 from repa_lab.data.listing import read_image_folder
 from repa_lab.data.saved import read_saved
 from repa_lab.encoders.registry import token_identity
-from repa_lab.spec import DataConfig, EncoderConfig, RunConfig
+from repa_lab.spec import DataConfig, EncoderSettings, RunConfig
 from repa_lab.spec.schema import FOLDER_SOURCES
 
 UNSET_DATA = "unset"
@@ -171,7 +171,7 @@ def content_of(place: str) -> str:
     return fingerprint_files(path) if path.is_dir() else place
 
 
-def described(encoder: EncoderConfig) -> dict[str, Any]:
+def described(encoder: EncoderSettings) -> dict[str, Any]:
     """Return an encoder's settings with its files by their content: equal descriptions give the same tokens."""
     settings = encoder.model_dump(mode="json")
     files = {name: settings[name] and content_of(settings[name]) for name in _FILES}

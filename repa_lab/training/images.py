@@ -18,7 +18,7 @@ from repa_lab.data.sources import Digits, Flips, ImageSource, Split, split
 from repa_lab.data.space import LatentSpace, PixelSpace, Space, latent_space
 from repa_lab.data.store import Progress
 from repa_lab.models.family import Input
-from repa_lab.spec import DataConfig, EncoderConfig
+from repa_lab.spec import DataConfig, EncoderSettings
 from repa_lab.training.fingerprints import buckets_of, hub_data
 
 _CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ _SOURCES: dict[str, Callable[[DataConfig], ImageSource]] = {
 
 
 # What decodes the latents for an encoder's eyes, by the encoder's `pixels`; None leaves the images as they are.
-_DECODERS: dict[str, Callable[[EncoderConfig, LatentSpace], Autoencoder] | None] = {
+_DECODERS: dict[str, Callable[[EncoderSettings, LatentSpace], Autoencoder] | None] = {
     "image": None,
     "vae": lambda encoder, space: space.vae,
     "tae": lambda encoder, space: load_autoencoder(str(encoder.tae), "tae"),
@@ -104,7 +104,7 @@ def open_images(
     return Images(source, parts, space)
 
 
-def pixels_for(encoder: EncoderConfig, images: Images, device: torch.device = _CPU) -> ImageSource:
+def pixels_for(encoder: EncoderSettings, images: Images, device: torch.device = _CPU) -> ImageSource:
     """What an encoder looks at, by its ``pixels``: the images, or what the VAE or a tiny autoencoder makes of their latents.
 
     Args:

@@ -10,12 +10,13 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from repa_lab.registry import one_line
 from repa_lab.runs import RunDirectory, RunWriter, State, checkpoints, forks
 from repa_lab.runs.files import Row
 from repa_lab.runs.forks import Fork
 from repa_lab.runs.provenance import provenance
 from repa_lab.spec import RunOptions
-from repa_lab.spec.identity import Run
+from repa_lab.spec.identity import Run, plugins_of
 from repa_lab.tracking import Journal, Listener
 from repa_lab.training.checkpoint import Progress
 from repa_lab.training.protocol import milestone_names
@@ -66,6 +67,7 @@ def train(
             return directory.state.state
         how = {"options": options.model_dump(mode="json"), "processes": PartialState().num_processes}
         writer.describe(run.to_json(), provenance() | how)
+        writer.plugins(Path(origin.file) for _, origin in plugins_of(run.config))
         journal, progress = Journal(writer, listeners), Progress()
         try:
             if fork is not None and not checkpoints.steps(directory.checkpoints):
@@ -82,7 +84,7 @@ def train(
             is_over = _is_over(trainer, directory, is_enough)
             state = State.STOPPED if is_over else fit(trainer, Kept(directory, journal), should_stop, kept, is_enough)
         except Exception as error:
-            journal.state(State.FAILED, progress.step, f"{type(error).__name__}: {error}".splitlines()[0])
+            journal.state(State.FAILED, progress.step, one_line(error))
             raise
         journal.state(state, progress.step)
         return state

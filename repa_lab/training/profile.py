@@ -19,14 +19,15 @@ from repa_lab.models.tap import TapError
 from repa_lab.runs import RunDirectory, profiles
 from repa_lab.runs.files import Row
 from repa_lab.runs.provenance import provenance
-from repa_lab.spec import EncoderConfig, RunConfig, RunOptions
+from repa_lab.spec import EncoderSettings, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
-from repa_lab.training.aligner import choose_block, open_targets
+from repa_lab.training.aligner import open_targets
 from repa_lab.training.device import pick_device
 from repa_lab.training.fingerprints import described
 from repa_lab.training.heldout import MEASURING_SEED, held_out_batches, image_means, noise_protocol, show
 from repa_lab.training.images import Images
 from repa_lab.training.model import Model, open_data
+from repa_lab.training.needs import choose_block
 from repa_lab.training.trained import newest_checkpoint, open_trained
 
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -76,7 +77,7 @@ class Request:
     metrics: tuple[str, ...] = METRICS
     weights: str = "ema"
     samples: int | None = None
-    encoder: EncoderConfig | None = None
+    encoder: EncoderSettings | None = None
 
     def __post_init__(self) -> None:
         wrong = [t for t in self.timesteps if not 0 <= t <= 1]
@@ -236,7 +237,7 @@ def _row(block: BlockName, timestep: float, metric: str, value: float) -> Row:
     return {"block": block, "timestep": timestep, "metric": metric, "value": value}
 
 
-def _encoder(run: Run, request: Request) -> EncoderConfig:
+def _encoder(run: Run, request: Request) -> EncoderSettings:
     encoder = request.encoder or run.config.alignment_encoder
     if encoder is None:
         raise ProfileError(f"run {run.run_id} is compared with no encoder; name one")
@@ -252,7 +253,7 @@ def _blocks(config: RunConfig) -> Row:
 
 
 def _protocol(
-    request: Request, encoder: EncoderConfig, options: RunOptions, images: Images, chosen: torch.Tensor
+    request: Request, encoder: EncoderSettings, options: RunOptions, images: Images, chosen: torch.Tensor
 ) -> dict[str, Any]:
     """All that decides a value but the run; files of weights are named by their content."""
     return {
@@ -271,7 +272,7 @@ def _protocol(
     }
 
 
-def known_encoder(configs: Sequence[RunConfig], name: str) -> EncoderConfig | None:
+def known_encoder(configs: Sequence[RunConfig], name: str) -> EncoderSettings | None:
     """The settings under which one of these runs uses the encoder of a name; None if none does."""
     used = [encoder for config in configs for _, encoder in config.encoder_paths]
     return next((encoder for encoder in used if encoder.name == name), None)

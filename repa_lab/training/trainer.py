@@ -16,23 +16,24 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.utils.data import DataLoader
 
-from repa_lab.align import Alignment
+from repa_lab.align import REPA, Needs, Prediction, Schedule, Shapes, Tokens
 from repa_lab.align.ranks import mean_over_ranks
 from repa_lab.encoders.targets import Targets
 from repa_lab.models.facts import BlockIndex
 from repa_lab.models.tap import Tap
 from repa_lab.runs import files
 from repa_lab.runs.files import Row
-from repa_lab.spec import EncoderConfig, RunConfig, RunOptions
+from repa_lab.spec import EncoderSettings, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
-from repa_lab.training.aligner import Aligner, Foreseen, choose_block, open_targets, schedule_of, shape_of_model
-from repa_lab.training.checkpoint import INPUT_FILE, Progress, Trained
+from repa_lab.training.aligner import Aligner, PrefetchWeight, open_targets
+from repa_lab.training.checkpoint import INPUT_FILE, PREFIX, Progress, Trained
 from repa_lab.training.device import MIXED_PRECISION, DeviceError, pick_device
 from repa_lab.training.ema import EMA
 from repa_lab.training.evaluate import Evaluator, Match
 from repa_lab.training.ledger import ledger
 from repa_lab.training.micro_batch import MicroBatch
 from repa_lab.training.model import open_data, open_model
+from repa_lab.training.needs import choose_block, needs_of, shape_of_model
 from repa_lab.training.objective import Batch, Steps, denoising_loss
 from repa_lab.training.protocol import tiers
 from repa_lab.training.stopwatch import Stopwatch, TimedTargets
@@ -90,21 +91,22 @@ class Trainer:
             checkpointing: Any = self.model.denoiser
             checkpointing.enable_gradient_checkpointing()
 
-        def targets(encoder: EncoderConfig) -> Targets:
+        def targets(encoder: EncoderSettings) -> Targets:
             return open_targets(encoder, images, options, cache, self.device)
 
-        own = {encoder: targets(encoder) for encoder in config.regularizer.encoders}
+        needs = needs_of(config)
+        own = {encoder: targets(encoder) for encoder in needs.encoders}
         measuring = config.alignment_encoder
         measured = (own.get(measuring) or targets(measuring)) if measuring else None
         self.evaluator = Evaluator(config, images, self.model, measured, cache, self.device, part)
         self._stopwatch, reads_here = Stopwatch(self.device), options.data_workers == 0
-        timed = [TimedTargets(own[encoder], self._stopwatch, reads_here) for encoder in config.regularizer.encoders]
+        timed = [TimedTargets(own[encoder], self._stopwatch, reads_here) for encoder in needs.encoders]
         readers = [one.reader for one in timed]
-        self._foreseen = Foreseen(schedule_of(config)) if own else None
-        parts = (self.model.process, self.model.conditioning, part, readers, self._foreseen)
+        self._prefetch = PrefetchWeight(Schedule.of(config.regularizer, config.train.steps)) if own else None
+        parts = (self.model.process, self.model.conditioning, part, readers, self._prefetch)
         self._steps = Steps(config, run.seed, images, *parts)
         self.model.denoiser.to(self.device)
-        self.aligner = self._align(run, timed) if own else None
+        self.aligner = self._align(run, needs, timed) if needs != Needs() else None
         self._trained = self._prepare(self.model.denoiser)
         self._stopwatch.take()  # of what was read to build the parts
 
@@ -140,7 +142,7 @@ class Trainer:
             tap.remove()
         denoiser.train()
         if self.aligner:
-            self.aligner.tap.clear()
+            self.aligner.clear()
         self.progress.evaluation_seconds += time.perf_counter() - began
         self.progress.encoder_seconds += self._stopwatch.take()
         rows = [{**row, **ledger(self.config, self.options, self.progress)}, *(found for found, _ in rare)]
@@ -192,13 +194,33 @@ class Trainer:
 
     def _pass(self, part: Batch, share: float) -> dict[str, torch.Tensor]:
         """Forward and backward through a micro-batch that is ``share`` of this process's batch."""
+        aligner, step = self.aligner, self.progress.step
+        is_active = aligner is not None and aligner.is_active(step)
         x_t, target = self.model.process.corrupt(part.x, part.noise, part.t)
-        total = denoise = denoising_loss(self._denoiser(x_t, part.t, **part.condition), target)
-        alignment = self.aligner(part, self.progress.step, self.device) if self.aligner else None
-        if alignment is not None and alignment.weight > 0:
-            total = denoise + alignment.loss
+        averages = self._averaged(x_t, part) if aligner is not None and is_active and aligner.ema_taps else ()
+        output = self._denoiser(x_t, part.t, **part.condition)
+        total = denoise = denoising_loss(output, target)
+        values = {"loss/denoise": denoise.detach()}
+        if aligner is not None and is_active:
+            loss = aligner(part, step, self.device, Prediction(output, target), averages)
+            if weight := aligner.regularizer.weight_at(step):
+                total = denoise + weight * loss.value
+            values["loss/aligned"] = (weight * loss.value).detach()
+            values |= {f"align/{name}": value.detach() for name, value in loss.parts.items()}
+        elif aligner is not None:
+            aligner.clear()
         self.accelerator.backward(total * share)
-        return {"loss/total": total.detach(), "loss/denoise": denoise.detach(), **_parts(alignment)}
+        return {"loss/total": total.detach(), **values}
+
+    @torch.no_grad()
+    def _averaged(self, x_t: torch.Tensor, part: Batch) -> list[Tokens]:
+        """Return the tokens that the averaged denoiser has at its taps for the same noisy images."""
+        assert self.aligner is not None
+        average = self._trained.ema.average.items()
+        weights = {name.removeprefix(PREFIX): value for name, value in average if name.startswith(PREFIX)}
+        with self.accelerator.autocast():
+            torch.func.functional_call(self._trained.denoiser, weights, (x_t, part.t), dict(part.condition))
+        return [tap.take() for tap in self.aligner.ema_taps]
 
     def _accumulating(self, until_next: bool) -> ExitStack:
         """Within this, gradients stay with each process if another micro-batch of the step is to come."""
@@ -210,29 +232,35 @@ class Trainer:
         return stack
 
     def _match(self) -> Match | None:
-        """The training projector's view, which speaks only about the encoders that it was trained on."""
+        """Return how the training projector matches tokens, for the encoders that it was trained on."""
         encoders, measuring = self.config.regularizer.encoders, self.config.alignment_encoder
-        if self.aligner is None or measuring not in encoders:
+        regularizer = self.aligner and self.aligner.regularizer
+        if not isinstance(regularizer, REPA) or measuring not in encoders:
             return None
-        regularizer, number = self.aligner.regularizer, encoders.index(measuring)
+        number = encoders.index(measuring)
         return lambda student, teacher: regularizer.match(student, teacher, number)
 
-    def _align(self, run: Run, targets: Sequence[Targets]) -> Aligner:
-        """The aligner, its tap set on the denoiser while nothing is wrapped around that."""
-        tap = self.model.tap(choose_block(run.config, run.config.regularizer.block_index))
-        width = self._width(tap) if run.config.model.pretrained else shape_of_model(run.config).width
-        return Aligner(run, tap, width, targets, self._foreseen)
+    def _align(self, run: Run, needs: Needs, targets: Sequence[Targets]) -> Aligner:
+        """Return the aligner, its taps set on the denoiser before anything is wrapped around that."""
+        blocks = [choose_block(run.config, block) for block in (*needs.taps, *needs.ema_taps)]
+        hooks = [self.model.tap(block) for block in blocks]
+        taps, ema_taps = hooks[: len(needs.taps)], hooks[len(needs.taps) :]
+        widths = self._widths(hooks)
+        shapes = Shapes(widths[: len(taps)], tuple(one.dim for one in targets), widths[len(taps) :])
+        return Aligner(run, needs, taps, ema_taps, shapes, targets, self._prefetch)
 
     @torch.no_grad()
-    def _width(self, tap: Tap) -> int:
-        """What comes out of a pretrained denoiser at the tap, of whatever size its folder holds, one image tells."""
+    def _widths(self, taps: Sequence[Tap]) -> tuple[int, ...]:
+        """Return the widths of what comes out at the taps; for a pretrained folder, of a forward pass of one image."""
+        if self.config.model.pretrained is None:
+            return (shape_of_model(self.config).width,) * len(taps)
         (first, *_) = self._steps[0].split(1)
         one = first.to(self.device)
         self.model.denoiser.eval()
         with self.accelerator.autocast():
             self.model.denoiser(one.x, one.t, **one.condition)
         self.model.denoiser.train()
-        return tap.take().dim
+        return tuple(tap.take().dim for tap in taps)
 
     def _prepare(self, denoiser: nn.Module) -> Trained:
         train, accelerator = self.config.train, self.accelerator
@@ -266,10 +294,3 @@ def require_equal_parts(config: RunConfig, processes: int) -> None:
     size = config.train.batch_size
     if size % processes:
         raise DeviceError("batch_size", f"train.batch_size {size} cannot be shared equally by {processes} processes")
-
-
-def _parts(alignment: Alignment | None) -> dict[str, torch.Tensor]:
-    if alignment is None:
-        return {}
-    parts = {"loss/aligned": alignment.loss, "align/cosine": alignment.cosine, "align/manifold": alignment.manifold}
-    return {name: value.detach() for name, value in parts.items() if value is not None}

@@ -1,11 +1,15 @@
-"""The losses and the resampling once more, in NumPy float64 and written from the papers, to hold the code against."""
+"""The losses and the resampling in NumPy float64, written from the papers, and what a training step takes of a regularizer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from repa_lab.align import Signals, Tokens
 
 Array = NDArray[np.float64]
 
@@ -83,3 +87,19 @@ def _wide_weights(source: int, target: int) -> Array:
     distance = np.abs(np.arange(source)[None] + 0.5 - centres) / max(scale, 1.0)
     weights = np.clip(1 - distance, 0, None)
     return weights / weights.sum(axis=1, keepdims=True)
+
+
+class Aligned(NamedTuple):
+    """What a training step adds and logs: the weighted loss, the weight, the mean cosine, and the manifold loss if any."""
+
+    loss: torch.Tensor
+    weight: float
+    cosine: torch.Tensor
+    manifold: torch.Tensor | None
+
+
+def align(regularizer: Any, student: Tokens, teacher: Tokens | Sequence[Tokens], step: int = 0, module: Any = None) -> Aligned:
+    """Return the outcome of one step; ``module`` is what wraps the regularizer, as DistributedDataParallel does."""
+    signals = Signals(taps=(student,), encoders=(teacher,) if isinstance(teacher, Tokens) else tuple(teacher))
+    weight, loss = regularizer.weight_at(step), (regularizer if module is None else module)(signals, step)
+    return Aligned(weight * loss.value, weight, loss.parts["cosine"], loss.parts.get("manifold"))

@@ -9,16 +9,19 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from repa_lab.align import REPA, UREPA, Manifold, Schedule, Tokens
+from repa_lab.align import REPA, UREPA, Tokens
 from repa_lab.models.tap import Tap
+from tests.align.references import align
 
-GRID, FINER = (3, 4), (4, 5)
+GRID, FINER, SMALL = (3, 4), (4, 5), {"width": 8}
 KINDS: dict[str, Callable[..., REPA]] = {
     "repa": REPA,
     "urepa": UREPA,
-    "conv": lambda *args, **settings: REPA(*args, **settings, projector="conv"),
+    "conv": lambda *args, **settings: REPA(*args, **{**settings, "projector": {"type": "conv"}}),
     "nt_xent": lambda *args, **settings: REPA(*args, **settings, loss="nt_xent"),
-    "l1_margin": lambda *args, **settings: UREPA(*args, **settings, manifold=Manifold("batch_tokens", distance="l1_margin")),
+    "l1_margin": lambda *args, **settings: UREPA(
+        *args, **settings, manifold={"scope": "batch_tokens", "distance": "l1_margin"}
+    ),
 }
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
@@ -31,7 +34,7 @@ def gradients(regularizer: REPA, call: Callable[..., object], student: Tokens, t
     """The loss and the gradients of student and projector."""
     leaf = Tokens(student.values.detach().requires_grad_(), student.grid)
     regularizer.zero_grad(set_to_none=False)
-    loss = call(leaf, teacher, step).loss
+    loss = align(regularizer, leaf, teacher, step, call).loss
     loss.backward()
     return [loss.detach(), leaf.values.grad, *(p.grad.clone() for p in regularizer.parameters())]
 
@@ -45,7 +48,8 @@ def test_compiling_changes_no_number_and_happens_once_a_phase_of_the_schedule(ki
         graphs.append(graph)
         return graph.forward
 
-    regularizer = kind(6, 5, Schedule("cosine", weight=0.5, warmup_steps=3, decay_steps=40), width=8)
+    schedule = {"type": "cosine", "warmup_steps": 3, "decay_steps": 40}
+    regularizer = kind(6, 5, weight=0.5, schedule=schedule, projector=SMALL)
     compiled = torch.compile(regularizer, backend=count, fullgraph=True)
     for step in range(25):
         student, teacher = tokens(6, GRID), tokens(5, FINER)
@@ -57,7 +61,7 @@ def test_compiling_changes_no_number_and_happens_once_a_phase_of_the_schedule(ki
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "l1_margin"])  # whose relations reach across the batch
 def test_micro_batches_add_up_to_the_batch(name):
-    regularizer, student, teacher = KINDS[name](6, 5, width=8), tokens(6, GRID), tokens(5, FINER)
+    regularizer, student, teacher = KINDS[name](6, 5, projector=SMALL), tokens(6, GRID), tokens(5, FINER)
     whole = gradients(regularizer, regularizer, student, teacher, 0)
     parts = [
         gradients(regularizer, regularizer, Tokens(s, GRID), Tokens(t, FINER), 0)
@@ -72,7 +76,7 @@ def test_micro_batches_add_up_to_the_batch(name):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_the_tapped_block_changes_no_gradient(reentrant):
     torch.manual_seed(1)
-    blocks, regularizer = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]), UREPA(6, 5, width=8)
+    blocks, regularizer = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]), UREPA(6, 5, projector=SMALL)
     tap = Tap(blocks[0], lambda output: Tokens(output, GRID))
     x, teacher = torch.randn(2, 12, 6), tokens(5, GRID, batch=2)
 
@@ -80,7 +84,7 @@ def test_checkpointing_the_tapped_block_changes_no_gradient(reentrant):
         hidden = x.clone().requires_grad_()
         for block in blocks:
             hidden = (checkpoint(block, hidden, use_reentrant=reentrant) if checkpointed else block(hidden)).tanh()
-        (hidden.square().mean() + regularizer(tap.take(), teacher).loss).backward()
+        (hidden.square().mean() + align(regularizer, tap.take(), teacher).loss).backward()
         found = [p.grad.clone() for module in (blocks, regularizer) for p in module.parameters()]
         for module in (blocks, regularizer):
             module.zero_grad()
@@ -95,13 +99,13 @@ def test_checkpointing_the_tapped_block_changes_no_gradient(reentrant):
 @kinds
 def test_half_precision_trains_with_a_gradient_scaler(kind, dtype):
     torch.manual_seed(2)
-    block, regularizer = nn.Linear(6, 6), kind(6, 5, 1.0, width=8)
+    block, regularizer = nn.Linear(6, 6), kind(6, 5, weight=1.0, projector=SMALL)
     optimizer = torch.optim.Adam([*block.parameters(), *regularizer.parameters()], lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=dtype == torch.float16)
     x, teacher, losses = torch.randn(4, 12, 6), tokens(5, GRID), []
     for step in range(40):
         with torch.autocast("cpu", dtype=dtype):
-            outcome = regularizer(Tokens(block(x), GRID), teacher, step)
+            outcome = align(regularizer, Tokens(block(x), GRID), teacher, step)
         assert outcome.loss.dtype == torch.float32
         losses.append(outcome.loss.item())
         scaler.scale(outcome.loss).backward()

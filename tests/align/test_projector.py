@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
-from repa_lab.align import Projector, Tokens
+from repa_lab.align import Projector, ProjectorSettings, Tokens
 
 
 def project(projector: Projector, values: torch.Tensor) -> torch.Tensor:
@@ -22,7 +23,7 @@ def test_the_papers_parameter_counts(in_dim, count):
 
 
 def test_the_mlp_is_three_linear_maps_with_silu_between():
-    projector = Projector(5, 7, width=11)
+    projector = Projector(5, 7, ProjectorSettings(width=11))
     tokens = torch.randn(2, 3, 5)
     x = tokens.double().numpy()
     layers = [module for module in projector.modules() if isinstance(module, torch.nn.Linear)]
@@ -37,7 +38,7 @@ def test_the_mlp_is_three_linear_maps_with_silu_between():
 
 
 def test_xavier_uniform_weights_and_no_bias_at_the_start():
-    projector = Projector(300, 200, width=400)
+    projector = Projector(300, 200, ProjectorSettings(width=400))
     layers = [module for module in projector.modules() if isinstance(module, torch.nn.Linear)]
     assert [(layer.in_features, layer.out_features) for layer in layers] == [(300, 400), (400, 400), (400, 200)]
     for layer in layers:
@@ -49,7 +50,7 @@ def test_xavier_uniform_weights_and_no_bias_at_the_start():
 
 
 def test_linear_is_a_norm_and_one_map():
-    projector = Projector(6, 4, kind="linear")
+    projector = Projector(6, 4, ProjectorSettings(type="linear"))
     tokens = torch.randn(2, 3, 6)
     x = tokens.double().numpy()
     normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
@@ -60,20 +61,20 @@ def test_linear_is_a_norm_and_one_map():
 
 @pytest.mark.parametrize("kind", ["mlp", "linear"])
 def test_every_token_is_projected_alone(kind):
-    projector, tokens = Projector(6, 4, width=8, kind=kind), torch.randn(2, 5, 6)
+    projector, tokens = Projector(6, 4, ProjectorSettings(width=8, type=kind)), torch.randn(2, 5, 6)
     torch.testing.assert_close(project(projector, tokens)[:, 2:3], project(projector, tokens[:, 2:3]))
 
 
 @pytest.mark.parametrize("kind", ["mlp", "linear", "conv"])
 @pytest.mark.parametrize("grid", [(2, 3), (3, 2), (1, 6)])
 def test_tokens_keep_their_grid(kind, grid):
-    projected = Projector(6, 4, width=8, kind=kind).project(Tokens(torch.randn(2, 6, 6), grid))
+    projected = Projector(6, 4, ProjectorSettings(width=8, type=kind)).project(Tokens(torch.randn(2, 6, 6), grid))
     assert (projected.grid, projected.values.shape) == (grid, (2, 6, 4))
 
 
 class TestConv:
     def test_a_kernel_of_ones_counts_neighbours(self):
-        projector = Projector(1, 1, kind="conv")
+        projector = Projector(1, 1, ProjectorSettings(type="conv"))
         torch.nn.init.ones_(projector.net.conv.weight)
         torch.nn.init.zeros_(projector.net.conv.bias)
         ones = torch.ones(1, 6, 1)
@@ -81,7 +82,7 @@ class TestConv:
         assert projector(ones, (3, 2)).flatten().tolist() == [4, 4, 6, 6, 4, 4]
 
     def test_it_agrees_with_a_sum_over_neighbours(self):
-        projector, (h, w) = Projector(3, 2, kind="conv", kernel=5), (4, 6)
+        projector, (h, w) = Projector(3, 2, ProjectorSettings(type="conv", kernel=5)), (4, 6)
         tokens = torch.randn(2, h * w, 3)
         weight, bias = (p.detach().double().numpy() for p in (projector.net.conv.weight, projector.net.conv.bias))
         maps = np.pad(tokens.double().numpy().reshape(2, h, w, 3), ((0, 0), (2, 2), (2, 2), (0, 0)))
@@ -92,34 +93,35 @@ class TestConv:
         np.testing.assert_allclose(found, expected.reshape(2, h * w, 2), atol=1e-5)
 
     def test_a_kernel_of_1_is_a_linear_map(self):
-        projector, tokens = Projector(6, 4, kind="conv", kernel=1), torch.randn(2, 5, 6)
+        projector, tokens = Projector(6, 4, ProjectorSettings(type="conv", kernel=1)), torch.randn(2, 5, 6)
         conv = projector.net.conv
         expected = tokens @ conv.weight[:, :, 0, 0].T + conv.bias
         torch.testing.assert_close(project(projector, tokens), expected.detach())
 
     def test_its_parameter_count(self):
         with torch.device("meta"):
-            projector = Projector(1152, 768, kind="conv")
+            projector = Projector(1152, 768, ProjectorSettings(type="conv"))
         assert sum(p.numel() for p in projector.parameters()) == 9 * 1152 * 768 + 768  # iREPA: 7.96 M
 
     def test_it_must_be_told_the_grid(self):
         with pytest.raises(ValueError, match="a conv projector needs the grid of its tokens"):
-            Projector(4, 4, kind="conv")(torch.zeros(1, 6, 4))
+            Projector(4, 4, ProjectorSettings(type="conv"))(torch.zeros(1, 6, 4))
 
     @pytest.mark.parametrize("kernel", [0, 2, 4, -1])
     def test_even_kernels_are_refused(self, kernel):
-        with pytest.raises(ValueError, match=f"a projector's kernel must be odd, got {kernel}"):
-            Projector(4, 4, kind="conv", kernel=kernel)
+        message = f"kernel must be odd, .*; got {kernel}" if kernel > 0 else "greater than or equal to 1"
+        with pytest.raises(ValidationError, match=message):
+            ProjectorSettings(type="conv", kernel=kernel)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "linear", "conv"])
 def test_half_precision_tokens_meet_float32_parameters(kind):
-    projector, tokens = Projector(6, 4, width=8, kind=kind), torch.randn(2, 5, 6).bfloat16()
+    projector, tokens = Projector(6, 4, ProjectorSettings(width=8, type=kind)), torch.randn(2, 5, 6).bfloat16()
     projected = project(projector, tokens)
     assert projected.dtype == torch.float32
     assert torch.equal(projected, project(projector, tokens.float()))
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="unknown projector 'cnn'; allowed: mlp, linear, conv"):
-        Projector(4, 4, kind="cnn")
+    with pytest.raises(ValidationError, match="Input should be 'mlp', 'linear' or 'conv'"):
+        ProjectorSettings(type="cnn")

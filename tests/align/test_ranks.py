@@ -13,12 +13,28 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from repa_lab.align import REPA, UREPA, Manifold, Schedule, SimilarityCutoff, Tokens, manifold_loss
+from repa_lab.align import (
+    REPA,
+    UREPA,
+    ManifoldSettings,
+    ScheduleSettings,
+    Signals,
+    SimilarityCutoff,
+    Tokens,
+    manifold_loss,
+)
 from repa_lab.align.ranks import gather, mean_over_ranks
 from repa_lab.models.tap import Tap
 
 WORLD = 2
 GRID = (2, 3)
+CUTOFF = {
+    "similarity_threshold": -0.9,
+    "similarity_ema_decay": 0.5,
+    "threshold_mode": "recoverable",
+    "similarity_min_count": 3,
+    "probe_every": 2,
+}
 
 
 def _enter(work: Callable[..., Any], rank: int, folder: Path, settings: dict[str, Any]) -> None:
@@ -76,14 +92,12 @@ def batches(steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def build(kind: str, schedule: dict[str, Any], manifold: str, cutoff: bool) -> tuple[Denoiser, REPA]:
     torch.manual_seed(0)
-    settings: dict[str, Any] = {"width": 8}
-    if cutoff:
-        settings["cutoff"] = SimilarityCutoff(-0.9, 0.5, "recoverable", min_count=3, probe_every=2)
-    weight = Schedule(**schedule)
+    settings: dict[str, Any] = {"weight": schedule.get("weight", 0.5), "projector": {"width": 8}}
+    settings["schedule"] = {name: value for name, value in schedule.items() if name != "weight"} | (CUTOFF if cutoff else {})
     denoiser = Denoiser()
     if kind == "repa":
-        return denoiser, REPA(8, 5, weight, **settings)
-    return denoiser, UREPA(8, 5, weight, 3.0, Manifold(manifold), **settings)
+        return denoiser, REPA(8, 5, **settings)
+    return denoiser, UREPA(8, 5, manifold_weight=3.0, manifold={"scope": manifold}, **settings)
 
 
 def train(
@@ -113,8 +127,10 @@ def train(
             for one in quiet:
                 one.__enter__()
             loss = wrapped(some).square().mean()
-            if always or regularizer.needs_target(step):
-                loss = loss + loss_of(tap.take(), Tokens(tokens, GRID), step).loss
+            if always or regularizer.is_active(step):
+                alignment = loss_of(Signals(taps=(tap.take(),), encoders=(Tokens(tokens, GRID),)), step)
+                regularizer.observe(step, alignment)
+                loss = loss + regularizer.weight_at(step) * alignment.value
             (loss / micro).backward()
             for one in quiet:
                 one.__exit__(None, None, None)
@@ -177,7 +193,7 @@ def relations(rank: int, scope: str) -> dict[str, torch.Tensor]:
     (student, teacher), = batches(1)
     student, teacher = (side.chunk(WORLD)[rank].clone() for side in (student, teacher))
     student.requires_grad_()
-    value = manifold_loss(student, teacher, Manifold(scope))
+    value = manifold_loss(student, teacher, ManifoldSettings(scope=scope))
     value.backward()
     return {"value": value.detach(), "gradient": student.grad, "rows": gather(student[:, 0].detach())}
 
@@ -188,7 +204,7 @@ def test_gathered_gradients_are_those_of_one_process(in_two, scope):
     (student, teacher), = batches(1)
     assert torch.equal(found[0]["rows"], student[:, 0])
     student.requires_grad_()
-    value = manifold_loss(student, teacher, Manifold(scope))
+    value = manifold_loss(student, teacher, ManifoldSettings(scope=scope))
     value.backward()
     for one in found:
         torch.testing.assert_close(one["value"], value.detach())
@@ -197,8 +213,11 @@ def test_gathered_gradients_are_those_of_one_process(in_two, scope):
     torch.testing.assert_close(joined, student.grad, rtol=1e-5, atol=1e-7)
 
 
+AT_ONCE = {"similarity_threshold": 0.5, "similarity_ema_decay": 0.0, "similarity_min_count": 1}
+
+
 def decide(rank: int) -> dict[str, torch.Tensor]:
-    cutoff, cut = SimilarityCutoff(0.5, ema_decay=0.0, min_count=1), []
+    cutoff, cut = SimilarityCutoff(ScheduleSettings(**AT_ONCE)), []
     for step, seen in enumerate([(0.9, 0.0), (0.2, 0.7), (0.9, 0.2), (0.0, 0.0)]):
         cutoff.observe(step, torch.tensor(seen[rank]))
         cut.append(cutoff.is_cut(step + 1))

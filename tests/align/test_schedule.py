@@ -63,15 +63,15 @@ def test_no_cutoff(never):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"type": "exponential"}, "unknown schedule type 'exponential'; allowed: constant, linear, cosine, polynomial"),
-        ({"weight": -0.1}, "schedule weight must not be negative, got -0.1"),
-        ({"weight": float("nan")}, "schedule weight must not be negative, got nan"),
-        ({"end": -1.0}, "schedule end must not be negative"),
-        ({"warmup_steps": -1}, "schedule warmup_steps must not be negative"),
-        ({"decay_steps": -1}, "schedule decay_steps must not be negative"),
-        ({"cutoff_step": -1}, "schedule cutoff_step must not be negative"),
-        ({"type": "polynomial", "power": -1.0, "decay_steps": 5}, "schedule power must not be negative"),
-        ({"type": "linear"}, "a linear schedule needs decay_steps or total_steps to know where it ends"),
+        ({"type": "exponential"}, "type\n  Input should be 'constant', 'linear', 'cosine' or 'polynomial'.*'exponential'"),
+        ({"weight": -0.1}, "the weight must not be negative, got -0.1"),
+        ({"weight": float("nan")}, "the weight must not be negative, got nan"),
+        ({"end": -1.0}, "end\n  Input should be greater than or equal to 0.*=-1.0"),
+        ({"warmup_steps": -1}, "warmup_steps\n  Input should be greater than or equal to 0.*=-1"),
+        ({"decay_steps": -1}, "decay_steps\n  Input should be greater than or equal to 0.*=-1"),
+        ({"cutoff_step": -1}, "cutoff_step\n  Input should be greater than or equal to 0.*=-1"),
+        ({"type": "polynomial", "power": -1.0, "decay_steps": 5}, "power\n  Input should be greater than or equal to 0.*=-1.0"),
+        ({"type": "linear"}, "a linear schedule needs decay_steps, the step at which it ends"),
         ({"type": "cosine", "warmup_steps": 100, "decay_steps": 100}, "decay_steps is counted from step 0"),
     ],
 )
@@ -94,7 +94,7 @@ class TestAgreement:
         def schedule() -> Schedule:
             warmup = draw.choice([0, 0, 3, 10])
             return Schedule(
-                draw.choice(["constant", "linear", "cosine", "polynomial"]),
+                type=draw.choice(["constant", "linear", "cosine", "polynomial"]),
                 weight=draw.choice([0.0, 0.5, 0.5, 1.0]),
                 end=draw.choice([0.0, 0.0, 0.5]),
                 warmup_steps=warmup,
@@ -113,11 +113,11 @@ class TestAgreement:
         assert agreement(Schedule(cutoff_step=600), Schedule(cutoff_step=400), 1000) == 400
 
     def test_a_decay_to_another_end_acts_after_the_warmup(self):
-        one, other = (Schedule("cosine", warmup_steps=100, decay_steps=900, end=end) for end in (0.0, 0.1))
+        one, other = (Schedule(type="cosine", warmup_steps=100, decay_steps=900, end=end) for end in (0.0, 0.1))
         assert agreement(one, other, 1000) == 101  # at step 100 the weight is the start's in both
 
     def test_a_decay_over_all_of_training_depends_on_its_length_at_once(self):
-        one, other = (Schedule("linear", total_steps=total) for total in (1000, 2000))
+        one, other = (Schedule(type="linear", total_steps=total) for total in (1000, 2000))
         assert agreement(one, other, 1000) == 1
         assert agreement(Schedule(total_steps=1000), Schedule(total_steps=2000), 1000) == 1000
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from repa_lab.align.settings import RegularizerSettings
 from repa_lab.spec import CompareConfig, SpecError, load_spec
 from repa_lab.spec.evaluate import EvaluateConfig
 from repa_lab.spec.grammar import Grammar
 from repa_lab.spec.options import RunOptions
-from repa_lab.spec.regularizer import RegularizerConfig
 from repa_lab.spec.schema import RunConfig, TrainConfig
 from tests.spec.examples import HEAD, write
 
@@ -66,7 +66,7 @@ ADDED = {
         "5:34: regularizer.block_index: expected an integer or mid, got 1.5"
     ],
     "axes: {regularizer.wieght: {range: [1, 3, 2]}}": [
-        f"5:29: regularizer.wieght: unknown field 'wieght'; {allowed(RegularizerConfig)}; did you mean 'weight'?"
+        f"5:29: regularizer.wieght: unknown field 'wieght'; {allowed(RegularizerSettings)}; did you mean 'weight'?"
     ],
     "one_at_a_time: {train.lr: {logspace: [-1, 1, 3]}}": [
         "5:28: one_at_a_time.train.lr.logspace: a logspace starts and stops above 0, got [-1, 1, 3]"
@@ -251,6 +251,6 @@ def test_a_mistake_in_each_of_several_files_is_told_in_each(tmp_path, monkeypatc
         "base.yaml:2:1: seeds: expected a number of at least 1 or a list, got 0",
         "q.yaml:7:20: train.ema: expected a number of less than 1.0, got 2",
         f"q.yaml:8:7: run.holdout: unknown field 'holdout'; {allowed(RunOptions)}",
-        f"used.yaml:2:15: regularizer.wieght: unknown field 'wieght'; {allowed(RegularizerConfig)}; did you mean 'weight'?",
+        f"used.yaml:2:15: regularizer.wieght: unknown field 'wieght'; {allowed(RegularizerSettings)}; did you mean 'weight'?",
         "with.yaml:2:3: evaluate.every: expected a number of at least 1, got 0",
     ]

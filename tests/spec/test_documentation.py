@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from pydantic_core import PydanticUndefined
 
+from repa_lab.settings import Settings
 from repa_lab.spec import load_spec
 from repa_lab.spec.grammar import Grammar
 from repa_lab.spec.ranges import FORMS, RangeConfig
 from repa_lab.spec.schema import SECTIONS, RunConfig
-from repa_lab.spec.section import Section
 from repa_lab.spec.validate import _first_model
 from repa_lab.spec.yaml import parse_scalar
 from tests.spec.examples import HEAD, write
@@ -28,14 +28,14 @@ ELSEWHERE = (
 _NONE = object()
 
 
-def fields(model: type[Section], prefix: str = "") -> Iterator[tuple[str, object]]:
+def fields(model: type[Settings], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Every dotted path and its default, or _NONE for what is a section or has no default."""
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
         source = RunConfig.model_fields[name] if path in SECTIONS else field
         inner = _first_model(source.annotation)
         default = source.get_default(call_default_factory=True)
-        yield path, _NONE if default is PydanticUndefined or isinstance(default, Section) else default
+        yield path, _NONE if default is PydanticUndefined or isinstance(default, Settings) else default
         if inner is not None:
             yield from fields(inner, f"{path}.")
 

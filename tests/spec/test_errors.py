@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from repa_lab.spec import CompareConfig, EncoderConfig, Place, Problem, RegularizerConfig, SpecError, load_spec
+from repa_lab.spec import CompareConfig, EncoderSettings, Place, Problem, RegularizerSettings, SpecError, load_spec
 from repa_lab.spec.errors import did_you_mean
 from repa_lab.spec.grammar import Grammar
 from repa_lab.spec.options import WandbOptions
@@ -29,11 +29,11 @@ BAD = {
     ),
     "unknown field, deep": (
         HEAD + "regularizer:\n  type: repa\n  encoder:\n    nam: dinov2_vits14\n",
-        [f"8:5: regularizer.encoder.nam: unknown field 'nam'; {allowed(EncoderConfig)}; did you mean 'name'?"],
+        [f"8:5: regularizer.encoder.nam: unknown field 'nam'; {allowed(EncoderSettings)}; did you mean 'name'?"],
     ),
     "unknown field, nothing near": (
         HEAD + "regularizer: {zzz: 1}\n",
-        [f"5:15: regularizer.zzz: unknown field 'zzz'; {allowed(RegularizerConfig)}"],
+        [f"5:15: regularizer.zzz: unknown field 'zzz'; {allowed(RegularizerSettings)}"],
     ),
     "sections missing": (
         "name: q\n",
@@ -76,7 +76,7 @@ BAD = {
     "several encoders": (
         HEAD + "regularizer: {type: repa, encoder: [{name: a, imagesize: 64}, 3]}\n",
         [
-            f"5:47: regularizer.encoder.0.imagesize: unknown field 'imagesize'; {allowed(EncoderConfig)}; "
+            f"5:47: regularizer.encoder.0.imagesize: unknown field 'imagesize'; {allowed(EncoderSettings)}; "
             "did you mean 'image_size'?",
             "5:63: regularizer.encoder.1: expected a mapping, got 3",
         ],
@@ -163,7 +163,7 @@ BAD = {
             "4:9: train.steps: expected an integer, got 'ten'",
             "5:1: seeds: expected an integer or a list, got 'many'",
             "6:7: run.device: expected one of auto, cpu, cuda, got 'gpu'; did you mean 'cpu'?",
-            f"7:29: regularizer.wieght: unknown field 'wieght'; {allowed(RegularizerConfig)}; did you mean 'weight'?",
+            f"7:29: regularizer.wieght: unknown field 'wieght'; {allowed(RegularizerSettings)}; did you mean 'weight'?",
         ],
     ),
     "a dotted path at the top": (
@@ -181,8 +181,8 @@ BAD = {
     "an axis of nothing": (
         HEAD + "axes: {regularizer.wieght: [0.5, 1.0]}\n",
         [
-            f"5:29: regularizer.wieght: unknown field 'wieght'; {allowed(RegularizerConfig)}; did you mean 'weight'?",
-            f"5:34: regularizer.wieght: unknown field 'wieght'; {allowed(RegularizerConfig)}; did you mean 'weight'?",
+            f"5:29: regularizer.wieght: unknown field 'wieght'; {allowed(RegularizerSettings)}; did you mean 'weight'?",
+            f"5:34: regularizer.wieght: unknown field 'wieght'; {allowed(RegularizerSettings)}; did you mean 'weight'?",
         ],
     ),
     "an axis of what is no setting of an arm": (
@@ -217,7 +217,7 @@ BAD = {
         + "axes:\n  teacher:\n    small: {regularizer.encoder.name: dinov2_vits14}\n"
         + "    giant: {regularizer.encoder.nam: dinov2_vitg14,\n            regularizer.encoder.image_size: big}\n",
         [
-            f"8:13: regularizer.encoder.nam: unknown field 'nam'; {allowed(EncoderConfig)}; did you mean 'name'?",
+            f"8:13: regularizer.encoder.nam: unknown field 'nam'; {allowed(EncoderSettings)}; did you mean 'name'?",
             "9:13: regularizer.encoder.image_size: expected an integer, got 'big'",
         ],
     ),
@@ -260,7 +260,7 @@ BAD = {
         [
             f"6:12: exclude.0.train.rl: unknown field 'rl'; {allowed(TrainConfig)}",
             f"6:30: exclude.1.teachr: unknown field 'teachr'; {allowed(RunConfig)}; did you mean 'teacher'?",
-            f"7:22: compare.baseline.regularizer.tpye: unknown field 'tpye'; {allowed(RegularizerConfig)}; "
+            f"7:22: compare.baseline.regularizer.tpye: unknown field 'tpye'; {allowed(RegularizerSettings)}; "
             "did you mean 'type'?",
         ],
     ),

@@ -12,8 +12,8 @@ from pydantic import BaseModel
 
 from repa_lab.data.fingerprint import fingerprint_digits
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
-from repa_lab.spec import EncoderConfig, ExtractorConfig, RunConfig, load_spec
-from repa_lab.spec.identity import RecordedSpecError, Run, identify, local_weights
+from repa_lab.spec import EncoderSettings, ExtractorConfig, RunConfig, load_spec
+from repa_lab.spec.identity import RecordedSpecError, Run, identify, local_files
 from repa_lab.sweep.plan import identify_arm
 from repa_lab.training.fingerprints import Inventory
 from tests.spec.examples import mapping
@@ -76,7 +76,7 @@ def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         inner = field.annotation
         if name == "encoder":
-            inner = EncoderConfig if prefix == "regularizer." else None
+            inner = EncoderSettings if prefix == "regularizer." else None
         elif name == "extractor":
             inner = ExtractorConfig
         if isinstance(inner, type) and issubclass(inner, BaseModel):
@@ -143,7 +143,7 @@ def test_several_encoders_are_one_setting():
     assert of({**one, "weights": "copy-of-a.bin"}, other).run_id == of(one, other).run_id
     assert len({of(one, other).run_id, of(other, one).run_id, of(one, one).run_id, of(other).run_id, of(one).run_id}) == 5
     assert len({of(one, other).config, of(one, other).config, of(one).config}) == 2  # settings are keys of mappings
-    assert local_weights(of(one, {**other, "weights": "b.bin"}).config) == ("a.bin", "b.bin")
+    assert local_files(of(one, {**other, "weights": "b.bin"}).config) == ("a.bin", "b.bin")
     again = of(one, other)
     assert Run.from_json(again.run_id, json.loads(json.dumps(again.to_json()))) == again
 
@@ -173,7 +173,7 @@ def test_a_weight_of_zero_is_not_the_baseline():
 
 def test_only_files_that_are_used_are_read():
     def named(overrides: dict[str, Any]) -> tuple[str, ...]:
-        return local_weights(run(overrides).config)
+        return local_files(run(overrides).config)
 
     assert named({}) == ("a.bin",)
     assert named({"evaluate.extractor.weights": "b.bin"}) == ("a.bin", "b.bin")
@@ -291,10 +291,10 @@ class TestFolders:
     def test_only_those_that_are_used_are_read(self):
         source = mapping(model={"family": "sdxl", "pretrained": "p"}, regularizer={"type": "urepa", "encoder": {"name": "e"}},
                          data={"source": "digits", "vae": "v"})  # fmt: skip
-        assert local_weights(load_spec(source).arms[0].config) == ("v", "p")
+        assert local_files(load_spec(source).arms[0].config) == ("v", "p")
         tae = {"regularizer.encoder.pixels": "tae", "regularizer.encoder.tae": "t"}
-        assert local_weights(load_spec(source, tae).arms[0].config) == ("t", "v", "p")
-        assert local_weights(load_spec(source, {**tae, "regularizer.type": "none"}).arms[0].config) == ("v", "p")
+        assert local_files(load_spec(source, tae).arms[0].config) == ("t", "v", "p")
+        assert local_files(load_spec(source, {**tae, "regularizer.type": "none"}).arms[0].config) == ("v", "p")
 
 
 def test_a_run_with_a_pretrained_model_survives_its_file():

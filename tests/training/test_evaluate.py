@@ -27,7 +27,7 @@ from repa_lab.metrics import cka, cosine_gap, frechet_distance, kid, precision_r
 from repa_lab.metrics.protocol import differences
 from repa_lab.models.family import BUILDERS
 from repa_lab.models.tap import Tap
-from repa_lab.spec import EncoderConfig
+from repa_lab.spec import EncoderSettings
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.conditioning import Labels
 from repa_lab.training.evaluate import Evaluator, write_grid
@@ -214,12 +214,12 @@ class TestProtocols:
         for name in ("one", "copy", "other"):
             file = tmp_path / f"{name}.safetensors"
             file.write_text("other" if name == "other" else "one")
-            encoders[name] = described(EncoderConfig(weights=str(file)))
+            encoders[name] = described(EncoderSettings(weights=str(file)))
         assert encoders["one"] == encoders["copy"] != encoders["other"]
-        assert described(EncoderConfig()) == EncoderConfig().model_dump(mode="json")
+        assert described(EncoderSettings()) == EncoderSettings().model_dump(mode="json")
 
     def test_an_encoder_is_known_by_whether_its_tokens_are_normed(self):
-        mae = EncoderConfig(name="mae_vitl16")
+        mae = EncoderSettings(name="mae_vitl16")
         assert described(mae) == {**mae.model_dump(mode="json"), "norm": False}
 
     def test_a_decoder_is_known_by_what_is_in_it_and_a_pipeline_by_its_scheduler_too(self, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from repa_lab.data.errors import DataError
 from repa_lab.data.folder import ImageFolder
 from repa_lab.data.space import LatentSpace, PixelSpace
-from repa_lab.spec import DataConfig, EncoderConfig
+from repa_lab.spec import DataConfig, EncoderSettings
 from repa_lab.training.fingerprints import fingerprint_of
 from repa_lab.training.images import open_images, pixels_for
 from repa_lab.training.quality import real_images
@@ -86,11 +86,11 @@ def test_mirrored_arms_are_measured_against_the_same_images(folder):
 class TestPixels:
     def test_are_the_images_unless_told_otherwise(self, latent, tmp_path):
         images = open_images(latent, tmp_path / "cache")
-        assert pixels_for(EncoderConfig(), images) is images.source
+        assert pixels_for(EncoderSettings(), images) is images.source
 
     def test_may_be_what_the_vae_gives_back(self, latent, tmp_path):
         images = open_images(latent, tmp_path / "cache")
-        made = pixels_for(EncoderConfig(pixels="vae"), images)
+        made = pixels_for(EncoderSettings(pixels="vae"), images)
         assert torch.equal(made.read(range(5)), images.space.decode(images.space.encode(torch.arange(5), None)))
         assert made.fingerprint != images.source.fingerprint
 
@@ -98,7 +98,7 @@ class TestPixels:
         tae = tiny()
         tae.save_pretrained(tmp_path / "tae")
         images = open_images(latent, tmp_path / "cache")
-        made = pixels_for(EncoderConfig(pixels="tae", tae=str(tmp_path / "tae")), images)
+        made = pixels_for(EncoderSettings(pixels="tae", tae=str(tmp_path / "tae")), images)
         with torch.no_grad():
             expected = tae.eval().decode(images.space.encode(torch.tensor([1, 4]), None)).sample
         assert (made.read([1, 4]) - (expected.clamp(-1, 1) + 1) * 127.5).abs().max() <= 0.501
@@ -106,7 +106,7 @@ class TestPixels:
     @pytest.mark.parametrize("kind", ["vae", "tae"])
     def test_without_latents_are_refused(self, folder, tmp_path, kind):
         data = config(source="imagefolder", path=str(folder), resolution=16, holdout=2)
-        encoder = EncoderConfig(pixels=kind, tae="x" if kind == "tae" else None)
+        encoder = EncoderSettings(pixels=kind, tae="x" if kind == "tae" else None)
         with pytest.raises(DataError) as caught:
             pixels_for(encoder, open_images(data, tmp_path))
         assert str(caught.value) == (f"pixels: {kind} decodes latents, and there is no VAE; set data.vae, or pixels: image")
@@ -117,7 +117,7 @@ class TestPixels:
         tiny(latent_channels=16).save_pretrained(tmp_path / "wide")
         for name, match in (("wide", "decodes latents of 16 channels"), ("missing", "cannot load the TAE '.*missing'")):
             with pytest.raises(DataError, match=match) as caught:
-                pixels_for(EncoderConfig(pixels="tae", tae=str(tmp_path / name)), images)
+                pixels_for(EncoderSettings(pixels="tae", tae=str(tmp_path / name)), images)
             assert caught.value.field == "tae"
 
 

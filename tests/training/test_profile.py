@@ -17,7 +17,7 @@ from repa_lab.data.sources import Split
 from repa_lab.metrics import cka, cknna, lds, mutual_knn, rmsc
 from repa_lab.models.tap import Tap, TapError
 from repa_lab.runs import RunDirectory, RunWriter, profiles
-from repa_lab.spec import EncoderConfig
+from repa_lab.spec import EncoderSettings
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.conditioning import Labels
 from repa_lab.training.heldout import held_out_batches, show
@@ -231,7 +231,7 @@ class TestWhatCannotBeMeasured:
             profile_run(directory, Request(weights="best"), make_options(), cache)
         with pytest.raises(ProfileError, match="run off is compared with no encoder; name one"):
             profile_run(directory, HALF, make_options(), cache)
-        named = Request((0.5,), encoder=EncoderConfig(**ENCODER))
+        named = Request((0.5,), encoder=EncoderSettings(**ENCODER))
         assert profile_run(directory, named, make_options(), cache)["aligned_block"] is None
 
     def test_a_diverged_block_is_named(self, images, cache, targets):
@@ -260,7 +260,7 @@ def test_fewer_images_are_spread_over_all_that_are_held_out(images):
 
 def test_an_encoder_is_known_by_name_from_whichever_run_uses_it():
     with_one, without = make_run().config, make_run(**OFF).config
-    assert known_encoder([without, with_one], "efficientnet_lite0") == EncoderConfig(**ENCODER)
+    assert known_encoder([without, with_one], "efficientnet_lite0") == EncoderSettings(**ENCODER)
     assert known_encoder([without], "efficientnet_lite0") is None
 
 
@@ -286,7 +286,7 @@ def test_a_file_of_weights_is_named_by_its_content(trained, cache, tmp_path):
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):
         torch.manual_seed(seed)
         save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / f"{name}.safetensors")
-        encoder = EncoderConfig(**ENCODER, cache=False, weights=str(tmp_path / f"{name}.safetensors"))
+        encoder = EncoderSettings(**ENCODER, cache=False, weights=str(tmp_path / f"{name}.safetensors"))
         kept.append(profile_run(trained, Request((0.5,), ("cka",), encoder=encoder), make_options(), cache)["protocol"]["encoder"])
     assert kept[0] == kept[1] != kept[2]
     assert profile_run(trained, HALF, make_options(), cache)["protocol"]["encoder"]["weights"] is None

@@ -1,0 +1,69 @@
+"""A section of a spec whose fields are those of the component that it names, built-in or from a plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from repa_lab.registry import Registry, UnknownComponentError
+
+
+class HasSettings(Protocol):
+    """A component with settings."""
+
+    @property
+    def settings(self) -> type[BaseModel]:
+        """Its settings class."""
+        ...
+
+
+@dataclass(frozen=True)
+class NamedBy:
+    """Marks a section whose field ``key`` names a component of a registry, whose settings the section then is.
+
+    Attributes:
+        registry: the components.
+        key: the field that names one.
+        default: the component where the field is left out.
+    """
+
+    registry: Registry[Any]
+    key: str
+    default: str
+
+    def settings_of(self, section: Mapping[str, Any]) -> type[BaseModel] | None:
+        """Return the settings class that a section names; None where there is no such component."""
+        try:
+            component: HasSettings = self.registry[str(section.get(self.key, self.default))]
+        except UnknownComponentError:
+            return None
+        return component.settings
+
+    @property
+    def choices(self) -> tuple[type[BaseModel], ...]:
+        """The settings classes of all components."""
+        return tuple(self.registry[name].settings for name in self.registry)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def parse(value: Any) -> BaseModel:
+            if isinstance(value, BaseModel):
+                return value
+            if not isinstance(value, dict):
+                raise ValueError(f"expected a mapping, got {value!r}")
+            if value and self.key not in value:
+                raise ValueError(f"has settings and no {self.key}; allowed: {', '.join(self.registry.names)}")
+            if (settings := self.settings_of(value)) is None:
+                raise UnknownComponentError(self.registry.kind, str(value[self.key]), self.registry.names)
+            return settings.model_validate({self.key: self.default, **value})
+
+        dump = core_schema.plain_serializer_function_ser_schema(
+            lambda value, info: value.model_dump(mode=info.mode), info_arg=True
+        )
+        return core_schema.no_info_plain_validator_function(parse, serialization=dump)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [handler(choice.__pydantic_core_schema__) for choice in self.choices]}
