@@ -173,11 +173,6 @@ class RegularizerSettings(Settings):
     kinds: ClassVar[tuple[str, ...]] = ("transformer", "unet")
     """Kinds of denoisers that it fits."""
 
-    @classmethod
-    def field_names(cls) -> tuple[str, ...]:
-        """Return the fields that a spec may set."""
-        return tuple(name for name, field in cls.model_fields.items() if not field.exclude)
-
     @property
     def encoders(self) -> tuple[EncoderSettings, ...]:
         """The encoders among the settings, in the order of the fields."""

@@ -23,7 +23,7 @@ from repa_lab.bridge.keys import (
 )
 from repa_lab.bridge.read import READABLE, Reading
 from repa_lab.spec.evaluate import EvaluateConfig
-from repa_lab.spec.schema import DataConfig
+from repa_lab.data.settings import SourceSettings
 
 Fields = Mapping[str, Any]
 Remark = tuple[str, str]  # the key it is about, or nothing, and what to say
@@ -231,7 +231,7 @@ def _to_fill_in(reading: Reading, fields: Fields) -> Iterator[Remark]:
         yield from _images(reading, fields) if "data_backend_config" in reading.values else ()
         return
     yield from _images(reading, fields)
-    held_out = DataConfig.model_fields["holdout"].default
+    held_out = SourceSettings.model_fields["holdout"].default
     yield "", f"data.holdout is {held_out}: so many images are not trained on; lower it for a data set of few more, or fewer"
     yield from _release(reading)
     yield from _stand_ins(reading, fields)

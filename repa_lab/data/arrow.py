@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from repa_lab.data.settings import HubSettings, SavedSettings
 from repa_lab.data.crop import Buckets
 from repa_lab.data.errors import DataError
 from repa_lab.data.fingerprint import fingerprint_saved
@@ -18,6 +19,16 @@ from repa_lab.data.sources import Pictures
 
 _SPLIT = "train"
 _TEXT = ("string", "large_string")
+
+
+def open_saved(settings: SavedSettings) -> SavedDataset:
+    """Open a saved data set."""
+    return SavedDataset(settings.folder, settings.side, settings.sizes, settings.caption_column)
+
+
+def open_hub(settings: HubSettings) -> HubDataset:
+    """Open a data set of the hub."""
+    return HubDataset(settings.data, settings.side, settings.sizes, settings.caption_column)
 
 
 class TableImages(Pictures):

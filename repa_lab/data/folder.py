@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
+from repa_lab.data.settings import ImageFolderSettings
 from repa_lab.data.crop import Buckets
 from repa_lab.data.errors import DataError
 from repa_lab.data.fingerprint import fingerprint_content
@@ -15,6 +16,11 @@ from repa_lab.data.sources import Pictures
 
 # Formats of cameras, which note how they were held; others would have to be decoded to look for such a note.
 _ROTATED = ("JPEG", "MPO", "TIFF", "WEBP")
+
+
+def open_image_folder(settings: ImageFolderSettings) -> ImageFolder:
+    """Open a folder of images."""
+    return ImageFolder(settings.folder, settings.side, settings.sizes, settings.caption_column)
 
 
 class ImageFolder(Pictures):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from repa_lab.data.settings import PreparedSettings
 from repa_lab.data.autoencoder import Autoencoder
 from repa_lab.data.errors import DataError
 from repa_lab.data.layout import IMAGES, LATENTS, Listing, open_image, read_listing, read_manifest, unreadable
@@ -17,6 +18,11 @@ from repa_lab.data.sources import Pictures
 _PROBES = 4
 # TF32 or half precision change latents by a hundredth at most; another VAE, or another image, by as much as they are.
 _TOLERANCE = 0.05
+
+
+def open_prepared(settings: PreparedSettings) -> Prepared:
+    """Open a prepared folder."""
+    return Prepared(settings.folder, settings.side)
 
 
 class Prepared(Pictures):

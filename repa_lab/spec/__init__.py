@@ -7,14 +7,13 @@ from repa_lab.spec.expand import Arm
 from repa_lab.spec.experiment import Experiment, load_spec
 from repa_lab.spec.limits import BudgetConfig, StopRule
 from repa_lab.spec.options import RunOptions
-from repa_lab.spec.schema import CompareConfig, DataConfig, ModelConfig, RunConfig
+from repa_lab.spec.schema import CompareConfig, ModelConfig, RunConfig
 from repa_lab.spec.search import SearchConfig
 
 __all__ = [
     "Arm",
     "BudgetConfig",
     "CompareConfig",
-    "DataConfig",
     "EncoderSettings",
     "EvaluateConfig",
     "Experiment",

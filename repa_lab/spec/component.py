@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from repa_lab.align.settings import REGULARIZERS
+from repa_lab.data.settings import SOURCES
 from repa_lab.registry import Registry, UnknownComponentError
 
 
@@ -33,7 +35,7 @@ class NamedBy:
 
     registry: Registry[Any]
     key: str
-    default: str
+    default: str | None
 
     def settings_of(self, section: Mapping[str, Any]) -> type[BaseModel] | None:
         """Return the settings class that a section names; None where there is no such component."""
@@ -54,7 +56,7 @@ class NamedBy:
                 return value
             if not isinstance(value, dict):
                 raise ValueError(f"expected a mapping, got {value!r}")
-            if value and self.key not in value:
+            if self.key not in value and (value or self.default is None):
                 raise ValueError(f"has settings and no {self.key}; allowed: {', '.join(self.registry.names)}")
             if (settings := self.settings_of(value)) is None:
                 raise UnknownComponentError(self.registry.kind, str(value[self.key]), self.registry.names)
@@ -67,3 +69,7 @@ class NamedBy:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"anyOf": [handler(choice.__pydantic_core_schema__) for choice in self.choices]}
+
+
+# The sections whose fields are those of a component.
+COMPONENTS = {"regularizer": NamedBy(REGULARIZERS, "type", "none"), "data": NamedBy(SOURCES, "source", None)}

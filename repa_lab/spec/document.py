@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from repa_lab.spec.component import COMPONENTS
 from repa_lab.spec.errors import Path_, Place, Problem, SpecError
-from repa_lab.spec.schema import SOURCES_OF
 from repa_lab.spec.yaml import MAX_DEPTH, MAX_DIGITS, MAX_NODES, Document, is_text, read_yaml
 
 _PROGRAM = Place(None)
 # Sections merge all the way down. In these a child's entry replaces its parent's whole: an axis, a space, a baseline.
 _SHALLOW = ("axes", "one_at_a_time", "search", "compare")
-_SOURCE = ("data", "source")
+# The fields that name the component whose fields a section has.
+_NAMES = {(section, named.key) for section, named in COMPONENTS.items()}
 # Rules of a child replace those of its parent, whichever there were.
 _WHOLE = ("stop",)
 
@@ -78,22 +79,25 @@ class Draft:
     def _assign(self, target: dict[str, Any], path: Path_, value: Any, place: Place) -> None:
         key = str(path[-1])
         if isinstance(value, Mapping) and isinstance(target.get(key), dict):
-            for inner, inner_value in sorted(value.items(), key=lambda item: (*path, item[0]) != _SOURCE):
+            for inner, inner_value in sorted(value.items(), key=lambda item: (*path, item[0]) not in _NAMES):
                 self._assign(target[key], (*path, inner), inner_value, place)
             return
-        if path == _SOURCE and isinstance(value, str):
-            self._drop_fields_of_others(target, value)
+        if path in _NAMES and isinstance(value, str):
+            self._drop_fields_of_former(target, str(path[0]), value)
         target[key] = copy.deepcopy(dict(value) if isinstance(value, Mapping) else value)
         self._drop(path)
         self.places[path] = place
 
-    def _drop_fields_of_others(self, data: dict[str, Any], source: str) -> None:
-        """Another source of data has fields of its own: those laid down for the former one go with it."""
-        if data.get("source", source) == source:
+    def _drop_fields_of_former(self, target: dict[str, Any], section: str, name: str) -> None:
+        """Drop the fields that only the former component of a section has, for another one is named now."""
+        named = COMPONENTS[section]
+        former = named.settings_of(target) if named.key in target else None
+        new = named.settings_of({named.key: name})
+        if former is None or new is None:
             return
-        for name in [name for name, sources in SOURCES_OF.items() if name in data and source not in sources]:
-            del data[name]
-            self._drop((_SOURCE[0], name))
+        for field in (former.model_fields.keys() - new.model_fields.keys()) & target.keys():
+            del target[field]
+            self._drop((section, field))
 
     def _drop(self, path: Path_) -> None:
         for known in [known for known in self.places if known[: len(path)] == path and known != ()]:

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from repa_lab.align.settings import REGULARIZERS
+from pydantic import BaseModel
+
+from repa_lab.spec.component import COMPONENTS
 from repa_lab.spec.document import Draft
 from repa_lab.spec.errors import Path_, Place, Problem, SpecError, did_you_mean
 from repa_lab.spec.grammar import Grammar
@@ -17,7 +19,6 @@ from repa_lab.spec.ranges import RangeConfig
 from repa_lab.spec.schema import SECTIONS, RunConfig
 from repa_lab.spec.validate import validate
 
-_TYPE = ("regularizer", "type")
 _MAX_ARMS = 10_000
 _MAX_TOLD = 5  # at one place
 _BREAKS = ("Cc", "Zl", "Zp")  # control characters and separators of lines, as Unicode has them
@@ -54,7 +55,7 @@ class Arm:
         draft = self.draft.copy()
         for dotted, value in settings.items():
             draft.set(dotted, value, Place(None))
-        _drop_foreign_fields(draft, REGULARIZERS)
+        _drop_foreign_fields(draft)
         own = [self.label] if self.levels else []
         names = _short_names(settings)
         label = ", ".join(own + [f"{names[path]}={_brief(value)}" for path, value in settings.items()])
@@ -96,11 +97,11 @@ def expand(grammar: Grammar, document: Draft) -> tuple[Arm, ...]:
 
 def _build(base: Draft, cells: list[_Cell], problems: list[Problem]) -> tuple[Arm, ...]:
     arms: list[Arm] = []
-    kinds = _regularizers(base, cells)
+    named = _named(base, cells)
     for cell in cells:
         try:
             draft = _apply(base, cell)
-            _drop_foreign_fields(draft, kinds)
+            _drop_foreign_fields(draft, named)
             arms.append(Arm(_label(cell), {level.axis: level.name for level in cell}, validate(RunConfig, draft), draft))
         except SpecError as error:
             problems = problems + error.problems
@@ -109,29 +110,40 @@ def _build(base: Draft, cells: list[_Cell], problems: list[Problem]) -> tuple[Ar
     return tuple(arms)
 
 
-def _regularizers(base: Draft, cells: Iterable[_Cell]) -> set[str]:
-    """Return the types of regularizers that the arms name."""
+def _named(base: Draft, cells: Iterable[_Cell]) -> dict[str, set[str]]:
+    """Return the components that the arms name, by the section that has their fields."""
     levels = {id(level): level for cell in cells for level in cell}.values()
     drafts = [base.value, *(_nested(level.settings) for level in levels)]
-    return {kind for draft in drafts if isinstance(kind := value_at(draft, _TYPE), str) and kind in REGULARIZERS}
+    return {
+        section: {name for draft in drafts if isinstance(name := value_at(draft, (section, named.key)), str)}
+        for section, named in COMPONENTS.items()
+    }
 
 
-def _drop_foreign_fields(draft: Draft, kinds: Iterable[str]) -> None:
-    """Take fields out of an arm's regularizer that only other types have, for the arms of a sweep share one base.
+def _drop_foreign_fields(draft: Draft, named: Mapping[str, Iterable[str]] | None = None) -> None:
+    """Take fields out of an arm's sections that only other components have, for the arms of a sweep share one base.
 
     Args:
         draft: the arm.
-        kinds: the other types whose fields are ignored; ``none`` ignores those of every type, so that any arm can be turned
-            off.
+        named: the components of the sweep, whose fields are ignored; None ignores those of all. The regularizer ``none``
+            ignores the fields of every other, so that any arm can be turned off.
     """
-    section, kind = draft.value.get("regularizer"), value_at(draft.value, _TYPE)
-    if not isinstance(section, dict) or kind not in REGULARIZERS:
-        return
-    own = REGULARIZERS[kind].settings.field_names()
-    others = REGULARIZERS if kind == "none" else kinds
-    foreign = {name for other in others for name in REGULARIZERS[other].settings.field_names()} - set(own)
-    for name in foreign & section.keys():
-        del section[name]
+    for name, mark in COMPONENTS.items():
+        section = draft.value.get(name)
+        own = mark.settings_of(section) if isinstance(section, dict) and mark.key in section else None
+        if own is None:
+            continue
+        chosen = section[mark.key]
+        others = mark.registry.names if named is None or chosen == "none" else named[name]
+        found = (mark.settings_of({mark.key: other}) for other in others)
+        foreign = {field for other in found if other for field in settable(other)} - set(settable(own))
+        for field in foreign & section.keys():
+            del section[field]
+
+
+def settable(settings: type[BaseModel]) -> tuple[str, ...]:
+    """Return the fields of a section that a spec may set."""
+    return tuple(name for name, field in settings.model_fields.items() if not field.exclude)
 
 
 def _gathered(problems: Iterable[Problem]) -> Iterator[Problem]:
@@ -180,14 +192,14 @@ def _apply(base: Draft, cell: _Cell) -> Draft:
 
 def _axes(grammar: Grammar, document: Draft) -> list[list[_Level]]:
     return [
-        [_named(axis, name, value or {}, document, ("axes", axis, name)) for name, value in levels.items()]
+        [_level(axis, name, value or {}, document, ("axes", axis, name)) for name, value in levels.items()]
         if isinstance(levels, dict)
         else _listed(axis, levels, document, "axes", _names(grammar)[axis])
         for axis, levels in grammar.axes.items()
     ]
 
 
-def _named(axis: str, name: str, settings: Mapping[str, Any], document: Draft, path: Path_) -> _Level:
+def _level(axis: str, name: str, settings: Mapping[str, Any], document: Draft, path: Path_) -> _Level:
     placed = {dotted: (value, document.place((*path, dotted))) for dotted, value in settings.items()}
     return _Level(axis, name, placed, document.place(path))
 
@@ -209,7 +221,7 @@ def _stars(grammar: Grammar, document: Draft) -> list[_Level]:
 
 def _included(grammar: Grammar, document: Draft) -> list[_Level]:
     return [
-        _named("include", extra.label, extra.set, document, ("include", index, "set"))
+        _level("include", extra.label, extra.set, document, ("include", index, "set"))
         for index, extra in enumerate(grammar.include)
     ]
 

@@ -6,12 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from repa_lab.align.settings import REGULARIZERS, EncoderSettings, NoSettings, RegularizerSettings
+from repa_lab.align.settings import EncoderSettings, NoSettings, RegularizerSettings
+from repa_lab.data.settings import SourceSettings
 from repa_lab.settings import Fraction, HubOrLocal, NotNegative, Positive, Settings, later, settings_in
-from repa_lab.spec.component import NamedBy
+from repa_lab.spec.component import COMPONENTS
 from repa_lab.spec.evaluate import EvaluateConfig, ExtractorConfig
-
-_HELD_OUT = 256
 
 
 class ModelConfig(Settings):
@@ -26,86 +25,6 @@ class ModelConfig(Settings):
     train: Literal["full", "lora"] = "full"
     rank: Positive = 16
     revision: str | None = later(None)
-
-
-class BucketsConfig(Settings):
-    """Images keep about their aspect: sizes are multiples of ``step`` pixels of about the area of a square of the resolution,
-    one side at most ``max_aspect`` times the other."""
-
-    step: Positive = 64
-    max_aspect: Annotated[float, Field(ge=1)] = 2.0
-
-
-FOLDER_SOURCES = ("imagefolder", "datasets", "repa")
-# The sources that a field of `data` belongs to, where it does not belong to all.
-SOURCES_OF = {
-    "path": FOLDER_SOURCES,
-    "name": ("hub",),
-    "config": ("hub",),
-    "split": ("hub",),
-    "revision": ("hub",),
-    "caption_column": ("imagefolder", "datasets", "hub"),
-}
-
-
-class DataConfig(Settings):
-    """The images: scikit-learn's digits, a folder of images, a folder that `Dataset.save_to_disk` of `datasets` wrote, a
-    folder that REPA's preprocessing or `repa-lab data prepare` wrote (``repa``), whose latents are taken as they are, or a
-    ``split`` of the data set ``name`` of the Hugging Face hub, at a ``revision`` (a branch, a tag or a commit).
-
-    ``resolution`` null is 256, or 8 for digits. ``vae`` (a hub id or folder) trains in its latent space; a pretrained model has
-    its own. ``holdout`` images are never trained on; null is 256 or, if that is less, a tenth of the images, one at least.
-    ``flip`` mirrors every other image at random as it is seen; ``buckets`` keeps aspects, where null cuts squares.
-    ``caption_column`` names the column of captions; null is ``text``, ``caption`` or ``prompt``, the first there is.
-    """
-
-    source: Literal["digits", "imagefolder", "datasets", "repa", "hub"]
-    path: str | None = None
-    resolution: Positive | None = None
-    vae: HubOrLocal | None = None
-    holdout: Positive | None = None
-    flip: bool = later(False)
-    buckets: BucketsConfig | None = later(None)
-    caption_column: str | None = later(None)
-    name: str | None = later(None)
-    config: str | None = later(None)
-    split: str = later("train")
-    revision: str | None = later(None)
-
-    @model_validator(mode="after")
-    def _fields_are_of_the_source(self) -> DataConfig:
-        for name, sources in SOURCES_OF.items():
-            if self.source not in sources and getattr(self, name) != type(self).model_fields[name].default:
-                advice = "leave it out, or set data.source"
-                raise ValueError(f"{name} is a field of source {' or '.join(sources)}, not of {self.source}: {advice}")
-        if self.source == "hub" and self.name is None:
-            raise ValueError("source hub takes the name of a data set: owner/name")
-        return self
-
-    @model_validator(mode="after")
-    def _digits_are_8x8(self) -> DataConfig:
-        if self.source == "digits" and self.resolution not in (None, 8):
-            raise ValueError("digits are 8 pixels wide and high: resolution must be 8 or left out")
-        return self
-
-    @model_validator(mode="after")
-    def _prepared_is_fixed(self) -> DataConfig:
-        if self.source == "repa" and (self.flip or self.buckets):
-            raise ValueError("prepared latents are of square images, none of them mirrored: leave flip and buckets out")
-        return self
-
-    def held_out(self, images: int | None) -> int:
-        """How many of so many images are held out; None where their number is not known. Of the digits 256 always were."""
-        if self.holdout is not None:
-            return self.holdout
-        if images is None or self.source == "digits":
-            return _HELD_OUT
-        return max(1, min(_HELD_OUT, images // 10))
-
-    @property
-    def side(self) -> int:
-        """Pixels along each side of a training image."""
-        return 8 if self.source == "digits" else self.resolution or 256
 
 
 class TrainConfig(Settings):
@@ -129,8 +48,8 @@ class RunConfig(Settings):
     """All that decides what a run computes, but for its seed."""
 
     model: ModelConfig
-    regularizer: Annotated[RegularizerSettings, NamedBy(REGULARIZERS, "type", "none")] = NoSettings()
-    data: DataConfig
+    regularizer: Annotated[RegularizerSettings, COMPONENTS["regularizer"]] = NoSettings()
+    data: Annotated[SourceSettings, COMPONENTS["data"]]
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
 

@@ -21,7 +21,7 @@ from repa_lab.spec import Arm, EvaluateConfig, Experiment, Problem, RunOptions, 
 from repa_lab.spec.errors import Path_
 from repa_lab.sweep.search.problems import objective_path, search_problems
 from repa_lab.tracking import tensorboard
-from repa_lab.training.fingerprints import Inventory, is_unset
+from repa_lab.training.fingerprints import Inventory
 from repa_lab.training.needs import encoders_of, needs_of
 from repa_lab.training.protocol import MIN_HELD_OUT, measured, metric_names, shared_names, tiers
 
@@ -48,7 +48,7 @@ def blocked(arm: Arm) -> Problem | None:
     if not family.trainable:
         message = f"family '{family.name}' can be planned and tapped, not trained (trainable: {', '.join(TRAINABLE)})"
         return arm.problem("model.family", message)
-    if is_unset(arm.config.data):
+    if arm.config.data.is_unset:
         return arm.problem("data.path", "not set; give a folder of images with --set data.path=FOLDER")
     return None
 
@@ -88,7 +88,7 @@ def _model_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]
         yield arm.problem("data.buckets", f"{family.name} is built for one size: leave buckets out")
     if arm.config.evaluate.prompts:
         yield arm.problem("evaluate.prompts", f"{family.name} is told classes: leave prompts out")
-    if arm.config.data.source == "repa" and arm.config.data.vae is None:
+    if arm.config.data.is_prepared and arm.config.data.vae is None:
         yield arm.problem("data.vae", "not set; name the VAE whose latents the prepared folder has: it decodes the samples")
     elif arm.config.data.vae is None and side % shape.stride:
         place = "model.size" if arm.config.data.source == "digits" else "data.resolution"
@@ -277,7 +277,7 @@ def _vae_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
     if vae is None:
         yield arm.problem(path, f"'{folder}' has no VAE: neither config.json nor {VAE}/config.json can be read")
         return
-    taken, given = vae.get("in_channels", vae.get("input_channels")), 1 if data.source == "digits" else 3
+    taken, given = vae.get("in_channels", vae.get("input_channels")), data.channels
     if taken not in (given, None):
         yield arm.problem(path, f"the VAE takes {taken} channels, the images have {given}")
     own = read_json(Path(pretrained) / VAE / "config.json") or {} if pretrained else {}

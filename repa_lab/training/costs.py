@@ -15,13 +15,11 @@ from repa_lab.models.facts import Family, Shape, shape_of
 from repa_lab.models.families import family_facts
 from repa_lab.models.flops import VAE_DECODER, VAE_ENCODER, Forward, forward_of
 from repa_lab.spec import EvaluateConfig, RunConfig, RunOptions
-from repa_lab.spec.schema import DataConfig
+from repa_lab.data.settings import SourceSettings
 
 _VAE_STRIDE, _VAE_CHANNELS = 8, 4
-_CHANNELS = {"digits": 1}  # three otherwise
 _CLASSES = {"digits": 10}
 _ASSUMED_CLASSES = 1000
-_DIGITS = 1797
 _FLOAT, _HALF = 4, 2  # bytes
 # A weight that trains is kept with its average and AdamW's two moments.
 _CHECKPOINT_NUMBERS = 4
@@ -107,7 +105,7 @@ class Cache:
     """
 
     what: str
-    data: DataConfig
+    data: SourceSettings
     image_flops: float
     image_bytes: float
 
@@ -157,7 +155,7 @@ def caches_of(config: RunConfig, options: RunOptions) -> Iterator[Cache]:
     """What a run's settings have computed once for all images."""
     family, data = family_facts(config.model.family), config.data
     seen = data.model_copy(update={"holdout": 1})  # which decides nothing of it
-    if _has_vae(config, family) and data.source != "repa":
+    if _has_vae(config, family) and not data.is_prepared:
         stride = family.latent_stride if family.network else _VAE_STRIDE
         channels = family.network.channels if family.network else _VAE_CHANNELS
         kept = 2 * channels * (data.side // stride) ** 2 * _FLOAT
@@ -196,7 +194,7 @@ def _tokens(config: RunConfig, family: Family, stride: int) -> float:
 
 
 def _channels(config: RunConfig) -> int:
-    return _VAE_CHANNELS if config.data.vae else _CHANNELS.get(config.data.source, 3)
+    return _VAE_CHANNELS if config.data.vae else config.data.channels
 
 
 def _has_vae(config: RunConfig, family: Family) -> bool:
@@ -232,13 +230,13 @@ def _tapped(config: RunConfig, family: Family, shape: Shape) -> float:
     return _tokens(config, family, shape.stride_at(config.regularizer.block_index))
 
 
-def _encoded(encoder: EncoderSettings, data: DataConfig) -> int | None:
+def _encoded(encoder: EncoderSettings, data: SourceSettings) -> int | None:
     """Tokens of an image by an encoder; None where its stride is not known."""
     facts = facts_of(encoder.name)
     return (_seen(encoder, data) // facts.stride) ** 2 if facts is not None and facts.stride else None
 
 
-def _seen(encoder: EncoderSettings, data: DataConfig) -> int:
+def _seen(encoder: EncoderSettings, data: SourceSettings) -> int:
     """Pixels along each side at which an encoder sees an image."""
     facts = facts_of(encoder.name)
     return input_size(facts.stride, (data.side, data.side), encoder.image_size)[0] if facts else 0
@@ -302,7 +300,6 @@ def _rough(config: RunConfig, forward: Forward) -> tuple[str, ...]:
     return (*([forward.rough] if forward.rough else []), *([counted] if named not in (None, released) else []), *encoders)
 
 
-def images_of(data: DataConfig, files: int | None) -> int | None:
-    """Images of a data set, mirrored ones included; ``files`` is how many a folder has, None where it is not known."""
-    count = _DIGITS if data.source == "digits" else files
-    return None if count is None else count * (1 + int(data.flip))
+def images_of(data: SourceSettings, files: int | None) -> int | None:
+    """Images of a data set, mirrored ones included; ``files`` is how many there are, None where that is not known."""
+    return None if files is None else files * (1 + int(data.flip))

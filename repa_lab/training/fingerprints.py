@@ -2,59 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from repa_lab.data.crop import Buckets
-from repa_lab.data.fingerprint import (
-    file_digest,
-    fingerprint_digits,
-    fingerprint_files,
-    fingerprint_images,
-    fingerprint_saved,
-)
-from repa_lab.data.hub import HubData, resolve_commit
-from repa_lab.data.layout import read_listing
-from repa_lab.data.listing import read_image_folder
-from repa_lab.data.saved import read_saved
+from repa_lab.align.settings import EncoderSettings
+from repa_lab.data.fingerprint import file_digest, fingerprint_files
+from repa_lab.data.settings import SOURCES, Dataset, SourceSettings
 from repa_lab.encoders.registry import token_identity
-from repa_lab.spec import DataConfig, EncoderSettings, RunConfig
-from repa_lab.spec.schema import FOLDER_SOURCES
-
-UNSET_DATA = "unset"
-_FILES = ("weights", "tae")  # of an encoder
-_DIGITS = (1797, 10)  # images, classes
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """What a data set is, as far as it can be told without reading its images.
-
-    Attributes:
-        fingerprint: stands for it in the identity of runs.
-        images: their number; None where it is not known, or no folder is given.
-        classes: the number of their labels.
-        has_captions: whether there are any.
-        notes: what was left out, a sentence each.
-    """
-
-    fingerprint: str
-    images: int | None
-    classes: int = 1
-    has_captions: bool = False
-    notes: tuple[str, ...] = ()
+from repa_lab.settings import file_fields
+from repa_lab.spec import RunConfig
 
 
 @dataclass
 class Inventory:
     """The data sets and local weights of a sweep: each folder is listed, and each file read, once for as long as this lives."""
 
-    _datasets: dict[DataConfig, Dataset] = field(default_factory=dict)
+    _datasets: dict[SourceSettings, Dataset] = field(default_factory=dict)
     _contents: dict[str, str] = field(default_factory=dict)
 
-    def dataset(self, data: DataConfig) -> Dataset:
+    def dataset(self, data: SourceSettings) -> Dataset:
         """Return what is known of a data set.
 
         Raises:
@@ -62,7 +29,7 @@ class Inventory:
         """
         key = data.model_copy(update={"holdout": None, "flip": False, "vae": None})
         if key not in self._datasets:
-            self._datasets[key] = _open(key)
+            self._datasets[key] = SOURCES[data.source].describe(key)
         return self._datasets[key]
 
     def content(self, place: str) -> str:
@@ -77,90 +44,10 @@ class Inventory:
         Raises:
             DataError: see :meth:`dataset`.
         """
-        data = pinned(config.data)
+        data = config.data.pinned()
         if data.holdout is None:
             data = data.model_copy(update={"holdout": data.held_out(self.dataset(config.data).images)})
         return config.model_copy(update={"data": data})
-
-
-def buckets_of(data: DataConfig) -> Buckets | None:
-    """The sizes that images are given, if not all are square."""
-    return Buckets(data.side, data.buckets.step, data.buckets.max_aspect) if data.buckets else None
-
-
-def fingerprint_of(data: DataConfig) -> str:
-    """Return what stands for the data set of these settings.
-
-    Raises:
-        DataError: it is not there.
-    """
-    return _open(data).fingerprint
-
-
-def is_unset(data: DataConfig) -> bool:
-    """Return whether the settings are of a folder and name none."""
-    return data.source in FOLDER_SOURCES and data.path is None
-
-
-def hub_data(data: DataConfig) -> HubData:
-    """Return the data set of the hub that the settings name, at the commit its revision stands for.
-
-    Raises:
-        DataError: see :func:`resolve_commit`.
-    """
-    assert data.name is not None
-    return HubData(data.name, data.config, data.split, resolve_commit(data.name, data.revision))
-
-
-def pinned(data: DataConfig) -> DataConfig:
-    """Return the settings with a branch or a tag of the hub replaced by its commit, which is what a run records.
-
-    Raises:
-        DataError: see :func:`resolve_commit`.
-    """
-    return data.model_copy(update={"revision": hub_data(data).commit}) if data.source == "hub" else data
-
-
-def _open(data: DataConfig) -> Dataset:
-    return Dataset(UNSET_DATA, None) if is_unset(data) else _DATASETS[data.source](data, Path(data.path or ""))
-
-
-def _digits(data: DataConfig, folder: Path) -> Dataset:
-    return Dataset(fingerprint_digits(), *_DIGITS)
-
-
-def _folder(data: DataConfig, folder: Path) -> Dataset:
-    images = read_image_folder(folder, data.caption_column)
-    fingerprint = fingerprint_images(images, data.side, buckets_of(data))
-    names = [path.parts[len(folder.parts) :] for path in images.files]
-    classes = len({parts[0] if len(parts) > 1 else "" for parts in names})
-    return Dataset(fingerprint, len(images.files), classes, bool(images.captions), images.notes)
-
-
-def _saved(data: DataConfig, folder: Path) -> Dataset:
-    fingerprint = fingerprint_saved(folder, data.side, buckets_of(data))
-    facts = read_saved(folder, data.caption_column)
-    return Dataset(fingerprint, facts.rows, facts.classes, facts.captions is not None)
-
-
-def _prepared(data: DataConfig, folder: Path) -> Dataset:
-    listing = read_listing(folder)
-    return Dataset(listing.fingerprint(data.side), len(listing), max(listing.labels) + 1)
-
-
-def _hub(data: DataConfig, folder: Path) -> Dataset:
-    """The hub's card says how many images there are, not whether they have captions: the run finds that out."""
-    found = hub_data(data)
-    return Dataset(found.fingerprint(data.side, buckets_of(data)), found.count(), has_captions=True)
-
-
-_DATASETS: dict[str, Callable[[DataConfig, Path], Dataset]] = {
-    "digits": _digits,
-    "imagefolder": _folder,
-    "datasets": _saved,
-    "repa": _prepared,
-    "hub": _hub,
-}
 
 
 def content_of(place: str) -> str:
@@ -174,5 +61,5 @@ def content_of(place: str) -> str:
 def described(encoder: EncoderSettings) -> dict[str, Any]:
     """Return an encoder's settings with its files by their content: equal descriptions give the same tokens."""
     settings = encoder.model_dump(mode="json")
-    files = {name: settings[name] and content_of(settings[name]) for name in _FILES}
+    files = {name: content_of(value) for name, value, _ in file_fields(encoder)}
     return settings | files | token_identity(encoder.name)

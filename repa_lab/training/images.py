@@ -8,18 +8,15 @@ from pathlib import Path
 
 import torch
 
-from repa_lab.data.arrow import HubDataset, SavedDataset
+from repa_lab.align.settings import EncoderSettings
 from repa_lab.data.autoencoder import Autoencoder, load_autoencoder
 from repa_lab.data.errors import DataError
-from repa_lab.data.folder import ImageFolder
-from repa_lab.data.prepared import Prepared
 from repa_lab.data.reconstruct import Reconstructions
-from repa_lab.data.sources import Digits, Flips, ImageSource, Split, split
+from repa_lab.data.settings import SOURCES, SourceSettings
+from repa_lab.data.sources import Flips, ImageSource, Split, split
 from repa_lab.data.space import LatentSpace, PixelSpace, Space, latent_space
 from repa_lab.data.store import Progress
 from repa_lab.models.family import Input
-from repa_lab.spec import DataConfig, EncoderSettings
-from repa_lab.training.fingerprints import buckets_of, hub_data
 
 _CPU = torch.device("cpu")
 # Given the name of a long task, yields what to tell its progress to.
@@ -57,15 +54,6 @@ class Images:
         return Input(channels, (height, width), self.source.num_classes)
 
 
-_SOURCES: dict[str, Callable[[DataConfig], ImageSource]] = {
-    "digits": lambda data: Digits(),
-    "imagefolder": lambda data: ImageFolder(_folder(data), data.side, buckets_of(data), data.caption_column),
-    "datasets": lambda data: SavedDataset(_folder(data), data.side, buckets_of(data), data.caption_column),
-    "repa": lambda data: Prepared(_folder(data), data.side),
-    "hub": lambda data: HubDataset(hub_data(data), data.side, buckets_of(data), data.caption_column),
-}
-
-
 # What decodes the latents for an encoder's eyes, by the encoder's `pixels`; None leaves the images as they are.
 _DECODERS: dict[str, Callable[[EncoderSettings, LatentSpace], Autoencoder] | None] = {
     "image": None,
@@ -75,7 +63,7 @@ _DECODERS: dict[str, Callable[[EncoderSettings, LatentSpace], Autoencoder] | Non
 
 
 def open_images(
-    data: DataConfig,
+    data: SourceSettings,
     cache: Path,
     announce: Announce | None = None,
     device: torch.device = _CPU,
@@ -96,7 +84,9 @@ def open_images(
         DataError: the data cannot be used.
     """
     vae = data.vae or vae
-    base = _SOURCES[data.source](data)
+    if data.is_unset:
+        raise DataError("path", "no folder is given; set data.path")
+    base = SOURCES[data.source].open(data)
     parts = split(len(base), data.held_out(len(base)))
     source = Flips(base) if data.flip else base
     progress = announce("latents") if announce and vae else None
@@ -122,9 +112,3 @@ def pixels_for(encoder: EncoderSettings, images: Images, device: torch.device = 
     if not isinstance(space, LatentSpace):
         raise DataError("vae", f"pixels: {encoder.pixels} decodes latents, and there is no VAE; set data.vae, or pixels: image")
     return Reconstructions(images.source, space, decoder(encoder, space), device)
-
-
-def _folder(data: DataConfig) -> Path:
-    if data.path is None:
-        raise DataError("path", "no folder is given; set data.path")
-    return Path(data.path)

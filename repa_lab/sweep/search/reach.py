@@ -22,7 +22,7 @@ def is_searched(arm: Arm, space: Space) -> bool:
 
 def _content(arm: Arm) -> str:
     """What tells the arm's runs from those of others, the files that it names taken by their names."""
-    return identify(arm.config, 0, PROTOCOL_VERSION, str(arm.config.data.path), {}).run_id
+    return identify(arm.config, 0, PROTOCOL_VERSION, str(arm.config.data), {}).run_id
 
 
 def _corners(arm: Arm, space: Space) -> Iterator[Arm]:

@@ -1,0 +1,300 @@
+"""The registry of sources of images, their settings, and what is known of a data set before its images are read. No torch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import Field, model_validator
+
+from repa_lab.data.crop import Buckets
+from repa_lab.data.fingerprint import fingerprint_digits, fingerprint_images, fingerprint_saved
+from repa_lab.data.hub import HubData, resolve_commit
+from repa_lab.data.layout import read_listing
+from repa_lab.data.listing import read_image_folder
+from repa_lab.data.saved import read_saved
+from repa_lab.registry import Registry
+from repa_lab.settings import HubOrLocal, Positive, Settings
+
+if TYPE_CHECKING:
+    from repa_lab.data.sources import ImageSource
+
+UNSET_DATA = "unset"
+_HELD_OUT = 256
+_DIGITS, _DIGITS_SIDE, _DIGITS_CLASSES = 1797, 8, 10
+C = TypeVar("C", bound=type)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a data set is, as far as it can be told without reading its images.
+
+    Attributes:
+        fingerprint: stands for it in the identity of runs.
+        images: their number; None where it is not known, or no folder is given.
+        classes: the number of their labels.
+        has_captions: whether there are any.
+        notes: what was left out, a sentence each.
+    """
+
+    fingerprint: str
+    images: int | None
+    classes: int = 1
+    has_captions: bool = False
+    notes: tuple[str, ...] = ()
+
+
+class BucketsConfig(Settings):
+    """Sizes of images that keep about their aspect, of about the area of a square of the resolution."""
+
+    step: Positive = 64
+    """Height and width are multiples of this many pixels."""
+    max_aspect: Annotated[float, Field(ge=1)] = 2.0
+    """The longer side is at most this many times the shorter."""
+
+
+class SourceSettings(Settings):
+    """What every source of images has."""
+
+    source: str
+    """The source's registered name."""
+    resolution: Positive | None = None
+    """Pixels along each side; null is 256, or 8 for digits."""
+    vae: HubOrLocal | None = None
+    """Train in this VAE's latent space: a hub id or a folder. Null is pixels, or a pretrained pipeline's own."""
+    holdout: Positive | None = None
+    """Images that are never trained on; null is 256 or, if that is less, a tenth of the images, one at least."""
+    flip: bool = False
+    """Mirror every other image at random as it is seen."""
+    buckets: BucketsConfig | None = None
+    """Keep about the aspect; null cuts squares at the centre."""
+
+    channels: ClassVar[int] = 3
+    """Channels of the pixels."""
+    is_prepared: ClassVar[bool] = False
+    """Whether the source has latents of its own."""
+
+    @property
+    def side(self) -> int:
+        """Pixels along each side of a training image."""
+        return self.resolution or 256
+
+    @property
+    def sizes(self) -> Buckets | None:
+        """The sizes that images are given, if not all are square."""
+        return Buckets(self.side, self.buckets.step, self.buckets.max_aspect) if self.buckets else None
+
+    @property
+    def is_unset(self) -> bool:
+        """Whether the settings do not say yet where the images are."""
+        return False
+
+    def held_out(self, images: int | None) -> int:
+        """Return how many of so many images are held out; None where their number is not known."""
+        if self.holdout is not None:
+            return self.holdout
+        return _HELD_OUT if images is None else max(1, min(_HELD_OUT, images // 10))
+
+    def pinned(self) -> Self:
+        """Return the settings with a name that may move, such as a branch, replaced by what it stands for now.
+
+        Raises:
+            DataError: what it stands for cannot be found out.
+        """
+        return self
+
+    def describe(self) -> Dataset:
+        """Return what is known of the data set.
+
+        Raises:
+            DataError: the data set is not there, or incomplete.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Component:
+    """A registered source: its settings, how it is opened, and how it is described without that."""
+
+    settings: type[SourceSettings]
+    open: Callable[[Any], ImageSource]
+    describe: Callable[[Any], Dataset]
+
+
+SOURCES: Registry[Component] = Registry("source of images")
+
+
+def source(name: str, implementation: str | None = None) -> Callable[[C], C]:
+    """Register a source of images under the name by which ``data.source`` names it.
+
+    Decorates a :class:`Source` with its ``Settings`` inside, or settings by themselves, with the function that opens them.
+
+    Args:
+        name: the ``source``.
+        implementation: what opens decorated settings, ``package.module:function``.
+
+    Raises:
+        PluginError: the name is taken.
+        TypeError: the class lacks what a source has.
+    """
+
+    def register(decorated: C) -> C:
+        cls: Any = decorated
+        if hasattr(cls, "model_fields"):
+
+            def opened(settings: Any) -> ImageSource:
+                module, _, function = str(implementation).partition(":")
+                found: ImageSource = getattr(importlib.import_module(module), function)(settings)
+                return found
+
+            SOURCES.add(name, Component(cls, opened, cls.describe))
+            return decorated
+        if not hasattr(cls, "describe"):
+            raise TypeError(f"the source '{name}' must be a subclass of repa_lab.plugins.Source")
+        if lacking := [method for method in ("__len__", "read") if not hasattr(cls, method)]:
+            raise TypeError(f"the source '{name}' lacks the method {lacking[0]}")
+        SOURCES.add(name, Component(cls.Settings, cls, cls.describe))
+        return decorated
+
+    return register
+
+
+@source("digits", "repa_lab.data.sources:open_digits")
+class DigitsSettings(SourceSettings):
+    """scikit-learn's 1,797 scans of handwritten digits, 8x8 pixels, ten classes."""
+
+    source: Literal["digits"] = "digits"
+
+    channels: ClassVar[int] = 1
+
+    @model_validator(mode="after")
+    def _are_8x8(self) -> Self:
+        if self.resolution not in (None, _DIGITS_SIDE):
+            raise ValueError("digits are 8 pixels wide and high: resolution must be 8 or left out")
+        return self
+
+    @property
+    def side(self) -> int:
+        """Pixels along each side of a training image."""
+        return _DIGITS_SIDE
+
+    def held_out(self, images: int | None) -> int:
+        """Return how many images are held out: 256 by default, which the quick start's numbers rest on."""
+        return self.holdout or _HELD_OUT
+
+    def describe(self) -> Dataset:
+        """See :class:`SourceSettings`."""
+        return Dataset(fingerprint_digits(), _DIGITS, _DIGITS_CLASSES)
+
+
+class FolderSettings(SourceSettings):
+    """A source that lies in a folder."""
+
+    path: str | None = None
+    """The folder; null has to be set before anything is trained."""
+
+    @property
+    def is_unset(self) -> bool:
+        """Whether no folder is named."""
+        return self.path is None
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+        return Path(self.path or "")
+
+
+@source("imagefolder", "repa_lab.data.folder:open_image_folder")
+class ImageFolderSettings(FolderSettings):
+    """A folder of images, by the rules of Hugging Face's image folders."""
+
+    source: Literal["imagefolder"] = "imagefolder"
+    caption_column: str | None = None
+    """The column of captions; null is `text`, `caption` or `prompt`, the first there is."""
+
+    def describe(self) -> Dataset:
+        """See :class:`SourceSettings`."""
+        if self.is_unset:
+            return Dataset(UNSET_DATA, None)
+        images = read_image_folder(self.folder, self.caption_column)
+        names = [path.parts[len(self.folder.parts) :] for path in images.files]
+        classes = len({parts[0] if len(parts) > 1 else "" for parts in names})
+        fingerprint = fingerprint_images(images, self.side, self.sizes)
+        return Dataset(fingerprint, len(images.files), classes, bool(images.captions), images.notes)
+
+
+@source("datasets", "repa_lab.data.arrow:open_saved")
+class SavedSettings(FolderSettings):
+    """A folder that `Dataset.save_to_disk` of `datasets` wrote."""
+
+    source: Literal["datasets"] = "datasets"
+    caption_column: str | None = None
+    """The column of captions; null is `text`, `caption` or `prompt`, the first there is."""
+
+    def describe(self) -> Dataset:
+        """See :class:`SourceSettings`."""
+        if self.is_unset:
+            return Dataset(UNSET_DATA, None)
+        fingerprint = fingerprint_saved(self.folder, self.side, self.sizes)
+        facts = read_saved(self.folder, self.caption_column)
+        return Dataset(fingerprint, facts.rows, facts.classes, facts.captions is not None)
+
+
+@source("hub", "repa_lab.data.arrow:open_hub")
+class HubSettings(SourceSettings):
+    """A data set of the Hugging Face hub."""
+
+    source: Literal["hub"] = "hub"
+    name: str
+    """The id of the data set, `owner/name`."""
+    config: str | None = None
+    """Its configuration (subset); null is the default one."""
+    split: str = "train"
+    """The split, or a slice such as `train[:5000]`."""
+    revision: str | None = None
+    """A branch, a tag or a commit; null is the main branch. A run records the commit."""
+    caption_column: str | None = None
+    """The column of captions; null is `text`, `caption` or `prompt`, the first there is."""
+
+    @property
+    def data(self) -> HubData:
+        """The data set at the commit that its revision stands for.
+
+        Raises:
+            DataError: see :func:`resolve_commit`.
+        """
+        return HubData(self.name, self.config, self.split, resolve_commit(self.name, self.revision))
+
+    def pinned(self) -> Self:
+        """See :class:`SourceSettings`."""
+        return self.model_copy(update={"revision": self.data.commit})
+
+    def describe(self) -> Dataset:
+        """Return what the hub's card says: the number of images, not their captions, which the run finds out."""
+        found = self.data
+        return Dataset(found.fingerprint(self.side, self.sizes), found.count(), has_captions=True)
+
+
+@source("repa", "repa_lab.data.prepared:open_prepared")
+class PreparedSettings(FolderSettings):
+    """A folder that REPA's preprocessing or `repa-lab data prepare` wrote, whose latents are taken as they are."""
+
+    source: Literal["repa"] = "repa"
+
+    is_prepared: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _is_fixed(self) -> Self:
+        if self.flip or self.buckets:
+            raise ValueError("prepared latents are of square images, none of them mirrored: leave flip and buckets out")
+        return self
+
+    def describe(self) -> Dataset:
+        """See :class:`SourceSettings`."""
+        if self.is_unset:
+            return Dataset(UNSET_DATA, None)
+        listing = read_listing(self.folder)
+        return Dataset(listing.fingerprint(self.side), len(listing), max(listing.labels) + 1)
