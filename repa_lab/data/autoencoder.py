@@ -130,5 +130,5 @@ def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
     found = hashlib.sha256()
     for name, value in sorted(state.items()):
         found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
