@@ -107,7 +107,8 @@ DIFFERENCES: tuple[tuple[str, Callable[[Reading, Fields], bool], str], ...] = (
     (
         "similarity_threshold",
         _judges_similarity,
-        "that trainer has no bias correction and no minimum count, and judges every step, each process for itself:"
+        "that trainer has no bias correction and no minimum count, judges every step, each process for itself, and acts in the"
+        " step that reaches the threshold, the lab from the next one on:"
         " similarity_min_count: 1 comes nearest, though one spike then ends the regularizer; the lab's own default is 100",
     ),
     (
