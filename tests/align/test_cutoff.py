@@ -117,6 +117,26 @@ def test_a_regularizer_observes_what_it_aligns_and_then_stops():
     assert regularizer.cutoff.similarity == pytest.approx(1.0, abs=1e-6)
 
 
+# By hand, for a threshold of 0.85 and a decay of 1/2: the averages after these steps are .5, .767, .889, .692, .820 and .911.
+# Judged within the step, as SimpleTuner does, the weights would be 2 2 0 0 0 0, or 2 2 0 2 2 0 where the cutoff is recoverable.
+@pytest.mark.parametrize("mode, weights", [("permanent", [2, 2, 2, 0, 0, 0, 0]), ("recoverable", [2, 2, 2, 0, 2, 2, 0])])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_weight_is_0_from_the_step_after_the_one_that_reaches_the_threshold(mode, weights, micro_batches):
+    cutoff = SimilarityCutoff(0.85, 0.5, mode, min_count=1, probe_every=1)
+    regularizer, student, projected = aligned(cutoff, 2.0)
+    along = torch.nn.functional.normalize(projected.values.detach(), dim=-1)
+    across = torch.randn_like(along)
+    across = torch.nn.functional.normalize(across - (across * along).sum(-1, keepdim=True) * along, dim=-1)
+    seen = []
+    for step, cosine in enumerate([0.5, 0.9, 0.98, 0.52, 0.94, 1.0, 0.5]):
+        teacher = Tokens(cosine * along + (1 - cosine**2) ** 0.5 * across, (2, 2))
+        for _ in range(micro_batches):
+            found = regularizer(student, teacher, step)
+            seen.append(found.weight)
+            assert found.loss.item() == pytest.approx(-found.weight * cosine, abs=1e-5)
+    assert seen == [weight for weight in weights for _ in range(micro_batches)]
+
+
 def test_measuring_observes_nothing():
     regularizer, student, teacher = aligned(SimilarityCutoff(0.9, min_count=1))
     regularizer.eval()
