@@ -117,8 +117,9 @@ class Estimate:
 
     @property
     def notes(self) -> list[str]:
-        """What all of it rests on, a sentence each."""
-        return [*_speed_notes(self), *dict.fromkeys(note for cost in self.costs.values() for note in cost.rough)]
+        """Warnings, and what the estimate rests on, a sentence each."""
+        rough = dict.fromkeys(note for cost in self.costs.values() for note in cost.rough)
+        return [*self.plan.warnings, *_speed_notes(self), *rough]
 
 
 def estimate(plan: Plan) -> Estimate:

@@ -121,7 +121,7 @@ class Trainer:
         grad_norm = self.accelerator.clip_grad_norm_(self._parameters, limit) if limit else None
         self._trained.optimizer.step()
         self._trained.optimizer.zero_grad(set_to_none=True)
-        self._trained.ema.update()
+        self._trained.ema.update(self.progress.step)
         self.progress.step += 1
         self.progress.images += self.config.train.batch_size
         return StepOutcome(values, weight, grad_norm)
@@ -242,7 +242,7 @@ class Trainer:
         self._denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
         if self.options.compile:  # the tap is set by now; a hook set later would not be seen
             self._denoiser = torch.compile(self._denoiser)
-        ema = EMA(modules, train.ema)
+        ema = EMA(modules, train.averaging)
         return Trained(denoiser, modules.get("regularizer"), optimizer, ema, accelerator.scaler)
 
 

@@ -40,6 +40,7 @@ UREPA = {"regularizer.type": "urepa"}
 # A linear schedule: the projector rests at first, is trained, and rests again.
 RESUMED = {
     "train.steps": 9,
+    "train.ema": {"decay": 0.9, "warmup": True},  # every update depends on the number of the step
     "evaluate.every": 6,
     "regularizer.schedule": {"type": "linear", "warmup_steps": 2, "decay_steps": 6},
 }
