@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
 
 from repa_lab.spec import RunOptions
 
@@ -35,3 +39,25 @@ def pick_device(options: RunOptions) -> torch.device:
     if options.precision == "fp16" and device.type == "cpu":
         raise DeviceError("precision", "fp16 needs a GPU; use bf16 or fp32")
     return device
+
+
+@contextmanager
+def computing_in(module: nn.Module, precision: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Let a module compute under autocast in a precision and give float32, for the length of a with-statement.
+
+    Whatever was put around the module's forward before, such as accelerate's autocast, is set aside meanwhile.
+
+    Args:
+        module: the module.
+        precision: float32 is no autocast.
+        device: where the module stands.
+    """
+    around = vars(module).pop("forward", None)
+    if precision != torch.float32:
+        module.forward = convert_outputs_to_fp32(torch.autocast(device.type, precision)(module.forward))
+    try:
+        yield
+    finally:
+        vars(module).pop("forward", None)
+        if around is not None:
+            module.forward = around

@@ -17,6 +17,7 @@ from repa_lab.models.facts import pipeline_of
 from repa_lab.models.pretrained import sampling_pipeline
 from repa_lab.spec import EvaluateConfig
 from repa_lab.training.conditioning import Captions, Condition, Labels
+from repa_lab.training.device import computing_in
 from repa_lab.training.sampling import kinds_of, shares
 from repa_lab.training.streams import generator
 
@@ -36,7 +37,7 @@ class PipelineSampler:
         side: pixels along each side.
         seed: the run's seed.
         device: where to run.
-        precision: of autocast.
+        precision: of the denoiser; the scheduler's state and the autoencoder are float32.
     """
 
     folder: Path
@@ -81,7 +82,7 @@ class PipelineSampler:
         condition, null = _on(condition, self.device), _on(null, self.device)
         draws = [generator(self.seed, stream, i) for i in index]
         prompts = pipeline_of(self.denoiser.family).call(condition, null, self.config.guidance.scale)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+        with computing_in(self.denoiser.net, self.precision, self.device):
             (images, *_) = self._pipeline(**prompts, **self._how, generator=draws)
         if not np.isfinite(images).all():
             return None
