@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from repa_lab.data.errors import DataError
 from repa_lab.data.latents import latent_scaling
+
+Rounding = Literal["nearest", "truncate"]
 
 
 class Autoencoder:
@@ -87,9 +89,14 @@ def load_autoencoder(place: str, field: str, shifted: bool = True) -> Autoencode
     raise DataError(field, f"cannot load the {field.upper()} '{place}': {str(errors[0]).splitlines()[0]}")
 
 
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """Values in [-1, 1] as levels 0..255, clamped and rounded to nearest."""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+def to_uint8(x: torch.Tensor, rounding: Rounding = "nearest") -> torch.Tensor:
+    """Return values in [-1, 1] as levels 0..255; see :func:`quantise`."""
+    return quantise((x.float() + 1) * 127.5, rounding)
+
+
+def quantise(levels: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    """Return levels 0..255 as uint8, clamped and rounded; ``truncate`` drops the fraction, as REPA's script does."""
+    return (levels.round() if rounding == "nearest" else levels).clamp(0, 255).to(torch.uint8)
 
 
 def _in_float32(decode: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from repa_lab.data.autoencoder import Autoencoder
+from repa_lab.data.autoencoder import Autoencoder, quantise
 from repa_lab.models.denoiser import Denoiser
 from repa_lab.models.facts import pipeline_of
 from repa_lab.models.pretrained import sampling_pipeline
@@ -33,7 +33,7 @@ class PipelineSampler:
         denoiser: what is trained.
         vae: decodes.
         conditioning: of samples.
-        config: steps, guidance, prompts.
+        config: steps, guidance, prompts, rounding.
         side: pixels along each side.
         seed: the run's seed.
         device: where to run.
@@ -48,7 +48,7 @@ class PipelineSampler:
     side: int
     seed: int
     device: torch.device
-    precision: torch.dtype
+    precision: str
 
     def __call__(self, index: range) -> torch.Tensor | None:
         """See :class:`Sampler`: sample i has the noise of (seed, i), and its class or caption by :func:`kinds_of`."""
@@ -86,7 +86,7 @@ class PipelineSampler:
             (images, *_) = self._pipeline(**prompts, **self._how, generator=draws)
         if not np.isfinite(images).all():
             return None
-        return torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
+        return quantise(torch.from_numpy(images) * 255, self.config.rounding).permute(0, 3, 1, 2)
 
     @functools.cached_property
     def _pipeline(self) -> Any:
