@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from repa_lab.spec.averaging import Ema, EmaConfig
 from repa_lab.spec.evaluate import EvaluateConfig, ExtractorConfig
 from repa_lab.spec.regularizer import EncoderConfig, RegularizerConfig
 from repa_lab.spec.section import Fraction, NotNegative, Positive, Section, later
@@ -110,6 +111,8 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """Optimisation: AdamW at a constant rate; defaults are those of the papers' code.
 
+    ``ema`` is the decay of the averaged weights, or ``{decay, warmup}``; see :class:`EmaConfig`.
+
     ``label_dropout`` is how often the class or the caption is left out. ``time`` is the distribution of times: ``auto`` is
     uniform for SiT and the UNet, as in the papers, and what a pretrained model was trained with.
     """
@@ -119,9 +122,14 @@ class TrainConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: NotNegative = 0.0
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    ema: Ema = 0.9999
     label_dropout: Fraction = 0.1
     time: Literal["auto", "uniform", "lognormal"] = "auto"
+
+    @property
+    def averaging(self) -> EmaConfig:
+        """The averaging of the weights, whichever way ``ema`` is written."""
+        return self.ema if isinstance(self.ema, EmaConfig) else EmaConfig(decay=self.ema)
 
 
 class RunConfig(Section):

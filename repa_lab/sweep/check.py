@@ -296,6 +296,11 @@ def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
         yield experiment.problem("run.micro_batch", message)
     if experiment.run.tensorboard and not tensorboard.is_installed():
         yield experiment.problem("run.tensorboard", "needs TensorBoard: pip install 'repa-lab[tensorboard]'")
+    trained = experiment.run.precision
+    for arm in experiment.arms:
+        if arm.config.model.train == "lora" and arm.config.evaluate.precision != "train" and trained != "fp32":
+            message = f"LoRA holds what it leaves alone in run.precision ({trained}): use train, or run.precision: fp32"
+            yield arm.problem("evaluate.precision", message)
     known = list(dict.fromkeys(name for arm in experiment.arms for name in metric_names(arm.config)))
     wanted: dict[Path_, str] = {("compare", "metric"): experiment.compare.metric}
     wanted |= {("compare", "targets", metric): metric for metric in experiment.compare.targets}
