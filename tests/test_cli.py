@@ -52,7 +52,7 @@ def test_sdxl_is_planned_and_refused_in_one_line(tmp_path):
     swept = cli("sweep", "experiments/sdxl_manifold.yaml", "--root", tmp_path, "--set", "data.source=imagefolder")
     assert swept.returncode == 2
     (line,) = swept.stderr.splitlines()
-    assert line == "<given>: data.path: not set; give a folder of images with --set data.path=FOLDER"
+    assert line == "experiments/sdxl_manifold.yaml:11:1: data.path: not set; give a folder of images with --set data.path=FOLDER"
     assert not list(tmp_path.iterdir())
 
 

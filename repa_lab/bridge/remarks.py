@@ -23,7 +23,6 @@ from repa_lab.bridge.keys import (
 )
 from repa_lab.bridge.read import READABLE, Reading
 from repa_lab.spec.evaluate import EvaluateConfig
-from repa_lab.data.settings import SourceSettings
 
 Fields = Mapping[str, Any]
 Remark = tuple[str, str]  # the key it is about, or nothing, and what to say
@@ -126,7 +125,8 @@ DIFFERENCES: tuple[tuple[str, Callable[[Reading, Fields], bool], str], ...] = (
     (
         "similarity_threshold",
         _judges_similarity,
-        "SimpleTuner has no bias correction and no minimum count, and judges every step, each process for itself:"
+        "SimpleTuner has no bias correction and no minimum count, judges every step, each process for itself, and acts in the"
+        " step that reaches the threshold, the lab from the next one on:"
         " similarity_min_count: 1 comes nearest, though one spike then ends the regularizer; the lab's own default is 100",
     ),
     (
@@ -231,8 +231,6 @@ def _to_fill_in(reading: Reading, fields: Fields) -> Iterator[Remark]:
         yield from _images(reading, fields) if "data_backend_config" in reading.values else ()
         return
     yield from _images(reading, fields)
-    held_out = SourceSettings.model_fields["holdout"].default
-    yield "", f"data.holdout is {held_out}: so many images are not trained on; lower it for a data set of few more, or fewer"
     yield from _release(reading)
     yield from _stand_ins(reading, fields)
     yield from _evaluation(reading, fields)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from repa_lab.data.settings import HubSettings, SavedSettings
 from repa_lab.data.crop import Buckets
 from repa_lab.data.errors import DataError
 from repa_lab.data.fingerprint import fingerprint_saved
 from repa_lab.data.hub import HubData
 from repa_lab.data.listing import caption_notes, find_caption_column
+from repa_lab.data.settings import HubSettings, SavedSettings
 from repa_lab.data.sources import Pictures
 
 _SPLIT = "train"

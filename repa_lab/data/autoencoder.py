@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,11 +14,14 @@ from torch import nn
 from repa_lab.data.errors import DataError
 from repa_lab.data.latents import latent_scaling
 
+Rounding = Literal["nearest", "truncate"]
+
 
 class Autoencoder:
     """Encodes pixels and decodes latents, on whatever device they are.
 
-    Video autoencoders are given images as films of one frame.
+    Video autoencoders are given images as films of one frame. The model is brought to float32, and its ``decode`` computes in
+    float32 whoever calls it: in half precision SDXL's gives NaN, and others give pixels of a few hundred levels.
 
     Args:
         model: a diffusers autoencoder.
@@ -37,7 +41,8 @@ class Autoencoder:
     def __init__(self, model: Any, field: str, shifted: bool = True) -> None:
         if not (hasattr(model, "encode") and hasattr(model, "decode")):
             raise DataError(field, f"{type(model).__name__} is not an autoencoder")
-        self.model, self.field = model.eval().requires_grad_(False), field
+        self.model, self.field = model.eval().requires_grad_(False).float(), field
+        model.decode = _in_float32(model.decode)
         self._film = _takes_films(model, field)
         self.scaling = latent_scaling(model) if shifted else replace(latent_scaling(model), mean=(0.0,))
         self.channels = _first_setting(model, "in_channels", "input_channels")
@@ -85,9 +90,25 @@ def load_autoencoder(place: str, field: str, shifted: bool = True) -> Autoencode
     raise DataError(field, f"cannot load the {field.upper()} '{place}': {str(errors[0]).splitlines()[0]}")
 
 
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """Values in [-1, 1] as levels 0..255, clamped and rounded to nearest."""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+def to_uint8(x: torch.Tensor, rounding: Rounding = "nearest") -> torch.Tensor:
+    """Return values in [-1, 1] as levels 0..255; see :func:`quantise`."""
+    return quantise((x.float() + 1) * 127.5, rounding)
+
+
+def quantise(levels: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    """Return levels 0..255 as uint8, clamped and rounded; ``truncate`` drops the fraction, as REPA's script does."""
+    return (levels.round() if rounding == "nearest" else levels).clamp(0, 255).to(torch.uint8)
+
+
+def _in_float32(decode: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a decoder that takes latents of any precision and heeds no autocast around it."""
+
+    @functools.wraps(decode)
+    def precise(z: torch.Tensor, *args: Any, **options: Any) -> Any:
+        with torch.autocast(z.device.type, enabled=False):
+            return decode(z.float(), *args, **options)
+
+    return precise
 
 
 def _posterior(encoded: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from repa_lab.data.settings import ImageFolderSettings
 from repa_lab.data.crop import Buckets
 from repa_lab.data.errors import DataError
 from repa_lab.data.fingerprint import fingerprint_content
 from repa_lab.data.listing import read_image_folder
+from repa_lab.data.settings import ImageFolderSettings
 from repa_lab.data.sources import Pictures
 
 # Formats of cameras, which note how they were held; others would have to be decoded to look for such a note.

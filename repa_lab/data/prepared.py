@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from repa_lab.data.settings import PreparedSettings
 from repa_lab.data.autoencoder import Autoencoder
 from repa_lab.data.errors import DataError
 from repa_lab.data.layout import IMAGES, LATENTS, Listing, open_image, read_listing, read_manifest, unreadable
+from repa_lab.data.settings import PreparedSettings
 from repa_lab.data.sources import Pictures
 
 _PROBES = 4

@@ -76,6 +76,8 @@ class SourceSettings(Settings):
     """Channels of the pixels."""
     is_prepared: ClassVar[bool] = False
     """Whether the source has latents of its own."""
+    usual_classes: ClassVar[int] = 1000
+    """Classes that costs are counted for."""
 
     @property
     def side(self) -> int:
@@ -169,6 +171,7 @@ class DigitsSettings(SourceSettings):
     source: Literal["digits"] = "digits"
 
     channels: ClassVar[int] = 1
+    usual_classes: ClassVar[int] = _DIGITS_CLASSES
 
     @model_validator(mode="after")
     def _are_8x8(self) -> Self:

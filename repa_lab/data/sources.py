@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from repa_lab.data.settings import DigitsSettings
 from repa_lab.data.crop import Buckets, Size, crop, framing, opaque
 from repa_lab.data.errors import DataError
 from repa_lab.data.fingerprint import digest, fingerprint_digits
+from repa_lab.data.settings import DigitsSettings
 
 _SPLIT_SEED = 0
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from repa_lab.data.autoencoder import Autoencoder, load_autoencoder, to_uint8
+from repa_lab.data.autoencoder import Autoencoder, Rounding, load_autoencoder, to_uint8
 from repa_lab.data.errors import DataError
 from repa_lab.data.prepared import Prepared
 from repa_lab.data.sized import open_sized
@@ -37,7 +37,7 @@ class Space(Protocol):
         """Images of the source as float32 ``(B, *shape)``; ``noise`` is what :meth:`draw` gave, None the mean."""
         ...
 
-    def decode(self, x: torch.Tensor) -> torch.Tensor | None:
+    def decode(self, x: torch.Tensor, rounding: Rounding = "nearest") -> torch.Tensor | None:
         """Samples ``(B, channels, h, w)`` as uint8 pixels ``(B, C, H, W)``; None where a pixel would not be finite."""
         ...
 
@@ -60,7 +60,7 @@ class Moments(Protocol):
 
 
 class PixelSpace:
-    """Pixels scaled from 0..255 to [-1, 1]; the way out clamps and rounds to the nearest level."""
+    """Pixels scaled from 0..255 to [-1, 1]; the way out clamps and rounds."""
 
     def __init__(self, source: ImageSource) -> None:
         self._source = source
@@ -79,9 +79,9 @@ class PixelSpace:
         """See :class:`Space`."""
         return self._source.read(index.tolist()).float() / 127.5 - 1
 
-    def decode(self, x: torch.Tensor) -> torch.Tensor | None:
+    def decode(self, x: torch.Tensor, rounding: Rounding = "nearest") -> torch.Tensor | None:
         """See :class:`Space`."""
-        return _levels(x)
+        return _levels(x, rounding)
 
 
 class LatentSpace:
@@ -110,18 +110,18 @@ class LatentSpace:
         mean, std = self._moments[index].chunk(2, dim=1)
         return self.vae.scaling.normalise(mean if noise is None else mean + std * noise)
 
-    def decode(self, x: torch.Tensor) -> torch.Tensor | None:
+    def decode(self, x: torch.Tensor, rounding: Rounding = "nearest") -> torch.Tensor | None:
         """See :class:`Space`."""
-        return _levels(self.vae.decode(x))
+        return _levels(self.vae.decode(x), rounding)
 
     def _latent(self, index: torch.Tensor) -> tuple[int, int, int]:
         doubled, height, width = self._moments.shape(index)
         return doubled // 2, height, width
 
 
-def _levels(pixels: torch.Tensor) -> torch.Tensor | None:
-    """NaN would be black, and infinity white: images like any other to whoever measures them."""
-    return to_uint8(pixels) if bool(pixels.isfinite().all()) else None
+def _levels(pixels: torch.Tensor, rounding: Rounding) -> torch.Tensor | None:
+    """Return None if a pixel is not finite: clamping would turn NaN into a valid black pixel."""
+    return to_uint8(pixels, rounding) if bool(pixels.isfinite().all()) else None
 
 
 def latent_space(

@@ -109,9 +109,11 @@ def cka(x: ArrayLike, y: ArrayLike, unbiased: bool = True) -> float:
 def svcca(x: ArrayLike, y: ArrayLike, dims: int = 10) -> float:
     """Mean canonical correlation of the ``dims`` leading directions of ``x`` ``(n, d1)`` and of ``y`` ``(n, d2)``.
 
-    SVCCA (1706.05806) with platonic-rep's choices: columns standardised, then the 10 leading singular directions of each side
-    rather than those of 99 % of the variance. In closed form: the correlations are the singular values of ``U^T V`` for the
-    left singular vectors U and V. Invariant to shifting and scaling every column.
+    SVCCA (1706.05806) of standardised columns and, as in platonic-rep, of the 10 leading singular directions of each side
+    rather than those of 99 % of the variance. Exact and deterministic: the correlations are the singular values of ``U^T V``
+    for the left singular vectors U and V of full decompositions. platonic-rep's code approximates both steps: its directions
+    come from a randomised decomposition (`torch.svd_lowrank` without oversampling) and its correlations from an iterative CCA,
+    so its value changes from call to call. Invariant to shifting and scaling every column.
 
     Raises:
         ValueError: item counts differ, values are not finite, there are not more than ``2 dims`` items, whose directions

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 # Part of every run's identity: raise it when a change of code changes what a measurement or a training step means.
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 _NOT_COMPARED = {"seed", "versions"}

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
+
+import pandas as pd
 
 from repa_lab.report.results import Results
 from repa_lab.report.statistics import MIN_BOOTSTRAP
 from repa_lab.report.summary import comparisons, is_protocol
+from repa_lab.spec.averaging import EmaConfig
 
 _PROTOCOL = re.compile(r"(?P<kind>[^:]+):(?P<extractor>[^@]+)@(?P<samples>\d+k?)/(?P<sampler>.+)")
 
 
 def measured_how(results: Results) -> list[str]:
-    """A line on every protocol in use, and on how arms were compared."""
+    """A line on every protocol in use, on averages of too few steps, and on how arms were compared."""
     metrics = dict.fromkeys(metric for metric in results.summary["metric"] if is_protocol(metric))
-    return [*(_protocol(metric) + _bias(results, metric) for metric in metrics), *_comparisons(results)]
+    return [*(_protocol(metric) + _bias(results, metric) for metric in metrics), *_averages(results), *_comparisons(results)]
 
 
 def _protocol(metric: str) -> str:
@@ -42,6 +46,22 @@ def _bias(results: Results, metric: str) -> str:
     count, width = few
     biased = "leave a covariance singular, and the distance biased upward: it ranks, no more."
     return f" {count} images for {width} features {biased}"
+
+
+def _averages(results: Results) -> Iterator[str]:
+    """Warn of averages of the weights that still hold much of the initial ones."""
+    columns = [name for name in ("train.steps", *_EMA) if name in results.runs]
+    found: dict[str, None] = {}
+    for run in results.runs[columns].to_dict("records"):
+        with suppress(ValueError, TypeError):  # of a damaged spec.json
+            given = {field: run[name] for name, field in _EMA.items() if pd.notna(run.get(name))}
+            if given and (warning := EmaConfig.model_validate(given).warning(int(run["train.steps"]))):
+                found[f"{warning}."] = None
+    yield from found
+
+
+# The columns of a run's averaging, which is a number or a section.
+_EMA = {"train.ema": "decay", "train.ema.decay": "decay", "train.ema.warmup": "warmup"}
 
 
 def _comparisons(results: Results) -> Iterator[str]:

@@ -95,9 +95,9 @@ class Draft:
         new = named.settings_of({named.key: name})
         if former is None or new is None:
             return
-        for field in (former.model_fields.keys() - new.model_fields.keys()) & target.keys():
-            del target[field]
-            self._drop((section, field))
+        for dropped in (former.model_fields.keys() - new.model_fields.keys()) & target.keys():
+            del target[dropped]
+            self._drop((section, dropped))
 
     def _drop(self, path: Path_) -> None:
         for known in [known for known in self.places if known[: len(path)] == path and known != ()]:

@@ -71,6 +71,7 @@ QualityMetrics = Annotated[
     Field(min_length=1),
 ]
 Labelling = Literal["balanced", "random"]
+Rounding = Literal["nearest", "truncate"]
 Steps = Annotated[tuple[Positive, ...], AS_TUPLE]
 
 
@@ -102,6 +103,9 @@ class EvaluateConfig(Settings):
     ``encoder`` measures alignment in every arm, baselines included; null measures it with the arm's own encoder, if any.
     ``block_index`` is where, null the regularizer's; ``timestep`` at which noise. ``prompts`` are drawn for people to look at,
     each always from the same noise; without them it is the first samples.
+
+    ``precision`` is the denoiser's while it is measured: ``train`` is that of training, ``tf32`` is float32 with TF32 matrix
+    products on a GPU. ``rounding`` makes 8-bit samples. Both hold for ``full`` too.
     """
 
     every: Positive = 10_000
@@ -117,6 +121,8 @@ class EvaluateConfig(Settings):
     labels: Labelling = later("balanced")
     metrics: QualityMetrics = later(("frechet",))
     full: FullConfig | None = later(None)
+    precision: Literal["train", "fp32", "tf32"] = later("train")
+    rounding: Rounding = later("nearest")
 
     @model_validator(mode="after")
     def _tiers_fit(self) -> EvaluateConfig:

@@ -130,15 +130,14 @@ def _drop_foreign_fields(draft: Draft, named: Mapping[str, Iterable[str]] | None
     """
     for name, mark in COMPONENTS.items():
         section = draft.value.get(name)
-        own = mark.settings_of(section) if isinstance(section, dict) and mark.key in section else None
-        if own is None:
+        if not isinstance(section, dict) or mark.key not in section or (own := mark.settings_of(section)) is None:
             continue
         chosen = section[mark.key]
         others = mark.registry.names if named is None or chosen == "none" else named[name]
         found = (mark.settings_of({mark.key: other}) for other in others)
-        foreign = {field for other in found if other for field in settable(other)} - set(settable(own))
-        for field in foreign & section.keys():
-            del section[field]
+        foreign = {known for other in found if other for known in settable(other)} - set(settable(own))
+        for dropped in foreign & section.keys():
+            del section[dropped]
 
 
 def settable(settings: type[BaseModel]) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from repa_lab.align.settings import REGULARIZERS
-from repa_lab.registry import Origin
+from repa_lab.data.settings import SOURCES
+from repa_lab.registry import Origin, Registry
 from repa_lab.settings import Settings, file_fields, settings_in
 from repa_lab.spec.schema import RunConfig
 
@@ -78,7 +79,7 @@ def local_files(config: RunConfig) -> tuple[str, ...]:
 def _scientific(config: RunConfig, contents: Mapping[str, str]) -> dict[str, Any]:
     """Return the settings as plain data, paths replaced by what they lead to, with the plugins that they use."""
     value: dict[str, Any] = _plain(config, contents)
-    del value["data"]["path"]
+    value["data"].pop("path", None)  # the fingerprint stands for it
     value["data"]["resolution"] = config.data.side
     if config.model.pretrained is None and config.train.time == "auto":
         value["train"]["time"] = "uniform"  # what it means there
@@ -92,8 +93,10 @@ def _scientific(config: RunConfig, contents: Mapping[str, str]) -> dict[str, Any
 
 def plugins_of(config: RunConfig) -> Iterator[tuple[str, Origin]]:
     """Yield the name and the origin of every component from a plugin that a run uses."""
-    if origin := REGULARIZERS.origin(config.regularizer.type):
-        yield config.regularizer.type, origin
+    used: list[tuple[str, Registry[Any]]] = [(config.regularizer.type, REGULARIZERS), (config.data.source, SOURCES)]
+    for name, registry in used:
+        if origin := registry.origin(name):
+            yield name, origin
 
 
 def _plain(section: Any, contents: Mapping[str, str]) -> Any:

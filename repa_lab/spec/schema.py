@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from repa_lab.align.settings import EncoderSettings, NoSettings, RegularizerSettings
 from repa_lab.data.settings import SourceSettings
 from repa_lab.settings import Fraction, HubOrLocal, NotNegative, Positive, Settings, later, settings_in
+from repa_lab.spec.averaging import Ema, EmaConfig
 from repa_lab.spec.component import COMPONENTS
 from repa_lab.spec.evaluate import EvaluateConfig, ExtractorConfig
 
@@ -30,6 +31,8 @@ class ModelConfig(Settings):
 class TrainConfig(Settings):
     """Optimisation: AdamW at a constant rate; defaults are those of the papers' code.
 
+    ``ema`` is the decay of the averaged weights, or ``{decay, warmup}``; see :class:`EmaConfig`.
+
     ``label_dropout`` is how often the class or the caption is left out. ``time`` is the distribution of times: ``auto`` is
     uniform for SiT and the UNet, as in the papers, and what a pretrained model was trained with.
     """
@@ -39,9 +42,14 @@ class TrainConfig(Settings):
     lr: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: NotNegative = 0.0
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    ema: Ema = 0.9999
     label_dropout: Fraction = 0.1
     time: Literal["auto", "uniform", "lognormal"] = "auto"
+
+    @property
+    def averaging(self) -> EmaConfig:
+        """The averaging of the weights, whichever way ``ema`` is written."""
+        return self.ema if isinstance(self.ema, EmaConfig) else EmaConfig(decay=self.ema)
 
 
 class RunConfig(Settings):

@@ -111,6 +111,8 @@ def sweep(
         raise SpecError([planned.blocked])
     if not rehearse:
         require_budget(planned)
+        for warning in planned.warnings:
+            (console or Console(quiet=True)).print(warning, highlight=False, markup=False, soft_wrap=True)
     directory = planned.root.sweep(planned.experiment.name)
     outcome = SweepOutcome(directory, 0, {})
     with _held(directory):

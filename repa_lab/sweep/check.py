@@ -235,7 +235,7 @@ def _data_problems(arm: Arm, family: Family, inventory: Inventory) -> Iterator[P
         return
     takes_captions = family.pipeline is not None and family.pipeline.num_classes is None
     if takes_captions and not dataset.has_captions and data.source in _CAPTIONED:
-        has_none = f"{family.name} is trained with captions, and '{data.path}' has none"
+        has_none = f"{family.name} is trained with captions, and the data set has none"
         yield arm.problem("data.path", f"{has_none}: {_CAPTIONED[data.source]}")
     known = num_classes(Path(arm.config.model.pretrained or ""), family)
     if known is not None and dataset.classes > known:
@@ -312,6 +312,11 @@ def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
         yield experiment.problem("run.micro_batch", message)
     if experiment.run.tensorboard and not tensorboard.is_installed():
         yield experiment.problem("run.tensorboard", "needs TensorBoard: pip install 'repa-lab[tensorboard]'")
+    trained = experiment.run.precision
+    for arm in experiment.arms:
+        if arm.config.model.train == "lora" and arm.config.evaluate.precision != "train" and trained != "fp32":
+            message = f"LoRA holds what it leaves alone in run.precision ({trained}): use train, or run.precision: fp32"
+            yield arm.problem("evaluate.precision", message)
     known = list(dict.fromkeys(name for arm in experiment.arms for name in metric_names(arm.config)))
     wanted: dict[Path_, str] = {("compare", "metric"): experiment.compare.metric}
     wanted |= {("compare", "targets", metric): metric for metric in experiment.compare.targets}

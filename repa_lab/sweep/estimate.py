@@ -110,10 +110,11 @@ class Estimate:
 
     @property
     def notes(self) -> list[str]:
-        """What all of it rests on, a sentence each."""
+        """Warnings, and what the estimate rests on, a sentence each."""
         data = dict.fromkeys(arm.config.data for arm in self.plan.experiment.arms)
         told = dict.fromkeys(note for one in data for note in self.plan.inventory.dataset(one).notes)
-        return [*told, *_speed_notes(self), *dict.fromkeys(note for cost in self.costs.values() for note in cost.rough)]
+        rough = dict.fromkeys(note for cost in self.costs.values() for note in cost.rough)
+        return [*self.plan.warnings, *told, *_speed_notes(self), *rough]
 
 
 def estimate(plan: Plan) -> Estimate:

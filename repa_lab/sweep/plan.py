@@ -116,6 +116,12 @@ class Plan:
         """The first reason why the sweep cannot be trained here."""
         return next((planned.blocked for planned in self.runs if planned.blocked), None)
 
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What a reader of the arms' numbers should know before they are trained, each sentence once."""
+        trained = dict.fromkeys(arm.config.train for arm in self.experiment.arms)
+        return list(dict.fromkeys(text for train in trained if (text := train.averaging.warning(train.steps))))
+
     @property
     def measured(self) -> list[str]:
         """Full names of what the arms measure of their samples."""

@@ -12,9 +12,8 @@ from typing import Any
 from repa_lab.data.fingerprint import digest
 from repa_lab.data.layout import IMAGES, read_listing
 from repa_lab.data.listing import CAPTION_COLUMNS, read_image_folder
+from repa_lab.data.settings import FolderSettings, SourceSettings
 from repa_lab.models.facts import Family
-from repa_lab.spec import DataConfig
-from repa_lab.spec.schema import SOURCES_OF
 
 _IMAGES = 24
 _CLASSES = ("circle", "square")
@@ -46,15 +45,15 @@ class Props:
         """One that decodes the same latents, of the class of TAESD."""
         return self._once("tae", _write_tiny_autoencoder)
 
-    def images(self, data: DataConfig) -> dict[str, Any]:
-        """Settings of data that lead to a few images: of the spec's own where they are here, else generated."""
-        own = Path(data.path) if data.path and Path(data.path).is_dir() else None
-        if own is None:
-            neutral = {name: DataConfig.model_fields[name].default for name in SOURCES_OF}
-            return {**neutral, "source": "imagefolder", "path": str(self._once("images", _generate))}
-        name = f"images-{digest([str(own.resolve()), data.caption_column])[:12]}"
-        path = str(self._once(name, lambda folder: _FEW[data.source](own, folder, data.caption_column)))
-        return {"path": path, **_AS.get(data.source, {})}
+    def images(self, data: SourceSettings) -> dict[str, Any]:
+        """Return fields of ``data`` that lead to a few images: of the spec's own where they are here, else generated."""
+        own = data.folder if isinstance(data, FolderSettings) and not data.is_unset and data.folder.is_dir() else None
+        if own is None or data.source not in _FEW:
+            return {"source": "imagefolder", "path": str(self._once("images", _generate))}
+        column = getattr(data, "caption_column", None)
+        name = f"images-{digest([str(own.resolve()), column])[:12]}"
+        path = str(self._once(name, lambda folder: _FEW[data.source](own, folder, column)))
+        return {"source": data.source, "path": path, "caption_column": column, **_AS.get(data.source, {})}
 
     def _once(self, name: str, write: Callable[[Path], None]) -> Path:
         path = self.folder / name

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from repa_lab.align.settings import REPASettings
+from repa_lab.data.settings import FolderSettings, HubSettings, SourceSettings
 from repa_lab.encoders.registry import ENCODERS, TINY
 from repa_lab.metrics.protocol import quality_names
 from repa_lab.models.facts import NARROW, shape_of
@@ -93,7 +94,7 @@ class _Rehearser:
     def _config(self, meant: RunConfig) -> RunConfig:
         value = meant.model_dump(mode="json")
         value["model"] |= self._model(meant)
-        value["data"] |= self._data(meant)
+        value["data"] = self._data(meant)
         value["train"] |= {"steps": min(meant.train.steps, _STEPS), "batch_size": min(meant.train.batch_size, _BATCH)}
         value["evaluate"] |= self._evaluate(meant)
         for path, _ in meant.encoder_paths:
@@ -115,9 +116,10 @@ class _Rehearser:
     def _data(self, meant: RunConfig) -> dict[str, Any]:
         data, token, family = meant.data, _token(meant), family_facts(meant.model.family)
         vae = data.vae and str(self.props.autoencoder() if family.from_scratch else self.props.pipeline(family))
-        found: dict[str, Any] = {"vae": vae}
-        if data.source != "digits":
-            found |= self.props.images(data) | {"resolution": max(32, 2 * token, 64 if _is_latent(meant) else 0)}
+        found: dict[str, Any] = {**data.model_dump(mode="json"), "vae": vae}
+        if isinstance(data, FolderSettings | HubSettings):
+            shared = {name: found[name] for name in SourceSettings.model_fields}
+            found = shared | self.props.images(data) | {"resolution": max(32, 2 * token, 64 if _is_latent(meant) else 0)}
             found |= {"holdout": min(data.holdout or _HOLDOUT, _HOLDOUT)}
         if data.buckets is not None:
             found["buckets"] = {"step": token, "max_aspect": data.buckets.max_aspect}

@@ -67,8 +67,11 @@ def run_one(
     from repa_lab.sweep.worker import trackers
     from repa_lab.training.loop import train
 
+    shown, trained = console or Console(quiet=True), entry.run.config.train
+    if warning := trained.averaging.warning(trained.steps):
+        shown.print(warning, highlight=False, markup=False, soft_wrap=True)
     options, name = planned.experiment.run, f"{entry.arm.label}, seed {entry.run.seed}"
-    with View(console or Console(quiet=True), planned.experiment.name, 1) as view:
+    with View(shown, planned.experiment.name, 1) as view:
         for note in planned.notes:
             view.say(note)
         try:

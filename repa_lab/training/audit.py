@@ -12,7 +12,7 @@ from repa_lab.metrics.adm import write_images
 from repa_lab.runs import RunDirectory
 from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
-from repa_lab.training.device import pick_device
+from repa_lab.training.device import computing_in, measuring_precision, pick_device
 from repa_lab.training.model import open_data
 from repa_lab.training.protocol import metric_names, names_of, tiers
 from repa_lab.training.quality import DivergedError, real_images
@@ -73,7 +73,8 @@ def write_samples(
         raise AuditError(f"run {run.run_id} measures no '{chosen}'; it measures: {', '.join(metric_names(run.config))}")
     tier = by_name[chosen]
     # In the precision in which it was measured, on whatever device there is.
-    options = RunOptions.model_validate({"precision": _precision(directory, chosen)})
+    precision = _precision(directory, run, chosen)
+    options = RunOptions.model_validate({"precision": "fp32" if precision == "tf32" else precision})
     device = pick_device(options)
     model = open_trained(run, checkpoint, weights, open_data(run.config, cache, device), options, cache, device)
     sampler = model.sampler(tier)
@@ -86,7 +87,8 @@ def write_samples(
             progress(index.stop, tier.samples)
             yield pixels
 
-    write_images(path, batches(), tier.samples)
+    with computing_in(model.denoiser, precision, device):
+        write_images(path, batches(), tier.samples)
     found = [row[chosen] for row in directory.rows() if row["step"] == step and chosen in row]
     return Written(step, chosen, found[-1] if found and weights == "ema" else None)
 
@@ -125,7 +127,9 @@ def write_real(directory: RunDirectory, path: Path, cache: Path, progress: Progr
     return real.count
 
 
-def _precision(directory: RunDirectory, metric: str) -> str:
+def _precision(directory: RunDirectory, run: Run, metric: str) -> str:
     """As the number's protocol has it; a run that recorded none was not resumed in another than it began in."""
     recorded = directory.protocols.get(metric)
-    return str(directory.provenance["options"]["precision"] if recorded is None else recorded.get("precision", "fp32"))
+    if recorded is not None:
+        return str(recorded.get("precision", "fp32"))
+    return measuring_precision(run.config.evaluate, str(directory.provenance["options"]["precision"]))

@@ -9,17 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from repa_lab.align.settings import EncoderSettings, NoSettings, ProjectorSettings, REPASettings
+from repa_lab.data.settings import SourceSettings
 from repa_lab.encoders.flops import encoder_flops, encoder_weights
 from repa_lab.encoders.registry import facts_of, input_size
 from repa_lab.models.facts import Family, Shape, shape_of
 from repa_lab.models.families import family_facts
 from repa_lab.models.flops import VAE_DECODER, VAE_ENCODER, Forward, forward_of
 from repa_lab.spec import EvaluateConfig, RunConfig, RunOptions
-from repa_lab.data.settings import SourceSettings
 
 _VAE_STRIDE, _VAE_CHANNELS = 8, 4
-_CLASSES = {"digits": 10}
-_ASSUMED_CLASSES = 1000
 _FLOAT, _HALF = 4, 2  # bytes
 # A weight that trains is kept with its average and AdamW's two moments.
 _CHECKPOINT_NUMBERS = 4
@@ -115,7 +113,7 @@ def cost_of(config: RunConfig, options: RunOptions) -> Cost:
     family = family_facts(config.model.family)
     shape = shape_of(family, config.model.size)
     tokens, channels = _tokens(config, family, shape.stride), _channels(config)
-    forward = forward_of(family, config.model.size, tokens, channels, _CLASSES.get(config.data.source, _ASSUMED_CLASSES))
+    forward = forward_of(family, config.model.size, tokens, channels, config.data.usual_classes)
     projectors = _projectors(config, shape)
     weights = sum(parameters for parameters, _ in projectors)
     adapters = config.model.rank * forward.adapted if config.model.train == "lora" else 0

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
 
-from repa_lab.spec import RunOptions
+from repa_lab.spec import EvaluateConfig, RunOptions
 
 # accelerate's names of the precisions.
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISION = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DeviceError(ValueError):
@@ -35,3 +39,32 @@ def pick_device(options: RunOptions) -> torch.device:
     if options.precision == "fp16" and device.type == "cpu":
         raise DeviceError("precision", "fp16 needs a GPU; use bf16 or fp32")
     return device
+
+
+def measuring_precision(config: EvaluateConfig, trained: str) -> str:
+    """Return the precision in which a denoiser is measured, by that in which it is ``trained``: a key of ``PRECISION``."""
+    return trained if config.precision == "train" else config.precision
+
+
+@contextmanager
+def computing_in(module: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
+    """Let a module compute in a precision and give float32, for the length of a with-statement.
+
+    Whatever was put around the module's forward before, such as accelerate's autocast, is set aside meanwhile.
+
+    Args:
+        module: the module.
+        precision: a key of ``PRECISION``; bf16 and fp16 are by autocast.
+        device: where the module stands.
+    """
+    around, products = vars(module).pop("forward", None), torch.backends.cuda.matmul.allow_tf32
+    if (dtype := PRECISION[precision]) != torch.float32:
+        module.forward = convert_outputs_to_fp32(torch.autocast(device.type, dtype)(module.forward))
+    torch.backends.cuda.matmul.allow_tf32 = products or precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = products
+        vars(module).pop("forward", None)
+        if around is not None:
+            module.forward = around

@@ -24,7 +24,7 @@ from repa_lab.models.tap import Tap
 from repa_lab.spec import EvaluateConfig, ModelConfig, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.conditioning import Captions, Conditioning, Labels
-from repa_lab.training.device import PRECISION
+from repa_lab.training.device import PRECISION, measuring_precision
 from repa_lab.training.images import Announce, Images, open_images
 from repa_lab.training.pipelines import PipelineSampler
 from repa_lab.training.process import Flow, Process, process_of
@@ -146,7 +146,7 @@ def _from_scratch(run: Run, images: Images, device: torch.device) -> Model:
     def sampler(tier: EvaluateConfig) -> FieldSampler:
         shape = (given.channels, *given.size)
         sampling = Sampling(shape, classes, tier.sampler, tier.guidance, run.seed, tier.labels)
-        return FieldSampler(sampling, denoiser, images.space, device)
+        return FieldSampler(sampling, denoiser, images.space, device, tier.rounding)
 
     return Model(
         denoiser,
@@ -159,12 +159,12 @@ def _from_scratch(run: Run, images: Images, device: torch.device) -> Model:
 
 
 def _pretrained(run: Run, images: Images, options: RunOptions, cache: Path, device: torch.device) -> Model:
-    config, folder, precision = run.config, pretrained_folder(run.config.model), PRECISION[options.precision]
-    denoiser = build_denoiser(config, None, run.seed, precision)
+    config, folder = run.config, pretrained_folder(run.config.model)
+    denoiser = build_denoiser(config, None, run.seed, PRECISION[options.precision])
     assert isinstance(denoiser, Denoiser)
     assert isinstance(images.space, LatentSpace)
     conditioning = _conditioning(denoiser, images, folder, options, cache)
-    side, vae = config.data.side, images.space.vae
+    side, vae, precision = config.data.side, images.space.vae, measuring_precision(config.evaluate, options.precision)
 
     def sampler(tier: EvaluateConfig) -> PipelineSampler:
         return PipelineSampler(folder, denoiser, vae, conditioning, tier, side, run.seed, device, precision)

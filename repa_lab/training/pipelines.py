@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from repa_lab.data.autoencoder import Autoencoder
+from repa_lab.data.autoencoder import Autoencoder, quantise
 from repa_lab.models.denoiser import Denoiser
 from repa_lab.models.facts import pipeline_of
 from repa_lab.models.pretrained import sampling_pipeline
 from repa_lab.spec import EvaluateConfig
 from repa_lab.training.conditioning import Captions, Condition, Labels
+from repa_lab.training.device import computing_in
 from repa_lab.training.sampling import kinds_of, shares
 from repa_lab.training.streams import generator
 
@@ -32,11 +33,11 @@ class PipelineSampler:
         denoiser: what is trained.
         vae: decodes.
         conditioning: of samples.
-        config: steps, guidance, prompts.
+        config: steps, guidance, prompts, rounding.
         side: pixels along each side.
         seed: the run's seed.
         device: where to run.
-        precision: of autocast.
+        precision: of the denoiser; the scheduler's state and the autoencoder are float32.
     """
 
     folder: Path
@@ -47,7 +48,7 @@ class PipelineSampler:
     side: int
     seed: int
     device: torch.device
-    precision: torch.dtype
+    precision: str
 
     def __call__(self, index: range) -> torch.Tensor | None:
         """See :class:`Sampler`: sample i has the noise of (seed, i), and its class or caption by :func:`kinds_of`."""
@@ -81,11 +82,11 @@ class PipelineSampler:
         condition, null = _on(condition, self.device), _on(null, self.device)
         draws = [generator(self.seed, stream, i) for i in index]
         prompts = pipeline_of(self.denoiser.family).call(condition, null, self.config.guidance.scale)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+        with computing_in(self.denoiser.net, self.precision, self.device):
             (images, *_) = self._pipeline(**prompts, **self._how, generator=draws)
         if not np.isfinite(images).all():
             return None
-        return torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
+        return quantise(torch.from_numpy(images) * 255, self.config.rounding).permute(0, 3, 1, 2)
 
     @functools.cached_property
     def _pipeline(self) -> Any:

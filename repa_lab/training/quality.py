@@ -140,6 +140,7 @@ class Quality:
             "sampler": tier.sampler.model_dump(mode="json"),
             "guidance": tier.guidance.model_dump(mode="json"),
             "labels": tier.labels,
+            **({} if tier.rounding == "nearest" else {"rounding": tier.rounding}),  # the usual one goes without saying
             **drawn_by(self._config),
             "seed": seed,
             "versions": versions(),

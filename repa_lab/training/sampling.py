@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from repa_lab.data.space import Space
-from repa_lab.spec.evaluate import GuidanceConfig, Labelling, SamplerConfig
+from repa_lab.spec.evaluate import GuidanceConfig, Labelling, Rounding, SamplerConfig
 from repa_lab.training.streams import generator
 
 # The papers' code stops its stochastic steps at t = 0.04 and takes the rest in one deterministic step.
 _SDE_LAST_TIME = 0.04
-Velocity = Callable[[torch.Tensor, float], torch.Tensor]
+# The velocity of a state at a time, and the time at which the step that asks for it starts.
+Velocity = Callable[[torch.Tensor, float, float], torch.Tensor]
 Noise = Callable[[], torch.Tensor]
 
 
@@ -41,14 +42,18 @@ class FieldSampler:
         denoiser: with ``forward(x, t, y) -> velocity``.
         space: makes pixels of what is drawn.
         device: where to run.
+        rounding: to 8 bits.
     """
 
-    def __init__(self, sampling: Sampling, denoiser: nn.Module, space: Space, device: torch.device) -> None:
+    def __init__(
+        self, sampling: Sampling, denoiser: nn.Module, space: Space, device: torch.device, rounding: Rounding = "nearest"
+    ) -> None:
         self._sampling, self._denoiser, self._space, self._device = sampling, denoiser, space, device
+        self._rounding: Rounding = rounding
 
     def __call__(self, index: range) -> torch.Tensor | None:
         """See :class:`Sampler`."""
-        pixels = self._space.decode(self._sampling.batch(self._denoiser, index, self._device))
+        pixels = self._space.decode(self._sampling.batch(self._denoiser, index, self._device), self._rounding)
         return None if pixels is None else pixels.cpu()
 
     def shown(self) -> torch.Tensor | None:
@@ -96,15 +101,18 @@ class Sampling:
 
 
 def guided(denoiser: nn.Module, labels: torch.Tensor, null: int, guidance: GuidanceConfig) -> Velocity:
-    """The velocity field, with classifier-free guidance for times in [low, high] if the scale is not 1."""
+    """The velocity field, with classifier-free guidance in steps that start in [low, high] if the scale is not 1.
 
-    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+    REPA's code decides by the start of the step, so Heun's second evaluation is guided exactly where its first one is.
+    """
+
+    def velocity(x: torch.Tensor, t: float, start: float) -> torch.Tensor:
         def at(y: torch.Tensor) -> torch.Tensor:
             out: torch.Tensor = denoiser(x.float(), torch.full((len(x),), t, device=x.device), y)
             return out.to(x.dtype)
 
         conditional = at(labels)
-        if guidance.scale == 1 or not guidance.low <= t <= guidance.high:
+        if guidance.scale == 1 or not guidance.low <= start <= guidance.high:
             return conditional
         unconditional = at(torch.full_like(labels, null))
         return unconditional + guidance.scale * (conditional - unconditional)
@@ -132,7 +140,7 @@ def euler_maruyama(velocity: Velocity, noise: Noise, steps: int) -> torch.Tensor
     x = noise()
     times = [*torch.linspace(1, _SDE_LAST_TIME, steps, dtype=torch.float64).tolist(), 0.0]
     for now, after in itertools.pairwise(times):
-        v = velocity(x, now)
+        v = velocity(x, now, now)
         score = -(x + (1 - now) * v) / now
         x = x + (v - now * score) * (after - now)
         if after > 0:
@@ -141,12 +149,12 @@ def euler_maruyama(velocity: Velocity, noise: Noise, steps: int) -> torch.Tensor
 
 
 def _euler(velocity: Velocity, x: torch.Tensor, now: float, after: float) -> torch.Tensor:
-    return x + velocity(x, now) * (after - now)
+    return x + velocity(x, now, now) * (after - now)
 
 
 def _heun(velocity: Velocity, x: torch.Tensor, now: float, after: float) -> torch.Tensor:
-    slope = velocity(x, now)
+    slope = velocity(x, now, now)
     ahead = x + slope * (after - now)
     if after == 0:
         return ahead
-    return x + (slope + velocity(ahead, after)) / 2 * (after - now)
+    return x + (slope + velocity(ahead, after, now)) / 2 * (after - now)

@@ -27,7 +27,7 @@ from repa_lab.spec import EncoderSettings, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.aligner import Aligner, PrefetchWeight, open_targets
 from repa_lab.training.checkpoint import INPUT_FILE, PREFIX, Progress, Trained
-from repa_lab.training.device import MIXED_PRECISION, DeviceError, pick_device
+from repa_lab.training.device import MIXED_PRECISION, DeviceError, computing_in, measuring_precision, pick_device
 from repa_lab.training.ema import EMA
 from repa_lab.training.evaluate import Evaluator, Match
 from repa_lab.training.ledger import ledger
@@ -124,7 +124,7 @@ class Trainer:
         grad_norm = self.accelerator.clip_grad_norm_(self._parameters, limit) if limit else None
         self._trained.optimizer.step()
         self._trained.optimizer.zero_grad(set_to_none=True)
-        self._trained.ema.update()
+        self._trained.ema.update(self.progress.step)
         self.progress.step += 1
         self.progress.images += self.config.train.batch_size
         return StepOutcome(values, weight, grad_norm)
@@ -135,7 +135,7 @@ class Trainer:
         denoiser, config, began = self._trained.denoiser, self.config, time.perf_counter()
         block, own_block = self._measured_block()
         denoiser.eval()
-        with self._trained.ema.applied():
+        with self._trained.ema.applied(), computing_in(denoiser, self._precision, self.device):
             (row, samples), *rare = (self.evaluator.quality(tier) for tier in tiers(config, self.progress.step))
             tap = self.model.tap(block)
             row |= self.evaluator.alignment(tap, self._match() if block == own_block else None)
@@ -150,9 +150,14 @@ class Trainer:
 
     def protocols(self) -> dict[str, dict[str, Any]]:
         """What each number that :meth:`measure` yields depends on, by its name."""
-        found, precision = self.evaluator.protocols(self._run.seed, self._measured_block()[0]), self.options.precision
-        # The denoiser is measured in the precision it is trained in; float32 goes without saying.
+        found, precision = self.evaluator.protocols(self._run.seed, self._measured_block()[0]), self._precision
+        # Float32 goes without saying.
         return found if precision == "fp32" else {name: {**one, "precision": precision} for name, one in found.items()}
+
+    @property
+    def _precision(self) -> str:
+        """The precision in which the denoiser is measured."""
+        return measuring_precision(self.config.evaluate, self.options.precision)
 
     def save(self, folder: Path) -> None:
         """Write all that is needed to go on, or to export the model, into an empty folder."""
@@ -273,7 +278,7 @@ class Trainer:
         self._denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
         if self.options.compile:  # the tap is set by now; a hook set later would not be seen
             self._denoiser = torch.compile(self._denoiser)
-        ema = EMA(modules, train.ema)
+        ema = EMA(modules, train.averaging)
         return Trained(denoiser, modules.get("regularizer"), optimizer, ema, accelerator.scaler)
 
 

@@ -319,7 +319,6 @@ class TestWhatIsSaid:
             ({"lora_type": "lycoris"}, "lora_type: not carried: the lab trains PEFT's LoRA"),
             ({"model_type": "lora", "lora_rank": 8, "lora_alpha": 16}, "the adapter's scale is 1, and 2 there"),
             ({}, "caption_dropout_probability 0.0"),
-            ({}, "data.holdout is 256: so many images are not trained on"),
             ({"model_family": "omnigen"}, "omnigen can be aligned in a loop of your own"),
             ({"model_family": "pixart_sigma"}, "never attaches its regularizer to pixart"),
         ],

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLLTXVideo
+from diffusers import AutoencoderKL, AutoencoderKLLTXVideo
 from torch import nn
 
 from repa_lab.data.autoencoder import Autoencoder, to_uint8
@@ -149,3 +150,33 @@ def test_the_scaling_keeps_the_dtype(vae, dtype):
     scaling = latent_scaling(vae)
     x = scaling.normalise(latents(1, 4, 4, 4).to(dtype))
     assert x.dtype == scaling.denormalise(x).dtype == dtype
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_decoding_is_float32_whatever_surrounds_it(half):
+    """In float16 what this VAE computes overflows, as SDXL's does; in bfloat16 its pixels are of few levels."""
+    vae = kl()
+    vae.decoder.conv_in.weight.data *= 1e7  # the normalisation that follows takes it back
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    model, plain = Autoencoder(vae, "vae"), partial(AutoencoderKL.decode, vae)
+    precise = plain(z).sample
+    with torch.autocast("cpu", half):
+        rough = plain(z).sample
+    with torch.autocast("cpu", half):
+        pixels = model.decode(model.scaling.normalise(z)), model.model.decode(z, return_dict=False)[0]
+        coarse = model.model.decode(z.to(half)).sample
+    assert torch.equal(coarse, plain(z.to(half).float()).sample)
+    assert rough.dtype is half
+    if half is torch.float16:
+        assert not rough.isfinite().any()
+    else:
+        levels, exact = ((image / 2 + 0.5).unique() for image in (rough, precise))  # as a pipeline scales them
+        assert len(levels) < 400 < 1500 < len(exact)
+    torch.testing.assert_close(pixels[0], precise, rtol=1e-4, atol=1e-4)  # but for scaling there and back
+    assert torch.equal(pixels[1], precise)
+
+
+def test_weights_in_half_precision_are_brought_to_float32():
+    model = Autoencoder(kl().half(), "vae")
+    assert {value.dtype for value in model.model.state_dict().values()} == {torch.float32}

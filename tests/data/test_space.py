@@ -99,6 +99,16 @@ class TestPixels:
         assert to_uint8(values).tolist() == [0, 0, 0, 1, 128, 255, 255, 255, 0]
         assert to_uint8(values.double()).tolist() == to_uint8(values).tolist()
 
+    def test_or_truncates_as_repas_script_does(self):
+        values = torch.tensor([-5.0, -1.0, -1 + 0.99 / 127.5, -1 + 1.01 / 127.5, 0.0, 0.999, 1.0, 1.2])
+        assert to_uint8(values, "truncate").tolist() == [0, 0, 0, 1, 127, 254, 255, 255]
+        x = torch.rand(100_000, generator=draw()) * 2.2 - 1.1
+        repa = np.clip(255.0 * ((x.numpy() + 1) / 2.0), 0, 255).astype(np.uint8)
+        assert to_uint8(x, "truncate").tolist() == repa.tolist()
+        inside = x.abs() < 1
+        darker = to_uint8(x).double()[inside].mean() - to_uint8(x, "truncate").double()[inside].mean()
+        assert darker.item() == pytest.approx(0.5, abs=0.01)
+
 
 class TestLatents:
     def test_encode_is_the_scaled_draw(self, vae, vae_path, source, cache):

@@ -114,7 +114,7 @@ BAD = {
             "3:24: data.holdout: expected a number of at least 1, got 0",
             "4:9: train.steps: expected a number of at least 1, got 0",
             "4:19: train.lr: expected a number of more than 0.0, got 0",
-            "4:26: train.ema: expected a number of less than 1.0, got 1.0",
+            "4:26: train.ema: expected a number of less than 1.0 or a mapping, got 1.0",
             "4:36: train.label_dropout: expected a number of at most 1.0, got 1.5",
             "4:56: train.weight_decay: expected a number of at least 0.0, got -1",
             "5:12: evaluate.samples: expected a number of at least 16, got 8",

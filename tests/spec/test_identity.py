@@ -65,6 +65,7 @@ SCIENCE = {
     "regularizer.schedule.threshold_mode": "recoverable", "regularizer.schedule.probe_every": 7,
     "model.revision": "v2", "data.buckets": {"step": 32}, "data.caption_column": "text", "evaluate.prompts": ["a cat"],
     "evaluate.labels": "random", "evaluate.extractor.reference": "b.bin", "evaluate.metrics": ["frechet", "kid"], "evaluate.full": {"samples": 64},
+    "evaluate.precision": "fp32", "evaluate.rounding": "truncate",
 }  # fmt: skip
 # They change only together with others, or stand for content that is hashed in their place.
 HUB = {"data.name": "other/set", "data.config": "small", "data.split": "test", "data.revision": "v2"}
@@ -125,6 +126,7 @@ LATER = {
     "regularizer.projector.kernel": 3, "regularizer.encoder.pixels": "image", "regularizer.schedule.probe_every": 50,
     "model.revision": None, "data.buckets": None, "data.caption_column": None, "evaluate.prompts": [],
     "data.name": None, "data.config": None, "data.split": "train", "data.revision": None,
+    "evaluate.precision": "train", "evaluate.rounding": "nearest",
 }  # fmt: skip
 
 

@@ -262,3 +262,22 @@ def test_all_problems_are_told_at_once(tmp_path, monkeypatch):
 def test_planning_loads_no_torch():
     code = "import sys, repa_lab; repa_lab.plan('experiments/quickstart.yaml'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("train", "precision", "is_refused"), [("lora", "bf16", True), ("lora", "fp32", False), ("full", "bf16", False)])
+def test_frozen_weights_in_half_precision_cannot_be_measured_in_float32(tmp_path, train, precision, is_refused):
+    spec = {
+        "name": "q",
+        "model": {"family": "sd3", "pretrained": "stabilityai/stable-diffusion-3-medium-diffusers", "train": train},
+        "data": {"source": "imagefolder", "resolution": 1024},
+        "train": {"steps": 10},
+        "evaluate": {"precision": "fp32"},
+        "run": {"precision": precision},
+    }
+    problems = []
+    try:
+        make_plan(load_spec(spec), RunsRoot(tmp_path))
+    except SpecError as error:
+        problems = [problem for problem in error.problems if problem.path == "evaluate.precision"]
+    told = "LoRA holds what it leaves alone in run.precision (bf16): use train, or run.precision: fp32"
+    assert [problem.message for problem in problems] == [told] * is_refused

@@ -195,6 +195,18 @@ def test_the_table_has_a_line_an_arm_and_on_demand_a_line_a_run(tmp_path):
     assert sentences(found)[0].startswith("4 runs to train: 40 steps, 10.2 K images, ")
 
 
+def test_averages_that_still_hold_initial_weights_are_told_once_each():
+    steps = {"train.steps": [10, 5000]}
+    planned = make_plan(load_spec({**BASE, "axes": {**steps, "train.ema": [0.9, {"decay": 0.9999, "warmup": True}, 0.9999]}}), RunsRoot(Path("nowhere")))
+    told = [
+        f"train.ema: at decay {decay} the measured average still holds {share} % of the initial weights after {steps} steps;"
+        " set train.ema.warmup, or lower the decay"
+        for decay, share, steps in (("0.9", 35, "10"), ("0.9999", 100, "10"), ("0.9999", 61, "5,000"))
+    ]
+    assert planned.warnings == told
+    assert [line for line in sentences(estimate(planned)) if line.startswith("train.ema")] == told
+
+
 def test_a_whole_plan_loads_no_torch():
     code = (
         "import sys, json; sys.argv = ['repa-lab', 'plan', 'experiments/sdxl_manifold.yaml', '--json'];"

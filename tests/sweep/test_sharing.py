@@ -122,7 +122,8 @@ class TestThePlan:
 class TestForked:
     """What a fork ends as, against the same run by itself."""
 
-    SETTINGS = {"evaluate.every": 4}  # noqa: RUF012
+    # Of an average that warms up, every update depends on the number of the step.
+    SETTINGS = {"evaluate.every": 4, "train.ema": {"decay": 0.9, "warmup": True}}  # noqa: RUF012
 
     def directory(self, root: RunsRoot, run, cache, **more):
         assert train(run, root.run(run.run_id), make_options(), cache, **more) is State.DONE

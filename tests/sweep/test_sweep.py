@@ -1,5 +1,6 @@
 """Real sweeps in real worker processes."""
 
+import io
 import os
 import signal
 import threading
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from repa_lab import load_results, plan, sweep
 from repa_lab.runs import RunsRoot, State
 from repa_lab.spec import SpecError
+from repa_lab.sweep.single import run_one
 
 METRIC = "frechet:efficientnet_lite0@16/ode2"
 
@@ -144,3 +147,12 @@ def test_what_only_loading_can_show_is_refused_before_anything_is_created(tiny, 
     number = 1 + file.read_text().splitlines().index("    name: resnet_nonsense")
     assert line.startswith(f"{file}:{number}:5: regularizer.encoder.name: unknown encoder 'resnet_nonsense'; allowed: ")
     assert not list((tmp_path / "runs").glob("by-id")) and not list((tmp_path / "runs").glob("tiny"))
+
+
+@pytest.mark.parametrize("ema", [0.9, {"decay": 0.9, "warmup": True}])
+def test_a_run_warns_of_an_average_that_will_hold_initial_weights(tiny, tmp_path, ema):
+    shown = io.StringIO()
+    spec = tiny(train={**tiny()["train"], "steps": 2, "ema": ema}, evaluate={**tiny()["evaluate"], "encoder": None})
+    _, state = run_one(spec, "baseline", 0, tmp_path, console=Console(file=shown))
+    warning = "train.ema: at decay 0.9 the measured average still holds 81 % of the initial weights after 2 steps;"
+    assert state is State.DONE and shown.getvalue().startswith(warning) is (ema == 0.9)

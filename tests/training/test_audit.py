@@ -76,13 +76,18 @@ def test_samples_that_were_not_measured_have_no_value(run, cache, tmp_path):
     assert write_samples(run, tmp_path / "last.npz", cache, USUAL, weights="last").value is None
 
 
-def test_a_number_is_drawn_again_in_the_precision_it_was_measured_in(cache, tmp_path):
-    """Begun in float32, resumed in bfloat16: what was measured at the end was drawn in the latter."""
-    made, directory = make_run(**{"train.steps": 4, "evaluate.every": 2}), RunDirectory(tmp_path / "run")
+@pytest.mark.parametrize(
+    ("settings", "first", "second"),
+    [({}, None, "bf16"), ({"evaluate.precision": "tf32", "evaluate.rounding": "truncate"}, "tf32", "tf32")],
+)
+def test_a_number_is_drawn_again_in_the_precision_it_was_measured_in(cache, tmp_path, settings, first, second):
+    """Begun in float32, resumed in bfloat16: what was measured at the end was drawn in the latter, or as the spec says."""
+    made, directory = make_run(**{"train.steps": 4, "evaluate.every": 2}, **settings), RunDirectory(tmp_path / "run")
     train(made, directory, make_options(), cache, should_stop=stop_after(2))
-    assert "precision" not in directory.protocols[USUAL]
+    assert directory.protocols[USUAL].get("precision") == first
+    assert directory.protocols[USUAL].get("rounding") == settings.get("evaluate.rounding")
     assert train(made, directory, make_options(precision="bf16"), cache) is State.DONE
-    assert directory.protocols[USUAL]["precision"] == "bf16"
+    assert directory.protocols[USUAL]["precision"] == second
     assert directory.provenance["options"]["precision"] == "fp32"
     found = write_samples(directory, tmp_path / "a.npz", cache)
     pixels = torch.from_numpy(np.load(tmp_path / "a.npz")["arr_0"].transpose(0, 3, 1, 2).copy())

@@ -11,6 +11,7 @@ from torch import nn
 from repa_lab.align import REPA, Tokens
 from repa_lab.models.facts import SIT_DOWN_SHAPES, SIT_SHAPES, UNET_SHAPES
 from repa_lab.models.family import BUILDERS, Input
+from repa_lab.spec.averaging import EmaConfig
 from repa_lab.training.checkpoint import Progress, Trained
 from repa_lab.training.ema import EMA
 
@@ -28,7 +29,7 @@ def make(seed: int, family: str = "sit", regularized: bool = True, scaler: objec
     modules = {"denoiser": denoiser} | ({"regularizer": regularizer} if regularizer else {})
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
-    return Trained(denoiser, regularizer, optimizer, EMA(modules, 0.9), scaler)
+    return Trained(denoiser, regularizer, optimizer, EMA(modules, EmaConfig(decay=0.9)), scaler)
 
 
 def step(trained: Trained, seed: int) -> None:
@@ -40,7 +41,7 @@ def step(trained: Trained, seed: int) -> None:
     loss.backward()
     trained.optimizer.step()
     trained.optimizer.zero_grad(set_to_none=True)
-    trained.ema.update()
+    trained.ema.update(0)
 
 
 def tensors(trained: Trained) -> dict[str, torch.Tensor]:

@@ -186,6 +186,11 @@ class TestProtocols:
         assert differences(one, other) == ("real", "reference")
         assert differences(one, {**one, "seed": 9, "versions": {}}) == ()
 
+    def test_samples_that_are_rounded_otherwise_are_another_number(self, few, cache, denoiser):
+        evaluators = [make_evaluator(few, cache, denoiser, rounding=rounding) for rounding in ("nearest", "truncate")]
+        (one,), (other,) = (evaluator.protocols(0, 1).values() for evaluator in evaluators)
+        assert differences(one, other) == ("rounding",) and "rounding" not in one
+
     def test_alignment_of_an_arm_with_mirrored_images_is_of_the_same_held_out_ones(self, few, cache, denoiser, targets):
         mirrored = Images(Flips(few.source), few.split, few.space)
         plain, flipped = (make_evaluator(images, cache, denoiser, targets).protocols(0, 1)["heldout/cka"] for images in (few, mirrored))

@@ -40,6 +40,7 @@ UREPA = {"regularizer.type": "urepa"}
 # A linear schedule: the projector rests at first, is trained, and rests again.
 RESUMED = {
     "train.steps": 9,
+    "train.ema": {"decay": 0.9, "warmup": True},  # every update depends on the number of the step
     "evaluate.every": 6,
     "regularizer.schedule": {"type": "linear", "warmup_steps": 2, "decay_steps": 6},
 }
@@ -368,6 +369,29 @@ class TestFailing:
 
 
 class TestPrecision:
+    @pytest.mark.parametrize(
+        ("asked", "inside", "has_tf32", "told"),
+        [
+            ("train", torch.bfloat16, False, "bf16"),
+            ("fp32", torch.float32, False, None),
+            ("tf32", torch.float32, True, "tf32"),
+        ],
+    )
+    def test_is_measured_in_the_precision_that_is_asked_for(self, cache, asked, inside, has_tf32, told):
+        trainer = Trainer(make_run(**{"evaluate.precision": asked}), make_options(precision="bf16"), cache)
+        seen = set()
+        layer = trainer._trained.denoiser.blocks[0].mlp.fc1
+        layer.register_forward_hook(lambda module, given, out: seen.add((out.dtype, torch.backends.cuda.matmul.allow_tf32)))
+        (row, *_), _ = trainer.measure()
+        assert seen == {(inside, has_tf32)}
+        assert {protocol.get("precision") for protocol in trainer.protocols().values()} == {told}
+        seen.clear()
+        trainer.step(next(trainer.batches()))  # trains as before
+        assert seen == {(torch.bfloat16, False)}
+        (plain, *_), _ = Trainer(make_run(), make_options(), cache).measure()
+        is_single = {name: row[name] == plain[name] for name in plain if name.startswith("heldout")}
+        assert len(is_single) == 3 and set(is_single.values()) == {asked != "train"}
+
     def test_bf16_keeps_float32_weights(self, cache, fresh):
         full = run_steps(make_run(), fresh("fp32"), cache)
         half = run_steps(make_run(), fresh("bf16"), cache, precision="bf16")

@@ -203,6 +203,32 @@ class TestSampling:
         setattr(pipeline, pipeline_of(FAMILIES[family]).denoiser, plain)
         assert (ours.int() - stock(captions, "sampling").int()).abs().max() > 2  # what was trained is seen
 
+    # Latents of four shapes, packed and scaled in ways of their own.
+    @pytest.mark.parametrize(
+        ("family", "train", "rounding"),
+        [("sdxl", "full", "truncate"), ("flux2", "full", "nearest"), ("qwen_image", "lora", "nearest"), ("sana", "lora", "nearest")],
+    )
+    def test_in_half_precision_the_denoiser_alone_computes_in_it(self, family, train, rounding, made, place):
+        run = made(family, **{"model.train": train, "evaluate.rounding": rounding})
+        images = open_pretrained(run, place / "cache")
+        model = open_model(run, images, make_options(precision="bf16"), place / "cache", CPU)
+        net, vae = model.denoiser.eval().net, images.space.vae.model
+        linear = [layer for layer in net.modules() if type(layer) is torch.nn.Linear]
+        inside: set[torch.dtype] = set()
+        for layer in linear:
+            layer.register_forward_hook(lambda layer, given, out: inside.add(out.dtype))
+        decode, seen = vae.decode, []
+        vae.decode = lambda z, *args, **options: decode(seen.append(z) or z, *args, **options)
+        drawn = model.sampler(run.config.evaluate)(range(2))
+        vae.decode = decode
+        (z,) = seen
+        assert inside == {torch.bfloat16}
+        assert z.dtype is torch.float32 and not torch.equal(z, z.bfloat16().float())
+        pixels = type(vae).decode(vae, z).sample.reshape(drawn.shape)
+        levels = (pixels / 2 + 0.5).clamp(0, 1) * 255
+        assert torch.equal(drawn, (levels.round() if rounding == "nearest" else levels.floor()).to(torch.uint8))
+        assert "forward" not in vars(net)  # training's own precision is back
+
     def test_a_sample_depends_on_its_number_alone(self, made, place):
         run = made("sdxl")
         model = open_model(run, open_pretrained(run, place / "cache"), make_options(), place / "cache", CPU)

@@ -46,7 +46,7 @@ class Field(nn.Module):
 
 def gaussian_velocity(s: float):
     """The exact velocity of the linear path for data N(0, s^2 I): E[noise - data | x_t]."""
-    return lambda x, t: x * (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)
+    return lambda x, t, start: x * (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)
 
 
 class TestODE:
@@ -54,20 +54,20 @@ class TestODE:
     def test_euler_on_a_linear_field(self, steps):
         # dx = a x dt in N steps of -1/N multiplies x by (1 - a/N)^N.
         x = torch.randn(3, *SHAPE, dtype=torch.float64)
-        found = integrate(lambda x, t: 0.7 * x, lambda: x, ode("euler", steps))
+        found = integrate(lambda x, t, start: 0.7 * x, lambda: x, ode("euler", steps))
         torch.testing.assert_close(found, x * (1 - 0.7 / steps) ** steps, rtol=1e-12, atol=0)
 
     @pytest.mark.parametrize("steps", [2, 7, 50])
     def test_heun_on_a_linear_field(self, steps):
         # All steps but the last multiply by 1 - h + h^2/2 (h = a/N); the last, which ends at 0, is Euler's.
         x, h = torch.randn(3, *SHAPE, dtype=torch.float64), 0.7 / steps
-        found = integrate(lambda x, t: 0.7 * x, lambda: x, ode("heun", steps))
+        found = integrate(lambda x, t, start: 0.7 * x, lambda: x, ode("heun", steps))
         torch.testing.assert_close(found, x * (1 - h + h**2 / 2) ** (steps - 1) * (1 - h), rtol=1e-12, atol=0)
 
     def test_euler_on_a_field_of_time(self):
         # dx = 2 t dt from 1 to 0 sums 2 t_i / N over t_i = 1, ..., 1/N: N (N + 1) / N^2.
         start = torch.zeros(1, 1, dtype=torch.float64)
-        found = integrate(lambda x, t: torch.full_like(x, 2 * t), lambda: start, ode("euler", 10))
+        found = integrate(lambda x, t, start: torch.full_like(x, 2 * t), lambda: start, ode("euler", 10))
         assert found.item() == pytest.approx(-1.1, abs=1e-12)
 
     @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
@@ -81,7 +81,7 @@ class TestODE:
     @pytest.mark.parametrize("solver, evaluations", [("euler", 50), ("heun", 99)])
     def test_evaluations(self, solver, evaluations):
         times: list[float] = []
-        integrate(lambda x, t: times.append(t) or x, lambda: torch.zeros(1, 1), ode(solver, 50))
+        integrate(lambda x, t, start: times.append(t) or x, lambda: torch.zeros(1, 1), ode(solver, 50))
         assert len(times) == evaluations
         assert times[0] == 1.0
         assert min(times) == pytest.approx(0.02)  # never at 0, where nothing was trained
@@ -127,7 +127,7 @@ class TestSDE:
 
     @pytest.mark.parametrize("steps", [2, 3, 25])
     def test_agrees_with_an_independent_implementation(self, steps):
-        def velocity(x, t):
+        def velocity(x, t, start=0.0):
             return np.sin(3 * x) * t + 0.3 * x - t**2 if isinstance(x, np.ndarray) else torch.from_numpy(velocity(x.numpy(), t))
 
         noises, draw = self.drawn(steps)
@@ -137,7 +137,7 @@ class TestSDE:
     def test_the_papers_grid(self):
         times: list[float] = []
         _, draw = self.drawn(250)
-        euler_maruyama(lambda x, t: times.append(t) or torch.zeros_like(x), draw, 250)
+        euler_maruyama(lambda x, t, start: times.append(t) or torch.zeros_like(x), draw, 250)
         assert len(times) == 250
         assert (times[0], times[-1]) == (1.0, pytest.approx(0.04, abs=1e-15))
         np.testing.assert_allclose(np.diff(times), -0.0038554217, atol=1e-9)
@@ -150,14 +150,14 @@ class TestSDE:
             drawn.append(1)
             return torch.randn(3, dtype=torch.float64)
 
-        euler_maruyama(lambda x, t: x, draw, steps)
+        euler_maruyama(lambda x, t, start: x, draw, steps)
         assert len(drawn) == steps
 
     def test_the_last_step_is_deterministic(self):
         # Without velocity the score is -x / t and the drift x, so the step from 0.04 to 0 leaves 0.96 x.
         seen: list[torch.Tensor] = []
         _, draw = self.drawn(9)
-        found = euler_maruyama(lambda x, t: seen.append(x) or torch.zeros_like(x), draw, 9)
+        found = euler_maruyama(lambda x, t, start: seen.append(x) or torch.zeros_like(x), draw, 9)
         torch.testing.assert_close(found, 0.96 * seen[-1], rtol=1e-12, atol=0)
 
     @pytest.mark.parametrize("s", [0.5, 1.0, 2.0])
@@ -186,7 +186,7 @@ class TestGuidance:
         labels = torch.tensor([0, 2])
         velocity = guided(ByLabel(), labels, 10, GuidanceConfig(scale=1.5))
         # 1 + 1.5 * (5 - 1) and 1 + 1.5 * (7 - 1)
-        assert velocity(torch.zeros(2, 1, dtype=torch.float64), 0.5).flatten().tolist() == [7.0, 10.0]
+        assert velocity(torch.zeros(2, 1, dtype=torch.float64), 0.5, 0.5).flatten().tolist() == [7.0, 10.0]
 
     # 104: the grid's points between 0.3 and 0.7.
     @pytest.mark.parametrize(
@@ -203,10 +203,43 @@ class TestGuidance:
         field = Field()
         velocity = guided(field, torch.tensor([3]), 10, GuidanceConfig(scale=2.0, low=0.25, high=0.5))
         for t in (0.25, 0.5):
-            velocity(torch.zeros(1, *SHAPE), t)
+            velocity(torch.zeros(1, *SHAPE), 0.1, t)
         assert field.labels == [[3], [10], [3], [10]]
-        velocity(torch.zeros(1, *SHAPE), 0.5 + 1e-9)
+        velocity(torch.zeros(1, *SHAPE), 0.5, 0.5 + 1e-9)
         assert field.labels[4:] == [[3]]
+
+    @pytest.mark.parametrize(("low", "high"), [(0.0, 0.7), (0.25, 0.5), (0.0, 1.0)])
+    def test_heun_guides_both_evaluations_of_a_step_by_its_start(self, low, high):
+        """An independent implementation of REPA's sampler in NumPy, on a grid whose points fall between the two rules."""
+
+        def field(x, t, y):
+            module = np if isinstance(x, np.ndarray) else torch
+            return module.sin(3 * x + y) * t + 0.3 * x * (y == 10)
+
+        class Net(nn.Module):
+            def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+                return field(x.double(), t.double().view(-1, 1), y.view(-1, 1).double())
+
+        noise, steps, scale, asked = np.random.default_rng(0).standard_normal((2, 3)), 10, 2.5, 0
+        x = noise
+        for i in range(steps):
+            t, after, is_guided = 1 - i / steps, 1 - (i + 1) / steps, low <= 1 - i / steps <= high
+
+            def velocity(x, t, is_guided=is_guided):
+                x, t = x.astype(np.float32).astype(np.float64), np.float64(np.float32(t))  # what the denoiser is given
+                told = field(x, t, np.array([[3.0], [4.0]]))
+                return field(x, t, 10.0) + scale * (told - field(x, t, 10.0)) if is_guided else told
+
+            slope = velocity(x, t)
+            ahead = x + slope * (after - t)
+            x = ahead if i == steps - 1 else x + (slope + velocity(ahead, after)) / 2 * (after - t)
+            asked += (1 + is_guided) * (1 if i == steps - 1 else 2)
+        net, calls = Net(), []
+        net.register_forward_hook(lambda *given: calls.append(1))
+        velocity = guided(net, torch.tensor([3, 4]), 10, GuidanceConfig(scale=scale, low=low, high=high))
+        found = integrate(velocity, lambda: torch.from_numpy(noise), ode("heun", steps))
+        np.testing.assert_allclose(found.numpy(), x, rtol=0, atol=1e-6)
+        assert len(calls) == asked
 
     def test_scale_1_never_asks_for_the_null_label(self):
         field = Field()
