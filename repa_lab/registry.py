@@ -83,13 +83,17 @@ class Registry(Generic[T]):
             self._origins[name] = origin
 
     def __getitem__(self, name: str) -> T:
-        if name not in self._components:
-            load_entry_points()
-        if name not in self._components:
+        if name not in self:
             raise UnknownComponentError(self.kind, name, self.names)
         return self._components[name]
 
+    def get(self, name: str) -> T | None:
+        """Return the component of a name, None if there is none."""
+        return self[name] if name in self else None
+
     def __contains__(self, name: object) -> bool:
+        if name not in self._components:
+            load_entry_points()
         return name in self._components
 
     def __iter__(self) -> Iterator[str]:

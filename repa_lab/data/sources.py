@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from PIL import Image
 from repa_lab.data.crop import Buckets, Size, crop, framing, opaque
 from repa_lab.data.errors import DataError
 from repa_lab.data.fingerprint import digest, fingerprint_digits
-from repa_lab.data.settings import DigitsSettings
+from repa_lab.data.settings import Dataset, DigitsSettings, SourceSettings
 
 _SPLIT_SEED = 0
 
@@ -50,6 +50,44 @@ class ImageSource(Protocol):
     def frames(self, index: Sequence[int]) -> torch.Tensor:
         """How images were cut, ``(len(index), 6)``: see :attr:`repa_lab.data.crop.Framing.frame`."""
         ...
+
+
+class Source:
+    """The base of sources of images: a fixed, ordered set of images with labels and captions, if any.
+
+    A subclass has ``__len__``, ``read(index)``, ``sizes`` and ``fingerprint``, as :class:`ImageSource` describes them; the rest is
+    given here for images without labels and captions, and may be set.
+
+    Args:
+        settings: an instance of ``Settings``.
+    """
+
+    Settings: ClassVar[type[SourceSettings]] = SourceSettings
+
+    num_classes = 1
+    captions: Sequence[str] = ()
+    notes: tuple[str, ...] = ()
+    sizes: torch.Tensor
+    fingerprint: str
+
+    def __init__(self, settings: SourceSettings) -> None:
+        self.settings, self.channels, self.side = settings, settings.channels, settings.side
+
+    @classmethod
+    def describe(cls, settings: Any) -> Dataset:
+        """Return what is known of the data set; override it where opening the images takes long."""
+        opened: Any = cls(settings)
+        return Dataset(opened.fingerprint, len(opened), opened.num_classes, bool(opened.captions), opened.notes)
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """Class labels ``(n,)``, int64: all 0 unless a subclass says otherwise."""
+        return torch.zeros(len(self.sizes), dtype=torch.long)
+
+    def frames(self, index: Sequence[int]) -> torch.Tensor:
+        """Return how images were cut, ``(len(index), 6)``: not at all."""
+        sizes = self.sizes[torch.as_tensor(index)]
+        return torch.cat([sizes, torch.zeros_like(sizes), sizes], dim=1)
 
 
 def groups(sizes: torch.Tensor) -> list[torch.Tensor]:

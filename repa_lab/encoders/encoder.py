@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from repa_lab.align.tokens import Tokens, flatten_map
-from repa_lab.encoders.registry import ENCODERS, EncoderFacts, facts_of, input_size
+from repa_lab.encoders.registry import ENCODERS, EncoderFacts, Resize, facts_of, input_size
 from repa_lab.encoders.weights import EncoderError, lite0_model, load_model, one_line, skeleton
 
 __all__ = [
@@ -61,6 +61,7 @@ class Encoder(nn.Module):
         image_size: pixels along each side of a square input; None derives the size from the image's.
         options: how it is run.
         norm: whether the tokens are taken after the model's final norm, or before (`EncoderFacts.norm`).
+        resize: how images are brought to the input size.
     """
 
     mean: torch.Tensor
@@ -74,11 +75,14 @@ class Encoder(nn.Module):
         image_size: int | None,
         options: EncoderOptions = EncoderOptions(),
         norm: bool = True,
+        resize: Resize = "bicubic",
     ) -> None:
         super().__init__()
         self.dtype = _PRECISIONS[options.precision]
         self.model, self.stage, self.stride = model.to(self.dtype), stage, stride
         self.image_size, self.options, self.norm = image_size, options, norm
+        self.mode, _, antialias = resize.partition("-")
+        self.antialias = bool(antialias)
         config: Any = model.pretrained_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
@@ -109,7 +113,8 @@ class Encoder(nn.Module):
             raise TypeError(f"pixels must be uint8, 0 to 255, got {pixels.dtype}")
         images = (pixels.float() / 255).expand(-1, 3, -1, -1)
         size = self.input_size(*pixels.shape[-2:])
-        return F.interpolate((images - self.mean) / self.std, size, mode="bicubic", align_corners=False)
+        normalised = (images - self.mean) / self.std
+        return F.interpolate(normalised, size, mode=self.mode, align_corners=False, antialias=self.antialias)
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> Tokens:
@@ -152,6 +157,8 @@ def load_encoder(
         EncoderError: unknown name, missing or unfitting weights, a size that is no grid, or a model without feature maps.
     """
     facts = facts_of(name) or EncoderFacts(name, 0, 0)
+    if facts.build is not None:
+        return Encoder(_Built(facts, weights), 0, facts.stride, image_size, options, resize=facts.resize)
     if not timm.is_model(facts.timm_name.split(".")[0]):
         near = difflib.get_close_matches(name, [*ENCODERS, *timm.list_models()], n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
@@ -162,6 +169,19 @@ def load_encoder(
     if side < stride or side % stride:
         raise EncoderError("image_size", f"'{name}' has patches of {stride} px: {side} is not a multiple of them")
     return Encoder(load_model(name, facts, weights, shape), stage, stride, image_size, options, facts.norm)
+
+
+class _Built(nn.Module):
+    """The module of a plugin, with what :class:`Encoder` asks of timm's models."""
+
+    def __init__(self, facts: EncoderFacts, weights: str | None) -> None:
+        super().__init__()
+        assert facts.build is not None
+        self.module = facts.build(weights)
+        self.pretrained_cfg = {"mean": facts.mean, "std": facts.std}
+
+    def forward_intermediates(self, images: torch.Tensor, **how: Any) -> list[torch.Tensor]:
+        return [self.module(images)]
 
 
 def require_patch_tokens(encoder: Encoder, name: str, pixels: torch.Tensor) -> Tokens:

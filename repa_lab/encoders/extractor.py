@@ -20,7 +20,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from repa_lab.data.fingerprint import file_digest
 from repa_lab.encoders.encoder import EncoderError, one_line
-from repa_lab.encoders.extractor_facts import EXTRACTORS, SPATIAL, ExtractorFacts, layers
+from repa_lab.encoders.extractor_facts import EXTRACTORS, SPATIAL, ExtractorFacts, layer_of, layers
 from repa_lab.encoders.extractor_nets import SpatialInception, beside_spatial
 from repa_lab.encoders.registry import facts_of
 
@@ -49,7 +49,7 @@ class Features:
         Raises:
             ValueError: the metric has no meaning with this extractor, or the extractor was not made for it.
         """
-        layer = EXTRACTORS[self.extractor].layers.get(metric, "")
+        layer = layer_of(self.extractor, metric)
         if layer not in self.layers:
             why = f"the extractor was made for {', '.join(self.layers)}" if layer else "it has no meaning there"
             raise ValueError(f"no features of {self.extractor} for {metric}: {why}")

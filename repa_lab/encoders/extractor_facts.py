@@ -1,6 +1,6 @@
 """Feature extractors by name, as data: what a measurement needs of each, without torch.
 
-A metric is of :data:`repa_lab.metrics.protocol.YIELDS`; a layer is what torch-fidelity calls it.
+A metric is of :data:`repa_lab.metrics.protocol.METRICS`; a layer is what torch-fidelity calls it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from repa_lab.encoders.registry import TINY
+from repa_lab.metrics.protocol import METRICS
 
 POOLED, LOGITS, SPATIAL = "2048", "logits_unbiased", "spatial"
 CLS = "cls"
@@ -72,5 +73,10 @@ EXTRACTORS |= {f"{TINY}{name}": _tiny(facts) for name, facts in EXTRACTORS.items
 
 def layers(name: str, metrics: Iterable[str]) -> tuple[str, ...]:
     """The layers that metrics need of an extractor, each once; a metric without meaning there needs none."""
+    return tuple(dict.fromkeys(layer for metric in metrics if (layer := layer_of(name, metric))))
+
+
+def layer_of(name: str, metric: str) -> str:
+    """Return the layer whose features a metric compares, empty if it has no meaning there; a plugin's compares KID's."""
     known = EXTRACTORS[name].layers
-    return tuple(dict.fromkeys(known[metric] for metric in metrics if metric in known))
+    return known.get(metric, known["kid"] if METRICS[metric].compute else "")

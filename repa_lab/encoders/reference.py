@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 
 from repa_lab.data.fingerprint import digest
 from repa_lab.encoders.extractor import Extractor, Features
-from repa_lab.encoders.extractor_facts import EXTRACTORS, SPATIAL, layers
+from repa_lab.encoders.extractor_facts import SPATIAL, layer_of, layers
 from repa_lab.metrics.adm import images_shape, read_images
 from repa_lab.metrics.frechet import Moments, Statistics, frechet_distance, statistics
-from repa_lab.metrics.quality import LEAST_REAL, inception_score, kid, precision_recall
+from repa_lab.metrics.protocol import METRICS
+from repa_lab.metrics.quality import inception_score, kid, precision_recall
 from repa_lab.metrics.reference import StatisticsError, read_statistics, write_statistics
 from repa_lab.runs.files import replace_atomically
 
 FOLDER = "reference"
 KEPT = 10_000
-_BY_STATISTICS, _BY_FEATURES = ("frechet", "sfid"), ("kid", "precision_recall")
 _KEY_LENGTH = 16
 
 
@@ -60,7 +60,7 @@ class Reference:
 
     def of(self, metric: str) -> Statistics:
         """The statistics that ``frechet`` or ``sfid`` compares with."""
-        return self.statistics[EXTRACTORS[self.extractor].layers[metric]]
+        return self.statistics[layer_of(self.extractor, metric)]
 
 
 def reference(extractor: Extractor, images: RealImages, cache: Path, keep: int = KEPT) -> Reference:
@@ -80,7 +80,7 @@ def reference(extractor: Extractor, images: RealImages, cache: Path, keep: int =
         StatisticsError: a file in the cache is damaged, or there are too few images for the metrics.
         ValueError: features that are not finite.
     """
-    _require_enough(_asked(extractor, (*_BY_STATISTICS, *_BY_FEATURES)), images.count, "the training images")
+    _require_enough(extractor.metrics, images.count, "the training images")
     wanted = _Kept(extractor, images, cache / FOLDER, min(keep, images.count))
     if not wanted.are_there:
         wanted.compute()
@@ -103,23 +103,23 @@ def read_reference(extractor: Extractor, path: Path, size: tuple[int, int] | Non
     """
     blank = extractor.features(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
     found = {}
-    for layer in layers(extractor.name, _asked(extractor, _BY_STATISTICS)):
+    for layer in layers(extractor.name, _asked(extractor, "statistics")):
         identity = {**extractor.identity, "layer": layer}
         found[layer] = read_statistics(path, identity, blank.layers[layer].shape[1], layer == SPATIAL)
     shape = images_shape(path)
     if size and shape and shape[1:] != size:
         sides = " and the run's ".join(f"{height}x{width} px" for height, width in (shape[1:], size))
         raise StatisticsError(f"the images of '{path}' have {sides}: give a reference of the run's size")
-    if not _asked(extractor, _BY_FEATURES):
+    if not _asked(extractor, "features"):
         return Reference(extractor.name, found, None)
     if shape:
-        _require_enough(_asked(extractor, _BY_FEATURES), shape[0], f"'{path}'")
+        _require_enough(_asked(extractor, "features"), shape[0], f"'{path}'")
     parts = [extractor.features(torch.from_numpy(pixels)) for pixels in read_images(path)]
     return Reference(extractor.name, found, Features.cat(parts))
 
 
 def measure(metric: str, generated: Features, against: Reference) -> tuple[float, ...]:
-    """What a metric yields, in the order of :data:`repa_lab.metrics.protocol.YIELDS`.
+    """What a metric yields, in the order of :data:`repa_lab.metrics.protocol.METRICS`.
 
     Args:
         metric: one of those that the extractor was made for.
@@ -129,6 +129,9 @@ def measure(metric: str, generated: Features, against: Reference) -> tuple[float
     Raises:
         ValueError: too few samples, features that are not finite, or a metric that the extractor was not made for.
     """
+    compute = METRICS[metric].compute
+    if compute is not None:
+        return (float(compute(generated.of(metric), _features(metric, against))),)
     return _MEASURES[metric](metric, generated, against)
 
 
@@ -168,13 +171,14 @@ def _features(metric: str, against: Reference) -> NDArray[np.float32]:
 def _require_enough(metrics: Iterable[str], count: int, where: str) -> None:
     """Refuse, before anything is trained, what a metric could not be computed against."""
     for metric in metrics:
-        if count < LEAST_REAL[metric]:
-            needed = f"{metric} needs at least {LEAST_REAL[metric]} real images"
+        if count < METRICS[metric].least_real:
+            needed = f"{metric} needs at least {METRICS[metric].least_real} real images"
             raise StatisticsError(f"{needed}, and there are {count} in {where}: give more, or leave it out of metrics")
 
 
-def _asked(extractor: Extractor, metrics: Iterable[str]) -> tuple[str, ...]:
-    return tuple(metric for metric in metrics if metric in extractor.metrics)
+def _asked(extractor: Extractor, compared: str) -> tuple[str, ...]:
+    """Return the metrics of an extractor that compare ``statistics`` or ``features``."""
+    return tuple(metric for metric in extractor.metrics if METRICS[metric].compares == compared)
 
 
 class _Kept:
@@ -182,7 +186,7 @@ class _Kept:
 
     def __init__(self, extractor: Extractor, images: RealImages, folder: Path, keep: int) -> None:
         self._extractor, self._images, self._keep = extractor, images, keep
-        by_statistics, by_features = (layers(extractor.name, _asked(extractor, m)) for m in (_BY_STATISTICS, _BY_FEATURES))
+        by_statistics, by_features = (layers(extractor.name, _asked(extractor, m)) for m in ("statistics", "features"))
         self._statistics = {layer: folder / f"{self._key(layer)}.npz" for layer in by_statistics}
         self._features = {layer: folder / f"{self._key(layer)}-{keep}.npy" for layer in by_features}
 

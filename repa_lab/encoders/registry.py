@@ -6,9 +6,15 @@ The guide's names lead to timm's models. Any other name is taken as timm's own a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, TypeVar
+
+from repa_lab.registry import Registry
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Resize = Literal["bicubic", "bilinear", "bicubic-antialias", "bilinear-antialias"]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,9 @@ class EncoderFacts:
         prefix: where the encoder stands in its publisher's file, next to what else was trained.
         renames: words in that file's names, and what they mean.
         norm: whether the tokens are taken after the model's final norm, or before.
+        build: makes the encoder that a plugin registers; see :func:`encoder`.
+        mean, std: of the pixels in [0, 1], by channel, of an encoder that a plugin builds.
+        resize: how images are brought to the encoder's input size.
     """
 
     timm_name: str
@@ -35,6 +44,46 @@ class EncoderFacts:
     prefix: str = ""
     renames: Mapping[str, str] = field(default_factory=dict)
     norm: bool = True
+    build: Callable[[str | None], Any] | None = None
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    resize: Resize = "bicubic"
+
+
+ENCODERS: Registry[EncoderFacts] = Registry("encoder")
+
+
+def encoder(
+    name: str,
+    *,
+    patch_size: int,
+    dim: int,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+    resize: Resize = "bicubic",
+) -> Callable[[F], F]:
+    """Register an encoder under the name by which ``regularizer.encoder.name`` calls it.
+
+    Decorates a function that is given ``encoder.weights`` (a file's name, or None) and returns a module, which maps
+    normalised images ``(B, 3, H, W)`` to a feature map ``(B, dim, H / patch_size, W / patch_size)``.
+
+    Args:
+        name: the encoder's name.
+        patch_size: pixels per token along each side.
+        dim: width of a token.
+        mean: of the pixels in [0, 1], by channel.
+        std: of the pixels in [0, 1], by channel.
+        resize: how images are brought to the encoder's input size.
+
+    Raises:
+        PluginError: the name is taken.
+    """
+
+    def register(build: F) -> F:
+        ENCODERS.add(name, EncoderFacts(name, patch_size, dim, build=build, mean=mean, std=std, resize=resize))
+        return build
+
+    return register
 
 
 # MoCo v3 is not in timm, but a ViT of its shape and with its statistics is; its ViT-S has 12 heads, not 6. In the file that the
@@ -46,7 +95,7 @@ _MOCOV3_L = {"norm13": "norm1", "fc13": "fc1", "norm14": "norm2", "fc14": "fc2"}
 #
 # Tokens are those after the final norm, as DINOv2's publisher defines its patch features (`x_norm_patchtokens`) and REPA's code
 # takes DINOv2's, MoCo v3's and I-JEPA's. REPA's code takes MAE's and CLIP's before it, and so do their rows.
-ENCODERS: dict[str, EncoderFacts] = {
+_BUILT_IN: dict[str, EncoderFacts] = {
     "efficientnet_lite0": EncoderFacts("tf_efficientnet_lite0", 16, 112, weights="package"),
     "dinov2_vits14": EncoderFacts("vit_small_patch14_dinov2.lvd142m", 14, 384),
     "dinov2_vitb14": EncoderFacts("vit_base_patch14_dinov2.lvd142m", 14, 768),
@@ -83,6 +132,9 @@ ENCODERS: dict[str, EncoderFacts] = {
     "ijepa_vith14": EncoderFacts("vit_huge_patch14_gap_224.in1k_ijepa", 14, 1280),
 }
 
+for _name, _facts in _BUILT_IN.items():
+    ENCODERS.add(_name, _facts)
+
 
 # Before a name: a vision transformer of its patches and tokens, but two narrow blocks of random weights; for rehearsals.
 TINY = "tiny-"
@@ -98,13 +150,14 @@ def facts_of(name: str) -> EncoderFacts | None:
     return replace(known, dim=_TINY_OPTIONS["embed_dim"], options={**known.options, **_TINY_OPTIONS}, weights="none")
 
 
-def token_identity(name: str) -> dict[str, bool]:
+def token_identity(name: str) -> dict[str, Any]:
     """Return what a name alone does not say of an encoder's tokens, for the identity of caches and protocols.
 
-    Empty for tokens after the final norm, so that what is cached and recorded of most encoders stays valid.
+    Empty for built-in encoders whose tokens are taken after the final norm; of a plugin's, the digest of its file.
     """
-    facts = facts_of(name)
-    return {} if facts is None or facts.norm else {"norm": False}
+    facts, origin = facts_of(name), ENCODERS.origin(name)
+    before_norm = {} if facts is None or facts.norm else {"norm": False}
+    return {**before_norm, **({"plugin": origin.digest} if origin else {})}
 
 
 def input_size(stride: int, shape: tuple[int, int], image_size: int | None = None) -> tuple[int, int]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 SUBSETS, SUBSET_SIZE = 100, 1000
 SPLITS = 10
 NEIGHBOURS = 3
-LEAST_REAL = {"frechet": 2, "sfid": 2, "kid": 2, "precision_recall": NEIGHBOURS + 1}  # images to compare with
 _SEED = 2020
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from repa_lab.align.settings import EncoderSettings
+from repa_lab.metrics.protocol import METRICS
 from repa_lab.settings import AS_TUPLE, BlockIndex, Fraction, LocalFile, Positive, Settings, later
 
 
@@ -64,7 +65,14 @@ Extractors = Annotated[
     AS_TUPLE,
     Field(min_length=1),
 ]
-QualityMetric = Literal["frechet", "sfid", "kid", "inception_score", "precision_recall"]
+
+
+def _known_metric(name: str) -> str:
+    METRICS[name]
+    return name
+
+
+QualityMetric = Annotated[str, AfterValidator(_known_metric)]
 QualityMetrics = Annotated[
     tuple[QualityMetric, ...],
     AS_TUPLE,

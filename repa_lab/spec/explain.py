@@ -60,6 +60,7 @@ def resolved(experiment: Experiment) -> dict[str, Any]:
     return {
         "name": experiment.name,
         "question": experiment.question,
+        "plugins": list(experiment.plugins),
         "seeds": experiment.draft.value.get("seeds", len(experiment.seeds)),
         **{name: value and value.model_dump(mode="json", by_alias=True) for name, value in sections.items()},
         "stop": stop[0] if is_single else stop or None,

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
-from repa_lab.align.settings import REGULARIZERS
-from repa_lab.data.settings import SOURCES
-from repa_lab.registry import Origin, Registry
 from repa_lab.settings import Settings, file_fields, settings_in
 from repa_lab.spec.schema import RunConfig
 
@@ -55,7 +52,9 @@ class Run:
             raise RecordedSpecError(run_id, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def identify(config: RunConfig, seed: int, protocol: int, data: str, contents: Mapping[str, str]) -> Run:
+def identify(
+    config: RunConfig, seed: int, protocol: int, data: str, contents: Mapping[str, str], plugins: Iterable[str] = ()
+) -> Run:
     """The run of a config and a seed.
 
     Args:
@@ -64,8 +63,11 @@ def identify(config: RunConfig, seed: int, protocol: int, data: str, contents: M
         protocol: the version of what training and measuring mean.
         data: fingerprint of the data set, which stands for its path.
         contents: digests of local files and folders by their path, which stand for the path.
+        plugins: digests of the plugins whose components the run uses.
     """
     canonical = {"protocol": protocol, "data_fingerprint": data, "seed": seed, **_scientific(config, contents)}
+    if digests := sorted(set(plugins)):
+        canonical["plugins"] = digests
     text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
     return Run(hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH], config, seed)
 
@@ -77,7 +79,7 @@ def local_files(config: RunConfig) -> tuple[str, ...]:
 
 
 def _scientific(config: RunConfig, contents: Mapping[str, str]) -> dict[str, Any]:
-    """Return the settings as plain data, paths replaced by what they lead to, with the plugins that they use."""
+    """Return the settings as plain data, paths replaced by what they lead to, and one way to write each."""
     value: dict[str, Any] = _plain(config, contents)
     value["data"].pop("path", None)  # the fingerprint stands for it
     value["data"]["resolution"] = config.data.side
@@ -87,16 +89,7 @@ def _scientific(config: RunConfig, contents: Mapping[str, str]) -> dict[str, Any
         value["regularizer"]["encoder"] = encoders[0]
     if isinstance(extractors := value["evaluate"]["extractor"], list) and len(extractors) == 1:
         value["evaluate"]["extractor"] = extractors[0]
-    origins = (origin for _, origin in plugins_of(config))
-    return {**value, **({"plugins": sorted(digests)} if (digests := {origin.digest for origin in origins}) else {})}
-
-
-def plugins_of(config: RunConfig) -> Iterator[tuple[str, Origin]]:
-    """Yield the name and the origin of every component from a plugin that a run uses."""
-    used: list[tuple[str, Registry[Any]]] = [(config.regularizer.type, REGULARIZERS), (config.data.source, SOURCES)]
-    for name, registry in used:
-        if origin := registry.origin(name):
-            yield name, origin
+    return value
 
 
 def _plain(section: Any, contents: Mapping[str, str]) -> Any:

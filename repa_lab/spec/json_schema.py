@@ -50,7 +50,7 @@ def _paths(fields: dict[str, Any], parts: dict[str, Any], prefix: str = "") -> I
     for name, field in fields.items():
         yield prefix + name, _described(field)
         for choice in field.get("anyOf", [field]):
-            part = parts.get(choice.get("$ref", "").removeprefix(_REF), {})
+            part = parts.get(choice.get("$ref", "").removeprefix(_REF), choice)
             yield from _paths(part.get("properties", {}), parts, f"{prefix}{name}.")
 
 

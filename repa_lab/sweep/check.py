@@ -8,9 +8,9 @@ from pathlib import Path
 
 from repa_lab.align.settings import REGULARIZERS, EncoderSettings, Needs
 from repa_lab.data.errors import DataError
+from repa_lab.data.settings import FolderSettings
 from repa_lab.encoders.registry import grid_problem, weights_problem
-from repa_lab.metrics.protocol import goal_of_kind
-from repa_lab.metrics.quality import LEAST_REAL
+from repa_lab.metrics.protocol import METRICS, goal_of_kind
 from repa_lab.models.facts import Family, Shape, UnknownFactError, shape_of
 from repa_lab.models.families import TRAINABLE, family_facts
 from repa_lab.models.released import SCALING, VAE, class_problem, depth_of, num_classes, problem_with, read_json
@@ -234,8 +234,8 @@ def _data_problems(arm: Arm, family: Family, inventory: Inventory) -> Iterator[P
     if dataset.images is None:
         return
     takes_captions = family.pipeline is not None and family.pipeline.num_classes is None
-    if takes_captions and not dataset.has_captions and data.source in _CAPTIONED:
-        has_none = f"{family.name} is trained with captions, and the data set has none"
+    if takes_captions and not dataset.has_captions and isinstance(data, FolderSettings) and data.source in _CAPTIONED:
+        has_none = f"{family.name} is trained with captions, and '{data.path}' has none"
         yield arm.problem("data.path", f"{has_none}: {_CAPTIONED[data.source]}")
     known = num_classes(Path(arm.config.model.pretrained or ""), family)
     if known is not None and dataset.classes > known:
@@ -248,8 +248,8 @@ def _data_problems(arm: Arm, family: Family, inventory: Inventory) -> Iterator[P
         few = f"{held} of {dataset.images} are held out{by_default}"
         yield arm.problem("data.holdout", f"alignment is measured on held-out images: hold out {MIN_HELD_OUT} or more; {few}")
     for path, metric in _compared(arm):
-        if dataset.images - held < LEAST_REAL.get(metric, 0):
-            needed = f"{metric} needs at least {LEAST_REAL[metric]} real images"
+        if dataset.images - held < METRICS[metric].least_real:
+            needed = f"{metric} needs at least {METRICS[metric].least_real} real images"
             left = f"there are {dataset.images - held} training images"
             yield arm.problem(path, f"{needed}, and {left}: give more, or leave it out of metrics")
 

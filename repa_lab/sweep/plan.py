@@ -17,6 +17,7 @@ from repa_lab.sweep.check import blocked, check, resolve_metric
 from repa_lab.sweep.orphans import Orphan, orphans_of
 from repa_lab.sweep.sharing import Sharing, share
 from repa_lab.training.fingerprints import Inventory
+from repa_lab.training.needs import plugins_of
 from repa_lab.training.protocol import metric_names
 
 BLOCKED = "blocked"
@@ -209,7 +210,9 @@ def identify_run(config: RunConfig, seed: int, inventory: Inventory | None = Non
     """The run of these settings with a seed, over the data and weights that are in the inventory, None being those of now."""
     inventory = inventory or Inventory()
     contents = {place: inventory.content(place) for place in local_files(config)}
-    return identify(inventory.resolve(config), seed, PROTOCOL_VERSION, inventory.dataset(config.data).fingerprint, contents)
+    plugins = (origin.digest for origin in plugins_of(config))
+    fingerprint = inventory.dataset(config.data).fingerprint
+    return identify(inventory.resolve(config), seed, PROTOCOL_VERSION, fingerprint, contents, plugins)
 
 
 def baselines(experiment: Experiment) -> dict[str, str | None]:

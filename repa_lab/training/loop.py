@@ -16,9 +16,10 @@ from repa_lab.runs.files import Row
 from repa_lab.runs.forks import Fork
 from repa_lab.runs.provenance import provenance
 from repa_lab.spec import RunOptions
-from repa_lab.spec.identity import Run, plugins_of
+from repa_lab.spec.identity import Run
 from repa_lab.tracking import Journal, Listener
 from repa_lab.training.checkpoint import Progress
+from repa_lab.training.needs import plugins_of
 from repa_lab.training.protocol import milestone_names
 from repa_lab.training.quality import DivergedError
 from repa_lab.training.record import Dropped, Kept, Record
@@ -67,7 +68,7 @@ def train(
             return directory.state.state
         how = {"options": options.model_dump(mode="json"), "processes": PartialState().num_processes}
         writer.describe(run.to_json(), provenance() | how)
-        writer.plugins(Path(origin.file) for _, origin in plugins_of(run.config))
+        writer.plugins(Path(origin.file) for origin in plugins_of(run.config))
         journal, progress = Journal(writer, listeners), Progress()
         try:
             if fork is not None and not checkpoints.steps(directory.checkpoints):

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from repa_lab.align.settings import REGULARIZERS, EncoderSettings, Needs, RegularizerSettings
+from repa_lab.data.settings import SOURCES
+from repa_lab.encoders.registry import ENCODERS
+from repa_lab.metrics.protocol import METRICS
 from repa_lab.models.facts import BlockIndex, Shape, shape_of
-from repa_lab.models.families import family_facts
+from repa_lab.models.families import FAMILIES, family_facts
+from repa_lab.registry import Origin, Registry
 from repa_lab.spec import RunConfig
+from repa_lab.training.protocol import tiers
 
 
 def resolved_regularizer(config: RunConfig) -> RegularizerSettings:
@@ -23,6 +31,20 @@ def encoders_of(config: RunConfig) -> tuple[tuple[str, EncoderSettings], ...]:
     set_ = config.encoder_paths
     known = {encoder for _, encoder in set_}
     return (*set_, *(("regularizer.type", encoder) for encoder in needs_of(config).encoders if encoder not in known))
+
+
+def plugins_of(config: RunConfig) -> Iterator[Origin]:
+    """Yield where every component of a plugin that a run uses was registered."""
+    used: list[tuple[Registry[Any], str]] = [
+        (REGULARIZERS, config.regularizer.type),
+        (SOURCES, config.data.source),
+        (FAMILIES, config.model.family),
+        *((ENCODERS, encoder.name) for _, encoder in encoders_of(config)),
+        *((METRICS, metric) for tier in tiers(config) for metric in tier.metrics),
+    ]
+    for registry, name in used:
+        if origin := registry.origin(name):
+            yield origin
 
 
 def choose_block(config: RunConfig, *wishes: BlockIndex | None) -> BlockIndex:

@@ -15,6 +15,7 @@ from repa_lab.data.fingerprint import digest, file_digest
 from repa_lab.data.sources import groups
 from repa_lab.encoders.extractor import Extractor, Features
 from repa_lab.encoders.reference import RealImages, Reference, measure, read_reference, reference
+from repa_lab.metrics.protocol import METRICS
 from repa_lab.metrics.quality import NEIGHBOURS, SPLITS, kid_protocol
 from repa_lab.models.released import SCHEDULER, read_json
 from repa_lab.runs.files import Row
@@ -39,6 +40,11 @@ def _of_features(against: Reference, metric: str, samples: int) -> dict[str, Any
     real = len(against.features or ())
     over = {"subsets": kid_protocol(samples, real)} if metric == "kid" else {"neighbours": NEIGHBOURS}
     return {"real": real, **over}
+
+
+def _of_plugin(against: Reference, metric: str, samples: int) -> dict[str, Any]:
+    origin = METRICS.origin(metric)
+    return {"real": len(against.features or ()), "plugin": origin and origin.digest}
 
 
 # What else a metric depends on: real images, and what it is taken over.
@@ -135,7 +141,7 @@ class Quality:
             "metric": metric,
             **self._extractors[extractor].identity,
             "reference": compared,
-            **_DETAILS[metric](self._references[extractor], metric, tier.samples),
+            **_DETAILS.get(metric, _of_plugin)(self._references[extractor], metric, tier.samples),
             "samples": tier.samples,
             "sampler": tier.sampler.model_dump(mode="json"),
             "guidance": tier.guidance.model_dump(mode="json"),

@@ -23,7 +23,7 @@ from repa_lab.encoders.extractor_facts import EXTRACTORS, layers
 from repa_lab.encoders.extractor_nets import resample_positions, resize_like_pillow
 from repa_lab.encoders.registry import ENCODERS
 from repa_lab.metrics import frechet_distance, inception_score, kid, precision_recall, statistics
-from repa_lab.metrics.protocol import YIELDS
+from repa_lab.metrics.protocol import METRICS
 from repa_lab.spec.evaluate import ExtractorName
 
 CPU = torch.device("cpu")
@@ -48,14 +48,14 @@ class TestFacts:
 
     def test_a_metric_has_a_layer_where_it_has_a_name(self):
         for name, facts in EXTRACTORS.items():
-            for metric, kinds in YIELDS.items():
+            for metric, kinds in ((name, METRICS[name].yields) for name in METRICS):
                 has_name = any(inception if name == "inception" else other for inception, other in kinds)
                 assert (metric in facts.layers) == has_name
 
     def test_a_layer_is_asked_for_once(self):
-        assert layers("inception", YIELDS) == ("2048", "spatial", "logits_unbiased")
+        assert layers("inception", METRICS) == ("2048", "spatial", "logits_unbiased")
         assert layers("inception", ["kid", "frechet"]) == ("2048",)
-        assert layers("dinov2_vitl14", YIELDS) == ("cls",)
+        assert layers("dinov2_vitl14", METRICS) == ("cls",)
 
     def test_the_digest_of_inceptions_weights_begins_as_their_publisher_names_the_file(self):
         assert URL_INCEPTION_V3.endswith(f"-{EXTRACTORS['inception'].sha256[:8]}.pth")
@@ -232,7 +232,7 @@ def test_lite0s_metrics_are_torch_fidelitys_of_the_same_images(digits):
     assert 0 < shares.precision + shares.recall < 2
 
 
-EVERYTHING = tuple(YIELDS)
+EVERYTHING = METRICS.names
 
 
 class TestInception:

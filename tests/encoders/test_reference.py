@@ -8,7 +8,7 @@ from repa_lab.encoders.extractor import Extractor
 from repa_lab.encoders.reference import FOLDER, RealImages, measure, read_reference, reference
 from repa_lab.metrics import frechet_distance, inception_score, kid, precision_recall, statistics
 from repa_lab.metrics.adm import write_images
-from repa_lab.metrics.protocol import YIELDS
+from repa_lab.metrics.protocol import METRICS
 from repa_lab.metrics.reference import StatisticsError
 
 CPU = torch.device("cpu")
@@ -135,13 +135,13 @@ class TestCache:
 
 class TestMeasure:
     def test_every_metric_in_the_order_of_its_names(self, inception, tmp_path):
-        extractor = Extractor("inception", str(inception), CPU, tuple(YIELDS))
+        extractor = Extractor("inception", str(inception), CPU, METRICS.names)
         generated, real = PIXELS[:10] // 2, PIXELS[10:16]
         against = reference(extractor, Images(pixels=real), tmp_path)
         found, other = extractor.features(generated), extractor.features(real)
-        measured = {metric: measure(metric, found, against) for metric in YIELDS}
+        measured = {metric: measure(metric, found, against) for metric in METRICS}
         assert {metric: len(values) for metric, values in measured.items()} == {
-            metric: len(kinds) for metric, kinds in YIELDS.items()
+            metric: len(kinds) for metric, kinds in ((name, METRICS[name].yields) for name in METRICS)
         }
         for metric, layer in (("frechet", "2048"), ("sfid", "spatial")):
             first, second = statistics(found.layers[layer]), statistics(other.layers[layer])
@@ -172,7 +172,7 @@ class TestRead:
         np.savez(path, arr_0=images, mu=pooled.mu, sigma=pooled.sigma, mu_s=spatial.mu, sigma_s=spatial.sigma)
 
     def test_a_reference_of_adms_serves_every_metric(self, inception, tmp_path):
-        extractor = Extractor("inception", str(inception), CPU, tuple(YIELDS))
+        extractor = Extractor("inception", str(inception), CPU, METRICS.names)
         self.save(tmp_path / "VIRTUAL_x.npz", extractor)
         found = read_reference(extractor, tmp_path / "VIRTUAL_x.npz")
         again = extractor.features(PIXELS[:10])

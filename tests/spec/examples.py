@@ -8,6 +8,8 @@ from typing import Any
 
 # Four lines that every spec needs; what a test adds starts on line 5.
 HEAD = "name: q\nmodel: {family: sit, size: B/2}\ndata: {source: digits}\ntrain: {steps: 10}\n"
+# A regularizer for what varies its fields; a line of its own.
+REPA = "regularizer: {type: repa}\n"
 _MAPPING = {
     "name": "q",
     "model": {"family": "sit", "size": "B/2"},

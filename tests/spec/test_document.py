@@ -48,7 +48,7 @@ class TestBase:
         assert experiment.arms[0].config.train.steps == 10
 
     def test_a_null_and_a_list_replace(self, tmp_path):
-        write(tmp_path, HEAD + "regularizer: {encoder: {image_size: 448}}\nseeds: [1, 2]\n", "p.yaml")
+        write(tmp_path, HEAD + "regularizer: {type: repa, encoder: {image_size: 448}}\nseeds: [1, 2]\n", "p.yaml")
         experiment = load_spec(write(tmp_path, "base: p.yaml\nregularizer: {encoder: {image_size: null}}\nseeds: [7]\n"))
         assert experiment.arms[0].config.regularizer.encoder.image_size is None
         assert experiment.seeds == (7,)
@@ -84,13 +84,13 @@ class TestBase:
         assert (train.steps, train.lr) == (99, 0.5)
 
     def test_an_error_stands_in_the_file_that_made_it(self, tmp_path):
-        write(tmp_path, HEAD + "regularizer:\n  weight: heavy\n  encoder: {name: x}\n", "p.yaml")
+        write(tmp_path, HEAD + "regularizer:\n  weight: heavy\n  encoder: {name: x}\n  type: repa\n", "p.yaml")
         lines = refusal(write(tmp_path, "base: p.yaml\nregularizer: {encoder: {nam: y}}\ntrain: {lr: -1}\n"))
         places = [line.split(": ")[0].removeprefix(f"{tmp_path}/") for line in lines]
         assert places == ["p.yaml:6:3", "q.yaml:2:25", "q.yaml:3:9"]
 
     def test_a_child_that_mends_its_parent_is_sound(self, tmp_path):
-        write(tmp_path, HEAD + "regularizer: {weight: heavy}\n", "p.yaml")
+        write(tmp_path, HEAD + "regularizer: {type: repa, weight: heavy}\n", "p.yaml")
         assert config_of(write(tmp_path, "base: p.yaml\nregularizer: {weight: 2}\n")).regularizer.weight == 2.0
 
     def test_what_a_child_replaced_leaves_no_places_behind(self, tmp_path):

@@ -1,46 +1,63 @@
-"""`docs/spec.md` says what the models say: every field of every section with its default, and examples that hold."""
+"""`docs/spec.md` says what the settings classes say: every field of every section with its default, and examples that hold."""
 
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from repa_lab.align.settings import REGULARIZERS
 from repa_lab.settings import Settings
 from repa_lab.spec import load_spec
 from repa_lab.spec.grammar import Grammar
 from repa_lab.spec.ranges import FORMS, RangeConfig
 from repa_lab.spec.schema import SECTIONS, RunConfig
-from repa_lab.spec.validate import _first_model
+from repa_lab.spec.tables import write_tables
 from repa_lab.spec.yaml import parse_scalar
-from tests.spec.examples import HEAD, write
+from tests.spec.examples import HEAD, REPA, write
 
-PAGE = (Path(__file__).parents[2] / "docs/spec.md").read_text(encoding="utf-8")
-ROWS = dict(re.findall(r"^\| `([a-z_.]+)` \| (.*?) \|", PAGE[PAGE.index("## Fields") :], flags=re.MULTILINE))
+FILE = Path(__file__).parents[2] / "docs/spec.md"
+PAGE = FILE.read_text(encoding="utf-8")
+ROW = re.compile(r"^\| `([a-z_.]+)` \| (.*?) \| (.*?) \| (.*) \|$", flags=re.MULTILINE)
+ROWS = {path: default for path, default, _, _ in ROW.findall(PAGE[PAGE.index("## Fields") :])}
 # Shown in the text: what keys of a mapping hold, and what is said of another section already.
-ELSEWHERE = (
-    "search.space.", "include.", "axes.", "one_at_a_time.",
-    "evaluate.encoder.", "evaluate.full.sampler.", "evaluate.full.guidance.", "evaluate.full.extractor.",
-)  # fmt: skip
+ELSEWHERE = ("search.space.", "include.", "axes.", "one_at_a_time.", "evaluate.encoder.")
 _NONE = object()
 
 
-def fields(model: type[Settings], prefix: str = "") -> Iterator[tuple[str, object]]:
+def models(annotation: object) -> Iterator[type[BaseModel]]:
+    """The models that a type may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from models(inner)
+
+
+def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Every dotted path and its default, or _NONE for what is a section or has no default."""
     for name, field in model.model_fields.items():
-        path = f"{prefix}{name}"
+        path = f"{prefix}{field.alias or name}"
         source = RunConfig.model_fields[name] if path in SECTIONS else field
-        inner = _first_model(source.annotation)
         default = source.get_default(call_default_factory=True)
-        yield path, _NONE if default is PydanticUndefined or isinstance(default, Settings) else default
-        if inner is not None:
-            yield from fields(inner, f"{path}.")
+        yield path, _NONE if default is PydanticUndefined or path in SECTIONS or isinstance(default, Settings) else default
+        kinds = [REGULARIZERS[kind].settings for kind in ("repa", "urepa")] if path == "regularizer" else [*models(source.annotation)][:1]
+        for kind in kinds:
+            yield from fields(kind, f"{path}.")
 
 
-EXPECTED = {path: default for path, default in fields(Grammar) if not path.startswith(ELSEWHERE)}
+EXPECTED = {path: default for path, default in fields(Grammar) if not path.startswith(ELSEWHERE)} | {"regularizer.type": "none"}
+
+
+def test_the_tables_are_what_the_settings_classes_say(tmp_path):
+    """If this fails: repa-lab schema --tables docs/spec.md."""
+    page = write(tmp_path, PAGE, "spec.md")
+    write_tables(page)
+    assert page.read_text(encoding="utf-8") == PAGE
 
 
 def test_every_field_has_its_row_and_every_row_its_field():
@@ -56,8 +73,8 @@ def test_its_default_is_the_models(path):
 
 
 def test_what_must_be_given_is_marked():
-    required = {path for path, said in ROWS.items() if said == "-"}
-    assert required == {"name", "model", "data", "train", "model.family", "data.source", "train.steps", "search.space"}
+    required = {path for path, said in ROWS.items() if said == "required"}
+    assert required == {"name", "model.family", "data.source", "train.steps", "search.space"}
 
 
 def test_the_forms_of_ranges():
@@ -73,12 +90,12 @@ EXAMPLES = [text for text in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOT
 
 @pytest.mark.parametrize("text", EXAMPLES, ids=[text.split(":")[0] for text in EXAMPLES])
 def test_its_examples_are_sound(tmp_path, text):
-    experiment = load_spec(write(tmp_path, text if text.startswith("name:") else HEAD + text))
+    experiment = load_spec(write(tmp_path, text if text.startswith("name:") else HEAD + REPA + text))
     assert experiment.arms
 
 
 def test_there_are_examples_of_every_kind():
     assert {text.split(":")[0] for text in EXAMPLES} == {"name", "axes", "search", "budget", "stop"}
-    labels = [arm.label for arm in load_spec({**parse_scalar(HEAD), **parse_scalar(EXAMPLES[2])}).arms]
+    labels = [arm.label for arm in load_spec({**parse_scalar(HEAD + REPA), **parse_scalar(EXAMPLES[2])}).arms]
     assert len(labels) == 4 + 2 + 1
     assert "lr=0.0003, weight=0.5" not in labels

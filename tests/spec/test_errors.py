@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from repa_lab.spec import CompareConfig, EncoderSettings, Place, Problem, RegularizerSettings, SpecError, load_spec
+from repa_lab.align.settings import REGULARIZERS, REPASettings
+from repa_lab.spec import CompareConfig, EncoderSettings, Place, Problem, SpecError, load_spec
 from repa_lab.spec.errors import did_you_mean
 from repa_lab.spec.grammar import Grammar
 from repa_lab.spec.options import WandbOptions
@@ -15,10 +16,11 @@ from repa_lab.spec.schema import RunConfig, TrainConfig
 from tests.spec.examples import HEAD, write
 
 
-def allowed(model: type[BaseModel]) -> str:
-    return f"allowed: {', '.join(sorted(model.model_fields))}"
+def allowed(*models: type[BaseModel]) -> str:
+    return f"allowed: {', '.join(sorted({name for model in models for name in model.model_fields}))}"
 
 
+ANY_TYPE = allowed(*(REGULARIZERS[name].settings for name in ("none", "repa", "urepa")))
 SECTIONS = "an arm varies fields of model, regularizer, data, train, evaluate"
 
 # name: (what follows the first four lines, or the whole file where it begins with its own name; the lines expected)
@@ -32,8 +34,8 @@ BAD = {
         [f"8:5: regularizer.encoder.nam: unknown field 'nam'; {allowed(EncoderSettings)}; did you mean 'name'?"],
     ),
     "unknown field, nothing near": (
-        HEAD + "regularizer: {zzz: 1}\n",
-        [f"5:15: regularizer.zzz: unknown field 'zzz'; {allowed(RegularizerSettings)}"],
+        HEAD + "regularizer: {type: repa, zzz: 1}\n",
+        [f"5:27: regularizer.zzz: unknown field 'zzz'; {allowed(REPASettings)}"],
     ),
     "sections missing": (
         "name: q\n",
@@ -49,7 +51,7 @@ BAD = {
     ),
     "an empty section": (HEAD.replace("{steps: 10}", ""), ["4:1: train: expected a mapping, got null"]),
     "types of the regularizer": (
-        HEAD + "regularizer:\n  weight: high\n  block_index: middle\n  encoder: {name: 5, cache: 1}\n  schedule: cosine\n",
+        HEAD + "regularizer:\n  weight: high\n  block_index: middle\n  encoder: {name: 5, cache: 1}\n  schedule: cosine\n  type: repa\n",
         [
             "6:3: regularizer.weight: expected a number, got 'high'",
             "7:3: regularizer.block_index: expected an integer or mid, got 'middle'; did you mean 'mid'?",
@@ -70,7 +72,7 @@ BAD = {
         ],
     ),
     "a union": (
-        HEAD + "regularizer: {block_index: {a: 1}}\n",
+        HEAD + "regularizer: {block_index: {a: 1}, type: repa}\n",
         ["5:15: regularizer.block_index: expected an integer or mid, got {'a': 1}"],
     ),
     "several encoders": (
@@ -94,22 +96,37 @@ BAD = {
     ),
     "choices": (
         "name: q\nmodel: {family: sit, train: lorra}\ndata: {source: digit}\ntrain: {steps: 1, time: logit}\n"
-        "regularizer: {type: urep, projector: {type: mpl}, schedule: {type: cosin}}\n",
+        "regularizer: {type: repa, projector: {type: mpl}, schedule: {type: cosin}}\n",
         [
             "2:22: model.train: expected one of full, lora, got 'lorra'; did you mean 'lora'?",
             "3:8: data.source: expected one of digits, imagefolder, datasets, repa, hub, got 'digit'; did you mean 'digits'?",
             "4:19: train.time: expected one of auto, uniform, lognormal, got 'logit'",
-            "5:15: regularizer.type: expected one of none, repa, urepa, got 'urep'; did you mean 'urepa'?",
             "5:39: regularizer.projector.type: expected one of mlp, linear, conv, got 'mpl'; did you mean 'mlp'?",
             "5:62: regularizer.schedule.type: expected one of constant, linear, cosine, polynomial, got 'cosin'; "
             "did you mean 'cosine'?",
         ],
     ),
+    "a type that there is not": (
+        HEAD + "regularizer: {type: urep, projector: {type: mpl}}\n",  # whose fields cannot be judged
+        ["5:15: regularizer.type: unknown regularizer 'urep'; allowed: none, repa, urepa; did you mean 'urepa'?"],
+    ),
+    "a type that is no text": (
+        HEAD + "regularizer: {type: 3}\n",
+        ["5:15: regularizer.type: unknown regularizer '3'; allowed: none, repa, urepa"],
+    ),
+    "a regularizer without a type": (
+        HEAD + "regularizer: {weight: high, wieght: 1}\n",
+        ["5:1: regularizer: has settings and no type; allowed: none, repa, urepa"],
+    ),
+    "a field of another type": (
+        HEAD + "regularizer: {type: repa, manifold_weight: 3}\n",
+        [f"5:27: regularizer.manifold_weight: unknown field 'manifold_weight'; {allowed(REPASettings)}"],
+    ),
     "bounds": (
         "name: q\nmodel: {family: sit}\ndata: {source: digits, holdout: 0}\n"
         "train: {steps: 0, lr: 0, ema: 1.0, label_dropout: 1.5, weight_decay: -1}\n"
         "evaluate: {samples: 8, timestep: 1, sampler: {steps: 1}, guidance: {scale: 0.5}}\n"
-        "regularizer: {block_index: -1}\n",
+        "regularizer: {block_index: -1, type: repa}\n",
         [
             "3:24: data.holdout: expected a number of at least 1, got 0",
             "4:9: train.steps: expected a number of at least 1, got 0",
@@ -125,7 +142,7 @@ BAD = {
         ],
     ),
     "not finite": (
-        HEAD + "regularizer: {weight: .nan, manifold_weight: .inf}\n",
+        HEAD + "regularizer: {weight: .nan, manifold_weight: .inf, type: urepa}\n",
         [
             "5:15: regularizer.weight: expected a finite number, got nan",
             "5:29: regularizer.manifold_weight: expected a finite number, got inf",
@@ -133,13 +150,13 @@ BAD = {
     ),
     "fields that contradict one another": (
         "name: q\nmodel: {family: sit}\ndata: {source: digits, resolution: 16}\ntrain: {steps: 10}\nregularizer:\n"
-        "  encoder: {standardize: true, cache: false}\n  schedule: {type: linear, warmup_steps: 10, decay_steps: 5}\n"
+        "  encoder: {standardize: true, cache: false}\n  schedule: {type: linear, warmup_steps: 10, decay_steps: 5}\n  type: repa\n"
         "evaluate: {guidance: {low: 0.7, high: 0.2}}\n",
         [
             "3:1: data: digits are 8 pixels wide and high: resolution must be 8 or left out",
             "6:3: regularizer.encoder: standardize needs the statistics of all features, so cache must be true",
             "7:3: regularizer.schedule: decay_steps is counted from step 0, so it must be more than warmup_steps",
-            "8:12: evaluate.guidance: low must not be above high, got 0.7 and 0.2",
+            "9:12: evaluate.guidance: low must not be above high, got 0.7 and 0.2",
         ],
     ),
     "the name": (
@@ -151,19 +168,19 @@ BAD = {
         ["1:1: name: expected text that matches ^[a-z0-9][a-z0-9_.-]{0,63}$, got '../q'"],
     ),
     "a long value": (
-        HEAD + f"regularizer: {{weight: {'x' * 300}}}\n",
+        HEAD + f"regularizer: {{weight: {'x' * 300}, type: repa}}\n",
         [f"5:15: regularizer.weight: expected a number, got '{'x' * 99}..."],
     ),
     "everything at once": (
         "nam: q\nmodel: {family: sit}\ndata: {source: digits}\ntrain: {steps: ten}\nseeds: many\nrun: {device: gpu}\n"
-        "axes: {regularizer.wieght: [0.5]}\n",
+        "axes: {regularizer.wieght: [0.5]}\nregularizer: {type: repa}\n",
         [
             f"1:1: nam: unknown field 'nam'; {allowed(Grammar)}; did you mean 'name'?",
             "1:1: name: this field is required",
             "4:9: train.steps: expected an integer, got 'ten'",
             "5:1: seeds: expected an integer or a list, got 'many'",
             "6:7: run.device: expected one of auto, cpu, cuda, got 'gpu'; did you mean 'cpu'?",
-            f"7:29: regularizer.wieght: unknown field 'wieght'; {allowed(RegularizerSettings)}; did you mean 'weight'?",
+            f"7:29: regularizer.wieght: unknown field 'wieght'; {allowed(REPASettings)}; did you mean 'weight'?",
         ],
     ),
     "a dotted path at the top": (
@@ -171,7 +188,7 @@ BAD = {
         [f"5:1: train.lr: unknown field 'train.lr'; {allowed(Grammar)}; did you mean 'train'?"],
     ),
     "values of an axis": (
-        HEAD + "axes:\n  regularizer.weight: [0.5, high, -1]\n  train.lr:\n    - 1e-4\n    - 1e-3x\n",
+        HEAD + "axes:\n  regularizer.weight: [0.5, high, -1]\n  train.lr:\n    - 1e-4\n    - 1e-3x\nregularizer: {type: repa}\n",
         [
             "6:29: regularizer.weight: expected a number, got 'high'",
             "6:35: regularizer.weight: expected a number of at least 0.0, got -1",
@@ -179,10 +196,10 @@ BAD = {
         ],
     ),
     "an axis of nothing": (
-        HEAD + "axes: {regularizer.wieght: [0.5, 1.0]}\n",
+        HEAD + "axes: {regularizer.wieght: [0.5, 1.0]}\nregularizer: {type: repa}\n",
         [
-            f"5:29: regularizer.wieght: unknown field 'wieght'; {allowed(RegularizerSettings)}; did you mean 'weight'?",
-            f"5:34: regularizer.wieght: unknown field 'wieght'; {allowed(RegularizerSettings)}; did you mean 'weight'?",
+            f"5:29: regularizer.wieght: unknown field 'wieght'; {allowed(REPASettings)}; did you mean 'weight'?",
+            f"5:34: regularizer.wieght: unknown field 'wieght'; {allowed(REPASettings)}; did you mean 'weight'?",
         ],
     ),
     "an axis of what is no setting of an arm": (
@@ -215,7 +232,7 @@ BAD = {
     "a named level": (
         HEAD
         + "axes:\n  teacher:\n    small: {regularizer.encoder.name: dinov2_vits14}\n"
-        + "    giant: {regularizer.encoder.nam: dinov2_vitg14,\n            regularizer.encoder.image_size: big}\n",
+        + "    giant: {regularizer.encoder.nam: dinov2_vitg14,\n            regularizer.encoder.image_size: big}\nregularizer: {type: repa}\n",
         [
             f"8:13: regularizer.encoder.nam: unknown field 'nam'; {allowed(EncoderSettings)}; did you mean 'name'?",
             "9:13: regularizer.encoder.image_size: expected an integer, got 'big'",
@@ -226,16 +243,16 @@ BAD = {
         ["5:18: axes.teacher.small: expected a mapping, got 'dinov2_vits14'"],
     ),
     "a value twice on an axis": (
-        HEAD + "axes: {regularizer.weight: [0.5, 1.0, 0.5]}\n",
+        HEAD + "axes: {regularizer.weight: [0.5, 1.0, 0.5]}\nregularizer: {type: repa}\n",
         ["5:39: regularizer.weight: two arms are called 'weight=0.5'"],
     ),
     "a star that is on the axis": (
-        HEAD + "axes: {regularizer.weight: [0.5]}\none_at_a_time: {regularizer.weight: [0.25, 0.5]}\n",
+        HEAD + "axes: {regularizer.weight: [0.5]}\none_at_a_time: {regularizer.weight: [0.25, 0.5]}\nregularizer: {type: repa}\n",
         ["6:44: regularizer.weight: two arms are called 'weight=0.5'"],
     ),
     "included arms": (
         HEAD + "include:\n  - label: a\n    set: {regularizer.type: rep}\n",
-        ["7:11: regularizer.type: expected one of none, repa, urepa, got 'rep'; did you mean 'repa'?"],
+        ["7:11: regularizer.type: unknown regularizer 'rep'; allowed: none, repa, urepa; did you mean 'repa'?"],
     ),
     "included arms without shape": (
         HEAD + "include:\n  - {label: b}\n  - {lable: c, set: {}}\n",
@@ -260,7 +277,7 @@ BAD = {
         [
             f"6:12: exclude.0.train.rl: unknown field 'rl'; {allowed(TrainConfig)}",
             f"6:30: exclude.1.teachr: unknown field 'teachr'; {allowed(RunConfig)}; did you mean 'teacher'?",
-            f"7:22: compare.baseline.regularizer.tpye: unknown field 'tpye'; {allowed(RegularizerSettings)}; "
+            f"7:22: compare.baseline.regularizer.tpye: unknown field 'tpye'; {ANY_TYPE}; "
             "did you mean 'type'?",
         ],
     ),

@@ -1,15 +1,23 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from repa_lab.spec import SpecError, load_spec
 from repa_lab.spec.expand import value_at
-from tests.spec.examples import HEAD, mapping, write
+from tests.spec import examples
+from tests.spec.examples import HEAD, REPA, write
 
 TEACHERS = {
     "small": {"regularizer.encoder.name": "dinov2_vits14", "regularizer.encoder.image_size": 224},
     "giant": {"regularizer.encoder.name": "dinov2_vitg14", "regularizer.encoder.image_size": 518},
 }
+
+
+def mapping(**more) -> dict[str, Any]:
+    """A minimal spec that aligns."""
+    return examples.mapping(**{"regularizer": {"type": "repa"}, **more})
 
 
 def labels(**more) -> list[str]:
@@ -30,7 +38,7 @@ class TestAxes:
         assert dict(arms[5].levels) == {"regularizer.weight": "weight=0.25", "train.lr": "lr=1e-05"}
 
     def test_the_order_is_that_of_the_file(self, tmp_path):
-        text = HEAD + "axes:\n  train.lr: [1e-3, 1e-4]\n  regularizer.weight: [0.5, 0.25]\n"
+        text = HEAD + REPA + "axes:\n  train.lr: [1e-3, 1e-4]\n  regularizer.weight: [0.5, 0.25]\n"
         arms = load_spec(write(tmp_path, text)).arms
         assert [arm.label for arm in arms][:2] == ["lr=0.001, weight=0.5", "lr=0.001, weight=0.25"]
 
@@ -50,11 +58,11 @@ class TestAxes:
         assert arms[0].levels["teacher"] == "small"
 
     def test_a_level_may_set_nothing(self):
-        arms = load_spec(mapping(regularizer={"weight": 0.1}, axes={"a": {"as_is": None, "too": {}}})).arms
+        arms = load_spec(mapping(regularizer={"type": "repa", "weight": 0.1}, axes={"a": {"as_is": None, "too": {}}})).arms
         assert [(arm.label, arm.config.regularizer.weight) for arm in arms] == [("as_is", 0.1), ("too", 0.1)]
 
     def test_a_mapping_as_a_value_merges_into_the_section(self):
-        base = {"encoder": {"name": "a", "image_size": 224}}
+        base = {"type": "repa", "encoder": {"name": "a", "image_size": 224}}
         arms = load_spec(mapping(regularizer=base, axes={"regularizer.encoder": [{"name": "b"}, {"image_size": 14}]})).arms
         encoders = [arm.config.regularizer.encoder for arm in arms]
         assert [(e.name, e.image_size) for e in encoders] == [("b", 224), ("a", 14)]
@@ -70,14 +78,14 @@ class TestAxes:
 
     def test_arms_do_not_share_settings(self):
         encoder = {"name": "a"}
-        spec = mapping(regularizer={"encoder": encoder}, evaluate={"encoder": encoder})
+        spec = mapping(regularizer={"type": "repa", "encoder": encoder}, evaluate={"encoder": encoder})
         spec["axes"] = {"regularizer.encoder.name": ["b", "c"]}
         arms = load_spec(spec).arms
         assert [arm.config.regularizer.encoder.name for arm in arms] == ["b", "c"]
         assert [arm.config.evaluate.encoder.name for arm in arms] == ["a", "a"]
 
     def test_an_alias_in_a_file_is_not_shared_either(self, tmp_path):
-        text = HEAD + "regularizer: {encoder: &e {name: a}}\nevaluate: {encoder: *e}\n"
+        text = HEAD + "regularizer: {type: repa, encoder: &e {name: a}}\nevaluate: {encoder: *e}\n"
         arms = load_spec(write(tmp_path, text + "axes: {regularizer.encoder.name: [b]}\n")).arms
         assert arms[0].config.regularizer.encoder.name == "b"
         assert arms[0].config.evaluate.encoder.name == "a"
@@ -97,7 +105,7 @@ class TestAxes:
         assert str(caught.value) == "<given>: axes: 1,000,000,000,000 arms; at most 10,000"
 
     def test_problems_of_all_arms_are_told_once_each(self, tmp_path):
-        text = HEAD + "axes:\n  train.lr: [1, -1, x]\n  regularizer.weight: [1, -1]\n"
+        text = HEAD + "axes:\n  train.lr: [1, -1, x]\n  regularizer.weight: [1, -1]\n" + REPA
         with pytest.raises(SpecError) as caught:
             load_spec(write(tmp_path, text))
         assert [(p.place.line, p.place.column, p.path) for p in caught.value.problems] == [
@@ -171,8 +179,9 @@ class TestExclude:
 
     def test_by_a_default_that_nothing_sets(self):
         axes = {"train.lr": [1e-3, 1e-2], "regularizer.type": ["repa", "none"]}
-        rule = {"regularizer.manifold_weight": 3.0, "train.time": "auto", "train.lr": 1e-2}
-        assert labels(axes=axes, exclude=[rule]) == ["lr=0.001, type=repa", "lr=0.001, type=none"]
+        rule = {"regularizer.loss": "cosine", "train.time": "auto", "train.lr": 1e-2}
+        # The baseline has no loss of that kind, so the rule says nothing of it.
+        assert labels(axes=axes, exclude=[rule]) == ["lr=0.001, type=repa", "lr=0.001, type=none", "lr=0.01, type=none"]
 
     def test_an_arm_that_could_not_be_is_excluded_unjudged(self):
         axes = {"regularizer.encoder.standardize": [True, False], "regularizer.encoder.cache": [True, False]}
@@ -205,7 +214,7 @@ class TestExclude:
 
 class TestArms:
     def test_with_settings(self, tmp_path):
-        text = HEAD + "regularizer: {weight: 0.5}\naxes: {train.lr: [1e-3]}\n"
+        text = HEAD + "regularizer: {type: repa, weight: 0.5}\naxes: {train.lr: [1e-3]}\n"
         (arm,) = load_spec(write(tmp_path, text)).arms
         tried = arm.with_settings({"regularizer.weight": 0.1 + 0.2, "regularizer.encoder": {"image_size": 14}})
         assert tried.label == "lr=0.001, weight=0.3, encoder={'image_size': 14}"
@@ -227,7 +236,7 @@ class TestArms:
             arm.with_settings({"regularizer.wieght": 1.0})
 
     def test_later_problems_find_the_place_that_set_the_value(self, tmp_path):
-        text = HEAD + "regularizer: {block_index: 3}\naxes:\n  regularizer.encoder.name:\n    - a\n    - b\n"
+        text = HEAD + "regularizer: {block_index: 3, type: repa}\naxes:\n  regularizer.encoder.name:\n    - a\n    - b\n"
         text += "  size: {large: {model.size: L/2}}\n"
         arms = load_spec(write(tmp_path, text)).arms
         found = {

@@ -17,14 +17,15 @@ from repa_lab.spec.grammar import Grammar
 from repa_lab.spec.options import RunOptions
 from repa_lab.spec.schema import RunConfig
 from repa_lab.spec.search import SearchConfig
-from tests.spec.examples import HEAD, mapping, write
+from tests.spec.examples import HEAD, REPA, mapping, write
 
 
 class TestLoading:
     def test_a_file_and_a_mapping_say_the_same(self, tmp_path):
-        text = HEAD + "question: Does it?\naxes: {regularizer.weight: [0.5, 1]}\nseeds: 2\nrun: {workers: 3}\n"
+        text = HEAD + REPA + "question: Does it?\naxes: {regularizer.weight: [0.5, 1]}\nseeds: 2\nrun: {workers: 3}\n"
         of_file = load_spec(write(tmp_path, text))
-        of_mapping = load_spec(mapping(question="Does it?", axes={"regularizer.weight": [0.5, 1]}, seeds=2, run={"workers": 3}))
+        more = {"question": "Does it?", "axes": {"regularizer.weight": [0.5, 1]}, "seeds": 2, "run": {"workers": 3}}
+        of_mapping = load_spec(mapping(regularizer={"type": "repa"}, **more))
         assert of_file == of_mapping
         assert load_spec(str(tmp_path / "q.yaml")) == of_file
         assert (of_file.question, of_file.run.workers) == ("Does it?", 3)
@@ -41,12 +42,13 @@ class TestLoading:
         train = config.train
         assert (train.batch_size, train.lr, train.ema, train.weight_decay, train.grad_clip) == (256, 1e-4, 0.9999, 0.0, 1.0)
         assert (train.label_dropout, train.time) == (0.1, "auto")
-        regularizer = config.regularizer
-        assert (regularizer.type, regularizer.weight, regularizer.manifold_weight) == ("none", 0.5, 3.0)
+        assert config.regularizer.type == "none"
+        regularizer = load_spec(mapping(regularizer={"type": "urepa"})).arms[0].config.regularizer
+        assert (regularizer.type, regularizer.weight, regularizer.manifold_weight) == ("urepa", 0.5, 3.0)
         assert (regularizer.projector.type, regularizer.projector.width, regularizer.block_index) == ("mlp", 2048, None)
 
     def test_zero_is_a_number(self, tmp_path):
-        text = HEAD + "regularizer: {weight: 0, manifold_weight: 0, schedule: {cutoff_step: 0}, block_index: 0}\n"
+        text = HEAD + "regularizer: {type: urepa, weight: 0, manifold_weight: 0, schedule: {cutoff_step: 0}, block_index: 0}\n"
         regularizer = load_spec(write(tmp_path, text)).arms[0].config.regularizer
         assert (regularizer.weight, regularizer.manifold_weight) == (0.0, 0.0)
         assert (regularizer.schedule.cutoff_step, regularizer.block_index) == (0, 0)
@@ -73,7 +75,7 @@ class TestSeeds:
 
 class TestOverrides:
     def test_they_lie_over_the_file(self, tmp_path):
-        file = write(tmp_path, HEAD + "regularizer: {weight: 0.5, encoder: {name: a}}\nseeds: 3\n")
+        file = write(tmp_path, HEAD + "regularizer: {type: repa, weight: 0.5, encoder: {name: a}}\nseeds: 3\n")
         experiment = load_spec(file, {"train.steps": 5, "regularizer.encoder": {"image_size": 14}, "seeds": [9]})
         config = experiment.arms[0].config
         assert (config.train.steps, experiment.seeds) == (5, (9,))
@@ -85,7 +87,7 @@ class TestOverrides:
         assert [arm.config.train.steps for arm in experiment.arms] == [1, 2]
 
     def test_a_program_keeps_its_mapping(self):
-        source = mapping(regularizer={"encoder": {"name": "a"}})
+        source = mapping(regularizer={"type": "repa", "encoder": {"name": "a"}})
         before = copy.deepcopy(source)
         load_spec(source, {"train.steps": 5, "regularizer.encoder.name": "b", "evaluate.every": 3})
         assert source == before

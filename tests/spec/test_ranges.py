@@ -11,7 +11,7 @@ import pytest
 from repa_lab.spec import Arm, SpecError, load_spec
 from repa_lab.spec.identity import identify
 from repa_lab.spec.ranges import RangeConfig
-from tests.spec.examples import HEAD, mapping, write
+from tests.spec.examples import HEAD, REPA, mapping, write
 
 
 def values(**form) -> list:
@@ -104,7 +104,7 @@ class TestArms:
 
     def test_labels_are_what_can_be_typed(self):
         axes = {"regularizer.weight": {"logspace": [0.1, 1.0, 3]}, "train.steps": {"range": [1, 3, 2]}}
-        assert [arm.label for arm in load_spec(mapping(axes=axes)).arms] == [
+        assert [arm.label for arm in load_spec(mapping(regularizer={"type": "repa"}, axes=axes)).arms] == [
             "weight=0.1, steps=1",
             "weight=0.1, steps=3",
             "weight=0.316228, steps=1",
@@ -114,8 +114,8 @@ class TestArms:
         ]
 
     def test_a_value_can_be_excluded(self):
-        spec = mapping(axes={"regularizer.weight": {"linspace": [0, 1, 11]}}, exclude=[{"regularizer.weight": [0.3, 0.7]}])
-        assert len(load_spec(spec).arms) == 9
+        more = {"axes": {"regularizer.weight": {"linspace": [0, 1, 11]}}, "exclude": [{"regularizer.weight": [0.3, 0.7]}]}
+        assert len(load_spec(mapping(regularizer={"type": "repa"}, **more)).arms) == 9
 
     def test_a_named_axis_may_have_a_level_of_the_name(self):
         axes = {"size": {"range": {"model.size": "S/2"}, "linspace": {"model.size": "B/2"}, "logspace": None}}
@@ -129,13 +129,13 @@ class TestArms:
         assert [arm.label for arm in over.arms] == ["x, lr=1", "x, lr=10"]
 
     def test_problems_stand_at_the_range(self, tmp_path):
-        file = write(tmp_path, HEAD + "axes: {regularizer.block_index: {linspace: [1, 2, 3]}}\n")
+        file = write(tmp_path, HEAD + "axes: {regularizer.block_index: {linspace: [1, 2, 3]}}\n" + REPA)
         with pytest.raises(SpecError) as caught:
             load_spec(file)
         assert str(caught.value) == f"{file}:5:34: regularizer.block_index: expected an integer or mid, got 1.5"
 
     def test_a_thousand_wrong_values_are_one_line(self, tmp_path):
-        file = write(tmp_path, HEAD + "axes: {regularizer.weight: {range: [-1, -1000, -1]}}\n")
+        file = write(tmp_path, HEAD + "axes: {regularizer.weight: {range: [-1, -1000, -1]}}\n" + REPA)
         with pytest.raises(SpecError) as caught:
             load_spec(file)
         assert str(caught.value) == (
