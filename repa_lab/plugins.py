@@ -1,4 +1,4 @@
-"""What a plugin imports: the decorators that register components, and the types that their code meets."""
+"""What a plugin imports: the calls that register components, and the types that their code meets."""
 
 from __future__ import annotations
 
@@ -7,23 +7,50 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from repa_lab.align import Loss, Needs, Prediction, Regularizer, RegularizerSettings, Shapes, Signals, Tokens
     from repa_lab.align.settings import EncoderSettings, regularizer
+    from repa_lab.data.settings import Dataset, SourceSettings, source
+    from repa_lab.data.sources import Source
+    from repa_lab.encoders.registry import encoder
+    from repa_lab.metrics.protocol import metric
+    from repa_lab.models.facts import Family, Shape
+    from repa_lab.models.families import family
+    from repa_lab.models.network import Network
+    from repa_lab.models.pipeline import Pipeline
 
 _HOMES = {
     "align": ("Loss", "Needs", "Prediction", "Regularizer", "RegularizerSettings", "Shapes", "Signals", "Tokens"),
     "align.settings": ("EncoderSettings", "regularizer"),
+    "data.settings": ("Dataset", "SourceSettings", "source"),
+    "data.sources": ("Source",),
+    "encoders.registry": ("encoder",),
+    "metrics.protocol": ("metric",),
+    "models.facts": ("Family", "Shape"),
+    "models.families": ("family",),
+    "models.network": ("Network",),
+    "models.pipeline": ("Pipeline",),
 }
 
 __all__ = [
+    "Dataset",
     "EncoderSettings",
+    "Family",
     "Loss",
     "Needs",
+    "Network",
+    "Pipeline",
     "Prediction",
     "Regularizer",
     "RegularizerSettings",
+    "Shape",
     "Shapes",
     "Signals",
+    "Source",
+    "SourceSettings",
     "Tokens",
+    "encoder",
+    "family",
+    "metric",
     "regularizer",
+    "source",
 ]
 
 

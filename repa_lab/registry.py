@@ -89,7 +89,7 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T | None:
         """Return the component of a name, None if there is none."""
-        return self[name] if name in self else None
+        return self._components.get(name) if name in self else None
 
     def __contains__(self, name: object) -> bool:
         if name not in self._components:
@@ -98,6 +98,10 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._components)
+
+    def values(self) -> tuple[T, ...]:
+        """Return all components, built-in ones first."""
+        return tuple(self._components.values())
 
     @property
     def names(self) -> tuple[str, ...]:

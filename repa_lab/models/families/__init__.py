@@ -39,53 +39,65 @@ from repa_lab.models.families.sd3 import SD3
 from repa_lab.models.families.sd15 import SD15
 from repa_lab.models.families.sdxl import SDXL
 from repa_lab.models.families.z_image import Z_IMAGE
+from repa_lab.registry import Registry
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        SIT,
-        UNET,
-        SIT_DOWN,
-        SD15,
-        SDXL,
-        KOLORS,
-        FLUX,
-        FLUX2,
-        SD3,
-        CHROMA,
-        SANA,
-        PIXART,
-        HIDREAM,
-        AURAFLOW,
-        LUMINA2,
-        QWEN_IMAGE,
-        Z_IMAGE,
-        DIT,
-        HUNYUAN_DIT,
-        COGVIEW4,
-        KANDINSKY5,
-        LUMINA_NEXT,
-        HUNYUAN_IMAGE,
-        BRIA,
-        BRIA_FIBO,
-        BRIA_FIBO2,
-        COGVIEW3PLUS,
-        OMNIGEN,
-        OVIS_IMAGE,
-        LONGCAT_IMAGE,
-        PRX,
-        ERNIE_IMAGE,
-        GLM_IMAGE,
-        IDEOGRAM4,
-        KREA2,
-        NUCLEUS_MOE,
-        QWEN_IMAGE21,
-        FLUX3,
-        KANDINSKY6,
-    )
-}
+FAMILIES: Registry[Family] = Registry("family")
 
-TRAINABLE = tuple(family.name for family in FAMILIES.values() if family.trainable)
+
+def family(facts: Family) -> Family:
+    """Register a family of denoisers under its name, by which ``model.family`` calls it.
+
+    Raises:
+        PluginError: the name is taken.
+    """
+    FAMILIES.add(facts.name, facts)
+    return facts
+
+
+for _facts in (
+    SIT,
+    UNET,
+    SIT_DOWN,
+    SD15,
+    SDXL,
+    KOLORS,
+    FLUX,
+    FLUX2,
+    SD3,
+    CHROMA,
+    SANA,
+    PIXART,
+    HIDREAM,
+    AURAFLOW,
+    LUMINA2,
+    QWEN_IMAGE,
+    Z_IMAGE,
+    DIT,
+    HUNYUAN_DIT,
+    COGVIEW4,
+    KANDINSKY5,
+    LUMINA_NEXT,
+    HUNYUAN_IMAGE,
+    BRIA,
+    BRIA_FIBO,
+    BRIA_FIBO2,
+    COGVIEW3PLUS,
+    OMNIGEN,
+    OVIS_IMAGE,
+    LONGCAT_IMAGE,
+    PRX,
+    ERNIE_IMAGE,
+    GLM_IMAGE,
+    IDEOGRAM4,
+    KREA2,
+    NUCLEUS_MOE,
+    QWEN_IMAGE21,
+    FLUX3,
+    KANDINSKY6,
+):
+    family(_facts)
+
+TRAINABLE = tuple(facts.name for facts in FAMILIES.values() if facts.trainable)
 
 
 def family_facts(name: str) -> Family:
@@ -95,5 +107,5 @@ def family_facts(name: str) -> Family:
         UnknownFactError: no such family.
     """
     if name not in FAMILIES:
-        raise UnknownFactError("family", name, tuple(FAMILIES))
+        raise UnknownFactError("family", name, FAMILIES.names)
     return FAMILIES[name]
