@@ -168,6 +168,15 @@ def loaded_plugins() -> dict[str, str]:
     return {file: digest for file, (digest, _) in _LOADED.items()}
 
 
+def drop_plugins(files: Sequence[Path]) -> None:
+    """Forget plugin files and what they have registered."""
+    for file in (str(file.resolve()) for file in files):
+        for registry in _REGISTRIES:
+            registry.drop(file)
+        if file in _LOADED:
+            sys.modules.pop(_LOADED.pop(file)[1].__name__, None)
+
+
 def load_planned(digests: Mapping[str, str]) -> None:
     """Load the plugins of another process, as a worker does.
 
