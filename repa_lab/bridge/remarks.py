@@ -211,9 +211,7 @@ def _to_fill_in(reading: Reading, fields: Fields) -> Iterator[Remark]:
 
 
 def _stand_ins(reading: Reading, fields: Fields) -> Iterator[Remark]:
-    if reading.family and not reading.family.trainable:
-        yield "model_family", f"{reading.family.name} can be aligned in a loop of your own; the lab does not train it"
-    elif not reading.part("pretrained_model_name_or_path"):
+    if not reading.part("pretrained_model_name_or_path"):
         yield "", f"fill in model.pretrained: the config does not say; {fields['model.pretrained'] or 'nothing'} stands in"
     if not reading.part("max_train_steps"):
         yield "", f"fill in train.steps: there is no max_train_steps, so {STAND_IN_STEPS:,} stand in"

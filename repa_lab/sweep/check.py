@@ -11,7 +11,7 @@ from repa_lab.data.fingerprint import has_captions
 from repa_lab.encoders.registry import grid_problem, weights_problem
 from repa_lab.metrics.protocol import goal_of_kind
 from repa_lab.models.facts import Family, Shape, UnknownFactError, shape_of
-from repa_lab.models.families import TRAINABLE, family_facts
+from repa_lab.models.families import family_facts
 from repa_lab.models.released import problem_with
 from repa_lab.runs.root import RESERVED
 from repa_lab.spec import Arm, DataConfig, EncoderConfig, EvaluateConfig, Experiment, Problem, SpecError
@@ -43,10 +43,6 @@ def check(experiment: Experiment, files: bool = True, fingerprint: Fingerprint =
 
 def blocked(arm: Arm) -> Problem | None:
     """Why an arm that is right cannot be trained here yet, or None."""
-    family = family_facts(arm.config.model.family)
-    if not family.trainable:
-        message = f"family '{family.name}' can be planned and tapped, not trained (trainable: {', '.join(TRAINABLE)})"
-        return arm.problem("model.family", message)
     if arm.config.data.source != "digits" and arm.config.data.path is None:
         return arm.problem("data.path", "not set; give a folder of images with --set data.path=FOLDER")
     return None

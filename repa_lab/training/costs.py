@@ -136,7 +136,7 @@ def cost_of(config: RunConfig, options: RunOptions) -> Cost:
         milestone_flops=_evaluation(config, rare, family, forward) if (rare := config.evaluate.milestone) else 0.0,
         memory=_memory(config, options, forward, shape, tokens, (trained, weights)),
         checkpoint_bytes=_CHECKPOINT_NUMBERS * _FLOAT * _CHECKPOINTS_KEPT * trained,
-        rough=_rough(config, forward),
+        rough=_rough(config),
     )
 
 
@@ -286,10 +286,9 @@ def _memory(
     )
 
 
-def _rough(config: RunConfig, forward: Forward) -> tuple[str, ...]:
+def _rough(config: RunConfig) -> tuple[str, ...]:
     unknown = [encoder.name for _, encoder in config.encoder_paths if encoder_flops(encoder.name, 224) is None]
-    encoders = [f"the cost of encoder '{name}' is not known and not counted" for name in dict.fromkeys(unknown)]
-    return (*([forward.rough] if forward.rough else []), *encoders)
+    return tuple(f"the cost of encoder '{name}' is not known and not counted" for name in dict.fromkeys(unknown))
 
 
 def images_of(data: DataConfig, files: int | None) -> int | None:

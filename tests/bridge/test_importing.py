@@ -246,7 +246,6 @@ class TestWhatIsSaid:
             ({}, "crepa_lambda 0.5"),
             ({}, "fill in train.steps"),
             ({}, "fill in model.pretrained: the config does not say; black-forest-labs/FLUX.1-dev stands in"),
-            ({"model_family": "omnigen"}, "omnigen can be aligned in a loop of your own"),
             ({"model_family": "pixart_sigma"}, "never attaches its regularizer to pixart"),
         ],
     )
@@ -299,6 +298,7 @@ class TestBadInput:
             ("train_batch_size", 0, "expected a number of at least 1, got 0"),
             ("seed", -1, "expected a number of at least 0, got -1"),
             ("model_family", "flxu", None),
+            ("model_family", "omnigen", f"unknown family 'omnigen'; allowed: {', '.join(FAMILIES)}"),
         ],
     )
     def test_a_wrong_value_is_one_line_at_its_key(self, tmp_path, key, value, message):
