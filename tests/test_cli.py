@@ -78,14 +78,6 @@ def test_sdxl_without_its_weights_or_captions_is_refused_in_one_line_before_anyt
     assert not root.exists()
 
 
-def test_a_family_that_is_only_tapped_says_so(tmp_path):
-    words = ("--set", "model.family=bria")
-    planned = cli("plan", "experiments/flux_block_index.yaml", *words, "--json", "--root", tmp_path)
-    reasons = {run["blocked"] for run in json.loads(planned.stdout)["runs"]}
-    (reason,) = reasons
-    assert reason.startswith("family 'bria' can be planned and tapped, not trained (trainable: sit, unet, sit_down, sd15")
-
-
 def test_a_rehearsal_says_what_it_is(tmp_path):
     (tmp_path / "one.yaml").write_text(
         "name: one\nmodel: {family: sd15, pretrained: somewhere/else}\nregularizer: {type: urepa}\n"

@@ -329,9 +329,7 @@ def _evaluation(reading: Reading, fields: Fields) -> Iterator[Remark]:
 
 
 def _stand_ins(reading: Reading, fields: Fields) -> Iterator[Remark]:
-    if reading.family and not reading.family.trainable:
-        yield "model_family", f"{reading.family.name} can be aligned in a loop of your own; the lab does not train it"
-    elif reading.pretrained is None:
+    if reading.pretrained is None:
         yield "", "fill in model.pretrained: the config names no weights"
     if not reading.part("max_train_steps"):
         yield "", f"fill in train.steps: there is no max_train_steps, so {STAND_IN_STEPS:,} stand in"

@@ -27,7 +27,7 @@ class Entry:
         pixels: along each side of the image that the grid is for.
         grid: tapped tokens (height, width) for such an image.
         parameters: of the denoiser.
-        use: whether it is trained from scratch, from a pretrained pipeline, or tapped only.
+        use: `from scratch` or `pretrained`: how the lab trains the family.
     """
 
     family: str
@@ -65,5 +65,5 @@ def _from_scratch(family: Family, size: str, shape: Shape) -> Entry:
 
 def _entry(name: str, family: Family, shape: Shape, pixels: int, side: int, parameters: int) -> Entry:
     grid = (side, side)
-    use = "from scratch" if family.from_scratch else "pretrained" if family.trainable else "tapped"
+    use = "from scratch" if family.from_scratch else "pretrained"
     return Entry(name, ", ".join(family.regularizers), shape.depth, shape.width, shape.block, pixels, grid, parameters, use)

@@ -15,13 +15,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from repa_lab.models.denoiser import Denoiser, build_net
-from repa_lab.models.facts import Family, network_of
+from repa_lab.models.facts import Family, network_of, pipeline_of
 from repa_lab.models.families import family_facts
 from repa_lab.models.flops import TEXT_TOKENS
-from repa_lab.models.network import PER_TOKEN
 
-_INTEGERS = re.compile("mask|labels|token_ids")
-_OPTIONAL = {"encoder_hidden_states_2", "encoder_attention_mask_2"}  # a text that may be left out, and is sorted by values
+_INTEGERS = re.compile("mask|labels")
 Count = tuple[int, int]
 
 
@@ -59,7 +57,7 @@ def count_family(family: Family, side: int, frozen: bool = False) -> Count:
     net.requires_grad_(not frozen)
     denoiser, cells = Denoiser(net, family).eval(), side * family.shapes[""].stride
     latents = torch.empty(1, network.channels, cells, cells, device="meta", requires_grad=True)
-    condition = _condition(family, net.config, side)
+    condition = _condition(family, net.config)
     return count(lambda: denoiser(latents, torch.empty(1, device="meta"), **condition), net)
 
 
@@ -70,11 +68,9 @@ def native_side(family: Family) -> int:
 
 def adapted(family: Family) -> int:
     """Inputs and outputs of the layers that LoRA adapts, summed."""
-    if family.pipeline is None:
-        return 0
     with torch.device("meta"):
         net = build_net(family, network_of(family).config)
-    ends = tuple(f".{end}" for end in family.pipeline.adapted)
+    ends = tuple(f".{end}" for end in pipeline_of(family).adapted)
     layers = (layer for name, layer in net.named_modules() if f".{name}".endswith(ends))
     return sum(layer.in_features + layer.out_features for layer in layers if isinstance(layer, nn.Linear))
 
@@ -90,13 +86,11 @@ def row(name: str) -> str:
     return f'    "{name}": Counted({side**2}, ({flops}), ({kept}), {share:.2f}, {adapted(family):_}),'
 
 
-def _condition(family: Family, config: Any, side: int) -> dict[str, torch.Tensor]:
+def _condition(family: Family, config: Any) -> dict[str, torch.Tensor]:
     network, found = network_of(family), dict[str, torch.Tensor]()
     for name, shape in network.condition(config, TEXT_TOKENS).items():
-        if name not in _OPTIONAL:
-            sized = [side**2 if size == PER_TOKEN else size for size in shape]
-            dtype = torch.long if _INTEGERS.search(name) else None
-            found[name] = torch.empty(1, *sized, device="meta", dtype=dtype)
+        dtype = torch.long if _INTEGERS.search(name) else None
+        found[name] = torch.empty(1, *shape, device="meta", dtype=dtype)
     if network.lengths:  # words are counted
         found |= {name: torch.ones(mask.shape, dtype=torch.long) for name, mask in found.items() if "mask" in name}
     return found
@@ -106,11 +100,8 @@ def _condition(family: Family, config: Any, side: int) -> dict[str, torch.Tensor
 def _without_values() -> Iterator[None]:
     """Without what goes by values, or by a device's autocast: meta lacks both."""
     from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
-    from diffusers.models.transformers.transformer_omnigen import OmniGenSuScaledRotaryEmbedding
 
     def attend(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> Any:
-        if (times := query.shape[-3] // key.shape[-3]) > 1:
-            key, value = (one.repeat_interleave(times, dim=-3) for one in (key, value))
         return _Flash.apply(query, key, value)
 
     def choose(self: Any, tokens: torch.Tensor, *choice: Any) -> torch.Tensor:
@@ -119,7 +110,6 @@ def _without_values() -> Iterator[None]:
     with (
         mock.patch.object(F, "scaled_dot_product_attention", attend),
         mock.patch.object(MOEFeedForwardSwiGLU, "moe_infer", choose),
-        mock.patch.object(OmniGenSuScaledRotaryEmbedding, "forward", lambda self, tokens, ids: (tokens[0, :, : self.dim],) * 2),
         mock.patch.object(torch, "autocast", lambda *args, **options: nullcontext()),
     ):
         yield

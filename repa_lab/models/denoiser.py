@@ -86,11 +86,8 @@ def tap_block(denoiser: Denoiser, block_index: BlockIndex) -> Tap:
 
 
 def _check_grid(name: str, network: Network, grid: Grid) -> None:
-    got = f"got a grid of {grid[0]}x{grid[1]} tokens"
     if network.square and grid[0] != grid[1]:
-        raise ValueError(f"{name} takes square images only, {got}")
-    if any(side % network.multiple for side in grid):
-        raise ValueError(f"{name} takes a multiple of {network.multiple} tokens along each side only, {got}")
+        raise ValueError(f"{name} takes square images only, got a grid of {grid[0]}x{grid[1]} tokens")
 
 
 def _find(net: nn.Module, lists: tuple[Blocks, ...], index: BlockIndex) -> tuple[nn.Module, Blocks] | None:

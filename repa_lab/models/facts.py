@@ -59,8 +59,8 @@ class Family:
     """The facts of a family; ``shapes`` maps a size to its shape, with the single key ``""`` where a hub folder decides.
 
     ``latent_stride`` is the VAE's: image pixels per latent cell; 1 for families that take what they are given. ``network`` is
-    the model of diffusers, where it is one, and ``pipeline`` what surrounds it there, where it can be trained. ``u_shaped`` are
-    transformers with a stage of fewer tokens.
+    the model in diffusers and ``pipeline`` what surrounds it there; both are None for families trained from scratch.
+    ``u_shaped`` are transformers with a stage of fewer tokens.
     """
 
     name: str
@@ -83,11 +83,6 @@ class Family:
         kinds = (*own, self.kind)
         fitting = {name: REGULARIZERS[name].settings.kinds for name in REGULARIZERS if name != "none"}
         return tuple(dict.fromkeys(name for kind in kinds for name, fits in fitting.items() if kind in fits))
-
-    @property
-    def trainable(self) -> bool:
-        """Whether the lab trains it, from scratch or from a pretrained pipeline; the others can be tapped."""
-        return self.from_scratch or self.pipeline is not None
 
     @property
     def from_scratch(self) -> bool:

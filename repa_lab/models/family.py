@@ -1,4 +1,4 @@
-"""How each trainable family is built and tapped. A family is an object: adding one is a class and a row in `BUILDERS`."""
+"""How each family trained from scratch is built and tapped. Adding one is a class and a row in `BUILDERS`."""
 
 from __future__ import annotations
 

@@ -40,11 +40,3 @@ def positions(grid: tuple[int, int], axes: int, like: torch.Tensor) -> torch.Ten
     ids[..., 1] += like.new_tensor(range(grid[0])).unsqueeze(1)
     ids[..., 2] += like.new_tensor(range(grid[1]))
     return ids.flatten(0, 1)
-
-
-def word_positions(words: int, axes: int, along: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Rotary positions ``(T, axes)`` of a text's words, which advance along some of the axes; never in half precision."""
-    ids = like.new_zeros(()).float().new_zeros(words, axes)
-    for axis in along:
-        ids[:, axis] = ids.new_tensor(range(words))
-    return ids

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 # Where a sequence holds the image's tokens: alone, before or after the text's, or after as many of them as a sample has.
 Place = Literal["all", "head", "tail", "after_text", "map"]
-PER_TOKEN = -1  # in a shape of the conditioning: as many as the image has tokens
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,13 @@ class Network:
         inputs: the arguments of its ``forward`` from its config, noisy latents ``(B, C, H, W)``, times ``(B,)`` in [0, 1]
             (1 is noise) and conditioning.
         condition: the conditioning by name: each one's shape without the batch, from the config and a number of text tokens.
-            What is called a mask, labels or token_ids holds integers; see ``PER_TOKEN``.
+            What is called a mask or labels holds integers.
         output: the prediction ``(B, C, H, W)`` from what ``forward`` returns and the latents.
         lengths: tokens before the image of each sample ``(B,)`` from the conditioning, for ``after_text``.
         config: arguments of the released model that differ from the constructor's defaults.
         tiny: arguments of a small model of the same class with every kind of its blocks.
         channels: of the latents.
         square: whether it takes square images only.
-        multiple: of which the tokens along each side must be one.
         uncheckpointed: what goes wrong when its blocks are checkpointed; empty where nothing does.
         depths: the arguments that say how many blocks each list of ``blocks`` has; none for a UNet.
         per_block: arguments that hold an entry for every block.
@@ -78,7 +76,6 @@ class Network:
     config: Mapping[str, Any] = field(default_factory=dict)
     channels: int = 4
     square: bool = False
-    multiple: int = 1
     uncheckpointed: str = ""
     depths: tuple[str, ...] = ("num_layers",)
     per_block: tuple[str, ...] = ()

@@ -107,7 +107,18 @@ def class_problem(classes: int, known: int) -> str:
 def components(folder: Path) -> tuple[str, ...]:
     """The names of a pipeline's components that it has."""
     index = read_json(folder / INDEX) or {}
-    return tuple(name for name, value in index.items() if isinstance(value, list) and value[0] is not None)
+    return tuple(name for name, value in index.items() if _is_component(value) and value[0] is not None)
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """Return what a pipeline's index holds beside its components, for example which layers of a text encoder it reads."""
+    index = read_json(folder / INDEX) or {}
+    return {name: value for name, value in index.items() if not (name.startswith("_") or _is_component(value))}
+
+
+def _is_component(value: Any) -> bool:
+    """Whether an entry of a pipeline's index is a library and a class, or two nulls where the component is absent."""
+    return isinstance(value, list) and len(value) == 2 and all(part is None or isinstance(part, str) for part in value)
 
 
 def text_components(folder: Path) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from repa_lab.data.settings import FolderSettings
 from repa_lab.encoders.registry import grid_problem, weights_problem
 from repa_lab.metrics.protocol import METRICS, goal_of_kind
 from repa_lab.models.facts import Family, Shape, UnknownFactError, shape_of
-from repa_lab.models.families import TRAINABLE, family_facts
+from repa_lab.models.families import family_facts
 from repa_lab.models.released import SCALING, VAE, class_problem, depth_of, num_classes, problem_with, read_json
 from repa_lab.registry import one_line
 from repa_lab.runs.root import RESERVED
@@ -44,10 +44,6 @@ def check(experiment: Experiment, inventory: Inventory | None) -> None:
 
 def blocked(arm: Arm) -> Problem | None:
     """Why an arm that is right cannot be trained here yet, or None."""
-    family = family_facts(arm.config.model.family)
-    if not family.trainable:
-        message = f"family '{family.name}' can be planned and tapped, not trained (trainable: {', '.join(TRAINABLE)})"
-        return arm.problem("model.family", message)
     if arm.config.data.is_unset:
         return arm.problem("data.path", "not set; give a folder of images with --set data.path=FOLDER")
     return None
@@ -112,7 +108,7 @@ def _pretrained_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Pro
 
 
 def _size_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
-    data, step = arm.config.data, family.latent_stride * shape.stride * (family.network.multiple if family.network else 1)
+    data, step = arm.config.data, family.latent_stride * shape.stride
     sides = {"data.resolution": data.side} | ({"data.buckets.step": data.buckets.step} if data.buckets else {})
     for path, side in sides.items():
         if side % step:

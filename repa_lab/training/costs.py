@@ -132,7 +132,7 @@ def cost_of(config: RunConfig, options: RunOptions) -> Cost:
         milestone_flops=_evaluation(config, rare, family, forward) if (rare := config.evaluate.milestone) else 0.0,
         memory=_memory(config, options, forward, shape, tokens, (trained, weights)),
         checkpoint_bytes=_CHECKPOINT_NUMBERS * _FLOAT * _CHECKPOINTS_KEPT * trained,
-        rough=_rough(config, forward),
+        rough=_rough(config),
     )
 
 
@@ -287,7 +287,7 @@ def _memory(
     )
 
 
-def _rough(config: RunConfig, forward: Forward) -> tuple[str, ...]:
+def _rough(config: RunConfig) -> tuple[str, ...]:
     unknown = [encoder.name for _, encoder in config.encoder_paths if encoder_flops(encoder.name, 224) is None]
     encoders = [f"the cost of encoder '{name}' is not known and not counted" for name in dict.fromkeys(unknown)]
     pipeline, named = family_facts(config.model.family).pipeline, config.model.pretrained
@@ -295,7 +295,7 @@ def _rough(config: RunConfig, forward: Forward) -> tuple[str, ...]:
     counted = f"parameters, FLOPs and memory are counted for {released}; those of {named} may differ"
     if not isinstance(config.regularizer, REPASettings | NoSettings):
         encoders.append(f"what the regularizer '{config.regularizer.type}' computes is not known and not counted")
-    return (*([forward.rough] if forward.rough else []), *([counted] if named not in (None, released) else []), *encoders)
+    return (*([counted] if named not in (None, released) else []), *encoders)
 
 
 def images_of(data: SourceSettings, files: int | None) -> int | None:

@@ -14,7 +14,7 @@ from repa_lab.data.store import Progress
 from repa_lab.data.texts import Encoded, TextCache
 from repa_lab.models.facts import Family, pipeline_of
 from repa_lab.models.pretrained import text_pipeline
-from repa_lab.models.released import text_components
+from repa_lab.models.released import settings, text_components
 from repa_lab.spec import RunOptions
 from repa_lab.training.device import PRECISION
 from repa_lab.training.images import Images
@@ -24,7 +24,7 @@ _TEXTS_AT_ONCE = 16
 
 def text_cache(family: Family, folder: Path, options: RunOptions, cache: Path) -> TextCache:
     """Where captions are kept as this pipeline encodes them."""
-    content = {name: fingerprint_files(folder / name) for name in text_components(folder)}
+    content = {name: fingerprint_files(folder / name) for name in text_components(folder)} | settings(folder)
     identity = {"kind": "texts/1", "family": family.name, "parts": content, "precision": options.encoder_precision}
     return TextCache(cache / "texts", identity, about={"pipeline": str(folder)})
 

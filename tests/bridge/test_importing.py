@@ -18,6 +18,7 @@ from repa_lab.bridge.read import READABLE
 from repa_lab.models.families import FAMILIES
 from repa_lab.spec import SpecError, load_spec
 from repa_lab.sweep.check import check
+from repa_lab.training.fingerprints import Inventory
 
 FLUX, SDXL = {"model_family": "flux"}, {"model_family": "sdxl"}
 # The four blocks of the guide, and its two lists of knobs at values that are not the defaults.
@@ -66,7 +67,7 @@ class TestImport:
         regularizer = regularizer_of(tmp_path, urepa_enabled=True)
         assert (regularizer.type, regularizer.weight, regularizer.manifold_weight, regularizer.block_index) == ("urepa", 0.5, 3.0, "mid")
         assert (regularizer.encoder.name, regularizer.encoder.image_size, regularizer.encoder.pixels) == ("dinov2_vitg14", 518, "vae")
-        assert (regularizer.projector.type, regularizer.spatial_norm) == ("linear", None)
+        assert (regularizer.projector.type, regularizer.spatial_norm) == ("linear", Inventory())
         assert regularizer_of(tmp_path, crepa_enabled=True).block_index == 8
         irepa = regularizer_of(tmp_path, crepa_enabled=True, irepa_enabled=True)
         assert (irepa.projector.type, irepa.projector.kernel, irepa.spatial_norm) == ("conv", 3, 0.6)
@@ -99,7 +100,7 @@ class TestImport:
 
     def test_zero_is_a_number_where_the_lab_has_one(self, tmp_path):
         urepa = regularizer_of(tmp_path, urepa_enabled=True, urepa_lambda=0, urepa_manifold_weight=0, urepa_cutoff_step=0)
-        assert (urepa.weight, urepa.manifold_weight, urepa.schedule.cutoff_step) == (0.0, 0.0, None)
+        assert (urepa.weight, urepa.manifold_weight, urepa.schedule.cutoff_step) == (0.0, 0.0, Inventory())
         said = " ".join(remarks(tmp_path, {**SDXL, "urepa_enabled": True, "urepa_lambda": 0, "urepa_manifold_weight": "0.0"}))
         assert "urepa_lambda: SimpleTuner takes 0 for 0.5" in said
         assert "urepa_manifold_weight: SimpleTuner takes 0 for 3.0" in said
@@ -118,7 +119,7 @@ class TestImport:
         assert (config.model.pretrained, config.model.train, config.model.rank) == ("my/sdxl", "lora", 64)
         assert (config.data.vae, config.data.resolution, experiment.seeds) == ("my/vae", 512, (42,))
         train = config.train
-        assert (train.lr, train.batch_size, train.steps, train.ema, train.weight_decay, train.grad_clip) == (1e-5, 8, 700, 0.999, 0.1, None)
+        assert (train.lr, train.batch_size, train.steps, train.ema, train.weight_decay, train.grad_clip) == (1e-5, 8, 700, 0.999, 0.1, Inventory())
         assert (run.micro_batch, run.precision, run.gradient_checkpointing, run.checkpoint_every) == (2, "fp32", False, 50)
 
     def test_a_vae_that_is_not_named_is_the_pipelines_own(self, tmp_path):
@@ -126,7 +127,7 @@ class TestImport:
         config, said = config_of(tmp_path, given), " ".join(remarks(tmp_path, given))
         assert (config.model.pretrained, config.data.vae, config.regularizer.encoder.pixels) == ("my/sd15", None, "vae")
         assert "data.vae" not in said
-        check(load(tmp_path, read(tmp_path, given)))
+        check(load(tmp_path, read(tmp_path, given)), Inventory())
 
     @pytest.mark.parametrize(
         "given, side",
@@ -150,7 +151,7 @@ class TestImport:
     def test_plan_accepts_what_it_writes_for_every_family(self, tmp_path, family):
         prefix = {"transformer": "crepa", "unet": "urepa"}[FAMILIES[family].kind]
         for more in ({}, {"irepa_enabled": True}, {f"{prefix}_use_tae": True}):
-            check(load(tmp_path, read(tmp_path, {"model_family": family, f"{prefix}_enabled": True, **more})))
+            check(load(tmp_path, read(tmp_path, {"model_family": family, f"{prefix}_enabled": True, **more})), Inventory())
 
     def test_an_encoder_has_several_names_there(self, tmp_path):
         assert regularizer_of(tmp_path, crepa_enabled=True, crepa_encoder="dino_v2_s").encoder.name == "dinov2_vits14"
@@ -319,7 +320,6 @@ class TestWhatIsSaid:
             ({"lora_type": "lycoris"}, "lora_type: not carried: the lab trains PEFT's LoRA"),
             ({"model_type": "lora", "lora_rank": 8, "lora_alpha": 16}, "the adapter's scale is 1, and 2 there"),
             ({}, "caption_dropout_probability 0.0"),
-            ({"model_family": "omnigen"}, "omnigen can be aligned in a loop of your own"),
             ({"model_family": "pixart_sigma"}, "never attaches its regularizer to pixart"),
         ],
     )
@@ -374,6 +374,7 @@ class TestBadInput:
             ("train_batch_size", 0, "expected a number of at least 1, got 0"),
             ("seed", -1, "expected a number of at least 0, got -1"),
             ("model_family", "flxu", None),
+            ("model_family", "omnigen", f"unknown family 'omnigen'; allowed: {', '.join(FAMILIES)}"),
         ],
     )
     def test_a_wrong_value_is_one_line_at_its_key(self, tmp_path, key, value, message):

@@ -10,8 +10,9 @@ from PIL import Image
 from repa_lab.bridge.flavours import ASSISTED, BLOCKS, FLAVOURS, OTHER_DEFAULTS, REFUSED
 from repa_lab.models.families import FAMILIES
 from repa_lab.spec import RunOptions, load_spec
-from repa_lab.sweep.check import blocked, check
+from repa_lab.sweep.check import check
 from repa_lab.training.costs import cost_of
+from repa_lab.training.fingerprints import Inventory
 from tests.bridge.test_importing import FLUX, config_of, load, read, refusal, remarks
 
 DEV = "black-forest-labs/FLUX.1-dev"
@@ -77,12 +78,7 @@ class TestFlavour:
         assert cost_of(config_of(tmp_path, {**FLUX, "model_flavour": "dev"}), RunOptions()).rough == ()
 
     def test_plan_lets_a_block_through_that_only_a_larger_release_has(self, tmp_path):
-        check(load(tmp_path, read(tmp_path, {"model_family": "sd3", "model_flavour": "large", "crepa_enabled": True, "crepa_block_index": 30})))
-
-    def test_a_family_that_is_only_tapped_is_planned_as_blocked(self, tmp_path):
-        experiment = load(tmp_path, read(tmp_path, {"model_family": "longcat_image"}))
-        check(experiment)
-        assert "can be planned and tapped, not trained" in blocked(experiment.arms[0]).message
+        check(load(tmp_path, read(tmp_path, {"model_family": "sd3", "model_flavour": "large", "crepa_enabled": True, "crepa_block_index": 30})), Inventory())
 
     def test_a_family_without_flavours_here_says_so(self, tmp_path):
         assert "not carried: the lab knows no releases" in " ".join(remarks(tmp_path, {"model_family": "ernie", "model_flavour": "turbo"}))
@@ -110,7 +106,7 @@ class TestDataSet:
     def test_the_file_beside_the_config_names_images_and_resolution(self, tmp_path):
         given = with_data(tmp_path, TEXTS, IMAGES, resolution=1024)
         data = config_of(tmp_path, given).data
-        assert (data.path, data.resolution, data.buckets) == ("datasets/cats", 512, None)
+        assert (data.path, data.resolution, data.buckets) == ("datasets/cats", 512, Inventory())
         said = remarks(tmp_path, given)
         assert any(line.startswith("config.json:3:3: data_backend_config: data.path is 'datasets/cats', from data set 'cats' of") for line in said)
         assert not [line for line in said if "fill in data.path" in line]
@@ -276,5 +272,5 @@ class TestExamples:
         imported = read(tmp_path, {**common, **example, **enabled})
         (tmp_path / "question.yaml").write_text(imported.spec.replace("path: null", f"path: {images}"))
         experiment = load_spec(tmp_path / "question.yaml")
-        check(experiment)
+        check(experiment, Inventory())
         assert experiment.arms[0].config.regularizer.type == (("repa" if prefix == "crepa" else "urepa") if aligned else "none")

@@ -236,16 +236,6 @@ class TestPretrained:
         Path("spec.yaml").write_text(text)
         assert make_plan(load_spec("spec.yaml"), RunsRoot(Path("runs"))).blocked is None  # and it needs no captions
 
-    def test_a_family_without_a_pipeline_is_planned_and_blocked(self):
-        for family in (one for one in FAMILIES.values() if not one.trainable):
-            kind = family.regularizer
-            Path("spec.yaml").write_text(
-                TUNED.replace("sdxl", family.name).replace("urepa", kind).replace(", prompts: [a cat]", "").replace("32", "64")
-            )
-            planned = make_plan(load_spec("spec.yaml"), RunsRoot(Path("runs")))
-            expected = f"family '{family.name}' can be planned and tapped, not trained (trainable: "
-            assert planned.blocked.message.startswith(expected)
-
 
 def test_all_problems_are_told_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

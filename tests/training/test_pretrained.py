@@ -26,6 +26,7 @@ from repa_lab.training.export import export_model
 from repa_lab.training.loop import train
 from repa_lab.training.model import open_model
 from repa_lab.training.streams import generator, stream_seed
+from repa_lab.training.texts import text_cache
 from repa_lab.training.trainer import Trainer
 from tests.training.conftest import assert_same, make_options, rows, run_steps, stop_after, weights
 from tests.training.pretrained import (
@@ -302,6 +303,21 @@ class TestBuckets:
         directory = fresh("run")
         train(run, directory, make_options(), place / "cache")
         assert np.isfinite([directory.rows()[-1][name] for name in ("heldout/cka", "heldout/cosine")]).all()
+
+
+def test_captions_are_encoded_again_for_a_pipeline_that_reads_other_layers(tmp_path):
+    folder = write_pipeline("krea2", tmp_path / "krea2")
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["text_encoder_select_layers"] == [*range(2, 36, 3)]
+
+    def cache():
+        return text_cache(FAMILIES["krea2"], folder, make_options(), tmp_path / "cache")
+
+    cache().build(["a cat"], lambda texts: {"text": torch.ones(len(texts), 1)}, 1)
+    assert cache().read(["a cat"])["text"].tolist() == [[1.0]]
+    (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder_select_layers": [*range(1, 35, 3)]}))
+    with pytest.raises(DataError, match="the cached embedding of 'a cat' is missing"):
+        cache().read(["a cat"])
 
 
 class TestRefusals:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
+from repa_lab.models.families.language import LLAMA_TOKENIZER, mistral_vl, padded_texts, texts_alone
+from repa_lab.models.families.parts import FLUX2_AUTOENCODER, flow_scheduler
 from repa_lab.models.families.shared import text_lengths
 from repa_lab.models.network import Blocks, Network
+from repa_lab.models.pipeline import Pipeline
 
 if TYPE_CHECKING:
     import torch
 
     from repa_lab.models.network import Condition
+
+_WORDS = 512  # of a text at most; the pipeline itself has no limit
 
 
 def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
@@ -25,6 +31,15 @@ def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: C
 
 def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
     return {"encoder_hidden_states": (tokens, config.text_in_dim), "encoder_attention_mask": (tokens,)}
+
+
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+    return padded_texts(pipeline.encode_prompt(list(captions), pipeline.text_encoder.device), _WORDS)
+
+
+def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
+    texts = {"prompt_embeds": texts_alone(condition), "negative_prompt_embeds": texts_alone(null)}
+    return {**texts, "guidance_scale": guidance, "use_pe": False}  # no prompt enhancer
 
 
 ERNIE_IMAGE = Family(
@@ -55,6 +70,19 @@ ERNIE_IMAGE = Family(
             "out_channels": 8,
             "text_in_dim": 12,
             "rope_axes_dim": (4, 6, 6),
+        },
+    ),
+    pipeline=Pipeline(
+        released="baidu/ERNIE-Image",
+        classes=("ErnieImagePipeline",),
+        encode=_encode,
+        call=_call,
+        tiny={
+            # The pipeline decodes with an epsilon of 1e-5, whatever the config says, which changes nothing visible.
+            "vae": FLUX2_AUTOENCODER,
+            "tokenizer": LLAMA_TOKENIZER,
+            "text_encoder": mistral_vl("Mistral3Model", 12),
+            "scheduler": flow_scheduler(shift=3.0),  # the released shift could not be checked
         },
     ),
 )

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
 from repa_lab.models.families.language import PIXTRAL_PROCESSOR, mistral_vl
-from repa_lab.models.families.parts import TEXT_ATTENTION, flow_scheduler
+from repa_lab.models.families.parts import FLUX2_AUTOENCODER, TEXT_ATTENTION, flow_scheduler
 from repa_lab.models.families.shared import full_guidance
 from repa_lab.models.layout import flatten, positions, unflatten
 from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import ATTENTION, Part, Pipeline
+from repa_lab.models.pipeline import ATTENTION, Pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -53,13 +53,6 @@ def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, A
     return {"prompt_embeds": condition["encoder_hidden_states"], "guidance_scale": guidance}
 
 
-_VAE = {
-    "latent_channels": 2,
-    "block_out_channels": (4, 4, 4, 4),
-    "norm_num_groups": 2,
-    "layers_per_block": 1,
-    "sample_size": 64,
-}
 _SINGLE_BLOCKS = 48
 _SINGLE_ATTENTION = ("to_qkv_mlp_proj", *(f"single_transformer_blocks.{block}.attn.to_out" for block in range(_SINGLE_BLOCKS)))
 
@@ -94,9 +87,10 @@ FLUX2 = Family(
         encode=_encode,
         call=_call,
         tiny={
-            "vae": Part("diffusers.AutoencoderKLFlux2", _VAE),
+            "vae": FLUX2_AUTOENCODER,
             "tokenizer": PIXTRAL_PROCESSOR,
-            "text_encoder": mistral_vl(4, layers=31),  # it is read at 10, 20 and 30
+            # The pipeline reads the outputs of layers 10, 20 and 30.
+            "text_encoder": mistral_vl("Mistral3ForConditionalGeneration", 4, num_hidden_layers=31),
             "scheduler": flow_scheduler(use_dynamic_shifting=True, shift=3.0),
         },
         adapted=(*ATTENTION, *TEXT_ATTENTION, *_SINGLE_ATTENTION),

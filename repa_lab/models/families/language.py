@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.families.parts import VOCABULARY
+from repa_lab.models.families.shared import text_lengths
 from repa_lab.models.pipeline import Part
 
 if TYPE_CHECKING:
     import torch
+
+    from repa_lab.models.network import Condition
 
 _SMALL = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 _ENDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # the released ones are not in the tiny vocabulary
@@ -53,10 +56,18 @@ def qwen_vl(width: int) -> Part:
     return Part("transformers.Qwen2_5_VLForConditionalGeneration", {"text_config": text, "vision_config": vision})
 
 
-def mistral_vl(width: int, layers: int) -> Part:
-    """Mistral Small 3, which reads text and images."""
-    text = {"model_type": "mistral", **_text(width, num_hidden_layers=layers)}
-    return Part("transformers.Mistral3ForConditionalGeneration", {"text_config": text, "vision_config": _PIXTRAL_VISION})
+def qwen3_vl(width: int, layers: int) -> Part:
+    """Qwen3-VL without its language head."""
+    rotary = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 5e6}
+    vision = {**_VISION, "depth": 1, "num_heads": 2, "out_hidden_size": width, "deepstack_visual_indexes": [0]}
+    text = _text(width, num_hidden_layers=layers, rope_parameters=rotary)
+    return Part("transformers.Qwen3VLModel", {"text_config": text, "vision_config": vision})
+
+
+def mistral_vl(name: str, width: int, **config: Any) -> Part:
+    """Mistral Small 3 or a relative of transformers' class ``name``, which reads text and images."""
+    text = {"model_type": "mistral", **_text(width, **config)}
+    return Part(f"transformers.{name}", {"text_config": text, "vision_config": _PIXTRAL_VISION})
 
 
 def negative_where_empty(
@@ -75,6 +86,21 @@ def negative_where_empty(
 def longest(text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Texts ``(B, M, ...)``, cut after the longest of them by their mask ``(B, M)``: as long as a pipeline would pad them."""
     return text[:, : int(mask.sum(dim=1).max())]
+
+
+def padded_texts(texts: Sequence[torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """Return texts ``(M, D)``, each cut or padded with zeros to ``length`` tokens, and their masks as conditioning."""
+    from torch.nn.utils.rnn import pad_sequence
+
+    cut = [text[:length] for text in texts]
+    text, mask = (pad_sequence(rows, batch_first=True) for rows in (cut, [row.new_ones(len(row)) for row in cut]))
+    return {"encoder_hidden_states": padded(text, length), "encoder_attention_mask": padded(mask.long(), length)}
+
+
+def texts_alone(condition: Condition) -> list[torch.Tensor]:
+    """Return the texts of :func:`padded_texts` without their padding."""
+    lengths = text_lengths(condition).tolist()
+    return [text[:length] for text, length in zip(condition["encoder_hidden_states"], lengths, strict=True)]
 
 
 def padded(values: torch.Tensor, length: int) -> torch.Tensor:

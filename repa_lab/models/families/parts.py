@@ -30,12 +30,29 @@ def t5_text(width: int, name: str = "T5EncoderModel", **config: Any) -> Part:
     return Part(f"transformers.{name}", {"d_model": width, **small, **config})
 
 
+_SMALL_AUTOENCODER = {"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 2, "layers_per_block": 1, "sample_size": 64}
+
+
 def kl_autoencoder(channels: int, scaling: float, shift: float | None = None, **config: Any) -> Part:
     """The autoencoder of Stable Diffusion and most after it, which shrinks eightfold."""
-    small = {"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 2, "layers_per_block": 1, "sample_size": 64}
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     scale = {"latent_channels": channels, "scaling_factor": scaling, "shift_factor": shift}
-    return Part("diffusers.AutoencoderKL", {**small, **blocks, **scale, **config})
+    return Part("diffusers.AutoencoderKL", {**_SMALL_AUTOENCODER, **blocks, **scale, **config})
+
+
+FLUX2_AUTOENCODER = Part("diffusers.AutoencoderKLFlux2", {**_SMALL_AUTOENCODER, "latent_channels": 2})
+
+QWEN_AUTOENCODER = Part(
+    "diffusers.AutoencoderKLQwenImage",
+    {
+        "base_dim": 4,
+        "z_dim": 4,
+        "dim_mult": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        "latents_mean": (-0.7571, -0.7089, -0.9113, 0.1075),
+        "latents_std": (2.8184, 1.4541, 2.3275, 2.6558),
+    },
+)
 
 
 def flow_scheduler(**config: Any) -> Part:

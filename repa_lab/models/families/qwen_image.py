@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
 from repa_lab.models.families.language import QWEN_TOKENIZER, longest, padded, qwen_vl
-from repa_lab.models.families.parts import TEXT_ATTENTION, flow_scheduler
+from repa_lab.models.families.parts import QWEN_AUTOENCODER, TEXT_ATTENTION, flow_scheduler
 from repa_lab.models.layout import pack, unpack
 from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import ATTENTION, Part, Pipeline
+from repa_lab.models.pipeline import ATTENTION, Pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -44,14 +44,6 @@ def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, A
     return given
 
 
-_VAE = {
-    "base_dim": 4,
-    "z_dim": 4,
-    "dim_mult": [1, 1, 1, 1],
-    "num_res_blocks": 1,
-    "latents_mean": (-0.7571, -0.7089, -0.9113, 0.1075),
-    "latents_std": (2.8184, 1.4541, 2.3275, 2.6558),
-}
 # As recalled. The last of them stretches the steps of sampling, and is no part of training.
 _SHIFTS = {"base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
 
@@ -83,7 +75,7 @@ QWEN_IMAGE = Family(
         encode=_encode,
         call=_call,
         tiny={
-            "vae": Part("diffusers.AutoencoderKLQwenImage", _VAE),
+            "vae": QWEN_AUTOENCODER,
             "tokenizer": QWEN_TOKENIZER,
             "text_encoder": qwen_vl(12),
             "scheduler": flow_scheduler(use_dynamic_shifting=True, **_SHIFTS),

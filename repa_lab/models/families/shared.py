@@ -50,10 +50,3 @@ def zeroed_where_empty(pipeline: Any, captions: Sequence[str], encoded: dict[str
     for values in encoded.values():
         values[empty] = 0
     return encoded
-
-
-def with_image(mask: torch.Tensor, tokens: int) -> torch.Tensor:
-    """A text's mask ``(B, M)`` and an image's ``(B, M + tokens)``; truth values: attention adds numbers to its logits."""
-    whole = mask.bool().new_ones(mask.shape[0], mask.shape[1] + tokens)
-    whole[:, : mask.shape[1]] = mask
-    return whole

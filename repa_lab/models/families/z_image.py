@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.language import QWEN_TOKENIZER, language_model, padded
+from repa_lab.models.families.language import QWEN_TOKENIZER, language_model, padded_texts, texts_alone
 from repa_lab.models.families.parts import flow_scheduler, kl_autoencoder
 from repa_lab.models.families.shared import masked_text, text_lengths
 from repa_lab.models.network import Blocks, Network
@@ -20,13 +20,8 @@ if TYPE_CHECKING:
 _WORDS = 512  # of a text at most
 
 
-def _texts(condition: Condition) -> list[torch.Tensor]:
-    lengths = text_lengths(condition).tolist()
-    return [text[:length] for text, length in zip(condition["encoder_hidden_states"], lengths, strict=True)]
-
-
 def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    return {"x": list(latents.unsqueeze(2)), "t": 1 - time, "cap_feats": _texts(condition)}  # x of (C, frames, H, W)
+    return {"x": list(latents.unsqueeze(2)), "t": 1 - time, "cap_feats": texts_alone(condition)}  # x of (C, frames, H, W)
 
 
 def _output(output: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -36,16 +31,13 @@ def _output(output: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    from torch.nn.utils.rnn import pad_sequence
-
     texts, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
-    text, mask = (pad_sequence(rows, batch_first=True) for rows in (texts, [one.new_ones(len(one)) for one in texts]))
-    return {"encoder_hidden_states": padded(text, _WORDS), "encoder_attention_mask": padded(mask.long(), _WORDS)}
+    return padded_texts(texts, _WORDS)
 
 
 def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
     scale = guidance - 1  # it adds the difference to the prediction with text, not to that without
-    return {"prompt_embeds": _texts(condition), "negative_prompt_embeds": _texts(null), "guidance_scale": scale}
+    return {"prompt_embeds": texts_alone(condition), "negative_prompt_embeds": texts_alone(null), "guidance_scale": scale}
 
 
 Z_IMAGE = Family(
