@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 ENTRY_POINTS = "repa_lab"
@@ -53,7 +54,7 @@ class Origin:
     digest: str
 
 
-class Registry(Generic[T]):
+class Registry(Mapping[str, T]):
     """The components of one kind by name.
 
     Args:
@@ -87,9 +88,9 @@ class Registry(Generic[T]):
             raise UnknownComponentError(self.kind, name, self.names)
         return self._components[name]
 
-    def get(self, name: str) -> T | None:
-        """Return the component of a name, None if there is none."""
-        return self._components.get(name) if name in self else None
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the component of a name, or the default if there is none."""
+        return self._components[name] if name in self else default
 
     def __contains__(self, name: object) -> bool:
         if name not in self._components:
@@ -97,16 +98,16 @@ class Registry(Generic[T]):
         return name in self._components
 
     def __iter__(self) -> Iterator[str]:
+        load_entry_points()
         return iter(self._components)
 
-    def values(self) -> tuple[T, ...]:
-        """Return all components, built-in ones first."""
-        return tuple(self._components.values())
+    def __len__(self) -> int:
+        return len(self._components)
 
     @property
     def names(self) -> tuple[str, ...]:
         """All names, built-in ones first."""
-        return tuple(self._components)
+        return tuple(self)
 
     def origin(self, name: str) -> Origin | None:
         """Where a plugin registered a component; None for a built-in one."""
@@ -132,8 +133,9 @@ def load_plugins(files: Sequence[Path]) -> None:
         _load(str(file.resolve()))
 
 
+@functools.cache
 def load_entry_points() -> None:
-    """Import the plugins of installed packages, which declare them in the entry point group ``repa_lab``.
+    """Import the plugins of installed packages, once; they declare them in the entry point group ``repa_lab``.
 
     Raises:
         PluginError: a plugin raises, or registers what does not do.

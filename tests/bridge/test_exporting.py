@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from repa_lab.align.settings import REGULARIZERS, RegularizerSettings
 from repa_lab.bridge.exporting import LIMITS, export_settings
 from repa_lab.bridge.flavours import FLAVOURS, REFUSED
 from repa_lab.bridge.keys import DATA_SET, IREPA, KEYS, NOT_CARRIED, PARTS, REST, SWITCHES
-from repa_lab.spec import RegularizerSettings
 from tests.bridge.test_importing import FLUX, GUIDE, SDXL, config_of, load, read
 
 # Every key that carries a setting of the regularizer, at a value that is not its default.
@@ -31,6 +31,10 @@ EVERY_KEY = [
     for prefix in KEYS
     for name, value in (("irepa_spatial_norm_alpha", 0.25), ("irepa_projector_kernel_size", 5))
 ]
+
+
+def settings_of(fields) -> RegularizerSettings:
+    return REGULARIZERS[fields["type"]].settings.model_validate(fields)
 
 
 def family_of(settings):
@@ -78,7 +82,7 @@ class TestRoundTrip:
     )  # fmt: skip
     def test_a_regularizer_that_it_can_express_comes_back_equal(self, tmp_path, family, settings):
         config = config_of(tmp_path, {"model_family": family})
-        regularizer = RegularizerSettings.model_validate(settings)
+        regularizer = settings_of(settings)
         exported = export_settings(config.model_copy(update={"regularizer": regularizer}))
         assert exported.lost == ()
         assert config_of(tmp_path, {"model_family": family, **exported.settings}).regularizer == regularizer
@@ -138,7 +142,7 @@ class TestExport:
         config = config_of(tmp_path, FLUX if base["type"] == "repa" else SDXL)
 
         def lost(settings):
-            regularizer = RegularizerSettings.model_validate(settings)
+            regularizer = settings_of(settings)
             return [line.split(":")[0] for line in export_settings(config.model_copy(update={"regularizer": regularizer})).lost]
 
         assert lost(base) == []
@@ -151,7 +155,7 @@ class TestExport:
     def test_what_would_mean_something_else_there_is_left_out(self, tmp_path):
         config = config_of(tmp_path, FLUX)
         change = {"encoder": {"name": "clip_vitl14", "image_size": 224, "pixels": "vae"}, "projector": {"type": "conv"}}
-        regularizer = RegularizerSettings.model_validate({**REPA, **change})
+        regularizer = settings_of({**REPA, **change})
         exported = export_settings(config.model_copy(update={"regularizer": regularizer}))
         assert "crepa_encoder" not in exported.settings and "irepa_spatial_norm_alpha" not in exported.settings
         assert exported.settings["irepa_projector_kernel_size"] == 3
@@ -159,7 +163,7 @@ class TestExport:
     def test_what_the_run_derives_is_written_as_numbers(self, tmp_path):
         config = config_of(tmp_path, {**FLUX, "resolution": 512})
         settings = {**REPA, "block_index": None, "encoder": {"pixels": "vae"}}
-        exported = export_settings(config.model_copy(update={"regularizer": RegularizerSettings.model_validate(settings)}))
+        exported = export_settings(config.model_copy(update={"regularizer": settings_of(settings)}))
         assert (exported.settings["crepa_block_index"], exported.settings["crepa_encoder_image_size"]) == (8, 448)
         assert exported.lost == ("regularizer.encoder.image_size: null is 448 for images of 512 px, and is written so",)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from repa_lab.align import REPA, UREPA, Schedule, Tokens
+from repa_lab.align import REPA, UREPA, Tokens
 from repa_lab.data import store
 from repa_lab.data.autoencoder import Autoencoder
 from repa_lab.data.crop import Buckets
@@ -22,6 +22,7 @@ from repa_lab.encoders import targets
 from repa_lab.encoders.encoder import EncoderError, EncoderOptions, lite0_model, load_encoder
 from repa_lab.encoders.registry import ENCODERS
 from repa_lab.encoders.targets import CachedTargets, OnlineTargets, cached_targets
+from tests.align.references import align
 from tests.data.autoencoders import kl, tiny
 from tests.data.conftest import noise_image
 from tests.data.test_store import flip_bit
@@ -99,13 +100,12 @@ def test_features_kept_in_float16_are_the_encoders_own_rounded(cached, online):
 @pytest.mark.parametrize("urepa", [False, True])
 @pytest.mark.parametrize("standardize", [False, True])
 def test_the_loss_on_cached_features_is_that_on_fresh_ones(cached, online, urepa, standardize):
-    schedule = Schedule(weight=1.0, total_steps=10)
     torch.manual_seed(1)
-    regularizer = UREPA(8, 112, schedule, 3.0, width=16) if urepa else REPA(8, 112, schedule, width=16)
+    regularizer = (UREPA if urepa else REPA)(8, 112, weight=1.0, projector={"width": 16})
     student = Tokens(torch.randn(COUNT, 9, 8), (3, 3))
 
     def loss(source: CachedTargets | OnlineTargets) -> float:
-        return regularizer(student, source(EVERYTHING, CPU), 0).loss.item()
+        return align(regularizer, student, source(EVERYTHING, CPU)).loss.item()
 
     exact = loss(cached(storage=torch.float32, standardize=standardize))
     half = loss(cached(storage=torch.float16, standardize=standardize))
