@@ -58,14 +58,14 @@ def read_yaml(file: Path) -> Document:
     Raises:
         SpecError: the file is missing, too large, not YAML, or has duplicate keys; every problem found is reported.
     """
-    value, places = parse_yaml(_read_text(file), file)
+    value, places = parse_yaml(read_text(file), file)
     if not isinstance(value, dict):
         raise SpecError([Problem(Place(file), "", "a spec must be a mapping of fields, such as 'name: my_question'")])
     return Document(file, value, places)
 
 
 def parse_yaml(text: str, file: Path | None) -> tuple[Any, dict[Path_, Place]]:
-    """Parse YAML into plain data, and the places of keys and list items by their paths.
+    """Parse YAML, of which JSON is a part, into plain data, and the places of keys and list items by their paths.
 
     Raises:
         SpecError: the text is not YAML, or has duplicate keys; every problem found is reported.
@@ -108,17 +108,27 @@ def is_text(value: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path, kind: str = "spec") -> str:
+    """Read a small text file, named ``kind`` in messages.
+
+    Raises:
+        SpecError: the file cannot be read, is too large, or is not UTF-8.
+    """
     try:
         size = file.stat().st_size
         if size <= _MAX_BYTES:
-            return file.read_text(encoding="utf-8")
-        message = f"a spec may have at most {_MAX_BYTES:,} bytes; this file has {size:,}"
+            return file.read_text(encoding="utf-8-sig")
+        message = f"a {kind} may have at most {_MAX_BYTES:,} bytes; this file has {size:,}"
     except UnicodeDecodeError as error:
         message = f"not UTF-8 text: {error.reason} at byte {error.start}"
     except (OSError, ValueError) as error:
         message = f"cannot read the file: {getattr(error, 'strerror', None) or error}"
     raise SpecError([Problem(Place(file), "", message)])
+
+
+def _joined(text: str) -> str:
+    """Text whose escaped surrogate pairs, as JSON has them for an emoji, are joined."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
 def _syntax_problem(error: yaml.YAMLError, file: Path | None, text: str) -> Problem:
@@ -158,10 +168,10 @@ class _Builder:
         value: dict[str, Any] = {}
         seen: dict[str, Place] = {}
         for key, inner in node.value:
-            name, place = key.value, self._place(key)
             if not isinstance(key, yaml.ScalarNode):
                 self._refuse(key, f"a key must be text, got a {key.id}", path)
                 continue
+            name, place = _joined(key.value), self._place(key)
             if key.tag != f"{_TAG}str" or not is_text(name):
                 self._refuse(key, f"a key must be text, got {name!r}; quote it", path)
             elif (first := seen.setdefault(name, place)) != place:
@@ -172,13 +182,14 @@ class _Builder:
 
     def _scalar(self, node: yaml.ScalarNode, kind: str, path: Path_) -> Any:
         pattern, make = _SCALARS[kind]
-        if not is_text(node.value):
+        text = _joined(node.value)
+        if not is_text(text):
             return self._refuse(node, "half a surrogate pair is not text", path)
-        if not re.fullmatch(pattern, node.value):
-            return self._refuse(node, f"not valid YAML: {node.value!r} is not a valid {kind}")
-        if kind != "str" and len(node.value) > MAX_DIGITS:
-            return self._refuse(node, f"not valid YAML: a number of {len(node.value):,} digits")
-        return make(node.value)
+        if not re.fullmatch(pattern, text):
+            return self._refuse(node, f"not valid YAML: {text!r} is not a valid {kind}")
+        if kind != "str" and len(text) > MAX_DIGITS:
+            return self._refuse(node, f"not valid YAML: a number of {len(text):,} digits")
+        return make(text)
 
     def _refuse(self, node: yaml.Node, message: str, path: Path_ = ()) -> None:
         self.problems.append(Problem(self._place(node), ".".join(map(str, path)), message))

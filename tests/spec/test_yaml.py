@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -238,3 +239,10 @@ def test_half_a_surrogate_pair_is_not_text(tmp_path):
         ":1:10: a.1: half a surrogate pair is not text",
         ":2:1: a key must be text, got '\\udfff'; quote it",
     ]
+
+
+def test_what_json_writes_is_read_as_json(tmp_path):
+    value = {"a": ["\U0001f600", "caf\xe9\n\t\"/", 1e-7, -0.5, 10**20, True, None, {}, []], "\U0001f600": {"b": "1"}}
+    for indent in (None, 2):
+        assert read(tmp_path, json.dumps(value, indent=indent)).value == value
+    assert read(tmp_path, '{"a":[1,2,],"b":"\\/",}').value == {"a": [1, 2], "b": "/"}
