@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Sequence
-from decimal import Decimal, localcontext
-from fractions import Fraction
+from decimal import Decimal
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -16,8 +15,6 @@ from repa_lab.settings import Settings
 MAX_VALUES = 10_000
 Number = int | float
 _DIGITS = 6  # of a value that no short decimal is, such as 10 ** 0.5: its label is the value, so it can be typed again
-_PRECISION = 60
-_NOISE = Fraction(1, 10**40)
 
 
 def _arithmetic(numbers: Sequence[Number]) -> list[Number]:
@@ -26,7 +23,7 @@ def _arithmetic(numbers: Sequence[Number]) -> list[Number]:
     Raises:
         ValueError: the step does not lead to stop, or there are too many.
     """
-    start, stop, step = map(_exact, numbers)
+    start, stop, step = _decimals(numbers)
     if step == 0 or (stop - start) / step < 0:
         raise ValueError(f"the step {numbers[2]} does not lead from {numbers[0]} to {numbers[1]}")
     count = math.floor((stop - start) / step) + 1
@@ -41,7 +38,7 @@ def _linear(numbers: Sequence[Number]) -> list[Number]:
     Raises:
         ValueError: there are fewer than two values, too many, or the ends are equal.
     """
-    start, stop = map(_exact, numbers[:2])
+    start, stop, _ = _decimals(numbers)
     last = _count(numbers) - 1
     return _spelled([start + (stop - start) * index / last for index in range(last + 1)], numbers)
 
@@ -54,12 +51,9 @@ def _geometric(numbers: Sequence[Number]) -> list[Number]:
     """
     if min(numbers[:2]) <= 0:
         raise ValueError(f"a logspace starts and stops above 0, got {numbers}")
-    start, stop = map(_exact, numbers[:2])
+    start, stop, _ = _decimals(numbers)
     last = _count(numbers) - 1
-    with localcontext(prec=_PRECISION):
-        ratio = _decimal(stop / start)
-        inner = [start * Fraction(ratio ** (Decimal(index) / last)) for index in range(1, last)]
-    return _spelled([start, *inner, stop], numbers)
+    return _spelled([start * (stop / start) ** (Decimal(index) / last) for index in range(last + 1)], numbers)
 
 
 def _count(numbers: Sequence[Number]) -> int:
@@ -71,16 +65,12 @@ def _count(numbers: Sequence[Number]) -> int:
     return count
 
 
-def _exact(number: Number) -> Fraction:
-    """What a number in a file says: 0.1 is a tenth, not the float next to it."""
-    return Fraction(repr(number))
+def _decimals(numbers: Sequence[Number]) -> list[Decimal]:
+    """What numbers in a file say: 0.1 is a tenth, not the float next to it."""
+    return [Decimal(repr(number)) for number in numbers]
 
 
-def _decimal(number: Fraction) -> Decimal:
-    return Decimal(number.numerator) / Decimal(number.denominator)
-
-
-def _spelled(values: list[Fraction], given: Sequence[Number]) -> list[Number]:
+def _spelled(values: list[Decimal], given: Sequence[Number]) -> list[Number]:
     """The values as numbers of a file: integers where all that was given are, short decimals exactly, and others rounded to
     as few digits, six or more, as tell them apart."""
     are_integers = all(isinstance(number, int) for number in given)
@@ -91,16 +81,12 @@ def _spelled(values: list[Fraction], given: Sequence[Number]) -> list[Number]:
     raise ValueError(f"the values are too close to tell apart, got {list(given)}")
 
 
-def _spell(value: Fraction, are_integers: bool, digits: int) -> Number:
-    near = float(value)
-    exact = _exact(near)
-    if abs(exact - value) > _NOISE * abs(value):
-        exact = value
-    if are_integers and exact.denominator == 1:
-        return exact.numerator
-    if exact == _exact(near):
-        return near
-    return float(f"{near:.{digits}g}")
+def _spell(value: Decimal, are_integers: bool, digits: int) -> Number:
+    exact = Decimal(f"{value:.24g}")  # without the error of the last of 28 digits
+    if are_integers and exact == int(exact):
+        return int(exact)
+    near = float(exact)
+    return near if Decimal(repr(near)) == exact else float(f"{near:.{digits}g}")
 
 
 FORMS: dict[str, Callable[[Sequence[Number]], list[Number]]] = {

@@ -1,14 +1,14 @@
 """YAML with places: YAML 1.2 core rules, duplicate keys refused, and the file, line and column of every value.
 
 PyYAML alone reads ``1e-4`` as a string, ``off`` as False and keeps the last of two equal keys: each would change an
-experiment without a word.
+experiment without a word. ruamel.yaml reads ``1_000`` and ``2026-01-02`` as a number and a date, and ``-.5e1`` as a string.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,27 @@ _MAX_BYTES = 1 << 20
 MAX_NODES = 20_000
 MAX_DEPTH = 40
 MAX_DIGITS = 100
+_TAG = "tag:yaml.org,2002:"
+# The scalars of the YAML 1.2 core schema: what each looks like, and its value.
+_SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "null": (r"~|null|Null|NULL|", lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", lambda text: int(text, 0 if text[1:2] in ("o", "x") else 10)),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
+    ),
+    "str": (r"(?s:.*)", str),
+}
+
+
+class _CoreLoader(yaml.SafeLoader):
+    """A parser whose plain scalars resolve by the core schema."""
+
+
+_CoreLoader.yaml_implicit_resolvers = {
+    None: [(_TAG + kind, re.compile(rf"({pattern})\Z")) for kind, (pattern, _) in _SCALARS.items()]
+}
 
 
 @dataclass(frozen=True)
@@ -31,83 +52,46 @@ class Document:
     places: dict[Path_, Place]
 
 
-class _CoreLoader(yaml.SafeLoader):
-    """A safe loader whose plain scalars resolve by the YAML 1.2 core schema, and which knows no other tags."""
-
-
-def _add_scalar(kind: str, pattern: str, first: list[str], make: Callable[[str], Any]) -> None:
-    """Teach the loader one kind of scalar; the pattern also holds where a tag such as ``!!int`` asks for the kind."""
-
-    def construct(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
-        text = str(loader.construct_scalar(node))
-        if not re.fullmatch(pattern, text):
-            raise yaml.constructor.ConstructorError(None, None, f"{text!r} is not a valid {kind}", node.start_mark)
-        if len(text) > MAX_DIGITS:
-            raise yaml.constructor.ConstructorError(None, None, f"a number of {len(text):,} digits", node.start_mark)
-        return make(text)
-
-    _CoreLoader.add_implicit_resolver(_TAG + kind, re.compile(rf"^(?:{pattern})$"), first)
-    _CoreLoader.add_constructor(_TAG + kind, construct)
-
-
-def _make_int(text: str) -> int:
-    return int(text, 0) if text.startswith(("0x", "0o")) else int(text)
-
-
-def _make_float(text: str) -> float:
-    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-
-
-_TAG = "tag:yaml.org,2002:"
-_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-_CoreLoader.yaml_implicit_resolvers = {}
-_CoreLoader.yaml_constructors = {
-    tag: construct
-    for tag, construct in yaml.SafeLoader.yaml_constructors.items()
-    if tag in (None, f"{_TAG}str", f"{_TAG}seq", f"{_TAG}map")
-}
-_add_scalar("null", r"~|null|Null|NULL|", ["~", "n", "N", ""], lambda text: None)
-_add_scalar("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF"), lambda text: text.lower() == "true")
-_add_scalar("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789"), _make_int)
-_add_scalar("float", _FLOAT, list("-+.0123456789"), _make_float)
-
-
 def read_yaml(file: Path) -> Document:
     """Read a YAML file whose top is a mapping.
 
     Raises:
         SpecError: the file is missing, too large, not YAML, or has duplicate keys; every problem found is reported.
     """
-    text = _read_text(file)
-    loader: _CoreLoader | None = None
+    value, places = parse_yaml(read_text(file), file)
+    if not isinstance(value, dict):
+        raise SpecError([Problem(Place(file), "", "a spec must be a mapping of fields, such as 'name: my_question'")])
+    return Document(file, value, places)
+
+
+def parse_yaml(text: str, file: Path | None) -> tuple[Any, dict[Path_, Place]]:
+    """Parse YAML, of which JSON is a part, into plain data, and the places of keys and list items by their paths.
+
+    Raises:
+        SpecError: the text is not YAML, or has duplicate keys; every problem found is reported.
+    """
     try:
-        loader = _CoreLoader(text)
-        node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
-            raise SpecError([Problem(Place(file), "", "a spec must be a mapping of fields, such as 'name: my_question'")])
-        places, problems = _survey(node, file)
-        if problems:
-            raise SpecError(problems)
-        value = loader.construct_document(node)
+        node = yaml.compose(text, _CoreLoader)
     except yaml.YAMLError as error:
         raise SpecError([_syntax_problem(error, file, text)]) from None
     except RecursionError:
         raise SpecError([Problem(Place(file), "", f"nested more than {MAX_DEPTH} levels deep")]) from None
-    finally:
-        if loader is not None:
-            loader.dispose()
-    return Document(file, value, places)
+    builder = _Builder(file)
+    value = builder.build(node, ()) if node else None
+    if builder.problems:
+        raise SpecError(builder.problems)
+    return value, builder.places
 
 
 def parse_scalar(text: str) -> Any:
-    """One value as it would be read in a YAML file: ``1e-4`` is a float, ``[1, 2]`` a list.
+    """Parse one value as in a YAML file: ``1e-4`` is a float, ``[1, 2]`` a list.
 
     Raises:
         ValueError: the text is not YAML.
     """
     try:
-        return yaml.load(text, Loader=_CoreLoader)
-    except (yaml.YAMLError, RecursionError) as error:
+        return parse_yaml(text, None)[0]
+    except SpecError as error:
         raise ValueError(f"not a YAML value: {text!r}") from error
 
 
@@ -124,68 +108,91 @@ def is_text(value: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def _read_text(file: Path) -> str:
-    def problem(message: str) -> SpecError:
-        return SpecError([Problem(Place(file), "", message)])
+def read_text(file: Path, kind: str = "spec") -> str:
+    """Read a small text file, named ``kind`` in messages.
 
+    Raises:
+        SpecError: the file cannot be read, is too large, or is not UTF-8.
+    """
     try:
         size = file.stat().st_size
         if size <= _MAX_BYTES:
-            return file.read_text(encoding="utf-8")
+            return file.read_text(encoding="utf-8-sig")
+        message = f"a {kind} may have at most {_MAX_BYTES:,} bytes; this file has {size:,}"
     except UnicodeDecodeError as error:
-        raise problem(f"not UTF-8 text: {error.reason} at byte {error.start}") from None
+        message = f"not UTF-8 text: {error.reason} at byte {error.start}"
     except (OSError, ValueError) as error:
-        raise problem(f"cannot read the file: {getattr(error, 'strerror', None) or error}") from None
-    raise problem(f"a spec may have at most {_MAX_BYTES:,} bytes; this file has {size:,}")
+        message = f"cannot read the file: {getattr(error, 'strerror', None) or error}"
+    raise SpecError([Problem(Place(file), "", message)])
 
 
-def _syntax_problem(error: yaml.YAMLError, file: Path, text: str) -> Problem:
+def _joined(text: str) -> str:
+    """Text whose escaped surrogate pairs, as JSON has them for an emoji, are joined."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
+def _syntax_problem(error: yaml.YAMLError, file: Path | None, text: str) -> Problem:
     if isinstance(error, yaml.reader.ReaderError):
-        line, start = text.count("\n", 0, error.position), text.rfind("\n", 0, error.position)
-        place = Place(file, line + 1, error.position - start)
+        before = text[: error.position].rpartition("\n")
+        place = Place(file, text.count("\n", 0, error.position) + 1, len(before[2]) + 1)
         return Problem(place, "", f"not valid YAML: the character {text[error.position]!r} is not allowed")
     mark = getattr(error, "problem_mark", None)
     place = Place(file, mark.line + 1, mark.column + 1) if mark else Place(file)
     return Problem(place, "", f"not valid YAML: {getattr(error, 'problem', None) or error}")
 
 
-def _survey(root: yaml.Node, file: Path) -> tuple[dict[Path_, Place], list[Problem]]:
-    """Places of all values, and the keys that are duplicate or not text; aliases count each time they are used."""
-    places: dict[Path_, Place] = {}
-    problems: list[Problem] = []
-    stack: list[tuple[yaml.Node, Path_]] = [(root, ())]
-    while stack:
-        node, path = stack.pop()
-        places.setdefault(path, _place(node, file))
-        if len(places) > MAX_NODES or len(path) > MAX_DEPTH:
-            raise SpecError([Problem(_place(node, file), "", f"more than {MAX_NODES:,} values or {MAX_DEPTH} levels")])
-        if isinstance(node, yaml.MappingNode):
-            problems += _bad_keys(node, path, file)
-            for key, value in node.value:
-                places[(*path, str(key.value))] = _place(key, file)
-                stack.append((value, (*path, str(key.value))))
-        elif isinstance(node, yaml.ScalarNode) and not is_text(node.value):
-            problems.append(Problem(_place(node, file), ".".join(map(str, path)), "half a surrogate pair is not text"))
-        elif isinstance(node, yaml.SequenceNode):
-            stack += [(item, (*path, index)) for index, item in enumerate(node.value)]
-    return places, problems
+@dataclass
+class _Builder:
+    """Plain data from a parsed document, with places and problems; an alias is built anew wherever it is used."""
 
+    file: Path | None
+    places: dict[Path_, Place] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    count: int = 0
 
-def _bad_keys(node: yaml.MappingNode, path: Path_, file: Path) -> Iterator[Problem]:
-    first: dict[Hashable, yaml.Node] = {}
-    for key, _ in node.value:
-        where = ".".join(map(str, path))
-        if not isinstance(key, yaml.ScalarNode):
-            yield Problem(_place(key, file), where, f"a key must be text, got a {key.id}")
-        elif key.tag != f"{_TAG}str" or not is_text(key.value):
-            yield Problem(_place(key, file), where, f"a key must be text, got {key.value!r}; quote it")
-        elif key.value in first:
-            line = first[key.value].start_mark.line + 1
-            message = f"duplicate key '{key.value}', first given on line {line}"
-            yield Problem(_place(key, file), ".".join(map(str, (*path, key.value))), message)
-        else:
-            first[key.value] = key
+    def build(self, node: yaml.Node, path: Path_) -> Any:
+        self.count += 1
+        if self.count > MAX_NODES or len(path) > MAX_DEPTH:
+            raise SpecError([Problem(self._place(node), "", f"more than {MAX_NODES:,} values or {MAX_DEPTH} levels")])
+        self.places.setdefault(path, self._place(node))
+        kind = node.tag.removeprefix(_TAG)
+        if isinstance(node, yaml.MappingNode) and kind == "map":
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode) and kind == "seq":
+            return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode) and kind in _SCALARS:
+            return self._scalar(node, kind, path)
+        return self._refuse(node, f"not valid YAML: could not determine a constructor for the tag {node.tag!r}")
 
+    def _mapping(self, node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
+        value: dict[str, Any] = {}
+        seen: dict[str, Place] = {}
+        for key, inner in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self._refuse(key, f"a key must be text, got a {key.id}", path)
+                continue
+            name, place = _joined(key.value), self._place(key)
+            if key.tag != f"{_TAG}str" or not is_text(name):
+                self._refuse(key, f"a key must be text, got {name!r}; quote it", path)
+            elif (first := seen.setdefault(name, place)) != place:
+                self._refuse(key, f"duplicate key '{name}', first given on line {first.line}", (*path, name))
+            self.places.setdefault((*path, name), place)
+            value[name] = self.build(inner, (*path, name))
+        return value
 
-def _place(node: yaml.Node, file: Path) -> Place:
-    return Place(file, node.start_mark.line + 1, node.start_mark.column + 1)
+    def _scalar(self, node: yaml.ScalarNode, kind: str, path: Path_) -> Any:
+        pattern, make = _SCALARS[kind]
+        text = _joined(node.value)
+        if not is_text(text):
+            return self._refuse(node, "half a surrogate pair is not text", path)
+        if not re.fullmatch(pattern, text):
+            return self._refuse(node, f"not valid YAML: {text!r} is not a valid {kind}")
+        if kind != "str" and len(text) > MAX_DIGITS:
+            return self._refuse(node, f"not valid YAML: a number of {len(text):,} digits")
+        return make(text)
+
+    def _refuse(self, node: yaml.Node, message: str, path: Path_ = ()) -> None:
+        self.problems.append(Problem(self._place(node), ".".join(map(str, path)), message))
+
+    def _place(self, node: yaml.Node) -> Place:
+        return Place(self.file, node.start_mark.line + 1, node.start_mark.column + 1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -65,7 +66,7 @@ class TestCoreSchema:
     def test_values_on_the_command_line(self):
         assert parse_scalar("[1, 2e-3, off, null]") == [1, 0.002, "off", None]
         assert parse_scalar("{log: [0.05, 2.0]}") == {"log": [0.05, 2.0]}
-        for text in ("[1", "!!python/name:os.system", "!!int x", "*a", "a: b: c", "[" * 2000, "\x00"):
+        for text in ("[1", "!!python/name:os.system", "!!int x", "*a", "a: b: c", "[" * 2000, "\x00", "{a: 1, a: 2}", "{1: 2}"):
             with pytest.raises(ValueError, match="not a YAML value"):
                 parse_scalar(text)
 
@@ -212,8 +213,13 @@ class TestBombs:
         (line,) = refusal(tmp_path, "\n".join(lines))
         assert line.endswith("more than 20,000 values or 40 levels")
 
+    def test_a_bomb_of_refused_keys(self, tmp_path):
+        for item, expected in (("x: *a{}", "more than 20,000 values or 40 levels"), ("? [*a{}] : x", "got a sequence")):
+            lines = [f"a{i}: &a{i} {{{', '.join([item.format(i - 1)] * 10)}}}" for i in range(1, 30)]
+            assert refusal(tmp_path, "\n".join(["a0: &a0 [x, x]", *lines]))[-1].endswith(expected)
+
     def test_a_list_that_holds_itself(self, tmp_path):
-        assert refusal(tmp_path, "a: &a [1, *a]\n") == [":1:4: more than 20,000 values or 40 levels"]
+        assert refusal(tmp_path, "a: &a [1, *a]\n") == [":1:8: more than 20,000 values or 40 levels"]
 
     @pytest.mark.parametrize("text", ["a: " + "[" * 5000, "a: " + "{b: " * 5000, "- " * 3000 + "x"])
     def test_bottomless_nesting(self, tmp_path, text):
@@ -233,3 +239,10 @@ def test_half_a_surrogate_pair_is_not_text(tmp_path):
         ":1:10: a.1: half a surrogate pair is not text",
         ":2:1: a key must be text, got '\\udfff'; quote it",
     ]
+
+
+def test_what_json_writes_is_read_as_json(tmp_path):
+    value = {"a": ["\U0001f600", "caf\xe9\n\t\"/", 1e-7, -0.5, 10**20, True, None, {}, []], "\U0001f600": {"b": "1"}}
+    for indent in (None, 2):
+        assert read(tmp_path, json.dumps(value, indent=indent)).value == value
+    assert read(tmp_path, '{"a":[1,2,],"b":"\\/",}').value == {"a": [1, 2], "b": "/"}
