@@ -111,7 +111,7 @@ def components(folder: Path) -> tuple[str, ...]:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """Return what a pipeline's index holds beside its components, for example which layers of a text encoder it reads."""
+    """Return a pipeline's settings beside its components, for example which layers of a text encoder it reads."""
     index = read_json(folder / INDEX) or {}
     return {name: value for name, value in index.items() if not (name.startswith("_") or _is_component(value))}
 

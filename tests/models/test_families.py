@@ -76,7 +76,7 @@ def latent_channels(family: Family, denoiser: Denoiser) -> int:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Let every token attend to itself alone and normalise nothing over an image: what is left maps tokens one by one."""
+    """Let every token attend to itself alone and normalise nothing over an image: the model maps tokens one by one."""
     attend, normalise = F.scaled_dot_product_attention, F.group_norm
 
     def alone(query, key, value, *args, **kwargs):

@@ -112,7 +112,8 @@ def by_text(call: dict[str, Any], captions: list[str]) -> dict[str, Any]:
         return call
     settings = {name: value for name, value in call.items() if isinstance(value, bool | int | float)}
     # Some pipelines take no negative prompt for none, or one for a whole batch.
-    guided = {"negative_prompt": [""] * len(captions)} if {"true_cfg_scale", "enable_prompt_rewrite"} & settings.keys() else {}
+    needs_negative = not settings.keys().isdisjoint({"true_cfg_scale", "enable_prompt_rewrite"})
+    guided = {"negative_prompt": [""] * len(captions)} if needs_negative else {}
     return {"prompt": captions, **settings, **guided}
 
 

@@ -30,7 +30,12 @@ def t5_text(width: int, name: str = "T5EncoderModel", **config: Any) -> Part:
     return Part(f"transformers.{name}", {"d_model": width, **small, **config})
 
 
-_SMALL_AUTOENCODER = {"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 2, "layers_per_block": 1, "sample_size": 64}
+_SMALL_AUTOENCODER = {
+    "block_out_channels": (4, 4, 4, 4),
+    "norm_num_groups": 2,
+    "layers_per_block": 1,
+    "sample_size": 64,
+}
 
 
 def kl_autoencoder(channels: int, scaling: float, shift: float | None = None, **config: Any) -> Part:

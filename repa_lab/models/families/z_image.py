@@ -21,7 +21,8 @@ _WORDS = 512  # of a text at most
 
 
 def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    return {"x": list(latents.unsqueeze(2)), "t": 1 - time, "cap_feats": texts_alone(condition)}  # x of (C, frames, H, W)
+    frames = list(latents.unsqueeze(2))  # (C, frames, H, W)
+    return {"x": frames, "t": 1 - time, "cap_feats": texts_alone(condition)}
 
 
 def _output(output: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -36,8 +37,9 @@ def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
 
 
 def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-    scale = guidance - 1  # it adds the difference to the prediction with text, not to that without
-    return {"prompt_embeds": texts_alone(condition), "negative_prompt_embeds": texts_alone(null), "guidance_scale": scale}
+    texts = {"prompt_embeds": texts_alone(condition), "negative_prompt_embeds": texts_alone(null)}
+    # The pipeline adds the difference to the prediction with text, not to that without.
+    return {**texts, "guidance_scale": guidance - 1}
 
 
 Z_IMAGE = Family(
