@@ -76,6 +76,9 @@ FLAVOURS: Mapping[str, Mapping[str, str]] = {
         "t2i-lite-sft": "kandinskylab/Kandinsky-5.0-T2I-Lite-sft-Diffusers",
         "t2i-lite-pretrain": "kandinskylab/Kandinsky-5.0-T2I-Lite-pretrain-Diffusers",
     },
+    "krea2": {"raw": "krea/Krea-2-Raw", "turbo": "krea/Krea-2-Turbo"},
+    "ernie_image": {"base": "baidu/ERNIE-Image", "turbo": "baidu/ERNIE-Image-Turbo"},
+    "longcat_image": {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"},
 }
 REFUSED: Mapping[str, Mapping[str, str]] = {
     "sd15": {"realvis": "it is RealVisXL, an SDXL model; use model_family sdxl and pretrained_model_name_or_path"},
@@ -92,11 +95,12 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
         " names a whole pipeline"
     },
     "kandinsky5": dict.fromkeys(("i2i-lite-sft", "i2i-lite-pretrain"), _EDITS),
+    "longcat_image": {"edit": _EDITS},
 }
 # Families whose default flavour there is one that the lab does not train.
 OTHER_DEFAULTS = {"flux2": "klein-9b"}
 # Flavours that SimpleTuner trains a LoRA of beside a frozen assistant LoRA, which keeps them distilled.
-ASSISTED = {("flux", "schnell"), ("z_image", "turbo"), ("z_image", "turbo-ostris-v2")}
+ASSISTED = {("flux", "schnell"), ("z_image", "turbo"), ("z_image", "turbo-ostris-v2"), ("ernie_image", "turbo")}
 # Blocks of releases that have other ones than the release that the family's facts describe, where they are known.
 BLOCKS = {
     "stabilityai/stable-diffusion-3.5-large": 38,

@@ -130,6 +130,9 @@ def _cutoff(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{schedule}.similarity_min_count": 1} | ({f"{schedule}.probe_every": 1} if recoverable else {})
 
 
+_CHECKPOINTING = "run.gradient_checkpointing"
+
+
 def _rest(reading: Reading) -> dict[str, Any]:
     """The fields beside the regularizer: all that a spec needs, or those that were given if there is no family."""
     whole = reading.family is not None
@@ -144,6 +147,8 @@ def _rest(reading: Reading) -> dict[str, Any]:
     if "seed" in reading.values:
         fields["seeds"] = [reading.values["seed"]]
     fields |= _stand_ins(reading, fields)
+    if reading.uncheckpointed and fields.get(_CHECKPOINTING):
+        fields[_CHECKPOINTING] = False
     return fields | _evaluation(reading, fields)
 
 

@@ -265,7 +265,6 @@ FAMILY_NAMES = {
     "pixart_sigma": "pixart",
     "kandinsky5_image": "kandinsky5",
     "ernie": "ernie_image",
-    "ideogram": "ideogram4",
 }
 _TAESDXL, _TAEF1 = "madebyollin/taesdxl", "madebyollin/taef1"
 # Tiny autoencoders by the latents that a family has.
@@ -273,7 +272,7 @@ TINY_AUTOENCODERS = {
     "sd15": "madebyollin/taesd",
     **dict.fromkeys(("sdxl", "kolors", "pixart", "auraflow"), _TAESDXL),
     "sd3": "madebyollin/taesd3",
-    **dict.fromkeys(("flux", "chroma", "hidream", "lumina2", "z_image"), _TAEF1),
+    **dict.fromkeys(("flux", "chroma", "hidream", "lumina2", "z_image", "longcat_image"), _TAEF1),
 }
 # The largest max_grad_norm that SimpleTuner lets a family have.
 GRAD_CLIP_CAPS = {"pixart": 0.01}

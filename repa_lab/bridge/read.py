@@ -62,6 +62,12 @@ class Reading:
         """The same by a key's name."""
         return self.value(READABLE[name])
 
+    @property
+    def uncheckpointed(self) -> str:
+        """Why the family's blocks cannot be checkpointed; empty if they can."""
+        network = self.family.network if self.family else None
+        return network.uncheckpointed if network else ""
+
     def is_on(self, name: str) -> bool:
         """Whether a key has an effect there: its regularizer is on, or it is of none."""
         on = {f"{self.prefix}_", "irepa_" if self.irepa else ""}

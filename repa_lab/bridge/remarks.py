@@ -273,8 +273,6 @@ def _release(reading: Reading) -> Iterator[Remark]:
     """Which release is trained, and what is known of it."""
     family, named = reading.family, reading.part("pretrained_model_name_or_path")
     if family is None or family.pipeline is None:
-        if "model_flavour" in reading.values:
-            yield "model_flavour", "not carried: the lab knows no releases of this family; give model.pretrained"
         return
     if family.name not in FLAVOURS:
         if "model_flavour" in reading.values:
@@ -329,6 +327,9 @@ def _evaluation(reading: Reading, fields: Fields) -> Iterator[Remark]:
 
 
 def _stand_ins(reading: Reading, fields: Fields) -> Iterator[Remark]:
+    if reading.uncheckpointed and reading.part("gradient_checkpointing"):
+        message = f"not carried: diffusers cannot checkpoint {fields['model.family']}: {reading.uncheckpointed}"
+        yield "gradient_checkpointing", message
     if reading.pretrained is None:
         yield "", "fill in model.pretrained: the config names no weights"
     if not reading.part("max_train_steps"):

@@ -144,9 +144,10 @@ _TINY_OPTIONS = {"depth": 2, "embed_dim": 48, "num_heads": 2}
 def facts_of(name: str) -> EncoderFacts | None:
     """What is known of an encoder, or None of a name that is timm's own."""
     if not name.startswith(TINY):
-        return ENCODERS.get(name)
+        found: EncoderFacts | None = ENCODERS.get(name)
+        return found
     like = name.removeprefix(TINY)
-    known = ENCODERS.get(like) or EncoderFacts(like, 0, 0)
+    known: EncoderFacts = ENCODERS.get(like) or EncoderFacts(like, 0, 0)
     return replace(known, dim=_TINY_OPTIONS["embed_dim"], options={**known.options, **_TINY_OPTIONS}, weights="none")
 
 
