@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from repa_lab.settings import Settings
+from repa_lab.spec.validate import shortened
 
 MAX_VALUES = 10_000
 Number = int | float
@@ -105,18 +106,13 @@ def _triple(form: str) -> BeforeValidator:
     def check(given: Any) -> Any:
         numbers = given if isinstance(given, list) else []
         if len(numbers) != 3 or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
-            raise ValueError(f"expected three numbers, [start, stop, {last}], got {_short(given)}")
+            raise ValueError(f"expected three numbers, [start, stop, {last}], got {shortened(given)}")
         if not all(map(math.isfinite, numbers)):
-            raise ValueError(f"expected finite numbers, got {_short(given)}")
+            raise ValueError(f"expected finite numbers, got {shortened(given)}")
         FORMS[form](numbers)
         return given
 
     return BeforeValidator(check)
-
-
-def _short(given: Any) -> str:
-    text = "null" if given is None else repr(given)
-    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 _Three = Annotated[list[Number], Field(min_length=3, max_length=3)]

@@ -61,7 +61,7 @@ def _message(model: type[BaseModel], value: Any, path: Path_, found: list[ErrorD
         return refusals[0]
     wishes = " or ".join(dict.fromkeys(_wish(details) for details in found))
     hint = did_you_mean(first["input"], _choices(found)) if isinstance(first["input"], str) else ""
-    return f"expected {wishes}, got {_short(first['input'])}{hint}"
+    return f"expected {wishes}, got {shortened(first['input'])}{hint}"
 
 
 def unknown_field(model: type[BaseModel], dotted: str) -> str | None:
@@ -94,7 +94,8 @@ def _fields(owner: type[BaseModel]) -> dict[str, Any]:
     }
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """Return a value as a message shows it, cut after 100 characters."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
