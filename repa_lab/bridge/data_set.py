@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repa_lab.bridge.given import Given, parse_json, printable, read_text, refuse, unfit
+from repa_lab.bridge.given import Given, parse_json, printable, refuse, unfit
 from repa_lab.bridge.keys import DATA_SET, UnfitError
 from repa_lab.spec.errors import Place, Problem, SpecError
+from repa_lab.spec.yaml import read_text
 
 _LOCAL = (None, "local")
 
@@ -59,7 +60,7 @@ def read_data_set(given: Given) -> DataSet | None:
     if found is None:
         return None
     file, root = found
-    backends, places = parse_json(read_text(file), file)
+    backends, places = parse_json(read_text(file, "data backend's file"), file)
     if not isinstance(backends, list) or not all(isinstance(backend, dict) for backend in backends):
         refuse(file, "a data backend's file is a JSON list of data sets, each an object")
     images = [number for number, backend in enumerate(backends) if _has_images(backend)]
@@ -68,7 +69,7 @@ def read_data_set(given: Given) -> DataSet | None:
     # Regularisation images only accompany the images that are to be learned.
     number = next((one for one in images if not backends[one].get("is_regularisation_data")), images[0])
     chosen = backends[number]
-    values = _values(chosen, {path[1]: place for path, place in places if len(path) == 2 and path[0] == number})
+    values = _values(chosen, {path[1]: place for path, place in places.items() if len(path) == 2 and path[0] == number})
     if "instance_data_dir" in values:
         values["instance_data_dir"] = _resolved(values["instance_data_dir"], root)
     kind, captions = (chosen.get(key) and str(chosen[key]) for key in ("type", "caption_strategy"))

@@ -5,24 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from repa_lab.bridge.keys import ALIASES, UnfitError
-from repa_lab.spec.errors import Place, Problem, SpecError
+from repa_lab.spec.errors import Path_, Place, Problem, SpecError
+from repa_lab.spec.yaml import parse_yaml, read_text
 
-_MAX_BYTES = 1 << 20
 _LEFT_OUT = (None, "None", "null")
-# A comma before a closing bracket, which SimpleTuner's own examples have, but none inside a string.
-_TRAILING_COMMA = re.compile(r'("(?:\\.|[^"\\])*")|,(?=\s*[}\]])')
 _FLAGS = re.compile(r"(\s*#[^\n]*\n)*\s*--")
-_TOKEN = re.compile(r'("(?:\\.|[^"\\])*")(\s*:)?|[{}\[\]]')
 _SAVED = "config"  # the key under which SimpleTuner's web interface saves the settings, beside `_metadata`
-
-
-JsonPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ def read_config(words: Sequence[str]) -> Given:
     if len(words) != 1:
         refuse(None, f"expected one file, or flags such as --crepa_enabled=true; got {' '.join(words) or 'nothing'}")
     file = Path(words[0])
-    text = read_text(file)
+    text = read_text(file, "config")
     if _FLAGS.match(text):
         return _from_flags(_split(text.replace("\\\n", " "), file), file, text)
     return _from_json(text, file)
@@ -72,70 +66,26 @@ def refuse(file: Path | None, message: str, line: int = 1, column: int = 1) -> N
     raise SpecError([Problem(Place(file, line, column), "", printable(message))])
 
 
-def read_text(file: Path) -> str:
-    """Return a file's text.
-
-    Raises:
-        SpecError: it is too large, cannot be read, or is not UTF-8.
-    """
-    try:
-        if file.stat().st_size > _MAX_BYTES:
-            refuse(file, f"a config may have at most {_MAX_BYTES:,} bytes")
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        refuse(file, f"not UTF-8 text: {error.reason} at byte {error.start}")
-    except OSError as error:
-        refuse(file, f"cannot read the file: {error.strerror}")
-
-
 def _from_json(text: str, file: Path) -> Given:
     value, places = parse_json(text, file)
     if not isinstance(value, dict):
         refuse(file, 'a config must be a JSON object of settings, such as {"crepa_enabled": true}')
     is_saved = isinstance(value.get(_SAVED), dict)
     settings, above = (value[_SAVED], (_SAVED,)) if is_saved else (value, ())
-    keys = [(str(path[-1]), place) for path, place in places if path[:-1] == above]
-    return _given(file, [(_bare(key), settings[key], place) for key, place in keys])
+    return _given(file, [(_bare(key), inner, places[(*above, key)]) for key, inner in settings.items()])
 
 
-def parse_json(text: str, file: Path) -> tuple[Any, list[tuple[JsonPath, Place]]]:
-    """Parse JSON in which a last comma is forgiven.
-
-    Returns:
-        The value, and every key's path of keys and list indices with its place, in the order of the file.
+def parse_json(text: str, file: Path) -> tuple[Any, dict[Path_, Place]]:
+    """Parse JSON as YAML, which forgives a last comma but indents with no tabs; a string in JSON has none either.
 
     Raises:
-        SpecError: it is no JSON.
+        SpecError: the text is neither.
     """
-    text = _TRAILING_COMMA.sub(lambda match: match[1] or " ", text)
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        message = f"not valid JSON: {error.msg[:1].lower()}{error.msg[1:]}"
-        refuse(file, f"{message}; a config is a JSON object, or flags such as --crepa_enabled=true", error.lineno, error.colno)
-    except (ValueError, RecursionError) as error:
-        refuse(file, f"not valid JSON: {error}")
-    return value, list(_places(text, file))
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
-
-
-def _places(text: str, file: Path) -> Iterator[tuple[JsonPath, Place]]:
-    """The path and place of every key in valid JSON; a list counts the objects and lists in it."""
-    path: list[str | int] = []
-    for token in _TOKEN.finditer(text):
-        if token[0] in ("}", "]"):
-            path.pop()
-        elif token[1] is None:
-            if path and isinstance(path[-1], int):
-                path[-1] += 1
-            path.append(-1 if token[0] == "[" else "")
-        elif token[2]:
-            path[-1] = json.loads(token[1])
-            line, before = text.count("\n", 0, token.start()) + 1, text.rfind("\n", 0, token.start())
-            yield tuple(path), Place(file, line, token.start() - before)
+        return parse_yaml(text.replace("\t", " "), file)
+    except SpecError as error:
+        told = ((problem, problem.message.replace("not valid YAML", "not valid JSON", 1)) for problem in error.problems)
+        raise SpecError(replace(p, path=printable(p.path), message=printable(message)) for p, message in told) from None
 
 
 def _split(text: str, file: Path | None) -> list[str]:

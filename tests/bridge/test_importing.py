@@ -340,9 +340,9 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "config, line",
         [
-            ("{\n  nope\n}", "config.json:2:3: not valid JSON: expecting property name enclosed in double quotes; a config is a JSON object, or flags such as --crepa_enabled=true"),
+            ('{\n  "nope" 1\n}', "config.json:2:10: not valid JSON: expected ',' or '}', but got '<scalar>'"),
             ("[1, 2]", 'config.json:1:1: a config must be a JSON object of settings, such as {"crepa_enabled": true}'),
-            ('{"crepa_lambda": NaN}', "config.json:1:1: not valid JSON: NaN is no number"),
+            ('{"crepa_lambda": NaN}', 'config.json:1:2: crepa_lambda: expected a number, got "NaN"'),
             ('{"seed": 1,\n "--seed": 2}', "config.json:2:2: seed: given twice"),
             ("--crepa_enabled=true --crepa_lambda 0.6 0.5", "config.json:1:1: expected a flag such as --crepa_lambda=0.5, got '0.5'"),
             ("--crepa_encoder 'dino", "config.json:1:1: not a list of flags: no closing quotation"),
@@ -419,15 +419,13 @@ class TestBadInput:
             assert str(caught.value) == f"{tmp_path / name}:1:1: {message}"
 
     def test_endless_nesting_is_one_line(self, tmp_path):
-        (line,) = refusal(tmp_path, '{"a": ' + "[" * 200_000)
-        assert line.startswith("config.json:1:1: not valid JSON: ")
-
+        assert refusal(tmp_path, '{"a": ' + "[" * 200_000) == ["config.json:1:1: nested more than 40 levels deep"]
 
     def test_no_text_breaks_a_line_of_a_message(self, tmp_path):
-        for config in ({"crepa_lambda": "a\nb\u2028c"}, {"crepa_x\ny\x1b": 1}, {"model_family": "\ud800\n"}):
+        for config in ({"crepa_lambda": "a\nb\u2028c"}, {"crepa_x\ny\x1b": 1}, {"model_family": "\ud800\n"}, {"\ud800\n": 1}, '{"a\\n\u2028": 1, "a\\n\u2028": 2}'):
             (line,) = refusal(tmp_path, config)
             assert line.encode() and line.isprintable()
-        assert all(line.isprintable() for line in remarks(tmp_path, {**FLUX, "\ud800\n": 1}))
+        assert all(line.isprintable() for line in remarks(tmp_path, {**FLUX, "a\u2028\n": 1}))
 
     def test_nothing_that_json_can_hold_is_a_traceback(self, tmp_path):
         draw = random.Random(0)

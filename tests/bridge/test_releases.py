@@ -181,7 +181,7 @@ class TestDataSet:
         "text, line",
         [
             ("{}", "data.json:1:1: a data backend's file is a JSON list of data sets, each an object"),
-            ("[\n {nope}]", "data.json:2:3: not valid JSON: expecting property name enclosed in double quotes;"),
+            ('[\n {"nope" 1}]', "data.json:2:10: not valid JSON: expected ',' or '}'"),
             ('[{"id": [1]},\n {"a": {"resolution": 1},\n  "resolution": "big"}]', None),
             ('[{"id": "a", "crop": "maybe"}]', 'data.json:1:14: crop: expected true or false, got "maybe"'),
         ],
