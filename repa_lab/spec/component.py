@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic_core import CoreSchema, core_schema
+from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, InitErrorDetails, core_schema
 
 from repa_lab.align.settings import REGULARIZERS
 from repa_lab.data.settings import SOURCES
@@ -50,16 +50,24 @@ class NamedBy:
         """The settings classes of all components."""
         return tuple(self.registry[name].settings for name in self.registry)
 
+    def _error(self, kind: Literal["missing", "value_error"], given: Any, **context: Any) -> ValidationError:
+        """Return an error that stands at the field that names the component."""
+        details = InitErrorDetails(type=kind, loc=(self.key,), input=given, ctx=context)
+        return ValidationError.from_exception_data(self.registry.kind, [details])
+
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         def parse(value: Any) -> BaseModel:
             if isinstance(value, BaseModel):
                 return value
             if not isinstance(value, dict):
                 raise ValueError(f"expected a mapping, got {value!r}")
-            if self.key not in value and (value or self.default is None):
+            if self.key not in value and self.default is None:
+                raise self._error("missing", value)
+            if self.key not in value and value:
                 raise ValueError(f"has settings and no {self.key}; allowed: {', '.join(self.registry.names)}")
             if (settings := self.settings_of(value)) is None:
-                raise UnknownComponentError(self.registry.kind, str(value[self.key]), self.registry.names)
+                unknown = UnknownComponentError(self.registry.kind, str(value[self.key]), self.registry.names)
+                raise self._error("value_error", value[self.key], error=unknown)
             return settings.model_validate({self.key: self.default, **value})
 
         dump = core_schema.plain_serializer_function_ser_schema(

@@ -183,7 +183,7 @@ WHOLE = {
     "regularizer: {type: rep, encoder: {name: 3}}\naxes: {train.ema: {range: [0, 1]}}\nseeds: 0\ncompare: {goal: mean, base: {}}\n": [
         f"1:1: nmae: unknown field 'nmae'; {allowed(Grammar)}; did you mean 'name'?",
         "1:1: name: this field is required",
-        "3:8: data.source: expected one of digits, imagefolder, datasets, repa, got 'digit'; did you mean 'digits'?",
+        "3:8: data.source: unknown source of images 'digit'; allowed: digits, imagefolder, datasets, hub, repa; did you mean 'digits'?",
         f"4:20: train.stepz: unknown field 'stepz'; {allowed(TrainConfig)}; did you mean 'steps'?",
         "4:30: train.lr: expected a number of more than 0.0, got 0",
         "5:15: regularizer.type: unknown regularizer 'rep'; allowed: none, repa, urepa; did you mean 'repa'?",
@@ -251,7 +251,7 @@ def test_a_mistake_in_each_of_several_files_is_told_in_each(tmp_path, monkeypatc
         "<given>: train.time: expected one of auto, uniform, lognormal, got 'night'",
         "base.yaml:1:9: train.lr: expected a number of more than 0.0, got -1",
         "base.yaml:2:1: seeds: expected a number of at least 1 or a list, got 0",
-        "q.yaml:7:20: train.ema: expected a number of less than 1.0, got 2",
+        "q.yaml:7:20: train.ema: expected a number of less than 1.0 or a mapping, got 2",
         f"q.yaml:8:7: run.holdout: unknown field 'holdout'; {allowed(RunOptions)}",
         f"used.yaml:2:15: regularizer.wieght: unknown field 'wieght'; {allowed(REPASettings)}; did you mean 'weight'?",
         "with.yaml:2:3: evaluate.every: expected a number of at least 1, got 0",

@@ -125,7 +125,6 @@ LATER = {
     "regularizer.spatial_norm": None, "regularizer.resample": {}, "regularizer.manifold.scope": "intra",
     "regularizer.projector.kernel": 3, "regularizer.encoder.pixels": "image", "regularizer.schedule.probe_every": 50,
     "model.revision": None, "data.buckets": None, "data.caption_column": None, "evaluate.prompts": [],
-    "data.name": None, "data.config": None, "data.split": "train", "data.revision": None,
     "evaluate.precision": "train", "evaluate.rounding": "nearest",
 }  # fmt: skip
 
