@@ -117,9 +117,9 @@ class Trainer:
         return iter(DataLoader(self._steps, batch_size=None, sampler=left, num_workers=workers, pin_memory=pin))
 
     def step(self, batch: Batch) -> StepOutcome:
-        """One optimizer step on one batch, in as many micro-batches as the options say or memory asks for."""
+        """Take one optimizer step on one batch, in as many micro-batches as the options say or memory asks for."""
         weight = self.aligner.regularizer.weight_at(self.progress.step) if self.aligner else None
-        values = self._gradients(batch)
+        values = self._within_memory(batch)
         limit = self.config.train.grad_clip
         grad_norm = self.accelerator.clip_grad_norm_(self._parameters, limit) if limit else None
         self._trained.optimizer.step()
@@ -128,6 +128,32 @@ class Trainer:
         self.progress.step += 1
         self.progress.images += self.config.train.batch_size
         return StepOutcome(values, weight, grad_norm)
+
+    def _forward_backward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Add the gradients of a batch, micro-batch by micro-batch; return the means that its row shows."""
+        aligner, step = self.aligner, self.progress.step
+        is_aligned = aligner is not None and aligner.is_active(step)
+        weight = aligner.regularizer.weight_at(step) if aligner else 0.0
+        micro_batches, means = batch.split(self._micro_batch.size), dict[str, torch.Tensor]()
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            share, part = len(micro_batch.t) / len(batch.t), micro_batch.to(self.device)
+            with self._accumulating(until_next=number < len(micro_batches)):
+                x_t, target = self.model.process.corrupt(part.x, part.noise, part.t)
+                averages = self._averaged(x_t, part) if is_aligned else ()
+                output = self._denoiser(x_t, part.t, **part.condition)
+                total = denoise = denoising_loss(output, target)
+                values = {"loss/denoise": denoise}
+                if aligner is not None and is_aligned:
+                    loss = aligner(part, step, self.device, Prediction(output, target), averages)
+                    aligned = weight * loss.value
+                    total = denoise + aligned if weight else denoise
+                    values |= {"loss/aligned": aligned, **{f"align/{name}": value for name, value in loss.parts.items()}}
+                elif aligner is not None:
+                    aligner.clear()
+                self.accelerator.backward(total * share)
+            values = {"loss/total": total, **values}
+            means = {name: value.detach() * share + means.get(name, 0) for name, value in values.items()}
+        return means
 
     def measure(self) -> tuple[list[Row], torch.Tensor]:
         """Measurements of the averaged weights, a row for each protocol that is due, and the first samples ``(n, C, H, W)`` as
@@ -175,11 +201,11 @@ class Trainer:
         own = choose_block(config, config.regularizer.block_index if self.aligner else None)
         return choose_block(config, config.evaluate.block_index, own), own
 
-    def _gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Compute the gradients of a batch and the means that its row shows; where memory runs out, in smaller parts."""
+    def _within_memory(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Call :meth:`_forward_backward`; where memory runs out, again in smaller micro-batches."""
         while True:
             try:
-                return self._passes(batch.split(self._micro_batch.size), len(batch.t))
+                return self._forward_backward(batch)
             except torch.OutOfMemoryError as error:
                 self._micro_batch.shrink(len(batch.t), error)
             # Outside the except block, for until its end the error's traceback holds the tensors of the failed pass.
@@ -188,39 +214,11 @@ class Trainer:
                 self.aligner.retract(self.progress.step)
             torch.cuda.empty_cache()  # does nothing without a GPU
 
-    def _passes(self, parts: list[Batch], count: int) -> dict[str, torch.Tensor]:
-        values: dict[str, torch.Tensor] = {}
-        for number, part in enumerate(parts, start=1):
-            share = len(part.t) / count
-            with self._accumulating(until_next=number < len(parts)):
-                found = self._pass(part.to(self.device), share)
-            values = {name: value * share + values.get(name, 0) for name, value in found.items()}
-        return values
-
-    def _pass(self, part: Batch, share: float) -> dict[str, torch.Tensor]:
-        """Forward and backward through a micro-batch that is ``share`` of this process's batch."""
-        aligner, step = self.aligner, self.progress.step
-        is_active = aligner is not None and aligner.is_active(step)
-        x_t, target = self.model.process.corrupt(part.x, part.noise, part.t)
-        averages = self._averaged(x_t, part) if aligner is not None and is_active and aligner.ema_taps else ()
-        output = self._denoiser(x_t, part.t, **part.condition)
-        total = denoise = denoising_loss(output, target)
-        values = {"loss/denoise": denoise.detach()}
-        if aligner is not None and is_active:
-            loss = aligner(part, step, self.device, Prediction(output, target), averages)
-            if weight := aligner.regularizer.weight_at(step):
-                total = denoise + weight * loss.value
-            values["loss/aligned"] = (weight * loss.value).detach()
-            values |= {f"align/{name}": value.detach() for name, value in loss.parts.items()}
-        elif aligner is not None:
-            aligner.clear()
-        self.accelerator.backward(total * share)
-        return {"loss/total": total.detach(), **values}
-
     @torch.no_grad()
     def _averaged(self, x_t: torch.Tensor, part: Batch) -> list[Tokens]:
         """Return the tokens that the averaged denoiser has at its taps for the same noisy images."""
-        assert self.aligner is not None
+        if self.aligner is None or not self.aligner.ema_taps:
+            return []
         average = self._trained.ema.average.items()
         weights = {name.removeprefix(PREFIX): value for name, value in average if name.startswith(PREFIX)}
         with self.accelerator.autocast():
