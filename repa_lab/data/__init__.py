@@ -1,1 +1,1 @@
-"""Images, latents and caches. Importing the room costs no torch; its modules do."""
+"""Images, latents and caches. Importing the package costs no torch; its modules do."""
