@@ -12,19 +12,25 @@ from repa_lab.settings import AS_TUPLE, BlockIndex, Fraction, LocalFile, Positiv
 
 
 class SamplerConfig(Settings):
-    """``ode`` integrates the velocity with ``euler`` or ``heun`` over ``steps``; ``sde`` is the papers' Euler-Maruyama."""
+    """How samples are drawn from a denoiser that is trained from scratch; a pretrained one takes the steps alone."""
 
     type: Literal["ode", "sde"] = "ode"
+    """`ode` integrates the velocity; `sde` is the papers' Euler-Maruyama."""
     solver: Literal["euler", "heun"] = "euler"
+    """Of `ode`."""
     steps: Annotated[int, Field(ge=2)] = 50
+    """Steps."""
 
 
 class GuidanceConfig(Settings):
-    """Classifier-free guidance of the drift by ``scale`` for times in [``low``, ``high``]; 1 is none."""
+    """Classifier-free guidance of the drift."""
 
     scale: Annotated[float, Field(ge=1)] = 1.0
+    """Scale of classifier-free guidance; 1 is none."""
     low: Fraction = 0.0
+    """The earliest time that is guided."""
     high: Fraction = 1.0
+    """The latest time that is guided."""
 
     @model_validator(mode="after")
     def _low_is_below_high(self) -> GuidanceConfig:
@@ -49,14 +55,14 @@ ExtractorName = Literal[
 
 
 class ExtractorConfig(Settings):
-    """Whose features the Frechet distance compares: ``inception`` gives FID; others are named and are not FID.
-
-    ``reference`` is a file of statistics to compare with, such as ADM's VIRTUAL_*.npz; null compares with the training images.
-    """
+    """Whose features samples and real images are compared by."""
 
     name: ExtractorName = "inception"
+    """Whose features are compared: `inception` gives FID, `dinov2_*` the FD-DINOv2, `efficientnet_lite0` a distance offline."""
     weights: LocalFile | None = None
+    """A local file of weights."""
     reference: LocalFile | None = later(None)
+    """Statistics to compare with, such as ADM's `VIRTUAL_*.npz`; null is the training images."""
 
 
 # Lists in a file, tuples here, as with encoders.
@@ -90,47 +96,58 @@ class FullConfig(Settings):
     """
 
     at: Steps = ()
+    """Steps, multiples of `every`; none is the end alone."""
     samples: Annotated[int, Field(ge=16)] | None = None
+    """Samples."""
     sampler: SamplerConfig | None = None
+    """How samples are drawn."""
     guidance: GuidanceConfig | None = None
+    """Classifier-free guidance."""
     labels: Labelling | None = None
+    """Labels of the samples."""
     metrics: QualityMetrics | None = None
+    """Metrics."""
     extractor: ExtractorConfig | Extractors | None = None
+    """One extractor, or a list."""
 
 
 Prompts = Annotated[tuple[str, ...], AS_TUPLE]
 
 
 class EvaluateConfig(Settings):
-    """Measurements on EMA weights ``every`` so many steps and at the end.
-
-    ``metrics`` are computed from the features of one pass over ``samples``; ``extractor`` may be a list, and the first one's
-    Frechet distance is what is compared. ``labels`` are every class in turn, or drawn at random. ``full`` is a second, dearer
-    protocol for milestones.
-
-    ``encoder`` measures alignment in every arm, baselines included; null measures it with the arm's own encoder, if any.
-    ``block_index`` is where, null the regularizer's; ``timestep`` at which noise. ``prompts`` are drawn for people to look at,
-    each always from the same noise; without them it is the first samples.
-
-    ``precision`` is the denoiser's while it is measured: ``train`` is that of training, ``tf32`` is float32 with TF32 matrix
-    products on a GPU. ``rounding`` makes 8-bit samples. Both hold for ``full`` too.
-    """
+    """How a run is measured, on the averaged weights. `precision` and `rounding` hold for `full` too."""
 
     every: Positive = 10_000
+    """Steps between measurements; the end is measured too."""
     samples: Annotated[int, Field(ge=16)] = 10_000
+    """Samples that are drawn for a measurement."""
     batch_size: Positive = 125
+    """Samples drawn at a time."""
     sampler: SamplerConfig = SamplerConfig()
+    """How samples are drawn."""
     guidance: GuidanceConfig = GuidanceConfig()
+    """Classifier-free guidance."""
     extractor: ExtractorConfig | Extractors = ExtractorConfig()
+    """Whose features are compared; of a list, the first one's Frechet distance is what runs are compared by."""
     encoder: EncoderSettings | None = None
+    """Measures alignment in every arm, fields as in `regularizer.encoder`; null takes the arm's own, if any."""
     block_index: BlockIndex | None = None
+    """Where alignment is measured; null is the regularizer's block."""
     timestep: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """The noise at which alignment is measured: 0 is data, 1 is noise."""
     prompts: Prompts = later(())
+    """Captions drawn for people to look at, each always from the same noise; without them the first samples are shown."""
     labels: Labelling = later("balanced")
+    """Every class (or caption) in turn, or drawn at random, which costs about 0.1 of FID."""
     metrics: QualityMetrics = later(("frechet",))
+    """`frechet`, `sfid`, `kid`, `inception_score`, `precision_recall`, or a plugin's, from one pass of features; see
+    [protocol.md](protocol.md)."""
     full: FullConfig | None = later(None)
+    """A second, dearer protocol for milestones; what it leaves out is as above."""
     precision: Literal["train", "fp32", "tf32"] = later("train")
+    """Of the denoiser while it is measured: that of training, float32, or float32 with TF32 matrix products on a GPU."""
     rounding: Rounding = later("nearest")
+    """How samples become 8-bit pixels; `truncate` drops the fraction, as REPA's script does."""
 
     @model_validator(mode="after")
     def _tiers_fit(self) -> EvaluateConfig:

@@ -19,7 +19,9 @@ class Include(Settings):
     """A named extra arm."""
 
     label: Annotated[str, Field(min_length=1)]
+    """The arm's name, one line of text."""
     set: dict[str, Any]
+    """The arm's settings by dotted path."""
 
 
 Condition = Annotated[dict[str, Any], Field(min_length=1)]
@@ -34,23 +36,44 @@ class Grammar(Settings):
     """
 
     base: None = None
+    """A spec file under this one, relative to this file."""
     use: None = None
+    """A fragment, or a list of them, between the base and this file."""
     model: dict[str, Any] = Field(default_factory=dict)
+    """The denoiser."""
     regularizer: dict[str, Any] = Field(default_factory=dict)
+    """What is added to the denoising loss."""
     data: dict[str, Any] = Field(default_factory=dict)
+    """The images."""
     train: dict[str, Any] = Field(default_factory=dict)
+    """How a run is optimised."""
     evaluate: dict[str, Any] = Field(default_factory=dict)
+    """How a run is measured."""
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+    """The sweep's name and folder: a-z, 0-9, `_`, `.`, `-`, at most 64."""
     question: str = ""
+    """Printed over every plan and report."""
     plugins: Annotated[tuple[str, ...], AS_TUPLE] = ()
+    """Python files that register components, relative to this file; see [extending.md](extending.md)."""
     axes: dict[str, Values | RangeOrLevels] = Field(default_factory=dict)
+    """The product of these; see [arms](#arms)."""
     one_at_a_time: dict[str, Values | RangeConfig] = Field(default_factory=dict)
+    """An arm for each of these; see [arms](#arms)."""
     exclude: list[Condition] = Field(default_factory=list)
+    """Rules that take arms out; see [arms](#arms)."""
     include: list[Include] = Field(default_factory=list)
+    """Named extra arms; see [arms](#arms)."""
     seeds: SeedCount | Annotated[list[Count], Field(min_length=1)] = 1
+    """Their number, or a list."""
     search: SearchConfig | None = None
+    """An Optuna search around every arm."""
     compare: CompareConfig = CompareConfig()
+    """What the report compares."""
     budget: BudgetConfig = BudgetConfig()
+    """What the sweep may cost."""
     stop: StopRule | Annotated[list[StopRule], Field(min_length=1)] | None = None
+    """What ends a run early: a rule, or a list of which any suffices."""
     run: RunOptions = RunOptions()
+    """How runs are carried out."""
     published: PublishedConfig | None = None
+    """What a paper reports of the arms."""

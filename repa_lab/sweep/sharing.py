@@ -191,7 +191,8 @@ def _key(run: Run) -> str:
     """
     schedule = _schedule(run.config)
     value = run.config.model_dump(mode="json")
-    del value["train"]["steps"]
+    if not run.config.train.lr_schedule.depends_on_length():
+        del value["train"]["steps"]
     value["regularizer"].pop("weight", None)
     for name in _SHAPE:
         value["regularizer"].get("schedule", {}).pop(name, None)

@@ -112,6 +112,15 @@ class Steps(Dataset[Batch]):
         return ids + self._images.base_count * mirrored
 
 
-def denoising_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of two ``(B, C, H, W)`` over everything, a float32 scalar."""
-    return (prediction.float() - target).square().mean()
+def denoising_loss(
+    prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the mean squared error of two ``(B, C, H, W)`` over everything, a float32 scalar.
+
+    Args:
+        prediction: the denoiser's output.
+        target: what it should be.
+        weight: of each sample, ``(B, 1, 1, 1)``; None weights all alike.
+    """
+    error = (prediction.float() - target).square()
+    return error.mean() if weight is None else (weight * error).mean()

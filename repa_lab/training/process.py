@@ -29,6 +29,14 @@ class Process(Protocol):
         """The noisy images and what is to be predicted of them, both ``(B, C, H, W)``; ``t`` is ``(B,)``."""
         ...
 
+    def min_snr(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
+        """Return the weight of each sample's squared error of the prediction, ``(B, 1, 1, 1)``, at times ``t`` ``(B,)``.
+
+        Min-SNR (2303.09556) weights the error of the clean image by ``min(SNR, gamma)``; here that is written for the error
+        of what is predicted.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Flow:
@@ -53,6 +61,11 @@ class Flow:
         time = t.view(-1, 1, 1, 1)
         return (1 - time) * x + time * noise, noise - x
 
+    def min_snr(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
+        """See :class:`Process`: the velocity's error is the image's over ``t``, and SNR is ``((1 - t) / t)^2``."""
+        time = t.view(-1, 1, 1, 1)
+        return torch.minimum((1 - time).square(), gamma * time.square())
+
 
 class Diffusion:
     """The discrete path of DDPM: ``sqrt(a) x + sqrt(1 - a) noise``.
@@ -67,7 +80,7 @@ class Diffusion:
 
     def __init__(self, alphas: torch.Tensor, prediction: str) -> None:
         self._signal, self._noise = alphas.double().sqrt().float(), (1 - alphas.double()).clamp_min(0).sqrt().float()
-        self._target = _TARGETS[prediction]
+        self._prediction = prediction
 
     def times(self, kind: TimeSampling, count: int, draw: torch.Generator) -> torch.Tensor:
         """See :class:`Process`; ``auto`` is uniform over the steps, and ``lognormal`` falls on the nearest lower one."""
@@ -78,9 +91,18 @@ class Diffusion:
 
     def corrupt(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Process`; a time between two steps is the nearest one's."""
+        signal, scale = self._at(t)
+        return signal * x + scale * noise, _TARGETS[self._prediction](x, noise, signal, scale)
+
+    def min_snr(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
+        """See :class:`Process`: SNR is ``a / (1 - a)``."""
+        signal, scale = self._at(t)
+        return _MIN_SNR[self._prediction](signal.square(), scale.square(), gamma)
+
+    def _at(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         step = (t * _STEPS).round().long().clamp_max(len(self._signal) - 1)
         signal, scale = (part.to(t.device)[step].view(-1, 1, 1, 1) for part in (self._signal, self._noise))
-        return signal * x + scale * noise, self._target(x, noise, signal, scale)
+        return signal, scale
 
 
 _Target = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -88,6 +110,12 @@ _TARGETS: dict[str, _Target] = {
     "epsilon": lambda x, noise, signal, scale: noise,
     "v_prediction": lambda x, noise, signal, scale: signal * noise - scale * x,
     "sample": lambda x, noise, signal, scale: x,
+}
+# From the powers of signal and noise: the image's error is the noise's over SNR, and (1 - a) times that of v.
+_MIN_SNR: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {
+    "epsilon": lambda signal, noise, gamma: (gamma * noise / signal).clamp_max(1),
+    "v_prediction": lambda signal, noise, gamma: torch.minimum(signal, gamma * noise),
+    "sample": lambda signal, noise, gamma: (signal / noise).clamp_max(gamma),
 }
 
 

@@ -25,6 +25,7 @@ from repa_lab.runs import files
 from repa_lab.runs.files import Row
 from repa_lab.spec import EncoderSettings, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
+from repa_lab.spec.optimization import LearningRateSettings
 from repa_lab.training.aligner import Aligner, PrefetchWeight, open_targets
 from repa_lab.training.checkpoint import INPUT_FILE, PREFIX, Progress, Trained
 from repa_lab.training.device import MIXED_PRECISION, DeviceError, computing_in, measuring_precision, pick_device
@@ -46,11 +47,13 @@ class StepOutcome:
     Attributes:
         values: means over this process's part of the batch, by their names in a row.
         weight: the regularizer's weight; None without one.
+        learning_rate: where it changes over steps; None where it is constant.
         grad_norm: the norm of the gradient before clipping; None where nothing is clipped.
     """
 
     values: dict[str, torch.Tensor]
     weight: float | None
+    learning_rate: float | None
     grad_norm: torch.Tensor | None
 
     def row(self) -> Row:
@@ -59,6 +62,8 @@ class StepOutcome:
         row: Row = dict(zip(self.values, means, strict=True))
         if self.weight is not None:
             row["align/weight"] = self.weight
+        if self.learning_rate is not None:
+            row["lr"] = self.learning_rate
         if self.grad_norm is not None:
             row["grad_norm"] = self.grad_norm.item()
         return row
@@ -120,6 +125,9 @@ class Trainer:
         """Take one optimizer step on one batch, in as many micro-batches as the options say or memory asks for."""
         weight = self.aligner.regularizer.weight_at(self.progress.step) if self.aligner else None
         values = self._within_memory(batch)
+        rate = self.config.train.learning_rate(self.progress.step)
+        for group in self._trained.optimizer.param_groups:
+            group["lr"] = rate
         limit = self.config.train.grad_clip
         grad_norm = self.accelerator.clip_grad_norm_(self._parameters, limit) if limit else None
         self._trained.optimizer.step()
@@ -127,7 +135,8 @@ class Trainer:
         self._trained.ema.update(self.progress.step)
         self.progress.step += 1
         self.progress.images += self.config.train.batch_size
-        return StepOutcome(values, weight, grad_norm)
+        is_scheduled = self.config.train.lr_schedule != LearningRateSettings()
+        return StepOutcome(values, weight, rate if is_scheduled else None, grad_norm)
 
     def _forward_backward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Add the gradients of a batch, micro-batch by micro-batch; return the means that its row shows."""
@@ -141,7 +150,7 @@ class Trainer:
                 x_t, target = self.model.process.corrupt(part.x, part.noise, part.t)
                 averages = self._averaged(x_t, part) if is_aligned else ()
                 output = self._denoiser(x_t, part.t, **part.condition)
-                total = denoise = denoising_loss(output, target)
+                total = denoise = denoising_loss(output, target, self._loss_weight(part.t))
                 values = {"loss/denoise": denoise}
                 if aligner is not None and is_aligned:
                     loss = aligner(part, step, self.device, Prediction(output, target), averages)
@@ -214,6 +223,10 @@ class Trainer:
                 self.aligner.retract(self.progress.step)
             torch.cuda.empty_cache()  # does nothing without a GPU
 
+    def _loss_weight(self, t: torch.Tensor) -> torch.Tensor | None:
+        chosen = self.config.train.loss_weight
+        return self.model.process.min_snr(t, chosen.gamma) if chosen.type == "min_snr" else None
+
     @torch.no_grad()
     def _averaged(self, x_t: torch.Tensor, part: Batch) -> list[Tokens]:
         """Return the tokens that the averaged denoiser has at its taps for the same noisy images."""
@@ -272,7 +285,10 @@ class Trainer:
             modules["regularizer"] = self.aligner.regularizer
             self.aligner.prepare(accelerator)
         self._parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(self._parameters, lr=train.lr, weight_decay=train.weight_decay)
+        kind = getattr(torch.optim, train.optimizer.type)
+        optimizer = kind(
+            self._parameters, lr=train.lr, weight_decay=train.weight_decay, **train.optimizer.arguments
+        )
         self._denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
         if self.options.compile:  # the tap is set by now; a hook set later would not be seen
             self._denoiser = torch.compile(self._denoiser)
