@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from repa_lab.align.projector import Projector
+from repa_lab.align.settings import ProjectorSettings
 from repa_lab.encoders.flops import encoder_flops, encoder_weights
 from repa_lab.encoders.registry import ENCODERS
 from repa_lab.models import flops
@@ -17,7 +18,6 @@ from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import BUILDERS, Input
 from repa_lab.models.sit import SiT
 from repa_lab.spec import load_spec
-from repa_lab.align.settings import ProjectorSettings
 from repa_lab.training.costs import caches_of, cost_of, projector_size
 
 REPA = {
@@ -166,7 +166,7 @@ def test_every_encoder_of_the_registry_has_a_cost_and_others_have_none():
 @pytest.mark.parametrize("kind", ["mlp", "linear", "conv"])
 def test_projectors_are_as_large_as_they_are(kind):
     config = ProjectorSettings(type=kind, width=64, kernel=5)
-    real = Projector(48, 32, 64, kind, 5)
+    real = Projector(48, 32, config)
     assert projector_size(config, 48, 32)[0] == sum(parameter.numel() for parameter in real.parameters())
     assert projector_size(ProjectorSettings(), 768, 768) == (7_344_896, 7_340_032)
 
