@@ -44,9 +44,9 @@ def main(steps: int = 300, folder: str | None = None) -> None:
             x, noise = images.float() / 127.5 - 1, torch.randn(32, 1, 8, 8)
             t = torch.randint(noising.config.num_train_timesteps, (32,))
             loss = (unet(noising.add_noise(x, noise, t), t).sample - noise).square().mean()
-            if weight := regularizer.weight_at(step):  # U-REPA: at weight 0 the encoder need not run
+            if regularizer.is_active(step):  # U-REPA: at weight 0 the encoder need not run
                 alignment = regularizer(Signals(taps=(tap.take(),), encoders=(encoder(images),)), step)  # U-REPA
-                loss = loss + weight * alignment.value  # U-REPA
+                loss = loss + regularizer.weight_at(step) * alignment.value  # U-REPA
                 if step % 20 == 1:
                     parts = ", ".join(f"{name} {value:.4f}" for name, value in alignment.parts.items())
                     print(f"step {step}: {parts}", flush=True)

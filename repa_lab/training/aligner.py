@@ -113,6 +113,8 @@ class Aligner:
             prediction: the denoiser's output and its target.
             averages: tokens of the averaged model, one for each of its taps.
         """
+        for tap in self.ema_taps:
+            tap.clear()  # of the trained model's pass, which went through the hooks of both
         loaded = batch.loaded or (None,) * len(self.targets)
         signals = Signals(
             taps=tuple(tap.take() for tap in self.taps),

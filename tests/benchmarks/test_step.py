@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from repa_lab.align import REPA, Tokens
+from repa_lab.align import REPA, Signals, Tokens
 from repa_lab.models.sit import SiT
 from repa_lab.models.tap import Tap
 from repa_lab.spec import RunOptions, load_spec
@@ -33,7 +33,8 @@ def test_regularised_step_against_plain_step_with_cached_features():
         loss = F.mse_loss(denoiser(x, t, y), x)
         tokens = tap.take()
         if aligned:
-            loss = loss + regularizer(tokens, Tokens(features.float(), (16, 16))).loss
+            signals = Signals(taps=(tokens,), encoders=(Tokens(features.float(), (16, 16)),))
+            loss = loss + regularizer.weight_at(0) * regularizer(signals).value
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

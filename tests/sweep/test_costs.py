@@ -163,7 +163,7 @@ def test_every_encoder_of_the_registry_has_a_cost_and_others_have_none():
 @pytest.mark.parametrize("kind", ["mlp", "linear", "conv"])
 def test_projectors_are_as_large_as_they_are(kind):
     config = ProjectorSettings(type=kind, width=64, kernel=5)
-    real = Projector(48, 32, 64, kind, 5)
+    real = Projector(48, 32, config)
     assert projector_size(config, 48, 32)[0] == sum(parameter.numel() for parameter in real.parameters())
     assert projector_size(ProjectorSettings(), 768, 768) == (7_344_896, 7_340_032)
 

@@ -11,13 +11,16 @@ import torch
 from safetensors.torch import load_file
 from threadpoolctl import threadpool_limits
 
+from repa_lab.align import Regularizer, Shapes
 from repa_lab.runs import RunDirectory, State, checkpoints
 from repa_lab.runs.files import Row
 from repa_lab.spec import RunConfig, RunOptions
 from repa_lab.spec.identity import Run
+from repa_lab.training.aligner import Aligner
 from repa_lab.training.conditioning import Labels
 from repa_lab.training.images import Images, open_images
 from repa_lab.training.loop import train
+from repa_lab.training.needs import needs_of
 from repa_lab.training.objective import Steps
 from repa_lab.training.process import Flow
 
@@ -56,6 +59,11 @@ def make_steps(images: Images, seed: int = 0, part: tuple[int, int] = (0, 1), **
     """The batches of a tiny run on these images, with nothing loaded for targets."""
     labels = Labels(images.source.labels, images.source.num_classes, images.source.num_classes)
     return Steps(make_run(seed, **settings).config, seed, images, Flow(), labels, part)
+
+
+def make_regularizer(run: Run, width: int = 64, *dims: int) -> Regularizer:
+    """The regularizer that a run trains, for a tap and encoders of these widths."""
+    return Aligner(run, needs_of(run.config), (), (), Shapes((width,), dims or (12,)), ()).regularizer
 
 
 def make_options(**options: Any) -> RunOptions:

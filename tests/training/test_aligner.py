@@ -5,16 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from repa_lab.align import REPA, UREPA, Tokens
+from repa_lab.align import REPA, UREPA, Prediction, Shapes, Tokens
 from repa_lab.encoders.encoder import EncoderError
 from repa_lab.encoders.targets import CachedTargets, OnlineTargets
 from repa_lab.models.facts import UNET_SHAPES
 from repa_lab.models.family import BUILDERS
 from repa_lab.models.tap import TapError
-from repa_lab.training.aligner import Aligner, build_regularizer, choose_block, open_targets, shape_of_model
+from repa_lab.training.aligner import Aligner, open_targets
 from repa_lab.training.model import build_denoiser
+from repa_lab.training.needs import choose_block, needs_of, shape_of_model
 from repa_lab.training.objective import Batch
-from tests.training.conftest import UNET, make_options, make_run
+from tests.training.conftest import UNET, make_options, make_regularizer, make_run
 
 CPU = torch.device("cpu")
 
@@ -40,14 +41,18 @@ def make_aligner(images, **settings):
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-    counting = CountingTargets()
-    tap = BUILDERS[run.config.model.family].tap(denoiser, choose_block(run.config, run.config.regularizer.block_index))
-    aligner = Aligner(run, tap, shape_of_model(run.config).width, [counting])
-    return aligner, denoiser, counting
+    needs = needs_of(run.config)
+    counting = [CountingTargets() for _ in needs.encoders]
+    taps = [BUILDERS[run.config.model.family].tap(denoiser, block) for block in needs.taps]
+    shapes = Shapes((shape_of_model(run.config).width,), tuple(one.dim for one in counting))
+    return Aligner(run, needs, taps, [], shapes, counting), denoiser, counting
 
 
 def batch_of(index: torch.Tensor, loaded: tuple[torch.Tensor | None, ...] = ()) -> Batch:
     return Batch(index, *[torch.zeros(len(index))] * 3, {}, loaded)
+
+
+NOTHING = Prediction(torch.zeros(()), torch.zeros(()))
 
 
 def pass_through(denoiser) -> None:
@@ -56,27 +61,25 @@ def pass_through(denoiser) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {**UNET, "regularizer.type": "urepa"}], ids=["sit", "unet"])
 def test_aligns_the_tap_with_the_targets_of_these_images(images, settings):
-    aligner, denoiser, counting = make_aligner(images, **settings)
+    aligner, denoiser, (counting,) = make_aligner(images, **settings)
     pass_through(denoiser)
     index = torch.tensor([4, 2, 9])
-    alignment = aligner(batch_of(index), 0, CPU)
+    alignment = aligner(batch_of(index), 0, CPU, NOTHING)
     assert counting.asked == [[4, 2, 9]]
     pass_through(denoiser)
-    student = aligner.tap.take()
+    student = aligner.taps[0].take()
     assert (student.grid, student.dim) == ((4, 4), UNET_SHAPES["nano"].width if settings else 64)
-    assert alignment.loss.requires_grad
-    alignment.loss.backward()
+    assert alignment.value.requires_grad
+    alignment.value.backward()
     assert all(parameter.grad is not None for parameter in aligner.regularizer.parameters())
 
 
 def test_what_was_loaded_ahead_goes_to_its_targets(images):
-    aligner, denoiser, first = make_aligner(images)
-    second = CountingTargets()
-    aligner.targets = [first, second]
-    aligner.regularizer = aligner.wrapped = build_regularizer(make_run(), 64, [12, 12])
+    encoders = [{"name": "efficientnet_lite0", "image_size": size} for size in (32, 64)]
+    aligner, denoiser, (first, second) = make_aligner(images, **{"regularizer.encoder": encoders})
     pass_through(denoiser)
     loaded = torch.ones(3)
-    aligner(batch_of(torch.arange(3), (None, loaded)), 0, CPU)
+    aligner(batch_of(torch.arange(3), (None, loaded)), 0, CPU, NOTHING)
     assert first.loaded == [None]
     assert second.loaded == [loaded]
 
@@ -84,49 +87,55 @@ def test_what_was_loaded_ahead_goes_to_its_targets(images):
 def test_gradients_reach_the_blocks_up_to_the_tap(images):
     aligner, denoiser, _ = make_aligner(images, **{"regularizer.block_index": 2})
     pass_through(denoiser)
-    aligner(batch_of(torch.arange(3)), 0, CPU).loss.backward()
+    aligner(batch_of(torch.arange(3)), 0, CPU, NOTHING).value.backward()
     reached = [any(p.grad is not None and p.grad.abs().max() > 0 for p in block.parameters()) for block in denoiser.blocks]
     assert reached == [True, True, True, False]
 
 
 def test_weight_0_asks_no_encoder_and_keeps_no_activations(images):
     schedule = {"type": "constant", "cutoff_step": 2}
-    aligner, denoiser, counting = make_aligner(images, **{"regularizer.schedule": schedule})
+    aligner, denoiser, (counting,) = make_aligner(images, **{"regularizer.schedule": schedule})
     for step in range(5):
         pass_through(denoiser)
-        alignment = aligner(batch_of(torch.arange(3)), step, CPU)
-        assert (alignment is None) == (step >= 2)
+        assert aligner.is_active(step) == (step < 2)
+        if aligner.is_active(step):
+            aligner(batch_of(torch.arange(3)), step, CPU, NOTHING)
     assert len(counting.asked) == 2
+    aligner.clear()
     with pytest.raises(TapError):
-        aligner.tap.take()
+        aligner.taps[0].take()
 
 
 def test_the_schedule_counts_steps_already_taken(images):
     schedule = {"type": "cosine", "warmup_steps": 100, "decay_steps": 5000}
     run = make_run(**{"regularizer.schedule": schedule, "train.steps": 5000})
-    regularizer = build_regularizer(run, 64, [12])
+    regularizer = make_regularizer(run)
     found = [regularizer.weight_at(step) for step in (0, 50, 100, 2550, 5000)]
     assert found == pytest.approx([0, 0.25, 0.5, 0.25, 0], abs=1e-12)
 
 
 def test_a_decay_without_an_end_ends_with_the_training(images):
     run = make_run(**{"regularizer.schedule": {"type": "linear"}, "train.steps": 40})
-    assert [build_regularizer(run, 64, [12]).weight_at(step) for step in (0, 20, 40)] == [0.5, 0.25, 0]
+    assert [make_regularizer(run).weight_at(step) for step in (0, 20, 40)] == [0.5, 0.25, 0]
 
 
-@pytest.mark.parametrize("settings, kind", [({}, REPA), ({**UNET, "regularizer.type": "urepa"}, UREPA)])
-def test_the_regularizer_is_what_the_spec_says(settings, kind):
-    run = make_run(**{**settings, "regularizer.weight": 0.0, "regularizer.manifold_weight": 0.0})
-    built = build_regularizer(run, 64, [12])
+U_SHAPED = {**UNET, "regularizer.type": "urepa", "regularizer.manifold_weight": 0.0}
+
+
+@pytest.mark.parametrize("settings, kind, block", [({}, REPA, 1), (U_SHAPED, UREPA, "mid")])
+def test_the_regularizer_is_what_the_spec_says(settings, kind, block):
+    run = make_run(**{**settings, "regularizer.weight": 0.0})
+    built = make_regularizer(run)
     assert type(built) is kind
     assert built.weight_at(0) == 0.0
-    assert kind is REPA or built.manifold_weight == 0.0
+    assert kind is REPA or built.settings.manifold_weight == 0.0
+    assert built.settings.block_index == block  # the family's suggestion, as a number
 
 
 def test_the_projector_is_initialised_from_its_own_stream():
     def state(seed: int = 0, **settings) -> dict[str, torch.Tensor]:
         torch.manual_seed(torch.seed())  # whatever stands in torch's own generator
-        return build_regularizer(make_run(seed, **settings), 64, [12]).state_dict()
+        return make_regularizer(make_run(seed, **settings)).state_dict()
 
     first = state()
     for other in (state(), state(**{"regularizer.weight": 0.1}), state(**{"regularizer.type": "urepa"})):

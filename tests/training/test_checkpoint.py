@@ -25,7 +25,7 @@ def make(seed: int, family: str = "sit", regularized: bool = True, scaler: objec
     for parameter in denoiser.parameters():  # else adaLN-Zero passes no gradient to most of it
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)
-    regularizer = REPA(64, 12, width=16) if regularized else None
+    regularizer = REPA(64, 12, projector={"width": 16}) if regularized else None
     modules = {"denoiser": denoiser} | ({"regularizer": regularizer} if regularizer else {})
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)

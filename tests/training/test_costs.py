@@ -7,9 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from repa_lab.align import Tokens
 from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
-from repa_lab.training.aligner import build_regularizer
 from repa_lab.training.costs import Cost, cost_of
-from tests.training.conftest import OFF, make_run
+from tests.align.references import align
+from tests.training.conftest import OFF, make_regularizer, make_run
 
 # The tap of SiT nano/2 has 4x4 tokens of digits, EfficientNet-Lite0 one of width 112 for every 16 pixels along a side.
 TAPPED, WIDTH, DIM = 4, 64, 112
@@ -26,11 +26,11 @@ def cost(run: Run) -> Cost:
 
 def counted(run: Run, grids: tuple[int, ...]) -> int:
     """Multiplications and additions of a regularizer's forward and backward pass for one image."""
-    regularizer = build_regularizer(run, WIDTH, [DIM] * len(grids))
+    regularizer = make_regularizer(run, WIDTH, *[DIM] * len(grids))
     student = Tokens(torch.randn(1, TAPPED**2, WIDTH, requires_grad=True), (TAPPED, TAPPED))
     teachers = [Tokens(torch.randn(1, side**2, DIM), (side, side)) for side in grids]
     with FlopCounterMode(display=False) as counter:
-        regularizer(student, teachers, 0).loss.backward()
+        align(regularizer, student, teachers).loss.backward()
     return counter.get_total_flops()
 
 

@@ -279,7 +279,7 @@ class TestAlignment:
 
     def test_the_projector_speaks_of_its_own_tap(self, few, cache, denoiser, targets):
         torch.manual_seed(3)
-        regularizer = REPA(64, targets.dim, width=16)
+        regularizer = REPA(64, targets.dim, projector={"width": 16})
         row = self.measure(make_evaluator(few, cache, denoiser, targets, batch_size=16), denoiser, 2, regularizer.match)
         student = Tokens(tokens_by_hand(few, denoiser, 2, 0.5, 16), (4, 4))
         teacher = targets(few.split.held_out, CPU)
@@ -359,7 +359,7 @@ class TestSizes:
 
     def test_alignment_by_an_independent_computation(self, tmp_path):
         measured, model, images, encoder = self.make(tmp_path, self.SHAPES, 14)
-        regularizer = REPA(8, 112, width=16).eval()
+        regularizer = REPA(8, 112, projector={"width": 16}).eval()
         row = measured.alignment(model.tap(0), regularizer.match)
         found = self.by_hand(model, images, encoder, regularizer)
         counts = [len(one[0]) for one in found]
@@ -374,7 +374,7 @@ class TestSizes:
         """It counts for the cosine, and has no other image to be told from."""
         shapes = [(64, 64), (64, 64), (80, 48), (64, 64), (112, 32), (96, 32)]
         measured, model, images, encoder = self.make(tmp_path, shapes, 4)
-        regularizer = REPA(8, 112, width=16).eval()
+        regularizer = REPA(8, 112, projector={"width": 16}).eval()
         row = measured.alignment(model.tap(0), regularizer.match)
         found = self.by_hand(model, images, encoder, regularizer)
         cosines = [nn.functional.cosine_similarity(one[2], one[3], dim=-1).mean(1) for one in found if len(one[0])]
