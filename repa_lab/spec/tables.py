@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from repa_lab.align.settings import REGULARIZERS, RegularizerSettings
 from repa_lab.runs.files import write_text
+from repa_lab.spec.component import COMPONENTS
 from repa_lab.spec.grammar import Grammar
 from repa_lab.spec.schema import RunConfig
 
@@ -42,7 +42,7 @@ def write_tables(page: Path) -> None:
 
 
 def table(name: str) -> str:
-    """Return the table of a section (``train``), of a regularizer (``regularizer/urepa``), or of the file itself (``spec``)."""
+    """Return the table of a section (``train``), of a component's own fields (``data/hub``), or of the file (``spec``)."""
     rows = [f"| `{path}` | {default} | {values} | {about} |\n" for path, default, values, about in _rows(name)]
     return "".join(["| field | default | values | |\n", "|---|---|---|---|\n", *rows])
 
@@ -52,20 +52,16 @@ def _rows(name: str) -> Iterator[tuple[str, str, str, str]]:
     if section == "spec":
         yield from _fields(Grammar, "", inside=False)
     elif component:
-        settings = REGULARIZERS[component].settings
-        own = {field: info for field, info in settings.model_fields.items() if _owner(settings, field) is settings}
-        own.pop("type")  # which stands in the table of all types
-        yield from (row for field, info in own.items() for row in _field(f"{section}.{field}", info))
-    elif section == "regularizer":
-        yield from _fields(RegularizerSettings, "regularizer.")
+        known = COMPONENTS[section].registry
+        settings = known[component].settings
+        shown = (*(known[name].settings for name in known), *_models(RunConfig.model_fields[section].annotation))
+        inherited = next(base.model_fields for base in settings.__mro__[1:] if base in shown)
+        own = ((field, info) for field, info in settings.model_fields.items() if field not in inherited)
+        yield from (row for field, info in own for row in _field(f"{section}.{field}", info))
     else:
         source = RunConfig if section in RunConfig.model_fields else Grammar
         (model,) = _models(source.model_fields[section].annotation)[:1]
         yield from _fields(model, f"{section}.")
-
-
-def _owner(settings: type[BaseModel], field: str) -> type:
-    return next(kind for kind in settings.__mro__ if field in vars(kind).get("__annotations__", {}))
 
 
 def _fields(model: type[BaseModel], prefix: str, inside: bool = True) -> Iterator[tuple[str, str, str, str]]:

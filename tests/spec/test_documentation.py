@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from repa_lab.align.settings import REGULARIZERS
+from repa_lab.data.settings import SOURCES
 from repa_lab.settings import Settings
 from repa_lab.spec import load_spec
 from repa_lab.spec.grammar import Grammar
@@ -45,12 +46,17 @@ def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, obje
         source = RunConfig.model_fields[name] if path in SECTIONS else field
         default = source.get_default(call_default_factory=True)
         yield path, _NONE if default is PydanticUndefined or path in SECTIONS or isinstance(default, Settings) else default
-        kinds = [REGULARIZERS[kind].settings for kind in ("repa", "urepa")] if path == "regularizer" else [*models(source.annotation)][:1]
+        several = {"regularizer": [REGULARIZERS[kind].settings for kind in ("repa", "urepa")], "data": [one.settings for one in SOURCES.values()]}
+        kinds = several.get(path) or [*models(source.annotation)][:1]
         for kind in kinds:
             yield from fields(kind, f"{path}.")
 
 
-EXPECTED = {path: default for path, default in fields(Grammar) if not path.startswith(ELSEWHERE)} | {"regularizer.type": "none"}
+EXPECTED = {path: default for path, default in fields(Grammar) if not path.startswith(ELSEWHERE)} | {"regularizer.type": "none", "data.source": _NONE}
+
+
+def test_every_field_is_explained():
+    assert [path for path, _, _, about in ROW.findall(PAGE) if not about.strip()] == []
 
 
 def test_the_tables_are_what_the_settings_classes_say(tmp_path):
@@ -74,7 +80,7 @@ def test_its_default_is_the_models(path):
 
 def test_what_must_be_given_is_marked():
     required = {path for path, said in ROWS.items() if said == "required"}
-    assert required == {"name", "model.family", "data.source", "train.steps", "search.space"}
+    assert required == {"name", "model.family", "data.source", "data.name", "train.steps", "search.space"}
 
 
 def test_the_forms_of_ranges():

@@ -66,10 +66,13 @@ SCIENCE = {
     "model.revision": "v2", "data.buckets": {"step": 32}, "data.caption_column": "text", "evaluate.prompts": ["a cat"],
     "evaluate.labels": "random", "evaluate.extractor.reference": "b.bin", "evaluate.metrics": ["frechet", "kid"], "evaluate.full": {"samples": 64},
     "evaluate.precision": "fp32", "evaluate.rounding": "truncate",
+    "train.optimizer.type": "SGD", "train.optimizer.betas": [0.9, 0.95], "train.optimizer.eps": 1e-6,
+    "train.lr_schedule.type": "linear", "train.lr_schedule.warmup_steps": 1, "train.lr_schedule.decay_steps": 9,
+    "train.lr_schedule.end": 0.1, "train.loss_weight.type": "min_snr", "train.loss_weight.gamma": 3.0,
 }  # fmt: skip
 # They change only together with others, or stand for content that is hashed in their place.
 HUB = {"data.name": "other/set", "data.config": "small", "data.split": "test", "data.revision": "v2"}
-ELSEWHERE = {*HUB, "data.source", "data.path", "train.steps", "regularizer.encoder.tae", "regularizer.spatial_align"}
+ELSEWHERE = {*HUB, "data.source", "data.path", "train.steps", "regularizer.encoder.tae", "regularizer.spatial_align", "train.optimizer.momentum"}
 
 
 def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
