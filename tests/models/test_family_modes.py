@@ -32,7 +32,7 @@ def test_one_step_with_its_regularizer_reaches_what_lies_before_the_tap_and_noth
         denoiser(latents, time, **condition)
     student = tap.take()
     kind = UREPA if family.regularizer == "urepa" else REPA
-    regularizer = kind(student.dim, 5, width=8)
+    regularizer = kind(student.dim, 5, projector={"width": 8})
     teacher = type(student)(torch.randn(2, 20, 5), (5, 4))
     outcome = regularizer(student, teacher)
     outcome.loss.backward()

@@ -91,12 +91,16 @@ def in_backward(trainer: Trainer, seen: list[int], is_full: Callable[[int], bool
 def in_regularizer(trainer: Trainer, seen: list[int], is_full: Callable[[int], bool]) -> None:
     """After the similarity was noted."""
 
-    def hook(module, inputs, output) -> None:
-        seen.append(len(inputs[0].values))
-        if is_full(len(inputs[0].values)):
+    regularizer = trainer.aligner.regularizer
+    observe = regularizer.observe
+
+    def observe_and_fail(step, loss) -> None:
+        observe(step, loss)
+        if is_full(seen[-1]):
             raise full()
 
-    trainer.aligner.regularizer.register_forward_hook(hook)
+    regularizer.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0].taps[0].values)))
+    regularizer.observe = observe_and_fail
 
 
 PLACES = [in_forward, in_backward, in_regularizer]
