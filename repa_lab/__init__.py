@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from repa_lab.orchestration.api import plan, sweep
     from repa_lab.report.results import load_results
     from repa_lab.spec import load_spec
-    from repa_lab.sweep.api import plan, sweep
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_results", "load_spec", "plan", "sweep"]
@@ -15,8 +15,8 @@ __all__ = ["__version__", "load_results", "load_spec", "plan", "sweep"]
 _HOMES = {
     "load_results": "repa_lab.report.results",
     "load_spec": "repa_lab.spec",
-    "plan": "repa_lab.sweep.api",
-    "sweep": "repa_lab.sweep.api",
+    "plan": "repa_lab.orchestration.api",
+    "sweep": "repa_lab.orchestration.api",
 }
 
 

@@ -12,11 +12,11 @@ from nbclient import NotebookClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from repa_lab import load_results, sweep
+from repa_lab.orchestration.reproduce import results_of
 from repa_lab.report import leaderboards, plots
 from repa_lab.runs import RunDirectory, RunsRoot
 from repa_lab.spec import RunOptions, load_spec
-from repa_lab.sweep.reproduce import results_of
-from tests.sweep.conftest import tiny
+from tests.orchestration.conftest import tiny
 from tests.tracking.records import config, history, records, summary
 
 __all__ = ["tiny"]

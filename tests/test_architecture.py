@@ -17,7 +17,7 @@ FLOORS = {
     "align": 1, "metrics": 1, "data": 1, "runs": 1,
     "encoders": 2, "models": 2, "spec": 2, "tracking": 2,
     "training": 3, "report": 3, "bridge": 3,
-    "sweep": 4,
+    "orchestration": 4,
     "cli": 5,
     "plugins": 6, "__main__": 6,
 }  # fmt: skip

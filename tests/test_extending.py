@@ -15,9 +15,9 @@ from repa_lab.align.settings import REGULARIZERS
 from repa_lab.encoders.encoder import load_encoder
 from repa_lab.metrics.protocol import METRICS
 from repa_lab.models.families import FAMILIES
+from repa_lab.orchestration.plan import make_plan
 from repa_lab.registry import drop_plugins, load_plugins
 from repa_lab.runs import RunsRoot
-from repa_lab.sweep.plan import make_plan
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```python\n# (\w+\.py): [^\n]*\n(.*?)```", PAGE, flags=re.DOTALL))

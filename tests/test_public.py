@@ -13,7 +13,7 @@ from repa_lab.metrics import frechet_distance, cka
 """
 
 
-@pytest.mark.parametrize("before", ["", "import repa_lab.sweep.plan", "import repa_lab; repa_lab.sweep"])
+@pytest.mark.parametrize("before", ["", "import repa_lab.orchestration.plan", "import repa_lab; repa_lab.sweep"])
 def test_public_names_are_there_and_callable_whatever_was_imported_before(before):
     code = before + NAMES + "assert all(map(callable, (load_spec, plan, sweep, load_results, REPA, SiT))), sweep"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -21,7 +21,7 @@ def test_public_names_are_there_and_callable_whatever_was_imported_before(before
 
 
 def test_the_room_called_is_the_function(tmp_path):
-    import repa_lab.sweep.api
+    import repa_lab.orchestration.api
     from repa_lab import sweep
 
     with pytest.raises(repa_lab.spec.SpecError, match="cannot read the file"):

@@ -21,8 +21,8 @@ def reproduce(
 ) -> None:
     """Train the arms of a paper's table and hold what is measured against what was published."""
     with clean_errors():
-        from repa_lab.sweep import reproduce as tables
-        from repa_lab.sweep.api import sweep
+        from repa_lab.orchestration import reproduce as tables
+        from repa_lab.orchestration.api import sweep
 
         if name is None:
             print("\n".join(tables.names()))

@@ -110,8 +110,8 @@ def _between_specs(left: str, right: str) -> dict[str, Any]:
 
 def _run_ids(experiment: Experiment) -> set[str]:
     from repa_lab.data.errors import DataError
+    from repa_lab.orchestration.plan import identify_arm
     from repa_lab.spec import SpecError
-    from repa_lab.sweep.plan import identify_arm
     from repa_lab.training.fingerprints import Inventory
 
     ids, inventory = set(), Inventory()

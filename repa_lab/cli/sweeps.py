@@ -35,8 +35,8 @@ def sweep(
 ) -> None:
     """Train what the question asks for and is not done yet, then report the answer."""
     with clean_errors():
+        from repa_lab.orchestration.api import sweep as carry_out
         from repa_lab.report import answer, load_results
-        from repa_lab.sweep.api import sweep as carry_out
 
         options = {"run.max_failures": max_failures} if max_failures else {}
         options |= {"run.share": False} if no_share else {}
@@ -66,9 +66,9 @@ def plan(
 ) -> None:
     """Show a sweep's arms: what is done, what is left, what it takes, and what stands in the way. Creates nothing."""
     with clean_errors():
-        from repa_lab.sweep import overview
-        from repa_lab.sweep.api import plan as make_plan
-        from repa_lab.sweep.estimate import estimate
+        from repa_lab.orchestration import overview
+        from repa_lab.orchestration.api import plan as make_plan
+        from repa_lab.orchestration.estimate import estimate
 
         planned = make_plan(spec, root, overrides(set_), with_ or ())
         found = estimate(planned)
@@ -94,7 +94,7 @@ def run(
 ) -> None:
     """Train one run of a sweep in this process, or in those that torchrun or accelerate launch started for it."""
     with clean_errors():
-        from repa_lab.sweep.single import run_one
+        from repa_lab.orchestration.single import run_one
 
         shown = out if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
         directory, state = run_one(spec, arm, seed, root, overrides(set_), shown, with_ or ())

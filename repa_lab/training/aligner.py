@@ -18,9 +18,9 @@ from repa_lab.models.tap import Tap
 from repa_lab.registry import PluginError
 from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
+from repa_lab.training.batches import Batch
 from repa_lab.training.images import Announce, Images, pixels_for
 from repa_lab.training.needs import resolved_regularizer
-from repa_lab.training.objective import Batch
 from repa_lab.training.streams import seeded
 
 _STORAGE = {"fp16": torch.float16, "fp32": torch.float32}

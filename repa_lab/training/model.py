@@ -25,9 +25,9 @@ from repa_lab.spec import EvaluateConfig, ModelConfig, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.conditioning import Captions, Conditioning, Labels
 from repa_lab.training.device import PRECISION, measuring_precision
+from repa_lab.training.diffusion import Flow, Process, process_of
 from repa_lab.training.images import Announce, Images, open_images
 from repa_lab.training.pipelines import PipelineSampler
-from repa_lab.training.process import Flow, Process, process_of
 from repa_lab.training.sampling import FieldSampler, Sampler, Sampling
 from repa_lab.training.streams import seeded
 from repa_lab.training.texts import text_cache

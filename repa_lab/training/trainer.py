@@ -27,6 +27,7 @@ from repa_lab.spec import EncoderSettings, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.spec.optimization import LearningRateSettings
 from repa_lab.training.aligner import Aligner, PrefetchWeight, open_targets
+from repa_lab.training.batches import Batch, Steps, denoising_loss
 from repa_lab.training.checkpoint import INPUT_FILE, PREFIX, Progress, Trained
 from repa_lab.training.device import MIXED_PRECISION, DeviceError, computing_in, measuring_precision, pick_device
 from repa_lab.training.ema import EMA
@@ -35,7 +36,6 @@ from repa_lab.training.ledger import ledger
 from repa_lab.training.micro_batch import MicroBatch
 from repa_lab.training.model import open_data, open_model
 from repa_lab.training.needs import choose_block, needs_of, shape_of_model
-from repa_lab.training.objective import Batch, Steps, denoising_loss
 from repa_lab.training.protocol import tiers
 from repa_lab.training.stopwatch import Stopwatch, TimedTargets
 

@@ -4,11 +4,11 @@ import time
 
 import pytest
 
+from repa_lab.orchestration.estimate import estimate
+from repa_lab.orchestration.overview import as_json
+from repa_lab.orchestration.plan import make_plan
 from repa_lab.runs import RunsRoot, State
 from repa_lab.spec import load_spec
-from repa_lab.sweep.estimate import estimate
-from repa_lab.sweep.overview import as_json
-from repa_lab.sweep.plan import make_plan
 
 pytestmark = pytest.mark.bench
 SPEC = {

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from repa_lab.align import REPA, Signals, Tokens
 from repa_lab.models.sit import SiT
 from repa_lab.models.tap import Tap
+from repa_lab.orchestration.plan import identify_arm
 from repa_lab.spec import RunOptions, load_spec
-from repa_lab.sweep.plan import identify_arm
 from repa_lab.training.streams import Order, generator
 from repa_lab.training.trainer import Trainer
 from tests.benchmarks.ratios import ratios, show

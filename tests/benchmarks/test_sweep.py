@@ -8,14 +8,14 @@ import pytest
 
 from repa_lab import plan, sweep
 from repa_lab.spec import load_spec
-from tests.sweep.conftest import TINY
+from tests.orchestration.conftest import TINY
 
 pytestmark = pytest.mark.bench
 # As a worker does, with its one thread: imports, then every second run; prints the seconds of the imports and of the runs.
 BARE = """
 import gc, sys, time
 began = time.perf_counter()
-import torch, repa_lab.sweep.prepare, repa_lab.training.loop
+import torch, repa_lab.orchestration.prepare, repa_lab.training.loop
 torch.set_num_threads(1)
 gc.freeze()
 from repa_lab import plan

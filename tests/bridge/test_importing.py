@@ -16,8 +16,8 @@ from repa_lab.bridge.importing import import_config
 from repa_lab.bridge.keys import NOT_CARRIED
 from repa_lab.bridge.read import READABLE
 from repa_lab.models.families import FAMILIES
+from repa_lab.orchestration.check import check
 from repa_lab.spec import SpecError, load_spec
-from repa_lab.sweep.check import check
 from repa_lab.training.fingerprints import Inventory
 
 FLUX, SDXL = {"model_family": "flux"}, {"model_family": "sdxl"}

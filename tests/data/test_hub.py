@@ -21,12 +21,12 @@ from repa_lab.data.arrow import HubDataset
 from repa_lab.data.crop import Buckets
 from repa_lab.data.errors import DataError
 from repa_lab.data.hub import HubData, resolve_commit
+from repa_lab.orchestration.estimate import estimate
+from repa_lab.orchestration.overview import sentences
+from repa_lab.orchestration.plan import identify_run, make_plan
 from repa_lab.runs import RunsRoot
 from repa_lab.spec import load_spec
 from repa_lab.spec.identity import Run
-from repa_lab.sweep.estimate import estimate
-from repa_lab.sweep.overview import sentences
-from repa_lab.sweep.plan import identify_run, make_plan
 from repa_lab.training.images import open_images
 from tests.data.conftest import noise_image
 from tests.data.hub_server import Hub, Repository, serve

@@ -10,7 +10,7 @@ import yaml
 from repa_lab import plan
 from repa_lab.runs import RunsRoot, State
 from tests.faults.processes import wait_until
-from tests.sweep.conftest import TINY
+from tests.orchestration.conftest import TINY
 
 WEIGHTS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
 DONE_BEFORE = 7  # of 24: seed 0 of most arms

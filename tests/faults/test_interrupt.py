@@ -14,7 +14,7 @@ import yaml
 from repa_lab.report import load_results
 from repa_lab.runs import RunsRoot, State
 from tests.faults.processes import wait_until
-from tests.sweep.conftest import TINY
+from tests.orchestration.conftest import TINY
 
 STEPS = 300  # long enough to be stopped from another process, which takes seconds to start
 PATIENCE_S = 120

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from repa_lab.align import REPA, UREPA
+from repa_lab.align import REPA, UREPA, Signals
 from repa_lab.models.denoiser import tap_block
 from tests.models.test_families import blocks_of, families, given, make
 
@@ -34,9 +34,9 @@ def test_one_step_with_its_regularizer_reaches_what_lies_before_the_tap_and_noth
     kind = UREPA if family.regularizer == "urepa" else REPA
     regularizer = kind(student.dim, 5, projector={"width": 8})
     teacher = type(student)(torch.randn(2, 20, 5), (5, 4))
-    outcome = regularizer(student, teacher)
-    outcome.loss.backward()
-    assert outcome.loss.dtype == torch.float32
+    loss = regularizer(Signals(taps=(student,), encoders=(teacher,)), 0)
+    loss.value.backward()
+    assert loss.value.dtype == torch.float32
     reached = {name for name, p in denoiser.net.named_parameters() if p.grad is not None and p.grad.any()}
     lists = [blocks.path for blocks in family.network.blocks]
     behind = [n for n in reached if any(n.startswith(f"{path}.1.") for path in lists) or n.startswith(("up_blocks", "proj_out"))]

@@ -12,9 +12,9 @@ from pydantic import BaseModel
 
 from repa_lab.data.fingerprint import fingerprint_digits
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
+from repa_lab.orchestration.plan import identify_arm
 from repa_lab.spec import EncoderSettings, ExtractorConfig, RunConfig, load_spec
 from repa_lab.spec.identity import RecordedSpecError, Run, identify, local_files
-from repa_lab.sweep.plan import identify_arm
 from repa_lab.training.fingerprints import Inventory
 from tests.spec.examples import mapping
 

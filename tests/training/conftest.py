@@ -17,12 +17,12 @@ from repa_lab.runs.files import Row
 from repa_lab.spec import RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.aligner import Aligner
+from repa_lab.training.batches import Steps
 from repa_lab.training.conditioning import Labels
+from repa_lab.training.diffusion import Flow
 from repa_lab.training.images import Images, open_images
 from repa_lab.training.loop import train
 from repa_lab.training.needs import needs_of
-from repa_lab.training.objective import Steps
-from repa_lab.training.process import Flow
 
 ENCODER = {"name": "efficientnet_lite0", "image_size": 32}
 SETTINGS: dict[str, Any] = {

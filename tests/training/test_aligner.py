@@ -12,9 +12,9 @@ from repa_lab.models.facts import UNET_SHAPES
 from repa_lab.models.family import BUILDERS
 from repa_lab.models.tap import TapError
 from repa_lab.training.aligner import Aligner, open_targets
+from repa_lab.training.batches import Batch
 from repa_lab.training.model import build_denoiser
 from repa_lab.training.needs import choose_block, needs_of, shape_of_model
-from repa_lab.training.objective import Batch
 from tests.training.conftest import UNET, make_options, make_regularizer, make_run
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What projectors compute, held against torch's count of the regularizer that a run trains; the rest is in tests/sweep."""
+"""What projectors compute, held against torch's count of the regularizer that a run trains; the rest is in tests/orchestration."""
 
 import pytest
 import torch

@@ -30,11 +30,11 @@ from repa_lab.models.tap import Tap
 from repa_lab.spec import EncoderSettings
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.conditioning import Labels
+from repa_lab.training.diffusion import Flow
 from repa_lab.training.evaluate import Evaluator, write_grid
 from repa_lab.training.fingerprints import described
 from repa_lab.training.images import Images
 from repa_lab.training.model import Model, build_denoiser
-from repa_lab.training.process import Flow
 from repa_lab.training.quality import DivergedError, drawn_by, real_images
 from repa_lab.training.sampling import FieldSampler, Sampling
 from repa_lab.training.streams import generator

@@ -12,8 +12,8 @@ import torch
 from repa_lab.spec import SpecError, load_spec
 from repa_lab.spec.optimization import OPTIMIZERS, LearningRateSettings, OptimizerSettings
 from repa_lab.spec.schema import TrainConfig
-from repa_lab.training.objective import denoising_loss
-from repa_lab.training.process import Diffusion, Flow
+from repa_lab.training.batches import denoising_loss
+from repa_lab.training.diffusion import Diffusion, Flow
 from tests.spec.examples import mapping
 
 

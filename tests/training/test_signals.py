@@ -14,8 +14,8 @@ from repa_lab.align import Loss, Needs, Regularizer, RegularizerSettings, Signal
 from repa_lab.align.settings import REGULARIZERS, EncoderSettings, regularizer
 from repa_lab.encoders.encoder import load_encoder
 from repa_lab.models.tap import TapError
+from repa_lab.training.batches import Batch
 from repa_lab.training.checkpoint import PREFIX
-from repa_lab.training.objective import Batch
 from repa_lab.training.trainer import Trainer
 from tests.training.conftest import ENCODER, make_options, make_run
 

@@ -1,0 +1,236 @@
+"""Identity, baselines, and what a plan says of runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from repa_lab.orchestration.estimate import estimate
+from repa_lab.orchestration.overview import arm_rows, run_rows, sentences
+from repa_lab.orchestration.plan import baselines, identify_arm, make_plan
+from repa_lab.runs import RunsRoot, RunStatus, RunWriter, State, checkpoints
+from repa_lab.runs.directory import RunBusyError
+from repa_lab.spec import load_spec
+from tests.data.conftest import noise_image
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+BASE = {
+    "name": "x",
+    "model": {"family": "sit", "size": "nano/2"},
+    "regularizer": {"type": "repa", "encoder": {"name": "efficientnet_lite0", "image_size": 64}},
+    "data": {"source": "digits"},
+    "train": {"steps": 10},
+    "evaluate": {"extractor": {"name": "efficientnet_lite0"}},
+}
+
+
+def run_id(overrides=None, seed=0, **fields):
+    return identify_arm(load_spec({**BASE, **fields}, overrides).arms[0], seed).run_id
+
+
+def test_identity_is_scientific_content_alone():
+    same = run_id()
+    assert run_id(name="y", question="?", run={"precision": "bf16", "workers": 7}) == same
+    assert run_id({"train.steps": 11}) != same
+    assert run_id({"evaluate.samples": 16}) != same
+    assert run_id(seed=1) != same
+
+
+def test_an_unregularised_run_is_one_run_whatever_its_unused_settings():
+    off = run_id({"regularizer.type": "none"})
+    assert run_id({"regularizer.type": "none", "regularizer.weight": 3.0, "regularizer.encoder.image_size": 32}) == off
+    assert off != run_id({"regularizer.weight": 0.0})
+
+
+def test_manifold_weight_is_part_of_urepa_only():
+    assert run_id({"regularizer.manifold_weight": 0.0}) == run_id()
+    unet = {"model.family": "unet", "model.size": "nano", "regularizer.type": "urepa"}
+    assert run_id({**unet, "regularizer.manifold_weight": 0.0}) != run_id(unet)
+
+
+def test_weights_are_identified_by_their_bytes_and_data_by_its_files(tmp_path):
+    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).write_bytes(content)
+    ids = [run_id({"regularizer.encoder.weights": str(tmp_path / name)}) for name in "abc"]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_golden_ids_of_the_shipped_experiments():
+    """A change here orphans every run that users have: raise PROTOCOL_VERSION on purpose, never by accident."""
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "run_ids.json").read_text())
+    found = {}
+    for file in sorted([*EXPERIMENTS.glob("*.yaml"), *EXPERIMENTS.glob("paper/*repa/*.yaml")]):
+        planned = make_plan(load_spec(file), RunsRoot(Path("nowhere")))
+        found[file.relative_to(EXPERIMENTS).with_suffix("").as_posix()] = {f"{p.arm.label}, seed {p.run.seed}": p.run.run_id for p in planned.runs}
+    assert found == golden
+
+
+def test_every_arm_is_compared_with_the_baseline_that_shares_its_other_levels():
+    assert baselines(load_spec(EXPERIMENTS / "quickstart.yaml")) == {
+        "sit, baseline": None,
+        "sit, aligned": "sit, baseline",
+        "unet, baseline": None,
+        "unet, aligned": "unet, baseline",
+    }
+
+
+def test_an_included_baseline_serves_every_arm():
+    matched = baselines(load_spec(EXPERIMENTS / "sdxl_manifold.yaml"))
+    assert matched.pop("baseline") is None
+    assert set(matched.values()) == {"baseline"} and len(matched) == 8
+
+
+def test_an_arm_without_a_single_nearest_baseline_has_none():
+    axes = {"regularizer.type": ["none", "repa"], "train.lr": [0.1, 0.2]}
+    spec = load_spec({**BASE, "axes": axes, "include": [{"label": "odd", "set": {"train.lr": 0.3}}]})
+    assert baselines(spec)["odd"] is None
+
+
+def test_sdxl_is_planned_and_says_what_is_missing(tmp_path):
+    file = EXPERIMENTS / "sdxl_manifold.yaml"
+    default = make_plan(load_spec(file), RunsRoot(Path("nowhere")))
+    assert (len(default.pending), default.blocked) == (27, None)  # a commit of the hub, for which nobody is asked
+    planned = make_plan(load_spec(file, {"data.source": "imagefolder"}), RunsRoot(Path("nowhere")))
+    assert len(planned.runs) == 27
+    assert planned.blocked and planned.blocked.path == "data.path"
+    assert planned.blocked.message == "not set; give a folder of images with --set data.path=FOLDER"
+    for number in range(1, 41):
+        noise_image(0).save(tmp_path / f"{number}.png")
+    (tmp_path / "1.txt").write_text("a cat")
+    given = make_plan(load_spec(file, {"data.source": "imagefolder", "data.path": str(tmp_path)}), RunsRoot(Path("nowhere")))
+    assert (len(given.pending), given.blocked) == (27, None)
+    assert not {run.run_id for run in given.pending} & {entry.run.run_id for entry in planned.runs}
+
+
+def test_seed_zero_of_all_arms_comes_first():
+    planned = make_plan(load_spec(EXPERIMENTS / "quickstart.yaml"), RunsRoot(Path("nowhere")))
+    assert [entry.run.seed for entry in planned.runs] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("state", "checkpoint", "word", "left"),
+    [
+        (State.DONE, 6, "done", 0),
+        (State.PRUNED, 6, "pruned", 0),
+        (State.FAILED, 6, "failed", 4),
+        (State.FAILED, None, "failed", 10),
+        (State.INTERRUPTED, 6, "resumable", 4),
+        (State.INTERRUPTED, None, "resumable", 10),
+        (State.RUNNING, 6, "resumable", 4),  # of a process that is no more
+    ],
+)
+def test_what_is_left_is_counted_from_the_last_checkpoint(tmp_path, state, checkpoint, word, left):
+    spec, root = load_spec(BASE), RunsRoot(tmp_path)
+    directory = root.run(make_plan(spec, root).runs[0].run.run_id)
+    if checkpoint:
+        checkpoints.commit(directory.checkpoints, checkpoint, lambda folder: None)
+    with RunWriter(directory) as writer:
+        writer.state(state, 7, "CudaError: gone" if state is State.FAILED else None)
+    planned = make_plan(spec, root)
+    (entry,) = planned.runs
+    assert (entry.word, entry.steps_left, len(planned.pending)) == (word, left, bool(left))
+    assert entry.error == ("CudaError: gone" if state is State.FAILED else None)
+
+
+def test_a_run_in_another_process_is_running_and_a_plan_does_not_disturb_it(tmp_path):
+    spec, root = load_spec(BASE), RunsRoot(tmp_path)
+    directory = root.run(make_plan(spec, root).runs[0].run.run_id)
+    with RunWriter(directory) as writer:
+        writer.state(State.RUNNING, 4)
+        before = sorted(tmp_path.rglob("*"))
+        (entry,) = make_plan(spec, root).runs
+        assert (entry.word, entry.step, entry.steps_left) == ("running", 4, 6)
+        assert sorted(tmp_path.rglob("*")) == before
+        with pytest.raises(RunBusyError), RunWriter(directory, patience_s=0.0):
+            pass
+
+
+def test_what_is_blocked_says_why_unless_it_is_done(tmp_path):
+    spec, root = load_spec(BASE, {"data": {"source": "imagefolder"}}), RunsRoot(tmp_path)
+    (entry,) = make_plan(spec, root).runs
+    assert (entry.word, entry.blocked.message) == ("blocked", "not set; give a folder of images with --set data.path=FOLDER")
+    with RunWriter(root.run(entry.run.run_id)) as writer:
+        writer.state(State.DONE, 10)
+    assert make_plan(spec, root).runs[0].word == "done"
+
+
+def test_runs_of_an_earlier_version_of_the_spec_are_orphans_and_stay_so(tmp_path):
+    root, weights = RunsRoot(tmp_path), {"regularizer.weight": [0.1, 0.2, 0.3]}
+    first = make_plan(load_spec({**BASE, "axes": weights}), root)
+    for entry in first.runs[:2]:
+        with RunWriter(root.run(entry.run.run_id)) as writer:
+            writer.state(State.DONE, 10)
+    assert first.orphans == ()
+    root.sweep("x").path.mkdir()
+    root.sweep("x").record(first.manifest())
+    for _ in range(2):  # the second time, the manifest knows no arm of the first version
+        second = make_plan(load_spec({**BASE, "axes": {"regularizer.weight": [0.2, 0.9]}}), root)
+        (orphan,) = second.orphans  # what was never begun is missed by nobody
+        assert (orphan.label, orphan.seed, orphan.run_id, orphan.status) == ("weight=0.1", 0, first.runs[0].run.run_id, RunStatus.DONE)
+        root.sweep("x").record(second.manifest())
+    again = make_plan(load_spec({**BASE, "axes": weights}), root)
+    assert again.orphans == () and "orphaned" not in again.manifest()
+
+
+def test_arms_of_equal_content_are_trained_once():
+    arms = {"axes": {"regularizer.weight": [0.1, 0.2]}, "include": [{"label": "again", "set": {"regularizer.weight": 0.1}}]}
+    planned = make_plan(load_spec({**BASE, **arms}), RunsRoot(Path("nowhere")))
+    assert len(planned.runs) == 3 and len(planned.pending) == 2
+
+
+def test_the_table_has_a_line_an_arm_and_on_demand_a_line_a_run(tmp_path):
+    root, axes = RunsRoot(tmp_path), {"regularizer.weight": [0.1, 0.2]}
+    spec = load_spec({**BASE, "axes": axes, "seeds": 3})
+    for entry in make_plan(spec, root).runs[:3:2]:  # two seeds of the first arm
+        with RunWriter(root.run(entry.run.run_id)) as writer:
+            writer.state(State.DONE, 10)
+    found = estimate(make_plan(spec, root))
+    assert [(line["arm"], line["runs"], line["steps left"]) for line in arm_rows(found)] == [
+        ("weight=0.1", "2 done, 1 new", "10"),
+        ("weight=0.2", "3 new", "30"),
+    ]
+    assert [line["state"] for line in run_rows(found)] == ["done", "new", "done", "new", "new", "new"]
+    assert sentences(found)[0].startswith("4 runs to train: 40 steps, 10.2 K images, ")
+
+
+def test_averages_that_still_hold_initial_weights_are_told_once_each():
+    steps = {"train.steps": [10, 5000]}
+    planned = make_plan(load_spec({**BASE, "axes": {**steps, "train.ema": [0.9, {"decay": 0.9999, "warmup": True}, 0.9999]}}), RunsRoot(Path("nowhere")))
+    told = [
+        f"train.ema: at decay {decay} the measured average still holds {share} % of the initial weights after {steps} steps;"
+        " set train.ema.warmup, or lower the decay"
+        for decay, share, steps in (("0.9", 35, "10"), ("0.9999", 100, "10"), ("0.9999", 61, "5,000"))
+    ]
+    assert planned.warnings == told
+    assert [line for line in sentences(estimate(planned)) if line.startswith("train.ema")] == told
+
+
+def test_a_whole_plan_loads_no_torch():
+    code = (
+        "import sys, json; sys.argv = ['repa-lab', 'plan', 'experiments/sdxl_manifold.yaml', '--json'];"
+        "from repa_lab.cli import main\ntry: main()\nexcept SystemExit: pass\nsys.exit(bool({'torch', 'diffusers', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=EXPERIMENTS.parent, capture_output=True, text=True, check=False)
+    assert (done.returncode, json.loads(done.stdout)["total"]["runs"]) == (0, 27), done.stderr
+
+
+def test_targets_of_a_metric_that_is_called_by_two_names_are_all_kept(tiny, tmp_path):
+    targets = {"frechet": [30.0, 20.0], "frechet:efficientnet_lite0@16/ode2": [20.0, 10.0]}
+    manifest = make_plan(load_spec(tiny(compare={"targets": targets})), RunsRoot(tmp_path)).manifest()
+    assert manifest["compare"]["targets"] == {"frechet:efficientnet_lite0@16/ode2": [30.0, 20.0, 10.0]}
+
+
+def test_several_values_of_a_field_can_be_baselines(tiny):
+    axes = {"train.lr": [1e-3, 2e-3, 3e-3], "alignment": {"off": {"regularizer.type": "none"}, "on": {}}}
+    found = baselines(load_spec(tiny(axes=axes, compare={"baseline": {"train.lr": [1e-3, 2e-3], "alignment": "off"}})))
+    assert {label for label, baseline in found.items() if baseline is None} >= {"lr=0.001, off", "lr=0.002, off"}
+    assert (found["lr=0.001, on"], found["lr=0.002, on"]) == ("lr=0.001, off", "lr=0.002, off")
+
+
+def test_a_baseline_can_be_named_by_a_mapping_as_its_axis_is(tiny):
+    axes = {"regularizer.schedule": [{"cutoff_step": 2}, {"cutoff_step": None}]}
+    found = baselines(load_spec(tiny(axes=axes, compare={"baseline": {"regularizer.schedule": {"cutoff_step": None}}})))
+    without = "schedule={'cutoff_step': None}"
+    assert found == {"schedule={'cutoff_step': 2}": without, without: None}
