@@ -113,6 +113,10 @@ BAD = {
         HEAD + "regularizer: {type: 3}\n",
         ["5:15: regularizer.type: unknown regularizer '3'; allowed: none, repa, urepa"],
     ),
+    "a list of types": (
+        HEAD + "regularizer: {type: [repa, none]}\n",
+        ["5:15: regularizer.type: unknown regularizer '['repa', 'none']'; allowed: none, repa, urepa"],
+    ),
     "a regularizer without a type": (
         HEAD + "regularizer: {weight: high, wieght: 1}\n",
         ["5:1: regularizer: has settings and no type; allowed: none, repa, urepa"],

@@ -129,7 +129,7 @@ class TestTheRun:
 
     def test_weight_0_is_no_regularizer_bit_for_bit(self, family, trained):
         off = trained("off", family, **{"regularizer.weight": 0.0})
-        none = trained("none", family, **{"regularizer.type": "none"})
+        none = trained("none", family, regularizer={"type": "none"})
         assert_same(weights(off), weights(none), only="denoiser:")
         assert [row["loss/denoise"] for row in rows(off)] == [row["loss/denoise"] for row in rows(none)]
 
