@@ -14,12 +14,12 @@ import pytest
 
 from repa_lab import load_results, plan, registry, sweep
 from repa_lab.align.settings import REGULARIZERS
+from repa_lab.orchestration.jobs import PrepareJob, TrainJob, parse_job
 from repa_lab.registry import PluginError, load_plugins, loaded_plugins
 from repa_lab.runs import RunsRoot, State
 from repa_lab.spec import RunConfig, RunOptions, SpecError, load_spec
 from repa_lab.spec.identity import Run
 from repa_lab.spec.json_schema import json_schema
-from repa_lab.sweep.jobs import PrepareJob, TrainJob, parse_job
 from repa_lab.training.needs import needs_of
 from repa_lab.training.trainer import Trainer
 from tests.spec.examples import write
@@ -487,7 +487,7 @@ class TestWorkers:
         told = [as_told(one) for one in (job, PrepareJob((job.run.config,), job.options, job.root))]
         (tmp_path / "mine.py").write_text(MINE + "# edited\n")
         with subprocess.Popen(
-            [sys.executable, "-m", "repa_lab.sweep.worker"],
+            [sys.executable, "-m", "repa_lab.orchestration.worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         ) as worker:  # fmt: skip
             for one in told:
