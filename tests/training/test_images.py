@@ -8,8 +8,9 @@ import torch
 
 from repa_lab.data.errors import DataError
 from repa_lab.data.folder import ImageFolder
+from repa_lab.data.settings import SOURCES, SourceSettings
 from repa_lab.data.space import LatentSpace, PixelSpace
-from repa_lab.spec import DataConfig, EncoderSettings
+from repa_lab.spec import EncoderSettings
 from repa_lab.training.fingerprints import fingerprint_of
 from repa_lab.training.images import open_images, pixels_for
 from repa_lab.training.quality import real_images
@@ -26,8 +27,8 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-def config(**settings) -> DataConfig:
-    return DataConfig.model_validate(settings)
+def config(**settings) -> SourceSettings:
+    return SOURCES[settings["source"]].settings.model_validate(settings)
 
 
 def test_digits(tmp_path):
