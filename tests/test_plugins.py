@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from repa_lab.training.needs import needs_of
 from repa_lab.training.trainer import Trainer
 from tests.spec.examples import write
 
+ROOT = Path(__file__).parents[1]
 # DESIGN's, to the letter.
 MINE = '''\
 import torch
@@ -77,6 +79,12 @@ def clean() -> Iterator[None]:
     forget()
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """Where runs are trained, so that one cache serves them all."""
+    return tmp_path_factory.mktemp("home")
+
+
 def spec_of(folder: Path, plugin: str = MINE, spec: str = SPEC, name: str = "mine.py") -> Path:
     write(folder, plugin, name)
     return write(folder, spec, "mine.yaml")
@@ -102,12 +110,11 @@ def run_cli(*words: object, cwd: Path) -> tuple[int, list[str]]:
 
 class TestTraining:
     @pytest.fixture(scope="class")
-    def trained(self, tmp_path_factory):
-        """DESIGN's regularizer and its baseline, trained by real workers: the outcome and the spec."""
-        folder = tmp_path_factory.mktemp("mine")
-        file = spec_of(folder)
+    def trained(self, home):
+        """DESIGN's regularizer and its baseline, trained by a real worker: the outcome and the spec."""
+        file = spec_of(home)
         forget()
-        outcome = sweep(file, folder / "runs", workers=1)
+        outcome = sweep(file, home / "runs", workers=1)
         forget()
         return outcome, file
 
@@ -130,10 +137,10 @@ class TestTraining:
         assert found["all"][0]["loss/denoise"] == found["baseline"][0]["loss/denoise"]  # one seed, one randomness
         assert found["all"][-1]["loss/denoise"] != found["baseline"][-1]["loss/denoise"]
 
-    def test_the_loss_is_what_the_formula_gives(self, trained, tmp_path):
+    def test_the_loss_is_what_the_formula_gives(self, trained, home):
         _, file = trained
         run = self.runs(file)["all"]
-        trainer = Trainer(run, RunOptions(device="cpu"), tmp_path)
+        trainer = Trainer(run, RunOptions(device="cpu"), RunsRoot(home / "runs").cache)
         seen = []
         trainer.aligner.regularizer.register_forward_hook(lambda module, inputs, loss: seen.append((inputs[0], loss)))
         outcome = trainer.step(next(trainer.batches()))
@@ -414,7 +421,7 @@ class TestMistakes:
         assert status != 0
         assert [line.removesuffix("") for line in said] == ["mine.py:4: SyntaxError: invalid syntax (mine.py, line 4)"]
 
-    def test_in_forward_are_told_by_the_run(self, tmp_path):
+    def test_in_forward_are_told_by_the_run(self, tmp_path, home):
         methods = {
             "raises": "        raise ValueError('no means\\nand more')\n",
             "raises_below": "        import torch\n        return Loss(torch.pdist(signals.taps[0].values))\n",
@@ -427,7 +434,8 @@ class TestMistakes:
         )
         axes = f"axes: {{regularizer.type: [{', '.join(methods)}]}}\n"
         spec = self.MINE.replace("type: mine", "weight: 0.5, type: raises").replace("include: [", "# ") + axes
-        outcome = sweep(spec_of(tmp_path, plugin, spec + "seeds: 1\n"), tmp_path / "runs", workers=1)
+        spec = spec.replace("name: mine", "name: broken")
+        outcome = sweep(spec_of(tmp_path, plugin, spec), home / "runs", workers=1)
         assert outcome.trained == 0
         lines = plugin.splitlines()
         at = {name: lines.index(f'@regularizer("{name}")') + 1 for name in methods}
@@ -438,7 +446,7 @@ class TestMistakes:
             "returns_a_number": f"mine.py:{at['returns_a_number']}: forward of the regularizer 'returns_a_number' {must} float",
             "returns_a_vector": f"mine.py:{at['returns_a_vector']}: forward of the regularizer 'returns_a_vector' {must} ",
         }
-        labels = {entry.run.run_id: entry.arm.label for entry in plan(tmp_path / "mine.yaml", tmp_path / "runs").runs}
+        labels = {entry.run.run_id: entry.arm.label for entry in plan(tmp_path / "mine.yaml", home / "runs").runs}
         said = {labels[run]: reason.replace(f"{tmp_path}/", "") for run, reason in outcome.failures.items()}
         assert said.keys() == {f"type={name}" for name in methods}
         for name, line in expected.items():
@@ -547,6 +555,49 @@ class TestEntryPoints:
         assert done.returncode not in (0, None)
         (line,) = (done.stdout + done.stderr).splitlines()
         assert f"{site}/mypackage.py:3: AttributeError: " in line
+
+
+class TestDocumentation:
+    """The plugins that the pages show are those that are run here, with their specs."""
+
+    def blocks(self, page: str, language: str) -> list[str]:
+        return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+    def first_step(self, file: Path, root: Path):
+        """A trainer of a spec's first run, what its regularizer was given and gave at its first step, and the step's row."""
+        small = {"train.steps": 4, "train.batch_size": 8, "evaluate.samples": 16, "data.holdout": 64, "run.wandb.mode": "disabled"}
+        run = plan(file, root, small).runs[0].run
+        trainer, seen = Trainer(run, RunOptions(device="cpu"), RunsRoot(root).cache), []
+        trainer.aligner.regularizer.register_forward_hook(lambda module, inputs, loss: seen.append((inputs[0], loss)))
+        row = trainer.step(next(trainer.batches())).row()
+        ((signals, loss),) = seen
+        return trainer, signals, loss, row
+
+    def test_contrastive_flow_matching(self, tmp_path, home):
+        (plugin,) = [block for block in self.blocks("docs/extending.md", "python") if "contrastive_flow" in block]
+        (spec,) = [block for block in self.blocks("docs/extending.md", "yaml") if "name: contrastive" in block]
+        write(tmp_path, plugin, "contrastive.py")
+        file = write(tmp_path, spec, "contrastive.yaml")
+        assert [arm.config.regularizer.type for arm in load_spec(file).arms] == ["contrastive_flow", "none"]
+        _, signals, loss, row = self.first_step(file, home / "runs")
+        output, target = (tensor.detach().double().numpy() for tensor in signals.prediction)
+        apart = np.mean([(output[i] - target[(i - 1) % 8]) ** 2 for i in range(8)])  # Eq. 6, with the next image of the batch
+        assert loss.value.item() == pytest.approx(-apart, rel=1e-5)
+        assert row["align/distance"] == pytest.approx(apart, rel=1e-5)
+        assert row["align/weight"] == 0.05
+        assert row["loss/total"] == pytest.approx(((output - target) ** 2).mean() - 0.05 * apart, rel=1e-5)
+
+    def test_the_one_of_the_readme(self, tmp_path, home):
+        (plugin,) = [block for block in self.blocks("README.md", "python") if '@regularizer("spread")' in block]
+        (part,) = [block for block in self.blocks("README.md", "yaml") if "type: spread" in block]
+        around = "name: readme\nmodel: {family: sit, size: nano/2}\ndata: {source: digits}\ntrain: {steps: 4}\n"
+        around += "evaluate: {extractor: {name: efficientnet_lite0}}\n"
+        write(tmp_path, plugin, "mine.py")
+        trainer, signals, loss, _ = self.first_step(write(tmp_path, around + part, "readme.yaml"), home / "runs")
+        assert trainer.aligner.needs.taps == (1,)  # of the settings' block, for there is no `needs`
+        means = signals.taps[0].values.detach().double().numpy().mean(axis=1)
+        distances = [np.linalg.norm(means[i] - means[j]) for i in range(8) for j in range(i)]
+        assert loss.value.item() == pytest.approx(np.mean([max(0.5 - one, 0) for one in distances]), rel=1e-5)
 
 
 class TestRegistry:

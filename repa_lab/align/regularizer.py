@@ -261,9 +261,10 @@ class UREPA(REPA):
         """
         alignment, cosine, pairs = self._align(signals)
         scope, (images, tokens) = self.settings.manifold.scope, pairs[0].teacher.shape[:2]
-        if scope == "intra" and tokens < 2:
+        has_weight = self.settings.manifold_weight > 0
+        if has_weight and scope == "intra" and tokens < 2:
             raise ValueError("the manifold loss compares tokens of one image; there is a single token")
-        if scope == "batch_pooled" and images * world_size() < 2:
+        if has_weight and scope == "batch_pooled" and images * world_size() < 2:
             raise ValueError("the manifold loss with scope batch_pooled compares images; there is a single one")
         manifold = torch.stack([manifold_loss(*pair, self.settings.manifold, step) for pair in pairs]).mean()
         value = alignment + self.settings.manifold_weight * manifold

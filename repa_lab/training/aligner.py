@@ -96,7 +96,7 @@ class Aligner:
             tap.clear()
 
     def is_active(self, step: int) -> bool:
-        """Return whether the regularizer is called at ``step``; its taps are emptied otherwise."""
+        """Return whether the regularizer has to be called at ``step``."""
         if self._prefetch and self.regularizer.cutoff is not None:
             self._prefetch.note(self.regularizer.cutoff.is_cut(step))
         return self.regularizer.is_active(step)

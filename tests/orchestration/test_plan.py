@@ -45,7 +45,8 @@ def test_an_unregularised_run_is_one_run_whatever_its_unused_settings():
 
 
 def test_manifold_weight_is_part_of_urepa_only():
-    assert run_id({"regularizer.manifold_weight": 0.0}) == run_id()
+    both = {"include": [{"label": "urepa", "set": {"regularizer.type": "urepa"}}]}
+    assert run_id({"regularizer.manifold_weight": 0.0}, **both) == run_id()
     unet = {"model.family": "unet", "model.size": "nano", "regularizer.type": "urepa"}
     assert run_id({**unet, "regularizer.manifold_weight": 0.0}) != run_id(unet)
 

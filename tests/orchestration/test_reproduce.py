@@ -45,7 +45,9 @@ def test_the_papers_settings(name):
     for arm in open_table(name).arms:
         train, evaluate, regularizer = arm.config.train, arm.config.evaluate, arm.config.regularizer
         assert (train.batch_size, train.lr, train.weight_decay, train.grad_clip) == (256, 1e-4, 0.0, 1.0)
-        assert (train.ema, train.label_dropout, regularizer.projector.type, regularizer.projector.width) == (0.9999, 0.1, "mlp", 2048)
+        assert (train.ema, train.label_dropout) == (0.9999, 0.1)
+        if regularizer.type != "none":
+            assert (regularizer.projector.type, regularizer.projector.width) == ("mlp", 2048)
         assert (evaluate.samples, evaluate.every, evaluate.labels) == (50_000, 50_000, "random")
         ablation = name.startswith("urepa") and "table3" not in name
         assert train.steps == (100_000 if ablation else 400_000)
@@ -91,8 +93,9 @@ class TestNano:
         for big, small in zip(full.arms, nano.arms, strict=True):
             ours, theirs = small.config.regularizer, big.config.regularizer
             assert small.config.model.family == big.config.model.family
-            for field in ("type", "weight", "manifold_weight", "loss", "resample", "manifold", "schedule"):
-                assert getattr(ours, field) == getattr(theirs, field), field
+            assert type(ours) is type(theirs)
+            at_nano = {"encoder", "projector", "block_index"}
+            assert ours.model_dump(exclude=at_nano) == theirs.model_dump(exclude=at_nano)
 
     def test_what_it_has_only_one_of_is_refused(self):
         with pytest.raises(ReproduceError, match=r"repa/table2-encoders differ in what the nano scale has only one of"):
