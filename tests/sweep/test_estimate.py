@@ -184,13 +184,13 @@ class TestTotals:
         ]
 
     def test_caches_count_once_and_not_once_a_run_has_begun(self, tmp_path):
-        for number in range(3):
+        for number in range(6):
             noise_image(number).save(tmp_path / f"{number}.png")
-        overrides = {"data.path": str(tmp_path), "data.flip": True, "data.holdout": 1}
+        overrides = {"data.path": str(tmp_path), "data.flip": True, "data.holdout": 4}
         spec = spec_of(REPA, overrides, axes={"regularizer.weight": [0.1, 0.2]})
         plan = make_plan(spec, RunsRoot(tmp_path / "runs"))
         latents, features = estimate(plan).caches
-        assert (latents.images, latents.disk_bytes, features.disk_bytes) == (6, 6 * 32 * 1024, 6 * 384 * 1024)
+        assert (latents.images, latents.disk_bytes, features.disk_bytes) == (12, 12 * 32 * 1024, 12 * 384 * 1024)
         alone = sum(share.gpu_hours for share in estimate(plan).shares)
         assert estimate(plan).total.gpu_hours == pytest.approx(alone + latents.gpu_hours + features.gpu_hours)
         with RunWriter(plan.root.run(plan.runs[0].run.run_id)) as writer:
@@ -200,12 +200,12 @@ class TestTotals:
 
     def test_caches_that_take_more_than_they_save_are_told_as_such(self, tmp_path):
         def told(steps: int) -> str:
-            found = estimate(make_plan(spec_of(REPA, {"data.path": str(tmp_path), "data.holdout": 1}, train={"steps": steps, "batch_size": 1}), RunsRoot(tmp_path / "runs")))
+            found = estimate(make_plan(spec_of(REPA, {"data.path": str(tmp_path), "data.holdout": 4}, train={"steps": steps, "batch_size": 1}), RunsRoot(tmp_path / "runs")))
             assert (found.saved_hours < 0) == (steps == 1)
             (line,) = (line for line in sentences(found) if "caches " in line and "GPU h" in line and "images x" not in line)
             return line
 
-        for number in range(3):
+        for number in range(6):
             noise_image(number).save(tmp_path / f"{number}.png")
         assert re.fullmatch(r"filling the caches takes [\d.e-]+ GPU h more than they save in so few steps", told(1))
         assert re.fullmatch(r"caches save [\d.e-]+ GPU h of encoding in every step, their own filling deducted", told(1000))
