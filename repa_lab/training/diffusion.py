@@ -79,6 +79,8 @@ class Diffusion:
     """
 
     def __init__(self, alphas: torch.Tensor, prediction: str) -> None:
+        if prediction not in _TARGETS:
+            raise ProcessError(f"prediction_type '{prediction}' is not known; known: {', '.join(_TARGETS)}")
         self._signal, self._noise = alphas.double().sqrt().float(), (1 - alphas.double()).clamp_min(0).sqrt().float()
         self._prediction = prediction
 
