@@ -11,7 +11,6 @@ from repa_lab.data.folder import ImageFolder
 from repa_lab.data.settings import SOURCES, SourceSettings
 from repa_lab.data.space import LatentSpace, PixelSpace
 from repa_lab.spec import EncoderSettings
-from repa_lab.training.fingerprints import fingerprint_of
 from repa_lab.training.images import open_images, pixels_for
 from repa_lab.training.quality import real_images
 from tests.data.autoencoders import tiny
@@ -144,7 +143,7 @@ def test_a_saved_data_set_is_opened_with_its_column_of_captions(tmp_path):
     assert (images.input.channels, images.input.size, images.input.num_classes) == (3, (16, 16), 1)
     assert images.source.captions == list("vwxyz")
     assert open_images(data.model_copy(update={"caption_column": "note"}), tmp_path).source.captions == list("abcde")
-    assert images.source.fingerprint == fingerprint_of(data)
+    assert images.source.fingerprint == data.describe().fingerprint
 
 
 def test_buckets_keep_aspects_in_latents_too(folder, tmp_path):
@@ -160,7 +159,7 @@ def test_buckets_keep_aspects_in_latents_too(folder, tmp_path):
     assert images.space.shape(torch.tensor([5])) == (4, 10, 6)
     assert images.space.encode(torch.tensor([5]), None).shape == (1, 4, 10, 6)
     assert open_images(square, tmp_path / "cache").source.sizes.tolist() == [[16, 16]] * 6
-    assert len({fingerprint_of(one) for one in (square, kept, kept.model_copy(update={"resolution": 32}))}) == 3
+    assert len({one.describe().fingerprint for one in (square, kept, kept.model_copy(update={"resolution": 32}))}) == 3
 
 
 def test_the_pipelines_vae_is_taken_where_none_is_named(folder, tmp_path):
