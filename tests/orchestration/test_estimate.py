@@ -264,5 +264,5 @@ def test_a_plan_says_what_is_left_out_of_a_folder(tmp_path):
         "1 of 4 images have no row in metadata.jsonl and are left out",
         "1 of 3 images have no caption: they are trained with the empty one",
     ]
-    assert found.notes[:3] == expected == as_json(found)["notes"][:3]
+    assert found.notes[1:4] == expected == as_json(found)["notes"][1:4]  # after the warning of a short average
     assert set(expected) <= set(sentences(found))
