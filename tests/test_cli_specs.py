@@ -79,8 +79,7 @@ class TestExplain:
             "regularizer.weight  0.1       one.yaml:6:29  in 1 of 4 arms: weight=0.1",
             "regularizer.weight  0.316228  one.yaml:6:29  in 1 of 4 arms: weight=0.316228",
             "regularizer.weight  1.0       one.yaml:6:29  in 1 of 4 arms: weight=1",
-            "regularizer.weight  0.5       one.yaml:3:27  in 1 of 4 arms: baseline",
-        ]
+        ]  # the baseline has no weight
 
     def test_a_section_of_an_arm(self, folder):
         done = cli(
@@ -91,6 +90,16 @@ class TestExplain:
             "train.steps": ["20", "more.yaml:1:9"],
             "train.batch_size": ["8", "one.yaml:5:20"],
             "train.lr": ["1.0", "--set"],
+            "train.lr_schedule.type": ["constant", "default"],
+            "train.lr_schedule.warmup_steps": ["0", "default"],
+            "train.lr_schedule.decay_steps": ["0", "default"],
+            "train.lr_schedule.end": ["0.0", "default"],
+            "train.optimizer.type": ["AdamW", "default"],
+            "train.optimizer.betas": ["null", "default"],
+            "train.optimizer.eps": ["null", "default"],
+            "train.optimizer.momentum": ["null", "default"],
+            "train.loss_weight.type": ["none", "default"],
+            "train.loss_weight.gamma": ["5.0", "default"],
             "train.weight_decay": ["0.0", "default"],
             "train.grad_clip": ["1.0", "default"],
             "train.ema": ["0.9999", "default"],
