@@ -12,6 +12,7 @@ from repa_lab.models.families import family_facts
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SpecError, load_spec
 from repa_lab.spec.document import Draft, load_draft, plain
 from repa_lab.spec.errors import Place, did_you_mean
+from repa_lab.spec.expand import drop_foreign_fields
 from repa_lab.spec.schema import SECTIONS
 from repa_lab.spec.validate import validate
 
@@ -84,6 +85,7 @@ def _small_arm(arm: Arm, fragment: Draft, overrides: Mapping[str, Any]) -> Arm:
 
 
 def _config(draft: Draft) -> RunConfig:
+    drop_foreign_fields(draft)
     return validate(RunConfig, draft)
 
 

@@ -55,7 +55,7 @@ class Arm:
         draft = self.draft.copy()
         for dotted, value in settings.items():
             draft.set(dotted, value, Place(None))
-        _drop_foreign_fields(draft)
+        drop_foreign_fields(draft)
         own = [self.label] if self.levels else []
         names = _short_names(settings)
         label = ", ".join(own + [f"{names[path]}={_brief(value)}" for path, value in settings.items()])
@@ -101,7 +101,7 @@ def _build(base: Draft, cells: list[_Cell], problems: list[Problem]) -> tuple[Ar
     for cell in cells:
         try:
             draft = _apply(base, cell)
-            _drop_foreign_fields(draft, named)
+            drop_foreign_fields(draft, named)
             arms.append(Arm(_label(cell), {level.axis: level.name for level in cell}, validate(RunConfig, draft), draft))
         except SpecError as error:
             problems = problems + error.problems
@@ -120,7 +120,7 @@ def _named(base: Draft, cells: Iterable[_Cell]) -> dict[str, set[str]]:
     }
 
 
-def _drop_foreign_fields(draft: Draft, named: Mapping[str, Iterable[str]] | None = None) -> None:
+def drop_foreign_fields(draft: Draft, named: Mapping[str, Iterable[str]] | None = None) -> None:
     """Take fields out of an arm's sections that only other components have, for the arms of a sweep share one base.
 
     Args:

@@ -16,6 +16,7 @@ from repa_lab.orchestration.plan import identify_arm
 from repa_lab.orchestration.reproduce import ReproduceError, names, open_table, scaled_block
 from repa_lab.runs import RunsRoot
 from repa_lab.spec import SpecError
+from repa_lab.training.fingerprints import Inventory
 
 ROOT = Path(__file__).parents[2]
 TABLES = names()
@@ -30,7 +31,7 @@ def test_the_papers_tables_are_there():
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_is_sound_and_its_numbers_are_of_its_arms(name):
     experiment = open_table(name)
-    check(experiment, files=False)
+    check(experiment, None)
     said = experiment.published
     assert set(said.arms) <= {arm.label for arm in experiment.arms}
     assert len(said.arms) >= 2
@@ -75,7 +76,7 @@ class TestNano:
     @pytest.mark.parametrize("name", AT_NANO)
     def test_it_can_be_carried_out_without_a_gpu_or_a_hub(self, name):
         experiment = open_table(name, "nano")
-        check(experiment)
+        check(experiment, Inventory())
         assert experiment.name == f"{open_table(name).name}-nano"
         assert "the shape of the effect, not the number" in experiment.question
         assert experiment.seeds == (0, 1, 2)

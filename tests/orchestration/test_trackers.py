@@ -12,6 +12,7 @@ from repa_lab.orchestration.worker import _compared, trackers
 from repa_lab.report.headline import Compared
 from repa_lab.runs import RunsRoot
 from repa_lab.spec import RunOptions, SpecError, load_spec
+from repa_lab.training.fingerprints import Inventory
 from repa_lab.training.protocol import metric_name
 from tests.training.conftest import make_run
 
@@ -45,11 +46,11 @@ def test_a_headline_is_of_what_the_sweep_compares_or_else_of_what_the_run_measur
 
 def test_tensorboard_that_is_not_installed_is_refused_before_anything_is_made(tiny, monkeypatch):
     experiment = load_spec(tiny(run={"tensorboard": True}))
-    check(experiment)
+    check(experiment, Inventory())
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("tensorboard") else find(name))
     with pytest.raises(SpecError, match=r"run\.tensorboard: needs TensorBoard: pip install 'repa-lab\[tensorboard\]'"):
-        check(experiment)
+        check(experiment, Inventory())
 
 
 @pytest.mark.parametrize(
