@@ -12,9 +12,8 @@ from repa_lab.models.families import family_facts
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SpecError, load_spec
 from repa_lab.spec.document import Draft, load_draft, plain
 from repa_lab.spec.errors import Place, did_you_mean
-from repa_lab.spec.expand import drop_foreign_fields
+from repa_lab.spec.expand import config_of
 from repa_lab.spec.schema import SECTIONS
-from repa_lab.spec.validate import validate
 
 if TYPE_CHECKING:
     from repa_lab.report.published import Comparison
@@ -77,16 +76,11 @@ def _small_arm(arm: Arm, fragment: Draft, overrides: Mapping[str, Any]) -> Arm:
     draft.merge({key: fragment.value[key] for key in SECTIONS if key in fragment.value}, fragment.places)
     block, place = arm.config.regularizer.block_index, arm.draft.place(("regularizer", "block_index"))
     if isinstance(block, int):
-        draft.set("regularizer.block_index", scaled_block(block, _shape(arm.config), _shape(_config(draft))), place)
+        draft.set("regularizer.block_index", scaled_block(block, _shape(arm.config), _shape(config_of(draft))), place)
     for dotted, value in plain(overrides).items():
         if dotted.split(".")[0] in SECTIONS:
             draft.set(dotted, value, Place(None))
-    return replace(arm, config=_config(draft), draft=draft)
-
-
-def _config(draft: Draft) -> RunConfig:
-    drop_foreign_fields(draft)
-    return validate(RunConfig, draft)
+    return replace(arm, config=config_of(draft), draft=draft)
 
 
 def _shape(config: RunConfig) -> Shape:

@@ -32,7 +32,8 @@ class Arm:
         label: what tells the arm apart from the others, for people.
         levels: its level on every axis, by the axis' name.
         config: the resolved settings, common to all its seeds.
-        draft: the same settings with their places, for errors that are found later.
+        draft: the same settings with their places, for errors that are found later; fields of other components included, for
+            trials that change the component.
     """
 
     label: str
@@ -45,6 +46,12 @@ class Arm:
         """The settings that comparisons speak of."""
         return self.config
 
+    def has(self, dotted: str) -> bool:
+        """Return whether the settings have a field at a dotted path; a section's fields depend on its component."""
+        *sections, name = dotted.split(".")
+        section = value_at(self.config.model_dump(), tuple(sections))
+        return isinstance(section, Mapping) and name in section
+
     def problem(self, dotted: str, message: str) -> Problem:
         """A problem with one of the arm's settings, at the place that set it."""
         path = tuple(int(step) if step.isdecimal() else step for step in dotted.split("."))
@@ -55,11 +62,10 @@ class Arm:
         draft = self.draft.copy()
         for dotted, value in settings.items():
             draft.set(dotted, value, Place(None))
-        drop_foreign_fields(draft)
         own = [self.label] if self.levels else []
         names = _short_names(settings)
         label = ", ".join(own + [f"{names[path]}={_brief(value)}" for path, value in settings.items()])
-        return Arm(label, self.levels, validate(RunConfig, draft), draft)
+        return Arm(label, self.levels, config_of(draft), draft)
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class _Level:
 
 
 _Cell = tuple[_Level, ...]
+_Named = Mapping[str, Iterable[str]]
 
 
 def expand(grammar: Grammar, document: Draft) -> tuple[Arm, ...]:
@@ -87,22 +94,21 @@ def expand(grammar: Grammar, document: Draft) -> tuple[Arm, ...]:
     if (count := math.prod(map(len, axes)) + len(extra)) > _MAX_ARMS:
         key = "axes" if axes else "one_at_a_time"
         raise SpecError([Problem(document.place((key,)), key, f"{count:,} arms; at most {_MAX_ARMS:,}")])
-    cells: list[_Cell] = [cell for cell in itertools.product(*axes) if not _excluded(cell, base, grammar.exclude)]
+    named = _named(grammar, base, [*itertools.chain.from_iterable(axes), *(level for (level,) in extra)])
+    cells: list[_Cell] = [cell for cell in itertools.product(*axes) if not _excluded(cell, base, named, grammar.exclude)]
     levels = [level for levels in axes for level in levels] + [level for (level,) in extra]
     problems = [problem for levels in axes for problem in _repeated([(level,) for level in levels])]
     if not cells + extra:
         problems.append(Problem(document.place(("exclude",)), "exclude", "every arm is excluded"))
-    return _build(base, cells + extra, [*_broken(levels), *(problems or _repeated(cells + extra))])
+    return _build(base, cells + extra, named, [*_broken(levels), *(problems or _repeated(cells + extra))])
 
 
-def _build(base: Draft, cells: list[_Cell], problems: list[Problem]) -> tuple[Arm, ...]:
+def _build(base: Draft, cells: list[_Cell], named: _Named, problems: list[Problem]) -> tuple[Arm, ...]:
     arms: list[Arm] = []
-    named = _named(base, cells)
     for cell in cells:
         try:
             draft = _apply(base, cell)
-            drop_foreign_fields(draft, named)
-            arms.append(Arm(_label(cell), {level.axis: level.name for level in cell}, validate(RunConfig, draft), draft))
+            arms.append(Arm(_label(cell), {level.axis: level.name for level in cell}, config_of(draft, named), draft))
         except SpecError as error:
             problems = problems + error.problems
     if problems:
@@ -110,24 +116,30 @@ def _build(base: Draft, cells: list[_Cell], problems: list[Problem]) -> tuple[Ar
     return tuple(arms)
 
 
-def _named(base: Draft, cells: Iterable[_Cell]) -> dict[str, set[str]]:
-    """Return the components that the arms name, by the section that has their fields."""
-    levels = {id(level): level for cell in cells for level in cell}.values()
+def _named(grammar: Grammar, base: Draft, levels: Iterable[_Level]) -> _Named:
+    """Return the components that the arms name or a search tries, by the section that has their fields."""
     drafts = [base.value, *(_nested(level.settings) for level in levels)]
-    return {
-        section: {name for draft in drafts if isinstance(name := value_at(draft, (section, named.key)), str)}
-        for section, named in COMPONENTS.items()
-    }
+    space = grammar.search.space if grammar.search else {}
+    found: dict[str, set[str]] = {}
+    for section, mark in COMPONENTS.items():
+        tried = space.get(f"{section}.{mark.key}")
+        names = [*(value_at(draft, (section, mark.key)) for draft in drafts), *((tried and tried.choice) or ())]
+        found[section] = {name for name in names if isinstance(name, str)}
+    return found
 
 
-def drop_foreign_fields(draft: Draft, named: Mapping[str, Iterable[str]] | None = None) -> None:
-    """Take fields out of an arm's sections that only other components have, for the arms of a sweep share one base.
+def config_of(draft: Draft, named: _Named | None = None) -> RunConfig:
+    """Return an arm's settings without the fields that only other components have, for the arms of a sweep share one base.
 
     Args:
         draft: the arm.
         named: the components of the sweep, whose fields are ignored; None ignores those of all. The regularizer ``none``
             ignores the fields of every other, so that any arm can be turned off.
+
+    Raises:
+        SpecError: with every problem.
     """
+    draft = draft.copy()
     for name, mark in COMPONENTS.items():
         section = draft.value.get(name)
         if not isinstance(section, dict) or mark.key not in section or (own := mark.settings_of(section)) is None:
@@ -138,6 +150,7 @@ def drop_foreign_fields(draft: Draft, named: Mapping[str, Iterable[str]] | None 
         foreign = {known for other in found if other for known in settable(other)} - set(settable(own))
         for dropped in foreign & section.keys():
             del section[dropped]
+    return validate(RunConfig, draft)
 
 
 def settable(settings: type[BaseModel]) -> tuple[str, ...]:
@@ -225,20 +238,20 @@ def _included(grammar: Grammar, document: Draft) -> list[_Level]:
     ]
 
 
-def _excluded(cell: _Cell, base: Draft, rules: list[dict[str, Any]]) -> bool:
+def _excluded(cell: _Cell, base: Draft, named: _Named, rules: list[dict[str, Any]]) -> bool:
     """Whether a rule fits."""
     if not rules:
         return False
-    levels, settings = {level.axis: level.name for level in cell}, _resolved(base, cell)
+    levels, settings = {level.axis: level.name for level in cell}, _resolved(base, cell, named)
     return any(holds(rule, levels, settings) for rule in rules)
 
 
-def _resolved(base: Draft, cell: _Cell) -> Mapping[str, Any]:
+def _resolved(base: Draft, cell: _Cell, named: _Named) -> Mapping[str, Any]:
     """The settings of a cell, defaults included; of one that is not valid, what is given: its problems are told elsewhere."""
     settings: Mapping[str, Any] = {}
     try:
         settings = (draft := _apply(base, cell)).value
-        settings = validate(RunConfig, draft).model_dump(mode="json")  # a list as the file has it
+        settings = config_of(draft, named).model_dump(mode="json")  # a list as the file has it
     except SpecError:
         pass
     return settings

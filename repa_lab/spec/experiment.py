@@ -134,9 +134,10 @@ def _impossible(grammar: Grammar, document: Draft, arms: tuple[Arm, ...]) -> Ite
         key = str(path[-1])
         if key in grammar.axes or unknown_field(RunConfig, key):
             continue
+        arm = next((arm for arm in arms if arm.has(key)), arms[0])  # another's component may ignore the field
         for value in wanted if isinstance(wanted, list) else [wanted]:
             try:
-                arms[0].with_settings({key: value})
+                arm.with_settings({key: value})
             except SpecError as error:
                 told = [problem.message for problem in error.problems if problem.path == key]
                 yield from (Problem(document.place(path), ".".join(map(str, path)), message) for message in told)

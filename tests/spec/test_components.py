@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from repa_lab.align.settings import REGULARIZERS, REPASettings, UREPASettings
 from repa_lab.settings import HubOrLocal, LocalFile, NamesFile, Settings, field_metadata, file_fields, settings_in
 from repa_lab.spec import RunConfig, SpecError, load_spec
+from repa_lab.spec.component import COMPONENTS
 from repa_lab.spec.explain import explain
 from repa_lab.spec.identity import Run, identify, local_files
 from tests.spec.examples import HEAD, mapping, write
@@ -256,10 +257,11 @@ class TestFiles:
                     below(inner)
 
         below(RunConfig)
-        for name in TYPES:
-            below(REGULARIZERS[name].settings)
+        for mark in COMPONENTS.values():
+            for settings in mark.choices:
+                below(settings)
         marked = {
-            (model, name)
+            (owner(model, name), name)
             for model in seen
             for name, field in model.model_fields.items()
             if any(isinstance(mark, NamesFile) for mark in field_metadata(field.annotation, field.metadata))
@@ -270,8 +272,13 @@ class TestFiles:
             *above, name = path.split(".")
             for step in above:
                 config = getattr(config, step)
-            tried.add((type(config), name))
+            tried.add((owner(type(config), name), name))
         assert marked == tried
+
+
+def owner(model: type[BaseModel], name: str) -> type:
+    """The class that declares a field."""
+    return next(base for base in model.__mro__ if name in vars(base).get("__annotations__", {}))
 
 
 def types_in(annotation: Any) -> list[type[BaseModel]]:
