@@ -147,22 +147,26 @@ def load_entry_points() -> None:
             except PluginError:
                 raise
             except Exception as error:
-                place = blamed(error, everywhere=True)
-                raise PluginError(*(place or (entry.module, 1)), _said(error)) from error
+                raise PluginError(*_place_in_package(error, entry.module), _said(error)) from error
 
 
-def blamed(error: BaseException, everywhere: bool = False) -> tuple[str, int] | None:
-    """Return the file and the line of the innermost frame of an error that lies in a plugin; None if none does.
-
-    Args:
-        error: as it was caught.
-        everywhere: also look at files that are not plugins.
-    """
+def blamed(error: BaseException) -> tuple[str, int] | None:
+    """Return the file and the line of the innermost frame of an error that lies in a plugin; None if none does."""
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    plugins = [(file, line) for file, line in frames if everywhere or _is_plugin(file)]
-    if isinstance(error, SyntaxError) and error.filename and (everywhere or _is_plugin(error.filename)):
+    plugins = [(file, line) for file, line in frames if _is_plugin(file)]
+    if isinstance(error, SyntaxError) and error.filename and _is_plugin(error.filename):
         return error.filename, error.lineno or 1
     return plugins[-1] if plugins else None
+
+
+def _place_in_package(error: Exception, module: str) -> tuple[str, int]:
+    """Return the file and the line of the innermost frame of an error that lies in the package of a module."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return error.filename, error.lineno or 1
+    package = module.partition(".")[0]
+    frames = traceback.walk_tb(error.__traceback__)
+    own = [(f.f_code.co_filename, line) for f, line in frames if f.f_globals.get("__name__", "").partition(".")[0] == package]
+    return own[-1] if own else (module, 1)
 
 
 def loaded_plugins() -> dict[str, str]:
@@ -196,7 +200,9 @@ def load_planned(digests: Mapping[str, str]) -> None:
 
 def one_line(error: BaseException) -> str:
     """Return an error's kind and the first line of its message, behind the plugin's file and line if a plugin raised it."""
-    place = None if isinstance(error, PluginError) else blamed(error)
+    if isinstance(error, PluginError):
+        return str(error)
+    place = blamed(error)
     return f"{place[0]}:{place[1]}: {_said(error)}" if place else _said(error)
 
 

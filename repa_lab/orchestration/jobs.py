@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from repa_lab.runs.files import Row
 from repa_lab.runs.forks import Fork
 from repa_lab.spec import RunConfig, RunOptions, StopRule
 from repa_lab.spec.identity import Run
+from repa_lab.training.needs import plugins_of
 
 HEARTBEAT = "heartbeat"  # in a run directory: touched by whoever trains it
 FINAL = ("finished", "prepared", "refused", "broken")  # kinds of reports that end a job
@@ -29,7 +31,7 @@ class PrepareJob:
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         configs = [config.model_dump(mode="json") for config in self.configs]
-        return {"kind": "prepare", "configs": configs, **_common(self.options, self.root)}
+        return {"kind": "prepare", "configs": configs, **_common(self.options, self.root, self.configs)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> PrepareJob:
@@ -64,7 +66,8 @@ class TrainJob:
         run = {"run_id": self.run.run_id, "spec": self.run.to_json(), "name": self.name, "group": self.group}
         shared: dict[str, Any] = {"fork": asdict(self.fork) if self.fork else None, "kept": list(self.kept)}
         shared["stop"] = [rule.model_dump() for rule in self.stop]
-        return {"kind": "train", "is_rehearsal": self.is_rehearsal, **run, **shared, **_common(self.options, self.root)}
+        common = _common(self.options, self.root, (self.run.config,))
+        return {"kind": "train", "is_rehearsal": self.is_rehearsal, **run, **shared, **common}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> TrainJob:
@@ -114,8 +117,10 @@ class Report:
         return cls(**{**value, "state": state})
 
 
-def _common(options: RunOptions, root: RunsRoot) -> dict[str, Any]:
-    return {"options": options.model_dump(mode="json"), "root": str(root.path), "plugins": loaded_plugins()}
+def _common(options: RunOptions, root: RunsRoot, configs: Iterable[RunConfig]) -> dict[str, Any]:
+    files = {origin.file for config in configs for origin in plugins_of(config)}
+    plugins = {file: digest for file, digest in loaded_plugins().items() if file in files}
+    return {"options": options.model_dump(mode="json"), "root": str(root.path), "plugins": plugins}
 
 
 def _parse_common(value: dict[str, Any]) -> tuple[RunOptions, RunsRoot]:

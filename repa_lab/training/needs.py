@@ -11,7 +11,7 @@ from repa_lab.encoders.registry import ENCODERS
 from repa_lab.metrics.protocol import METRICS
 from repa_lab.models.facts import BlockIndex, Shape, shape_of
 from repa_lab.models.families import FAMILIES, family_facts
-from repa_lab.registry import Origin, Registry
+from repa_lab.registry import Origin, PluginError, Registry
 from repa_lab.spec import RunConfig
 from repa_lab.training.protocol import tiers
 
@@ -22,8 +22,16 @@ def resolved_regularizer(config: RunConfig) -> RegularizerSettings:
 
 
 def needs_of(config: RunConfig) -> Needs:
-    """Return what a run's regularizer asks for."""
-    return REGULARIZERS[config.regularizer.type].needs(resolved_regularizer(config))
+    """Return what a run's regularizer asks for.
+
+    Raises:
+        PluginError: what a plugin's ``needs`` returns is no Needs.
+    """
+    name = config.regularizer.type
+    needs, origin = REGULARIZERS[name].needs(resolved_regularizer(config)), REGULARIZERS.origin(name)
+    if origin and not isinstance(needs, Needs):
+        raise PluginError(origin.file, origin.line, f"needs must return a Needs, got {type(needs).__name__}")
+    return needs
 
 
 def encoders_of(config: RunConfig) -> tuple[tuple[str, EncoderSettings], ...]:
