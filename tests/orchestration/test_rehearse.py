@@ -152,6 +152,6 @@ class TestTheCommand:
         with pytest.raises(SpecError, match="flux is a transformer: use repa, not urepa"):
             sweep(experiment, tmp_path / "runs", rehearse=True)
         experiment = rehearsed(tmp_path, model={"family": "flux", "pretrained": str(folder)}, regularizer={"type": "repa", "block_index": 57})
-        with pytest.raises(SpecError, match=re.escape("flux: block_index must be 0 to 56, got 57")) as refused:
+        with pytest.raises(SpecError, match=re.escape("flux has 57 blocks: block_index must be 0 to 56, got 57")) as refused:
             sweep(experiment, tmp_path / "runs", rehearse=True)
         assert "mine.yaml:" in str(refused.value)
