@@ -27,7 +27,7 @@ def test_a_bad_spec_is_one_line_a_problem_and_exit_status_2(tmp_path, command):
         "bad.yaml:3:9: train.steps: expected an integer, got 1000.0",
         "bad.yaml:3:21: train.lr: expected a number, got 'off'",
         "bad.yaml:4:1: dataa: unknown field 'dataa'; allowed: axes, base, budget, compare, data, evaluate, exclude, include, model, "
-        "name, one_at_a_time, published, question, regularizer, run, search, seeds, stop, train, use; did you mean 'data'?",
+        "name, one_at_a_time, plugins, published, question, regularizer, run, search, seeds, stop, train, use; did you mean 'data'?",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
 

@@ -72,9 +72,9 @@ def test_a_search_reads_data_and_weights_once_a_sweep(tmp_path):
     assert done.returncode == 0, done.stderr
     (first, runs, held_out), (second, _, later) = json.loads(done.stdout)
     assert (runs, held_out, later) == (6, [4], [4])
-    assert first["listdir images"] == second["listdir images"] == 1
+    assert first["scandir images"] == second["scandir images"] == 1
     for name in ("encoder.pth", "reference.npz", "0.txt"):
         assert first[f"open {name}"] == 1, first
-    assert first["open model.safetensors"] == 1 and first["listdir vae"] == 1
+    assert first["open model.safetensors"] == 1 and first["scandir vae"] == 1
     assert "open encoder.pth" not in second  # the same file, by its size and time
     assert not [name for name in first if name.endswith(".png")]
