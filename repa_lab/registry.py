@@ -75,7 +75,9 @@ class Registry(Mapping[str, T]):
         """
         origin = _calling_origin()
         taken = self._origins.get(name)
-        if name in self._components and not (taken and not Path(taken.file).is_file()):  # a notebook's cell may run again
+        if name in self._components and not (
+            taken and not Path(taken.file).is_file()
+        ):  # a notebook's cell may run again
             owner = f"{taken.file}:{taken.line}" if taken else "repa-lab"
             message = f"the {self.kind} '{name}' exists already ({owner}); choose another name"
             raise PluginError(origin.file, origin.line, message) if origin else ValueError(message)
@@ -165,7 +167,11 @@ def _place_in_package(error: Exception, module: str) -> tuple[str, int]:
         return error.filename, error.lineno or 1
     package = module.partition(".")[0]
     frames = traceback.walk_tb(error.__traceback__)
-    own = [(f.f_code.co_filename, line) for f, line in frames if f.f_globals.get("__name__", "").partition(".")[0] == package]
+    own = [
+        (f.f_code.co_filename, line)
+        for f, line in frames
+        if f.f_globals.get("__name__", "").partition(".")[0] == package
+    ]
     return own[-1] if own else (module, 1)
 
 

@@ -61,7 +61,9 @@ def settings_in(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[
 def file_fields(settings: Settings) -> Iterator[tuple[str, str, NamesFile]]:
     """Yield the name, the value and the mark of every field of these settings that names a file and is set."""
     for name, field in type(settings).model_fields.items():
-        mark = next((mark for mark in field_metadata(field.annotation, field.metadata) if isinstance(mark, NamesFile)), None)
+        mark = next(
+            (mark for mark in field_metadata(field.annotation, field.metadata) if isinstance(mark, NamesFile)), None
+        )
         if mark is not None and isinstance(value := getattr(settings, name), str):
             yield name, value, mark
 

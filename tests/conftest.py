@@ -11,7 +11,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: threads that wait for each other starve on busy cores
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # for the processes that tests start: threads that wait for each other starve on busy cores
+)
 
 
 @pytest.fixture(autouse=True)

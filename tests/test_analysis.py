@@ -59,7 +59,9 @@ def execute(name: str, path: Path) -> list[Any]:
     notebook = nbformat.read(ANALYSIS / name, as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     parameters.source = f"path = {str(path)!r}"
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ANALYSIS)}}).execute()
+    NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ANALYSIS)}}
+    ).execute()
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
@@ -82,7 +84,9 @@ def test_a_notebook_holds_no_outputs_and_no_logic(name):
         for word in ("import repa_lab", "def ", "lambda", "if ", "matplotlib.pyplot", "pandas"):
             assert cell.cell_type != "code" or word not in cell.source
         imported = [line for line in cell.source.splitlines() if line.startswith(("from ", "import "))]
-        assert all(line.startswith(("from repa_lab.report import ", "from IPython.display import ")) for line in imported)
+        assert all(
+            line.startswith(("from repa_lab.report import ", "from IPython.display import ")) for line in imported
+        )
 
 
 def test_convergence_of_a_sweep(made):
@@ -126,7 +130,9 @@ def test_wandb_has_the_rows_of_every_run_and_its_headline(made):
     for run in runs_of(made):
         *rows, table = history(run)
         grids = [row for row in rows if "samples/path" in row or "samples" in row]
-        assert [row for row in rows if row not in grids] == [{k: v for k, v in row.items() if v is not None} for row in run.rows()]
+        assert [row for row in rows if row not in grids] == [
+            {k: v for k, v in row.items() if v is not None} for row in run.rows()
+        ]
         assert [row["step"] for row in grids] == [3, 6] and all("images" in row for row in grids)
         assert table["evaluations/nrows"] == 2
         curve = {row["step"]: row[METRIC] for row in run.rows() if METRIC in row}
@@ -145,10 +151,15 @@ def test_wandb_groups_a_sweeps_runs_and_has_their_nested_settings_and_weights(ma
         aligned = run.spec["regularizer"]["type"]
         told = described.run
         assert (told.run_group, told.job_type, told.project, told.entity) == ("tiny", "train", "p", "us")
-        assert (told.display_name, list(told.tags)) == (f"{'baseline' if aligned == 'none' else 'aligned'}, seed {run.spec['seed']}", ["sit", aligned, "mine"])
+        assert (told.display_name, list(told.tags)) == (
+            f"{'baseline' if aligned == 'none' else 'aligned'}, seed {run.spec['seed']}",
+            ["sit", aligned, "mine"],
+        )
         assert config(described) == {**run.spec, "protocols": run.protocols}
         named = [record.artifact.name for record in found if record.HasField("artifact")]
-        named += [record.request.log_artifact.artifact.name for record in found if record.request.HasField("log_artifact")]
+        named += [
+            record.request.log_artifact.artifact.name for record in found if record.request.HasField("log_artifact")
+        ]
         assert f"{run.run_id}-ema" in named
 
 

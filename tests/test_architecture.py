@@ -135,5 +135,7 @@ def test_no_file_is_long(folder):
 
 
 def test_every_folder_of_code_is_a_package():
-    bare = [folder for folder in {file.parent for file in PACKAGE.rglob("*.py")} if not (folder / "__init__.py").is_file()]
+    bare = [
+        folder for folder in {file.parent for file in PACKAGE.rglob("*.py")} if not (folder / "__init__.py").is_file()
+    ]
     assert bare == []

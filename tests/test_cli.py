@@ -19,7 +19,9 @@ def cli(*words, cwd=ROOT):
 
 @pytest.mark.parametrize("command", ["plan", "sweep", "run"])
 def test_a_bad_spec_is_one_line_a_problem_and_exit_status_2(tmp_path, command):
-    (tmp_path / "bad.yaml").write_text("name: bad\nmodel: {family: sit, size: nano/2}\ntrain: {steps: 1e3, lr: off}\ndataa: {}\n")
+    (tmp_path / "bad.yaml").write_text(
+        "name: bad\nmodel: {family: sit, size: nano/2}\ntrain: {steps: 1e3, lr: off}\ndataa: {}\n"
+    )
     done = cli(command, "bad.yaml", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
@@ -39,7 +41,17 @@ def test_plan_prints_json_that_names_every_run():
 
 
 def test_set_overrides_the_spec_and_is_checked_like_it():
-    done = cli("plan", "experiments/quickstart.yaml", "--json", "--set", "seeds=1", "--set", "train.steps=5", "--root", "nowhere")
+    done = cli(
+        "plan",
+        "experiments/quickstart.yaml",
+        "--json",
+        "--set",
+        "seeds=1",
+        "--set",
+        "train.steps=5",
+        "--root",
+        "nowhere",
+    )
     assert [run["steps"] for run in json.loads(done.stdout)["runs"]] == [5, 5, 240, 240]
     wrong = cli("plan", "experiments/quickstart.yaml", "--set", "train.stepz=5")
     assert wrong.returncode == 2 and "<given>: train.stepz: unknown field 'stepz'" in wrong.stderr
@@ -52,7 +64,10 @@ def test_sdxl_is_planned_and_refused_in_one_line(tmp_path):
     swept = cli("sweep", "experiments/sdxl_manifold.yaml", "--root", tmp_path, "--set", "data.source=imagefolder")
     assert swept.returncode == 2
     (line,) = swept.stderr.splitlines()
-    assert line == "experiments/sdxl_manifold.yaml:11:1: data.path: not set; give a folder of images with --set data.path=FOLDER"
+    assert (
+        line
+        == "experiments/sdxl_manifold.yaml:11:1: data.path: not set; give a folder of images with --set data.path=FOLDER"
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -98,7 +113,11 @@ def test_unknown_sweeps_and_arms_name_what_there_is(tmp_path):
 
 
 def test_a_device_that_is_not_there_is_refused_at_its_place(tmp_path):
-    text = (ROOT / "experiments/presets/quickstart.yaml").read_text().replace("run: {device: cpu}", "run: {device: cpu, precision: fp16}")
+    text = (
+        (ROOT / "experiments/presets/quickstart.yaml")
+        .read_text()
+        .replace("run: {device: cpu}", "run: {device: cpu, precision: fp16}")
+    )
     (tmp_path / "half.yaml").write_text("name: half\n" + text)
     done = cli("run", "half.yaml", "--root", "runs", cwd=tmp_path)
     line = 1 + ("name: half\n" + text).splitlines().index("run: {device: cpu, precision: fp16}")
@@ -121,7 +140,14 @@ class TestSimpleTuner:
         assert cli("import", "config.json", cwd=tmp_path).stdout == (tmp_path / "question.yaml").read_text()
 
     def test_flags_are_taken_as_they_stand_on_a_command_line(self, tmp_path):
-        flags = ("--crepa_enabled=true", "--crepa_lambda", "0.25", "--crepa_encoder_frames_batch_size", "-1", "--seed=7")
+        flags = (
+            "--crepa_enabled=true",
+            "--crepa_lambda",
+            "0.25",
+            "--crepa_encoder_frames_batch_size",
+            "-1",
+            "--seed=7",
+        )
         done = cli("import", *flags, "--output", "fragment.yaml", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "weight: 0.25" in (tmp_path / "fragment.yaml").read_text()
@@ -136,7 +162,9 @@ class TestSimpleTuner:
             'bad.json:1:49: urepa_manifold_weight: expected a number, got "abc"',
         ]
         mistyped = cli("import", "bad.json", "--ouput", "x.yaml", cwd=tmp_path)
-        assert mistyped.returncode == 2 and "expected one file, or flags such as --crepa_enabled=true" in mistyped.stderr
+        assert (
+            mistyped.returncode == 2 and "expected one file, or flags such as --crepa_enabled=true" in mistyped.stderr
+        )
         assert [path.name for path in tmp_path.iterdir()] == ["bad.json"]
 
     def test_no_file_is_written_over(self, tmp_path):
@@ -154,7 +182,11 @@ class TestSimpleTuner:
         done = cli("export", "abc", "--format", "simpletuner", cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         settings = json.loads(done.stdout)
-        assert (settings["urepa_enabled"], settings["urepa_manifold_weight"], settings["urepa_lambda"]) == (True, 1.0, 0.5)
+        assert (settings["urepa_enabled"], settings["urepa_manifold_weight"], settings["urepa_lambda"]) == (
+            True,
+            1.0,
+            0.5,
+        )
         assert cli("export", "abc", "out.json", "--format", "simpletuner", cwd=tmp_path).stdout == ""
         assert cli("export", "abc", "--format", "simpletuner", "--output", "too.json", cwd=tmp_path).returncode == 0
         assert (tmp_path / "out.json").read_text() == (tmp_path / "too.json").read_text() == done.stdout
@@ -194,7 +226,11 @@ def describe_run(folder, overrides=None):
 
 def test_families_are_listed_with_what_can_be_tapped():
     rows = {row["family"]: row for row in json.loads(cli("families", "--json").stdout)}
-    assert (rows["sdxl"]["grid"], rows["sdxl"]["block_index"], rows["sdxl"]["regularizer"]) == ([32, 32], "mid", "urepa")
+    assert (rows["sdxl"]["grid"], rows["sdxl"]["block_index"], rows["sdxl"]["regularizer"]) == (
+        [32, 32],
+        "mid",
+        "urepa",
+    )
     assert (rows["flux"]["blocks"], rows["flux"]["width"], rows["flux"]["parameters"]) == (57, 3072, 11_901_408_320)
     table = cli("families").stdout
     assert all(name in table for name in rows) and "64x64" in table and "11,901,408,320" in table

@@ -22,13 +22,24 @@ def root(tmp_path_factory) -> RunsRoot:
     """An aligned run, and a baseline that measures no alignment."""
     root = RunsRoot(tmp_path_factory.mktemp("cli") / "runs")
     for name, settings in (("aligned", {}), ("baseline", OFF)):
-        run_to_end(make_run(**settings, **{"train.steps": 2, "train.lr": 0.05, "train.ema": 0.5}), root.run(name), root.cache)
+        run_to_end(
+            make_run(**settings, **{"train.steps": 2, "train.lr": 0.05, "train.ema": 0.5}), root.run(name), root.cache
+        )
     return root
 
 
 def test_two_runs_end_to_end(root):
     """The baseline has no encoder; it is measured with that of the other run, by its name and with its settings."""
-    words = ("--encoder", "efficientnet_lite0", "--timesteps", "0.9,0.5", "--metrics", "cka, cknna,lds", "--root", root.path)
+    words = (
+        "--encoder",
+        "efficientnet_lite0",
+        "--timesteps",
+        "0.9,0.5",
+        "--metrics",
+        "cka, cknna,lds",
+        "--root",
+        root.path,
+    )
     done = cli("profile", "baseline", "aligned", *words)
     assert done.returncode == 0, done.stderr
     aligned, baseline = root.run("aligned"), root.run("baseline")
@@ -36,13 +47,22 @@ def test_two_runs_end_to_end(root):
     matrix = profile_matrix(load_profile(aligned), "cka")
     assert list(matrix.columns) == [0.5, 0.9]
     assert matrix.loc[1, 0.5] == measured
-    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if line.startswith("│")]
+    lines = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if line.startswith("│")
+    ]
     assert [line[0] for line in lines] == ["0.5", "0.9", "0.5", "0.9"]
     best = matrix[0.5].idxmax()
     assert lines[2][1:3] == [f"{best} ({matrix.loc[best, 0.5]:.3f})", f"{measured:.3f}"]
     assert "aligned: ema weights of step 2, 97 held-out images, efficientnet_lite0" in done.stdout
-    assert [line for line in done.stdout.splitlines() if "ligned at" in line or line == "not aligned"] == ["not aligned", "aligned at block 1"]
-    pictures = [baseline.path / "profile.png", aligned.path / "profile.png", aligned.path / "profile-minus-baseline.png"]
+    assert [line for line in done.stdout.splitlines() if "ligned at" in line or line == "not aligned"] == [
+        "not aligned",
+        "aligned at block 1",
+    ]
+    pictures = [
+        baseline.path / "profile.png",
+        aligned.path / "profile.png",
+        aligned.path / "profile-minus-baseline.png",
+    ]
     assert done.stdout.splitlines()[-3:] == [str(path) for path in pictures]
     widths = []
     for path in pictures:
@@ -74,7 +94,9 @@ def test_what_cannot_be_compared_is_drawn_alone_and_said(root):
     (other.path / "spec.json").write_text(json.dumps(spec))
     done = here("aligned", "other", "--metrics", "cka", "--timesteps", "0.5", "--root", root.path)
     assert done.exit_code == 0
-    assert done.stderr == "the profiles of aligned and other cannot be compared: encoder.standardize is False and True\n"
+    assert (
+        done.stderr == "the profiles of aligned and other cannot be compared: encoder.standardize is False and True\n"
+    )
     assert (other.path / "profile.png").exists() and not (other.path / "profile-minus-aligned.png").exists()
 
 
@@ -84,7 +106,10 @@ def test_a_grid_too_small_for_a_metric_is_said(root):
     done = here("coarse", "--metrics", "cka,lds,cds,rmsc", "--timesteps", "0.5", "--root", root.path)
     assert "the grid is too small for lds" in done.stdout.splitlines()
     assert set(load_profile(root.run("coarse"))["metric"]) == {"cka", "cds", "rmsc"}
-    assert here("coarse", "--metrics", "lds", "--root", root.path).stderr == "no block of run coarse has a grid that is large enough for lds\n"
+    assert (
+        here("coarse", "--metrics", "lds", "--root", root.path).stderr
+        == "no block of run coarse has a grid that is large enough for lds\n"
+    )
 
 
 def refused(*words) -> str:
@@ -100,13 +125,26 @@ def test_mistakes_are_one_line(root, tmp_path):
     at = ("--root", root.path)
     assert refused("nope", *at) == f"no run 'nope' in {root.path}; `repa-lab status` lists them"
     assert refused("new", "--root", tmp_path) == "run new has no checkpoint yet"
-    assert refused("aligned", "--timesteps", "0.5,x", *at) == "--timesteps: expected numbers with commas between them, got '0.5,x'"
-    assert refused("aligned", "--precision", "int8", *at) == "--precision: unknown precision 'int8'; allowed: fp32, bf16, fp16"
+    assert (
+        refused("aligned", "--timesteps", "0.5,x", *at)
+        == "--timesteps: expected numbers with commas between them, got '0.5,x'"
+    )
+    assert (
+        refused("aligned", "--precision", "int8", *at)
+        == "--precision: unknown precision 'int8'; allowed: fp32, bf16, fp16"
+    )
     assert refused("baseline", *at) == "run baseline is compared with no encoder; name one"
-    assert refused("aligned", "--samples", 10, *at) == "cknna needs 11 or more held-out images, got 10; leave it out of the metrics"
-    assert refused("aligned", "--encoder", "{name: dinov2_vits14, size: 3}", *at).startswith("<given>: size: unknown field 'size'; allowed: cache,")
+    assert (
+        refused("aligned", "--samples", 10, *at)
+        == "cknna needs 11 or more held-out images, got 10; leave it out of the metrics"
+    )
+    assert refused("aligned", "--encoder", "{name: dinov2_vits14, size: 3}", *at).startswith(
+        "<given>: size: unknown field 'size'; allowed: cache,"
+    )
     assert refused("aligned", "--encoder", "[a", *at) == "--encoder: not a YAML value: '[a'"
-    assert refused("aligned", "--encoder", "dinov2_vits15", *at).startswith("unknown encoder 'dinov2_vits15'; allowed: efficientnet_lite0,")
+    assert refused("aligned", "--encoder", "dinov2_vits15", *at).startswith(
+        "unknown encoder 'dinov2_vits15'; allowed: efficientnet_lite0,"
+    )
 
 
 def test_missing_weights_of_an_encoder_are_one_line(root, tmp_path):

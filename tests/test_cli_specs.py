@@ -57,7 +57,9 @@ class TestWith:
     def test_a_run_of_a_fragment_is_the_run_of_the_merged_spec(self, folder):
         (folder / "merged.yaml").write_text(SPEC.replace("seeds: 2", "seeds: 1").replace("steps: 10", "steps: 20"))
         words = [("one.yaml", "--with", "more.yaml"), ("merged.yaml",)]
-        ids = [[run["run_id"] for run in json.loads(cli("plan", *w, "--json", cwd=folder).stdout)["runs"]] for w in words]
+        ids = [
+            [run["run_id"] for run in json.loads(cli("plan", *w, "--json", cwd=folder).stdout)["runs"]] for w in words
+        ]
         assert ids[0] == ids[1]
         assert len(set(ids[0])) == 4
 
@@ -83,7 +85,16 @@ class TestExplain:
 
     def test_a_section_of_an_arm(self, folder):
         done = cli(
-            "explain", "one.yaml", "train", "--arm", "baseline", "--with", "more.yaml", "--set", "train.lr=1", cwd=folder
+            "explain",
+            "one.yaml",
+            "train",
+            "--arm",
+            "baseline",
+            "--with",
+            "more.yaml",
+            "--set",
+            "train.lr=1",
+            cwd=folder,
         )
         lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
         assert {path: text.split() for path, text in lines.items()} == {
@@ -107,7 +118,12 @@ class TestExplain:
             "train.time": ["auto", "default"],
         }
         assert (
-            len({line.index(source.split()[1]) for line, source in zip(done.stdout.splitlines(), lines.values(), strict=True)})
+            len(
+                {
+                    line.index(source.split()[1])
+                    for line, source in zip(done.stdout.splitlines(), lines.values(), strict=True)
+                }
+            )
             == 1
         )
 
@@ -191,7 +207,9 @@ def describe_runs(folder, wanted):
 
 
 def test_labels_and_questions_are_shown_as_they_are_written(folder):
-    (folder / "odd.yaml").write_text("question: Does [1] help [/x]?\ninclude: [{label: 'a [red]b[/red] :100:', set: {train.lr: 2e-3}}]\n")
+    (folder / "odd.yaml").write_text(
+        "question: Does [1] help [/x]?\ninclude: [{label: 'a [red]b[/red] :100:', set: {train.lr: 2e-3}}]\n"
+    )
     shown = cli("plan", "one.yaml", "--with", "odd.yaml", cwd=folder)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith("Does [1] help [/x]?")

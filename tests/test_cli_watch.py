@@ -36,7 +36,10 @@ def test_why_tells_a_runs_history_and_the_reason(root):
     make(root)
     done = cli("why", "abc", "--root", root.path)
     assert done.returncode == 0
-    assert [line.split("│")[2].strip() for line in done.stdout.splitlines() if line.startswith("│")] == ["running", "failed"]
+    assert [line.split("│")[2].strip() for line in done.stdout.splitlines() if line.startswith("│")] == [
+        "running",
+        "failed",
+    ]
     assert "step 7, error DivergedError: the loss is nan at step 7" in done.stdout
     events = json.loads(cli("why", "abc", "--root", root.path, "--json").stdout)
     assert [event["event"] for event in events] == ["running", "failed"]
@@ -55,16 +58,25 @@ def test_status_of_a_root_calls_runs_as_their_sweeps_do(root):
         make(root, name)
     arms = [{"label": "weight=0.5", "runs": [{"seed": 3, "run_id": "asked"}, {"seed": 4, "run_id": "shared"}]}]
     for sweep, label in (("a", "weight=0.5"), ("b", "baseline")):
-        root.sweep(sweep).record({"name": sweep, "arms": [{**arms[0], "label": label, "runs": arms[0]["runs"][sweep == "b" :]}]})
+        root.sweep(sweep).record(
+            {"name": sweep, "arms": [{**arms[0], "label": label, "runs": arms[0]["runs"][sweep == "b" :]}]}
+        )
     (root.path / "c").mkdir()
     (root.path / "c/sweep.json").write_text("{")
     rows = json.loads(cli("status", "--root", root.path, "--json").stdout)
-    assert {row["run_id"]: row["run"] for row in rows} == {"asked": "a: weight=0.5, seed 3", "shared": "a: weight=0.5, seed 4", "lone": ""}
+    assert {row["run_id"]: row["run"] for row in rows} == {
+        "asked": "a: weight=0.5, seed 3",
+        "shared": "a: weight=0.5, seed 4",
+        "lone": "",
+    }
     (row,) = json.loads(cli("status", "b", "--root", root.path, "--json").stdout)
     assert (row["run"], row["run_id"]) == ("baseline, seed 4", "shared")
     twins = [{"label": label, "runs": [{"seed": 0, "run_id": "lone"}]} for label in ("x", "y")]
     root.sweep("d").record({"name": "d", "arms": twins})
-    assert [row["run"] for row in json.loads(cli("status", "d", "--root", root.path, "--json").stdout)] == ["x, seed 0", "y, seed 0"]
+    assert [row["run"] for row in json.loads(cli("status", "d", "--root", root.path, "--json").stdout)] == [
+        "x, seed 0",
+        "y, seed 0",
+    ]
 
 
 def test_a_run_that_was_killed_does_not_seem_to_go_on(root):

@@ -21,7 +21,10 @@ from repa_lab.runs import RunsRoot
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```python\n# (\w+\.py): [^\n]*\n(.*?)```", PAGE, flags=re.DOTALL))
-SPECS = {text.split("\n")[0].removeprefix("name: "): text for text in re.findall(r"```yaml\n(name: .*?)```", PAGE, flags=re.DOTALL)}
+SPECS = {
+    text.split("\n")[0].removeprefix("name: "): text
+    for text in re.findall(r"```yaml\n(name: .*?)```", PAGE, flags=re.DOTALL)
+}
 
 
 @pytest.fixture
@@ -61,7 +64,12 @@ def test_its_spec_is_planned_with_the_plugins_settings(folder):
 def test_a_source_an_encoder_and_a_metric_train_together(folder):
     outcome = sweep(folder / "extended.yaml", root=folder / "runs")
     assert (outcome.trained, outcome.failures) == (2, {})
-    rows = [row for run in RunsRoot(folder / "runs").runs() for row in run.rows() if "mean_gap:efficientnet_lite0@16/ode2" in row]
+    rows = [
+        row
+        for run in RunsRoot(folder / "runs").runs()
+        for row in run.rows()
+        if "mean_gap:efficientnet_lite0@16/ode2" in row
+    ]
     assert [row["step"] for row in rows] == [4, 4]
     kept = sorted(path.name for run in RunsRoot(folder / "runs").runs() for path in (run.path / "plugins").iterdir())
     assert kept == ["gradients.py", "gradients.py", "mean_gap.py", "mean_gap.py", "patches.py"]

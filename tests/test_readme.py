@@ -29,7 +29,9 @@ def test_tables_are_whole():
     tables = 0
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
         for table in re.findall(r"(?:^\|.*\n)+", page.read_text(), flags=re.MULTILINE):
-            head, line, *rows = (re.sub(r"\\\||`[^`]*`", "x", row) for row in table.splitlines())  # what stands in code divides nothing
+            head, line, *rows = (
+                re.sub(r"\\\||`[^`]*`", "x", row) for row in table.splitlines()
+            )  # what stands in code divides nothing
             assert re.fullmatch(r"\|(-+\|)+", line), f"{page.name}: a row without its table: {head}"
             assert {row.count("|") for row in (head, *rows)} == {line.count("|")}, f"{page.name}: {head}"
             tables += 1
@@ -39,7 +41,9 @@ def test_tables_are_whole():
 def shown_commands():
     """Every `repa-lab ...` in a code span or at the start of a line of code, comments left out."""
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
-        for span, line in re.findall(r"`(?:\$ )?repa-lab ([^`]+)`|^(?:\$ )?repa-lab ([^#\n]+)", page.read_text(), flags=re.MULTILINE):
+        for span, line in re.findall(
+            r"`(?:\$ )?repa-lab ([^`]+)`|^(?:\$ )?repa-lab ([^#\n]+)", page.read_text(), flags=re.MULTILINE
+        ):
             yield page.name, span or line
 
 
@@ -57,7 +61,9 @@ def test_every_command_that_is_shown_exists_with_its_options():
             command = command.commands[rest.pop(0)]
         known = {option for parameter in command.params for option in parameter.opts}
         options = set(re.findall(r"(?<!\S)\[?(--[a-z][a-z-]*)(?=[ =\]]|$)", words))
-        assert options <= known or name == "import", f"{page}: repa-lab {words}"  # which takes the flags of another trainer
+        assert options <= known or name == "import", (
+            f"{page}: repa-lab {words}"
+        )  # which takes the flags of another trainer
         seen.add(name)
     assert seen == set(group.commands)
 
@@ -66,7 +72,13 @@ def test_the_example_question_is_a_sound_spec(tmp_path):
     (example,) = re.findall(r"```yaml\n(name: .*?)```", README, flags=re.DOTALL)
     (tmp_path / "question.yaml").write_text(example)
     spec = load_spec(tmp_path / "question.yaml")
-    assert [arm.label for arm in spec.arms] == ["small, weight=0.25", "small, weight=0.5", "base, weight=0.25", "base, weight=0.5", "baseline"]
+    assert [arm.label for arm in spec.arms] == [
+        "small, weight=0.25",
+        "small, weight=0.5",
+        "base, weight=0.25",
+        "base, weight=0.5",
+        "baseline",
+    ]
     assert {size.split("/")[0] for size in SIT_SHAPES} == {"nano", "S", "B", "L", "XL"}
     assert set(UNET_SHAPES) == {"nano", "S", "B"}
 
@@ -104,7 +116,12 @@ def test_the_loop_of_the_readme_is_the_examples():
     example = (ROOT / "docs/examples/urepa_in_your_loop.py").read_text()
     marked = [line for line in example.splitlines() if "# U-REPA" in line]
     assert len(marked) == 11
-    for part in ("with capture(unet.mid_block) as tap:", "if regularizer.is_active(step):", "loss = loss + regularizer.weight_at(step) * ", 'optimizer.add_param_group({"params": regularizer.parameters()})'):
+    for part in (
+        "with capture(unet.mid_block) as tap:",
+        "if regularizer.is_active(step):",
+        "loss = loss + regularizer.weight_at(step) * ",
+        'optimizer.add_param_group({"params": regularizer.parameters()})',
+    ):
         assert part in readme
         assert part in example
     imports = {line.split("  #")[0] for line in marked if line.startswith("from repa_lab")}
@@ -115,7 +132,11 @@ REGULARIZER = (ROOT / "docs/regularizer.md").read_text()
 
 
 def test_every_encoder_is_in_the_documentation_with_its_patch():
-    rows = [row.split("|")[1:3] for row in REGULARIZER.splitlines() if row.startswith(("| `dino", "| `mae", "| `moco", "| `clip", "| `sig", "| `ijepa", "| `eff"))]
+    rows = [
+        row.split("|")[1:3]
+        for row in REGULARIZER.splitlines()
+        if row.startswith(("| `dino", "| `mae", "| `moco", "| `clip", "| `sig", "| `ijepa", "| `eff"))
+    ]
     named = {name: patches for names, patches in rows for name in re.findall(r"`(\w+)`", names) if name != "_reg"}
     named |= {f"{name}_reg": patches for name, patches in named.items() if name.startswith("dinov2")}
     assert named.keys() == ENCODERS.keys()

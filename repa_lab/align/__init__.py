@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from repa_lab.align.projector import Projector
     from repa_lab.align.regularizer import REPA, UREPA, Loss, Prediction, Regularizer, Shapes, Signals
     from repa_lab.align.schedule import Schedule
-    from repa_lab.align.settings import ManifoldSettings, Needs, ProjectorSettings, RegularizerSettings, ScheduleSettings
+    from repa_lab.align.settings import (
+        ManifoldSettings,
+        Needs,
+        ProjectorSettings,
+        RegularizerSettings,
+        ScheduleSettings,
+    )
     from repa_lab.align.tokens import Tokens, flatten_map, normalise_over_space, resample_tokens
 
 _HOMES = {

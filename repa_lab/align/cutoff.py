@@ -15,11 +15,11 @@ from repa_lab.align.settings import ScheduleSettings
 class SimilarityCutoff(nn.Module):
     """Whether the mean token cosine, smoothed over steps, has reached a threshold; then the weight is 0.
 
-    The average is exponential and bias-corrected, so that it is a true mean of what was seen from the first step on, and it
-    is not judged before ``similarity_min_count`` steps: an early spike switches nothing off. One step counts once, as the
-    mean over its micro-batches and processes, so all processes decide alike. A step is judged by the steps before it: its
-    own mean is not known before its last micro-batch, and reading it would wait for the device. The state travels in the
-    regularizer's ``state_dict``.
+    The average is exponential and bias-corrected, so that it is a true mean of what was seen from the first step on,
+    and it is not judged before ``similarity_min_count`` steps: an early spike switches nothing off. One step counts
+    once, as the mean over its micro-batches and processes, so all processes decide alike. A step is judged by the steps
+    before it: its own mean is not known before its last micro-batch, and reading it would wait for the device. The
+    state travels in the regularizer's ``state_dict``.
 
     Args:
         settings: ``similarity_threshold`` and the fields beside it.

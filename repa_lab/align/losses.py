@@ -16,8 +16,8 @@ _CACHED_BYTES = 1 << 20
 def scaled_to_unit(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens ``(..., D)`` scaled to length 1, and what each was multiplied by, ``(..., 1)``, in float32.
 
-    A vector of length zero stays zero and passes no gradient: dividing by a small epsilon instead would give NaN in half
-    precision and a gradient of 1/eps in single.
+    A vector of length zero stays zero and passes no gradient: dividing by a small epsilon instead would give NaN in
+    half precision and a gradient of 1/eps in single.
     """
     values = tokens.float()
     per_norm = _reciprocal(values.norm(dim=-1, keepdim=True))
@@ -25,7 +25,8 @@ def scaled_to_unit(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def token_cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Cosine of matching tokens: ``(B, N, D)`` twice in, float32 ``(B, N)`` in [-1, 1] out; no gradient reaches the teacher.
+    """Cosine of matching tokens: ``(B, N, D)`` twice in, float32 ``(B, N)`` in [-1, 1] out; no gradient reaches the
+    teacher.
 
     Raises:
         ValueError: the shapes differ.
@@ -54,9 +55,9 @@ def alignment_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor
 def nt_xent_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
     """Cross-entropy of picking each token's own teacher token among those of its image, by cosine over ``temperature``.
 
-    REPA (2410.06940), Tables 2 and 6, name NT-Xent as an alternative to the cosine but publish neither its negatives nor its
-    temperature, and the released code lacks it. Negatives are read as the other tokens of the same image, so that the loss
-    depends neither on the micro-batch nor on the number of processes.
+    REPA (2410.06940), Tables 2 and 6, name NT-Xent as an alternative to the cosine but publish neither its negatives
+    nor its temperature, and the released code lacks it. Negatives are read as the other tokens of the same image, so
+    that the loss depends neither on the micro-batch nor on the number of processes.
 
     Returns:
         A float32 scalar of at least 0; ln N where no token is told from another.
@@ -121,4 +122,6 @@ def _reciprocal(norm: torch.Tensor) -> torch.Tensor:
 
 def _require_same_shape(student: torch.Tensor, teacher: torch.Tensor) -> None:
     if student.ndim != 3 or student.shape != teacher.shape:
-        raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be the same (B, N, D)")
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be the same (B, N, D)"
+        )

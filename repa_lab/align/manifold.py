@@ -13,7 +13,8 @@ from repa_lab.align.losses import scaled_to_unit
 from repa_lab.align.ranks import gather
 from repa_lab.align.settings import ManifoldSettings
 
-# Pairs are worked off in squares of this many tokens a side: the largest that matter for memory, large enough for speed.
+# Pairs are worked off in squares of this many tokens a side: the largest that matter for memory, large enough for
+# speed.
 _TILE = 512
 
 
@@ -71,19 +72,21 @@ def manifold_loss(
 ) -> torch.Tensor:
     """How far similarities between student tokens are from those between teacher tokens: U-REPA (2503.18414), Eqs. 3-4.
 
-    By default ``mean over b, i, j of (cos(s_bi, s_bj) - cos(t_bi, t_bj))**2``. The paper is ambiguous in three places, and this
-    is why it is read so:
+    By default ``mean over b, i, j of (cos(s_bi, s_bj) - cos(t_bi, t_bj))**2``. The paper is ambiguous in three places,
+    and this is why it is read so:
 
-    - *Sign.* Eq. 3 prints a minus before the expectation; minimising that would push the similarities apart. Plus is meant.
+    - *Sign.* Eq. 3 prints a minus before the expectation; minimising that would push the similarities apart. Plus is
+      meant.
     - *Pairs.* The indices i and j are those of Eq. 1, tokens of one image, while the text speaks of relations "between
       samples". The formula is followed; ``scope`` offers the other readings.
-    - *Norm.* d is a squared Frobenius norm of a single similarity, a number; its expectation over i and j is the mean over
-      the N*N pairs. That puts the loss in [0, 4], where the published weight 3 keeps it below the cosine term. The norm of
-      the whole matrix (``reduction="sum"``) would be 65,536 times larger at 256 tokens.
+    - *Norm.* d is a squared Frobenius norm of a single similarity, a number; its expectation over i and j is the mean
+      over the N*N pairs. That puts the loss in [0, 4], where the published weight 3 keeps it below the cosine term. The
+      norm of the whole matrix (``reduction="sum"``) would be 65,536 times larger at 256 tokens.
 
-    The N x N matrices are never held: squares of 512 tokens a side are compared one at a time, each pair of them once, and
-    the gradient is gathered on the way. D x D matrices, ``||S'S||^2 - 2 ||S'T||^2 + ||T'T||^2``, would save them too, but take
-    a small difference of large numbers: a student close to its teacher would be wrong in the third digit in float32.
+    The N x N matrices are never held: squares of 512 tokens a side are compared one at a time, each pair of them once,
+    and the gradient is gathered on the way. D x D matrices, ``||S'S||^2 - 2 ||S'T||^2 + ||T'T||^2``, would save them
+    too, but take a small difference of large numbers: a student close to its teacher would be wrong in the third digit
+    in float32.
 
     Args:
         student: projected hidden states, ``(B, N, D)``; gradients flow here.
@@ -111,8 +114,8 @@ def manifold_loss(
 class _Relations(torch.autograd.Function):
     """Sum over sets and pairs of the distance between two similarities; tokens ``(S, M, D)`` and ``(S, M, E)`` in.
 
-    The matrix of differences d is symmetric, so its squares above the diagonal count twice, and the gradient in the unit
-    token u_i is ``2 * sum over j of slope(d_ij) u_j``. It is all that is kept until the backward pass.
+    The matrix of differences d is symmetric, so its squares above the diagonal count twice, and the gradient in the
+    unit token u_i is ``2 * sum over j of slope(d_ij) u_j``. It is all that is kept until the backward pass.
     """
 
     @staticmethod

@@ -61,9 +61,10 @@ _MLP = ProjectorSettings()
 class Projector(nn.Module):
     """Maps tokens ``(B, N, in_dim)`` to ``(B, N, out_dim)`` and keeps their grid.
 
-    ``mlp`` is REPA's: three linear layers of ``width`` with SiLU between and Xavier-uniform init, token by token (the papers'
-    code; 7,344,896 parameters for 768 to 768). ``linear`` is SimpleTuner's LayerNorm + Linear. ``conv`` is iREPA's convolution
-    over the grid with zeros around it, of an odd ``kernel`` so that tokens keep their places; torch's own init for both.
+    ``mlp`` is REPA's: three linear layers of ``width`` with SiLU between and Xavier-uniform init, token by token (the
+    papers' code; 7,344,896 parameters for 768 to 768). ``linear`` is SimpleTuner's LayerNorm + Linear. ``conv`` is
+    iREPA's convolution over the grid with zeros around it, of an odd ``kernel`` so that tokens keep their places;
+    torch's own init for both.
 
     Args:
         in_dim: the denoiser's width.

@@ -24,8 +24,8 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
 def gather(values: torch.Tensor) -> torch.Tensor:
     """The rows ``(n, ...)`` of all processes, ``(n * world size, ...)``, in the order of their ranks.
 
-    Gradients flow to this process's own rows, times the world size: DistributedDataParallel takes the mean of what every
-    process finds for its rows, where a loss over all rows asks for the sum.
+    Gradients flow to this process's own rows, times the world size: DistributedDataParallel takes the mean of what
+    every process finds for its rows, where a loss over all rows asks for the sum.
     """
     world = world_size()
     if world == 1:

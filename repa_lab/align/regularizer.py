@@ -67,8 +67,8 @@ class Loss:
 
     Attributes:
         value: a scalar; the trainer multiplies it by the scheduled weight and adds it to the denoising loss.
-        parts: scalars to log by name, unscaled, so that they compare across weights. A similarity threshold watches the part
-            called ``cosine``.
+        parts: scalars to log by name, unscaled, so that they compare across weights. A similarity threshold watches the
+            part called ``cosine``.
     """
 
     value: torch.Tensor
@@ -78,9 +78,9 @@ class Loss:
 class Regularizer(nn.Module):
     """The base of all regularizers.
 
-    A subclass has ``forward(signals, step) -> Loss``, settings of its own in ``Settings``, and, where it asks for more than one
-    tap and the encoders among its settings, ``needs(settings) -> Needs``. Its parameters train and are checkpointed; the
-    exported model holds none of them.
+    A subclass has ``forward(signals, step) -> Loss``, settings of its own in ``Settings``, and, where it asks for more
+    than one tap and the encoders among its settings, ``needs(settings) -> Needs``. Its parameters train and are
+    checkpointed; the exported model holds none of them.
 
     Args:
         settings: an instance of ``Settings``.
@@ -131,7 +131,8 @@ class Regularizer(nn.Module):
         return 0.0 if scheduled and self.cutoff and self.cutoff.is_cut(step) else scheduled
 
     def is_active(self, step: int) -> bool:
-        """Return whether the regularizer has to be called at ``step``; where the weight is 0 nothing is computed for it.
+        """Return whether the regularizer has to be called at ``step``; where the weight is 0 nothing is computed for
+        it.
 
         The one exception is a recoverable similarity cutoff, which at times looks whether it still holds.
         """
@@ -148,7 +149,9 @@ class Regularizer(nn.Module):
         if self.cutoff is None:
             return
         if "cosine" not in loss.parts:
-            raise ValueError("similarity_threshold watches the part 'cosine' of the loss, and this regularizer yields none")
+            raise ValueError(
+                "similarity_threshold watches the part 'cosine' of the loss, and this regularizer yields none"
+            )
         self.cutoff.observe(step, loss.parts["cosine"])
 
 

@@ -19,7 +19,8 @@ SHAPES: dict[str, Callable[[float, float, float, float], float]] = {
 
 
 class Schedule:
-    """The weight at a step: linear warm-up from 0, then a decay from ``weight`` to ``end``, then 0 from ``cutoff_step`` on.
+    """The weight at a step: linear warm-up from 0, then a decay from ``weight`` to ``end``, then 0 from ``cutoff_step``
+    on.
 
     Args:
         weight: the weight after warm-up (SimpleTuner's lambda).
@@ -68,7 +69,9 @@ class Schedule:
     def formula(self, step: int) -> tuple[object, ...]:
         """What the weight follows at ``step`` and until the next bend: the same formula gives the same weights."""
         decays = self.shape.type != "constant" and self.shape.warmup_steps <= step < self.decay_end
-        if (self.shape.cutoff_step and step >= self.shape.cutoff_step) or not (step < self.shape.warmup_steps or decays):
+        if (self.shape.cutoff_step and step >= self.shape.cutoff_step) or not (
+            step < self.shape.warmup_steps or decays
+        ):
             return (self(step),)
         if step < self.shape.warmup_steps:
             return ("warmup", self.weight, self.shape.warmup_steps)

@@ -78,8 +78,8 @@ class ProjectorSettings(Settings):
 class ResampleSettings(Settings):
     """How grids that differ are matched.
 
-    U-REPA (2503.18414) finds resampling the student better than shrinking the teacher (Table 6: FID 5.72 against 5.99), and
-    projecting first better than resampling first (Table 7: 5.72 against 5.84).
+    U-REPA (2503.18414) finds resampling the student better than shrinking the teacher (Table 6: FID 5.72 against 5.99),
+    and projecting first better than resampling first (Table 7: 5.72 against 5.84).
     """
 
     side: Literal["student", "teacher"] = "student"
@@ -94,8 +94,8 @@ class ManifoldSettings(Settings):
     scope: Literal["intra", "batch_pooled", "batch_tokens"] = "intra"
     """Pairs of tokens of one image, of images by their mean token, or of tokens of the whole batch.
 
-    The last two see the images of one forward pass in all processes: a micro-batch changes them, the number of processes does
-    not."""
+    The last two see the images of one forward pass in all processes: a micro-batch changes them, the number of
+    processes does not."""
     reduction: Literal["mean", "sum", "offdiag_mean"] = "mean"
     """Mean over all N*N pairs, their sum, or the mean without each token's pair with itself; then the mean over images."""
     distance: Literal["l2", "l1_margin"] = "l2"
@@ -211,8 +211,8 @@ REGULARIZERS: Registry[Component] = Registry("regularizer")
 def regularizer(name: str, implementation: str | None = None) -> Callable[[C], C]:
     """Register a regularizer under the ``type`` by which a spec names it.
 
-    Decorates a :class:`Regularizer` with its ``Settings`` inside, or settings by themselves, whose class stands in another
-    module and is imported when a run trains with it: `plan` then needs no torch.
+    Decorates a :class:`Regularizer` with its ``Settings`` inside, or settings by themselves, whose class stands in
+    another module and is imported when a run trains with it: `plan` then needs no torch.
 
     Args:
         name: the ``type``.

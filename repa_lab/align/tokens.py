@@ -13,7 +13,8 @@ _STD_FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class Tokens:
-    """Patch tokens ``values`` of shape ``(B, N, D)`` on the grid ``(h, w)``, row-major: token k stands at (k // w, k % w).
+    """Patch tokens ``values`` of shape ``(B, N, D)`` on the grid ``(h, w)``, row-major: token k stands at (k // w, k %
+    w).
 
     Raises:
         ValueError: ``values`` is not three-dimensional or N differs from ``h * w``.
@@ -47,8 +48,9 @@ class Tokens:
 def normalise_over_space(tokens: Tokens, strength: float) -> Tokens:
     """Every channel of an image's tokens without ``strength`` times its mean over them, over its deviation: iREPA.
 
-    ``(y - strength * mean) / (std + 1e-6)`` in float32, with the unbiased standard deviation over the N tokens: what is left is
-    how an image's patches differ rather than what they share. 1 is a z-score; iREPA takes 0.6 for latents, 0.8 for pixels.
+    ``(y - strength * mean) / (std + 1e-6)`` in float32, with the unbiased standard deviation over the N tokens: what is
+    left is how an image's patches differ rather than what they share. 1 is a z-score; iREPA takes 0.6 for latents, 0.8
+    for pixels.
 
     Raises:
         ValueError: there is a single token, which has no deviation.
@@ -80,11 +82,13 @@ def flatten_map(feature_map: torch.Tensor) -> Tokens:
 
 
 def resample_tokens(tokens: torch.Tensor, grid: Grid, to: Grid) -> torch.Tensor:
-    """Resample tokens ``(B, h*w, D)`` on ``grid=(h, w)`` to ``(B, H*W, D)`` on ``to=(H, W)``, bilinear in two dimensions.
+    """Resample tokens ``(B, h*w, D)`` on ``grid=(h, w)`` to ``(B, H*W, D)`` on ``to=(H, W)``, bilinear in two
+    dimensions.
 
-    Pixel-area convention (``align_corners=False``), interpolated in float32 and returned in the input's dtype. Equal grids
-    return the input itself; equal counts on different grids are resampled. Where a side shrinks more than twofold, bilinear
-    interpolation would skip tokens, which then learn nothing: there the average over the area is taken (antialiasing).
+    Pixel-area convention (``align_corners=False``), interpolated in float32 and returned in the input's dtype. Equal
+    grids return the input itself; equal counts on different grids are resampled. Where a side shrinks more than
+    twofold, bilinear interpolation would skip tokens, which then learn nothing: there the average over the area is
+    taken (antialiasing).
 
     Raises:
         ValueError: the tokens do not fill ``grid`` or a size is not positive.

@@ -90,7 +90,11 @@ class Limit:
 
 LIMITS = (
     Limit("loss", lambda run: run.at("loss") == "cosine", "SimpleTuner has the cosine alone"),
-    Limit("projector.type", lambda run: run.at("projector.type") != "mlp", "it has LayerNorm + Linear, or iREPA's convolution"),
+    Limit(
+        "projector.type",
+        lambda run: run.at("projector.type") != "mlp",
+        "it has LayerNorm + Linear, or iREPA's convolution",
+    ),
     Limit(
         "projector.kernel",
         lambda run: run.at("projector.type") != "conv" or run.at("projector.kernel") in _KERNELS,
@@ -102,10 +106,17 @@ LIMITS = (
         "its iREPA is the convolution with the normalisation, or neither of them",
         hides=True,
     ),
-    Limit("manifold_weight", lambda run: run.at("manifold_weight") > 0, "it takes 0 for 3.0; 1e-9 is as good as 0", "urepa"),
+    Limit(
+        "manifold_weight",
+        lambda run: run.at("manifold_weight") > 0,
+        "it takes 0 for 3.0; 1e-9 is as good as 0",
+        "urepa",
+    ),
     Limit(
         "manifold",
-        lambda run: [run.at(f"manifold.{name}") for name in ("scope", "reduction", "distance")] == ["intra", "mean", "l2"],
+        lambda run: (
+            [run.at(f"manifold.{name}") for name in ("scope", "reduction", "distance")] == ["intra", "mean", "l2"]
+        ),
         "it compares the tokens of an image, by the mean of squares",
         "urepa",
     ),
@@ -127,7 +138,11 @@ LIMITS = (
         "it loads DINOv2 from torch hub; without the key it would take dinov2_vitg14",
         hides=True,
     ),
-    Limit("encoder.weights", lambda run: run.encoder.weights is None, "it loads its encoder from torch hub, not from a file"),
+    Limit(
+        "encoder.weights",
+        lambda run: run.encoder.weights is None,
+        "it loads its encoder from torch hub, not from a file",
+    ),
     Limit("encoder.standardize", lambda run: not run.encoder.standardize, "it takes the features as they are"),
     Limit("encoder.pixels", lambda run: run.encoder.pixels != "image", "its encoder looks at decoded latents"),
     Limit(
@@ -153,9 +168,11 @@ LIMITS = (
     ),
     Limit(
         "schedule.probe_every",
-        lambda run: not run.judges_similarity
-        or run.at("schedule.threshold_mode") == "permanent"
-        or run.at("schedule.probe_every") == 1,
+        lambda run: (
+            not run.judges_similarity
+            or run.at("schedule.threshold_mode") == "permanent"
+            or run.at("schedule.probe_every") == 1
+        ),
         "it looks at every step",
     ),
 )
@@ -173,7 +190,9 @@ def export_settings(config: RunConfig) -> Exported:
     if regularizer.type == "none":
         return Exported({f"{prefix}_enabled": False}, ())
     if not isinstance(regularizer, REPASettings):
-        return Exported({f"{prefix}_enabled": False}, (f"regularizer.type: {regularizer.type} is not one of that trainer's",))
+        return Exported(
+            {f"{prefix}_enabled": False}, (f"regularizer.type: {regularizer.type} is not one of that trainer's",)
+        )
     latents = config.data.vae is not None
     run = _Run(regularizer, regularizer.encoders[0], family, config.model.size, config.data.side, latents)
     lost = [_sentence(run, limit) for limit in LIMITS if limit.prefix in (None, prefix) and not limit.fits(run)]

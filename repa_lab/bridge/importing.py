@@ -1,7 +1,7 @@
 """From SimpleTuner to a spec: SimpleTuner's `crepa_*`, `urepa_*` and `irepa_*` keys, and what a spec needs besides.
 
-Every value SimpleTuner would use is written down, its defaults included. What a spec has no place for is named, and so is
-every place where the two compute something else from the same number.
+Every value SimpleTuner would use is written down, its defaults included. What a spec has no place for is named, and so
+is every place where the two compute something else from the same number.
 """
 
 from __future__ import annotations
@@ -222,7 +222,9 @@ def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _check(spec: Mapping[str, Any], reading: Reading) -> None:
     """Hold the spec against the grammar, and say what is wrong at the key that brought it."""
     around = {} if reading.family else _AROUND
-    filled = {key: {**around[key], **value} if isinstance(around.get(key), dict) else value for key, value in spec.items()}
+    filled = {
+        key: {**around[key], **value} if isinstance(around.get(key), dict) else value for key, value in spec.items()
+    }
     try:
         load_spec({**around, **filled})
     except SpecError as error:
@@ -246,7 +248,9 @@ def _line(reading: Reading, key: str, message: str) -> str:
 
 def _comment(text: str) -> Iterator[str]:
     indent = "#   " if text.startswith("- ") else "# "
-    yield from textwrap.wrap(printable(text), _WIDTH, initial_indent="# ", subsequent_indent=indent, break_on_hyphens=False)
+    yield from textwrap.wrap(
+        printable(text), _WIDTH, initial_indent="# ", subsequent_indent=indent, break_on_hyphens=False
+    )
 
 
 def _entries(section: Mapping[str, Any], indent: str) -> Iterator[str]:

@@ -1,7 +1,8 @@
-"""SimpleTuner's keys, as data: what each is called here, how it is read and written, and what it is when it is left out.
+"""SimpleTuner's keys, as data: what each is called here, how it is read and written, and what it is when it is left
+out.
 
-Defaults and rules are those of SimpleTuner's registry (2026-08-22). What it computes with them differs from the lab in places;
-`DIFFERENCES` in `remarks` says where.
+Defaults and rules are those of SimpleTuner's registry (2026-08-22). What it computes with them differs from the lab in
+places; `DIFFERENCES` in `remarks` says where.
 """
 
 from __future__ import annotations
@@ -150,7 +151,9 @@ def _shared(prefix: Prefix, encoder: str) -> tuple[Key, ...]:
         Key(encoder, "regularizer.encoder.name", "dinov2_vitg14", _encoder),
         Key(f"{prefix}_encoder_image_size", "regularizer.encoder.image_size", 518, _or_default(whole, 518)),
         Key(f"{prefix}_use_tae", "regularizer.encoder.pixels", False, _pixels, lambda pixels: pixels == "tae"),
-        Key(f"{prefix}_scheduler", f"{schedule}.type", "constant", one_of("constant", "linear", "cosine", "polynomial")),
+        Key(
+            f"{prefix}_scheduler", f"{schedule}.type", "constant", one_of("constant", "linear", "cosine", "polynomial")
+        ),
         Key(f"{prefix}_warmup_steps", f"{schedule}.warmup_steps", 0, whole),
         Key(f"{prefix}_decay_steps", f"{schedule}.decay_steps", 0, whole),
         Key(f"{prefix}_lambda_end", f"{schedule}.end", 0.0, number),

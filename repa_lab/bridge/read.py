@@ -115,8 +115,8 @@ def read(given: Given) -> Reading:
     """Read every known key.
 
     Raises:
-        SpecError: for values that a key cannot have, keys of the regularizers that do not exist, a family that the lab does
-            not know, and a regularizer that does not fit it; all of them at once.
+        SpecError: for values that a key cannot have, keys of the regularizers that do not exist, a family that the lab
+            does not know, and a regularizer that does not fit it; all of them at once.
     """
     values, problems = _convert(given)
     problems += _unknown(given)
@@ -169,7 +169,9 @@ def _flavour_problems(given: Given, values: Mapping[str, Any], family: Family | 
         return
     known, allowed = find_flavour(family.name, name), FLAVOURS[family.name]
     if known is None:
-        message = f"unknown flavour '{name}' of {family.name}; allowed: {', '.join(allowed)}{did_you_mean(name, allowed)}"
+        message = (
+            f"unknown flavour '{name}' of {family.name}; allowed: {', '.join(allowed)}{did_you_mean(name, allowed)}"
+        )
         yield given.problem("model_flavour", message)
     elif known not in allowed:
         message = f"the lab does not train '{known}': {REFUSED[family.name][known]}; allowed: {', '.join(allowed)}"
@@ -179,7 +181,9 @@ def _flavour_problems(given: Given, values: Mapping[str, Any], family: Family | 
 def _switch_problems(given: Given, values: Mapping[str, Any], family: Family | None) -> Iterator[Problem]:
     on = [prefix for prefix in KEYS if values.get(f"{prefix}_enabled")]
     if len(on) > 1:
-        yield given.problem("urepa_enabled", "crepa_enabled is true as well; a run has one regularizer: leave one of them out")
+        yield given.problem(
+            "urepa_enabled", "crepa_enabled is true as well; a run has one regularizer: leave one of them out"
+        )
     elif on and family is not None and family.kind != _FITS[on[0]]:
         kind, other = ("a UNet", "urepa_*") if family.kind == "unet" else ("a transformer", "crepa_*")
         fits = "transformers" if on[0] == "crepa" else "UNets"
@@ -187,5 +191,3 @@ def _switch_problems(given: Given, values: Mapping[str, Any], family: Family | N
         yield given.problem(f"{on[0]}_enabled", message)
     if values.get("irepa_enabled") and not on:
         yield given.problem("irepa_enabled", "iREPA needs REPA or U-REPA: set crepa_enabled or urepa_enabled as well")
-
-

@@ -194,8 +194,15 @@ def _not_carried(reading: Reading, fields: Fields) -> Iterator[Remark]:
 def _encoder_not_carried(reading: Reading, fields: Fields) -> Iterator[Remark]:
     for name in ("crepa_encoder", CREPA_MODEL.name, "urepa_model"):
         if reading.is_on(name) and is_language_model(reading.values.get(name, "")):
-            yield name, "not carried: a vision-language model yields no grid of patch tokens here; dinov2_vitg14 stands in"
-    if reading.prefix and reading.part(f"{reading.prefix}_use_tae") == "tae" and fields["regularizer.encoder.pixels"] == "vae":
+            yield (
+                name,
+                "not carried: a vision-language model yields no grid of patch tokens here; dinov2_vitg14 stands in",
+            )
+    if (
+        reading.prefix
+        and reading.part(f"{reading.prefix}_use_tae") == "tae"
+        and fields["regularizer.encoder.pixels"] == "vae"
+    ):
         latents = f"for the latents of {reading.family.name}" if reading.family else "without model_family"
         message = f"not carried: no tiny autoencoder is known {latents}; give pixels: tae and tae: yourself"
         yield f"{reading.prefix}_use_tae", message
@@ -225,7 +232,10 @@ def _to_fill_in(reading: Reading, fields: Fields) -> Iterator[Remark]:
     if reading.prefix is None and not any(key.name in reading.values for key in REST):
         yield "", "neither crepa_enabled nor urepa_enabled is true: there is no regularizer"
     if reading.family is None:
-        yield "", "no model_family, so this is a fragment: name it with use: in a spec, or add model_family and import again"
+        yield (
+            "",
+            "no model_family, so this is a fragment: name it with use: in a spec, or add model_family and import again",
+        )
         if "model_flavour" in reading.values:
             yield "model_flavour", "not carried without model_family, whose release it names"
         yield from _images(reading, fields) if "data_backend_config" in reading.values else ()
@@ -286,9 +296,12 @@ def _release(reading: Reading) -> Iterator[Remark]:
         known = f"it has {blocks} blocks, and " if blocks else ""
         is_counted = family.kind == "transformer"  # a UNet has one block to tap
         checked = "; a run checks block_index against the weights before it trains" if is_counted else ""
-        yield "", (
-            f"model.pretrained is {reading.pretrained}: {known}what `plan` says of blocks, parameters, FLOPs and memory"
-            f" is counted for {family.pipeline.released}{checked}"
+        yield (
+            "",
+            (
+                f"model.pretrained is {reading.pretrained}: {known}what `plan` says of blocks, parameters, FLOPs and memory"
+                f" is counted for {family.pipeline.released}{checked}"
+            ),
         )
     if (family.name, reading.flavour) in ASSISTED and reading.part("model_type") == "lora" and not named:
         message = f"SimpleTuner trains '{reading.flavour}' beside an assistant LoRA, which keeps it distilled"
@@ -319,10 +332,13 @@ def _evaluation(reading: Reading, fields: Fields) -> Iterator[Remark]:
     cut = f" (validation_num_inference_steps {asked} would cost more)" if asked and asked > steps else ""
     noise = ". A Frechet distance of so few samples is mostly noise: raise evaluate.samples"
     passes, usual_passes = samples * steps * calls, usual.samples * usual.sampler.steps * calls
-    yield "", (
-        f"evaluate: {samples:,} samples of {steps} sampling steps{cut}, at the end alone: {passes:,} forward passes;"
-        f" training takes about {training:,}. The lab's default, {usual.samples:,} samples of {usual.sampler.steps} steps,"
-        f" would take {usual_passes:,}{noise if samples < _FEW_SAMPLES else ''}"
+    yield (
+        "",
+        (
+            f"evaluate: {samples:,} samples of {steps} sampling steps{cut}, at the end alone: {passes:,} forward passes;"
+            f" training takes about {training:,}. The lab's default, {usual.samples:,} samples of {usual.sampler.steps} steps,"
+            f" would take {usual_passes:,}{noise if samples < _FEW_SAMPLES else ''}"
+        ),
     )
 
 
@@ -346,4 +362,7 @@ def _stand_ins(reading: Reading, fields: Fields) -> Iterator[Remark]:
     if cap and clip and clip > cap:
         yield "max_grad_norm", f"SimpleTuner lowers it to {cap} for this family, unless i_know_what_i_am_doing is set"
     if reading.given.values.get("grad_clip_method", "value") != "norm":
-        yield "", "max_grad_norm clips the gradient's norm here, and each of its values there unless grad_clip_method is norm"
+        yield (
+            "",
+            "max_grad_norm clips the gradient's norm here, and each of its values there unless grad_clip_method is norm",
+        )

@@ -58,7 +58,8 @@ def prepare(
 
 
 def spread(words: Sequence[str], count: int) -> int:
-    """Have this many processes carry out a command of `repa-lab`, as torchrun would; the first exit status that is not 0.
+    """Have this many processes carry out a command of `repa-lab`, as torchrun would; the first exit status that is not
+    0.
 
     One that fails takes the others with it.
     """

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from repa_lab.cli.shared import JsonOption, OutputOption, RootOption, clean_errors, deliver, err, mistake, out, progress, table
+from repa_lab.cli.shared import (
+    JsonOption,
+    OutputOption,
+    RootOption,
+    clean_errors,
+    deliver,
+    err,
+    mistake,
+    out,
+    progress,
+    table,
+)
 from repa_lab.runs.root import DEFAULT_ROOT
 
 if TYPE_CHECKING:
@@ -37,7 +48,9 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's id, or its folder.")],
     folder: Annotated[Path | None, typer.Argument(metavar="[FOLDER]", help="A new folder for the model.")] = None,
     weights: Annotated[str, typer.Option(help="ema (the averages that are measured) or last.")] = "ema",
-    format_: Annotated[str, typer.Option("--format", help="diffusers: the model; simpletuner: the settings.")] = "diffusers",
+    format_: Annotated[
+        str, typer.Option("--format", help="diffusers: the model; simpletuner: the settings.")
+    ] = "diffusers",
     output: OutputOption = None,
     root: RootOption = DEFAULT_ROOT,
 ) -> None:
@@ -59,9 +72,13 @@ def export(
 def sample(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's id, or its folder.")],
     file: Annotated[Path, typer.Argument(metavar="FILE.npz", help="A new file.")],
-    metric: Annotated[str | None, typer.Option(help="Full name of a number; else the first of the dearest protocol.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Full name of a number; else the first of the dearest protocol.")
+    ] = None,
     weights: Annotated[str, typer.Option(help="ema (the averages that are measured) or last.")] = "ema",
-    real: Annotated[bool, typer.Option("--real", help="Write instead what they are compared with: training images.")] = False,
+    real: Annotated[
+        bool, typer.Option("--real", help="Write instead what they are compared with: training images.")
+    ] = False,
     root: RootOption = DEFAULT_ROOT,
 ) -> None:
     """Draw the samples that a run's number was measured on into one file, as ADM's evaluator takes it."""
@@ -83,7 +100,9 @@ def sample(
 
 
 def import_(
-    config: Annotated[list[str], typer.Argument(metavar="CONFIG", help="A file of JSON or of flags, or the flags themselves.")],
+    config: Annotated[
+        list[str], typer.Argument(metavar="CONFIG", help="A file of JSON or of flags, or the flags themselves.")
+    ],
     output: OutputOption = None,
 ) -> None:
     """Turn a SimpleTuner config into a spec, and say what it cannot carry and what means something else here."""

@@ -23,10 +23,13 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def profile(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Ids or folders; the others are set against the first.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Ids or folders; the others are set against the first.")
+    ],
     timesteps: Annotated[str, typer.Option(help="From 0, data, to 1, noise.")] = "0.1,0.3,0.5,0.7,0.9",
     encoder: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Whom to compare with, or its settings as in a spec; else the run's own.")
+        str | None,
+        typer.Option(metavar="NAME", help="Whom to compare with, or its settings as in a spec; else the run's own."),
     ] = None,
     weights: Annotated[str, typer.Option(help="ema (the averages that are measured) or last.")] = "ema",
     samples: Annotated[int | None, typer.Option(min=1, help="How many of the held-out images; else all.")] = None,

@@ -9,7 +9,9 @@ import typer
 from repa_lab.cli.shared import RootOption, SetOption, clean_errors, err, mistake, out, overrides, table
 from repa_lab.runs.root import DEFAULT_ROOT
 
-NameArgument = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Such as urepa/table8; without it, all are listed.")]
+NameArgument = Annotated[
+    str | None, typer.Argument(metavar="[NAME]", help="Such as urepa/table8; without it, all are listed.")
+]
 
 
 def reproduce(

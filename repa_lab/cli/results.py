@@ -16,15 +16,20 @@ if TYPE_CHECKING:
     from repa_lab.runs import RunDirectory, RunsRoot
 
 WhatArgument = Annotated[
-    list[Path] | None, typer.Argument(metavar="[RUN|SWEEP]...", help="Ids of runs, names of sweeps, or folders; else all.")
+    list[Path] | None,
+    typer.Argument(metavar="[RUN|SWEEP]...", help="Ids of runs, names of sweeps, or folders; else all."),
 ]
 
 
 def leaderboard(
     place: Annotated[Path | None, typer.Argument(metavar="[ROOT]", help="Where runs live; the same as --root.")] = None,
     root: RootOption = DEFAULT_ROOT,
-    metric: Annotated[str | None, typer.Option(metavar="NAME|KIND", help="One metric, or one kind, such as fid.")] = None,
-    protocol: Annotated[str, typer.Option(metavar="TEXT", help="What its name must contain, such as @50k/sde250.")] = "",
+    metric: Annotated[
+        str | None, typer.Option(metavar="NAME|KIND", help="One metric, or one kind, such as fid.")
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option(metavar="TEXT", help="What its name must contain, such as @50k/sde250.")
+    ] = "",
     json_: JsonOption = False,
 ) -> None:
     """Show the arms of all sweeps, best first, a table for each protocol."""
@@ -86,7 +91,9 @@ def sync(what: WhatArgument = None, root: RootOption = DEFAULT_ROOT) -> None:
             line = ": ".join(filter(None, (found.run_id, found.outcome, found.detail)))
             out.print(line, highlight=False, markup=False, soft_wrap=True)
         if not runs:
-            out.print(f"W&B recorded nothing offline of these runs in {root}", highlight=False, markup=False, soft_wrap=True)
+            out.print(
+                f"W&B recorded nothing offline of these runs in {root}", highlight=False, markup=False, soft_wrap=True
+            )
         if failed:
             raise typer.Exit(1)
 

@@ -16,8 +16,8 @@ _PIPE_WIDTH = 160
 
 
 def _console(is_error: bool, stream: TextIO) -> Console:
-    """A console for plain text: labels and paths may hold brackets and colons. A pipe has no width: a table must not be cut for
-    a terminal that is not there."""
+    """A console for plain text: labels and paths may hold brackets and colons. A pipe has no width: a table must not be
+    cut for a terminal that is not there."""
     return Console(stderr=is_error, width=None if stream.isatty() else _PIPE_WIDTH, markup=False, emoji=False)
 
 
@@ -26,7 +26,9 @@ out, err = _console(False, sys.stdout), _console(True, sys.stderr)
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="A spec file: one question.")]
 RootOption = Annotated[Path, typer.Option("--root", help="Where runs live.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Lay a value over the spec.")]
-OutputOption = Annotated[Path | None, typer.Option("--output", metavar="FILE", help="A new file instead of the terminal.")]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", metavar="FILE", help="A new file instead of the terminal.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -116,9 +118,22 @@ def progress(task: str, console: Console, is_shown: bool = True) -> Iterator[Cal
     Yields:
         What to tell how much is done, and of how much.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     bars = Progress(*columns, console=console, disable=not is_shown)
     bar = bars.add_task(task, total=None)
     with ExitStack() as shown:

@@ -10,7 +10,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from repa_lab.cli.shared import JsonOption, RootOption, SetOption, SpecArgument, clean_errors, err, out, overrides, table
+from repa_lab.cli.shared import (
+    JsonOption,
+    RootOption,
+    SetOption,
+    SpecArgument,
+    clean_errors,
+    err,
+    out,
+    overrides,
+    table,
+)
 from repa_lab.runs.root import DEFAULT_ROOT
 
 WithOption = Annotated[
@@ -28,7 +38,9 @@ def sweep(
     max_failures: Annotated[
         int | None, typer.Option("--max-failures", min=1, help="Start no more runs after this many have failed.")
     ] = None,
-    no_share: Annotated[bool, typer.Option("--no-share", help="Train every run by itself from its first step.")] = False,
+    no_share: Annotated[
+        bool, typer.Option("--no-share", help="Train every run by itself from its first step.")
+    ] = False,
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="Go through all of it in minutes on a CPU, with tiny random models.")
     ] = False,

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 _REFRESH_S = 2.0
 _GIB = 1 << 30
-SweepArgument = Annotated[Path | None, typer.Argument(metavar="[SWEEP]", help="A sweep's name or folder; else all runs.")]
+SweepArgument = Annotated[
+    Path | None, typer.Argument(metavar="[SWEEP]", help="A sweep's name or folder; else all runs.")
+]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's id, or its folder.")]
 
 
@@ -74,7 +76,9 @@ def why(run: RunArgument, root: RootOption = DEFAULT_ROOT, json_: JsonOption = F
 def retry(
     run: RunArgument,
     root: RootOption = DEFAULT_ROOT,
-    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Forget its rows, samples and checkpoints.")] = False,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Forget its rows, samples and checkpoints.")
+    ] = False,
 ) -> None:
     """Have the next sweep take a run up again: one that was pruned, or, from scratch, any."""
     with clean_errors():
@@ -94,7 +98,8 @@ def retry(
 
 
 def stop(
-    sweep: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep's name or folder.")], root: RootOption = DEFAULT_ROOT
+    sweep: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep's name or folder.")],
+    root: RootOption = DEFAULT_ROOT,
 ) -> None:
     """Have the process that carries out a sweep checkpoint its runs and end, as Ctrl-C there would."""
     with clean_errors():
@@ -126,7 +131,9 @@ def pin(
 
 def gc(
     root: RootOption = DEFAULT_ROOT,
-    disk_gib: Annotated[float | None, typer.Option(min=0, help="Delete more that can go, until the root is so small.")] = None,
+    disk_gib: Annotated[
+        float | None, typer.Option(min=0, help="Delete more that can go, until the root is so small.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing; say what would go.")] = False,
 ) -> None:
     """Delete what is of no use: leftovers of kills, checkpoints of pruned runs; never a run's last good one, nor a pin."""
@@ -145,7 +152,9 @@ def gc(
             out.print(f"nothing more can go: {disk_gib:g} GiB cannot be kept to", highlight=False)
 
 
-def _later(root: RunsRoot, sweep: Path | None, rows: list[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], ...]]:
+def _later(
+    root: RunsRoot, sweep: Path | None, rows: list[dict[str, Any]]
+) -> Iterator[tuple[list[dict[str, Any]], ...]]:
     """What stood in the rows and what stands in them now, again and again until all runs have come to rest."""
     while _goes_on(root, sweep, rows):
         time.sleep(_REFRESH_S)
@@ -199,4 +208,8 @@ def _left(run: RunDirectory, last: dict[str, Any]) -> str:
 
 def _told(event: dict[str, Any]) -> dict[str, Any]:
     facts = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "event"))
-    return {"time": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"])), "event": event["event"], "": facts}
+    return {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"])),
+        "event": event["event"],
+        "": facts,
+    }

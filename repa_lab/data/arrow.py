@@ -34,8 +34,8 @@ def open_hub(settings: HubSettings) -> HubDataset:
 class TableImages(Pictures):
     """Images of the rows of a table.
 
-    The images are the first column of images, and the labels the first column of class labels. For the column of captions
-    see :func:`repa_lab.data.listing.find_caption_column`; a row without a caption has the empty one.
+    The images are the first column of images, and the labels the first column of class labels. For the column of
+    captions see :func:`repa_lab.data.listing.find_caption_column`; a row without a caption has the empty one.
 
     Args:
         rows: a map-style `datasets.Dataset`.

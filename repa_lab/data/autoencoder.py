@@ -20,8 +20,9 @@ Rounding = Literal["nearest", "truncate"]
 class Autoencoder:
     """Encodes pixels and decodes latents, on whatever device they are.
 
-    Video autoencoders are given images as films of one frame. The model is brought to float32, and its ``decode`` computes in
-    float32 whoever calls it: in half precision SDXL's gives NaN, and others give pixels of a few hundred levels.
+    Video autoencoders are given images as films of one frame. The model is brought to float32, and its ``decode``
+    computes in float32 whoever calls it: in half precision SDXL's gives NaN, and others give pixels of a few hundred
+    levels.
 
     Args:
         model: a diffusers autoencoder.
@@ -59,7 +60,9 @@ class Autoencoder:
         mean, std = _posterior(self.model.encode(images.unsqueeze(2) if self._film else images))
         moments = torch.cat([mean, std], dim=1)
         moments = moments.squeeze(2) if self._film else moments
-        self.scaling.shape(moments.shape[1] // 2, *moments.shape[2:])  # refuses what would not do before all are computed
+        self.scaling.shape(
+            moments.shape[1] // 2, *moments.shape[2:]
+        )  # refuses what would not do before all are computed
         return moments
 
     @torch.no_grad()
@@ -72,7 +75,8 @@ class Autoencoder:
 
 
 def load_autoencoder(place: str, field: str, shifted: bool = True) -> Autoencoder:
-    """An autoencoder by its hub id or folder, or by that of a pipeline, whose ``vae`` it is; of the class its config names.
+    """An autoencoder by its hub id or folder, or by that of a pipeline, whose ``vae`` it is; of the class its config
+    names.
 
     Raises:
         DataError: it cannot be loaded, or is none.
@@ -144,7 +148,8 @@ def _identity(model: Any) -> dict[str, Any]:
 
 
 def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of a state dict: the name, type, shape and bytes of every tensor, on whatever device and strides.
+    """Return the SHA-256 of a state dict: the name, type, shape and bytes of every tensor, on whatever device and
+    strides.
 
     Bytes, for a sum of floats depends on the number of threads that add them.
     """

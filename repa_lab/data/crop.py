@@ -87,8 +87,8 @@ def _transparent_colour(image: Image.Image) -> int | tuple[int, ...] | None:
 class Buckets:
     """Sizes of about the same area at several aspects, as SDXL was trained with.
 
-    Sides are multiples of ``step`` pixels; the area is at most that of a square of ``side``; a side is at most ``max_aspect``
-    times the other.
+    Sides are multiples of ``step`` pixels; the area is at most that of a square of ``side``; a side is at most
+    ``max_aspect`` times the other.
 
     Raises:
         DataError: there is no such size.

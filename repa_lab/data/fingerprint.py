@@ -46,8 +46,8 @@ def fingerprint_images(images: ImageList, resolution: int, buckets: Buckets | No
 def fingerprint_content(images: ImageList, resolution: int, buckets: Buckets | None = None) -> str:
     """As :func:`fingerprint_folder`, and what is in the images: in all of up to 256, in as many of more, evenly spaced.
 
-    Caches hang on it. Reading files takes too long for what `plan` knows of a run, and there a mistake costs less: uncompressed
-    images of two data sets have the same sizes, and features of one must not pass for the other's.
+    Caches hang on it. Reading files takes too long for what `plan` knows of a run, and there a mistake costs less:
+    uncompressed images of two data sets have the same sizes, and features of one must not pass for the other's.
     """
     contents = [_sha256(path) for path in _evenly(images.files)]
     return digest({"listing": fingerprint_images(images, resolution, buckets), "contents": contents})
@@ -69,8 +69,8 @@ def fingerprint_saved(folder: Path, resolution: int, buckets: Buckets | None = N
 def fingerprint_files(folder: Path, but: str | None = None) -> str:
     """Any folder: the names and sizes of its files, and the first and last mebibyte of each.
 
-    It stands for a local folder of weights in a run's identity: wherever it lies, and even if it is filled anew. Files whose
-    names match the pattern ``but`` are left out.
+    It stands for a local folder of weights in a run's identity: wherever it lies, and even if it is filled anew. Files
+    whose names match the pattern ``but`` are left out.
 
     Raises:
         OSError: the folder cannot be read.

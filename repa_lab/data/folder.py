@@ -24,7 +24,8 @@ def open_image_folder(settings: ImageFolderSettings) -> ImageFolder:
 
 
 class ImageFolder(Pictures):
-    """Images below a folder; those directly in it belong to one class. Each is cropped and resized as the papers' data was.
+    """Images below a folder; those directly in it belong to one class. Each is cropped and resized as the papers' data
+    was.
 
     See :func:`repa_lab.data.listing.read_image_folder` for what is read and where captions come from.
 

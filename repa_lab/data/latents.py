@@ -18,8 +18,8 @@ PerChannel = tuple[float, ...]
 class LatentScaling:
     """``x = (patchify(z) - mean) * scale``: latents ``z`` of the autoencoder, ``x`` of the diffusion model.
 
-    ``mean`` and ``scale`` hold one number for all channels, or one for each channel of ``x``. ``patch`` is the size of a patch
-    of ``z``: it becomes one place of ``x`` and its values channels, in the order (channel, row, column).
+    ``mean`` and ``scale`` hold one number for all channels, or one for each channel of ``x``. ``patch`` is the size of
+    a patch of ``z``: it becomes one place of ``x`` and its values channels, in the order (channel, row, column).
 
     Raises:
         DataError: a scale that nothing can be divided by.
@@ -31,7 +31,9 @@ class LatentScaling:
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(value) and value != 0 for value in self.scale):
-            raise DataError("vae", f"the VAE's latents cannot be scaled by {self.scale}: its config or statistics are broken")
+            raise DataError(
+                "vae", f"the VAE's latents cannot be scaled by {self.scale}: its config or statistics are broken"
+            )
 
     def shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
         """The shape of ``x`` for one of ``z``, both (channels, height, width).
@@ -41,7 +43,9 @@ class LatentScaling:
         """
         rows, columns = self.patch
         if height % rows or width % columns:
-            message = f"the VAE's latents measure {height}x{width}, which does not divide into patches of {rows}x{columns}"
+            message = (
+                f"the VAE's latents measure {height}x{width}, which does not divide into patches of {rows}x{columns}"
+            )
             raise DataError("resolution", message)
         return channels * rows * columns, height // rows, width // columns
 
@@ -56,10 +60,12 @@ class LatentScaling:
 
 
 def latent_scaling(vae: Any) -> LatentScaling:
-    """The scaling of a diffusers autoencoder, as the pipelines of diffusers apply it, from what its config and buffers hold.
+    """The scaling of a diffusers autoencoder, as the pipelines of diffusers apply it, from what its config and buffers
+    hold.
 
     - batch-norm statistics over patches (`AutoencoderKLFlux2`): ``(z - mean) / sqrt(var + eps)``;
-    - ``latents_mean`` and ``latents_std``, in the config or as buffers (SDXL-shaped, Qwen, Wan): ``(z - mean) * scale / std``;
+    - ``latents_mean`` and ``latents_std``, in the config or as buffers (SDXL-shaped, Qwen, Wan):
+      ``(z - mean) * scale / std``;
     - ``scaling_factor`` and ``shift_factor`` (SD, SD3, Flux): ``(z - shift) * scale``; what is not set is 1 and 0.
 
     Raises:

@@ -1,7 +1,8 @@
-"""The folders that REPA's preprocessing writes, and `repa-lab data prepare`: numbered images, their latents, labels. No torch.
+"""The folders that REPA's preprocessing writes, and `repa-lab data prepare`: numbered images, their latents, labels. No
+torch.
 
-``images/00000/img00000000.png`` and ``vae-sd/00000/img-mean-std-00000000.npy`` belong together by their number, which is in
-their names, and by nothing else. Labels are in ``dataset.json`` of either tree or of both.
+``images/00000/img00000000.png`` and ``vae-sd/00000/img-mean-std-00000000.npy`` belong together by their number, which
+is in their names, and by nothing else. Labels are in ``dataset.json`` of either tree or of both.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ def read_listing(folder: Path) -> Listing:
 
 
 def fingerprint_prepared(folder: Path, resolution: int, buckets: Buckets | None = None) -> str:
-    """A prepared folder in a few bytes; see :meth:`Listing.fingerprint`. Its images are square: there are no ``buckets``.
+    """A prepared folder in a few bytes; see :meth:`Listing.fingerprint`. Its images are square: there are no
+    ``buckets``.
 
     Raises:
         DataError: see :func:`read_listing`.

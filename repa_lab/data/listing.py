@@ -124,9 +124,10 @@ def caption_notes(captions: Sequence[str]) -> list[str]:
 def read_image_folder(folder: Path, caption_column: str | None = None) -> ImageList:
     """List the images of a folder with their captions.
 
-    If there are ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet`` files, in the folder or below it, the images
-    are those they list. Captions stand in their column ``caption_column`` or else ``text``, ``caption`` or ``prompt``;
-    without such a column, or without metadata, in text files named as the images are (``cat.png``, ``cat.txt``).
+    If there are ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet`` files, in the folder or below it, the
+    images are those they list. Captions stand in their column ``caption_column`` or else ``text``, ``caption`` or
+    ``prompt``; without such a column, or without metadata, in text files named as the images are (``cat.png``,
+    ``cat.txt``).
 
     Raises:
         DataError: no folder, no images, a link that leads nowhere, or metadata that cannot be used: with file and line.

@@ -1,7 +1,8 @@
 """Prepares a folder of images for training, in the layout of REPA's preprocessing: cropped once, encoded once.
 
-Images are numbered in the order of their paths. They are encoded in fixed batches, so that the latents do not depend on how
-many processes share the work or how often it was interrupted. A file is written whole or not at all, and is not written again.
+Images are numbered in the order of their paths. They are encoded in fixed batches, so that the latents do not depend on
+how many processes share the work or how often it was interrupted. A file is written whole or not at all, and is not
+written again.
 """
 
 from __future__ import annotations
@@ -91,7 +92,11 @@ def prepare(
     try:
         _begin(wanted, images, vae)
         at_once = threads if device.type == "cpu" else 1
-        with _Files(wanted.folder, part) as files, ThreadPoolExecutor(threads) as readers, _one_core_each(at_once) as encoders:
+        with (
+            _Files(wanted.folder, part) as files,
+            ThreadPoolExecutor(threads) as readers,
+            _one_core_each(at_once) as encoders,
+        ):
             worker = _Worker(images, vae, files, sizes, readers, encoders)
             return worker.carry_out(_batches(len(images), wanted.batch_size, part), at_once + _BATCHES_AHEAD, progress)
     except torch.OutOfMemoryError:
@@ -227,7 +232,9 @@ def _begin(wanted: Preparation, images: ImageFolder, vae: Autoencoder) -> None:
     with FileLock(wanted.folder / _LOCK):
         held = read_manifest(wanted.folder)
         if held is None and any(not path.name.startswith(".") for path in wanted.folder.iterdir()):
-            raise DataError("path", f"'{wanted.folder}' is not empty, and no preparation was begun there; name a new folder")
+            raise DataError(
+                "path", f"'{wanted.folder}' is not empty, and no preparation was begun there; name a new folder"
+            )
         if held is not None and (differing := _differing(held, manifest)):
             raise DataError("path", f"'{wanted.folder}' is another preparation: {differing}; name a new folder")
         if held is None:

@@ -79,7 +79,8 @@ class Prepared(Pictures):
 
 
 class PreparedLatents:
-    """Mean and standard deviation of every image's latent, read from a file each: ``(2 * c, h, w)`` or ``(1, 2 * c, h, w)``.
+    """Mean and standard deviation of every image's latent, read from a file each: ``(2 * c, h, w)`` or
+    ``(1, 2 * c, h, w)``.
 
     Raises:
         DataError: the first file cannot be read.

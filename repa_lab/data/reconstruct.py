@@ -18,8 +18,9 @@ _BATCH = 8  # decoding at full resolution takes far more memory than the pixels
 class Reconstructions:
     """A source whose pixels are decoded from the latents of another.
 
-    Decoded is the mean of the posterior, so that an image's pixels are a function of the image. They are the same whether they
-    are read in training or once for the cache, but for a grey level where the batch decides how a convolution rounds.
+    Decoded is the mean of the posterior, so that an image's pixels are a function of the image. They are the same
+    whether they are read in training or once for the cache, but for a grey level where the batch decides how a
+    convolution rounds.
 
     Args:
         source: the images.
@@ -63,5 +64,7 @@ class Reconstructions:
         pixels = to_uint8(self._decoder.decode(x.to(self._device))).cpu()
         seen, wanted = tuple(pixels.shape[1:]), (self.channels, *self._source.sizes[index[0]].tolist())
         if seen != wanted:
-            raise DataError(self._decoder.field, f"images of {wanted} are given back as {seen}: it is not for these latents")
+            raise DataError(
+                self._decoder.field, f"images of {wanted} are given back as {seen}: it is not for these latents"
+            )
         return pixels

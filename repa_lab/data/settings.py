@@ -132,7 +132,8 @@ SOURCES: Registry[Component] = Registry("source of images")
 def source(name: str, implementation: str | None = None) -> Callable[[C], C]:
     """Register a source of images under the name by which ``data.source`` names it.
 
-    Decorates a :class:`Source` with its ``Settings`` inside, or settings by themselves, with the function that opens them.
+    Decorates a :class:`Source` with its ``Settings`` inside, or settings by themselves, with the function that opens
+    them.
 
     Args:
         name: the ``source``.

@@ -55,8 +55,8 @@ class ImageSource(Protocol):
 class Source:
     """The base of sources of images: a fixed, ordered set of images with labels and captions, if any.
 
-    A subclass has ``__len__``, ``read(index)``, ``sizes`` and ``fingerprint``, as :class:`ImageSource` describes them; the
-    rest is given here for images without labels and captions, and may be set.
+    A subclass has ``__len__``, ``read(index)``, ``sizes`` and ``fingerprint``, as :class:`ImageSource` describes them;
+    the rest is given here for images without labels and captions, and may be set.
 
     Args:
         settings: an instance of ``Settings``.

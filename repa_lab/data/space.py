@@ -143,8 +143,8 @@ def latent_space(
         shifted: see :class:`Autoencoder`.
 
     Raises:
-        DataError: the VAE cannot be loaded, does not take images of this many channels or this size, or is not the one that
-            moments were prepared with.
+        DataError: the VAE cannot be loaded, does not take images of this many channels or this size, or is not the one
+            that moments were prepared with.
     """
     model = load_autoencoder(vae, "vae", shifted)
     if model.channels not in (source.channels, None):

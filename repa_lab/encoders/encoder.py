@@ -37,7 +37,8 @@ class EncoderOptions:
     """How an encoder is run.
 
     Attributes:
-        precision: of its weights and of what they compute; pixels are normalised and tokens returned in float32 either way.
+        precision: of its weights and of what they compute; pixels are normalised and tokens returned in float32 either
+            way.
         compile: whether `torch.compile` makes it faster, after a first call of a minute.
         batch_size: the images it sees at a time, for less memory; None is all of a batch.
     """
@@ -50,9 +51,9 @@ class EncoderOptions:
 class Encoder(nn.Module):
     """A timm model as a source of patch tokens, frozen and in evaluation mode.
 
-    Preprocessing is the papers' (REPA, released code): pixels / 255, so in [0, 1]; the model's own mean and standard deviation;
-    bicubic resize without antialiasing to `input_size`, which keeps the image's aspect. A grey image is repeated to three
-    channels. The precision is that of the options, whatever autocast surrounds the call.
+    Preprocessing is the papers' (REPA, released code): pixels / 255, so in [0, 1]; the model's own mean and standard
+    deviation; bicubic resize without antialiasing to `input_size`, which keeps the image's aspect. A grey image is
+    repeated to three channels. The precision is that of the options, whatever autocast surrounds the call.
 
     Args:
         model: with timm's `forward_intermediates` and `pretrained_cfg`.
@@ -99,7 +100,9 @@ class Encoder(nn.Module):
         """
         size = input_size(self.stride, (height, width), self.image_size)
         if min(size) == 0:
-            raise EncoderError("image_size", f"the papers' rule has no size for {height}x{width} px images; set image_size")
+            raise EncoderError(
+                "image_size", f"the papers' rule has no size for {height}x{width} px images; set image_size"
+            )
         return size
 
     def preprocess(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -154,7 +157,8 @@ def load_encoder(
         options: precision, compilation, sub-batches.
 
     Raises:
-        EncoderError: unknown name, missing or unfitting weights, a size that is no grid, or a model without feature maps.
+        EncoderError: unknown name, missing or unfitting weights, a size that is no grid, or a model without feature
+            maps.
     """
     facts = facts_of(name) or EncoderFacts(name, 0, 0)
     if facts.build is not None:

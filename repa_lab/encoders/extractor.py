@@ -1,7 +1,7 @@
 """Feature extractors of samples: images to what FID, KID and their like compare, each network run once an image.
 
-Inception is torch-fidelity's own and makes the Frechet distance FID. The others are the lab's and are named in every number:
-``dinov2_*`` gives the FD-DINOv2 of 2306.04675, ``efficientnet_lite0`` is for machines without any weights.
+Inception is torch-fidelity's own and makes the Frechet distance FID. The others are the lab's and are named in every
+number: ``dinov2_*`` gives the FD-DINOv2 of 2306.04675, ``efficientnet_lite0`` is for machines without any weights.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class Features:
 class Extractor:
     """Images to the features that metrics compare.
 
-    A publisher's file of weights is known by its SHA-256, and any other is refused: a distance is named by its extractor.
-    Whoever wants another file all the same, say the same tensors in safetensors, vouches for it with the output of
-    ``sha256sum FILE > FILE.sha256``; the digest is part of what caches of reference features hang on.
+    A publisher's file of weights is known by its SHA-256, and any other is refused: a distance is named by its
+    extractor. Whoever wants another file all the same, say the same tensors in safetensors, vouches for it with the
+    output of ``sha256sum FILE > FILE.sha256``; the digest is part of what caches of reference features hang on.
 
     Args:
         name: one of :data:`EXTRACTORS`.
@@ -76,10 +76,13 @@ class Extractor:
         metrics: what will be measured; only the layers that they need are computed.
 
     Raises:
-        EncoderError: the weights are missing, do not fit, hold more than tensors, or are not those that the name stands for.
+        EncoderError: the weights are missing, do not fit, hold more than tensors, or are not those that the name stands
+            for.
     """
 
-    def __init__(self, name: str, weights: str | None, device: torch.device, metrics: Iterable[str] = ("frechet",)) -> None:
+    def __init__(
+        self, name: str, weights: str | None, device: torch.device, metrics: Iterable[str] = ("frechet",)
+    ) -> None:
         self.name, self.metrics, self._facts = name, tuple(metrics), EXTRACTORS[name]
         self.layers = layers(name, self.metrics)
         if not self.layers:
@@ -169,7 +172,9 @@ def _require_plain_tensors(path: Path) -> None:
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
-        raise EncoderError("weights", f"'{path}' is no file of tensors, or damaged; get it anew ({one_line(error)})") from None
+        raise EncoderError(
+            "weights", f"'{path}' is no file of tensors, or damaged; get it anew ({one_line(error)})"
+        ) from None
 
 
 def _require_published(path: Path, name: str, sha256: str) -> None:

@@ -68,8 +68,9 @@ class Lite0Extractor(_OneLayer):
 class DINOv2Extractor(_OneLayer):
     """DINOv2's CLS token ``(B, D)`` after the final norm, as dgm-eval (2306.04675) and Meta's own `forward` give it.
 
-    Images are resized to 224x224, whatever their aspect, as Pillow's bicubic does it, and normalised with ImageNet's mean and
-    standard deviation. The position table, learnt at 518 px, is resampled once by DINOv2's rule, which is not timm's.
+    Images are resized to 224x224, whatever their aspect, as Pillow's bicubic does it, and normalised with ImageNet's
+    mean and standard deviation. The position table, learnt at 518 px, is resampled once by DINOv2's rule, which is not
+    timm's.
 
     Args:
         name: torch-fidelity's.
@@ -107,8 +108,8 @@ class DINOv2Extractor(_OneLayer):
 def resize_like_pillow(pixels: torch.Tensor, side: int) -> torch.Tensor:
     """uint8 images ``(B, C, H, W)`` at ``(side, side)``, as float32 whole numbers from 0 to 255.
 
-    Pillow's antialiased bicubic goes along rows, then along columns, and rounds and clips after each. In one pass without
-    rounding a noisy image would differ by up to 20 of 255; so, by 1 or 2 in less than 1 % of the values.
+    Pillow's antialiased bicubic goes along rows, then along columns, and rounds and clips after each. In one pass
+    without rounding a noisy image would differ by up to 20 of 255; so, by 1 or 2 in less than 1 % of the values.
     """
     rows = _whole(F.interpolate(pixels.float(), (pixels.shape[-2], side), mode="bicubic", antialias=True))
     return _whole(F.interpolate(rows, (side, side), mode="bicubic", antialias=True))
@@ -133,10 +134,11 @@ def resample_positions(table: torch.Tensor, grid: int) -> torch.Tensor:
 class SpatialInception(nn.Module):
     """torch-fidelity's Inception with the spatial features of sFID (2103.03841) beside its own layers.
 
-    ADM's evaluator takes the first 7 channels of ``mixed_6/conv:0``, 17x17 places, flattened with channels last: 2023 numbers.
-    By torch-fidelity's table of the two networks' weights ``mixed_6/conv`` is ``Mixed_6d.branch1x1``, whose 192 channels come
-    first in what ``Mixed_6d`` gives; guided-diffusion's issue #109 found the same by comparing values. The TensorFlow graph
-    itself was not run here: that ``:0`` of the scope is the value after its ReLU is taken from there.
+    ADM's evaluator takes the first 7 channels of ``mixed_6/conv:0``, 17x17 places, flattened with channels last: 2023
+    numbers. By torch-fidelity's table of the two networks' weights ``mixed_6/conv`` is ``Mixed_6d.branch1x1``, whose
+    192 channels come first in what ``Mixed_6d`` gives; guided-diffusion's issue #109 found the same by comparing
+    values. The TensorFlow graph itself was not run here: that ``:0`` of the scope is the value after its ReLU is taken
+    from there.
 
     Args:
         net: torch-fidelity's, made for the layers wanted beside the spatial one.

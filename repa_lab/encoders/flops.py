@@ -19,7 +19,8 @@ _CONVOLUTIONAL = {"efficientnet_lite0": (15_302, 3_371_008)}  # FLOPs a pixel, p
 def encoder_flops(name: str, side: int) -> float | None:
     """FLOPs of a forward pass through an encoder at ``side`` pixels; None of one that is not known by name.
 
-    A token goes through every weight of the blocks, and attention has two products of ``tokens^2 D`` multiply-adds a block.
+    A token goes through every weight of the blocks, and attention has two products of ``tokens^2 D`` multiply-adds a
+    block.
     """
     if name in _CONVOLUTIONAL:
         return _CONVOLUTIONAL[name][0] * float(side) ** 2

@@ -31,8 +31,8 @@ class RealImages:
     """Images to compare with.
 
     Attributes:
-        source: digest of what they are and which, their order included; the images themselves are not looked at if what is
-            wanted of this source is kept.
+        source: digest of what they are and which, their order included; the images themselves are not looked at if what
+            is wanted of this source is kept.
         count: how many.
         batches: yields them all, uint8 ``(B, 1 or 3, H, W)``; called when they are needed.
         size: height and width in pixels, None where they differ.
@@ -66,8 +66,8 @@ class Reference:
 def reference(extractor: Extractor, images: RealImages, cache: Path, keep: int = KEPT) -> Reference:
     """What the extractor's metrics need of real images: from the cache, or by one pass over the images for all of it.
 
-    Files lie in ``cache/reference`` by a digest of the images, of the extractor's identity and of the layer. Where KID or
-    precision and recall are among the metrics, float32 features lie beside the statistics.
+    Files lie in ``cache/reference`` by a digest of the images, of the extractor's identity and of the layer. Where KID
+    or precision and recall are among the metrics, float32 features lie beside the statistics.
 
     Args:
         extractor: made for the metrics.
@@ -90,8 +90,8 @@ def reference(extractor: Extractor, images: RealImages, cache: Path, keep: int =
 def read_reference(extractor: Extractor, path: Path, size: tuple[int, int] | None = None) -> Reference:
     """A reference that others made: a file of ADM's (VIRTUAL_*.npz), of pytorch-fid, or the lab's own.
 
-    ADM's hold statistics of the whole training set, for FID and sFID, and images, whose features are computed where KID or
-    precision and recall are measured.
+    ADM's hold statistics of the whole training set, for FID and sFID, and images, whose features are computed where KID
+    or precision and recall are measured.
 
     Args:
         extractor: made for the metrics.
@@ -99,7 +99,8 @@ def read_reference(extractor: Extractor, path: Path, size: tuple[int, int] | Non
         size: height and width that its images must have if it has any, or None.
 
     Raises:
-        StatisticsError: the file lacks what the extractor's metrics need, or is of another extractor or of another size.
+        StatisticsError: the file lacks what the extractor's metrics need, or is of another extractor or of another
+            size.
     """
     blank = extractor.features(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
     found = {}
@@ -251,7 +252,9 @@ def _load(path: Path, count: int) -> NDArray[np.float32]:
     try:
         values = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise StatisticsError(f"the cache file '{path}' is damaged ({error}); delete it, and it is computed again") from None
+        raise StatisticsError(
+            f"the cache file '{path}' is damaged ({error}); delete it, and it is computed again"
+        ) from None
     if values.ndim != 2 or len(values) != count or not np.isfinite(values).all():
         raise StatisticsError(f"the cache file '{path}' is damaged; delete it, and it is computed again")
     return np.asarray(values, dtype=np.float32)

@@ -86,15 +86,16 @@ def encoder(
     return register
 
 
-# MoCo v3 is not in timm, but a ViT of its shape and with its statistics is; its ViT-S has 12 heads, not 6. In the file that the
-# REPA authors use for ViT-L, four layers go by the number of their block.
+# MoCo v3 is not in timm, but a ViT of its shape and with its statistics is; its ViT-S has 12 heads, not 6. In the file
+# that the REPA authors use for ViT-L, four layers go by the number of their block.
 _MOCOV3_L = {"norm13": "norm1", "fc13": "fc1", "norm14": "norm2", "fc14": "fc2"}
 
-# OpenAI trained CLIP with QuickGELU: timm's names without it compute GELU with the same weights. Each SigLIP 2 is the one that
-# was trained on 16x16 patches, the grid that the papers' rule gives for images of 256 px.
+# OpenAI trained CLIP with QuickGELU: timm's names without it compute GELU with the same weights. Each SigLIP 2 is the
+# one that was trained on 16x16 patches, the grid that the papers' rule gives for images of 256 px.
 #
-# Tokens are those after the final norm, as DINOv2's publisher defines its patch features (`x_norm_patchtokens`) and REPA's code
-# takes DINOv2's, MoCo v3's and I-JEPA's. REPA's code takes MAE's and CLIP's before it, and so do their rows.
+# Tokens are those after the final norm, as DINOv2's publisher defines its patch features (`x_norm_patchtokens`) and
+# REPA's code takes DINOv2's, MoCo v3's and I-JEPA's. REPA's code takes MAE's and CLIP's before it, and so do their
+# rows.
 _BUILT_IN: dict[str, EncoderFacts] = {
     "efficientnet_lite0": EncoderFacts("tf_efficientnet_lite0", 16, 112, weights="package"),
     "dinov2_vits14": EncoderFacts("vit_small_patch14_dinov2.lvd142m", 14, 384),
@@ -136,7 +137,8 @@ for _name, _facts in _BUILT_IN.items():
     ENCODERS.add(_name, _facts)
 
 
-# Before a name: a vision transformer of its patches and tokens, but two narrow blocks of random weights; for rehearsals.
+# Before a name: a vision transformer of its patches and tokens, but two narrow blocks of random weights; for
+# rehearsals.
 TINY = "tiny-"
 _TINY_OPTIONS = {"depth": 2, "embed_dim": 48, "num_heads": 2}
 
@@ -164,10 +166,11 @@ def token_identity(name: str) -> dict[str, Any]:
 def input_size(stride: int, shape: tuple[int, int], image_size: int | None = None) -> tuple[int, int]:
     """The pixels (height, width) at which an encoder sees an image, its aspect kept.
 
-    Without ``image_size`` it is the papers' rule: as many patches as there are 16-pixel cells in the image (256 px -> 224 for
-    patch 14), so that a ``SiT-*/2`` over 8x latents has exactly the encoder's grid (REPA, preprocessing in the released code).
-    A side below 16 pixels gives 0, which is no size. With it, a square image is seen at ``image_size`` and any other at about
-    as many tokens: the multiples of the stride nearest to ``image_size * sqrt(height / width)`` and its reverse, one at least.
+    Without ``image_size`` it is the papers' rule: as many patches as there are 16-pixel cells in the image (256 px ->
+    224 for patch 14), so that a ``SiT-*/2`` over 8x latents has exactly the encoder's grid (REPA, preprocessing in the
+    released code). A side below 16 pixels gives 0, which is no size. With it, a square image is seen at ``image_size``
+    and any other at about as many tokens: the multiples of the stride nearest to ``image_size * sqrt(height / width)``
+    and its reverse, one at least.
 
     Args:
         stride: pixels per patch.
@@ -194,7 +197,9 @@ def grid_problem(name: str, image_size: int | None, resolution: int) -> str | No
         return None
     size, _ = input_size(facts.stride, (resolution, resolution), image_size)
     if size == 0:
-        return f"the papers' rule has no size for {resolution} px images; set image_size to a multiple of {facts.stride}"
+        return (
+            f"the papers' rule has no size for {resolution} px images; set image_size to a multiple of {facts.stride}"
+        )
     if size % facts.stride:
         lower = size // facts.stride * facts.stride
         allowed = f"{lower or facts.stride}, {lower + facts.stride}, ..."

@@ -34,8 +34,8 @@ class Targets(Protocol):
 
     Attributes:
         dim: width of a token.
-        reader: loads what the tokens of images ``(B,)`` are made from, in whatever process, so that a data loader can do it
-            ahead of time; None if only this process can.
+        reader: loads what the tokens of images ``(B,)`` are made from, in whatever process, so that a data loader can
+            do it ahead of time; None if only this process can.
     """
 
     dim: int
@@ -47,8 +47,8 @@ class Targets(Protocol):
 
 
 class CachedTargets:
-    """Features from the cache, ``(h, w, D)`` of each image in whatever precision they are kept, optionally with every channel
-    standardised over all images and places."""
+    """Features from the cache, ``(h, w, D)`` of each image in whatever precision they are kept, optionally with every
+    channel standardised over all images and places."""
 
     def __init__(self, stores: SizedStores, source: ImageSource, standardize: bool) -> None:
         self.dim = stores.stores[0].shape[-1]
@@ -106,7 +106,14 @@ def feature_identity(
     named = {"name": name, "image_size": image_size, "resolution": source.side, "precision": precision}
     content = None if weights is None else file_digest(Path(weights))
     kept = {"storage": dtype_name(storage)}
-    return {"kind": "features/2", "data": source.fingerprint, **named, "weights": content, **kept, **token_identity(name)}
+    return {
+        "kind": "features/2",
+        "data": source.fingerprint,
+        **named,
+        "weights": content,
+        **kept,
+        **token_identity(name),
+    }
 
 
 def cached_targets(
@@ -121,7 +128,8 @@ def cached_targets(
     storage: torch.dtype = torch.float16,
     options: EncoderOptions = _PLAIN,
 ) -> CachedTargets:
-    """Features of all images from the cache; the encoder is loaded, and must pass the preflight, only if some are missing.
+    """Features of all images from the cache; the encoder is loaded, and must pass the preflight, only if some are
+    missing.
 
     Args:
         source: what the encoder looks at.

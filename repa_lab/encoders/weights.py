@@ -55,7 +55,9 @@ def skeleton(name: str, facts: EncoderFacts) -> nn.Module:
     arch, _, tag = facts.timm_name.partition(".")
     tags = [known.partition(".")[2] for known in timm.list_models(f"{arch}.*", pretrained=True)]
     if tag and tag not in tags:
-        raise EncoderError("name", f"timm has no weights '{tag}' for '{arch}' ('{name}'); allowed: {', '.join(tags) or 'none'}")
+        raise EncoderError(
+            "name", f"timm has no weights '{tag}' for '{arch}' ('{name}'); allowed: {', '.join(tags) or 'none'}"
+        )
     with torch.device("meta"):
         model: nn.Module = _create(arch, num_classes=0, **facts.options)
     return model
@@ -68,8 +70,8 @@ def load_model(name: str, facts: EncoderFacts, weights: str | None, shape: nn.Mo
         name: what to call it in messages.
         facts: what is known of it.
         weights: a local file, safetensors or what `torch.save` wrote; None takes what the facts say.
-        shape: its `skeleton`. One that can take other input sizes than it was trained at is built so: its position table is
-            then resampled, bicubic and antialiased as in the papers' code.
+        shape: its `skeleton`. One that can take other input sizes than it was trained at is built so: its position
+            table is then resampled, bicubic and antialiased as in the papers' code.
 
     Raises:
         EncoderError: the weights are missing, damaged, hold more than tensors, or are another model's.
@@ -130,16 +132,18 @@ def _require_hub(name: str, repository: str, filename: str | None) -> None:
     except HfHubHTTPError:
         return  # the hub answers; what it has against this file, timm will hear
     except Exception as error:  # the errors of whichever HTTP library the hub's client uses
-        message = f"the weights of '{name}' are not in the local cache and the hub cannot be reached; give weights: FILE"
+        message = (
+            f"the weights of '{name}' are not in the local cache and the hub cannot be reached; give weights: FILE"
+        )
         raise EncoderError("weights", f"{message} ({one_line(error)})") from None
 
 
 def _from_file(name: str, facts: EncoderFacts, weights: str, options: dict[str, Any]) -> nn.Module:
     """Every tensor of the model must be in the file and fit, and the other way round.
 
-    timm is that strict only when the model keeps as many classes as the weights were published with, and else leaves what is
-    missing at random values. So a file is tried as published, with its classifier, and then as one without; the attempt with
-    less to complain of says why.
+    timm is that strict only when the model keeps as many classes as the weights were published with, and else leaves
+    what is missing at random values. So a file is tried as published, with its classifier, and then as one without; the
+    attempt with less to complain of says why.
     """
     published, errors = timm.get_pretrained_cfg(facts.timm_name), []
     for classes in dict.fromkeys((published.num_classes if published else 0, 0)):
@@ -161,7 +165,10 @@ def _source(facts: EncoderFacts, weights: str) -> dict[str, Any]:
         return {"file": weights}
     state = load_state_dict(weights)
     parts = {key.removeprefix(facts.prefix): value for key, value in state.items() if key.startswith(facts.prefix)}
-    return {"file": weights, "state_dict": {_renamed(key, facts): parts[key] for key in parts if not key.startswith("head.")}}
+    return {
+        "file": weights,
+        "state_dict": {_renamed(key, facts): parts[key] for key in parts if not key.startswith("head.")},
+    }
 
 
 def _renamed(key: str, facts: EncoderFacts) -> str:

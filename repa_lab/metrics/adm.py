@@ -1,4 +1,5 @@
-"""Batches of images in the npz form of ADM's evaluator (guided-diffusion, `evaluations`): ``arr_0``, uint8 ``(N, H, W, 3)``.
+"""Batches of images in the npz form of ADM's evaluator (guided-diffusion, `evaluations`): ``arr_0``, uint8
+``(N, H, W, 3)``.
 
 Samples are written so that anyone can measure them again; reference batches are read. Neither is held in memory.
 """
@@ -44,7 +45,10 @@ def write_images(path: Path, batches: Iterable[ArrayLike], count: int) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, archive.open(_MEMBER, "w", force_zip64=True) as out:
+            with (
+                zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+                archive.open(_MEMBER, "w", force_zip64=True) as out,
+            ):
                 _write(out, itertools.chain([first], waiting), shape)
             file.flush()
             os.fsync(file.fileno())
@@ -83,7 +87,9 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int]]]:
     except StatisticsError:
         raise
     except KeyError:
-        raise StatisticsError(f"'{path}' holds no images under arr_0: give a file that has them, as ADM's have") from None
+        raise StatisticsError(
+            f"'{path}' holds no images under arr_0: give a file that has them, as ADM's have"
+        ) from None
     except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
         raise StatisticsError(f"'{path}' holds no images under arr_0 that can be read: {error}; get it anew") from None
 

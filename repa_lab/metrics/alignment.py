@@ -70,8 +70,8 @@ def cosine(student: ArrayLike, teacher: ArrayLike) -> float:
 def cosine_gap(student: ArrayLike, teacher: ArrayLike) -> tuple[float, float]:
     """Mean token cosine, and how far it lies above that of mismatched images.
 
-    A projector can raise the cosine by learning what stands at each place of an average image; tokens of another image at
-    the same place share that, so the gap is the part that is about this image.
+    A projector can raise the cosine by learning what stands at each place of an average image; tokens of another image
+    at the same place share that, so the gap is the part that is about this image.
 
     Args:
         student: projected tokens ``(B, N, D)`` of B >= 2 images; :class:`CosineSums` takes them batch by batch.
@@ -94,8 +94,8 @@ def cka(x: ArrayLike, y: ArrayLike, unbiased: bool = True) -> float:
     """Linear CKA (1905.00414) of features ``x`` ``(n, d1)`` and ``y`` ``(n, d2)`` of the same n items.
 
     ``unbiased`` uses the unbiased HSIC estimator (2010.15327, Eq. 3), whose expectation is 0 for independent features
-    whatever their widths; the plain form grows with d / n. Invariant to rotation and isotropic scaling. O(n d1 d2) time and
-    no n x n matrix.
+    whatever their widths; the plain form grows with d / n. Invariant to rotation and isotropic scaling. O(n d1 d2) time
+    and no n x n matrix.
 
     Raises:
         ValueError: item counts differ, there are fewer than 4, or values are not finite.
@@ -109,19 +109,21 @@ def cka(x: ArrayLike, y: ArrayLike, unbiased: bool = True) -> float:
 def svcca(x: ArrayLike, y: ArrayLike, dims: int = 10) -> float:
     """Mean canonical correlation of the ``dims`` leading directions of ``x`` ``(n, d1)`` and of ``y`` ``(n, d2)``.
 
-    SVCCA (1706.05806) of standardised columns and, as in platonic-rep, of the 10 leading singular directions of each side
-    rather than those of 99 % of the variance. Exact and deterministic: the correlations are the singular values of ``U^T V``
-    for the left singular vectors U and V of full decompositions. platonic-rep's code approximates both steps: its directions
-    come from a randomised decomposition (`torch.svd_lowrank` without oversampling) and its correlations from an iterative CCA,
-    so its value changes from call to call. Invariant to shifting and scaling every column.
+    SVCCA (1706.05806) of standardised columns and, as in platonic-rep, of the 10 leading singular directions of each
+    side rather than those of 99 % of the variance. Exact and deterministic: the correlations are the singular values of
+    ``U^T V`` for the left singular vectors U and V of full decompositions. platonic-rep's code approximates both steps:
+    its directions come from a randomised decomposition (`torch.svd_lowrank` without oversampling) and its correlations
+    from an iterative CCA, so its value changes from call to call. Invariant to shifting and scaling every column.
 
     Raises:
-        ValueError: item counts differ, values are not finite, there are not more than ``2 dims`` items, whose directions
-            would have to meet, or a side varies in fewer than ``dims`` directions.
+        ValueError: item counts differ, values are not finite, there are not more than ``2 dims`` items, whose
+            directions would have to meet, or a side varies in fewer than ``dims`` directions.
     """
     a, b = paired_features(x, y, least=4)
     if not 1 <= dims < len(a) / 2:
-        raise ValueError(f"dims = {dims} directions of {len(a)} items: give 1 <= dims <= {(len(a) - 1) // 2}, or more items")
+        raise ValueError(
+            f"dims = {dims} directions of {len(a)} items: give 1 <= dims <= {(len(a) - 1) // 2}, or more items"
+        )
     across = _leading(a, dims, "x").T @ _leading(b, dims, "y")
     xp = array_namespace(across)
     return float(xp.mean(xp.clip(xp.linalg.svdvals(across), max=1.0)))

@@ -1,7 +1,7 @@
 """What the metrics take in, read as float64: NumPy arrays, and torch tensors of any type.
 
-Functions of features and tokens compute where these lie: a tensor on a GPU by torch on that GPU, all else by NumPy on the
-host, which reads a tensor there in place. They are written once, in the functions of the array API standard
+Functions of features and tokens compute where these lie: a tensor on a GPU by torch on that GPU, all else by NumPy on
+the host, which reads a tensor there in place. They are written once, in the functions of the array API standard
 (``array_api_compat``). torch is not imported here: a tensor brings its own methods.
 """
 
@@ -97,7 +97,9 @@ def require_finite(a: AnyArray, name: str) -> None:
     bad = xp.nonzero(~xp.all(xp.reshape(xp.isfinite(a), (len(a), -1)), axis=1))[0]
     if len(bad):
         where = f"{len(bad)} of {len(a)} items, the first at index {int(bad[0])}"
-        raise ValueError(f"{name}: features are not finite ({where}): leave these items out on every side, or use float32")
+        raise ValueError(
+            f"{name}: features are not finite ({where}): leave these items out on every side, or use float32"
+        )
 
 
 def centred(a: AnyArray) -> AnyArray:
@@ -114,7 +116,8 @@ def unit(a: AnyArray) -> AnyArray:
 
 
 def spread(a: AnyArray) -> tuple[AnyArray, AnyArray]:
-    """Mean and standard deviation ``(d,)`` of columns; the deviation is 1 where it is no more than the rounding of the mean.
+    """Mean and standard deviation ``(d,)`` of columns; the deviation is 1 where it is no more than the rounding of the
+    mean.
 
     Dividing by it then leaves a constant column at its rounding, rather than at noise of length 1.
     """

@@ -77,12 +77,13 @@ def statistics(features: ArrayLike) -> Statistics:
 
 
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
-    """``|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2))``: FID (1706.08500) Eq. 6 when fed Inception features.
+    """``|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2))``: FID (1706.08500) Eq. 6 when fed Inception
+    features.
 
     With ``sigma = L L^T`` from a pivoted Cholesky decomposition, the trace of the root is the sum of the roots of the
-    eigenvalues of ``L1^T sigma2 L1``. That is symmetric, and of full rank when the side of lower rank is the one decomposed, so
-    no root is taken of rounding errors around 0: torch-fidelity's eigenvalues of ``sigma1 sigma2`` lose half their digits there
-    (up to 2e-7 of the trace, where there are fewer samples than features).
+    eigenvalues of ``L1^T sigma2 L1``. That is symmetric, and of full rank when the side of lower rank is the one
+    decomposed, so no root is taken of rounding errors around 0: torch-fidelity's eigenvalues of ``sigma1 sigma2`` lose
+    half their digits there (up to 2e-7 of the trace, where there are fewer samples than features).
 
     Raises:
         ValueError: shapes do not fit, or values are not finite.

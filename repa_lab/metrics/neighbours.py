@@ -1,7 +1,8 @@
 """Agreement of two sets of features in who is near whom: mutual kNN and CKNNA, without an n x n matrix.
 
-Both count the k nearest neighbours of an item by inner product, as the kernels they are defined with do. Whoever wants the
-cosine gives features of length 1; the papers do not say that they do, platonic-rep's code does: :func:`clip_and_normalise`.
+Both count the k nearest neighbours of an item by inner product, as the kernels they are defined with do. Whoever wants
+the cosine gives features of length 1; the papers do not say that they do, platonic-rep's code does:
+:func:`clip_and_normalise`.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ _FLOOR = 1e-6  # platonic-rep's, in the denominator
 def nearest_neighbours(x: ArrayLike, k: int = 10, chunk: int = _CHUNK) -> AnyArray:
     """The k items of largest inner product with each item of features ``x`` ``(n, d)``, itself left out.
 
-    The result is that of float64: a first look (of arrays, in single precision) keeps candidates, the products of these are
-    then taken one by one, and where rounding could have hidden a neighbour all items that might be one are looked at.
-    O(n^2 d) time, O(chunk n) memory beyond a few copies of ``x``; up to 50 times slower where items can hardly be told apart
-    (all equal, or one a thousand times longer than the rest). The result does not depend on ``chunk``.
+    The result is that of float64: a first look (of arrays, in single precision) keeps candidates, the products of these
+    are then taken one by one, and where rounding could have hidden a neighbour all items that might be one are looked
+    at. O(n^2 d) time, O(chunk n) memory beyond a few copies of ``x``; up to 50 times slower where items can hardly be
+    told apart (all equal, or one a thousand times longer than the rest). The result does not depend on ``chunk``.
 
     Args:
         x: features of any float type.
@@ -72,20 +73,22 @@ def mutual_knn(x: ArrayLike, y: ArrayLike, k: int = 10, chunk: int = _CHUNK) -> 
 
 
 def cknna(x: ArrayLike, y: ArrayLike, k: int = 10, definition: str = "paper", chunk: int = _CHUNK) -> float:
-    """Centred kernel nearest-neighbour alignment of features ``x`` ``(n, d1)`` and ``y`` ``(n, d2)`` of the same n items.
+    """Centred kernel nearest-neighbour alignment of features ``x`` ``(n, d1)`` and ``y`` ``(n, d2)`` of the same n
+    items.
 
     Two definitions are in use. They give different numbers: name the one you report. With linear kernels K and L, and
     a(i, j) = 1 where j is among the k nearest neighbours of i in K and in L, and else 0:
 
-    - ``paper`` (REPA, 2410.06940, Eqs. 23-24): ``sum_ij a(i, j) (K_ij - mean_l K_il)(L_ij - mean_l L_il)``, over the root
-      of the same sum for K with itself times that for L with itself. In these a(i, j) holds K's, or L's, neighbours alone.
-      Symmetric, invariant to rotation and to isotropic scaling of either side.
-    - ``platonic`` (platonic-rep's code): the unbiased HSIC (2010.15327, Eq. 3) of the masked kernels ``a K`` and ``a L``,
-      over the root of those of each with itself plus 1e-6. The masks are not symmetric, hence neither is the value, and it
-      may lie below 0 or above 1; the 1e-6 lowers it for short features. It is NaN, as in that code, where that root is.
+    - ``paper`` (REPA, 2410.06940, Eqs. 23-24): ``sum_ij a(i, j) (K_ij - mean_l K_il)(L_ij - mean_l L_il)``, over the
+      root of the same sum for K with itself times that for L with itself. In these a(i, j) holds K's, or L's,
+      neighbours alone. Symmetric, invariant to rotation and to isotropic scaling of either side.
+    - ``platonic`` (platonic-rep's code): the unbiased HSIC (2010.15327, Eq. 3) of the masked kernels ``a K`` and
+      ``a L``, over the root of those of each with itself plus 1e-6. The masks are not symmetric, hence neither is the
+      value, and it may lie below 0 or above 1; the 1e-6 lowers it for short features. It is NaN, as in that code, where
+      that root is.
 
-    What the paper leaves open is settled thus: neighbours are ordered by inner product, as K is; ``mean_l`` runs over all
-    n items, i among them; ties go to the lower index; features are taken as given. platonic-rep prepares them with
+    What the paper leaves open is settled thus: neighbours are ordered by inner product, as K is; ``mean_l`` runs over
+    all n items, i among them; ties go to the lower index; features are taken as given. platonic-rep prepares them with
     :func:`clip_and_normalise`, and then neighbours are those by cosine. O(n^2 d) time, O(chunk n + n k) memory.
 
     Args:
@@ -99,7 +102,8 @@ def cknna(x: ArrayLike, y: ArrayLike, k: int = 10, definition: str = "paper", ch
         1 for identical features (``paper``); 0 if one side is constant.
 
     Raises:
-        ValueError: item counts differ, fewer than 4 items, values are not finite, k is out of range, unknown definition.
+        ValueError: item counts differ, fewer than 4 items, values are not finite, k is out of range, unknown
+            definition.
     """
     if definition not in _DEFINITIONS:
         raise ValueError(f"unknown definition {definition!r}; allowed: {', '.join(_DEFINITIONS)}")
@@ -112,8 +116,8 @@ def cknna(x: ArrayLike, y: ArrayLike, k: int = 10, definition: str = "paper", ch
 def clip_and_normalise(x: ArrayLike, quantile: float = 0.95) -> AnyArray:
     """Features ``(n, d)`` clipped at a quantile of their absolute values, then each of length 1.
 
-    What platonic-rep does before it measures, with its exact quantile: the value of rank ``int(quantile * n * d)`` of all
-    absolute values, counted from 0. A quantile of 1 clips nothing.
+    What platonic-rep does before it measures, with its exact quantile: the value of rank ``int(quantile * n * d)`` of
+    all absolute values, counted from 0. A quantile of 1 clips nothing.
 
     Raises:
         ValueError: ``x`` is not ``(n, d)``, not finite, or the quantile is not in (0, 1].
@@ -137,8 +141,8 @@ def _require_k(k: int, count: int, least: int = 1) -> None:
 class _Screen:
     """Features made ready for a first look, which a product of matrices takes at all pairs.
 
-    For the order of an item's neighbours j, ``x_i . x_j`` may be replaced by ``x_i . (x_j - mean)``, whose rounding is that of
-    what differs between items and not that of what they share.
+    For the order of an item's neighbours j, ``x_i . x_j`` may be replaced by ``x_i . (x_j - mean)``, whose rounding is
+    that of what differs between items and not that of what they share.
     """
 
     exact: AnyArray

@@ -54,16 +54,16 @@ class Probe:
 def linear_probe(x: ArrayLike, labels: ArrayLike, kind: str = "ridge", seed: int = 0) -> Probe:
     """How well a linear map of features ``x`` ``(n, d)`` tells the labels of n items.
 
-    The protocol has nothing to tune. Items are dealt to train, validation and test 60 : 20 : 20 within each class, at random by
-    ``seed``. Features are standardised by the mean and deviation of what is fitted on, without learned scale. Each penalty of
-    ``PENALTIES`` is fitted on train; the one that scores best on validation, the largest of equals, is fitted again on train
-    and validation and scored on test. The penalty is ``penalty / 2 |W|^2`` beside a mean loss, hence means the same at any n;
-    the bias is free.
+    The protocol has nothing to tune. Items are dealt to train, validation and test 60 : 20 : 20 within each class, at
+    random by ``seed``. Features are standardised by the mean and deviation of what is fitted on, without learned scale.
+    Each penalty of ``PENALTIES`` is fitted on train; the one that scores best on validation, the largest of equals, is
+    fitted again on train and validation and scored on test. The penalty is ``penalty / 2 |W|^2`` beside a mean loss,
+    hence means the same at any n; the bias is free.
 
     - ``ridge``: least squares on one-hot targets, in closed form; the largest output is the class.
     - ``logistic``: multinomial logistic regression, scikit-learn's L-BFGS, on the host wherever the features lie.
-    - ``regression``: least squares on real-valued targets ``(n,)`` or ``(n, t)``, in closed form; scored by R^2 over all
-      t targets together. There are no classes: the items are dealt as one.
+    - ``regression``: least squares on real-valued targets ``(n,)`` or ``(n, t)``, in closed form; scored by R^2 over
+      all t targets together. There are no classes: the items are dealt as one.
 
     REPA (2410.06940, App. C.1) trains its probe by Adam for 90 epochs on all of ImageNet: same idea, another number.
 
@@ -74,7 +74,8 @@ def linear_probe(x: ArrayLike, labels: ArrayLike, kind: str = "ridge", seed: int
         seed: of the split. Give all arms the same.
 
     Raises:
-        ValueError: counts differ, values are not finite, a class has fewer than 4 items, there is one class, unknown kind.
+        ValueError: counts differ, values are not finite, a class has fewer than 4 items, there is one class, unknown
+            kind.
     """
     if kind not in _KINDS:
         raise ValueError(f"unknown kind of probe {kind!r}; allowed: {', '.join(_KINDS)}")
@@ -114,7 +115,9 @@ def _classes(labels: ArrayLike, count: int) -> tuple[Array, Index]:
     names, codes, sizes = np.unique(given, return_inverse=True, return_counts=True)
     if len(names) < 2 or sizes.min() < _LEAST:
         few = f"{names[sizes.argmin()]!r} has {sizes.min()}" if len(names) > 1 else f"all are {names[0]!r}"
-        raise ValueError(f"a probe needs two classes and {_LEAST} items of each ({few}): add items or leave small classes out")
+        raise ValueError(
+            f"a probe needs two classes and {_LEAST} items of each ({few}): add items or leave small classes out"
+        )
     return codes.astype(np.float64), codes
 
 

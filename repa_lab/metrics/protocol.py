@@ -48,8 +48,8 @@ METRICS.add("precision_recall", MetricFacts((("precision",) * 2, ("recall",) * 2
 def metric(name: str, *, goal: Literal["min", "max"]) -> Callable[[F], F]:
     """Register a metric under the name by which ``evaluate.metrics`` calls it, which also begins its full names.
 
-    Decorates a function of features of generated images ``(n, d)`` and of real ones ``(m, d)``, float32 NumPy arrays, that
-    returns a number.
+    Decorates a function of features of generated images ``(n, d)`` and of real ones ``(m, d)``, float32 NumPy arrays,
+    that returns a number.
 
     Args:
         name: the metric's name.
@@ -73,7 +73,8 @@ def goal_of_kind(kind: str) -> Literal["min", "max"]:
 
 
 def quality_names(metric: str, extractor: str, samples: int, sampler: str, suffix: str = "") -> tuple[str, ...]:
-    """The full names of what a metric yields, such as ``fid:inception@10k/ode50`` or ``frechet:efficientnet_lite0@500/sde250``.
+    """The full names of what a metric yields, such as ``fid:inception@10k/ode50`` or
+    ``frechet:efficientnet_lite0@500/sde250``.
 
     Args:
         metric: one of :data:`METRICS`.

@@ -47,8 +47,8 @@ def kid_protocol(generated: int, real: int) -> str:
 def kid(generated: ArrayLike, real: ArrayLike) -> Score:
     """Kernel Inception distance (1801.01401): squared MMD, unbiased, of the kernel ``(x . y / d + 1)^3``.
 
-    Mean over 100 random subsets of 1000, or of as many as there are on the smaller side: :attr:`Score.protocol` says which. It
-    may be below 0, and does not depend on the number of samples but for its spread.
+    Mean over 100 random subsets of 1000, or of as many as there are on the smaller side: :attr:`Score.protocol` says
+    which. It may be below 0, and does not depend on the number of samples but for its spread.
 
     Args:
         generated: features ``(n, d)``, n >= 2.
@@ -69,7 +69,8 @@ def inception_score(logits: ArrayLike) -> Score:
     """Inception score (1606.03498): ``exp E_x KL(p(y|x) || p(y))``, mean over 10 parts of the shuffled samples.
 
     Args:
-        logits: of generated samples ``(n, classes)``, n >= 10; of Inception those without bias, as in the original's graph.
+        logits: of generated samples ``(n, classes)``, n >= 10; of Inception those without bias, as in the original's
+            graph.
 
     Raises:
         ValueError: fewer samples than parts, or values that are not finite.
@@ -81,12 +82,13 @@ def inception_score(logits: ArrayLike) -> Score:
 
 
 def precision_recall(generated: ArrayLike, real: ArrayLike) -> PrecisionRecall:
-    """Improved precision and recall (1904.06991), k = 3: a sample counts if it lies within the distance of some vector of the
-    other side to that one's third nearest neighbour on its own side.
+    """Improved precision and recall (1904.06991), k = 3: a sample counts if it lies within the distance of some vector
+    of the other side to that one's third nearest neighbour on its own side.
 
     Args:
         generated: features ``(n, d)``, n >= 4.
-        real: features ``(m, d)``, m >= 4; both numbers depend on m and n, which are to be alike where numbers are compared.
+        real: features ``(m, d)``, m >= 4; both numbers depend on m and n, which are to be alike where numbers are
+            compared.
 
     Raises:
         ValueError: widths differ, too few vectors, or values that are not finite.
@@ -104,7 +106,9 @@ def _two_sides(generated: ArrayLike, real: ArrayLike, least: int) -> tuple[torch
 
     x, y = _features(generated, "generated", least), _features(real, "real", least)
     if x.shape[1] != y.shape[1]:
-        raise ValueError(f"generated and real samples have {x.shape[1]} and {y.shape[1]} features: use one extractor for both")
+        raise ValueError(
+            f"generated and real samples have {x.shape[1]} and {y.shape[1]} features: use one extractor for both"
+        )
     both = torch.promote_types(x.dtype, y.dtype)
     return x.to(both), y.to(both)
 

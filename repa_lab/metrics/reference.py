@@ -12,7 +12,8 @@ import numpy as np
 from repa_lab.metrics.arrays import Array
 from repa_lab.metrics.frechet import Statistics
 
-# What the statistics in a published reference batch of ADM (guided-diffusion's VIRTUAL_*.npz) are of, in the lab's words.
+# What the statistics in a published reference batch of ADM (guided-diffusion's VIRTUAL_*.npz) are of, in the lab's
+# words.
 _ADM = {"extractor": "inception", "preprocessing": "tf1-bilinear-299"}
 _SPATIAL = {"mu": "mu_s", "sigma": "sigma_s"}
 
@@ -34,12 +35,16 @@ def write_statistics(path: Path, found: Statistics, identity: Mapping[str, str])
         np.savez(file, **held)
 
 
-def read_statistics(path: Path, identity: Mapping[str, str], width: int | None = None, spatial: bool = False) -> Statistics:
-    """Read statistics, the lab's own, or ``mu`` and ``sigma`` as ADM, pytorch-fid and torch-fidelity's forks publish them.
+def read_statistics(
+    path: Path, identity: Mapping[str, str], width: int | None = None, spatial: bool = False
+) -> Statistics:
+    """Read statistics, the lab's own, or ``mu`` and ``sigma`` as ADM, pytorch-fid and torch-fidelity's forks publish
+    them.
 
     Args:
         path: an npz file.
-        identity: what they must be. A word that the file does not say is taken on trust; ADM's are known to be Inception's.
+        identity: what they must be. A word that the file does not say is taken on trust; ADM's are known to be
+            Inception's.
         width: features there must be, or None.
         spatial: whether those of sFID are wanted of a file of ADM's, ``mu_s`` and ``sigma_s``.
 
@@ -77,7 +82,9 @@ def _arrays(path: Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files if name != "arr_0"}
     except Exception as error:  # a damaged file can raise anything
-        raise StatisticsError(f"'{path}' is no npz file of arrays: {' '.join(str(error).split())}; get it anew") from None
+        raise StatisticsError(
+            f"'{path}' is no npz file of arrays: {' '.join(str(error).split())}; get it anew"
+        ) from None
 
 
 def _require_same(path: Path, held: Mapping[str, Any], wanted: Mapping[str, str]) -> None:
@@ -92,7 +99,9 @@ def _require_sound(path: Path, found: Statistics, width: int | None, is_counted:
     if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
         raise StatisticsError(f"'{path}' has mu {mu.shape} and sigma {sigma.shape}; allowed: (d,) and (d, d)")
     if width not in (None, len(mu)):
-        raise StatisticsError(f"'{path}' has {len(mu)} features and the extractor {width}: compute them with this extractor")
+        raise StatisticsError(
+            f"'{path}' has {len(mu)} features and the extractor {width}: compute them with this extractor"
+        )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise StatisticsError(f"'{path}' has statistics that are not finite: compute them anew")
     if not np.allclose(sigma, sigma.T, rtol=1e-5, atol=1e-6 * np.abs(sigma).max()) or (sigma.diagonal() < 0).any():

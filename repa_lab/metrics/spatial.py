@@ -1,7 +1,7 @@
 """How tokens differ over an image: the spatial metrics of iREPA, by the definitions of its code.
 
-Cosines are those of two tokens of one image; distances are Manhattan distances on the token grid. A token of length 0 has
-cosine 0 with every other. The grid is given and may be non-square; iREPA measures on 16 x 16.
+Cosines are those of two tokens of one image; distances are Manhattan distances on the token grid. A token of length 0
+has cosine 0 with every other. The grid is given and may be non-square; iREPA measures on 16 x 16.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ def lds(tokens: ArrayLike, grid: Grid, far: int = 6) -> float:
 
 
 def cds(tokens: ArrayLike, grid: Grid, farthest: int = 8) -> float:
-    """Correlation-decay slope: minus the slope of mean cosine over distance, fitted by least squares to d = 1..``farthest``.
+    """Correlation-decay slope: minus the slope of mean cosine over distance, fitted by least squares to d =
+    1..``farthest``.
 
-    iREPA's code: each distance counts once, however many pairs it has, and a grid that has fewer distances is fitted to those
-    it has. The mean over images, in cosine per token.
+    iREPA's code: each distance counts once, however many pairs it has, and a grid that has fewer distances is fitted to
+    those it has. The mean over images, in cosine per token.
 
     Args:
         tokens: ``(B, h * w, D)``, row-major, without class or register tokens.
@@ -59,7 +60,9 @@ def cds(tokens: ArrayLike, grid: Grid, farthest: int = 8) -> float:
     distance, gram = _distances(grid, u), _mean_gram(u)
     steps = np.arange(1, min(farthest, int(distance.max())) + 1)
     if len(steps) < 2:
-        raise ValueError(f"a slope needs two distances: give farthest >= 2 and h + w >= 4, got {farthest} and the grid {grid}")
+        raise ValueError(
+            f"a slope needs two distances: give farthest >= 2 and h + w >= 4, got {farthest} and the grid {grid}"
+        )
     means = np.array([float(gram[distance == int(step)].mean()) for step in steps])
     away = steps - steps.mean()
     return float(-(away @ means) / (away @ away))
@@ -68,7 +71,8 @@ def cds(tokens: ArrayLike, grid: Grid, farthest: int = 8) -> float:
 def rmsc(tokens: ArrayLike, grid: Grid) -> float:
     """RMS spatial contrast: the root of the mean squared distance of an image's unit tokens from their mean.
 
-    iREPA. The mean over images. The value depends on no place; ``grid`` holds the tokens to be patches and nothing else.
+    iREPA. The mean over images. The value depends on no place; ``grid`` holds the tokens to be patches and nothing
+    else.
 
     Args:
         tokens: ``(B, h * w, D)``, without class or register tokens.
@@ -87,11 +91,12 @@ def rmsc(tokens: ArrayLike, grid: Grid) -> float:
 
 
 def srss(tokens: ArrayLike, grid: Grid, mask: ArrayLike, far: int = 6) -> float:
-    """Semantic-region self-similarity: how much more foreground agrees with foreground beside it than with far background.
+    """Semantic-region self-similarity: how much more foreground agrees with foreground beside it than with far
+    background.
 
-    For each foreground token, the mean cosine with foreground tokens at distance 1 less that with background tokens at distance
-    ``far`` or more; the mean over the tokens that have both, then over the images that have such a token. iREPA's code; it
-    keeps images with at least 64 patches of either kind, and that choice is the caller's.
+    For each foreground token, the mean cosine with foreground tokens at distance 1 less that with background tokens at
+    distance ``far`` or more; the mean over the tokens that have both, then over the images that have such a token.
+    iREPA's code; it keeps images with at least 64 patches of either kind, and that choice is the caller's.
 
     Args:
         tokens: ``(B, h * w, D)``, row-major, without class or register tokens.
@@ -107,9 +112,13 @@ def srss(tokens: ArrayLike, grid: Grid, mask: ArrayLike, far: int = 6) -> float:
     if foreground.shape != u.shape[:2]:
         raise ValueError(f"need a mask (B, N) = {shape(u)[:2]} like the tokens, got {shape(foreground)}")
     pairs = zip(range(len(u)), foreground, strict=True)
-    values = [value for image, inside in pairs if not math.isnan(value := _contrast(u[image, ...], inside, distance, far))]
+    values = [
+        value for image, inside in pairs if not math.isnan(value := _contrast(u[image, ...], inside, distance, far))
+    ]
     if not values:
-        raise ValueError(f"no image has a foreground token beside another and {far} or more from background; check the masks")
+        raise ValueError(
+            f"no image has a foreground token beside another and {far} or more from background; check the masks"
+        )
     return sum(values) / len(values)
 
 
@@ -155,5 +164,7 @@ def _require_far(grid: Grid, far: int, u: AnyArray) -> AnyArray:
     h, w = grid
     farthest = h + w - 2
     if not 2 <= far <= farthest:
-        raise ValueError(f"tokens on the grid {h}x{w} are at most {farthest} apart: give 2 <= far <= {farthest}, got {far}")
+        raise ValueError(
+            f"tokens on the grid {h}x{w} are at most {farthest} apart: give 2 <= far <= {farthest}, got {far}"
+        )
     return _distances(grid, u)

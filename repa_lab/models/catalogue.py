@@ -66,4 +66,6 @@ def _from_scratch(family: Family, size: str, shape: Shape) -> Entry:
 def _entry(name: str, family: Family, shape: Shape, pixels: int, side: int, parameters: int) -> Entry:
     grid = (side, side)
     use = "from scratch" if family.from_scratch else "pretrained"
-    return Entry(name, ", ".join(family.regularizers), shape.depth, shape.width, shape.block, pixels, grid, parameters, use)
+    return Entry(
+        name, ", ".join(family.regularizers), shape.depth, shape.width, shape.block, pixels, grid, parameters, use
+    )

@@ -46,8 +46,8 @@ class Shape:
     stages: tuple[int, ...] = ()
 
     def stride_at(self, block: BlockIndex | None) -> int:
-        """The stride of the tokens that leave a block: half of ``stride`` outside the middle stage of a U-shaped transformer.
-        None is the suggested block."""
+        """The stride of the tokens that leave a block: half of ``stride`` outside the middle stage of a U-shaped
+        transformer. None is the suggested block."""
         if not self.stages or not isinstance(block, int):
             return self.stride
         before, middle, _ = self.stages
@@ -56,11 +56,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Family:
-    """The facts of a family; ``shapes`` maps a size to its shape, with the single key ``""`` where a hub folder decides.
+    """The facts of a family; ``shapes`` maps a size to its shape, with the single key ``""`` where a hub folder
+    decides.
 
-    ``latent_stride`` is the VAE's: image pixels per latent cell; 1 for families that take what they are given. ``network`` is
-    the model in diffusers and ``pipeline`` what surrounds it there; both are None for families trained from scratch.
-    ``u_shaped`` are transformers with a stage of fewer tokens.
+    ``latent_stride`` is the VAE's: image pixels per latent cell; 1 for families that take what they are given.
+    ``network`` is the model in diffusers and ``pipeline`` what surrounds it there; both are None for families trained
+    from scratch. ``u_shaped`` are transformers with a stage of fewer tokens.
     """
 
     name: str
@@ -184,7 +185,9 @@ def shape_of(family: Family, size: str | None) -> Shape:
 
 def _narrow(shape: Shape) -> Shape:
     channels = (_NARROW_WIDTH,) * len(shape.channels)
-    return replace(shape, width=_NARROW_WIDTH, heads=min(shape.heads, 2), channels=channels, layers=min(shape.layers, 1))
+    return replace(
+        shape, width=_NARROW_WIDTH, heads=min(shape.heads, 2), channels=channels, layers=min(shape.layers, 1)
+    )
 
 
 def sit_shape(size: str) -> tuple[Shape, int]:

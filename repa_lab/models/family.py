@@ -88,7 +88,9 @@ class UNetFamily:
 
     def build(self, size: str, shape: Shape, given: Input) -> nn.Module:
         """See :class:`FamilyBuilder`."""
-        from repa_lab.models.unet import UNet  # diffusers takes two seconds to import, which a transformer need not wait for
+        from repa_lab.models.unet import (
+            UNet,
+        )  # diffusers takes two seconds to import, which a transformer need not wait for
 
         return UNet(shape, given.channels, given.size, given.num_classes)
 

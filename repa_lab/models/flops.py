@@ -1,8 +1,8 @@
 """What one image costs a denoiser: closed formulas and counted numbers, without torch, so that `plan` can tell at once.
 
-FLOPs are twice the multiply-adds of matrix products, convolutions and attention, as `torch.utils.flop_counter` counts them.
-SiT's and SiT-down's follow from their shapes. All others were counted on the meta device by `repa_lab.models.counting`, and a
-test counts them again.
+FLOPs are twice the multiply-adds of matrix products, convolutions and attention, as `torch.utils.flop_counter` counts
+them. SiT's and SiT-down's follow from their shapes. All others were counted on the meta device by
+`repa_lab.models.counting`, and a test counts them again.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Forward:
 class Counted:
     """Counts of a released model at its native size and at a half and a quarter of its sides.
 
-    Every layer costs a constant, or as many times as there are tokens, or as pairs of them, so that a parabola through the
-    three counts gives any other size exactly.
+    Every layer costs a constant, or as many times as there are tokens, or as pairs of them, so that a parabola through
+    the three counts gives any other size exactly.
 
     Attributes:
         tokens: image tokens at the tap at the native size.
@@ -149,10 +149,11 @@ def _sit_forward(given: Given) -> Forward:
 
 
 def _sit_down_forward(given: Given) -> Forward:
-    """SiT-down from its shape: per block 4 D^2 weights of attention and 3 D H of SwiGLU at every token, 6 D^2 at every image;
-    two 3x3 convolutions of 4 D^2 channels over the middle's tokens.
+    """SiT-down from its shape: per block 4 D^2 weights of attention and 3 D H of SwiGLU at every token, 6 D^2 at every
+    image; two 3x3 convolutions of 4 D^2 channels over the middle's tokens.
 
-    Kept are 15 numbers per block, token and channel and 4 per hidden channel, as counted, with 5 more around the blocks.
+    Kept are 15 numbers per block, token and channel and 4 per hidden channel, as counted, with 5 more around the
+    blocks.
     """
     n, width, stages, hidden = given.tokens, given.shape.width, given.shape.stages, swiglu_width(given.shape.width)
     around, ends = _ends(given, 4 * n, patch=given.shape.stride // 2)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     Output = Callable[[Any, torch.Tensor], torch.Tensor]
     Lengths = Callable[[Condition], torch.Tensor]
 
-# Where a sequence holds the image's tokens: alone, before or after the text's, or after as many of them as a sample has.
+# Where a sequence holds the image's tokens: alone, before or after the text's, or after as many of them as a sample
+# has.
 Place = Literal["all", "head", "tail", "after_text", "map"]
 
 
@@ -48,10 +49,10 @@ class Network:
     Attributes:
         model: its class in diffusers.
         blocks: what can be tapped, in the order of the running ``block_index``.
-        inputs: the arguments of its ``forward`` from its config, noisy latents ``(B, C, H, W)``, times ``(B,)`` in [0, 1]
-            (1 is noise) and conditioning.
-        condition: the conditioning by name: each one's shape without the batch, from the config and a number of text tokens.
-            What is called a mask or labels holds integers.
+        inputs: the arguments of its ``forward`` from its config, noisy latents ``(B, C, H, W)``, times ``(B,)`` in [0,
+            1] (1 is noise) and conditioning.
+        condition: the conditioning by name: each one's shape without the batch, from the config and a number of text
+            tokens. What is called a mask or labels holds integers.
         output: the prediction ``(B, C, H, W)`` from what ``forward`` returns and the latents.
         lengths: tokens before the image of each sample ``(B,)`` from the conditioning, for ``after_text``.
         config: arguments of the released model that differ from the constructor's defaults.

@@ -36,19 +36,20 @@ class Pipeline:
 
     Attributes:
         classes: the pipelines of diffusers whose folders hold this family; the first is that of the tiny one.
-        encode: the conditioning by text of captions, from the pipeline without its denoiser: one row a caption, every text
-            padded to the same length, under the names of :attr:`Network.condition`. None for one without text.
-        call: the arguments of the pipeline's call from conditioning ``(B, ...)``, that of the empty caption ``(B, ...)``, and
-            the scale of guidance.
+        encode: the conditioning by text of captions, from the pipeline without its denoiser: one row a caption, every
+            text padded to the same length, under the names of :attr:`Network.condition`. None for one without text.
+        call: the arguments of the pipeline's call from conditioning ``(B, ...)``, that of the empty caption
+            ``(B, ...)``, and the scale of guidance.
         tiny: the components of a small pipeline that fits :attr:`Network.tiny`, but for the denoiser.
         denoiser: the component that is trained.
-        sizes: conditioning by size, from the model's config and frames ``(B, 6)``: original height and width, top and left of
-            the crop, target height and width, in pixels. None for a family that is told none.
+        sizes: conditioning by size, from the model's config and frames ``(B, 6)``: original height and width, top and
+            left of the crop, target height and width, in pixels. None for a family that is told none.
         adapted: the layers that LoRA adapts, by the ends of their names.
         allow: adapts a pipeline that cannot draw images of any (height, width) from conditioning; None where it can.
         shifted: whether the pipeline applies the autoencoder's shift, if that has one.
         released: the hub id of the pipeline that :attr:`Network.config` describes.
-        num_classes: from the model's config, of a family that is told a class instead of a text; that number is no class.
+        num_classes: from the model's config, of a family that is told a class instead of a text; that number is no
+            class.
     """
 
     classes: tuple[str, ...]

@@ -60,7 +60,8 @@ def skeleton(folder: Path, family: Family) -> Denoiser:
 def adapt(denoiser: Denoiser, rank: int) -> None:
     """Freeze the denoiser and add LoRA to the family's layers, drawn from the global stream.
 
-    Its weights are float32. The scale is 1 (alpha is the rank), A is normal and B zero, as in diffusers' training scripts.
+    Its weights are float32. The scale is 1 (alpha is the rank), A is normal and B zero, as in diffusers' training
+    scripts.
     """
     from diffusers.training_utils import cast_training_params
     from peft import inject_adapter_in_model
@@ -76,12 +77,14 @@ def text_pipeline(folder: Path, family: Family, dtype: torch.dtype, device: torc
     Raises:
         PretrainedError: it cannot be loaded.
     """
-    return _load(folder, {name: None for name in components(folder) if name not in text_components(folder)}, dtype).to(device)
+    return _load(folder, {name: None for name in components(folder) if name not in text_components(folder)}, dtype).to(
+        device
+    )
 
 
 def sampling_pipeline(folder: Path, denoiser: Denoiser, vae: nn.Module, side: int) -> Any:
-    """The pipeline around a denoiser in training: without encoders of text, for it is given what they encode, and without
-    anything that would judge the images.
+    """The pipeline around a denoiser in training: without encoders of text, for it is given what they encode, and
+    without anything that would judge the images.
 
     Raises:
         PretrainedError: it cannot be loaded.
@@ -115,7 +118,9 @@ def export(denoiser: Denoiser, folder: Path, rank: int | None) -> None:
     if hasattr(kind, "save_lora_weights"):
         kind.save_lora_weights(folder, **{f"{pipeline.denoiser}_lora_layers": state})
         return
-    save_file({f"base_model.model.{name}": value for name, value in state.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {f"base_model.model.{name}": value for name, value in state.items()}, folder / "adapter_model.safetensors"
+    )
     _lora(denoiser.family, rank).save_pretrained(folder)
 
 

@@ -16,7 +16,12 @@ _TEXT = ("text_encoder", "tokenizer")
 _WEIGHTS = (".safetensors", ".bin")
 FLOW_PREDICTION = "flow_prediction"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of a VAE's config, read by pipelines that draw
+SCALING = (
+    "scaling_factor",
+    "shift_factor",
+    "latents_mean",
+    "latents_std",
+)  # of a VAE's config, read by pipelines that draw
 
 
 class PretrainedError(ValueError):

@@ -95,7 +95,9 @@ def unpatchify(patches: torch.Tensor, grid: Grid, patch_size: int) -> torch.Tens
     return torch.einsum("bhwpqc->bchpwq", x).reshape(-1, x.shape[-1], rows * p, columns * p)
 
 
-def initialise(model: nn.Module, patches: PatchEmbed, time: TimestepEmbedder, labels: nn.Embedding, final: FinalLayer) -> None:
+def initialise(
+    model: nn.Module, patches: PatchEmbed, time: TimestepEmbedder, labels: nn.Embedding, final: FinalLayer
+) -> None:
     """REPA's initialisation: linear maps Xavier-uniform, embeddings normal with 0.02, modulations and the last layer zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -129,7 +131,8 @@ class SiTConfig:
 
 
 class SiT(nn.Module):
-    """Velocity prediction for images or latents ``(B, C, H, W)`` at t in [0, 1] (0 is data, 1 is noise) and class labels.
+    """Velocity prediction for images or latents ``(B, C, H, W)`` at t in [0, 1] (0 is data, 1 is noise) and class
+    labels.
 
     Label ``num_classes`` is the null label; the caller drops labels by passing it, so evaluation never drops any.
     The output is zero at initialisation (adaLN-Zero).

@@ -1,9 +1,9 @@
 """SiT-down, U-REPA's own denoiser (2503.18414): SiT with one downsampled stage, skips, RoPE and SwiGLU.
 
-This is a reconstruction. The paper's code was never released. Stated are the blocks per stage, the widths, B's heads, 8x8
-tokens in the middle of a 16x16 grid, skip connections, RoPE, SwiGLU, the parameters and the GMACs (Table 2). All else is chosen
-here, from some 12,000 combinations of ways to go down and up, to merge skips, of the width of SwiGLU and of the middle stage,
-as the one whose counts are nearest to the paper's for the three sizes at once:
+This is a reconstruction. The paper's code was never released. Stated are the blocks per stage, the widths, B's heads,
+8x8 tokens in the middle of a 16x16 grid, skip connections, RoPE, SwiGLU, the parameters and the GMACs (Table 2). All
+else is chosen here, from some 12,000 combinations of ways to go down and up, to merge skips, of the width of SwiGLU and
+of the middle stage, as the one whose counts are nearest to the paper's for the three sizes at once:
 
 - down: each square of 2x2 tokens side by side (4 D), then a 3x3 convolution to D; up: the reverse;
 - the middle stage is as wide as the outer ones, and every block has a modulation of its own, as SiT's;
@@ -17,8 +17,8 @@ as the one whose counts are nearest to the paper's for the three sizes at once:
 | L/2 | 692.9 M (686.6 M) | +0.9 % | 78.27 (79.3) | -1.3 % |
 | XL/2 | 961.7 M (954.4 M) | +0.8 % | 107.43 (109.3) | -1.7 % |
 
-Others come within one point of it, such as skips that are concatenated and mapped back to D: the counts single out no design,
-and a result on this model is one about a model of the paper's shape, not about the paper's weights.
+Others come within one point of it, such as skips that are concatenated and mapped back to D: the counts single out no
+design, and a result on this model is one about a model of the paper's shape, not about the paper's weights.
 """
 
 from __future__ import annotations
@@ -98,12 +98,15 @@ class SiTDownConfig:
         if self.stages[0] != self.stages[2]:
             raise ValueError(f"stages {self.stages}: a skip joins each block before the middle with one after it")
         if any(side % (2 * self.patch_size) for side in self.input_size):
-            message = f"is not a multiple of {2 * self.patch_size}, twice the patch size: the middle stage halves each side"
+            message = (
+                f"is not a multiple of {2 * self.patch_size}, twice the patch size: the middle stage halves each side"
+            )
             raise ValueError(f"input size {self.input_size} {message}")
 
 
 class SiTDown(nn.Module):
-    """Velocity prediction for images or latents ``(B, C, H, W)`` at t in [0, 1] (0 is data, 1 is noise) and class labels.
+    """Velocity prediction for images or latents ``(B, C, H, W)`` at t in [0, 1] (0 is data, 1 is noise) and class
+    labels.
 
     Label ``num_classes`` is the null label, as in `SiT`; the output is zero at initialisation.
 

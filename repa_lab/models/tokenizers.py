@@ -33,12 +33,20 @@ def _clip() -> dict[str, Any]:
 
 def _t5() -> dict[str, Any]:
     letters = [("▁", -2.0), *((character, -3.0) for character in string.printable.strip())]
-    return {"vocab": [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], "extra_ids": 0, "additional_special_tokens": []}
+    return {
+        "vocab": [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters],
+        "extra_ids": 0,
+        "additional_special_tokens": [],
+    }
 
 
 def _bert() -> dict[str, Any]:
     single = string.printable.strip()
-    return {"vocab": _numbered(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *single, *(f"##{letter}" for letter in single)])}
+    return {
+        "vocab": _numbered(
+            ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *single, *(f"##{letter}" for letter in single)]
+        )
+    }
 
 
 def _llama() -> dict[str, Any]:
@@ -53,7 +61,11 @@ def _chatglm() -> dict[str, Any]:
     letters = string.printable.strip()
     with tempfile.NamedTemporaryFile(suffix=".model", delete=False) as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([letters]), model_writer=file, model_type="char", vocab_size=len(letters) + 4, minloglevel=2
+            sentence_iterator=iter([letters]),
+            model_writer=file,
+            model_type="char",
+            vocab_size=len(letters) + 4,
+            minloglevel=2,
         )
     atexit.register(Path(file.name).unlink)
     return {"vocab_file": file.name}
@@ -69,7 +81,9 @@ def _fast() -> dict[str, Any]:
     tokenizer = Tokenizer(models.BPE(vocabulary, [(one[:-1], one[-1]) for one in beginnings]))
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (first, last)])
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{first} $A", special_tokens=[(first, vocabulary[first])])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A", special_tokens=[(first, vocabulary[first])]
+    )
     return {"tokenizer_object": tokenizer, "bos_token": first, "eos_token": last}
 
 

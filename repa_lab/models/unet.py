@@ -13,7 +13,8 @@ from repa_lab.models.facts import Shape
 
 
 class UNet(nn.Module):
-    """Velocity prediction for ``(B, C, H, W)`` at t in [0, 1] and class labels; label ``num_classes`` is the null label.
+    """Velocity prediction for ``(B, C, H, W)`` at t in [0, 1] and class labels; label ``num_classes`` is the null
+    label.
 
     Attention stands in every level but the first, as in the papers' UNets.
     """

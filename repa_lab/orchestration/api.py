@@ -95,10 +95,11 @@ def sweep(
         source: see :func:`plan`.
         root: the runs root.
         overrides: see :func:`plan`.
-        workers: how many runs go on at a time; None takes ``run.workers``, or else one for each GPU slot, or one per core
-            without a GPU, or as many as the cluster has room for.
+        workers: how many runs go on at a time; None takes ``run.workers``, or else one for each GPU slot, or one per
+            core without a GPU, or as many as the cluster has room for.
         console: where progress is shown; None keeps silent.
-        rehearse: whether to go through all of it with tiny random models and a few images instead, in a root of its own.
+        rehearse: whether to go through all of it with tiny random models and a few images instead, in a root of its
+            own.
         fragments: see :func:`plan`.
 
     Raises:
@@ -181,7 +182,9 @@ def _with_last_line(error: SweepBrokenError, log: Path) -> SweepBrokenError:
     """With what the workers said last, which is more than that one has died."""
     lines = log.read_text(encoding="utf-8").strip().splitlines() if log.exists() else []
     said = str(error)
-    return SweepBrokenError("; ".join([said, *(line for line in lines[-1:] if not said.endswith(line.rpartition(": ")[2]))]))
+    return SweepBrokenError(
+        "; ".join([said, *(line for line in lines[-1:] if not said.endswith(line.rpartition(": ")[2]))])
+    )
 
 
 @contextmanager

@@ -85,7 +85,9 @@ def _model_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]
     if arm.config.evaluate.prompts:
         yield arm.problem("evaluate.prompts", f"{family.name} is told classes: leave prompts out")
     if arm.config.data.is_prepared and arm.config.data.vae is None:
-        yield arm.problem("data.vae", "not set; name the VAE whose latents the prepared folder has: it decodes the samples")
+        yield arm.problem(
+            "data.vae", "not set; name the VAE whose latents the prepared folder has: it decodes the samples"
+        )
     elif arm.config.data.vae is None and side % shape.stride:
         place = "model.size" if arm.config.data.source == "digits" else "data.resolution"
         named = f"{family.name} {arm.config.model.size}"
@@ -96,7 +98,9 @@ def _pretrained_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Pro
     config, pipeline = arm.config, family.pipeline
     named = config.model.pretrained
     if pipeline and named is None:  # of a family without a pipeline, `blocked` says that it is not trained
-        yield arm.problem("model.pretrained", f"{family.name} is trained from a pretrained pipeline: name a hub id or a folder")
+        yield arm.problem(
+            "model.pretrained", f"{family.name} is trained from a pretrained pipeline: name a hub id or a folder"
+        )
     elif pipeline and named and (folder := Path(named)).is_dir() and (message := problem_with(folder, family)):
         yield arm.problem("model.pretrained", message)
     yield from _size_problems(arm, family, shape)
@@ -177,7 +181,11 @@ def _block_problems(arm: Arm, family: Family, shape: Shape, needs: Needs) -> Ite
 
 def _block_problem(family: Family, block: int | str, depth: int | None) -> str | None:
     if family.kind == "unet":
-        return None if block == "mid" else f"{family.name} is tapped at its mid block: block_index must be mid, got {block}"
+        return (
+            None
+            if block == "mid"
+            else f"{family.name} is tapped at its mid block: block_index must be mid, got {block}"
+        )
     if not isinstance(block, int) or (depth is not None and block >= depth):
         known = depth or family.shapes[""].depth
         return f"{family.name} has {known} blocks: block_index must be 0 to {known - 1}, got {block}"
@@ -242,7 +250,9 @@ def _data_problems(arm: Arm, family: Family, inventory: Inventory) -> Iterator[P
         return
     if arm.config.alignment_encoder and held < MIN_HELD_OUT:
         few = f"{held} of {dataset.images} are held out{by_default}"
-        yield arm.problem("data.holdout", f"alignment is measured on held-out images: hold out {MIN_HELD_OUT} or more; {few}")
+        yield arm.problem(
+            "data.holdout", f"alignment is measured on held-out images: hold out {MIN_HELD_OUT} or more; {few}"
+        )
     for path, metric in _compared(arm):
         if dataset.images - held < METRICS[metric].least_real:
             needed = f"{metric} needs at least {METRICS[metric].least_real} real images"
@@ -300,7 +310,9 @@ def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
     if experiment.name in RESERVED:
         yield experiment.problem("name", f"'{experiment.name}' is a folder of the runs root; choose another name")
     if experiment.stop and experiment.search:
-        yield experiment.problem("stop", "a search compares groups at equal progress: leave stop out, and set search.prune")
+        yield experiment.problem(
+            "stop", "a search compares groups at equal progress: leave stop out, and set search.prune"
+        )
     if experiment.run.precision == "fp16" and experiment.run.device == "cpu":
         yield experiment.problem("run.precision", "fp16 needs a GPU; use bf16 or fp32")
     if experiment.run.micro_batch == "auto" and experiment.run.gpus_per_run > 1:

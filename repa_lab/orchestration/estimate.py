@@ -7,7 +7,16 @@ from dataclasses import dataclass, replace
 
 from repa_lab.orchestration.plan import Plan, PlannedRun
 from repa_lab.orchestration.search.reach import is_searched
-from repa_lab.orchestration.speed import PUBLISHED, UTILISATION, Device, Measured, Speed, assumed_device, assumed_speed, kind_of
+from repa_lab.orchestration.speed import (
+    PUBLISHED,
+    UTILISATION,
+    Device,
+    Measured,
+    Speed,
+    assumed_device,
+    assumed_speed,
+    kind_of,
+)
 from repa_lab.runs import RunDirectory, RunsRoot, RunStatus
 from repa_lab.runs.forks import Fork
 from repa_lab.spec import Arm, RunConfig
@@ -125,7 +134,8 @@ def estimate(plan: Plan) -> Estimate:
     speeds = _speeds(plan, costs, device)
     forks = plan.sharing.forks
     shares = tuple(
-        _share(entry, forks.get(entry.run.run_id), costs[entry.arm.label], speeds[entry.arm.label]) for entry in plan.runs
+        _share(entry, forks.get(entry.run.run_id), costs[entry.arm.label], speeds[entry.arm.label])
+        for entry in plan.runs
     )
     caches = tuple(_caches(plan, speeds))
     once = {entry.run.run_id: (entry.arm.label, share) for entry, share in zip(plan.runs, shares, strict=True)}
@@ -134,7 +144,9 @@ def estimate(plan: Plan) -> Estimate:
     total = sum(left.values(), Share())
     filled = Share(gpu_hours=sum(one.gpu_hours for one in caches), disk_bytes=sum(one.disk_bytes for one in caches))
     spared = sum(share.images * _saved(costs[label], speeds[label]) for label, share in left.items())
-    return Estimate(plan, costs, speeds, shares, caches, total + filled, trials, spared - filled.gpu_hours, device, reason)
+    return Estimate(
+        plan, costs, speeds, shares, caches, total + filled, trials, spared - filled.gpu_hours, device, reason
+    )
 
 
 def rounded(value: float) -> str:
@@ -216,7 +228,10 @@ def _caches(plan: Plan, speeds: dict[str, Speed]) -> Iterator[PlannedCache]:
         for cache in caches_of(arm.config, options):
             found.setdefault(cache, []).append(arm.label)
     for cache, labels in found.items():
-        images, is_begun = images_of(cache.data, plan.inventory.dataset(cache.data).images), not begun.isdisjoint(labels)
+        images, is_begun = (
+            images_of(cache.data, plan.inventory.dataset(cache.data).images),
+            not begun.isdisjoint(labels),
+        )
         left = 0 if is_begun else images or 0
         hours = left * cache.image_flops / speeds[labels[0]].flops / _HOUR
         yield PlannedCache(cache, images, is_begun, hours, left * cache.image_bytes)
@@ -236,7 +251,6 @@ def _others(root: RunsRoot, known: set[str]) -> Iterator[tuple[RunDirectory, Run
             yield directory, Run.from_json(directory.run_id, directory.spec).config
         except (OSError, ValueError):  # of an older or a newer lab, or damaged
             continue
-
 
 
 def _speed_notes(found: Estimate) -> Iterator[str]:

@@ -42,7 +42,8 @@ class PrepareJob:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Train a run; ``name`` is what people call it, ``group`` the sweep it is trained for; a rehearsal stops and resumes it.
+    """Train a run; ``name`` is what people call it, ``group`` the sweep it is trained for; a rehearsal stops and
+    resumes it.
 
     ``fork``, ``kept`` and ``stop`` are those of :class:`repa_lab.orchestration.work.Task`.
     """

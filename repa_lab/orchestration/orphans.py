@@ -31,7 +31,9 @@ def orphans_of(root: RunsRoot, name: str, asked: set[str]) -> tuple[Orphan, ...]
     if not (directory.path / "sweep.json").is_file() or directory.manifest.get("search"):
         return ()
     manifest = directory.manifest
-    known = [{"label": arm["label"], **run} for arm in manifest["arms"] for run in arm["runs"]] + manifest.get("orphaned", [])
+    known = [{"label": arm["label"], **run} for arm in manifest["arms"] for run in arm["runs"]] + manifest.get(
+        "orphaned", []
+    )
     left = {run["run_id"]: run for run in known if run["run_id"] not in asked}
     found = (Orphan(run["label"], run["seed"], run_id, root.run(run_id).status()) for run_id, run in left.items())
     return tuple(orphan for orphan in found if orphan.status is not RunStatus.NEW)

@@ -31,7 +31,8 @@ class PlannedRun:
         arm: the arm that asks for it.
         run: the run.
         status: where it stands for this sweep, whose stop rules decide whether it is stopped.
-        step: the step of its last checkpoint, from which it goes on; the last recorded one of a run that is running or over.
+        step: the step of its last checkpoint, from which it goes on; the last recorded one of a run that is running or
+            over.
         error: the reason of a failure in one line.
         blocked: why it cannot be trained here, or None.
         stop: the rules that end it early.
@@ -77,7 +78,9 @@ class Plan:
         given = [(p.arm.config.data, p.run.config.data.holdout) for p in self.runs if p.arm.config.data.holdout is None]
         small = [(data, held) for data, held in given if held != data.held_out(None)]
         notes = (f"{held} of {self.inventory.dataset(data).images} images" for data, held in small)
-        return tuple(f"{note} are held out, for a tenth is less than 256 (data.holdout)" for note in dict.fromkeys(notes))
+        return tuple(
+            f"{note} are held out, for a tenth is less than 256 (data.holdout)" for note in dict.fromkeys(notes)
+        )
 
     @cached_property
     def orphans(self) -> tuple[Orphan, ...]:
@@ -132,7 +135,9 @@ class Plan:
         """The full name of a metric that the spec calls by its kind."""
         return resolve_metric(wanted, self.measured) or wanted
 
-    def manifest(self, arms: list[dict[str, Any]] | None = None, search: dict[str, Any] | None = None) -> dict[str, Any]:
+    def manifest(
+        self, arms: list[dict[str, Any]] | None = None, search: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """What :meth:`SweepDirectory.record` keeps; a search gives its trials as arms."""
         compare = self.experiment.compare
         return {
@@ -187,7 +192,9 @@ def make_plan(experiment: Experiment, root: RunsRoot) -> Plan:
     return Plan(experiment, root, tuple(runs), inventory)
 
 
-def _planned(arm: Arm, run: Run, directory: RunDirectory, obstacle: Problem | None, stop: tuple[StopRule, ...]) -> PlannedRun:
+def _planned(
+    arm: Arm, run: Run, directory: RunDirectory, obstacle: Problem | None, stop: tuple[StopRule, ...]
+) -> PlannedRun:
     status, recorded = directory.status([rule.holds for rule in stop]), directory.state
     step = directory.checkpoint_step
     if status.is_over or status is RunStatus.RUNNING:

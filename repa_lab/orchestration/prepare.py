@@ -39,7 +39,8 @@ class RefusedError(ValueError):
 
 
 def prepare(configs: Iterable[RunConfig], options: RunOptions, cache: Path, announce: Announce) -> None:
-    """Fill the caches for these settings, on the device that the options choose; what several settings need is looked at once.
+    """Fill the caches for these settings, on the device that the options choose; what several settings need is looked
+    at once.
 
     Raises:
         RefusedError: naming the setting at fault.
@@ -122,7 +123,9 @@ class _Preparation:
             if block is not None:
                 tap_block(denoiser, block).remove()
         progress = self.announce(f"captions for {family.name}")
-        encode_captions(family, folder, images, config.evaluate.prompts, self.options, self.cache, self.device, progress)
+        encode_captions(
+            family, folder, images, config.evaluate.prompts, self.options, self.cache, self.device, progress
+        )
 
 
 def _place(path: str, field: str) -> str:

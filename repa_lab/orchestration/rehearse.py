@@ -1,8 +1,8 @@
 """A rehearsal: every arm of an experiment with tiny random models and a few images, before any hour on a GPU.
 
-What a rehearsal goes through is what the experiment will: the same families and classes of models, as many blocks, the same
-regularizers, schedules, encoders of the same patches, checkpoints, measurements, a resume, and the report. Its numbers say
-nothing.
+What a rehearsal goes through is what the experiment will: the same families and classes of models, as many blocks, the
+same regularizers, schedules, encoders of the same patches, checkpoints, measurements, a resume, and the report. Its
+numbers say nothing.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ class _Rehearser:
         found: dict[str, Any] = {**data.model_dump(mode="json"), "vae": vae}
         if isinstance(data, FolderSettings | HubSettings):
             shared = {name: found[name] for name in SourceSettings.model_fields}
-            found = shared | self.props.images(data) | {"resolution": max(32, 2 * token, 64 if _is_latent(meant) else 0)}
+            found = (
+                shared | self.props.images(data) | {"resolution": max(32, 2 * token, 64 if _is_latent(meant) else 0)}
+            )
             found |= {"holdout": min(data.holdout or _HOLDOUT, _HOLDOUT)}
         if data.buckets is not None:
             found["buckets"] = {"step": token, "max_aspect": data.buckets.max_aspect}
@@ -142,7 +144,13 @@ class _Rehearser:
         sampler = full.sampler and {**full.sampler.model_dump(mode="json"), "steps": 2}
         guidance = full.guidance and full.guidance.model_dump(mode="json")
         metrics = full.metrics and _meant(full.metrics)
-        return {"samples": 2 * _SAMPLES, "sampler": sampler, "guidance": guidance, "labels": full.labels, "metrics": metrics}
+        return {
+            "samples": 2 * _SAMPLES,
+            "sampler": sampler,
+            "guidance": guidance,
+            "labels": full.labels,
+            "metrics": metrics,
+        }
 
     def _encoder(self, encoder: dict[str, Any]) -> dict[str, Any]:
         name = _tiny_encoder(encoder["name"])

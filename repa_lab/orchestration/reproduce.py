@@ -88,7 +88,8 @@ def _shape(config: RunConfig) -> Shape:
 
 
 def scaled_block(block: int, big: Shape, small: Shape) -> int:
-    """The block of ``small`` that stands in its stage where ``block`` stands in its stage of ``big``; one stage without any.
+    """The block of ``small`` that stands in its stage where ``block`` stands in its stage of ``big``; one stage without
+    any.
 
     A block is taken at its middle: block i of n is at ``(i + 1/2) / n`` of the stage.
     """
@@ -101,7 +102,8 @@ def scaled_block(block: int, big: Shape, small: Shape) -> int:
 
 
 def results_of(experiment: Experiment, path: Path, scale: Scale) -> tuple[Comparison, ...]:
-    """The comparisons of a sweep that was carried out, written beside its report as ``reproduce.md`` and ``reproduce.csv``.
+    """The comparisons of a sweep that was carried out, written beside its report as ``reproduce.md`` and
+    ``reproduce.csv``.
 
     Args:
         experiment: what :func:`open_table` gave.

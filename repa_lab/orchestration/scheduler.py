@@ -85,8 +85,8 @@ class _Failures:
 class Scheduler:
     """Gives tasks to free slots, passes rows on, and keeps count of failures; imports no torch.
 
-    After ``run``, :attr:`stopped` says why runs were left out, if any were, :attr:`found` how many others had trained, and
-    :attr:`diverged` why runs diverged whose work was to tell that.
+    After ``run``, :attr:`stopped` says why runs were left out, if any were, :attr:`found` how many others had trained,
+    and :attr:`diverged` why runs diverged whose work was to tell that.
     """
 
     executor: Executor
@@ -99,7 +99,9 @@ class Scheduler:
     found: int = 0
     diverged: dict[str, str] = field(default_factory=dict)
     _running: dict[str, _Watched] = field(default_factory=dict)
-    _elsewhere: dict[str, _Watched] = field(default_factory=dict)  # another process, such as another sweep's, trains them
+    _elsewhere: dict[str, _Watched] = field(
+        default_factory=dict
+    )  # another process, such as another sweep's, trains them
 
     def prepare(self, arms: Mapping[RunConfig, Arm]) -> None:
         """Have a worker fill the caches for these settings, each with an arm that knows its places.

@@ -1,8 +1,8 @@
 """Which runs of a sweep have a beginning in common, and the work of training it once.
 
-Two runs of one seed take the same steps for as long as their regularizers have the same weight, if all else is equal: a cutoff,
-the end of a decay, its final weight and the length of training act from some step on. The later run is forked from the earlier
-one's checkpoint there, and ends bit for bit as if it had been trained by itself.
+Two runs of one seed take the same steps for as long as their regularizers have the same weight, if all else is equal: a
+cutoff, the end of a decay, its final weight and the length of training act from some step on. The later run is forked
+from the earlier one's checkpoint there, and ends bit for bit as if it had been trained by itself.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def share(left: Iterable[Run], done: Iterable[Run], root: RunsRoot) -> Sharing:
 
 
 class SharedWork:
-    """A list of tasks of which some wait for the beginning that they share; see :class:`repa_lab.orchestration.work.Work`.
+    """A list of tasks of which some wait for the beginning that they share; see
+    :class:`repa_lab.orchestration.work.Work`.
 
     Args:
         tasks: in order.
@@ -78,7 +79,9 @@ class SharedWork:
     is_divergence_a_result = False
 
     def __init__(self, tasks: Iterable[Task], forks: Mapping[str, Fork], root: RunsRoot) -> None:
-        kept = {parent: tuple(sorted({f.step for f in forks.values() if f.parent == parent})) for parent in _parents(forks)}
+        kept = {
+            parent: tuple(sorted({f.step for f in forks.values() if f.parent == parent})) for parent in _parents(forks)
+        }
         self._waiting = {
             task.run.run_id: replace(task, fork=forks.get(task.run.run_id), kept=kept.get(task.run.run_id, ()))
             for task in tasks
@@ -86,7 +89,9 @@ class SharedWork:
         self._forks, self._root = forks, root
         self._running: set[str] = set()
         self._total, self._done = len(self._waiting), 0
-        self._children = {parent: {c for c, fork in forks.items() if fork.parent == parent} for parent in _parents(forks)}
+        self._children = {
+            parent: {c for c, fork in forks.items() if fork.parent == parent} for parent in _parents(forks)
+        }
 
     def next(self) -> Task | None:
         """The next task whose beginning is there, or will never be."""
@@ -154,10 +159,11 @@ class _Group:
         self.waiting: list[_Trajectory] = []
 
     def tree(self) -> list[tuple[_Trajectory, Fork | None]]:
-        """The waiting runs in an order in which parents come first, each with its fork: the most steps that can be shared.
+        """The waiting runs in an order in which parents come first, each with its fork: the most steps that can be
+        shared.
 
-        A common beginning is of a length that obeys ``shared(a, c) >= min(shared(a, b), shared(b, c))``, so taking the longest
-        at every turn (Prim's algorithm) leaves the fewest steps to train.
+        A common beginning is of a length that obeys ``shared(a, c) >= min(shared(a, b), shared(b, c))``, so taking the
+        longest at every turn (Prim's algorithm) leaves the fewest steps to train.
         """
         left = sorted(self.waiting, key=lambda one: -one.steps)
         best: dict[str, Fork] = {}
@@ -185,9 +191,11 @@ def _group(groups: dict[str, _Group], run: Run) -> _Group:
 
 
 def _key(run: Run) -> str:
-    """All that decides a run's steps but for the weight and their number, and what tells at once that nothing is shared.
+    """All that decides a run's steps but for the weight and their number, and what tells at once that nothing is
+    shared.
 
-    That is the weight in the first two steps: one step, which all that warms up has in common, is not worth a checkpoint.
+    That is the weight in the first two steps: one step, which all that warms up has in common, is not worth a
+    checkpoint.
     """
     schedule = _schedule(run.config)
     value = run.config.model_dump(mode="json")

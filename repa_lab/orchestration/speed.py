@@ -28,8 +28,8 @@ _ONE_PROCESS = 1
 
 @dataclass(frozen=True)
 class Device:
-    """A device by its peaks in TFLOP/s: of dense bf16 or fp16 matrix products, and of float32 without tensor cores, as torch
-    computes it by default."""
+    """A device by its peaks in TFLOP/s: of dense bf16 or fp16 matrix products, and of float32 without tensor cores, as
+    torch computes it by default."""
 
     name: str
     half: float
@@ -80,8 +80,8 @@ class Speed:
 
 @dataclass(frozen=True)
 class _Pause:
-    """What a run spent beside training: seconds of one device, for so many measurements by the usual protocol and by that of
-    milestones."""
+    """What a run spent beside training: seconds of one device, for so many measurements by the usual protocol and by
+    that of milestones."""
 
     seconds: float
     usual: int
@@ -101,7 +101,10 @@ def assumed_device(options: RunOptions, folder: Path = GPUS) -> tuple[Device, st
     known = next((device for word, device in _DEVICES.items() if models and word in models[0]), None)
     if known:
         return known, ""
-    return H100, f"{models[0]} is not known" if models else "there is no GPU here; run.device: cpu estimates for this CPU"
+    return (
+        H100,
+        f"{models[0]} is not known" if models else "there is no GPU here; run.device: cpu estimates for this CPU",
+    )
 
 
 def assumed_speed(cost: Cost, device: Device, precision: str) -> Speed:
@@ -165,8 +168,8 @@ class Measured:
 
 
 def seconds_per_image(rows: list[Row]) -> float | None:
-    """Seconds of training an image takes all devices of a run together, the first logged steps left out where there are later
-    ones: they begin with what is done once."""
+    """Seconds of training an image takes all devices of a run together, the first logged steps left out where there are
+    later ones: they begin with what is done once."""
     points = [(row["images"], row["seconds"]) for row in rows if row.get("images") and row.get("seconds") is not None]
     if not points:
         return None

@@ -56,14 +56,18 @@ class View:
         self._lengths: list[float] = []
         self._task: tuple[str, int, int] | None = None
         self._counts = (0, 0)
-        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=_REFRESH_PER_S, transient=True)
+        self._live = Live(
+            console=console, get_renderable=self._render, refresh_per_second=_REFRESH_PER_S, transient=True
+        )
 
     def __enter__(self) -> View:
         if self._console.is_terminal:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._live.stop()
 
     def progress(self, task: str, done: int, total: int) -> None:

@@ -1,8 +1,8 @@
 """A worker: one process that trains one run after another, so that libraries are imported once.
 
 It reads jobs from standard input and answers on standard output, a JSON object a line. When the input ends, because the
-scheduler is gone for whatever reason, the run in hand is checkpointed and the process ends. Workers that share a run are
-started with torchrun's environment variables, and each is given the job.
+scheduler is gone for whatever reason, the run in hand is checkpointed and the process ends. Workers that share a run
+are started with torchrun's environment variables, and each is given the job.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def train_run(job: TrainJob, should_stop: ShouldStop) -> Report:
 def train_within_memory(job: TrainJob, should_stop: ShouldStop) -> State:
     """Train a run; where a step's memory runs out, go on from the last checkpoint with micro-batches half as large.
 
-    The batch, its randomness and hence the results but for rounding stay the same. A measurement that does not fit, which no
-    micro-batch helps, ends the run, and so does memory that runs out on one of several processes.
+    The batch, its randomness and hence the results but for rounding stay the same. A measurement that does not fit,
+    which no micro-batch helps, ends the run, and so does memory that runs out on one of several processes.
 
     Raises:
         OutOfMemoryError: not even one image fits.
@@ -144,7 +144,9 @@ def train_within_memory(job: TrainJob, should_stop: ShouldStop) -> State:
         gc.collect()
         torch.cuda.empty_cache()  # which does nothing where there is no GPU
         with RunWriter(job.root.run(job.run.run_id)) as writer:
-            writer.event("out-of-memory", error=reason, micro_batch=options.micro_batch, retried_with=smaller.micro_batch)
+            writer.event(
+                "out-of-memory", error=reason, micro_batch=options.micro_batch, retried_with=smaller.micro_batch
+            )
         options = smaller
 
 
@@ -234,8 +236,8 @@ def _compared(job: TrainJob) -> Compared:
 def main() -> None:
     """Serve on the standard streams, under numbers of our own.
 
-    What libraries print goes to standard error. Standard input becomes empty, because a data loader's forked process closes
-    it, and would wait for ever for the lock that our reading thread holds on it.
+    What libraries print goes to standard error. Standard input becomes empty, because a data loader's forked process
+    closes it, and would wait for ever for the lock that our reading thread holds on it.
     """
     jobs, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

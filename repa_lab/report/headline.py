@@ -33,13 +33,15 @@ def headline(compared: Compared, rows: list[Row]) -> dict[str, Any]:
         rows: all metric rows of the run.
 
     Returns:
-        ``metric`` by name; its ``final`` value; the ``best`` with its ``best_step``; and ``steps_to/<value>`` in optimizer
-        steps, interpolated between measurements, for the metric's targets that were reached.
+        ``metric`` by name; its ``final`` value; the ``best`` with its ``best_step``; and ``steps_to/<value>`` in
+        optimizer steps, interpolated between measurements, for the metric's targets that were reached.
     """
     curve = {row["step"]: row[compared.metric] for row in rows if row.get(compared.metric) is not None}
     if not curve:
         return {}
     best = (min if compared.goal == "min" else max)(curve, key=lambda step: curve[step])
-    targets = {value: steps_to_reach(curve, value, compared.goal) for value in compared.targets.get(compared.metric, [])}
+    targets = {
+        value: steps_to_reach(curve, value, compared.goal) for value in compared.targets.get(compared.metric, [])
+    }
     reached = {f"steps_to/{value:g}": steps for value, steps in targets.items() if steps is not None}
     return {"metric": compared.metric, "final": curve[max(curve)], "best": curve[best], "best_step": best, **reached}

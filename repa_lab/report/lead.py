@@ -14,8 +14,8 @@ from repa_lab.report.words import comparable_row, conclusions, difference, is_be
 def lead(results: Results) -> str:
     """The answer in a sentence with interval and n.
 
-    It is that of a search, that of the only compared arm, or how many of several arms differ from their baselines and the
-    best of them.
+    It is that of a search, that of the only compared arm, or how many of several arms differ from their baselines and
+    the best of them.
     """
     best = best_trial(results)
     if best is not None:

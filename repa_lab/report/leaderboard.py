@@ -30,10 +30,11 @@ class Board:
     Attributes:
         metric: the full name.
         goal: whether small or large values are good; the best stand first.
-        protocol: the fields in which what was measured here differs from other boards of the same name, with their values.
-        frame: a row per arm with :data:`COLUMNS`. ``mean`` with its 95 % t interval ``low`` to ``high`` is over the ``n`` of
-            ``seeds`` runs that have a finite value at ``step``, the last that all measured ones have; ``best`` is the mean of
-            each run's best value up to there.
+        protocol: the fields in which what was measured here differs from other boards of the same name, with their
+            values.
+        frame: a row per arm with :data:`COLUMNS`. ``mean`` with its 95 % t interval ``low`` to ``high`` is over the
+            ``n`` of ``seeds`` runs that have a finite value at ``step``, the last that all measured ones have; ``best``
+            is the mean of each run's best value up to there.
     """
 
     metric: str
@@ -81,7 +82,8 @@ def leaderboards(
 
     Args:
         path: a runs root, or a sweep's folder.
-        metric: its full name or its kind (Frechet distances are one kind); None is all that carry a protocol in their name.
+        metric: its full name or its kind (Frechet distances are one kind); None is all that carry a protocol in their
+            name.
         protocol: what the full name must contain, such as ``@50k`` or ``sde250``.
         tell: is told, a line for each run, what could not be read and is on no board.
 
@@ -165,10 +167,22 @@ def _row(entry: _Entry, values: pd.DataFrame, facts: pd.DataFrame, goal: Goal) -
     step = steps.max()
     now, until = values[values["step"] == step], values[values["step"] <= step].groupby("run_id")["value"]
     mean = mean_interval(now["value"])
-    measured = {"n": mean.n, "mean": mean.mean, "low": mean.low, "high": mean.high, "step": step, "images": now["images"].max()}
+    measured = {
+        "n": mean.n,
+        "mean": mean.mean,
+        "low": mean.low,
+        "high": mean.high,
+        "step": step,
+        "images": now["images"].max(),
+    }
     best = mean_interval(until.min() if goal == "min" else until.max()).mean
     states = ", ".join(facts.loc[sorted(entry.runs), "state"].unique())
-    place = {"arm": " / ".join(entry.arms), "sweeps": ", ".join(entry.sweeps), "seeds": len(entry.runs), "state": states}
+    place = {
+        "arm": " / ".join(entry.arms),
+        "sweeps": ", ".join(entry.sweeps),
+        "seeds": len(entry.runs),
+        "state": states,
+    }
     return {**place, **_settings(facts.loc[values["run_id"].iloc[0]]), **measured, "best": best}
 
 
@@ -184,7 +198,11 @@ def _settings(run: pd.Series) -> dict[str, str]:
 
 def _encoders(run: pd.Series) -> str:
     several = run.get("regularizer.encoder")
-    return " + ".join(one["name"] for one in several) if isinstance(several, list) else _text(run, "regularizer.encoder.name")
+    return (
+        " + ".join(one["name"] for one in several)
+        if isinstance(several, list)
+        else _text(run, "regularizer.encoder.name")
+    )
 
 
 def _text(run: pd.Series, name: str) -> str:

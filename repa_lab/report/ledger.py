@@ -17,9 +17,11 @@ _FLOPS = {"training": "cost/train_flops", "encoder": "cost/encoder_flops", "eval
 
 
 def cost_frame(results: Results) -> pd.DataFrame:
-    """What every run of one sweep took so far, a row per run: a run that several arms share stands once, with the first.
+    """What every run of one sweep took so far, a row per run: a run that several arms share stands once, with the
+    first.
 
-    Columns: ``arm``, ``run_id``; ``hours/<part>``, device hours, and ``flops/<part>`` of ``training``, ``encoder`` (its hours
+    Columns: ``arm``, ``run_id``; ``hours/<part>``, device hours, and ``flops/<part>`` of ``training``, ``encoder`` (its
+        hours
     are in those of training, its FLOPs are not) and ``evaluation``, NaN where a run did not record it.
     """
     runs = results.runs.drop_duplicates("run_id")

@@ -43,7 +43,13 @@ class Member:
         step = max(state.step if state else 0, last)
         images = logged[last]["images"] if logged else None
         processes = processes_of(self.reader.provenance)
-        made = {"baseline": self.arm["baseline"], "step": step, "images": images, "seconds": None, "processes": processes}
+        made = {
+            "baseline": self.arm["baseline"],
+            "step": step,
+            "images": images,
+            "seconds": None,
+            "processes": processes,
+        }
         return {**self.keys, **standing, **made, **self.reader.costs}
 
     def config(self) -> Row:

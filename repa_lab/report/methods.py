@@ -19,7 +19,11 @@ _PROTOCOL = re.compile(r"(?P<kind>[^:]+):(?P<extractor>[^@]+)@(?P<samples>\d+k?)
 def measured_how(results: Results) -> list[str]:
     """A line on every protocol in use, on averages of too few steps, and on how arms were compared."""
     metrics = dict.fromkeys(metric for metric in results.summary["metric"] if is_protocol(metric))
-    return [*(_protocol(metric) + _bias(results, metric) for metric in metrics), *_averages(results), *_comparisons(results)]
+    return [
+        *(_protocol(metric) + _bias(results, metric) for metric in metrics),
+        *_averages(results),
+        *_comparisons(results),
+    ]
 
 
 def _protocol(metric: str) -> str:

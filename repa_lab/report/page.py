@@ -39,8 +39,8 @@ def write_report(sweep: SweepDirectory) -> ReportPaths:
     """Write the report on what the sweep's runs have measured so far; every file is replaced whole.
 
     Raises:
-        ResultsError: the sweep was never recorded, or its ``sweep.json`` cannot be read. What cannot be read of its runs is
-            left out and named in the report.
+        ResultsError: the sweep was never recorded, or its ``sweep.json`` cannot be read. What cannot be read of its
+            runs is left out and named in the report.
     """
     results = load_results(sweep.path)
     pictures = draw_pictures(results, sweep.root, sweep.path)

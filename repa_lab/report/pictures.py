@@ -42,7 +42,13 @@ class Picture:
 
 def draw_pictures(results: Results, root: RunsRoot, folder: Path) -> list[Picture]:
     """Every figure that there is data for, written into the ``figures`` of a sweep's folder."""
-    drawn = [*_differences(results), *_convergence(results), *_alignment(results), *_search(results), *_profiles(results, root)]
+    drawn = [
+        *_differences(results),
+        *_convergence(results),
+        *_alignment(results),
+        *_search(results),
+        *_profiles(results, root),
+    ]
     return [_kept(draft, folder) for draft in drawn]
 
 
@@ -91,7 +97,9 @@ def _alignment(results: Results) -> Iterator[_Draft]:
         yield _curves("alignment", title, frame, figures.draw_alignment, "")
 
 
-def _curves(section: str, title: str, frame: pd.DataFrame, draw: Callable[[pd.DataFrame, bool], Figure], suffix: str) -> _Draft:
+def _curves(
+    section: str, title: str, frame: pd.DataFrame, draw: Callable[[pd.DataFrame, bool], Figure], suffix: str
+) -> _Draft:
     rows = [panel for panel in figures.panels(frame) if panel["mean"].notna().any()][:_MOST_PANELS]
     panels = tuple(draw(panel, False) for panel in rows)
     return _Draft(section, section + suffix, title, figures.caption(frame), draw(frame, True), panels)
@@ -103,7 +111,9 @@ def _search(results: Results) -> Iterator[_Draft]:
     if frame.empty or frame[values].isna().all(axis=None) or not any(name.startswith("param/") for name in frame):
         return
     slices = figures.draw_slices(frame, goals)
-    caption = "A point for each trial; faint ones did not complete. Star: the best completed one; line: the best so far."
+    caption = (
+        "A point for each trial; faint ones did not complete. Star: the best completed one; line: the best so far."
+    )
     title = "The objective over the trials, and along every searched setting"
     yield _Draft("search", "search", title, caption, slices, (slices,))
     if len(goals) > 1:

@@ -82,7 +82,9 @@ def layers(path: str | Path) -> Profiles:
     runs = [root.run(run_id) for run_id in results.runs["run_id"].unique()]
     found = [load_profile(run) for run in runs if profiles.path_of(run).is_file()]
     if not found:
-        raise ResultsError(f"no run of {results.name} has a profile; make some with `repa-lab profile {runs[0].run_id} ...`")
+        raise ResultsError(
+            f"no run of {results.name} has a profile; make some with `repa-lab profile {runs[0].run_id} ...`"
+        )
     return Profiles(dict(profile_figures(results, root)), pd.concat(found, ignore_index=True))
 
 

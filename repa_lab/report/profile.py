@@ -64,8 +64,9 @@ def load_profile(run: str | Path | RunDirectory) -> pd.DataFrame:
         run: its directory.
 
     Returns:
-        Columns ``run_id``, ``block`` (0-based, or the name of a UNet's stage), ``timestep`` (1 is noise), ``metric`` and
-        ``value``; blocks in the order of a forward pass. ``attrs`` has ``protocol``, ``measured_block``, ``aligned_block``.
+        Columns ``run_id``, ``block`` (0-based, or the name of a UNet's stage), ``timestep`` (1 is noise), ``metric``
+        and ``value``; blocks in the order of a forward pass. ``attrs`` has ``protocol``, ``measured_block``,
+        ``aligned_block``.
 
     Raises:
         ResultsError: it has no profile, or one that cannot be read.
@@ -85,7 +86,9 @@ def profile_matrix(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     """
     rows = frame[frame["metric"] == metric]
     if rows.empty:
-        raise ResultsError(f"the profile of {_name(frame)} has no {metric}; it has {', '.join(frame['metric'].unique())}")
+        raise ResultsError(
+            f"the profile of {_name(frame)} has no {metric}; it has {', '.join(frame['metric'].unique())}"
+        )
     matrix = rows.pivot(index="block", columns="timestep", values="value")
     return matrix.reindex(index=rows["block"].unique())
 
@@ -123,7 +126,8 @@ def profile_figure(
 
     Args:
         runs: run directories that have a profile.
-        metrics: a row for each; None takes the agreement with the encoder that all of them measured, or else all they measured.
+        metrics: a row for each; None takes the agreement with the encoder that all of them measured, or else all they
+            measured.
         names: what to call the runs; None takes their ids.
 
     Raises:
@@ -144,10 +148,11 @@ def shown_metrics(frames: Sequence[pd.DataFrame]) -> list[str]:
 
 
 def profile_figures(results: Results, root: RunsRoot) -> Iterator[tuple[str, Figure]]:
-    """A caption and a figure for every arm of one sweep that has a run with a profile, beside its baseline if it can be.
+    """A caption and a figure for every arm of one sweep that has a run with a profile, beside its baseline if it can
+    be.
 
-    Of an arm's seeds the lowest is shown that has a baseline to stand beside, else the lowest; a baseline that stands beside
-    an arm is not shown again.
+    Of an arm's seeds the lowest is shown that has a baseline to stand beside, else the lowest; a baseline that stands
+    beside an arm is not shown again.
     """
     runs = {(str(row.arm), int(row.seed)): root.run(str(row.run_id)) for row in results.runs.itertuples()}
     profiled = {key: run for key, run in sorted(runs.items()) if profiles.path_of(run).is_file()}
@@ -246,7 +251,9 @@ def _panel(axes: Axes, shown: _Map, limits: tuple[float, float]) -> None:
     _numbers(axes, matrix, limits, shown.is_difference)
     if shown.aligned in blocks:
         place = blocks.index(shown.aligned)
-        axes.add_patch(Rectangle((-0.5, place - 0.5), len(times), 1, fill=False, ec="#d1570a", lw=2.2, zorder=4, clip_on=False))
+        axes.add_patch(
+            Rectangle((-0.5, place - 0.5), len(times), 1, fill=False, ec="#d1570a", lw=2.2, zorder=4, clip_on=False)
+        )
         axes.get_yticklabels()[place].set_fontweight("bold")
     axes.figure.colorbar(image, ax=axes, shrink=0.9)
 

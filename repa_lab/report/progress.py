@@ -36,8 +36,8 @@ AXES = (STEPS, IMAGES, HOURS, FLOPS)
 
 
 def progress_of(row: Mapping[str, float], processes: int) -> dict[str, float]:
-    """Progress at a row: ``images``; ``hours``, without evaluations, summed over the processes that share the run; ``flops``
-    of the denoiser, projectors and encoders. NaN is what the row does not tell.
+    """Progress at a row: ``images``; ``hours``, without evaluations, summed over the processes that share the run;
+    ``flops`` of the denoiser, projectors and encoders. NaN is what the row does not tell.
     """
     seconds, nan = row.get("seconds", math.nan), math.nan
     flops = row.get("cost/train_flops", nan) + row.get("cost/encoder_flops", 0.0)

@@ -24,7 +24,8 @@ class Protocols:
     by_run: Mapping[str, Mapping[str, Protocol]] = field(default_factory=dict)
 
     def conflicts(self, runs: Iterable[str], metric: str) -> list[str]:
-        """The fields in which the runs' protocols of a metric differ, each with its values; runs without a record have none.
+        """The fields in which the runs' protocols of a metric differ, each with its values; runs without a record have
+        none.
 
         Args:
             runs: run ids.
@@ -37,8 +38,9 @@ class Protocols:
     def names(self, arms: Mapping[str, Iterable[str]], metric: str) -> dict[str, str]:
         """What a metric is to be called for each arm, so that one name stands for one protocol.
 
-        Where arms were measured differently under the name, it is followed by what they differ in; arms without a record keep
-        the bare name. Of an arm whose own runs differ the first one speaks: it has no value to be called anything.
+        Where arms were measured differently under the name, it is followed by what they differ in; arms without a
+        record keep the bare name. Of an arm whose own runs differ the first one speaks: it has no value to be called
+        anything.
 
         Args:
             arms: run ids by arm.
@@ -47,7 +49,9 @@ class Protocols:
         held = {arm: self._first(runs, metric) for arm, runs in arms.items()}
         known = [protocol for protocol in held.values() if protocol is not None]
         fields = sorted({name for protocol in known[1:] for name in differences(known[0], protocol)})
-        flat = {arm: dict(dotted({name: one.get(name) for name in fields})) for arm, one in held.items() if one is not None}
+        flat = {
+            arm: dict(dotted({name: one.get(name) for name in fields})) for arm, one in held.items() if one is not None
+        }
         paths = sorted({path for one in flat.values() for path in one})
         differing = [path for path in paths if len({_text(one.get(path)) for one in flat.values()}) > 1]
         told = {arm: ", ".join(f"{path}: {_short(one.get(path))}" for path in differing) for arm, one in flat.items()}
@@ -90,5 +94,7 @@ def _short(value: Any) -> str:
 
 def _listed(values: Sequence[Any]) -> str:
     texts = list(dict.fromkeys(map(_text, values)))
-    short = [text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..." for text in texts[:_MOST_VALUES]]
+    short = [
+        text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..." for text in texts[:_MOST_VALUES]
+    ]
     return " / ".join([*short, *(["..."] if len(texts) > _MOST_VALUES else [])])

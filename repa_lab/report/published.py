@@ -100,8 +100,8 @@ def compare_published(results: Results, published: PublishedConfig, exact: bool)
     Args:
         results: of the sweep.
         published: of its experiment; arms that the sweep has not are left out.
-        exact: whether the metrics are the paper's. Otherwise the sweep's own metric stands for the Frechet distance alone, and
-            no value is asked to agree.
+        exact: whether the metrics are the paper's. Otherwise the sweep's own metric stands for the Frechet distance
+            alone, and no value is asked to agree.
 
     Returns:
         A comparison for each kind of metric that at least two arms share, in the paper's order.
@@ -149,7 +149,11 @@ def _at_equal_progress(results: Results, metric: str, labels: Sequence[str]) -> 
     """By arm the value by seed, at the last step that all runs of these arms have that were measured at all."""
     curves = {label: found for label in labels if (found := results.seed_curves(label, metric))}
     step = common_step([curve for found in curves.values() for curve in found.values()])
-    return {} if step is None else {label: {seed: curve[step] for seed, curve in own.items()} for label, own in curves.items()}
+    return (
+        {}
+        if step is None
+        else {label: {seed: curve[step] for seed, curve in own.items()} for label, own in curves.items()}
+    )
 
 
 def _row(

@@ -71,7 +71,8 @@ class RunReader:
         fields: list[str] = self._read("events.jsonl", self._changed, [])
         if fields:
             self._note(
-                "events.jsonl", f"between two starts its protocols changed in {', '.join(fields)}; earlier values differ"
+                "events.jsonl",
+                f"between two starts its protocols changed in {', '.join(fields)}; earlier values differ",
             )
         return fields
 
@@ -109,7 +110,9 @@ class RunReader:
             for metric in itertools.filterfalse(is_progress, row):
                 value, values = row[metric], found.setdefault(metric, {})
                 if values.get(step, value) != value and not math.isnan(value):
-                    self._note("metrics.jsonl", f"{metric} at step {step} stands there twice, differently; the last counts")
+                    self._note(
+                        "metrics.jsonl", f"{metric} at step {step} stands there twice, differently; the last counts"
+                    )
                 values[step] = value
         return found
 

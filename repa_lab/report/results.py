@@ -43,8 +43,8 @@ class Results:
         runs: a row per arm and seed: where the run stands (``step`` in optimizer steps, ``images`` seen, training
             ``seconds`` on each of its ``processes``), what it cost under ``cost/``, its level on every axis, and its
             resolved config under dotted names. A config field that is itself an axis holds the field's value.
-        curves: a row per measurement: progress (``step``, ``images``, device ``hours`` and ``flops`` of training, NaN where
-            not known), ``metric``, ``value`` (NaN where it was not finite).
+        curves: a row per measurement: progress (``step``, ``images``, device ``hours`` and ``flops`` of training, NaN
+            where not known), ``metric``, ``value`` (NaN where it was not finite).
         summary: a row per arm and evaluation metric at equal progress; see :func:`repa_lab.report.summary.summarize`.
         samples: a row per grid of samples: the ``step`` it was drawn at and the ``path`` of its PNG.
         troubles: a row per thing in a run directory that could not be used: ``where`` and ``what``.
@@ -169,7 +169,8 @@ class Results:
         that both measured under one protocol.
 
         Returns:
-            None if they share none, or only under a name behind which their protocols differ: then they cannot be compared.
+            None if they share none, or only under a name behind which their protocols differ: then they cannot be
+            compared.
         """
         shared = [name for name in self.shared_metrics(arm) if not self.conflicts(arm, name)]
         if self.metric in shared:

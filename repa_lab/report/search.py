@@ -53,16 +53,22 @@ def parameters(results: Results) -> list[str]:
 def search_frame(results: Results) -> pd.DataFrame:
     """A row per trial of one sweep's search in :func:`ordered_trials`' order.
 
-    Columns: ``trial``, its number in the order in which they were begun; ``arm``, ``state``, ``on_front`` (whether none is
-    better in every objective), ``value/<objective>`` (NaN without a value) and ``param/<dotted path>`` (text where it is no
-    number, None where it was not searched).
+    Columns: ``trial``, its number in the order in which they were begun; ``arm``, ``state``, ``on_front`` (whether none
+        is
+    better in every objective), ``value/<objective>`` (NaN without a value) and ``param/<dotted path>`` (text where it
+    is no number, None where it was not searched).
     """
     search, aims = results.sweep.get("search") or {}, objectives(results)
     front = set(search.get("pareto") or [])
     begun = {id(trial): number for number, trial in enumerate(search.get("trials") or [])}
     rows = [
         {
-            **{"trial": begun[id(trial)], "arm": trial["arm"], "state": trial["state"], "on_front": trial["arm"] in front},
+            **{
+                "trial": begun[id(trial)],
+                "arm": trial["arm"],
+                "state": trial["state"],
+                "on_front": trial["arm"] in front,
+            },
             **{f"value/{metric}": value for metric, value in _values(trial, aims).items()},
             **{f"param/{name}": _plain(trial["params"].get(name)) for name in parameters(results)},
         }
@@ -74,9 +80,9 @@ def search_frame(results: Results) -> pd.DataFrame:
 def importance_frame(results: Results) -> pd.DataFrame:
     """How much of the variance of each objective over the completed trials the searched settings explain, by fANOVA.
 
-    Hutter et al., ICML 2014, as Optuna computes it. Settings that only some trials have are left out. Columns ``objective``,
-    ``param`` and ``importance``, which sums to 1 over the settings of an objective; empty below :data:`MIN_TRIALS` completed
-    trials or two settings, where it would say nothing.
+    Hutter et al., ICML 2014, as Optuna computes it. Settings that only some trials have are left out. Columns
+    ``objective``, ``param`` and ``importance``, which sums to 1 over the settings of an objective; empty below
+    :data:`MIN_TRIALS` completed trials or two settings, where it would say nothing.
     """
     frame, columns = search_frame(results), ["objective", "param", "importance"]
     done = frame[frame["state"] == "complete"] if len(frame) else frame

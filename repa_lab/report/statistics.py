@@ -3,7 +3,8 @@
 Arms of one sweep share their seeds: seed k sees the same data, noise and initialisation streams in every arm. What a
 seed adds to both arms cancels in their difference, so differences are taken seed by seed before anything is averaged.
 The interval is Student's t: it keeps its coverage at three seeds, where the bootstrap and 1.96 standard errors do not.
-Ratios are averaged as their logarithms, so that no bound is below 0 and which arm stands below the line does not matter.
+Ratios are averaged as their logarithms, so that no bound is below 0 and which arm stands below the line does not
+matter.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ class PairedDifference:
         baseline_mean: over the paired seeds only, so ``baseline_mean + difference.mean`` is the arm's mean over them.
         seeds: the seeds both have, ascending.
         p_value: two-sided, of the paired t-test that the mean difference is 0; NaN for fewer than two pairs.
-        correlation: Pearson's, between the arm's and the baseline's values over the seeds: near 1, pairing takes away most of
-            what seeds add; below 0 it makes the interval wider. NaN for fewer than three pairs, where it says nothing.
+        correlation: Pearson's, between the arm's and the baseline's values over the seeds: near 1, pairing takes away
+            most of what seeds add; below 0 it makes the interval wider. NaN for fewer than three pairs, where it says
+            nothing.
     """
 
     difference: Estimate
@@ -82,8 +84,8 @@ class Speedup:
         steps: the arm's mean steps over those seeds, in the unit of its curves.
         reached: in how many seeds both reached it; below ``n``, ``ratio`` speaks of those alone.
         n: how many seeds both arms have.
-        early: in how many of the reached seeds a first measurement, the arm's or the baseline's, was there already. When it got
-            there is then not known, only that it was by then.
+        early: in how many of the reached seeds a first measurement, the arm's or the baseline's, was there already.
+            When it got there is then not known, only that it was by then.
     """
 
     ratio: Estimate
@@ -112,8 +114,8 @@ def mean_interval(values: Iterable[float], level: float = LEVEL) -> Estimate:
 def ratio_interval(ratios: Iterable[float], level: float = LEVEL) -> Estimate:
     """The geometric mean of ratios above 0 and its interval: Student's t of their logarithms, taken back.
 
-    The t interval of the ratios themselves may reach below 0 where seeds are few, and their mean favours whichever side is
-    above the line: of 2 and 1/2 it is 1.25, either way round. Here inverse ratios have the inverse mean and bounds.
+    The t interval of the ratios themselves may reach below 0 where seeds are few, and their mean favours whichever side
+    is above the line: of 2 and 1/2 it is 1.25, either way round. Here inverse ratios have the inverse mean and bounds.
 
     Args:
         ratios: one per seed, independent of each other.
@@ -124,7 +126,8 @@ def ratio_interval(ratios: Iterable[float], level: float = LEVEL) -> Estimate:
 
 
 def bootstrap_interval(values: Iterable[float], level: float = LEVEL, resamples: int = _RESAMPLES) -> Estimate:
-    """The mean and its bootstrap interval over seeds, which need not lie evenly about the mean; always the same resamples.
+    """The mean and its bootstrap interval over seeds, which need not lie evenly about the mean; always the same
+    resamples.
 
     It is the expanded percentile interval (Hesterberg, The American Statistician 69(4), 2015): the percentiles
     are widened so that the interval of normal values is nearly Student's, for plain percentiles are too narrow by
@@ -155,7 +158,9 @@ def band(values: Iterable[float], level: float = LEVEL) -> Estimate:
     return found if found.n >= MIN_BOOTSTRAP else mean_interval(values, level)
 
 
-def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float], level: float = LEVEL) -> PairedDifference:
+def paired_difference(
+    arm: Mapping[int, float], baseline: Mapping[int, float], level: float = LEVEL
+) -> PairedDifference:
     """Arm minus baseline over the seeds that have a finite value in both.
 
     Args:
@@ -166,14 +171,17 @@ def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float], l
     seeds = tuple(sorted(finite(arm).keys() & finite(baseline).keys()))
     own, other = (np.array([values[seed] for seed in seeds], dtype=np.float64) for values in (arm, baseline))
     mean = float(other.mean()) if seeds else math.nan
-    return PairedDifference(mean_interval(own - other, level), mean, seeds, _p_value(own - other), _correlation(own, other))
+    return PairedDifference(
+        mean_interval(own - other, level), mean, seeds, _p_value(own - other), _correlation(own, other)
+    )
 
 
 def holm(p_values: Sequence[float], comparisons: int | None = None) -> list[float]:
-    """P-values that hold for several comparisons at once, by Holm's step-down method (Scand. J. Statist. 6, 1979, 65-70).
+    """P-values that hold for several comparisons at once, by Holm's step-down method (Scand. J. Statist. 6, 1979,
+    65-70).
 
-    Calling those below 0.05 differences keeps the chance of a single false one below 0.05, whatever the comparisons share,
-    such as a baseline.
+    Calling those below 0.05 differences keeps the chance of a single false one below 0.05, whatever the comparisons
+    share, such as a baseline.
 
     Args:
         p_values: of single comparisons; NaN stands for one that cannot be made yet, and stays NaN.
@@ -192,7 +200,8 @@ def holm(p_values: Sequence[float], comparisons: int | None = None) -> list[floa
 
 
 def verdict(n: int, p_value: float) -> Verdict:
-    """What may be said of a difference over ``n`` pairs: below three nothing, else whether chance explains it at the 5 % level.
+    """What may be said of a difference over ``n`` pairs: below three nothing, else whether chance explains it at the 5
+    % level.
 
     Args:
         n: paired seeds.
@@ -264,8 +273,8 @@ def speedup(
 def in_common(one: Iterable[float], other: Iterable[float]) -> tuple[set[float], set[float]]:
     """Of the steps at which two curves were measured those that compare: both were, or the other one had ended.
 
-    A curve that is measured more often crosses a value earlier between its points, the more so where it is convex; one that is
-    measured sooner may be seen to cross before the other was looked at.
+    A curve that is measured more often crosses a value earlier between its points, the more so where it is convex; one
+    that is measured sooner may be seen to cross before the other was looked at.
     """
     mine, theirs = set(one), set(other)
     both = mine & theirs

@@ -70,9 +70,9 @@ def summarize(runs: pd.DataFrame, index: Index, protocols: Protocols = Protocols
 
     Columns: ``seeds`` planned; ``n`` seeds with a finite value, their ``mean`` and its 95 % interval ``low`` to
     ``high``; ``baseline_mean`` over the paired seeds; ``diff``, ``diff_low``, ``diff_high`` of the arm minus its
-    baseline by seed over ``n_pairs`` seeds; ``relative`` is diff over ``|baseline_mean|``; ``correlation`` of arm and baseline
-    over the seeds; ``p`` of the paired t-test and ``p_holm``, which holds for all ``comparisons`` of the sweep at once;
-    ``verdict``: see :func:`repa_lab.report.statistics.verdict`, empty without a baseline.
+    baseline by seed over ``n_pairs`` seeds; ``relative`` is diff over ``|baseline_mean|``; ``correlation`` of arm and
+    baseline over the seeds; ``p`` of the paired t-test and ``p_holm``, which holds for all ``comparisons`` of the sweep
+    at once; ``verdict``: see :func:`repa_lab.report.statistics.verdict`, empty without a baseline.
 
     A run without a single measurement of the metric is left out (``n`` shows it). Metrics of different protocols are
     different metrics and never meet: where runs recorded protocols that differ under one name, ``conflicts`` names the
@@ -95,13 +95,18 @@ def comparisons(runs: pd.DataFrame) -> dict[str, int]:
     for sweep, rows in runs.groupby("sweep", sort=False):
         ids = {arm: set(group) for arm, group in rows.groupby("arm")["run_id"]}
         pairs = rows[["arm", "baseline"]].dropna().drop_duplicates()
-        counts[str(sweep)] = sum(ids[arm] != ids.get(base) for arm, base in zip(pairs["arm"], pairs["baseline"], strict=True))
+        counts[str(sweep)] = sum(
+            ids[arm] != ids.get(base) for arm, base in zip(pairs["arm"], pairs["baseline"], strict=True)
+        )
     return counts
 
 
 def _rows(runs: pd.DataFrame, index: Index, protocols: Protocols) -> Iterator[Row]:
     baselines = dict(zip(zip(runs["sweep"], runs["arm"], strict=True), runs["baseline"], strict=True))
-    ids = {(sweep, arm, int(seed)): run for sweep, arm, seed, run in runs[[*KEYS, "seed", "run_id"]].itertuples(index=False)}
+    ids = {
+        (sweep, arm, int(seed)): run
+        for sweep, arm, seed, run in runs[[*KEYS, "seed", "run_id"]].itertuples(index=False)
+    }
     planned = runs.groupby(list(KEYS)).size()
     for (sweep, arm, metric), curves in index.items():
         baseline = None if pd.isna(baselines[sweep, arm]) else baselines[sweep, arm]

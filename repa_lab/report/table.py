@@ -48,7 +48,15 @@ class Table:
         """The table as a ``tabular`` with booktabs' rules, shrunk to the line if it has many columns."""
         kinds = "".join("r" if number else "l" for number in self.is_number)
         head, *body = ["{} \\\\".format(" & ".join(map(latex, line))) for line in (self.headers, *self.rows)]
-        lines = [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+        lines = [
+            rf"\begin{{tabular}}{{{kinds}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
         if len(self.headers) > _MOST_COLUMNS:
             lines = [r"\resizebox{\linewidth}{!}{%", *lines[:-1], lines[-1] + "}"]
         return "\n".join(lines)

@@ -41,7 +41,8 @@ def summary_tables(results: Results, compared: bool = True) -> dict[str, Table]:
 
 
 def targets_tables(results: Results) -> dict[str, Table]:
-    """When arms reached the sweep's targets and their baselines' final values, and how much sooner than these; by metric.
+    """When arms reached the sweep's targets and their baselines' final values, and how much sooner than these; by
+    metric.
 
     Progress is the mean over the seeds that got there; speed-ups are paired by seed, over those in which both did.
     """
@@ -71,7 +72,9 @@ def trials_table(results: Results) -> Table:
 def importance_table(frame: pd.DataFrame) -> Table:
     """What :func:`repa_lab.report.search.importance_frame` found, the most important first."""
     rows = frame.sort_values("importance", ascending=False, kind="stable").itertuples()
-    return Table(["objective", "setting", "importance"], [[row.objective, row.param, f"{row.importance:.2f}"] for row in rows])
+    return Table(
+        ["objective", "setting", "importance"], [[row.objective, row.param, f"{row.importance:.2f}"] for row in rows]
+    )
 
 
 def _compared_first(results: Results, metrics: list[str]) -> list[str]:
@@ -102,7 +105,9 @@ def _target_rows(results: Results) -> Iterator[tuple[str, list[str]]]:
         if baseline is not None and metric is not None and results.run_ids(arm) != results.run_ids(baseline):
             yield results.names(metric)[arm], _target_row(results, metric, None, arm)
     for metric, values in (results.sweep["compare"].get("targets") or {}).items():
-        arms = [arm for arm in results.baselines if results.seed_curves(arm, metric) and not _is_mixed(results, arm, metric)]
+        arms = [
+            arm for arm in results.baselines if results.seed_curves(arm, metric) and not _is_mixed(results, arm, metric)
+        ]
         names = results.names(metric)
         yield from ((names[arm], _target_row(results, metric, target, arm)) for target in values for arm in arms)
 
@@ -122,7 +127,9 @@ def _target_row(results: Results, metric: str, target: float | None, arm: str) -
     return [_FINAL if target is None else f"{target:g}", arm, count, *means, *ratios]
 
 
-def _reached(results: Results, metric: str, arm: str, axis: Axis, target: float | None, goal: Goal) -> list[float | None]:
+def _reached(
+    results: Results, metric: str, arm: str, axis: Axis, target: float | None, goal: Goal
+) -> list[float | None]:
     """The progress at which each seed got there, None for those that did not; seeds that have no target are left out."""
     own, other = (results.seed_curves(label, metric, axis.name) for label in (arm, results.baselines[arm]))
     kept = {seed: known for seed, curve in other.items() if (known := finite(curve))}

@@ -157,7 +157,9 @@ def _nothing_shared(results: Results, arm: str) -> str:
 
 
 def _is_same_run(results: Results, arm: str) -> bool:
-    own, other = (set(results.runs.loc[results.runs["arm"] == label, "run_id"]) for label in (arm, results.baselines[arm]))
+    own, other = (
+        set(results.runs.loc[results.runs["arm"] == label, "run_id"]) for label in (arm, results.baselines[arm])
+    )
     return own == other
 
 
@@ -198,7 +200,11 @@ def _protocol_warning(results: Results) -> Iterator[str]:
         yield f"The arms were not all measured alike ({alike}). Values of different protocols cannot be compared."
     for metric in dict.fromkeys(metric for metrics in arms for metric in metrics):
         # An arm that differs from its own baseline has a line that says so.
-        fine = [arm for arm in results.baselines if metric in _protocols(results, arm) and not results.conflicts(arm, metric)]
+        fine = [
+            arm
+            for arm in results.baselines
+            if metric in _protocols(results, arm) and not results.conflicts(arm, metric)
+        ]
         if told := results.protocols.conflicts((run for arm in fine for run in results.run_ids(arm)), metric):
             yield f"Under the name {metric} arms were measured differently: {'; '.join(told)}. Such values cannot be compared."
 

@@ -1,7 +1,7 @@
 """Checkpoints as directories that are whole or absent.
 
-A checkpoint is filled in a temporary folder; a manifest of sizes and SHA-256 is written last; then the folder is renamed to
-`step-00000600`. A reader takes the newest one whose manifest holds and moves a damaged one aside.
+A checkpoint is filled in a temporary folder; a manifest of sizes and SHA-256 is written last; then the folder is
+renamed to `step-00000600`. A reader takes the newest one whose manifest holds and moves a damaged one aside.
 """
 
 from __future__ import annotations

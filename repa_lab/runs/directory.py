@@ -1,16 +1,16 @@
 """One run's directory.
 
-    spec.json         the resolved scientific config and the seed
-    provenance.json   code, versions, machine
-    protocols.json    what each measured number depends on, by its name
-    state.json        where the run stands
-    metrics.jsonl     one row per logged step and per evaluation
-    events.jsonl      what happened to the run: started, resumed, failed, ...
-    checkpoints/      step-00000600/ with a manifest (see `checkpoints`)
-    forks/            checkpoints that other runs begin from (see `forks`)
-    samples/          step-00000600.png
-    profile.json      what every block knew when it was last asked (see `profiles`), and pictures of it
-    pinned            if it is there, nothing of the run is ever deleted
+spec.json         the resolved scientific config and the seed
+provenance.json   code, versions, machine
+protocols.json    what each measured number depends on, by its name
+state.json        where the run stands
+metrics.jsonl     one row per logged step and per evaluation
+events.jsonl      what happened to the run: started, resumed, failed, ...
+checkpoints/      step-00000600/ with a manifest (see `checkpoints`)
+forks/            checkpoints that other runs begin from (see `forks`)
+samples/          step-00000600.png
+profile.json      what every block knew when it was last asked (see `profiles`), and pictures of it
+pinned            if it is there, nothing of the run is ever deleted
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class RunDirectory:
         """Where the run stands: by its recorded state, its lock, its checkpoints and its rows.
 
         Args:
-            rules: the stop rules of the sweep that asks, which decide whether the run is stopped; None takes what is recorded.
+            rules: the stop rules of the sweep that asks, which decide whether the run is stopped; None takes what is
+                recorded.
 
         Raises:
             DamagedFileError: a file cannot be read.
@@ -184,7 +185,9 @@ class RunWriter:
             files.drop_torn_line(log)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._lock.release()
 
     def describe(self, spec: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
@@ -202,7 +205,9 @@ class RunWriter:
         """Record what each number depends on as of now; what changed since an earlier start stands in the history."""
         known = self.run.protocols
         shared = known.keys() & protocols.keys()
-        changed = {field for name in shared for field, value in protocols[name].items() if known[name].get(field) != value}
+        changed = {
+            field for name in shared for field, value in protocols[name].items() if known[name].get(field) != value
+        }
         if changed:
             self.event("protocols changed", fields=sorted(changed))
         files.write_json(self.run.path / "protocols.json", dict(protocols))
@@ -230,7 +235,9 @@ class RunWriter:
 
     def row(self, row: Row) -> None:
         """Append a metric row; it must carry its ``step``; what is not finite is written as null."""
-        finite = {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()}
+        finite = {
+            key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()
+        }
         files.append_line(self._metrics, {"step": row["step"], **finite})
 
     def event(self, kind: str, **facts: Any) -> None:

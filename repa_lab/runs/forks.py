@@ -1,6 +1,6 @@
 """Runs that begin where another one was: what two runs have in common is trained once.
 
-    forks/step-00000600/   in the other run's directory: a checkpoint that is kept until nobody needs it
+forks/step-00000600/   in the other run's directory: a checkpoint that is kept until nobody needs it
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A run's profile: a measurement of every block of its denoiser at several times, in two files beside its other results.
+"""A run's profile: a measurement of every block of its denoiser at several times, in two files beside its other
+results.
 
     profile.json   the values, and the protocol that they were measured by
     profile.png    the same as a picture

@@ -1,9 +1,9 @@
 """Where runs live.
 
-    runs/
-      by-id/<run_id>/      every run, once, whichever sweeps ask for it
-      <sweep name>/        a sweep: its arms, its report, its search's database, and links to its runs
-      cache/               encoder features, latents, reference statistics
+runs/
+  by-id/<run_id>/      every run, once, whichever sweeps ask for it
+  <sweep name>/        a sweep: its arms, its report, its search's database, and links to its runs
+  cache/               encoder features, latents, reference statistics
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ class SweepDirectory:
             for run in arm["runs"]:
                 target = os.path.relpath(self.root.run(run["run_id"]).path, links)
                 link = links / _link_name(arm["label"], run["seed"])
-                if link.is_symlink() and str(link.readlink()) != target:  # labels that differ in what a file name cannot say
+                if (
+                    link.is_symlink() and str(link.readlink()) != target
+                ):  # labels that differ in what a file name cannot say
                     link = link.with_name(f"{link.name}-{run['run_id']}")
                 if not link.is_symlink():
                     link.symlink_to(target)

@@ -38,8 +38,8 @@ class Waste:
 
 
 def find_waste(root: RunsRoot) -> list[Waste]:
-    """All that can go, what is of no use first. A run's newest checkpoint that is whole stays, and all of a run that is pinned
-    or being trained, and what other runs may yet begin from while a sweep is carried out.
+    """All that can go, what is of no use first. A run's newest checkpoint that is whole stays, and all of a run that is
+    pinned or being trained, and what other runs may yet begin from while a sweep is carried out.
     """
     is_busy = any(sweep.is_held for sweep in root.sweeps())
     found = [one for run in root.runs() if not (run.is_pinned or run.is_held) for one in _of_run(run, is_busy)]
@@ -72,7 +72,9 @@ def size_of(path: Path) -> int:
     """Bytes of a file, or of all files below a folder; a file that two names lead to counts once."""
     if not path.exists():
         return 0
-    stats = [one.lstat() for one in (path.rglob("*") if path.is_dir() else [path]) if one.is_file() and not one.is_symlink()]
+    stats = [
+        one.lstat() for one in (path.rglob("*") if path.is_dir() else [path]) if one.is_file() and not one.is_symlink()
+    ]
     return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
 
 

@@ -44,7 +44,8 @@ def compare_runs(left: Run, right: Run) -> list[Difference]:
 
 
 def compare_specs(left: Experiment, right: Experiment) -> SpecDifference:
-    """The arms that only one of two experiments has, what differs around the arms, and what differs in those they share.
+    """The arms that only one of two experiments has, what differs around the arms, and what differs in those they
+    share.
 
     Where they share none, the settings that stand before anything is varied are compared instead.
     """
@@ -52,7 +53,9 @@ def compare_specs(left: Experiment, right: Experiment) -> SpecDifference:
     shared = [label for label in lefts if label in rights]
     found: dict[Difference, list[str]] = {}
     for label in shared:
-        for one in _differences(lefts[label].config.model_dump(mode="json"), rights[label].config.model_dump(mode="json")):
+        for one in _differences(
+            lefts[label].config.model_dump(mode="json"), rights[label].config.model_dump(mode="json")
+        ):
             found.setdefault(one, []).append(label)
     inside = [
         Difference(one.path, one.left, one.right, () if len(labels) == len(shared) else tuple(labels))

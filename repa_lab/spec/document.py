@@ -147,7 +147,9 @@ def load_draft(file: Path) -> Draft:
     draft = Draft()
     for document in reversed(list(_lineage(file))):
         _locate_plugins(document)
-        draft.merge({key: value for key, value in document.value.items() if key not in ("base", "use")}, document.places)
+        draft.merge(
+            {key: value for key, value in document.value.items() if key not in ("base", "use")}, document.places
+        )
     for key in ("base", "use"):
         draft.places.pop((key,), None)
     return draft
@@ -200,7 +202,9 @@ def _fragments(document: Document) -> Iterator[Document]:
     for index, name in enumerate(named if isinstance(named, list) else [named]):
         place = document.places.get(("use", index), document.places[("use",)])
         if not isinstance(name, str) or _find(document.file.parent / name) is None:
-            raise SpecError([Problem(place, "use", f"no file {name!r}; use lists files relative to the file that names them")])
+            raise SpecError(
+                [Problem(place, "use", f"no file {name!r}; use lists files relative to the file that names them")]
+            )
         yield _fragment(document.file.parent / name)
 
 

@@ -169,4 +169,6 @@ class EvaluateConfig(Settings):
         if self.full is None:
             return None
         own = {name: getattr(self.full, name) for name in FullConfig.model_fields if name != "at"}
-        return self.model_copy(update={"full": None} | {name: value for name, value in own.items() if value is not None})
+        return self.model_copy(
+            update={"full": None} | {name: value for name, value in own.items() if value is not None}
+        )

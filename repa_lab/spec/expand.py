@@ -32,8 +32,8 @@ class Arm:
         label: what tells the arm apart from the others, for people.
         levels: its level on every axis, by the axis' name.
         config: the resolved settings, common to all its seeds.
-        draft: the same settings with their places, for errors that are found later; fields of other components included, for
-            trials that change the component.
+        draft: the same settings with their places, for errors that are found later; fields of other components
+            included, for trials that change the component.
     """
 
     label: str
@@ -95,7 +95,9 @@ def expand(grammar: Grammar, document: Draft) -> tuple[Arm, ...]:
         key = "axes" if axes else "one_at_a_time"
         raise SpecError([Problem(document.place((key,)), key, f"{count:,} arms; at most {_MAX_ARMS:,}")])
     named = _named(grammar, base, [*itertools.chain.from_iterable(axes), *(level for (level,) in extra)])
-    cells: list[_Cell] = [cell for cell in itertools.product(*axes) if not _excluded(cell, base, named, grammar.exclude)]
+    cells: list[_Cell] = [
+        cell for cell in itertools.product(*axes) if not _excluded(cell, base, named, grammar.exclude)
+    ]
     levels = [level for levels in axes for level in levels] + [level for (level,) in extra]
     problems = [problem for levels in axes for problem in _repeated([(level,) for level in levels])]
     if not cells + extra:
@@ -129,12 +131,13 @@ def _named(grammar: Grammar, base: Draft, levels: Iterable[_Level]) -> _Named:
 
 
 def config_of(draft: Draft, named: _Named | None = None) -> RunConfig:
-    """Return an arm's settings without the fields that only other components have, for the arms of a sweep share one base.
+    """Return an arm's settings without the fields that only other components have, for the arms of a sweep share one
+    base.
 
     Args:
         draft: the arm.
-        named: the components of the sweep, whose fields are ignored; None ignores those of all. The regularizer ``none``
-            ignores the fields of every other, so that any arm can be turned off.
+        named: the components of the sweep, whose fields are ignored; None ignores those of all. The regularizer
+            ``none`` ignores the fields of every other, so that any arm can be turned off.
 
     Raises:
         SpecError: with every problem.
@@ -227,7 +230,9 @@ def _listed(axis: str, values: list[Any] | RangeConfig, document: Draft, key: st
 
 def _stars(grammar: Grammar, document: Draft) -> list[_Level]:
     names = _names(grammar)
-    listed = (_listed(axis, values, document, "one_at_a_time", names[axis]) for axis, values in grammar.one_at_a_time.items())
+    listed = (
+        _listed(axis, values, document, "one_at_a_time", names[axis]) for axis, values in grammar.one_at_a_time.items()
+    )
     return [level for levels in listed for level in levels]
 
 
@@ -260,8 +265,8 @@ def _resolved(base: Draft, cell: _Cell, named: _Named) -> Mapping[str, Any]:
 def holds(condition: Mapping[str, Any], levels: Mapping[str, str], settings: Mapping[str, Any]) -> bool:
     """Whether all entries of a condition hold of an arm's levels and its resolved settings.
 
-    An entry names an axis and a level, or a dotted path and a value; a list means any of what it holds, and a mapping speaks
-    of the fields that it names.
+    An entry names an axis and a level, or a dotted path and a value; a list means any of what it holds, and a mapping
+    speaks of the fields that it names.
     """
 
     def is_so(key: str, wanted: Any) -> bool:

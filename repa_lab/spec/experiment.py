@@ -24,8 +24,8 @@ from repa_lab.spec.validate import unknown_field, validate
 class Experiment:
     """One question: its arms, its seeds, and what the report compares.
 
-    ``draft`` keeps the places for errors found later. ``budget`` is what the sweep may cost, ``stop`` what ends a run early,
-    ``published`` what a paper reports of the arms, ``plugins`` the Python files that it loads.
+    ``draft`` keeps the places for errors found later. ``budget`` is what the sweep may cost, ``stop`` what ends a run
+    early, ``published`` what a paper reports of the arms, ``plugins`` the Python files that it loads.
     """
 
     name: str
@@ -84,7 +84,15 @@ def _build(document: Draft) -> Experiment:
         raise SpecError(problems)
     seeds = tuple(range(grammar.seeds)) if isinstance(grammar.seeds, int) else tuple(grammar.seeds)
     rules = [grammar.stop] if isinstance(grammar.stop, StopRule) else grammar.stop or []
-    asked = (grammar.compare, grammar.search, grammar.run, grammar.budget, tuple(rules), grammar.published, grammar.plugins)
+    asked = (
+        grammar.compare,
+        grammar.search,
+        grammar.run,
+        grammar.budget,
+        tuple(rules),
+        grammar.published,
+        grammar.plugins,
+    )
     return Experiment(grammar.name, grammar.question, arms, seeds, *asked, document)
 
 
@@ -107,7 +115,9 @@ def _grammar(document: Draft) -> tuple[Grammar, list[Problem]]:
         return validate(Grammar, document), []
     except SpecError as error:
         wrong = {problem.path.split(".")[0] for problem in error.problems}
-        sound = {key: value for key, value in document.value.items() if key in Grammar.model_fields and key not in wrong}
+        sound = {
+            key: value for key, value in document.value.items() if key in Grammar.model_fields and key not in wrong
+        }
         return Grammar.model_validate({"name": "unnamed", **sound}), error.problems
 
 

@@ -131,7 +131,9 @@ def _below(settings: list[Setting], path: str) -> list[Setting]:
     """The settings at a path; of a field inside a value that is null, the null."""
     top, known = path.partition(".")[0], path
     if top in _RESOLVED:
-        raise SpecError([Problem(Place(None), path, f"'{top}' is resolved into the rest: ask for a field that it sets")])
+        raise SpecError(
+            [Problem(Place(None), path, f"'{top}' is resolved into the rest: ask for a field that it sets")]
+        )
     while True:
         if found := [one for one in settings if one.path == known or one.path.startswith(f"{known}.")]:
             return found

@@ -31,8 +31,8 @@ SeedCount = Annotated[int, Field(ge=1, le=1000)]
 class Grammar(Settings):
     """The whole of a spec. The sections of :class:`RunConfig` are only mappings here: they are checked arm by arm.
 
-    ``base`` names a spec file under this one and ``use`` fragments between the two; both are resolved before this model sees
-    the document.
+    ``base`` names a spec file under this one and ``use`` fragments between the two; both are resolved before this model
+    sees the document.
     """
 
     base: None = None

@@ -18,7 +18,8 @@ _USE = {
     "description": "Fragments between the base and this file, relative to this file.",
 }
 _HEAD = {"title": "repa-lab spec", "description": "One question, or a part of one: a base or a fragment."}
-# What a file leaves out its base or a fragment may give, so only what is never put together from several files is required.
+# What a file leaves out its base or a fragment may give, so only what is never put together from several files is
+# required.
 _WHOLE = ("Include",)
 
 
@@ -82,7 +83,10 @@ def _name_fields(properties: dict[str, Any], parts: dict[str, Any]) -> None:
     named["properties"] = {path: {"anyOf": [values, span, levels]} for path, values in listed.items()}
     named["additionalProperties"] = levels
     star = properties["one_at_a_time"]
-    star |= {"properties": {path: {"anyOf": [values, span]} for path, values in listed.items()}, "additionalProperties": False}
+    star |= {
+        "properties": {path: {"anyOf": [values, span]} for path, values in listed.items()},
+        "additionalProperties": False,
+    }
     parts["Include"]["properties"]["set"] = settings
     space = parts["SearchConfig"]["properties"]["space"]
     space |= {"properties": {path: {"$ref": f"{_REF}Interval"} for path in paths}, "additionalProperties": False}

@@ -22,8 +22,8 @@ class BudgetConfig(Settings):
 class StopRule(Settings):
     """Ends a run once a measured ``metric`` is ``below`` or ``above`` a value, from step ``after`` on.
 
-    A run that was ended is as good as done for the sweep that has the rule. A sweep without the rule takes it up where it
-    stopped, for the rule is not part of the run's identity.
+    A run that was ended is as good as done for the sweep that has the rule. A sweep without the rule takes it up where
+    it stopped, for the rule is not part of the run's identity.
     """
 
     metric: str = "frechet"

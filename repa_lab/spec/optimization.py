@@ -22,17 +22,15 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "Adadelta": ("eps",),
     "Adafactor": (),
 }
-Betas = Annotated[
-    tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], AS_TUPLE
-]
+Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], AS_TUPLE]
 
 
 class OptimizerSettings(Settings):
     """A class of torch.optim; what is null is the class's own default."""
 
-    type: Literal[
-        "AdamW", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD", "Adagrad", "Adadelta", "Adafactor"
-    ] = "AdamW"
+    type: Literal["AdamW", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD", "Adagrad", "Adadelta", "Adafactor"] = (
+        "AdamW"
+    )
     """The class."""
     betas: Betas | None = None
     """Decays of the averages of the gradient and of its square."""

@@ -72,8 +72,8 @@ def _decimals(numbers: Sequence[Number]) -> list[Decimal]:
 
 
 def _spelled(values: list[Decimal], given: Sequence[Number]) -> list[Number]:
-    """The values as numbers of a file: integers where all that was given are, short decimals exactly, and others rounded to
-    as few digits, six or more, as tell them apart."""
+    """The values as numbers of a file: integers where all that was given are, short decimals exactly, and others
+    rounded to as few digits, six or more, as tell them apart."""
     are_integers = all(isinstance(number, int) for number in given)
     for digits in range(_DIGITS, 18):
         spelled = [_spell(value, are_integers, digits) for value in values]
@@ -120,7 +120,8 @@ _Three = Annotated[list[Number], Field(min_length=3, max_length=3)]
 
 class RangeConfig(Settings):
     """Evenly spaced values, exactly one of ``range`` [start, stop, step] (stop is included where it falls on a step),
-    ``linspace`` [start, stop, count] and ``logspace`` [start, stop, count] (in equal ratios); both ends are included."""
+    ``linspace`` [start, stop, count] and ``logspace`` [start, stop, count] (in equal ratios); both ends are
+    included."""
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
 

@@ -64,7 +64,6 @@ class TrainConfig(Settings):
         """The averaging of the weights, whichever way ``ema`` is written."""
         return self.ema if isinstance(self.ema, EmaConfig) else EmaConfig(decay=self.ema)
 
-
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of the step after ``step`` earlier ones."""
         schedule = self.lr_schedule

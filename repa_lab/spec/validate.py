@@ -35,7 +35,8 @@ def _problems(model: type[BaseModel], draft: Draft, error: ValidationError) -> I
         path = _path_in(draft.value, details["loc"], details["type"] == "missing")
         by_path.setdefault(path, []).append(details)
     for path, found in by_path.items():
-        # A branch of a union that fits as far as something inside it says more than the branches that do not fit at all.
+        # A branch of a union that fits as far as something inside it says more than the branches that do not fit at
+        # all.
         if not any(other[: len(path)] == path and other != path for other in by_path):
             yield Problem(draft.place(path), ".".join(map(str, path)), _message(model, draft.value, path, found))
 
@@ -143,7 +144,9 @@ def _quoted(expected: str) -> list[str]:
 
 
 def _choices(found: list[ErrorDetails]) -> list[str]:
-    return [word for details in found if details["type"] == "literal_error" for word in _quoted(details["ctx"]["expected"])]
+    return [
+        word for details in found if details["type"] == "literal_error" for word in _quoted(details["ctx"]["expected"])
+    ]
 
 
 def _owners(model: type[BaseModel], path: Path_, value: Any = None) -> tuple[type[BaseModel], ...]:
@@ -167,7 +170,9 @@ def _below(annotation: Any, step: str | int, value: Any) -> Iterator[Any]:
     if models and not isinstance(step, int):
         yield from (_fields(model)[step] for model in models if step in _fields(model))
         return
-    for inside in (typing.get_args(part) for part in _parts(annotation) if typing.get_origin(part) in (list, dict, tuple)):
+    for inside in (
+        typing.get_args(part) for part in _parts(annotation) if typing.get_origin(part) in (list, dict, tuple)
+    ):
         yield inside[0] if inside[-1] is Ellipsis else inside[-1]
 
 

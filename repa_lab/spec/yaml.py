@@ -1,7 +1,8 @@
 """YAML with places: YAML 1.2 core rules, duplicate keys refused, and the file, line and column of every value.
 
 PyYAML alone reads ``1e-4`` as a string, ``off`` as False and keeps the last of two equal keys: each would change an
-experiment without a word. ruamel.yaml reads ``1_000`` and ``2026-01-02`` as a number and a date, and ``-.5e1`` as a string.
+experiment without a word. ruamel.yaml reads ``1_000`` and ``2026-01-02`` as a number and a date, and ``-.5e1`` as a
+string.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ def is_installed() -> bool:
 class TensorBoardListener:
     """Writes a run's rows to ``tensorboard/`` in its directory.
 
-    The files hold nothing of their own, so every start writes them again from the run directory: a run that was killed, or that
-    began with steps of another one, has each row once.
+    The files hold nothing of their own, so every start writes them again from the run directory: a run that was killed,
+    or that began with steps of another one, has each row once.
 
     Args:
         run: the run's directory.

@@ -52,9 +52,9 @@ class WandbRun:
 class WandbListener:
     """Sends a run's rows to W&B; a resumed run goes on under the same id.
 
-    W&B is started by the first row: a run that turns out to be finished, or to be another process's, never gets there. What the
-    run directory already holds when W&B hears of the run for the first time, such as steps shared with another run, is told
-    then. W&B only appends: a row that a kill had a run write again is there twice, with the same values.
+    W&B is started by the first row: a run that turns out to be finished, or to be another process's, never gets there.
+    What the run directory already holds when W&B hears of the run for the first time, such as steps shared with another
+    run, is told then. W&B only appends: a row that a kill had a run write again is there twice, with the same values.
 
     Args:
         run: the run's directory; W&B's own files go to ``wandb/`` in it.

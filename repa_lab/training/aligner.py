@@ -27,10 +27,11 @@ _STORAGE = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 class PrefetchWeight:
-    """The weight of steps to come, as far as a data loader can know it: the schedule's, or 0 while a similarity cutoff holds.
+    """The weight of steps to come, as far as a data loader can know it: the schedule's, or 0 while a similarity cutoff
+    holds.
 
-    It is there to spare reading what nobody asks for. Where it is wrong, as at a look whether the cutoff still holds, the
-    targets read for themselves. The loader's processes see what is noted here, for it lies in shared memory.
+    It is there to spare reading what nobody asks for. Where it is wrong, as at a look whether the cutoff still holds,
+    the targets read for themselves. The loader's processes see what is noted here, for it lies in shared memory.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -79,8 +80,8 @@ class Aligner:
     def prepare(self, accelerator: Accelerator) -> None:
         """Let accelerate wrap the regularizer as it wraps the denoiser.
 
-        The regularizer is wrapped by itself: DistributedDataParallel then waits for none of its gradients on steps of weight 0,
-        at which it does not run.
+        The regularizer is wrapped by itself: DistributedDataParallel then waits for none of its gradients on steps of
+        weight 0, at which it does not run.
         """
         self.wrapped = accelerator.prepare(self.regularizer.to(accelerator.device))
 
@@ -118,9 +119,7 @@ class Aligner:
         loaded = batch.loaded or (None,) * len(self.targets)
         signals = Signals(
             taps=tuple(tap.take() for tap in self.taps),
-            encoders=tuple(
-                targets(batch.ids, device, one) for targets, one in zip(self.targets, loaded, strict=True)
-            ),
+            encoders=tuple(targets(batch.ids, device, one) for targets, one in zip(self.targets, loaded, strict=True)),
             ema_taps=tuple(averages),
             latents=batch.x if self.needs.latents else None,
             prediction=prediction if self.needs.prediction else None,
@@ -137,7 +136,9 @@ class Aligner:
             return
         name = self.regularizer.settings.type
         origin = REGULARIZERS.origin(name)
-        message = f"forward of the regularizer '{name}' must return a Loss with a scalar value, got {type(loss).__name__}"
+        message = (
+            f"forward of the regularizer '{name}' must return a Loss with a scalar value, got {type(loss).__name__}"
+        )
         raise PluginError(origin.file, origin.line, message) if origin else TypeError(message)
 
 

@@ -48,7 +48,8 @@ def write_samples(
     weights: str = "ema",
     progress: Progress = lambda done, total: None,
 ) -> Written:
-    """Draw the samples that a number of a run is measured on from its newest checkpoint, as one npz for ADM's evaluator.
+    """Draw the samples that a number of a run is measured on from its newest checkpoint, as one npz for ADM's
+    evaluator.
 
     Args:
         directory: the run.
@@ -94,7 +95,8 @@ def write_samples(
 
 
 def write_real(directory: RunDirectory, path: Path, cache: Path, progress: Progress = lambda done, total: None) -> int:
-    """Write the training images that a run's samples are compared with, in their order, in the form of :func:`write_samples`.
+    """Write the training images that a run's samples are compared with, in their order, in the form of
+    :func:`write_samples`.
 
     Args:
         directory: the run.

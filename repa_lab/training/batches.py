@@ -18,9 +18,9 @@ from repa_lab.training.streams import BatchOrder, generator
 
 
 class Batch(NamedTuple):
-    """All that one step is computed from, drawn on the CPU: images ``ids`` ``(B,)``, clean ``x``, ``noise`` ``(B, C, H, W)``,
-    times ``t`` ``(B,)``, and the ``condition``, where some is already dropped. ``loaded`` holds what the targets of each
-    encoder are made from, where a reader could load it ahead of time.
+    """All that one step is computed from, drawn on the CPU: images ``ids`` ``(B,)``, clean ``x``, ``noise``
+    ``(B, C, H, W)``, times ``t`` ``(B,)``, and the ``condition``, where some is already dropped. ``loaded`` holds what
+    the targets of each encoder are made from, where a reader could load it ahead of time.
     """
 
     ids: torch.Tensor
@@ -112,9 +112,7 @@ class Steps(Dataset[Batch]):
         return ids + self._images.base_count * mirrored
 
 
-def denoising_loss(
-    prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None
-) -> torch.Tensor:
+def denoising_loss(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Return the mean squared error of two ``(B, C, H, W)`` over everything, a float32 scalar.
 
     Args:

@@ -1,11 +1,11 @@
 """What a run needs to go on, as safetensors and JSON: no pickle anywhere.
 
-    denoiser.safetensors     the weights that train
-    regularizer.safetensors  the projector's weights, if there is one
-    ema.safetensors          averages of both
-    optimizer.safetensors    AdamW's moments, by parameter number
-    state.json               step, images, seconds, gradient scaler
-    input.json               channels, size and classes that a denoiser from scratch was built for (written by the trainer)
+denoiser.safetensors     the weights that train
+regularizer.safetensors  the projector's weights, if there is one
+ema.safetensors          averages of both
+optimizer.safetensors    AdamW's moments, by parameter number
+state.json               step, images, seconds, gradient scaler
+input.json               channels, size and classes that a denoiser from scratch was built for (written by the trainer)
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ PREFIX = "denoiser."
 class Progress:
     """How far a run has come: optimizer steps, images seen, seconds spent training and measuring.
 
-    ``encoder_seconds`` are those of ``seconds`` that encoders took, since the last checkpoint of a version that did not count
-    them, if there was one.
+    ``encoder_seconds`` are those of ``seconds`` that encoders took, since the last checkpoint of a version that did not
+    count them, if there was one.
     """
 
     step: int = 0
@@ -104,7 +104,9 @@ def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{number}.{key}": value for number, entry in state.items() for key, value in entry.items() if value is not None}
+    return {
+        f"{number}.{key}": value for number, entry in state.items() for key, value in entry.items() if value is not None
+    }
 
 
 def _restore_moments(optimizer: torch.optim.Optimizer, moments: dict[str, torch.Tensor]) -> None:

@@ -67,7 +67,9 @@ class Captions:
         config: of the denoiser's model.
     """
 
-    def __init__(self, source: ImageSource, train: torch.Tensor, texts: TextCache, sizes: Sizes | None, config: Any) -> None:
+    def __init__(
+        self, source: ImageSource, train: torch.Tensor, texts: TextCache, sizes: Sizes | None, config: Any
+    ) -> None:
         self._source, self._train, self._texts, self._sizes, self._config = source, train, texts, sizes, config
         self.kinds = len(train)
 

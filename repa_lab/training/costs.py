@@ -56,7 +56,8 @@ class Cost:
         parameters: of the denoiser.
         trained: parameters that train, the projector's included.
         denoiser_flops: to train the denoiser on one image.
-        encoder_flops: for the encoders' view of one image in a step that asks them, where their features are not cached.
+        encoder_flops: for the encoders' view of one image in a step that asks them, where their features are not
+            cached.
         projector_flops: to train the projectors on one image in such a step.
         active: the share of the steps that ask the encoders.
         saved_flops: what caches save for one image.

@@ -30,10 +30,11 @@ class Process(Protocol):
         ...
 
     def min_snr(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
-        """Return the weight of each sample's squared error of the prediction, ``(B, 1, 1, 1)``, at times ``t`` ``(B,)``.
+        """Return the weight of each sample's squared error of the prediction, ``(B, 1, 1, 1)``, at times ``t``
+        ``(B,)``.
 
-        Min-SNR (2303.09556) weights the error of the clean image by ``min(SNR, gamma)``; here that is written for the error
-        of what is predicted.
+        Min-SNR (2303.09556) weights the error of the clean image by ``min(SNR, gamma)``; here that is written for the
+        error of what is predicted.
         """
         ...
 
@@ -43,8 +44,10 @@ class Flow:
     """The linear path of SiT, REPA and flow matching; predicted is its velocity, noise minus data.
 
     Attributes:
-        shift: how much later the times are drawn than they would be: ``shift * t / (1 + (shift - 1) * t)`` (SD3, Eq. 23).
-        auto: the distribution that ``auto`` means; released flow models are trained with the log-normal one (SD3, section 3.1).
+        shift: how much later the times are drawn than they would be: ``shift * t / (1 + (shift - 1) * t)`` (SD3, Eq.
+            23).
+        auto: the distribution that ``auto`` means; released flow models are trained with the log-normal one (SD3,
+            section 3.1).
     """
 
     shift: float = 1.0
@@ -70,12 +73,13 @@ class Flow:
 class Diffusion:
     """The discrete path of DDPM: ``sqrt(a) x + sqrt(1 - a) noise``.
 
-    Times are step numbers in thousandths, for denoisers are told the number of the step: of 1,000 steps the last is at 0.999,
-    of Kolors' 1,100 at 1.099.
+    Times are step numbers in thousandths, for denoisers are told the number of the step: of 1,000 steps the last is at
+    0.999, of Kolors' 1,100 at 1.099.
 
     Args:
         alphas: the cumulated product ``a`` at every step, ``(steps,)``.
-        prediction: ``epsilon`` (the noise), ``v_prediction`` (``sqrt(a) noise - sqrt(1 - a) x``) or ``sample`` (the image).
+        prediction: ``epsilon`` (the noise), ``v_prediction`` (``sqrt(a) noise - sqrt(1 - a) x``) or ``sample`` (the
+            image).
     """
 
     def __init__(self, alphas: torch.Tensor, prediction: str) -> None:
@@ -124,8 +128,8 @@ _MIN_SNR: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]]
 def process_of(scheduler: Mapping[str, Any]) -> Process:
     """The process that a released model was trained with, by its scheduler's ``scheduler_config.json``.
 
-    Of a shift that depends on the image's size nothing is applied: it is one of sampling, and diffusers' own training scripts
-    leave it out too.
+    Of a shift that depends on the image's size nothing is applied: it is one of sampling, and diffusers' own training
+    scripts leave it out too.
 
     Raises:
         ProcessError: its noise, or what it predicts, is not known.
@@ -138,4 +142,6 @@ def process_of(scheduler: Mapping[str, Any]) -> Process:
         raise ProcessError(message)
     from diffusers import DDPMScheduler
 
-    return Diffusion(DDPMScheduler.from_config(dict(scheduler)).alphas_cumprod, scheduler.get("prediction_type", "epsilon"))
+    return Diffusion(
+        DDPMScheduler.from_config(dict(scheduler)).alphas_cumprod, scheduler.get("prediction_type", "epsilon")
+    )

@@ -72,7 +72,13 @@ class Evaluator:
     ) -> None:
         if targets is not None and len(images.split.held_out) < MIN_HELD_OUT:
             raise DataError("holdout", f"alignment is measured on held-out images: hold out {MIN_HELD_OUT} or more")
-        self._config, self._model, self._images, self._targets, self._device = config.evaluate, model, images, targets, device
+        self._config, self._model, self._images, self._targets, self._device = (
+            config.evaluate,
+            model,
+            images,
+            targets,
+            device,
+        )
         self._encoder = config.alignment_encoder
         self._quality = Quality(config, images, model, cache, device, part)
 
@@ -104,7 +110,8 @@ class Evaluator:
 
     @torch.no_grad()
     def alignment(self, tap: Tap, match: Match | None) -> Row:
-        """Agreement of the tap with the encoder on held-out images: linear CKA of image means, and the projector's cosine.
+        """Agreement of the tap with the encoder on held-out images: linear CKA of image means, and the projector's
+        cosine.
 
         Args:
             tap: set on the denoiser, which runs on the held-out images at the measuring time, told nothing of them.
@@ -139,8 +146,8 @@ def _agreement(sums: Sequence[CosineSums]) -> Row:
 
 
 def write_grid(pixels: torch.Tensor, path: Path) -> None:
-    """Samples ``(n, C, H, W)`` uint8 as one PNG, ten to a row at most; tiny images are enlarged without smoothing, and large
-    ones shrunk until a row is as wide as a screen."""
+    """Samples ``(n, C, H, W)`` uint8 as one PNG, ten to a row at most; tiny images are enlarged without smoothing, and
+    large ones shrunk until a row is as wide as a screen."""
     from PIL import Image
 
     columns, side = min(len(pixels), _GRID_COLUMNS), pixels.shape[-1]

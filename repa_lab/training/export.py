@@ -22,10 +22,10 @@ class ExportError(ValueError):
 def export_model(directory: RunDirectory, folder: Path, weights: str = "ema") -> int:
     """Write the denoiser of a run's newest checkpoint into a new folder.
 
-    A ``unet`` becomes a folder that diffusers' `UNet2DModel.from_pretrained` loads; a ``sit`` becomes ``model.safetensors`` and
-    a ``config.json`` of :class:`repa_lab.models.sit.SiTConfig`. A pretrained family that was trained in full becomes a folder
-    of its own class in diffusers; LoRA becomes the one file that the family's pipeline takes (`load_lora_weights`), or, where
-    it takes none, peft's folder (`PeftModel.from_pretrained`).
+    A ``unet`` becomes a folder that diffusers' `UNet2DModel.from_pretrained` loads; a ``sit`` becomes
+    ``model.safetensors`` and a ``config.json`` of :class:`repa_lab.models.sit.SiTConfig`. A pretrained family that was
+    trained in full becomes a folder of its own class in diffusers; LoRA becomes the one file that the family's pipeline
+    takes (`load_lora_weights`), or, where it takes none, peft's folder (`PeftModel.from_pretrained`).
 
     Args:
         directory: the run.

@@ -39,7 +39,8 @@ class Inventory:
         return self._contents[place]
 
     def resolve(self, config: RunConfig) -> RunConfig:
-        """Return the settings that a run records: the number of images that are held out, and the commit of a hub's data set.
+        """Return the settings that a run records: the number of images that are held out, and the commit of a hub's
+        data set.
 
         Raises:
             DataError: see :meth:`dataset`.

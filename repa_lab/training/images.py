@@ -25,8 +25,8 @@ Announce = Callable[[str], Progress]
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a run. Where there are ``flips``, image ``base_count + i`` of the source is image i mirrored; the split
-    and whatever is measured are of the images as they are."""
+    """The images of a run. Where there are ``flips``, image ``base_count + i`` of the source is image i mirrored; the
+    split and whatever is measured are of the images as they are."""
 
     source: ImageSource
     split: Split
@@ -95,7 +95,8 @@ def open_images(
 
 
 def pixels_for(encoder: EncoderSettings, images: Images, device: torch.device = _CPU) -> ImageSource:
-    """What an encoder looks at, by its ``pixels``: the images, or what the VAE or a tiny autoencoder makes of their latents.
+    """What an encoder looks at, by its ``pixels``: the images, or what the VAE or a tiny autoencoder makes of their
+    latents.
 
     Args:
         encoder: the encoder's settings.
@@ -110,5 +111,7 @@ def pixels_for(encoder: EncoderSettings, images: Images, device: torch.device = 
         return images.source
     space = images.space
     if not isinstance(space, LatentSpace):
-        raise DataError("vae", f"pixels: {encoder.pixels} decodes latents, and there is no VAE; set data.vae, or pixels: image")
+        raise DataError(
+            "vae", f"pixels: {encoder.pixels} decodes latents, and there is no VAE; set data.vae, or pixels: image"
+        )
     return Reconstructions(images.source, space, decoder(encoder, space), device)

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
 
 def ledger(config: RunConfig, options: RunOptions, progress: Progress) -> Row:
-    """Seconds of all measurements up to now and of encoders in the steps, and counted FLOPs of training, of encoders in the
-    steps, and of measurements.
+    """Seconds of all measurements up to now and of encoders in the steps, and counted FLOPs of training, of encoders in
+    the steps, and of measurements.
 
-    Seconds of training are the row's own, the encoders' among them; of several processes, all seconds are those of the first.
-    What caches spare is in nobody's ledger: it was computed once for all runs. Reading them is in the encoders' seconds.
+    Seconds of training are the row's own, the encoders' among them; of several processes, all seconds are those of the
+    first. What caches spare is in nobody's ledger: it was computed once for all runs. Reading them is in the encoders'
+    seconds.
     """
     cost, asked = cost_of(config, options), config.train.batch_size * active_steps(config, progress.step)
     return {

@@ -40,7 +40,8 @@ def train(
     kept: frozenset[int] = frozenset(),
     is_enough: IsEnough = lambda row: False,
 ) -> State:
-    """Train a run to its end and measure it on the way; what an earlier call left off is taken up at its last checkpoint.
+    """Train a run to its end and measure it on the way; what an earlier call left off is taken up at its last
+    checkpoint.
 
     Args:
         run: what to train.
@@ -48,8 +49,8 @@ def train(
         options: device, precision, logging.
         cache: encoder features, latents and reference statistics, shared by all runs.
         listeners: hear the run's rows.
-        should_stop: asked after every step (of several processes, the first is asked at logged steps); a state ends the run
-            there, with a checkpoint.
+        should_stop: asked after every step (of several processes, the first is asked at logged steps); a state ends the
+            run there, with a checkpoint.
         fork: where the run begins if it has no checkpoint yet: another run's first steps are its own as well.
         kept: steps whose state is kept for runs that begin from it.
         is_enough: asked about every measurement; yes ends the run there, with a checkpoint, as ``stopped``.
@@ -150,8 +151,8 @@ def fit(
 ) -> State:
     """Run all steps that are left: step, log, measure, save.
 
-    Rows are written before the checkpoint of their step. A kill in between repeats the work from the checkpoint before, whose
-    later rows are dropped on resuming: nothing is lost and nothing appears twice.
+    Rows are written before the checkpoint of their step. A kill in between repeats the work from the checkpoint before,
+    whose later rows are dropped on resuming: nothing is lost and nothing appears twice.
 
     Raises:
         DivergedError: the loss, or what the denoiser draws, is not finite.

@@ -13,7 +13,8 @@ class MicroBatch:
     """The size of a micro-batch: a number, all of a batch, or found out.
 
     Args:
-        setting: a size, None for all of a batch, or ``auto``: all at first, and half as many each time that memory runs out.
+        setting: a size, None for all of a batch, or ``auto``: all at first, and half as many each time that memory runs
+            out.
         processes: how many share a run.
 
     Raises:
@@ -22,7 +23,9 @@ class MicroBatch:
 
     def __init__(self, setting: int | Literal["auto"] | None, processes: int) -> None:
         if setting == "auto" and processes > 1:
-            raise DeviceError("micro_batch", "auto is for one process, for several would not find the same; give a number")
+            raise DeviceError(
+                "micro_batch", "auto is for one process, for several would not find the same; give a number"
+            )
         self._is_auto = setting == "auto"
         self.size = None if setting == "auto" else setting
 

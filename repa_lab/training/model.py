@@ -74,7 +74,8 @@ def open_model(run: Run, images: Images, options: RunOptions, cache: Path, devic
 
 
 def build_denoiser(config: RunConfig, given: Input | None, seed: int, frozen: torch.dtype = torch.float32) -> nn.Module:
-    """A run's denoiser before its first step: the same for every arm with this model and seed, whatever its regularizer.
+    """A run's denoiser before its first step: the same for every arm with this model and seed, whatever its
+    regularizer.
 
     Args:
         config: the run's settings.
@@ -130,7 +131,9 @@ def _require_scaling(vae: str, folder: Path) -> None:
     lacking = [name for name in SCALING if own.get(name) is not None and given.get(name) is None]
     if lacking:
         names = ", ".join(lacking)
-        raise DataError("vae", f"the config of '{vae}' lacks {names}, which that of the pipeline's own VAE has and it draws by")
+        raise DataError(
+            "vae", f"the config of '{vae}' lacks {names}, which that of the pipeline's own VAE has and it draws by"
+        )
 
 
 # Asking the hub takes seconds; what was found stays for as long as the process.

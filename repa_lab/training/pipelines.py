@@ -108,4 +108,3 @@ def _joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
 
 def _on(condition: Condition, device: torch.device) -> Condition:
     return {name: values.to(device) for name, values in condition.items()}
-

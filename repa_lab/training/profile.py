@@ -82,7 +82,9 @@ class Request:
     def __post_init__(self) -> None:
         wrong = [t for t in self.timesteps if not 0 <= t <= 1]
         if wrong or not self.timesteps or len(set(self.timesteps)) < len(self.timesteps):
-            raise ProfileError(f"timesteps must be different numbers from 0 (data) to 1 (noise), got {list(self.timesteps)}")
+            raise ProfileError(
+                f"timesteps must be different numbers from 0 (data) to 1 (noise), got {list(self.timesteps)}"
+            )
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown or not self.metrics:
             raise ProfileError(f"unknown metric '{''.join(unknown[:1])}'; allowed: {', '.join(METRICS)}")
@@ -91,8 +93,8 @@ class Request:
 def profile_run(directory: RunDirectory, request: Request, options: RunOptions, cache: Path) -> dict[str, Any]:
     """Measure a run's newest checkpoint and store the profile in its directory.
 
-    At the run's own block and measuring time, on all held-out images and in the precision that it was trained in, ``cka`` is
-    the run's ``heldout/cka`` of that step, on a CPU to the last digit.
+    At the run's own block and measuring time, on all held-out images and in the precision that it was trained in,
+    ``cka`` is the run's ``heldout/cka`` of that step, on a CPU to the last digit.
 
     Args:
         directory: the run.
@@ -101,8 +103,8 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
         cache: where features, latents and captions are.
 
     Returns:
-        What was stored: ``run_id``, ``measured_block`` and ``aligned_block``, the ``protocol``, and ``values``: a row of block,
-        timestep, metric and value each. A spatial metric has none where the grid is too small for it.
+        What was stored: ``run_id``, ``measured_block`` and ``aligned_block``, the ``protocol``, and ``values``: a row
+        of block, timestep, metric and value each. A spatial metric has none where the grid is too small for it.
 
     Raises:
         NoWeightsError: no checkpoint, or weights of another word.
@@ -118,7 +120,9 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
     model = open_trained(run, checkpoint, request.weights, images, options, cache, device)
     values = measure_profile(model, images, targets, request, chosen, device)
     if not values:
-        raise ProfileError(f"no block of run {run.run_id} has a grid that is large enough for {', '.join(request.metrics)}")
+        raise ProfileError(
+            f"no block of run {run.run_id} has a grid that is large enough for {', '.join(request.metrics)}"
+        )
     noise = noise_protocol(run.config.evaluate, len(chosen))
     profile = {
         "run_id": run.run_id,
@@ -167,7 +171,8 @@ def measure_profile(
 
 
 def choose_images(images: Images, request: Request, run_id: str) -> torch.Tensor:
-    """The held-out images to measure on, ``(n,)``; fewer than all are spread evenly, for neighbours may be of one class.
+    """The held-out images to measure on, ``(n,)``; fewer than all are spread evenly, for neighbours may be of one
+    class.
 
     Raises:
         ProfileError: there are too few for what is asked.
@@ -178,7 +183,9 @@ def choose_images(images: Images, request: Request, run_id: str) -> torch.Tensor
         raise ProfileError(f"{count} samples are asked for, and run {run_id} holds out {len(held_out)} images")
     for metric in request.metrics:
         if count < (least := _LEAST_IMAGES.get(metric, 1)):
-            raise ProfileError(f"{metric} needs {least} or more held-out images, got {count}; leave it out of the metrics")
+            raise ProfileError(
+                f"{metric} needs {least} or more held-out images, got {count}; leave it out of the metrics"
+            )
     return held_out[torch.arange(count) * len(held_out) // count]
 
 

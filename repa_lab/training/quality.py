@@ -86,7 +86,13 @@ class Quality:
     """
 
     def __init__(
-        self, config: RunConfig, images: Images, model: Model, cache: Path, device: torch.device, part: tuple[int, int] = (0, 1)
+        self,
+        config: RunConfig,
+        images: Images,
+        model: Model,
+        cache: Path,
+        device: torch.device,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         self._config, self._model, self._part, self._real = config, model, part, real_images(images)
         wanted = dict.fromkeys(extractor for tier in tiers(config) for extractor in tier.extractors)
@@ -181,7 +187,9 @@ def open_extractor(config: RunConfig, extractor: ExtractorConfig, device: torch.
 
 def metrics_with(config: RunConfig, extractor: ExtractorConfig) -> tuple[str, ...]:
     """The metrics that a run measures with an extractor, under any of its protocols."""
-    return tuple(dict.fromkeys(metric for tier in tiers(config) if extractor in tier.extractors for metric in tier.metrics))
+    return tuple(
+        dict.fromkeys(metric for tier in tiers(config) if extractor in tier.extractors for metric in tier.metrics)
+    )
 
 
 def open_reference(config: ExtractorConfig, extractor: Extractor, real: RealImages, cache: Path) -> Reference:

@@ -31,7 +31,6 @@ class Record(Protocol):
         """Take a checkpoint; ``save`` fills an empty folder."""
         ...
 
-
     def fork(self, step: int, save: Callable[[Path], None]) -> None:
         """Take a checkpoint that other runs begin from."""
         ...
@@ -56,7 +55,6 @@ class Kept:
     def checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
         """See :class:`Record`."""
         checkpoints.commit(self._directory.checkpoints, step, save)
-
 
     def fork(self, step: int, save: Callable[[Path], None]) -> None:
         """See :class:`Record`."""

@@ -25,8 +25,8 @@ class Sampler(Protocol):
     """Draws samples with a run's denoiser, with the weights it has at the moment."""
 
     def __call__(self, index: range) -> torch.Tensor | None:
-        """Samples by their number as uint8 pixels ``(n, C, H, W)`` on the CPU; None if one of them is not finite, for as pixels
-        it would pass for an image."""
+        """Samples by their number as uint8 pixels ``(n, C, H, W)`` on the CPU; None if one of them is not finite, for
+        as pixels it would pass for an image."""
         ...
 
     def shown(self) -> torch.Tensor | None:
@@ -46,7 +46,12 @@ class FieldSampler:
     """
 
     def __init__(
-        self, sampling: Sampling, denoiser: nn.Module, space: Space, device: torch.device, rounding: Rounding = "nearest"
+        self,
+        sampling: Sampling,
+        denoiser: nn.Module,
+        space: Space,
+        device: torch.device,
+        rounding: Rounding = "nearest",
     ) -> None:
         self._sampling, self._denoiser, self._space, self._device = sampling, denoiser, space, device
         self._rounding: Rounding = rounding
@@ -135,7 +140,8 @@ def integrate(velocity: Velocity, noise: Noise, sampler: SamplerConfig) -> torch
 def euler_maruyama(velocity: Velocity, noise: Noise, steps: int) -> torch.Tensor:
     """The papers' SDE sampler: ``dx = (v - t s) dt + sqrt(2 t) dW`` with the score ``s = -(x + (1 - t) v) / t``.
 
-    ``steps - 1`` stochastic steps on ``linspace(1, 0.04, steps)``, then a deterministic one to 0, so ``steps`` evaluations.
+    ``steps - 1`` stochastic steps on ``linspace(1, 0.04, steps)``, then a deterministic one to 0, so ``steps``
+    evaluations.
     """
     x = noise()
     times = [*torch.linspace(1, _SDE_LAST_TIME, steps, dtype=torch.float64).tolist(), 0.0]

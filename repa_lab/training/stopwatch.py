@@ -47,8 +47,9 @@ def _event() -> _Mark:
 
 
 class Stopwatch:
-    """Sums the seconds of passages: of this process on a CPU, and on a GPU of the device, which begins and ends later what a
-    passage asks of it. Time in which a passage leaves the GPU without work counts, time in which it does other work does not.
+    """Sums the seconds of passages: of this process on a CPU, and on a GPU of the device, which begins and ends later
+    what a passage asks of it. Time in which a passage leaves the GPU without work counts, time in which it does other
+    work does not.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -88,7 +89,8 @@ class TimedTargets:
     Args:
         targets: what is timed: running the encoder, or bringing its cached features to the device.
         stopwatch: what counts.
-        reads_here: whether the reader is called in this process, within the steps. What others read ahead takes them no time.
+        reads_here: whether the reader is called in this process, within the steps. What others read ahead takes them no
+            time.
     """
 
     def __init__(self, targets: Targets, stopwatch: Stopwatch, reads_here: bool) -> None:

@@ -68,8 +68,8 @@ class Order:
 class BatchOrder:
     """The images of every step, all of one size.
 
-    Where there are several sizes, a step's is drawn with the odds of its share of the images, and the images of a size follow
-    an :class:`Order` of their own: whatever the sizes, every image is seen equally often in the long run.
+    Where there are several sizes, a step's is drawn with the odds of its share of the images, and the images of a size
+    follow an :class:`Order` of their own: whatever the sizes, every image is seen equally often in the long run.
 
     Args:
         members: the images of each size, ``(n,)``.

@@ -39,7 +39,8 @@ def encode_captions(
     device: torch.device,
     progress: Progress | None = None,
 ) -> None:
-    """Encode what is not in the cache: all captions, the prompts and the empty caption. Of a family without text, nothing.
+    """Encode what is not in the cache: all captions, the prompts and the empty caption. Of a family without text,
+    nothing.
 
     Raises:
         DataError: there are no captions.

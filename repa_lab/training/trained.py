@@ -49,8 +49,8 @@ def open_trained(
 ) -> Model:
     """The model of a run with the weights of a checkpoint, in evaluation mode on the device.
 
-    Its denoiser computes in the precision of the options, as accelerate has it do in training, and nothing else does. Captions
-    are at hand; as a rule they were encoded when it was trained.
+    Its denoiser computes in the precision of the options, as accelerate has it do in training, and nothing else does.
+    Captions are at hand; as a rule they were encoded when it was trained.
 
     Raises:
         PretrainedError: the pretrained pipeline cannot be had.

@@ -75,8 +75,8 @@ class Trainer:
     Where several processes were started (torchrun, accelerate launch), each takes its part of every batch.
 
     Raises:
-        DataError, EncoderError, PretrainedError, ProcessError, TapError, DeviceError: a part cannot be had; nothing has been
-            trained by then.
+        DataError, EncoderError, PretrainedError, ProcessError, TapError, DeviceError: a part cannot be had; nothing has
+            been trained by then.
     """
 
     def __init__(self, run: Run, options: RunOptions, cache: Path) -> None:
@@ -156,7 +156,10 @@ class Trainer:
                     loss = aligner(part, step, self.device, Prediction(output, target), averages)
                     aligned = weight * loss.value
                     total = denoise + aligned if weight else denoise
-                    values |= {"loss/aligned": aligned, **{f"align/{name}": value for name, value in loss.parts.items()}}
+                    values |= {
+                        "loss/aligned": aligned,
+                        **{f"align/{name}": value for name, value in loss.parts.items()},
+                    }
                 elif aligner is not None:
                     aligner.clear()
                 self.accelerator.backward(total * share)
@@ -165,8 +168,9 @@ class Trainer:
         return means
 
     def measure(self) -> tuple[list[Row], torch.Tensor]:
-        """Measurements of the averaged weights, a row for each protocol that is due, and the first samples ``(n, C, H, W)`` as
-        uint8 pixels. The first row has what the run has cost up to now, this measurement included."""
+        """Measurements of the averaged weights, a row for each protocol that is due, and the first samples
+        ``(n, C, H, W)`` as uint8 pixels. The first row has what the run has cost up to now, this measurement
+        included."""
         denoiser, config, began = self._trained.denoiser, self.config, time.perf_counter()
         block, own_block = self._measured_block()
         denoiser.eval()
@@ -286,9 +290,7 @@ class Trainer:
             self.aligner.prepare(accelerator)
         self._parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
         kind = getattr(torch.optim, train.optimizer.type)
-        optimizer = kind(
-            self._parameters, lr=train.lr, weight_decay=train.weight_decay, **train.optimizer.arguments
-        )
+        optimizer = kind(self._parameters, lr=train.lr, weight_decay=train.weight_decay, **train.optimizer.arguments)
         self._denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
         if self.options.compile:  # the tap is set by now; a hook set later would not be seen
             self._denoiser = torch.compile(self._denoiser)
@@ -298,7 +300,8 @@ class Trainer:
 
 def _accelerator(config: RunConfig, options: RunOptions) -> Accelerator:
     AcceleratorState._reset_state()  # accelerate keeps the precision of this process's run before
-    # In many pretrained models the last block's text leads nowhere, and DistributedDataParallel would wait for its gradients.
+    # In many pretrained models the last block's text leads nowhere, and DistributedDataParallel would wait for its
+    # gradients.
     unused = DistributedDataParallelKwargs(find_unused_parameters=config.model.pretrained is not None)
     precision = MIXED_PRECISION[options.precision]
     return Accelerator(mixed_precision=precision, cpu=options.device == "cpu", kwargs_handlers=[unused])

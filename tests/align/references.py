@@ -98,7 +98,9 @@ class Aligned(NamedTuple):
     manifold: torch.Tensor | None
 
 
-def align(regularizer: Any, student: Tokens, teacher: Tokens | Sequence[Tokens], step: int = 0, module: Any = None) -> Aligned:
+def align(
+    regularizer: Any, student: Tokens, teacher: Tokens | Sequence[Tokens], step: int = 0, module: Any = None
+) -> Aligned:
     """Return the outcome of one step; ``module`` is what wraps the regularizer, as DistributedDataParallel does."""
     signals = Signals(taps=(student,), encoders=(teacher,) if isinstance(teacher, Tokens) else tuple(teacher))
     weight, loss = regularizer.weight_at(step), (regularizer if module is None else module)(signals, step)

@@ -139,7 +139,9 @@ def test_a_regularizer_observes_what_it_aligns_and_then_stops():
 
 # By hand, for a threshold of 0.85 and a decay of 1/2: the averages after these steps are .5, .767, .889, .692, .820 and .911.
 # Judged within the step, as SimpleTuner does, the weights would be 2 2 0 0 0 0, or 2 2 0 2 2 0 where the cutoff is recoverable.
-@pytest.mark.parametrize("mode, weights", [("permanent", [2, 2, 2, 0, 0, 0, 0]), ("recoverable", [2, 2, 2, 0, 2, 2, 0])])
+@pytest.mark.parametrize(
+    "mode, weights", [("permanent", [2, 2, 2, 0, 0, 0, 0]), ("recoverable", [2, 2, 2, 0, 2, 2, 0])]
+)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_the_weight_is_0_from_the_step_after_the_one_that_reaches_the_threshold(mode, weights, micro_batches):
     settings = {"threshold": 0.85, "ema_decay": 0.5, "mode": mode, "min_count": 1, "probe_every": 1}

@@ -162,7 +162,9 @@ def test_many_tokens_are_worked_off_in_pieces(loss, reference):
     student = (student + teacher).requires_grad_()
     value = loss(student, teacher)
     value.backward()
-    assert value.item() == pytest.approx(reference(student.detach().double().numpy(), teacher.double().numpy()), rel=1e-6)
+    assert value.item() == pytest.approx(
+        reference(student.detach().double().numpy(), teacher.double().numpy()), rel=1e-6
+    )
     gradient = student.grad.clone()
     student.grad = None
     slow = {alignment_loss: slow_alignment, manifold_loss: slow_manifold, nt_xent_loss: slow_nt_xent}[loss]

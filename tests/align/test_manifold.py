@@ -113,7 +113,10 @@ def test_va_vaes_worked_example():
 
 def test_reductions_count_pairs():
     student, teacher = pair(3, 7, 5)
-    found = {name: manifold_loss(student, teacher, ManifoldSettings(reduction=name)).item() for name in ("mean", "sum", "offdiag_mean")}
+    found = {
+        name: manifold_loss(student, teacher, ManifoldSettings(reduction=name)).item()
+        for name in ("mean", "sum", "offdiag_mean")
+    }
     # A token's similarity with itself is 1 on both sides, so the diagonal adds nothing.
     assert found["sum"] == pytest.approx(49 * found["mean"], rel=1e-6)
     assert found["offdiag_mean"] == pytest.approx(found["mean"] * 49 / 42, rel=1e-6)
@@ -139,7 +142,9 @@ class TestScopes:
     def test_pooled_does_not_see_the_order_of_tokens(self):
         student, teacher = pair(4, 9, 8)
         shuffled = student[:, torch.randperm(9)]
-        first, second = (manifold_loss(s, teacher, ManifoldSettings(scope="batch_pooled")).item() for s in (student, shuffled))
+        first, second = (
+            manifold_loss(s, teacher, ManifoldSettings(scope="batch_pooled")).item() for s in (student, shuffled)
+        )
         assert first == pytest.approx(second, abs=1e-6)
 
     def test_batch_tokens_compares_all_tokens_with_all(self):
@@ -155,12 +160,19 @@ class TestScopes:
         assert values[0] == values[3]
         assert len(set(values)) == 3
         mean = np.mean([manifold_loss(student, teacher, few, step).item() for step in range(200)])
-        assert mean == pytest.approx(manifold_loss(student, teacher, ManifoldSettings(scope="batch_tokens")).item(), rel=0.03)
+        assert mean == pytest.approx(
+            manifold_loss(student, teacher, ManifoldSettings(scope="batch_tokens")).item(), rel=0.03
+        )
 
     def test_of_one_image_both_batch_scopes_are_what_they_say(self):
         student, teacher = pair(1, 9, 8)
-        assert manifold_loss(student, teacher, ManifoldSettings(scope="batch_tokens")).item() == manifold_loss(student, teacher).item()
-        assert manifold_loss(student, teacher, ManifoldSettings(scope="batch_pooled")).item() == pytest.approx(0, abs=1e-12)
+        assert (
+            manifold_loss(student, teacher, ManifoldSettings(scope="batch_tokens")).item()
+            == manifold_loss(student, teacher).item()
+        )
+        assert manifold_loss(student, teacher, ManifoldSettings(scope="batch_pooled")).item() == pytest.approx(
+            0, abs=1e-12
+        )
 
     @pytest.mark.parametrize("scope", ["intra", "batch_pooled", "batch_tokens"])
     def test_gradients_agree_with_central_differences(self, scope):

@@ -30,7 +30,9 @@ def tokens(dim: int, grid: tuple[int, int], batch: int = 4) -> Tokens:
     return Tokens(torch.randn(batch, grid[0] * grid[1], dim), grid)
 
 
-def gradients(regularizer: REPA, call: Callable[..., object], student: Tokens, teacher: Tokens, step: int) -> list[torch.Tensor]:
+def gradients(
+    regularizer: REPA, call: Callable[..., object], student: Tokens, teacher: Tokens, step: int
+) -> list[torch.Tensor]:
     """The loss and the gradients of student and projector."""
     leaf = Tokens(student.values.detach().requires_grad_(), student.grid)
     regularizer.zero_grad(set_to_none=False)
@@ -59,7 +61,9 @@ def test_compiling_changes_no_number_and_happens_once_a_phase_of_the_schedule(ki
     assert len(graphs) <= 3  # the first step, the other steps of the warm-up, and all that follow
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "l1_margin"])  # whose relations reach across the batch
+@pytest.mark.parametrize(
+    "name", [name for name in KINDS if name != "l1_margin"]
+)  # whose relations reach across the batch
 def test_micro_batches_add_up_to_the_batch(name):
     regularizer, student, teacher = KINDS[name](6, 5, projector=SMALL), tokens(6, GRID), tokens(5, FINER)
     whole = gradients(regularizer, regularizer, student, teacher, 0)

@@ -93,7 +93,9 @@ def batches(steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def build(kind: str, schedule: dict[str, Any], manifold: str, cutoff: bool) -> tuple[Denoiser, REPA]:
     torch.manual_seed(0)
     settings: dict[str, Any] = {"weight": schedule.get("weight", 0.5), "projector": {"width": 8}}
-    settings["schedule"] = {name: value for name, value in schedule.items() if name != "weight"} | (CUTOFF if cutoff else {})
+    settings["schedule"] = {name: value for name, value in schedule.items() if name != "weight"} | (
+        CUTOFF if cutoff else {}
+    )
     denoiser = Denoiser()
     if kind == "repa":
         return denoiser, REPA(8, 5, **settings)
@@ -153,7 +155,9 @@ SCHEDULES = {
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-6, msg=lambda message, name=name: f"{name}: {message}")
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-4, atol=2e-6, msg=lambda message, name=name: f"{name}: {message}"
+        )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
@@ -190,7 +194,7 @@ def test_relations_across_the_batch_reach_across_processes(in_two, scope):
 
 
 def relations(rank: int, scope: str) -> dict[str, torch.Tensor]:
-    (student, teacher), = batches(1)
+    ((student, teacher),) = batches(1)
     student, teacher = (side.chunk(WORLD)[rank].clone() for side in (student, teacher))
     student.requires_grad_()
     value = manifold_loss(student, teacher, ManifoldSettings(scope=scope))
@@ -201,7 +205,7 @@ def relations(rank: int, scope: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("scope", ["batch_pooled", "batch_tokens"])
 def test_gathered_gradients_are_those_of_one_process(in_two, scope):
     found = in_two(relations, scope=scope)
-    (student, teacher), = batches(1)
+    ((student, teacher),) = batches(1)
     assert torch.equal(found[0]["rows"], student[:, 0])
     student.requires_grad_()
     value = manifold_loss(student, teacher, ManifoldSettings(scope=scope))
@@ -247,5 +251,3 @@ def test_alone_nothing_is_exchanged():
     rows = torch.randn(3, 2)
     assert gather(rows) is rows
     assert mean_over_ranks(rows[0, 0]) == rows[0, 0]
-
-

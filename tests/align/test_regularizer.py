@@ -35,7 +35,10 @@ def test_the_ends_of_the_scale(weight, turn, cosine):
 
 def test_the_total_by_hand():
     """Teachers built so that every matching cosine is 0.5 and the mean squared Gram difference 0.1."""
-    regularizer, student = UREPA(6, 8, weight=0.5, manifold_weight=3.0, projector={"width": 16}), tokens(6, (1, 2), batch=1)
+    regularizer, student = (
+        UREPA(6, 8, weight=0.5, manifold_weight=3.0, projector={"width": 16}),
+        tokens(6, (1, 2), batch=1),
+    )
     p = projected(regularizer, student)[0].double()
     p /= p.norm(dim=-1, keepdim=True)
     basis, _ = torch.linalg.qr(torch.cat([p.T, torch.randn(8, 2, dtype=torch.float64)], dim=1))
@@ -53,7 +56,11 @@ def test_the_total_by_hand():
 
 @pytest.mark.parametrize("weight, manifold_weight", [(0.5, 3.0), (0.5, 0.0), (0.0, 3.0), (1.5, 0.1)])
 def test_the_total_is_weight_times_alignment_plus_manifold(weight, manifold_weight):
-    regularizer, student, teacher = UREPA(6, 5, weight=weight, manifold_weight=manifold_weight, projector=SMALL), tokens(6), tokens(5)
+    regularizer, student, teacher = (
+        UREPA(6, 5, weight=weight, manifold_weight=manifold_weight, projector=SMALL),
+        tokens(6),
+        tokens(5),
+    )
     outcome = align(regularizer, student, teacher)
     p, t = projected(regularizer, student).double().numpy(), teacher.values.double().numpy()
     alignment, manifold = references.alignment(p, t), references.manifold(p, t)
@@ -253,7 +260,9 @@ def test_the_manifold_is_what_was_asked_for():
     student, teacher = tokens(6), tokens(5)
     regularizer = UREPA(6, 5, manifold_weight=1.0, projector=SMALL, manifold={"reduction": "sum"})
     p, t = projected(regularizer, student).double().numpy(), teacher.values.double().numpy()
-    assert align(regularizer, student, teacher).manifold.item() == pytest.approx(144 * references.manifold(p, t), rel=1e-5)
+    assert align(regularizer, student, teacher).manifold.item() == pytest.approx(
+        144 * references.manifold(p, t), rel=1e-5
+    )
 
 
 def test_signals_that_do_not_fit_are_refused():
@@ -280,7 +289,10 @@ def test_signals_that_do_not_fit_are_refused():
         ({"projector": "cnn"}, "projector.type\n  Input should be 'mlp', 'linear' or 'conv'.*'cnn'"),
         ({"resample": {"side": "both"}}, "resample.side\n  Input should be 'student' or 'teacher'.*'both'"),
         ({"resample": {"when": "never"}}, "resample.when\n  Input should be 'after' or 'before'.*'never'"),
-        ({"schedule": {"type": "step"}}, "schedule.type\n  Input should be 'constant', 'linear', 'cosine' or 'polynomial'"),
+        (
+            {"schedule": {"type": "step"}},
+            "schedule.type\n  Input should be 'constant', 'linear', 'cosine' or 'polynomial'",
+        ),
         ({"width": 8}, "width\n  Extra inputs are not permitted"),
         ({"spatial_align": False}, "spatial_align false leaves one token an image, so there are no pairs of tokens"),
     ],
@@ -299,7 +311,12 @@ def test_a_decay_needs_an_end():
 
 @pytest.mark.parametrize("kind, settings", [(REPA, REPASettings), (UREPA, UREPASettings)])
 def test_widths_and_keywords_mean_settings_and_shapes(kind, settings):
-    fields = {"weight": 0.3, "projector": {"type": "conv", "width": 8}, "loss": "nt_xent", "resample": {"side": "teacher"}}
+    fields = {
+        "weight": 0.3,
+        "projector": {"type": "conv", "width": 8},
+        "loss": "nt_xent",
+        "resample": {"side": "teacher"},
+    }
     one, other = kind(6, [5, 4], **fields), kind(settings(**fields), Shapes((6,), (5, 4)))
     assert one.settings == other.settings
     assert one.shapes == other.shapes

@@ -15,7 +15,10 @@ WORKED = [
     ({"type": "cosine", "weight": 1.0, "decay_steps": 100}, {0: 1.0, 25: 0.8535533906, 50: 0.5, 100: 0.0, 300: 0.0}),
     ({"type": "polynomial", "weight": 1.0, "decay_steps": 100, "power": 2.0}, {0: 1.0, 50: 0.25, 100: 0.0, 101: 0.0}),
     ({"type": "polynomial", "weight": 1.0, "decay_steps": 100}, {25: 0.75}),
-    ({"type": "linear", "weight": 1.0, "warmup_steps": 100, "decay_steps": 200}, {50: 0.5, 100: 1.0, 150: 0.5, 200: 0.0}),
+    (
+        {"type": "linear", "weight": 1.0, "warmup_steps": 100, "decay_steps": 200},
+        {50: 0.5, 100: 1.0, 150: 0.5, 200: 0.0},
+    ),
     ({"type": "linear", "weight": 1.0, "total_steps": 100}, {0: 1.0, 50: 0.5, 100: 0.0}),
     ({"type": "linear", "weight": 1.0, "decay_steps": 50, "total_steps": 100}, {25: 0.5, 50: 0.0}),
     (
@@ -63,14 +66,20 @@ def test_no_cutoff(never):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"type": "exponential"}, "type\n  Input should be 'constant', 'linear', 'cosine' or 'polynomial'.*'exponential'"),
+        (
+            {"type": "exponential"},
+            "type\n  Input should be 'constant', 'linear', 'cosine' or 'polynomial'.*'exponential'",
+        ),
         ({"weight": -0.1}, "the weight must not be negative, got -0.1"),
         ({"weight": float("nan")}, "the weight must not be negative, got nan"),
         ({"end": -1.0}, "end\n  Input should be greater than or equal to 0.*=-1.0"),
         ({"warmup_steps": -1}, "warmup_steps\n  Input should be greater than or equal to 0.*=-1"),
         ({"decay_steps": -1}, "decay_steps\n  Input should be greater than or equal to 0.*=-1"),
         ({"cutoff_step": -1}, "cutoff_step\n  Input should be greater than or equal to 0.*=-1"),
-        ({"type": "polynomial", "power": -1.0, "decay_steps": 5}, "power\n  Input should be greater than or equal to 0.*=-1.0"),
+        (
+            {"type": "polynomial", "power": -1.0, "decay_steps": 5},
+            "power\n  Input should be greater than or equal to 0.*=-1.0",
+        ),
         ({"type": "linear"}, "a linear schedule needs decay_steps, the step at which it ends"),
         ({"type": "cosine", "warmup_steps": 100, "decay_steps": 100}, "decay_steps is counted from step 0"),
     ],
@@ -129,5 +138,8 @@ class TestAgreement:
                 asked.append(step)
                 return super().__call__(step)
 
-        assert agreement(Counted(warmup_steps=10), Counted(warmup_steps=10, cutoff_step=4_000_000), 10_000_000) == 4_000_000
+        assert (
+            agreement(Counted(warmup_steps=10), Counted(warmup_steps=10, cutoff_step=4_000_000), 10_000_000)
+            == 4_000_000
+        )
         assert len(asked) < 50

@@ -39,13 +39,18 @@ class TestResolved:
 
     @pytest.mark.parametrize("kind", DECAYS)
     def test_an_end_that_is_given_stays(self, kind):
-        assert REPASettings(schedule=ScheduleSettings(type=kind, decay_steps=40)).resolved(7, 1000).schedule.decay_steps == 40
+        assert (
+            REPASettings(schedule=ScheduleSettings(type=kind, decay_steps=40)).resolved(7, 1000).schedule.decay_steps
+            == 40
+        )
 
     def test_what_does_not_decay_has_no_end(self):
         assert REPASettings().resolved(7, 1000).schedule == ScheduleSettings()
 
     def test_all_else_is_as_it_was(self):
-        before = UREPASettings(weight=0.1, manifold_weight=2.0, encoder=(EncoderSettings(name="a"), EncoderSettings(name="b")))
+        before = UREPASettings(
+            weight=0.1, manifold_weight=2.0, encoder=(EncoderSettings(name="a"), EncoderSettings(name="b"))
+        )
         after = before.resolved("mid", 9)
         assert before.block_index is None
         assert type(after) is UREPASettings
@@ -68,7 +73,9 @@ class TestNeeds:
     ONE, OTHER = EncoderSettings(name="a"), EncoderSettings(name="b")
 
     @pytest.mark.parametrize("kind", [REPASettings, UREPASettings])
-    @pytest.mark.parametrize("encoder, encoders", [(ONE, (ONE,)), ((ONE, OTHER), (ONE, OTHER)), ((ONE, ONE), (ONE, ONE))])
+    @pytest.mark.parametrize(
+        "encoder, encoders", [(ONE, (ONE,)), ((ONE, OTHER), (ONE, OTHER)), ((ONE, ONE), (ONE, ONE))]
+    )
     def test_the_block_and_the_encoders(self, kind, encoder, encoders):
         assert kind(encoder=encoder, block_index=3).needs() == Needs(taps=(3,), encoders=encoders)
 
@@ -88,7 +95,11 @@ class TestNeeds:
 class TestRegistry:
     def test_the_built_in_ones(self):
         assert REGULARIZERS.names[:3] == ("none", "repa", "urepa")
-        assert [REGULARIZERS[name].settings for name in ("none", "repa", "urepa")] == [NoSettings, REPASettings, UREPASettings]
+        assert [REGULARIZERS[name].settings for name in ("none", "repa", "urepa")] == [
+            NoSettings,
+            REPASettings,
+            UREPASettings,
+        ]
         assert [REGULARIZERS[name].load() for name in ("repa", "urepa")] == [REPA, UREPA]
         assert all(issubclass(REGULARIZERS[name].load(), Regularizer) for name in ("repa", "urepa"))
         assert not any(REGULARIZERS.origin(name) for name in ("none", "repa", "urepa"))
@@ -119,7 +130,11 @@ class TestSettings:
             kind(nonsense=1)
 
     def test_every_field_says_what_it_is(self, kind):
-        assert [name for name, field in kind.model_fields.items() if not (field.description or field.exclude or name == "type")] == []
+        assert [
+            name
+            for name, field in kind.model_fields.items()
+            if not (field.description or field.exclude or name == "type")
+        ] == []
 
 
 @pytest.mark.parametrize("value", [True, "0.5", float("nan"), float("inf"), -0.1])

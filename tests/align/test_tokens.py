@@ -8,7 +8,14 @@ from torch.nn import functional
 from repa_lab.align import Tokens, alignment_loss, flatten_map, normalise_over_space, resample_tokens
 from tests.align import references
 
-GRIDS = [((1, 2), (1, 4)), ((4, 4), (8, 8)), ((6, 10), (5, 7)), ((3, 5), (9, 3)), ((16, 16), (37, 37)), ((1, 1), (2, 3))]
+GRIDS = [
+    ((1, 2), (1, 4)),
+    ((4, 4), (8, 8)),
+    ((6, 10), (5, 7)),
+    ((3, 5), (9, 3)),
+    ((16, 16), (37, 37)),
+    ((1, 1), (2, 3)),
+]
 grids = pytest.mark.parametrize("grid, to", GRIDS)
 
 
@@ -44,7 +51,9 @@ class TestResample:
         tokens = torch.randn(1, 16, 3)
         resampled = resample_tokens(tokens, (2, 8), (4, 4))
         assert not torch.allclose(resampled, tokens)
-        np.testing.assert_allclose(resampled.numpy(), references.bilinear(tokens.double().numpy(), (2, 8), (4, 4)), atol=1e-6)
+        np.testing.assert_allclose(
+            resampled.numpy(), references.bilinear(tokens.double().numpy(), (2, 8), (4, 4)), atol=1e-6
+        )
 
     def test_a_ramp_stays_a_ramp_on_grids_of_another_aspect(self):
         error = (resample_tokens(ramp((48, 32)), (48, 32), (37, 37)) - ramp((37, 37))).abs().mean(dim=(0, 1))

@@ -85,4 +85,6 @@ def test_manifold_memory(shape):
     for which in ("gram", "ours"):
         command = [sys.executable, "-c", PEAK, which, *map(str, shape)]
         mib.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024)
-    print(f"\npeak memory beyond the inputs, B, N, D = {shape}: whole matrices {mib[0]:.0f} MiB, manifold_loss {mib[1]:.0f} MiB")
+    print(
+        f"\npeak memory beyond the inputs, B, N, D = {shape}: whole matrices {mib[0]:.0f} MiB, manifold_loss {mib[1]:.0f} MiB"
+    )

@@ -54,7 +54,10 @@ def pair(count: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(side + torch.randn(count, width, generator=generator) for side in sides)  # type: ignore[return-value]
 
 
-FORMS: dict[str, tuple[Callable[..., float], Callable[..., float]]] = {"cknna": (direct, cknna), "cka": (direct_cka, cka)}
+FORMS: dict[str, tuple[Callable[..., float], Callable[..., float]]] = {
+    "cknna": (direct, cknna),
+    "cka": (direct_cka, cka),
+}
 SHAPES = [(2000, 768), (10_000, 768)]
 forms = pytest.mark.parametrize("form", FORMS)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -95,4 +98,6 @@ def test_memory(form, shape):
         one_thread = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=one_thread)
         mib.append(int(done.stdout) / 1024)
-    print(f"\npeak memory beyond the inputs, {form}, n, d = {shape}: whole matrices {mib[0]:.0f} MiB, ours {mib[1]:.0f} MiB")
+    print(
+        f"\npeak memory beyond the inputs, {form}, n, d = {shape}: whole matrices {mib[0]:.0f} MiB, ours {mib[1]:.0f} MiB"
+    )

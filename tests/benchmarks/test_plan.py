@@ -38,7 +38,10 @@ def test_ten_thousand_runs(tmp_path, arms, seeds, started):
     shown = as_json(found)
     marks.append(time.perf_counter())
     assert len(shown["runs"]) == 10_000
-    parts = ", ".join(f"{name} {after - before:.2f} s" for name, before, after in zip(("read", "plan", "estimate", "JSON"), marks, marks[1:], strict=False))
+    parts = ", ".join(
+        f"{name} {after - before:.2f} s"
+        for name, before, after in zip(("read", "plan", "estimate", "JSON"), marks, marks[1:], strict=False)
+    )
     print(f"\n{arms:,} arms x {seeds} seeds, {started:,} done: {marks[-1] - marks[0]:.2f} s in all ({parts})")
 
 

@@ -45,7 +45,9 @@ def pair(count: int, width: int) -> tuple[Statistics, Statistics]:
     """Of features that are correlated and of unequal spread, as a network's are."""
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((width, width)) / np.sqrt(width) + np.diag(np.exp(-3 * np.arange(width) / width))
-    return statistics(rng.standard_normal((count, width)) @ mix), statistics(rng.standard_normal((count, width)) @ mix + 0.1)
+    return statistics(rng.standard_normal((count, width)) @ mix), statistics(
+        rng.standard_normal((count, width)) @ mix + 0.1
+    )
 
 
 OTHERS = [eigenvalues_of_the_product, matrix_square_root, symmetric_roots]

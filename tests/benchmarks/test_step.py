@@ -122,4 +122,8 @@ def test_steps_of_weight_0_cost_what_plain_steps_do(tmp_path):
     finally:
         Encoder.forward = forward
     assert len(calls) == 1
-    show("step after the cutoff / plain step", measured, f"; encoder passes in {12 * 20} steps after it: {len(calls) - 1}")
+    show(
+        "step after the cutoff / plain step",
+        measured,
+        f"; encoder passes in {12 * 20} steps after it: {len(calls) - 1}",
+    )

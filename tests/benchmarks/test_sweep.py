@@ -32,7 +32,8 @@ def train_bare(spec, root):
     """Both halves of the runs at a time, for two on two cores are slower than one; means of the starts and of the trainings."""
     planned = plan(spec, root)
     halves = [
-        subprocess.Popen([sys.executable, "-c", BARE, spec, root, str(part)], stdout=subprocess.PIPE, text=True) for part in (0, 1)
+        subprocess.Popen([sys.executable, "-c", BARE, spec, root, str(part)], stdout=subprocess.PIPE, text=True)
+        for part in (0, 1)
     ]
     said = [list(map(float, half.communicate()[0].split())) for half in halves]
     assert len(planned.root.runs()) == len(planned.pending)
@@ -58,4 +59,6 @@ def test_24_tiny_runs_on_two_workers(tmp_path):
     assert sweep(file, tmp_path / "sweep", workers=2).trained == 24
     spent = time.perf_counter() - began
     ideal = trained + start
-    print(f"\n24 runs on 2 workers / (training / 2 + a warm start): {spent / ideal:.3f} ({spent:.1f} s; {trained:.1f} s + {start:.1f} s)")
+    print(
+        f"\n24 runs on 2 workers / (training / 2 + a warm start): {spent / ideal:.3f} ({spent:.1f} s; {trained:.1f} s + {start:.1f} s)"
+    )

@@ -49,20 +49,28 @@ class TestRoundTrip:
         exported = export_settings(config_of(tmp_path, {**family_of(settings), **settings})).settings
         assert {name: exported[name] for name in settings} == settings
 
-    @pytest.mark.parametrize("enabled, name, value", EVERY_KEY, ids=lambda value: value if isinstance(value, str) else None)
+    @pytest.mark.parametrize(
+        "enabled, name, value", EVERY_KEY, ids=lambda value: value if isinstance(value, str) else None
+    )
     def test_every_key_comes_back_as_it_was(self, tmp_path, enabled, name, value):
         family = FLUX if "crepa_enabled" in enabled else SDXL
         default = export_settings(config_of(tmp_path, {**family, **enabled})).settings
         exported = export_settings(config_of(tmp_path, {**family, **enabled, name: value})).settings
         assert exported[name] == value
         assert default.get(name) != value
-        assert {key: exported[key] for key in default if key != name} == {key: default[key] for key in default if key != name}
+        assert {key: exported[key] for key in default if key != name} == {
+            key: default[key] for key in default if key != name
+        }
 
     def test_all_keys_together_lose_nothing_and_give_one_regularizer(self, tmp_path):
         draw = random.Random(4)
         for _ in range(60):
             settings = random_config(draw)
-            family = {"model_family": draw.choice(["flux", "sd3", "pixart"] if "crepa_enabled" in settings else ["sd15", "sdxl"])}
+            family = {
+                "model_family": draw.choice(
+                    ["flux", "sd3", "pixart"] if "crepa_enabled" in settings else ["sd15", "sdxl"]
+                )
+            }
             config = config_of(tmp_path, {**family, **settings})
             exported = export_settings(config)
             assert {name: exported.settings.get(name) for name in settings} == settings
@@ -90,7 +98,11 @@ class TestRoundTrip:
     @pytest.mark.parametrize("prefix, family", [("crepa", FLUX), ("urepa", SDXL)])
     def test_its_defaults_come_back_as_it_has_them(self, tmp_path, prefix, family):
         exported = export_settings(config_of(tmp_path, {**family, f"{prefix}_enabled": True}))
-        defaults = {key.name: key.default for key in KEYS[prefix] if key.default is not None and key.field.startswith("regularizer.")}
+        defaults = {
+            key.name: key.default
+            for key in KEYS[prefix]
+            if key.default is not None and key.field.startswith("regularizer.")
+        }
         assert exported.settings == {f"{prefix}_enabled": True, **defaults}
         assert exported.lost == ()
 
@@ -103,13 +115,28 @@ class TestRoundTrip:
 def random_config(draw):
     prefix, irepa = draw.choice(["crepa", "urepa"]), draw.random() < 0.5
     keys = [key for key in (*KEYS[prefix], *(IREPA if irepa else ())) if key.field.startswith("regularizer.")]
-    values = {**{key.name: OTHER.get(key.name.partition("_")[2]) for key in keys}, "irepa_spatial_norm_alpha": 1.0, "irepa_projector_kernel_size": 7}
+    values = {
+        **{key.name: OTHER.get(key.name.partition("_")[2]) for key in keys},
+        "irepa_spatial_norm_alpha": 1.0,
+        "irepa_projector_kernel_size": 7,
+    }
     chosen = {key.name: values[key.name] for key in keys if draw.random() < 0.5}
     return {f"{prefix}_enabled": True, **({"irepa_enabled": True} if irepa else {}), **chosen}
 
 
-REPA = {"type": "repa", "projector": {"type": "linear"}, "encoder": {"image_size": 224, "pixels": "vae"}, "block_index": 8}
-UREPA = {**REPA, "type": "urepa", "block_index": "mid", "encoder": {"image_size": 518, "pixels": "vae"}, "resample": {"side": "teacher"}}
+REPA = {
+    "type": "repa",
+    "projector": {"type": "linear"},
+    "encoder": {"image_size": 224, "pixels": "vae"},
+    "block_index": 8,
+}
+UREPA = {
+    **REPA,
+    "type": "urepa",
+    "block_index": "mid",
+    "encoder": {"image_size": 518, "pixels": "vae"},
+    "resample": {"side": "teacher"},
+}
 LINES = [
     ("loss", REPA, {"loss": "nt_xent"}),
     ("projector.type", REPA, {"projector": {"type": "mlp"}}),
@@ -122,7 +149,16 @@ LINES = [
     ("resample.side", REPA, {"resample": {"side": "teacher"}}),
     ("resample.side", UREPA, {"resample": {"side": "student"}}),
     ("resample.when", REPA, {"resample": {"when": "before"}}),
-    ("encoder", REPA, {"encoder": [{"image_size": 224, "pixels": "vae"}, {"name": "dinov2_vits14", "image_size": 224, "pixels": "vae"}]}),
+    (
+        "encoder",
+        REPA,
+        {
+            "encoder": [
+                {"image_size": 224, "pixels": "vae"},
+                {"name": "dinov2_vits14", "image_size": 224, "pixels": "vae"},
+            ]
+        },
+    ),
     ("encoder.name", REPA, {"encoder": {"name": "clip_vitl14", "image_size": 224, "pixels": "vae"}}),
     ("encoder.weights", REPA, {"encoder": {"weights": "g.pth", "image_size": 224, "pixels": "vae"}}),
     ("encoder.standardize", REPA, {"encoder": {"standardize": True, "image_size": 224, "pixels": "vae"}}),
@@ -132,7 +168,11 @@ LINES = [
     ("schedule.power", REPA, {"schedule": {"type": "polynomial", "power": 0.0}}),
     ("schedule.similarity_threshold", REPA, {"schedule": {"similarity_threshold": -0.5, "similarity_min_count": 1}}),
     ("schedule.similarity_min_count", REPA, {"schedule": {"similarity_threshold": 0.5}}),
-    ("schedule.probe_every", REPA, {"schedule": {"similarity_threshold": 0.5, "similarity_min_count": 1, "threshold_mode": "recoverable"}}),
+    (
+        "schedule.probe_every",
+        REPA,
+        {"schedule": {"similarity_threshold": 0.5, "similarity_min_count": 1, "threshold_mode": "recoverable"}},
+    ),
 ]
 
 
@@ -143,10 +183,15 @@ class TestExport:
 
         def lost(settings):
             regularizer = settings_of(settings)
-            return [line.split(":")[0] for line in export_settings(config.model_copy(update={"regularizer": regularizer})).lost]
+            return [
+                line.split(":")[0]
+                for line in export_settings(config.model_copy(update={"regularizer": regularizer})).lost
+            ]
 
         assert lost(base) == []
-        expected = {f"regularizer.{path}"} | ({"regularizer.manifold"} if "scope" in change.get("manifold", {}) else set())
+        expected = {f"regularizer.{path}"} | (
+            {"regularizer.manifold"} if "scope" in change.get("manifold", {}) else set()
+        )
         assert set(lost({**base, **change})) == expected
 
     def test_every_limit_has_been_tried(self):
@@ -181,14 +226,21 @@ class TestDocumentation:
                 both = ("crepa", "urepa") if name.startswith("_") else ("",)
                 defaults |= {f"{prefix}{name}": value for prefix in both}
         for key in (*KEYS["crepa"], *KEYS["urepa"], *IREPA, *SWITCHES):
-            shown = {None: "none", True: "true", False: "false"}.get(key.default) if isinstance(key.default, (bool, type(None))) else str(key.default)
+            shown = (
+                {None: "none", True: "true", False: "false"}.get(key.default)
+                if isinstance(key.default, (bool, type(None)))
+                else str(key.default)
+            )
             assert defaults[key.name] == shown, key.name
         for name in (*(key.name for key in (*REST, *PARTS, *DATA_SET)), *NOT_CARRIED):
             assert f"`{name}`" in self.PAGE or name.startswith("layersync_"), name
 
     def test_every_flavour_is_on_the_page(self):
         table = self.PAGE[self.PAGE.index("| family | flavours |") :]
-        rows = [[re.findall(r"[^ `,]+", cell) for cell in row.split("|")[1:4]] for row in table[: table.index("\n\n")].splitlines()[2:]]
+        rows = [
+            [re.findall(r"[^ `,]+", cell) for cell in row.split("|")[1:4]]
+            for row in table[: table.index("\n\n")].splitlines()[2:]
+        ]
         assert [(family, flavours, refused) for (family,), flavours, refused in rows] == [
             (family, [*flavours], [*REFUSED.get(family, ())]) for family, flavours in FLAVOURS.items()
         ]

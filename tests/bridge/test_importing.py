@@ -23,12 +23,41 @@ from repa_lab.training.fingerprints import Inventory
 FLUX, SDXL = {"model_family": "flux"}, {"model_family": "sdxl"}
 # The four blocks of the guide, and its two lists of knobs at values that are not the defaults.
 GUIDE = {
-    "repa": {"crepa_enabled": True, "crepa_block_index": 8, "crepa_lambda": 0.5, "crepa_encoder": "dinov2_vitg14", "crepa_encoder_image_size": 518},
-    "urepa": {"urepa_enabled": True, "urepa_lambda": 0.5, "urepa_manifold_weight": 3.0, "urepa_model": "dinov2_vitg14", "urepa_encoder_image_size": 518},
-    "repa schedule": {"crepa_scheduler": "cosine", "crepa_warmup_steps": 100, "crepa_decay_steps": 5000, "crepa_lambda_end": 0.0},
+    "repa": {
+        "crepa_enabled": True,
+        "crepa_block_index": 8,
+        "crepa_lambda": 0.5,
+        "crepa_encoder": "dinov2_vitg14",
+        "crepa_encoder_image_size": 518,
+    },
+    "urepa": {
+        "urepa_enabled": True,
+        "urepa_lambda": 0.5,
+        "urepa_manifold_weight": 3.0,
+        "urepa_model": "dinov2_vitg14",
+        "urepa_encoder_image_size": 518,
+    },
+    "repa schedule": {
+        "crepa_scheduler": "cosine",
+        "crepa_warmup_steps": 100,
+        "crepa_decay_steps": 5000,
+        "crepa_lambda_end": 0.0,
+    },
     "urepa schedule": {"urepa_scheduler": "cosine", "urepa_warmup_steps": 100, "urepa_cutoff_step": 5000},
-    "repa knobs": {"crepa_lambda": 0.7, "crepa_block_index": 11, "crepa_spatial_align": False, "crepa_encoder": "dinov2_vits14", "crepa_encoder_image_size": 224},
-    "urepa knobs": {"urepa_lambda": 1.5, "urepa_manifold_weight": 1.0, "urepa_model": "dinov2_vits14", "urepa_encoder_image_size": 224, "urepa_use_tae": True},
+    "repa knobs": {
+        "crepa_lambda": 0.7,
+        "crepa_block_index": 11,
+        "crepa_spatial_align": False,
+        "crepa_encoder": "dinov2_vits14",
+        "crepa_encoder_image_size": 224,
+    },
+    "urepa knobs": {
+        "urepa_lambda": 1.5,
+        "urepa_manifold_weight": 1.0,
+        "urepa_model": "dinov2_vits14",
+        "urepa_encoder_image_size": 224,
+        "urepa_use_tae": True,
+    },
 }
 
 
@@ -65,8 +94,17 @@ def remarks(tmp_path, config):
 class TestImport:
     def test_defaults_of_that_trainer_are_written_down(self, tmp_path):
         regularizer = regularizer_of(tmp_path, urepa_enabled=True)
-        assert (regularizer.type, regularizer.weight, regularizer.manifold_weight, regularizer.block_index) == ("urepa", 0.5, 3.0, "mid")
-        assert (regularizer.encoder.name, regularizer.encoder.image_size, regularizer.encoder.pixels) == ("dinov2_vitg14", 518, "vae")
+        assert (regularizer.type, regularizer.weight, regularizer.manifold_weight, regularizer.block_index) == (
+            "urepa",
+            0.5,
+            3.0,
+            "mid",
+        )
+        assert (regularizer.encoder.name, regularizer.encoder.image_size, regularizer.encoder.pixels) == (
+            "dinov2_vitg14",
+            518,
+            "vae",
+        )
         assert (regularizer.projector.type, regularizer.spatial_norm) == ("linear", None)
         assert regularizer_of(tmp_path, crepa_enabled=True).block_index == 8
         irepa = regularizer_of(tmp_path, crepa_enabled=True, irepa_enabled=True)
@@ -74,7 +112,15 @@ class TestImport:
 
     def test_the_spec_itself_holds_them_not_the_labs_defaults(self, tmp_path):
         text = read(tmp_path, {**FLUX, "crepa_enabled": True}).spec
-        for line in ("weight: 0.5", "block_index: 8", "spatial_align: true", "image_size: 518", "power: 1.0", "lr: 4e-07", "rank: 16"):
+        for line in (
+            "weight: 0.5",
+            "block_index: 8",
+            "spatial_align: true",
+            "image_size: 518",
+            "power: 1.0",
+            "lr: 4e-07",
+            "rank: 16",
+        ):
             assert line in text
 
     @pytest.mark.parametrize(
@@ -90,21 +136,34 @@ class TestImport:
     )
     def test_the_larger_grid_shrinks(self, tmp_path, family, resolution, image_size, side):
         prefix = "urepa" if family in ("sdxl", "sd15") else "crepa"
-        settings = {"model_family": family, "resolution": resolution, f"{prefix}_enabled": True, f"{prefix}_encoder_image_size": image_size}
+        settings = {
+            "model_family": family,
+            "resolution": resolution,
+            f"{prefix}_enabled": True,
+            f"{prefix}_encoder_image_size": image_size,
+        }
         assert config_of(tmp_path, settings).regularizer.resample.side == side
 
     def test_a_threshold_is_judged_from_the_first_step_as_there(self, tmp_path):
-        schedule = regularizer_of(tmp_path, crepa_enabled=True, crepa_similarity_threshold=0.9, crepa_threshold_mode="recoverable").schedule
+        schedule = regularizer_of(
+            tmp_path, crepa_enabled=True, crepa_similarity_threshold=0.9, crepa_threshold_mode="recoverable"
+        ).schedule
         assert (schedule.similarity_threshold, schedule.similarity_min_count, schedule.probe_every) == (0.9, 1, 1)
         assert regularizer_of(tmp_path, crepa_enabled=True).schedule.similarity_min_count == 100
 
     def test_zero_is_a_number_where_the_lab_has_one(self, tmp_path):
-        urepa = regularizer_of(tmp_path, urepa_enabled=True, urepa_lambda=0, urepa_manifold_weight=0, urepa_cutoff_step=0)
+        urepa = regularizer_of(
+            tmp_path, urepa_enabled=True, urepa_lambda=0, urepa_manifold_weight=0, urepa_cutoff_step=0
+        )
         assert (urepa.weight, urepa.manifold_weight, urepa.schedule.cutoff_step) == (0.0, 0.0, None)
-        said = " ".join(remarks(tmp_path, {**SDXL, "urepa_enabled": True, "urepa_lambda": 0, "urepa_manifold_weight": "0.0"}))
+        said = " ".join(
+            remarks(tmp_path, {**SDXL, "urepa_enabled": True, "urepa_lambda": 0, "urepa_manifold_weight": "0.0"})
+        )
         assert "urepa_lambda: SimpleTuner takes 0 for 0.5" in said
         assert "urepa_manifold_weight: SimpleTuner takes 0 for 3.0" in said
-        repa = regularizer_of(tmp_path, crepa_enabled=True, crepa_encoder_image_size=0, crepa_power=0, crepa_encoder_frames_batch_size=0)
+        repa = regularizer_of(
+            tmp_path, crepa_enabled=True, crepa_encoder_image_size=0, crepa_power=0, crepa_encoder_frames_batch_size=0
+        )
         assert (repa.encoder.image_size, repa.schedule.power) == (518, 1.0)
 
     def test_the_rest_of_a_spec_is_read_too(self, tmp_path):
@@ -119,8 +178,20 @@ class TestImport:
         assert (config.model.pretrained, config.model.train, config.model.rank) == ("my/sdxl", "lora", 64)
         assert (config.data.vae, config.data.resolution, experiment.seeds) == ("my/vae", 512, (42,))
         train = config.train
-        assert (train.lr, train.batch_size, train.steps, train.ema, train.weight_decay, train.grad_clip) == (1e-5, 8, 700, 0.999, 0.1, None)
-        assert (run.micro_batch, run.precision, run.gradient_checkpointing, run.checkpoint_every) == (2, "fp32", False, 50)
+        assert (train.lr, train.batch_size, train.steps, train.ema, train.weight_decay, train.grad_clip) == (
+            1e-5,
+            8,
+            700,
+            0.999,
+            0.1,
+            None,
+        )
+        assert (run.micro_batch, run.precision, run.gradient_checkpointing, run.checkpoint_every) == (
+            2,
+            "fp32",
+            False,
+            50,
+        )
 
     def test_a_vae_that_is_not_named_is_the_pipelines_own(self, tmp_path):
         given = {"model_family": "sd1x", "pretrained_model_name_or_path": "my/sd15", "urepa_enabled": True}
@@ -131,7 +202,12 @@ class TestImport:
 
     @pytest.mark.parametrize(
         "given, side",
-        [({"resolution": 1.0, "resolution_type": "area"}, 1024), ({"resolution": 0.25}, 512), ({"resolution": 512}, 512), ({}, 1024)],
+        [
+            ({"resolution": 1.0, "resolution_type": "area"}, 1024),
+            ({"resolution": 0.25}, 512),
+            ({"resolution": 512}, 512),
+            ({}, 1024),
+        ],
     )
     def test_a_resolution_in_megapixels_is_a_side_in_pixels(self, tmp_path, given, side):
         assert config_of(tmp_path, {**FLUX, **given}).data.resolution == side
@@ -143,7 +219,9 @@ class TestImport:
     def test_an_average_is_kept_where_the_config_asks_for_one(self, tmp_path, given, ema):
         assert config_of(tmp_path, {**FLUX, **given}).train.ema == ema
 
-    @pytest.mark.parametrize("name, ours", [("sd1x", "sd15"), ("pixart_sigma", "pixart"), ("SD3", "sd3"), ("flux", "flux")])
+    @pytest.mark.parametrize(
+        "name, ours", [("sd1x", "sd15"), ("pixart_sigma", "pixart"), ("SD3", "sd3"), ("flux", "flux")]
+    )
     def test_families_go_by_the_labs_names(self, tmp_path, name, ours):
         assert config_of(tmp_path, {"model_family": name}).model.family == ours
 
@@ -151,7 +229,9 @@ class TestImport:
     def test_plan_accepts_what_it_writes_for_every_family(self, tmp_path, family):
         prefix = {"transformer": "crepa", "unet": "urepa"}[FAMILIES[family].kind]
         for more in ({}, {"irepa_enabled": True}, {f"{prefix}_use_tae": True}):
-            check(load(tmp_path, read(tmp_path, {"model_family": family, f"{prefix}_enabled": True, **more})), Inventory())
+            check(
+                load(tmp_path, read(tmp_path, {"model_family": family, f"{prefix}_enabled": True, **more})), Inventory()
+            )
 
     def test_an_encoder_has_several_names_there(self, tmp_path):
         assert regularizer_of(tmp_path, crepa_enabled=True, crepa_encoder="dino_v2_s").encoder.name == "dinov2_vits14"
@@ -159,24 +239,37 @@ class TestImport:
         assert both.encoder.name == "dinov2_vitb14"
 
     def test_a_tiny_autoencoder_is_that_of_the_family(self, tmp_path):
-        sd15 = config_of(tmp_path, {"model_family": "sd15", "urepa_enabled": True, "urepa_use_tae": True}).regularizer.encoder
+        sd15 = config_of(
+            tmp_path, {"model_family": "sd15", "urepa_enabled": True, "urepa_use_tae": True}
+        ).regularizer.encoder
         assert (sd15.pixels, sd15.tae) == ("tae", "madebyollin/taesd")
         sana = {"model_family": "sana", "crepa_enabled": True, "crepa_use_tae": True}
         assert config_of(tmp_path, sana).regularizer.encoder.pixels == "vae"
-        assert any("crepa_use_tae: not carried: no tiny autoencoder is known for the latents of sana" in line for line in remarks(tmp_path, sana))
+        assert any(
+            "crepa_use_tae: not carried: no tiny autoencoder is known for the latents of sana" in line
+            for line in remarks(tmp_path, sana)
+        )
 
     def test_without_a_family_it_is_a_fragment_that_a_spec_can_use(self, tmp_path):
         imported = read(tmp_path, {**GUIDE["urepa"], "learning_rate": 1e-5, "crepa_encoder_frames_batch_size": 4})
         (tmp_path / "guide.yaml").write_text(imported.spec)
-        (tmp_path / "q.yaml").write_text("name: q\nmodel: {family: sd15}\ndata: {source: imagefolder, vae: v}\ntrain: {steps: 9}\nuse: [guide.yaml]\n")
+        (tmp_path / "q.yaml").write_text(
+            "name: q\nmodel: {family: sd15}\ndata: {source: imagefolder, vae: v}\ntrain: {steps: 9}\nuse: [guide.yaml]\n"
+        )
         config = load_spec(tmp_path / "q.yaml").arms[0].config
-        assert (config.regularizer.type, config.regularizer.encoder.image_size, config.train.lr, config.train.steps) == ("urepa", 518, 1e-5, 9)
+        assert (
+            config.regularizer.type,
+            config.regularizer.encoder.image_size,
+            config.train.lr,
+            config.train.steps,
+        ) == ("urepa", 518, 1e-5, 9)
         assert any("no model_family, so this is a fragment" in line for line in imported.remarks)
 
     def test_frames_at_a_time_are_images_at_a_time(self, tmp_path):
-        experiment = load(tmp_path, read(tmp_path, {**FLUX, "crepa_enabled": True, "crepa_encoder_frames_batch_size": 4}))
+        experiment = load(
+            tmp_path, read(tmp_path, {**FLUX, "crepa_enabled": True, "crepa_encoder_frames_batch_size": 4})
+        )
         assert experiment.run.encoder_batch_size == 4
-
 
     @pytest.mark.parametrize("value, dropout", [(0.1, 0.1), ("0.25", 0.25), (0, 0.0), (1, 1.0), (None, 0.0)])
     def test_caption_dropout_is_label_dropout_and_none_where_it_is_left_out(self, tmp_path, value, dropout):
@@ -192,11 +285,17 @@ class TestImport:
         config = config_of(tmp_path, given)
         assert (config.model.pretrained, config.regularizer.schedule.type) == ("Tongyi-MAI/Z-Image", "cosine")
         assert config.regularizer.encoder.name == "dinov2_vits14"
-        assert regularizer_of(tmp_path, crepa_enabled=True, crepa_encoder="DINOv2_ViTB14_reg").encoder.name == "dinov2_vitb14_reg"
+        assert (
+            regularizer_of(tmp_path, crepa_enabled=True, crepa_encoder="DINOv2_ViTB14_reg").encoder.name
+            == "dinov2_vitb14_reg"
+        )
         assert regularizer_of(tmp_path, crepa_enabled=True, crepa_encoder="My/Encoder").encoder.name == "My/Encoder"
 
     def test_settings_that_the_web_interface_saved_are_those_under_config(self, tmp_path):
-        saved = {"_metadata": {"name": "default", "model_family": None}, "config": {"--model_family": "flux", "--checkpointing_steps": 50}}
+        saved = {
+            "_metadata": {"name": "default", "model_family": None},
+            "config": {"--model_family": "flux", "--checkpointing_steps": 50},
+        }
         experiment = load(tmp_path, read(tmp_path, saved))
         assert (experiment.arms[0].config.model.family, experiment.run.checkpoint_every) == ("flux", 50)
         saved["config"]["--crepa_lamda"] = 1
@@ -224,7 +323,16 @@ class TestSchedule:
     @pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "polynomial"])
     @pytest.mark.parametrize(
         "warmup, decay, cutoff, power",
-        [(0, 0, 0, 1.0), (10, 30, 0, 2.0), (10, 10, 0, 2.0), (10, 4, 0, 0.5), (10, 1, 12, 2.0), (10, 11, 11, 1.0), (0, 1, 0, 0), (60, 50, 0, 1)],
+        [
+            (0, 0, 0, 1.0),
+            (10, 30, 0, 2.0),
+            (10, 10, 0, 2.0),
+            (10, 4, 0, 0.5),
+            (10, 1, 12, 2.0),
+            (10, 11, 11, 1.0),
+            (0, 1, 0, 0),
+            (60, 50, 0, 1),
+        ],
     )
     def test_every_step_has_the_weight_that_simpletuner_gives_it(self, tmp_path, kind, warmup, decay, cutoff, power):
         total = 50
@@ -233,10 +341,24 @@ class TestSchedule:
             "crepa_warmup_steps": warmup, "crepa_decay_steps": decay, "crepa_cutoff_step": cutoff, "crepa_power": power,
         }  # fmt: skip
         config = config_of(tmp_path, given)
-        settings = {name: getattr(config.regularizer.schedule, name) for name in ("type", "end", "warmup_steps", "decay_steps", "cutoff_step", "power")}
+        settings = {
+            name: getattr(config.regularizer.schedule, name)
+            for name in ("type", "end", "warmup_steps", "decay_steps", "cutoff_step", "power")
+        }
         ours = Schedule(weight=config.regularizer.weight, total_steps=config.train.steps, **settings)
-        theirs = {"kind": kind, "weight": 0.75, "end": 0.125, "warmup": warmup, "decay": decay, "power": power, "cutoff": cutoff, "total": total}
-        assert [ours(step) for step in range(total)] == pytest.approx([simpletuner_weight(step, **theirs) for step in range(total)], abs=1e-15)
+        theirs = {
+            "kind": kind,
+            "weight": 0.75,
+            "end": 0.125,
+            "warmup": warmup,
+            "decay": decay,
+            "power": power,
+            "cutoff": cutoff,
+            "total": total,
+        }
+        assert [ours(step) for step in range(total)] == pytest.approx(
+            [simpletuner_weight(step, **theirs) for step in range(total)], abs=1e-15
+        )
 
     def test_a_decay_within_the_warm_up_drops_one_step_after_it(self, tmp_path):
         given = {"crepa_enabled": True, "crepa_scheduler": "linear", "crepa_warmup_steps": 100, "crepa_decay_steps": 50}
@@ -244,7 +366,13 @@ class TestSchedule:
         assert regularizer_of(tmp_path, **{**given, "crepa_scheduler": "constant"}).schedule.decay_steps == 50
 
 
-EXPECTED = {"crepa_enabled": True, "crepa_lambda": 0.25, "crepa_block_index": 3, "crepa_scheduler": "linear", "crepa_decay_steps": 50}
+EXPECTED = {
+    "crepa_enabled": True,
+    "crepa_lambda": 0.25,
+    "crepa_block_index": 3,
+    "crepa_scheduler": "linear",
+    "crepa_decay_steps": 50,
+}
 
 
 class TestWaysToGiveIt:
@@ -267,7 +395,12 @@ class TestWaysToGiveIt:
         assert import_config([" ".join(words)]) == import_config(words)
 
     def test_what_is_written_there_stays_text_here(self, tmp_path):
-        given = {**FLUX, "pretrained_model_name_or_path": "1e4", "crepa_enabled": True, "crepa_encoder": "x\ntrain: {steps: 1}\u2028 \u0085 \U0001f600"}
+        given = {
+            **FLUX,
+            "pretrained_model_name_or_path": "1e4",
+            "crepa_enabled": True,
+            "crepa_encoder": "x\ntrain: {steps: 1}\u2028 \u0085 \U0001f600",
+        }
         imported = read(tmp_path, given)
         config = load(tmp_path, imported).arms[0].config
         assert (config.model.pretrained, config.train.steps) == ("1e4", 5000)
@@ -281,19 +414,39 @@ class TestWaysToGiveIt:
 class TestWhatIsSaid:
     @pytest.mark.parametrize("name", NOT_CARRIED)
     def test_every_key_without_a_place_is_named_with_the_reason(self, tmp_path, name):
-        (line,) = [line for line in remarks(tmp_path, {**FLUX, "crepa_enabled": True, name: 0.3}) if f"{name}: not carried: " in line]
+        (line,) = [
+            line
+            for line in remarks(tmp_path, {**FLUX, "crepa_enabled": True, name: 0.3})
+            if f"{name}: not carried: " in line
+        ]
         assert line == f"config.json:4:3: {name}: not carried: {NOT_CARRIED[name]}"
 
     def test_what_loses_nothing_is_not_named(self, tmp_path):
-        off = {"crepa_self_flow": False, "crepa_use_backbone_features": "false", "crepa_feature_source": "encoder", "layersync_enabled": False}
+        off = {
+            "crepa_self_flow": False,
+            "crepa_use_backbone_features": "false",
+            "crepa_feature_source": "encoder",
+            "layersync_enabled": False,
+        }
         assert not [line for line in remarks(tmp_path, {**FLUX, "crepa_enabled": True, **off}) if "not carried" in line]
 
     def test_the_rest_is_named_in_one_line(self, tmp_path):
-        lines = remarks(tmp_path, {**FLUX, "validation_prompt": "a cat", "optimizer": "adamw_bf16", "lr_scheduler": "sine"})
-        assert "config.json: not carried, for a spec has no place for them: validation_prompt, optimizer, lr_scheduler" in lines
+        lines = remarks(
+            tmp_path, {**FLUX, "validation_prompt": "a cat", "optimizer": "adamw_bf16", "lr_scheduler": "sine"}
+        )
+        assert (
+            "config.json: not carried, for a spec has no place for them: validation_prompt, optimizer, lr_scheduler"
+            in lines
+        )
 
     def test_keys_of_a_regularizer_that_is_off_have_no_effect_and_are_named(self, tmp_path):
-        given = {**FLUX, "crepa_enabled": True, "urepa_lambda": 0.9, "urepa_enabled": False, "irepa_spatial_norm_alpha": 0.1}
+        given = {
+            **FLUX,
+            "crepa_enabled": True,
+            "urepa_lambda": 0.9,
+            "urepa_enabled": False,
+            "irepa_spatial_norm_alpha": 0.1,
+        }
         lines = remarks(tmp_path, given)
         assert "config.json: not carried, for urepa_enabled is not true: urepa_lambda" in lines
         assert "config.json: not carried, for irepa_enabled is not true: irepa_spatial_norm_alpha" in lines
@@ -315,7 +468,10 @@ class TestWhatIsSaid:
             ({}, "crepa_lambda 0.5"),
             ({}, "fill in train.steps"),
             ({}, "no model_flavour: 'krea' (black-forest-labs/FLUX.1-Krea-dev) stands in, as in SimpleTuner"),
-            ({"crepa_scheduler": "linear", "crepa_warmup_steps": 9, "crepa_decay_steps": 5}, "decay_steps: 10 does the same"),
+            (
+                {"crepa_scheduler": "linear", "crepa_warmup_steps": 9, "crepa_decay_steps": 5},
+                "decay_steps: 10 does the same",
+            ),
             ({"model_family": "pixart"}, "max_grad_norm: SimpleTuner lowers it to 0.01 for this family"),
             ({"lora_type": "lycoris"}, "lora_type: not carried: the lab trains PEFT's LoRA"),
             ({"model_type": "lora", "lora_rank": 8, "lora_alpha": 16}, "the adapter's scale is 1, and 2 there"),
@@ -330,7 +486,9 @@ class TestWhatIsSaid:
         assert said in header
 
     def test_what_does_not_apply_is_not_said(self, tmp_path):
-        said = " ".join(remarks(tmp_path, {**FLUX, "crepa_enabled": True, "crepa_spatial_align": False, "max_train_steps": 9}))
+        said = " ".join(
+            remarks(tmp_path, {**FLUX, "crepa_enabled": True, "crepa_spatial_align": False, "max_train_steps": 9})
+        )
         for absent in ("decay ends", "bias correction", "manifold", "resample", "train.steps", "never attaches"):
             assert absent not in said
         assert "CLS" not in " ".join(remarks(tmp_path, FLUX))
@@ -344,7 +502,10 @@ class TestBadInput:
             ("[1, 2]", 'config.json:1:1: a config must be a JSON object of settings, such as {"crepa_enabled": true}'),
             ('{"crepa_lambda": NaN}', 'config.json:1:2: crepa_lambda: expected a number, got "NaN"'),
             ('{"seed": 1,\n "--seed": 2}', "config.json:2:2: seed: given twice"),
-            ("--crepa_enabled=true --crepa_lambda 0.6 0.5", "config.json:1:1: expected a flag such as --crepa_lambda=0.5, got '0.5'"),
+            (
+                "--crepa_enabled=true --crepa_lambda 0.6 0.5",
+                "config.json:1:1: expected a flag such as --crepa_lambda=0.5, got '0.5'",
+            ),
             ("--crepa_encoder 'dino", "config.json:1:1: not a list of flags: no closing quotation"),
         ],
     )
@@ -363,7 +524,11 @@ class TestBadInput:
             ("crepa_block_index", -1, "expected a number of at least 0 or mid, got -1"),
             ("crepa_spatial_align", "maybe", 'expected true or false, got "maybe"'),
             ("crepa_spatial_align", 0.5, "expected true or false, got 0.5"),
-            ("crepa_scheduler", "cosin", 'expected one of constant, linear, cosine, polynomial, got "cosin"; did you mean \'cosine\'?'),
+            (
+                "crepa_scheduler",
+                "cosin",
+                "expected one of constant, linear, cosine, polynomial, got \"cosin\"; did you mean 'cosine'?",
+            ),
             ("crepa_similarity_threshold", 1.5, "expected a number of at most 1.0, got 1.5"),
             ("crepa_encoder", 7, "expected text, got 7"),
             ("crepa_encoder_image_size", -5, "expected a number of at least 1, got -5"),
@@ -397,11 +562,24 @@ class TestBadInput:
 
     def test_two_regularizers_and_a_lone_irepa_are_refused(self, tmp_path):
         (line,) = refusal(tmp_path, {**SDXL, "crepa_enabled": True, "urepa_enabled": "true"})
-        assert line == "config.json:4:3: urepa_enabled: crepa_enabled is true as well; a run has one regularizer: leave one of them out"
+        assert (
+            line
+            == "config.json:4:3: urepa_enabled: crepa_enabled is true as well; a run has one regularizer: leave one of them out"
+        )
         (line,) = refusal(tmp_path, {**FLUX, "irepa_enabled": True})
-        assert line == "config.json:3:3: irepa_enabled: iREPA needs REPA or U-REPA: set crepa_enabled or urepa_enabled as well"
+        assert (
+            line
+            == "config.json:3:3: irepa_enabled: iREPA needs REPA or U-REPA: set crepa_enabled or urepa_enabled as well"
+        )
 
-    @pytest.mark.parametrize("key, meant", [("crepa_lamda", "crepa_lambda"), ("urepa_manifold_wieght", "urepa_manifold_weight"), ("irepa_enable", "irepa_enabled")])
+    @pytest.mark.parametrize(
+        "key, meant",
+        [
+            ("crepa_lamda", "crepa_lambda"),
+            ("urepa_manifold_wieght", "urepa_manifold_weight"),
+            ("irepa_enable", "irepa_enabled"),
+        ],
+    )
     def test_an_unknown_key_says_what_was_meant(self, tmp_path, key, meant):
         (line,) = refusal(tmp_path, {key: 1})
         assert line.startswith(f"config.json:2:3: {key}: SimpleTuner has no such key; allowed: {key[:6]}")
@@ -413,7 +591,10 @@ class TestBadInput:
 
     def test_no_file_and_no_text_are_one_line(self, tmp_path):
         (tmp_path / "bytes.json").write_bytes(b"\xff\xfe{}")
-        for name, message in (("none.json", "cannot read the file: No such file or directory"), ("bytes.json", "not UTF-8 text: invalid start byte at byte 0")):
+        for name, message in (
+            ("none.json", "cannot read the file: No such file or directory"),
+            ("bytes.json", "not UTF-8 text: invalid start byte at byte 0"),
+        ):
             with pytest.raises(SpecError) as caught:
                 import_config([str(tmp_path / name)])
             assert str(caught.value) == f"{tmp_path / name}:1:1: {message}"
@@ -422,7 +603,13 @@ class TestBadInput:
         assert refusal(tmp_path, '{"a": ' + "[" * 200_000) == ["config.json:1:1: nested more than 40 levels deep"]
 
     def test_no_text_breaks_a_line_of_a_message(self, tmp_path):
-        for config in ({"crepa_lambda": "a\nb\u2028c"}, {"crepa_x\ny\x1b": 1}, {"model_family": "\ud800\n"}, {"\ud800\n": 1}, '{"a\\n\u2028": 1, "a\\n\u2028": 2}'):
+        for config in (
+            {"crepa_lambda": "a\nb\u2028c"},
+            {"crepa_x\ny\x1b": 1},
+            {"model_family": "\ud800\n"},
+            {"\ud800\n": 1},
+            '{"a\\n\u2028": 1, "a\\n\u2028": 2}',
+        ):
             (line,) = refusal(tmp_path, config)
             assert line.encode() and line.isprintable()
         assert all(line.isprintable() for line in remarks(tmp_path, {**FLUX, "a\u2028\n": 1}))
@@ -430,7 +617,30 @@ class TestBadInput:
     def test_nothing_that_json_can_hold_is_a_traceback(self, tmp_path):
         draw = random.Random(0)
         names = [*READABLE, *NOT_CARRIED, "x"]
-        values = [None, True, False, 0, -1, 8, 1e-9, 1e308, 10**400, "", " ", "1", "true", "inf", "flux", "sdxl", "qwen-vl", "\ud800", [], [1], {}, {"a": [None]}]
+        values = [
+            None,
+            True,
+            False,
+            0,
+            -1,
+            8,
+            1e-9,
+            1e308,
+            10**400,
+            "",
+            " ",
+            "1",
+            "true",
+            "inf",
+            "flux",
+            "sdxl",
+            "qwen-vl",
+            "\ud800",
+            [],
+            [1],
+            {},
+            {"a": [None]},
+        ]
         accepted = 0
         for _ in range(1500):
             config = {name: draw.choice(values) for name in draw.sample(names, draw.randint(0, 3))}
@@ -445,7 +655,11 @@ class TestBadInput:
 
 
 def load_spec_or_fragment(tmp_path, imported):
-    around = "" if "\nname: " in imported.spec else "name: q\nmodel: {family: sd15}\ndata: {source: imagefolder}\ntrain: {steps: 9}\nuse: [f.yaml]\n"
+    around = (
+        ""
+        if "\nname: " in imported.spec
+        else "name: q\nmodel: {family: sd15}\ndata: {source: imagefolder}\ntrain: {steps: 9}\nuse: [f.yaml]\n"
+    )
     (tmp_path / "f.yaml").write_text(imported.spec, encoding="utf-8")
     (tmp_path / "q.yaml").write_text(around)
     load_spec(tmp_path / ("q.yaml" if around else "f.yaml"))

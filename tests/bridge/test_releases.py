@@ -61,11 +61,16 @@ class TestFlavour:
         ],
     )  # fmt: skip
     def test_one_that_is_unknown_or_cannot_be_trained_is_an_error(self, tmp_path, family, flavour, message):
-        assert refusal(tmp_path, {"model_family": family, "model_flavour": flavour}) == [f"config.json:3:3: model_flavour: {message}"]
+        assert refusal(tmp_path, {"model_family": family, "model_flavour": flavour}) == [
+            f"config.json:3:3: model_flavour: {message}"
+        ]
 
     def test_a_default_that_the_lab_does_not_train_is_said(self, tmp_path):
         said = " ".join(remarks(tmp_path, {"model_family": "flux2"}))
-        assert "'dev' (black-forest-labs/FLUX.2-dev) stands in; SimpleTuner's own default is 'klein-9b', which the lab does not train" in said
+        assert (
+            "'dev' (black-forest-labs/FLUX.2-dev) stands in; SimpleTuner's own default is 'klein-9b', which the lab does not train"
+            in said
+        )
 
     def test_other_weights_than_those_that_plan_counts_are_said(self, tmp_path):
         said = " ".join(remarks(tmp_path, {"model_family": "sd3", "model_flavour": "large"}))
@@ -74,25 +79,47 @@ class TestFlavour:
         assert "counted for" not in " ".join(remarks(tmp_path, {**FLUX, "model_flavour": "dev"}))
         config = config_of(tmp_path, {"model_family": "sd3", "model_flavour": "large"})
         (note,) = cost_of(config, RunOptions()).rough
-        assert note.startswith("parameters, FLOPs and memory are counted for stabilityai/stable-diffusion-3-medium-diffusers; those of")
+        assert note.startswith(
+            "parameters, FLOPs and memory are counted for stabilityai/stable-diffusion-3-medium-diffusers; those of"
+        )
         assert cost_of(config_of(tmp_path, {**FLUX, "model_flavour": "dev"}), RunOptions()).rough == ()
 
     def test_plan_lets_a_block_through_that_only_a_larger_release_has(self, tmp_path):
-        check(load(tmp_path, read(tmp_path, {"model_family": "sd3", "model_flavour": "large", "crepa_enabled": True, "crepa_block_index": 30})), Inventory())
+        check(
+            load(
+                tmp_path,
+                read(
+                    tmp_path,
+                    {"model_family": "sd3", "model_flavour": "large", "crepa_enabled": True, "crepa_block_index": 30},
+                ),
+            ),
+            Inventory(),
+        )
 
     def test_a_family_without_flavours_here_says_so(self, tmp_path):
-        assert "SimpleTuner does not train cogview4" in " ".join(remarks(tmp_path, {"model_family": "cogview4", "model_flavour": "x"}))
+        assert "SimpleTuner does not train cogview4" in " ".join(
+            remarks(tmp_path, {"model_family": "cogview4", "model_flavour": "x"})
+        )
         assert "without model_family" in " ".join(remarks(tmp_path, {"model_flavour": "dev"}))
 
     def test_the_table_is_of_families_that_are_trained(self):
         for family, flavours in FLAVOURS.items():
             assert FAMILIES[family].pipeline and not set(flavours) & set(REFUSED.get(family, ()))
-        assert set(REFUSED) <= set(FLAVOURS) and all(flavour in REFUSED[family] for family, flavour in OTHER_DEFAULTS.items())
+        assert set(REFUSED) <= set(FLAVOURS) and all(
+            flavour in REFUSED[family] for family, flavour in OTHER_DEFAULTS.items()
+        )
         assert all(flavour in FLAVOURS[family] for family, flavour in ASSISTED)
         assert set(BLOCKS) <= {name for flavours in FLAVOURS.values() for name in flavours.values()}
 
 
-IMAGES = {"id": "cats", "type": "local", "instance_data_dir": "datasets/cats", "resolution": 512, "crop": True, "crop_aspect": "square"}
+IMAGES = {
+    "id": "cats",
+    "type": "local",
+    "instance_data_dir": "datasets/cats",
+    "resolution": 512,
+    "crop": True,
+    "crop_aspect": "square",
+}
 TEXTS = {"id": "texts", "dataset_type": "text_embeds", "default": True, "type": "local", "cache_dir": "cache/text"}
 
 
@@ -107,7 +134,12 @@ class TestDataSet:
         data = config_of(tmp_path, given).data
         assert (data.path, data.resolution, data.buckets) == ("datasets/cats", 512, None)
         said = remarks(tmp_path, given)
-        assert any(line.startswith("config.json:3:3: data_backend_config: data.path is 'datasets/cats', from data set 'cats' of") for line in said)
+        assert any(
+            line.startswith(
+                "config.json:3:3: data_backend_config: data.path is 'datasets/cats', from data set 'cats' of"
+            )
+            for line in said
+        )
         assert not [line for line in said if "fill in data.path" in line]
         (defaults,) = [line for line in said if "left out of the config" in line]
         assert "resolution 1024" not in defaults and "train_batch_size 4" in defaults
@@ -142,10 +174,14 @@ class TestDataSet:
 
     def test_the_grids_are_those_of_its_resolution(self, tmp_path):
         given = with_data(tmp_path, IMAGES, crepa_enabled=True)
-        assert config_of(tmp_path, given).regularizer.resample.side == "teacher"  # 32x32 against 37x37; at 1024 px it is the student
+        assert (
+            config_of(tmp_path, given).regularizer.resample.side == "teacher"
+        )  # 32x32 against 37x37; at 1024 px it is the student
         assert config_of(tmp_path, {**FLUX, "crepa_enabled": True}).regularizer.resample.side == "student"
 
-    @pytest.mark.parametrize("change", [{"crop": False}, {"crop_aspect": "preserve"}, {"crop": "false", "resolution_type": "pixel"}])
+    @pytest.mark.parametrize(
+        "change", [{"crop": False}, {"crop_aspect": "preserve"}, {"crop": "false", "resolution_type": "pixel"}]
+    )
     def test_images_that_are_not_cut_to_squares_go_into_buckets(self, tmp_path, change):
         given = with_data(tmp_path, {**IMAGES, **change})
         buckets = config_of(tmp_path, given).data.buckets
@@ -157,7 +193,9 @@ class TestDataSet:
     def test_what_a_spec_cannot_hold_is_said(self, tmp_path):
         photos = {**IMAGES, "id": "photos", "is_regularisation_data": True}
         off = {**IMAGES, "id": "off", "disabled": True}
-        given = with_data(tmp_path, photos, off, {**IMAGES, "caption_strategy": "instanceprompt"}, {**IMAGES, "id": "large"})
+        given = with_data(
+            tmp_path, photos, off, {**IMAGES, "caption_strategy": "instanceprompt"}, {**IMAGES, "id": "large"}
+        )
         said = " ".join(remarks(tmp_path, given))
         assert "captions are by instanceprompt there" in said
         assert said.count("the others of") == 1 and "are photos, large" in said
@@ -169,13 +207,15 @@ class TestDataSet:
 
     def test_a_file_that_is_missing_or_without_images_is_a_remark(self, tmp_path):
         missing = remarks(tmp_path, {**FLUX, "data_backend_config": "none.json"})
-        assert any("data_backend_config: 'none.json' is not found here or beside the config" in line for line in missing)
+        assert any(
+            "data_backend_config: 'none.json' is not found here or beside the config" in line for line in missing
+        )
         assert any("has no image data set" in line for line in remarks(tmp_path, with_data(tmp_path, TEXTS)))
 
     def test_a_fragment_carries_it_too(self, tmp_path):
         given = with_data(tmp_path, IMAGES)
         del given["model_family"]
-        assert 'data: {path: datasets/cats, resolution: 512}' in read(tmp_path, given).spec
+        assert "data: {path: datasets/cats, resolution: 512}" in read(tmp_path, given).spec
 
     @pytest.mark.parametrize(
         "text, line",
@@ -217,17 +257,35 @@ class TestEvaluation:
             assert passes <= 3 * config.train.steps * config.train.batch_size
 
     def test_plan_finds_that_it_costs_no_more_than_training(self, tmp_path):
-        given = {**FLUX, "model_type": "lora", "max_train_steps": 100, "train_batch_size": 1, "validation_guidance": 4.0}
+        given = {
+            **FLUX,
+            "model_type": "lora",
+            "max_train_steps": 100,
+            "train_batch_size": 1,
+            "validation_guidance": 4.0,
+        }
         config = config_of(tmp_path, given)
         cost = cost_of(config, RunOptions(gradient_checkpointing=True))
         assert cost.measuring(config, 0, 100) <= 1.1 * 100 * cost.denoiser_flops
         by_default = config.model_copy(update={"evaluate": type(config.evaluate)()})
-        assert cost_of(by_default, RunOptions(gradient_checkpointing=True)).measuring(by_default, 0, 100) > 1000 * 100 * cost.denoiser_flops
+        assert (
+            cost_of(by_default, RunOptions(gradient_checkpointing=True)).measuring(by_default, 0, 100)
+            > 1000 * 100 * cost.denoiser_flops
+        )
 
     def test_both_costs_are_said(self, tmp_path):
-        (line,) = [line for line in remarks(tmp_path, {**FLUX, "max_train_steps": 100, "train_batch_size": 1}) if "evaluate:" in line]
-        assert "16 samples of 18 sampling steps, at the end alone: 288 forward passes; training takes about 300." in line
-        assert "10,000 samples of 50 steps, would take 500,000. A Frechet distance of so few samples is mostly noise" in line
+        (line,) = [
+            line
+            for line in remarks(tmp_path, {**FLUX, "max_train_steps": 100, "train_batch_size": 1})
+            if "evaluate:" in line
+        ]
+        assert (
+            "16 samples of 18 sampling steps, at the end alone: 288 forward passes; training takes about 300." in line
+        )
+        assert (
+            "10,000 samples of 50 steps, would take 500,000. A Frechet distance of so few samples is mostly noise"
+            in line
+        )
 
     @pytest.mark.parametrize("guidance, scale", [(4.5, 4.5), (0.0, 1.0), (1, 1.0), (None, 1.0)])
     def test_guidance_is_that_of_validation(self, tmp_path, guidance, scale):
@@ -255,7 +313,9 @@ EXAMPLES = [
 
 
 class TestExamples:
-    @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: f"{example['model_family']} {example.get('model_flavour', '')}".strip())
+    @pytest.mark.parametrize(
+        "example", EXAMPLES, ids=lambda example: f"{example['model_family']} {example.get('model_flavour', '')}".strip()
+    )
     @pytest.mark.parametrize("aligned", [False, True])
     def test_an_example_becomes_a_spec_that_plan_accepts(self, tmp_path, example, aligned):
         images = tmp_path / "images"
@@ -266,10 +326,17 @@ class TestExamples:
         family = config_of(tmp_path, {"model_family": example["model_family"]}).model.family
         prefix = "urepa" if FAMILIES[family].kind == "unet" else "crepa"
         enabled = {f"{prefix}_enabled": True} if aligned else {}
-        common = {"model_type": "lora", "max_train_steps": 100, "seed": 42, "data_backend_config": "config/examples/none.json"}
+        common = {
+            "model_type": "lora",
+            "max_train_steps": 100,
+            "seed": 42,
+            "data_backend_config": "config/examples/none.json",
+        }
         (tmp_path / "question.yaml").unlink()
         imported = read(tmp_path, {**common, **example, **enabled})
         (tmp_path / "question.yaml").write_text(imported.spec.replace("path: null", f"path: {images}"))
         experiment = load_spec(tmp_path / "question.yaml")
         check(experiment, Inventory())
-        assert experiment.arms[0].config.regularizer.type == (("repa" if prefix == "crepa" else "urepa") if aligned else "none")
+        assert experiment.arms[0].config.regularizer.type == (
+            ("repa" if prefix == "crepa" else "urepa") if aligned else "none"
+        )

@@ -44,7 +44,9 @@ def dc(**config: Any) -> AutoencoderDC:
     channels = {f"{side}_block_out_channels": (8, 16) for side in sides}
     layers = {f"{side}_layers_per_block": (1, 1) for side in sides}
     scales = {f"{side}_qkv_multiscales": ((), ()) for side in sides}
-    return AutoencoderDC(**{**blocks, **channels, **layers, **scales, "latent_channels": 4, "scaling_factor": 0.4, **config})
+    return AutoencoderDC(
+        **{**blocks, **channels, **layers, **scales, "latent_channels": 4, "scaling_factor": 0.4, **config}
+    )
 
 
 def qwen(**config: Any) -> AutoencoderKLQwenImage:

@@ -30,13 +30,17 @@ def content_of(root: Path, resolution: int, buckets: Buckets | None = None) -> s
 def folder(tmp_path: Path) -> Make:
     """Makes a folder of images: names to images, and captions by name if there are any."""
 
-    def make(images: Mapping[str, Image.Image], captions: Mapping[str, str] | None = None, name: str = "images") -> Path:
+    def make(
+        images: Mapping[str, Image.Image], captions: Mapping[str, str] | None = None, name: str = "images"
+    ) -> Path:
         root = tmp_path / name
         for file, image in images.items():
             (root / file).parent.mkdir(parents=True, exist_ok=True)
             image.save(root / file)
         if captions is not None:
-            rows = (json.dumps({"file_name": file, "text": text}, ensure_ascii=False) for file, text in captions.items())
+            rows = (
+                json.dumps({"file_name": file, "text": text}, ensure_ascii=False) for file, text in captions.items()
+            )
             (root / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
         return root
 

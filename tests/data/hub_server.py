@@ -64,19 +64,32 @@ def _handler(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
             if not api:
                 return self._file(commit, files.get("/".join(rest[2:])))
             if not rest or rest[0] == "revision":
-                info = {"id": name, "sha": commit, "cardData": repository.card, "siblings": [{"rfilename": file} for file in files]}
+                info = {
+                    "id": name,
+                    "sha": commit,
+                    "cardData": repository.card,
+                    "siblings": [{"rfilename": file} for file in files],
+                }
                 return self._send(200, json.dumps(info).encode())
             if rest[0] == "tree":
                 return self._tree(files, "/".join(rest[2:]))
             if rest[0] == "paths-info":
                 asked = urllib.parse.parse_qs(self._body.decode()).get("paths") or json.loads(self._body)["paths"]
-                return self._send(200, json.dumps([_entry(file, files[file]) for file in asked if file in files]).encode())
+                return self._send(
+                    200, json.dumps([_entry(file, files[file]) for file in asked if file in files]).encode()
+                )
             return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 
         def _tree(self, files: Mapping[str, bytes], below: str) -> None:
             prefix = f"{below}/" if below else ""
-            folders = {file[len(prefix) :].split("/")[0] for file in files if file.startswith(prefix) and "/" in file[len(prefix) :]}
-            rows = [{"type": "directory", "path": prefix + name, "oid": "0" * 40, "size": 0} for name in sorted(folders)]
+            folders = {
+                file[len(prefix) :].split("/")[0]
+                for file in files
+                if file.startswith(prefix) and "/" in file[len(prefix) :]
+            }
+            rows = [
+                {"type": "directory", "path": prefix + name, "oid": "0" * 40, "size": 0} for name in sorted(folders)
+            ]
             rows += [_entry(file, content) for file, content in files.items() if file.startswith(prefix)]
             if below and len(rows) == 0:
                 return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})

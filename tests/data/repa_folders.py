@@ -13,7 +13,11 @@ from PIL import Image
 
 
 def write_repa_folder(
-    root: Path, images: Sequence[Image.Image], labels: Sequence[int] | None, vae: AutoencoderKL, shape: tuple[int, ...] = (1,)
+    root: Path,
+    images: Sequence[Image.Image],
+    labels: Sequence[int] | None,
+    vae: AutoencoderKL,
+    shape: tuple[int, ...] = (1,),
 ) -> Path:
     """``images`` are written as they are; ``shape`` stands before that of the latents."""
     said: dict[str, list] = {"images": [], "vae-sd": []}

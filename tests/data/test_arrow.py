@@ -183,7 +183,9 @@ class TestFingerprint:
         first, again = save(make(), "first"), save(make(), "again")
         shutil.copytree(first, tmp_path / "else" / "where")
         assert (
-            fingerprint_saved(first, 16) == fingerprint_saved(again, 16) == fingerprint_saved(tmp_path / "else" / "where", 16)
+            fingerprint_saved(first, 16)
+            == fingerprint_saved(again, 16)
+            == fingerprint_saved(tmp_path / "else" / "where", 16)
         )
         assert SavedDataset(first, 16).fingerprint == fingerprint_saved(first, 16)
         assert SavedDataset(first, 16, BUCKETS).fingerprint == fingerprint_saved(first, 16, BUCKETS)

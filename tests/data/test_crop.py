@@ -20,7 +20,9 @@ def bicubic(rows: np.ndarray, count: int) -> np.ndarray:
 
 
 class TestCenterCrop:
-    @pytest.mark.parametrize("size", [(8, 8), (9, 31), (31, 9), (16, 16), (17, 15), (5, 7), (1, 3), (100, 33), (333, 250)])
+    @pytest.mark.parametrize(
+        "size", [(8, 8), (9, 31), (31, 9), (16, 16), (17, 15), (5, 7), (1, 3), (100, 33), (333, 250)]
+    )
     @pytest.mark.parametrize("side", [8, 7])
     def test_is_exactly_of_the_asked_size(self, size, side):
         assert crop(noise_image(0, size), (side, side)).size == (side, side)
@@ -48,7 +50,9 @@ class TestCenterCrop:
 
     @pytest.mark.parametrize("size", [12, 15, 5])
     def test_less_than_twice_the_size_is_bicubic(self, size):
-        pixels = np.random.default_rng(2).integers(60, 190, (size, size)).astype(np.uint8)  # far from the ends: no clipping
+        pixels = (
+            np.random.default_rng(2).integers(60, 190, (size, size)).astype(np.uint8)
+        )  # far from the ends: no clipping
         expected = bicubic(bicubic(pixels.astype(float), 8).T, 8).T
         cropped = np.asarray(crop(Image.fromarray(pixels), (8, 8))).astype(float)
         assert np.abs(cropped - expected).max() <= 1  # two roundings of half a level
@@ -58,7 +62,9 @@ class TestCenterCrop:
         means = pixels.reshape(10, 2, 10, 2).mean(axis=(1, 3))
         cropped = np.asarray(crop(Image.fromarray(pixels), (8, 8))).astype(float)
         assert np.abs(cropped - bicubic(bicubic(means, 8).T, 8).T).max() <= 1
-        assert np.abs(cropped - bicubic(bicubic(pixels.astype(float), 8).T, 8).T).max() > 1  # what bicubic alone would give
+        assert (
+            np.abs(cropped - bicubic(bicubic(pixels.astype(float), 8).T, 8).T).max() > 1
+        )  # what bicubic alone would give
 
     def test_the_long_side_is_rounded(self):
         # 10x7 to side 8: 10 * 8/7 = 11.43 is resized to 11 wide, and 1 of the 3 columns too many goes on the left.
@@ -143,7 +149,13 @@ class TestBuckets:
         (1408, 704), (1344, 768), (1280, 768), (1216, 832), (1152, 896), (1088, 960), (1024, 1024),
         (960, 1088), (896, 1152), (832, 1216), (768, 1280), (768, 1344), (704, 1408),
     )  # fmt: skip
-    MANY = (Buckets(1024, 64, 2.0), Buckets(1024, 64, 4.0), Buckets(512, 8, 3.0), Buckets(256, 32, 1.5), Buckets(768, 64, 2.5))
+    MANY = (
+        Buckets(1024, 64, 2.0),
+        Buckets(1024, 64, 4.0),
+        Buckets(512, 8, 3.0),
+        Buckets(256, 32, 1.5),
+        Buckets(768, 64, 2.5),
+    )
     many = pytest.mark.parametrize("buckets", MANY, ids=str)
 
     def test_by_hand(self):

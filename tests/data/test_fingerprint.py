@@ -41,7 +41,12 @@ def test_images_are_found_below_the_folder_in_order(images):
     shutil.copy(images / "0.png", images / ".y.png")
     shutil.copy(images / "0.png", images / "c.PNG")
     (images / "notes.txt").write_text("no image")
-    assert [path.relative_to(images).as_posix() for path in read_image_folder(images).files] == ["0.png", "a/2.png", "b/1.png", "c.PNG"]
+    assert [path.relative_to(images).as_posix() for path in read_image_folder(images).files] == [
+        "0.png",
+        "a/2.png",
+        "b/1.png",
+        "c.PNG",
+    ]
 
 
 def test_a_missing_and_an_empty_folder_are_refused(tmp_path):

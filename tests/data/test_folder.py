@@ -46,7 +46,11 @@ class TestImageFolder:
         assert source.notes == ("1 of 3 images have no row in metadata.jsonl and are left out",)
         assert Flips(source).notes == source.notes
         (root / "metadata.jsonl").unlink()
-        assert (len(ImageFolder(root, 8)), list(ImageFolder(root, 8).captions), ImageFolder(root, 8).notes) == (3, [], ())
+        assert (len(ImageFolder(root, 8)), list(ImageFolder(root, 8).captions), ImageFolder(root, 8).notes) == (
+            3,
+            [],
+            (),
+        )
 
     def test_captions_may_hold_unicode_line_separators(self, folder):
         text = "one\u2028two\u0085three"
@@ -124,7 +128,12 @@ class TestCaptionsBeside:
             return fingerprint_folder(root, 8), content_of(root, 8)
 
         seen = [prints()]
-        for path, text in (("a/1.txt", "ein Hahn"), ("a/1.txt", "ein Huhn"), ("a/2.txt", "new"), ("notes.txt", "other")):
+        for path, text in (
+            ("a/1.txt", "ein Hahn"),
+            ("a/1.txt", "ein Huhn"),
+            ("a/2.txt", "new"),
+            ("notes.txt", "other"),
+        ):
             (root / path).write_text(text)
             seen.append(prints())
         assert seen[3] == seen[4]  # what belongs to no image
@@ -185,7 +194,9 @@ class TestAspects:
         base = ImageFolder(folder(images, captions), 16, self.BUCKETS)
         flips = Flips(base)
         assert flips.sizes.tolist() == base.sizes.tolist() * 2
-        assert torch.equal(flips.read([6, 1, 9]), torch.cat([base.read([1]).flip(-1), base.read([1]), base.read([4]).flip(-1)]))
+        assert torch.equal(
+            flips.read([6, 1, 9]), torch.cat([base.read([1]).flip(-1), base.read([1]), base.read([4]).flip(-1)])
+        )
         assert torch.equal(flips.frames([7, 2]), base.frames([2, 2]))
         assert (flips.captions[1], flips.captions[6]) == ("wide", "wide")
 
@@ -261,7 +272,14 @@ TRANSPARENT = {
     "8 bits": (8, GREY, bytes([10] * 4 + [20] * 4), ">H", (10,), [20, 20, 20]),
     "16 bits": (16, GREY, struct.pack(">8H", *[2571] * 4, *[5140] * 4), ">H", (2571,), [20, 20, 20]),
     "rgb": (8, RGB, bytes([1, 2, 3] * 4 + [1, 2, 4] * 4), ">3H", (1, 2, 3), [1, 2, 4]),
-    "rgb of 16 bits": (16, RGB, struct.pack(">24H", *[256, 512, 770] * 4, *[256, 512, 1024] * 4), ">3H", (256, 512, 770), [1, 2, 4]),
+    "rgb of 16 bits": (
+        16,
+        RGB,
+        struct.pack(">24H", *[256, 512, 770] * 4, *[256, 512, 1024] * 4),
+        ">3H",
+        (256, 512, 770),
+        [1, 2, 4],
+    ),
 }
 
 

@@ -110,7 +110,9 @@ class TestImages:
         for number, pixels in enumerate(source.read(range(5))):
             assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(noise_image(number, (16, 16))))
         assert opened(commit=NEW, captions="words").captions == list("vwxyz")
-        assert np.array_equal(opened(commit=NEW).read([1])[0].permute(1, 2, 0).numpy(), np.asarray(noise_image(11, (16, 16))))
+        assert np.array_equal(
+            opened(commit=NEW).read([1])[0].permute(1, 2, 0).numpy(), np.asarray(noise_image(11, (16, 16)))
+        )
 
     def test_a_copy_of_the_commit_is_taken_without_asking_the_hub(self, hub):
         first = opened()
@@ -128,8 +130,14 @@ class TestImages:
         assert field == "name" and message.startswith(f"the hub cannot be reached for '{NAME}' (")
 
     def test_what_is_not_there_is_refused(self, hub):
-        assert refusal("test") == ("split", f"cannot take 'test' of '{NAME}': Unknown split \"test\". Should be one of ['train'].")
-        assert refusal(captions="text") == ("caption_column", "no column 'text'; there are: words, image, caption, label")
+        assert refusal("test") == (
+            "split",
+            f"cannot take 'test' of '{NAME}': Unknown split \"test\". Should be one of ['train'].",
+        )
+        assert refusal(captions="text") == (
+            "caption_column",
+            "no column 'text'; there are: words, image, caption, label",
+        )
         assert refusal(commit="c" * 40) == ("revision", f"'{NAME}' has no revision '{'c' * 40}'")
 
 
@@ -158,19 +166,28 @@ class TestCommit:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
         with audited("socket.connect") as connections:
             for _ in range(3):
-                with pytest.raises(DataError, match=f"^the hub cannot be reached for '{NAME}' .*: go online, or give as data.re"):
+                with pytest.raises(
+                    DataError, match=f"^the hub cannot be reached for '{NAME}' .*: go online, or give as data.re"
+                ):
                     resolve_commit(NAME, None)
         assert [address for _, address in connections] == [("127.0.0.1", 9)]
 
     def test_every_part_shows_in_the_fingerprint(self):
         one = HubData(NAME, None, "train", OLD)
-        others = [HubData("x/y", None, "train", OLD), HubData(NAME, "c", "train", OLD), HubData(NAME, None, "test", OLD)]
+        others = [
+            HubData("x/y", None, "train", OLD),
+            HubData(NAME, "c", "train", OLD),
+            HubData(NAME, None, "test", OLD),
+        ]
         prints = [data.fingerprint(16) for data in [one, *others, HubData(NAME, None, "train", NEW)]]
         prints += [one.fingerprint(32), one.fingerprint(16, Buckets(16, 4, 2.0))]
         assert len(set(prints)) == 7
 
     def test_the_number_of_rows_is_that_of_the_card(self, hub):
-        counts = {split: HubData(NAME, None, split, OLD).count() for split in ("train", "test", "other", "train[:3]", "train[1:]")}
+        counts = {
+            split: HubData(NAME, None, split, OLD).count()
+            for split in ("train", "test", "other", "train[:3]", "train[1:]")
+        }
         assert counts == {"train": 5, "test": 2, "other": None, "train[:3]": 3, "train[1:]": None}
 
 
@@ -228,7 +245,12 @@ class TestSpec:
         for order in (("data.source", "data.path"), ("data.path", "data.source")):
             given = {"data.source": "imagefolder", "data.path": str(tmp_path)}
             data = load_spec(SPEC, {path: given[path] for path in order}).arms[0].config.data
-            assert (data.source, data.path, data.resolution, data.caption_column) == ("imagefolder", str(tmp_path), 16, None)
+            assert (data.source, data.path, data.resolution, data.caption_column) == (
+                "imagefolder",
+                str(tmp_path),
+                16,
+                None,
+            )
         with pytest.raises(ValueError, match="unknown field 'path'"):
             load_spec(SPEC, {"data.path": str(tmp_path)})
         with pytest.raises(ValueError, match="unknown field 'name'"):

@@ -60,14 +60,21 @@ def test_numbers_order_images_wherever_they_begin_and_whatever_is_left_out(data)
             place.parent.mkdir(exist_ok=True)
             (data / tree / kind.name(old)).rename(place)
         names = {kind.name(n): label for n, label in ((1_000, 7), (99_999_999, 8), (100_000_000, 9), (2, 5), (3, 6))}
-        (data / tree / "dataset.json").write_text(json.dumps({"labels": random.Random(0).sample(list(names.items()), 5)}))
+        (data / tree / "dataset.json").write_text(
+            json.dumps({"labels": random.Random(0).sample(list(names.items()), 5)})
+        )
     listing = read_listing(data)
     # As text, 10000/img100000000.png would come before 99999/img99999999.png.
     assert (list(listing.numbers), list(listing.labels)) == ([2, 3, 1_000, 99_999_999, 100_000_000], [5, 6, 7, 8, 9])
 
 
 def test_other_files_are_left_alone(data):
-    for name in ("images/00000/.img00000009.png.tmp", "images/img.png", "vae-sd/00000/notes.npy", "images/readme/a.txt"):
+    for name in (
+        "images/00000/.img00000009.png.tmp",
+        "images/img.png",
+        "vae-sd/00000/notes.npy",
+        "images/readme/a.txt",
+    ):
         (data / name).parent.mkdir(exist_ok=True)
         (data / name).write_text("")
     assert len(read_listing(data)) == COUNT

@@ -63,7 +63,9 @@ class TestMetadata:
     @pytest.mark.parametrize("name", FORMATS)
     def test_every_format_of_hugging_face_is_read_as_its_library_reads_it(self, root, name, tmp_path, monkeypatch):
         write(root / name, ROWS[::-1])
-        read = datasets.load_dataset("imagefolder", data_dir=str(root), split="train", cache_dir=str(tmp_path / "cache"))
+        read = datasets.load_dataset(
+            "imagefolder", data_dir=str(root), split="train", cache_dir=str(tmp_path / "cache")
+        )
         paths = [row["image"]["path"] for row in read.cast_column("image", datasets.Image(decode=False))]
         theirs = {Path(path).relative_to(root).as_posix(): text for path, text in zip(paths, read["text"], strict=True)}
         assert captions(read_image_folder(root)) == theirs == {row["file_name"]: row["text"] for row in ROWS}
@@ -109,13 +111,17 @@ class TestMetadata:
 
     def test_two_rows_for_one_file_are_refused(self, root):
         write(root / "metadata.jsonl", [*ROWS, {"file_name": "./1.png", "text": "again"}])
-        assert refusal(root) == "metadata.jsonl:4: './1.png' has a row already (metadata.jsonl:1): give each image one row"
+        assert (
+            refusal(root) == "metadata.jsonl:4: './1.png' has a row already (metadata.jsonl:1): give each image one row"
+        )
         write(root / "metadata.jsonl", ROWS)
         write(root / "a" / "metadata.jsonl", [{"file_name": "2.png", "text": "again"}])
         assert refusal(root).startswith("metadata.jsonl:2: 'a/2.png' has a row already (a/metadata.jsonl:1)")
 
     def test_a_row_for_no_image_is_refused(self, root):
-        write(root / "metadata.jsonl", [*ROWS, {"file_name": "4.png", "text": "x"}, {"file_name": "5.png", "text": "y"}])
+        write(
+            root / "metadata.jsonl", [*ROWS, {"file_name": "4.png", "text": "x"}, {"file_name": "5.png", "text": "y"}]
+        )
         assert refusal(root) == "metadata.jsonl:4: '4.png' is not in the folder (2 such)"
         (root / "4.gif").write_bytes(b"")
         write(root / "metadata.jsonl", [{"file_name": "4.gif", "text": "x"}])
@@ -123,7 +129,9 @@ class TestMetadata:
 
     def test_no_rows_are_refused(self, root):
         write(root / "metadata.jsonl", [])
-        assert refusal(root) == f"'{root}/metadata.jsonl' has no rows; list images in it, or remove it".replace(f"{root}/", "")
+        assert refusal(root) == f"'{root}/metadata.jsonl' has no rows; list images in it, or remove it".replace(
+            f"{root}/", ""
+        )
 
 
 class TestValues:
@@ -201,9 +209,9 @@ class TestCaptionColumn:
         rows = [{"file_name": name, **{column: f"{column} {name}" for column in columns}} for name in NAMES]
         write(root / "metadata.jsonl", rows)
         assert ImageFolder(root, 8).captions == [f"{chosen} {name}" for name in NAMES]
-        datasets.load_dataset("imagefolder", data_dir=str(root), split="train", cache_dir=str(tmp_path / "cache")).save_to_disk(
-            tmp_path / "saved"
-        )
+        datasets.load_dataset(
+            "imagefolder", data_dir=str(root), split="train", cache_dir=str(tmp_path / "cache")
+        ).save_to_disk(tmp_path / "saved")
         assert SavedDataset(tmp_path / "saved", 8).captions == [f"{chosen} {name}" for name in NAMES]
         for source in (ImageFolder(root, 8, None, columns[-1]), SavedDataset(tmp_path / "saved", 8, None, columns[-1])):
             assert source.captions == [f"{columns[-1]} {name}" for name in NAMES]

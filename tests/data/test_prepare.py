@@ -46,7 +46,13 @@ def root(tmp_path_factory) -> Path:
 
 
 def wanted(root: Path, folder: Path, **changes) -> Preparation:
-    given = {"source": root / "source", "folder": folder, "resolution": SIDE, "vae": str(root / "vae"), "batch_size": BATCH}
+    given = {
+        "source": root / "source",
+        "folder": folder,
+        "resolution": SIDE,
+        "vae": str(root / "vae"),
+        "batch_size": BATCH,
+    }
     return Preparation(**{**given, **changes})
 
 
@@ -93,7 +99,11 @@ class TestWhatIsWritten:
         for number in (0, 17, COUNT - 1):
             values = np.load(LATENTS.path(whole, number))
             assert (values.shape, values.dtype) == ((8, SIDE // 2, SIDE // 2), np.float32)
-            x = torch.from_numpy(np.array(Image.open(IMAGES.path(whole, number)))).permute(2, 0, 1)[None].float() / 127.5 - 1
+            x = (
+                torch.from_numpy(np.array(Image.open(IMAGES.path(whole, number)))).permute(2, 0, 1)[None].float()
+                / 127.5
+                - 1
+            )
             with torch.no_grad():
                 latent = vae.encode(x).latent_dist
             mean, variance = latent.mean[0].numpy(), latent.logvar[0].double().numpy()
@@ -146,7 +156,9 @@ class TestGoingOn:
         folder = shutil.copytree(whole, tmp_path / "data")
         LATENTS.path(folder, 5).unlink()
         opened = []
-        monkeypatch.setattr(ImageFolder, "open", lambda self, i, real=ImageFolder.open: opened.append(i) or real(self, i))
+        monkeypatch.setattr(
+            ImageFolder, "open", lambda self, i, real=ImageFolder.open: opened.append(i) or real(self, i)
+        )
         prepare(wanted(root, folder), CPU)
         assert sorted(opened) == [4, 5, 6, 7]  # the batch
 
@@ -189,7 +201,9 @@ class TestRefused:
     def test_another_vae(self, root, whole, tmp_path):
         save_vae(tmp_path / "vae", seed=1)
         told = self.refusal(wanted(root, whole, vae=str(tmp_path / "vae")))
-        assert told.startswith(f"path: '{whole}' is another preparation: vae_hash is ") and told.endswith("; name a new folder")
+        assert told.startswith(f"path: '{whole}' is another preparation: vae_hash is ") and told.endswith(
+            "; name a new folder"
+        )
 
     def test_another_resolution(self, root, whole):
         told = self.refusal(wanted(root, whole, resolution=16))
@@ -291,7 +305,16 @@ class TestProcesses:
         }
 
     def test_what_is_refused_has_no_bar_and_what_is_done_has_one(self, root, whole, tmp_path):
-        wrong = ["data", "prepare", str(tmp_path / "nowhere"), str(tmp_path / "data"), "--vae", str(root / "vae"), "--device", "cpu"]
+        wrong = [
+            "data",
+            "prepare",
+            str(tmp_path / "nowhere"),
+            str(tmp_path / "data"),
+            "--vae",
+            str(root / "vae"),
+            "--device",
+            "cpu",
+        ]
         refused, done = (
             subprocess.run([sys.executable, "-m", "repa_lab.cli", *given], capture_output=True, text=True, check=False)
             for given in (wrong, words(root, whole))

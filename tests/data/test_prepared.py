@@ -46,7 +46,13 @@ def refusal(action, *given) -> str:
 
 def test_the_images_and_their_classes(data):
     source = Prepared(data, SIDE)
-    assert (len(source), source.channels, source.side, source.num_classes, list(source.captions)) == (COUNT, 3, SIDE, 3, [])
+    assert (len(source), source.channels, source.side, source.num_classes, list(source.captions)) == (
+        COUNT,
+        3,
+        SIDE,
+        3,
+        [],
+    )
     assert source.labels.tolist() == LABELS
     assert source.sizes.tolist() == [[SIDE, SIDE]] * COUNT
     expected = np.stack([np.asarray(noise_image(i, (SIDE, SIDE))) for i in (4, 1)]).transpose(0, 3, 1, 2)
@@ -101,7 +107,9 @@ class TestTheVae:
 
     def test_one_of_other_shapes_is_refused(self, data, tmp_path):
         kl(latent_channels=8).save_pretrained(tmp_path / "other")
-        assert "other latents of shape (8, 8, 8), not (16, 8, 8) than" in refusal(space_of, data, tmp_path / "other", tmp_path)
+        assert "other latents of shape (8, 8, 8), not (16, 8, 8) than" in refusal(
+            space_of, data, tmp_path / "other", tmp_path
+        )
 
     def test_one_that_only_decodes_otherwise_will_do(self, made, data, tmp_path):
         """As ft-ema for what ft-mse encoded, with which the REPA papers decode."""
@@ -158,12 +166,16 @@ class TestDamage:
 
     def test_pickles_are_not_read(self, made, data, tmp_path):
         np.save(LATENTS.path(data, 0), np.array([{}], dtype=object), allow_pickle=True)
-        assert refusal(space_of, data, made[0] / "vae", tmp_path).startswith(f"path: cannot read '{LATENTS.path(data, 0)}': ")
+        assert refusal(space_of, data, made[0] / "vae", tmp_path).startswith(
+            f"path: cannot read '{LATENTS.path(data, 0)}': "
+        )
 
     def test_an_image_of_another_size_is_refused_when_it_is_read(self, data):
         source = Prepared(data, SIDE)
         noise_image(1, (SIDE, 2 * SIDE)).save(IMAGES.path(data, 3))
-        assert refusal(source.read, [1, 3]).startswith(f"resolution: '{IMAGES.path(data, 3)}' measures 16x32, not 16x16")
+        assert refusal(source.read, [1, 3]).startswith(
+            f"resolution: '{IMAGES.path(data, 3)}' measures 16x32, not 16x16"
+        )
 
     def test_an_image_that_is_cut_short(self, data):
         source, path = Prepared(data, SIDE), IMAGES.path(data, 3)

@@ -122,7 +122,10 @@ def test_a_tiny_autoencoder_of_other_latents_is_refused(source, open_space, tae,
     space = open_space(make())
     with pytest.raises(DataError) as caught:
         Reconstructions(source, space, Autoencoder(tae, "tae"), CPU)
-    assert str(caught.value) == f"'tae' decodes latents of 4 channels, but those of the VAE have {seen}: it is for another VAE"
+    assert (
+        str(caught.value)
+        == f"'tae' decodes latents of 4 channels, but those of the VAE have {seen}: it is for another VAE"
+    )
     assert caught.value.field == "tae"
 
 

@@ -24,7 +24,9 @@ class TestDigits:
         digits = Digits()
         assert digits.labels.unique().tolist() == list(range(digits.num_classes))
 
-    @pytest.mark.parametrize("index", [[5, 3, 3], range(2, 5), torch.tensor([5, 3, 3])], ids=["list", "range", "tensor"])
+    @pytest.mark.parametrize(
+        "index", [[5, 3, 3], range(2, 5), torch.tensor([5, 3, 3])], ids=["list", "range", "tensor"]
+    )
     def test_are_read_by_any_index_in_its_order(self, index):
         digits, everything = Digits(), load_digits().images
         for pixels, i in zip(digits.read(index), index, strict=True):

@@ -138,7 +138,9 @@ class TestLatents:
         with torch.no_grad():
             mean = vae.encode(source.read([3]).float() / 127.5 - 1).latent_dist.mean
         torch.testing.assert_close(space.encode(torch.tensor([3]), None), (mean - SHIFT) * SCALE, rtol=0, atol=1e-6)
-        assert torch.equal(space.encode(torch.tensor([3]), None), space.encode(torch.tensor([3]), torch.zeros(1, 4, 8, 8)))
+        assert torch.equal(
+            space.encode(torch.tensor([3]), None), space.encode(torch.tensor([3]), torch.zeros(1, 4, 8, 8))
+        )
 
     def test_decode_of_the_mean_is_the_vaes_own_reconstruction(self, vae, vae_path, source, cache):
         space = latent_space(source, str(vae_path), cache)
@@ -258,7 +260,9 @@ class TestLatents:
             mirrored = source.read([3]).flip(-1).float() / 127.5 - 1
             mean = vae.encode(mirrored).latent_dist.mean
         torch.testing.assert_close(space.encode(torch.tensor([8]), None), (mean - SHIFT) * SCALE, rtol=0, atol=1e-6)
-        assert (space.encode(torch.tensor([8]), None) - space.encode(torch.tensor([3]), None).flip(-1)).abs().max() > 1e-3
+        assert (
+            space.encode(torch.tensor([8]), None) - space.encode(torch.tensor([3]), None).flip(-1)
+        ).abs().max() > 1e-3
 
     def test_a_vae_for_other_images_is_refused(self, vae, vae_path, cache):
         with pytest.raises(DataError, match="the VAE takes 3 channels, the images have 1") as caught:
@@ -269,7 +273,9 @@ class TestLatents:
         save_vae(tmp_path / "pipeline" / "vae")
         save_vae(tmp_path / "alone")
         (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-        ours, theirs = (encode(latent_space(source, str(tmp_path / name), cache), [0]) for name in ("pipeline", "alone"))
+        ours, theirs = (
+            encode(latent_space(source, str(tmp_path / name), cache), [0]) for name in ("pipeline", "alone")
+        )
         assert torch.equal(ours, theirs)
 
     def test_a_folder_without_a_vae_is_refused(self, source, cache, tmp_path):

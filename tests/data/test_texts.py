@@ -257,7 +257,9 @@ def test_of_much_only_the_headers_are_looked_at_and_damage_shows_when_it_is_read
         return {"values": torch.arange(8.0).expand(len(texts), 8).clone()}
 
     cache.build(["a", "b", "c"], encode, 8)
-    flipped, cut = (next(path for path in tmp_path.rglob("*.safetensors") if path == cache._path(text)) for text in "ab")
+    flipped, cut = (
+        next(path for path in tmp_path.rglob("*.safetensors") if path == cache._path(text)) for text in "ab"
+    )
     content = bytearray(flipped.read_bytes())
     content[-1] ^= 1
     flipped.write_bytes(content)

@@ -33,7 +33,9 @@ def packaged() -> dict[str, torch.Tensor]:
 
 def photograph(name: str, side: int = 224) -> torch.Tensor:
     """One of the two photographs that come with scikit-learn, ``(1, 3, side, side)``, uint8."""
-    return torch.from_numpy(np.array(crop(Image.fromarray(load_sample_image(name)), (side, side)))).permute(2, 0, 1)[None]
+    return torch.from_numpy(np.array(crop(Image.fromarray(load_sample_image(name)), (side, side)))).permute(2, 0, 1)[
+        None
+    ]
 
 
 class TestLite0:
@@ -138,7 +140,9 @@ class TestPreprocess:
 
     def test_an_image_of_less_than_a_cell_has_no_size(self, lite0):
         encoder = Encoder(lite0.model, 3, 16, None)
-        with pytest.raises(EncoderError, match="the papers' rule has no size for 8x64 px images; set image_size") as caught:
+        with pytest.raises(
+            EncoderError, match="the papers' rule has no size for 8x64 px images; set image_size"
+        ) as caught:
             encoder(torch.zeros(1, 3, 8, 64, dtype=torch.uint8))
         assert caught.value.field == "image_size"
 
@@ -205,7 +209,9 @@ class TestDINOv2:
         torch.save(state, tmp_path / "dinov2_vits14_pretrain.pth")
         published = load_encoder("dinov2_vits14", 28, 8, str(tmp_path / "dinov2_vits14_pretrain.pth"))
         pixels = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8)
-        assert torch.equal(published(pixels).values, load_encoder("dinov2_vits14", 28, 8, str(vits14[1]))(pixels).values)
+        assert torch.equal(
+            published(pixels).values, load_encoder("dinov2_vits14", 28, 8, str(vits14[1]))(pixels).values
+        )
 
 
 class TestRefusals:
@@ -230,7 +236,12 @@ class TestRefusals:
 
 @pytest.mark.parametrize(
     "name, stage, stride",
-    [("vit_tiny_patch16_224", 11, 16), ("vit_small_patch32_224", 11, 32), ("resnet18", 3, 16), ("convnext_tiny", 2, 16)],
+    [
+        ("vit_tiny_patch16_224", 11, 16),
+        ("vit_small_patch32_224", 11, 32),
+        ("resnet18", 3, 16),
+        ("convnext_tiny", 2, 16),
+    ],
 )
 def test_the_stage_is_a_vits_last_block_or_a_cnns_last_of_stride_16(name, stage, stride):
     with torch.device("meta"):
@@ -371,7 +382,9 @@ class TestOptions:
     @pytest.mark.slow
     def test_inductor_computes_the_same_tokens(self, small):
         pixels = noise(2, 40, 40)
-        torch.testing.assert_close(with_options(small, compile=True)(pixels).values, small(pixels).values, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            with_options(small, compile=True)(pixels).values, small(pixels).values, rtol=1e-4, atol=1e-4
+        )
 
     def test_they_reach_the_encoder_that_is_loaded(self, vits14):
         encoder = load_encoder("dinov2_vits14", 28, 8, str(vits14[1]), EncoderOptions(precision="bf16", batch_size=1))

@@ -131,7 +131,11 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\x80", b"hello world", b"PK\3\4aaaa"])
 def test_damaged_weights_are_refused(tmp_path, content):
     (tmp_path / "x.pth").write_bytes(content)
-    refused("x.pth' is not the published file of 'inception'.*; get that file, or vouch", "inception", str(tmp_path / "x.pth"))
+    refused(
+        "x.pth' is not the published file of 'inception'.*; get that file, or vouch",
+        "inception",
+        str(tmp_path / "x.pth"),
+    )
     vouch(tmp_path / "x.pth")
     refused("x.pth' is no file of tensors, or damaged; get it anew", "inception", str(tmp_path / "x.pth"))
 
@@ -193,7 +197,9 @@ def test_an_extractor_without_a_use_is_refused():
 
 
 def noise(count: int, side: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, side, side), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (count, 3, side, side), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
 
 
 class Pixels(Dataset):
@@ -208,19 +214,32 @@ class Pixels(Dataset):
 
 
 def by_torch_fidelity(generated: torch.Tensor, real: torch.Tensor, registered: str, **options) -> dict[str, float]:
-    settings = {"cuda": False, "cache": False, "verbose": False, "save_cpu_ram": True, "fid": True, "kid": True, "prc": True}
+    settings = {
+        "cuda": False,
+        "cache": False,
+        "verbose": False,
+        "save_cpu_ram": True,
+        "fid": True,
+        "kid": True,
+        "prc": True,
+    }
     sides = {"input1": Pixels(generated), "input2": Pixels(real)}
     return torch_fidelity.calculate_metrics(**sides, feature_extractor=registered, **{**settings, **options})
 
 
 def test_lite0s_metrics_are_torch_fidelitys_of_the_same_images(digits):
-    pixels = digits.read(range(110)).expand(-1, 3, -1, -1).repeat_interleave(4, -1).repeat_interleave(4, -2).contiguous()
+    pixels = (
+        digits.read(range(110)).expand(-1, 3, -1, -1).repeat_interleave(4, -1).repeat_interleave(4, -2).contiguous()
+    )
     generated, real = pixels[:50] // 2 + 30, pixels[50:]
     extractor = Extractor("efficientnet_lite0", None, CPU, ("frechet", "kid", "precision_recall"))
     theirs = by_torch_fidelity(generated, real, EXTRACTORS["efficientnet_lite0"].registered, kid_subset_size=50)
     x, y = extractor.features(generated), extractor.features(real)
     first, second = statistics(x.of("frechet")), statistics(y.of("frechet"))
-    distance, shares = kid(x.of("kid"), y.of("kid")), precision_recall(x.of("precision_recall"), y.of("precision_recall"))
+    distance, shares = (
+        kid(x.of("kid"), y.of("kid")),
+        precision_recall(x.of("precision_recall"), y.of("precision_recall")),
+    )
     found = {
         "frechet_inception_distance": frechet_distance(first.mu, first.sigma, second.mu, second.sigma),
         "kernel_inception_distance_mean": distance.value,
@@ -270,10 +289,20 @@ class TestInception:
     def test_spatial_features_are_the_first_channels_of_a_1x1_branch_place_by_place(self, net):
         """By the network's own modules up to the sixth block's branch that TensorFlow calls ``mixed_6/conv``."""
         pixels, inner = noise(2, 40), net._net.net
-        before = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2")
+        before = (
+            "Conv2d_1a_3x3",
+            "Conv2d_2a_3x3",
+            "Conv2d_2b_3x3",
+            "MaxPool_1",
+            "Conv2d_3b_1x1",
+            "Conv2d_4a_3x3",
+            "MaxPool_2",
+        )
         blocks = ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c")
         with torch.no_grad():
-            x = (interpolate_bilinear_2d_like_tensorflow1x(pixels.float(), size=(299, 299), align_corners=False) - 128) / 128
+            x = (
+                interpolate_bilinear_2d_like_tensorflow1x(pixels.float(), size=(299, 299), align_corners=False) - 128
+            ) / 128
             for name in (*before, *blocks):
                 x = getattr(inner, name)(x)
             branch = inner.Mixed_6d.branch1x1(x)
@@ -351,7 +380,9 @@ class TestDINOv2:
     @pytest.fixture(scope="class")
     def vouched(self, vits14, tmp_path_factory):
         """The model and its file. Its layers count: as timm makes them, they add a hundred-thousandth to what passes by."""
-        state = {name: torch.ones_like(value) if "gamma" in name else value for name, value in vits14[0].state_dict().items()}
+        state = {
+            name: torch.ones_like(value) if "gamma" in name else value for name, value in vits14[0].state_dict().items()
+        }
         model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, dynamic_img_size=True).eval()
         model.load_state_dict(state)
         path = tmp_path_factory.mktemp("vouched") / "vits14.safetensors"
@@ -375,7 +406,9 @@ class TestDINOv2:
     @pytest.mark.parametrize("side", [8, 64, 224, 256, 500])
     def test_images_are_resized_as_pillow_does_it(self, side):
         pixels = noise(2, side)
-        images = [Image.fromarray(one.permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC) for one in pixels]
+        images = [
+            Image.fromarray(one.permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC) for one in pixels
+        ]
         expected = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
         off = (resize_like_pillow(pixels, 224) - expected).abs()
         assert off.max() <= 2

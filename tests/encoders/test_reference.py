@@ -107,7 +107,9 @@ class TestCache:
         assert not (tmp_path / FOLDER).exists()
 
     def test_one_image_is_no_reference(self, alone, tmp_path):
-        with pytest.raises(StatisticsError, match="frechet needs at least 2 real images, and there are 1 in the training images"):
+        with pytest.raises(
+            StatisticsError, match="frechet needs at least 2 real images, and there are 1 in the training images"
+        ):
             reference(alone, Images(pixels=PIXELS[:1]), tmp_path)
 
     def test_too_few_for_a_neighbourhood_are_refused_before_they_are_looked_at(self, everything, tmp_path):
@@ -195,7 +197,9 @@ class TestRead:
         made = reference(alone, Images(), tmp_path)
         path = next((tmp_path / FOLDER).iterdir())
         assert np.array_equal(read_reference(alone, path).of("frechet").sigma, made.of("frechet").sigma)
-        with pytest.raises(StatisticsError, match="has statistics of extractor efficientnet_lite0, not tiny-dinov2_vits14"):
+        with pytest.raises(
+            StatisticsError, match="has statistics of extractor efficientnet_lite0, not tiny-dinov2_vits14"
+        ):
             read_reference(make("frechet", name="tiny-dinov2_vits14"), path)
 
     def test_statistics_without_images_do_not_serve_kid(self, everything, alone, tmp_path):
@@ -208,7 +212,9 @@ class TestRead:
         height, width = PIXELS.shape[2:]
         for name, shape in (("few", (3, height, width, 3)), ("large", (9, 2 * height, width, 3))):
             np.savez(tmp_path / name, arr_0=np.zeros(shape, np.uint8), mu=found.mu, sigma=found.sigma)
-        with pytest.raises(StatisticsError, match=r"precision_recall needs at least 4 real images, and there are 3 in '.*few\.npz'"):
+        with pytest.raises(
+            StatisticsError, match=r"precision_recall needs at least 4 real images, and there are 3 in '.*few\.npz'"
+        ):
             read_reference(everything, tmp_path / "few.npz", (height, width))
         told = f"large.npz' have {2 * height}x{width} px and the run's {height}x{width} px: give a reference of the run's size"
         with pytest.raises(StatisticsError, match=told):

@@ -78,7 +78,9 @@ def test_clip_computes_the_gelu_that_it_was_trained_with():
 
 
 def test_tokens_are_taken_before_the_final_norm_where_repas_code_takes_them_so():
-    before = {name for name in (*ENCODERS, *(f"tiny-{name}" for name in ENCODERS)) if token_identity(name) == {"norm": False}}
+    before = {
+        name for name in (*ENCODERS, *(f"tiny-{name}" for name in ENCODERS)) if token_identity(name) == {"norm": False}
+    }
     named = {"mae_vitb16", "mae_vitl16", "mae_vith14", "clip_vitb16", "clip_vitl14", "clip_vitl14_336"}
     assert before == named | {f"tiny-{name}" for name in named}
     others = {*ENCODERS, "vit_large_patch16_224.mae", "resnet50"} - named
@@ -133,8 +135,18 @@ def test_any_aspect_costs_about_as_many_tokens_and_is_hardly_squeezed(stride, im
         ("dinov2_vits14", 28, 8, None),
         ("dinov2_vits14", 224 + 1, 256, "dinov2_vits14 has patches of 14: 225 is no multiple; allowed: 224, 238, ..."),
         ("dinov2_vits14", 13, 256, "dinov2_vits14 has patches of 14: 13 is no multiple; allowed: 14, 14, ..."),
-        ("dinov2_vitg14", 14, 256, "dinov2_vitg14 gives one token at 14 px; patch tokens are required: use 28 px or more"),
-        ("dinov2_vits14", None, 31, "dinov2_vits14 gives one token at 14 px; patch tokens are required: use 28 px or more"),
+        (
+            "dinov2_vitg14",
+            14,
+            256,
+            "dinov2_vitg14 gives one token at 14 px; patch tokens are required: use 28 px or more",
+        ),
+        (
+            "dinov2_vits14",
+            None,
+            31,
+            "dinov2_vits14 gives one token at 14 px; patch tokens are required: use 28 px or more",
+        ),
         (
             "efficientnet_lite0",
             None,

@@ -70,7 +70,9 @@ class TestFiles:
 
     def test_a_file_of_a_deeper_model_is_not_cut_short(self, tmp_path):
         state = published().state_dict()
-        deeper = {key.replace("blocks.5.", "blocks.6."): value.clone() for key, value in state.items() if "blocks.5." in key}
+        deeper = {
+            key.replace("blocks.5.", "blocks.6."): value.clone() for key, value in state.items() if "blocks.5." in key
+        }
         save_file(state | deeper, tmp_path / "deeper.safetensors")
         refused("does not fit 'test_vit.r160_in1k': .*Unexpected key", TINY, tmp_path / "deeper.safetensors")
 
@@ -96,7 +98,9 @@ class TestFiles:
     @pytest.mark.parametrize("name", ["dinov2_vits14", "mocov3_vits16", "test_vit"])
     def test_code_in_the_file_is_not_run(self, hostile, name):
         path, victim = hostile
-        refused(f"does not fit '{name}': weights_only", name, path, ENCODERS[name].stride * 2 if name in ENCODERS else 32)
+        refused(
+            f"does not fit '{name}': weights_only", name, path, ENCODERS[name].stride * 2 if name in ENCODERS else 32
+        )
         assert not victim.exists()
         torch.load(path, weights_only=False)
         assert victim.exists()  # the file was dangerous indeed
@@ -117,7 +121,10 @@ def moco(tmp_path_factory) -> tuple[dict[str, torch.Tensor], Path]:
     nn.init.normal_(model.pos_embed)
     base = model.state_dict()
     trained = {f"module.base_encoder.{key}": value for key, value in base.items()}
-    trained |= {"module.base_encoder.head.0.weight": torch.zeros(4096, 384), "module.predictor.0.weight": torch.zeros(2, 2)}
+    trained |= {
+        "module.base_encoder.head.0.weight": torch.zeros(4096, 384),
+        "module.predictor.0.weight": torch.zeros(2, 2),
+    }
     trained |= {f"module.momentum_encoder.{key}": torch.zeros(1) for key in base}
     optimizer = {"state": {0: {"mu": torch.zeros(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     path = tmp_path_factory.mktemp("moco") / "vit-s-300ep.pth.tar"
@@ -148,7 +155,12 @@ class TestMoCo:
 
     def test_the_layers_that_go_by_the_number_of_their_block(self, tmp_path):
         facts = ENCODERS["mocov3_vitl16"]
-        told = ["blocks.13.norm13.bias", "blocks.13.mlp.fc13.weight", "blocks.14.norm14.weight", "blocks.14.mlp.fc14.bias"]
+        told = [
+            "blocks.13.norm13.bias",
+            "blocks.13.mlp.fc13.weight",
+            "blocks.14.norm14.weight",
+            "blocks.14.mlp.fc14.bias",
+        ]
         meant = ["blocks.13.norm1.bias", "blocks.13.mlp.fc1.weight", "blocks.14.norm2.weight", "blocks.14.mlp.fc2.bias"]
         assert [_renamed(key, facts) for key in told] == meant
         assert _renamed("blocks.13.mlp.fc2.weight", facts) == "blocks.13.mlp.fc2.weight"
@@ -157,7 +169,9 @@ class TestMoCo:
         saved = torch.load(moco[1], weights_only=True)
         del saved["state_dict"]["module.base_encoder.norm.bias"]
         torch.save(saved, tmp_path / "hole.pth.tar")
-        refused("does not fit 'mocov3_vits16': .*Missing key.*\"norm.bias\"", "mocov3_vits16", tmp_path / "hole.pth.tar")
+        refused(
+            "does not fit 'mocov3_vits16': .*Missing key.*\"norm.bias\"", "mocov3_vits16", tmp_path / "hole.pth.tar"
+        )
 
     def test_a_file_of_its_other_size(self, moco):
         refused("does not fit 'mocov3_vitb16': .*size mismatch", "mocov3_vitb16", moco[1])
@@ -229,11 +243,19 @@ class TestHub:
         hub.shutdown()
         hub.server_close()
         with audited("socket.connect") as connections:
-            refused("'test_vit.r160_in1k' are not in the local cache and the hub cannot be reached; give weights: FILE", TINY, None)
-        assert [address for _, address in connections] == [hub.server_address]  # left to itself, the hub's client asks five times more
+            refused(
+                "'test_vit.r160_in1k' are not in the local cache and the hub cannot be reached; give weights: FILE",
+                TINY,
+                None,
+            )
+        assert [address for _, address in connections] == [
+            hub.server_address
+        ]  # left to itself, the hub's client asks five times more
 
     def test_a_hub_without_the_file_says_so(self, hub):
-        refused(r"the weights of 'test_vit.r160_in1k' cannot be had from the hub; give weights: FILE \(.*404", TINY, None)
+        refused(
+            r"the weights of 'test_vit.r160_in1k' cannot be had from the hub; give weights: FILE \(.*404", TINY, None
+        )
         assert f"HEAD {FILE}" in Hub.asked
 
     def test_offline_mode_asks_nobody(self, hub, monkeypatch):

@@ -19,7 +19,9 @@ def holders(run: RunDirectory) -> list[int]:
     lock, found = str((run.path / ".lock").resolve()), []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if int(process.name) != os.getpid() and any(os.path.realpath(fd) == lock for fd in (process / "fd").iterdir()):
+            if int(process.name) != os.getpid() and any(
+                os.path.realpath(fd) == lock for fd in (process / "fd").iterdir()
+            ):
                 found.append(int(process.name))
         except OSError:
             continue

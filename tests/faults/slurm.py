@@ -68,7 +68,10 @@ def started(folder: Path) -> Iterator[None]:
     finally:
         subprocess.run(["scancel", "--me"], capture_output=True, check=False)
         with suppress(AssertionError):  # else what carries out a job would outlive the daemons
-            wait_until(lambda: not subprocess.run(["squeue", "-h"], capture_output=True, check=False).stdout, "the queue is empty")
+            wait_until(
+                lambda: not subprocess.run(["squeue", "-h"], capture_output=True, check=False).stdout,
+                "the queue is empty",
+            )
         for daemon in ("slurmd", "slurmctld"):
             with suppress(OSError, ValueError):
                 os.kill(int((folder / f"{daemon}.pid").read_text()), signal.SIGTERM)
@@ -86,7 +89,9 @@ def _munge() -> subprocess.Popen[bytes] | None:
         shutil.chown(place, "munge", "munge")
     shutil.chown("/etc/munge/munge.key", "munge", "munge")
     command = ["/usr/sbin/munged", "--foreground"]
-    daemon = subprocess.Popen(command, user="munge", group="munge", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    daemon = subprocess.Popen(
+        command, user="munge", group="munge", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     answers = ["munge", "-n"]
     wait_until(lambda: subprocess.run(answers, capture_output=True, check=False).returncode == 0, "munge answers")
     return daemon

@@ -23,7 +23,17 @@ def write(file, weights):
 
 
 def sweep(file):
-    command = [sys.executable, "-m", "repa_lab.cli", "sweep", str(file), "--root", str(file.parent / "runs"), "--workers", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "repa_lab.cli",
+        "sweep",
+        str(file),
+        "--root",
+        str(file.parent / "runs"),
+        "--workers",
+        "2",
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

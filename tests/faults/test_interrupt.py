@@ -37,7 +37,17 @@ def spec(tmp_path):
 
 
 def start(spec):
-    command = [sys.executable, "-m", "repa_lab.cli", "sweep", str(spec), "--root", str(spec.parent / "runs"), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "repa_lab.cli",
+        "sweep",
+        str(spec),
+        "--root",
+        str(spec.parent / "runs"),
+        "--workers",
+        "1",
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -61,7 +71,9 @@ def stop_from_another_terminal(spec, process):
 @pytest.mark.parametrize(
     ("end", "status"),
     [
-        pytest.param(lambda spec, process: os.kill(process.pid, signal.SIGINT), 130, marks=pytest.mark.slow),  # test_edit has it too
+        pytest.param(
+            lambda spec, process: os.kill(process.pid, signal.SIGINT), 130, marks=pytest.mark.slow
+        ),  # test_edit has it too
         (stop_from_another_terminal, 130),
         (lambda spec, process: os.kill(process.pid, signal.SIGKILL), -signal.SIGKILL),
     ],

@@ -112,12 +112,16 @@ def test_a_header_that_promises_more_than_there_is_and_none_at_all(tmp_path):
     for content in (header.getvalue() + bytes(1000), b"no array", b""):
         with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
             archive.writestr("arr_0.npy", content)
-        with pytest.raises(StatisticsError, match=r"x\.npz' holds no images under arr_0 that can be read: .*; get it anew"):
+        with pytest.raises(
+            StatisticsError, match=r"x\.npz' holds no images under arr_0 that can be read: .*; get it anew"
+        ):
             next(read_images(tmp_path / "x.npz"))
 
 
 def test_damage_within_compressed_images_is_named(tmp_path):
-    np.savez_compressed(tmp_path / "x.npz", arr_0=np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8))
+    np.savez_compressed(
+        tmp_path / "x.npz", arr_0=np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)
+    )
     content = bytearray((tmp_path / "x.npz").read_bytes())
     content[60:100] = bytes(40 * [0x5A])
     (tmp_path / "x.npz").write_bytes(content)

@@ -191,7 +191,9 @@ def svcca_by_definition(x: np.ndarray, y: np.ndarray, dims: int) -> float:
 
 
 class TestSVCCA:
-    @pytest.mark.parametrize("count, wide, narrow, dims", [(60, 20, 10, 10), (200, 30, 20, 10), (60, 5, 5, 1), (40, 80, 12, 4)])
+    @pytest.mark.parametrize(
+        "count, wide, narrow, dims", [(60, 20, 10, 10), (200, 30, 20, 10), (60, 5, 5, 1), (40, 80, 12, 4)]
+    )
     def test_agrees_with_the_definition(self, count, wide, narrow, dims, lie):
         x, y = related(count, wide, narrow)
         expected = svcca_by_definition(x, y, dims)

@@ -10,14 +10,26 @@ from array_api_compat import device
 from sklearn.preprocessing import StandardScaler
 
 from repa_lab.metrics import cka, cknna, cosine, cosine_gap, svcca
-from repa_lab.metrics.arrays import as_array, as_float64, both, centred, largest, scaled_to_one, spread, unit, value_of_rank
+from repa_lab.metrics.arrays import (
+    as_array,
+    as_float64,
+    both,
+    centred,
+    largest,
+    scaled_to_one,
+    spread,
+    unit,
+    value_of_rank,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool]
+)
 def test_a_tensor_keeps_its_values(dtype):
     tensor = torch.from_numpy(3 * normal(4, 5)).to(dtype)
     found = as_array(tensor)
@@ -81,7 +93,9 @@ def test_scaling_by_a_power_of_two_alters_no_digit(lie, most):
 
 def test_the_largest_and_the_value_of_a_rank(lie):
     x = normal(6, 40)
-    assert [set(row) for row in largest(lie(x), 7).tolist()] == [set(row) for row in np.argsort(-x, axis=1)[:, :7].tolist()]
+    assert [set(row) for row in largest(lie(x), 7).tolist()] == [
+        set(row) for row in np.argsort(-x, axis=1)[:, :7].tolist()
+    ]
     assert [value_of_rank(lie(x), rank) for rank in (0, 100, 239)] == np.sort(x, axis=None)[[0, 100, 239]].tolist()
 
 

@@ -81,7 +81,9 @@ FEATURES = {
     "two points and a hair": two_points + 1e-9 * normal(COUNT, WIDTH, seed=1),
     "heavy norms": normal(COUNT, WIDTH) * np.exp(3 * normal(COUNT, 1, seed=1)),
     "one item far out": normal(COUNT, WIDTH) * np.where(np.arange(COUNT) == 5, 1e5, 1)[:, None],
-    "each item thrice": np.random.default_rng(0).permutation(np.repeat(normal(COUNT // 3 + 1, WIDTH), 3, axis=0))[:COUNT],
+    "each item thrice": np.random.default_rng(0).permutation(np.repeat(normal(COUNT // 3 + 1, WIDTH), 3, axis=0))[
+        :COUNT
+    ],
     "small integers": np.random.default_rng(0).integers(-1, 2, (COUNT, WIDTH)).astype(float),
     "classes": np.eye(WIDTH)[np.arange(COUNT) % WIDTH],
     "constant": np.full((COUNT, WIDTH), 0.1),
@@ -144,7 +146,9 @@ class TestNearestNeighbours:
     def test_names_the_item_that_is_not_finite(self):
         x = normal(6, 3)
         x[4, 1], x[2, 0] = np.nan, np.inf
-        with pytest.raises(ValueError, match=r"not finite \(2 of 6 items, the first at index 2\): leave these items out"):
+        with pytest.raises(
+            ValueError, match=r"not finite \(2 of 6 items, the first at index 2\): leave these items out"
+        ):
             nearest_neighbours(x, 2)
 
 
@@ -162,7 +166,9 @@ class TestMutualKNN:
 
     def test_of_independent_features_is_chance(self):
         """k of n - 1: the mean of 40 pairs (seeds 0 to 79), and the first pair alone as the field measured one."""
-        found = np.array([mutual_knn(normal(200, 64, seed=2 * i), normal(200, 32, seed=2 * i + 1), 10) for i in range(40)])
+        found = np.array(
+            [mutual_knn(normal(200, 64, seed=2 * i), normal(200, 32, seed=2 * i + 1), 10) for i in range(40)]
+        )
         assert abs(found.mean() - 10 / 199) < 4 * found.std() / np.sqrt(40)
         assert found.std() / np.sqrt(40) < 0.001
 
@@ -171,7 +177,9 @@ class TestMutualKNN:
         assert {mutual_knn(x, y, 5, chunk) for chunk in (1, 7, 30, 59, 60)} == {mutual_knn(x, y, 5)}
 
     def test_refuses_different_items(self):
-        with pytest.raises(ValueError, match=r"of the same items, one pooled vector an item, got \(6, 3\) and \(7, 3\)"):
+        with pytest.raises(
+            ValueError, match=r"of the same items, one pooled vector an item, got \(6, 3\) and \(7, 3\)"
+        ):
             mutual_knn(normal(6, 3), normal(7, 3), 2)
 
 
@@ -282,7 +290,9 @@ class TestCKNNA:
         with pytest.raises(ValueError, match="unknown definition 'Paper'; allowed: paper, platonic"):
             cknna(normal(6, 3), normal(6, 3), 2, "Paper")
 
-    @pytest.mark.parametrize("definition, k, least", [("paper", 0, 1), ("paper", 6, 1), ("platonic", 1, 2), ("platonic", 6, 2)])
+    @pytest.mark.parametrize(
+        "definition, k, least", [("paper", 0, 1), ("paper", 6, 1), ("platonic", 1, 2), ("platonic", 6, 2)]
+    )
     def test_refuses_a_k_out_of_range(self, definition, k, least):
         with pytest.raises(ValueError, match=f"give {least} <= k <= 5, or more items"):
             cknna(normal(6, 3), normal(6, 3), k, definition)

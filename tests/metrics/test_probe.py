@@ -18,7 +18,9 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def blobs(each: int = 40, classes: int = 3, width: int = 6, apart: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def blobs(
+    each: int = 40, classes: int = 3, width: int = 6, apart: float = 1.0, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     labels = np.repeat(np.arange(classes), each)
     return apart * normal(classes, width, seed=seed)[labels] + normal(len(labels), width, seed=seed + 1) + 3, labels
 
@@ -136,7 +138,10 @@ class TestLinearProbe:
     @pytest.mark.parametrize("kind", ["ridge", "logistic"])
     def test_a_constant_column_changes_nothing(self, kind):
         x, labels = blobs(apart=0.6)
-        assert linear_probe(np.column_stack([x, np.full(120, 0.1)]), labels, kind).value == linear_probe(x, labels, kind).value
+        assert (
+            linear_probe(np.column_stack([x, np.full(120, 0.1)]), labels, kind).value
+            == linear_probe(x, labels, kind).value
+        )
 
     def test_labels_may_be_words(self):
         x, labels = blobs(apart=0.6)

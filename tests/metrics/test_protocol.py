@@ -10,7 +10,12 @@ from repa_lab.metrics.protocol import guidance_name, quality_names, sampler_name
 
 @pytest.mark.parametrize(
     "type, solver, steps, name",
-    [("ode", "euler", 50, "ode50"), ("ode", "heun", 25, "heun25"), ("sde", "euler", 250, "sde250"), ("sde", "heun", 9, "sde9")],
+    [
+        ("ode", "euler", 50, "ode50"),
+        ("ode", "heun", 25, "heun25"),
+        ("sde", "euler", 250, "sde250"),
+        ("sde", "heun", 9, "sde9"),
+    ],
 )
 def test_samplers(type, solver, steps, name):
     assert sampler_name(type, solver, steps) == name
@@ -22,7 +27,9 @@ def test_guidance():
     assert guidance_name(1.65, 0.25, 1.0) == "-cfg1.65[0.25,1]"
 
 
-@pytest.mark.parametrize("samples, said", [(500, "500"), (1000, "1k"), (10_000, "10k"), (50_000, "50k"), (1500, "1500")])
+@pytest.mark.parametrize(
+    "samples, said", [(500, "500"), (1000, "1k"), (10_000, "10k"), (50_000, "50k"), (1500, "1500")]
+)
 def test_only_inceptions_distance_is_fid(samples, said):
     assert quality_names("frechet", "inception", samples, "ode50") == (f"fid:inception@{said}/ode50",)
     assert quality_names("frechet", "efficientnet_lite0", samples, "sde250", "-cfg2[0,1]") == (

@@ -78,7 +78,10 @@ class TestInceptionScore:
         p = np.exp(logits[order]) / np.exp(logits[order]).sum(axis=1, keepdims=True)
         scores = [np.exp((part * np.log(part / part.mean(axis=0))).sum(axis=1).mean()) for part in np.split(p, 10)]
         found = inception_score(logits)
-        assert (found.value, found.std) == (pytest.approx(np.mean(scores), rel=1e-12), pytest.approx(np.std(scores), rel=1e-9))
+        assert (found.value, found.std) == (
+            pytest.approx(np.mean(scores), rel=1e-12),
+            pytest.approx(np.std(scores), rel=1e-9),
+        )
 
 
 def share_within(samples: np.ndarray, manifold: np.ndarray, k: int = 3) -> float:
@@ -130,7 +133,9 @@ class TestRefusals:
             measure(features(10), features(least - 1))
 
     def test_too_few_samples_for_ten_parts(self):
-        with pytest.raises(ValueError, match=r"logits: need features of at least 10 samples \(n, d\), got shape \(9, 3\)"):
+        with pytest.raises(
+            ValueError, match=r"logits: need features of at least 10 samples \(n, d\), got shape \(9, 3\)"
+        ):
             inception_score(features(9, 3))
 
     @pytest.mark.parametrize("value", [np.nan, np.inf])

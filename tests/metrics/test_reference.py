@@ -43,7 +43,9 @@ def test_what_is_written_is_read(ours):
 
 
 def test_adms_statistics_are_inceptions_pooled_and_spatial_ones(adm):
-    pooled, spatial = (read_statistics(adm, INCEPTION, width, is_spatial) for width, is_spatial in ((6, False), (4, True)))
+    pooled, spatial = (
+        read_statistics(adm, INCEPTION, width, is_spatial) for width, is_spatial in ((6, False), (4, True))
+    )
     assert np.array_equal(pooled.mu, FOUND.mu) and np.array_equal(pooled.sigma, FOUND.sigma)
     assert np.allclose(spatial.mu, FOUND.mu[:4] + 1) and np.allclose(spatial.sigma, FOUND.sigma[:4, :4])
     assert pooled.count == 0  # the file does not say of how many images
@@ -57,10 +59,13 @@ def test_statistics_alone_are_taken_on_trust(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("word", "value"), [("extractor", "dinov2_vitl14"), ("weights", "0000"), ("preprocessing", "x"), ("layer", "spatial")]
+    ("word", "value"),
+    [("extractor", "dinov2_vitl14"), ("weights", "0000"), ("preprocessing", "x"), ("layer", "spatial")],
 )
 def test_statistics_of_something_else(ours, word, value):
-    refused(f"has statistics of {word} {INCEPTION[word]}, not {value}: compute them anew", ours, {**INCEPTION, word: value})
+    refused(
+        f"has statistics of {word} {INCEPTION[word]}, not {value}: compute them anew", ours, {**INCEPTION, word: value}
+    )
 
 
 def test_adms_statistics_for_another_extractor(adm):
@@ -82,11 +87,17 @@ def test_another_width(ours):
         ({"mu": FOUND.mu * np.nan, "sigma": FOUND.sigma}, "not finite"),
         ({"mu": FOUND.mu, "sigma": FOUND.sigma * np.inf}, "not finite"),
         ({"mu": FOUND.mu, "sigma": FOUND.sigma, "count": 1}, "of 1 images: compute them of two or more"),
-        ({"mu": FOUND.mu, "sigma": FOUND.sigma, "count": [9, 9]}, r"has counts \(2,\): give one number of images, or none"),
+        (
+            {"mu": FOUND.mu, "sigma": FOUND.sigma, "count": [9, 9]},
+            r"has counts \(2,\): give one number of images, or none",
+        ),
         ({"mu": FOUND.mu.astype(str), "sigma": FOUND.sigma}, "has mu of <U[0-9]+: give real numbers"),
         ({"mu": FOUND.mu, "sigma": FOUND.sigma + 1j}, "has sigma of complex128: give real numbers"),
         ({"mu": FOUND.mu, "sigma": -FOUND.sigma}, "has a sigma that is no covariance: .*variances below 0"),
-        ({"mu": FOUND.mu, "sigma": FOUND.sigma + np.eye(6, k=1)}, "has a sigma that is no covariance: it is not symmetric"),
+        (
+            {"mu": FOUND.mu, "sigma": FOUND.sigma + np.eye(6, k=1)},
+            "has a sigma that is no covariance: it is not symmetric",
+        ),
     ],
 )
 def test_what_is_no_file_of_statistics(tmp_path, held, match):

@@ -19,7 +19,9 @@ def forward(weights: Mapping[str, Array], heads: int, patch: int, x: Array, t: A
     for r in range(rows):
         for c in range(columns):
             piece = x[:, :, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch].reshape(batch, -1)
-            tokens[:, r * columns + c] = piece @ kernel.T + weights["x_embedder.proj.bias"] + position(r, c, len(kernel))
+            tokens[:, r * columns + c] = (
+                piece @ kernel.T + weights["x_embedder.proj.bias"] + position(r, c, len(kernel))
+            )
     condition = _mlp(weights, "t_embedder.mlp.0", "t_embedder.mlp.2", time_features(t), silu)
     condition = condition + weights["y_embedder.weight"][y]
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))

@@ -12,7 +12,9 @@ from tests.models.reference_sit import Array, norm, silu, time_features
 Weights = Mapping[str, Array]
 
 
-def forward(weights: Weights, stages: tuple[int, int, int], heads: int, patch: int, x: Array, t: Array, y: NDArray[np.int64]) -> Array:
+def forward(
+    weights: Weights, stages: tuple[int, int, int], heads: int, patch: int, x: Array, t: Array, y: NDArray[np.int64]
+) -> Array:
     """Velocity ``(B, C, H, W)``; ``weights`` is the state dict in float64."""
     kernel, bias = weights["x_embedder.proj.weight"], weights["x_embedder.proj.bias"]
     rows, columns = x.shape[2] // patch, x.shape[3] // patch
@@ -34,7 +36,9 @@ def forward(weights: Weights, stages: tuple[int, int, int], heads: int, patch: i
     tokens = up(weights, tokens)
     for index in range(before + middle, before + middle + after):
         tokens = block(weights, index, heads, tokens + kept[before + middle + after - 1 - index], condition)
-    shift, scale = np.split(linear(weights, "final_layer.adaLN_modulation.1", silu(condition))[:, None, None], 2, axis=-1)
+    shift, scale = np.split(
+        linear(weights, "final_layer.adaLN_modulation.1", silu(condition))[:, None, None], 2, axis=-1
+    )
     patches = linear(weights, "final_layer.linear", norm(tokens) * (1 + scale) + shift)
     velocity = np.zeros_like(x)
     for r in range(rows):

@@ -37,9 +37,17 @@ def test_a_unets_stages_stand_around_its_mid_block_in_the_order_of_the_pass():
     assert list(taps) == ["down_blocks.0", "down_blocks.1", "mid", "up_blocks.0", "up_blocks.1"]
     seen: dict[str, torch.Tensor] = {}
     net = denoiser.net
-    for name, following in (("down_blocks.0", net.down_blocks[1]), ("down_blocks.1", net.mid_block), ("mid", net.up_blocks[0]), ("up_blocks.0", net.up_blocks[1]), ("up_blocks.1", net.conv_norm_out)):
+    for name, following in (
+        ("down_blocks.0", net.down_blocks[1]),
+        ("down_blocks.1", net.mid_block),
+        ("mid", net.up_blocks[0]),
+        ("up_blocks.0", net.up_blocks[1]),
+        ("up_blocks.1", net.conv_norm_out),
+    ):
         following.register_forward_pre_hook(
-            lambda module, args, kwargs, name=name: seen.__setitem__(name, kwargs.get("hidden_states", args[0] if args else None)),
+            lambda module, args, kwargs, name=name: seen.__setitem__(
+                name, kwargs.get("hidden_states", args[0] if args else None)
+            ),
             with_kwargs=True,
         )
     for name, tap in taps.items():

@@ -17,7 +17,11 @@ def test_the_papers_parameter_counts():
 
 
 def test_grids_and_suggestions_of_the_guide():
-    assert {name: ROWS[name].grid for name in ("sdxl", "flux", "sd3")} == {"sdxl": (32, 32), "flux": (64, 64), "sd3": (64, 64)}
+    assert {name: ROWS[name].grid for name in ("sdxl", "flux", "sd3")} == {
+        "sdxl": (32, 32),
+        "flux": (64, 64),
+        "sd3": (64, 64),
+    }
     assert (ROWS["sdxl"].block_index, ROWS["sdxl"].regularizer) == ("mid", "urepa")
     assert (ROWS["flux"].block_index, ROWS["flux"].blocks, ROWS["flux"].regularizer) == (8, 57, "repa")
     assert ROWS["sit XL/2"].grid == (16, 16)

@@ -22,7 +22,9 @@ from repa_lab.models.sit_down import SiTDown
 FROM_SCRATCH = [(family, size) for family in FAMILIES.values() if family.from_scratch for size in family.shapes]
 
 
-@pytest.mark.parametrize("family, size", FROM_SCRATCH, ids=lambda value: value if isinstance(value, str) else value.name)
+@pytest.mark.parametrize(
+    "family, size", FROM_SCRATCH, ids=lambda value: value if isinstance(value, str) else value.name
+)
 def test_facts_are_those_of_the_denoiser_that_is_built(family, size):
     shape, side = family.shapes[size], (32, 64)
     builder = BUILDERS[family.name]
@@ -93,7 +95,9 @@ def test_the_regularizer_that_fits():
     assert {family.regularizer for family in FAMILIES.values() if family.kind == "unet"} == {"urepa"}
     both = [name for name, family in FAMILIES.items() if family.regularizers == ("urepa", "repa")]
     assert both == ["sit_down"]
-    assert {FAMILIES[name].regularizers for name in FAMILIES.keys() - both if FAMILIES[name].kind == "transformer"} == {("repa",)}
+    assert {FAMILIES[name].regularizers for name in FAMILIES.keys() - both if FAMILIES[name].kind == "transformer"} == {
+        ("repa",)
+    }
     for family in FAMILIES.values():
         for shape in family.shapes.values():
             assert shape.block == "mid" if family.kind == "unet" else 0 <= shape.block < shape.depth

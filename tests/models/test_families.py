@@ -47,7 +47,9 @@ def make(family: Family) -> Denoiser:
     return Denoiser(net, family).eval()
 
 
-def given(family: Family, denoiser: Denoiser, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def given(
+    family: Family, denoiser: Denoiser, batch: int = 2
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Latents, times and conditioning; where texts are masked, the second is two tokens shorter."""
     stride, config = family.shapes[""].stride, denoiser.net.config
     height, width = grid_of(family)
@@ -173,7 +175,9 @@ def test_training_mode_predicts_the_same(family):
     if any("labels" in name for name in condition):
         pytest.skip("labels are dropped at random in training")
     with torch.no_grad():
-        torch.testing.assert_close(denoiser.train()(latents, time, **condition), denoiser.eval()(latents, time, **condition))
+        torch.testing.assert_close(
+            denoiser.train()(latents, time, **condition), denoiser.eval()(latents, time, **condition)
+        )
 
 
 @families
@@ -244,7 +248,9 @@ def test_the_released_model_is_what_the_facts_say(family, monkeypatch):
         for name, size in network.condition(net.config, 77).items()
     }
     if network.lengths:  # words are counted, so these masks have values, which attention over meta refuses
-        condition |= {name: torch.ones(mask.shape, dtype=torch.long) for name, mask in condition.items() if "mask" in name}
+        condition |= {
+            name: torch.ones(mask.shape, dtype=torch.long) for name, mask in condition.items() if "mask" in name
+        }
     tap = tap_block(denoiser, shape.block)
     with torch.no_grad(), apart() if network.lengths else nullcontext():
         denoiser(latents, torch.empty(1, device="meta"), **condition)

@@ -17,7 +17,10 @@ def test_a_tap_set_before_compiling_captures_the_same(family):
     taps = [tap_block(denoiser, block) for block in {blocks_of(family, denoiser)[0], blocks_of(family, denoiser)[-1]}]
     with torch.no_grad():
         expected = denoiser(latents, time, **condition), *(tap.take().values for tap in taps)
-        found = torch.compile(denoiser, backend="eager")(latents, time, **condition), *(tap.take().values for tap in taps)
+        found = (
+            torch.compile(denoiser, backend="eager")(latents, time, **condition),
+            *(tap.take().values for tap in taps),
+        )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
@@ -39,7 +42,11 @@ def test_one_step_with_its_regularizer_reaches_what_lies_before_the_tap_and_noth
     assert loss.value.dtype == torch.float32
     reached = {name for name, p in denoiser.net.named_parameters() if p.grad is not None and p.grad.any()}
     lists = [blocks.path for blocks in family.network.blocks]
-    behind = [n for n in reached if any(n.startswith(f"{path}.1.") for path in lists) or n.startswith(("up_blocks", "proj_out"))]
+    behind = [
+        n
+        for n in reached
+        if any(n.startswith(f"{path}.1.") for path in lists) or n.startswith(("up_blocks", "proj_out"))
+    ]
     assert reached
     assert behind == []
     assert all(p.grad.isfinite().all() for name, p in denoiser.net.named_parameters() if name in reached)

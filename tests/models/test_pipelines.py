@@ -163,7 +163,9 @@ def test_the_conditioning_is_what_the_network_takes(family, load):
     condition = {**encoded(pipe, family, CAPTIONS), **sized(family, config, len(CAPTIONS), SIZE)}
     tokens = next(value.shape[-2] for value in condition.values() if value.ndim > 2)
     shapes = {name: tuple(value.shape) for name, value in condition.items()}
-    assert shapes == {name: (len(CAPTIONS), *shape) for name, shape in network_of(family).condition(config, tokens).items()}
+    assert shapes == {
+        name: (len(CAPTIONS), *shape) for name, shape in network_of(family).condition(config, tokens).items()
+    }
     for name, value in condition.items():
         assert value.is_floating_point() is not ("mask" in name), name
         assert "mask" not in name or family.name in PADDED_WITHIN or (value.diff(dim=1) <= 0).all(), name
@@ -198,9 +200,13 @@ def test_sampling_from_conditioning_is_sampling_from_text(family, load):
     call = pipeline_of(family).call
     if family.name == "chroma":  # the numbers that it makes of its mask itself mask nothing
         encode = pipe._get_t5_prompt_embeds
-        pipe._get_t5_prompt_embeds = lambda **given: tuple(part if part.ndim > 2 else part.bool() for part in encode(**given))
+        pipe._get_t5_prompt_embeds = lambda **given: tuple(
+            part if part.ndim > 2 else part.bool() for part in encode(**given)
+        )
     expected = sampled(pipe, family, **by_text(call(condition, null, 3.0), CAPTIONS))
-    textless = load(family, **{name: None for name in pipe.components if name.startswith(("text_encoder", "tokenizer"))})
+    textless = load(
+        family, **{name: None for name in pipe.components if name.startswith(("text_encoder", "tokenizer"))}
+    )
     images = sampled(textless, family, **call(condition, null, 3.0))
     assert torch.equal(images, expected) or (family.name in ROUNDED and torch.allclose(images, expected, atol=1e-3))
     assert images.shape[-2:] == size_of(pipe, family)

@@ -16,7 +16,12 @@ def searcher(tiny, folder):
     """Makes a search over the weight, with its study and its runs in a folder."""
 
     def make(aims=DISTANCE, seeds=(0, 1), begun=frozenset(), spec=None, **changes):
-        config = {"space": {"regularizer.weight": {"log": [0.1, 1.0]}}, "trials": 5, "prune": "median", "sampler": "random"}
+        config = {
+            "space": {"regularizer.weight": {"log": [0.1, 1.0]}},
+            "trials": 5,
+            "prune": "median",
+            "sampler": "random",
+        }
         experiment = load_spec(tiny(axes={}, search={**config, **changes}, **(spec or {})))
         arm = experiment.arms[0]
         asked = Search(arm, experiment.search, aims, seeds, identify_arm, RunsRoot(folder))

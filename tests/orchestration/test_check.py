@@ -27,7 +27,10 @@ CASES = [
         ("family: sit", "family: sitt"),
         f"2:9: model.family: unknown family 'sitt'; allowed: {', '.join(FAMILIES)}; did you mean 'sit'?",
     ),
-    (("size: nano/2", "size: nano/3"), "2:22: model.size: unknown size of sit 'nano/3'; allowed: nano/2, nano/4, nano/8, S/2"),
+    (
+        ("size: nano/2", "size: nano/3"),
+        "2:22: model.size: unknown size of sit 'nano/3'; allowed: nano/2, nano/4, nano/8, S/2",
+    ),
     ((", size: nano/2", ""), "2:1: model.size: sit needs a size: unknown size of sit ''; allowed: nano/2"),
     (("type: repa", "type: urepa"), "3:15: regularizer.type: sit is a transformer: use repa, not urepa"),
     (
@@ -48,13 +51,19 @@ CASES = [
         "3:27: regularizer.encoder.image_size: the papers' rule has no size for 8 px images; set image_size to a "
         "multiple of 16",
     ),
-    (("image_size: 64", "image_size: 64, weights: nowhere.pth"), "3:79: regularizer.encoder.weights: no file 'nowhere.pth'"),
+    (
+        ("image_size: 64", "image_size: 64, weights: nowhere.pth"),
+        "3:79: regularizer.encoder.weights: no file 'nowhere.pth'",
+    ),
     (
         ("image_size: 64", "image_size: 64, pixels: vae"),
         "3:79: regularizer.encoder.pixels: vae decodes latents, and data.vae names no VAE; use image, or set data.vae",
     ),
     (
-        ("{name: efficientnet_lite0, image_size: 64}", "[{name: efficientnet_lite0, image_size: 64}, {name: mocov3_vitb16}]"),
+        (
+            "{name: efficientnet_lite0, image_size: 64}",
+            "[{name: efficientnet_lite0, image_size: 64}, {name: mocov3_vitb16}]",
+        ),
         "3:81: regularizer.encoder.1.weights: the weights of 'mocov3_vitb16' are on no model hub; give weights: FILE",
     ),
     (("{source: digits}", "{source: imagefolder, path: nowhere}"), "4:29: data.path: no folder 'nowhere'"),
@@ -69,7 +78,10 @@ CASES = [
         "manifold_weight, projector, resample, schedule, spatial_align, spatial_norm, temperature, type, weight; did you mean 'weight'?",
     ),
     (("nano/2}", "nano/2, train: lora}"), "2:36: model.train: sit is trained from scratch: train must be full"),
-    (("source: digits}", "source: digits, buckets: {}}"), "4:24: data.buckets: sit is built for one size: leave buckets out"),
+    (
+        ("source: digits}", "source: digits, buckets: {}}"),
+        "4:24: data.buckets: sit is built for one size: leave buckets out",
+    ),
     (
         ("lite0}}\n", "lite0}, prompts: [a cat]}\n"),
         "6:51: evaluate.prompts: sit is told classes: leave prompts out",
@@ -87,7 +99,10 @@ CASES = [
         "6:62: search.objective.goal: must be min, for smaller values of frechet:efficientnet_lite0@10k/ode50 are better",
     ),
     (
-        ("{name: efficientnet_lite0}}", "[{name: efficientnet_lite0}, {name: efficientnet_lite0, reference: theirs.npz}]}"),
+        (
+            "{name: efficientnet_lite0}}",
+            "[{name: efficientnet_lite0}, {name: efficientnet_lite0, reference: theirs.npz}]}",
+        ),
         "6:12: evaluate.extractor: 'frechet:efficientnet_lite0@10k/ode50' would stand for two numbers, one with other weights "
         "or another reference: leave one out, or measure it in evaluate.full with other samples",
     ),
@@ -126,7 +141,10 @@ TUNED_CASES = [
         "2:1: model.pretrained: sdxl is trained from a pretrained pipeline: name a hub id or a folder",
     ),
     (("some/pipeline", "images"), "2:23: model.pretrained: 'images' is no pipeline of diffusers: it has no readable"),
-    (("some/pipeline", "dit"), "2:23: model.pretrained: 'dit' is a DiTPipeline, not of family sdxl: StableDiffusionXLPipeline"),
+    (
+        ("some/pipeline", "dit"),
+        "2:23: model.pretrained: 'dit' is a DiTPipeline, not of family sdxl: StableDiffusionXLPipeline",
+    ),
     (
         ("some/pipeline", "less"),
         "2:23: model.pretrained: 'less' lacks vae: save a complete StableDiffusionXLPipeline there first",
@@ -192,7 +210,9 @@ class TestPretrained:
             for number in range(1, 41):  # of which four are held out
                 noise_image(0).save(f"{folder}/{number}.png")
         Path("images/1.txt").write_text("a cat")
-        sdxl = {name: ["somewhere", "something"] for name in FAMILIES["sdxl"].pipeline.tiny} | {"unet": ["diffusers", "UNet"]}
+        sdxl = {name: ["somewhere", "something"] for name in FAMILIES["sdxl"].pipeline.tiny} | {
+            "unet": ["diffusers", "UNet"]
+        }
         for folder, kind, parts, net in (
             ("dit", "DiTPipeline", sdxl, "DiTTransformer2DModel"),
             ("half", "StableDiffusionXLPipeline", sdxl, None),
@@ -239,7 +259,9 @@ class TestPretrained:
 
 def test_all_problems_are_told_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("spec.yaml").write_text(SOUND.replace("repa,", "repa, block_index: 7,").replace("64", "16").replace("sound", "by-id"))
+    Path("spec.yaml").write_text(
+        SOUND.replace("repa,", "repa, block_index: 7,").replace("64", "16").replace("sound", "by-id")
+    )
     with pytest.raises(SpecError) as caught:
         make_plan(load_spec("spec.yaml"), RunsRoot(Path("runs")))
     assert [problem.path for problem in caught.value.problems] == [
@@ -254,7 +276,9 @@ def test_planning_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 
-@pytest.mark.parametrize(("train", "precision", "is_refused"), [("lora", "bf16", True), ("lora", "fp32", False), ("full", "bf16", False)])
+@pytest.mark.parametrize(
+    ("train", "precision", "is_refused"), [("lora", "bf16", True), ("lora", "fp32", False), ("full", "bf16", False)]
+)
 def test_frozen_weights_in_half_precision_cannot_be_measured_in_float32(tmp_path, train, precision, is_refused):
     spec = {
         "name": "q",

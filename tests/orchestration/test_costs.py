@@ -48,19 +48,28 @@ def cost(overrides=None, base=REPA):
     return cost_of(spec.arms[0].config, spec.run)
 
 
-@pytest.mark.parametrize(("size", "gmacs", "parameters"), [("B/2", 23.00, 130_500_112), ("L/2", 80.69, 458_086_416), ("XL/2", 118.62, 675_111_184)])
+@pytest.mark.parametrize(
+    ("size", "gmacs", "parameters"),
+    [("B/2", 23.00, 130_500_112), ("L/2", 80.69, 458_086_416), ("XL/2", 118.62, 675_111_184)],
+)
 def test_sit_costs_what_the_papers_say(size, gmacs, parameters):
     found = flops.forward_of(SIT, size, 256, 4, 1000)
     assert round(found.flops / 2e9, 2) == gmacs
     assert found.parameters == parameters
 
 
-@pytest.mark.parametrize(("size", "channels", "side", "classes"), [("nano/2", 1, 8, 10), ("S/4", 4, 64, 1000), ("B/2", 4, 32, 5)])
+@pytest.mark.parametrize(
+    ("size", "channels", "side", "classes"), [("nano/2", 1, 8, 10), ("S/4", 4, 64, 1000), ("B/2", 4, 32, 5)]
+)
 def test_sits_formula_is_what_torch_counts(size, channels, side, classes):
     shape = shape_of(SIT, size)
     with torch.device("meta"):
         net = BUILDERS["sit"].build(size, shape, Input(channels, (side, side), classes))
-    x, t, y = torch.empty(1, channels, side, side, device="meta"), torch.empty(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+    x, t, y = (
+        torch.empty(1, channels, side, side, device="meta"),
+        torch.empty(1, device="meta"),
+        torch.zeros(1, dtype=torch.long, device="meta"),
+    )
     counted, kept = count(lambda: net(x, t, y), net)
     found = flops.forward_of(SIT, size, (side // shape.stride) ** 2, channels, classes)
     assert found.flops == counted
@@ -68,12 +77,19 @@ def test_sits_formula_is_what_torch_counts(size, channels, side, classes):
     assert found.kept == pytest.approx(kept, rel=0.06)
 
 
-@pytest.mark.parametrize(("size", "channels", "side", "classes"), [("nano/2", 1, 8, 10), ("narrow-L/2", 4, 64, 7), ("B/2", 4, 32, 5), ("L/2", 4, 32, 1000)])
+@pytest.mark.parametrize(
+    ("size", "channels", "side", "classes"),
+    [("nano/2", 1, 8, 10), ("narrow-L/2", 4, 64, 7), ("B/2", 4, 32, 5), ("L/2", 4, 32, 1000)],
+)
 def test_sit_downs_formula_is_what_torch_counts(size, channels, side, classes):
     shape = shape_of(SIT_DOWN, size)
     with torch.device("meta"):
         net = BUILDERS["sit_down"].build(size, shape, Input(channels, (side, side), classes))
-    x, t, y = torch.empty(1, channels, side, side, device="meta"), torch.empty(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+    x, t, y = (
+        torch.empty(1, channels, side, side, device="meta"),
+        torch.empty(1, device="meta"),
+        torch.zeros(1, dtype=torch.long, device="meta"),
+    )
     counted, kept = count(lambda: net(x, t, y), net)
     found = flops.forward_of(SIT_DOWN, size, (side // shape.stride) ** 2, channels, classes)
     assert found.flops == counted
@@ -88,16 +104,29 @@ def test_every_family_from_scratch_has_a_cost():
 def test_kept_numbers_are_near_the_count_for_a_real_sit():
     with torch.device("meta"):
         net = SiT.from_size("XL/2")
-    x, t, y = torch.empty(1, 4, 32, 32, device="meta"), torch.empty(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
-    assert flops.forward_of(SIT, "XL/2", 256, 4, 1000).kept == pytest.approx(count(lambda: net(x, t, y), net)[1], rel=0.002)
+    x, t, y = (
+        torch.empty(1, 4, 32, 32, device="meta"),
+        torch.empty(1, device="meta"),
+        torch.zeros(1, dtype=torch.long, device="meta"),
+    )
+    assert flops.forward_of(SIT, "XL/2", 256, 4, 1000).kept == pytest.approx(
+        count(lambda: net(x, t, y), net)[1], rel=0.002
+    )
 
 
-@pytest.mark.parametrize(("size", "channels", "side", "classes"), [("nano", 1, 8, 10), ("S", 4, 32, 1000), ("B", 3, 48, 2), ("narrow-S", 4, 16, 10)])
+@pytest.mark.parametrize(
+    ("size", "channels", "side", "classes"),
+    [("nano", 1, 8, 10), ("S", 4, 32, 1000), ("B", 3, 48, 2), ("narrow-S", 4, 16, 10)],
+)
 def test_unets_from_scratch_are_as_counted_at_any_size(size, channels, side, classes):
     shape = shape_of(UNET, size)
     with torch.device("meta"):
         net = BUILDERS["unet"].build(size, shape, Input(channels, (side, side), classes)).eval()
-    x, t, y = torch.empty(1, channels, side, side, device="meta"), torch.empty(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+    x, t, y = (
+        torch.empty(1, channels, side, side, device="meta"),
+        torch.empty(1, device="meta"),
+        torch.zeros(1, dtype=torch.long, device="meta"),
+    )
     counted, _ = count(lambda: net(x, t, y), net)
     found = flops.forward_of(UNET, size, (side // shape.stride) ** 2, channels, classes)
     assert found.flops == pytest.approx(counted, rel=1e-4)
@@ -109,7 +138,10 @@ def recount(name: str, divisor: int) -> None:
     side, row = native_side(family), flops.COUNTED[name]
     found, kept = count_family(family, side // divisor)
     assert row.tokens == side**2
-    assert (row.gflops[part], row.kept[part]) == (pytest.approx(found / 1e9, rel=1e-4), pytest.approx(kept / 1e6, rel=1e-3))
+    assert (row.gflops[part], row.kept[part]) == (
+        pytest.approx(found / 1e9, rel=1e-4),
+        pytest.approx(kept / 1e6, rel=1e-3),
+    )
 
 
 @pytest.mark.parametrize("name", ["sd15", "dit", "sana"])
@@ -142,7 +174,9 @@ def test_encoders_cost_what_was_published(name, side, gmacs):
     assert encoder_flops(name, side) / 2e9 == pytest.approx(gmacs, rel=5e-4)
 
 
-@pytest.mark.parametrize("name", ["dinov2_vits14_reg", "dinov3_vits16plus", "siglip2_so400m14", "clip_vitb16", "efficientnet_lite0"])
+@pytest.mark.parametrize(
+    "name", ["dinov2_vits14_reg", "dinov3_vits16plus", "siglip2_so400m14", "clip_vitb16", "efficientnet_lite0"]
+)
 def test_an_encoders_formula_is_what_torch_counts(name):
     facts = ENCODERS[name]
     side = 16 * facts.stride
@@ -180,7 +214,10 @@ class TestTraining:
         down = {"model": {"family": "sit_down", "size": "B/2"}}
         without = cost({"regularizer.type": "none", **down}).image_flops
         blocks = (None, 0, 4, 5, 9, 10, 14)
-        tokens = [(cost({"regularizer.block_index": block, **down}).image_flops - without) / (6 * 7_340_032) for block in blocks]
+        tokens = [
+            (cost({"regularizer.block_index": block, **down}).image_flops - without) / (6 * 7_340_032)
+            for block in blocks
+        ]
         assert tokens == pytest.approx([64, 256, 256, 64, 64, 256, 256])
 
     def test_overheads_are_those_of_the_papers(self):
@@ -203,19 +240,30 @@ class TestTraining:
     def test_an_encoder_is_not_asked_after_the_cutoff_or_at_weight_0(self):
         online, cutoff = {"regularizer.encoder.cache": False}, "regularizer.schedule.cutoff_step"
         without, whole = (cost(settings).image_flops for settings in ({"regularizer.type": "none"}, online))
-        cut, never, off = (cost({**online, **settings}).image_flops for settings in ({cutoff: 25}, {cutoff: 0}, {"regularizer.weight": 0.0}))
+        cut, never, off = (
+            cost({**online, **settings}).image_flops
+            for settings in ({cutoff: 25}, {cutoff: 0}, {"regularizer.weight": 0.0})
+        )
         assert whole - without > encoder_flops("dinov2_vitb14", 224)
         assert (cut - without, never, off) == ((whole - without) / 4, whole, without)
 
     def test_lora_is_two_forward_passes_and_the_adapters(self):
-        lora = {"model": {"family": "dit", "pretrained": "x", "train": "lora", "rank": 4}, "regularizer": {"type": "none"}}
+        lora = {
+            "model": {"family": "dit", "pretrained": "x", "train": "lora", "rank": 4},
+            "regularizer": {"type": "none"},
+        }
         found = cost_of((spec := spec_of({**REPA, **lora}, {"data.vae": None})).arms[0].config, spec.run)
         assert found.trained == 4 * 258_048
         assert found.image_flops == pytest.approx(2 * 237.334e9 + 6 * 256 * 4 * 258_048, rel=1e-4)
 
     @pytest.mark.parametrize(
         ("settings", "calls"),
-        [({}, 50), ({"sampler.steps": 20}, 20), ({"sampler.solver": "heun"}, 99), ({"guidance": {"scale": 2.0, "low": 0.0, "high": 0.7}}, 85)],
+        [
+            ({}, 50),
+            ({"sampler.steps": 20}, 20),
+            ({"sampler.solver": "heun"}, 99),
+            ({"guidance": {"scale": 2.0, "low": 0.0, "high": 0.7}}, 85),
+        ],
     )
     def test_an_evaluation_is_samples_times_calls(self, settings, calls):
         decoded = 622.187e9
@@ -265,5 +313,11 @@ def test_caches_are_latents_in_float32_and_features_in_half():
     spec = spec_of()
     latents, features = caches_of(spec.arms[0].config, spec.run)
     assert (latents.what, latents.image_bytes) == ("latents at 256 px", 2 * 4 * 32 * 32 * 4)
-    assert (features.what, features.image_bytes) == ("features of dinov2_vitb14 at 224 px", 384 * 1024)  # papers.md: 384 KiB
-    assert (latents.image_flops, features.image_flops) == (pytest.approx(272.722e9), encoder_flops("dinov2_vitb14", 224))
+    assert (features.what, features.image_bytes) == (
+        "features of dinov2_vitb14 at 224 px",
+        384 * 1024,
+    )  # papers.md: 384 KiB
+    assert (latents.image_flops, features.image_flops) == (
+        pytest.approx(272.722e9),
+        encoder_flops("dinov2_vitb14", 224),
+    )

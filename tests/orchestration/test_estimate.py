@@ -61,7 +61,10 @@ class TestSpeed:
     def test_evaluations_are_what_an_unbroken_run_spent_beside_training(self, tmp_path):
         spec = spec_of(DIGITS, seeds=2)
         run = make_plan(spec, RunsRoot(tmp_path)).runs[0].run
-        measures = [{"step": 5, "images": 40, "seconds": 10.0, "fid": 1.0}, {"step": 10, "images": 80, "seconds": 14.0, "fid": 1.0}]
+        measures = [
+            {"step": 5, "images": 40, "seconds": 10.0, "fid": 1.0},
+            {"step": 10, "images": 80, "seconds": 14.0, "fid": 1.0},
+        ]
         directory = write_run(tmp_path, run, [row(5, 10.0), measures[0], row(10, 14.0), measures[1]])
         events = [{"time": 100.0, "event": "running", "step": 0}, {"time": 120.0, "event": "done", "step": 10}]
         (directory.path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
@@ -72,7 +75,10 @@ class TestSpeed:
         """25 times the samples' FLOPs at the end: of 54 s beside training the usual two took 2 s each."""
         spec = spec_of(DIGITS, {"evaluate.full": {"samples": 80, "sampler": {"type": "sde", "steps": 250}}}, seeds=2)
         run = make_plan(spec, RunsRoot(tmp_path)).runs[0].run
-        measures = [{"step": step, "images": 8 * step, "seconds": 14.0, name: 1.0} for step, name in ((5, "fid"), (10, "fid"), (10, "full"))]
+        measures = [
+            {"step": step, "images": 8 * step, "seconds": 14.0, name: 1.0}
+            for step, name in ((5, "fid"), (10, "fid"), (10, "full"))
+        ]
         directory = write_run(tmp_path, run, [row(5, 10.0), measures[0], row(10, 14.0), *measures[1:]])
         events = [{"time": 100.0, "event": "running", "step": 0}, {"time": 168.0, "event": "done", "step": 10}]
         (directory.path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
@@ -82,7 +88,10 @@ class TestSpeed:
         # The run that is left takes as long: 80 images of 0.1 s, and the same measurements.
         assert found.total.gpu_hours == pytest.approx((80 * 0.1 + 54) / 3600)
 
-    @pytest.mark.parametrize("other", [{"machine": {"cpus": 999}}, {"machine": {"gpus": ["NVIDIA T4"]}}, {"precision": "bf16"}, {"compile": True}])
+    @pytest.mark.parametrize(
+        "other",
+        [{"machine": {"cpus": 999}}, {"machine": {"gpus": ["NVIDIA T4"]}}, {"precision": "bf16"}, {"compile": True}],
+    )
     def test_other_machines_and_other_options_say_nothing(self, tmp_path, other):
         spec = spec_of(DIGITS, seeds=2)
         write_run(tmp_path, make_plan(spec, RunsRoot(tmp_path)).runs[0].run, [row(5, 10.0), row(10, 14.0)], **other)
@@ -109,8 +118,18 @@ class TestSpeed:
         monkeypatch.setattr("repa_lab.orchestration.speed.UTILISATION", 0.135)
         options = RunOptions(precision="bf16")
         assert assumed_device(options, Path("nowhere"))[0].peak("bf16") == 989e12
-        settings = {"model.size": "XL/2", "train.steps": 400_000, "regularizer.encoder.cache": False, "run.device": "auto"}
-        found = estimate(make_plan(spec_of(REPA, {**settings, "evaluate.every": 400_000, "evaluate.samples": 16}), RunsRoot(Path("nowhere"))))
+        settings = {
+            "model.size": "XL/2",
+            "train.steps": 400_000,
+            "regularizer.encoder.cache": False,
+            "run.device": "auto",
+        }
+        found = estimate(
+            make_plan(
+                spec_of(REPA, {**settings, "evaluate.every": 400_000, "evaluate.samples": 16}),
+                RunsRoot(Path("nowhere")),
+            )
+        )
         assert found.total.gpu_hours == pytest.approx(165, rel=0.02)
 
 
@@ -120,7 +139,17 @@ class TestTotals:
         found = estimate(make_plan(spec_of(DIGITS, **arms), RunsRoot(tmp_path)))
         assert (len(found.shares), found.total.runs, found.total.images) == (3, 2, 160)
 
-    @pytest.mark.parametrize(("begun", "end", "counted"), [(0, 120, (3, 1)), (0, 100, (2, 1)), (50, 100, (1, 1)), (100, 120, (1, 0)), (49, 50, (1, 0)), (120, 120, (0, 0))])
+    @pytest.mark.parametrize(
+        ("begun", "end", "counted"),
+        [
+            (0, 120, (3, 1)),
+            (0, 100, (2, 1)),
+            (50, 100, (1, 1)),
+            (100, 120, (1, 0)),
+            (49, 50, (1, 0)),
+            (120, 120, (0, 0)),
+        ],
+    )
     def test_measurements_are_counted_as_the_loop_makes_them(self, begun, end, counted):
         config = spec_of(REPA, {"train.steps": 120, "evaluate.full": {"at": [100]}}).arms[0].config
         assert measurements(config, begun, end) == counted
@@ -133,10 +162,14 @@ class TestTotals:
         assert found.measuring(config, 0, 10) == 2 * found.evaluation_flops + found.milestone_flops
 
     def test_a_beginning_that_is_shared_counts_once(self, tmp_path):
-        aligned = {**DIGITS, "regularizer": {**REPA["regularizer"], "encoder": {"name": "efficientnet_lite0", "image_size": 32}}}
+        aligned = {
+            **DIGITS,
+            "regularizer": {**REPA["regularizer"], "encoder": {"name": "efficientnet_lite0", "image_size": 32}},
+        }
         axes = {"regularizer.schedule.cutoff_step": [0, 4]}
         shared, alone = (
-            estimate(make_plan(spec_of(aligned, {"run.share": share}, axes=axes), RunsRoot(tmp_path))) for share in (True, False)
+            estimate(make_plan(spec_of(aligned, {"run.share": share}, axes=axes), RunsRoot(tmp_path)))
+            for share in (True, False)
         )
         assert (alone.total.steps, shared.total.steps) == (20, 16)
         assert (alone.total.images, shared.total.images) == (160, 128)
@@ -144,7 +177,8 @@ class TestTotals:
         assert shared.total.disk_bytes == alone.total.disk_bytes
 
     @pytest.mark.parametrize(
-        ("value", "text"), [(0, "0"), (0.012345, "0.0123"), (999.7, "1,000"), (1689.7, "1,690"), (12_345_678, "12,300,000")]
+        ("value", "text"),
+        [(0, "0"), (0.012345, "0.0123"), (999.7, "1,000"), (1689.7, "1,690"), (12_345_678, "12,300,000")],
     )
     def test_numbers_are_told_in_three_digits_and_written_out(self, value, text):
         assert rounded(value) == text
@@ -164,7 +198,10 @@ class TestTotals:
 
     def test_of_a_search_what_ended_is_deducted_and_what_it_does_not_change_counts_once(self, tmp_path):
         encoder = {"name": "efficientnet_lite0", "image_size": 32}
-        arms = {"baseline": {"regularizer.type": "none"}, "aligned": {"regularizer": {"type": "repa", "encoder": encoder}}}
+        arms = {
+            "baseline": {"regularizer.type": "none"},
+            "aligned": {"regularizer": {"type": "repa", "encoder": encoder}},
+        }
         search = {"space": {"regularizer.weight": {"log": [0.1, 0.2]}}, "trials": 7}
         spec = spec_of(DIGITS, {"name": "mine"}, axes={"a": arms}, search=search, seeds=2)
         plan = make_plan(spec, RunsRoot(tmp_path))
@@ -173,7 +210,9 @@ class TestTotals:
         directory = plan.root.sweep("mine")
         directory.path.mkdir()
         runs = [{"seed": seed, "run_id": f"{seed:012x}"} for seed in (0, 1)]
-        directory.record({"name": "mine", "arms": [{"label": "aligned, weight=0.1", "levels": {"a": "aligned"}, "runs": runs}]})
+        directory.record(
+            {"name": "mine", "arms": [{"label": "aligned, weight=0.1", "levels": {"a": "aligned"}, "runs": runs}]}
+        )
         with RunWriter(plan.root.run(runs[0]["run_id"])) as writer:
             writer.state(State.PRUNED, 4)
         again = estimate(plan)
@@ -200,25 +239,57 @@ class TestTotals:
 
     def test_caches_that_take_more_than_they_save_are_told_as_such(self, tmp_path):
         def told(steps: int) -> str:
-            found = estimate(make_plan(spec_of(REPA, {"data.path": str(tmp_path), "data.holdout": 4}, train={"steps": steps, "batch_size": 1}), RunsRoot(tmp_path / "runs")))
+            found = estimate(
+                make_plan(
+                    spec_of(
+                        REPA, {"data.path": str(tmp_path), "data.holdout": 4}, train={"steps": steps, "batch_size": 1}
+                    ),
+                    RunsRoot(tmp_path / "runs"),
+                )
+            )
             assert (found.saved_hours < 0) == (steps == 1)
-            (line,) = (line for line in sentences(found) if "caches " in line and "GPU h" in line and "images x" not in line)
+            (line,) = (
+                line for line in sentences(found) if "caches " in line and "GPU h" in line and "images x" not in line
+            )
             return line
 
         for number in range(6):
             noise_image(number).save(tmp_path / f"{number}.png")
         assert re.fullmatch(r"filling the caches takes [\d.e-]+ GPU h more than they save in so few steps", told(1))
-        assert re.fullmatch(r"caches save [\d.e-]+ GPU h of encoding in every step, their own filling deducted", told(1000))
+        assert re.fullmatch(
+            r"caches save [\d.e-]+ GPU h of encoding in every step, their own filling deducted", told(1000)
+        )
 
     def test_the_json_has_what_it_has_always_had(self, tmp_path):
         found = as_json(estimate(make_plan(spec_of(DIGITS), RunsRoot(tmp_path))))
         json.dumps(found, allow_nan=False)
-        assert set(found) == {"name", "question", "runs", "arms", "steps", "orphaned", "caches", "total", "budget", "assumed", "notes"}
+        assert set(found) == {
+            "name",
+            "question",
+            "runs",
+            "arms",
+            "steps",
+            "orphaned",
+            "caches",
+            "total",
+            "budget",
+            "assumed",
+            "notes",
+        }
         known = {"arm", "seed", "run_id", "state", "steps", "steps_left", "blocked"}
-        assert set(found["runs"][0]) == known | {"reason", "from_step", "images_left", "flops_left", "gpu_hours_left", "disk_bytes_left"}
+        assert set(found["runs"][0]) == known | {
+            "reason",
+            "from_step",
+            "images_left",
+            "flops_left",
+            "gpu_hours_left",
+            "disk_bytes_left",
+        }
         assert found["assumed"]["utilisation"] == UTILISATION
 
-    @pytest.mark.parametrize(("number", "text"), [(0, "0"), (999, "999"), (1234, "1.23 K"), (2.5e6, "2.5 M"), (7.25e20, "725 E")])
+    @pytest.mark.parametrize(
+        ("number", "text"), [(0, "0"), (999, "999"), (1234, "1.23 K"), (2.5e6, "2.5 M"), (7.25e20, "725 E")]
+    )
     def test_large_numbers_in_three_digits(self, number, text):
         assert short(number) == text
         assert short(4.1e12, "FLOPs") == "4.1 TFLOPs"
@@ -234,7 +305,9 @@ class TestBudget:
         assert str(refused.value).startswith(f"{spec}:2:")
         assert (problem.path, problem.place.line) == ("budget.gpu_hours", 2)
         hours = estimate(make_plan(load_spec(spec), RunsRoot(tmp_path / "runs"))).total.gpu_hours
-        assert problem.message.startswith(f"what is left takes about {hours:,.3g} GPU hours, the budget is 1e-06: allow it with --set budget.gpu_hours=")
+        assert problem.message.startswith(
+            f"what is left takes about {hours:,.3g} GPU hours, the budget is 1e-06: allow it with --set budget.gpu_hours="
+        )
         assert not (tmp_path / "runs").exists()
 
     def test_the_advice_suffices(self, tmp_path):

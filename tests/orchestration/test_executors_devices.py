@@ -31,7 +31,9 @@ def machine(tmp_path):
             (dev / name).touch()
         if answer is not None:
             tool = tools / "nvidia-smi"
-            tool.write_text(f"#!{sys.executable}\nimport sys\nassert sys.argv[1:] == ['-L']\nprint({answer!r}, end='')\nsys.exit({status})\n")
+            tool.write_text(
+                f"#!{sys.executable}\nimport sys\nassert sys.argv[1:] == ['-L']\nprint({answer!r}, end='')\nsys.exit({status})\n"
+            )
             tool.chmod(0o755)
         return {"PATH": str(tools), **environment}, dev
 
@@ -94,7 +96,9 @@ def environments(executor: LocalExecutor) -> list[list[dict[str, str]]]:
 
     def environment(pid: int) -> dict[str, str]:
         until = time.monotonic() + 60
-        while not (block := Path(f"/proc/{pid}/environ").read_bytes()):  # Popen returns before the kernel has laid it out
+        while not (
+            block := Path(f"/proc/{pid}/environ").read_bytes()
+        ):  # Popen returns before the kernel has laid it out
             assert time.monotonic() < until
             time.sleep(0.001)
         return dict(entry.split("=", 1) for entry in block.decode().split("\0") if entry)
@@ -129,5 +133,7 @@ def test_a_batch_that_processes_cannot_share_is_refused_at_its_place(tiny, tmp_p
     from repa_lab import sweep
 
     spec = tiny(run={**tiny()["run"], "gpus_per_run": 3})
-    with pytest.raises(SpecError, match=r"train\.batch_size: 3 processes \(run\.gpus_per_run\) cannot share a batch equally"):
+    with pytest.raises(
+        SpecError, match=r"train\.batch_size: 3 processes \(run\.gpus_per_run\) cannot share a batch equally"
+    ):
         sweep(spec, tmp_path)

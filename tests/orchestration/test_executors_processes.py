@@ -15,7 +15,9 @@ from tests.training.conftest import rows
 
 def question(tiny, steps=6, **options):
     run = {**tiny()["run"], **options}
-    return tiny(train={**tiny()["train"], "steps": steps}, evaluate={**tiny()["evaluate"], "every": steps}, seeds=1, run=run)
+    return tiny(
+        train={**tiny()["train"], "steps": steps}, evaluate={**tiny()["evaluate"], "every": steps}, seeds=1, run=run
+    )
 
 
 @pytest.mark.slow

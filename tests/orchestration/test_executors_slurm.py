@@ -93,7 +93,9 @@ def test_a_job_that_dies_is_a_failure_that_a_rerun_repairs(tiny, local, tmp_path
     killer = meanwhile(lambda: signal_holders(victim, signal.SIGKILL, after=15))
     failures = carry_out(spec, tmp_path, on_this_machine(spec, tmp_path))
     killer.join()
-    assert list(failures) == [victim.run_id] and failures[victim.run_id].startswith("the job ended without a result; see ")
+    assert list(failures) == [victim.run_id] and failures[victim.run_id].startswith(
+        "the job ended without a result; see "
+    )
     assert Path(failures[victim.run_id].rpartition(" ")[2]).exists()
     assert (victim.state.state, other.state.state) == (State.FAILED, State.DONE)
     assert carry_out(spec, tmp_path, on_this_machine(spec, tmp_path)) == {}
@@ -116,7 +118,9 @@ def test_the_batch_file_is_the_golden_one():
         }
     )
     parameters = sbatch_parameters(options, "sdxl_manifold")
-    text = submitit.slurm.slurm._make_sbatch_string("COMMAND", "/shared/runs/.jobs/sdxl_manifold/slurm", map_count=40, **parameters)
+    text = submitit.slurm.slurm._make_sbatch_string(
+        "COMMAND", "/shared/runs/.jobs/sdxl_manifold/slurm", map_count=40, **parameters
+    )
     assert text == GOLDEN.read_text()
 
 
@@ -172,7 +176,11 @@ class TestRealSlurm:
 
     def test_a_scheduler_that_was_killed_finds_its_jobs_again(self, tiny, local, tmp_path):
         file = tmp_path / "spec.yaml"
-        file.write_text(yaml.safe_dump(question(tiny, executor="slurm", slurm={"time_min": 30, "cpus_per_task": 1}), sort_keys=False))
+        file.write_text(
+            yaml.safe_dump(
+                question(tiny, executor="slurm", slurm={"time_min": 30, "cpus_per_task": 1}), sort_keys=False
+            )
+        )
         command = [sys.executable, "-m", "repa_lab.cli", "sweep", str(file), "--root", str(tmp_path / "runs")]
         root = RunsRoot(tmp_path / "runs")
         first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

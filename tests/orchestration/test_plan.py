@@ -64,7 +64,9 @@ def test_golden_ids_of_the_shipped_experiments():
     found = {}
     for file in sorted([*EXPERIMENTS.glob("*.yaml"), *EXPERIMENTS.glob("paper/*repa/*.yaml")]):
         planned = make_plan(load_spec(file), RunsRoot(Path("nowhere")))
-        found[file.relative_to(EXPERIMENTS).with_suffix("").as_posix()] = {f"{p.arm.label}, seed {p.run.seed}": p.run.run_id for p in planned.runs}
+        found[file.relative_to(EXPERIMENTS).with_suffix("").as_posix()] = {
+            f"{p.arm.label}, seed {p.run.seed}": p.run.run_id for p in planned.runs
+        }
     assert found == golden
 
 
@@ -100,7 +102,9 @@ def test_sdxl_is_planned_and_says_what_is_missing(tmp_path):
     for number in range(1, 41):
         noise_image(0).save(tmp_path / f"{number}.png")
     (tmp_path / "1.txt").write_text("a cat")
-    given = make_plan(load_spec(file, {"data.source": "imagefolder", "data.path": str(tmp_path)}), RunsRoot(Path("nowhere")))
+    given = make_plan(
+        load_spec(file, {"data.source": "imagefolder", "data.path": str(tmp_path)}), RunsRoot(Path("nowhere"))
+    )
     assert (len(given.pending), given.blocked) == (27, None)
     assert not {run.run_id for run in given.pending} & {entry.run.run_id for entry in planned.runs}
 
@@ -151,7 +155,10 @@ def test_a_run_in_another_process_is_running_and_a_plan_does_not_disturb_it(tmp_
 def test_what_is_blocked_says_why_unless_it_is_done(tmp_path):
     spec, root = load_spec(BASE, {"data": {"source": "imagefolder"}}), RunsRoot(tmp_path)
     (entry,) = make_plan(spec, root).runs
-    assert (entry.word, entry.blocked.message) == ("blocked", "not set; give a folder of images with --set data.path=FOLDER")
+    assert (entry.word, entry.blocked.message) == (
+        "blocked",
+        "not set; give a folder of images with --set data.path=FOLDER",
+    )
     with RunWriter(root.run(entry.run.run_id)) as writer:
         writer.state(State.DONE, 10)
     assert make_plan(spec, root).runs[0].word == "done"
@@ -169,14 +176,22 @@ def test_runs_of_an_earlier_version_of_the_spec_are_orphans_and_stay_so(tmp_path
     for _ in range(2):  # the second time, the manifest knows no arm of the first version
         second = make_plan(load_spec({**BASE, "axes": {"regularizer.weight": [0.2, 0.9]}}), root)
         (orphan,) = second.orphans  # what was never begun is missed by nobody
-        assert (orphan.label, orphan.seed, orphan.run_id, orphan.status) == ("weight=0.1", 0, first.runs[0].run.run_id, RunStatus.DONE)
+        assert (orphan.label, orphan.seed, orphan.run_id, orphan.status) == (
+            "weight=0.1",
+            0,
+            first.runs[0].run.run_id,
+            RunStatus.DONE,
+        )
         root.sweep("x").record(second.manifest())
     again = make_plan(load_spec({**BASE, "axes": weights}), root)
     assert again.orphans == () and "orphaned" not in again.manifest()
 
 
 def test_arms_of_equal_content_are_trained_once():
-    arms = {"axes": {"regularizer.weight": [0.1, 0.2]}, "include": [{"label": "again", "set": {"regularizer.weight": 0.1}}]}
+    arms = {
+        "axes": {"regularizer.weight": [0.1, 0.2]},
+        "include": [{"label": "again", "set": {"regularizer.weight": 0.1}}],
+    }
     planned = make_plan(load_spec({**BASE, **arms}), RunsRoot(Path("nowhere")))
     assert len(planned.runs) == 3 and len(planned.pending) == 2
 
@@ -198,7 +213,10 @@ def test_the_table_has_a_line_an_arm_and_on_demand_a_line_a_run(tmp_path):
 
 def test_averages_that_still_hold_initial_weights_are_told_once_each():
     steps = {"train.steps": [10, 5000]}
-    planned = make_plan(load_spec({**BASE, "axes": {**steps, "train.ema": [0.9, {"decay": 0.9999, "warmup": True}, 0.9999]}}), RunsRoot(Path("nowhere")))
+    planned = make_plan(
+        load_spec({**BASE, "axes": {**steps, "train.ema": [0.9, {"decay": 0.9999, "warmup": True}, 0.9999]}}),
+        RunsRoot(Path("nowhere")),
+    )
     told = [
         f"train.ema: at decay {decay} the measured average still holds {share} % of the initial weights after {steps} steps;"
         " set train.ema.warmup, or lower the decay"
@@ -213,7 +231,9 @@ def test_a_whole_plan_loads_no_torch():
         "import sys, json; sys.argv = ['repa-lab', 'plan', 'experiments/sdxl_manifold.yaml', '--json'];"
         "from repa_lab.cli import main\ntry: main()\nexcept SystemExit: pass\nsys.exit(bool({'torch', 'diffusers', 'pandas'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=EXPERIMENTS.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=EXPERIMENTS.parent, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, json.loads(done.stdout)["total"]["runs"]) == (0, 27), done.stderr
 
 

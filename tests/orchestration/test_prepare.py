@@ -17,7 +17,12 @@ def configs(spec, **overrides):
     ("overrides", "arm", "path", "message"),
     [
         ({"data.holdout": 1797}, 0, "data.holdout", "holding out 1797 of 1797 images leaves none to train on"),
-        ({"regularizer.encoder.name": "resnet_nonsense"}, 1, "regularizer.encoder.name", "unknown encoder 'resnet_nonsense'"),
+        (
+            {"regularizer.encoder.name": "resnet_nonsense"},
+            1,
+            "regularizer.encoder.name",
+            "unknown encoder 'resnet_nonsense'",
+        ),
         ({"evaluate.encoder.name": "resnet_nonsense"}, 0, "evaluate.encoder.name", "unknown encoder 'resnet_nonsense'"),
         (
             {"regularizer.encoder.name": "vit_tiny_patch16_224"},
@@ -29,7 +34,9 @@ def configs(spec, **overrides):
     ],
 )
 def test_refusals_name_the_arm_the_setting_and_the_reason(tiny, tmp_path, monkeypatch, overrides, arm, path, message):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or a hub that is not there is tried for a minute
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # or a hub that is not there is tried for a minute
     with pytest.raises(RefusedError) as caught:
         prepare(configs(tiny(), **overrides), CPU, tmp_path, lambda task: lambda done, total: None)
     assert (caught.value.arm, caught.value.path) == (arm, path)
@@ -37,7 +44,8 @@ def test_refusals_name_the_arm_the_setting_and_the_reason(tiny, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("options", "path"), [(RunOptions(device="cpu", precision="fp16"), "run.precision"), (RunOptions(device="cuda"), "run.device")]
+    ("options", "path"),
+    [(RunOptions(device="cpu", precision="fp16"), "run.precision"), (RunOptions(device="cuda"), "run.device")],
 )
 def test_devices_that_are_not_there_are_refused_and_never_replaced(tiny, tmp_path, monkeypatch, options, path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -69,11 +77,21 @@ def test_what_several_arms_need_is_loaded_once_and_what_differs_for_each(tiny, t
         real = getattr(preparing, name)
         monkeypatch.setattr(preparing, name, lambda *args, real=real, name=name: (loaded.append(name), real(*args))[1])
     weights = {"regularizer.weight": [0.1, 0.2, 0.3], "data.holdout": [64, 128]}
-    prepare(configs(tiny(axes=weights, compare={"baseline": {"regularizer.weight": 0.1}})), CPU, tmp_path, lambda task: lambda done, total: None)
+    prepare(
+        configs(tiny(axes=weights, compare={"baseline": {"regularizer.weight": 0.1}})),
+        CPU,
+        tmp_path,
+        lambda task: lambda done, total: None,
+    )
     assert loaded == 2 * ["open_data", "open_targets", "open_extractor"]  # the run's encoder is the protocol's as well
     loaded.clear()
     metrics = {"evaluate.metrics": [["frechet"], ["frechet", "kid"]]}
-    prepare(configs(tiny(axes=metrics, compare={"baseline": {"evaluate.metrics": ["frechet"]}})), CPU, tmp_path, lambda task: lambda done, total: None)
+    prepare(
+        configs(tiny(axes=metrics, compare={"baseline": {"evaluate.metrics": ["frechet"]}})),
+        CPU,
+        tmp_path,
+        lambda task: lambda done, total: None,
+    )
     assert loaded == ["open_data", "open_targets", "open_extractor", "open_extractor"]
 
 

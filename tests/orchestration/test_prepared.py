@@ -40,7 +40,13 @@ def root(tmp_path_factory) -> Path:
 
 def spec_of(tiny, root: Path, **data) -> dict:
     """A question about data of latents 16x16."""
-    given = {"source": "repa", "path": str(root / "prepared"), "resolution": SIDE, "vae": str(root / "vae"), "holdout": 4}
+    given = {
+        "source": "repa",
+        "path": str(root / "prepared"),
+        "resolution": SIDE,
+        "vae": str(root / "vae"),
+        "holdout": 4,
+    }
     spec = tiny(data={**given, **data}, seeds=1)
     spec["regularizer"]["encoder"]["image_size"] = spec["evaluate"]["encoder"]["image_size"] = 64
     return spec

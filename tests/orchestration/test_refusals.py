@@ -33,7 +33,9 @@ def folder(count, classes=1, side=16):
 def saved(columns):
     datasets = pytest.importorskip("datasets")
     rows = {"image": [noise_image(number) for number in range(40)], **columns}
-    features = {"image": datasets.Image()} | {name: datasets.Value("string" if isinstance(v[0], str) else "int64") for name, v in columns.items()}
+    features = {"image": datasets.Image()} | {
+        name: datasets.Value("string" if isinstance(v[0], str) else "int64") for name, v in columns.items()
+    }
     datasets.Dataset.from_dict(rows, datasets.Features(features)).save_to_disk("saved")
     return {"source": "datasets", "path": "saved", "resolution": 16}
 
@@ -121,7 +123,11 @@ CASES = {
         "input size (6, 6) is not a multiple of the patch size 4",
     ),
     "no column of images": (
-        lambda: (saved({"text": ["a"] * 40}), _without_images(), scratch({"source": "datasets", "path": "saved", "resolution": 16}))[2],
+        lambda: (
+            saved({"text": ["a"] * 40}),
+            _without_images(),
+            scratch({"source": "datasets", "path": "saved", "resolution": 16}),
+        )[2],
         "data.path: no column of images in 'saved'; there are: text",
         "no column of images in 'saved'; there are: text",
     ),
@@ -213,10 +219,24 @@ def test_plan_refuses_what_a_run_refuses(tmp_path, monkeypatch, make, planned, r
 
 def test_a_small_set_holds_out_a_tenth_and_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base = {"name": "small", "model": {"family": "sit", "size": "nano/4"}, "regularizer": {"type": "none"}, "train": {"steps": 2}}
+    base = {
+        "name": "small",
+        "model": {"family": "sit", "size": "nano/4"},
+        "regularizer": {"type": "none"},
+        "train": {"steps": 2},
+    }
     small = make_plan(load_spec({**base, "data": folder(20)}), RunsRoot(Path("runs")))
     assert small.notes == ("2 of 20 images are held out, for a tenth is less than 256 (data.holdout)",)
     (written,) = make_plan(load_spec({**base, "data": folder(20) | {"holdout": 2}}), RunsRoot(Path("runs"))).pending
     assert [written] == list(small.pending) and written.config.data.holdout == 2  # the same run, whoever asks for it
     config = small.runs[0].arm.config.data
-    assert [config.held_out(count) for count in (1, 9, 19, 20, 2559, 2560, 10**6, None)] == [1, 1, 1, 2, 255, 256, 256, 256]
+    assert [config.held_out(count) for count in (1, 9, 19, 20, 2559, 2560, 10**6, None)] == [
+        1,
+        1,
+        1,
+        2,
+        255,
+        256,
+        256,
+        256,
+    ]

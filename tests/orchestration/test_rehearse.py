@@ -15,7 +15,9 @@ from repa_lab.spec import SpecError
 from tests.training.pretrained import write_images
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-PRETRAINED = sorted(file.stem for file in EXPERIMENTS.glob("*.yaml") if "pretrained" in str(load_spec(file).arms[0].draft.value))
+PRETRAINED = sorted(
+    file.stem for file in EXPERIMENTS.glob("*.yaml") if "pretrained" in str(load_spec(file).arms[0].draft.value)
+)
 # Between them: a UNet and a transformer, LoRA and full training, two encoders, a schedule, checkpointed blocks.
 BY_DEFAULT = {"sdxl_manifold"}
 
@@ -46,7 +48,9 @@ def went_through_everything(outcome, root: RunsRoot) -> None:
     assert MARK in page
 
 
-@pytest.mark.parametrize("stem", [stem if stem in BY_DEFAULT else pytest.param(stem, marks=pytest.mark.slow) for stem in PRETRAINED])
+@pytest.mark.parametrize(
+    "stem", [stem if stem in BY_DEFAULT else pytest.param(stem, marks=pytest.mark.slow) for stem in PRETRAINED]
+)
 def test_every_arm_of_a_shipped_experiment_goes_through_everything(stem, tmp_path):
     outcome, root = rehearse_file(stem, tmp_path)
     went_through_everything(outcome, root)
@@ -93,7 +97,12 @@ class TestWhatIsRehearsed:
             assert arm.config.data.vae.startswith(str(tmp_path))
 
     def test_a_pipeline_that_is_given_another_vae_has_one_that_it_can_draw_with(self, tmp_path):
-        data = {"source": "imagefolder", "path": "/data/on/the/cluster", "resolution": 1024, "vae": "somebody/better-vae"}
+        data = {
+            "source": "imagefolder",
+            "path": "/data/on/the/cluster",
+            "resolution": 1024,
+            "vae": "somebody/better-vae",
+        }
         (arm,) = rehearse(rehearsed(tmp_path, data=data), tmp_path / "root").arms
         assert arm.config.data.vae == arm.config.model.pretrained
         config = yaml.safe_load((Path(arm.config.data.vae) / "vae" / "config.json").read_text())
@@ -103,7 +112,12 @@ class TestWhatIsRehearsed:
         names = ["dinov2_vitg14", "dinov3_vitb16", "convnext_tiny", "efficientnet_lite0"]
         experiment = rehearsed(tmp_path, axes={"regularizer.encoder.name": names})
         encoders = [arm.config.regularizer.encoder for arm in rehearse(experiment, tmp_path / "root").arms]
-        assert [one.name for one in encoders] == ["tiny-dinov2_vitg14", "tiny-dinov3_vitb16", "efficientnet_lite0", "efficientnet_lite0"]
+        assert [one.name for one in encoders] == [
+            "tiny-dinov2_vitg14",
+            "tiny-dinov3_vitb16",
+            "efficientnet_lite0",
+            "efficientnet_lite0",
+        ]
         assert [one.image_size for one in encoders] == [56, 64, 64, 64]
 
     def test_the_specs_own_images_are_used_where_they_are(self, tmp_path):
@@ -121,7 +135,10 @@ class TestWhatIsRehearsed:
     @pytest.mark.slow
     def test_a_comparison_speaks_of_the_settings_that_are_meant(self, tmp_path):
         baseline = {"regularizer.encoder.name": "dinov2_vits14"}
-        sections = {"axes": {"regularizer.encoder.name": ["dinov2_vits14", "dinov2_vitg14"]}, "compare": {"baseline": baseline}}
+        sections = {
+            "axes": {"regularizer.encoder.name": ["dinov2_vits14", "dinov2_vitg14"]},
+            "compare": {"baseline": baseline},
+        }
         outcome = sweep(rehearsed(tmp_path, **sections), tmp_path / "runs", rehearse=True)
         baselines = [arm["baseline"] for arm in outcome.directory.manifest["arms"]]
         assert baselines == [None, "name=dinov2_vits14"]
@@ -151,7 +168,13 @@ class TestTheCommand:
         experiment = rehearsed(tmp_path, regularizer={"type": "urepa"})
         with pytest.raises(SpecError, match="flux is a transformer: use repa, not urepa"):
             sweep(experiment, tmp_path / "runs", rehearse=True)
-        experiment = rehearsed(tmp_path, model={"family": "flux", "pretrained": str(folder)}, regularizer={"type": "repa", "block_index": 57})
-        with pytest.raises(SpecError, match=re.escape("flux has 57 blocks: block_index must be 0 to 56, got 57")) as refused:
+        experiment = rehearsed(
+            tmp_path,
+            model={"family": "flux", "pretrained": str(folder)},
+            regularizer={"type": "repa", "block_index": 57},
+        )
+        with pytest.raises(
+            SpecError, match=re.escape("flux has 57 blocks: block_index must be 0 to 56, got 57")
+        ) as refused:
             sweep(experiment, tmp_path / "runs", rehearse=True)
         assert "mine.yaml:" in str(refused.value)

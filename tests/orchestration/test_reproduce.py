@@ -57,7 +57,10 @@ def test_the_papers_settings(name):
 
 
 def test_blocks_are_the_papers_depths_less_one():
-    depths = {name: [arm.config.regularizer.block_index for arm in open_table(name).arms] for name in ("repa/b2", "repa/xl2", "repa/table2-depth")}
+    depths = {
+        name: [arm.config.regularizer.block_index for arm in open_table(name).arms]
+        for name in ("repa/b2", "repa/xl2", "repa/table2-depth")
+    }
     assert (depths["repa/b2"][1], depths["repa/xl2"][1]) == (3, 7)
     assert depths["repa/table2-depth"] == [5, 7, 9, 11, 13, 15]
     labels = {arm.label: arm.config.regularizer.block_index for arm in open_table("urepa/table4").arms}
@@ -120,7 +123,16 @@ class TestNano:
         depths = [arm.config.regularizer.block_index for arm in open_table("repa/table2-depth", "nano").arms]
         assert depths == [0, 1, 1, 1, 2, 2]
         large, little = SIT_SHAPES["L/2"], SIT_SHAPES["nano/2"]
-        assert [scaled_block(block, large, little) for block in (0, 5, 6, 11, 12, 17, 18, 23)] == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert [scaled_block(block, large, little) for block in (0, 5, 6, 11, 12, 17, 18, 23)] == [
+            0,
+            0,
+            1,
+            1,
+            2,
+            2,
+            3,
+            3,
+        ]
 
 
 def cli(*words, cwd=ROOT):
@@ -150,7 +162,14 @@ def test_tables_are_listed_without_torch_and_full_scale_asks_for_images(tmp_path
 
 def test_a_table_is_carried_out_and_written(tmp_path):
     short = ["train.steps=2", "evaluate.every=2", "evaluate.samples=16", "evaluate.sampler.steps=2", "seeds=1"]
-    words = ["urepa/table6", "--scale", "nano", "--root", tmp_path, *(word for value in short for word in ("--set", value))]
+    words = [
+        "urepa/table6",
+        "--scale",
+        "nano",
+        "--root",
+        tmp_path,
+        *(word for value in short for word in ("--set", value)),
+    ]
     done = cli(*words)
     assert done.returncode == 0, done.stderr
     assert "nano scale, on digits: the shape of the effect, not the number" in done.stdout

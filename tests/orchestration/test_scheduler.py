@@ -82,7 +82,9 @@ def test_a_run_that_another_process_trains_is_waited_for_and_never_told_to_have_
     seen = io.StringIO()
     with RunWriter(theirs) as writer:
         outcomes = []
-        sweeping = meanwhile(lambda: outcomes.append(sweep(spec, tmp_path, workers=1, console=Console(file=seen, width=200))))
+        sweeping = meanwhile(
+            lambda: outcomes.append(sweep(spec, tmp_path, workers=1, console=Console(file=seen, width=200)))
+        )
         while "another process trains it" not in seen.getvalue():
             assert sweeping.is_alive()
             time.sleep(0.1)

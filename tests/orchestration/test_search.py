@@ -239,7 +239,9 @@ def test_a_run_of_a_settled_trial_that_is_wanted_again_is_trained_and_its_trial_
     assert (again.counts(), states(again)) == ((2, 2), ["complete"])
 
 
-@pytest.mark.parametrize("when", [{}, {"when": {"regularizer.loss": "nt_xent"}}], ids=["changes nothing", "is never drawn"])
+@pytest.mark.parametrize(
+    "when", [{}, {"when": {"regularizer.loss": "nt_xent"}}], ids=["changes nothing", "is never drawn"]
+)
 def test_an_arm_that_nothing_searched_makes_a_difference_to_is_trained_once(tiny, tmp_path, when):
     arms = {"baseline": {"regularizer.type": "none"}, "aligned": {"regularizer.loss": "nt_xent"}}
     search = {"space": {"regularizer.weight": {"log": [0.1, 1.0], **when}}, "trials": 3, "sampler": "random"}

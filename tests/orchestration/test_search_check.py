@@ -105,13 +105,22 @@ CASES = [
         ("prune: none", "sampler: tpee"),
         "13:3: search.sampler: expected one of tpe, random, qmc, cmaes, got 'tpee'; did you mean",
     ),
-    (("prune: none", "sampler: cmaes"), "9:5: search.space.regularizer.loss: cmaes takes no choice, only log, uniform and int"),
-    (("prune: none", "sampler: cmaes"), "10:49: search.space.regularizer.temperature.when: cmaes takes no conditions; use tpe"),
+    (
+        ("prune: none", "sampler: cmaes"),
+        "9:5: search.space.regularizer.loss: cmaes takes no choice, only log, uniform and int",
+    ),
+    (
+        ("prune: none", "sampler: cmaes"),
+        "10:49: search.space.regularizer.temperature.when: cmaes takes no conditions; use tpe",
+    ),
     (
         ("prune: none", "storage: runs/study.db"),
         "13:3: search.storage: not the URL of a database, such as sqlite:///study.db or postgresql://user@host/name",
     ),
-    (("prune: none", "storage: nosuchdb://here/x"), "13:3: search.storage: Can't load plugin: sqlalchemy.dialects:nosuchdb"),
+    (
+        ("prune: none", "storage: nosuchdb://here/x"),
+        "13:3: search.storage: Can't load plugin: sqlalchemy.dialects:nosuchdb",
+    ),
 ]
 
 
@@ -159,7 +168,9 @@ def test_a_condition_of_a_condition_is_met_before_the_ends_are_tried():
 def test_cmaes_says_when_its_package_is_missing_and_when_there_is_one_field_only(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     lines = problems(_with_space(NUMBERS).replace("prune: none", "sampler: cmaes"))
-    assert lines == ["12:3: search.sampler: cmaes needs the package cmaes: pip install cmaes, or use tpe, random or qmc"]
+    assert lines == [
+        "12:3: search.sampler: cmaes needs the package cmaes: pip install cmaes, or use tpe, random or qmc"
+    ]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
     one = _with_space(NUMBERS.splitlines(keepends=True)[0]).replace("prune: none", "sampler: cmaes")
     assert problems(one) == ["11:3: search.sampler: cmaes needs two or more fields: use tpe for one"]
@@ -173,13 +184,19 @@ def test_a_database_whose_driver_is_missing_is_refused_without_its_password():
 
 
 def test_every_problem_is_told_at_once():
-    lines = problems(SOUND.replace(LOSS, "{choice: [dot]}").replace("metric: frechet", "metric: kid").replace("none", "sha"))
-    assert [line.split(": ")[1] for line in lines] == ["search.prune"]  # what does not parse hides what is checked on it
+    lines = problems(
+        SOUND.replace(LOSS, "{choice: [dot]}").replace("metric: frechet", "metric: kid").replace("none", "sha")
+    )
+    assert [line.split(": ")[1] for line in lines] == [
+        "search.prune"
+    ]  # what does not parse hides what is checked on it
 
 
 def test_planning_a_search_loads_no_optuna():
     Path("spec.yaml").write_text(SOUND)
-    code = "import sys, repa_lab; repa_lab.plan('spec.yaml'); sys.exit('optuna' in sys.modules or 'torch' in sys.modules)"
+    code = (
+        "import sys, repa_lab; repa_lab.plan('spec.yaml'); sys.exit('optuna' in sys.modules or 'torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -136,7 +136,9 @@ class TestChangedSpace:
         low = sorted(params["regularizer.weight"] for params in tried.values())[2]
         space = {"regularizer.weight": {"log": [low, 1.0]}, "train.lr": {"choice": [1e-3, 1e-2]}}
         work = search(space=space, trials=6, prune="none", seeds=(0,))
-        assert by_value(work) == {value: params for value, params in tried.items() if params["regularizer.weight"] >= low}
+        assert by_value(work) == {
+            value: params for value, params in tried.items() if params["regularizer.weight"] >= low
+        }
         assert work.counts() == (4, 6)
 
     def test_a_field_that_is_no_longer_searched_must_stand_at_the_arms_setting(self, search, tried):
@@ -165,7 +167,9 @@ class TestChangedSpace:
         work = search(space=space, trials=6, prune="none", seeds=(0, 1), begun=begun)
         tasks = [work.next() for _ in range(6)]
         assert {task.run.seed for task in tasks} == {1}
-        assert {task.run.config.regularizer.weight for task in tasks} == {p["regularizer.weight"] for p in tried.values()}
+        assert {task.run.config.regularizer.weight for task in tasks} == {
+            p["regularizer.weight"] for p in tried.values()
+        }
 
     def test_the_old_space_finds_its_old_study(self, search, tried):
         search(space={"regularizer.weight": {"log": [0.2, 0.9]}}, trials=1, seeds=(0,))

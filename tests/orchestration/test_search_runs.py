@@ -113,7 +113,11 @@ def test_settings_that_diverge_are_the_worst_of_all_and_no_failures_and_are_not_
     assert (outcome.trained, outcome.failures, outcome.stopped) == (1, {}, None)
     assert ["DivergedError" in reason for reason in outcome.diverged.values()] == [True, True]
     trials = {trial["params"]["train.lr"]: trial for trial in outcome.directory.manifest["search"]["trials"]}
-    assert {rate: trial["state"] for rate, trial in trials.items()} == {1e-3: "complete", 1e30: "diverged", 2e30: "diverged"}
+    assert {rate: trial["state"] for rate, trial in trials.items()} == {
+        1e-3: "complete",
+        1e30: "diverged",
+        2e30: "diverged",
+    }
     assert (trials[1e30]["value"], trials[2e30]["value"]) == (None, None)
     (study,) = optuna.get_all_study_summaries(f"sqlite:///{outcome.path / 'study.db'}")
     assert study.n_trials == 12 and study.best_trial.params == {"train.lr": 1e-3}
@@ -176,7 +180,9 @@ REHEARSED = {
 }
 
 
-def test_a_rehearsed_search_has_two_trials_a_metric_that_is_measured_and_a_study_of_its_own(tiny, tmp_path, monkeypatch):
+def test_a_rehearsed_search_has_two_trials_a_metric_that_is_measured_and_a_study_of_its_own(
+    tiny, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     root = RunsRoot(tmp_path / "runs")
     rehearsed = make_plan(rehearse(load_spec(spec_of(tiny, **REHEARSED)), root.path), root)

@@ -68,7 +68,10 @@ class TestThePlan:
         ],
     )
     def test_a_run_takes_its_last_step_itself_unless_its_end_is_measured_for_it(self, tmp_path, evaluate, step):
-        pair = [named(str(steps), **{"train.steps": steps, **{f"evaluate.{k}": v for k, v in evaluate.items()}}) for steps in (6, 12)]
+        pair = [
+            named(str(steps), **{"train.steps": steps, **{f"evaluate.{k}": v for k, v in evaluate.items()}})
+            for steps in (6, 12)
+        ]
         found = share(pair, [], RunsRoot(tmp_path))
         assert found.forks == {"6": Fork("12", step)}
         assert found.trained == 12 + 6 - step
@@ -131,7 +134,10 @@ class TestForked:
 
     @pytest.mark.parametrize("cut", [3, 4])  # between two evaluations, and at one
     def test_ends_bit_for_bit_as_by_itself(self, tmp_path, cache, cut):
-        parent, child = (named(f"cut{step}", **self.SETTINGS, **{CUT: {"cutoff_step": step}, "train.steps": 6}) for step in (None, cut))
+        parent, child = (
+            named(f"cut{step}", **self.SETTINGS, **{CUT: {"cutoff_step": step}, "train.steps": 6})
+            for step in (None, cut)
+        )
         alone, shared = RunsRoot(tmp_path / "alone"), RunsRoot(tmp_path / "shared")
         by_itself = [self.directory(alone, run, cache) for run in (parent, child)]
         first = self.directory(shared, parent, cache, kept=frozenset({cut}))
@@ -141,7 +147,9 @@ class TestForked:
             assert rows(ours) == rows(theirs)
             assert_same(weights(ours), weights(theirs))
             assert list(ours.sample_grids()) == list(theirs.sample_grids())
-            assert [p.read_bytes() for p in ours.sample_grids().values()] == [p.read_bytes() for p in theirs.sample_grids().values()]
+            assert [p.read_bytes() for p in ours.sample_grids().values()] == [
+                p.read_bytes() for p in theirs.sample_grids().values()
+            ]
         assert [event["event"] for event in second.events()][:2] == ["forked", "resumed"]
 
     def test_a_longer_run_does_not_inherit_the_last_measurement_of_a_shorter_one(self, tmp_path, cache):
@@ -165,7 +173,9 @@ class TestForked:
         assert_same(weights(found), weights(expected))
         assert [event["event"] for event in found.events()] == ["running", "done"]
 
-    @pytest.mark.parametrize(("after", "forked"), [(4, [4]), (2, [])])  # of a finished run the last two checkpoints are left
+    @pytest.mark.parametrize(
+        ("after", "forked"), [(4, [4]), (2, [])]
+    )  # of a finished run the last two checkpoints are left
     def test_a_rule_is_asked_of_what_is_inherited(self, tmp_path, cache, after, forked):
         """A run of 6 steps is done; a longer one comes with a rule that would have ended it on the way."""
         short, long = (named(str(steps), **{"train.steps": steps, "evaluate.every": 2}) for steps in (6, 8))
@@ -187,7 +197,10 @@ class TestForked:
         root, ends = RunsRoot(tmp_path), stop_after(3)
         assert train(parent, root.run(parent.run_id), make_options(), cache, should_stop=ends) is State.INTERRUPTED
         found = root.run(child.run_id)
-        assert train(child, found, make_options(), cache, fork=Fork(parent.run_id, 5), should_stop=stop_after(4)) is State.INTERRUPTED
+        assert (
+            train(child, found, make_options(), cache, fork=Fork(parent.run_id, 5), should_stop=stop_after(4))
+            is State.INTERRUPTED
+        )
         assert [(event["event"], event["step"]) for event in found.events()][:2] == [("forked", 3), ("resumed", 3)]
         alone = run_steps(child, RunsRoot(tmp_path / "alone").run("alone"), cache, steps=7)
         assert rows(found) == rows(alone)
@@ -274,7 +287,16 @@ class TestTheSweep:
         for arm in alone.directory.manifest["arms"]:
             ours, theirs = (RunsRoot(tmp_path / name).run(arm["runs"][0]["run_id"]) for name in ("shared", "alone"))
             assert rows(ours) == rows(theirs)
-            assert len([row for row in rows(ours) if "loss/total" not in row and row["step"] == ours.spec["train"]["steps"]]) == 2
+            assert (
+                len(
+                    [
+                        row
+                        for row in rows(ours)
+                        if "loss/total" not in row and row["step"] == ours.spec["train"]["steps"]
+                    ]
+                )
+                == 2
+            )
 
     @pytest.mark.slow
     def test_a_longer_run_goes_on_where_a_finished_shorter_one_ended(self, tmp_path):

@@ -59,5 +59,7 @@ def test_a_rule_about_what_is_not_measured_is_refused(tiny, tmp_path, stop, plac
 
 def test_a_search_takes_no_rules(tiny, tmp_path):
     search = {"space": {"regularizer.weight": {"log": [0.1, 1]}}}
-    with pytest.raises(SpecError, match=r"stop: a search compares groups at equal progress: leave stop out, and set search.prune"):
+    with pytest.raises(
+        SpecError, match=r"stop: a search compares groups at equal progress: leave stop out, and set search.prune"
+    ):
         plan(tiny(axes={}, search=search, stop={"below": 1}), tmp_path)

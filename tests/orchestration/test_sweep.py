@@ -40,7 +40,8 @@ def test_the_report_states_the_answer_that_the_rows_give(finished):
     outcome, root = finished
     manifest = outcome.directory.manifest
     final = {
-        arm["label"]: [RunsRoot(root).run(run["run_id"]).rows()[-1][METRIC] for run in arm["runs"]] for arm in manifest["arms"]
+        arm["label"]: [RunsRoot(root).run(run["run_id"]).rows()[-1][METRIC] for run in arm["runs"]]
+        for arm in manifest["arms"]
     }
     difference = sum(a - b for a, b in zip(final["aligned"], final["baseline"], strict=True)) / 2
     row = load_results(outcome.path).summary.query("arm == 'aligned' and metric == @METRIC").iloc[0]
@@ -99,7 +100,10 @@ def _kill_the_worker_of(root, run_id):
     lock = (root.run(run_id).path / ".lock").resolve()
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if any(os.path.realpath(link) == str(lock) for link in (process / "fd").iterdir()) and int(process.name) != os.getpid():
+            if (
+                any(os.path.realpath(link) == str(lock) for link in (process / "fd").iterdir())
+                and int(process.name) != os.getpid()
+            ):
                 os.kill(int(process.name), signal.SIGKILL)
         except OSError:
             continue

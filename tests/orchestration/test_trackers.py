@@ -48,7 +48,9 @@ def test_tensorboard_that_is_not_installed_is_refused_before_anything_is_made(ti
     experiment = load_spec(tiny(run={"tensorboard": True}))
     check(experiment, Inventory())
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("tensorboard") else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name.startswith("tensorboard") else find(name)
+    )
     with pytest.raises(SpecError, match=r"run\.tensorboard: needs TensorBoard: pip install 'repa-lab\[tensorboard\]'"):
         check(experiment, Inventory())
 

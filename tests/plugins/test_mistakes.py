@@ -110,7 +110,9 @@ class TestMistakes:
         write(tmp_path, HEAD + '@regularizer("spread")\nclass Other(Regularizer):\n' + GOOD, "other.py")
         file = spec_of(tmp_path, spec=SPEC.replace("[mine.py]", "[mine.py, other.py]"))
         line = MINE.splitlines().index('@regularizer("spread")') + 1
-        assert refusal(file) == [f"other.py:4:1: the regularizer 'spread' exists already (mine.py:{line}); choose another name"]
+        assert refusal(file) == [
+            f"other.py:4:1: the regularizer 'spread' exists already (mine.py:{line}); choose another name"
+        ]
 
     @pytest.mark.parametrize(
         "named, expected",
@@ -134,7 +136,10 @@ class TestMistakes:
             status, said = run_cli(command, "mine.yaml", "--root", "runs", cwd=tmp_path)
             assert status != 0
             assert said == BROKEN["has a syntax error"][1]
-        assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["mine.py", "mine.yaml"]
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == [
+            "mine.py",
+            "mine.yaml",
+        ]
         status, said = run_cli("--plugin", "mine.py", "families", cwd=tmp_path)
         assert status != 0
         assert [line.removesuffix("") for line in said] == ["mine.py:4: SyntaxError: invalid syntax (mine.py, line 4)"]
@@ -223,13 +228,20 @@ class TestWorkers:
             worker.stdin.close()
         line = f"{tmp_path}/mine.py:1: the file has changed since the sweep was planned; start the sweep again"
         assert ready["kind"] == "ready"
-        assert (train["kind"], train["run_id"], train["state"], train["error"]) == ("finished", job.run.run_id, State.FAILED, line)
+        assert (train["kind"], train["run_id"], train["state"], train["error"]) == (
+            "finished",
+            job.run.run_id,
+            State.FAILED,
+            line,
+        )
         assert (prepare["kind"], prepare["error"]) == ("broken", line)
         assert not (tmp_path / "runs").exists()
 
     def test_they_are_told_of_no_plugin_that_their_run_does_not_use(self, tmp_path):
         """A notebook may have loaded others before, whose files are gone by now."""
-        other = spec_of(tmp_path / "other", MINE.replace('"spread"', '"other"'), SPEC.replace("type: spread", "type: other"))
+        other = spec_of(
+            tmp_path / "other", MINE.replace('"spread"', '"other"'), SPEC.replace("type: spread", "type: other")
+        )
         load_spec(other)
         job, baseline = self.jobs(spec_of(tmp_path), tmp_path / "runs")
         (tmp_path / "other" / "mine.py").unlink()

@@ -32,7 +32,9 @@ class TestPlanning:
         assert hash(config) == hash(load_spec(tmp_path / "mine.yaml").arms[0].config)
 
     def test_they_are_checked_and_may_be_varied(self, tmp_path):
-        spec = spec_of(tmp_path, spec=SPEC + "axes: {regularizer.margin: [0.5, 1.0], regularizer.block_index: [0, 3]}\n")
+        spec = spec_of(
+            tmp_path, spec=SPEC + "axes: {regularizer.margin: [0.5, 1.0], regularizer.block_index: [0, 3]}\n"
+        )
         assert len(ids(spec)) == len(set(ids(spec).values())) == 5
         for change, line in (
             (("margin: 0.5", "margin: wide"), "5:42: regularizer.margin: expected a number, got 'wide'"),
@@ -43,7 +45,9 @@ class TestPlanning:
             (("margin: 0.5", "encoder: {}"), "5:42: regularizer.encoder: unknown field 'encoder'; allowed: block_index, margin, "
              "schedule, type, weight"),
         ):  # fmt: skip
-            assert refusal(spec_of(tmp_path, spec=SPEC.replace(*change).replace("include: [", "# "))) == [f"mine.yaml:{line}"]
+            assert refusal(spec_of(tmp_path, spec=SPEC.replace(*change).replace("include: [", "# "))) == [
+                f"mine.yaml:{line}"
+            ]
 
     def test_in_a_sweep_with_built_in_types_each_has_its_own_fields(self, tmp_path):
         types = "axes: {regularizer.type: [none, spread, repa]}\n"
@@ -66,10 +70,15 @@ class TestPlanning:
         forget()
         write(tmp_path, "plugins: [../base/mine.py]\n", "fragments/with.yaml")
         plain = write(tmp_path, SPEC.replace("plugins: [mine.py]\n", ""), "specs/plain.yaml")
-        assert load_spec(plain, None, [tmp_path / "fragments" / "with.yaml"]).arms[0].config.regularizer.type == "spread"
+        assert (
+            load_spec(plain, None, [tmp_path / "fragments" / "with.yaml"]).arms[0].config.regularizer.type == "spread"
+        )
 
     def test_the_same_file_twice_is_one_plugin_and_is_run_once(self, tmp_path):
-        counting = MINE + "import pathlib\nwith pathlib.Path(__file__).with_name('log').open('a') as log:\n    log.write('x')\n"
+        counting = (
+            MINE
+            + "import pathlib\nwith pathlib.Path(__file__).with_name('log').open('a') as log:\n    log.write('x')\n"
+        )
         file = spec_of(tmp_path, counting, SPEC.replace("[mine.py]", "[mine.py, ./mine.py]"))
         for _ in range(2):
             load_spec(file)
@@ -82,7 +91,11 @@ class TestPlanning:
         file = spec_of(tmp_path)
         load_spec(file)
         (tmp_path / "mine.py").write_text(MINE.replace('"spread"', '"spread2"'))
-        assert refusal(file)[0].split(": ", 2)[2].startswith("unknown regularizer 'spread'; allowed: none, repa, urepa, spread2")
+        assert (
+            refusal(file)[0]
+            .split(": ", 2)[2]
+            .startswith("unknown regularizer 'spread'; allowed: none, repa, urepa, spread2")
+        )
         assert load_spec(file, {"regularizer.type": "spread2"}).arms
 
     def test_planning_with_a_plugin_of_settings_alone_needs_no_torch(self, tmp_path):
@@ -117,7 +130,9 @@ class TestEntryPoints:
         )
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.split() == list(ids(spec_of(tmp_path)).values())  # the content of the file counts, as of any other
+        assert done.stdout.split() == list(
+            ids(spec_of(tmp_path)).values()
+        )  # the content of the file counts, as of any other
 
     def test_a_mistake_in_one_is_one_line(self, tmp_path):
         site = tmp_path / "site"

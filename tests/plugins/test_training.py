@@ -39,7 +39,10 @@ class TestTraining:
         outcome, file = trained
         assert (outcome.trained, outcome.failures) == (2, {})
         root = RunsRoot(file.parent / "runs")
-        found = {label: [row for row in root.run(run.run_id).rows() if "loss/total" in row] for label, run in self.runs(file).items()}
+        found = {
+            label: [row for row in root.run(run.run_id).rows() if "loss/total" in row]
+            for label, run in self.runs(file).items()
+        }
         assert [row["step"] for row in found["all"]] == [1, 2, 3, 4, 5, 6]
         for step, row in enumerate(found["all"]):
             weight = 0.05 * (1 + math.cos(math.pi * step / 6))
@@ -77,7 +80,9 @@ class TestTraining:
     def test_a_run_keeps_a_copy_of_its_plugin_and_the_baseline_none(self, trained):
         _, file = trained
         runs = self.runs(file)
-        folders = {label: RunsRoot(file.parent / "runs").run(run.run_id).path / "plugins" for label, run in runs.items()}
+        folders = {
+            label: RunsRoot(file.parent / "runs").run(run.run_id).path / "plugins" for label, run in runs.items()
+        }
         assert [copy.name for copy in folders["all"].iterdir()] == ["mine.py"]
         assert (folders["all"] / "mine.py").read_text() == MINE
         assert not folders["baseline"].exists()
@@ -138,7 +143,13 @@ class TestDocumentation:
 
     def first_step(self, file: Path, root: Path):
         """A trainer of a spec's first run, what its regularizer was given and gave at its first step, and the step's row."""
-        small = {"train.steps": 4, "train.batch_size": 8, "evaluate.samples": 16, "data.holdout": 64, "run.wandb.mode": "disabled"}
+        small = {
+            "train.steps": 4,
+            "train.batch_size": 8,
+            "evaluate.samples": 16,
+            "data.holdout": 64,
+            "run.wandb.mode": "disabled",
+        }
         run = plan(file, root, small).runs[0].run
         trainer, seen = Trainer(run, RunOptions(device="cpu"), RunsRoot(root).cache), []
         trainer.aligner.regularizer.register_forward_hook(lambda module, inputs, loss: seen.append((inputs[0], loss)))
@@ -154,7 +165,9 @@ class TestDocumentation:
         assert [arm.config.regularizer.type for arm in load_spec(file).arms] == ["contrastive_flow", "none"]
         _, signals, loss, row = self.first_step(file, home / "runs")
         output, target = (tensor.detach().double().numpy() for tensor in signals.prediction)
-        apart = np.mean([(output[i] - target[(i - 1) % 8]) ** 2 for i in range(8)])  # Eq. 6, with the next image of the batch
+        apart = np.mean(
+            [(output[i] - target[(i - 1) % 8]) ** 2 for i in range(8)]
+        )  # Eq. 6, with the next image of the batch
         assert loss.value.item() == pytest.approx(-apart, rel=1e-5)
         assert row["align/distance"] == pytest.approx(apart, rel=1e-5)
         assert row["align/weight"] == 0.05

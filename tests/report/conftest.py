@@ -80,7 +80,9 @@ def builder(root: RunsRoot) -> Build:
 def decay(start: float, end: float, rate: float = 150.0, noise: float = 0.0, seed: int = 0) -> dict[int, float]:
     """A convergence curve over STEPS."""
     jitter = np.random.default_rng(seed).normal(0, noise, len(STEPS)) if noise else np.zeros(len(STEPS))
-    return {step: end + (start - end) * math.exp(-step / rate) + float(j) for step, j in zip(STEPS, jitter, strict=True)}
+    return {
+        step: end + (start - end) * math.exp(-step / rate) + float(j) for step, j in zip(STEPS, jitter, strict=True)
+    }
 
 
 def constant_runs(values: Sequence[float], **facts: Any) -> list[FakeRun]:
@@ -173,7 +175,9 @@ def _alignment(run: FakeRun, step: int) -> dict[str, float]:
     if run.cka is None:
         return {}
     cka = run.cka * (1 - math.exp(-step / 200)) + 0.005 * run.seed
-    return {"heldout/cka": cka} | ({"heldout/cosine": 1.2 * cka, "heldout/gap": 0.02 + 1e-5 * step} if run.cka > 0.4 else {})
+    return {"heldout/cka": cka} | (
+        {"heldout/cosine": 1.2 * cka, "heldout/gap": 0.02 + 1e-5 * step} if run.cka > 0.4 else {}
+    )
 
 
 def _cost(run: FakeRun, step: int) -> dict[str, float]:

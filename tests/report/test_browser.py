@@ -43,7 +43,9 @@ def test_it_opens_without_network_and_without_complaints(browser: chromium.Chrom
 
 
 @WIDTHS
-def test_nothing_is_wider_than_the_screen_but_in_a_box_that_scrolls(browser: chromium.Chromium, page: Path, width: int) -> None:
+def test_nothing_is_wider_than_the_screen_but_in_a_box_that_scrolls(
+    browser: chromium.Chromium, page: Path, width: int
+) -> None:
     browser.open(page, width)
     assert browser.run("document.documentElement.scrollWidth") <= width
     outside = """[...document.querySelectorAll("main *")].filter((one) => !one.closest(".scroll, nav, svg, details:not([open])")
@@ -72,7 +74,9 @@ def test_tabs_show_one_measure_of_progress_at_a_time(browser: chromium.Chromium,
     assert browser.run(seen) == [True, False, False]
     browser.run("""document.querySelector("label[for=tab-convergence-3]").click()""")
     assert browser.run(seen) == [False, False, True]
-    assert "device seconds of training" in browser.run("""[...document.querySelectorAll(".tabs > figure")][2].textContent""")
+    assert "device seconds of training" in browser.run(
+        """[...document.querySelectorAll(".tabs > figure")][2].textContent"""
+    )
 
 
 def test_tables_sort_by_number_and_by_text_both_ways(browser: chromium.Chromium, page: Path) -> None:
@@ -99,7 +103,9 @@ def test_tables_sort_by_number_and_by_text_both_ways(browser: chromium.Chromium,
 def test_dark_is_dark_and_its_text_can_be_read(browser: chromium.Chromium, page: Path) -> None:
     for dark in (False, True):
         browser.open(page, dark=dark)
-        paper, ink = browser.run("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
+        paper, ink = browser.run(
+            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+        )
         label = browser.run("getComputedStyle(document.querySelector('svg text')).fill")
         assert (brightness(paper) < 64) is dark
         for text in (ink, label):

@@ -17,7 +17,9 @@ def within(covered: float, expected: float, n: int = SWEEPS, deviations: float =
     return abs(covered - expected) <= deviations * math.sqrt(expected * (1 - expected) / n)
 
 
-def sweeps(seeds: int, effect: float, arms: int = 1, shared: float = 3.0, own: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def sweeps(
+    seeds: int, effect: float, arms: int = 1, shared: float = 3.0, own: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Baselines ``(sweeps, seeds)`` and arms ``(sweeps, arms, seeds)``: what a seed adds is shared, the rest is each run's own."""
     rng = np.random.default_rng(20)
     seed = rng.normal(500, shared, (SWEEPS, 1, seeds))
@@ -65,7 +67,10 @@ def test_the_bootstrap_of_bands_is_nearly_students_where_it_is_used(seeds: int, 
 
 def test_pairing_pays_where_seeds_matter() -> None:
     baseline, arm = sweeps(5, effect=-2.5)
-    paired = [paired_difference(by_seed(a[0]), by_seed(b)).difference.excludes(0.0) for a, b in zip(arm, baseline, strict=True)]
+    paired = [
+        paired_difference(by_seed(a[0]), by_seed(b)).difference.excludes(0.0)
+        for a, b in zip(arm, baseline, strict=True)
+    ]
     spread = np.sqrt(baseline.var(axis=1, ddof=1) / 5 + arm[:, 0].var(axis=1, ddof=1) / 5)
     unpaired = np.abs(arm[:, 0].mean(axis=1) - baseline.mean(axis=1)) / spread > 2.306  # t, 8 degrees of freedom
     assert np.mean(paired) > 0.8
@@ -74,7 +79,9 @@ def test_pairing_pays_where_seeds_matter() -> None:
 
 def test_without_effects_holm_errs_in_at_most_5_percent_of_sweeps_and_single_tests_in_many_more() -> None:
     baseline, arms = sweeps(4, effect=0.0, arms=6)
-    p = [[paired_difference(by_seed(arm), by_seed(b)).p_value for arm in a] for a, b in zip(arms, baseline, strict=True)]
+    p = [
+        [paired_difference(by_seed(arm), by_seed(b)).p_value for arm in a] for a, b in zip(arms, baseline, strict=True)
+    ]
     single = np.mean([min(row) < 0.05 for row in p])
     whole = np.mean([min(holm(row)) < 0.05 for row in p])
     assert single > 0.13

@@ -39,7 +39,10 @@ def test_means_do_not_jump_as_seeds_drop_out(build: Build) -> None:
 
 
 def test_arms_are_ranked_by_the_goal(build: Build) -> None:
-    arms = [FakeArm("base", constant_runs([5.0])), *(FakeArm(f"a{v}", constant_runs([float(v)]), "base") for v in (3, 1, 2))]
+    arms = [
+        FakeArm("base", constant_runs([5.0])),
+        *(FakeArm(f"a{v}", constant_runs([float(v)]), "base") for v in (3, 1, 2)),
+    ]
     for goal, best in (("min", "a1"), ("max", "a3")):
         frame = figures.convergence_frame(load_results(build(arms, name=goal, goal=goal).path))
         assert frame.loc[frame["rank"] == 0, "arm"].unique().tolist() == [best]
@@ -91,7 +94,10 @@ def test_every_value_is_inside_the_panel(build: Build) -> None:
 
 
 def test_many_arms_keep_six_colours_and_count_the_rest(build: Build) -> None:
-    arms = [FakeArm("base", constant_runs([50.0])), *(FakeArm(f"a{v}", constant_runs([v]), "base") for v in range(1, 10))]
+    arms = [
+        FakeArm("base", constant_runs([50.0])),
+        *(FakeArm(f"a{v}", constant_runs([v]), "base") for v in range(1, 10)),
+    ]
     (axes,) = figures.draw_convergence(figures.convergence_frame(load_results(build(arms).path))).axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels[0] == "a1 (n = 1)"
@@ -151,7 +157,9 @@ def test_an_arrow_needs_a_difference_that_holds_among_all_comparisons(build: Bui
     assert marked == [True, False]
 
 
-def test_curves_over_hours_are_at_the_mean_hours_of_the_seeds_and_in_a_unit_that_suits(build: Build, root: RunsRoot) -> None:
+def test_curves_over_hours_are_at_the_mean_hours_of_the_seeds_and_in_a_unit_that_suits(
+    build: Build, root: RunsRoot
+) -> None:
     sweep = build([FakeArm("arm", [FakeRun(s, decay(9, 2 + s), run_id=f"run{s}") for s in range(2)])])
     provenance = root.run("run1").provenance
     files.write_json(root.run("run1").path / "provenance.json", {**provenance, "processes": 3})
@@ -220,7 +228,10 @@ def trials(pairs: list[tuple[float, float]], states: str = "") -> dict[str, obje
     records = [
         {
             **{"arm": f"t{place}", "state": names[(states or "c" * len(pairs))[place]], "value": one},
-            **{"values": {METRIC: one, "gpu_hours": other}, "params": {"weight": 0.01 * 4**place, "loss": "ab"[place % 2]}},
+            **{
+                "values": {METRIC: one, "gpu_hours": other},
+                "params": {"weight": 0.01 * 4**place, "loss": "ab"[place % 2]},
+            },
         }
         for place, (one, other) in enumerate(pairs)
     ]
@@ -243,7 +254,9 @@ def test_slices_mark_the_best_completed_trial_of_every_objective(build: Build) -
 
 
 @pytest.mark.parametrize(("goal", "best"), [("min", [5.0, 3.0, 3.0]), ("max", [5.0, 5.0, 5.0])])
-def test_the_best_so_far_is_of_completed_trials_in_the_order_they_were_begun(build: Build, goal: str, best: list[float]) -> None:
+def test_the_best_so_far_is_of_completed_trials_in_the_order_they_were_begun(
+    build: Build, goal: str, best: list[float]
+) -> None:
     search = trials([(5.0, 1.0), (3.0, 2.0), (9.0, 9.0), (4.0, 0.5)], states="ccpc")
     figure = figures.draw_slices(search_frame(searched(build, search)), {METRIC: goal, "gpu_hours": "min"})
     line = figure.axes[0].get_lines()[0].get_xydata()
@@ -252,7 +265,9 @@ def test_the_best_so_far_is_of_completed_trials_in_the_order_they_were_begun(bui
 
 
 def test_the_front_is_joined_in_order(build: Build) -> None:
-    results = searched(build, {**trials([(5.0, 1.0), (3.0, 2.0), (1.0, 9.0), (6.0, 8.0)]), "pareto": ["t0", "t2", "t1"]})
+    results = searched(
+        build, {**trials([(5.0, 1.0), (3.0, 2.0), (1.0, 9.0), (6.0, 8.0)]), "pareto": ["t0", "t2", "t1"]}
+    )
     (axes,) = figures.draw_pareto(search_frame(results)).axes
     assert axes.get_lines()[0].get_xydata().tolist() == [[1.0, 9.0], [3.0, 2.0], [5.0, 1.0]]
     assert axes.collections[0].get_offsets().data.tolist() == [[6.0, 8.0]]
@@ -260,7 +275,10 @@ def test_the_front_is_joined_in_order(build: Build) -> None:
 
 def test_svg_takes_the_colours_of_the_page_and_has_ids_of_its_own(quickstart: SweepDirectory) -> None:
     frame = figures.convergence_frame(load_results(quickstart.path))
-    one, other = (figures.to_svg(figures.draw_convergence(panel), name) for panel, name in zip(figures.panels(frame), "ab", strict=True))
+    one, other = (
+        figures.to_svg(figures.draw_convergence(panel), name)
+        for panel, name in zip(figures.panels(frame), "ab", strict=True)
+    )
     assert one.startswith("<svg")
     assert "var(--ink)" in one
     assert "var(--series-0)" in one
@@ -274,15 +292,24 @@ def test_svg_takes_the_colours_of_the_page_and_has_ids_of_its_own(quickstart: Sw
 
 def test_what_was_measured_differently_under_one_name_has_a_panel_of_its_own(build: Build, root: RunsRoot) -> None:
     def arm(label: str, encoder: str, value: float) -> FakeArm:
-        return FakeArm(label, [FakeRun(s, decay(9, value + s), cka=0.3, run_id=f"{label}{s}") for s in range(2)], "base")
+        return FakeArm(
+            label, [FakeRun(s, decay(9, value + s), cka=0.3, run_id=f"{label}{s}") for s in range(2)], "base"
+        )
 
-    sweep = build([FakeArm("base", [FakeRun(s, decay(9, 4 + s)) for s in range(2)]), arm("a", "dino", 1), arm("b", "mae", 2)])
+    sweep = build(
+        [FakeArm("base", [FakeRun(s, decay(9, 4 + s)) for s in range(2)]), arm("a", "dino", 1), arm("b", "mae", 2)]
+    )
     for label, encoder in (("a", "dino"), ("b", "mae")):
         for seed in range(2):
-            files.write_json(root.run(f"{label}{seed}").path / "protocols.json", {"heldout/cka": {"encoder": {"name": encoder}}})
+            files.write_json(
+                root.run(f"{label}{seed}").path / "protocols.json", {"heldout/cka": {"encoder": {"name": encoder}}}
+            )
     results = load_results(sweep.path)
     names = [f"heldout/cka (encoder.name: {encoder})" for encoder in ("dino", "mae")]
-    assert figures.alignment_frame(results).groupby("metric")["arm"].unique().map(list).to_dict() == {names[0]: ["a"], names[1]: ["b"]}
+    assert figures.alignment_frame(results).groupby("metric")["arm"].unique().map(list).to_dict() == {
+        names[0]: ["a"],
+        names[1]: ["b"],
+    }
     figure = figures.draw_alignment(figures.alignment_frame(results))
     assert [axes.get_ylabel() for axes in figure.axes] == [f"CKA with the encoder\n{name}" for name in names]
     # Quality was measured alike; the panels are of one protocol along either axis.
@@ -300,4 +327,8 @@ def test_no_arrow_comes_of_looking_more_often(build: Build) -> None:
     arms = [FakeArm("base", runs(1000, 0.0)), FakeArm("arm", runs(200, 0.001), "base")]
     frame = figures.convergence_frame(load_results(build(arms).path))
     own, other = paired(frame[frame["arm"] == "arm"], frame[frame["arm"] == "base"])
-    assert [sorted(curve) for curve in own.values()] == [sorted(curve) for curve in other.values()] == 3 * [[1000, 2000, 3000]]
+    assert (
+        [sorted(curve) for curve in own.values()]
+        == [sorted(curve) for curve in other.values()]
+        == 3 * [[1000, 2000, 3000]]
+    )

@@ -17,13 +17,26 @@ ROWS = [
 def test_final_best_and_targets():
     found = headline(Compared(FID, "min", {FID: [35.0, 20.0, 10.0], "heldout/cka": [0.5]}), ROWS)
     # 35 is half-way between 50 at step 100 and 20 at step 200; 10 was never reached.
-    assert found == {"metric": FID, "final": 24.0, "best": 20.0, "best_step": 200, "steps_to/35": 150.0, "steps_to/20": 200.0}
+    assert found == {
+        "metric": FID,
+        "final": 24.0,
+        "best": 20.0,
+        "best_step": 200,
+        "steps_to/35": 150.0,
+        "steps_to/20": 200.0,
+    }
 
 
 def test_where_large_values_are_good():
     rows = [{"step": step, "is:inception@10k/ode50": value} for step, value in ((1, 2.0), (2, 6.0), (3, 5.0))]
     compared = Compared("is:inception@10k/ode50", "max", {"is:inception@10k/ode50": [4.0]})
-    assert headline(compared, rows) == {"metric": compared.metric, "final": 5.0, "best": 6.0, "best_step": 2, "steps_to/4": 1.5}
+    assert headline(compared, rows) == {
+        "metric": compared.metric,
+        "final": 5.0,
+        "best": 6.0,
+        "best_step": 2,
+        "steps_to/4": 1.5,
+    }
 
 
 def test_nothing_is_said_before_it_was_measured():

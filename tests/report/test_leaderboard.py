@@ -18,7 +18,10 @@ from .conftest import METRIC, STEPS, Build, FakeArm, FakeRun, constant_runs
 
 FID = "fid:inception@50k/sde250"
 SIT = {"model": {"family": "sit", "size": "B/2"}, "regularizer": {"type": "none", "encoder": {"name": "dinov2_vitb14"}}}
-REPA = {"model": {"family": "sit", "size": "B/2"}, "regularizer": {"type": "repa", "encoder": {"name": "dinov2_vitb14"}}}
+REPA = {
+    "model": {"family": "sit", "size": "B/2"},
+    "regularizer": {"type": "repa", "encoder": {"name": "dinov2_vitb14"}},
+}
 TWO = {"regularizer": {"type": "urepa", "encoder": [{"name": "dinov2_vitb14"}, {"name": "clip_vitl14"}]}}
 
 
@@ -29,14 +32,27 @@ def only(path, **wanted):
 
 def test_arms_of_all_sweeps_stand_best_first_with_their_intervals(build: Build, root: RunsRoot):
     build([FakeArm("base", constant_runs([30.0, 32.0, 34.0]), config=SIT)], name="one")
-    build([FakeArm("aligned", constant_runs([20.0, 22.0, 27.0]), config=REPA), FakeArm("both", constant_runs([25.0]), config=TWO)], name="two")
+    build(
+        [
+            FakeArm("aligned", constant_runs([20.0, 22.0, 27.0]), config=REPA),
+            FakeArm("both", constant_runs([25.0]), config=TWO),
+        ],
+        name="two",
+    )
     board = only(root.path)
     assert (board.metric, board.goal, dict(board.protocol)) == (METRIC, "min", {})
     frame = board.frame
     assert list(frame.columns) == COLUMNS
     assert frame[["arm", "sweeps"]].to_numpy().tolist() == [["aligned", "two"], ["both", "two"], ["base", "one"]]
     first = frame.iloc[0]
-    assert (first["mean"], first["n"], first["seeds"], first["step"], first["images"], first["state"]) == (23.0, 3, 3, 600, 38400, "done")
+    assert (first["mean"], first["n"], first["seeds"], first["step"], first["images"], first["state"]) == (
+        23.0,
+        3,
+        3,
+        600,
+        38400,
+        "done",
+    )
     # Student's t for two degrees of freedom is 4.302653; the standard deviation of 20, 22, 27 is sqrt(13).
     assert first["high"] - first["mean"] == pytest.approx(4.302653 * math.sqrt(13 / 3), rel=1e-6)
     assert math.isnan(frame.iloc[1]["low"])
@@ -61,7 +77,10 @@ def test_runs_that_two_sweeps_share_stand_once_with_both_named(build: Build, roo
 def test_arms_with_one_label_and_other_runs_stand_apart(build: Build, root: RunsRoot):
     build([FakeArm("base", [FakeRun(0, {600: 3.0}, run_id="a")])], name="one")
     build([FakeArm("base", [FakeRun(0, {600: 2.0}, run_id="b")])], name="two")
-    assert only(root.path).frame[["arm", "sweeps", "mean"]].to_numpy().tolist() == [["base", "two", 2.0], ["base", "one", 3.0]]
+    assert only(root.path).frame[["arm", "sweeps", "mean"]].to_numpy().tolist() == [
+        ["base", "two", 2.0],
+        ["base", "one", 3.0],
+    ]
 
 
 def test_seeds_are_compared_at_equal_progress(build: Build, root: RunsRoot):
@@ -71,7 +90,11 @@ def test_seeds_are_compared_at_equal_progress(build: Build, root: RunsRoot):
     row = only(root.path).frame.iloc[0]
     assert (row["step"], row["images"], row["mean"], row["n"], row["seeds"]) == (300, 19200, 5.5, 2, 3)
     assert row["best"] == 4.5  # of 4 at step 200 and 5 at step 300; what came later does not count
-    assert set(row["state"].split(", ")) == {"done", "resumable", "new"}  # nobody holds the lock of the one that says it runs
+    assert set(row["state"].split(", ")) == {
+        "done",
+        "resumable",
+        "new",
+    }  # nobody holds the lock of the one that says it runs
 
 
 def test_what_is_not_finite_is_last_and_counted_out(build: Build, root: RunsRoot):
@@ -89,7 +112,10 @@ def test_every_protocol_has_its_own_board(build: Build, root: RunsRoot):
     assert [board.metric for board in leaderboards(root.path, metric="fid")] == [FID, METRIC]
     assert [board.metric for board in leaderboards(root.path, metric="frechet", protocol="@50k")] == [FID]
     assert only(root.path, metric=METRIC).metric == METRIC
-    assert [board.metric for board in leaderboards(root.path, protocol="sde250")] == [FID, "precision:inception@50k/sde250"]
+    assert [board.metric for board in leaderboards(root.path, protocol="sde250")] == [
+        FID,
+        "precision:inception@50k/sde250",
+    ]
 
 
 def test_large_values_stand_first_where_they_are_good(build: Build, root: RunsRoot):
@@ -97,7 +123,10 @@ def test_large_values_stand_first_where_they_are_good(build: Build, root: RunsRo
     build([FakeArm("low", constant_runs([10.0], metric=metric)), FakeArm("high", constant_runs([20.0], metric=metric))])
     board = only(root.path)
     assert (board.goal, board.frame["arm"].tolist()) == ("max", ["high", "low"])
-    assert [goal_of(name) for name in ("recall:dinov2_vitl14@10k/ode50", "kid:inception@10k/ode50", "sfid:inception@1k/ode2")] == ["max", "min", "min"]
+    assert [
+        goal_of(name)
+        for name in ("recall:dinov2_vitl14@10k/ode50", "kid:inception@10k/ode50", "sfid:inception@1k/ode2")
+    ] == ["max", "min", "min"]
 
 
 def recorded(root: RunsRoot, run_id: str, **protocol):
@@ -126,7 +155,10 @@ def test_seeds_of_an_arm_that_were_measured_differently_stand_apart(build: Build
 
 
 def test_runs_without_recorded_protocols_meet_on_the_same_data_only(build: Build, root: RunsRoot):
-    arms = [FakeArm(name, constant_runs([1.0]), config={"data": {"source": "imagefolder", "path": path}}) for name, path in (("a", "x"), ("b", "x"), ("c", "y"))]
+    arms = [
+        FakeArm(name, constant_runs([1.0]), config={"data": {"source": "imagefolder", "path": path}})
+        for name, path in (("a", "x"), ("b", "x"), ("c", "y"))
+    ]
     build(arms)
     boards = leaderboards(root.path)
     assert [(board.frame["arm"].tolist(), dict(board.protocol)) for board in boards] == [
@@ -153,7 +185,13 @@ def cli(*words):
 
 
 def test_the_command_line_prints_tables_and_json(build: Build, root: RunsRoot):
-    build([FakeArm("base", constant_runs([30.0, 32.0, 34.0]), config=SIT), FakeArm("aligned", constant_runs([20.0]), config=REPA)], name="mine")
+    build(
+        [
+            FakeArm("base", constant_runs([30.0, 32.0, 34.0]), config=SIT),
+            FakeArm("aligned", constant_runs([20.0]), config=REPA),
+        ],
+        name="mine",
+    )
     shown = cli(root.path).stdout
     assert f"{METRIC} (lower is better)" in shown
     assert shown.index("aligned") < shown.index("base")
@@ -170,18 +208,32 @@ def test_what_is_not_there_is_said_in_one_line(build: Build, root: RunsRoot, tmp
     assert (nowhere.returncode, nowhere.stderr.count("\n")) == (2, 1) and "no such folder" in nowhere.stderr
     build([FakeArm("base", constant_runs([1.0]))])
     done = cli(root.path, "--protocol", "@50k")
-    assert (done.returncode, done.stderr) == (2, f"no such metric with a protocol in '{root.path}'; measured: {METRIC}\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"no such metric with a protocol in '{root.path}'; measured: {METRIC}\n",
+    )
 
 
 def test_a_damaged_record_of_protocols_sets_its_run_apart_and_ends_nothing(build: Build, root: RunsRoot):
     config = {**SIT, "data": {"source": "digits", "flip": True}}
-    build([FakeArm(name, [FakeRun(0, {600: value}, run_id=name)], config=config) for name, value in (("a", 3.0), ("b", 2.0))])
+    build(
+        [
+            FakeArm(name, [FakeRun(0, {600: value}, run_id=name)], config=config)
+            for name, value in (("a", 3.0), ("b", 2.0))
+        ]
+    )
     recorded(root, "a", reference="digits")
     (root.run("b").path / "protocols.json").write_text('{"x": ')
     shown = cli(root.path)
-    assert (shown.returncode, shown.stderr) == (0, "b, seed 0 (run b): protocols.json: cannot be read (JSONDecodeError).\n")
+    assert (shown.returncode, shown.stderr) == (
+        0,
+        "b, seed 0 (run b): protocols.json: cannot be read (JSONDecodeError).\n",
+    )
     boards = json.loads(cli(root.path, "--json").stdout)
-    assert {(board["arms"][0]["arm"], len(board["arms"]), board["protocol"].get("data.flip")) for board in boards} == {("a", 1, None), ("b", 1, True)}
+    assert {(board["arms"][0]["arm"], len(board["arms"]), board["protocol"].get("data.flip")) for board in boards} == {
+        ("a", 1, None),
+        ("b", 1, True),
+    }
 
 
 def test_what_could_not_be_read_is_said_once_a_run_beside_the_tables(build: Build, root: RunsRoot):

@@ -34,7 +34,10 @@ def test_too_few_images_for_the_features_are_told(build: Build, protocol, is_tol
 @pytest.mark.parametrize(
     ("ema", "told"),
     [
-        ({"ema": 0.9999}, ["at decay 0.9999 the measured average still holds 61 % of the initial weights after 5,000 steps"]),
+        (
+            {"ema": 0.9999},
+            ["at decay 0.9999 the measured average still holds 61 % of the initial weights after 5,000 steps"],
+        ),
         ({"ema": {"decay": 0.9999, "warmup": True}}, []),
         ({"ema": 0.999}, []),
         ({"ema": "damaged"}, []),
@@ -42,7 +45,9 @@ def test_too_few_images_for_the_features_are_told(build: Build, protocol, is_tol
     ],
 )
 def test_an_average_that_still_holds_initial_weights_is_told(build: Build, ema, told):
-    settled = FakeArm("settled", [FakeRun(0, {600: 1.0})], config={"train": {"steps": 5000, "ema": {"decay": 0.9, "warmup": True}}})
+    settled = FakeArm(
+        "settled", [FakeRun(0, {600: 1.0})], config={"train": {"steps": 5000, "ema": {"decay": 0.9, "warmup": True}}}
+    )
     arm = FakeArm("arm", [FakeRun(seed, {600: 1.0}) for seed in (0, 1)], config={"train": {"steps": 5000, **ema}})
     lines = [line for line in measured_how(load_results(build([settled, arm]).path)) if line.startswith("train.ema")]
     assert lines == [f"train.ema: {text}; set train.ema.warmup, or lower the decay." for text in told]

@@ -70,7 +70,9 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> ReportPaths:
 
 def test_everything_is_written_into_the_sweep(written: ReportPaths) -> None:
     sweep = written.html.parent
-    assert (written.html, written.markdown, written.latex) == tuple(sweep / f"report.{kind}" for kind in ("html", "md", "tex"))
+    assert (written.html, written.markdown, written.latex) == tuple(
+        sweep / f"report.{kind}" for kind in ("html", "md", "tex")
+    )
     names = ["differences", "convergence", "convergence_images", "convergence_hours", "alignment"]
     assert written.figures == tuple(sweep / "figures" / f"{name}.png" for name in names)
     assert written.all == (written.html, written.markdown, written.latex, *written.figures)
@@ -177,7 +179,11 @@ def test_a_search_lists_its_trials_best_first(build: Build) -> None:
 
 def test_the_summary_has_a_table_for_each_metric_the_compared_one_first(written: ReportPaths) -> None:
     lines = written.markdown.read_text().splitlines()
-    named = [line.rstrip(":") for line in lines if line.rstrip(":") in (METRIC, "heldout/cka", "heldout/cosine", "heldout/gap")]
+    named = [
+        line.rstrip(":")
+        for line in lines
+        if line.rstrip(":") in (METRIC, "heldout/cka", "heldout/cosine", "heldout/gap")
+    ]
     assert named == [METRIC, METRIC, "heldout/cka", "heldout/cosine", "heldout/gap"]  # summary, targets, the others
 
 
@@ -207,7 +213,9 @@ def test_the_latex_document_is_balanced(written: ReportPaths) -> None:
     text = written.latex.read_text()
     begun, ended = (re.findall(rf"\\{word}\{{(\w+)\}}", text) for word in ("begin", "end"))
     assert sorted(begun) == sorted(ended)
-    assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == begun.count("tabular") >= 6
+    assert (
+        text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == begun.count("tabular") >= 6
+    )
     links = re.findall(r"\\includegraphics\[[^]]*\]\{([^}]+)\}", text)
     assert len(links) == 5
     assert all((written.latex.parent / link).is_file() for link in links)

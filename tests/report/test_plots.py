@@ -11,9 +11,19 @@ from repa_lab.runs import RunsRoot, SweepDirectory
 from .conftest import Build, FakeArm, constant_runs
 
 TRIALS = [
-    {"arm": "t0", "state": "complete", "value": 30.0, "params": {"regularizer.weight": 0.1, "regularizer.type": "repa"}},
+    {
+        "arm": "t0",
+        "state": "complete",
+        "value": 30.0,
+        "params": {"regularizer.weight": 0.1, "regularizer.type": "repa"},
+    },
     {"arm": "t1", "state": "pruned", "value": 10.0, "params": {"regularizer.weight": 1.0, "regularizer.type": "urepa"}},
-    {"arm": "t2", "state": "complete", "value": 20.0, "params": {"regularizer.weight": 10.0, "regularizer.type": "repa"}},
+    {
+        "arm": "t2",
+        "state": "complete",
+        "value": 20.0,
+        "params": {"regularizer.weight": 10.0, "regularizer.type": "repa"},
+    },
     {"arm": "t3", "state": "running", "value": None, "params": {"regularizer.weight": 2.0}},
 ]
 
@@ -24,7 +34,11 @@ def searched(build: Build, goal: str = "min") -> SweepDirectory:
 
 
 def curves(figure, panel: int = 0) -> list[list[tuple[float, float]]]:
-    return [list(map(tuple, line.get_xydata().tolist())) for line in figure.axes[panel].get_lines() if len(line.get_xydata()) > 1]
+    return [
+        list(map(tuple, line.get_xydata().tolist()))
+        for line in figure.axes[panel].get_lines()
+        if len(line.get_xydata()) > 1
+    ]
 
 
 def test_a_helper_returns_the_frame_that_its_figure_shows(quickstart: SweepDirectory):
@@ -44,7 +58,10 @@ def test_a_helper_returns_the_frame_that_its_figure_shows(quickstart: SweepDirec
 
 def test_several_sweeps_have_their_panels_with_their_names(build: Build, root: RunsRoot):
     for name, base, value in (("one", "base", 3.0), ("two", "plain", 2.0)):
-        build([FakeArm(base, constant_runs([value, value])), FakeArm(f"{name}s", constant_runs([1.0, value / 2]), base)], name=name)
+        build(
+            [FakeArm(base, constant_runs([value, value])), FakeArm(f"{name}s", constant_runs([1.0, value / 2]), base)],
+            name=name,
+        )
     drawn = plots.convergence(load_results(root.path))
     assert drawn.frame["group"].unique().tolist() == ["one, base", "two, plain"]
     assert set(drawn.frame["arm"]) == {"one, base", "one, ones", "two, plain", "two, twos"}

@@ -14,7 +14,13 @@ from PIL import Image
 
 from repa_lab.report import load_profile, load_results, profile_figure
 from repa_lab.report.figures import save
-from repa_lab.report.profile import profile_difference, profile_figures, profile_matrix, shown_metrics, why_not_comparable
+from repa_lab.report.profile import (
+    profile_difference,
+    profile_figures,
+    profile_matrix,
+    shown_metrics,
+    why_not_comparable,
+)
 from repa_lab.report.results import ResultsError
 from repa_lab.runs import RunDirectory, profiles
 
@@ -31,7 +37,14 @@ PROTOCOL: dict[str, Any] = {
 BLOCKS = [0, 1, 2]
 
 
-def store(run: RunDirectory, values: Any = None, aligned: Any = 1, blocks: Any = BLOCKS, metrics: Any = ("cka", "lds"), **changed: Any) -> RunDirectory:
+def store(
+    run: RunDirectory,
+    values: Any = None,
+    aligned: Any = 1,
+    blocks: Any = BLOCKS,
+    metrics: Any = ("cka", "lds"),
+    **changed: Any,
+) -> RunDirectory:
     """A profile whose value is by default 0.1 of the block, 0.01 at t 0.5, and 0.001 for the second metric."""
     made = values or (lambda block, t, metric: 0.1 * blocks.index(block) + 0.02 * t + 0.001 * metrics.index(metric))
     rows = [
@@ -41,7 +54,13 @@ def store(run: RunDirectory, values: Any = None, aligned: Any = 1, blocks: Any =
         for metric in metrics
     ]
     run.path.mkdir(parents=True, exist_ok=True)
-    profile = {"run_id": run.run_id, "measured_block": 1, "aligned_block": aligned, "protocol": {**PROTOCOL, **changed}, "values": rows}
+    profile = {
+        "run_id": run.run_id,
+        "measured_block": 1,
+        "aligned_block": aligned,
+        "protocol": {**PROTOCOL, **changed},
+        "values": rows,
+    }
     profiles.write(run, profile)
     return run
 
@@ -94,7 +113,9 @@ def test_the_aligned_block_is_marked_and_no_other(tmp_path):
     for name, aligned in frames:
         (axes,) = panels(profile_figure([store(named(tmp_path, name), aligned=aligned)]))
         marks = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
-        assert [(mark.get_y(), mark.get_height(), mark.get_width()) for mark in marks] == ([(1.5, 1, 2)] if aligned else [])
+        assert [(mark.get_y(), mark.get_height(), mark.get_width()) for mark in marks] == (
+            [(1.5, 1, 2)] if aligned else []
+        )
 
 
 def test_the_third_panel_is_the_difference_centred_at_zero(tmp_path):
@@ -173,7 +194,11 @@ def test_a_sweep_shows_each_arm_that_has_one_beside_its_baseline(build: Build):
     found = {caption: len(panels(figure)) for caption, figure in profile_figures(results, sweep.root)}
     assert found == {"near, seed 1, and its baseline": 3, "far, seed 1": 1}
     profiles.path_of(sweep.root.run(ids["near", 1])).unlink()
-    assert [caption for caption, _ in profile_figures(results, sweep.root)] == ["base, seed 1", "near, seed 0", "far, seed 1"]
+    assert [caption for caption, _ in profile_figures(results, sweep.root)] == [
+        "base, seed 1",
+        "near, seed 0",
+        "far, seed 1",
+    ]
 
 
 def test_a_picture_is_small_and_leaves_the_style_alone(tmp_path):

@@ -83,7 +83,9 @@ class TestExact:
         assert [row["within 0.5"] for row in table_rows(one)] == ["yes", "no"]
 
     def test_without_a_tolerance_nothing_is_said_to_agree(self, build):
-        (one,) = compare_published(load_results(self.sweep(build).path), published(a={"fid": 8.6}, b={"fid": 8}), exact=True)
+        (one,) = compare_published(
+            load_results(self.sweep(build).path), published(a={"fid": 8.6}, b={"fid": 8}), exact=True
+        )
         assert [row.agrees for row in one.rows] == [None, None]
 
     def test_another_metric_is_never_taken_for_the_papers(self, build):
@@ -103,7 +105,9 @@ class TestExact:
 
 
 def test_what_was_not_measured_is_said(build):
-    sweep = build([FakeArm("a", constant_runs([8.0] * 3)), FakeArm("b", constant_runs([9.0] * 3)), FakeArm("c", [0, 1])])
+    sweep = build(
+        [FakeArm("a", constant_runs([8.0] * 3)), FakeArm("b", constant_runs([9.0] * 3)), FakeArm("c", [0, 1])]
+    )
     said = published(a={"fid": 1}, b={"fid": 2}, c={"fid": 3}, d={"fid": 4})
     (one,) = compare_published(load_results(sweep.path), said, exact=False)
     assert [row.arm for row in one.rows] == ["a", "b", "c"]
@@ -115,7 +119,9 @@ def test_what_was_not_measured_is_said(build):
 def test_arms_that_share_their_runs_are_named(build):
     runs = [FakeRun(seed, dict.fromkeys(STEPS, 8.0), run_id=f"{seed}" * 12) for seed in range(3)]
     sweep = build([FakeArm("a", runs), FakeArm("b", runs), FakeArm("c", constant_runs([9.0] * 3))])
-    (one,) = compare_published(load_results(sweep.path), published(a={"fid": 1}, b={"fid": 2}, c={"fid": 3}), exact=False)
+    (one,) = compare_published(
+        load_results(sweep.path), published(a={"fid": 1}, b={"fid": 2}, c={"fid": 3}), exact=False
+    )
     assert list(sentences(one))[-1] == "the same runs, for their settings are the same here: a, b"
 
 

@@ -23,7 +23,12 @@ def test_runs_have_a_row_per_arm_and_seed(quickstart: SweepDirectory) -> None:
     runs = load_results(quickstart.path).runs
     assert len(runs) == 12
     first = runs[(runs["arm"] == "sit, aligned") & (runs["seed"] == 1)].iloc[0]
-    assert (first["sweep"], first["baseline"], first["state"], first["step"]) == ("quickstart", "sit, baseline", "done", 600)
+    assert (first["sweep"], first["baseline"], first["state"], first["step"]) == (
+        "quickstart",
+        "sit, baseline",
+        "done",
+        600,
+    )
     assert (first["denoiser"], first["alignment"]) == ("sit", "aligned")
     assert (first["regularizer.type"], first["train.steps"], first["images"]) == ("repa", 600, 38400)
     assert first["seconds"] == pytest.approx(60.0)
@@ -54,7 +59,10 @@ def test_samples_have_a_row_per_grid_of_every_run(build: Build, root: RunsRoot) 
 
 
 def test_summary_compares_with_the_matched_baseline(build: Build) -> None:
-    arms = [FakeArm("base", constant_runs([10.0, 20.0, 30.0])), FakeArm("arm", constant_runs([9.0, 18.0, 27.0]), "base")]
+    arms = [
+        FakeArm("base", constant_runs([10.0, 20.0, 30.0])),
+        FakeArm("arm", constant_runs([9.0, 18.0, 27.0]), "base"),
+    ]
     found = row(load_results(build(arms).path), "arm")
     assert (found["step"], found["n"], found["seeds"], found["n_pairs"]) == (600, 3, 3, 3)
     assert (found["mean"], found["baseline_mean"], found["diff"]) == (18.0, 20.0, -2.0)
@@ -197,7 +205,9 @@ def test_a_broken_file_is_said(quickstart: SweepDirectory) -> None:
 
 def verdicts(results: Results) -> dict[str, tuple[float, str]]:
     rows = results.summary[results.summary["metric"] == METRIC]
-    return {row["arm"]: (row["p_holm"], row["verdict"]) for _, row in rows.iterrows() if isinstance(row["baseline"], str)}
+    return {
+        row["arm"]: (row["p_holm"], row["verdict"]) for _, row in rows.iterrows() if isinstance(row["baseline"], str)
+    }
 
 
 def test_holm_is_over_the_arms_of_a_sweep_those_not_measured_yet_included(build: Build) -> None:
@@ -212,12 +222,19 @@ def test_holm_is_over_the_arms_of_a_sweep_those_not_measured_yet_included(build:
 
 def test_the_same_run_under_two_labels_is_no_comparison(build: Build) -> None:
     shared = [FakeRun(seed, dict.fromkeys(STEPS, 10.0 + seed), run_id=f"shared{seed}") for seed in range(3)]
-    arms = [FakeArm("base", shared), FakeArm("weight=0", shared, "base"), FakeArm("arm", constant_runs([9.0, 9.8, 11.2]), "base")]
+    arms = [
+        FakeArm("base", shared),
+        FakeArm("weight=0", shared, "base"),
+        FakeArm("arm", constant_runs([9.0, 9.8, 11.2]), "base"),
+    ]
     assert row(load_results(build(arms).path), "arm")["comparisons"] == 1
 
 
 def test_pairing_is_measured(build: Build) -> None:
-    arms = [FakeArm("base", constant_runs([10.0, 20.0, 30.0])), FakeArm("arm", constant_runs([19.0, 9.0, 29.0]), "base")]
+    arms = [
+        FakeArm("base", constant_runs([10.0, 20.0, 30.0])),
+        FakeArm("arm", constant_runs([19.0, 9.0, 29.0]), "base"),
+    ]
     assert row(load_results(build(arms).path), "arm")["correlation"] == pytest.approx(0.5)
 
 
@@ -246,14 +263,20 @@ def test_seeds_and_versions_may_differ(build: Build) -> None:
 
 
 def test_seeds_of_one_arm_that_were_measured_differently_have_no_mean(build: Build) -> None:
-    runs = [*with_protocol([1.0], reference="train"), FakeRun(1, dict.fromkeys(STEPS, 9.0), protocol={"samples": 500, "reference": "val"})]
+    runs = [
+        *with_protocol([1.0], reference="train"),
+        FakeRun(1, dict.fromkeys(STEPS, 9.0), protocol={"samples": 500, "reference": "val"}),
+    ]
     found = row(load_results(build([FakeArm("arm", runs)]).path), "arm")
     assert math.isnan(found["mean"])
     assert found["conflicts"] == "reference (train / val)"
 
 
 def test_runs_without_a_record_are_compared_by_name(build: Build) -> None:
-    arms = [FakeArm("base", constant_runs([10.0, 20.0, 30.0])), FakeArm("arm", with_protocol([9.0, 19.0, 28.0]), "base")]
+    arms = [
+        FakeArm("base", constant_runs([10.0, 20.0, 30.0])),
+        FakeArm("arm", with_protocol([9.0, 19.0, 28.0]), "base"),
+    ]
     assert row(load_results(build(arms).path), "arm")["n_pairs"] == 3
 
 
@@ -299,7 +322,9 @@ def broken(build: Build, root: RunsRoot, line: str) -> Results:
         ('{"step": true}', "no step"),
     ],
 )
-def test_a_damaged_line_is_named_and_never_makes_a_wrong_mean(build: Build, root: RunsRoot, line: str, what: str) -> None:
+def test_a_damaged_line_is_named_and_never_makes_a_wrong_mean(
+    build: Build, root: RunsRoot, line: str, what: str
+) -> None:
     results = broken(build, root, line)
     (trouble,) = results.troubles.to_dict("records")
     assert (trouble["arm"], trouble["seed"], trouble["where"]) == ("arm", 1, "metrics.jsonl:12")
@@ -318,7 +343,9 @@ def test_a_value_that_is_no_number_is_left_out(build: Build, root: RunsRoot) -> 
 
 @pytest.mark.parametrize("name", ["state.json", "spec.json", "provenance.json", "protocols.json", "events.jsonl"])
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[3]\n", b"3\n"])
-def test_any_damaged_file_of_a_run_costs_no_more_than_itself(build: Build, root: RunsRoot, name: str, content: bytes) -> None:
+def test_any_damaged_file_of_a_run_costs_no_more_than_itself(
+    build: Build, root: RunsRoot, name: str, content: bytes
+) -> None:
     sweep = build([FakeArm("arm", [FakeRun(0, dict.fromkeys(STEPS, 1.0), run_id="hurt")])])
     (root.run("hurt").path / name).write_bytes(content)
     results = load_results(sweep.path)
@@ -333,11 +360,15 @@ def test_contradicting_rows_are_named_and_the_last_counts(build: Build, root: Ru
         writer.row({"step": 600, METRIC: 2.0})
     results = load_results(sweep.path)
     assert row(results, "arm")["mean"] == 2.0
-    assert results.troubles["what"].tolist() == [f"{METRIC} at step 600 stands there twice, differently; the last counts"]
+    assert results.troubles["what"].tolist() == [
+        f"{METRIC} at step 600 stands there twice, differently; the last counts"
+    ]
 
 
 def test_a_protocol_that_changed_while_a_run_went_on_is_named(build: Build, root: RunsRoot) -> None:
-    sweep = build([FakeArm("arm", [FakeRun(0, {100: 1.0}, run_id="changed", protocol={"samples": 500, "versions": {"a": 1}})])])
+    sweep = build(
+        [FakeArm("arm", [FakeRun(0, {100: 1.0}, run_id="changed", protocol={"samples": 500, "versions": {"a": 1}})])]
+    )
     with RunWriter(root.run("changed")) as writer:
         writer.protocols({METRIC: {"samples": 500, "versions": {"a": 2}}})
         assert load_results(sweep.path).troubles.empty
@@ -348,7 +379,14 @@ def test_a_protocol_that_changed_while_a_run_went_on_is_named(build: Build, root
 
 @pytest.mark.parametrize(
     ("what", "value"),
-    [("compare", None), ("compare", {"metric": METRIC, "goal": "least"}), ("arms", 3), ("arms", [{"label": 1}]), ("name", 7), ("question", [])],
+    [
+        ("compare", None),
+        ("compare", {"metric": METRIC, "goal": "least"}),
+        ("arms", 3),
+        ("arms", [{"label": 1}]),
+        ("name", 7),
+        ("question", []),
+    ],
 )
 def test_a_manifest_that_is_not_sound_is_one_error(quickstart: SweepDirectory, what: str, value: object) -> None:
     files.write_json(quickstart.path / "sweep.json", {**quickstart.manifest, what: value})

@@ -116,7 +116,10 @@ def test_the_mean_of_ratios_by_hand() -> None:
     # Logarithms 0, log 2, 2 log 2: mean log 2, standard deviation log 2, half width log 2 * 4.302653 / sqrt(3).
     found = ratio_interval([1.0, 2.0, 4.0])
     assert (found.n, found.mean) == (3, pytest.approx(2.0))
-    assert (found.low, found.high) == (pytest.approx(2 / 2**2.484138, rel=1e-6), pytest.approx(2 * 2**2.484138, rel=1e-6))
+    assert (found.low, found.high) == (
+        pytest.approx(2 / 2**2.484138, rel=1e-6),
+        pytest.approx(2 * 2**2.484138, rel=1e-6),
+    )
     assert mean_interval([1.0, 2.0, 4.0]).low < 0 < found.low  # which no ratio can be
     one = ratio_interval([1.5])
     assert (one.n, one.mean, math.isnan(one.low)) == (1, pytest.approx(1.5), True)
@@ -133,7 +136,9 @@ def test_the_interval_of_ratios_is_scipys_of_their_logarithms() -> None:
 def test_which_side_is_the_baseline_does_not_matter_to_a_speedup() -> None:
     # Both sides reach 5: at 100 and 200 against 200 and 100, so that neither is faster.
     fast, slow = {100: 5.0, 200: 5.0}, {100: 9.0, 200: 5.0}
-    one, other = (speedup(*sides, target=5.0) for sides in (({0: fast, 1: slow}, {0: slow, 1: fast}), ({0: slow}, {0: fast})))
+    one, other = (
+        speedup(*sides, target=5.0) for sides in (({0: fast, 1: slow}, {0: slow, 1: fast}), ({0: slow}, {0: fast}))
+    )
     assert one is not None and other is not None
     assert one.ratio.mean == pytest.approx(1.0)
     assert one.ratio.low * one.ratio.high == pytest.approx(1.0)

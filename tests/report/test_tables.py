@@ -30,7 +30,9 @@ def test_speedups_are_paired_and_over_every_measure_that_differs(build: Build) -
     sweep = build([FakeArm("base", slow), FakeArm("fast", runs(10.0, 4), "base")])
     table = targets_tables(load_results(sweep.path))[METRIC]
     assert table.headers[3:7] == ["steps", "images", "device hours", "FLOPs"]
-    assert [header.split(" [")[0] for header in table.headers[7:]] == [f"speed-up in {x}" for x in ("steps", "device hours", "FLOPs")]
+    assert [header.split(" [")[0] for header in table.headers[7:]] == [
+        f"speed-up in {x}" for x in ("steps", "device hours", "FLOPs")
+    ]
     ((target, arm, reached, steps, images, hours, flops, *ratios),) = table.rows
     assert (target, arm, reached) == ("the baseline's final value", "fast", "3 of 3")
     assert (steps, images, hours, flops) == ("200", "12,800", "0.00556", "8.00e+14")
@@ -49,7 +51,9 @@ def test_the_cost_ledger_counts_a_shared_run_once(build: Build) -> None:
 
 def test_the_encoders_hours_are_told_apart_within_those_of_training(build: Build, root: RunsRoot) -> None:
     sweep = build([FakeArm("a", [FakeRun(0, {100: 2.0, 200: 1.0}, flops=1e12, run_id="counted")])])
-    assert not any("encoder (within" in header for header in cost_table(load_results(sweep.path)).headers)  # of an older version
+    assert not any(
+        "encoder (within" in header for header in cost_table(load_results(sweep.path)).headers
+    )  # of an older version
     with RunWriter(root.run("counted")) as writer:
         for seconds in (4.5, 9.0):
             writer.row({"step": 200, "cost/encoder_seconds": seconds})
@@ -63,7 +67,9 @@ def test_the_encoders_hours_are_told_apart_within_those_of_training(build: Build
 
 def test_numbers_of_different_protocols_are_in_different_tables(build: Build) -> None:
     other = "fid:inception@10k/sde250"
-    results = load_results(build([FakeArm("a", constant_runs([1.0])), FakeArm("b", constant_runs([2.0], metric=other))]).path)
+    results = load_results(
+        build([FakeArm("a", constant_runs([1.0])), FakeArm("b", constant_runs([2.0], metric=other))]).path
+    )
     tables = summary_tables(results)
     assert {metric: [row[0] for row in table.rows] for metric, table in tables.items()} == {METRIC: ["a"], other: ["b"]}
     assert summary_tables(results, compared=False) == {}
@@ -139,7 +145,9 @@ def test_equal_curves_that_were_measured_at_other_steps_are_equally_fast(build: 
 def test_the_seeds_that_have_a_target_are_those_it_can_be_reached_in(build: Build) -> None:
     base = [FakeRun(0, {100: 9.0, 200: 5.0}), 1, 2]
     arm = [FakeRun(seed, {100: 9.0, 200: 3.0}) for seed in range(3)]
-    ((target, _, reached, steps, *_),) = targets_tables(load_results(build([FakeArm("b", base), FakeArm("a", arm, "b")]).path))[METRIC].rows
+    ((target, _, reached, steps, *_),) = targets_tables(
+        load_results(build([FakeArm("b", base), FakeArm("a", arm, "b")]).path)
+    )[METRIC].rows
     assert (target, reached, steps) == ("the baseline's final value", "1 of 1", "167")
 
 
@@ -149,7 +157,11 @@ def test_two_protocols_of_one_name_never_share_a_table(build: Build) -> None:
         return FakeArm(label, [FakeRun(seed, run.curve, protocol=one) for seed, one in enumerate(recorded)], baseline)
 
     long = [f"{digit}" * 64 for digit in "ab"]
-    arms = [arm("base", 9.0, [long[0]] * 2), arm("alike", 7.0, [long[0]] * 2, "base"), arm("other", 5.0, [long[1]] * 2, "base")]
+    arms = [
+        arm("base", 9.0, [long[0]] * 2),
+        arm("alike", 7.0, [long[0]] * 2, "base"),
+        arm("other", 5.0, [long[1]] * 2, "base"),
+    ]
     arms += [arm("lone", 4.0, [long[1]] * 2), arm("mixed", 3.0, long)]
     results = load_results(build(arms, targets={METRIC: [8.0]}).path)
     first, second = (f"{METRIC} (weights: {one[:12]})" for one in long)
@@ -165,4 +177,7 @@ def test_two_protocols_of_one_name_never_share_a_table(build: Build) -> None:
 def test_only_what_differs_within_a_field_is_named(build: Build) -> None:
     held = [{"encoder": {"name": name, "image_size": 32}, "seed": seed} for seed, name in enumerate(("dino", "mae"))]
     arms = [FakeArm(label, constant_runs([1.0], protocol=one)) for label, one in zip("ab", held, strict=True)]
-    assert list(summary_tables(load_results(build(arms).path))) == [f"{METRIC} (encoder.name: dino)", f"{METRIC} (encoder.name: mae)"]
+    assert list(summary_tables(load_results(build(arms).path))) == [
+        f"{METRIC} (encoder.name: dino)",
+        f"{METRIC} (encoder.name: mae)",
+    ]

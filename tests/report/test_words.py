@@ -50,7 +50,10 @@ def test_an_interval_with_0_is_not_resolved(build: Build) -> None:
 
 def test_two_seeds_have_an_interval_and_no_verdict(build: Build) -> None:
     (line,) = pair(build, [1.0, 2.0], [2.0, 3.0])
-    assert "95 % interval of the paired difference [-1.000, -1.000], n = 2 seeds: insufficient, two seeds are too few to conclude." in line
+    assert (
+        "95 % interval of the paired difference [-1.000, -1.000], n = 2 seeds: insufficient, two seeds are too few to conclude."
+        in line
+    )
     assert "resolved" not in line
 
 
@@ -82,7 +85,10 @@ def test_the_step_says_when_it_is_not_the_last(build: Build) -> None:
 
 def test_seeds_left_out_are_counted(build: Build) -> None:
     diverged = FakeRun(1, {**dict.fromkeys(STEPS, 1.0), 600: math.nan})
-    arms = [FakeArm("base", constant_runs([2.0, 2.0, 2.0])), FakeArm("arm", [*constant_runs([1.0]), diverged, 2], "base")]
+    arms = [
+        FakeArm("base", constant_runs([2.0, 2.0, 2.0])),
+        FakeArm("arm", [*constant_runs([1.0]), diverged, 2], "base"),
+    ]
     lines = said(build(arms))
     assert "n = 1 seed" in lines[0]
     assert "Left out: 2 of 3 seeds, without a finite value in both arms." in lines[0]
@@ -125,7 +131,9 @@ def test_a_pair_with_its_own_protocol_is_compared_within(build: Build) -> None:
 
 
 def test_a_sweep_without_a_baseline_claims_nothing(build: Build) -> None:
-    lines = said(build([FakeArm("a", constant_runs([1.0, 2.0, 3.0])), FakeArm("b", constant_runs([2.0])), FakeArm("c", [0])]))
+    lines = said(
+        build([FakeArm("a", constant_runs([1.0, 2.0, 3.0])), FakeArm("b", constant_runs([2.0])), FakeArm("c", [0])])
+    )
     assert lines[0] == "No arm has a matched baseline, so nothing is compared."
     assert lines[1] == f"a: {METRIC} at step 600 is 2.000, 95 % interval [-0.484, 4.484], n = 3 seeds."
     assert lines[2] == f"b: {METRIC} at step 600 is 2.000, n = 1 seed."
@@ -150,7 +158,10 @@ def test_several_sweeps_name_themselves(build: Build, root: RunsRoot) -> None:
 
 
 def search(*trials: tuple[str, str, float | None], goal: str = "min") -> dict[str, object]:
-    rows = [{"arm": arm, "state": state, "value": value, "params": {"regularizer.weight": 0.5}} for arm, state, value in trials]
+    rows = [
+        {"arm": arm, "state": state, "value": value, "params": {"regularizer.weight": 0.5}}
+        for arm, state, value in trials
+    ]
     return {"metric": METRIC, "goal": goal, "trials": rows}
 
 
@@ -180,7 +191,9 @@ def test_a_search_with_several_objectives_names_its_front(build: Build) -> None:
     recorded = search(("t0", "complete", 3.1), ("t1", "complete", 2.1), ("t2", "complete", 1.1))
     recorded["objectives"] = [{"metric": METRIC, "goal": "min"}, {"metric": "gpu_hours", "goal": "min"}]
     (line, *_) = said(searched(build, search={**recorded, "pareto": ["t0", "t2"]}))
-    wanted = f"Of 3 completed trials (3 in all), none is better in all of {METRIC} (min) and gpu_hours (min) than: t0; t2."
+    wanted = (
+        f"Of 3 completed trials (3 in all), none is better in all of {METRIC} (min) and gpu_hours (min) than: t0; t2."
+    )
     assert line.startswith(wanted)
 
 
@@ -203,14 +216,19 @@ def test_protocols_that_differ_under_one_name_are_named(build: Build) -> None:
     reason = f"under the name {METRIC} their runs were measured differently: reference (val / train)"
     assert said(sweep) == [f"arm: cannot be compared with base: {reason}."]
     (line,) = exclusions(load_results(sweep.path))
-    assert line.startswith(f"arm: {METRIC} is not compared with base, for under this one name runs were measured differently")
+    assert line.startswith(
+        f"arm: {METRIC} is not compared with base, for under this one name runs were measured differently"
+    )
 
 
 # ---- the answer in one sentence
 
 
 def test_the_lead_of_one_arm_is_its_difference(build: Build) -> None:
-    arms = [FakeArm("base", constant_runs([244.0, 246.0, 248.0])), FakeArm("arm", constant_runs([221.0, 224.0, 227.0]), "base")]
+    arms = [
+        FakeArm("base", constant_runs([244.0, 246.0, 248.0])),
+        FakeArm("arm", constant_runs([221.0, 224.0, 227.0]), "base"),
+    ]
     assert lead(load_results(build(arms).path)) == (
         f"arm: {METRIC} at step 600 is 224.0 against 246.0 of base: -22.0 (-8.9 %), 95 % interval of the paired difference "
         "[-24.5, -19.5], n = 3 seeds: lower, which is better; resolved."
@@ -228,20 +246,27 @@ def test_the_lead_of_several_arms_counts_them_and_shows_the_best(build: Build, g
     ]
     found = lead(load_results(build(arms, goal=goal).path))
     counts = (2, 1) if goal == "min" else (1, 2)
-    assert found.startswith(f"Of 4 compared arms: {counts[0]} resolved to be better than the baseline, {counts[1]} to be worse.")
+    assert found.startswith(
+        f"Of 4 compared arms: {counts[0]} resolved to be better than the baseline, {counts[1]} to be worse."
+    )
     assert f": {best}: " in found
     assert ("optimistic" in found) is (goal == "min")
 
 
 def test_the_lead_says_when_nothing_is_resolved(build: Build) -> None:
-    arms = [FakeArm("base", constant_runs([10.0, 20.0])), *(FakeArm(f"a{v}", constant_runs([v, v]), "base") for v in (3.0, 2.0))]
+    arms = [
+        FakeArm("base", constant_runs([10.0, 20.0])),
+        *(FakeArm(f"a{v}", constant_runs([v, v]), "base") for v in (3.0, 2.0)),
+    ]
     assert lead(load_results(build(arms).path)).startswith(
         "None of 2 compared arms is resolved to differ from its baseline. The most favourable: a2.0: "
     )
 
 
 def test_the_lead_without_anything_to_compare(build: Build) -> None:
-    assert lead(load_results(build([FakeArm("a", [0])]).path)) == "No arm has a matched baseline, so nothing is compared."
+    assert (
+        lead(load_results(build([FakeArm("a", [0])]).path)) == "No arm has a matched baseline, so nothing is compared."
+    )
 
 
 # ---- what was left out

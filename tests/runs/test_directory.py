@@ -53,13 +53,17 @@ class TestReading:
         (run.samples / "other.png").touch()
         assert run.sample_grids() == {step: run.samples / f"step-{step:08d}.png" for step in (20, 100, 12345678)}
 
-    @pytest.mark.parametrize("content", ["{broken", "[]", "3", '{"fid:inception@16/ode2": 3}', '{"fid:inception@16/ode2": "abc"}', "\x00"])
+    @pytest.mark.parametrize(
+        "content", ["{broken", "[]", "3", '{"fid:inception@16/ode2": 3}', '{"fid:inception@16/ode2": "abc"}', "\x00"]
+    )
     def test_damaged_protocols_say_what_to_do(self, run, content):
         with RunWriter(run) as writer:
             writer.protocols({"fid:inception@16/ode2": {"real": 10}})
             assert run.protocols == {"fid:inception@16/ode2": {"real": 10}}
             (run.path / "protocols.json").write_text(content)
-            with pytest.raises(DamagedFileError, match=r"protocols.json' is damaged; delete it, and it is written again when the run"):
+            with pytest.raises(
+                DamagedFileError, match=r"protocols.json' is damaged; delete it, and it is written again when the run"
+            ):
                 writer.protocols({})
 
     @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"state": "lost", "step": 3, "error": null}', "null"])
@@ -67,7 +71,9 @@ class TestReading:
         with RunWriter(run) as writer:
             writer.state(State.RUNNING, 3)
         (run.path / "state.json").write_text(content)
-        with pytest.raises(DamagedFileError, match=r"state.json' is damaged; delete it, and the run is taken up from its last"):
+        with pytest.raises(
+            DamagedFileError, match=r"state.json' is damaged; delete it, and the run is taken up from its last"
+        ):
             _ = run.state
         (run.path / "state.json").unlink()
         assert run.state == RunState(State.NEW)

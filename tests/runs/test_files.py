@@ -109,7 +109,9 @@ class TestLines:
             whole = content[:length].count(b"\n")
             assert files.read_lines(path) == self.ROWS[:whole]
 
-    @pytest.mark.parametrize("line", [b"{", b"\x00\x00\x00", b"\xff\xfe", b"[" * 100_000, b"[1]", b"null", b'"x"', b"3"])
+    @pytest.mark.parametrize(
+        "line", [b"{", b"\x00\x00\x00", b"\xff\xfe", b"[" * 100_000, b"[1]", b"null", b'"x"', b"3"]
+    )
     def test_a_damaged_line_is_named(self, tmp_path, line):
         path = tmp_path / "m.jsonl"
         self.fill(path)

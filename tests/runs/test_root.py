@@ -77,7 +77,9 @@ class TestSweeps:
         assert sorted(links(root).values()) == ["../../by-id/aaa", "../../by-id/bbb", "../../by-id/ccc"]
 
     def test_one_run_under_labels_that_read_alike_has_one_link(self, root):
-        root.sweep("s").record(manifest(*((label, [(0, "aaa")]) for label in ("a b", "a+b", "a*b")), ("a/b", [(0, "bbb")])))
+        root.sweep("s").record(
+            manifest(*((label, [(0, "aaa")]) for label in ("a b", "a+b", "a*b")), ("a/b", [(0, "bbb")]))
+        )
         assert links(root) == {"a_b-seed0": "../../by-id/aaa", "a_b-seed0-bbb": "../../by-id/bbb"}
 
     def test_labels_of_any_length_and_any_letters(self, root):

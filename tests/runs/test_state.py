@@ -37,7 +37,9 @@ def test_a_status_is_read_from_record_lock_and_checkpoints(tmp_path, recorded, c
         assert run.status() == held
         writer.row({"step": 4, "fid": 3.0})
     assert run.status([lambda row: row.get("fid", 9.0) < 1]) == ruled
-    assert run.status([lambda row: row.get("fid", 9.0) < 4]) == (ruled if recorded and recorded.status.is_final else "stopped")
+    assert run.status([lambda row: row.get("fid", 9.0) < 4]) == (
+        ruled if recorded and recorded.status.is_final else "stopped"
+    )
 
 
 @pytest.mark.parametrize("state", list(State))

@@ -22,7 +22,9 @@ def make(root, name: str, state: State, steps=(100, 200)):
     with RunWriter(run) as writer:
         writer.describe({"name": name}, {})
         for step in steps:
-            checkpoints.commit(run.checkpoints, step, lambda folder: (folder / "weights").write_bytes(b"x" * SIZE) and None)
+            checkpoints.commit(
+                run.checkpoints, step, lambda folder: (folder / "weights").write_bytes(b"x" * SIZE) and None
+            )
         writer.state(state, max(steps, default=0))
     return run
 

@@ -28,13 +28,19 @@ BASE = "base is relative to the file that names it"
 # what follows the four lines of HEAD -> the lines expected, of which the file's name is left out
 ADDED = {
     # ranges
-    "axes: {train.lr: {range: [0, 1]}}": ["5:19: axes.train.lr.range: expected three numbers, [start, stop, step], got [0, 1]"],
-    "axes: {train.lr: {linspace: 5}}": ["5:19: axes.train.lr.linspace: expected three numbers, [start, stop, count], got 5"],
+    "axes: {train.lr: {range: [0, 1]}}": [
+        "5:19: axes.train.lr.range: expected three numbers, [start, stop, step], got [0, 1]"
+    ],
+    "axes: {train.lr: {linspace: 5}}": [
+        "5:19: axes.train.lr.linspace: expected three numbers, [start, stop, count], got 5"
+    ],
     "axes: {train.lr: {logspace: [1, 2, x]}}": [
         "5:19: axes.train.lr.logspace: expected three numbers, [start, stop, count], got [1, 2, 'x']"
     ],
     "axes: {train.lr: {range: [0, .inf, 1]}}": ["5:19: axes.train.lr.range: expected finite numbers, got [0, inf, 1]"],
-    "axes: {train.lr: {linspace: [0, .nan, 3]}}": ["5:19: axes.train.lr.linspace: expected finite numbers, got [0, nan, 3]"],
+    "axes: {train.lr: {linspace: [0, .nan, 3]}}": [
+        "5:19: axes.train.lr.linspace: expected finite numbers, got [0, nan, 3]"
+    ],
     "axes: {train.lr: {range: [1, 2, 0]}}": ["5:19: axes.train.lr.range: the step 0 does not lead from 1 to 2"],
     "axes: {train.lr: {range: [1, 2, -0.5]}}": ["5:19: axes.train.lr.range: the step -0.5 does not lead from 1 to 2"],
     "axes: {train.lr: {range: [0, 1, 1e-9]}}": ["5:19: axes.train.lr.range: 1,000,000,001 values; at most 10,000"],
@@ -47,7 +53,9 @@ ADDED = {
     "axes: {train.lr: {linspace: [1, 2, 10001]}}": [
         "5:19: axes.train.lr.linspace: the count is an integer from 2 to 10,000, got 10001"
     ],
-    "axes: {train.lr: {linspace: [2, 2, 3]}}": ["5:19: axes.train.lr.linspace: start and stop must differ, got [2, 2, 3]"],
+    "axes: {train.lr: {linspace: [2, 2, 3]}}": [
+        "5:19: axes.train.lr.linspace: start and stop must differ, got [2, 2, 3]"
+    ],
     "axes: {train.lr: {logspace: [0, 1, 3]}}": [
         "5:19: axes.train.lr.logspace: a logspace starts and stops above 0, got [0, 1, 3]"
     ],
@@ -71,7 +79,9 @@ ADDED = {
     "one_at_a_time: {train.lr: {logspace: [-1, 1, 3]}}": [
         "5:28: one_at_a_time.train.lr.logspace: a logspace starts and stops above 0, got [-1, 1, 3]"
     ],
-    "one_at_a_time: {teacher: {small: {train.lr: 1}}}": [f"5:27: one_at_a_time.teacher.small: unknown field 'small'; {FORMS}"],
+    "one_at_a_time: {teacher: {small: {train.lr: 1}}}": [
+        f"5:27: one_at_a_time.teacher.small: unknown field 'small'; {FORMS}"
+    ],
     "axes: {train.lr: {linspace: [0.1, 1, 101]}, train.steps: {range: [1, 100, 1]}}": [
         "5:1: axes: 10,100 arms; at most 10,000"
     ],
@@ -114,14 +124,18 @@ ADDED = {
     "search: {space: {run.device: {choice: [cpu]}}}": [
         f"5:18: search.space.run.device: unknown field 'run'; {allowed(RunConfig)}"
     ],
-    "search: {space: {train.lr: [1e-4, 1e-2]}}": ["5:18: search.space.train.lr: expected a mapping, got [0.0001, 0.01]"],
+    "search: {space: {train.lr: [1e-4, 1e-2]}}": [
+        "5:18: search.space.train.lr: expected a mapping, got [0.0001, 0.01]"
+    ],
     "search: {space: {train.lr: {lgo: [1e-4, 1e-2]}}}": [
         "5:29: search.space.train.lr.lgo: unknown field 'lgo'; allowed: choice, int, log, uniform, when; did you mean 'log'?"
     ],
     "search: {space: {train.lr: {log: [1e-4, 1e-2], uniform: [0, 1]}}}": [
         "5:18: search.space.train.lr: give exactly one of log, uniform, int, choice"
     ],
-    "search: {space: {train.steps: {int: [1.5, 3]}}}": ["5:38: search.space.train.steps.int.0: expected an integer, got 1.5"],
+    "search: {space: {train.steps: {int: [1.5, 3]}}}": [
+        "5:38: search.space.train.steps.int.0: expected an integer, got 1.5"
+    ],
     "search: {space: {train.lr: {log: [0.1, .inf]}}, prune: some}": [
         "5:40: search.space.train.lr.log.1: expected a finite number, got inf",
         "5:49: search.prune: expected one of none, median, asha, hyperband, got 'some'",

@@ -73,7 +73,9 @@ class TestFieldsOfOtherTypes:
         found = ids(regularizer={"type": "repa"}, axes=axes)
         assert found["type=repa, manifold_weight=1"] == found["type=repa, manifold_weight=2"]
         assert len(set(found.values())) == 3
-        given = load_spec(mapping(axes={"regularizer.type": ["repa", "urepa"]}), {"regularizer.manifold": {"margin": 0.5}})
+        given = load_spec(
+            mapping(axes={"regularizer.type": ["repa", "urepa"]}), {"regularizer.manifold": {"margin": 0.5}}
+        )
         assert [type(arm.config.regularizer) for arm in given.arms] == [REPASettings, UREPASettings]
         assert given.arms[1].config.regularizer.manifold.margin == 0.5
 
@@ -89,16 +91,29 @@ class TestFieldsOfOtherTypes:
 
     def test_any_arm_can_be_turned_off(self):
         """`none` ignores the fields of every type, also of those that no arm names."""
-        found = sections(regularizer={"type": "none", **SHARED, "encoder": {"name": "x"}, "projector": {"type": "conv"}})
+        found = sections(
+            regularizer={"type": "none", **SHARED, "encoder": {"name": "x"}, "projector": {"type": "conv"}}
+        )
         assert found["all"].model_dump(mode="json") == {"type": "none"}
-        assert ids(regularizer={"type": "none", **SHARED}) == ids() == ids(regularizer={"type": "none"}) == ids(regularizer={})
+        assert (
+            ids(regularizer={"type": "none", **SHARED})
+            == ids()
+            == ids(regularizer={"type": "none"})
+            == ids(regularizer={})
+        )
 
     def test_a_condition_on_a_field_holds_only_of_the_types_that_have_it(self):
         axes = {"regularizer.type": list(TYPES)}
         for value, left in ((7.0, ["type=none", "type=repa"]), (3.0, ["type=none", "type=repa", "type=urepa"])):
-            more = {"regularizer": {"type": "none", **SHARED}, "axes": axes, "exclude": [{"regularizer.manifold_weight": value}]}
+            more = {
+                "regularizer": {"type": "none", **SHARED},
+                "axes": axes,
+                "exclude": [{"regularizer.manifold_weight": value}],
+            }
             assert list(sections(**more)) == left
-        assert list(sections(regularizer={"type": "none"}, axes=axes, exclude=[{"regularizer.weight": 0.5}])) == ["type=none"]
+        assert list(sections(regularizer={"type": "none"}, axes=axes, exclude=[{"regularizer.weight": 0.5}])) == [
+            "type=none"
+        ]
 
     def test_what_an_arm_has_not_is_not_explained(self):
         experiment = load_spec(mapping(regularizer={"type": "none", **SHARED}, axes={"regularizer.type": list(TYPES)}))
@@ -125,7 +140,9 @@ class TestFieldsOfOtherTypes:
             assert found and all(line.startswith(at) for line in found)
 
     def test_a_wrong_value_is_told_by_the_arm_that_has_the_field(self, tmp_path):
-        text = HEAD + "regularizer: {type: none, manifold_weight: heavy}\naxes: {regularizer.type: [none, repa, urepa]}\n"
+        text = (
+            HEAD + "regularizer: {type: none, manifold_weight: heavy}\naxes: {regularizer.type: [none, repa, urepa]}\n"
+        )
         assert refusal(write(tmp_path, text)) == ["5:27: regularizer.manifold_weight: expected a number, got 'heavy'"]
 
     def test_a_search_over_types_ignores_what_a_trials_type_has_not(self):
@@ -171,7 +188,9 @@ class TestTheSection:
 
     @pytest.mark.parametrize("kind", ["linear", "conv", "mlp"])
     def test_a_projector_may_be_called_by_its_type(self, kind):
-        short, long = (ids(regularizer={"type": "repa", "projector": projector}) for projector in (kind, {"type": kind}))
+        short, long = (
+            ids(regularizer={"type": "repa", "projector": projector}) for projector in (kind, {"type": kind})
+        )
         assert short == long
 
 
@@ -208,7 +227,10 @@ class TestFiles:
 
     def test_fields_are_known_by_their_marks_and_only_where_they_are_set(self):
         outer = Outer(one=Inner(weights="a"), source="hub/name")
-        assert list(file_fields(outer)) == [("source", "hub/name", NamesFile()), ("marked", "x.bin", NamesFile(required=True))]
+        assert list(file_fields(outer)) == [
+            ("source", "hub/name", NamesFile()),
+            ("marked", "x.bin", NamesFile(required=True)),
+        ]
         assert list(file_fields(outer.one)) == [("weights", "a", NamesFile(required=True))]
         assert list(file_fields(Inner())) == []
 

@@ -49,7 +49,9 @@ class TestBase:
 
     def test_a_null_and_a_list_replace(self, tmp_path):
         write(tmp_path, HEAD + "regularizer: {type: repa, encoder: {image_size: 448}}\nseeds: [1, 2]\n", "p.yaml")
-        experiment = load_spec(write(tmp_path, "base: p.yaml\nregularizer: {encoder: {image_size: null}}\nseeds: [7]\n"))
+        experiment = load_spec(
+            write(tmp_path, "base: p.yaml\nregularizer: {encoder: {image_size: null}}\nseeds: [7]\n")
+        )
         assert experiment.arms[0].config.regularizer.encoder.image_size is None
         assert experiment.seeds == (7,)
 
@@ -74,7 +76,9 @@ class TestBase:
         assert {path: one.choice for path, one in over.search.space.items()} == {"train.lr": [0.1]}
         assert over.search.objective == under.search.objective
         axes = {"teacher": {"small": {"train.lr": 0.1}}, "train.batch_size": [1, 2]}
-        assert len(load_spec(mapping(axes=axes), {"axes.teacher": {"large": {}, "larger": {"train.lr": 0.2}}}).arms) == 4
+        assert (
+            len(load_spec(mapping(axes=axes), {"axes.teacher": {"large": {}, "larger": {"train.lr": 0.2}}}).arms) == 4
+        )
 
     def test_a_base_is_relative_to_the_file_that_names_it(self, tmp_path):
         write(tmp_path, HEAD, "a/deep/root.yaml")
@@ -110,7 +114,9 @@ class TestBase:
     def test_a_circle_through_a_link(self, tmp_path):
         file = write(tmp_path, "base: link.yaml\n")
         (tmp_path / "link.yaml").symlink_to(file)
-        assert refusal(file) == [f"{file}:1:1: base: '{tmp_path}/link.yaml' is already among the bases: base runs in a circle"]
+        assert refusal(file) == [
+            f"{file}:1:1: base: '{tmp_path}/link.yaml' is already among the bases: base runs in a circle"
+        ]
 
     @pytest.mark.parametrize("name", ["none.yaml", "sub", "x" * 300, "loop.yaml"])
     def test_what_is_no_file(self, tmp_path, name):

@@ -45,14 +45,23 @@ def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, obje
         path = f"{prefix}{field.alias or name}"
         source = RunConfig.model_fields[name] if path in SECTIONS else field
         default = source.get_default(call_default_factory=True)
-        yield path, _NONE if default is PydanticUndefined or path in SECTIONS or isinstance(default, Settings) else default
-        several = {"regularizer": [REGULARIZERS[kind].settings for kind in ("repa", "urepa")], "data": [one.settings for one in SOURCES.values()]}
+        yield (
+            path,
+            _NONE if default is PydanticUndefined or path in SECTIONS or isinstance(default, Settings) else default,
+        )
+        several = {
+            "regularizer": [REGULARIZERS[kind].settings for kind in ("repa", "urepa")],
+            "data": [one.settings for one in SOURCES.values()],
+        }
         kinds = several.get(path) or [*models(source.annotation)][:1]
         for kind in kinds:
             yield from fields(kind, f"{path}.")
 
 
-EXPECTED = {path: default for path, default in fields(Grammar) if not path.startswith(ELSEWHERE)} | {"regularizer.type": "none", "data.source": _NONE}
+EXPECTED = {path: default for path, default in fields(Grammar) if not path.startswith(ELSEWHERE)} | {
+    "regularizer.type": "none",
+    "data.source": _NONE,
+}
 
 
 def test_every_field_is_explained():

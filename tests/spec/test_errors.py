@@ -51,7 +51,8 @@ BAD = {
     ),
     "an empty section": (HEAD.replace("{steps: 10}", ""), ["4:1: train: expected a mapping, got null"]),
     "types of the regularizer": (
-        HEAD + "regularizer:\n  weight: high\n  block_index: middle\n  encoder: {name: 5, cache: 1}\n  schedule: cosine\n  type: repa\n",
+        HEAD
+        + "regularizer:\n  weight: high\n  block_index: middle\n  encoder: {name: 5, cache: 1}\n  schedule: cosine\n  type: repa\n",
         [
             "6:3: regularizer.weight: expected a number, got 'high'",
             "7:3: regularizer.block_index: expected an integer or mid, got 'middle'; did you mean 'mid'?",
@@ -87,7 +88,8 @@ BAD = {
         ["5:27: regularizer.encoder: expected a mapping or 1 or more values, got []"],
     ),
     "settings that do not go together": (
-        HEAD + "regularizer:\n  type: urepa\n  spatial_align: false\n  projector: {kernel: 4}\n  encoder: {pixels: tae}\n",
+        HEAD
+        + "regularizer:\n  type: urepa\n  spatial_align: false\n  projector: {kernel: 4}\n  encoder: {pixels: tae}\n",
         [
             "8:3: regularizer.projector: kernel must be odd, so that tokens keep their places; got 4",
             "9:3: regularizer.encoder: tae names the tiny autoencoder that pixels: tae decodes with; give both or neither",
@@ -191,7 +193,8 @@ BAD = {
         [f"5:1: train.lr: unknown field 'train.lr'; {allowed(Grammar)}; did you mean 'train'?"],
     ),
     "values of an axis": (
-        HEAD + "axes:\n  regularizer.weight: [0.5, high, -1]\n  train.lr:\n    - 1e-4\n    - 1e-3x\nregularizer: {type: repa}\n",
+        HEAD
+        + "axes:\n  regularizer.weight: [0.5, high, -1]\n  train.lr:\n    - 1e-4\n    - 1e-3x\nregularizer: {type: repa}\n",
         [
             "6:29: regularizer.weight: expected a number, got 'high'",
             "6:35: regularizer.weight: expected a number of at least 0.0, got -1",
@@ -250,7 +253,8 @@ BAD = {
         ["5:39: regularizer.weight: two arms are called 'weight=0.5'"],
     ),
     "a star that is on the axis": (
-        HEAD + "axes: {regularizer.weight: [0.5]}\none_at_a_time: {regularizer.weight: [0.25, 0.5]}\nregularizer: {type: repa}\n",
+        HEAD
+        + "axes: {regularizer.weight: [0.5]}\none_at_a_time: {regularizer.weight: [0.25, 0.5]}\nregularizer: {type: repa}\n",
         ["6:44: regularizer.weight: two arms are called 'weight=0.5'"],
     ),
     "included arms": (
@@ -280,8 +284,7 @@ BAD = {
         [
             f"6:12: exclude.0.train.rl: unknown field 'rl'; {allowed(TrainConfig)}",
             f"6:30: exclude.1.teachr: unknown field 'teachr'; {allowed(RunConfig)}; did you mean 'teacher'?",
-            f"7:22: compare.baseline.regularizer.tpye: unknown field 'tpye'; {ANY_TYPE}; "
-            "did you mean 'type'?",
+            f"7:22: compare.baseline.regularizer.tpye: unknown field 'tpye'; {ANY_TYPE}; did you mean 'type'?",
         ],
     ),
     "comparison": (

@@ -48,7 +48,9 @@ class TestAxes:
         names = {"regularizer.encoder.name": ["a"], "evaluate.encoder.name": ["a"]}
         assert labels(one_at_a_time=names) == ["all", "regularizer.encoder.name=a", "evaluate.encoder.name=a"]
         (arm,) = load_spec(mapping()).arms
-        assert arm.with_settings({"train.steps": 5, "evaluate.sampler.steps": 6}).label == "train.steps=5, sampler.steps=6"
+        assert (
+            arm.with_settings({"train.steps": 5, "evaluate.sampler.steps": 6}).label == "train.steps=5, sampler.steps=6"
+        )
 
     def test_a_named_axis_bundles_settings(self):
         arms = load_spec(mapping(axes={"teacher": TEACHERS, "regularizer.weight": [1.0]})).arms
@@ -58,18 +60,25 @@ class TestAxes:
         assert arms[0].levels["teacher"] == "small"
 
     def test_a_level_may_set_nothing(self):
-        arms = load_spec(mapping(regularizer={"type": "repa", "weight": 0.1}, axes={"a": {"as_is": None, "too": {}}})).arms
+        arms = load_spec(
+            mapping(regularizer={"type": "repa", "weight": 0.1}, axes={"a": {"as_is": None, "too": {}}})
+        ).arms
         assert [(arm.label, arm.config.regularizer.weight) for arm in arms] == [("as_is", 0.1), ("too", 0.1)]
 
     def test_a_mapping_as_a_value_merges_into_the_section(self):
         base = {"type": "repa", "encoder": {"name": "a", "image_size": 224}}
-        arms = load_spec(mapping(regularizer=base, axes={"regularizer.encoder": [{"name": "b"}, {"image_size": 14}]})).arms
+        arms = load_spec(
+            mapping(regularizer=base, axes={"regularizer.encoder": [{"name": "b"}, {"image_size": 14}]})
+        ).arms
         encoders = [arm.config.regularizer.encoder for arm in arms]
         assert [(e.name, e.image_size) for e in encoders] == [("b", 224), ("a", 14)]
 
     def test_null_is_a_value(self):
         arms = load_spec(mapping(axes={"train.grad_clip": [None, 0.5]})).arms
-        assert [(arm.label, arm.config.train.grad_clip) for arm in arms] == [("grad_clip=None", None), ("grad_clip=0.5", 0.5)]
+        assert [(arm.label, arm.config.train.grad_clip) for arm in arms] == [
+            ("grad_clip=None", None),
+            ("grad_clip=0.5", 0.5),
+        ]
 
     def test_a_later_axis_lies_over_an_earlier_one(self):
         axes = {"x": {"on": {"regularizer.type": "repa"}}, "y": {"base": {"regularizer.type": "none"}, "as_is": None}}
@@ -139,7 +148,10 @@ class TestStarsAndExtras:
 
 @pytest.mark.parametrize("name", ["two\nlines", "block\n", "bell\a", "esc\x1b[2J", "separator\u2028"])
 def test_an_arm_is_called_by_one_line(name):
-    for more in ({"include": [{"label": name, "set": {}}]}, {"axes": {"kind": {name: {}, "other": {"train.lr": 1e-3}}}}):
+    for more in (
+        {"include": [{"label": name, "set": {}}]},
+        {"axes": {"kind": {name: {}, "other": {"train.lr": 1e-3}}}},
+    ):
         with pytest.raises(SpecError) as caught:
             labels(**more)
         (problem,) = caught.value.problems
@@ -236,7 +248,9 @@ class TestArms:
             arm.with_settings({"regularizer.wieght": 1.0})
 
     def test_later_problems_find_the_place_that_set_the_value(self, tmp_path):
-        text = HEAD + "regularizer: {block_index: 3, type: repa}\naxes:\n  regularizer.encoder.name:\n    - a\n    - b\n"
+        text = (
+            HEAD + "regularizer: {block_index: 3, type: repa}\naxes:\n  regularizer.encoder.name:\n    - a\n    - b\n"
+        )
         text += "  size: {large: {model.size: L/2}}\n"
         arms = load_spec(write(tmp_path, text)).arms
         found = {

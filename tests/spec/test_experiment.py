@@ -40,7 +40,13 @@ class TestLoading:
     def test_defaults_are_the_papers(self):
         config = load_spec(mapping()).arms[0].config
         train = config.train
-        assert (train.batch_size, train.lr, train.ema, train.weight_decay, train.grad_clip) == (256, 1e-4, 0.9999, 0.0, 1.0)
+        assert (train.batch_size, train.lr, train.ema, train.weight_decay, train.grad_clip) == (
+            256,
+            1e-4,
+            0.9999,
+            0.0,
+            1.0,
+        )
         assert (train.label_dropout, train.time) == (0.1, "auto")
         assert config.regularizer.type == "none"
         regularizer = load_spec(mapping(regularizer={"type": "urepa"})).arms[0].config.regularizer
@@ -48,7 +54,10 @@ class TestLoading:
         assert (regularizer.projector.type, regularizer.projector.width, regularizer.block_index) == ("mlp", 2048, None)
 
     def test_zero_is_a_number(self, tmp_path):
-        text = HEAD + "regularizer: {type: urepa, weight: 0, manifold_weight: 0, schedule: {cutoff_step: 0}, block_index: 0}\n"
+        text = (
+            HEAD
+            + "regularizer: {type: urepa, weight: 0, manifold_weight: 0, schedule: {cutoff_step: 0}, block_index: 0}\n"
+        )
         regularizer = load_spec(write(tmp_path, text)).arms[0].config.regularizer
         assert (regularizer.weight, regularizer.manifold_weight) == (0.0, 0.0)
         assert (regularizer.schedule.cutoff_step, regularizer.block_index) == (0, 0)
@@ -104,7 +113,11 @@ class TestOverrides:
             ("train.", 1, "<given>: train.: unknown field ''; "),
             ("train", None, "<given>: train: expected a mapping, got null"),
             ("axes.train.lr", [1], "<given>: axes.train.lr: expected a mapping, got [1]"),
-            ("train.lr", object(), "<given>: train.lr: expected text, a number, true, false, null, a list or a mapping, "),
+            (
+                "train.lr",
+                object(),
+                "<given>: train.lr: expected text, a number, true, false, null, a list or a mapping, ",
+            ),
         ],
     )
     def test_what_is_wrong_with_them_has_no_place(self, tmp_path, path, value, line):
@@ -165,7 +178,9 @@ def test_the_sections_of_the_grammar_are_those_of_a_run():
     assert not set(RunConfig.model_fields) & set(RunOptions.model_fields)
 
 
-@pytest.mark.parametrize("file", sorted(Path(__file__).parents[2].glob("experiments/*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted(Path(__file__).parents[2].glob("experiments/*.yaml")), ids=lambda file: file.stem
+)
 def test_the_experiments_of_the_house_can_be_read(file):
     experiment = load_spec(file)
     assert experiment.arms
@@ -254,7 +269,12 @@ def test_sound_leaves_in_wrong_places_are_refused_and_nothing_else():
         return draw.choice(plain) if draw.random() < 0.02 else value
 
     whole = mapping(
-        regularizer={"type": "repa", "weight": 0.5, "encoder": {"name": "x", "image_size": 14}, "schedule": {"end": 0.0}},
+        regularizer={
+            "type": "repa",
+            "weight": 0.5,
+            "encoder": {"name": "x", "image_size": 14},
+            "schedule": {"end": 0.0},
+        },
         evaluate={"every": 5, "sampler": {"steps": 9}, "guidance": {"low": 0.1, "high": 0.5}, "encoder": {"name": "y"}},
         axes={"train.lr": [1e-3, 1e-4], "named": {"a": {"train.ema": 0.5}, "b": None}},
         one_at_a_time={"train.steps": [1, 2]},
@@ -273,11 +293,21 @@ def test_sound_leaves_in_wrong_places_are_refused_and_nothing_else():
 def test_damaged_files_are_refused_and_nothing_else(tmp_path):
     draw = random.Random(2)
     sound = (
-        HEAD + "regularizer: {type: repa, encoder: &e {name: a, image_size: 14}}\nevaluate:\n  encoder: *e\n  every: 1e3\n"
+        HEAD
+        + "regularizer: {type: repa, encoder: &e {name: a, image_size: 14}}\nevaluate:\n  encoder: *e\n  every: 1e3\n"
         "axes:\n  train.lr: [1e-3, 1e-4]\n  named: {a: {train.ema: 0.5}, b: }\nexclude:\n- {named: a}\nseeds: 0x2\n"
     ).replace("1e3", "100")
     assert isinstance(outcome(write(tmp_path, sound)), Experiment)
-    damage = [*"{}[]:,-&*!|>'\"%@`#?~ \n\t0x.eé\x00\x85\u2028", "<<", "!!int ", "!!set ", "---\n", "...\n", "? ", "\ud7ff"]
+    damage = [
+        *"{}[]:,-&*!|>'\"%@`#?~ \n\t0x.eé\x00\x85\u2028",
+        "<<",
+        "!!int ",
+        "!!set ",
+        "---\n",
+        "...\n",
+        "? ",
+        "\ud7ff",
+    ]
     kinds = []
     for _ in range(600):
         text = list(sound)

@@ -72,7 +72,9 @@ class TestExplain:
         assert explain(load_spec(file), "evaluate.encoder.name") == [Setting("evaluate.encoder", None, "default")]
 
     def test_a_list_of_sections_is_gone_into(self, tmp_path):
-        text = "regularizer: {type: repa, encoder: [{name: x}, {name: y, cache: false}]}\nstop: [{below: 1}, {above: 9}]\n"
+        text = (
+            "regularizer: {type: repa, encoder: [{name: x}, {name: y, cache: false}]}\nstop: [{below: 1}, {above: 9}]\n"
+        )
         found = sources(load_spec(write(tmp_path, HEAD + text)))
         assert found["regularizer.encoder.1.cache"] == [(False, f"{tmp_path}/q.yaml:5:58")]
         assert found["regularizer.encoder.0.cache"] == [(True, "default")]
@@ -120,7 +122,9 @@ class TestSpecs:
     def test_arms_and_fields(self):
         axes = {"train.lr": [1e-3, 1e-4]}
         one = load_spec(mapping(axes=axes, seeds=2, compare={"targets": {"fid": [30]}}))
-        other = load_spec(mapping(axes={"train.lr": [1e-4, 1e-5]}, seeds=3, train={"steps": 20}, budget={"gpu_hours": 1}))
+        other = load_spec(
+            mapping(axes={"train.lr": [1e-4, 1e-5]}, seeds=3, train={"steps": 20}, budget={"gpu_hours": 1})
+        )
         found = compare_specs(one, other)
         assert (found.removed, found.added) == (("lr=0.001",), ("lr=1e-05",))
         assert found.fields == (
@@ -148,6 +152,8 @@ class TestSpecs:
 
 
 def test_runs():
-    one, other = (Run("x", load_spec(mapping(), {"train.lr": lr}).arms[0].config, seed) for lr, seed in ((1e-3, 0), (1e-4, 1)))
+    one, other = (
+        Run("x", load_spec(mapping(), {"train.lr": lr}).arms[0].config, seed) for lr, seed in ((1e-3, 0), (1e-4, 1))
+    )
     assert compare_runs(one, one) == []
     assert compare_runs(one, other) == [Difference("train.lr", (1e-3,), (1e-4,)), Difference("seed", (0,), (1,))]

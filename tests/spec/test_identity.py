@@ -72,7 +72,15 @@ SCIENCE = {
 }  # fmt: skip
 # They change only together with others, or stand for content that is hashed in their place.
 HUB = {"data.name": "other/set", "data.config": "small", "data.split": "test", "data.revision": "v2"}
-ELSEWHERE = {*HUB, "data.source", "data.path", "train.steps", "regularizer.encoder.tae", "regularizer.spatial_align", "train.optimizer.momentum"}
+ELSEWHERE = {
+    *HUB,
+    "data.source",
+    "data.path",
+    "train.steps",
+    "regularizer.encoder.tae",
+    "regularizer.spatial_align",
+    "train.optimizer.momentum",
+}
 
 
 def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -145,7 +153,9 @@ def test_several_encoders_are_one_setting():
 
     assert of(one).run_id == run().run_id
     assert of({**one, "weights": "copy-of-a.bin"}, other).run_id == of(one, other).run_id
-    assert len({of(one, other).run_id, of(other, one).run_id, of(one, one).run_id, of(other).run_id, of(one).run_id}) == 5
+    assert (
+        len({of(one, other).run_id, of(other, one).run_id, of(one, one).run_id, of(other).run_id, of(one).run_id}) == 5
+    )
     assert len({of(one, other).config, of(one, other).config, of(one).config}) == 2  # settings are keys of mappings
     assert local_files(of(one, {**other, "weights": "b.bin"}).config) == ("a.bin", "b.bin")
     again = of(one, other)
@@ -207,14 +217,18 @@ def test_a_run_survives_its_file():
 def test_a_record_that_this_version_cannot_read_is_told_in_a_line(change, what):
     with pytest.raises(RecordedSpecError) as caught:
         Run.from_json("0123456789ab", {**run().to_json(), **change})
-    assert str(caught.value) == f"the spec.json of run 0123456789ab is damaged, or of another version of the lab: {what}"
+    assert (
+        str(caught.value) == f"the spec.json of run 0123456789ab is damaged, or of another version of the lab: {what}"
+    )
 
 
 def test_auto_is_uniform_where_nothing_is_pretrained():
     """As every run that was trained before there was another has it."""
     ids = {time: run({"train.time": time}).run_id for time in ("auto", "uniform", "lognormal")}
     assert run().run_id == ids["auto"] == ids["uniform"] != ids["lognormal"]
-    tuned = {time: run({"model.pretrained": "x", "train.time": time}).run_id for time in ("auto", "uniform", "lognormal")}
+    tuned = {
+        time: run({"model.pretrained": "x", "train.time": time}).run_id for time in ("auto", "uniform", "lognormal")
+    }
     assert run({"model.pretrained": "x"}).run_id == tuned["auto"]
     assert len(set(tuned.values())) == 3
 
@@ -284,7 +298,10 @@ class TestFolders:
         assert len({self.id_of(kind, name) for name in names}) == 4
         source = mapping(model={"family": "sdxl", "pretrained": "a/b"}, data={"source": "digits", "vae": "c/d"})
         arm = load_spec(source).arms[0]
-        assert identify_arm(arm, 0).run_id == identify(Inventory().resolve(arm.config), 0, PROTOCOL_VERSION, fingerprint_digits(), {}).run_id
+        assert (
+            identify_arm(arm, 0).run_id
+            == identify(Inventory().resolve(arm.config), 0, PROTOCOL_VERSION, fingerprint_digits(), {}).run_id
+        )
 
     def test_a_files_content_counts_too(self, tmp_path):
         for name, content in (("a.safetensors", b"1"), ("b.safetensors", b"1"), ("c.safetensors", b"2")):
@@ -307,7 +324,11 @@ class TestFolders:
 
 def test_a_run_with_a_pretrained_model_survives_its_file():
     """Prompts are a list there and a tuple here, for settings are keys of mappings."""
-    settings = {"model.pretrained": "x", "evaluate.prompts": ["a cat", "a dog"], "data.buckets": {"step": 32, "max_aspect": 3}}
+    settings = {
+        "model.pretrained": "x",
+        "evaluate.prompts": ["a cat", "a dog"],
+        "data.buckets": {"step": 32, "max_aspect": 3},
+    }
     first = run(settings)
     again = Run.from_json(first.run_id, json.loads(json.dumps(first.to_json())))
     assert again == first

@@ -91,7 +91,9 @@ class TestArms:
     @pytest.mark.parametrize("key", ["axes", "one_at_a_time"])
     def test_they_are_those_of_the_list(self, key, span, listed):
         base = {"type": "repa", "encoder": {"name": "dinov2_vits14"}}
-        given, by_hand = (load_spec(mapping(regularizer=base, **{key: {"regularizer.weight": v}})) for v in (span, listed))
+        given, by_hand = (
+            load_spec(mapping(regularizer=base, **{key: {"regularizer.weight": v}})) for v in (span, listed)
+        )
         assert given.arms == by_hand.arms
         assert ids(given.arms) == ids(by_hand.arms)
         assert len(set(ids(given.arms))) >= len(listed)
@@ -108,7 +110,10 @@ class TestArms:
         ]
 
     def test_a_value_can_be_excluded(self):
-        more = {"axes": {"regularizer.weight": {"linspace": [0, 1, 11]}}, "exclude": [{"regularizer.weight": [0.3, 0.7]}]}
+        more = {
+            "axes": {"regularizer.weight": {"linspace": [0, 1, 11]}},
+            "exclude": [{"regularizer.weight": [0.3, 0.7]}],
+        }
         assert len(load_spec(mapping(regularizer={"type": "repa"}, **more)).arms) == 9
 
     def test_a_named_axis_may_have_a_level_of_the_name(self):

@@ -66,7 +66,17 @@ class TestCoreSchema:
     def test_values_on_the_command_line(self):
         assert parse_scalar("[1, 2e-3, off, null]") == [1, 0.002, "off", None]
         assert parse_scalar("{log: [0.05, 2.0]}") == {"log": [0.05, 2.0]}
-        for text in ("[1", "!!python/name:os.system", "!!int x", "*a", "a: b: c", "[" * 2000, "\x00", "{a: 1, a: 2}", "{1: 2}"):
+        for text in (
+            "[1",
+            "!!python/name:os.system",
+            "!!int x",
+            "*a",
+            "a: b: c",
+            "[" * 2000,
+            "\x00",
+            "{a: 1, a: 2}",
+            "{1: 2}",
+        ):
             with pytest.raises(ValueError, match="not a YAML value"):
                 parse_scalar(text)
 
@@ -116,7 +126,9 @@ class TestKeys:
         ]
 
     def test_duplicates_inside_lists(self, tmp_path):
-        assert refusal(tmp_path, "a:\n- {b: 1}\n- {b: 1, b: 2}\n") == [":3:10: a.1.b: duplicate key 'b', first given on line 3"]
+        assert refusal(tmp_path, "a:\n- {b: 1}\n- {b: 1, b: 2}\n") == [
+            ":3:10: a.1.b: duplicate key 'b', first given on line 3"
+        ]
 
     def test_keys_must_be_text(self, tmp_path):
         text = "1: a\ntrue: b\n~: c\n1.5: d\n? [x]\n: e\n? {y: z}\n: f\nok: {2: g}\n'1': fine\noff: fine\n"
@@ -242,7 +254,7 @@ def test_half_a_surrogate_pair_is_not_text(tmp_path):
 
 
 def test_what_json_writes_is_read_as_json(tmp_path):
-    value = {"a": ["\U0001f600", "caf\xe9\n\t\"/", 1e-7, -0.5, 10**20, True, None, {}, []], "\U0001f600": {"b": "1"}}
+    value = {"a": ["\U0001f600", 'caf\xe9\n\t"/', 1e-7, -0.5, 10**20, True, None, {}, []], "\U0001f600": {"b": "1"}}
     for indent in (None, 2):
         assert read(tmp_path, json.dumps(value, indent=indent)).value == value
     assert read(tmp_path, '{"a":[1,2,],"b":"\\/",}').value == {"a": [1, 2], "b": "/"}

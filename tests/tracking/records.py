@@ -26,7 +26,11 @@ def records(run: RunDirectory) -> list[Record]:
 
 def history(run: RunDirectory) -> list[dict[str, Any]]:
     """The rows that W&B was told, without what it adds to them."""
-    rows = [{_key(item): json.loads(item.value_json) for item in record.history.item} for record in records(run) if record.HasField("history")]
+    rows = [
+        {_key(item): json.loads(item.value_json) for item in record.history.item}
+        for record in records(run)
+        if record.HasField("history")
+    ]
     return [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
 
 
@@ -38,7 +42,9 @@ def summary(run: RunDirectory) -> dict[str, Any]:
 
 def config(record: Record) -> dict[str, Any]:
     """The config of a run's record."""
-    return {_key(item): json.loads(item.value_json) for item in record.run.config.update if not _key(item).startswith("_")}
+    return {
+        _key(item): json.loads(item.value_json) for item in record.run.config.update if not _key(item).startswith("_")
+    }
 
 
 def _key(item: Any) -> str:

@@ -37,15 +37,35 @@ class Server:
         if rows is None:
             return {"model": None}
         tail = json.dumps([json.dumps(row) for row in rows[-1:]])
-        bucket = {"id": "i", "name": given["name"], "summaryMetrics": "{}", "config": "{}", "historyLineCount": len(rows)}
-        bucket |= {"historyTail": tail, "eventsTail": "[]", "logLineCount": 0, "eventsLineCount": 0, "tags": [], "wandbConfig": '{"t": {}}'}
+        bucket = {
+            "id": "i",
+            "name": given["name"],
+            "summaryMetrics": "{}",
+            "config": "{}",
+            "historyLineCount": len(rows),
+        }
+        bucket |= {
+            "historyTail": tail,
+            "eventsTail": "[]",
+            "logLineCount": 0,
+            "eventsLineCount": 0,
+            "tags": [],
+            "wandbConfig": '{"t": {}}',
+        }
         return {"model": {"id": "m", "name": given["project"], "entity": {"id": "e", "name": "us"}, "bucket": bucket}}
 
     def _UpsertBucket(self, given: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        self.runs.setdefault(given["name"], {}).update({key: value for key, value in given.items() if value is not None})
+        self.runs.setdefault(given["name"], {}).update(
+            {key: value for key, value in given.items() if value is not None}
+        )
         self.rows.setdefault(given["name"], [])
         project = {"id": "p", "name": given["project"], "entity": {"id": "e", "name": given["entity"] or "us"}}
-        return {"upsertBucket": {"bucket": {"id": "i", "name": given["name"], "project": project, "config": "{}"}, "inserted": True}}
+        return {
+            "upsertBucket": {
+                "bucket": {"id": "i", "name": given["name"], "project": project, "config": "{}"},
+                "inserted": True,
+            }
+        }
 
     def _CreateRunFiles(self, given: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         places = [{"name": name, "uploadUrl": f"{self.address}/upload/{name}"} for name in given["files"]]

@@ -78,7 +78,9 @@ def test_a_listener_that_fails_costs_nothing_but_itself(run, fails_at, heard, ca
     assert len(failing.said) == heard  # and nothing after
     assert len(other.said) == 5
     events = [event for event in run.events() if event["event"] == "listener-failed"]
-    assert [(event["listener"], event["error"]) for event in events] == [("Heard", "ConnectionError: the server is gone")]
+    assert [(event["listener"], event["error"]) for event in events] == [
+        ("Heard", "ConnectionError: the server is gone")
+    ]
     assert "stopped listening" in caplog.text
 
 

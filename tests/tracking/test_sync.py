@@ -77,7 +77,12 @@ def test_a_refusal_is_told_with_the_servers_words_though_wandb_ends_with_0(root,
     with serving(refuses=True) as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.address)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
-        assert subprocess.run(sync_command(offline_folders(run)), cwd=root.path, capture_output=True, check=False).returncode == 0
+        assert (
+            subprocess.run(
+                sync_command(offline_folders(run)), cwd=root.path, capture_output=True, check=False
+            ).returncode
+            == 0
+        )
         found = sync(run)
     assert found.outcome == "failed"
     assert "401" in found.detail and "user is not logged in" in found.detail and "\n" not in found.detail
@@ -108,7 +113,10 @@ def test_the_command_names_a_runs_folders_from_the_oldest_to_the_newest(root):
     (run.path / "wandb/run-20260104_000000-abc").mkdir()  # was online
     command = sync_command(offline_folders(run))
     assert command[:4] == [sys.executable, "-m", "wandb", "sync"]
-    assert [Path(path).name for path in command[4:]] == ["offline-run-20260101_235959-abc", "offline-run-20260102_000000-abc"]
+    assert [Path(path).name for path in command[4:]] == [
+        "offline-run-20260101_235959-abc",
+        "offline-run-20260102_000000-abc",
+    ]
 
 
 def test_the_command_line_says_what_became_of_every_run(root, monkeypatch):
@@ -118,7 +126,14 @@ def test_the_command_line_says_what_became_of_every_run(root, monkeypatch):
         writer.describe({"seed": 0}, {})
     sweep = root.sweep("mine")
     sweep.path.mkdir()
-    arms = [{"label": "a", "levels": {}, "baseline": None, "runs": [{"seed": 0, "run_id": "bbb"}, {"seed": 1, "run_id": "ccc"}]}]
+    arms = [
+        {
+            "label": "a",
+            "levels": {},
+            "baseline": None,
+            "runs": [{"seed": 0, "run_id": "bbb"}, {"seed": 1, "run_id": "ccc"}],
+        }
+    ]
     sweep.record({"name": "mine", "question": "", "seeds": [0, 1], "compare": {}, "arms": arms, "search": None})
     keyless = cli(root)
     assert (keyless.returncode, keyless.stdout) == (2, "")
@@ -130,7 +145,10 @@ def test_the_command_line_says_what_became_of_every_run(root, monkeypatch):
         one = cli(root, "mine")
         assert (one.returncode, one.stdout) == (0, f"bbb: synced: {server.address}/a-team/a-project/runs/bbb\n")
         both = cli(root, "bbb", "mine", root.run("aaa").path)
-        assert both.stdout.splitlines() == ["bbb: already synced", f"aaa: synced: {server.address}/a-team/a-project/runs/aaa"]
+        assert both.stdout.splitlines() == [
+            "bbb: already synced",
+            f"aaa: synced: {server.address}/a-team/a-project/runs/aaa",
+        ]
         server.refuses = True
         record(root.run("aaa"), ROWS[2:])
         refused = cli(root, "aaa")

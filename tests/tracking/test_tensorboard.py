@@ -28,7 +28,9 @@ def run(tmp_path) -> RunDirectory:
     return RunDirectory(tmp_path / "abc")
 
 
-def tell(run: RunDirectory, rows: list[Row], listener: TensorBoardListener | None = None, grid: int | None = None) -> None:
+def tell(
+    run: RunDirectory, rows: list[Row], listener: TensorBoardListener | None = None, grid: int | None = None
+) -> None:
     listener = listener or TensorBoardListener(run, {"train": {"lr": 0.1}})
     with RunWriter(run) as writer:
         journal = Journal(writer, [listener])

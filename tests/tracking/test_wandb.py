@@ -88,7 +88,13 @@ def test_no_secret_stands_in_any_file_of_a_run(tmp_path, cache, server):
     train(run, directory, make_options(), cache, [listener])
     assert recorded(directory)
     files = [path for path in directory.path.rglob("*") if path.is_file()]
-    assert {path.name for path in files} >= {"spec.json", "provenance.json", "state.json", "metrics.jsonl", "events.jsonl"}
+    assert {path.name for path in files} >= {
+        "spec.json",
+        "provenance.json",
+        "state.json",
+        "metrics.jsonl",
+        "events.jsonl",
+    }
     for path in files:
         content = path.read_bytes()
         for value in SECRETS.values():

@@ -88,7 +88,9 @@ def test_gradients_reach_the_blocks_up_to_the_tap(images):
     aligner, denoiser, _ = make_aligner(images, **{"regularizer.block_index": 2})
     pass_through(denoiser)
     aligner(batch_of(torch.arange(3)), 0, CPU, NOTHING).value.backward()
-    reached = [any(p.grad is not None and p.grad.abs().max() > 0 for p in block.parameters()) for block in denoiser.blocks]
+    reached = [
+        any(p.grad is not None and p.grad.abs().max() > 0 for p in block.parameters()) for block in denoiser.blocks
+    ]
     assert reached == [True, True, True, False]
 
 
@@ -190,5 +192,7 @@ def test_long_work_is_announced(images, tmp_path):
             return images.source.read(index)
 
     few = replace(images, source=Few())
-    open_targets(settings, few, make_options(), tmp_path, CPU, lambda task: lambda done, total: heard.append((task, done, total)))
+    open_targets(
+        settings, few, make_options(), tmp_path, CPU, lambda task: lambda done, total: heard.append((task, done, total))
+    )
     assert heard == [("features of efficientnet_lite0", 5, 5)]

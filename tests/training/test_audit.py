@@ -31,14 +31,18 @@ def run(cache, tmp_path_factory):
 @pytest.mark.parametrize(("metric", "expected", "count"), [(None, FULL, 24), (USUAL, USUAL, 16)])
 def test_the_number_can_be_computed_again_from_the_file(run, cache, tmp_path, images, metric, expected, count):
     told = []
-    found = write_samples(run, tmp_path / "a.npz", cache, metric, progress=lambda done, total: told.append((done, total)))
+    found = write_samples(
+        run, tmp_path / "a.npz", cache, metric, progress=lambda done, total: told.append((done, total))
+    )
     value = next(row[expected] for row in reversed(run.rows()) if expected in row)
     assert (found, told[-1]) == ((5, expected, value), (count, count))
     pixels = np.load(tmp_path / "a.npz")["arr_0"]
     assert (pixels.shape, pixels.dtype) == ((count, 8, 8, 3), np.uint8)
     extractor = Extractor("efficientnet_lite0", None, torch.device("cpu"))
     assert write_real(run, tmp_path / "real.npz", cache) == len(images.split.train)
-    both = (torch.from_numpy(one.transpose(0, 3, 1, 2).copy()) for one in (pixels, np.load(tmp_path / "real.npz")["arr_0"]))
+    both = (
+        torch.from_numpy(one.transpose(0, 3, 1, 2).copy()) for one in (pixels, np.load(tmp_path / "real.npz")["arr_0"])
+    )
     found, real = (statistics(extractor.features(side).of("frechet")) for side in both)
     assert frechet_distance(found.mu, found.sigma, real.mu, real.sigma) == pytest.approx(value, rel=1e-6)
 
@@ -62,7 +66,9 @@ def test_the_documents_recipe_gives_the_runs_numbers(cache, tmp_path):
     write_real(directory, tmp_path / "real.npz", cache)
     recipe = Path("docs/protocol.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
     (tmp_path / "recipe.py").write_text(recipe)
-    told = subprocess.run([sys.executable, "recipe.py"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        [sys.executable, "recipe.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
     found = ast.literal_eval(told.splitlines()[-1])
     (row,) = (row for row in directory.rows() if "kernel:efficientnet_lite0@40/ode2" in row)
     # Of 40 vectors of 1,280 numbers torch-fidelity's own root loses half its digits.

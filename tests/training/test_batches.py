@@ -56,7 +56,9 @@ class TestPath:
 
 class TestLoss:
     def test_is_the_mean_square(self):
-        assert denoising_loss(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 0.0])).item() == pytest.approx(13 / 3)
+        assert denoising_loss(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 0.0])).item() == pytest.approx(
+            13 / 3
+        )
 
     def test_is_the_mean_over_images_of_their_means(self):
         velocity, target = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)

@@ -16,7 +16,11 @@ from repa_lab.training.checkpoint import Progress, Trained
 from repa_lab.training.ema import EMA
 
 GIVEN = Input(1, (8, 8), 10)
-SHAPES = {"sit": ("nano/2", SIT_SHAPES["nano/2"]), "sit_down": ("nano/2", SIT_DOWN_SHAPES["nano/2"]), "unet": ("nano", UNET_SHAPES["nano"])}
+SHAPES = {
+    "sit": ("nano/2", SIT_SHAPES["nano/2"]),
+    "sit_down": ("nano/2", SIT_DOWN_SHAPES["nano/2"]),
+    "unet": ("nano", UNET_SHAPES["nano"]),
+}
 
 
 def make(seed: int, family: str = "sit", regularized: bool = True, scaler: object = None) -> Trained:
@@ -37,7 +41,13 @@ def step(trained: Trained, seed: int) -> None:
     x, t = torch.randn(4, 1, 8, 8, generator=draw), torch.rand(4, generator=draw)
     loss = trained.denoiser(x, t, torch.arange(4)).square().mean()
     if trained.regularizer is not None:
-        loss = loss + trained.regularizer.projectors[0].project(Tokens(torch.randn(2, 3, 64, generator=draw), (1, 3))).values.square().mean()
+        loss = (
+            loss
+            + trained.regularizer.projectors[0]
+            .project(Tokens(torch.randn(2, 3, 64, generator=draw), (1, 3)))
+            .values.square()
+            .mean()
+        )
     loss.backward()
     trained.optimizer.step()
     trained.optimizer.zero_grad(set_to_none=True)
@@ -117,7 +127,13 @@ def test_the_files_are_safetensors_and_json_only(tmp_path):
     for kind in kinds:
         with safe_open(tmp_path / f"{kind}.safetensors", framework="pt") as file:
             assert file.keys()
-    assert json.loads((tmp_path / "state.json").read_text())["progress"] == {"step": 1, "images": 4, "seconds": 0.0, "evaluation_seconds": 0.0, "encoder_seconds": 0.0}
+    assert json.loads((tmp_path / "state.json").read_text())["progress"] == {
+        "step": 1,
+        "images": 4,
+        "seconds": 0.0,
+        "evaluation_seconds": 0.0,
+        "encoder_seconds": 0.0,
+    }
 
 
 def test_the_gradient_scaler_comes_back(tmp_path):

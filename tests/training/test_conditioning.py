@@ -87,7 +87,11 @@ class TestCaptions:
 
     def test_floats_are_float32_and_masks_stay_whole_numbers(self, source, texts):
         conditioning = self.make(source, texts, sizes=FAMILIES["sdxl"].pipeline.sizes)
-        for found in (conditioning(torch.tensor([0]), kept(0)), conditioning.of_samples(range(1)), conditioning.of_texts([""])):
+        for found in (
+            conditioning(torch.tensor([0]), kept(0)),
+            conditioning.of_samples(range(1)),
+            conditioning.of_texts([""]),
+        ):
             for name, value in found.items():
                 assert value.dtype == (torch.int64 if name == "mask" else torch.float32), name
 

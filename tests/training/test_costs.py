@@ -36,7 +36,12 @@ def counted(run: Run, grids: tuple[int, ...]) -> int:
 
 @pytest.mark.parametrize(
     ("resample", "takes_grid"),
-    [({}, False), ({"when": "before"}, True), ({"when": "after"}, False), ({"side": "teacher", "when": "before"}, False)],
+    [
+        ({}, False),
+        ({"when": "before"}, True),
+        ({"when": "after"}, False),
+        ({"side": "teacher", "when": "before"}, False),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("sizes", [(32,), (64,), (96,), (32, 96)], ids=str)

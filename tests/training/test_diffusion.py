@@ -80,7 +80,9 @@ class TestFlow:
         x, noise = pair(6)
         which = torch.tensor([0, 1, 10, 500, 998, 999])
         noisy, _ = Flow(3.0).corrupt(x, noise, scheduler.sigmas[which])
-        torch.testing.assert_close(noisy, scheduler.scale_noise(x, scheduler.timesteps[which], noise), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            noisy, scheduler.scale_noise(x, scheduler.timesteps[which], noise), rtol=0, atol=1e-6
+        )
 
     def test_the_papers_times_are_what_they_were(self):
         """Bit for bit, for every run that was ever started draws them."""
@@ -134,7 +136,9 @@ class TestDiffusion:
         a = alphas(config)[which][:, None, None, None]
         x_, noise_ = x.double().numpy(), noise.double().numpy()
         np.testing.assert_allclose(noisy.numpy(), np.sqrt(a) * x_ + np.sqrt(1 - a) * noise_, rtol=0, atol=2e-5)
-        wanted = {"epsilon": noise_, "sample": x_, "v_prediction": np.sqrt(a) * noise_ - np.sqrt(1 - a) * x_}[prediction]
+        wanted = {"epsilon": noise_, "sample": x_, "v_prediction": np.sqrt(a) * noise_ - np.sqrt(1 - a) * x_}[
+            prediction
+        ]
         np.testing.assert_allclose(target.numpy(), wanted, rtol=0, atol=2e-5)
 
     def test_adds_noise_and_gives_the_velocity_as_the_scheduler_does(self, config):
@@ -163,7 +167,9 @@ class TestDiffusion:
         signal = np.sqrt(alphas(SD21))
         scaled = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
         for row, step in ((1, 500), (2, 0)):
-            expected = scaled[step] * x[row].double().numpy() + np.sqrt(1 - scaled[step] ** 2) * noise[row].double().numpy()
+            expected = (
+                scaled[step] * x[row].double().numpy() + np.sqrt(1 - scaled[step] ** 2) * noise[row].double().numpy()
+            )
             np.testing.assert_allclose(noisy[row].numpy(), expected, rtol=0, atol=5e-5)
         _, sample = process_of({**config, "prediction_type": "sample"}).corrupt(x, noise, torch.full((3,), 0.999))
         assert torch.equal(sample, x)
@@ -200,7 +206,9 @@ class TestDiffusion:
         x, noise = pair(1)
         noisy, target = process_of(KOLORS).corrupt(x, noise, torch.tensor([1.099]))
         a = alphas(KOLORS)[-1]
-        np.testing.assert_allclose(noisy.numpy(), a**0.5 * x.numpy() + (1 - a) ** 0.5 * noise.numpy(), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            noisy.numpy(), a**0.5 * x.numpy() + (1 - a) ** 0.5 * noise.numpy(), rtol=0, atol=1e-5
+        )
         assert torch.equal(target, noise)
 
     @pytest.mark.parametrize("config", [SD15, KOLORS], ids=["1,000 steps", "1,100 steps"])

@@ -154,12 +154,19 @@ class TestProtocols:
     def test_one_pass_gives_all_that_was_asked_for(self, few, cache, denoiser, extractor, monkeypatch):
         seen: list[int] = []
         features = Extractor.features
-        monkeypatch.setattr(Extractor, "features", lambda self, pixels, *more: seen.append(len(pixels)) or features(self, pixels, *more))
+        monkeypatch.setattr(
+            Extractor, "features", lambda self, pixels, *more: seen.append(len(pixels)) or features(self, pixels, *more)
+        )
         evaluator = make_evaluator(few, cache, denoiser, **self.ALL)
         seen.clear()  # of the reference
-        row, shown = evaluator.quality(make_run(**{f"evaluate.{name}": value for name, value in self.ALL.items()}).config.evaluate)
+        row, shown = evaluator.quality(
+            make_run(**{f"evaluate.{name}": value for name, value in self.ALL.items()}).config.evaluate
+        )
         assert seen == [20]
-        found, real = extractor.features(shown).layers["1280"], extractor.features(few.source.read(few.split.train.tolist())).layers["1280"]
+        found, real = (
+            extractor.features(shown).layers["1280"],
+            extractor.features(few.source.read(few.split.train.tolist())).layers["1280"],
+        )
         at = "efficientnet_lite0@20/ode2"
         assert list(row) == [f"frechet:{at}", f"kernel:{at}", f"precision:{at}", f"recall:{at}"]
         assert row[f"kernel:{at}"] == pytest.approx(kid(found, real).value)
@@ -167,14 +174,34 @@ class TestProtocols:
         assert (row[f"precision:{at}"], row[f"recall:{at}"]) == (both.precision, both.recall)
 
     def test_every_number_says_what_it_depends_on(self, few, cache, denoiser, targets):
-        evaluator = make_evaluator(few, cache, denoiser, targets, full={"samples": 32, "sampler": {"type": "sde", "steps": 3}}, **self.ALL)
+        evaluator = make_evaluator(
+            few, cache, denoiser, targets, full={"samples": 32, "sampler": {"type": "sde", "steps": 3}}, **self.ALL
+        )
         found = evaluator.protocols(5, 2)
         at = "efficientnet_lite0@20/ode2"
         rare = {name for name in found if name.endswith("@32/sde3")}
-        assert set(found) == {f"frechet:{at}", f"kernel:{at}", f"precision:{at}", f"recall:{at}", "heldout/cka", "heldout/cosine", "heldout/gap"} | rare
+        assert (
+            set(found)
+            == {
+                f"frechet:{at}",
+                f"kernel:{at}",
+                f"precision:{at}",
+                f"recall:{at}",
+                "heldout/cka",
+                "heldout/cosine",
+                "heldout/gap",
+            }
+            | rare
+        )
         assert len(rare) == 4
         kernel = found[f"kernel:{at}"]
-        assert (kernel["samples"], kernel["subsets"], kernel["real"], kernel["seed"], kernel["labels"]) == (20, "100x20", 60, 5, "balanced")
+        assert (kernel["samples"], kernel["subsets"], kernel["real"], kernel["seed"], kernel["labels"]) == (
+            20,
+            "100x20",
+            60,
+            5,
+            "balanced",
+        )
         assert kernel["preprocessing"] == "bicubic-antialias-64-half"
         assert kernel["versions"]["torch"] == torch.__version__.split("+")[0]
         assert found["heldout/cka"]["encoder"]["name"] == "efficientnet_lite0"
@@ -182,7 +209,10 @@ class TestProtocols:
 
     def test_of_two_references_the_difference_is_named(self, few, cache, denoiser):
         less = Images(few.source, type(few.split)(few.split.train[:30], few.split.held_out), few.space)
-        (one,), (other,) = (make_evaluator(images, cache, denoiser).protocols(seed, 1).values() for seed, images in enumerate((few, less)))
+        (one,), (other,) = (
+            make_evaluator(images, cache, denoiser).protocols(seed, 1).values()
+            for seed, images in enumerate((few, less))
+        )
         assert differences(one, other) == ("real", "reference")
         assert differences(one, {**one, "seed": 9, "versions": {}}) == ()
 
@@ -193,12 +223,20 @@ class TestProtocols:
 
     def test_alignment_of_an_arm_with_mirrored_images_is_of_the_same_held_out_ones(self, few, cache, denoiser, targets):
         mirrored = Images(Flips(few.source), few.split, few.space)
-        plain, flipped = (make_evaluator(images, cache, denoiser, targets).protocols(0, 1)["heldout/cka"] for images in (few, mirrored))
+        plain, flipped = (
+            make_evaluator(images, cache, denoiser, targets).protocols(0, 1)["heldout/cka"]
+            for images in (few, mirrored)
+        )
         assert differences(plain, flipped) == ()
         fewer = Images(few.source, type(few.split)(few.split.train, few.split.held_out[1:]), few.space)
-        assert differences(plain, make_evaluator(fewer, cache, denoiser, targets).protocols(0, 1)["heldout/cka"]) == ("held_out", "images")
+        assert differences(plain, make_evaluator(fewer, cache, denoiser, targets).protocols(0, 1)["heldout/cka"]) == (
+            "held_out",
+            "images",
+        )
 
-    def test_alignment_under_the_noise_of_other_batches_is_another_number_and_says_so(self, few, cache, denoiser, targets):
+    def test_alignment_under_the_noise_of_other_batches_is_another_number_and_says_so(
+        self, few, cache, denoiser, targets
+    ):
         """The noise of held-out images is drawn batch by batch; from 40 on, all 40 are one batch."""
 
         def measured(**settings):
@@ -236,12 +274,16 @@ class TestProtocols:
         assert one == copy != other
         assert drawn_by(make_run(**{"data.vae": "some/vae"}).config) == {"decoder": "some/vae"}
         assert drawn_by(make_run().config) == {"decoder": None}
-        run = make_pretrained_run("sd15", write_pipeline("sd15", tmp_path / "sd15"), tmp_path, **{"data.vae": str(vaes["one"])})
+        run = make_pretrained_run(
+            "sd15", write_pipeline("sd15", tmp_path / "sd15"), tmp_path, **{"data.vae": str(vaes["one"])}
+        )
         before, path = drawn_by(run.config), tmp_path / "sd15" / "scheduler" / "scheduler_config.json"
         assert before["decoder"] == one["decoder"]
         path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.013, "_diffusers_version": "0"}))
         assert {**before["scheduler"], "beta_end": 0.013} == drawn_by(run.config)["scheduler"] != before["scheduler"]
-        path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.013, "lambda_min_clipped": -math.inf}))
+        path.write_text(
+            json.dumps({**json.loads(path.read_text()), "beta_end": 0.013, "lambda_min_clipped": -math.inf})
+        )
         assert drawn_by(run.config)["scheduler"]["lambda_min_clipped"] == "-inf"
         json.dumps(drawn_by(run.config), allow_nan=False)
 
@@ -365,7 +407,9 @@ class TestSizes:
         counts = [len(one[0]) for one in found]
         assert len(counts) == 3
         assert min(counts) >= 2 and sum(counts) == 14
-        assert row["heldout/cka"] == pytest.approx(cka(*(torch.cat([one[n] for one in found]) for n in (0, 1))), abs=1e-4)
+        assert row["heldout/cka"] == pytest.approx(
+            cka(*(torch.cat([one[n] for one in found]) for n in (0, 1))), abs=1e-4
+        )
         cosines = [cosine_gap(one[2], one[3]) for one in found]
         assert row["heldout/cosine"] == pytest.approx(np.average([one[0] for one in cosines], weights=counts), abs=1e-5)
         assert row["heldout/gap"] == pytest.approx(np.average([one[1] for one in cosines], weights=counts), abs=1e-5)
@@ -383,7 +427,9 @@ class TestSizes:
     def test_the_reference_is_of_the_training_images_of_all_sizes(self, extractor, tmp_path):
         _, _, images, _ = self.make(tmp_path, self.SHAPES, 14)
         found = reference(extractor, real_images(images), tmp_path / "other").of("frechet")
-        features = np.concatenate([extractor.features(images.source.read([i])).of("frechet") for i in images.split.train.tolist()])
+        features = np.concatenate(
+            [extractor.features(images.source.read([i])).of("frechet") for i in images.split.train.tolist()]
+        )
         assert found.count == 6
         np.testing.assert_allclose(found.mu, features.mean(0), atol=1e-4)
         np.testing.assert_allclose(found.sigma, np.cov(features, rowvar=False), atol=1e-4)

@@ -44,7 +44,9 @@ def test_it_computes_what_the_run_does(unet, tmp_path, images):
 
     export_model(unet, tmp_path / "unet", "last")
     ours = build_denoiser(make_run(**REGULARIZED).config, images.input, 0).eval()
-    ours.load_state_dict({n.removeprefix("denoiser:"): v for n, v in weights(unet).items() if n.startswith("denoiser:")})
+    ours.load_state_dict(
+        {n.removeprefix("denoiser:"): v for n, v in weights(unet).items() if n.startswith("denoiser:")}
+    )
     theirs = UNet2DModel.from_pretrained(tmp_path / "unet").eval()
     x, t, y = torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([0, 4, 10])
     with torch.no_grad():
@@ -68,7 +70,9 @@ def test_a_sit_is_rebuilt_from_its_config(cache, fresh, tmp_path):
     model.load_state_dict(load_file(tmp_path / "sit" / "model.safetensors"))
     held = {n.removeprefix("denoiser:"): v for n, v in weights(directory).items() if n.startswith("denoiser:")}
     exported = model.state_dict()
-    assert torch.equal(exported.pop("pos_embed"), SiT.from_size("nano/2", 1, 8, 10).pos_embed)  # fixed, so in no checkpoint
+    assert torch.equal(
+        exported.pop("pos_embed"), SiT.from_size("nano/2", 1, 8, 10).pos_embed
+    )  # fixed, so in no checkpoint
     assert exported.keys() == held.keys()
     assert all(torch.equal(value, held[name]) for name, value in exported.items())
 

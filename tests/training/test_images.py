@@ -109,7 +109,9 @@ class TestPixels:
         encoder = EncoderSettings(pixels=kind, tae="x" if kind == "tae" else None)
         with pytest.raises(DataError) as caught:
             pixels_for(encoder, open_images(data, tmp_path))
-        assert str(caught.value) == (f"pixels: {kind} decodes latents, and there is no VAE; set data.vae, or pixels: image")
+        assert str(caught.value) == (
+            f"pixels: {kind} decodes latents, and there is no VAE; set data.vae, or pixels: image"
+        )
         assert caught.value.field == "vae"
 
     def test_a_tiny_autoencoder_that_is_missing_or_of_other_latents_is_refused(self, latent, tmp_path):
@@ -148,7 +150,13 @@ def test_a_saved_data_set_is_opened_with_its_column_of_captions(tmp_path):
 
 def test_buckets_keep_aspects_in_latents_too(folder, tmp_path):
     save_vae(tmp_path / "vae")
-    settings = {"source": "imagefolder", "path": str(folder), "resolution": 16, "holdout": 2, "vae": str(tmp_path / "vae")}
+    settings = {
+        "source": "imagefolder",
+        "path": str(folder),
+        "resolution": 16,
+        "holdout": 2,
+        "vae": str(tmp_path / "vae"),
+    }
     square, kept = config(**settings), config(**settings, buckets={"step": 4, "max_aspect": 2.0})
     images = open_images(kept, tmp_path / "cache")
     # 24 high and 20 wide is 1.2: nearer to 1 (16x16) than to 1.67 (20x12); a taller one is added.

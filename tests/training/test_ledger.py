@@ -22,7 +22,10 @@ def test_training_and_measuring_grow_with_the_steps():
     early, cost = of(50, **{"evaluate.every": 25})
     late, _ = of(100, **{"evaluate.every": 25})
     assert early["cost/train_flops"] == 300 * cost.image_flops
-    assert (early["cost/evaluation_flops"], late["cost/evaluation_flops"]) == (2 * cost.evaluation_flops, 4 * cost.evaluation_flops)
+    assert (early["cost/evaluation_flops"], late["cost/evaluation_flops"]) == (
+        2 * cost.evaluation_flops,
+        4 * cost.evaluation_flops,
+    )
     assert (early["cost/evaluation_seconds"], early["cost/encoder_seconds"]) == (1.5, 0.25)
 
 
@@ -33,13 +36,18 @@ def test_encoders_in_the_steps_are_told_apart_and_end_with_the_cutoff():
     whole, cost = of(60, **online)
     assert whole["cost/encoder_flops"] == 360 * cost.encoder_flops > 0
     assert whole["cost/train_flops"] == pytest.approx(360 * (cost.image_flops - cost.encoder_flops))
-    cut = [of(step, **online, **{"regularizer.schedule": {"cutoff_step": 40}})[0]["cost/encoder_flops"] for step in (20, 40, 60)]
+    cut = [
+        of(step, **online, **{"regularizer.schedule": {"cutoff_step": 40}})[0]["cost/encoder_flops"]
+        for step in (20, 40, 60)
+    ]
     assert cut == pytest.approx([120 * cost.encoder_flops, 240 * cost.encoder_flops, 240 * cost.encoder_flops])
 
 
 def test_a_projector_is_trained_no_more_after_the_cutoff_and_never_at_weight_0():
     cut = {"regularizer.schedule": {"cutoff_step": 40}}
-    off, whole = ({step: of(step, **settings)[0]["cost/train_flops"] for step in (20, 40, 60, 100)} for settings in (OFF, {}))
+    off, whole = (
+        {step: of(step, **settings)[0]["cost/train_flops"] for step in (20, 40, 60, 100)} for settings in (OFF, {})
+    )
     for settings, active in ((cut, (20, 40, 40, 40)), ({"regularizer.weight": 0.0}, (0, 0, 0, 0))):
         spent = [of(step, **settings)[0]["cost/train_flops"] - off[step] for step in (20, 40, 60, 100)]
         assert spent == pytest.approx([(whole[20] - off[20]) * steps / 20 for steps in active], abs=1)

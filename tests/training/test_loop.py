@@ -106,7 +106,9 @@ class TestOffMeansOff:
     def test_a_weight_above_0_does_not(self, cache, fresh):
         off = weights(run_steps(make_run(**OFF, **ALL_AT_WORK), fresh("off"), cache))
         on = weights(run_steps(make_run(**ALL_AT_WORK), fresh("on"), cache))
-        changed = [name for name in off if name.startswith("denoiser:blocks.0") and not torch.equal(off[name], on[name])]
+        changed = [
+            name for name in off if name.startswith("denoiser:blocks.0") and not torch.equal(off[name], on[name])
+        ]
         assert changed
 
     def test_none_loads_no_encoder(self, cache, fresh, loads, encoded):
@@ -197,7 +199,13 @@ class TestRows:
         ]  # fmt: skip
         measured = next(row for row in directory.rows() if metric in row)
         known = {"step", "images", "seconds", metric, "heldout/cka", "heldout/cosine", "heldout/gap"}
-        costs = {"cost/evaluation_seconds", "cost/encoder_seconds", "cost/train_flops", "cost/encoder_flops", "cost/evaluation_flops"}
+        costs = {
+            "cost/evaluation_seconds",
+            "cost/encoder_seconds",
+            "cost/train_flops",
+            "cost/encoder_flops",
+            "cost/evaluation_flops",
+        }
         assert measured.keys() == known | costs
         assert sorted(directory.sample_grids()) == [2, 4, 5]
         assert checkpoints.steps(directory.checkpoints) == [4, 5]
@@ -230,7 +238,10 @@ class TestMeasuring:
         for _ in range(2):
             trainer.step(next(batches))
         parameter = trainer._trained.denoiser.final_layer.linear.weight
-        live, average = parameter.detach().clone(), trainer._trained.ema.average["denoiser.final_layer.linear.weight"].clone()
+        live, average = (
+            parameter.detach().clone(),
+            trainer._trained.ema.average["denoiser.final_layer.linear.weight"].clone(),
+        )
         assert not torch.equal(live, average)
         seen: list[torch.Tensor] = []
         draw = Sampling.batch
@@ -275,7 +286,13 @@ class TestResuming:
         run_to_end(make_run(**RESUMED), directory, cache, **OFTEN)
         assert_same(weights(directory), weights(whole))
         assert rows(directory) == rows(whole)
-        assert [event["event"] for event in directory.events()] == ["running", "interrupted", "resumed", "running", "done"]
+        assert [event["event"] for event in directory.events()] == [
+            "running",
+            "interrupted",
+            "resumed",
+            "running",
+            "done",
+        ]
 
     def test_stopping_after_every_step_changes_nothing(self, whole, cache, fresh):
         directory = fresh()
@@ -298,13 +315,17 @@ class TestResuming:
         assert rows(directory) == rows(whole)
 
     def test_a_finished_run_is_not_trained_again(self, whole, cache):
-        before = {path: path.stat().st_mtime_ns for path in whole.path.rglob("*") if path.is_file() and path.name != ".lock"}
+        before = {
+            path: path.stat().st_mtime_ns for path in whole.path.rglob("*") if path.is_file() and path.name != ".lock"
+        }
         assert train(make_run(**RESUMED), whole, make_options(), cache) is State.DONE
         assert {path: path.stat().st_mtime_ns for path in before} == before
 
     def test_a_pruned_run_stays_pruned(self, cache, fresh):
         directory = fresh()
-        assert train(make_run(), directory, make_options(), cache, should_stop=stop_after(2, State.PRUNED)) is State.PRUNED
+        assert (
+            train(make_run(), directory, make_options(), cache, should_stop=stop_after(2, State.PRUNED)) is State.PRUNED
+        )
         assert train(make_run(), directory, make_options(), cache) is State.PRUNED
         assert directory.state.step == 2
 
@@ -381,7 +402,9 @@ class TestPrecision:
         trainer = Trainer(make_run(**{"evaluate.precision": asked}), make_options(precision="bf16"), cache)
         seen = set()
         layer = trainer._trained.denoiser.blocks[0].mlp.fc1
-        layer.register_forward_hook(lambda module, given, out: seen.add((out.dtype, torch.backends.cuda.matmul.allow_tf32)))
+        layer.register_forward_hook(
+            lambda module, given, out: seen.add((out.dtype, torch.backends.cuda.matmul.allow_tf32))
+        )
         (row, *_), _ = trainer.measure()
         assert seen == {(inside, has_tf32)}
         assert {protocol.get("precision") for protocol in trainer.protocols().values()} == {told}
@@ -419,7 +442,10 @@ class TestPrecision:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     @pytest.mark.parametrize(
         "options, match",
-        [({"precision": "fp16", "device": "auto"}, "fp16 needs a GPU"), ({"device": "cuda"}, "torch sees no GPU on this machine")],
+        [
+            ({"precision": "fp16", "device": "auto"}, "fp16 needs a GPU"),
+            ({"device": "cuda"}, "torch sees no GPU on this machine"),
+        ],
     )
     def test_what_the_machine_cannot_do_is_refused(self, cache, fresh, options, match):
         # accelerate would train in float32, and on the CPU, without a word.

@@ -16,7 +16,13 @@ from tests.training.conftest import UNET, make_options, make_run
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 CUTOFF = {"similarity_threshold": 0.99, "similarity_ema_decay": 0.5, "similarity_min_count": 2}
-SETTINGS = {"train.batch_size": 8, "train.weight_decay": 0.1, "train.grad_clip": 0.5, "train.ema": 0.5, "train.steps": 9}
+SETTINGS = {
+    "train.batch_size": 8,
+    "train.weight_decay": 0.1,
+    "train.grad_clip": 0.5,
+    "train.ema": 0.5,
+    "train.steps": 9,
+}
 UREPA = {**UNET, "regularizer.type": "urepa"}
 
 
@@ -194,7 +200,9 @@ class TestStep:
                 outputs.append(StorageWeakRef(output.untyped_storage()))
 
         def empty_cache() -> None:
-            torch.ones((), requires_grad=True).backward()  # on a CPU autograd's queue keeps an interrupted pass until the next
+            torch.ones(
+                (), requires_grad=True
+            ).backward()  # on a CPU autograd's queue keeps an interrupted pass until the next
             gradients = [parameter.grad for parameter in trainer._parameters if parameter.grad is not None]
             alive.append((len(outputs), sum(not output.expired() for output in outputs), len(gradients)))
             outputs.clear()

@@ -39,7 +39,11 @@ from tests.training.conftest import (
     weights,
 )
 
-FAMILIES = {"sit": {}, "unet": {**UNET, "regularizer.type": "urepa"}, "sit_down": {**SIT_DOWN, "regularizer.type": "urepa"}}
+FAMILIES = {
+    "sit": {},
+    "unet": {**UNET, "regularizer.type": "urepa"},
+    "sit_down": {**SIT_DOWN, "regularizer.type": "urepa"},
+}
 families = pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES.keys())
 # Weight 0 before and after: the projector rests, is trained, and rests again.
 SCHEDULED = {"regularizer.schedule": {"type": "linear", "warmup_steps": 1, "decay_steps": 3}, "train.weight_decay": 0.1}
@@ -92,7 +96,9 @@ def test_checkpointing_gradients_runs_blocks_again(settings, cache):
     for on in (False, True):
         trainer = Trainer(make_run(**settings), make_options(gradient_checkpointing=on), cache)
         denoiser = trainer._trained.denoiser
-        layer = denoiser.blocks[2].mlp.fc2 if hasattr(denoiser, "blocks") else denoiser.net.down_blocks[0].resnets[0].conv1
+        layer = (
+            denoiser.blocks[2].mlp.fc2 if hasattr(denoiser, "blocks") else denoiser.net.down_blocks[0].resnets[0].conv1
+        )
         counted: list[int] = []
         layer.register_forward_pre_hook(lambda module, inputs, counted=counted: counted.append(1))
         trainer.step(next(trainer.batches()))
@@ -132,7 +138,9 @@ def test_a_similarity_cutoff_survives_interruption_to_the_bit(mode, stop, cache,
 def test_an_encoder_sees_no_more_than_it_should(cache, monkeypatch):
     seen: list[int] = []
     preprocess = Encoder.preprocess
-    monkeypatch.setattr(Encoder, "preprocess", lambda self, pixels: seen.append(len(pixels)) or preprocess(self, pixels))
+    monkeypatch.setattr(
+        Encoder, "preprocess", lambda self, pixels: seen.append(len(pixels)) or preprocess(self, pixels)
+    )
     online = make_run(**{"regularizer.encoder": {**SETTINGS["regularizer"]["encoder"], "cache": False}})
     trainer = Trainer(online, make_options(encoder_batch_size=4), cache)
     seen.clear()
@@ -168,7 +176,12 @@ class TestReadingAhead:
     @pytest.mark.parametrize("workers", [0, 1])
     def test_nothing_more_is_read_once_a_similarity_cutoff_holds(self, workers, cache):
         """It holds from the second step on; a loader's process is two batches ahead by then, and looks are not foreseen."""
-        cutoff = {"similarity_threshold": -1.0, "similarity_min_count": 1, "threshold_mode": "recoverable", "probe_every": 4}
+        cutoff = {
+            "similarity_threshold": -1.0,
+            "similarity_min_count": 1,
+            "threshold_mode": "recoverable",
+            "probe_every": 4,
+        }
         trainer = self.trainer(cache, {"data_workers": workers}, **{"regularizer.schedule": cutoff, "train.steps": 9})
         found = []
         for batch in trainer.batches():
@@ -250,7 +263,13 @@ class TestPixels:
         for i in range(12):
             noise_image(i, (16, 16)).save(folder / f"{i}.png")
         save_vae(tmp_path / "vae")
-        data = {"source": "imagefolder", "path": str(folder), "resolution": 16, "vae": str(tmp_path / "vae"), "holdout": 4}
+        data = {
+            "source": "imagefolder",
+            "path": str(folder),
+            "resolution": 16,
+            "vae": str(tmp_path / "vae"),
+            "holdout": 4,
+        }
         return {"data": data, "model.size": "nano/4", "train.batch_size": 4}
 
     def test_the_encoder_sees_what_the_spec_says(self, latents, tmp_path, fresh):
@@ -311,12 +330,17 @@ class TestProcesses:
             "schedule": {"type": "linear", "warmup_steps": 2, "decay_steps": 5},
         },
     }
-    LONGER: ClassVar[dict[str, Any]] = {"train": {**SPEC["train"], "steps": 60}, "evaluate": {**SPEC["evaluate"], "every": 60}}
+    LONGER: ClassVar[dict[str, Any]] = {
+        "train": {**SPEC["train"], "steps": 60},
+        "evaluate": {**SPEC["evaluate"], "every": 60},
+    }
 
     def start(self, folder: Path, processes: int, changed: dict[str, Any], **options) -> subprocess.Popen[str]:
         folder.mkdir(exist_ok=True)
         spec = folder / "two.yaml"
-        spec.write_text(yaml.safe_dump({**self.SPEC, **changed, "run": make_options(**options).model_dump(mode="json")}))
+        spec.write_text(
+            yaml.safe_dump({**self.SPEC, **changed, "run": make_options(**options).model_dump(mode="json")})
+        )
         started = [sys.executable, "-m"]
         if processes > 1:
             started += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]

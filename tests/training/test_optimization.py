@@ -26,7 +26,9 @@ def test_the_table_says_what_torch_takes(name):
 
 
 def test_a_field_that_the_class_does_not_take_is_refused():
-    with pytest.raises(SpecError, match=r"train\.optimizer: SGD has no betas; of betas, eps and momentum it takes momentum"):
+    with pytest.raises(
+        SpecError, match=r"train\.optimizer: SGD has no betas; of betas, eps and momentum it takes momentum"
+    ):
         load_spec(mapping(train={"steps": 1, "optimizer": {"type": "SGD", "betas": [0.9, 0.95]}}))
     assert OptimizerSettings(type="AdamW", betas=(0.9, 0.95)).arguments == {"betas": (0.9, 0.95)}
     assert OptimizerSettings().arguments == {}

@@ -112,7 +112,11 @@ class TestEveryFamily:
         else:
             net = peft.PeftModel.from_pretrained(getattr(pipeline, facts.denoiser), tmp_path / "lora").base_model.model
         ours = {name.removeprefix("net.").replace(".default", ""): value for name, value in state.items()}
-        loaded = {name.replace(".default_0", "").replace(".default", ""): p for name, p in net.named_parameters() if "lora_" in name}
+        loaded = {
+            name.replace(".default_0", "").replace(".default", ""): p
+            for name, p in net.named_parameters()
+            if "lora_" in name
+        }
         assert loaded.keys() == ours.keys()
         assert all(torch.equal(loaded[name], ours[name]) for name in ours)
 
@@ -156,12 +160,17 @@ def test_compiled_by_inductor_lora_trains_the_same(family, trained):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("family", ["sdxl", pytest.param("qwen_image", marks=pytest.mark.slow)])  # of the latter's last block, the text goes nowhere
+@pytest.mark.parametrize(
+    "family", ["sdxl", pytest.param("qwen_image", marks=pytest.mark.slow)]
+)  # of the latter's last block, the text goes nowhere
 def test_two_processes_train_what_one_does(family, place, tmp_path):
     """The README's command for several GPUs, with LoRA and checkpointed blocks."""
     run = make_pretrained_run(family, write_pipeline(family, place / family), place / "images")
     changed = {name: section for name, section in run.config.model_dump(mode="json").items() if name != "evaluate"}
-    changed |= {"train": {**changed["train"], "steps": 3}, "evaluate": {**Harness.SPEC["evaluate"], "sampler": {"steps": 2}}}
+    changed |= {
+        "train": {**changed["train"], "steps": 3},
+        "evaluate": {**Harness.SPEC["evaluate"], "sampler": {"steps": 2}},
+    }
     options = {"gradient_checkpointing": True}
     one, two = (Harness().run(tmp_path / str(count), count, changed, **options) for count in (1, 2))
     assert one.run_id == two.run_id
@@ -207,7 +216,12 @@ class TestSampling:
     # Latents of four shapes, packed and scaled in ways of their own.
     @pytest.mark.parametrize(
         ("family", "train", "rounding"),
-        [("sdxl", "full", "truncate"), ("flux2", "full", "nearest"), ("qwen_image", "lora", "nearest"), ("sana", "lora", "nearest")],
+        [
+            ("sdxl", "full", "truncate"),
+            ("flux2", "full", "nearest"),
+            ("qwen_image", "lora", "nearest"),
+            ("sana", "lora", "nearest"),
+        ],
     )
     def test_in_half_precision_the_denoiser_alone_computes_in_it(self, family, train, rounding, made, place):
         run = made(family, **{"model.train": train, "evaluate.rounding": rounding})
@@ -256,7 +270,9 @@ class TestSampling:
         train(run, directory, make_options(), place / "cache")
         row = directory.rows()[-1]
         assert {"frechet:efficientnet_lite0@16/pipeline2", "heldout/cka", "heldout/cosine", "heldout/gap"} <= row.keys()
-        assert np.isfinite([row["heldout/cka"], row["heldout/cosine"], row["frechet:efficientnet_lite0@16/pipeline2"]]).all()
+        assert np.isfinite(
+            [row["heldout/cka"], row["heldout/cosine"], row["frechet:efficientnet_lite0@16/pipeline2"]]
+        ).all()
         assert list(directory.sample_grids()) == [2]
 
 
@@ -362,7 +378,9 @@ class TestRefusals:
         open_pretrained(run, place / "cache")
         config = json.loads((tmp_path / "vae" / "config.json").read_text())
         (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"shift_factor": None}))
-        with pytest.raises(DataError, match="vae' lacks shift_factor, which that of the pipeline's own VAE has") as caught:
+        with pytest.raises(
+            DataError, match="vae' lacks shift_factor, which that of the pipeline's own VAE has"
+        ) as caught:
             open_pretrained(run, tmp_path / "cache")
         assert caught.value.field == "vae" and not (tmp_path / "cache").exists()
 

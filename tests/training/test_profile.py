@@ -24,7 +24,15 @@ from repa_lab.training.diffusion import Flow
 from repa_lab.training.heldout import held_out_batches, show
 from repa_lab.training.images import Images
 from repa_lab.training.model import Model, open_model
-from repa_lab.training.profile import METRICS, ProfileError, Request, choose_images, known_encoder, measure_profile, profile_run
+from repa_lab.training.profile import (
+    METRICS,
+    ProfileError,
+    Request,
+    choose_images,
+    known_encoder,
+    measure_profile,
+    profile_run,
+)
 from repa_lab.training.trained import NoWeightsError
 from tests.training.conftest import ENCODER, OFF, UNET, make_options, make_run, rows, run_steps, run_to_end
 from tests.training.pretrained import make_pretrained_run, open_pretrained, write_images, write_pipeline
@@ -76,7 +84,9 @@ class TestTheRunsOwnNumber:
 
     def test_of_flux_with_images_of_several_aspects(self, tmp_path):
         buckets = {"data.buckets": {"step": 16, "max_aspect": 2.0}, "train.steps": 2}
-        run = make_pretrained_run("flux", write_pipeline("flux", tmp_path / "flux"), write_images(tmp_path / "images"), **buckets)
+        run = make_pretrained_run(
+            "flux", write_pipeline("flux", tmp_path / "flux"), write_images(tmp_path / "images"), **buckets
+        )
         images = open_pretrained(run, tmp_path / "cache")
         assert len({tuple(size) for size in images.source.sizes[images.split.held_out].tolist()}) > 1
         directory = run_to_end(run, RunDirectory(tmp_path / "run"), tmp_path / "cache")
@@ -85,7 +95,9 @@ class TestTheRunsOwnNumber:
         assert found[0, 0.5, "cka"] == measured(directory)
 
     def test_of_stable_diffusions_mid_block(self, tmp_path):
-        run = make_pretrained_run("sd15", write_pipeline("sd15", tmp_path / "sd15"), write_images(tmp_path / "images"), **{"train.steps": 1})
+        run = make_pretrained_run(
+            "sd15", write_pipeline("sd15", tmp_path / "sd15"), write_images(tmp_path / "images"), **{"train.steps": 1}
+        )
         open_pretrained(run, tmp_path / "cache")
         directory = run_to_end(run, RunDirectory(tmp_path / "run"), tmp_path / "cache")
         found = values(profile_run(directory, Request((0.5,), ("cka",)), make_options(), tmp_path / "cache"))
@@ -176,7 +188,10 @@ class TestSpatialMetrics:
         assert found["lds"] == pytest.approx(20 / 24 - 0)
         assert found["rmsc"] == pytest.approx(0.5**0.5)
         places = [(r, c) for r in range(4) for c in range(4)]
-        pairs = [(abs(a[0] - b[0]) + abs(a[1] - b[1]), (a[1] < 2) == (b[1] < 2)) for a, b in itertools.combinations(places, 2)]
+        pairs = [
+            (abs(a[0] - b[0]) + abs(a[1] - b[1]), (a[1] < 2) == (b[1] < 2))
+            for a, b in itertools.combinations(places, 2)
+        ]
         means = [np.mean([same for d, same in pairs if d == distance]) for distance in range(1, 7)]
         assert found["cds"] == pytest.approx(-np.polyfit(range(1, 7), means, 1)[0])
 
@@ -214,7 +229,9 @@ class TestWhatCannotBeMeasured:
 
     def test_too_few_images_for_the_neighbours(self, images):
         few = Images(images.source, Split(images.split.train, images.split.held_out[:10]), images.space)
-        with pytest.raises(ProfileError, match="cknna needs 11 or more held-out images, got 10; leave it out of the metrics"):
+        with pytest.raises(
+            ProfileError, match="cknna needs 11 or more held-out images, got 10; leave it out of the metrics"
+        ):
             choose_images(few, Request(), "r")
         assert len(choose_images(few, Request(metrics=("cka", "lds")), "r")) == 10
         with pytest.raises(ProfileError, match="11 samples are asked for, and run r holds out 10 images"):
@@ -269,13 +286,21 @@ def test_the_protocol_says_what_decides_a_value(trained, cache, images):
     assert found["step"] == 5
     assert found["encoder"]["name"] == "efficientnet_lite0" and found["encoder"]["image_size"] == 32
     assert (found["images"], found["data"], found["seed"], found["k"]) == (30, images.source.fingerprint, 0, 10)
-    assert (found["weights"], found["timesteps"], found["metrics"], found["precision"]) == ("ema", [0.5], ["cka", "cknna"], "fp32")
+    assert (found["weights"], found["timesteps"], found["metrics"], found["precision"]) == (
+        "ema",
+        [0.5],
+        ["cka", "cknna"],
+        "fp32",
+    )
     assert found["packages"]["torch"] == version("torch")
     assert "noise_batch" not in found
 
 
 def test_profiles_under_the_noise_of_other_batches_are_of_two_protocols(cache, fresh):
-    directories = [run_steps(make_run(**settings), fresh(name), cache) for name, settings in (("a", {}), ("b", {"evaluate.batch_size": 8}))]
+    directories = [
+        run_steps(make_run(**settings), fresh(name), cache)
+        for name, settings in (("a", {}), ("b", {"evaluate.batch_size": 8}))
+    ]
     one, other = (profile_run(directory, Request((0.5,), ("cka",)), make_options(), cache) for directory in directories)
     assert {**one["protocol"], "noise_batch": 8} == other["protocol"]
     assert values(one) != values(other)
@@ -287,7 +312,11 @@ def test_a_file_of_weights_is_named_by_its_content(trained, cache, tmp_path):
         torch.manual_seed(seed)
         save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / f"{name}.safetensors")
         encoder = EncoderSettings(**ENCODER, cache=False, weights=str(tmp_path / f"{name}.safetensors"))
-        kept.append(profile_run(trained, Request((0.5,), ("cka",), encoder=encoder), make_options(), cache)["protocol"]["encoder"])
+        kept.append(
+            profile_run(trained, Request((0.5,), ("cka",), encoder=encoder), make_options(), cache)["protocol"][
+                "encoder"
+            ]
+        )
     assert kept[0] == kept[1] != kept[2]
     assert profile_run(trained, HALF, make_options(), cache)["protocol"]["encoder"]["weights"] is None
 

@@ -128,7 +128,11 @@ class TestSDE:
     @pytest.mark.parametrize("steps", [2, 3, 25])
     def test_agrees_with_an_independent_implementation(self, steps):
         def velocity(x, t, start=0.0):
-            return np.sin(3 * x) * t + 0.3 * x - t**2 if isinstance(x, np.ndarray) else torch.from_numpy(velocity(x.numpy(), t))
+            return (
+                np.sin(3 * x) * t + 0.3 * x - t**2
+                if isinstance(x, np.ndarray)
+                else torch.from_numpy(velocity(x.numpy(), t))
+            )
 
         noises, draw = self.drawn(steps)
         found = euler_maruyama(velocity, draw, steps)

@@ -89,7 +89,9 @@ def trainer_of(cache, kind: str = "everything", ema: float = 0.0, **settings) ->
 def tokens_of(denoiser: nn.Module, batch: Batch, trainer: Trainer, block: int) -> torch.Tensor:
     """What comes out of a block of a copy of the denoiser for a batch's noisy images."""
     captured: list[torch.Tensor] = []
-    handle = denoiser.blocks[block].register_forward_hook(lambda module, inputs, output: captured.append(output.detach()))
+    handle = denoiser.blocks[block].register_forward_hook(
+        lambda module, inputs, output: captured.append(output.detach())
+    )
     x_t, _ = trainer.model.process.corrupt(batch.x, batch.noise, batch.t)
     with torch.no_grad():
         denoiser(x_t, batch.t, **batch.condition)
@@ -165,7 +167,10 @@ def test_the_averaged_model_is_the_average(cache):
         for averaged, block in zip(signals.ema_taps, AVERAGED, strict=True):
             torch.testing.assert_close(averaged.values, tokens_of(model, batch, trainer, block), rtol=1e-5, atol=1e-6)
         after = trainer.model.denoiser.state_dict()
-        average = {name: 0.75 * average[name] + 0.25 * after[name] if value.is_floating_point() else value for name, value in after.items()}
+        average = {
+            name: 0.75 * average[name] + 0.25 * after[name] if value.is_floating_point() else value
+            for name, value in after.items()
+        }
     assert (signals.ema_taps[0].values - signals.taps[1].values).abs().max() > 1e-3
 
 
@@ -208,7 +213,9 @@ def test_the_step_is_the_denoising_loss_plus_the_weighted_loss(cache):
         denoise, apart = (output - target).square().mean(), (output - target.roll(1, dims=0)).square().mean()
         total = denoise - weight * apart
         assert outcome.values["loss/total"].item() == pytest.approx(total.item(), rel=1e-5)
-        assert outcome.values.get("loss/aligned", torch.zeros(())).item() == pytest.approx(-(weight * apart).item(), rel=1e-5)
+        assert outcome.values.get("loss/aligned", torch.zeros(())).item() == pytest.approx(
+            -(weight * apart).item(), rel=1e-5
+        )
     assert len(Everything.seen) == 2  # the first step's weight is 0
 
 
@@ -221,7 +228,9 @@ def test_micro_batches_have_their_own_part_of_everything(cache):
     for signals, rows in ((first, slice(0, 4)), (second, slice(4, 6))):
         assert torch.equal(signals.latents, batch.x[rows])
         assert torch.equal(signals.prediction.target, (batch.noise - batch.x)[rows])
-        assert {len(one.values) for one in (*signals.taps, *signals.ema_taps, *signals.encoders)} == {rows.stop - rows.start}
+        assert {len(one.values) for one in (*signals.taps, *signals.ema_taps, *signals.encoders)} == {
+            rows.stop - rows.start
+        }
 
 
 @pytest.mark.parametrize("weight, schedule", [(0.0, {}), (0.5, {"cutoff_step": 1})])

@@ -96,7 +96,9 @@ class TestStopwatch:
 
 
 class TestSteps:
-    @pytest.mark.parametrize("options, passes", [({}, [6, 6]), ({"micro_batch": 4}, [4, 2] * 2)], ids=["whole", "in parts"])
+    @pytest.mark.parametrize(
+        "options, passes", [({}, [6, 6]), ({"micro_batch": 4}, [4, 2] * 2)], ids=["whole", "in parts"]
+    )
     def test_an_encoder_in_the_steps_takes_what_its_passes_take(self, cache, tmp_path, inside, options, passes):
         trainer = Trainer(make_run(**LARGE), make_options(**options), cache)
         inside.clear()

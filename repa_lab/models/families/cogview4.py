@@ -1,7 +1,8 @@
 """CogView4: blocks that return image and text apart, told the image's original size, its target size and its crop.
 
-Its text has padding that the model sees, and no mask: up to a multiple of 16 tokens, and up to the longest text of a batch. A
-text is as long here as it is alone, and so is a batch as long as its longest; what stands behind shorter ones is padding too.
+Its text has padding that the model sees, and no mask: up to a multiple of 16 tokens, and up to the longest text of a
+batch. A text is as long here as it is alone, and so is a batch as long as its longest; what stands behind shorter ones
+is padding too.
 """
 
 from __future__ import annotations

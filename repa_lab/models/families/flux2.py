@@ -1,6 +1,7 @@
 """FLUX.2: as FLUX.1, but the text is told its places and the single blocks return one sequence, text first.
 
-Its VAE's 32 channels are cut into 2x2 patches before they are normalised, so a latent cell here is 16 pixels in 128 channels.
+Its VAE's 32 channels are cut into 2x2 patches before they are normalised, so a latent cell here is 16 pixels in 128
+channels.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, A
 
 
 _SINGLE_BLOCKS = 48
-_SINGLE_ATTENTION = ("to_qkv_mlp_proj", *(f"single_transformer_blocks.{block}.attn.to_out" for block in range(_SINGLE_BLOCKS)))
+_SINGLE_ATTENTION = (
+    "to_qkv_mlp_proj",
+    *(f"single_transformer_blocks.{block}.attn.to_out" for block in range(_SINGLE_BLOCKS)),
+)
 
 FLUX2 = Family(
     "flux2",

@@ -1,5 +1,5 @@
-"""HiDream-I1: the image first, then its texts; each block sees a layer of Llama of its own. An image that is not square is
-padded to the largest, as the released model does it."""
+"""HiDream-I1: the image first, then its texts; each block sees a layer of Llama of its own. An image that is not square
+is padded to the largest, as the released model does it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from repa_lab.models.facts import Family, Shape
 from repa_lab.models.families.language import LLAMA_TOKENIZER, language_model, padded
-from repa_lab.models.families.parts import CLIP_TOKENIZER, T5_TOKENIZER, clip_text, flow_scheduler, kl_autoencoder, t5_text
+from repa_lab.models.families.parts import (
+    CLIP_TOKENIZER,
+    T5_TOKENIZER,
+    clip_text,
+    flow_scheduler,
+    kl_autoencoder,
+    t5_text,
+)
 from repa_lab.models.layout import pack, positions, unpack
 from repa_lab.models.network import Blocks, Network
 from repa_lab.models.pipeline import Pipeline
@@ -73,6 +80,7 @@ def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, A
 
 
 _CLIP = clip_text(8, projection_dim=4, max_position_embeddings=248)
+
 
 def _allow(pipeline: Any, height: int, width: int) -> None:
     # It scales what it is asked for to the area of this size, rounding down, for which the thousandth of a pixel is.

@@ -56,7 +56,9 @@ def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
     encoded: dict[str, torch.Tensor] = {}
     for number, suffix in enumerate(("", "_t5")):
-        text, _, mask, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False, text_encoder_index=number)
+        text, _, mask, _ = pipeline.encode_prompt(
+            list(captions), do_classifier_free_guidance=False, text_encoder_index=number
+        )
         encoded |= {f"encoder_hidden_states{suffix}": text, f"text_embedding_mask{suffix}": mask}
     return encoded
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from repa_lab.models.network import Condition
 
 _SMALL = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-_ENDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # the released ones are not in the tiny vocabulary
+_ENDS = dict.fromkeys(
+    ("bos_token_id", "eos_token_id", "pad_token_id")
+)  # the released ones are not in the tiny vocabulary
 # The parts for images, which no caption reaches.
 _VISION = {"hidden_size": 8, "intermediate_size": 8}
 _QWEN_VISION = {**_VISION, "depth": 1, "num_heads": 2, "fullatt_block_indexes": [0]}
@@ -50,7 +52,11 @@ def language_model(name: str, width: int, **config: Any) -> Part:
 
 def qwen_vl(width: int) -> Part:
     """Qwen2.5-VL, which reads text and images."""
-    rotary = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 1e6}  # half a head, by time, row and column
+    rotary = {
+        "rope_type": "default",
+        "mrope_section": [1, 1, 0],
+        "rope_theta": 1e6,
+    }  # half a head, by time, row and column
     vision = {**_QWEN_VISION, "out_hidden_size": width}
     text = _text(width, num_attention_heads=width // 4, rope_parameters=rotary)
     return Part("transformers.Qwen2_5_VLForConditionalGeneration", {"text_config": text, "vision_config": vision})

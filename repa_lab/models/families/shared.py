@@ -42,7 +42,9 @@ def masked_call(condition: Condition, null: Condition, guidance: float) -> dict[
     }
 
 
-def zeroed_where_empty(pipeline: Any, captions: Sequence[str], encoded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def zeroed_where_empty(
+    pipeline: Any, captions: Sequence[str], encoded: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """The encoded captions with zeros for empty ones, where the pipeline gives its model zeros for no text."""
     if not pipeline.config.force_zeros_for_empty_prompt:
         return encoded

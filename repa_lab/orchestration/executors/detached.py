@@ -1,7 +1,8 @@
-"""A job in a process that the scheduler has no pipe to: it is asked to stop by a file in the runs root, which all share.
+"""A job in a process that the scheduler has no pipe to: it is asked to stop by a file in the runs root, which all
+share.
 
-    runs/.jobs/<sweep>/<run_id>.stop    the state in which a run shall end after its present step
-    runs/.jobs/<sweep>/token            by which a machine shows that it sees the scheduler's very root
+runs/.jobs/<sweep>/<run_id>.stop    the state in which a run shall end after its present step
+runs/.jobs/<sweep>/token            by which a machine shows that it sees the scheduler's very root
 """
 
 from __future__ import annotations

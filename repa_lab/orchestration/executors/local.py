@@ -185,7 +185,8 @@ class LocalExecutor:
     def _start(self, slot: _Slot) -> None:
         port = _free_port() if self._count > 1 else 0
         slot.processes = [
-            _Process(_start_worker(self._environment(slot, rank, port), self._log), slot, rank) for rank in range(self._count)
+            _Process(_start_worker(self._environment(slot, rank, port), self._log), slot, rank)
+            for rank in range(self._count)
         ]
         for process in slot.processes:
             self._selector.register(process.stdout, selectors.EVENT_READ, process)

@@ -29,7 +29,8 @@ class RayExecutor:
         workers: how many runs are handed to the cluster at a time; None as many as fit now.
 
     Raises:
-        ExecutorError: there is no Ray, no such cluster, no node that a run fits on, or a node that does not see the root.
+        ExecutorError: there is no Ray, no such cluster, no node that a run fits on, or a node that does not see the
+            root.
     """
 
     def __init__(self, options: RunOptions, root: RunsRoot, group: str, workers: int | None) -> None:
@@ -135,7 +136,9 @@ class RayExecutor:
             try:
                 problem = self._ray.get(task, timeout=_CHECK_PATIENCE_S)
             except self._ray.exceptions.RayError as error:
-                raise ExecutorError("ray", f"{name} of the Ray cluster cannot run repa-lab: {_last_line(error)}") from None
+                raise ExecutorError(
+                    "ray", f"{name} of the Ray cluster cannot run repa-lab: {_last_line(error)}"
+                ) from None
             if problem:
                 raise ExecutorError("ray", f"{name} of the Ray cluster: {problem}")
 

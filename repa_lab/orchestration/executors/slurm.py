@@ -1,6 +1,7 @@
 """Slurm through submitit: runs are array jobs, and one that is preempted or out of time is queued again and goes on.
 
-What is queued outlives the scheduler: started again, it finds its jobs in ``runs/.jobs/<sweep>/jobs.json`` and waits for them.
+What is queued outlives the scheduler: started again, it finds its jobs in ``runs/.jobs/<sweep>/jobs.json`` and waits
+for them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Submission:
         """Do the job; the final report, as plain data."""
         result: dict[str, Any] = {}
         self._asked = asked = self._shared.asked(parse_job(self._value))
-        self._thread = threading.Thread(target=lambda: result.update(carry_out(self._shared, self._value, asked)), daemon=True)
+        self._thread = threading.Thread(
+            target=lambda: result.update(carry_out(self._shared, self._value, asked)), daemon=True
+        )
         self._thread.start()
         self._thread.join()
         return result

@@ -50,7 +50,9 @@ def _condition_problems(experiment: Experiment, space: Space) -> Iterator[Proble
         drawn.add(dotted)
 
 
-def _condition_problem(experiment: Experiment, dotted: str, path: str, allowed: list[Any], drawn: set[str]) -> str | None:
+def _condition_problem(
+    experiment: Experiment, dotted: str, path: str, allowed: list[Any], drawn: set[str]
+) -> str | None:
     assert experiment.search
     space = experiment.search.space
     if message := unknown_field(RunConfig, path):
@@ -120,7 +122,9 @@ def _sampler_problems(experiment: Experiment, search: SearchConfig) -> Iterator[
         yield experiment.problem(place, "cmaes needs two or more fields: use tpe for one")
     for dotted, interval in search.space.items():
         if interval.choice is not None:
-            yield experiment.problem((*_SPACE, dotted), "cmaes takes no choice, only log, uniform and int; use tpe for it")
+            yield experiment.problem(
+                (*_SPACE, dotted), "cmaes takes no choice, only log, uniform and int; use tpe for it"
+            )
         if interval.when:
             yield experiment.problem((*_SPACE, dotted, "when"), "cmaes takes no conditions; use tpe for them")
 

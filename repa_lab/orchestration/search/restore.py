@@ -39,8 +39,8 @@ def find_groups(root: RunsRoot, arm: Arm, space: Space, grouping: Grouping, begu
         begun: ids of runs that this search has begun.
 
     Returns:
-        Settings whose runs have all ended, whoever trained them, and those that this search began or that were interrupted,
-        which are to be completed.
+        Settings whose runs have all ended, whoever trained them, and those that this search began or that were
+        interrupted, which are to be completed.
     """
     known: dict[str, Group] = {}
     found: dict[tuple[str, ...], Found] = {}

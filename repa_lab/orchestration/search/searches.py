@@ -65,7 +65,9 @@ class Searches:
         for search in sorted(self._searches, key=lambda search: search.taken):
             try:
                 while task := search.next():
-                    if task.run.run_id not in self._handed:  # else another search has it trained, and both will hear of it
+                    if (
+                        task.run.run_id not in self._handed
+                    ):  # else another search has it trained, and both will hear of it
                         self._handed.add(task.run.run_id)
                         return task
             except RefusedSpaceError as error:
@@ -91,7 +93,11 @@ class Searches:
         trials = [trial for search in self._searches for trial in search.trials]
         arms = [arm_record(trial.arm, None, list(trial.runs)) for trial in trials]
         measured = next(aim for aim in self._aims if not aim.is_cost)
-        search: dict[str, Any] = {"metric": measured.name, "goal": measured.goal, "trials": [trial.record for trial in trials]}
+        search: dict[str, Any] = {
+            "metric": measured.name,
+            "goal": measured.goal,
+            "trials": [trial.record for trial in trials],
+        }
         search["objectives"] = [{"metric": aim.name, "goal": aim.goal} for aim in self._aims]
         if len(self._aims) > 1:
             search["pareto"] = [label for one in self._searches for label in one.front]

@@ -137,7 +137,9 @@ class Space:
         for choice in field.interval.choice:
             if value == choice:
                 return choice
-            if not isinstance(choice, _PLAIN) and _without(value, inner) == _without(self._resolved(field.path, choice), inner):
+            if not isinstance(choice, _PLAIN) and _without(value, inner) == _without(
+                self._resolved(field.path, choice), inner
+            ):
                 return choice
         raise _MissingError
 

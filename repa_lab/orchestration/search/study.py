@@ -23,8 +23,9 @@ _MAX_LABEL = 200
 # SQLite lets one process write at a time; a dashboard that reads must not end a search.
 _SQLITE = {"connect_args": {"timeout": 60}}
 
-# Given the seed of the search and one of the trial. What draws from a sequence (QMC) or numbers its draws itself (CMA-ES) needs
-# one seed for the whole study; the rest is seeded by trial, so that a search goes on after a kill as it would have without.
+# Given the seed of the search and one of the trial. What draws from a sequence (QMC) or numbers its draws itself
+# (CMA-ES) needs one seed for the whole study; the rest is seeded by trial, so that a search goes on after a kill as it
+# would have without.
 _SAMPLERS: dict[str, Callable[[int, int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed, of_trial: optuna.samplers.TPESampler(seed=of_trial),
     "random": lambda seed, of_trial: optuna.samplers.RandomSampler(seed=of_trial),
@@ -38,8 +39,8 @@ _SAMPLERS: dict[str, Callable[[int, int], optuna.samplers.BaseSampler]] = {
         seed=seed, independent_sampler=optuna.samplers.RandomSampler(seed=of_trial), warn_independent_sampling=False
     ),
 }
-# Given the length of a run in steps. The first third of a run says little of its end: no pruning on medians there. Successive
-# halving lets a third of the trials beyond a ninth of a run, and a third of those beyond a third of it.
+# Given the length of a run in steps. The first third of a run says little of its end: no pruning on medians there.
+# Successive halving lets a third of the trials beyond a ninth of a run, and a third of those beyond a third of it.
 _PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
     "none": lambda steps: optuna.pruners.NopPruner(),
     "median": lambda steps: optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=steps // 3),
@@ -93,8 +94,8 @@ def open_study(storage: RDBStorage, name: str, config: SearchConfig, aims: Seque
 
 
 def study_name(sweep: str, label: str, content: Any) -> str:
-    """A study's name: for people, and with a digest of all that its trials have in common, so that a changed space opens
-    a new one."""
+    """A study's name: for people, and with a digest of all that its trials have in common, so that a changed space
+    opens a new one."""
     text = json.dumps(content, sort_keys=True)
     return f"{sweep}, {label[:_MAX_LABEL]} [{hashlib.sha256(text.encode()).hexdigest()[:8]}]"
 

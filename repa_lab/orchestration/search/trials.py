@@ -56,7 +56,13 @@ class Search:
         """All that the trials of a study have in common, as plain data."""
         space = {path: interval.model_dump(mode="json") for path, interval in self.config.space.items()}
         aims = [[aim.name, aim.goal] for aim in self.aims]
-        return [list(space.items()), aims, list(self.seeds), self.arm.config.model_dump(mode="json"), self.group(self.arm).key]
+        return [
+            list(space.items()),
+            aims,
+            list(self.seeds),
+            self.arm.config.model_dump(mode="json"),
+            self.group(self.arm).key,
+        ]
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,9 @@ class SearchWork:
                 refusal = error.problems[0]
                 self.study.tell(trial, state=TrialState.FAIL)
         what = f"{refusal.path}: {refusal.message}"
-        raise RefusedSpaceError(f"{_MOST_REFUSED} settings in a row cannot be, the last for {what}; use when, or other bounds")
+        raise RefusedSpaceError(
+            f"{_MOST_REFUSED} settings in a row cannot be, the last for {what}; use when, or other bounds"
+        )
 
     def _judge(self, group: Group) -> bool:
         return len(self._search.aims) == 1 and group.judge()

@@ -15,8 +15,8 @@ _ROW_INCHES = 0.36
 
 
 def differences_frame(results: Results) -> pd.DataFrame:
-    """What :func:`draw_differences` shows: the rows of the summary with a difference of the compared metric, in its order, and
-    ``metric`` as :meth:`Results.names` has it."""
+    """What :func:`draw_differences` shows: the rows of the summary with a difference of the compared metric, in its
+    order, and ``metric`` as :meth:`Results.names` has it."""
     compared = {arm: results.compared_metric(arm) for arm in results.baselines}
     rows = results.summary[results.summary["metric"] == results.summary["arm"].map(compared)]
     rows = rows[rows["n_pairs"] > 0].reset_index(drop=True)

@@ -31,9 +31,9 @@ def convergence_frame(results: Results, axis: Axis = STEPS) -> pd.DataFrame:
     Columns: ``group`` (the arms that share a baseline) and ``arm``; ``name`` is the arm's label without what its group
     shares; ``rank`` of the arm in its group by the compared metric, 0 is best, and -1 for the baseline;
     ``hue`` is its place among the colours; ``resolved`` is whether the summary calls it different from its baseline;
-    ``metric`` as :meth:`Results.names` has it; ``value`` by ``seed``, ``step`` and ``progress`` along the axis; and, repeated
-    for every seed of a step, ``n``, ``mean`` and its 95 % interval ``low`` to ``high`` at ``place``, the mean progress. Steps
-    that some of the arm's measured seeds lack have no ``mean``: it would jump as seeds drop out.
+    ``metric`` as :meth:`Results.names` has it; ``value`` by ``seed``, ``step`` and ``progress`` along the axis; and,
+    repeated for every seed of a step, ``n``, ``mean`` and its 95 % interval ``low`` to ``high`` at ``place``, the mean
+    progress. Steps that some of the arm's measured seeds lack have no ``mean``: it would jump as seeds drop out.
     """
     pairs = [(arm, metric) for arm in results.baselines if (metric := results.compared_metric(arm))]
     return _frame(results, pairs, axis)
@@ -130,7 +130,9 @@ def _arm_frame(results: Results, arm: str, metric: str, axis: Axis) -> pd.DataFr
 def _bands(rows: pd.DataFrame) -> pd.DataFrame:
     steps = [(step, band(group["value"]), group["progress"].mean()) for step, group in rows.groupby("step")]
     whole = max((estimate.n for _, estimate, _ in steps), default=0)
-    bands = [(step, e.n, place, *((e.mean, e.low, e.high) if e.n == whole else 3 * (math.nan,))) for step, e, place in steps]
+    bands = [
+        (step, e.n, place, *((e.mean, e.low, e.high) if e.n == whole else 3 * (math.nan,))) for step, e, place in steps
+    ]
     return pd.DataFrame(bands, columns=["step", "n", "place", "mean", "low", "high"])
 
 

@@ -19,8 +19,8 @@ _BEST, _OTHER = PALETTE[1], PALETTE[0]
 
 @styled
 def draw_slices(frame: pd.DataFrame, goals: Mapping[str, str]) -> Figure:
-    """Every objective over the trials in their order, with the best so far, and along every searched setting: a point for each
-    trial with a value, the best completed one marked.
+    """Every objective over the trials in their order, with the best so far, and along every searched setting: a point
+    for each trial with a value, the best completed one marked.
 
     Args:
         frame: from :func:`repa_lab.report.search.search_frame`.
