@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "repa_lab"
 FLOORS = {
-    "settings": 0, "registry": 0,
+    "settings": 0, "registry": 0, "files": 0,
     "align": 1, "metrics": 1, "data": 1, "runs": 1,
     "encoders": 2, "models": 2, "spec": 2, "tracking": 2,
     "training": 3, "report": 3, "bridge": 3,
@@ -23,7 +23,7 @@ FLOORS = {
 }  # fmt: skip
 TORCH_FREE = (
     "repa_lab", "repa_lab.runs", "repa_lab.spec", "repa_lab.models.families", "repa_lab.report", "repa_lab.bridge.importing",
-    "repa_lab.settings", "repa_lab.registry", "repa_lab.plugins", "repa_lab.align.settings", "repa_lab.training.needs",
+    "repa_lab.settings", "repa_lab.registry", "repa_lab.files", "repa_lab.plugins", "repa_lab.align.settings", "repa_lab.training.needs",
 )  # fmt: skip
 MAX_LINES = 500
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from repa_lab.data.crop import Buckets
 from repa_lab.data.errors import DataError
 from repa_lab.data.listing import ImageList, read_image_folder, require_targets, walk
+from repa_lab.files import digest
 
 _CONTENT_SAMPLE = 256
 _END_BYTES = 1 << 20
@@ -77,23 +75,6 @@ def fingerprint_files(folder: Path, but: str | None = None) -> str:
     """
     files = sorted(path for path in walk(folder).files if path.is_file() and not (but and path.match(but)))
     return digest([(path.relative_to(folder).as_posix(), path.stat().st_size, _ends(path)) for path in files])
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of canonical JSON: keys sorted, no white space."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, computed once a process for as long as its size and time of change stay."""
-    found = path.stat()
-    return _file_digest(path, found.st_size, found.st_mtime_ns)
-
-
-@functools.cache
-def _file_digest(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from repa_lab.data.crop import Buckets
 from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import digest
+from repa_lab.files import digest
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FIRST = re.compile(r"(.+?)\[:(\d+)\]")  # the first rows of a split, as `datasets` writes it

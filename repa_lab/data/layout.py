@@ -20,7 +20,7 @@ from PIL import Image
 
 from repa_lab.data.crop import Buckets
 from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import digest
+from repa_lab.files import digest
 
 LABELS = "dataset.json"
 MANIFEST = "manifest.json"

@@ -8,9 +8,9 @@ import torch
 
 from repa_lab.data.autoencoder import Autoencoder, to_uint8
 from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import digest
 from repa_lab.data.sources import ImageSource
 from repa_lab.data.space import LatentSpace
+from repa_lab.files import digest
 
 _BATCH = 8  # decoding at full resolution takes far more memory than the pixels
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import digest
+from repa_lab.files import digest
 
 MANIFEST = "manifest.json"
 

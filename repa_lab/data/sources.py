@@ -12,8 +12,9 @@ from PIL import Image
 
 from repa_lab.data.crop import Buckets, Size, crop, framing, opaque
 from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import digest, fingerprint_digits
+from repa_lab.data.fingerprint import fingerprint_digits
 from repa_lab.data.settings import Dataset, DigitsSettings, SourceSettings
+from repa_lab.files import digest
 
 _SPLIT_SEED = 0
 

@@ -13,7 +13,6 @@ import torch
 from filelock import FileLock
 
 from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import digest
 from repa_lab.data.shards import (
     Manifest,
     checksums,
@@ -27,6 +26,7 @@ from repa_lab.data.shards import (
     write_manifest,
     write_shard,
 )
+from repa_lab.files import digest
 
 _SHARD_BYTES = 256 << 20
 _SHARD_ROWS = 1024  # small arrays can be slow to compute, and a kill loses a shard

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import digest
 from repa_lab.data.store import Progress
+from repa_lab.files import digest
 
 Encoded = dict[str, torch.Tensor]
 Encode = Callable[[Sequence[str]], Encoded]

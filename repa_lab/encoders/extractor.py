@@ -18,11 +18,11 @@ from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
-from repa_lab.data.fingerprint import file_digest
 from repa_lab.encoders.encoder import EncoderError, one_line
 from repa_lab.encoders.extractor_facts import EXTRACTORS, SPATIAL, ExtractorFacts, layer_of, layers
 from repa_lab.encoders.extractor_nets import SpatialInception, beside_spatial
 from repa_lab.encoders.registry import facts_of
+from repa_lab.files import file_digest
 
 VOUCHED = ".sha256"
 _PREFIX = 8

@@ -11,15 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from repa_lab.data.fingerprint import digest
 from repa_lab.encoders.extractor import Extractor, Features
 from repa_lab.encoders.extractor_facts import SPATIAL, layer_of, layers
+from repa_lab.files import digest, replace_atomically
 from repa_lab.metrics.adm import images_shape, read_images
 from repa_lab.metrics.frechet import Moments, Statistics, frechet_distance, statistics
 from repa_lab.metrics.protocol import METRICS
 from repa_lab.metrics.quality import inception_score, kid, precision_recall
 from repa_lab.metrics.reference import StatisticsError, read_statistics, write_statistics
-from repa_lab.runs.files import replace_atomically
 
 FOLDER = "reference"
 KEPT = 10_000

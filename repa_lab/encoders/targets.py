@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 
 from repa_lab.align.tokens import Grid, Tokens
-from repa_lab.data.fingerprint import file_digest
 from repa_lab.data.reconstruct import Reconstructions
 from repa_lab.data.shards import dtype_name
 from repa_lab.data.sized import SizedStores, open_sized
@@ -19,6 +18,7 @@ from repa_lab.data.sources import ImageSource, groups
 from repa_lab.data.store import Progress
 from repa_lab.encoders.encoder import Encoder, EncoderOptions, load_encoder, require_patch_tokens
 from repa_lab.encoders.registry import token_identity
+from repa_lab.files import file_digest
 
 _PREFLIGHT_IMAGES = 4
 _MIN_STD = 1e-6

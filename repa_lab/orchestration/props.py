@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repa_lab.data.fingerprint import digest
 from repa_lab.data.layout import IMAGES, read_listing
 from repa_lab.data.listing import CAPTION_COLUMNS, read_image_folder
 from repa_lab.data.settings import FolderSettings, SourceSettings
+from repa_lab.files import digest
 from repa_lab.models.facts import Family
 
 _IMAGES = 24

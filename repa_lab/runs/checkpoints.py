@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from repa_lab.files import fsync
 from repa_lab.runs import files
 
 MANIFEST = "manifest.json"
@@ -36,12 +37,12 @@ def commit(folder: Path, step: int, write: Callable[[Path], None], keep: int = 2
     temporary.mkdir()
     write(temporary)
     for path in temporary.iterdir():
-        files.fsync(path)
+        fsync(path)
     files.write_json(temporary / MANIFEST, {path.name: _digest(path) for path in sorted(temporary.iterdir())})
     final = folder / f"step-{step:08d}"
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    files.fsync(folder)
+    fsync(folder)
     for old in steps(folder)[:-keep]:
         shutil.rmtree(folder / f"step-{old:08d}")
     return final

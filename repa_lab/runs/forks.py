@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from repa_lab.runs import checkpoints, files
+from repa_lab.files import fsync
+from repa_lab.runs import checkpoints
 from repa_lab.runs.directory import RunDirectory, RunWriter
 from repa_lab.runs.files import Row
 
@@ -89,4 +90,4 @@ def _link(source: Path, folder: Path) -> None:
             os.link(path, folder / path.name)
         except OSError:
             shutil.copyfile(path, folder / path.name)
-        files.fsync(folder / path.name)
+        fsync(folder / path.name)

@@ -16,12 +16,11 @@ from repa_lab.align import Tokens
 from repa_lab.align.regularizer import Pair
 from repa_lab.align.tokens import Grid
 from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import digest
 from repa_lab.encoders.targets import Targets
+from repa_lab.files import digest, replace_atomically
 from repa_lab.metrics import CosineSums, cka
 from repa_lab.models.facts import BlockIndex
 from repa_lab.models.tap import Tap
-from repa_lab.runs import files
 from repa_lab.runs.files import Row
 from repa_lab.spec import EvaluateConfig, RunConfig
 from repa_lab.training.fingerprints import described
@@ -157,4 +156,4 @@ def write_grid(pixels: torch.Tensor, path: Path) -> None:
         sized = resize(pixels, [_GRID_MAX_WIDTH // columns], antialias=True)
     grid = make_grid(sized, nrow=_GRID_COLUMNS, padding=2, pad_value=255)
     image = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    files.replace_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
+    replace_atomically(path, lambda temporary: image.save(temporary, format="PNG"))

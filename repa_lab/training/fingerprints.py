@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from repa_lab.align.settings import EncoderSettings
-from repa_lab.data.fingerprint import file_digest, fingerprint_files
+from repa_lab.data.fingerprint import fingerprint_files
 from repa_lab.data.settings import SOURCES, Dataset, SourceSettings
 from repa_lab.encoders.registry import token_identity
+from repa_lab.files import file_digest
 from repa_lab.settings import file_fields
 from repa_lab.spec import RunConfig
 

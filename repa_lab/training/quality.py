@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import gather_object
 
-from repa_lab.data.fingerprint import digest, file_digest
 from repa_lab.data.sources import groups
 from repa_lab.encoders.extractor import Extractor, Features
 from repa_lab.encoders.reference import RealImages, Reference, measure, read_reference, reference
+from repa_lab.files import digest, file_digest
 from repa_lab.metrics.protocol import METRICS
 from repa_lab.metrics.quality import NEIGHBOURS, SPLITS, kid_protocol
 from repa_lab.models.released import SCHEDULER, read_json

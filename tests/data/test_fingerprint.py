@@ -6,13 +6,9 @@ import pytest
 
 from repa_lab.data import fingerprint
 from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import (
-    digest,
-    file_digest,
-    fingerprint_digits,
-    fingerprint_folder,
-)
+from repa_lab.data.fingerprint import fingerprint_digits, fingerprint_folder
 from repa_lab.data.listing import read_image_folder
+from repa_lab.files import digest, file_digest
 from tests.data.conftest import content_of, noise_image
 
 IMAGES = {"b/1.png": noise_image(1), "a/2.png": noise_image(2), "0.png": noise_image(3)}

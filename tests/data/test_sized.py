@@ -7,11 +7,11 @@ import torch
 
 from repa_lab.data import store
 from repa_lab.data.crop import Buckets
-from repa_lab.data.fingerprint import digest
 from repa_lab.data.folder import ImageFolder
 from repa_lab.data.sized import open_sized
 from repa_lab.data.sources import Digits, groups
 from repa_lab.data.store import open_or_build
+from repa_lab.files import digest
 from tests.data.conftest import noise_image
 from tests.data.test_store import KilledError, flip_bit
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from repa_lab.data import store
 from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import digest
 from repa_lab.data.store import open_or_build
+from repa_lab.files import digest
 
 IDENTITY = {"kind": "test/1", "data": "abc"}
 COUNT = 11

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import digest
 from repa_lab.data.texts import TextCache
+from repa_lab.files import digest
 
 IDENTITY = {"kind": "texts/1", "family": "test", "precision": "fp32"}
 ODD = [

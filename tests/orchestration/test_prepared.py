@@ -114,7 +114,9 @@ def test_captions_are_asked_for_elsewhere(tiny, root, tmp_path):
     spec = spec_of(tiny, root, vae=None)
     spec["model"] = {"family": "sd15", "pretrained": "some/pipeline"}
     spec["regularizer"]["type"] = "urepa"
-    message = "data.source: sd15 is trained with captions, and prepared folders have none: use imagefolder, datasets or hub"
+    message = (
+        "data.source: sd15 is trained with captions, and prepared folders have none: use imagefolder, datasets or hub"
+    )
     assert any(line.endswith(message) for line in told(spec, tmp_path))
 
 

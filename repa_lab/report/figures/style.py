@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from repa_lab.runs import files
+from repa_lab.files import replace_atomically
 
 P = ParamSpec("P")
 DPI = 150
@@ -88,7 +88,7 @@ def blend(one: str, other: str, share: float) -> str:
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG, whole or not at all."""
     options: dict[str, Any] = {"format": "png", "dpi": DPI, "facecolor": "white"}
-    files.replace_atomically(path, lambda temporary: figure.savefig(temporary, **options))
+    replace_atomically(path, lambda temporary: figure.savefig(temporary, **options))
     return path
 
 
