@@ -1,49 +1,68 @@
-"""What every settings class is: frozen, strict about types, and closed to unknown fields. Imports no torch."""
+"""The base of all settings classes: frozen, strict about types, closed to unknown fields. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, InitErrorDetails, core_schema
+
+from repa_lab.registry import Registry, UnknownComponentError
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BlockIndex = Annotated[int, Field(ge=0)] | Literal["mid"]
-# YAML gives lists; settings are keys of mappings, so every one of them must be hashable.
-AS_TUPLE = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+
+
+def _let_tuples_take_lists(schema: Any) -> None:
+    """Set ``strict`` to False for every tuple in a pydantic schema, in place."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "tuple":
+            schema["strict"] = False
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for inner in schema:
+            _let_tuples_take_lists(inner)
 
 
 class Settings(BaseModel):
-    """The settings of one component. A docstring under a field documents the field."""
+    """The settings of one component. A docstring under a field documents the field.
+
+    Settings are hashable, so a field with several values is a tuple; it takes a list too, which is what YAML has.
+    """
 
     model_config = ConfigDict(
         frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _let_tuples_take_lists(schema)
+        return schema
+
 
 @dataclass(frozen=True)
 class NamesFile:
-    """Marks a field that may name a local file or folder; in a run's identity its content stands for the name.
+    """Marks a field that may name a local file or folder; a run's identity holds its content instead of its name.
 
     Attributes:
-        required: whether the name must be that of a local file; a hub id is allowed otherwise.
+        required: whether the field must name a local file; otherwise a hub id is allowed.
     """
 
     required: bool = False
 
 
-# A local file.
 LocalFile = Annotated[str, NamesFile(required=True)]
-# A hub id, or a local file or folder.
 HubOrLocal = Annotated[str, NamesFile()]
 
 
 def later(neutral: Any, **limits: Any) -> Any:
-    """Declare a field that older runs lack: at its neutral value a run's id is what it was without the field."""
+    """Declare a field that was added later: at the neutral value the field is left out of a run's identity."""
     return Field(default=neutral, json_schema_extra={"neutral": True}, **limits)
 
 
@@ -59,17 +78,80 @@ def settings_in(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[
 
 
 def file_fields(settings: Settings) -> Iterator[tuple[str, str, NamesFile]]:
-    """Yield the name, the value and the mark of every field of these settings that names a file and is set."""
+    """Yield the name, the value and the mark of every field that names a file and is set."""
     for name, field in type(settings).model_fields.items():
-        mark = next(
-            (mark for mark in field_metadata(field.annotation, field.metadata) if isinstance(mark, NamesFile)), None
-        )
-        if mark is not None and isinstance(value := getattr(settings, name), str):
-            yield name, value, mark
+        marks = [mark for mark in field_metadata(field.annotation, field.metadata) if isinstance(mark, NamesFile)]
+        if marks and isinstance(value := getattr(settings, name), str):
+            yield name, value, marks[0]
 
 
 def field_metadata(annotation: Any, metadata: list[Any]) -> Iterator[Any]:
-    """Yield the marks of a field, those of the members of a union included."""
+    """Yield the metadata of a field, including the metadata of the members of a union."""
     yield from metadata
     for member in getattr(annotation, "__args__", ()):
         yield from field_metadata(member, list(getattr(member, "__metadata__", ())))
+
+
+class HasSettings(Protocol):
+    """A registered component with settings."""
+
+    @property
+    def settings(self) -> type[BaseModel]:
+        """The settings class."""
+        ...
+
+
+@dataclass(frozen=True)
+class SettingsOf:
+    """Marks a section of a spec that holds the settings of the component that the section names.
+
+    Attributes:
+        registry: the components.
+        key: the field that names the component.
+        default: the component of an empty section; None if the section must name one.
+    """
+
+    registry: Registry[Any]
+    key: str
+    default: str | None
+
+    def settings_of(self, section: Mapping[str, Any]) -> type[BaseModel] | None:
+        """Return the settings class of the component that a section names; None if there is no such component."""
+        try:
+            component: HasSettings = self.registry[str(section.get(self.key, self.default))]
+        except UnknownComponentError:
+            return None
+        return component.settings
+
+    @property
+    def choices(self) -> tuple[type[BaseModel], ...]:
+        """The settings classes of all components."""
+        return tuple(self.registry[name].settings for name in self.registry)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        dump = core_schema.plain_serializer_function_ser_schema(
+            lambda value, info: value.model_dump(mode=info.mode), info_arg=True
+        )
+        return core_schema.no_info_plain_validator_function(self._parse, serialization=dump)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [handler(choice.__pydantic_core_schema__) for choice in self.choices]}
+
+    def _parse(self, value: Any) -> BaseModel:
+        if isinstance(value, BaseModel):
+            return value
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a mapping, got {value!r}")
+        if self.key not in value and self.default is None:
+            raise self._error("missing", value)
+        if self.key not in value and value:
+            raise ValueError(f"has settings and no {self.key}; allowed: {', '.join(self.registry.names)}")
+        if (settings := self.settings_of(value)) is None:
+            unknown = UnknownComponentError(self.registry.kind, str(value[self.key]), self.registry.names)
+            raise self._error("value_error", value[self.key], error=unknown)
+        return settings.model_validate({self.key: self.default, **value})
+
+    def _error(self, kind: Literal["missing", "value_error"], given: Any, **context: Any) -> ValidationError:
+        """Return an error placed at the field that names the component."""
+        details = InitErrorDetails(type=kind, loc=(self.key,), input=given, ctx=context)
+        return ValidationError.from_exception_data(self.registry.kind, [details])

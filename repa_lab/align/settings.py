@@ -14,7 +14,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from repa_lab.registry import Registry
 from repa_lab.settings import (
-    AS_TUPLE,
     BlockIndex,
     Count,
     HubOrLocal,
@@ -259,7 +258,7 @@ class NoSettings(RegularizerSettings):
         return Needs()
 
 
-Encoders = Annotated[tuple[EncoderSettings, ...], AS_TUPLE, Field(min_length=1)]
+Encoders = Annotated[tuple[EncoderSettings, ...], Field(min_length=1)]
 # `projector: conv` means `projector: {type: conv}`.
 Projector = Annotated[
     ProjectorSettings, BeforeValidator(lambda value: {"type": value} if isinstance(value, str) else value)

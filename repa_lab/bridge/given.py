@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from repa_lab.bridge.keys import ALIASES, UnfitError
-from repa_lab.spec.errors import Path_, Place, Problem, SpecError
+from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError
 from repa_lab.spec.yaml import parse_yaml, read_text
 
 _LEFT_OUT = (None, "None", "null")
@@ -75,7 +75,7 @@ def _from_json(text: str, file: Path) -> Given:
     return _given(file, [(_bare(key), inner, places[(*above, key)]) for key, inner in settings.items()])
 
 
-def parse_json(text: str, file: Path) -> tuple[Any, dict[Path_, Place]]:
+def parse_json(text: str, file: Path) -> tuple[Any, dict[KeyPath, Place]]:
     """Parse JSON as YAML, which forgives a last comma but indents with no tabs; a string in JSON has none either.
 
     Raises:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from repa_lab.spec.errors import did_you_mean
+from repa_lab.registry import did_you_mean
 
 Prefix = Literal["crepa", "urepa"]
 Read = Callable[[Any], Any]

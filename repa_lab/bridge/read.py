@@ -25,7 +25,8 @@ from repa_lab.bridge.keys import (
 )
 from repa_lab.models.facts import Family
 from repa_lab.models.families import family_facts
-from repa_lab.spec.errors import Problem, SpecError, did_you_mean
+from repa_lab.registry import did_you_mean
+from repa_lab.spec.errors import Problem, SpecError
 
 READABLE = {key.name: key for key in (*KEYS["crepa"], *KEYS["urepa"], *IREPA, *REST, *PARTS, *SWITCHES, CREPA_MODEL)}
 PREFIXES = ("crepa_", "urepa_", "irepa_")

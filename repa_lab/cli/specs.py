@@ -26,8 +26,7 @@ from repa_lab.runs.root import DEFAULT_ROOT
 
 if TYPE_CHECKING:
     from repa_lab.spec import Experiment
-    from repa_lab.spec.difference import Difference
-    from repa_lab.spec.explain import Setting
+    from repa_lab.spec.explain import Difference, Setting
     from repa_lab.spec.identity import Run
 
 _ABSENT = "-"
@@ -40,8 +39,7 @@ def schema(
 ) -> None:
     """Print the JSON schema of a spec, with which an editor completes fields and marks mistakes."""
     with clean_errors():
-        from repa_lab.spec.json_schema import json_schema
-        from repa_lab.spec.tables import write_tables
+        from repa_lab.spec.json_schema import json_schema, write_tables
 
         if tables is not None:
             write_tables(tables)
@@ -94,7 +92,7 @@ def _is_spec(name: str) -> bool:
 
 def _between_specs(left: str, right: str) -> dict[str, Any]:
     from repa_lab.spec import load_spec
-    from repa_lab.spec.difference import compare_specs
+    from repa_lab.spec.explain import compare_specs
 
     one, other = load_spec(left), load_spec(right)
     found = compare_specs(one, other)
@@ -124,7 +122,7 @@ def _run_ids(experiment: Experiment) -> set[str]:
 
 
 def _between_runs(left: str, right: str, root: Path) -> dict[str, Any]:
-    from repa_lab.spec.difference import compare_runs
+    from repa_lab.spec.explain import compare_runs
 
     fields = [_plain(field) for field in compare_runs(_run(left, root), _run(right, root))]
     return {"equal": not fields, "fields": fields}

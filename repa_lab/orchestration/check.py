@@ -19,7 +19,7 @@ from repa_lab.registry import one_line
 from repa_lab.runs.root import RESERVED
 from repa_lab.settings import file_fields, settings_in
 from repa_lab.spec import Arm, EvaluateConfig, Experiment, Problem, RunOptions, SpecError
-from repa_lab.spec.errors import Path_
+from repa_lab.spec.errors import KeyPath
 from repa_lab.tracking import tensorboard
 from repa_lab.training.fingerprints import Inventory
 from repa_lab.training.needs import encoders_of, needs_of
@@ -326,14 +326,14 @@ def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
             message = f"LoRA holds what it leaves alone in run.precision ({trained}): use train, or run.precision: fp32"
             yield arm.problem("evaluate.precision", message)
     known = list(dict.fromkeys(name for arm in experiment.arms for name in metric_names(arm.config)))
-    wanted: dict[Path_, str] = {("compare", "metric"): experiment.compare.metric}
+    wanted: dict[KeyPath, str] = {("compare", "metric"): experiment.compare.metric}
     wanted |= {("compare", "targets", metric): metric for metric in experiment.compare.targets}
     wanted |= {rule_path(experiment, index): rule.metric for index, rule in enumerate(experiment.stop)}
     if experiment.search:
         named = enumerate(experiment.search.objectives)
         wanted |= {objective_path(experiment.search, i): one.metric for i, one in named if not one.is_cost}
         yield from search_problems(experiment, lambda arm: _arm_problems(arm, experiment.run, None))
-    goals: dict[Path_, str] = {("compare", "metric"): experiment.compare.goal}
+    goals: dict[KeyPath, str] = {("compare", "metric"): experiment.compare.goal}
     if experiment.search:
         goals |= {objective_path(experiment.search, i): one.goal for i, one in enumerate(experiment.search.objectives)}
     for path, metric in wanted.items():
@@ -345,7 +345,7 @@ def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
             yield experiment.problem((*path[:-1], "goal"), message)
 
 
-def rule_path(experiment: Experiment, index: int) -> Path_:
+def rule_path(experiment: Experiment, index: int) -> KeyPath:
     """Where the metric of a rule stands in the spec, for a lone rule needs no list."""
     is_list = isinstance(experiment.draft.value.get("stop"), list)
     return ("stop", index, "metric") if is_list else ("stop", "metric")

@@ -23,7 +23,7 @@ from repa_lab.models.families import family_facts
 from repa_lab.orchestration.props import Props
 from repa_lab.spec import Arm, BudgetConfig, CompareConfig, Experiment, RunConfig, RunOptions
 from repa_lab.spec.evaluate import FullConfig
-from repa_lab.spec.search import Objective
+from repa_lab.spec.options import Objective
 
 SUFFIX = "-rehearsal"
 MARK = "REHEARSAL with tiny random models, no evidence"

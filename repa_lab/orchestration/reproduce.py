@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from repa_lab.models.facts import Shape, shape_of
 from repa_lab.models.families import family_facts
+from repa_lab.registry import did_you_mean
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SpecError, load_spec
 from repa_lab.spec.document import Draft, load_draft, plain
-from repa_lab.spec.errors import Place, did_you_mean
+from repa_lab.spec.errors import Place
 from repa_lab.spec.expand import config_of
 from repa_lab.spec.schema import SECTIONS
 

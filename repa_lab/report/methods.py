@@ -11,7 +11,7 @@ import pandas as pd
 from repa_lab.report.results import Results
 from repa_lab.report.statistics import MIN_BOOTSTRAP
 from repa_lab.report.summary import comparisons, is_protocol
-from repa_lab.spec.averaging import EmaConfig
+from repa_lab.spec.schema import EmaConfig
 
 _PROTOCOL = re.compile(r"(?P<kind>[^:]+):(?P<extractor>[^@]+)@(?P<samples>\d+k?)/(?P<sampler>.+)")
 

@@ -14,7 +14,7 @@ import pandas as pd
 from repa_lab.report.results import Results
 from repa_lab.report.statistics import MIN_SEEDS, Estimate, PairedDifference, mean_interval, paired_difference
 from repa_lab.report.summary import common_step, goal_of
-from repa_lab.spec.published import PublishedConfig
+from repa_lab.spec.options import PublishedConfig
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,12 @@
-"""The spec: one YAML file is one question. Read it, check it, expand it into arms. Imports no torch."""
+"""The spec: one YAML file is one question. Reads, validates and expands it into arms. Imports no torch."""
 
 from repa_lab.align.settings import EncoderSettings, RegularizerSettings, ScheduleSettings
 from repa_lab.spec.errors import Place, Problem, SpecError
 from repa_lab.spec.evaluate import EvaluateConfig, ExtractorConfig
 from repa_lab.spec.expand import Arm
 from repa_lab.spec.experiment import Experiment, load_spec
-from repa_lab.spec.limits import BudgetConfig, StopRule
-from repa_lab.spec.options import RunOptions
-from repa_lab.spec.schema import CompareConfig, ModelConfig, RunConfig
-from repa_lab.spec.search import SearchConfig
+from repa_lab.spec.options import BudgetConfig, CompareConfig, RunOptions, SearchConfig, StopRule
+from repa_lab.spec.schema import ModelConfig, RunConfig
 
 __all__ = [
     "Arm",

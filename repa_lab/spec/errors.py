@@ -1,18 +1,26 @@
-"""What is wrong with a spec, said once, where it stands."""
+"""What is wrong with a spec, and where."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-Path_ = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
+"""Keys and list positions from the top of a document to a value."""
+_MAX_SHOWN = 100
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value stands: file, line and column, both counted from 1; no file for values given by a program or ``--set``."""
+    """A place in a spec file.
+
+    Attributes:
+        file: the file; None for a value given by a program or by ``--set``.
+        line: counted from 1.
+        column: counted from 1.
+    """
 
     file: Path | None
     line: int = 1
@@ -24,29 +32,38 @@ class Place:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: where, at which dotted path, what, and what is allowed."""
+    """One mistake in a spec.
+
+    Attributes:
+        place: where the wrong value was set.
+        path: the dotted path of the value.
+        message: what is wrong and what is allowed.
+    """
 
     place: Place
     path: str
     message: str
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (str(self.place), self.path, self.message) if part)
+        return ": ".join(text for text in (str(self.place), self.path, self.message) if text)
 
 
 class SpecError(ValueError):
-    """Everything that is wrong with a spec; its text is a line per problem, in the order of the file."""
+    """All mistakes in a spec; the text has a line per problem, in the order of the file."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems = sorted(set(problems), key=_order)
+        self.problems = sorted(
+            set(problems), key=lambda it: (str(it.place.file), it.place.line, it.place.column, it.path, it.message)
+        )
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
-def _order(problem: Problem) -> tuple[str, int, int, str, str]:
-    return str(problem.place.file), problem.place.line, problem.place.column, problem.path, problem.message
+def dotted(path: KeyPath) -> str:
+    """Return a path as users write it: ``regularizer.encoder.0.name``."""
+    return ".".join(map(str, path))
 
 
-def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` if something close is allowed, else nothing."""
-    near = difflib.get_close_matches(word, list(allowed), n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
+def shortened(value: Any) -> str:
+    """Return a value as a message shows it, cut after 100 characters."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

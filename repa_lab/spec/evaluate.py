@@ -1,25 +1,25 @@
-"""How a run is measured."""
+"""The section ``evaluate`` of a spec: how a run is measured."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from repa_lab.align.settings import EncoderSettings
 from repa_lab.metrics.protocol import METRICS
-from repa_lab.settings import AS_TUPLE, BlockIndex, Fraction, LocalFile, Positive, Settings, later
+from repa_lab.settings import BlockIndex, Fraction, LocalFile, Positive, Settings, later
 
 
 class SamplerConfig(Settings):
-    """How samples are drawn from a denoiser that is trained from scratch; a pretrained one takes the steps alone."""
+    """How samples are drawn from a denoiser that is trained from scratch; a pretrained family uses ``steps`` alone."""
 
     type: Literal["ode", "sde"] = "ode"
     """`ode` integrates the velocity; `sde` is the papers' Euler-Maruyama."""
     solver: Literal["euler", "heun"] = "euler"
-    """Of `ode`."""
+    """Solver of `ode`."""
     steps: Annotated[int, Field(ge=2)] = 50
-    """Steps."""
+    """Sampling steps."""
 
 
 class GuidanceConfig(Settings):
@@ -28,18 +28,18 @@ class GuidanceConfig(Settings):
     scale: Annotated[float, Field(ge=1)] = 1.0
     """Scale of classifier-free guidance; 1 is none."""
     low: Fraction = 0.0
-    """The earliest time that is guided."""
+    """Guidance acts from this time on; 0 is data, 1 is noise."""
     high: Fraction = 1.0
-    """The latest time that is guided."""
+    """Guidance acts up to this time."""
 
     @model_validator(mode="after")
-    def _low_is_below_high(self) -> GuidanceConfig:
+    def _low_is_below_high(self) -> Self:
         if self.low > self.high:
             raise ValueError(f"low must not be above high, got {self.low} and {self.high}")
         return self
 
 
-# `tiny-`, as with encoders, is of random weights, for rehearsals.
+# `tiny-` marks random weights, for rehearsals.
 ExtractorName = Literal[
     "inception",
     "efficientnet_lite0",
@@ -55,22 +55,17 @@ ExtractorName = Literal[
 
 
 class ExtractorConfig(Settings):
-    """Whose features samples and real images are compared by."""
+    """The network whose features of samples and real images are compared."""
 
     name: ExtractorName = "inception"
-    """Whose features are compared: `inception` gives FID, `dinov2_*` the FD-DINOv2, `efficientnet_lite0` a distance offline."""
+    """`inception` gives FID, `dinov2_*` the FD-DINOv2, `efficientnet_lite0` a distance that needs no network."""
     weights: LocalFile | None = None
     """A local file of weights."""
     reference: LocalFile | None = later(None)
     """Statistics to compare with, such as ADM's `VIRTUAL_*.npz`; null is the training images."""
 
 
-# Lists in a file, tuples here, as with encoders.
-Extractors = Annotated[
-    tuple[ExtractorConfig, ...],
-    AS_TUPLE,
-    Field(min_length=1),
-]
+Extractors = Annotated[tuple[ExtractorConfig, ...], Field(min_length=1)]
 
 
 def _known_metric(name: str) -> str:
@@ -79,26 +74,18 @@ def _known_metric(name: str) -> str:
 
 
 QualityMetric = Annotated[str, AfterValidator(_known_metric)]
-QualityMetrics = Annotated[
-    tuple[QualityMetric, ...],
-    AS_TUPLE,
-    Field(min_length=1),
-]
+QualityMetrics = Annotated[tuple[QualityMetric, ...], Field(min_length=1)]
 Labelling = Literal["balanced", "random"]
 Rounding = Literal["nearest", "truncate"]
-Steps = Annotated[tuple[Positive, ...], AS_TUPLE]
 
 
 class FullConfig(Settings):
-    """The protocol of milestones, measured beside the other one ``at`` these steps, or, without any, at the end alone.
+    """A second protocol for milestones. A field that is null has the value of ``evaluate``."""
 
-    What is null is as in ``evaluate``.
-    """
-
-    at: Steps = ()
-    """Steps, multiples of `every`; none is the end alone."""
+    at: tuple[Positive, ...] = ()
+    """Steps to measure at, multiples of `every`; an empty list is the end alone."""
     samples: Annotated[int, Field(ge=16)] | None = None
-    """Samples."""
+    """Samples that are drawn."""
     sampler: SamplerConfig | None = None
     """How samples are drawn."""
     guidance: GuidanceConfig | None = None
@@ -106,16 +93,13 @@ class FullConfig(Settings):
     labels: Labelling | None = None
     """Labels of the samples."""
     metrics: QualityMetrics | None = None
-    """Metrics."""
+    """Metrics, as in `evaluate.metrics`."""
     extractor: ExtractorConfig | Extractors | None = None
     """One extractor, or a list."""
 
 
-Prompts = Annotated[tuple[str, ...], AS_TUPLE]
-
-
 class EvaluateConfig(Settings):
-    """How a run is measured, on the averaged weights. `precision` and `rounding` hold for `full` too."""
+    """How a run is measured, with the averaged weights. `precision` and `rounding` hold for `full` too."""
 
     every: Positive = 10_000
     """Steps between measurements; the end is measured too."""
@@ -128,29 +112,29 @@ class EvaluateConfig(Settings):
     guidance: GuidanceConfig = GuidanceConfig()
     """Classifier-free guidance."""
     extractor: ExtractorConfig | Extractors = ExtractorConfig()
-    """Whose features are compared; of a list, the first one's Frechet distance is what runs are compared by."""
+    """The network whose features are compared, or a list; runs are compared by the Frechet distance of the first."""
     encoder: EncoderSettings | None = None
-    """Measures alignment in every arm, fields as in `regularizer.encoder`; null takes the arm's own, if any."""
+    """Measures alignment in every arm; fields as in `regularizer.encoder`. Null is the arm's own encoder, if any."""
     block_index: BlockIndex | None = None
     """Where alignment is measured; null is the regularizer's block."""
     timestep: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """The noise at which alignment is measured: 0 is data, 1 is noise."""
-    prompts: Prompts = later(())
-    """Captions drawn for people to look at, each always from the same noise; without them the first samples are shown."""
+    prompts: tuple[str, ...] = later(())
+    """Captions that are drawn for people to look at, each always from the same noise; without any, the first samples are shown."""
     labels: Labelling = later("balanced")
     """Every class (or caption) in turn, or drawn at random, which costs about 0.1 of FID."""
     metrics: QualityMetrics = later(("frechet",))
     """`frechet`, `sfid`, `kid`, `inception_score`, `precision_recall`, or a plugin's, from one pass of features; see
     [protocol.md](protocol.md)."""
     full: FullConfig | None = later(None)
-    """A second, dearer protocol for milestones; what it leaves out is as above."""
+    """A second, more expensive protocol for milestones; a field that it leaves out is as above."""
     precision: Literal["train", "fp32", "tf32"] = later("train")
-    """Of the denoiser while it is measured: that of training, float32, or float32 with TF32 matrix products on a GPU."""
+    """Precision of the denoiser while it is measured: as in training, float32, or float32 with TF32 matrix products on a GPU."""
     rounding: Rounding = later("nearest")
     """How samples become 8-bit pixels; `truncate` drops the fraction, as REPA's script does."""
 
     @model_validator(mode="after")
-    def _tiers_fit(self) -> EvaluateConfig:
+    def _protocols_fit(self) -> Self:
         if "frechet" not in self.metrics:
             raise ValueError("metrics must have frechet among them, for it is what runs are compared by")
         off = [step for step in self.full.at if step % self.every] if self.full else []
@@ -160,15 +144,15 @@ class EvaluateConfig(Settings):
 
     @property
     def extractors(self) -> tuple[ExtractorConfig, ...]:
-        """The extractors, be it one or several."""
+        """``extractor`` as a tuple."""
         return self.extractor if isinstance(self.extractor, tuple) else (self.extractor,)
 
     @property
     def milestone(self) -> EvaluateConfig | None:
-        """The protocol of milestones, whole; None without one."""
+        """The protocol of milestones with every field filled in; None without one."""
         if self.full is None:
             return None
-        own = {name: getattr(self.full, name) for name in FullConfig.model_fields if name != "at"}
+        given = {name: getattr(self.full, name) for name in FullConfig.model_fields if name != "at"}
         return self.model_copy(
-            update={"full": None} | {name: value for name, value in own.items() if value is not None}
+            update={"full": None} | {name: value for name, value in given.items() if value is not None}
         )

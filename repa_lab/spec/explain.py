@@ -1,4 +1,4 @@
-"""Who set what: every resolved value of an experiment with the place that set it."""
+"""Which file set each value of an experiment, and the differences between two experiments or runs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from repa_lab.registry import did_you_mean
 from repa_lab.spec.document import Draft
-from repa_lab.spec.errors import Path_, Place, Problem, SpecError, did_you_mean
-from repa_lab.spec.expand import Arm
+from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError, dotted
 from repa_lab.spec.experiment import Experiment
-from repa_lab.spec.grammar import Grammar
-from repa_lab.spec.schema import SECTIONS, RunConfig
+from repa_lab.spec.identity import Run
+from repa_lab.spec.schema import SECTIONS, RunConfig, SpecFile
 from repa_lab.spec.validate import unknown_field
 
 DEFAULT = "default"
@@ -26,8 +26,8 @@ class Setting:
     Attributes:
         path: its dotted path.
         value: as plain data.
-        source: ``file:line:column``, ``default``, or ``--set`` (``<given>`` where the spec came from a program).
-        arms: labels of the arms it holds for; empty where it holds for all that were asked for.
+        source: ``file:line:column``, ``default``, or ``--set`` (``<given>`` for a spec from a program).
+        arms: labels of the arms that have the value; empty if all requested arms have it.
     """
 
     path: str
@@ -36,24 +36,120 @@ class Setting:
     arms: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A field with different values on two sides.
+
+    Attributes:
+        path: its dotted path.
+        left: the left value in a tuple of one; None if the left side has no such field.
+        right: the same for the right side.
+        arms: labels of the arms that differ; empty if all common arms do.
+    """
+
+    path: str
+    left: tuple[Any] | None
+    right: tuple[Any] | None
+    arms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SpecDifference:
+    """The differences between two experiments.
+
+    Attributes:
+        removed: labels of the arms that only the left side has.
+        added: labels of the arms that only the right side has.
+        fields: the fields that differ.
+    """
+
+    removed: tuple[str, ...]
+    added: tuple[str, ...]
+    fields: tuple[Difference, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing differs."""
+        return not (self.removed or self.added or self.fields)
+
+
 def explain(experiment: Experiment, path: str | None = None, arm: str | None = None) -> list[Setting]:
-    """Every resolved value and who set it; what differs between arms has a row for each of its values.
+    """Return every resolved value with its source; a value that differs between arms has a row for each variant.
 
     Args:
-        experiment: what to explain.
-        path: a dotted path of a field or a section; None takes all.
-        arm: the label of one arm; None takes all.
+        experiment: the experiment.
+        path: a dotted path of a field or a section; None for all.
+        arm: the label of one arm; None for all.
 
     Raises:
         SpecError: there is no such field or arm.
     """
-    arms = _chosen(experiment, arm)
-    settings = [*_around(experiment), *_varied(experiment, arms)]
+    labels = [one.label for one in experiment.arms]
+    if arm is not None and arm not in labels:
+        message = f"no arm '{arm}'; there are: {'; '.join(labels)}{did_you_mean(arm, labels)}"
+        raise SpecError([Problem(Place(None), "--arm", message)])
+    arms = [one for one in experiment.arms if arm in (None, one.label)]
+    draft = experiment.draft
+    settings = [
+        Setting(dotted(keys), value, _source(draft, draft, keys)) for keys, value in flatten(_outside_arms(experiment))
+    ]
+    variants: dict[str, dict[tuple[str, str], list[str]]] = {}
+    for each in arms:
+        for keys, value in flatten(each.config.model_dump(mode="json", by_alias=True)):
+            variant = (json.dumps(value), _source(each.draft, draft, keys))
+            variants.setdefault(dotted(keys), {}).setdefault(variant, []).append(each.label)
+    settings += [
+        Setting(name, json.loads(text), source, () if len(having) == len(arms) else tuple(having))
+        for name, sources in variants.items()
+        for (text, source), having in sources.items()
+    ]
     return settings if path is None else _below(settings, path)
 
 
-def resolved(experiment: Experiment) -> dict[str, Any]:
-    """What a spec says outside its arms, defaults included, as plain data."""
+def compare_runs(left: Run, right: Run) -> list[Difference]:
+    """Return the fields in which two runs differ, including the seed."""
+    return _differences(left.to_json(), right.to_json())
+
+
+def compare_specs(left: Experiment, right: Experiment) -> SpecDifference:
+    """Return the arms that only one experiment has, and the fields that differ outside and inside the common arms.
+
+    Without a common arm, the sections of the two files are compared.
+    """
+    left_arms, right_arms = ({arm.label: arm for arm in side.arms} for side in (left, right))
+    common = [label for label in left_arms if label in right_arms]
+    labels: dict[Difference, list[str]] = {}
+    for label in common:
+        sides = (arms[label].config.model_dump(mode="json") for arms in (left_arms, right_arms))
+        for difference in _differences(*sides):
+            labels.setdefault(difference, []).append(label)
+    inside = [
+        Difference(one.path, one.left, one.right, () if len(having) == len(common) else tuple(having))
+        for one, having in labels.items()
+    ]
+    if not common:
+        sections = ({key: side.draft.value.get(key, {}) for key in SECTIONS} for side in (left, right))
+        inside = _differences(*sections)
+    return SpecDifference(
+        removed=tuple(label for label in left_arms if label not in right_arms),
+        added=tuple(label for label in right_arms if label not in left_arms),
+        fields=(*_differences(_outside_arms(left), _outside_arms(right)), *inside),
+    )
+
+
+def flatten(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield the leaves of nested mappings, and of lists of mappings, by path; other lists are leaves."""
+    inside: Mapping[Any, Any] = value if isinstance(value, Mapping) else {}
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        inside = dict(enumerate(value))
+    for key, inner in inside.items():
+        yield from flatten(inner, (*path, key))
+    if not inside:
+        yield path, value
+
+
+def _outside_arms(experiment: Experiment) -> dict[str, Any]:
+    """Return the fields outside the arms, defaults included, as plain data."""
     stop = [rule.model_dump(mode="json") for rule in experiment.stop]
     is_single = isinstance(experiment.draft.value.get("stop"), dict)
     sections = {name: getattr(experiment, name) for name in ("search", "compare", "budget", "run", "published")}
@@ -67,76 +163,44 @@ def resolved(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def flatten(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
-    """The leaves of nested mappings, and of lists of mappings, by path; other lists are leaves."""
-    inside: Mapping[Any, Any] = value if isinstance(value, Mapping) else {}
-    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-        inside = dict(enumerate(value))
-    for key, inner in inside.items():
-        yield from flatten(inner, (*path, key))
-    if not inside:
-        yield path, value
-
-
-def dotted(path: Path_) -> str:
-    """A path as people write it."""
-    return ".".join(map(str, path))
-
-
-def _chosen(experiment: Experiment, label: str | None) -> list[Arm]:
-    labels = [arm.label for arm in experiment.arms]
-    if label is None:
-        return list(experiment.arms)
-    if label not in labels:
-        message = f"no arm '{label}'; there are: {'; '.join(labels)}{did_you_mean(label, labels)}"
-        raise SpecError([Problem(Place(None), "--arm", message)])
-    return [experiment.arms[labels.index(label)]]
-
-
-def _around(experiment: Experiment) -> Iterator[Setting]:
-    for path, value in flatten(resolved(experiment)):
-        yield Setting(dotted(path), value, _source(experiment.draft, experiment.draft, path))
-
-
-def _varied(experiment: Experiment, arms: list[Arm]) -> Iterator[Setting]:
-    """The settings of the arms: those that agree on value and source are one."""
-    found: dict[str, dict[tuple[str, str], list[str]]] = {}
-    for arm in arms:
-        for path, value in flatten(arm.config.model_dump(mode="json", by_alias=True)):
-            key = (json.dumps(value), _source(arm.draft, experiment.draft, path))
-            found.setdefault(dotted(path), {}).setdefault(key, []).append(arm.label)
-    for path_, ways in found.items():
-        for (text, source), labels in ways.items():
-            yield Setting(path_, json.loads(text), source, () if len(labels) == len(arms) else tuple(labels))
-
-
-def _source(draft: Draft, document: Draft, path: Path_) -> str:
-    if not _is_given(draft.value, path):
-        return DEFAULT
-    place = draft.place(path)
-    is_of_file = document.place(()).file is not None
-    return "--set" if place.file is None and is_of_file else str(place)
-
-
-def _is_given(value: Any, path: Path_) -> bool:
+def _source(draft: Draft, document: Draft, path: KeyPath) -> str:
+    value: Any = draft.value
     for step in path:
         inside = dict(enumerate(value)) if isinstance(value, list) else value
         if not isinstance(inside, Mapping) or step not in inside:
-            return False
+            return DEFAULT
         value = inside[step]
-    return True
+    place = draft.place(path)
+    return "--set" if place.file is None and document.place(()).file is not None else str(place)
 
 
 def _below(settings: list[Setting], path: str) -> list[Setting]:
-    """The settings at a path; of a field inside a value that is null, the null."""
+    """Return the settings at or below a path; for a field inside a null section, the null."""
     top, known = path.partition(".")[0], path
     if top in _RESOLVED:
-        raise SpecError(
-            [Problem(Place(None), path, f"'{top}' is resolved into the rest: ask for a field that it sets")]
-        )
+        message = f"'{top}' is resolved into the rest: ask for a field that it sets"
+        raise SpecError([Problem(Place(None), path, message)])
     while True:
-        if found := [one for one in settings if one.path == known or one.path.startswith(f"{known}.")]:
-            return found
-        if message := unknown_field(RunConfig if top in SECTIONS else Grammar, path):
-            raise SpecError([Problem(Place(None), path, message)])
+        if below := [one for one in settings if one.path == known or one.path.startswith(f"{known}.")]:
+            return below
+        if unknown := unknown_field(RunConfig if top in SECTIONS else SpecFile, path):
+            raise SpecError([Problem(Place(None), path, unknown)])
         known = known.rpartition(".")[0]
+
+
+def _differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Difference]:
+    """Return the leaves that differ; a missing field, null and an empty section count as equal."""
+    lefts, rights = dict(flatten(left)), dict(flatten(right))
+    differences = []
+    for path in dict.fromkeys([*lefts, *rights]):
+        values = [None if side.get(path) == {} else _hashable(side.get(path)) for side in (lefts, rights)]
+        if values[0] != values[1]:
+            left_side, right_side = ((_hashable(s[path]),) if path in s else None for s in (lefts, rights))
+            differences.append(Difference(dotted(path), left_side, right_side))
+    return differences
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple((key, _hashable(inner)) for key, inner in value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value

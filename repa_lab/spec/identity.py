@@ -1,4 +1,4 @@
-"""A run's identity is its content: the same settings, seed, data and protocol are the same run, whoever asks for it."""
+"""A run's identity is its content: equal settings, seed, data and protocol are the same run."""
 
 from __future__ import annotations
 
@@ -11,36 +11,43 @@ from typing import Any
 from pydantic import ValidationError
 
 from repa_lab.settings import Settings, file_fields, settings_in
+from repa_lab.spec.errors import dotted
 from repa_lab.spec.schema import RunConfig
 
 _ID_LENGTH = 12
 
 
 class RecordedSpecError(ValueError):
-    """The recorded spec of a run is none that this version of the lab can read; the text is one line."""
+    """This version of the lab cannot read the recorded spec of a run; the message is one line."""
 
-    def __init__(self, run_id: str, what: str) -> None:
-        super().__init__(f"the spec.json of run {run_id} is damaged, or of another version of the lab: {what}")
+    def __init__(self, run_id: str, reason: str) -> None:
+        super().__init__(f"the spec.json of run {run_id} is damaged, or of another version of the lab: {reason}")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed: the unit that is trained."""
+    """One arm with one seed, the unit that is trained.
+
+    Attributes:
+        run_id: 12 hexadecimal digits, from :func:`identify`.
+        config: the settings.
+        seed: the seed.
+    """
 
     run_id: str
     config: RunConfig
     seed: int
 
     def to_json(self) -> dict[str, Any]:
-        """The run's spec as plain data, from which :meth:`from_json` makes the same run."""
+        """Return the run as plain data, which :meth:`from_json` reads."""
         return {**self.config.model_dump(mode="json"), "seed": self.seed}
 
     @classmethod
     def from_json(cls, run_id: str, spec: Mapping[str, Any]) -> Run:
-        """The run of a directory.
+        """Return the run that :meth:`to_json` wrote.
 
         Raises:
-            RecordedSpecError: it is not what :meth:`to_json` makes.
+            RecordedSpecError: the data is not what :meth:`to_json` writes.
         """
         if not isinstance(spec, Mapping) or not isinstance(spec.get("seed"), int):
             raise RecordedSpecError(run_id, "it has no settings with a seed")
@@ -49,58 +56,54 @@ class Run:
             return cls(run_id, RunConfig.model_validate(settings), spec["seed"])
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            raise RecordedSpecError(run_id, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise RecordedSpecError(run_id, f"{dotted(first['loc'])}: {first['msg']}") from None
 
 
 def identify(
     config: RunConfig, seed: int, protocol: int, data: str, contents: Mapping[str, str], plugins: Iterable[str] = ()
 ) -> Run:
-    """The run of a config and a seed.
+    """Return the run of a config and a seed, with its id.
 
     Args:
-        config: the resolved settings.
+        config: the settings, resolved.
         seed: the run's seed.
-        protocol: the version of what training and measuring mean.
-        data: fingerprint of the data set, which stands for its path.
-        contents: digests of local files and folders by their path, which stand for the path.
+        protocol: the version of the training and measuring code.
+        data: fingerprint of the data set, hashed in place of its path.
+        contents: digest of every local file and folder, hashed in place of its path.
         plugins: digests of the plugins whose components the run uses.
     """
-    canonical = {"protocol": protocol, "data_fingerprint": data, "seed": seed, **_scientific(config, contents)}
+    settings: dict[str, Any] = _plain(config, contents)
+    settings["data"].pop("path", None)
+    # A setting that can be written in two ways is hashed in one.
+    settings["data"]["resolution"] = config.data.side
+    if config.model.pretrained is None and config.train.time == "auto":
+        settings["train"]["time"] = "uniform"
+    for section, key in (("regularizer", "encoder"), ("evaluate", "extractor")):
+        value = settings[section].get(key)
+        if isinstance(value, list) and len(value) == 1:
+            settings[section][key] = value[0]
+    hashed = {"protocol": protocol, "data_fingerprint": data, "seed": seed, **settings}
     if digests := sorted(set(plugins)):
-        canonical["plugins"] = digests
-    text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
+        hashed["plugins"] = digests
+    text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
     return Run(hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH], config, seed)
 
 
 def local_files(config: RunConfig) -> tuple[str, ...]:
-    """Return what the settings name that may be local files or folders of weights."""
-    named = (value for _, section in settings_in(config) for _, value, _ in file_fields(section))
-    return tuple(dict.fromkeys(named))
+    """Return the values of all fields that may name a local file or folder, each once."""
+    names = (value for _, section in settings_in(config) for _, value, _ in file_fields(section))
+    return tuple(dict.fromkeys(names))
 
 
-def _scientific(config: RunConfig, contents: Mapping[str, str]) -> dict[str, Any]:
-    """Return the settings as plain data, paths replaced by what they lead to, and one way to write each."""
-    value: dict[str, Any] = _plain(config, contents)
-    value["data"].pop("path", None)  # the fingerprint stands for it
-    value["data"]["resolution"] = config.data.side
-    if config.model.pretrained is None and config.train.time == "auto":
-        value["train"]["time"] = "uniform"  # what it means there
-    if isinstance(encoders := value["regularizer"].get("encoder"), list) and len(encoders) == 1:
-        value["regularizer"]["encoder"] = encoders[0]
-    if isinstance(extractors := value["evaluate"]["extractor"], list) and len(extractors) == 1:
-        value["evaluate"]["extractor"] = extractors[0]
-    return value
-
-
-def _plain(section: Any, contents: Mapping[str, str]) -> Any:
-    """Return a section as plain data, without the fields that came later and stand at their neutral value."""
-    if isinstance(section, (list, tuple)):
-        return [_plain(item, contents) for item in section]
-    if not isinstance(section, Settings):
-        return section
-    files = {name: contents.get(value, value) for name, value, _ in file_fields(section)}
+def _plain(value: Any, contents: Mapping[str, str]) -> Any:
+    """Return settings as plain data without the fields that were added later and have their neutral value."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, contents) for item in value]
+    if not isinstance(value, Settings):
+        return value
+    files = {name: contents.get(file, file) for name, file, _ in file_fields(value)}
     return {
-        name: files[name] if name in files else _plain(getattr(section, name), contents)
-        for name, field in type(section).model_fields.items()
-        if not (field.exclude or (field.json_schema_extra and getattr(section, name) == field.default))
+        name: files[name] if name in files else _plain(getattr(value, name), contents)
+        for name, field in type(value).model_fields.items()
+        if not (field.exclude or (field.json_schema_extra and getattr(value, name) == field.default))
     }

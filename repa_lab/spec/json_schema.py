@@ -1,44 +1,60 @@
-"""The JSON schema of a spec file, with which an editor completes fields and marks mistakes while one types."""
+"""What others read of the settings classes: the JSON schema of a spec, and the tables of fields in `docs/spec.md`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
 
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import models_json_schema
+from pydantic_core import PydanticUndefined
 
-from repa_lab.spec.grammar import Grammar
-from repa_lab.spec.schema import SECTIONS, RunConfig
+from repa_lab.runs.files import write_text
+from repa_lab.spec.schema import COMPONENTS, SECTIONS, RunConfig, SpecFile
 
-_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _REF = "#/$defs/"
 _BASE = {"type": "string", "description": "A spec file under this one, relative to this file."}
 _USE = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}],
     "description": "Fragments between the base and this file, relative to this file.",
 }
-_HEAD = {"title": "repa-lab spec", "description": "One question, or a part of one: a base or a fragment."}
-# What a file leaves out its base or a fragment may give, so only what is never put together from several files is
-# required.
-_WHOLE = ("Include",)
+# A base or a fragment may give the fields that a file leaves out, so only sections that are never merged require fields.
+_NEVER_MERGED = ("Include",)
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema (2020-12) of a spec, a base or a fragment; what a run's settings allow it asks of every arm's too."""
-    _, schema = models_json_schema([(Grammar, "validation"), (RunConfig, "validation")], by_alias=True)
+    """Return the JSON schema (2020-12) of a spec, a base or a fragment, with which an editor completes and checks fields."""
+    _, schema = models_json_schema([(SpecFile, "validation"), (RunConfig, "validation")], by_alias=True)
     parts: dict[str, Any] = schema["$defs"]
     for name, part in parts.items():
         part["description"] = part["description"].replace("``", "`")
-        if name not in _WHOLE:
+        if name not in _NEVER_MERGED:
             part.pop("required", None)
-    document, sections = (parts.pop(name)["properties"] for name in ("Grammar", "RunConfig"))
-    parts["Settings"] = _settings(_merged(_paths(sections, parts)))
-    properties: dict[str, Any] = document | {"base": _BASE, "use": _USE}
-    properties |= {name: _described(sections[name]) for name in SECTIONS}
-    _name_fields(properties, parts)
+    properties, sections = (parts.pop(name)["properties"] for name in ("SpecFile", "RunConfig"))
+    choices: dict[str, list[Any]] = {}  # by dotted path; components may differ in a field of one name
+    for path, field in _paths(sections, parts):
+        if field not in choices.setdefault(path, []):
+            choices[path].append(field)
+    paths = {path: fields[0] if len(fields) == 1 else {"anyOf": fields} for path, fields in choices.items()}
+    parts["Settings"] = {
+        "type": "object",
+        "description": "Settings of an arm by dotted path, such as regularizer.weight.",
+        "properties": paths,
+        "additionalProperties": False,
+    }
+    properties |= {"base": _BASE, "use": _USE}
+    properties |= {name: _without_title(sections[name]) for name in SECTIONS}
+    _allow_dotted_paths(properties, parts)
     return {
-        "$schema": _DIALECT,
-        **_HEAD,
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "repa-lab spec",
+        "description": "One question, or a part of one: a base or a fragment.",
         "type": "object",
         "additionalProperties": False,
         "properties": properties,
@@ -47,46 +63,127 @@ def json_schema() -> dict[str, Any]:
 
 
 def _paths(fields: dict[str, Any], parts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted path of a run's settings with the schema of what stands there."""
+    """Yield every dotted path of a run's settings with its schema."""
     for name, field in fields.items():
-        yield prefix + name, _described(field)
+        yield prefix + name, _without_title(field)
         for choice in field.get("anyOf", [field]):
             part = parts.get(choice.get("$ref", "").removeprefix(_REF), choice)
             yield from _paths(part.get("properties", {}), parts, f"{prefix}{name}.")
 
 
-def _merged(paths: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the schema of every path; where components differ in a field of one name, any of theirs will do."""
-    found: dict[str, list[Any]] = {}
-    for path, field in paths:
-        if field not in found.setdefault(path, []):
-            found[path].append(field)
-    return {path: fields[0] if len(fields) == 1 else {"anyOf": fields} for path, fields in found.items()}
-
-
-def _described(field: dict[str, Any]) -> dict[str, Any]:
+def _without_title(field: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in field.items() if key != "title"}
 
 
-def _settings(paths: dict[str, Any]) -> dict[str, Any]:
-    about = "Settings of an arm by dotted path, such as regularizer.weight."
-    return {"type": "object", "description": about, "properties": paths, "additionalProperties": False}
-
-
-def _name_fields(properties: dict[str, Any], parts: dict[str, Any]) -> None:
-    """Name the dotted paths wherever they are keys, so that an editor knows them there as well."""
+def _allow_dotted_paths(properties: dict[str, Any], parts: dict[str, Any]) -> None:
+    """List the dotted paths wherever they are keys, so that an editor completes them there too."""
     settings, span = {"$ref": f"{_REF}Settings"}, {"$ref": f"{_REF}RangeConfig"}
     paths = parts["Settings"]["properties"]
-    listed = {path: {"type": "array", "minItems": 1, "items": field} for path, field in paths.items()}
+    lists = {path: {"type": "array", "minItems": 1, "items": field} for path, field in paths.items()}
     levels = {"type": "object", "minProperties": 1, "additionalProperties": {"anyOf": [settings, {"type": "null"}]}}
-    named = properties["axes"]
-    named["properties"] = {path: {"anyOf": [values, span, levels]} for path, values in listed.items()}
-    named["additionalProperties"] = levels
-    star = properties["one_at_a_time"]
-    star |= {
-        "properties": {path: {"anyOf": [values, span]} for path, values in listed.items()},
+    properties["axes"] |= {
+        "properties": {path: {"anyOf": [values, span, levels]} for path, values in lists.items()},
+        "additionalProperties": levels,
+    }
+    properties["one_at_a_time"] |= {
+        "properties": {path: {"anyOf": [values, span]} for path, values in lists.items()},
         "additionalProperties": False,
     }
     parts["Include"]["properties"]["set"] = settings
-    space = parts["SearchConfig"]["properties"]["space"]
-    space |= {"properties": {path: {"$ref": f"{_REF}Interval"} for path in paths}, "additionalProperties": False}
+    parts["SearchConfig"]["properties"]["space"] |= {
+        "properties": {path: {"$ref": f"{_REF}Interval"} for path in paths},
+        "additionalProperties": False,
+    }
+
+
+# `<!-- fields of NAME -->`, a table, `<!-- end -->`.
+_BLOCK = re.compile(r"(<!-- fields of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TYPES = {
+    bool: "`true`, `false`",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    dict: "a mapping",
+    types.NoneType: "`null`",
+}
+_Row = tuple[str, str, str, str]  # path, default, values, description
+
+
+def write_tables(page: Path) -> None:
+    """Generate the tables of fields between the marks of a page: `repa-lab schema --tables docs/spec.md`.
+
+    Raises:
+        KeyError: a mark names no section and no component.
+    """
+    text = page.read_text(encoding="utf-8")
+    write_text(page, _BLOCK.sub(lambda block: f"{block[1]}{_table(block[2])}{block[3]}", text))
+
+
+def _table(name: str) -> str:
+    rows = [f"| `{path}` | {default} | {values} | {about} |\n" for path, default, values, about in _rows(name)]
+    return "".join(["| field | default | values | |\n", "|---|---|---|---|\n", *rows])
+
+
+def _rows(name: str) -> Iterator[_Row]:
+    """Yield the rows of a section (``train``), of a component's own fields (``data/hub``), or of the file (``spec``)."""
+    section, _, component = name.partition("/")
+    if section == "spec":
+        yield from _fields(SpecFile, "", with_subfields=False)
+    elif component:
+        mark = COMPONENTS[section]
+        settings = mark.registry[component].settings
+        shown = (*mark.choices, *_models(RunConfig.model_fields[section].annotation))
+        inherited = next(base.model_fields for base in settings.__mro__[1:] if base in shown)
+        for field, info in settings.model_fields.items():
+            if field not in inherited:
+                yield from _field(f"{section}.{field}", info)
+    else:
+        source = RunConfig if section in RunConfig.model_fields else SpecFile
+        yield from _fields(_models(source.model_fields[section].annotation)[0], f"{section}.")
+
+
+def _fields(model: type[BaseModel], prefix: str, with_subfields: bool = True) -> Iterator[_Row]:
+    for name, field in model.model_fields.items():
+        yield from _field(f"{prefix}{field.alias or name}", field, with_subfields)
+
+
+def _field(path: str, field: FieldInfo, with_subfields: bool = True) -> Iterator[_Row]:
+    models = _models(field.annotation)
+    about = " ".join((field.description or "").split()).replace("``", "`")
+    yield path, _default(field), ", ".join(dict.fromkeys(_values(field.annotation))), about
+    if with_subfields and len(models) == 1 and not path.startswith("evaluate.encoder"):
+        yield from _fields(models[0], f"{path}.")
+
+
+def _default(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    if default is PydanticUndefined:
+        return "required"
+    if isinstance(default, BaseModel):
+        return ""
+    if isinstance(default, str):
+        return f"`{default}`" if default else '`""`'
+    return f"`{json.dumps(list(default) if isinstance(default, tuple) else default)}`"
+
+
+def _values(annotation: Any) -> Iterator[str]:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        yield from _values(arguments[0])
+    elif origin in (typing.Union, types.UnionType):
+        for choice in arguments:
+            yield from _values(choice)
+    elif origin is typing.Literal:
+        yield from (f"`{value if isinstance(value, str) else json.dumps(value)}`" for value in arguments)
+    elif origin in (list, tuple):
+        yield "a list"
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield "a section"
+    else:
+        yield _TYPES.get(origin or annotation, "any value")
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType, tuple, list):
+        return list(dict.fromkeys(model for inner in typing.get_args(annotation) for model in _models(inner)))
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

@@ -1,18 +1,173 @@
-"""How runs are carried out; outside their identity."""
+"""The sections of a spec that are not part of a run's identity: search, compare, budget, stop, published and run."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 
-from repa_lab.settings import AS_TUPLE, Count, NotNegative, Positive, Settings
+from repa_lab.settings import Count, NotNegative, Positive, Settings
 
-# Short words, as W&B takes them; a list in a file, a tuple here.
-Tags = Annotated[
-    tuple[Annotated[str, Field(min_length=1, max_length=64)], ...],
-    AS_TUPLE,
-]
+COSTS = ("seconds", "gpu_hours")
+
+
+class Interval(Settings):
+    """A searched field: exactly one of `log`, `uniform`, `int` or `choice`."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 2})
+
+    log: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """From a to b, both above 0, uniform in the logarithm."""
+    uniform: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """Numbers from a to b."""
+    int_: Annotated[list[int], Field(min_length=2, max_length=2)] | None = Field(default=None, alias="int")
+    """Integers from a to b."""
+    choice: Annotated[list[Any], Field(min_length=1)] | None = None
+    """One of a list."""
+    when: dict[str, Any] = Field(default_factory=dict)
+    """Search the field only where these dotted paths have these values, or one of a list; elsewhere the arm's setting stays."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        given = [form for form in (self.log, self.uniform, self.int_, self.choice) if form is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of log, uniform, int, choice")
+        for bounds in (self.log, self.uniform, self.int_):
+            if bounds is not None and not bounds[0] < bounds[1]:
+                raise ValueError(f"the bounds must ascend, got {bounds}")
+        if self.log is not None and self.log[0] <= 0:
+            raise ValueError(f"a log range must start above 0, got {self.log}")
+        return self
+
+    @property
+    def ends(self) -> list[Any]:
+        """The choices, or the two ends of the range."""
+        return self.choice or self.int_ or self.log or self.uniform or []
+
+    @property
+    def conditions(self) -> dict[str, list[Any]]:
+        """``when`` with a list of allowed values for every path."""
+        return {path: allowed if isinstance(allowed, list) else [allowed] for path, allowed in self.when.items()}
+
+    def takes(self, value: Any) -> bool:
+        """Return whether a value is one of the choices or lies in the range."""
+        if self.choice is not None:
+            return value in self.choice
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        return bool(self.ends[0] <= value <= self.ends[1]) and (self.int_ is None or value == int(value))
+
+
+class Objective(Settings):
+    """What a search improves."""
+
+    metric: str = "frechet"
+    """By its kind (`frechet`, `fid`) or its full name; of several objectives, also `seconds` or `gpu_hours`."""
+    goal: Literal["min", "max"] = "min"
+    """Which values are better."""
+
+    @property
+    def is_cost(self) -> bool:
+        """Whether the objective is what a run costs rather than what it measures."""
+        return self.metric in COSTS
+
+
+class SearchConfig(Settings):
+    """An Optuna search. A trial is one setting with all its seeds."""
+
+    space: Annotated[dict[str, Interval], Field(min_length=1)]
+    """Dotted path to one of `log`, `uniform` (numbers), `int` (each `[from, to]`) or `choice` (a list)."""
+    objective: Objective | Annotated[tuple[Objective, ...], Field(min_length=1)] = Objective()
+    """What is improved; with a list, the search looks for the Pareto front."""
+    trials: Positive = 20
+    """The total, pruned ones included."""
+    sampler: Literal["tpe", "random", "qmc", "cmaes"] = "tpe"
+    """Optuna's sampler."""
+    prune: Literal["none", "median", "asha", "hyperband"] = "none"
+    """Optuna's pruner."""
+    seed: int = 0
+    """Seed of the sampler."""
+    storage: str | None = None
+    """URL of the study's database; null is a file in the sweep's folder."""
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """``objective`` as a tuple."""
+        return self.objective if isinstance(self.objective, tuple) else (self.objective,)
+
+
+class CompareConfig(Settings):
+    """What the report compares."""
+
+    baseline: dict[str, Any] = Field(default_factory=lambda: {"regularizer.type": "none"})
+    """The baseline arms: dotted paths, or axes, to values. A list means any of its values."""
+    metric: str = "frechet"
+    """By its kind or its full name."""
+    goal: Literal["min", "max"] = "min"
+    """Which values are better."""
+    targets: dict[str, list[float]] = Field(default_factory=dict)
+    """Metric to values; the report says when each arm reaches them."""
+
+
+class BudgetConfig(Settings):
+    """What a sweep may cost at most."""
+
+    gpu_hours: NotNegative | None = None
+    """A sweep that would take more is refused before it starts; null is no limit."""
+    disk_gib: NotNegative | None = None
+    """GiB of disk; a sweep that would take more is refused."""
+
+
+class StopRule(Settings):
+    """Ends a run once a measured ``metric`` is ``below`` or ``above`` a value, from step ``after`` on.
+
+    A sweep with the rule treats a run that it ended as done. A sweep without the rule resumes the run: the rule is not
+    part of the run's identity.
+    """
+
+    metric: str = "frechet"
+    """By its kind or full name."""
+    below: float | None = None
+    """Ends the run once the metric is below; give exactly one of the two."""
+    above: float | None = None
+    """Ends the run once the metric is above."""
+    after: Count = 0
+    """The first step at which the rule applies."""
+
+    @model_validator(mode="after")
+    def _one_side(self) -> Self:
+        if (self.below is None) == (self.above is None):
+            raise ValueError("give exactly one of below, above")
+        return self
+
+    def holds(self, row: Mapping[str, Any]) -> bool:
+        """Return whether the run must end.
+
+        Args:
+            row: measurements by full metric name, with their ``step``.
+        """
+        value = row.get(self.metric)
+        if value is None or row["step"] < self.after:
+            return False
+        return bool(value < self.below if self.below is not None else value > self.above)
+
+
+class PublishedConfig(Settings):
+    """What a paper reports of the arms."""
+
+    source: str = ""
+    """The paper and its table."""
+    protocol: str = ""
+    """How the paper measured."""
+    tolerance: dict[str, NotNegative] = Field(default_factory=dict)
+    """Kind of metric to the largest difference, in the metric's unit, that counts as agreement."""
+    basis: str = ""
+    """The reason for the tolerance."""
+    deviations: tuple[str, ...] = ()
+    """Where the spec differs from the paper."""
+    arms: dict[str, Annotated[dict[str, float], Field(min_length=1)]] = Field(default_factory=dict)
+    """Label to values by kind: `fid`, `sfid`, `is`, `precision`, `recall`."""
 
 
 class WandbOptions(Settings):
@@ -24,7 +179,7 @@ class WandbOptions(Settings):
     """The W&B project."""
     entity: str | None = None
     """User or team whose project it is; null is the key's own."""
-    tags: Tags = ()
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
     """Added to the tags for family and regularizer."""
     artifacts: Literal[False, "final"] = False
     """`final` uploads the averaged weights of every run that is done."""
@@ -45,10 +200,6 @@ class RayOptions(Settings):
     """How often a run that was lost with its worker or node is started again from its last checkpoint."""
 
 
-# A list of shell commands.
-Commands = Annotated[tuple[str, ...], AS_TUPLE]
-
-
 class SlurmOptions(Settings):
     """What each run asks of Slurm."""
 
@@ -66,7 +217,7 @@ class SlurmOptions(Settings):
     """Memory of a job in GB; null is the cluster's default."""
     array_parallelism: Positive = 64
     """Most runs at a time."""
-    setup: Commands = ()
+    setup: tuple[str, ...] = ()
     """Shell commands before each run."""
 
 

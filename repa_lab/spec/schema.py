@@ -1,19 +1,33 @@
-"""The fields of a spec. What stands in :class:`RunConfig` is part of a run's identity."""
+"""The fields of a spec file. The fields of :class:`RunConfig` are part of a run's identity; no other field is."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import math
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from repa_lab.align.schedule import Schedule
-from repa_lab.align.settings import EncoderSettings, NoSettings, RegularizerSettings
-from repa_lab.data.settings import SourceSettings
-from repa_lab.settings import Fraction, HubOrLocal, NotNegative, Positive, Settings, later, settings_in
-from repa_lab.spec.averaging import Ema, EmaConfig
-from repa_lab.spec.component import COMPONENTS
+from repa_lab.align.settings import REGULARIZERS, EncoderSettings, NoSettings, RegularizerSettings
+from repa_lab.data.settings import SOURCES, SourceSettings
+from repa_lab.settings import (
+    Count,
+    Fraction,
+    HubOrLocal,
+    NotNegative,
+    Positive,
+    Settings,
+    SettingsOf,
+    later,
+    settings_in,
+)
+from repa_lab.spec.errors import dotted
 from repa_lab.spec.evaluate import EvaluateConfig, ExtractorConfig
-from repa_lab.spec.optimization import LearningRateSettings, LossWeightSettings, OptimizerSettings
+from repa_lab.spec.options import BudgetConfig, CompareConfig, PublishedConfig, RunOptions, SearchConfig, StopRule
+from repa_lab.spec.ranges import RangeConfig, RangeOrLevels, Values
+
+# The sections whose fields are those of the component that they name.
+COMPONENTS = {"regularizer": SettingsOf(REGULARIZERS, "type", "none"), "data": SettingsOf(SOURCES, "source", None)}
 
 
 class ModelConfig(Settings):
@@ -24,7 +38,7 @@ class ModelConfig(Settings):
     size: str | None = None
     """Size of a family that is trained from scratch: `B/2`, ..."""
     pretrained: HubOrLocal | None = None
-    """Of any other family: a hub id or a folder of a diffusers pipeline."""
+    """For all other families: a hub id or a folder of a diffusers pipeline."""
     train: Literal["full", "lora"] = "full"
     """Train all weights, or a LoRA."""
     rank: Positive = 16
@@ -33,8 +47,122 @@ class ModelConfig(Settings):
     """The hub's branch, tag or commit."""
 
 
+_MOMENTS = ("betas", "eps")
+# Classes of torch.optim by name, and the settings below that each takes.
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "AdamW": _MOMENTS,
+    "Adam": _MOMENTS,
+    "Adamax": _MOMENTS,
+    "NAdam": _MOMENTS,
+    "RAdam": _MOMENTS,
+    "RMSprop": ("eps", "momentum"),
+    "SGD": ("momentum",),
+    "Adagrad": ("eps",),
+    "Adadelta": ("eps",),
+    "Adafactor": (),
+}
+Decay = Annotated[float, Field(ge=0, lt=1)]
+_NEGLIGIBLE_SHARE = 0.05
+
+
+class OptimizerSettings(Settings):
+    """A class of torch.optim; null leaves a setting at the class's own default."""
+
+    type: Literal["AdamW", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD", "Adagrad", "Adadelta", "Adafactor"] = (
+        "AdamW"
+    )
+    """The class."""
+    betas: tuple[Decay, Decay] | None = None
+    """Decays of the averages of the gradient and of its square."""
+    eps: NotNegative | None = None
+    """Added to the denominator."""
+    momentum: Fraction | None = None
+    """Momentum of `SGD` and `RMSprop`."""
+
+    @model_validator(mode="after")
+    def _class_takes_them(self) -> Self:
+        for name in ("betas", "eps", "momentum"):
+            if getattr(self, name) is not None and name not in OPTIMIZERS[self.type]:
+                takes = ", ".join(OPTIMIZERS[self.type]) or "none of them"
+                raise ValueError(f"{self.type} has no {name}; of betas, eps and momentum it takes {takes}")
+        return self
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """The settings that are not null, as arguments of the class."""
+        given = {name: getattr(self, name) for name in OPTIMIZERS[self.type]}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class LearningRateSettings(Settings):
+    """The learning rate over steps, as a share of `train.lr`: a linear warm-up from 0, then a decay to `end`."""
+
+    type: Literal["constant", "linear", "cosine"] = "constant"
+    """The shape of the decay."""
+    warmup_steps: Count = 0
+    """Steps over which the rate rises from 0; the first step has the share 1 / (warmup_steps + 1)."""
+    decay_steps: Count = 0
+    """The step at which the decay ends, counted from 0, warm-up included; 0 is the end of training."""
+    end: Fraction = 0.0
+    """The share of `train.lr` at the end of the decay."""
+
+    @model_validator(mode="after")
+    def _decay_ends_after_warmup(self) -> Self:
+        if self.type != "constant" and 0 < self.decay_steps <= self.warmup_steps:
+            raise ValueError("decay_steps is counted from step 0, so it must be more than warmup_steps")
+        return self
+
+    def depends_on_length(self) -> bool:
+        """Return whether the rate at a step depends on the length of the training."""
+        return self.type != "constant" and not self.decay_steps
+
+
+class LossWeightSettings(Settings):
+    """The weight of a sample's denoising loss, by the sample's noise."""
+
+    type: Literal["none", "min_snr"] = "none"
+    """`min_snr` (2303.09556) weights the error of the clean image by the smaller of the signal-to-noise ratio and `gamma`."""
+    gamma: Annotated[float, Field(gt=0)] = 5.0
+    """The largest signal-to-noise ratio that counts."""
+
+
+class EmaConfig(Settings):
+    """The moving average of the weights: ``decay * average + (1 - decay) * weights`` after every step."""
+
+    decay: Decay = 0.9999
+    """The share of the average that an update keeps."""
+    warmup: bool = False
+    """Keep at most `(1 + n) / (10 + n)` after `n` updates, so that short runs forget their initial weights."""
+
+    def decay_at(self, updates: int) -> float:
+        """Return the decay of the update that follows ``updates`` earlier ones."""
+        return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
+
+    def initial_share(self, steps: int) -> float:
+        """Return the share of the initial weights in the average after ``steps`` updates: the product of the decays."""
+        return math.prod(self.decay_at(n) for n in range(steps)) if self.warmup else self.decay**steps
+
+    def warning(self, steps: int) -> str | None:
+        """Return a warning if more than 5 % of the average after ``steps`` updates are initial weights, else None."""
+        share = self.initial_share(steps)
+        if share <= _NEGLIGIBLE_SHARE:
+            return None
+        return (
+            f"train.ema: at decay {self.decay:g} the measured average still holds {100 * share:.0f} % of the initial weights "
+            f"after {steps:,} steps; set train.ema.warmup, or lower the decay"
+        )
+
+
+def _without_section(ema: float | EmaConfig) -> float | EmaConfig:
+    return ema.decay if isinstance(ema, EmaConfig) and not ema.warmup else ema
+
+
+# A section without a warm-up is kept as the number: one setting must have one form, for it is part of run ids.
+Ema = Annotated[Decay | EmaConfig, AfterValidator(_without_section)]
+
+
 class TrainConfig(Settings):
-    """How a run is optimised; the defaults are those of the papers' code."""
+    """The optimisation of a run; the defaults are those of the papers' code."""
 
     steps: Positive
     """Optimizer steps."""
@@ -49,23 +177,23 @@ class TrainConfig(Settings):
     weight_decay: NotNegative = 0.0
     """The optimizer's weight decay."""
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
-    """The largest norm of the gradient; null leaves it as it is."""
+    """The largest norm of the gradient; null does not clip."""
     ema: Ema = 0.9999
     """The averaged weights, which are measured: the decay, or `{decay, warmup}`."""
     label_dropout: Fraction = 0.1
     """How often the class or the caption is left out."""
     loss_weight: LossWeightSettings = later(LossWeightSettings())
-    """The weight of a sample's denoising loss by its noise."""
+    """The weight of a sample's denoising loss, by the sample's noise."""
     time: Literal["auto", "uniform", "lognormal"] = "auto"
     """Distribution of times; `auto` is uniform from scratch, as in the papers, else what the model was trained with."""
 
     @property
     def averaging(self) -> EmaConfig:
-        """The averaging of the weights, whichever way ``ema`` is written."""
+        """``ema`` as a section."""
         return self.ema if isinstance(self.ema, EmaConfig) else EmaConfig(decay=self.ema)
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate of the step after ``step`` earlier ones."""
+        """Return the learning rate of the step that follows ``step`` earlier ones."""
         schedule = self.lr_schedule
         if step < schedule.warmup_steps:
             return self.lr * (step + 1) / (schedule.warmup_steps + 1)
@@ -75,7 +203,7 @@ class TrainConfig(Settings):
 
 
 class RunConfig(Settings):
-    """All that decides what a run computes, but for its seed."""
+    """All settings that decide what a run computes, except its seed."""
 
     model: ModelConfig
     regularizer: Annotated[RegularizerSettings, COMPONENTS["regularizer"]] = NoSettings()
@@ -85,40 +213,90 @@ class RunConfig(Settings):
 
     @property
     def milestones(self) -> tuple[int, ...]:
-        """The steps at which the protocol of milestones is measured."""
+        """The steps that are measured by the protocol of milestones."""
         full, steps = self.evaluate.full, self.train.steps
         return () if full is None else tuple(step for step in full.at if step <= steps) or (steps,)
 
     @property
     def alignment_encoder(self) -> EncoderSettings | None:
-        """The encoder that measures alignment, or None if nothing does."""
+        """The encoder that measures alignment; None if alignment is not measured."""
         return self.evaluate.encoder or next(iter(self.regularizer.encoders), None)
 
     @property
     def encoder_paths(self) -> tuple[tuple[str, EncoderSettings], ...]:
-        """Every encoder the run needs with its dotted path: none for an unregularised run that measures no alignment."""
+        """Every encoder of the run with its dotted path, whether it is a target or measures alignment."""
         sections = {"regularizer": self.regularizer, "evaluate": self.evaluate}
         found = (pair for name, section in sections.items() for pair in settings_in(section, (name,)))
-        return tuple((".".join(map(str, path)), value) for path, value in found if isinstance(value, EncoderSettings))
+        return tuple((dotted(path), value) for path, value in found if isinstance(value, EncoderSettings))
 
     @property
     def extractor_paths(self) -> tuple[tuple[str, ExtractorConfig], ...]:
         """Every extractor that measures samples, with its dotted path."""
         found = settings_in(self.evaluate, ("evaluate",))
-        return tuple((".".join(map(str, path)), value) for path, value in found if isinstance(value, ExtractorConfig))
+        return tuple((dotted(path), value) for path, value in found if isinstance(value, ExtractorConfig))
 
 
 SECTIONS = tuple(RunConfig.model_fields)
 
+Condition = Annotated[dict[str, Any], Field(min_length=1)]
+SeedCount = Annotated[int, Field(ge=1, le=1000)]
 
-class CompareConfig(Settings):
+
+class Include(Settings):
+    """A named extra arm."""
+
+    label: Annotated[str, Field(min_length=1)]
+    """The arm's name, one line of text."""
+    set: dict[str, Any]
+    """The arm's settings by dotted path."""
+
+
+class SpecFile(Settings):
+    """A whole spec file. The sections of :class:`RunConfig` are plain mappings here: they are validated arm by arm.
+
+    ``base`` names a spec file below this one, and ``use`` the fragments between the two; both are merged before the
+    document is validated.
+    """
+
+    base: None = None
+    """A spec file under this one, relative to this file."""
+    use: None = None
+    """A fragment, or a list of them, between the base and this file."""
+    model: dict[str, Any] = Field(default_factory=dict)
+    """The denoiser."""
+    regularizer: dict[str, Any] = Field(default_factory=dict)
+    """What is added to the denoising loss."""
+    data: dict[str, Any] = Field(default_factory=dict)
+    """The images."""
+    train: dict[str, Any] = Field(default_factory=dict)
+    """How a run is optimised."""
+    evaluate: dict[str, Any] = Field(default_factory=dict)
+    """How a run is measured."""
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+    """The sweep's name and folder: a-z, 0-9, `_`, `.`, `-`, at most 64."""
+    question: str = ""
+    """Printed over every plan and report."""
+    plugins: tuple[str, ...] = ()
+    """Python files that register components, relative to this file; see [extending.md](extending.md)."""
+    axes: dict[str, Values | RangeOrLevels] = Field(default_factory=dict)
+    """Arms for every combination of these; see [arms](#arms)."""
+    one_at_a_time: dict[str, Values | RangeConfig] = Field(default_factory=dict)
+    """An arm for each of these; see [arms](#arms)."""
+    exclude: list[Condition] = Field(default_factory=list)
+    """Rules that remove arms; see [arms](#arms)."""
+    include: list[Include] = Field(default_factory=list)
+    """Named extra arms; see [arms](#arms)."""
+    seeds: SeedCount | Annotated[list[Count], Field(min_length=1)] = 1
+    """Their number, or a list."""
+    search: SearchConfig | None = None
+    """An Optuna search around every arm."""
+    compare: CompareConfig = CompareConfig()
     """What the report compares."""
-
-    baseline: dict[str, Any] = Field(default_factory=lambda: {"regularizer.type": "none"})
-    """Dotted paths, or axes, to values: the arms that others are compared with. A list means any of its values."""
-    metric: str = "frechet"
-    """By its kind or its full name."""
-    goal: Literal["min", "max"] = "min"
-    """Which values are better."""
-    targets: dict[str, list[float]] = Field(default_factory=dict)
-    """Metric to values: when does an arm reach them."""
+    budget: BudgetConfig = BudgetConfig()
+    """What the sweep may cost."""
+    stop: StopRule | Annotated[list[StopRule], Field(min_length=1)] | None = None
+    """What ends a run early: a rule, or a list of rules of which any one is enough."""
+    run: RunOptions = RunOptions()
+    """How runs are carried out."""
+    published: PublishedConfig | None = None
+    """What a paper reports of the arms."""

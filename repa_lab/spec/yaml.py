@@ -1,8 +1,7 @@
-"""YAML with places: YAML 1.2 core rules, duplicate keys refused, and the file, line and column of every value.
+"""A reader of YAML 1.2 that refuses duplicate keys and knows the file, line and column of every value.
 
-PyYAML alone reads ``1e-4`` as a string, ``off`` as False and keeps the last of two equal keys: each would change an
-experiment without a word. ruamel.yaml reads ``1_000`` and ``2026-01-02`` as a number and a date, and ``-.5e1`` as a
-string.
+PyYAML alone reads ``1e-4`` as a string and ``off`` as False, and keeps the last of two equal keys: each would change an
+experiment silently. ruamel.yaml reads ``1_000`` and ``2026-01-02`` as a number and a date, and ``-.5e1`` as a string.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from typing import Any
 
 import yaml
 
-from repa_lab.spec.errors import Path_, Place, Problem, SpecError
+from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError, dotted
 
 _MAX_BYTES = 1 << 20
 MAX_NODES = 20_000
 MAX_DEPTH = 40
 MAX_DIGITS = 100
 _TAG = "tag:yaml.org,2002:"
-# The scalars of the YAML 1.2 core schema: what each looks like, and its value.
+# The scalars of the YAML 1.2 core schema: the pattern of each, and the function that makes its value.
 _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "null": (r"~|null|Null|NULL|", lambda text: None),
     "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
@@ -36,7 +35,7 @@ _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 
 class _CoreLoader(yaml.SafeLoader):
-    """A parser whose plain scalars resolve by the core schema."""
+    """A parser that resolves plain scalars by the core schema."""
 
 
 _CoreLoader.yaml_implicit_resolvers = {
@@ -46,18 +45,24 @@ _CoreLoader.yaml_implicit_resolvers = {
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML file as plain data, with the place of every value by its path."""
+    """A YAML file.
+
+    Attributes:
+        file: the file.
+        value: its content as plain data.
+        places: the place of every value by its path.
+    """
 
     file: Path
     value: dict[str, Any]
-    places: dict[Path_, Place]
+    places: dict[KeyPath, Place]
 
 
 def read_yaml(file: Path) -> Document:
     """Read a YAML file whose top is a mapping.
 
     Raises:
-        SpecError: the file is missing, too large, not YAML, or has duplicate keys; every problem found is reported.
+        SpecError: the file is missing, too large, not YAML, or has duplicate keys.
     """
     value, places = parse_yaml(read_text(file), file)
     if not isinstance(value, dict):
@@ -65,11 +70,11 @@ def read_yaml(file: Path) -> Document:
     return Document(file, value, places)
 
 
-def parse_yaml(text: str, file: Path | None) -> tuple[Any, dict[Path_, Place]]:
-    """Parse YAML, of which JSON is a part, into plain data, and the places of keys and list items by their paths.
+def parse_yaml(text: str, file: Path | None) -> tuple[Any, dict[KeyPath, Place]]:
+    """Parse YAML, or JSON, into plain data and the places of keys and list items by path.
 
     Raises:
-        SpecError: the text is not YAML, or has duplicate keys; every problem found is reported.
+        SpecError: the text is not YAML, or has duplicate keys.
     """
     try:
         node = yaml.compose(text, _CoreLoader)
@@ -97,7 +102,7 @@ def parse_scalar(text: str) -> Any:
 
 
 def reads_as_text(value: str) -> bool:
-    """Whether a text may stand in a YAML file without quotes, on one line."""
+    """Return whether a YAML file may hold a text on one line without quotes."""
     try:
         return value.isprintable() and parse_scalar(value) == value
     except ValueError:
@@ -105,12 +110,16 @@ def reads_as_text(value: str) -> bool:
 
 
 def is_text(value: str) -> bool:
-    """Whether a string can be written to a file: an escape such as ``\\ud800`` makes one that cannot."""
+    """Return whether a string can be written to a file; half a surrogate pair, such as ``\\ud800``, cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def read_text(file: Path, kind: str = "spec") -> str:
-    """Read a small text file, named ``kind`` in messages.
+    """Read a small text file.
+
+    Args:
+        file: the file.
+        kind: the word for the file in error messages.
 
     Raises:
         SpecError: the file cannot be read, is too large, or is not UTF-8.
@@ -128,7 +137,7 @@ def read_text(file: Path, kind: str = "spec") -> str:
 
 
 def _joined(text: str) -> str:
-    """Text whose escaped surrogate pairs, as JSON has them for an emoji, are joined."""
+    """Join escaped surrogate pairs, with which JSON writes an emoji."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
@@ -144,14 +153,14 @@ def _syntax_problem(error: yaml.YAMLError, file: Path | None, text: str) -> Prob
 
 @dataclass
 class _Builder:
-    """Plain data from a parsed document, with places and problems; an alias is built anew wherever it is used."""
+    """Turns parsed nodes into plain data and collects places and problems; an alias becomes a copy wherever it is used."""
 
     file: Path | None
-    places: dict[Path_, Place] = field(default_factory=dict)
+    places: dict[KeyPath, Place] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     count: int = 0
 
-    def build(self, node: yaml.Node, path: Path_) -> Any:
+    def build(self, node: yaml.Node, path: KeyPath) -> Any:
         self.count += 1
         if self.count > MAX_NODES or len(path) > MAX_DEPTH:
             raise SpecError([Problem(self._place(node), "", f"more than {MAX_NODES:,} values or {MAX_DEPTH} levels")])
@@ -165,7 +174,7 @@ class _Builder:
             return self._scalar(node, kind, path)
         return self._refuse(node, f"not valid YAML: could not determine a constructor for the tag {node.tag!r}")
 
-    def _mapping(self, node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         value: dict[str, Any] = {}
         seen: dict[str, Place] = {}
         for key, inner in node.value:
@@ -181,7 +190,7 @@ class _Builder:
             value[name] = self.build(inner, (*path, name))
         return value
 
-    def _scalar(self, node: yaml.ScalarNode, kind: str, path: Path_) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, kind: str, path: KeyPath) -> Any:
         pattern, make = _SCALARS[kind]
         text = _joined(node.value)
         if not is_text(text):
@@ -192,8 +201,8 @@ class _Builder:
             return self._refuse(node, f"not valid YAML: a number of {len(text):,} digits")
         return make(text)
 
-    def _refuse(self, node: yaml.Node, message: str, path: Path_ = ()) -> None:
-        self.problems.append(Problem(self._place(node), ".".join(map(str, path)), message))
+    def _refuse(self, node: yaml.Node, message: str, path: KeyPath = ()) -> None:
+        self.problems.append(Problem(self._place(node), dotted(path), message))
 
     def _place(self, node: yaml.Node) -> Place:
         return Place(self.file, node.start_mark.line + 1, node.start_mark.column + 1)

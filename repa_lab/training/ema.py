@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from repa_lab.spec.averaging import EmaConfig
+from repa_lab.spec.schema import EmaConfig
 
 
 class EMA:

@@ -25,7 +25,7 @@ from repa_lab.runs import files
 from repa_lab.runs.files import Row
 from repa_lab.spec import EncoderSettings, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
-from repa_lab.spec.optimization import LearningRateSettings
+from repa_lab.spec.schema import LearningRateSettings
 from repa_lab.training.aligner import Aligner, PrefetchWeight, open_targets
 from repa_lab.training.batches import Batch, Steps, denoising_loss
 from repa_lab.training.checkpoint import INPUT_FILE, PREFIX, Progress, Trained

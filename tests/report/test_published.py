@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 
 from repa_lab.report import load_results
 from repa_lab.report.published import compare_published, rank_correlation, sentences, table_rows
-from repa_lab.spec.published import PublishedConfig
+from repa_lab.spec.options import PublishedConfig
 from tests.report.conftest import METRIC, STEPS, FakeArm, FakeRun, constant_runs
 
 FID, SFID, IS = (f"{kind}:inception@50k/sde250" for kind in ("fid", "sfid", "is"))

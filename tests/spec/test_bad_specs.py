@@ -9,9 +9,8 @@ import pytest
 from repa_lab.align.settings import REPASettings
 from repa_lab.spec import CompareConfig, SpecError, load_spec
 from repa_lab.spec.evaluate import EvaluateConfig
-from repa_lab.spec.grammar import Grammar
 from repa_lab.spec.options import RunOptions
-from repa_lab.spec.schema import RunConfig, TrainConfig
+from repa_lab.spec.schema import RunConfig, SpecFile, TrainConfig
 from tests.spec.examples import HEAD, write
 
 
@@ -195,7 +194,7 @@ WHOLE = {
     HEAD.replace("q", "a" * 65, 1): [f"1:1: name: {NAME}, got '{'a' * 65}'"],
     "nmae: q\nmodel: {family: sit}\ndata: {source: digit}\ntrain: {steps: 10, stepz: 3, lr: 0}\n"
     "regularizer: {type: rep, encoder: {name: 3}}\naxes: {train.ema: {range: [0, 1]}}\nseeds: 0\ncompare: {goal: mean, base: {}}\n": [
-        f"1:1: nmae: unknown field 'nmae'; {allowed(Grammar)}; did you mean 'name'?",
+        f"1:1: nmae: unknown field 'nmae'; {allowed(SpecFile)}; did you mean 'name'?",
         "1:1: name: this field is required",
         "3:8: data.source: unknown source of images 'digit'; allowed: digits, imagefolder, datasets, hub, repa; did you mean 'digits'?",
         f"4:20: train.stepz: unknown field 'stepz'; {allowed(TrainConfig)}; did you mean 'steps'?",

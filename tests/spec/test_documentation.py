@@ -15,10 +15,9 @@ from repa_lab.align.settings import REGULARIZERS
 from repa_lab.data.settings import SOURCES
 from repa_lab.settings import Settings
 from repa_lab.spec import load_spec
-from repa_lab.spec.grammar import Grammar
+from repa_lab.spec.json_schema import write_tables
 from repa_lab.spec.ranges import FORMS, RangeConfig
-from repa_lab.spec.schema import SECTIONS, RunConfig
-from repa_lab.spec.tables import write_tables
+from repa_lab.spec.schema import SECTIONS, RunConfig, SpecFile
 from repa_lab.spec.yaml import parse_scalar
 from tests.spec.examples import HEAD, REPA, write
 
@@ -58,7 +57,7 @@ def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, obje
             yield from fields(kind, f"{path}.")
 
 
-EXPECTED = {path: default for path, default in fields(Grammar) if not path.startswith(ELSEWHERE)} | {
+EXPECTED = {path: default for path, default in fields(SpecFile) if not path.startswith(ELSEWHERE)} | {
     "regularizer.type": "none",
     "data.source": _NONE,
 }

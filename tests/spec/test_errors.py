@@ -8,11 +8,10 @@ import pytest
 from pydantic import BaseModel
 
 from repa_lab.align.settings import REGULARIZERS, REPASettings
+from repa_lab.registry import did_you_mean
 from repa_lab.spec import CompareConfig, EncoderSettings, Place, Problem, SpecError, load_spec
-from repa_lab.spec.errors import did_you_mean
-from repa_lab.spec.grammar import Grammar
 from repa_lab.spec.options import WandbOptions
-from repa_lab.spec.schema import RunConfig, TrainConfig
+from repa_lab.spec.schema import RunConfig, SpecFile, TrainConfig
 from tests.spec.examples import HEAD, write
 
 
@@ -27,7 +26,7 @@ SECTIONS = "an arm varies fields of model, regularizer, data, train, evaluate"
 BAD = {
     "unknown section": (
         HEAD + "regulariser: {type: repa}\n",
-        [f"5:1: regulariser: unknown field 'regulariser'; {allowed(Grammar)}; did you mean 'regularizer'?"],
+        [f"5:1: regulariser: unknown field 'regulariser'; {allowed(SpecFile)}; did you mean 'regularizer'?"],
     ),
     "unknown field, deep": (
         HEAD + "regularizer:\n  type: repa\n  encoder:\n    nam: dinov2_vits14\n",
@@ -180,7 +179,7 @@ BAD = {
         "nam: q\nmodel: {family: sit}\ndata: {source: digits}\ntrain: {steps: ten}\nseeds: many\nrun: {device: gpu}\n"
         "axes: {regularizer.wieght: [0.5]}\nregularizer: {type: repa}\n",
         [
-            f"1:1: nam: unknown field 'nam'; {allowed(Grammar)}; did you mean 'name'?",
+            f"1:1: nam: unknown field 'nam'; {allowed(SpecFile)}; did you mean 'name'?",
             "1:1: name: this field is required",
             "4:9: train.steps: expected an integer, got 'ten'",
             "5:1: seeds: expected an integer or a list, got 'many'",
@@ -190,7 +189,7 @@ BAD = {
     ),
     "a dotted path at the top": (
         HEAD + "train.lr: 1e-4\n",
-        [f"5:1: train.lr: unknown field 'train.lr'; {allowed(Grammar)}; did you mean 'train'?"],
+        [f"5:1: train.lr: unknown field 'train.lr'; {allowed(SpecFile)}; did you mean 'train'?"],
     ),
     "values of an axis": (
         HEAD

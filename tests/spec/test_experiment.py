@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 
 from repa_lab.spec import Experiment, SpecError, load_spec
-from repa_lab.spec.grammar import Grammar
-from repa_lab.spec.options import RunOptions
-from repa_lab.spec.schema import RunConfig
-from repa_lab.spec.search import SearchConfig
+from repa_lab.spec.options import RunOptions, SearchConfig
+from repa_lab.spec.schema import RunConfig, SpecFile
 from tests.spec.examples import HEAD, REPA, mapping, write
 
 
@@ -174,7 +172,7 @@ class TestSearch:
 
 
 def test_the_sections_of_the_grammar_are_those_of_a_run():
-    assert set(RunConfig.model_fields) < set(Grammar.model_fields)
+    assert set(RunConfig.model_fields) < set(SpecFile.model_fields)
     assert not set(RunConfig.model_fields) & set(RunOptions.model_fields)
 
 
@@ -213,7 +211,7 @@ def test_problems_come_in_one_order_whatever_the_hash_seed(tmp_path):
 
 
 WORDS = [
-    *Grammar.model_fields, *RunConfig.model_fields, "family", "size", "source", "type", "weight", "encoder", "schedule",
+    *SpecFile.model_fields, *RunConfig.model_fields, "family", "size", "source", "type", "weight", "encoder", "schedule",
     "block_index", "steps", "lr", "every", "sampler", "guidance", "label", "set", "space", "log", "int", "choice", "baseline",
     "targets", "train.steps", "regularizer.weight", "regularizer.encoder", "a.b.c", "", ".", "..", "x" * 500, "\ud800", "a\0b",
 ]  # fmt: skip

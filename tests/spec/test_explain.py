@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 
 from repa_lab.spec import SpecError, load_spec
-from repa_lab.spec.difference import Difference, compare_runs, compare_specs
-from repa_lab.spec.explain import Setting, dotted, explain, flatten
-from repa_lab.spec.grammar import Grammar
+from repa_lab.spec.explain import Difference, Setting, compare_runs, compare_specs, dotted, explain, flatten
 from repa_lab.spec.identity import Run
-from repa_lab.spec.schema import SECTIONS, RunConfig
+from repa_lab.spec.schema import SECTIONS, RunConfig, SpecFile
 from tests.spec.examples import HEAD, mapping, write
 
 
@@ -106,7 +104,7 @@ class TestExplain:
             for field in RunConfig.model_fields[name].annotation.model_fields:
                 assert any(path == f"{name}.{field}" or path.startswith(f"{name}.{field}.") for path in paths), field
         tops = {path.split(".")[0] for path in paths}
-        assert tops == set(Grammar.model_fields) - {"base", "use", "axes", "one_at_a_time", "exclude", "include"}
+        assert tops == set(SpecFile.model_fields) - {"base", "use", "axes", "one_at_a_time", "exclude", "include"}
 
 
 def test_flatten():

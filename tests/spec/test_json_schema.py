@@ -9,8 +9,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from repa_lab.spec.grammar import Grammar
 from repa_lab.spec.json_schema import json_schema
+from repa_lab.spec.schema import SpecFile
 from repa_lab.spec.yaml import parse_scalar, read_yaml
 from tests.spec.examples import HEAD
 
@@ -23,7 +23,7 @@ FILES = sorted([*ROOT.glob("experiments/**/*.yaml"), *ROOT.glob("sweeps/*.yaml")
 def test_it_is_a_schema_and_plain_json():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     assert json.loads(json.dumps(SCHEMA)) == SCHEMA
-    assert set(SCHEMA["properties"]) == set(Grammar.model_fields)
+    assert set(SCHEMA["properties"]) == set(SpecFile.model_fields)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

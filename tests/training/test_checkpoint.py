@@ -11,7 +11,7 @@ from torch import nn
 from repa_lab.align import REPA, Tokens
 from repa_lab.models.facts import SIT_DOWN_SHAPES, SIT_SHAPES, UNET_SHAPES
 from repa_lab.models.family import BUILDERS, Input
-from repa_lab.spec.averaging import EmaConfig
+from repa_lab.spec.schema import EmaConfig
 from repa_lab.training.checkpoint import Progress, Trained
 from repa_lab.training.ema import EMA
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from repa_lab.spec.averaging import EmaConfig
+from repa_lab.spec.schema import EmaConfig
 from repa_lab.training.ema import EMA
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from repa_lab.spec import SpecError, load_spec
-from repa_lab.spec.optimization import OPTIMIZERS, LearningRateSettings, OptimizerSettings
-from repa_lab.spec.schema import TrainConfig
+from repa_lab.spec.schema import OPTIMIZERS, LearningRateSettings, OptimizerSettings, TrainConfig
 from repa_lab.training.batches import denoising_loss
 from repa_lab.training.diffusion import Diffusion, Flow
 from tests.spec.examples import mapping

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from repa_lab.runs import RunsRoot, State
 from repa_lab.runs.files import DamagedFileError, Row
 from repa_lab.spec.identity import Run
-from repa_lab.spec.search import COSTS
+from repa_lab.spec.options import COSTS
 
 _SECONDS_PER_HOUR = 3600
 Key = tuple[str, ...]

@@ -8,12 +8,12 @@ from typing import Any
 
 from repa_lab.orchestration.search.reach import Space, ends, own_value
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SearchConfig, SpecError
-from repa_lab.spec.errors import Path_
+from repa_lab.spec.errors import KeyPath
 from repa_lab.spec.validate import unknown_field
 from repa_lab.training.protocol import metric_name
 
 ArmProblems = Callable[[Arm], Iterable[Problem]]
-_SPACE: Path_ = ("search", "space")
+_SPACE: KeyPath = ("search", "space")
 
 
 def search_problems(experiment: Experiment, arm_problems: ArmProblems) -> Iterator[Problem]:
@@ -34,7 +34,7 @@ def search_problems(experiment: Experiment, arm_problems: ArmProblems) -> Iterat
         yield experiment.problem(("search", "storage"), message)
 
 
-def objective_path(search: SearchConfig, index: int) -> Path_:
+def objective_path(search: SearchConfig, index: int) -> KeyPath:
     """Where the metric of an objective stands."""
     several = isinstance(search.objective, tuple)
     return ("search", "objective", index, "metric") if several else ("search", "objective", "metric")

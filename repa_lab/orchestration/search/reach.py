@@ -9,7 +9,7 @@ from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.spec import Arm, SpecError
 from repa_lab.spec.expand import value_at
 from repa_lab.spec.identity import identify
-from repa_lab.spec.search import Interval
+from repa_lab.spec.options import Interval
 
 Space = Mapping[str, Interval]
 

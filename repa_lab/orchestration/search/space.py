@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from repa_lab.spec import Arm, SpecError
 from repa_lab.spec.expand import value_at
-from repa_lab.spec.search import Interval
+from repa_lab.spec.options import Interval
 
 Settings = dict[str, Any]
 _PLAIN = (str, int, float, bool, type(None))
