@@ -78,21 +78,21 @@ def plan(
 ) -> None:
     """Show a sweep's arms: what is done, what is left, what it takes, and what stands in the way. Creates nothing."""
     with clean_errors():
-        from repa_lab.orchestration import overview
+        from repa_lab.orchestration import display
         from repa_lab.orchestration.api import plan as make_plan
-        from repa_lab.orchestration.estimate import estimate
+        from repa_lab.orchestration.cost import estimate
 
         planned = make_plan(spec, root, overrides(set_), with_ or ())
         found = estimate(planned)
         if json_:
-            print(json.dumps(overview.as_json(found)))
+            print(json.dumps(display.as_json(found)))
             return
-        rows = overview.run_rows(found) if runs else overview.arm_rows(found)
+        rows = display.run_rows(found) if runs else display.arm_rows(found)
         out.print(table(planned.experiment.question or planned.experiment.name, rows))
         if planned.orphans:
             title = "orphaned: asked for by an earlier version of the spec, and kept"
-            out.print(table(title, overview.orphan_rows(found), hidden=("orphaned",)))
-        for line in overview.sentences(found) + overview.blocked_lines(planned.runs):
+            out.print(table(title, display.orphan_rows(planned), hidden=("orphaned",)))
+        for line in display.sentences(found) + display.blocked_lines(planned):
             out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -106,7 +106,7 @@ def run(
 ) -> None:
     """Train one run of a sweep in this process, or in those that torchrun or accelerate launch started for it."""
     with clean_errors():
-        from repa_lab.orchestration.single import run_one
+        from repa_lab.orchestration.api import run_one
 
         shown = out if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
         directory, state = run_one(spec, arm, seed, root, overrides(set_), shown, with_ or ())

@@ -1,4 +1,4 @@
-"""Plan and carry out a sweep, from a program as from the command line."""
+"""Plan a sweep, carry it out, or train one of its runs: from a program as from the command line."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from repa_lab.orchestration.budget import require_budget
-from repa_lab.orchestration.check import check
-from repa_lab.orchestration.executors import Executor, ExecutorError
-from repa_lab.orchestration.executors.opening import open_executor
-from repa_lab.orchestration.plan import Plan, make_plan
-from repa_lab.orchestration.scheduler import Scheduler, SweepBrokenError
-from repa_lab.orchestration.sharing import SharedWork
-from repa_lab.orchestration.view import View
-from repa_lab.orchestration.work import FixedWork, Task, Work
-from repa_lab.runs import RunsRoot
+from repa_lab.orchestration.checks import check
+from repa_lab.orchestration.cost import require_budget
+from repa_lab.orchestration.display import ProgressView
+from repa_lab.orchestration.executors import ExecutorError, Task, TrainJob, open_executor
+from repa_lab.orchestration.plan import Plan, PlannedRun, make_plan
+from repa_lab.orchestration.scheduler import Scheduler, SweepBrokenError, Work
+from repa_lab.orchestration.sharing import RunList
+from repa_lab.runs import RunDirectory, RunsRoot, State
+from repa_lab.runs.files import Row
 from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory
 from repa_lab.spec import Experiment, SpecError, load_spec
 
-_LOOK_S = 0.5  # who only looks whether a sweep is held holds it for a moment
+_LOCK_PATIENCE_S = 0.5  # a process that only looks whether a sweep is locked holds the lock for a moment
 
 Source = str | Path | Mapping[str, Any] | Experiment
 
@@ -37,14 +36,14 @@ class SweepBusyError(RuntimeError):
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """What a sweep came to.
+    """What came of a sweep.
 
     Attributes:
         directory: the sweep's folder, with its report; `load_results` takes its path.
-        trained: runs that were trained now; runs found done are not among them.
+        trained: the number of runs trained now; runs that were done before are not among them.
         failures: the reason of every run that failed now, by its id.
-        diverged: likewise of the runs of a search that diverged: no failures, but the worst that there is.
-        stopped: why runs were not started, if any were not.
+        diverged: the reason of every run of a search that diverged now, by its id; such a run is a result.
+        stopped: why runs were not started; None if none were left out.
     """
 
     directory: SweepDirectory
@@ -68,7 +67,7 @@ def plan(
     """Plan a sweep: its runs, which of them are done, and what stands in the way. Creates nothing.
 
     Args:
-        source: a spec file, its fields as a mapping, or an experiment that `load_spec` gave.
+        source: a spec file, its fields as a mapping, or an experiment from `load_spec`.
         root: the runs root.
         overrides: dotted paths to values, laid over the spec.
         fragments: files laid between the spec and the overrides; see `load_spec`.
@@ -76,8 +75,7 @@ def plan(
     Raises:
         SpecError: with every problem of the spec.
     """
-    experiment = source if isinstance(source, Experiment) else load_spec(source, overrides, fragments)
-    return make_plan(experiment, RunsRoot(Path(root)))
+    return make_plan(_load(source, overrides, fragments), RunsRoot(Path(root)))
 
 
 def sweep(
@@ -92,107 +90,180 @@ def sweep(
     """Train what a sweep asks for and is not done yet, then write its report.
 
     Args:
-        source: see :func:`plan`.
+        source: a spec file, its fields as a mapping, or an experiment from `load_spec`.
         root: the runs root.
-        overrides: see :func:`plan`.
-        workers: how many runs go on at a time; None takes ``run.workers``, or else one for each GPU slot, or one per
-            core without a GPU, or as many as the cluster has room for.
-        console: where progress is shown; None keeps silent.
-        rehearse: whether to go through all of it with tiny random models and a few images instead, in a root of its
-            own.
-        fragments: see :func:`plan`.
+        overrides: dotted paths to values, laid over the spec.
+        workers: the number of runs that go on at a time; None takes ``run.workers``, else one for each GPU slot, one
+            for each core without a GPU, or as many as the cluster has room for.
+        console: where progress is shown; None shows nothing.
+        rehearse: whether to go through all of the sweep with tiny random models and a few images instead, in a root of
+            their own.
+        fragments: files laid between the spec and the overrides; see `load_spec`.
 
     Raises:
         SpecError: the spec is wrong, or asks for what cannot be had; nothing was created.
         SweepBusyError: another process carries out this sweep.
         SweepBrokenError: the workers cannot work at all, or the first runs all failed for the same reason.
     """
-    planned = (_plan_rehearsal if rehearse else plan)(source, Path(root), overrides, fragments)
+    experiment, console = _load(source, overrides, fragments), console or Console(quiet=True)
+    if rehearse:
+        from repa_lab.orchestration.rehearsal import rehearsal_root, rehearse_experiment
+
+        check(experiment, inventory=None)
+        root = rehearsal_root(Path(root))
+        experiment = rehearse_experiment(experiment, root)
+    planned = make_plan(experiment, RunsRoot(Path(root)))
     if planned.blocked:
         raise SpecError([planned.blocked])
     if not rehearse:
         require_budget(planned)
         for warning in planned.warnings:
-            (console or Console(quiet=True)).print(warning, highlight=False, markup=False, soft_wrap=True)
-    directory = planned.root.sweep(planned.experiment.name)
-    outcome = SweepOutcome(directory, 0, {})
-    with _held(directory):
+            console.print(warning, highlight=False, markup=False, soft_wrap=True)
+    directory = planned.root.sweep(experiment.name)
+    with _locked(directory):
         if _is_complete(planned, directory):
             _make_work(planned, directory)
+            outcome = SweepOutcome(directory, 0, {})
         else:
-            outcome = _carry_out(planned, directory, workers, console or Console(quiet=True), rehearse)
-    from repa_lab.report.page import write_report  # pandas and matplotlib, which `plan` has no use for
+            outcome = _carry_out(planned, directory, workers, console, rehearse)
+    from repa_lab.report.page import write_report  # imports pandas and matplotlib, which `plan` does not need
 
     write_report(directory)
     return outcome
 
 
-def _plan_rehearsal(
-    source: Source, root: Path, overrides: Mapping[str, Any] | None, fragments: Sequence[str | Path]
-) -> Plan:
-    from repa_lab.orchestration.rehearse import rehearsal_root, rehearse
+def run_one(
+    source: Source,
+    arm: str | None,
+    seed: int | None,
+    root: str | Path = DEFAULT_ROOT,
+    overrides: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+    fragments: Sequence[str | Path] = (),
+) -> tuple[RunDirectory, State]:
+    """Train one run of an experiment in this process: for debugging, and under another scheduler.
 
-    experiment = source if isinstance(source, Experiment) else load_spec(source, overrides, fragments)
-    check(experiment, inventory=None)
-    return make_plan(rehearse(experiment, rehearsal_root(root)), RunsRoot(rehearsal_root(root)))
+    Args:
+        source: a spec file, its fields as a mapping, or an experiment from `load_spec`.
+        arm: the arm's label; None takes the first arm.
+        seed: one of the experiment's seeds; None takes the first.
+        root: the runs root.
+        overrides: dotted paths to values, laid over the spec.
+        console: where progress is shown; None shows nothing.
+        fragments: files laid between the spec and the overrides; see `load_spec`.
+
+    Returns:
+        The run's directory, and the state in which the run came to rest.
+
+    Raises:
+        SpecError: the spec is wrong, has no such arm or seed, or asks for what cannot be had.
+    """
+    planned, console = plan(source, root, overrides, fragments), console or Console(quiet=True)
+    entry = _choose(planned, arm, seed)
+    if entry.blocked:
+        raise SpecError([entry.blocked])
+    from repa_lab.orchestration.prepare import RefusedError, prepare
+    from repa_lab.orchestration.worker import open_trackers
+    from repa_lab.training.loop import train
+
+    train_config, options = entry.run.config.train, planned.experiment.run
+    if warning := train_config.averaging.warning(train_config.steps):
+        console.print(warning, highlight=False, markup=False, soft_wrap=True)
+    with ProgressView(console, planned.experiment.name, 1) as view:
+        for note in planned.notes:
+            view.say(note)
+        try:
+            announce = lambda activity: lambda done, total: view.progress(activity, done, total)  # noqa: E731
+            prepare([entry.run.config], options, planned.root.cache, announce)
+        except RefusedError as error:
+            raise SpecError([entry.arm.problem(error.path, str(error))]) from None
+        directory, task = planned.root.run(entry.run.run_id), _task(entry)
+        trackers = open_trackers(TrainJob(task, planned.experiment.name, options, planned.root))
+        view.started(entry.run.run_id, task.name, train_config.steps)
+        listeners = [_ViewListener(view, entry.run.run_id), *trackers]
+        return directory, train(entry.run, directory, options, planned.root.cache, listeners, is_enough=task.is_enough)
+
+
+class _ViewListener:
+    """Shows a run's rows on a view."""
+
+    def __init__(self, view: ProgressView, run_id: str) -> None:
+        self._view, self._run_id = view, run_id
+
+    def row(self, row: Row) -> None:
+        self._view.row(self._run_id, row)
+
+    def image(self, step: int, path: Path) -> None:
+        pass
+
+    def finish(self, state: State) -> None:
+        self._view.finished(self._run_id, state.status, None)
+
+
+def _choose(planned: Plan, arm: str | None, seed: int | None) -> PlannedRun:
+    labels, seeds = [arm.label for arm in planned.experiment.arms], planned.experiment.seeds
+    if arm is not None and arm not in labels:
+        raise SpecError([planned.experiment.problem("axes", f"no arm '{arm}'; there are: {'; '.join(labels)}")])
+    if seed is not None and seed not in seeds:
+        known = ", ".join(map(str, seeds))
+        raise SpecError([planned.experiment.problem("seeds", f"no seed {seed}; there are: {known}")])
+    chosen = (arm or labels[0], seeds[0] if seed is None else seed)
+    return next(entry for entry in planned.runs if (entry.arm.label, entry.run.seed) == chosen)
+
+
+def _load(source: Source, overrides: Mapping[str, Any] | None, fragments: Sequence[str | Path]) -> Experiment:
+    return source if isinstance(source, Experiment) else load_spec(source, overrides, fragments)
 
 
 def _carry_out(
     planned: Plan, directory: SweepDirectory, workers: int | None, console: Console, is_rehearsal: bool
 ) -> SweepOutcome:
-    experiment = planned.experiment
-    # The sweep's folder is kept only once nothing was refused, so the workers' log starts elsewhere.
+    experiment, options = planned.experiment, planned.experiment.run
+    if is_rehearsal:  # a rehearsal is for this machine, one process a run
+        options = options.model_copy(update={"executor": "local", "gpus_per_run": 1})
+    runs = None if experiment.search else len(planned.pending)
+    # The sweep's folder stays only once nothing was refused, so the workers' log starts elsewhere.
     with tempfile.TemporaryDirectory(prefix="repa-lab-") as scratch:
-        log = Path(scratch) / "workers.log"
-        executor = _open_executor(planned, workers, log, is_rehearsal)
+        log, executor = Path(scratch) / "workers.log", None
         try:
-            with View(console, experiment.name, executor.slots) as view:
+            executor = open_executor(options, planned.root, experiment.name, runs, workers or options.workers, log)
+            with ProgressView(console, experiment.name, executor.slots) as view:
                 scheduler = Scheduler(executor, planned.root, experiment.run, experiment.name, view, is_rehearsal)
                 for note in planned.notes:
                     view.say(note)
                 scheduler.prepare({entry.run.config: entry.arm for entry in planned.runs})
                 work = _make_work(planned, directory)
-                before = work.counts()[0]
-                failures = scheduler.run(work)
+                done_before = work.counts()[0]
+                scheduler.run(work)
         except SweepBrokenError as error:
             raise _with_last_line(error, log) from None
         except ExecutorError as error:
             raise SpecError([experiment.problem(f"run.{error.field}", str(error))]) from None
         finally:
-            executor.close()
+            if executor:
+                executor.close()
             if _is_recorded(directory) and log.exists():
                 shutil.copyfile(log, directory.path / "workers.log")
-    trained = work.counts()[0] - before - len(failures) - len(scheduler.diverged) - scheduler.found
-    return SweepOutcome(directory, trained, failures, scheduler.diverged, scheduler.stopped or None)
-
-
-def _open_executor(planned: Plan, workers: int | None, log: Path, is_rehearsal: bool) -> Executor:
-    """The executor that the spec asks for; a rehearsal is for this machine, one process a run."""
-    experiment, options = planned.experiment, planned.experiment.run
-    if is_rehearsal:
-        options = options.model_copy(update={"executor": "local", "gpus_per_run": 1})
-    runs = None if experiment.search else len(planned.pending)
-    try:
-        return open_executor(options, planned.root, experiment.name, runs, workers or options.workers, log)
-    except ExecutorError as error:
-        raise SpecError([experiment.problem(f"run.{error.field}", str(error))]) from None
+    failures, diverged = scheduler.failures, scheduler.diverged
+    trained = work.counts()[0] - done_before - len(failures) - len(diverged) - scheduler.reused
+    return SweepOutcome(directory, trained, failures, diverged, scheduler.stopped or None)
 
 
 def _with_last_line(error: SweepBrokenError, log: Path) -> SweepBrokenError:
-    """With what the workers said last, which is more than that one has died."""
+    """Return the error with the last line of the workers' log, unless the error says the same."""
     lines = log.read_text(encoding="utf-8").strip().splitlines() if log.exists() else []
-    said = str(error)
-    return SweepBrokenError(
-        "; ".join([said, *(line for line in lines[-1:] if not said.endswith(line.rpartition(": ")[2]))])
-    )
+    message = str(error)
+    if lines and not message.endswith(lines[-1].rpartition(": ")[2]):
+        message = f"{message}; {lines[-1]}"
+    return SweepBrokenError(message)
 
 
 @contextmanager
-def _held(directory: SweepDirectory) -> Iterator[None]:
-    """Be the one process that carries out a sweep, from before it prepares; one that is refused leaves no folder."""
+def _locked(directory: SweepDirectory) -> Iterator[None]:
+    """Hold the sweep's lock, and take away what was made for a sweep that was refused."""
     made = [path for path in (directory.path, *directory.path.parents) if not path.exists()]
     directory.path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory.lock, timeout=_LOOK_S)
+    lock = FileLock(directory.lock, timeout=_LOCK_PATIENCE_S)
     try:
         lock.acquire()
     except Timeout:
@@ -205,7 +276,7 @@ def _held(directory: SweepDirectory) -> Iterator[None]:
             directory.ask_to_stop(False)
             directory.lock.unlink(missing_ok=True)
         lock.release()
-        with suppress(OSError):  # what is not empty stays
+        with suppress(OSError):  # a folder that is not empty stays
             for path in made:
                 path.rmdir()
 
@@ -224,14 +295,15 @@ def _is_recorded(directory: SweepDirectory) -> bool:
 
 
 def _make_work(planned: Plan, directory: SweepDirectory) -> Work:
-    """The work of a sweep, which is recorded in its folder as it stands."""
-    experiment = planned.experiment
+    """Return the work of a sweep, and record the sweep in its folder."""
     directory.path.mkdir(parents=True, exist_ok=True)
-    if experiment.search is None:
+    if planned.experiment.search is None:
         directory.record(planned.manifest())
-        tasks = [Task(one.run, f"{one.arm.label}, seed {one.run.seed}", stop=one.stop) for one in planned.left]
-        forks = planned.sharing.forks
-        return SharedWork(tasks, forks, planned.root) if forks else FixedWork(tasks)
+        return RunList(map(_task, planned.left), planned.root, planned.sharing.forks)
     from repa_lab.orchestration.search.searches import Searches
 
     return Searches(planned, directory)
+
+
+def _task(entry: PlannedRun) -> Task:
+    return Task(entry.run, f"{entry.arm.label}, seed {entry.run.seed}", stop=entry.stop)

@@ -1,11 +1,11 @@
-"""What all runs of a sweep share, made once before any of them starts: latents, encoder features, reference statistics.
+"""Fill the caches that all runs of a sweep share before any run starts: latents, encoder features, reference statistics.
 
 This is also the preflight: an encoder that gives no patch tokens, or data that cannot be read, is refused here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from repa_lab.models.families import family_facts
 from repa_lab.models.pretrained import skeleton
 from repa_lab.models.released import SCHEDULER, PretrainedError, read_json
 from repa_lab.models.tap import TapError
-from repa_lab.spec import EncoderSettings, ExtractorConfig, RunConfig, RunOptions
+from repa_lab.settings import BlockIndex
+from repa_lab.spec import EncoderSettings, RunConfig, RunOptions
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.device import DeviceError, pick_device
 from repa_lab.training.diffusion import ProcessError, process_of
@@ -31,16 +32,26 @@ from repa_lab.training.texts import encode_captions
 
 
 class RefusedError(ValueError):
-    """Something an arm needs cannot be had; ``path`` is the setting at fault, ``arm`` the number of the config that has it."""
+    """Something that a run needs cannot be had.
 
-    def __init__(self, arm: int, path: str, message: str) -> None:
-        self.arm, self.path, self.message = arm, path, message
+    Attributes:
+        config: the index of the first settings at fault.
+        path: the dotted path of the setting at fault.
+    """
+
+    def __init__(self, config: int, path: str, message: str) -> None:
+        self.config, self.path = config, path
         super().__init__(message)
 
 
 def prepare(configs: Iterable[RunConfig], options: RunOptions, cache: Path, announce: Announce) -> None:
-    """Fill the caches for these settings, on the device that the options choose; what several settings need is looked
-    at once.
+    """Fill the caches for these settings; a need that several settings share is met once.
+
+    Args:
+        configs: the settings of the runs.
+        options: the device and the precision to compute with.
+        cache: the folder of the caches.
+        announce: called with a name; returns what to call with the number of images done, and in all.
 
     Raises:
         RefusedError: naming the setting at fault.
@@ -50,18 +61,22 @@ def prepare(configs: Iterable[RunConfig], options: RunOptions, cache: Path, anno
     except DeviceError as error:
         raise RefusedError(0, f"run.{error.field}", str(error)) from error
     preparation = _Preparation(options, cache, device, announce)
-    for number, config in enumerate(configs):
+    for index, config in enumerate(configs):
         try:
-            preparation.meet(config, number)
+            preparation.meet(config, index)
         except DataError as error:
-            raise RefusedError(number, f"data.{error.field}", str(error)) from error
+            raise RefusedError(index, f"data.{error.field}", str(error)) from error
         except DeviceError as error:
-            raise RefusedError(number, f"run.{error.field}", str(error)) from error
+            raise RefusedError(index, f"run.{error.field}", str(error)) from error
+        except (PretrainedError, ProcessError) as error:
+            raise RefusedError(index, "model.pretrained", str(error)) from error
+        except TapError as error:
+            raise RefusedError(index, "regularizer.block_index", str(error)) from error
 
 
 @dataclass
 class _Preparation:
-    """What has been found in order so far; each need is keyed by all the settings that it depends on."""
+    """Meets the needs of settings, each need once; a need is keyed by all settings that it depends on."""
 
     options: RunOptions
     cache: Path
@@ -70,56 +85,46 @@ class _Preparation:
     _images: dict[Hashable, Images] = field(default_factory=dict)
     _met: set[Hashable] = field(default_factory=set)
 
-    def meet(self, config: RunConfig, number: int) -> None:
-        """All that a run with these settings needs; ``number`` is theirs in a refusal."""
-        given = (config.data, config.model)
-        try:
-            if given not in self._images:
-                self._images[given] = open_data(config, self.cache, self.device, self.announce)
-            images = self._images[given]
-            blocks = (*(needs := needs_of(config)).taps, *needs.ema_taps, config.evaluate.block_index)
-            if config.model.pretrained and self._is_new(given, blocks, config.evaluate.prompts):
-                self._pretrained(config, images)
-        except (PretrainedError, ProcessError) as error:
-            raise RefusedError(number, "model.pretrained", str(error)) from error
-        except TapError as error:
-            raise RefusedError(number, "regularizer.block_index", str(error)) from error
+    def meet(self, config: RunConfig, index: int) -> None:
+        """Meet all needs of a run with these settings; ``index`` is the settings' own in a refusal."""
+        sources = (config.data, config.model)
+        if sources not in self._images:
+            self._images[sources] = open_data(config, self.cache, self.device, self.announce)
+        images, needs = self._images[sources], needs_of(config)
+        blocks = (*needs.taps, *needs.ema_taps, config.evaluate.block_index)
+        if config.model.pretrained and self._is_new(sources, blocks, config.evaluate.prompts):
+            self._meet_pretrained(config, images, blocks)
         for path, encoder in encoders_of(config):
-            if self._is_new(given, encoder):
-                self._targets(number, path, encoder, images)
+            if self._is_new(sources, encoder):
+                try:
+                    open_targets(encoder, images, self.options, self.cache, self.device, self.announce)
+                except EncoderError as error:
+                    raise RefusedError(index, f"{path}.{error.field}", str(error)) from error
+                except DataError as error:
+                    raise RefusedError(index, _path_of(error.field, path), str(error)) from error
         for path, extractor in config.extractor_paths:
-            if self._is_new(given, extractor, metrics_with(config, extractor)):
-                self._reference(number, path, extractor, config, images)
+            if self._is_new(sources, extractor, metrics_with(config, extractor)):
+                try:
+                    network = open_extractor(config, extractor, self.device)
+                    open_reference(extractor, network, real_images(images), self.cache)
+                except EncoderError as error:
+                    raise RefusedError(index, f"{path}.{error.field}", str(error)) from error
+                except StatisticsError as error:
+                    raise RefusedError(index, f"{path}.reference", str(error)) from error
 
     def _is_new(self, *need: Hashable) -> bool:
         is_new = need not in self._met
         self._met.add(need)
         return is_new
 
-    def _targets(self, number: int, path: str, encoder: EncoderSettings, images: Images) -> None:
-        try:
-            open_targets(encoder, images, self.options, self.cache, self.device, self.announce)
-        except EncoderError as error:
-            raise RefusedError(number, f"{path}.{error.field}", str(error)) from error
-        except DataError as error:
-            raise RefusedError(number, _place(path, error.field), str(error)) from error
-
-    def _reference(self, number: int, path: str, extractor: ExtractorConfig, config: RunConfig, images: Images) -> None:
-        try:
-            open_reference(extractor, open_extractor(config, extractor, self.device), real_images(images), self.cache)
-        except EncoderError as error:
-            raise RefusedError(number, f"{path}.{error.field}", str(error)) from error
-        except StatisticsError as error:
-            raise RefusedError(number, f"{path}.reference", str(error)) from error
-
-    def _pretrained(self, config: RunConfig, images: Images) -> None:
-        """Captions, and whether what is asked of the denoiser is in this very folder's: sizes of a family differ in depth."""
+    def _meet_pretrained(self, config: RunConfig, images: Images, blocks: Sequence[BlockIndex | None]) -> None:
+        """Encode captions, and look for the blocks in this very folder's denoiser: sizes of a family differ in depth."""
         family, folder = family_facts(config.model.family), pretrained_folder(config.model)
         process_of(read_json(folder / SCHEDULER / "scheduler_config.json") or {})
         denoiser = skeleton(folder, family)
         if self.options.gradient_checkpointing and (message := uncheckpointed(denoiser)):
             raise DeviceError("gradient_checkpointing", f"{family.name} cannot be checkpointed: {message}")
-        for block in (*(needs := needs_of(config)).taps, *needs.ema_taps, config.evaluate.block_index):
+        for block in blocks:
             if block is not None:
                 tap_block(denoiser, block).remove()
         progress = self.announce(f"captions for {family.name}")
@@ -128,8 +133,8 @@ class _Preparation:
         )
 
 
-def _place(path: str, field: str) -> str:
-    """The dotted path of what stands in the way of an encoder's features: of the encoder, the options or the data."""
+def _path_of(field: str, encoder: str) -> str:
+    """Return the dotted path of a field of the encoder at ``encoder``, of the options, or else of the data."""
     if field in EncoderSettings.model_fields:
-        return f"{path}.{field}"
+        return f"{encoder}.{field}"
     return f"run.{field}" if field in RunOptions.model_fields else f"data.{field}"

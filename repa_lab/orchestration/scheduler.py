@@ -1,31 +1,65 @@
-"""Carries out a sweep's work on an executor, and watches it through the run directories."""
+"""Trains the runs of a sweep on an executor, and watches them through their run directories. Imports no torch."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
-from repa_lab.orchestration.executors import Executor
-from repa_lab.orchestration.jobs import HEARTBEAT, PrepareJob, Report, TrainJob
-from repa_lab.orchestration.view import View
-from repa_lab.orchestration.work import Task, Work
+from repa_lab.orchestration.display import ProgressView
+from repa_lab.orchestration.executors import (
+    HEARTBEAT,
+    Executor,
+    MessageKind,
+    PrepareJob,
+    Task,
+    TrainJob,
+    WorkerMessage,
+)
 from repa_lab.runs import RunDirectory, RunsRoot, RunWriter, State
 from repa_lab.runs.directory import RunBusyError
-from repa_lab.runs.state import DIVERGED
+from repa_lab.runs.files import Row
 from repa_lab.runs.tail import RowTail
 from repa_lab.spec import Arm, RunConfig, RunOptions, SpecError
 
 _POLL_S = 0.5
-_ALIKE = 3  # so many first failures of one kind, and nothing done: the rest would fail the same way
+_EQUAL_FAILURES = 3  # if the first runs all fail for one reason, the others would fail for the same
 
 
 class SweepBrokenError(RuntimeError):
     """The workers cannot work at all."""
 
 
+class Work(Protocol):
+    """What a scheduler has to do: a fixed list of runs, or a search that asks for new ones.
+
+    Attributes:
+        is_divergence_a_result: whether a diverged run counts as a result (in a search) rather than a failure.
+    """
+
+    is_divergence_a_result: bool
+
+    def next(self) -> Task | None:
+        """Return the next task; None if there is none at present."""
+        ...
+
+    def heard(self, run_id: str, row: Row) -> Iterable[str]:
+        """Take in a row that a run wrote; return the ids of the runs to prune because of it."""
+        ...
+
+    def finished(self, run_id: str, state: State) -> None:
+        """Take in that a run came to rest."""
+        ...
+
+    def counts(self) -> tuple[int, int]:
+        """Return the number of runs done, and of runs in all as far as is known."""
+        ...
+
+
 @dataclass
-class _Watched:
+class _WatchedRun:
     """A run in hand: its rows so far, and its last sign of life by our clock, for another machine's may be wrong."""
 
     task: Task
@@ -40,217 +74,194 @@ class _Watched:
         self._mark = self._read_mark()
 
     def silence(self) -> float:
-        """Seconds since the last sign of life; none pass before the first, for the run may be waiting in a queue."""
+        """Return the seconds since the last sign of life; 0 before the first, for the run may wait in a queue."""
         mark, now = self._read_mark(), time.monotonic()
         if mark != self._mark:
             self._mark, self._alive = mark, now
         return now - self._alive if self._alive is not None else 0.0
 
-    def again(self) -> _Watched:
-        """The same as one that has yet to give its first sign of life; its rows go on where they were."""
+    def restarted(self) -> _WatchedRun:
+        """Return the run before its first sign of life; its rows go on where they were."""
         return replace(self, is_hung=False, _alive=None)
 
     def _read_mark(self) -> int | None:
-        try:
+        with suppress(FileNotFoundError):
             return (self.directory.path / HEARTBEAT).stat().st_mtime_ns
-        except FileNotFoundError:
-            return None
-
-
-@dataclass
-class _Failures:
-    """The reasons of failures, and when there are too many of them to go on."""
-
-    limit: int | None
-    reasons: dict[str, str] = field(default_factory=dict)
-    is_any_done: bool = False
-
-    @property
-    def too_many(self) -> bool:
-        """Whether no further runs shall be started."""
-        return self.limit is not None and len(self.reasons) >= self.limit
-
-    def require_hope(self) -> None:
-        """Refuse to start another run after the first ones have all failed alike.
-
-        Raises:
-            SweepBrokenError: with that reason.
-        """
-        first = list(self.reasons.values())[:_ALIKE]
-        if not self.is_any_done and len(first) == _ALIKE and len(set(first)) == 1:
-            raise SweepBrokenError(f"the first {_ALIKE} runs failed alike: {first[0]}")
+        return None
 
 
 @dataclass
 class Scheduler:
-    """Gives tasks to free slots, passes rows on, and keeps count of failures; imports no torch.
+    """Gives tasks to free slots, passes rows on, and keeps count of failures.
 
-    After ``run``, :attr:`stopped` says why runs were left out, if any were, :attr:`found` how many others had trained,
-    and :attr:`diverged` why runs diverged whose work was to tell that.
+    Attributes:
+        executor: where runs are trained.
+        root: the runs root.
+        options: the options of the sweep.
+        sweep: the name of the sweep.
+        view: where progress is shown.
+        is_rehearsal: whether every run is interrupted and resumed once.
+        failures: after :meth:`run`, the one-line reason of every run that failed, by its id.
+        diverged: after :meth:`run`, the reasons of diverged runs that count as results, by their ids.
+        stopped: after :meth:`run`, why runs were not started; None if none were left out.
+        reused: after :meth:`run`, the number of runs that had been trained elsewhere.
     """
 
     executor: Executor
     root: RunsRoot
     options: RunOptions
-    group: str
-    view: View
+    sweep: str
+    view: ProgressView
     is_rehearsal: bool = False
-    stopped: str | None = None
-    found: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
     diverged: dict[str, str] = field(default_factory=dict)
-    _running: dict[str, _Watched] = field(default_factory=dict)
-    _elsewhere: dict[str, _Watched] = field(
+    stopped: str | None = None
+    reused: int = 0
+    _is_any_done: bool = False
+    _running: dict[str, _WatchedRun] = field(default_factory=dict)
+    _trained_elsewhere: dict[str, _WatchedRun] = field(
         default_factory=dict
-    )  # another process, such as another sweep's, trains them
+    )  # by another process, such as another sweep
 
     def prepare(self, arms: Mapping[RunConfig, Arm]) -> None:
-        """Have a worker fill the caches for these settings, each with an arm that knows its places.
+        """Have a worker fill the caches for these settings, each with an arm that knows the places in the spec.
 
         Raises:
             SpecError: a setting cannot be met, at its place in the spec.
-            SweepBrokenError: the worker died of it.
+            SweepBrokenError: the worker died, or failed for another reason.
         """
-        order = list(arms)
-        self.executor.submit(PrepareJob(tuple(order), self.options, self.root))
+        configs = tuple(arms)
+        self.executor.submit(PrepareJob(configs, self.options, self.root))
         while True:
-            for report in self.executor.poll(_POLL_S):
-                if report.kind == "progress":
-                    self.view.progress(report.task or "", report.done, report.total)
-                elif report.kind == "prepared":
+            for message in self.executor.poll(_POLL_S):
+                if message.kind is MessageKind.PROGRESS:
+                    self.view.progress(message.activity, message.done, message.total)
+                elif message.kind is MessageKind.PREPARED:
                     return
-                elif report.kind == "refused":
-                    raise SpecError([arms[order[report.arm]].problem(report.path, report.error or "")])
-                elif report.kind == "broken":
-                    raise SweepBrokenError(report.error)
-            self._heed_stop()
+                elif message.kind is MessageKind.REFUSED:
+                    raise SpecError([arms[configs[message.config]].problem(message.path, message.error or "")])
+                elif message.kind is MessageKind.BROKEN:
+                    raise SweepBrokenError(message.error)
+            self._heed_stop_request()
 
-    def run(self, work: Work) -> dict[str, str]:
-        """Do all of the work, or, after ``run.max_failures``, what has been begun.
-
-        Returns:
-            The one-line reason of every other run that failed, by its id.
+    def run(self, work: Work) -> None:
+        """Do all of the work, or, after ``run.max_failures`` failures, what has been begun.
 
         Raises:
             SweepBrokenError: the workers cannot work, or the first runs all failed for the same reason.
         """
-        failures = _Failures(self.options.max_failures)
         while True:
-            self._fill(work, failures)
-            if not self._running and not self._elsewhere:
-                return failures.reasons
-            reports = self.executor.poll(_POLL_S)
-            for watched in (*self._running.values(), *self._elsewhere.values()):
-                self._pass_on(watched, work)
-            for report in reports:
-                self._settle(report, work, failures)
-            self._end_hung()
-            self._heed_stop()
+            if self._has_too_many_failures:
+                self._start_no_more(work)
+            else:
+                self._fill_slots(work)
+            if not self._running and not self._trained_elsewhere:
+                return
+            messages = self.executor.poll(_POLL_S)
+            for run in (*self._running.values(), *self._trained_elsewhere.values()):
+                self._pass_rows_on(run, work)
+            for message in messages:
+                self._take_in(message, work)
+            self._kill_hung_runs()
+            self._heed_stop_request()
             self.view.counts(*work.counts())
 
-    def _heed_stop(self) -> None:
-        """`repa-lab stop` is Ctrl-C from another terminal."""
-        if self.root.sweep(self.group).is_asked_to_stop:
+    @property
+    def _has_too_many_failures(self) -> bool:
+        return self.options.max_failures is not None and len(self.failures) >= self.options.max_failures
+
+    def _heed_stop_request(self) -> None:
+        """Treat `repa-lab stop` as Ctrl-C from another terminal."""
+        if self.root.sweep(self.sweep).is_asked_to_stop:
             raise KeyboardInterrupt
 
-    def _fill(self, work: Work, failures: _Failures) -> None:
-        """Start what there is room for, unless too much has failed."""
-        if failures.too_many:
-            self._start_no_more(work, failures)
-            return
-        for run_id, watched in list(self._elsewhere.items()):
-            if self.executor.free() and not watched.directory.is_held:
-                del self._elsewhere[run_id]
-                self._begin(watched.again(), work)
+    def _fill_slots(self, work: Work) -> None:
+        for run_id, run in list(self._trained_elsewhere.items()):
+            if self.executor.free() and not run.directory.is_held:
+                del self._trained_elsewhere[run_id]
+                self._begin(run.restarted(), work)
         while self.executor.free() and (task := work.next()):
-            failures.require_hope()
+            reasons = list(self.failures.values())[:_EQUAL_FAILURES]
+            if not self._is_any_done and len(reasons) == _EQUAL_FAILURES and len(set(reasons)) == 1:
+                raise SweepBrokenError(f"the first {_EQUAL_FAILURES} runs failed alike: {reasons[0]}")
             directory = self.root.run(task.run.run_id)
-            self._begin(_Watched(task, directory, RowTail(directory)), work)
+            self._begin(_WatchedRun(task, directory, RowTail(directory)), work)
 
-    def _start_no_more(self, work: Work, failures: _Failures) -> None:
+    def _start_no_more(self, work: Work) -> None:
         if self.stopped is None:
             for run_id in self.executor.withdraw():
                 del self._running[run_id]
                 self.view.withdrawn(run_id)
-            self._elsewhere.clear()
-            self.view.say(f"{len(failures.reasons)} runs failed: no more are started, {len(self._running)} go on")
+            self._trained_elsewhere.clear()
+            self.view.say(f"{len(self.failures)} runs failed: no more are started, {len(self._running)} go on")
         done, total = work.counts()
         left = total - done - len(self._running)
-        self.stopped = f"{left} runs were not started: run.max_failures is {failures.limit}" if left else ""
+        self.stopped = f"{left} runs were not started: run.max_failures is {self.options.max_failures}" if left else ""
 
-    def _begin(self, watched: _Watched, work: Work) -> None:
-        task, run_id = watched.task, watched.task.run.run_id
-        state = watched.directory.state.state
-        if state.status.is_final:  # another arm or sweep trained it; a search wants its rows all the same
-            self._pass_on(watched, work)
-            self.found += 1
-            work.finished(run_id, state)
+    def _begin(self, run: _WatchedRun, work: Work) -> None:
+        task, state = run.task, run.directory.state.state
+        if state.status.is_final:  # another arm or sweep trained the run; a search needs its rows all the same
+            self._pass_rows_on(run, work)
+            self.reused += 1
+            work.finished(task.run.run_id, state)
             return
-        self._running[run_id] = watched
-        self.view.started(run_id, task.name, task.run.config.train.steps)
+        self._running[task.run.run_id] = run
+        self.view.started(task.run.run_id, task.name, task.run.config.train.steps)
         self._submit(task)
 
     def _submit(self, task: Task) -> None:
-        how = (self.options, self.root, self.is_rehearsal, task.fork, task.kept, task.stop)
-        self.executor.submit(TrainJob(task.run, task.name, self.group, *how))
+        self.executor.submit(TrainJob(task, self.sweep, self.options, self.root, self.is_rehearsal))
 
-    def _pass_on(self, watched: _Watched, work: Work) -> None:
-        for row in watched.tail.new_rows():
-            self.view.row(watched.task.run.run_id, row)
-            for pruned in work.heard(watched.task.run.run_id, row):
+    def _pass_rows_on(self, run: _WatchedRun, work: Work) -> None:
+        for row in run.tail.new_rows():
+            self.view.row(run.task.run.run_id, row)
+            for pruned in work.heard(run.task.run.run_id, row):
                 self.executor.stop(pruned, State.PRUNED)
 
-    def _settle(self, report: Report, work: Work, failures: _Failures) -> None:
-        if report.kind == "broken":
-            raise SweepBrokenError(report.error)
-        if report.kind != "finished" or report.run_id not in self._running or report.state is None:
+    def _take_in(self, message: WorkerMessage, work: Work) -> None:
+        if message.kind is MessageKind.BROKEN:
+            raise SweepBrokenError(message.error)
+        run_id = message.run_id
+        if run_id is None or run_id not in self._running:
             return
-        watched, error = self._running[report.run_id], report.error
-        self._pass_on(watched, work)
-        if report.state is State.FAILED:
-            if report.is_busy:
-                self._set_aside(report.run_id)
-                return
-            if watched.is_hung:
+        run = self._running[run_id]
+        self._pass_rows_on(run, work)
+        if message.kind is MessageKind.BUSY:  # the run is done when the other process is, and ours should it be let go
+            self._trained_elsewhere[run_id] = self._running.pop(run_id)
+            self.view.withdrawn(run_id)
+            self.view.say(f"{run.task.name}: another process trains it; waited for")
+            return
+        state, error = message.state or State.FAILED, message.error
+        if state is State.FAILED:
+            if run.is_hung:
                 error = f"no sign of life for {self.options.hang_minutes:g} minutes"
-                if watched.tries == 1:
-                    self._try_again(watched, error)
+                if run.tries == 1:
+                    self._record_failure(run.directory, error)
+                    self.view.say(f"{run.task.name}: {error}; started again")
+                    self._running[run_id] = replace(run.restarted(), tries=2)
+                    self._submit(run.task)
                     return
-            is_result = work.is_divergence_a_result and (error or "").startswith(DIVERGED)
-            (self.diverged if is_result else failures.reasons)[report.run_id] = error or "failed"
-            self._record(watched.directory, error)
-        failures.is_any_done |= report.state is not State.FAILED
-        del self._running[report.run_id]
-        self.view.finished(report.run_id, report.state.status, error)
-        work.finished(report.run_id, report.state)
+            is_result = work.is_divergence_a_result and message.is_diverged
+            (self.diverged if is_result else self.failures)[run_id] = error or "failed"
+            self._record_failure(run.directory, error)
+        self._is_any_done |= state is not State.FAILED
+        del self._running[run_id]
+        self.view.finished(run_id, state.status, error)
+        work.finished(run_id, state)
 
-    def _end_hung(self) -> None:
-        """Kill what has been silent for too long; its report then comes like that of any run that died."""
+    def _kill_hung_runs(self) -> None:
+        """Kill runs that have been silent for too long; their failures then arrive like those of any worker that died."""
         if self.options.hang_minutes is None:
             return
-        for run_id, watched in self._running.items():
-            if not watched.is_hung and watched.silence() > self.options.hang_minutes * 60:
-                watched.is_hung = True
+        for run_id, run in self._running.items():
+            if not run.is_hung and run.silence() > self.options.hang_minutes * 60:
+                run.is_hung = True
                 self.executor.kill(run_id)
 
-    def _try_again(self, watched: _Watched, error: str) -> None:
-        self._record(watched.directory, error)
-        self.view.say(f"{watched.task.name}: {error}; started again")
-        self._running[watched.task.run.run_id] = replace(watched.again(), tries=watched.tries + 1)
-        self._submit(watched.task)
-
-    def _set_aside(self, run_id: str) -> None:
-        """Another process trains a run: it is done when that one is, and ours to go on with should it be let go."""
-        watched = self._elsewhere[run_id] = self._running.pop(run_id)
-        self.view.withdrawn(run_id)
-        self.view.say(f"{watched.task.name}: another process trains it; waited for")
-
-    def _record(self, directory: RunDirectory, error: str | None) -> None:
-        """A worker that was killed could not write its run's end; what another process has trained to its end stays so."""
+    def _record_failure(self, directory: RunDirectory, error: str | None) -> None:
+        """Record a failure that a killed worker could not; a run that another process trained to its end stays so."""
         if directory.state.state is State.FAILED:
             return
-        try:
-            with RunWriter(directory) as writer:
-                if not directory.state.state.status.is_final:
-                    writer.state(State.FAILED, directory.state.step, error)
-        except RunBusyError:
-            pass  # somebody else has taken the run up
+        with suppress(RunBusyError), RunWriter(directory) as writer:  # busy: another process has taken the run up
+            if not directory.state.state.status.is_final:
+                writer.state(State.FAILED, directory.state.step, error)

@@ -1,36 +1,36 @@
-"""Which runs of a sweep have a beginning in common, and the work of training it once.
+"""Runs of a sweep with a common beginning: found from their schedules, and trained once.
 
 Two runs of one seed take the same steps for as long as their regularizers have the same weight, if all else is equal: a
 cutoff, the end of a decay, its final weight and the length of training act from some step on. The later run is forked
-from the earlier one's checkpoint there, and ends bit for bit as if it had been trained by itself.
+from the earlier run's checkpoint at that step, and ends bit for bit as if it had been trained by itself.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from repa_lab.align.schedule import Schedule, agreement
-from repa_lab.orchestration.work import Task
+from repa_lab.orchestration.executors import Task
 from repa_lab.runs import RunsRoot, State, checkpoints
 from repa_lab.runs.files import Row
 from repa_lab.runs.forks import Fork, available, clear
 from repa_lab.spec import RunConfig
 from repa_lab.spec.identity import Run
 
-# The fields of a schedule that say the weight beforehand; the others act by what is measured.
+# The fields of a schedule that fix the weight beforehand; the other fields act by what is measured.
 _SHAPE = ("type", "end", "warmup_steps", "decay_steps", "cutoff_step", "power")
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """What is shared.
+    """The beginnings that runs share.
 
     Attributes:
-        forks: where a run begins that does not begin at its first step, by its id.
-        asked: steps of the runs that are left, each by itself.
-        trained: steps that have to be trained for them.
+        forks: where each run begins that does not begin at its first step, by the run's id.
+        asked: optimizer steps of the runs that are left, each trained by itself.
+        trained: optimizer steps that have to be trained for them.
     """
 
     forks: Mapping[str, Fork]
@@ -39,25 +39,26 @@ class Sharing:
 
 
 def share(left: Iterable[Run], done: Iterable[Run], root: RunsRoot) -> Sharing:
-    """Find the beginnings that runs have in common with each other and with runs that are done.
+    """Find the beginnings that runs share with each other and with finished runs.
 
     Args:
-        left: runs to train.
+        left: the runs to train.
         done: finished runs, of which checkpoints may be left.
-        root: where runs live.
+        root: the runs root.
     """
     groups: dict[str, _Group] = {}
     for run in done:
-        _group(groups, run).trained.append(_Trajectory(run, tuple(checkpoints.steps(root.run(run.run_id).checkpoints))))
+        trajectory = _Trajectory(run, tuple(checkpoints.steps(root.run(run.run_id).checkpoints)))
+        groups.setdefault(_group_key(run), _Group()).begun.append(trajectory)
     asked = trained = 0
     for run in left:
-        begun = max(checkpoints.steps(root.run(run.run_id).checkpoints), default=0)
+        group, begun = groups.setdefault(_group_key(run), _Group()), root.run(run.run_id).checkpoint_step
         asked += run.config.train.steps - begun
         if begun:
-            _group(groups, run).trained.append(_Trajectory(run, None))
+            group.begun.append(_Trajectory(run, None))
             trained += run.config.train.steps - begun
         else:
-            _group(groups, run).waiting.append(_Trajectory(run, None))
+            group.new.append(_Trajectory(run, None))
     forks: dict[str, Fork] = {}
     for group in groups.values():
         for trajectory, fork in group.tree():
@@ -66,47 +67,47 @@ def share(left: Iterable[Run], done: Iterable[Run], root: RunsRoot) -> Sharing:
     return Sharing(forks, asked, trained)
 
 
-class SharedWork:
-    """A list of tasks of which some wait for the beginning that they share; see
-    :class:`repa_lab.orchestration.work.Work`.
+class RunList:
+    """A fixed list of runs as a scheduler's work; a run with a fork waits for the checkpoint that it begins from.
 
     Args:
-        tasks: in order.
-        forks: where they begin.
-        root: where runs live.
+        tasks: the runs, in order.
+        root: the runs root.
+        forks: where runs begin, by their ids.
     """
 
     is_divergence_a_result = False
 
-    def __init__(self, tasks: Iterable[Task], forks: Mapping[str, Fork], root: RunsRoot) -> None:
-        kept = {
-            parent: tuple(sorted({f.step for f in forks.values() if f.parent == parent})) for parent in _parents(forks)
-        }
+    def __init__(self, tasks: Iterable[Task], root: RunsRoot, forks: Mapping[str, Fork] | None = None) -> None:
+        self._root, self._forks = root, dict(forks or {})
+        self._children: dict[str, set[str]] = {}
+        kept: dict[str, set[int]] = {}
+        for run_id, fork in self._forks.items():
+            self._children.setdefault(fork.parent, set()).add(run_id)
+            kept.setdefault(fork.parent, set()).add(fork.step)
         self._waiting = {
-            task.run.run_id: replace(task, fork=forks.get(task.run.run_id), kept=kept.get(task.run.run_id, ()))
+            (run_id := task.run.run_id): replace(
+                task, fork=self._forks.get(run_id), kept_steps=tuple(sorted(kept.get(run_id, ())))
+            )
             for task in tasks
         }
-        self._forks, self._root = forks, root
         self._running: set[str] = set()
         self._total, self._done = len(self._waiting), 0
-        self._children = {
-            parent: {c for c, fork in forks.items() if fork.parent == parent} for parent in _parents(forks)
-        }
 
     def next(self) -> Task | None:
-        """The next task whose beginning is there, or will never be."""
+        """Return the next task whose beginning is there, or will never be; None if there is none at present."""
         for run_id in sorted(self._waiting, key=lambda run_id: run_id in self._forks):
             if self._is_ready(run_id):
                 self._running.add(run_id)
                 return self._waiting.pop(run_id)
         return None
 
-    def heard(self, run_id: str, row: Row) -> Iterable[str]:
-        """A list prunes nothing."""
+    def heard(self, run_id: str, row: Row) -> Sequence[str]:
+        """Return nothing: a fixed list prunes no runs."""
         return ()
 
     def finished(self, run_id: str, state: State) -> None:
-        """A run came to rest; what was kept for others goes when the last of them is done."""
+        """Take in that a run came to rest; delete a run's kept checkpoints once all runs that begin from them are done."""
         self._running.discard(run_id)
         self._done += 1
         for parent, children in self._children.items():
@@ -116,19 +117,19 @@ class SharedWork:
                 clear(self._root.run(parent))
 
     def counts(self) -> tuple[int, int]:
-        """Tasks done, and tasks in all."""
+        """Return the number of runs done, and of runs in all."""
         return self._done, self._total
 
     def _is_ready(self, run_id: str) -> bool:
         fork = self._forks.get(run_id)
         if fork is None or fork.step in available(self._root.run(fork.parent)):
             return True
-        return fork.parent not in self._running and fork.parent not in self._waiting  # it will not get there any more
+        return fork.parent not in self._running and fork.parent not in self._waiting  # the parent failed
 
 
 @dataclass(frozen=True)
 class _Trajectory:
-    """A run, and the steps at which its state can be had: all of them while it is yet to be trained (None)."""
+    """A run, and the steps at which its state can be had: all of them while the run is yet to be trained (None)."""
 
     run: Run
     kept: tuple[int, ...] | None
@@ -138,63 +139,56 @@ class _Trajectory:
         return self.run.config.train.steps
 
     def shared(self, other: _Trajectory) -> int:
-        """How many steps of ``other`` this one can give it."""
+        """Return the number of first steps of ``other`` that this run can give it."""
         common = agreement(_schedule(self.run.config), _schedule(other.run.config), min(self.steps, other.steps))
-        if common == other.steps and not self._measures_the_end_of(other):
+        if common == other.steps and not self._measures_end_of(other):
             common -= 1
         return common if self.kept is None else max((step for step in self.kept if step <= common), default=0)
 
-    def _measures_the_end_of(self, other: _Trajectory) -> bool:
-        """Whether what the other one measures at its last step is measured here too: nothing is, without a step to take."""
-        last, own, others = other.steps, self.run.config, other.run.config
-        is_usual = last == self.steps or last % own.evaluate.every == 0
-        return is_usual and (last in own.milestones or last not in others.milestones)
+    def _measures_end_of(self, other: _Trajectory) -> bool:
+        """Whether this run measures all that ``other`` measures at its last step: a fork without a step measures nothing."""
+        last, ours, theirs = other.steps, self.run.config, other.run.config
+        is_measured = last == self.steps or last % ours.evaluate.every == 0
+        return is_measured and (last in ours.milestones or last not in theirs.milestones)
 
 
+@dataclass
 class _Group:
     """Runs that differ in nothing but the weight over the steps and the number of steps."""
 
-    def __init__(self) -> None:
-        self.trained: list[_Trajectory] = []
-        self.waiting: list[_Trajectory] = []
+    begun: list[_Trajectory] = field(default_factory=list)
+    new: list[_Trajectory] = field(default_factory=list)
 
     def tree(self) -> list[tuple[_Trajectory, Fork | None]]:
-        """The waiting runs in an order in which parents come first, each with its fork: the most steps that can be
-        shared.
+        """Return the new runs, parents first, each with the fork that shares the most steps.
 
         A common beginning is of a length that obeys ``shared(a, c) >= min(shared(a, b), shared(b, c))``, so taking the
         longest at every turn (Prim's algorithm) leaves the fewest steps to train.
         """
-        left = sorted(self.waiting, key=lambda one: -one.steps)
+        left = sorted(self.new, key=lambda run: -run.steps)
         best: dict[str, Fork] = {}
+
+        def offer(parent: _Trajectory) -> None:
+            for child in left:
+                step, known = parent.shared(child), best.get(child.run.run_id)
+                if step > (known.step if known else 0):
+                    best[child.run.run_id] = Fork(parent.run.run_id, step)
+
+        for parent in self.begun:
+            offer(parent)
         order: list[tuple[_Trajectory, Fork | None]] = []
-        for parent in self.trained:
-            _improve(best, left, parent)
         while left:
-            taken = max(left, key=lambda one: best[one.run.run_id].step if one.run.run_id in best else 0)
+            taken = max(left, key=lambda run: best[run.run.run_id].step if run.run.run_id in best else 0)
             left.remove(taken)
             order.append((taken, best.get(taken.run.run_id)))
-            _improve(best, left, taken)
+            offer(taken)
         return order
 
 
-def _improve(best: dict[str, Fork], left: list[_Trajectory], parent: _Trajectory) -> None:
-    for child in left:
-        step = parent.shared(child)
-        known = best.get(child.run.run_id)
-        if step > (known.step if known else 0):
-            best[child.run.run_id] = Fork(parent.run.run_id, step)
+def _group_key(run: Run) -> str:
+    """Return a key that is equal for runs whose first steps may be identical.
 
-
-def _group(groups: dict[str, _Group], run: Run) -> _Group:
-    return groups.setdefault(_key(run), _Group())
-
-
-def _key(run: Run) -> str:
-    """All that decides a run's steps but for the weight and their number, and what tells at once that nothing is
-    shared.
-
-    That is the weight in the first two steps: one step, which all that warms up has in common, is not worth a
+    The key has the weight in the first two steps: a single step, which all runs that warm up share, is not worth a
     checkpoint.
     """
     schedule = _schedule(run.config)
@@ -209,7 +203,3 @@ def _key(run: Run) -> str:
 
 def _schedule(config: RunConfig) -> Schedule:
     return Schedule.of(config.regularizer, config.train.steps)
-
-
-def _parents(forks: Mapping[str, Fork]) -> set[str]:
-    return {fork.parent for fork in forks.values()}

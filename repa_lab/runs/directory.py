@@ -244,7 +244,7 @@ class RunWriter:
         """Append to the run's history."""
         files.append_line(self._events, {"time": round(time.time(), 3), "event": kind, **facts})
 
-    def state(self, state: State, step: int, error: str | None = None) -> None:
+    def state(self, state: State, step: int, error: str | None = None, is_diverged: bool = False) -> None:
         """Change where the run stands and note it in the history."""
         self.event(state.value, step=step, **({"error": error} if error else {}))
-        files.write_json(self.run.path / "state.json", RunState(state, step, error).to_json())
+        files.write_json(self.run.path / "state.json", RunState(state, step, error, is_diverged).to_json())

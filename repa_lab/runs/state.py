@@ -56,22 +56,21 @@ class RunStatus(StrEnum):
         return self.is_final or self is RunStatus.STOPPED
 
 
-# A failure's reason begins with the kind of error; this one is a result of the run's settings, not a defect.
-DIVERGED = "DivergedError"
-
-
 @dataclass(frozen=True)
 class RunState:
-    """A run's state, the last step it reported, and the reason of a failure in one line."""
+    """What a run's process recorded last.
+
+    Attributes:
+        state: the state.
+        step: the last step that the process reported.
+        error: the reason of a failure in one line.
+        is_diverged: whether the run failed because its loss or its samples were no longer finite.
+    """
 
     state: State
     step: int = 0
     error: str | None = None
-
-    @property
-    def is_diverged(self) -> bool:
-        """Whether it failed because its loss or its samples were no longer finite."""
-        return self.state is State.FAILED and (self.error or "").startswith(DIVERGED)
+    is_diverged: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -80,4 +79,4 @@ class RunState:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RunState:
         """From plain data."""
-        return cls(State(value["state"]), value["step"], value["error"])
+        return cls(State(value["state"]), value["step"], value["error"], value.get("is_diverged", False))

@@ -45,9 +45,9 @@ class Journal:
         """Announce a sample grid."""
         self._tell(lambda listener: listener.image(step, path))
 
-    def state(self, state: State, step: int, error: str | None = None) -> None:
+    def state(self, state: State, step: int, error: str | None = None, is_diverged: bool = False) -> None:
         """Record where the run stands; anything but running ends the listeners."""
-        self.writer.state(state, step, error)
+        self.writer.state(state, step, error, is_diverged)
         if state is not State.RUNNING:
             self._tell(lambda listener: listener.finish(state))
 

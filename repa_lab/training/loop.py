@@ -86,7 +86,7 @@ def train(
             is_over = _is_over(trainer, directory, is_enough)
             state = State.STOPPED if is_over else fit(trainer, Kept(directory, journal), should_stop, kept, is_enough)
         except Exception as error:
-            journal.state(State.FAILED, progress.step, one_line(error))
+            journal.state(State.FAILED, progress.step, one_line(error), isinstance(error, DivergedError))
             raise
         journal.state(state, progress.step)
         return state

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from repa_lab.orchestration.estimate import estimate
-from repa_lab.orchestration.overview import as_json
+from repa_lab.orchestration.cost import estimate
+from repa_lab.orchestration.display import as_json
 from repa_lab.orchestration.plan import make_plan
 from repa_lab.runs import RunsRoot, State
 from repa_lab.spec import load_spec

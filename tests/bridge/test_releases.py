@@ -9,7 +9,7 @@ from PIL import Image
 
 from repa_lab.bridge.flavours import ASSISTED, BLOCKS, FLAVOURS, OTHER_DEFAULTS, REFUSED
 from repa_lab.models.families import FAMILIES
-from repa_lab.orchestration.check import check
+from repa_lab.orchestration.checks import check
 from repa_lab.spec import RunOptions, load_spec
 from repa_lab.training.costs import cost_of
 from repa_lab.training.fingerprints import Inventory

@@ -21,8 +21,8 @@ from repa_lab.data.arrow import HubDataset
 from repa_lab.data.crop import Buckets
 from repa_lab.data.errors import DataError
 from repa_lab.data.hub import HubData, resolve_commit
-from repa_lab.orchestration.estimate import estimate
-from repa_lab.orchestration.overview import sentences
+from repa_lab.orchestration.cost import estimate
+from repa_lab.orchestration.display import sentences
 from repa_lab.orchestration.plan import identify_run, make_plan
 from repa_lab.runs import RunsRoot
 from repa_lab.spec import load_spec

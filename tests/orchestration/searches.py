@@ -49,13 +49,13 @@ def finish(work, value):
     return tasks
 
 
-def train(root, task, values, state=State.DONE, error=None, seconds=None):
+def train(root, task, values, state=State.DONE, error=None, seconds=None, is_diverged=False):
     """Write a run's directory as training does: its rows by step, and how it ended."""
     with RunWriter(root.run(task.run.run_id)) as writer:
         writer.describe(task.run.to_json(), {"time": "2026-01-01T00:00:00Z", "processes": 2})
         for step, value in values.items():
             writer.row({"step": step, METRIC: value, **({"seconds": seconds} if seconds else {})})
-        writer.state(state, max(values, default=0), error)
+        writer.state(state, max(values, default=0), error, is_diverged)
 
 
 def states(work):

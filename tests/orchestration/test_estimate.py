@@ -11,11 +11,16 @@ from pathlib import Path
 import pytest
 
 from repa_lab.orchestration.api import sweep as carry_out
-from repa_lab.orchestration.budget import require_budget
-from repa_lab.orchestration.estimate import estimate, rounded
-from repa_lab.orchestration.overview import arm_rows, as_json, sentences, short
+from repa_lab.orchestration.cost import (
+    UTILISATION,
+    assumed_device,
+    estimate,
+    require_budget,
+    rounded,
+    seconds_per_image,
+)
+from repa_lab.orchestration.display import arm_rows, as_json, sentences, short
 from repa_lab.orchestration.plan import make_plan
-from repa_lab.orchestration.speed import UTILISATION, assumed_device, seconds_per_image
 from repa_lab.runs import RunsRoot, RunWriter, State
 from repa_lab.spec import RunOptions, SpecError, load_spec
 from repa_lab.training.costs import measurements
@@ -115,7 +120,7 @@ class TestSpeed:
 
     def test_the_papers_run_takes_the_hours_of_its_flops(self, monkeypatch):
         """REPA XL/2, 400K steps: at 13.5 % of 8 H100s the published 20.6 h are 165 GPU hours (papers.md, section 7)."""
-        monkeypatch.setattr("repa_lab.orchestration.speed.UTILISATION", 0.135)
+        monkeypatch.setattr("repa_lab.orchestration.cost.UTILISATION", 0.135)
         options = RunOptions(precision="bf16")
         assert assumed_device(options, Path("nowhere"))[0].peak("bf16") == 989e12
         settings = {

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from repa_lab.orchestration.executors import ExecutorError
-from repa_lab.orchestration.executors.devices import assign, visible_gpus
-from repa_lab.orchestration.executors.local import LocalExecutor
-from repa_lab.orchestration.executors.opening import local_slots
+from repa_lab.orchestration.executors.local import LocalExecutor, assign, local_slots, visible_gpus
 from repa_lab.spec import RunOptions, SpecError
 
 LISTED = "GPU 0: NVIDIA A100 (UUID: GPU-aa)\nGPU 1: NVIDIA A100 (UUID: GPU-bb)\n"
@@ -120,11 +118,16 @@ def test_every_worker_sees_the_gpus_of_its_slot(tmp_path):
         executor.close()
 
 
-def test_without_gpus_the_environment_stays_as_it_is(tmp_path):
+def test_workers_hear_of_no_launcher_and_the_rest_of_the_environment_stays_as_it_is(tmp_path, monkeypatch):
+    before = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launched = {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "head", "TORCHELASTIC_RUN_ID": "x"}
+    launched |= {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "OMPI_COMM_WORLD_SIZE": "4", "PMI_SIZE": "4"}
+    for name, value in {**launched, "ACCELERATE_USE_FSDP": "true", "MV2_COMM_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
     executor = LocalExecutor([None], tmp_path / "log")
     try:
         ((found,),) = environments(executor)
-        assert found == {**os.environ, "OMP_NUM_THREADS": "1"}
+        assert found == before
     finally:
         executor.close()
 

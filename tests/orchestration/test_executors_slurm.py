@@ -14,10 +14,11 @@ import yaml
 from rich.console import Console
 
 from repa_lab import plan, sweep
+from repa_lab.orchestration.display import ProgressView
+from repa_lab.orchestration.executors import Task
 from repa_lab.orchestration.executors.slurm import SlurmExecutor, sbatch_parameters
 from repa_lab.orchestration.scheduler import Scheduler
-from repa_lab.orchestration.view import View
-from repa_lab.orchestration.work import FixedWork, Task
+from repa_lab.orchestration.sharing import RunList
 from repa_lab.runs import RunsRoot, State
 from repa_lab.spec import RunOptions, SpecError
 from tests.faults.processes import meanwhile, signal_holders, steps_of, wait_until
@@ -46,11 +47,12 @@ def local(tiny, tmp_path_factory):
 def carry_out(spec, root: Path, executor: SlurmExecutor) -> dict[str, str]:
     """What `sweep` does, with this executor."""
     planned = plan(spec, root)
-    with View(Console(quiet=True), "tiny", executor.slots) as view:
+    with ProgressView(Console(quiet=True), "tiny", executor.slots) as view:
         scheduler = Scheduler(executor, planned.root, planned.experiment.run, "tiny", view)
         try:
             scheduler.prepare({entry.run.config: entry.arm for entry in planned.runs})
-            return scheduler.run(FixedWork(Task(run, run.run_id) for run in planned.pending))
+            scheduler.run(RunList((Task(run, run.run_id) for run in planned.pending), planned.root))
+            return scheduler.failures
         finally:
             executor.close()
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from repa_lab.orchestration.estimate import estimate
-from repa_lab.orchestration.overview import arm_rows, run_rows, sentences
+from repa_lab.orchestration.cost import estimate
+from repa_lab.orchestration.display import arm_rows, run_rows, sentences
 from repa_lab.orchestration.plan import baselines, identify_arm, make_plan
 from repa_lab.runs import RunsRoot, RunStatus, RunWriter, State, checkpoints
 from repa_lab.runs.directory import RunBusyError

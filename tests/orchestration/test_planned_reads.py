@@ -13,7 +13,7 @@ import collections, json, os, sys
 from pathlib import Path
 from repa_lab.runs import RunsRoot
 from repa_lab.spec import load_spec
-from repa_lab.orchestration.estimate import estimate
+from repa_lab.orchestration.cost import estimate
 from repa_lab.orchestration.plan import make_plan
 from repa_lab.orchestration.search.searches import Searches
 

@@ -39,7 +39,7 @@ def test_refusals_name_the_arm_the_setting_and_the_reason(tiny, tmp_path, monkey
     )  # or a hub that is not there is tried for a minute
     with pytest.raises(RefusedError) as caught:
         prepare(configs(tiny(), **overrides), CPU, tmp_path, lambda task: lambda done, total: None)
-    assert (caught.value.arm, caught.value.path) == (arm, path)
+    assert (caught.value.config, caught.value.path) == (arm, path)
     assert str(caught.value).startswith(message)
 
 
@@ -100,4 +100,4 @@ def test_a_refusal_names_the_first_arm_that_has_the_setting(tiny, tmp_path):
     spec = tiny(axes=sizes, compare={"baseline": {"regularizer.weight": 0.1}})
     with pytest.raises(RefusedError) as caught:
         prepare(configs(spec), CPU, tmp_path, lambda task: lambda done, total: None)
-    assert (caught.value.arm, caught.value.path) == (2, "regularizer.encoder.name")
+    assert (caught.value.config, caught.value.path) == (2, "regularizer.encoder.name")

@@ -11,9 +11,9 @@ import yaml
 from PIL import Image
 
 from repa_lab.data.layout import IMAGES, LATENTS
-from repa_lab.orchestration.estimate import estimate
+from repa_lab.orchestration.cost import estimate
 from repa_lab.orchestration.plan import make_plan
-from repa_lab.orchestration.props import Props
+from repa_lab.orchestration.rehearsal import TinyAssets
 from repa_lab.runs import RunsRoot, State
 from repa_lab.spec import SpecError, load_spec
 from repa_lab.spec.identity import Run
@@ -122,7 +122,7 @@ def test_captions_are_asked_for_elsewhere(tiny, root, tmp_path):
 
 def test_a_rehearsal_takes_a_few_of_the_images(tiny, root, tmp_path):
     data = load_spec(spec_of(tiny, root)).arms[0].config.data
-    found = Props(tmp_path).images(data)
+    found = TinyAssets(tmp_path).images(data)
     files = sorted(Path(found["path"]).rglob("*.png"))
     assert found["source"] == "imagefolder"
     assert [file.parent.name for file in files] == [f"{3 * i // COUNT:04d}" for i in range(COUNT)]

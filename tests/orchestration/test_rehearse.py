@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from repa_lab import load_results, load_spec, sweep
-from repa_lab.orchestration.rehearse import MARK, rehearsal_root, rehearse
+from repa_lab.orchestration.rehearsal import MARK, rehearsal_root, rehearse_experiment
 from repa_lab.runs import RunsRoot, State, checkpoints
 from repa_lab.spec import SpecError
 from tests.training.pretrained import write_images
@@ -78,21 +78,21 @@ class TestWhatIsRehearsed:
     def test_a_schedule_keeps_its_proportions_and_all_its_parts(self, tmp_path):
         schedule = {"type": "cosine", "warmup_steps": 100, "decay_steps": 5000, "cutoff_step": 2600}
         experiment = rehearsed(tmp_path, regularizer={"type": "repa", "schedule": schedule})
-        (arm,) = rehearse(experiment, tmp_path / "root").arms
+        (arm,) = rehearse_experiment(experiment, tmp_path / "root").arms
         shape = arm.config.regularizer.schedule
         assert (shape.warmup_steps, shape.decay_steps, shape.cutoff_step) == (1, 4, 3)
         assert arm.config.train.steps == 4
 
     def test_a_block_means_the_same(self, tmp_path):
         experiment = rehearsed(tmp_path, axes={"regularizer.block_index": [8, 56]})
-        arms = rehearse(experiment, tmp_path / "root").arms
+        arms = rehearse_experiment(experiment, tmp_path / "root").arms
         assert [arm.config.regularizer.block_index for arm in arms] == [8, 56]
         config = yaml.safe_load((Path(arms[0].config.model.pretrained) / "transformer" / "config.json").read_text())
         assert (config["num_layers"], config["num_single_layers"]) == (19, 38)
 
     def test_a_model_from_scratch_keeps_its_depth_and_its_patch(self, tmp_path):
         experiment = load_spec(EXPERIMENTS / "paper/repa/b2.yaml")
-        for arm in rehearse(experiment, tmp_path / "root").arms:
+        for arm in rehearse_experiment(experiment, tmp_path / "root").arms:
             assert arm.config.model.size == "narrow-B/2"
             assert arm.config.data.vae.startswith(str(tmp_path))
 
@@ -103,7 +103,7 @@ class TestWhatIsRehearsed:
             "resolution": 1024,
             "vae": "somebody/better-vae",
         }
-        (arm,) = rehearse(rehearsed(tmp_path, data=data), tmp_path / "root").arms
+        (arm,) = rehearse_experiment(rehearsed(tmp_path, data=data), tmp_path / "root").arms
         assert arm.config.data.vae == arm.config.model.pretrained
         config = yaml.safe_load((Path(arm.config.data.vae) / "vae" / "config.json").read_text())
         assert config["shift_factor"] is not None  # by which Flux shifts what it decodes
@@ -111,7 +111,7 @@ class TestWhatIsRehearsed:
     def test_encoders_are_tiny_ones_of_the_same_patches(self, tmp_path):
         names = ["dinov2_vitg14", "dinov3_vitb16", "convnext_tiny", "efficientnet_lite0"]
         experiment = rehearsed(tmp_path, axes={"regularizer.encoder.name": names})
-        encoders = [arm.config.regularizer.encoder for arm in rehearse(experiment, tmp_path / "root").arms]
+        encoders = [arm.config.regularizer.encoder for arm in rehearse_experiment(experiment, tmp_path / "root").arms]
         assert [one.name for one in encoders] == [
             "tiny-dinov2_vitg14",
             "tiny-dinov3_vitb16",
@@ -123,7 +123,7 @@ class TestWhatIsRehearsed:
     def test_the_specs_own_images_are_used_where_they_are(self, tmp_path):
         own = write_images(tmp_path / "own", count=60)
         experiment = rehearsed(tmp_path, data={"source": "imagefolder", "path": str(own), "resolution": 1024})
-        (arm,) = rehearse(experiment, tmp_path / "root").arms
+        (arm,) = rehearse_experiment(experiment, tmp_path / "root").arms
         few = Path(arm.config.data.path)
         files = sorted(few.glob("*.png"))
         assert len(files) == 24

@@ -1,6 +1,7 @@
 """The order of a sweep's runs, and when it gives up: real sweeps in real worker processes."""
 
 import io
+import json
 import signal
 import time
 
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from repa_lab import plan, sweep
 from repa_lab.orchestration.api import SweepBrokenError, SweepBusyError
-from repa_lab.orchestration.jobs import PrepareJob, TrainJob, parse_job
+from repa_lab.orchestration.executors import PrepareJob, Task, TrainJob, dump_job, parse_job
 from repa_lab.orchestration.worker import train_run, train_within_memory
 from repa_lab.runs import RunsRoot, RunWriter, State
 from repa_lab.spec import RunOptions
@@ -144,9 +145,9 @@ def test_jobs_carry_every_option(tmp_path):
         }
     )
     run, root = make_run(), RunsRoot(tmp_path)
-    for job in (TrainJob(run, "name", "group", options, root), PrepareJob((run.config,), options, root)):
-        found = parse_job(job.to_json())
-        assert found.options == options and found.to_json() == job.to_json()
+    for job in (TrainJob(Task(run, "name"), "group", options, root), PrepareJob((run.config,), options, root)):
+        found = parse_job(json.loads(json.dumps(dump_job(job))))
+        assert found.options == options and dump_job(found) == dump_job(job)
 
 
 class TestMemory:
@@ -166,7 +167,7 @@ class TestMemory:
         handle.remove()
 
     def job(self, tmp_path, run=None, **options) -> TrainJob:
-        return TrainJob(run or make_run(), "name", "group", make_options(**options), RunsRoot(tmp_path))
+        return TrainJob(Task(run or make_run(), "name"), "group", make_options(**options), RunsRoot(tmp_path))
 
     def train(self, job: TrainJob, cache):
         """With the caches that all tests share."""

@@ -143,7 +143,14 @@ class TestDiverged:
     def test_a_group_with_a_diverged_run_is_the_worst_and_not_lost(self, search, tmp_path):
         work = search(trials=2)
         first, second = take(work)
-        train(RunsRoot(tmp_path), first, {3: 5.0}, State.FAILED, "DivergedError: the loss is nan at step 4")
+        train(
+            RunsRoot(tmp_path),
+            first,
+            {3: 5.0},
+            State.FAILED,
+            "DivergedError: the loss is nan at step 4",
+            is_diverged=True,
+        )
         work.finished(first.run.run_id, State.FAILED)
         assert list(work.heard(second.run.run_id, {"step": 3, METRIC: 5.0})) == [second.run.run_id]
         work.finished(second.run.run_id, State.PRUNED)
@@ -157,7 +164,7 @@ class TestDiverged:
     def test_its_other_seeds_are_not_begun(self, search, tmp_path):
         work = search(trials=1)
         first = work.next()
-        train(RunsRoot(tmp_path), first, {}, State.FAILED, "DivergedError: the loss is nan at step 1")
+        train(RunsRoot(tmp_path), first, {}, State.FAILED, "DivergedError: the loss is nan at step 1", is_diverged=True)
         work.finished(first.run.run_id, State.FAILED)
         assert work.next() is None and states(work) == ["diverged"]
 

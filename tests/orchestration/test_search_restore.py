@@ -35,7 +35,7 @@ class TestLostStudy:
             train(root, task, {3: 9.0, 6: value})
         for task in groups[1]:
             train(root, task, {3: 7.0}, State.PRUNED)
-        train(root, groups[2][0], {}, State.FAILED, "DivergedError: the loss is nan at step 1")
+        train(root, groups[2][0], {}, State.FAILED, "DivergedError: the loss is nan at step 1", is_diverged=True)
         train(root, groups[3][0], {6: 4.0})
         train(root, groups[3][1], {3: 4.0}, State.INTERRUPTED)
         drawn = weights(work)

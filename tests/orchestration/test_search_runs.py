@@ -17,7 +17,7 @@ import yaml
 
 from repa_lab import load_spec, plan, sweep
 from repa_lab.orchestration.plan import make_plan
-from repa_lab.orchestration.rehearse import rehearse
+from repa_lab.orchestration.rehearsal import rehearse_experiment
 from repa_lab.orchestration.search.searches import Searches
 from repa_lab.orchestration.search.study import StorageError, open_storage
 from repa_lab.runs import RunsRoot, State
@@ -185,7 +185,7 @@ def test_a_rehearsed_search_has_two_trials_a_metric_that_is_measured_and_a_study
 ):
     monkeypatch.chdir(tmp_path)
     root = RunsRoot(tmp_path / "runs")
-    rehearsed = make_plan(rehearse(load_spec(spec_of(tiny, **REHEARSED)), root.path), root)
+    rehearsed = make_plan(rehearse_experiment(load_spec(spec_of(tiny, **REHEARSED)), root.path), root)
     search = rehearsed.experiment.search
     assert ([objective.metric for objective in search.objectives], search.trials) == (["seconds", "frechet"], 2)
     folder = root.sweep("tiny-rehearsal")

@@ -9,8 +9,8 @@ import pytest
 
 from repa_lab import plan, sweep
 from repa_lab.align.schedule import agreement
-from repa_lab.orchestration.sharing import SharedWork, _schedule, share
-from repa_lab.orchestration.work import Task
+from repa_lab.orchestration.executors import Task
+from repa_lab.orchestration.sharing import RunList, _schedule, share
 from repa_lab.runs import RunsRoot, State
 from repa_lab.runs.forks import Fork, available, clear, written_by
 from repa_lab.spec import StopRule
@@ -218,7 +218,7 @@ class TestForked:
 class TestTheWork:
     def work(self, tmp_path, *steps):
         runs, root = cutoffs(*steps), RunsRoot(tmp_path)
-        return SharedWork([Task(run, run.run_id) for run in runs], share(runs, [], root).forks, root), root
+        return RunList([Task(run, run.run_id) for run in runs], root, share(runs, [], root).forks), root
 
     def keep(self, root, run_id, step):
         folder = root.run(run_id).forks / f"step-{step:08d}"

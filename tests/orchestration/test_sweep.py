@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from repa_lab import load_results, plan, sweep
-from repa_lab.orchestration.single import run_one
+from repa_lab.orchestration.api import run_one
 from repa_lab.runs import RunsRoot, State
 from repa_lab.spec import SpecError
 

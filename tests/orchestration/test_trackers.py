@@ -6,9 +6,9 @@ import importlib.util
 
 import pytest
 
-from repa_lab.orchestration.check import check
-from repa_lab.orchestration.jobs import TrainJob
-from repa_lab.orchestration.worker import _compared, trackers
+from repa_lab.orchestration.checks import check
+from repa_lab.orchestration.executors import Task, TrainJob
+from repa_lab.orchestration.worker import _compared, open_trackers
 from repa_lab.report.headline import Compared
 from repa_lab.runs import RunsRoot
 from repa_lab.spec import RunOptions, SpecError, load_spec
@@ -18,7 +18,7 @@ from tests.training.conftest import make_run
 
 
 def job(root: RunsRoot, **options) -> TrainJob:
-    return TrainJob(make_run(), "an arm, seed 0", "mine", RunOptions.model_validate(options), root)
+    return TrainJob(Task(make_run(), "an arm, seed 0"), "mine", RunOptions.model_validate(options), root)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def job(root: RunsRoot, **options) -> TrainJob:
     ],
 )
 def test_who_listens(tmp_path, options, listeners):
-    assert [type(listener).__name__ for listener in trackers(job(RunsRoot(tmp_path), **options))] == listeners
+    assert [type(listener).__name__ for listener in open_trackers(job(RunsRoot(tmp_path), **options))] == listeners
 
 
 def test_a_headline_is_of_what_the_sweep_compares_or_else_of_what_the_run_measures(tmp_path):

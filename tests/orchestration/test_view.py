@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from repa_lab.orchestration.view import View
+from repa_lab.orchestration.display import ProgressView
 from repa_lab.runs import State
 
 NAME = "with [/x] and [red]not[/red] :100:, seed 0"
@@ -12,7 +12,7 @@ NAME = "with [/x] and [red]not[/red] :100:, seed 0"
 
 def test_a_name_is_shown_as_it_is_written(tmp_path):
     seen = io.StringIO()
-    with View(Console(file=seen, width=200), "tiny", 1) as view:
+    with ProgressView(Console(file=seen, width=200), "tiny", 1) as view:
         view.progress(NAME, 3, 3)
         view.started("abc", NAME, 6)
         view.row("abc", {"step": 1, "loss/total": 0.5})
@@ -27,7 +27,7 @@ def test_a_name_is_shown_as_it_is_written(tmp_path):
 def test_the_live_table_shows_it_too():
     seen = io.StringIO()
     console = Console(file=seen, width=200)
-    view = View(console, "tiny", 1)
+    view = ProgressView(console, "tiny", 1)
     view.started("abc", NAME, 6)
     console.print(view._render())
     assert NAME in seen.getvalue()

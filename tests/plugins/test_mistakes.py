@@ -11,7 +11,7 @@ import pytest
 
 from repa_lab import plan, sweep
 from repa_lab.align.settings import REGULARIZERS
-from repa_lab.orchestration.jobs import PrepareJob, TrainJob, parse_job
+from repa_lab.orchestration.executors import PrepareJob, Task, TrainJob, dump_job, parse_job
 from repa_lab.registry import PluginError, load_plugins, loaded_plugins
 from repa_lab.runs import RunsRoot, State
 from repa_lab.spec import SpecError, load_spec
@@ -178,7 +178,7 @@ class TestMistakes:
 
 
 def as_told(job: TrainJob | PrepareJob) -> dict:
-    return json.loads(json.dumps(job.to_json()))
+    return json.loads(json.dumps(dump_job(job)))
 
 
 class TestWorkers:
@@ -187,7 +187,7 @@ class TestWorkers:
     def jobs(self, file: Path, root: Path) -> list[TrainJob]:
         experiment = load_spec(file)
         runs = [entry.run for entry in plan(file, root).runs]
-        return [TrainJob(run, "x", "mine", experiment.run, RunsRoot(root)) for run in runs]
+        return [TrainJob(Task(run, "x"), "mine", experiment.run, RunsRoot(root)) for run in runs]
 
     def test_they_load_what_was_planned_with(self, tmp_path):
         file = spec_of(tmp_path)
@@ -200,7 +200,7 @@ class TestWorkers:
     def test_a_file_that_has_changed_is_refused(self, tmp_path):
         file = spec_of(tmp_path)
         job, _ = self.jobs(file, tmp_path / "runs")
-        prepare = PrepareJob((job.run.config,), job.options, job.root)
+        prepare = PrepareJob((job.task.run.config,), job.options, job.root)
         told = [as_told(one) for one in (job, prepare)]
         (tmp_path / "mine.py").write_text(MINE + "# edited\n")
         for one in told:
@@ -215,7 +215,7 @@ class TestWorkers:
 
     def test_a_running_worker_refuses_it_and_goes_on(self, tmp_path):
         job, _ = self.jobs(spec_of(tmp_path), tmp_path / "runs")
-        told = [as_told(one) for one in (job, PrepareJob((job.run.config,), job.options, job.root))]
+        told = [as_told(one) for one in (job, PrepareJob((job.task.run.config,), job.options, job.root))]
         (tmp_path / "mine.py").write_text(MINE + "# edited\n")
         with subprocess.Popen(
             [sys.executable, "-m", "repa_lab.orchestration.worker"],
@@ -230,7 +230,7 @@ class TestWorkers:
         assert ready["kind"] == "ready"
         assert (train["kind"], train["run_id"], train["state"], train["error"]) == (
             "finished",
-            job.run.run_id,
+            job.task.run.run_id,
             State.FAILED,
             line,
         )
@@ -245,7 +245,7 @@ class TestWorkers:
         load_spec(other)
         job, baseline = self.jobs(spec_of(tmp_path), tmp_path / "runs")
         (tmp_path / "other" / "mine.py").unlink()
-        assert list(job.to_json()["plugins"]) == [str(tmp_path / "mine.py")]
+        assert list(dump_job(job)["plugins"]) == [str(tmp_path / "mine.py")]
         for one in (job, baseline):
             told = as_told(one)
             forget()

@@ -43,11 +43,11 @@ def test_a_status_is_read_from_record_lock_and_checkpoints(tmp_path, recorded, c
 
 
 @pytest.mark.parametrize("state", list(State))
-@pytest.mark.parametrize("step, error", [(0, None), (10**9, "ValueError: \n é")])
-def test_states_survive_json(state, step, error):
-    given = RunState(state, step, error)
+@pytest.mark.parametrize("step, error, is_diverged", [(0, None, False), (10**9, "ValueError: \n é", True)])
+def test_states_survive_json(state, step, error, is_diverged):
+    given = RunState(state, step, error, is_diverged)
     plain = json.loads(json.dumps(given.to_json()))
-    assert plain == {"state": state.value, "step": step, "error": error}
+    assert plain == {"state": state.value, "step": step, "error": error, "is_diverged": is_diverged}
     assert RunState.from_json(plain) == given
 
 

@@ -352,7 +352,7 @@ class TestFailing:
         failed_at = int(str(caught.value).split()[-1])
         state = directory.state
         assert (state.state, state.step) == (State.FAILED, failed_at)
-        assert state.error == f"DivergedError: {caught.value}"
+        assert (state.error, state.is_diverged) == (f"DivergedError: {caught.value}", True)
         assert all(math.isfinite(value) for row in directory.rows() for value in row.values())
         assert max(checkpoints.steps(directory.checkpoints)) < failed_at
         before = rows(directory)

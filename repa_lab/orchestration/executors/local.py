@@ -1,32 +1,48 @@
-"""Warm worker processes on this machine, one for each slot or several that share its runs.
+"""Warm worker processes on this machine: one in each slot, or several that share the slot's run.
 
-A crash costs one run: its slot comes back with new processes.
+A crash costs one run: its slot gets new processes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TextIO
 
-from repa_lab.orchestration.jobs import FINAL, Job, PrepareJob, Report, TrainJob
+from repa_lab.orchestration.executors import (
+    ExecutorError,
+    Job,
+    MessageKind,
+    PrepareJob,
+    TrainJob,
+    WorkerMessage,
+    dump_job,
+    launcher_variables,
+    parse_message,
+)
 from repa_lab.runs import State
+from repa_lab.spec import RunOptions
 
 _CLOSE_PATIENCE_S = 90.0
+_NVIDIA_SMI_PATIENCE_S = 30.0
+_GPU = re.compile(r"^GPU (\d+): ")
+_MIG_DEVICE = re.compile(r"^\s+MIG .*\(UUID: (MIG-[^)]+)\)")
 
 
 @dataclass(eq=False)
 class _Process:
-    """One worker; of those that share a slot, the first (rank 0) speaks for all."""
+    """A worker process; of those that share a slot, the process of rank 0 speaks for all."""
 
     popen: subprocess.Popen[bytes]
     slot: _Slot
@@ -44,41 +60,41 @@ class _Process:
         return self.popen.stdout
 
     def send(self, message: object) -> None:
-        with suppress(BrokenPipeError):  # the process is gone; poll hears of it
+        with suppress(BrokenPipeError):  # the process has died; poll reports it
             self.stdin.write(json.dumps(message).encode() + b"\n")
             self.stdin.flush()
 
     def lines(self) -> list[bytes] | None:
-        """Complete lines that have arrived, None at the end; a buffered file would hide some from select."""
+        """Read the complete lines that have arrived; None at the end. A buffered file would hide lines from select."""
         chunk = os.read(self.stdout.fileno(), 1 << 16)
         *complete, self.partial = (self.partial + chunk).split(b"\n")
         return complete if chunk else None
 
     def kill(self) -> None:
-        """With all that it has started, such as data loaders."""
+        """Kill the process and all that it has started, such as data loaders."""
         with suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
 
 
 @dataclass(eq=False)
 class _Slot:
-    """Processes that train one run at a time; ``devices`` is their ``CUDA_VISIBLE_DEVICES``, None to leave that as it is."""
+    """Processes that train one run at a time; ``devices`` is their ``CUDA_VISIBLE_DEVICES``, None leaves it as it is."""
 
     devices: str | None
     job: Job | None = None
     processes: list[_Process] = field(default_factory=list)
 
     def is_training(self, run_id: str | None) -> bool:
-        return isinstance(self.job, TrainJob) and self.job.run.run_id == run_id
+        return isinstance(self.job, TrainJob) and self.job.name == run_id
 
 
 class LocalExecutor:
     """Slots of worker processes, each with its share of the cores unless OMP_NUM_THREADS is set.
 
     Args:
-        devices: the ``CUDA_VISIBLE_DEVICES`` of every slot; None leaves it as it is.
-        log: where errors go.
-        processes: how many share each run.
+        devices: the ``CUDA_VISIBLE_DEVICES`` of every slot; None leaves the variable as it is.
+        log: the file to which the processes write their errors.
+        processes: the number of processes that share each run.
     """
 
     def __init__(self, devices: Sequence[str | None], log: Path, processes: int = 1) -> None:
@@ -92,52 +108,52 @@ class LocalExecutor:
 
     @property
     def slots(self) -> int:
-        """See :class:`Executor`."""
+        """The number of jobs that can be in hand at a time."""
         return len(self._slots)
 
     def free(self) -> int:
-        """See :class:`Executor`."""
+        """Return the number of slots that wait for a job."""
         return sum(slot.job is None for slot in self._slots)
 
     def submit(self, job: Job) -> None:
-        """See :class:`Executor`; preparing is the first process's alone."""
+        """Give a free slot a job; the slot's first process alone fills caches."""
         slot = next(slot for slot in self._slots if slot.job is None)
         slot.job = job
         for process in slot.processes[:1] if isinstance(job, PrepareJob) else slot.processes:
-            process.send(job.to_json())
+            process.send(dump_job(job))
 
     def stop(self, run_id: str, state: State) -> None:
-        """See :class:`Executor`."""
+        """Ask for a run to end after its present step, with a checkpoint, in this state."""
         for slot in self._slots:
             if slot.is_training(run_id):
                 slot.processes[0].send({"kind": "stop", "state": state.value})
 
     def kill(self, run_id: str) -> None:
-        """See :class:`Executor`."""
+        """End a run at once, whatever it does."""
         for slot in self._slots:
             if slot.is_training(run_id):
                 slot.processes[0].kill()
 
     def withdraw(self) -> list[str]:
-        """See :class:`Executor`; nothing waits here."""
+        """Return nothing: no job waits in a queue here."""
         return []
 
-    def poll(self, timeout: float) -> list[Report]:
-        """See :class:`Executor`."""
-        reports: list[Report] = []
+    def poll(self, timeout: float) -> list[WorkerMessage]:
+        """Return what the workers have said, waiting up to ``timeout`` seconds for a first message."""
+        messages: list[WorkerMessage] = []
         for key, _ in self._selector.select(timeout):
             process: _Process = key.data
             if process not in process.slot.processes:
-                continue  # it was replaced after another of its slot had died
+                continue  # the process was replaced after another of its slot had died
             lines = process.lines()
             if lines is None:
-                reports.append(self._bury(process))
+                messages.append(self._replace_dead(process))
             for line in lines or []:
-                reports += self._hear(process, Report.from_json(json.loads(line)))
-        return reports
+                messages += self._take_in(process, parse_message(json.loads(line)))
+        return messages
 
     def close(self) -> None:
-        """See :class:`Executor`."""
+        """End all processes; runs in hand are checkpointed first."""
         processes = [process for slot in self._slots for process in slot.processes]
         for process in processes:
             with suppress(BrokenPipeError):
@@ -152,27 +168,26 @@ class LocalExecutor:
         self._selector.close()
         self._log.close()
 
-    def _hear(self, process: _Process, report: Report) -> list[Report]:
-        """What a process says that is news: the first of a slot says all, the others only why they failed."""
-        slot, failed = process.slot, report.state is State.FAILED
-        if process.rank > 0 and not (failed and slot.is_training(report.run_id)):
+    def _take_in(self, process: _Process, message: WorkerMessage) -> list[WorkerMessage]:
+        """Return the message if it is news: rank 0 says everything, other ranks only why they failed."""
+        slot = process.slot
+        if process.rank > 0 and not (message.is_failure and slot.is_training(message.run_id)):
             return []
-        if report.kind in FINAL:
+        if message.kind.ends_job:
             slot.job = None
-            if failed and self._count > 1:  # the others may wait for this one for ever
+            if message.is_failure and self._count > 1:  # the other ranks may wait for this one for ever
                 self._restart(slot)
-        return [report]
+        return [message]
 
-    def _bury(self, process: _Process) -> Report:
-        """A worker died: say which run it took along, and put new processes in its slot."""
+    def _replace_dead(self, process: _Process) -> WorkerMessage:
+        """Put new processes into the slot of a worker that died, and return the failure of its run."""
         code = process.popen.wait()
-        job = process.slot.job
-        process.slot.job = None
+        job, process.slot.job = process.slot.job, None
         self._restart(process.slot)
         cause = f"signal {-code}" if code < 0 else f"exit status {code}"
         if isinstance(job, TrainJob):
-            return Report("finished", run_id=job.run.run_id, state=State.FAILED, error=f"the worker died ({cause})")
-        return Report("broken", error=f"a worker died ({cause}); see {self._log.name}")
+            return WorkerMessage.failure(job, f"the worker died ({cause})")
+        return WorkerMessage(MessageKind.BROKEN, error=f"a worker died ({cause}); see {self._log.name}")
 
     def _restart(self, slot: _Slot) -> None:
         for process in slot.processes:
@@ -184,16 +199,18 @@ class LocalExecutor:
 
     def _start(self, slot: _Slot) -> None:
         port = _free_port() if self._count > 1 else 0
-        slot.processes = [
-            _Process(_start_worker(self._environment(slot, rank, port), self._log), slot, rank)
-            for rank in range(self._count)
-        ]
-        for process in slot.processes:
+        for rank in range(self._count):
+            popen = _start_worker(self._environment(slot, rank, port), self._log)
+            process = _Process(popen, slot, rank)
+            slot.processes[rank:] = [process]
             self._selector.register(process.stdout, selectors.EVENT_READ, process)
 
     def _environment(self, slot: _Slot, rank: int, port: int) -> dict[str, str]:
+        """Return the environment of a worker, which says nothing of a launcher but what the executor says itself."""
         environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ}
-        if slot.devices is not None:  # numbered as nvidia-smi does, not by speed
+        for name in launcher_variables(environment):
+            del environment[name]
+        if slot.devices is not None:  # PCI_BUS_ID numbers GPUs as nvidia-smi does, not by speed
             environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **environment, "CUDA_VISIBLE_DEVICES": slot.devices}
         if self._count > 1:  # what torchrun sets
             size = str(self._count)
@@ -217,3 +234,67 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def local_slots(options: RunOptions, runs: int | None, workers: int | None) -> list[str | None]:
+    """Return the ``CUDA_VISIBLE_DEVICES`` of every slot on this machine; None where there is no GPU to share out.
+
+    Raises:
+        ExecutorError: a run wants more GPUs than there are.
+    """
+    gpus = () if options.device == "cpu" else visible_gpus()
+    if gpus:
+        slots = assign(gpus, options.gpus_per_run, options.slots_per_gpu, workers)
+        return [*slots[: max(1, runs) if runs is not None and workers is None else None]]
+    cores = (os.cpu_count() or 1) // options.gpus_per_run
+    return [None] * (workers or max(1, min(cores, cores if runs is None else runs)))
+
+
+def visible_gpus(environment: Mapping[str, str] = os.environ, dev: Path = Path("/dev")) -> tuple[str, ...]:
+    """Return the GPUs that this process may use, by the names that ``CUDA_VISIBLE_DEVICES`` takes; asks no torch.
+
+    Args:
+        environment: the GPUs that its ``CUDA_VISIBLE_DEVICES`` names; without it, those that ``nvidia-smi`` lists.
+        dev: the folder of device files, looked at where ``nvidia-smi`` is missing.
+    """
+    limit = environment.get("CUDA_VISIBLE_DEVICES")
+    if limit is not None:
+        names = [name.strip() for name in limit.split(",")]
+        return tuple(name for name in names if name and name != "-1")
+    tool = shutil.which("nvidia-smi", path=environment.get("PATH"))
+    if tool is not None:
+        with suppress(OSError, subprocess.SubprocessError):
+            listing = [tool, "-L"]
+            done = subprocess.run(listing, capture_output=True, text=True, timeout=_NVIDIA_SMI_PATIENCE_S, check=True)
+            return _listed_gpus(done.stdout)
+    return tuple(sorted((path.name[6:] for path in dev.glob("nvidia[0-9]*")), key=int))
+
+
+def _listed_gpus(listing: str) -> tuple[str, ...]:
+    """Return the GPUs of ``nvidia-smi -L``; a GPU split by MIG is its MIG devices, for the whole cannot be used then."""
+    gpus: dict[str, list[str]] = {}
+    for line in listing.splitlines():
+        if match := _GPU.match(line):
+            gpus[match[1]] = []
+        elif (match := _MIG_DEVICE.match(line)) and gpus:
+            gpus[next(reversed(gpus))].append(match[1])
+    return tuple(name for gpu, mig_devices in gpus.items() for name in mig_devices or [gpu])
+
+
+def assign(gpus: tuple[str, ...], per_run: int, per_gpu: int, workers: int | None) -> list[str]:
+    """Return the ``CUDA_VISIBLE_DEVICES`` of every slot; slots are spread over the GPUs before any two share one.
+
+    Args:
+        gpus: all GPUs; those that do not make up a whole slot stay idle.
+        per_run: the number of GPUs of a slot.
+        per_gpu: the number of slots that share a GPU.
+        workers: the number of slots; None makes as many as the GPUs give.
+
+    Raises:
+        ExecutorError: a run wants more GPUs than there are.
+    """
+    if len(gpus) < per_run:
+        raise ExecutorError("gpus_per_run", f"a run shall have {per_run} GPUs, and this machine has {len(gpus)}")
+    groups = [",".join(gpus[first : first + per_run]) for first in range(0, len(gpus) - per_run + 1, per_run)]
+    count = workers or len(groups) * per_gpu
+    return [groups[number % len(groups)] for number in range(count)]

@@ -1,4 +1,4 @@
-"""A Ray cluster: each run is a task of it. What is lost with a worker or a node starts again from its last checkpoint."""
+"""A Ray cluster: each run is a Ray task. A run whose worker or node is lost goes on from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import socket
 import time
 from typing import Any
 
-from repa_lab.orchestration.executors import ExecutorError
-from repa_lab.orchestration.executors.detached import Shared, carry_out, failure, unshared
-from repa_lab.orchestration.jobs import Job, Report, TrainJob
+from repa_lab.orchestration.executors import ExecutorError, Job, TrainJob, WorkerMessage, parse_message
+from repa_lab.orchestration.executors.detached import SharedFolder, carry_out, sharing_problem
 from repa_lab.runs import RunsRoot, State
 from repa_lab.spec import RunOptions
 
@@ -20,66 +19,70 @@ _CONNECT_PATIENCE_S = 15.0
 
 
 class RayExecutor:
-    """Runs as tasks of a cluster, which is connected to, or started on this machine for as long as the sweep goes on.
+    """Runs as tasks of a Ray cluster, which is connected to, or started on this machine for as long as the sweep goes on.
 
     Args:
-        options: ``ray`` says where the cluster is and what a run takes of it.
+        options: ``options.ray`` says where the cluster is and what a run takes of it.
         root: the runs root, which every node that can take a run must see.
-        group: the sweep's name.
-        workers: how many runs are handed to the cluster at a time; None as many as fit now.
+        sweep: the name of the sweep.
+        workers: the number of runs handed to the cluster at a time; None as many as fit now.
 
     Raises:
         ExecutorError: there is no Ray, no such cluster, no node that a run fits on, or a node that does not see the
             root.
     """
 
-    def __init__(self, options: RunOptions, root: RunsRoot, group: str, workers: int | None) -> None:
-        self._ray = _import()
-        self._options = options
-        self._shared = Shared.open(root, group)
+    def __init__(self, options: RunOptions, root: RunsRoot, sweep: str, workers: int | None) -> None:
+        self._ray = _import_ray()
+        self._options = options.ray
+        self._shared = SharedFolder.open(root, sweep)
         self._jobs: dict[Any, Job] = {}
         self._is_ours = not self._ray.is_initialized()
+        requested = {"CPU": self._options.num_cpus, "GPU": self._options.num_gpus, **self._options.resources}
+        self._request = {name: amount for name, amount in requested.items() if amount}
         try:
-            _connect(self._ray, options.ray.address)
+            _connect(self._ray, self._options.address)
             nodes = self._fitting_nodes()
-            self._check(nodes)
+            self._require_shared_root(nodes)
         except ExecutorError:
             self._disconnect()
             raise
-        self._slots = workers or sum(_fits(node, self._request()) for node in nodes)
-        self._task = self._ray.remote(carry_out).options(**self._demand(), max_retries=options.ray.retries)
+        self._slots = workers or sum(map(self._capacity, nodes))
+        demand = {"num_cpus": self._options.num_cpus, "num_gpus": self._options.num_gpus}
+        self._task = self._ray.remote(carry_out).options(
+            **demand, resources=dict(self._options.resources), max_retries=self._options.retries
+        )
 
     @property
     def slots(self) -> int:
-        """See :class:`Executor`."""
+        """The number of jobs that can be in hand at a time."""
         return self._slots
 
     def free(self) -> int:
-        """See :class:`Executor`."""
+        """Return the number of slots that wait for a job."""
         return self._slots - len(self._jobs)
 
     def submit(self, job: Job) -> None:
-        """See :class:`Executor`."""
-        if isinstance(job, TrainJob):
-            self._shared.retract(job.run.run_id)
-        self._jobs[self._task.remote(self._shared, self._shared.job(job))] = job
+        """Hand a job to the cluster."""
+        self._shared.withdraw_stop(job.name)
+        self._jobs[self._task.remote(self._shared, self._shared.dump_job(job))] = job
 
     def stop(self, run_id: str, state: State) -> None:
-        """See :class:`Executor`."""
-        self._shared.ask(run_id, state)
+        """Ask for a run to end after its present step, with a checkpoint, in this state."""
+        self._shared.request_stop(run_id, state)
 
     def kill(self, run_id: str) -> None:
-        """See :class:`Executor`."""
+        """End a run at once, whatever it does."""
         for task, job in self._jobs.items():
-            if isinstance(job, TrainJob) and job.run.run_id == run_id:
+            if job.name == run_id:
                 self._ray.cancel(task, force=True)
 
     def withdraw(self) -> list[str]:
-        """See :class:`Executor`; what Ray keeps waiting for a place will be started."""
+        """Return nothing: a task that Ray keeps waiting will be started."""
         return []
 
-    def poll(self, timeout: float) -> list[Report]:
-        """See :class:`Executor`."""
+    def poll(self, timeout: float) -> list[WorkerMessage]:
+        """Return what the workers have said, waiting up to ``timeout`` seconds for a first message."""
         if not self._jobs:
             time.sleep(timeout)
             return []
@@ -89,56 +92,49 @@ class RayExecutor:
         return [self._outcome(task, self._jobs.pop(task)) for task in done]
 
     def close(self) -> None:
-        """See :class:`Executor`."""
-        running = [job.run.run_id for job in self._jobs.values() if isinstance(job, TrainJob)]
+        """Have the runs in hand checkpointed, and leave the cluster."""
+        running = [job.name for job in self._jobs.values() if isinstance(job, TrainJob)]
         for run_id in running:
-            self._shared.ask(run_id, State.INTERRUPTED)
+            self._shared.request_stop(run_id, State.INTERRUPTED)
         if self._jobs:
             self._ray.wait(list(self._jobs), num_returns=len(self._jobs), timeout=_CLOSE_PATIENCE_S)
         for run_id in running:
-            self._shared.retract(run_id)
+            self._shared.withdraw_stop(run_id)
         self._disconnect()
 
-    def _outcome(self, task: Any, job: Job) -> Report:
+    def _outcome(self, task: Any, job: Job) -> WorkerMessage:
         try:
-            report = Report.from_json(self._ray.get(task))
+            message = parse_message(self._ray.get(task))
         except self._ray.exceptions.RayError as error:
-            report = failure(job, f"Ray lost it ({type(error).__name__})")
-        if isinstance(job, TrainJob):
-            self._shared.retract(job.run.run_id)
-        return report
+            message = WorkerMessage.failure(job, f"Ray lost it ({type(error).__name__})")
+        self._shared.withdraw_stop(job.name)
+        return message
 
-    def _demand(self) -> dict[str, Any]:
-        ray = self._options.ray
-        return {"num_cpus": ray.num_cpus, "num_gpus": ray.num_gpus, "resources": dict(ray.resources)}
-
-    def _request(self) -> dict[str, float]:
-        """What a run takes, by the names of a node's resources."""
-        ray = self._options.ray
-        wanted = {"CPU": ray.num_cpus, "GPU": ray.num_gpus, **ray.resources}
-        return {name: amount for name, amount in wanted.items() if amount}
+    def _capacity(self, node: dict[str, Any]) -> int:
+        """Return how many runs a node takes at a time."""
+        shares = (node["Resources"].get(name, 0.0) // amount for name, amount in self._request.items())
+        return int(min(shares, default=1))
 
     def _fitting_nodes(self) -> list[dict[str, Any]]:
-        nodes = [node for node in self._ray.nodes() if node["Alive"] and _fits(node, self._request())]
+        nodes = [node for node in self._ray.nodes() if node["Alive"] and self._capacity(node)]
         if not nodes:
-            wanted = ", ".join(f"{name} {amount:g}" for name, amount in self._request().items())
-            raise ExecutorError("ray", f"no node of the Ray cluster has what a run takes: {wanted}")
+            request = ", ".join(f"{name} {amount:g}" for name, amount in self._request.items())
+            raise ExecutorError("ray", f"no node of the Ray cluster has what a run takes: {request}")
         return nodes
 
-    def _check(self, nodes: list[dict[str, Any]]) -> None:
-        """Have every node look for our token, before anything is trained."""
-        asked = {}
+    def _require_shared_root(self, nodes: list[dict[str, Any]]) -> None:
+        """Have every node look for the token, before anything is trained."""
+        checks = {}
         for node in nodes:
             place = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = self._ray.remote(unshared).options(num_cpus=0, scheduling_strategy=place)
-            asked[task.remote(self._shared.token_path, self._shared.token)] = f"node {node['NodeManagerAddress']}"
-        for task, name in asked.items():
+            task = self._ray.remote(sharing_problem).options(num_cpus=0, scheduling_strategy=place)
+            checks[task.remote(self._shared.token_path, self._shared.token)] = f"node {node['NodeManagerAddress']}"
+        for task, name in checks.items():
             try:
                 problem = self._ray.get(task, timeout=_CHECK_PATIENCE_S)
             except self._ray.exceptions.RayError as error:
-                raise ExecutorError(
-                    "ray", f"{name} of the Ray cluster cannot run repa-lab: {_last_line(error)}"
-                ) from None
+                reason = _lines(error)[-1].strip()
+                raise ExecutorError("ray", f"{name} of the Ray cluster cannot run repa-lab: {reason}") from None
             if problem:
                 raise ExecutorError("ray", f"{name} of the Ray cluster: {problem}")
 
@@ -147,7 +143,7 @@ class RayExecutor:
             self._ray.shutdown()
 
 
-def _import() -> Any:
+def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray = importlib.import_module("ray")
@@ -167,14 +163,14 @@ def _connect(ray: Any, address: str | None) -> None:
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="error", **ours)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        raise ExecutorError("ray.address", f"no Ray cluster at '{address}': {_first_line(error)}") from None
+        raise ExecutorError("ray.address", f"no Ray cluster at '{address}': {_lines(error)[0]}") from None
 
 
 def _require_listener(address: str) -> None:
-    """Ray itself would try for minutes.
+    """Refuse an address at which nobody answers; Ray itself would try for minutes.
 
     Raises:
-        ExecutorError: this is no ``host:port``, or nobody answers there.
+        ExecutorError: the address is no ``host:port``, or nobody answers there.
     """
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdigit():
@@ -185,14 +181,5 @@ def _require_listener(address: str) -> None:
         raise ExecutorError("ray.address", f"no Ray cluster at '{address}': {error.strerror or error}") from None
 
 
-def _fits(node: dict[str, Any], request: dict[str, float]) -> int:
-    """How many runs a node takes at a time."""
-    return int(min((node["Resources"].get(name, 0.0) // amount for name, amount in request.items()), default=1))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+def _lines(error: BaseException) -> list[str]:
+    return str(error).strip().splitlines() or [type(error).__name__]

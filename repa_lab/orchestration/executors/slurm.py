@@ -1,7 +1,7 @@
-"""Slurm through submitit: runs are array jobs, and one that is preempted or out of time is queued again and goes on.
+"""Slurm through submitit: runs are array jobs, and a run that is preempted or out of time is queued again and goes on.
 
-What is queued outlives the scheduler: started again, it finds its jobs in ``runs/.jobs/<sweep>/jobs.json`` and waits
-for them.
+Queued jobs outlive the scheduler: a scheduler that is started again finds its jobs in ``runs/.jobs/<sweep>/jobs.json``
+and waits for them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import subprocess
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from repa_lab.orchestration.executors import ExecutorError
-from repa_lab.orchestration.executors.detached import Asked, Shared, carry_out, failure
-from repa_lab.orchestration.jobs import Job, Report, TrainJob, parse_job
+from repa_lab.orchestration.executors import ExecutorError, Job, TrainJob, WorkerMessage, parse_job, parse_message
+from repa_lab.orchestration.executors.detached import SharedFolder, StopRequest, carry_out
 from repa_lab.runs import RunsRoot, State, files
 from repa_lab.spec import RunOptions
 
@@ -23,57 +23,56 @@ _SIGNAL_DELAY_S = 120  # from Slurm's signal to its kill: time for a step and a 
 _CHECKPOINT_PATIENCE_S = 90.0
 _CLOSE_PATIENCE_S = 90.0
 _MAX_TIMEOUTS = 1000  # a run may be longer than a partition's limit
-_ASK_EVERY_S = 10.0  # squeue is everybody's
-_PREPARE = "prepare"
+_ASK_EVERY_S = 10.0  # squeue serves all users of the cluster
 
 
 class Submission:
-    """A job as submitit calls it, and as it asks, on Slurm's signal, for what shall be queued in its place.
+    """A job as submitit calls it; on Slurm's signal submitit calls :meth:`checkpoint` for the job to queue instead.
 
     Training goes on in a thread, so that the signal's handler can wait for the step in hand and its checkpoint.
     """
 
-    def __init__(self, shared: Shared, value: dict[str, Any]) -> None:
+    def __init__(self, shared: SharedFolder, value: dict[str, Any]) -> None:
         self._shared, self._value = shared, value
-        self._asked: Asked | None = None
+        self._stop: StopRequest | None = None
         self._thread: threading.Thread | None = None
 
     def __call__(self) -> dict[str, Any]:
-        """Do the job; the final report, as plain data."""
+        """Do the job; return its last message, as plain data."""
         result: dict[str, Any] = {}
-        self._asked = asked = self._shared.asked(parse_job(self._value))
+        self._stop = stop = self._shared.stop_request(parse_job(self._value))
         self._thread = threading.Thread(
-            target=lambda: result.update(carry_out(self._shared, self._value, asked)), daemon=True
+            target=lambda: result.update(carry_out(self._shared, self._value, stop)), daemon=True
         )
         self._thread.start()
         self._thread.join()
         return result
 
     def checkpoint(self) -> Any:
-        """Have the run end with a checkpoint, and give back the same job: it goes on from there."""
-        if self._asked and self._thread:
-            self._asked.own = State.INTERRUPTED
+        """Have the run end with a checkpoint, and return the same job: it goes on from the checkpoint."""
+        if self._stop and self._thread:
+            self._stop.local = State.INTERRUPTED
             self._thread.join(_CHECKPOINT_PATIENCE_S)
-        return _import().helpers.DelayedSubmission(Submission(self._shared, self._value))
+        return _import_submitit().helpers.DelayedSubmission(Submission(self._shared, self._value))
 
 
 @dataclass
-class _Queued:
-    """A job that Slurm has; ``missing`` is when it was first seen to be there no more."""
+class _QueuedJob:
+    """A job that Slurm has; ``missing_since`` is when squeue first did not list the job."""
 
     job: Job
     handle: Any
-    missing: float | None = None
+    missing_since: float | None = None
 
 
 class SlurmExecutor:
     """Runs as jobs in Slurm's queue.
 
     Args:
-        options: ``slurm`` says what each run asks for.
+        options: ``options.slurm`` says what each run asks for.
         root: the runs root, which every machine must see.
-        group: the sweep's name.
-        slots: how many runs are handed to Slurm at a time; it limits how many of an array go on itself.
+        sweep: the name of the sweep.
+        slots: the number of runs handed to Slurm at a time; Slurm itself limits how many of an array go on at once.
         cluster: where submitit takes the jobs; ``local`` is processes on this machine.
 
     Raises:
@@ -81,48 +80,48 @@ class SlurmExecutor:
     """
 
     def __init__(
-        self, options: RunOptions, root: RunsRoot, group: str, slots: int, cluster: Literal["slurm", "local"] = "slurm"
+        self, options: RunOptions, root: RunsRoot, sweep: str, slots: int, cluster: Literal["slurm", "local"] = "slurm"
     ) -> None:
-        self._submitit = _import()
-        self._shared = Shared.open(root, group)
+        self._submitit = _import_submitit()
+        self._shared = SharedFolder.open(root, sweep)
         self._slots, self._cluster = slots, cluster
-        self._engine = self._open(options, group)
+        self._engine = self._open_engine(options, sweep)
         self._waiting: list[Job] = []
-        self._queued: dict[str, _Queued] = {}
-        self._left = self._read()  # by an earlier scheduler, and not asked for again yet
-        self._asked_at, self._listed = 0.0, set[str]()
+        self._queued: dict[str, _QueuedJob] = {}
+        # Jobs of an earlier scheduler that are not asked for again yet, by the id of their run.
+        self._left: dict[str, str] = files.read_json(self._record_path) if self._record_path.exists() else {}
+        self._listed_at, self._listed = 0.0, set[str]()
 
     @property
     def slots(self) -> int:
-        """See :class:`Executor`."""
+        """The number of jobs that can be in hand at a time."""
         return self._slots
 
     def free(self) -> int:
-        """See :class:`Executor`."""
+        """Return the number of slots that wait for a job."""
         return self._slots - len(self._waiting) - len(self._queued)
 
     def submit(self, job: Job) -> None:
-        """See :class:`Executor`; what is submitted before the next poll becomes one array."""
-        name = _name(job)
-        self._shared.retract(name)
-        known = self._left.pop(name, None)
-        if isinstance(job, TrainJob) and known and (adopted := self._adopt(job, known)):
-            self._queued[name] = adopted
+        """Take a job; the jobs that are submitted before the next poll become one array."""
+        self._shared.withdraw_stop(job.name)
+        job_id = self._left.pop(job.name, None)
+        if isinstance(job, TrainJob) and job_id and (adopted := self._adopt(job, job_id)):
+            self._queued[job.name] = adopted
         else:
             self._waiting.append(job)
 
     def stop(self, run_id: str, state: State) -> None:
-        """See :class:`Executor`."""
-        self._shared.ask(run_id, state)
+        """Ask for a run to end after its present step, with a checkpoint, in this state."""
+        self._shared.request_stop(run_id, state)
 
     def kill(self, run_id: str) -> None:
-        """See :class:`Executor`."""
+        """End a run at once, whatever it does."""
         if run_id in self._queued:
             self._queued[run_id].handle.cancel()
 
     def withdraw(self) -> list[str]:
-        """See :class:`Executor`."""
-        waiting = [_name(job) for job in self._waiting]
+        """Take back the jobs that only wait in the queue; return the ids of their runs."""
+        waiting = [job.name for job in self._waiting]
         self._waiting = []
         pending = self._list("PENDING")
         for name, queued in list(self._queued.items()):
@@ -133,25 +132,25 @@ class SlurmExecutor:
         self._record()
         return waiting
 
-    def poll(self, timeout: float) -> list[Report]:
-        """See :class:`Executor`."""
+    def poll(self, timeout: float) -> list[WorkerMessage]:
+        """Return what the jobs have said, waiting up to ``timeout`` seconds for a first message."""
         self._flush()
-        reports = self._settled()
-        if not reports:
+        messages = self._outcomes()
+        if not messages:
             time.sleep(timeout)
-            reports = self._settled()
-        return reports
+            messages = self._outcomes()
+        return messages
 
     def close(self) -> None:
-        """See :class:`Executor`; what does not end in time stays queued, and is found again."""
+        """Have the runs in hand checkpointed; a job that does not end in time stays queued, and is found again."""
         self.withdraw()
         for name in self._queued:
-            self._shared.ask(name, State.INTERRUPTED)
+            self._shared.request_stop(name, State.INTERRUPTED)
         deadline = time.monotonic() + _CLOSE_PATIENCE_S
         while self._queued and time.monotonic() < deadline:
             self.poll(1.0)
 
-    def _open(self, options: RunOptions, group: str) -> Any:
+    def _open_engine(self, options: RunOptions, sweep: str) -> Any:
         folder = self._shared.path / "slurm"
         if self._cluster == "local":
             engine = self._submitit.LocalExecutor(folder, max_num_timeout=_MAX_TIMEOUTS)
@@ -161,58 +160,58 @@ class SlurmExecutor:
             engine = self._submitit.SlurmExecutor(folder, max_num_timeout=_MAX_TIMEOUTS)
         except RuntimeError:
             raise ExecutorError("executor", "no Slurm here: srun and sbatch are not on the PATH") from None
-        engine.update_parameters(**sbatch_parameters(options, group))
+        engine.update_parameters(**sbatch_parameters(options, sweep))
         return engine
 
     def _flush(self) -> None:
         if not self._waiting:
             return
-        submissions = [Submission(self._shared, self._shared.job(job)) for job in self._waiting]
+        submissions = [Submission(self._shared, self._shared.dump_job(job)) for job in self._waiting]
         try:
             with self._engine.batch():
                 handles = [self._engine.submit(submission) for submission in submissions]
         except self._submitit.core.utils.FailedJobError as error:
             raise ExecutorError("slurm", f"sbatch refused: {str(error).strip().splitlines()[-1]}") from None
-        self._queued |= {_name(job): _Queued(job, handle) for job, handle in zip(self._waiting, handles, strict=True)}
+        self._queued |= {job.name: _QueuedJob(job, handle) for job, handle in zip(self._waiting, handles, strict=True)}
         self._waiting = []
         self._record()
 
-    def _settled(self) -> list[Report]:
-        reports = []
+    def _outcomes(self) -> list[WorkerMessage]:
+        messages = []
         for name, queued in list(self._queued.items()):
-            if (report := self._outcome(queued)) is not None:
+            if (message := self._outcome(queued)) is not None:
                 del self._queued[name]
-                self._shared.retract(name)
-                reports.append(report)
-        if reports:
+                self._shared.withdraw_stop(name)
+                messages.append(message)
+        if messages:
             self._record()
-        return reports
+        return messages
 
-    def _outcome(self, queued: _Queued) -> Report | None:
-        """What became of a job; None while it waits or goes on."""
+    def _outcome(self, queued: _QueuedJob) -> WorkerMessage | None:
+        """Return the last message of a job; None while the job waits or goes on."""
         handle = queued.handle
         if handle.paths.result_pickle.exists():
             try:
-                return Report.from_json(handle.result())
-            except self._submitit.core.utils.UncompletedJobError as error:  # which a failed job's is, too
-                return failure(queued.job, f"the job failed: {str(error).strip().splitlines()[-1]}")
+                return parse_message(handle.result())
+            except self._submitit.core.utils.UncompletedJobError as error:  # a failed job's error is one, too
+                return WorkerMessage.failure(queued.job, f"the job failed: {str(error).strip().splitlines()[-1]}")
         if self._is_there(handle):
-            queued.missing = None
+            queued.missing_since = None
             return None
-        queued.missing = queued.missing or time.monotonic()
-        if self._cluster == "slurm" and time.monotonic() - queued.missing < 2 * _ASK_EVERY_S:
+        queued.missing_since = queued.missing_since or time.monotonic()
+        if self._cluster == "slurm" and time.monotonic() - queued.missing_since < 2 * _ASK_EVERY_S:
             return None  # its result may be on its way through the file system
-        return failure(queued.job, f"the job ended without a result; see {handle.paths.stderr}")
+        return WorkerMessage.failure(queued.job, f"the job ended without a result; see {handle.paths.stderr}")
 
     def _is_there(self, handle: Any) -> bool:
         if self._cluster == "local":
             return bool(handle.state == "RUNNING")
-        if time.monotonic() - self._asked_at > _ASK_EVERY_S:
-            self._asked_at, self._listed = time.monotonic(), self._list()
+        if time.monotonic() - self._listed_at > _ASK_EVERY_S:
+            self._listed_at, self._listed = time.monotonic(), self._list()
         return handle.job_id in self._listed
 
     def _list(self, state: str = "") -> set[str]:
-        """The jobs of ours that Slurm has, in this state if one is given; all of them where it does not answer now."""
+        """Return our jobs that Slurm has, in this state if one is given; all of them where squeue does not answer now."""
         if self._cluster == "local":
             return set()
         command = ["squeue", "--me", "--noheader", "--array", "--format=%i", *([f"--states={state}"] if state else [])]
@@ -221,29 +220,28 @@ class SlurmExecutor:
         except (OSError, subprocess.SubprocessError):
             return set() if state else {queued.handle.job_id for queued in self._queued.values()}
 
-    def _adopt(self, job: TrainJob, job_id: str) -> _Queued | None:
-        """A job that an earlier scheduler left in the queue, or that came to its end since; None if it must be done again."""
+    def _adopt(self, job: TrainJob, job_id: str) -> _QueuedJob | None:
+        """Return a job that an earlier scheduler queued, if it is there or has ended well; None if it must be done again."""
         handle = self._engine.job_class(self._shared.path / "slurm", job_id)
-        queued = _Queued(job, handle)
+        queued = _QueuedJob(job, handle)
         if handle.paths.result_pickle.exists():
-            report = self._outcome(queued)
-            return queued if report and report.state in (State.DONE, State.STOPPED, State.PRUNED) else None
+            message = self._outcome(queued)
+            return queued if message and message.state in (State.DONE, State.STOPPED, State.PRUNED) else None
         return queued if job_id in self._list() else None
 
-    def _read(self) -> dict[str, str]:
-        path = self._shared.path / "jobs.json"
-        left: dict[str, str] = files.read_json(path) if path.exists() else {}
-        return left
+    @property
+    def _record_path(self) -> Path:
+        return self._shared.path / "jobs.json"
 
     def _record(self) -> None:
-        ours = {name: queued.handle.job_id for name, queued in self._queued.items() if name != _PREPARE}
-        files.write_json(self._shared.path / "jobs.json", self._left | ours)
+        training = {name: q.handle.job_id for name, q in self._queued.items() if isinstance(q.job, TrainJob)}
+        files.write_json(self._record_path, self._left | training)
 
 
-def sbatch_parameters(options: RunOptions, group: str) -> dict[str, Any]:
-    """What submitit writes into the batch file."""
+def sbatch_parameters(options: RunOptions, sweep: str) -> dict[str, Any]:
+    """Return the parameters that submitit writes into the batch file."""
     slurm = options.slurm
-    asked = {
+    optional = {
         "partition": slurm.partition,
         "account": slurm.account,
         "gpus_per_node": slurm.gpus_per_node,
@@ -251,7 +249,7 @@ def sbatch_parameters(options: RunOptions, group: str) -> dict[str, Any]:
         "setup": list(slurm.setup) or None,
     }
     return {
-        "job_name": f"repa-lab-{group}",
+        "job_name": f"repa-lab-{sweep}",
         "nodes": 1,
         "ntasks_per_node": 1,
         "time": slurm.time_min,
@@ -259,21 +257,17 @@ def sbatch_parameters(options: RunOptions, group: str) -> dict[str, Any]:
         "array_parallelism": slurm.array_parallelism,
         "signal_delay_s": signal_delay(options),
         "additional_parameters": {"requeue": True},  # also when the node is lost
-        **{name: value for name, value in asked.items() if value is not None},
+        **{name: value for name, value in optional.items() if value is not None},
     }
 
 
 def signal_delay(options: RunOptions) -> int:
-    """Seconds between Slurm's signal and the end of a job's time."""
+    """Return the seconds between Slurm's signal and the end of a job's time."""
     return min(_SIGNAL_DELAY_S, options.slurm.time_min * 60 // 4)
 
 
-def _import() -> Any:
+def _import_submitit() -> Any:
     try:
         return importlib.import_module("submitit")
     except ImportError:
         raise ExecutorError("executor", "slurm needs submitit: pip install 'repa-lab[slurm]'") from None
-
-
-def _name(job: Job) -> str:
-    return job.run.run_id if isinstance(job, TrainJob) else _PREPARE

@@ -6,16 +6,16 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from repa_lab.orchestration.check import resolve_metric
+from repa_lab.orchestration.checks import resolve_metric
+from repa_lab.orchestration.executors import Task
 from repa_lab.orchestration.plan import Plan, arm_record, identify_arm
-from repa_lab.orchestration.rehearse import RehearsedArm
+from repa_lab.orchestration.rehearsal import RehearsedArm
 from repa_lab.orchestration.search.group import Aim
 from repa_lab.orchestration.search.reach import is_searched
 from repa_lab.orchestration.search.restore import run_ids
 from repa_lab.orchestration.search.study import StorageError, open_storage, open_study, study_name
 from repa_lab.orchestration.search.trials import Search
 from repa_lab.orchestration.search.work import RefusedSpaceError, SearchWork
-from repa_lab.orchestration.work import Task
 from repa_lab.runs import State, SweepDirectory
 from repa_lab.runs.files import Row
 from repa_lab.spec import Arm, SearchConfig, SpecError

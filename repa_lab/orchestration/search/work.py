@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Set
 import optuna
 from optuna.trial import TrialState
 
+from repa_lab.orchestration.executors import Task
 from repa_lab.orchestration.search.group import Group, Key
 from repa_lab.orchestration.search.restore import find_groups, is_wanted_again
 from repa_lab.orchestration.search.space import Settings, Space
 from repa_lab.orchestration.search.study import seed_sampler
 from repa_lab.orchestration.search.trials import QUEUED, Search, Trial, Trials
-from repa_lab.orchestration.work import Task
 from repa_lab.runs import State
 from repa_lab.runs.files import Row
 from repa_lab.spec import Arm, SpecError

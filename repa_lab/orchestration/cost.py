@@ -1,0 +1,425 @@
+"""What is left of a plan in FLOPs, GPU hours and bytes, run by run and in all; and the refusal of a plan over its budget.
+
+Seconds are those measured by runs of the same kind on this machine, or else those of a device at a stated utilisation.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from repa_lab.orchestration.plan import Plan, PlannedRun
+from repa_lab.orchestration.search.reach import is_searched
+from repa_lab.runs import RunDirectory, RunStatus, State
+from repa_lab.runs.files import Row
+from repa_lab.runs.forks import Fork
+from repa_lab.runs.provenance import GPUS, gpu_models
+from repa_lab.spec import RunConfig, RunOptions, SpecError
+from repa_lab.spec.identity import Run
+from repa_lab.training.costs import Cache, Cost, caches_of, cost_of, images_of, measurements
+
+GIB = float(2**30)
+UTILISATION = 0.35
+PUBLISHED = "REPA's own XL/2 run reached 13.5 %"  # 5.4 steps/s on 8 H100s, by FLOPs as they are counted here
+_HOUR = 3600.0
+_MAX_RUNS, _MAX_OTHER_RUNS = 300, 500  # started runs, of this and of other sweeps, whose speeds are read
+_RUNS_PER_KIND = 3
+# Options that decide how fast a run is but not what it computes.
+_SPEED_OPTIONS = (
+    "device", "precision", "micro_batch", "gradient_checkpointing", "compile",
+    "encoder_precision", "encoder_compile", "encoder_batch_size", "data_workers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device by its peak TFLOP/s.
+
+    Attributes:
+        name: with its article.
+        half: peak of dense bf16 or fp16 matrix products.
+        single: peak of float32 without tensor cores, as torch computes float32 by default.
+    """
+
+    name: str
+    half: float
+    single: float
+
+    def peak(self, precision: str) -> float:
+        """Return the peak FLOP/s in a precision of :class:`RunOptions`."""
+        return (self.single if precision == "fp32" else self.half) * 1e12
+
+
+H100 = Device("an H100", 989, 67)
+# By a word in the driver's name of the model; from the vendor's data sheets.
+_DEVICES = {
+    "H100 PCIe": Device("an H100 PCIe", 756, 51),
+    "H100": H100,
+    "H200": Device("an H200", 989, 67),
+    "B200": Device("a B200", 2250, 80),
+    "A100": Device("an A100", 312, 19.5),
+    "L40S": Device("an L40S", 362, 91.6),
+    "L4": Device("an L4", 121, 30.3),
+    "A6000": Device("an RTX A6000", 155, 38.7),
+    "4090": Device("an RTX 4090", 165, 82.6),
+    "3090": Device("an RTX 3090", 71, 35.6),
+    "V100": Device("a V100", 125, 15.7),
+    "T4": Device("a T4", 65, 8.1),
+}
+_CPU_CORE = 0.05  # peak TFLOP/s of a core with AVX2; bf16 is not faster on most
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast runs of a kind go on one device.
+
+    Attributes:
+        flops: FLOP/s, of FLOPs as :class:`Cost` counts them.
+        image: seconds of training per image.
+        evaluation: seconds of an evaluation by the usual protocol; if measured, with writing the checkpoint.
+        runs: the number of runs that this was measured on; 0 if it is assumed.
+        is_evaluation_measured: whether the seconds of an evaluation were measured too.
+    """
+
+    flops: float
+    image: float
+    evaluation: float
+    runs: int = 0
+    is_evaluation_measured: bool = False
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a run, an arm, or all of a sweep still takes.
+
+    Attributes:
+        runs: the number of runs left.
+        steps: optimizer steps.
+        images: images seen in training.
+        flops: FLOPs of training and evaluations.
+        gpu_hours: hours of one device; on a CPU, of a worker.
+        disk_bytes: bytes of checkpoints that are not there yet.
+    """
+
+    runs: int = 0
+    steps: int = 0
+    images: int = 0
+    flops: float = 0.0
+    gpu_hours: float = 0.0
+    disk_bytes: float = 0.0
+
+    def __add__(self, other: Share) -> Share:
+        return Share(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, count: int) -> Share:
+        return Share(*(value * count for value in astuple(self)))
+
+
+@dataclass(frozen=True)
+class PlannedCache:
+    """A cache of the sweep.
+
+    Attributes:
+        cache: what is cached.
+        images: the number of images; None where it is not known.
+        is_begun: whether a run that needs the cache has started, so that the cache is there.
+        gpu_hours: hours to fill it; 0 where it is there or its images are not known.
+        disk_bytes: bytes to fill it; likewise.
+    """
+
+    cache: Cache
+    images: int | None
+    is_begun: bool
+    gpu_hours: float
+    disk_bytes: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is left of a plan.
+
+    Attributes:
+        plan: the plan.
+        costs: the cost of each arm, by label.
+        speeds: the speed of each arm, by label.
+        shares: what each run of the plan takes, in its order; equal for a run that two arms ask for.
+        caches: the caches of all arms, each once.
+        total: all runs, each once, with all caches; of a search, all trials that are left.
+        trials: of a search, what is left at most around each arm in which the search changes something, by label.
+        saved_hours: GPU hours of training that caches save, less the hours to fill those whose images are known.
+        device: the device whose speed is assumed where none was measured.
+        reason: why this device.
+    """
+
+    plan: Plan
+    costs: dict[str, Cost]
+    speeds: dict[str, Speed]
+    shares: tuple[Share, ...]
+    caches: tuple[PlannedCache, ...]
+    total: Share
+    trials: dict[str, Share]
+    saved_hours: float
+    device: Device
+    reason: str
+
+    @property
+    def fixed(self) -> list[str]:
+        """Labels of the arms in which a search changes nothing."""
+        is_search = self.plan.experiment.search is not None
+        return [arm.label for arm in self.plan.experiment.arms if is_search and arm.label not in self.trials]
+
+    @property
+    def notes(self) -> list[str]:
+        """Warnings, and what the estimate rests on, a sentence each."""
+        datasets = dict.fromkeys(arm.config.data for arm in self.plan.experiment.arms)
+        notes = dict.fromkeys(note for data in datasets for note in self.plan.inventory.dataset(data).notes)
+        rough = dict.fromkeys(note for cost in self.costs.values() for note in cost.rough)
+        return [*self.plan.warnings, *notes, *_speed_notes(self), *rough]
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Estimate what is left of a plan; reads run directories of the root for their speeds."""
+    options, arms = plan.experiment.run, plan.experiment.arms
+    costs = {arm.label: cost_of(arm.config, options) for arm in arms}
+    device, reason = assumed_device(options)
+    kinds = {arm.label: _speed_key(arm.config, options.model_dump(mode="json"), options.gpus_per_run) for arm in arms}
+    measured = _MeasuredSpeeds(_started_runs(plan), frozenset(kinds.values()))
+    speeds = {
+        arm.label: measured.speed(arm.config, kinds[arm.label], costs[arm.label])
+        or assumed_speed(costs[arm.label], device, options.precision)
+        for arm in arms
+    }
+    forks = plan.sharing.forks
+    shares = tuple(
+        _share(entry, forks.get(entry.run.run_id), costs[entry.arm.label], speeds[entry.arm.label])
+        for entry in plan.runs
+    )
+    caches = tuple(_planned_caches(plan, speeds))
+    left: dict[str, Share] = {}
+    by_id = {entry.run.run_id: (entry.arm.label, share) for entry, share in zip(plan.runs, shares, strict=True)}
+    for label, share in by_id.values():
+        left[label] = left.get(label, Share()) + share
+    trials = _trials(plan, costs, speeds)
+    left |= trials
+    filling = Share(gpu_hours=sum(c.gpu_hours for c in caches), disk_bytes=sum(c.disk_bytes for c in caches))
+    saved = sum(share.images * costs[label].saved_flops / speeds[label].flops / _HOUR for label, share in left.items())
+    total = sum(left.values(), filling)
+    return Estimate(plan, costs, speeds, shares, caches, total, trials, saved - filling.gpu_hours, device, reason)
+
+
+def require_budget(plan: Plan) -> None:
+    """Refuse a plan that takes more than the spec's budget.
+
+    Raises:
+        SpecError: at the limit that does not suffice, with both numbers.
+    """
+    budget, problems = plan.experiment.budget, []
+    if budget.gpu_hours is None and budget.disk_gib is None:
+        return
+    total = estimate(plan).total
+    needed = {"gpu_hours": (total.gpu_hours, "GPU hours"), "disk_gib": (total.disk_bytes / GIB, "GiB")}
+    for name, (value, unit) in needed.items():
+        limit = getattr(budget, name)
+        if limit is not None and value > limit:
+            nearest = float(f"{value:.2g}")
+            enough = nearest if nearest >= value else float(f"{value * 1.1:.2g}")
+            advice = f"allow it with --set budget.{name}={enough}, or ask for less; see `repa-lab plan`"
+            message = f"what is left takes about {rounded(value)} {unit}, the budget is {limit:,.6g}: {advice}"
+            problems.append(plan.experiment.problem(f"budget.{name}", message))
+    if problems:
+        raise SpecError(problems)
+
+
+def rounded(value: float) -> str:
+    """Return a number below 1e15 in three digits, written out."""
+    return f"{float(f'{value:.3g}'):,.15g}"
+
+
+def assumed_device(options: RunOptions, folder: Path = GPUS) -> tuple[Device, str]:
+    """Return the device that runs are assumed to be on, and why: this machine's GPU, else an H100, or its CPU if set."""
+    if options.device == "cpu":
+        cores = os.cpu_count() or 1
+        return Device(f"{cores} CPU cores", _CPU_CORE * cores, _CPU_CORE * cores), ""
+    models = gpu_models(folder)
+    if not models:
+        return H100, "there is no GPU here; run.device: cpu estimates for this CPU"
+    known = next((device for word, device in _DEVICES.items() if word in models[0]), None)
+    return (known, "") if known else (H100, f"{models[0]} is not known")
+
+
+def assumed_speed(cost: Cost, device: Device, precision: str) -> Speed:
+    """Return the speed of a device at the assumed utilisation."""
+    flops = device.peak(precision) * UTILISATION
+    return Speed(flops, cost.image_flops / flops, cost.evaluation_flops / flops)
+
+
+def seconds_per_image(rows: list[Row]) -> float | None:
+    """Return the seconds of training per image of all devices of a run together; None if its rows do not tell.
+
+    The first logged steps are left out where there are later ones: they include what is done once.
+    """
+    points = [(row["images"], row["seconds"]) for row in rows if row.get("images") and row.get("seconds") is not None]
+    if not points:
+        return None
+    (first, begun), (last, ended) = points[0], points[-1]
+    if last == first:
+        first, begun = 0, 0.0
+    return (ended - begun) / (last - first) if ended > begun else None
+
+
+def _seconds_beside_training(directory: RunDirectory, rows: list[Row]) -> float | None:
+    """Return the seconds that a run spent on all but training; None unless it ran through without a break."""
+    marks = [event for event in directory.events() if event["event"] in {state.value for state in State}]
+    if [event["event"] for event in marks] != [State.RUNNING.value, State.DONE.value] or marks[0].get("step"):
+        return None
+    if all("loss/total" in row for row in rows):
+        return None
+    spent = float(marks[1]["time"] - marks[0]["time"] - max(row.get("seconds", 0.0) for row in rows))
+    return spent if spent > 0 else None
+
+
+def _speed_key(config: RunConfig, options: Mapping[str, Any], processes: int) -> Hashable:
+    """Return what decides how many seconds a run takes per image: runs with equal keys are equally fast on one machine."""
+    regularizer = config.regularizer
+    data = (config.data.source, config.data.side, config.data.vae, config.data.buckets)
+    aligned = (regularizer.type, regularizer.encoders, getattr(regularizer, "projector", None))
+    chosen = tuple(options.get(name) for name in _SPEED_OPTIONS)
+    return (config.model, data, config.train.batch_size, aligned, chosen, processes)
+
+
+class _MeasuredSpeeds:
+    """Speeds of runs on this machine, a few of each kind.
+
+    Args:
+        runs: run directories with their settings, those that count most first.
+        wanted: the speed keys that are asked for.
+    """
+
+    def __init__(self, runs: Iterable[tuple[RunDirectory, RunConfig]], wanted: frozenset[Hashable]) -> None:
+        self._wanted = wanted
+        self._images: dict[Hashable, list[float]] = {}
+        # Seconds of one device beside training, and the numbers of measurements by the usual protocol and at milestones.
+        self._evaluations: dict[Hashable, list[tuple[float, int, int]]] = {}
+        for directory, config in runs:
+            self._read(directory, config)
+
+    def speed(self, config: RunConfig, kind: Hashable, cost: Cost) -> Speed | None:
+        """Return the speed of a kind of runs; the seconds of an evaluation are scaled from it if none was measured."""
+        if not (images := self._images.get(kind)):
+            return None
+        image = sum(images) / len(images)
+        flops = cost.image_flops / image
+        evaluations = self._evaluations.get((kind, _evaluation_key(config)))
+        milestone = cost.milestone_flops / cost.evaluation_flops  # in evaluations by the usual protocol
+        each = [seconds / (usual + rare * milestone) for seconds, usual, rare in evaluations or ()]
+        seconds = sum(each) / len(each) if each else cost.evaluation_flops / flops
+        return Speed(flops, image, seconds, len(images), evaluations is not None)
+
+    def _read(self, directory: RunDirectory, config: RunConfig) -> None:
+        try:
+            made = directory.provenance
+        except (OSError, ValueError):
+            return
+        here = (platform.platform(), os.cpu_count(), gpu_models())
+        if (made.get("platform"), made.get("cpus"), made.get("gpus", [])) != here:
+            return
+        processes = made.get("processes", 1)
+        kind = _speed_key(config, made.get("options", {}), processes)
+        images = self._images.setdefault(kind, [])
+        if kind not in self._wanted or len(images) >= _RUNS_PER_KIND:
+            return
+        rows = directory.rows()
+        if (seconds := seconds_per_image(rows)) is not None:
+            images.append(seconds * processes)
+        if (seconds := _seconds_beside_training(directory, rows)) is not None:
+            usual, rare = measurements(config, 0, config.train.steps)
+            evaluations = self._evaluations.setdefault((kind, _evaluation_key(config)), [])
+            evaluations.append((seconds * processes, usual, rare))
+
+
+def _evaluation_key(config: RunConfig) -> Hashable:
+    return config.evaluate.model_copy(update={"every": 1}), config.alignment_encoder
+
+
+def _started_runs(plan: Plan) -> Iterator[tuple[RunDirectory, RunConfig]]:
+    """Yield the runs of the plan that have started, finished ones first, and then other runs of the root."""
+    started = [entry for entry in plan.runs if entry.status is not RunStatus.NEW]
+    for entry in sorted(started, key=lambda entry: not entry.status.is_final)[:_MAX_RUNS]:
+        yield plan.root.run(entry.run.run_id), entry.run.config
+    planned = {entry.run.run_id for entry in plan.runs}
+    for directory in [run for run in plan.root.runs() if run.run_id not in planned][-_MAX_OTHER_RUNS:]:
+        with suppress(OSError, ValueError):  # of another version of the lab, or damaged
+            yield directory, Run.from_json(directory.run_id, directory.spec).config
+
+
+def _share(entry: PlannedRun, fork: Fork | None, cost: Cost, speed: Speed) -> Share:
+    """Return what is left of a run, which begins after the steps that another run shares with it."""
+    if entry.is_settled:
+        return Share()
+    is_begun = entry.step > 0
+    left = _share_after(entry.step if is_begun or fork is None else fork.step, entry.run.config, cost, speed)
+    return replace(left, disk_bytes=0.0) if is_begun else left
+
+
+def _share_after(step: int, config: RunConfig, cost: Cost, speed: Speed) -> Share:
+    """Return what a run still takes after its first ``step`` steps, with room for its checkpoints."""
+    steps = config.train.steps - step
+    images = steps * config.train.batch_size
+    measuring = cost.measuring(config, step, config.train.steps)
+    # A measurement at a milestone takes as many times longer as it has more FLOPs.
+    seconds = images * speed.image + measuring / cost.evaluation_flops * speed.evaluation
+    return Share(1, steps, images, images * cost.image_flops + measuring, seconds / _HOUR, cost.checkpoint_bytes)
+
+
+def _trials(plan: Plan, costs: dict[str, Cost], speeds: dict[str, Speed]) -> dict[str, Share]:
+    """Return :attr:`Estimate.trials`; an arm's own runs need not be among them."""
+    experiment, search, directory = plan.experiment, plan.experiment.search, plan.root.sweep(plan.experiment.name)
+    if search is None:
+        return {}
+    recorded = directory.manifest["arms"] if (directory.path / "sweep.json").is_file() else []
+    trials = {}
+    for arm in experiment.arms:
+        if is_searched(arm, search.space):
+            runs = [run["run_id"] for trial in recorded if trial["levels"] == arm.levels for run in trial["runs"]]
+            ended = sum(plan.root.run(run_id).status().is_final for run_id in runs)
+            left = max(0, search.trials * len(experiment.seeds) - ended)
+            trials[arm.label] = _share_after(0, arm.config, costs[arm.label], speeds[arm.label]) * left
+    return trials
+
+
+def _planned_caches(plan: Plan, speeds: dict[str, Speed]) -> Iterator[PlannedCache]:
+    begun = {entry.arm.label for entry in plan.runs if entry.status is not RunStatus.NEW}
+    labels: dict[Cache, list[str]] = {}
+    for arm in plan.experiment.arms:
+        for cache in caches_of(arm.config, plan.experiment.run):
+            labels.setdefault(cache, []).append(arm.label)
+    for cache, users in labels.items():
+        images, is_begun = images_of(cache.data, plan.inventory.dataset(cache.data).images), bool(begun & {*users})
+        left = 0 if is_begun else images or 0
+        hours = left * cache.image_flops / speeds[users[0]].flops / _HOUR
+        yield PlannedCache(cache, images, is_begun, hours, left * cache.image_bytes)
+
+
+def _speed_notes(estimate: Estimate) -> Iterator[str]:
+    speeds, precision = estimate.speeds.values(), estimate.plan.experiment.run.precision
+    if measured := [speed for speed in speeds if speed.runs]:
+        kinds = {speed.image: speed for speed in measured}
+        rates = sorted(1 / image for image in kinds)
+        between = rounded(rates[0]) if len(rates) == 1 else f"{rounded(rates[0])} to {rounded(rates[-1])}"
+        count = sum(speed.runs for speed in kinds.values())
+        runs = "run" if count == 1 else "runs"
+        yield f"{len(measured)} of {len(speeds)} arms: as measured here on {count} {runs}, {between} images/s"
+    if len(measured) < len(speeds):
+        peak = estimate.device.peak(precision) / 1e12
+        reason = f" ({estimate.reason})" if estimate.reason else ""
+        share = f"{UTILISATION:.0%} of {rounded(peak)} TFLOP/s {precision}".replace("%", " %")
+        yield f"assuming {estimate.device.name} at {share}{reason}; {PUBLISHED}"
+    if any(not speed.is_evaluation_measured for speed in speeds):
+        yield "evaluations are sampling and decoding by counted FLOPs; texts and the extractor are not counted"
+    exact = "weights, gradients, AdamW and averages exact for the weights that were counted"
+    yield f"memory: {exact}, activations rough; micro_batch auto taken as the whole batch"

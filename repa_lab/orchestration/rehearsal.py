@@ -1,0 +1,327 @@
+"""A rehearsal: every arm of an experiment with tiny random models and a few images, before any hour on a GPU.
+
+A rehearsal goes through all that the experiment will: the same families and classes of models, as many blocks, the same
+regularizers, schedules, encoders of the same patches, checkpoints, measurements, a resume, and the report. Its numbers
+mean nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from repa_lab.align.settings import REPASettings
+from repa_lab.data.layout import IMAGES, read_listing
+from repa_lab.data.listing import CAPTION_COLUMNS, read_image_folder
+from repa_lab.data.settings import FolderSettings, HubSettings, SourceSettings
+from repa_lab.encoders.registry import ENCODERS, TINY
+from repa_lab.files import digest
+from repa_lab.metrics.protocol import quality_names
+from repa_lab.models.facts import NARROW, Family, shape_of
+from repa_lab.models.families import family_facts
+from repa_lab.spec import Arm, BudgetConfig, CompareConfig, Experiment, RunConfig, RunOptions
+from repa_lab.spec.evaluate import FullConfig
+from repa_lab.spec.options import Objective
+
+SUFFIX = "-rehearsal"
+MARK = "REHEARSAL with tiny random models, no evidence"
+_STEPS, _BATCH, _EVERY, _SAMPLES, _HOLDOUT, _TRIALS = 4, 2, 2, 16, 8, 2
+_MAX_NAME = 64
+_SMALL_ENCODER = "efficientnet_lite0"  # on every machine that has the lab
+_STEP_FIELDS = ("warmup_steps", "decay_steps", "cutoff_step")  # of a schedule
+_IMAGES = 24
+_CLASSES = ("circle", "square")
+_COLOURS = ("red", "green", "blue", "orange", "purple", "black")
+_SIZES = ((96, 96), (128, 96), (96, 128))  # of generated images, so that there are several aspects
+
+
+def rehearsal_root(root: Path) -> Path:
+    """Return the root of a runs root's rehearsals: another folder, so that none is taken for a result."""
+    return root.with_name(root.name + SUFFIX)
+
+
+def rehearse_experiment(experiment: Experiment, root: Path) -> Experiment:
+    """Return the experiment as it is rehearsed; the models and images of its runs are written below ``root``.
+
+    Args:
+        experiment: an experiment that is checked but for the files that it names.
+        root: the runs root of rehearsals.
+    """
+    tiny = TinyAssets(root / "cache" / "rehearsal")
+    search = experiment.search and experiment.search.model_copy(
+        update={"trials": min(experiment.search.trials, _TRIALS), "objective": _objective(experiment.search.objective)}
+    )
+    return replace(
+        experiment,
+        name=experiment.name[: _MAX_NAME - len(SUFFIX)] + SUFFIX,
+        question=f"{MARK}: {experiment.question or experiment.name}",
+        arms=tuple(_rehearsed(arm, tiny) for arm in experiment.arms),
+        seeds=experiment.seeds[:1],
+        compare=CompareConfig(baseline=experiment.compare.baseline),
+        search=search,
+        budget=BudgetConfig(),
+        stop=(),
+        run=_options(experiment.run),
+    )
+
+
+@dataclass(frozen=True)
+class RehearsedArm(Arm):
+    """An arm that is rehearsed: comparisons and conditions still see the settings of the arm that is meant."""
+
+    meant: RunConfig = field(kw_only=True)
+    tiny: TinyAssets = field(kw_only=True, compare=False, repr=False)
+
+    @property
+    def asked(self) -> RunConfig:
+        """The settings of the arm that is meant."""
+        return self.meant
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Arm:
+        """Return the rehearsal of the arm that is meant with other settings."""
+        return _rehearsed(super().with_settings(settings), self.tiny)
+
+
+def _rehearsed(arm: Arm, tiny: TinyAssets) -> RehearsedArm:
+    return RehearsedArm(
+        arm.label, arm.levels, _rehearsed_config(arm.config, tiny), arm.draft, meant=arm.config, tiny=tiny
+    )
+
+
+def _rehearsed_config(meant: RunConfig, tiny: TinyAssets) -> RunConfig:
+    value = meant.model_dump(mode="json")
+    value["model"] |= _model(meant, tiny)
+    value["data"] = _data(meant, tiny)
+    value["train"] |= {"steps": min(meant.train.steps, _STEPS), "batch_size": min(meant.train.batch_size, _BATCH)}
+    value["evaluate"] |= _evaluate(meant)
+    for path, _ in meant.encoder_paths:
+        *parents, last = path.split(".")
+        section = functools.reduce(lambda section, key: section[_key(section, key)], parents, value)
+        section[_key(section, last)] = _encoder(section[_key(section, last)], tiny)
+    if isinstance(meant.regularizer, REPASettings):
+        value["regularizer"]["projector"]["width"] = min(meant.regularizer.projector.width, 32)
+    if meant.regularizer.type != "none":
+        value["regularizer"]["schedule"] |= _schedule(meant)
+    return RunConfig.model_validate(value)
+
+
+def _key(section: Any, key: str) -> Any:
+    return int(key) if isinstance(section, list) else key
+
+
+def _model(meant: RunConfig, tiny: TinyAssets) -> dict[str, Any]:
+    family, size = family_facts(meant.model.family), meant.model.size
+    if family.from_scratch:
+        return {"size": f"{NARROW}{(size or '').removeprefix(NARROW)}"}
+    return {"pretrained": str(tiny.pipeline(family)), "revision": None, "rank": min(meant.model.rank, 2)}
+
+
+def _data(meant: RunConfig, tiny: TinyAssets) -> dict[str, Any]:
+    data, family = meant.data, family_facts(meant.model.family)
+    stride = shape_of(family, meant.model.size).stride
+    token = stride * (8 if family.from_scratch and data.vae else family.latent_stride)  # pixels along each side
+    vae = data.vae and str(tiny.autoencoder() if family.from_scratch else tiny.pipeline(family))
+    fields: dict[str, Any] = {**data.model_dump(mode="json"), "vae": vae}
+    if isinstance(data, FolderSettings | HubSettings):
+        is_latent = data.vae is not None or meant.model.pretrained is not None
+        fields = {name: fields[name] for name in SourceSettings.model_fields} | tiny.images(data)
+        fields["resolution"] = max(32, 2 * token, 64 if is_latent else 0)
+        fields["holdout"] = min(data.holdout or _HOLDOUT, _HOLDOUT)
+    if data.buckets is not None:
+        fields["buckets"] = {"step": token, "max_aspect": data.buckets.max_aspect}
+    return fields
+
+
+def _evaluate(meant: RunConfig) -> dict[str, Any]:
+    config = meant.evaluate
+    return {
+        "every": min(config.every, _EVERY),
+        "samples": _SAMPLES,
+        "batch_size": _SAMPLES,
+        "sampler": {**config.sampler.model_dump(mode="json"), "steps": 2},
+        "extractor": {"name": _SMALL_ENCODER},
+        "metrics": _metrics(config.metrics),
+        "full": config.full and _full(config.full),
+    }
+
+
+def _full(full: FullConfig) -> dict[str, Any]:
+    """Return the protocol of milestones: at the end alone, with the steps of the usual protocol and twice the samples."""
+    return {
+        "samples": 2 * _SAMPLES,
+        "sampler": full.sampler and {**full.sampler.model_dump(mode="json"), "steps": 2},
+        "guidance": full.guidance and full.guidance.model_dump(mode="json"),
+        "labels": full.labels,
+        "metrics": full.metrics and _metrics(full.metrics),
+    }
+
+
+def _metrics(metrics: Iterable[str]) -> list[str]:
+    """Return the metrics that have a meaning with the extractor of rehearsals."""
+    return [metric for metric in metrics if quality_names(metric, _SMALL_ENCODER, _SAMPLES, "")]
+
+
+def _encoder(encoder: dict[str, Any], tiny: TinyAssets) -> dict[str, Any]:
+    """Return a tiny encoder of the same kind; where the kind has none, or is small already, EfficientNet-Lite0."""
+    from repa_lab.encoders.tiny import has_tiny
+
+    name = encoder["name"]
+    if not name.startswith(TINY) and name != _SMALL_ENCODER:
+        name = f"{TINY}{name}" if has_tiny(name) else _SMALL_ENCODER
+    known = ENCODERS.get(name.removeprefix(TINY))
+    size, tae = 4 * (known.stride if known else 16), encoder["tae"] and str(tiny.tiny_autoencoder())
+    return {**encoder, "name": name, "image_size": encoder["image_size"] and size, "weights": None, "tae": tae}
+
+
+def _schedule(meant: RunConfig) -> dict[str, Any]:
+    """Return the schedule over the few steps in the proportions of the many, so that every part of it is used."""
+    shape = meant.regularizer.schedule.model_dump(mode="json")
+    ratio = min(1.0, _STEPS / meant.train.steps)
+    scaled = {name: math.ceil(shape[name] * ratio) for name in _STEP_FIELDS if shape[name] is not None}
+    if 0 < scaled["decay_steps"] <= scaled["warmup_steps"]:
+        scaled["decay_steps"] = scaled["warmup_steps"] + 1
+    return {**scaled, "similarity_min_count": 1, "probe_every": 1}
+
+
+def _options(options: RunOptions) -> RunOptions:
+    """Return the options without those that take a GPU, or minutes before the first step."""
+    disabled = options.wandb.model_copy(update={"mode": "disabled"})
+    updates: dict[str, Any] = {"share": False, "log_every": 1, "checkpoint_every": None, "wandb": disabled}
+    updates["micro_batch"] = 1 if isinstance(options.micro_batch, int) else options.micro_batch
+    if not Path("/dev/nvidia0").exists():
+        updates |= {"device": "auto", "compile": False, "encoder_compile": False}
+        updates["precision"] = "fp32" if options.precision == "fp16" else options.precision
+    return options.model_copy(update=updates)
+
+
+def _objective(objective: Objective | tuple[Objective, ...]) -> Any:
+    """Return the objective, or each of several, with ``frechet`` for FID, which a rehearsal does not measure."""
+    if isinstance(objective, tuple):
+        return tuple(map(_objective, objective))
+    is_distance = objective.metric.startswith(("fid", "frechet"))
+    return objective.model_copy(update={"metric": "frechet"}) if is_distance else objective
+
+
+@dataclass(frozen=True)
+class TinyAssets:
+    """Tiny random pipelines and autoencoders, and a few images, below a folder; each is written once and kept."""
+
+    folder: Path
+
+    def pipeline(self, family: Family) -> Path:
+        """Return a tiny random pipeline of a family, its denoiser with as many blocks as the released one."""
+
+        def write(folder: Path) -> None:
+            from repa_lab.models.tiny import full_depth, write_tiny_pipeline
+
+            write_tiny_pipeline(family, folder, config=full_depth(family))
+
+        return self._once(family.name, write)
+
+    def autoencoder(self) -> Path:
+        """Return a tiny random autoencoder for a denoiser that is trained from scratch on latents."""
+
+        def write(folder: Path) -> None:
+            from repa_lab.models.families.parts import kl_autoencoder
+            from repa_lab.models.tiny import build_part
+
+            build_part(kl_autoencoder(4, 0.18215)).save_pretrained(folder)
+
+        return self._once("vae", write)
+
+    def tiny_autoencoder(self) -> Path:
+        """Return an autoencoder of the class of TAESD that decodes the same latents."""
+
+        def write(folder: Path) -> None:
+            from repa_lab.models.pipeline import Part
+            from repa_lab.models.tiny import build_part
+
+            widths = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+            counts = {"num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
+            build_part(Part("diffusers.AutoencoderTiny", {**widths, **counts})).save_pretrained(folder)
+
+        return self._once("tae", write)
+
+    def images(self, data: SourceSettings) -> dict[str, Any]:
+        """Return the fields of ``data`` for a few images: copies of the spec's own if they are here, else generated."""
+        folder = data.folder if isinstance(data, FolderSettings) and not data.is_unset else None
+        if folder is None or not folder.is_dir() or data.source not in _COPY_FEW:
+            return {"source": "imagefolder", "path": str(self._once("images", _generate))}
+        column, copy_few = getattr(data, "caption_column", None), _COPY_FEW[data.source]
+        name = f"images-{digest([str(folder.resolve()), column])[:12]}"
+        path = str(self._once(name, lambda target: copy_few(folder, target, column)))
+        source = "imagefolder" if data.source == "repa" else data.source
+        return {"source": source, "path": path, "caption_column": column}
+
+    def _once(self, name: str, write: Callable[[Path], None]) -> Path:
+        path = self.folder / name
+        if not path.exists():
+            temporary = path.with_name(f".{name}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            temporary.rename(path)
+        return path.resolve()
+
+
+def _generate(folder: Path) -> None:
+    """Draw captioned images of two classes and several aspects."""
+    from PIL import Image, ImageDraw
+
+    captions = {}
+    for number in range(_IMAGES):
+        kind, colour, (width, height) = _CLASSES[number % 2], _COLOURS[number % 6], _SIZES[number % 3]
+        image = Image.new("RGB", (width, height), (40 + 8 * number, 200, 255 - 8 * number))
+        draw, box = ImageDraw.Draw(image), (10 + number, 12, 60 + number, 62)
+        {"circle": draw.ellipse, "square": draw.rectangle}[kind](box, fill=colour)
+        (folder / kind).mkdir(exist_ok=True)
+        image.save(folder / kind / f"{number:02d}.png")
+        captions[f"{kind}/{number:02d}.png"] = f"a {colour} {kind}, number {number}"
+    _write_captions(folder, captions, "text")
+
+
+def _write_captions(folder: Path, captions: Mapping[str, str], column: str) -> None:
+    lines = (json.dumps({"file_name": name, column: caption}) + "\n" for name, caption in captions.items())
+    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _copy_few_of_folder(source: Path, folder: Path, caption_column: str | None) -> None:
+    """Copy evenly spaced images of a folder, so that its classes are among them, with their captions."""
+    images = read_image_folder(source, caption_column)
+    chosen = range(0, len(images.files), max(1, len(images.files) // _IMAGES))[:_IMAGES]
+    names = [images.files[index].relative_to(source).as_posix() for index in chosen]
+    for index, name in zip(chosen, names, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(images.files[index], folder / name)
+    if images.captions:
+        captions = [images.captions[index] for index in chosen]
+        _write_captions(folder, dict(zip(names, captions, strict=True)), caption_column or CAPTION_COLUMNS[0])
+
+
+def _copy_few_of_dataset(source: Path, folder: Path, caption_column: str | None) -> None:
+    from repa_lab.data.arrow import load_rows
+
+    rows = load_rows(source)
+    rows.select(range(0, len(rows), max(1, len(rows) // _IMAGES))).save_to_disk(str(folder))
+
+
+def _copy_few_of_prepared(source: Path, folder: Path, caption_column: str | None) -> None:
+    """Copy images into class folders, without their latents, which are of another VAE than the rehearsal's."""
+    listing = read_listing(source)
+    for index in listing.sample(_IMAGES):
+        target = folder / f"{listing.labels[index]:04d}" / listing.path(IMAGES, index).name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(listing.path(IMAGES, index), target)
+
+
+_COPY_FEW: dict[str, Callable[[Path, Path, str | None], None]] = {
+    "imagefolder": _copy_few_of_folder,
+    "datasets": _copy_few_of_dataset,
+    "repa": _copy_few_of_prepared,
+}
