@@ -16,14 +16,15 @@ from rich.console import Console
 from repa_lab.orchestration.checks import check
 from repa_lab.orchestration.cost import require_budget
 from repa_lab.orchestration.display import ProgressView
-from repa_lab.orchestration.executors import ExecutorError, Task, TrainJob, open_executor
+from repa_lab.orchestration.executors import Executor, ExecutorError, Task, TrainJob
+from repa_lab.orchestration.executors.local import LocalExecutor, local_slots
 from repa_lab.orchestration.plan import Plan, PlannedRun, make_plan
 from repa_lab.orchestration.scheduler import Scheduler, SweepBrokenError, Work
 from repa_lab.orchestration.sharing import RunList
 from repa_lab.runs import RunDirectory, RunsRoot, State
 from repa_lab.runs.files import Row
 from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory
-from repa_lab.spec import Experiment, SpecError, load_spec
+from repa_lab.spec import Experiment, RunOptions, SpecError, load_spec
 
 _LOCK_PATIENCE_S = 0.5  # a process that only looks whether a sweep is locked holds the lock for a moment
 
@@ -226,7 +227,7 @@ def _carry_out(
     with tempfile.TemporaryDirectory(prefix="repa-lab-") as scratch:
         log, executor = Path(scratch) / "workers.log", None
         try:
-            executor = open_executor(options, planned.root, experiment.name, runs, workers or options.workers, log)
+            executor = _open_executor(options, planned.root, experiment.name, runs, workers or options.workers, log)
             with ProgressView(console, experiment.name, executor.slots) as view:
                 scheduler = Scheduler(executor, planned.root, experiment.run, experiment.name, view, is_rehearsal)
                 for note in planned.notes:
@@ -247,6 +248,34 @@ def _carry_out(
     failures, diverged = scheduler.failures, scheduler.diverged
     trained = work.counts()[0] - done_before - len(failures) - len(diverged) - scheduler.reused
     return SweepOutcome(directory, trained, failures, diverged, scheduler.stopped or None)
+
+
+def _open_executor(
+    options: RunOptions, root: RunsRoot, sweep: str, runs: int | None, workers: int | None, log: Path
+) -> Executor:
+    """Open the executor that ``run.executor`` names.
+
+    Args:
+        options: the options of the sweep.
+        root: the runs root.
+        sweep: the name of the sweep.
+        runs: the number of runs to train; None for a search, which finds its runs as it goes.
+        workers: the number of runs that go on at a time; None lets the machines decide.
+        log: the file to which processes on this machine write their errors.
+
+    Raises:
+        ExecutorError: the executor cannot be had here.
+    """
+    if options.executor == "ray":
+        from repa_lab.orchestration.executors.ray import RayExecutor
+
+        return RayExecutor(options, root, sweep, workers)
+    if options.executor == "slurm":
+        from repa_lab.orchestration.executors.slurm import SlurmExecutor
+
+        # A search learns from runs that have ended, so it must not submit all of its trials at once.
+        return SlurmExecutor(options, root, sweep, workers or runs or options.slurm.array_parallelism)
+    return LocalExecutor(local_slots(options, runs, workers), log, options.gpus_per_run)
 
 
 def _with_last_line(error: SweepBrokenError, log: Path) -> SweepBrokenError:

@@ -1,4 +1,4 @@
-"""Where runs are trained: the jobs that an executor takes, the messages of its workers, and how to open one. No torch."""
+"""Where runs are trained: the interface of executors, the jobs that they take, and the messages of their workers."""
 
 from __future__ import annotations
 
@@ -244,36 +244,6 @@ class Executor(Protocol):
     def close(self) -> None:
         """Let the slots go; runs in hand are checkpointed first."""
         ...
-
-
-def open_executor(
-    options: RunOptions, root: RunsRoot, sweep: str, runs: int | None, workers: int | None, log: Path
-) -> Executor:
-    """Open the executor that ``run.executor`` names.
-
-    Args:
-        options: the options of the sweep.
-        root: the runs root.
-        sweep: the name of the sweep.
-        runs: the number of runs to train; None for a search, which finds its runs as it goes.
-        workers: the number of runs that go on at a time; None lets the machines decide.
-        log: the file to which processes on this machine write their errors.
-
-    Raises:
-        ExecutorError: the executor cannot be had here.
-    """
-    if options.executor == "ray":
-        from repa_lab.orchestration.executors.ray import RayExecutor
-
-        return RayExecutor(options, root, sweep, workers)
-    if options.executor == "slurm":
-        from repa_lab.orchestration.executors.slurm import SlurmExecutor
-
-        # A search learns from runs that have ended, so it must not submit all of its trials at once.
-        return SlurmExecutor(options, root, sweep, workers or runs or options.slurm.array_parallelism)
-    from repa_lab.orchestration.executors.local import LocalExecutor, local_slots
-
-    return LocalExecutor(local_slots(options, runs, workers), log, options.gpus_per_run)
 
 
 def launcher_variables(environment: Mapping[str, str]) -> list[str]:
