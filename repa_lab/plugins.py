@@ -11,10 +11,8 @@ if TYPE_CHECKING:
     from repa_lab.data.sources import Source
     from repa_lab.encoders.registry import encoder
     from repa_lab.metrics.protocol import metric
-    from repa_lab.models.facts import Family, Shape
     from repa_lab.models.families import family
-    from repa_lab.models.network import Network
-    from repa_lab.models.pipeline import Pipeline
+    from repa_lab.models.family import Family, Network, Pipeline, Shape
 
 _HOMES = {
     "align": ("Loss", "Needs", "Prediction", "Regularizer", "RegularizerSettings", "Shapes", "Signals", "Tokens"),
@@ -23,10 +21,8 @@ _HOMES = {
     "data.sources": ("Source",),
     "encoders.registry": ("encoder",),
     "metrics.protocol": ("metric",),
-    "models.facts": ("Family", "Shape"),
     "models.families": ("family",),
-    "models.network": ("Network",),
-    "models.pipeline": ("Pipeline",),
+    "models.family": ("Family", "Network", "Pipeline", "Shape"),
 }
 
 __all__ = [

@@ -10,7 +10,7 @@ import typer
 
 from repa_lab.cli import app
 from repa_lab.encoders.registry import ENCODERS
-from repa_lab.models.facts import SIT_SHAPES, UNET_SHAPES
+from repa_lab.models.family import SIT_SHAPES, UNET_SHAPES
 from repa_lab.spec import RunConfig, RunOptions, load_spec
 from repa_lab.spec.validate import unknown_field
 from repa_lab.spec.yaml import read_yaml

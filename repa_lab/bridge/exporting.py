@@ -16,8 +16,8 @@ from repa_lab.bridge.keys import (
     Key,
     Prefix,
 )
-from repa_lab.models.facts import Family
-from repa_lab.models.families import family_facts
+from repa_lab.models.families import FAMILIES
+from repa_lab.models.family import Family
 from repa_lab.spec.schema import RunConfig
 
 _KERNELS = (1, 3, 5, 7)
@@ -184,7 +184,7 @@ def export_settings(config: RunConfig) -> Exported:
     Args:
         config: the run's settings.
     """
-    family = family_facts(config.model.family)
+    family = FAMILIES[config.model.family]
     regularizer = config.regularizer
     prefix: Prefix = "crepa" if family.kind == "transformer" else "urepa"
     if regularizer.type == "none":

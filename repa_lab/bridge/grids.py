@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from repa_lab.encoders.registry import ENCODERS, input_size
-from repa_lab.models.facts import Family
+from repa_lab.models.family import Family
 
 _HUB_STRIDE = 14  # of all encoders SimpleTuner has
 _LATENT_STRIDE = 8  # of the latents that a family trained from scratch is given

@@ -23,8 +23,8 @@ from repa_lab.bridge.keys import (
     Prefix,
     UnfitError,
 )
-from repa_lab.models.facts import Family
-from repa_lab.models.families import family_facts
+from repa_lab.models.families import FAMILIES
+from repa_lab.models.family import Family
 from repa_lab.registry import did_you_mean
 from repa_lab.spec.errors import Problem, SpecError
 
@@ -157,10 +157,10 @@ def _family(name: str | None) -> Family | None:
         return None
     ours = name.lower().replace("-", "_")
     try:
-        return family_facts(ours)
+        return FAMILIES[ours]
     except ValueError:
         if ours in FAMILY_NAMES:
-            return family_facts(FAMILY_NAMES[ours])
+            return FAMILIES[FAMILY_NAMES[ours]]
         raise
 
 

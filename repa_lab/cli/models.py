@@ -33,7 +33,7 @@ def families(json_: JsonOption = False) -> None:
     with clean_errors():
         from dataclasses import asdict
 
-        from repa_lab.models.catalogue import catalogue
+        from repa_lab.models.families import catalogue
 
         rows = [asdict(entry) for entry in catalogue()]
         if json_:

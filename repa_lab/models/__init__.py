@@ -1,1 +1,1 @@
-"""Model families: what each says of itself (`facts`, no torch), how it is built (`family`), where it is tapped (`tap`)."""
+"""Denoisers: their families as data, how they are built or loaded, where they are tapped, and what they cost."""

@@ -1,4 +1,7 @@
-"""Counts what `flops` keeps as data, on the meta device: ``python -m repa_lab.models.counting FAMILY ...`` prints its rows."""
+"""Counts the numbers of :mod:`repa_lab.models.flops` on the meta device; prints its rows for families of diffusers.
+
+Usage: ``python -m repa_lab.models.counting FAMILY ...``
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from repa_lab.models.denoiser import Denoiser, build_net
-from repa_lab.models.facts import Family, network_of, pipeline_of
-from repa_lab.models.families import family_facts
+from repa_lab.models.families import FAMILIES
+from repa_lab.models.family import Family, network_of, pipeline_of
 from repa_lab.models.flops import TEXT_TOKENS
+from repa_lab.models.pretrained import DiffusersDenoiser, build_net
 
-_INTEGERS = re.compile("mask|labels")
 Count = tuple[int, int]
 
 
-class _Flash(torch.autograd.Function):
-    """Attention that keeps what flash attention keeps: no square of the tokens."""
+class _FlashAttention(torch.autograd.Function):
+    """Attention that keeps for backward what flash attention keeps: no matrix of tokens by tokens."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -34,40 +36,53 @@ class _Flash(torch.autograd.Function):
 
 
 def count(forward: Callable[[], Any], module: nn.Module) -> Count:
-    """FLOPs of a forward pass, and the floating-point numbers kept for backward that are not the module's own."""
+    """Return the FLOPs of a forward pass, and how many numbers it keeps for backward beside the module's own."""
     own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point() and (key := tensor.untyped_storage()._cdata) not in own:
-            kept[key] = tensor  # held, for an address is free for another once nothing holds it
+            kept[key] = tensor  # the reference keeps the storage's address from being used again
         return tensor
 
     keeping = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with _without_values(), FlopCounterMode(display=False) as counter, keeping:
+    with _on_meta(), FlopCounterMode(display=False) as counter, keeping:
         forward()
     return counter.get_total_flops(), sum(t.untyped_storage().nbytes() // t.element_size() for t in kept.values())
 
 
 def count_family(family: Family, side: int, frozen: bool = False) -> Count:
-    """The count of a released model for an image of ``side`` tokens each way, with or without gradients of its weights."""
+    """Count a released model for an image of ``side`` tokens along each side, with its weights trained or frozen."""
     network = network_of(family)
     with torch.device("meta"):
         net: Any = build_net(family, network.config)
     net.requires_grad_(not frozen)
-    denoiser, cells = Denoiser(net, family).eval(), side * family.shapes[""].stride
+    denoiser, cells = DiffusersDenoiser(net, family).eval(), side * family.shapes[""].stride
     latents = torch.empty(1, network.channels, cells, cells, device="meta", requires_grad=True)
-    condition = _condition(family, net.config)
+    condition = meta_condition(family, net.config, TEXT_TOKENS)
     return count(lambda: denoiser(latents, torch.empty(1, device="meta"), **condition), net)
 
 
+def meta_condition(family: Family, config: Any, tokens: int) -> dict[str, torch.Tensor]:
+    """Return conditioning on the meta device for one image with a text of so many tokens."""
+    network = network_of(family)
+    condition = {
+        name: torch.empty(1, *shape, device="meta", dtype=torch.long if re.search("mask|labels", name) else None)
+        for name, shape in network.condition(config, tokens).items()
+    }
+    if network.lengths:  # which needs the values of the masks
+        masks = {name: mask for name, mask in condition.items() if "mask" in name}
+        condition |= {name: torch.ones(mask.shape, dtype=torch.long) for name, mask in masks.items()}
+    return condition
+
+
 def native_side(family: Family) -> int:
-    """Tokens along each side of the released model's own images."""
+    """Return the tokens along each side of an image at the released model's native size."""
     return network_of(family).native // family.latent_stride // family.shapes[""].stride
 
 
 def adapted(family: Family) -> int:
-    """Inputs and outputs of the layers that LoRA adapts, summed."""
+    """Return the sum of the inputs and outputs of the layers that LoRA adapts."""
     with torch.device("meta"):
         net = build_net(family, network_of(family).config)
     ends = tuple(f".{end}" for end in pipeline_of(family).adapted)
@@ -76,40 +91,30 @@ def adapted(family: Family) -> int:
 
 
 def row(name: str) -> str:
-    """A family's row of :data:`repa_lab.models.flops.COUNTED`."""
-    family = family_facts(name)
+    """Return a family's row of :data:`repa_lab.models.flops.COUNTED`."""
+    family = FAMILIES[name]
     side = native_side(family)
     counts = [count_family(family, part) for part in (side, side // 2, side // 4)]
-    flops = ", ".join(f"{one / 1e9:.6g}" for one, _ in counts)
-    kept = ", ".join(f"{one / 1e6:.6g}" for _, one in counts)
+    gflops = ", ".join(f"{flops / 1e9:.6g}" for flops, _ in counts)
+    kept = ", ".join(f"{numbers / 1e6:.6g}" for _, numbers in counts)
     share = count_family(family, side, frozen=True)[1] / counts[0][1]
-    return f'    "{name}": Counted({side**2}, ({flops}), ({kept}), {share:.2f}, {adapted(family):_}),'
-
-
-def _condition(family: Family, config: Any) -> dict[str, torch.Tensor]:
-    network, found = network_of(family), dict[str, torch.Tensor]()
-    for name, shape in network.condition(config, TEXT_TOKENS).items():
-        dtype = torch.long if _INTEGERS.search(name) else None
-        found[name] = torch.empty(1, *shape, device="meta", dtype=dtype)
-    if network.lengths:  # words are counted
-        found |= {name: torch.ones(mask.shape, dtype=torch.long) for name, mask in found.items() if "mask" in name}
-    return found
+    return f'    "{name}": Counted({side**2}, ({gflops}), ({kept}), {share:.2f}, {adapted(family):_}),'
 
 
 @contextmanager
-def _without_values() -> Iterator[None]:
-    """Without what goes by values, or by a device's autocast: meta lacks both."""
+def _on_meta() -> Iterator[None]:
+    """Replace routing by values and autocast, which the meta device lacks, and attention by :class:`_FlashAttention`."""
     from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 
     def attend(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> Any:
-        return _Flash.apply(query, key, value)
+        return _FlashAttention.apply(query, key, value)
 
-    def choose(self: Any, tokens: torch.Tensor, *choice: Any) -> torch.Tensor:
+    def route(self: Any, tokens: torch.Tensor, *choice: Any) -> torch.Tensor:
         return sum((self.experts[0](tokens) for _ in range(self.num_activated_experts)), torch.zeros_like(tokens))
 
     with (
         mock.patch.object(F, "scaled_dot_product_attention", attend),
-        mock.patch.object(MOEFeedForwardSwiGLU, "moe_infer", choose),
+        mock.patch.object(MOEFeedForwardSwiGLU, "moe_infer", route),
         mock.patch.object(torch, "autocast", lambda *args, **options: nullcontext()),
     ):
         yield

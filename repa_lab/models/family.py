@@ -1,123 +1,313 @@
-"""How each family trained from scratch is built and tapped. Adding one is a class and a row in `BUILDERS`."""
+"""What a family of denoisers is, as data: its blocks, its model and its pipeline in diffusers. Imports no torch.
+
+`plan` therefore checks a spec in a second. The last part has the sizes of the families that are trained from scratch;
+every other family is a file in :mod:`repa_lab.models.families`.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from safetensors.torch import save_file
-from torch import nn
+from repa_lab.align.settings import REGULARIZERS
+from repa_lab.registry import UnknownComponentError
 
-from repa_lab.align.tokens import Grid, Tokens, flatten_map
-from repa_lab.models.facts import BlockIndex, Shape
-from repa_lab.models.sit import SiT, SiTConfig
-from repa_lab.models.sit_down import SiTDown, SiTDownConfig
-from repa_lab.models.tap import Tap, TapError
+if TYPE_CHECKING:
+    import torch
+
+Kind = Literal["transformer", "unet"]
+BlockIndex = int | Literal["mid"]
+Condition = Mapping[str, "torch.Tensor"]
+# Prefix of a size: the same number of blocks or levels, but narrow. A rehearsal trains such a model.
+NARROW = "narrow-"
+_NARROW_WIDTH = 32
+# Names of the query, key, value and output layers of attention in most models of diffusers.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)
-class Input:
-    """What the denoiser sees: channels, ``(height, width)`` of image or latent, number of classes without the null label."""
+class Shape:
+    """One size of a family.
 
-    channels: int
-    size: tuple[int, int]
-    num_classes: int
+    Attributes:
+        depth: number of blocks that ``block_index`` counts; 1 for a UNet, whose only tap is ``mid``.
+        width: width D of the denoiser at the tap.
+        stride: input pixels (or latent cells) per token along each side at the tap.
+        block: suggested ``block_index``.
+        heads: attention heads (transformers trained from scratch).
+        channels: channels per level (UNets trained from scratch).
+        layers: residual blocks per level (UNets trained from scratch).
+        stages: blocks per stage, the middle one at half the resolution (U-shaped transformers trained from scratch).
+    """
 
+    depth: int
+    width: int
+    stride: int
+    block: BlockIndex
+    heads: int = 0
+    channels: tuple[int, ...] = ()
+    layers: int = 0
+    stages: tuple[int, ...] = ()
 
-class FamilyBuilder(Protocol):
-    """What a family can do; its facts stand in `facts`."""
+    def stride_at(self, block: BlockIndex | None) -> int:
+        """Return the stride of the tokens that leave a block; None is the suggested block.
 
-    def build(self, size: str, shape: Shape, given: Input) -> nn.Module:
-        """A freshly initialised denoiser with ``forward(x, t, y) -> velocity``."""
-        ...
-
-    def tap(self, denoiser: nn.Module, block_index: BlockIndex) -> Tap:
-        """Hook the block ``block_index`` of the denoiser.
-
-        Raises:
-            TapError: there is no such block.
+        Outside the middle stage of a U-shaped transformer it is half of ``stride``.
         """
-        ...
-
-    def export(self, denoiser: nn.Module, folder: Path) -> None:
-        """Write the denoiser, and nothing else, into a folder, as its users would expect to find it."""
-        ...
-
-
-class SiTFamily:
-    """SiT, tapped at the output of a block."""
-
-    def build(self, size: str, shape: Shape, given: Input) -> nn.Module:
-        """See :class:`FamilyBuilder`."""
-        return SiT.from_size(size, given.channels, given.size, given.num_classes)
-
-    def tap(self, denoiser: nn.Module, block_index: BlockIndex) -> Tap:
-        """See :class:`FamilyBuilder`."""
-        assert isinstance(denoiser, SiT)
-        return _tap_block("sit", denoiser.blocks, block_index, lambda index: denoiser.grid)
-
-    def export(self, denoiser: nn.Module, folder: Path) -> None:
-        """See :class:`FamilyBuilder`: weights and the arguments of :class:`SiTConfig`."""
-        assert isinstance(denoiser, SiT)
-        _export(denoiser, denoiser.config, folder)
+        if not self.stages or not isinstance(block, int):
+            return self.stride
+        before, middle, _ = self.stages
+        return self.stride if before <= block < before + middle else self.stride // 2
 
 
-class SiTDownFamily:
-    """SiT-down, tapped at the output of a block, on the grid of the block's stage."""
+@dataclass(frozen=True)
+class Blocks:
+    """A list of blocks that ``block_index`` counts, and where their output holds the image's tokens.
 
-    def build(self, size: str, shape: Shape, given: Input) -> nn.Module:
-        """See :class:`FamilyBuilder`."""
-        return SiTDown.from_size(size, given.channels, given.size, given.num_classes)
+    Attributes:
+        path: the list's name in the model, or the name of the block itself for a UNet's mid block.
+        item: index of the output that holds the image's tokens; None if a block returns one tensor.
+        place: position of the image's tokens in the sequence: the whole of it (``all``), its start (``head``), its end
+            (``tail``), or behind the text of each sample (``after_text``); ``map`` is a map ``(B, C, h, w)``.
+        samples: dimension of the batch; 1 for blocks that return ``(M, B, D)``.
+    """
 
-    def tap(self, denoiser: nn.Module, block_index: BlockIndex) -> Tap:
-        """See :class:`FamilyBuilder`."""
-        assert isinstance(denoiser, SiTDown)
-        return _tap_block("sit_down", denoiser.blocks, block_index, denoiser.grid_of)
-
-    def export(self, denoiser: nn.Module, folder: Path) -> None:
-        """See :class:`FamilyBuilder`: weights and the arguments of :class:`SiTDownConfig`."""
-        assert isinstance(denoiser, SiTDown)
-        _export(denoiser, denoiser.config, folder)
-
-
-class UNetFamily:
-    """diffusers' class-conditional UNet, tapped at its mid block."""
-
-    def build(self, size: str, shape: Shape, given: Input) -> nn.Module:
-        """See :class:`FamilyBuilder`."""
-        from repa_lab.models.unet import (
-            UNet,
-        )  # diffusers takes two seconds to import, which a transformer need not wait for
-
-        return UNet(shape, given.channels, given.size, given.num_classes)
-
-    def tap(self, denoiser: nn.Module, block_index: BlockIndex) -> Tap:
-        """See :class:`FamilyBuilder`."""
-        if block_index != "mid":
-            raise TapError(f"unet is tapped at its mid block: block_index must be 'mid', got {block_index!r}")
-        to_tokens: Callable[[Any], Tokens] = flatten_map
-        return Tap(denoiser.get_submodule("net.mid_block"), to_tokens)
-
-    def export(self, denoiser: nn.Module, folder: Path) -> None:
-        """See :class:`FamilyBuilder`: a folder of diffusers' `UNet2DModel`, whose times are 1,000 times ours."""
-        net: Any = denoiser.get_submodule("net")
-        net.save_pretrained(folder)
+    path: str
+    item: int | None = None
+    place: Literal["all", "head", "tail", "after_text", "map"] = "all"
+    samples: Literal[0, 1] = 0
 
 
-def _tap_block(name: str, blocks: nn.ModuleList, index: BlockIndex, grid_of: Callable[[int], Grid]) -> Tap:
-    depth = len(blocks)
-    if not isinstance(index, int) or not 0 <= index < depth:
-        raise TapError(f"{name} has {depth} blocks: block_index must be 0 to {depth - 1}, got {index!r}")
-    grid = grid_of(index)
-    return Tap(blocks[index], lambda output: Tokens(output, grid))
+def first_channels(output: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Return a model's output ``(B, C, H, W)`` without the channels after the latents', which predict the variance."""
+    prediction: torch.Tensor = output[:, : latents.shape[1]]
+    return prediction
 
 
-def _export(denoiser: nn.Module, config: SiTConfig | SiTDownConfig, folder: Path) -> None:
-    save_file(denoiser.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+@dataclass(frozen=True)
+class Network:
+    """A model class of diffusers, used as a denoiser.
+
+    Attributes:
+        model: name of the class in diffusers.
+        blocks: the lists of blocks that can be tapped, in the order in which ``block_index`` counts them.
+        inputs: makes the arguments of ``forward`` from the model's config, noisy latents ``(B, C, H, W)``, times
+            ``(B,)`` in [0, 1] (1 is noise) and conditioning.
+        condition: returns the shapes of the conditioning by name, without the batch, from the model's config and a
+            number of text tokens. A name that contains "mask" or "labels" holds integers.
+        tiny: constructor arguments of a small model that has every kind of block.
+        parameters: number of parameters of the released model.
+        output: makes the prediction ``(B, C, H, W)`` from the model's output and the latents.
+        lengths: returns the text tokens before the image of each sample ``(B,)`` from the conditioning; needed for
+            the place ``after_text``.
+        config: constructor arguments of the released model that differ from the defaults.
+        channels: number of latent channels.
+        square: whether the model takes square images only.
+        uncheckpointed: what goes wrong when the model's blocks are checkpointed; empty if nothing does.
+        depths: constructor arguments that set the lengths of the lists in ``blocks``; none for a UNet.
+        per_block: constructor arguments that hold one entry per block.
+        native: side in pixels of the released model's training images.
+    """
+
+    model: str
+    blocks: tuple[Blocks, ...]
+    inputs: Callable[[Any, torch.Tensor, torch.Tensor, Condition], dict[str, Any]]
+    condition: Callable[[Any, int], dict[str, tuple[int, ...]]]
+    tiny: Mapping[str, Any]
+    parameters: int
+    output: Callable[[Any, torch.Tensor], torch.Tensor] = first_channels
+    lengths: Callable[[Condition], torch.Tensor] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    channels: int = 4
+    square: bool = False
+    uncheckpointed: str = ""
+    depths: tuple[str, ...] = ("num_layers",)
+    per_block: tuple[str, ...] = ()
+    native: int = 1024
 
 
-BUILDERS: dict[str, FamilyBuilder] = {"sit": SiTFamily(), "sit_down": SiTDownFamily(), "unet": UNetFamily()}
+@dataclass(frozen=True)
+class Component:
+    """A component of a tiny pipeline: a class such as ``transformers.CLIPTextModel``, and its config's arguments.
+
+    The vocabulary of a tokenizer is made by :mod:`repa_lab.models.tiny`.
+    """
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline class of diffusers, which encodes captions and samples images.
+
+    Attributes:
+        classes: names of the pipeline classes whose folders hold this family; the tiny pipeline is of the first one.
+        encode: encodes captions with the pipeline, from which the denoiser may be missing: the conditioning by text,
+            one row per caption, all padded to one length, under the names of :attr:`Network.condition`. None for a
+            family without text.
+        prompt: makes the arguments of the pipeline's call from conditioning ``(B, ...)``.
+        tiny: components of a small pipeline that fits :attr:`Network.tiny`, without the denoiser.
+        denoiser: name of the component that is trained.
+        negative: whether the call also takes the arguments of ``prompt`` for the empty caption, as ``negative_NAME``.
+        guidance: name of the call's argument for the guidance scale.
+        unguided: value of that argument that means no guidance: 1, or 0 for a pipeline that adds the difference
+            between the two predictions to the one with text.
+        options: further arguments of the call.
+        sizes: makes the conditioning by size from the model's config and frames ``(B, 6)`` in pixels: original height
+            and width, top and left of the crop, target height and width. None for a family that is not told sizes.
+        adapted: ends of the names of the layers that LoRA adapts.
+        allow: adapts a pipeline so that it can draw images of a given height and width; None if it can draw any.
+        shifted: whether the pipeline applies the shift of an autoencoder that has one.
+        released: hub id of the pipeline that :attr:`Network.config` describes.
+        num_classes: returns the number of classes from the model's config, for a family that is conditioned on a
+            class instead of a text; that number is the null label.
+    """
+
+    classes: tuple[str, ...]
+    encode: Callable[[Any, Sequence[str]], dict[str, torch.Tensor]] | None
+    prompt: Callable[[Condition], dict[str, Any]]
+    tiny: Mapping[str, Component]
+    denoiser: Literal["transformer", "unet"] = "transformer"
+    negative: bool = True
+    guidance: str = "guidance_scale"
+    unguided: Literal[0, 1] = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Callable[[Any, torch.Tensor], dict[str, torch.Tensor]] | None = None
+    adapted: tuple[str, ...] = ATTENTION
+    allow: Callable[[Any, int, int], None] | None = None
+    shifted: bool = True
+    released: str = ""
+    num_classes: Callable[[Any], int] | None = None
+
+    def call(self, condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call.
+
+        Args:
+            condition: conditioning ``(B, ...)``.
+            null: conditioning of the empty caption ``(B, ...)``.
+            guidance: scale of classifier-free guidance; 1 is none.
+        """
+        arguments = {**self.prompt(condition), **self.options, self.guidance: guidance - (1 - self.unguided)}
+        if self.negative:
+            arguments |= {f"negative_{name}": value for name, value in self.prompt(null).items()}
+        return arguments
+
+
+@dataclass(frozen=True)
+class Family:
+    """The facts of a family of denoisers.
+
+    Attributes:
+        name: name in a spec.
+        kind: ``transformer`` or ``unet``.
+        shapes: shape of every size; a family whose folder decides has the single key ``""``.
+        latent_stride: image pixels per latent cell along each side; 1 for families that take images as they are.
+        network: model in diffusers; None for a family that is trained from scratch.
+        pipeline: pipeline in diffusers; None for a family that is trained from scratch.
+        u_shaped: whether it is a transformer with a stage of fewer tokens.
+    """
+
+    name: str
+    kind: Kind
+    shapes: Mapping[str, Shape]
+    latent_stride: int = 8
+    network: Network | None = None
+    pipeline: Pipeline | None = None
+    u_shaped: bool = False
+
+    @property
+    def regularizer(self) -> str:
+        """The regularizer that fits best: ``repa`` for transformers, ``urepa`` for U-shaped denoisers."""
+        return self.regularizers[0]
+
+    @property
+    def regularizers(self) -> tuple[str, ...]:
+        """The regularizers that fit, the best first."""
+        kinds = ("u_shaped", self.kind) if self.u_shaped else (self.kind,)
+        fitting = {name: REGULARIZERS[name].settings.kinds for name in REGULARIZERS if name != "none"}
+        return tuple(dict.fromkeys(name for kind in kinds for name, fits in fitting.items() if kind in fits))
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the family is built by ``size`` rather than loaded from a pretrained folder."""
+        return "" not in self.shapes
+
+
+def network_of(family: Family) -> Network:
+    """Return the diffusers model of a family that is not trained from scratch."""
+    assert family.network is not None
+    return family.network
+
+
+def pipeline_of(family: Family) -> Pipeline:
+    """Return the diffusers pipeline of a family that is not trained from scratch."""
+    assert family.pipeline is not None
+    return family.pipeline
+
+
+def shape_of(family: Family, size: str | None) -> Shape:
+    """Return the shape of a family at a size; None for a pretrained family.
+
+    Raises:
+        UnknownComponentError: no such size.
+    """
+    key = (size or "").removeprefix(NARROW)
+    if key not in family.shapes:
+        raise UnknownComponentError(f"size of {family.name}", key, tuple(family.shapes))
+    shape = family.shapes[key]
+    if size is None or key == size:
+        return shape
+    channels, heads, layers = (_NARROW_WIDTH,) * len(shape.channels), min(shape.heads, 2), min(shape.layers, 1)
+    return replace(shape, width=_NARROW_WIDTH, heads=heads, channels=channels, layers=layers)
+
+
+# Depth, width, heads, suggested block: the papers align depth 4 of B and depth 8 of L and XL, counted from 1.
+_SIT = {
+    "nano": (4, 64, 4, 1),
+    "S": (12, 384, 6, 3),
+    "B": (12, 768, 12, 3),
+    "L": (24, 1024, 16, 7),
+    "XL": (28, 1152, 16, 7),
+}
+SIT_SHAPES = {
+    f"{size}/{patch}": Shape(depth, width, stride=patch, block=block, heads=heads)
+    for size, (depth, width, heads, block) in _SIT.items()
+    for patch in (2, 4, 8)
+}
+
+# Channels per level and residual blocks per level. B is the ImageNet UNet of the latent diffusion paper.
+_UNET: dict[str, tuple[tuple[int, ...], int]] = {
+    "nano": ((32, 64), 1),
+    "S": ((128, 256, 384), 2),
+    "B": ((192, 384, 576, 960), 2),
+}
+UNET_SHAPES = {
+    size: Shape(1, channels[-1], 2 ** (len(channels) - 1), "mid", channels=channels, layers=layers)
+    for size, (channels, layers) in _UNET.items()
+}
+
+# Blocks per stage, width, heads: Table 2 of U-REPA, which gives the heads of B only. The suggested block is the middle
+# one, as in Table 4 (the 18th of 36 blocks). There a token covers two patches of 2 along each side.
+_SIT_DOWN = {
+    "nano": ((2, 2, 2), 64, 4),
+    "B": ((5, 5, 5), 768, 12),
+    "L": ((9, 14, 9), 1024, 16),
+    "XL": ((10, 16, 10), 1152, 16),
+}
+SIT_DOWN_SHAPES = {
+    f"{size}/2": Shape(sum(stages), width, 4, (sum(stages) - 1) // 2, heads=heads, stages=stages)
+    for size, (stages, width, heads) in _SIT_DOWN.items()
+}
+_SWIGLU_MULTIPLE = 256
+
+
+def swiglu_width(width: int) -> int:
+    """Return the hidden channels of SiT-down's gated MLP, which then has about as many weights as SiT's MLP."""
+    return -(-(8 * width // 3) // _SWIGLU_MULTIPLE) * _SWIGLU_MULTIPLE
+
+
+SIT = Family("sit", "transformer", SIT_SHAPES, latent_stride=1)
+UNET = Family("unet", "unet", UNET_SHAPES, latent_stride=1)
+SIT_DOWN = Family("sit_down", "transformer", SIT_DOWN_SHAPES, latent_stride=1, u_shaped=True)

@@ -1,8 +1,8 @@
-"""What one image costs a denoiser: closed formulas and counted numbers, without torch, so that `plan` can tell at once.
+"""The FLOPs and the memory of a denoiser's forward pass, from formulas and counts. Imports no torch.
 
 FLOPs are twice the multiply-adds of matrix products, convolutions and attention, as `torch.utils.flop_counter` counts
-them. SiT's and SiT-down's follow from their shapes. All others were counted on the meta device by
-`repa_lab.models.counting`, and a test counts them again.
+them. Those of SiT and SiT-down follow from their shapes. All others were counted on the meta device by
+:mod:`repa_lab.models.counting`, and a test counts them again.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from repa_lab.models.facts import Family, Shape, network_of, shape_of, swiglu_width
+from repa_lab.models.family import SIT, SIT_DOWN, UNET, Family, network_of, shape_of, swiglu_width
 
-TEXT_TOKENS = 256  # of a text, where there is one, in every counted forward pass
+TEXT_TOKENS = 256  # of the text in every counted forward pass
 _TIME_FEATURES = 256
 
 
@@ -21,11 +21,11 @@ class Forward:
     """The forward pass of one image.
 
     Attributes:
-        flops: of the pass.
-        kept: numbers kept for the backward pass, attention's as flash attention keeps them.
-        parameters: of the denoiser.
-        kept_frozen: the share of ``kept`` that is left where the weights are frozen, as under LoRA.
-        adapted: inputs and outputs of the layers that LoRA adapts, summed: a rank r has r times as many weights.
+        flops: FLOPs of the pass.
+        kept: numbers kept for the backward pass, where attention keeps as few as flash attention.
+        parameters: number of parameters of the denoiser.
+        kept_frozen: share of ``kept`` that remains if the weights are frozen, as with LoRA.
+        adapted: sum of the inputs and outputs of the layers that LoRA adapts; rank r adds r times as many weights.
     """
 
     flops: float
@@ -37,17 +37,17 @@ class Forward:
 
 @dataclass(frozen=True)
 class Counted:
-    """Counts of a released model at its native size and at a half and a quarter of its sides.
+    """Counts of a released model at its native size and at a half and a quarter of that side.
 
-    Every layer costs a constant, or as many times as there are tokens, or as pairs of them, so that a parabola through
-    the three counts gives any other size exactly.
+    The cost of every layer is constant, linear or quadratic in the number of tokens, so the parabola through the three
+    counts gives the cost at any size exactly.
 
     Attributes:
         tokens: image tokens at the tap at the native size.
-        gflops: of a forward pass at the three sizes, in 10^9, with a text of :data:`TEXT_TOKENS`.
-        kept: see :class:`Forward`, in 10^6, at the three sizes.
-        frozen: see :attr:`Forward.kept_frozen`, at the native size.
-        adapted: see :class:`Forward`.
+        gflops: 10^9 FLOPs of a forward pass at the three sizes, with a text of :data:`TEXT_TOKENS`.
+        kept: 10^6 numbers kept for the backward pass at the three sizes.
+        frozen: share of ``kept`` that remains if the weights are frozen, at the native size.
+        adapted: sum of the inputs and outputs of the layers that LoRA adapts.
     """
 
     tokens: int
@@ -57,7 +57,7 @@ class Counted:
     adapted: int = 0
 
     def at(self, tokens: float, parameters: int) -> Forward:
-        """The forward pass of an image of so many tokens."""
+        """Return the forward pass of an image of so many tokens."""
         flops, kept = (_parabola(self.tokens, values, tokens) for values in (self.gflops, self.kept))
         return Forward(flops * 1e9, kept * 1e6, parameters, self.frozen, self.adapted)
 
@@ -86,7 +86,7 @@ COUNTED: dict[str, Counted] = {
     "krea2": Counted(4096, (120010, 33419, 13800), (23177, 7153, 3146.9), 0.56, 1_200_128),
 }
 
-# By size: the parameters with 4 channels and 1,000 classes, then the counts at 64x64 cells, 32x32 and 16x16.
+# By size: the parameters for 4 channels and 1,000 classes, then the counts at 64x64, 32x32 and 16x16 cells.
 COUNTED_UNETS: dict[str, tuple[int, Counted]] = {
     "nano": (831_204, Counted(1024, (3.13329, 0.582107, 0.133054), (8.34224, 2.08765, 0.524))),
     "S": (43_363_588, Counted(256, (64.1027, 14.9098, 3.6615), (53.802, 13.4605, 3.3751))),
@@ -97,96 +97,79 @@ COUNTED_UNETS: dict[str, tuple[int, Counted]] = {
 }
 _UNET_CHANNELS, _UNET_CLASSES = 4, 1000
 
-# Stable Diffusion's autoencoder at 512, 256 and 128 pixels; `tokens` are latent cells.
+# The autoencoder of Stable Diffusion at 512, 256 and 128 pixels; `tokens` are latent cells.
 VAE_ENCODER = Counted(4096, (1116.66, 272.722, 67.7779), (0, 0, 0))
 VAE_DECODER = Counted(4096, (2514.52, 622.187, 155.144), (0, 0, 0))
 
 
-@dataclass(frozen=True)
-class Given:
-    """What a denoiser from scratch is built for and shown.
-
-    Attributes:
-        size: of the family.
-        shape: of that size.
-        tokens: of the image at the suggested tap.
-        channels: of what the denoiser sees.
-        classes: without the null label.
-    """
-
-    size: str
-    shape: Shape
-    tokens: float
-    channels: int
-    classes: int
-
-
 def forward_of(family: Family, size: str | None, tokens: float, channels: int, classes: int) -> Forward:
-    """The forward pass of one image through a family's denoiser.
+    """Return the forward pass of one image through a family's denoiser.
 
     Args:
-        family: which one.
-        size: of one that is trained from scratch.
-        tokens: of the image at the suggested tap.
-        channels: of what the denoiser sees (for those from scratch).
-        classes: without the null label (for those from scratch).
+        family: family of the denoiser.
+        size: size of a family that is trained from scratch.
+        tokens: image tokens at the suggested tap.
+        channels: input channels of a denoiser from scratch.
+        classes: classes of a denoiser from scratch, without the null label.
     """
-    if family.from_scratch:
-        return FROM_SCRATCH[family.name](Given(size or "", shape_of(family, size), tokens, channels, classes))
-    return COUNTED[family.name].at(tokens, network_of(family).parameters)
+    if not family.from_scratch:
+        return COUNTED[family.name].at(tokens, network_of(family).parameters)
+    return FROM_SCRATCH[family.name](size or "", tokens, channels, classes)
 
 
-def _sit_forward(given: Given) -> Forward:
-    """SiT from its shape: per block 12 D^2 weights at every token, 6 D^2 at every image, and two products of attention.
+def _sit_forward(size: str, tokens: float, channels: int, classes: int) -> Forward:
+    """Return the forward pass of a SiT.
 
-    Kept are 21 numbers per block, token and channel, as counted, with 3 more around the blocks.
+    A block has 12 D^2 weights at every token and 6 D^2 at every image, and two products of attention. It keeps 21
+    numbers per token and channel, as counted; the rest of the model keeps 3 more.
     """
-    n, width, depth = given.tokens, given.shape.width, given.shape.depth
-    around, ends = _ends(given, n, patch=given.shape.stride)
-    macs = around + depth * (12 * n * width**2 + 2 * n**2 * width + 6 * width**2)
-    parameters = ends + int(n) * width + depth * (18 * width**2 + 15 * width)
-    return Forward(2 * macs, (21 * depth + 3) * n * width, parameters)
+    shape = shape_of(SIT, size)
+    width, depth = shape.width, shape.depth
+    macs, parameters = _ends(width, tokens, shape.stride**2 * channels, classes)
+    macs += depth * (12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2)
+    parameters += int(tokens) * width + depth * (18 * width**2 + 15 * width)
+    return Forward(2 * macs, (21 * depth + 3) * tokens * width, parameters)
 
 
-def _sit_down_forward(given: Given) -> Forward:
-    """SiT-down from its shape: per block 4 D^2 weights of attention and 3 D H of SwiGLU at every token, 6 D^2 at every
-    image; two 3x3 convolutions of 4 D^2 channels over the middle's tokens.
+def _sit_down_forward(size: str, tokens: float, channels: int, classes: int) -> Forward:
+    """Return the forward pass of a SiT-down, whose outer stages have four times as many tokens as the middle one.
 
-    Kept are 15 numbers per block, token and channel and 4 per hidden channel, as counted, with 5 more around the
-    blocks.
+    A block has 4 D^2 weights of attention and 3 D H of SwiGLU at every token, and 6 D^2 at every image. The two 3x3
+    convolutions have 36 D^2 weights each, over the tokens of the middle. A block keeps 15 numbers per token and channel
+    and 4 per hidden channel, as counted; the rest of the model keeps 5 more per channel.
     """
-    n, width, stages, hidden = given.tokens, given.shape.width, given.shape.stages, swiglu_width(given.shape.width)
-    around, ends = _ends(given, 4 * n, patch=given.shape.stride // 2)
+    shape = shape_of(SIT_DOWN, size)
+    width, (before, middle, after) = shape.width, shape.stages
+    hidden, outer = swiglu_width(width), before + after
     weights, convolutions = 4 * width**2 + 3 * width * hidden, 72 * width**2
-    outer, middle = stages[0] + stages[2], stages[1]
-    macs = around + n * convolutions
-    for blocks, m in ((outer, 4 * n), (middle, n)):
-        macs += blocks * (m * weights + 2 * m**2 * width + 6 * width**2)
+    macs, parameters = _ends(width, 4 * tokens, (shape.stride // 2) ** 2 * channels, classes)
+    macs += tokens * convolutions
+    for blocks, count in ((outer, 4 * tokens), (middle, tokens)):
+        macs += blocks * (count * weights + 2 * count**2 * width + 6 * width**2)
+    kept = tokens * ((4 * outer + middle) * (15 * width + 4 * hidden) + 20 * width)
     block = weights + 6 * width**2 + 11 * width + 2 * hidden
-    kept = n * ((4 * outer + middle) * (15 * width + 4 * hidden) + 20 * width)
-    return Forward(2 * macs, kept, ends + convolutions + 5 * width + sum(stages) * block)
+    return Forward(2 * macs, kept, parameters + convolutions + 5 * width + shape.depth * block)
 
 
-def _ends(given: Given, tokens: float, patch: int) -> tuple[float, int]:
-    """Multiply-adds and parameters of what stands around SiT's blocks: patches, time, labels and the final layer."""
-    width, pixels = given.shape.width, patch**2 * given.channels
+def _ends(width: int, tokens: float, pixels: int, classes: int) -> tuple[float, int]:
+    """Return the multiply-adds and the parameters around SiT's blocks: patches, time, labels and the final layer."""
     macs = 2 * tokens * pixels * width + _TIME_FEATURES * width + 3 * width**2
     ends = pixels * width + width + width * pixels + pixels + 2 * width**2 + 2 * width
-    embedded = (_TIME_FEATURES + 1) * width + width**2 + width + (given.classes + 1) * width
+    embedded = (_TIME_FEATURES + 1) * width + width**2 + width + (classes + 1) * width
     return macs, ends + embedded
 
 
-def _unet_forward(given: Given) -> Forward:
-    """The counted UNet with as many channels and classes as there are: its first and last convolution, and its labels."""
-    parameters, counted = COUNTED_UNETS[given.size]
-    more, first = given.channels - _UNET_CHANNELS, given.shape.channels[0]
-    both = 2 * 9 * first * more
-    parameters += both + more + (given.classes - _UNET_CLASSES) * 4 * first
-    found = counted.at(given.tokens, parameters)
-    return Forward(found.flops + 2 * both * given.tokens * given.shape.stride**2, found.kept, parameters)
+def _unet_forward(size: str, tokens: float, channels: int, classes: int) -> Forward:
+    """Return the counted forward pass of a UNet, corrected for its channels and classes."""
+    shape, (parameters, counted) = shape_of(UNET, size), COUNTED_UNETS[size]
+    more, first = channels - _UNET_CHANNELS, shape.channels[0]
+    both = 2 * 9 * first * more  # weights of the first and the last convolution
+    parameters += both + more + (classes - _UNET_CLASSES) * 4 * first
+    forward = counted.at(tokens, parameters)
+    return Forward(forward.flops + 2 * both * tokens * shape.stride**2, forward.kept, parameters)
 
 
-FROM_SCRATCH: dict[str, Callable[[Given], Forward]] = {
+FROM_SCRATCH: dict[str, Callable[[str, float, int, int], Forward]] = {
     "sit": _sit_forward,
     "sit_down": _sit_down_forward,
     "unet": _unet_forward,
@@ -194,7 +177,7 @@ FROM_SCRATCH: dict[str, Callable[[Given], Forward]] = {
 
 
 def _parabola(native: int, values: tuple[float, float, float], tokens: float) -> float:
-    """The parabola through the values at ``native`` tokens, a quarter and a sixteenth of them (Lagrange)."""
+    """Return the parabola through the values at ``native`` tokens, a quarter and a sixteenth of them (Lagrange)."""
     x = 16 * tokens / native
     whole, half, quarter = values
     return whole * (x - 4) * (x - 1) / 180 + half * (x - 16) * (x - 1) / -36 + quarter * (x - 16) * (x - 4) / 45

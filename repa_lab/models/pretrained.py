@@ -1,7 +1,8 @@
-"""A released pipeline, loaded in parts: the denoiser to train, its texts' encoders, and what draws samples with it."""
+"""Released models of diffusers: the denoiser to train, its LoRA, its pipeline for texts and samples, and its export."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,133 +10,233 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from repa_lab.models.denoiser import Denoiser
-from repa_lab.models.facts import Family, network_of, pipeline_of
+from repa_lab.align.tokens import Grid, Tokens, flatten_map
+from repa_lab.models.family import BlockIndex, Blocks, Family, network_of, pipeline_of
 from repa_lab.models.released import SCHEDULER, VAE, PretrainedError, components, text_components
+from repa_lab.models.tap import Denoiser, Tap, TapError
 
 
-def load_denoiser(folder: Path, family: Family, dtype: torch.dtype = torch.float32) -> Denoiser:
-    """The denoiser of a pipeline, in training mode.
+class DiffusersDenoiser(Denoiser):
+    """A model of diffusers as a denoiser.
 
     Args:
-        folder: of the pipeline.
+        net: the model.
         family: its family.
-        dtype: of the weights, but for those that the model's class keeps in float32.
+
+    Attributes:
+        grid: grid of the image's tokens in the latest forward pass.
+        text_lengths: text tokens before the image of each sample ``(B,)`` in that pass; None where they are not needed.
+    """
+
+    def __init__(self, net: nn.Module, family: Family) -> None:
+        super().__init__()
+        self.net, self.family = net, family
+        self.grid: Grid = (0, 0)
+        self.text_lengths: torch.Tensor | None = None
+        self.depth = sum(len(layers) for _, layers in self._lists()) if family.kind == "transformer" else 0
+
+    def forward(self, latents: torch.Tensor, time: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
+        """Return the family's prediction ``(B, C, H, W)``.
+
+        Args:
+            latents: noisy latents ``(B, C, H, W)``.
+            time: times ``(B,)`` in [0, 1], where 1 is noise.
+            condition: the conditioning that :attr:`Network.condition` names.
+
+        Raises:
+            ValueError: the family takes square images only.
+        """
+        network, net = network_of(self.family), self.net
+        height, width = (side // self.family.shapes[""].stride for side in latents.shape[-2:])
+        if network.square and height != width:
+            message = f"takes square images only, got a grid of {height}x{width} tokens"
+            raise ValueError(f"{self.family.name} {message}")
+        self.grid = (height, width)
+        self.text_lengths = network.lengths(condition) if network.lengths else None
+        config: Any = net.config
+        output = net(**network.inputs(config, latents, time, condition), return_dict=False)
+        return network.output(output[0] if isinstance(output, tuple) else output, latents)
+
+    def tap(self, block_index: BlockIndex) -> Tap:
+        """Tap a block; see :meth:`Denoiser.tap`. No token of the text is among the block's tokens."""
+        blocks = network_of(self.family).blocks[0]
+        if self.family.kind == "unet" and block_index == "mid":
+            return Tap(self.net.get_submodule(blocks.path), lambda output: self._image_tokens(output, blocks))
+        if not isinstance(block_index, int) or not 0 <= block_index < self.depth:
+            allowed = f"0 to {self.depth - 1}" if self.depth else "'mid'"
+            raise TapError(f"{self.family.name}: block_index must be {allowed}, got {block_index!r}")
+        layers = [(layer, blocks) for blocks, layers in self._lists() for layer in layers]
+        layer, its_blocks = layers[block_index]
+        return Tap(layer, lambda output: self._image_tokens(output, its_blocks))
+
+    def export(self, folder: Path, rank: int | None = None) -> None:
+        """Write the model as a folder of diffusers, or, given its ``rank``, the LoRA that was trained.
+
+        LoRA is written as the family's pipeline loads it (`load_lora_weights`). If the pipeline loads none, it is
+        written as peft loads it (`PeftModel.from_pretrained`).
+        """
+        import diffusers
+
+        net: Any = self.net
+        if rank is None:
+            net.save_pretrained(folder)
+            return
+        from peft import get_peft_model_state_dict
+
+        pipeline, state = pipeline_of(self.family), get_peft_model_state_dict(net)
+        pipeline_class: Any = getattr(diffusers, pipeline.classes[0])
+        if hasattr(pipeline_class, "save_lora_weights"):
+            pipeline_class.save_lora_weights(folder, **{f"{pipeline.denoiser}_lora_layers": state})
+            return
+        named = {f"base_model.model.{name}": value for name, value in state.items()}
+        save_file(named, folder / "adapter_model.safetensors")
+        _lora_config(self.family, rank).save_pretrained(folder)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only the inputs of the blocks for the backward pass, which runs each block again."""
+        net: Any = self.net
+        net.enable_gradient_checkpointing()
+
+    @property
+    def uncheckpointed(self) -> str:
+        """Why the blocks cannot be checkpointed; empty if they can."""
+        if not getattr(self.net, "_supports_gradient_checkpointing", False):
+            return f"diffusers' {type(self.net).__name__} has no gradient checkpointing"
+        return network_of(self.family).uncheckpointed
+
+    def _lists(self) -> list[tuple[Blocks, nn.ModuleList]]:
+        found = [(blocks, self.net.get_submodule(blocks.path)) for blocks in network_of(self.family).blocks]
+        return [(blocks, layers) for blocks, layers in found if isinstance(layers, nn.ModuleList)]
+
+    def _image_tokens(self, output: Any, blocks: Blocks) -> Tokens:
+        values: torch.Tensor = output if blocks.item is None else output[blocks.item]
+        values = values.transpose(0, blocks.samples)
+        if blocks.place == "map":
+            return flatten_map(values)
+        count = self.grid[0] * self.grid[1]
+        return Tokens(_PLACES[blocks.place](values, count, self.text_lengths), self.grid)
+
+
+def _after_text(values: torch.Tensor, count: int, lengths: torch.Tensor | None) -> torch.Tensor:
+    assert lengths is not None
+    rows = lengths.to(values.device).unsqueeze(1) + torch.arange(count, device=values.device)
+    return values.gather(1, rows.unsqueeze(2).expand(-1, -1, values.shape[2]))
+
+
+# The image's tokens from a sequence (B, M, D), their number, and the number of text tokens of each sample.
+_PLACES: dict[str, Callable[[torch.Tensor, int, torch.Tensor | None], torch.Tensor]] = {
+    "all": lambda values, count, lengths: values,
+    "head": lambda values, count, lengths: values[:, :count],
+    "tail": lambda values, count, lengths: values[:, -count:],
+    "after_text": _after_text,
+}
+
+
+def build_net(family: Family, config: Mapping[str, Any]) -> nn.Module:
+    """Build a freshly initialised model of a family from arguments of its constructor."""
+    net: nn.Module = _model_class(family)(**config)
+    return net
+
+
+def load_denoiser(folder: Path, family: Family, dtype: torch.dtype = torch.float32) -> DiffusersDenoiser:
+    """Load the denoiser of a pipeline, in training mode.
+
+    Args:
+        folder: folder of the pipeline.
+        family: family of the pipeline.
+        dtype: dtype of the weights, except those that the model's class keeps in float32.
 
     Raises:
         PretrainedError: the weights are missing or do not fit.
     """
-    import diffusers
-
-    network, pipeline = network_of(family), pipeline_of(family)
-    kind: Any = getattr(diffusers, network.model)
-    try:
-        net: nn.Module = kind.from_pretrained(folder / pipeline.denoiser, torch_dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PretrainedError(f"cannot load the {pipeline.denoiser} of '{folder}': {reason}") from None
-    return Denoiser(prepared(net), family).train()
-
-
-def prepared(net: nn.Module) -> nn.Module:
-    """A model as the lab trains it: labels are dropped by the run's own stream, not by each block's from the global one."""
     from diffusers.models.embeddings import LabelEmbedding
 
+    name = pipeline_of(family).denoiser
+    try:
+        net: nn.Module = _model_class(family).from_pretrained(folder / name, torch_dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PretrainedError(f"cannot load the {name} of '{folder}': {_first_line(error)}") from None
     for layer in net.modules():
-        if isinstance(layer, LabelEmbedding):
+        if isinstance(layer, LabelEmbedding):  # the run's own stream drops labels, not the global one
             layer.dropout_prob = 0.0
-    return net
+    return DiffusersDenoiser(net, family).train()
 
 
-def skeleton(folder: Path, family: Family) -> Denoiser:
-    """The denoiser of a pipeline on the meta device: its blocks and their sizes without any weight."""
-    import diffusers
-
-    network, pipeline = network_of(family), pipeline_of(family)
-    kind: Any = getattr(diffusers, network.model)
+def skeleton(folder: Path, family: Family) -> DiffusersDenoiser:
+    """Build the denoiser of a pipeline on the meta device, that is, without weights."""
+    model_class = _model_class(family)
     with torch.device("meta"):
-        return Denoiser(kind.from_config(kind.load_config(folder / pipeline.denoiser)), family)
+        net = model_class.from_config(model_class.load_config(folder / pipeline_of(family).denoiser))
+    return DiffusersDenoiser(net, family)
 
 
-def adapt(denoiser: Denoiser, rank: int) -> None:
-    """Freeze the denoiser and add LoRA to the family's layers, drawn from the global stream.
+def adapt(denoiser: DiffusersDenoiser, rank: int) -> None:
+    """Freeze the denoiser and add LoRA to the family's layers, initialised from the global stream.
 
-    Its weights are float32. The scale is 1 (alpha is the rank), A is normal and B zero, as in diffusers' training
-    scripts.
+    LoRA's weights are float32. The scale is 1 (alpha is the rank), A is normal and B zero, as in the training scripts
+    of diffusers.
     """
     from diffusers.training_utils import cast_training_params
     from peft import inject_adapter_in_model
 
     net = denoiser.net.requires_grad_(False)
-    inject_adapter_in_model(_lora(denoiser.family, rank), net)  # some models of diffusers have no `add_adapter`
+    inject_adapter_in_model(_lora_config(denoiser.family, rank), net)  # some models of diffusers have no `add_adapter`
     cast_training_params(net, torch.float32)
 
 
-def text_pipeline(folder: Path, family: Family, dtype: torch.dtype, device: torch.device) -> Any:
-    """The pipeline with its encoders of text alone.
+def text_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load a pipeline with its text encoders only.
 
     Raises:
-        PretrainedError: it cannot be loaded.
+        PretrainedError: the pipeline cannot be loaded.
     """
-    return _load(folder, {name: None for name in components(folder) if name not in text_components(folder)}, dtype).to(
-        device
-    )
+    texts = text_components(folder)
+    return _load_pipeline(folder, {name: None for name in components(folder) if name not in texts}, dtype).to(device)
 
 
-def sampling_pipeline(folder: Path, denoiser: Denoiser, vae: nn.Module, side: int) -> Any:
-    """The pipeline around a denoiser in training: without encoders of text, for it is given what they encode, and
-    without anything that would judge the images.
+def sampling_pipeline(folder: Path, denoiser: DiffusersDenoiser, vae: nn.Module, side: int) -> Any:
+    """Load the pipeline around a denoiser in training, without text encoders and without a safety checker.
+
+    Args:
+        folder: folder of the pipeline.
+        denoiser: the denoiser.
+        vae: decoder of the samples.
+        side: height and width of the samples in pixels.
 
     Raises:
-        PretrainedError: it cannot be loaded.
+        PretrainedError: the pipeline cannot be loaded.
     """
     facts = pipeline_of(denoiser.family)
-    name = facts.denoiser
-    absent = dict.fromkeys(part for part in components(folder) if part not in (name, VAE, SCHEDULER))
-    found = _load(folder, {**absent, name: denoiser.net, VAE: vae}, torch.float32)
-    found.set_progress_bar_config(disable=True)
+    given = {facts.denoiser: denoiser.net, VAE: vae}
+    absent = dict.fromkeys(name for name in components(folder) if name not in (*given, SCHEDULER))
+    pipeline = _load_pipeline(folder, {**absent, **given}, torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
     if facts.allow is not None:
-        facts.allow(found, side, side)
-    return found
+        facts.allow(pipeline, side, side)
+    return pipeline
 
 
-def export(denoiser: Denoiser, folder: Path, rank: int | None) -> None:
-    """Write what was trained: the model as a folder of diffusers, or its LoRA of a ``rank``.
-
-    LoRA is written as the pipeline loads it (`load_lora_weights`); where diffusers has no such thing, as peft does
-    (`PeftModel.from_pretrained`).
-    """
+def _model_class(family: Family) -> Any:
     import diffusers
 
-    net: Any = denoiser.net
-    if rank is None:
-        net.save_pretrained(folder)
-        return
-    from peft import get_peft_model_state_dict
-
-    pipeline, state = pipeline_of(denoiser.family), get_peft_model_state_dict(net)
-    kind: Any = getattr(diffusers, pipeline.classes[0])
-    if hasattr(kind, "save_lora_weights"):
-        kind.save_lora_weights(folder, **{f"{pipeline.denoiser}_lora_layers": state})
-        return
-    save_file(
-        {f"base_model.model.{name}": value for name, value in state.items()}, folder / "adapter_model.safetensors"
-    )
-    _lora(denoiser.family, rank).save_pretrained(folder)
+    return getattr(diffusers, network_of(family).model)
 
 
-def _lora(family: Family, rank: int) -> Any:
+def _lora_config(family: Family, rank: int) -> Any:
     from peft import LoraConfig
 
     layers = list(pipeline_of(family).adapted)
     return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=layers)
 
 
-def _load(folder: Path, given: dict[str, Any], dtype: torch.dtype) -> Any:
+def _load_pipeline(folder: Path, given: dict[str, Any], dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
     try:
         return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **given)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PretrainedError(f"cannot load the pipeline in '{folder}': {reason}") from None
+        raise PretrainedError(f"cannot load the pipeline in '{folder}': {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,11 +1,16 @@
-"""SiT: the class-conditional transformer of the REPA papers (2401.08740; sizes and init as REPA's released code)."""
+"""SiT (2401.08740), the class-conditional transformer of the REPA papers, with the sizes and init of REPA's code."""
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import save_file
 from timm.layers.activations import GELUTanh
 from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
@@ -13,15 +18,16 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from repa_lab.align.tokens import Grid
-from repa_lab.models.facts import sit_shape
+from repa_lab.align.tokens import Grid, Tokens
+from repa_lab.models.family import SIT, BlockIndex, shape_of
+from repa_lab.models.tap import Denoiser, Tap, TapError
 
 _FREQUENCIES = 256
 _MAX_PERIOD = 10_000.0
 
 
 def sincos_positions(width: int, grid: Grid) -> torch.Tensor:
-    """The fixed position table ``(h*w, width)``: first half the column, second the row, sines first."""
+    """Return the fixed position table ``(h*w, width)``: first half the column, second half the row, sines first."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     omega = _MAX_PERIOD ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = [axis.reshape(-1, 1) * omega for axis in (columns, rows)]
@@ -29,26 +35,26 @@ def sincos_positions(width: int, grid: Grid) -> torch.Tensor:
 
 
 def timestep_features(t: torch.Tensor) -> torch.Tensor:
-    """Sinusoids ``(B, 256)`` of t in [0, 1], taken raw (not times 1,000), cosines before sines."""
+    """Return sinusoids ``(B, 256)`` of t in [0, 1], which is not multiplied by 1,000; cosines come before sines."""
     omega = torch.exp(-math.log(_MAX_PERIOD) * torch.arange(_FREQUENCIES // 2, device=t.device) / (_FREQUENCIES // 2))
     angles = t.float()[:, None] * omega[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Tokens ``(B, N, width)`` shifted and scaled by vectors ``(B, width)``; zeros change nothing."""
+    """Shift and scale tokens ``(B, N, width)`` by vectors ``(B, width)``; zeros change nothing."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class TimestepEmbedder(nn.Module):
-    """t ``(B,)`` to ``(B, width)``: sinusoids, then a two-layer SiLU MLP."""
+    """Embedding of the time: sinusoids, then a two-layer SiLU MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """Embed t ``(B,)``."""
+        """Return the embedding ``(B, width)`` of t ``(B,)``."""
         embedded: torch.Tensor = self.mlp(timestep_features(t).to(next(self.mlp.parameters()).dtype))
         return embedded
 
@@ -65,7 +71,7 @@ class SiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """Tokens ``(B, N, width)`` under conditioning ``(B, width)``."""
+        """Transform tokens ``(B, N, width)`` under conditioning ``(B, width)``."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
         out: torch.Tensor = x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
@@ -73,7 +79,7 @@ class SiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """adaLN, then a linear map to the pixels of each patch."""
+    """Modulated norm and a linear map to the pixels of each patch."""
 
     def __init__(self, width: int, patch_size: int, channels: int) -> None:
         super().__init__()
@@ -82,14 +88,14 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """Tokens ``(B, N, width)`` to patches ``(B, N, patch_size**2 * channels)``."""
+        """Map tokens ``(B, N, width)`` to patches ``(B, N, patch_size**2 * channels)``."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         patches: torch.Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
         return patches
 
 
 def unpatchify(patches: torch.Tensor, grid: Grid, patch_size: int) -> torch.Tensor:
-    """Patches ``(B, N, p*p*C)`` on ``grid`` back to an image ``(B, C, H, W)``."""
+    """Put patches ``(B, N, p*p*C)`` on ``grid`` together into an image ``(B, C, H, W)``."""
     (rows, columns), p = grid, patch_size
     x = patches.reshape(-1, rows, columns, p, p, patches.shape[-1] // p**2)
     return torch.einsum("bhwpqc->bchpwq", x).reshape(-1, x.shape[-1], rows * p, columns * p)
@@ -98,7 +104,11 @@ def unpatchify(patches: torch.Tensor, grid: Grid, patch_size: int) -> torch.Tens
 def initialise(
     model: nn.Module, patches: PatchEmbed, time: TimestepEmbedder, labels: nn.Embedding, final: FinalLayer
 ) -> None:
-    """REPA's initialisation: linear maps Xavier-uniform, embeddings normal with 0.02, modulations and the last layer zero."""
+    """Initialise as REPA does.
+
+    Linear maps and the patch kernel are Xavier-uniform, embeddings normal with a standard deviation of 0.02,
+    modulations and the last layer zero.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -115,7 +125,7 @@ def initialise(
 
 @dataclass(frozen=True)
 class SiTConfig:
-    """The shape of a SiT; ``input_size`` is ``(height, width)``, ``num_classes`` excludes the null label."""
+    """Arguments of a SiT; ``input_size`` is ``(height, width)``, ``num_classes`` excludes the null label."""
 
     depth: int
     width: int
@@ -130,17 +140,57 @@ class SiTConfig:
             raise ValueError(f"input size {self.input_size} is not a multiple of the patch size {self.patch_size}")
 
 
-class SiT(nn.Module):
-    """Velocity prediction for images or latents ``(B, C, H, W)`` at t in [0, 1] (0 is data, 1 is noise) and class
-    labels.
+class SiTBase(Denoiser):
+    """What SiT and SiT-down have in common beside their layers: taps, export and gradient checkpointing."""
 
-    Label ``num_classes`` is the null label; the caller drops labels by passing it, so evaluation never drops any.
+    name: ClassVar[str]
+    blocks: nn.ModuleList
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self._is_checkpointed = False
+
+    def grid_of(self, block_index: int) -> Grid:
+        """Return the grid of the tokens that leave a block."""
+        raise NotImplementedError
+
+    def tap(self, block_index: BlockIndex) -> Tap:
+        """Tap a block; see :meth:`Denoiser.tap`."""
+        depth = len(self.blocks)
+        if not isinstance(block_index, int) or not 0 <= block_index < depth:
+            raise TapError(f"{self.name} has {depth} blocks: block_index must be 0 to {depth - 1}, got {block_index!r}")
+        grid = self.grid_of(block_index)
+        return Tap(self.blocks[block_index], lambda output: Tokens(output, grid))
+
+    def export(self, folder: Path) -> None:
+        """Write ``model.safetensors`` and a ``config.json`` with the fields of the config."""
+        save_file(self.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only the inputs of the blocks for the backward pass, which runs each block again."""
+        self._is_checkpointed = True
+
+    def _run(self, block: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        if self._is_checkpointed and torch.is_grad_enabled():
+            output: torch.Tensor = checkpoint(block, *inputs, use_reentrant=False)
+            return output
+        return block(*inputs)
+
+
+class SiT(SiTBase):
+    """Velocity prediction for images or latents ``(B, C, H, W)`` under class labels.
+
+    Label ``num_classes`` is the null label. The caller drops labels by passing it, so evaluation never drops any.
     The output is zero at initialisation (adaLN-Zero).
     """
 
+    name = "sit"
+    config: SiTConfig
+
     def __init__(self, config: SiTConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         height, width = config.input_size
         self.grid: Grid = (height // config.patch_size, width // config.patch_size)
         self.x_embedder = PatchEmbed(config.input_size, config.patch_size, config.in_channels, config.width)
@@ -149,12 +199,8 @@ class SiT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_positions(config.width, self.grid).unsqueeze(0), requires_grad=False)
         self.blocks = nn.ModuleList([SiTBlock(config.width, config.heads) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config.width, config.patch_size, config.in_channels)
-        self._checkpoints = False
+        self.depth = config.depth
         initialise(self, self.x_embedder, self.t_embedder, self.y_embedder, self.final_layer)
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Keep only the blocks' inputs for the backward pass, which then runs each block once more."""
-        self._checkpoints = True
 
     @classmethod
     def from_size(
@@ -165,17 +211,24 @@ class SiT(nn.Module):
         Raises:
             ValueError: an unknown size, or an input that is not a multiple of the patch size.
         """
-        shape, patch_size = sit_shape(size)
+        shape = shape_of(SIT, size)
         side = (input_size, input_size) if isinstance(input_size, int) else input_size
-        return cls(SiTConfig(shape.depth, shape.width, shape.heads, patch_size, in_channels, side, num_classes))
+        return cls(SiTConfig(shape.depth, shape.width, shape.heads, shape.stride, in_channels, side, num_classes))
+
+    def grid_of(self, block_index: int) -> Grid:
+        """Return the grid of the tokens that leave a block, the same for all."""
+        return self.grid
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Velocity ``(B, C, H, W)`` from ``x`` ``(B, C, H, W)``, ``t`` ``(B,)`` in [0, 1] and labels ``y`` ``(B,)``."""
+        """Return the velocity ``(B, C, H, W)``.
+
+        Args:
+            x: noisy images ``(B, C, H, W)``.
+            t: times ``(B,)``, from 0 (data) to 1 (noise).
+            y: labels ``(B,)``.
+        """
         tokens = self.x_embedder(x) + self.pos_embed
         condition = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
-            if self._checkpoints and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, condition, use_reentrant=False)
-            else:
-                tokens = block(tokens, condition)
+            tokens = self._run(block, tokens, condition)
         return unpatchify(self.final_layer(tokens, condition), self.grid, self.config.patch_size)

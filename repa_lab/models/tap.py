@@ -1,49 +1,59 @@
-"""Capture of the tapped block's output with a forward hook."""
+"""Taps, which capture the output of a denoiser's block, and the base class of all denoisers that the lab trains."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from repa_lab.align.tokens import Tokens, flatten_map
+from repa_lab.models.family import BlockIndex
+
+# A ``block_index``, or the name of a UNet's stage in diffusers, such as ``down_blocks.0``.
+BlockName = int | str
 
 
 class TapError(RuntimeError):
-    """The tap captured nothing, or something that is not tokens of an image."""
+    """A block cannot be tapped, or its tap captured nothing."""
 
 
 class Tap:
-    """A forward hook on one block; :meth:`take` yields what the latest forward pass left there.
+    """A forward hook on one block; :meth:`take` returns the tokens of the latest forward pass.
 
-    One slot, which every pass overwrites: what sampling, or gradient checkpointing when it runs the block again in
-    backward, left there since is never taken for the next step's. Set the tap before compiling the denoiser.
+    There is one slot, which every pass overwrites: the output of a sampling pass, or of the second pass that gradient
+    checkpointing makes during backward, is never taken for the output of the next step. Set the tap before
+    compiling the denoiser.
+
+    Args:
+        block: the block.
+        to_tokens: makes tokens from the block's output.
     """
 
     def __init__(self, block: nn.Module, to_tokens: Callable[[Any], Tokens]) -> None:
         self._to_tokens = to_tokens
         self._use: Callable[[Tokens], None] | None = None
         self._output: Any = None
-        self._handle = block.register_forward_hook(self._keep)
+        self._handle = block.register_forward_hook(self._capture)
 
-    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _capture(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._use is None:
             self._output = output
         else:
             self._use(self._to_tokens(output))
 
     def hand_to(self, use: Callable[[Tokens], None]) -> None:
-        """Keep nothing from now on: hand the tokens ``(B, N, D)`` of every pass to ``use`` as soon as the block has run."""
+        """Pass the tokens ``(B, N, D)`` of every later forward pass to ``use`` at once, and keep none."""
         self._output, self._use = None, use
 
     def take(self) -> Tokens:
-        """The captured tokens ``(B, N, D)`` with their grid; empties the slot.
+        """Return the captured tokens ``(B, N, D)`` with their grid, and empty the slot.
 
         Raises:
-            TapError: no forward pass went through the block since the last call.
+            TapError: the block has not run since the last call.
         """
         output, self._output = self._output, None
         if output is None:
@@ -51,19 +61,68 @@ class Tap:
         return self._to_tokens(output)
 
     def clear(self) -> None:
-        """Empty the slot without using it."""
+        """Empty the slot."""
         self._output = None
 
     def remove(self) -> None:
-        """Take the hook off the block."""
+        """Remove the hook from the block."""
         self._handle.remove()
 
 
 @contextmanager
 def capture(block: nn.Module, to_tokens: Callable[[torch.Tensor], Tokens] = flatten_map) -> Iterator[Tap]:
-    """Tap a block for the length of a with-statement; by default its output is a map ``(B, C, H, W)``."""
+    """Tap a block within a with-statement; by default its output is a map ``(B, C, H, W)``."""
     tap = Tap(block, to_tokens)
     try:
         yield tap
     finally:
         tap.remove()
+
+
+class Denoiser(nn.Module):
+    """A network that predicts from noisy inputs ``(B, C, H, W)``, times ``(B,)`` in [0, 1] and conditioning.
+
+    Attributes:
+        depth: number of blocks that ``block_index`` counts; 0 for a UNet, which is tapped at ``mid``.
+    """
+
+    depth: int = 0
+
+    def tap(self, block_index: BlockIndex) -> Tap:
+        """Tap a block: its image tokens ``(B, N, D)`` with their grid. Do it before compiling the denoiser.
+
+        Args:
+            block_index: counts from 0; ``mid`` for a UNet.
+
+        Raises:
+            TapError: there is no such block.
+        """
+        raise NotImplementedError
+
+    def tap_all(self) -> dict[BlockName, Tap]:
+        """Tap every block that ``block_index`` counts; for a UNet, ``mid`` and the stages before and after it.
+
+        Returns:
+            The taps by block, in the order of a forward pass.
+        """
+        if self.depth:
+            return {index: self.tap(index) for index in range(self.depth)}
+        return {**self._tap_stages("down_blocks"), "mid": self.tap("mid"), **self._tap_stages("up_blocks")}
+
+    def export(self, folder: Path) -> None:
+        """Write the denoiser, and nothing else, into a folder."""
+        raise NotImplementedError
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only the inputs of the blocks for the backward pass, which runs each block again."""
+        raise NotImplementedError
+
+    def _tap_stages(self, path: str) -> dict[BlockName, Tap]:
+        stages = self.get_submodule(f"net.{path}").children()
+        return {f"{path}.{number}": Tap(stage, _stage_tokens) for number, stage in enumerate(stages)}
+
+
+def _stage_tokens(output: Any) -> Tokens:
+    """Return the tokens of a UNet stage; a down stage returns its map first, then those for the skip connections."""
+    tokens: Tokens = flatten_map(output[0] if isinstance(output, tuple) else output)
+    return tokens

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
-from torch import nn
 
-from repa_lab.models.facts import Shape
+from repa_lab.align.tokens import Tokens, flatten_map
+from repa_lab.models.family import UNET, BlockIndex, Shape, shape_of
+from repa_lab.models.tap import Denoiser, Tap, TapError
 
 
-class UNet(nn.Module):
-    """Velocity prediction for ``(B, C, H, W)`` at t in [0, 1] and class labels; label ``num_classes`` is the null
-    label.
+class UNet(Denoiser):
+    """Velocity prediction for images or latents ``(B, C, H, W)`` under class labels.
 
-    Attention stands in every level but the first, as in the papers' UNets.
+    Label ``num_classes`` is the null label. Every level but the first has attention, as in the papers' UNets.
     """
 
     def __init__(self, shape: Shape, in_channels: int, input_size: tuple[int, int], num_classes: int) -> None:
+        from diffusers import UNet2DModel  # here, because the import takes two seconds
+
         super().__init__()
         deeper = len(shape.channels) - 1
         untyped: Any = UNet2DModel
@@ -36,11 +39,31 @@ class UNet(nn.Module):
             num_class_embeds=num_classes + 1,
         )
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Keep only the blocks' inputs for the backward pass, which then runs each block once more."""
-        self.net.enable_gradient_checkpointing()
+    @classmethod
+    def from_size(cls, size: str, in_channels: int, input_size: tuple[int, int], num_classes: int) -> UNet:
+        """Build ``nano``, ``S`` or ``B``.
+
+        Raises:
+            ValueError: an unknown size.
+        """
+        return cls(shape_of(UNET, size), in_channels, input_size, num_classes)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Velocity ``(B, C, H, W)``; diffusers' sinusoids expect t in [0, 1000]."""
-        velocity: torch.Tensor = self.net(x, t * 1000, class_labels=y).sample
+        """Return the velocity ``(B, C, H, W)``; see :meth:`repa_lab.models.sit.SiT.forward`."""
+        velocity: torch.Tensor = self.net(x, t * 1000, class_labels=y).sample  # diffusers takes times in [0, 1000]
         return velocity
+
+    def tap(self, block_index: BlockIndex) -> Tap:
+        """Tap the mid block; see :meth:`Denoiser.tap`."""
+        if block_index != "mid":
+            raise TapError(f"unet is tapped at its mid block: block_index must be 'mid', got {block_index!r}")
+        to_tokens: Callable[[Any], Tokens] = flatten_map
+        return Tap(self.net.mid_block, to_tokens)
+
+    def export(self, folder: Path) -> None:
+        """Write a folder of diffusers' `UNet2DModel`, which takes times in [0, 1000]."""
+        self.net.save_pretrained(folder)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only the inputs of the blocks for the backward pass, which runs each block again."""
+        self.net.enable_gradient_checkpointing()

@@ -11,11 +11,11 @@ from repa_lab.data.errors import DataError
 from repa_lab.data.settings import FolderSettings
 from repa_lab.encoders.registry import grid_problem, weights_problem
 from repa_lab.metrics.protocol import METRICS, goal_of_kind
-from repa_lab.models.facts import Family, Shape, UnknownFactError, shape_of
-from repa_lab.models.families import family_facts
+from repa_lab.models.families import FAMILIES
+from repa_lab.models.family import Family, Shape, shape_of
 from repa_lab.models.released import SCALING, VAE, class_problem, depth_of, num_classes, problem_with, read_json
 from repa_lab.orchestration.search.problems import objective_path, search_problems
-from repa_lab.registry import one_line
+from repa_lab.registry import UnknownComponentError, one_line
 from repa_lab.runs.root import RESERVED
 from repa_lab.settings import file_fields, settings_in
 from repa_lab.spec import Arm, EvaluateConfig, Experiment, Problem, RunOptions, SpecError
@@ -52,13 +52,13 @@ def blocked(arm: Arm) -> Problem | None:
 def _arm_problems(arm: Arm, options: RunOptions, inventory: Inventory | None) -> Iterator[Problem]:
     config = arm.config
     try:
-        family = family_facts(config.model.family)
-    except UnknownFactError as error:
+        family = FAMILIES[config.model.family]
+    except UnknownComponentError as error:
         yield arm.problem("model.family", str(error))
         return
     try:
         shape = shape_of(family, config.model.size)
-    except UnknownFactError as error:
+    except UnknownComponentError as error:
         yield arm.problem("model.size", str(error) if config.model.size else f"{family.name} needs a size: {error}")
         return
     yield from _model_problems(arm, family, shape)

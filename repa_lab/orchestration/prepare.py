@@ -14,8 +14,7 @@ import torch
 from repa_lab.data.errors import DataError
 from repa_lab.encoders.encoder import EncoderError
 from repa_lab.metrics.reference import StatisticsError
-from repa_lab.models.denoiser import tap_block, uncheckpointed
-from repa_lab.models.families import family_facts
+from repa_lab.models.families import FAMILIES
 from repa_lab.models.pretrained import skeleton
 from repa_lab.models.released import SCHEDULER, PretrainedError, read_json
 from repa_lab.models.tap import TapError
@@ -119,14 +118,14 @@ class _Preparation:
 
     def _meet_pretrained(self, config: RunConfig, images: Images, blocks: Sequence[BlockIndex | None]) -> None:
         """Encode captions, and look for the blocks in this very folder's denoiser: sizes of a family differ in depth."""
-        family, folder = family_facts(config.model.family), pretrained_folder(config.model)
+        family, folder = FAMILIES[config.model.family], pretrained_folder(config.model)
         process_of(read_json(folder / SCHEDULER / "scheduler_config.json") or {})
         denoiser = skeleton(folder, family)
-        if self.options.gradient_checkpointing and (message := uncheckpointed(denoiser)):
+        if self.options.gradient_checkpointing and (message := denoiser.uncheckpointed):
             raise DeviceError("gradient_checkpointing", f"{family.name} cannot be checkpointed: {message}")
         for block in blocks:
             if block is not None:
-                tap_block(denoiser, block).remove()
+                denoiser.tap(block).remove()
         progress = self.announce(f"captions for {family.name}")
         encode_captions(
             family, folder, images, config.evaluate.prompts, self.options, self.cache, self.device, progress

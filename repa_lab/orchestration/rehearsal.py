@@ -23,8 +23,8 @@ from repa_lab.data.settings import FolderSettings, HubSettings, SourceSettings
 from repa_lab.encoders.registry import ENCODERS, TINY
 from repa_lab.files import digest
 from repa_lab.metrics.protocol import quality_names
-from repa_lab.models.facts import NARROW, Family, shape_of
-from repa_lab.models.families import family_facts
+from repa_lab.models.families import FAMILIES
+from repa_lab.models.family import NARROW, Family, shape_of
 from repa_lab.spec import Arm, BudgetConfig, CompareConfig, Experiment, RunConfig, RunOptions
 from repa_lab.spec.evaluate import FullConfig
 from repa_lab.spec.options import Objective
@@ -116,14 +116,14 @@ def _key(section: Any, key: str) -> Any:
 
 
 def _model(meant: RunConfig, tiny: TinyAssets) -> dict[str, Any]:
-    family, size = family_facts(meant.model.family), meant.model.size
+    family, size = FAMILIES[meant.model.family], meant.model.size
     if family.from_scratch:
         return {"size": f"{NARROW}{(size or '').removeprefix(NARROW)}"}
     return {"pretrained": str(tiny.pipeline(family)), "revision": None, "rank": min(meant.model.rank, 2)}
 
 
 def _data(meant: RunConfig, tiny: TinyAssets) -> dict[str, Any]:
-    data, family = meant.data, family_facts(meant.model.family)
+    data, family = meant.data, FAMILIES[meant.model.family]
     stride = shape_of(family, meant.model.size).stride
     token = stride * (8 if family.from_scratch and data.vae else family.latent_stride)  # pixels along each side
     vae = data.vae and str(tiny.autoencoder() if family.from_scratch else tiny.pipeline(family))
@@ -228,10 +228,10 @@ class TinyAssets:
         """Return a tiny random autoencoder for a denoiser that is trained from scratch on latents."""
 
         def write(folder: Path) -> None:
-            from repa_lab.models.families.parts import kl_autoencoder
-            from repa_lab.models.tiny import build_part
+            from repa_lab.models.families.components import kl_autoencoder
+            from repa_lab.models.tiny import build_component
 
-            build_part(kl_autoencoder(4, 0.18215)).save_pretrained(folder)
+            build_component(kl_autoencoder(4, 0.18215)).save_pretrained(folder)
 
         return self._once("vae", write)
 
@@ -239,12 +239,12 @@ class TinyAssets:
         """Return an autoencoder of the class of TAESD that decodes the same latents."""
 
         def write(folder: Path) -> None:
-            from repa_lab.models.pipeline import Part
-            from repa_lab.models.tiny import build_part
+            from repa_lab.models.family import Component
+            from repa_lab.models.tiny import build_component
 
             widths = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
             counts = {"num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
-            build_part(Part("diffusers.AutoencoderTiny", {**widths, **counts})).save_pretrained(folder)
+            build_component(Component("diffusers.AutoencoderTiny", {**widths, **counts})).save_pretrained(folder)
 
         return self._once("tae", write)
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from repa_lab.models.facts import Shape, shape_of
-from repa_lab.models.families import family_facts
+from repa_lab.models.families import FAMILIES
+from repa_lab.models.family import Shape, shape_of
 from repa_lab.registry import did_you_mean
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SpecError, load_spec
 from repa_lab.spec.document import Draft, load_draft, plain
@@ -85,7 +85,7 @@ def _small_arm(arm: Arm, fragment: Draft, overrides: Mapping[str, Any]) -> Arm:
 
 
 def _shape(config: RunConfig) -> Shape:
-    return shape_of(family_facts(config.model.family), config.model.size)
+    return shape_of(FAMILIES[config.model.family], config.model.size)
 
 
 def scaled_block(block: int, big: Shape, small: Shape) -> int:

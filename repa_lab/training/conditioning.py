@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 
 from repa_lab.data.sources import ImageSource
 from repa_lab.data.texts import TextCache
 
-if TYPE_CHECKING:
-    from repa_lab.models.pipeline import Sizes
-
 Condition = dict[str, torch.Tensor]
+Sizes = Callable[[Any, torch.Tensor], dict[str, torch.Tensor]]  # see :attr:`repa_lab.models.family.Pipeline.sizes`
 
 
 class Conditioning(Protocol):

@@ -12,8 +12,8 @@ from repa_lab.align.settings import EncoderSettings, NoSettings, ProjectorSettin
 from repa_lab.data.settings import SourceSettings
 from repa_lab.encoders.flops import encoder_flops, encoder_weights
 from repa_lab.encoders.registry import facts_of, input_size
-from repa_lab.models.facts import Family, Shape, shape_of
-from repa_lab.models.families import family_facts
+from repa_lab.models.families import FAMILIES
+from repa_lab.models.family import Family, Shape, shape_of
 from repa_lab.models.flops import VAE_DECODER, VAE_ENCODER, Forward, forward_of
 from repa_lab.spec import EvaluateConfig, RunConfig, RunOptions
 
@@ -111,7 +111,7 @@ class Cache:
 
 def cost_of(config: RunConfig, options: RunOptions) -> Cost:
     """What a run with these settings costs."""
-    family = family_facts(config.model.family)
+    family = FAMILIES[config.model.family]
     shape = shape_of(family, config.model.size)
     tokens, channels = _tokens(config, family, shape.stride), _channels(config)
     forward = forward_of(family, config.model.size, tokens, channels, config.data.usual_classes)
@@ -152,7 +152,7 @@ def active_steps(config: RunConfig, step: int) -> int:
 
 def caches_of(config: RunConfig, options: RunOptions) -> Iterator[Cache]:
     """What a run's settings have computed once for all images."""
-    family, data = family_facts(config.model.family), config.data
+    family, data = FAMILIES[config.model.family], config.data
     seen = data.model_copy(update={"holdout": 1})  # which decides nothing of it
     if _has_vae(config, family) and not data.is_prepared:
         stride = family.latent_stride if family.network else _VAE_STRIDE
@@ -291,7 +291,7 @@ def _memory(
 def _rough(config: RunConfig) -> tuple[str, ...]:
     unknown = [encoder.name for _, encoder in config.encoder_paths if encoder_flops(encoder.name, 224) is None]
     encoders = [f"the cost of encoder '{name}' is not known and not counted" for name in dict.fromkeys(unknown)]
-    pipeline, named = family_facts(config.model.family).pipeline, config.model.pretrained
+    pipeline, named = FAMILIES[config.model.family].pipeline, config.model.pretrained
     released = pipeline.released if pipeline else named
     counted = f"parameters, FLOPs and memory are counted for {released}; those of {named} may differ"
     if not isinstance(config.regularizer, REPASettings | NoSettings):

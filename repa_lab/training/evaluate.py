@@ -19,7 +19,7 @@ from repa_lab.data.errors import DataError
 from repa_lab.encoders.targets import Targets
 from repa_lab.files import digest, replace_atomically
 from repa_lab.metrics import CosineSums, cka
-from repa_lab.models.facts import BlockIndex
+from repa_lab.models.family import BlockIndex
 from repa_lab.models.tap import Tap
 from repa_lab.runs.files import Row
 from repa_lab.spec import EvaluateConfig, RunConfig

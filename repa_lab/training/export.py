@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from repa_lab.models.denoiser import Denoiser
-from repa_lab.models.family import BUILDERS, Input
-from repa_lab.models.pretrained import export as export_pretrained
+from repa_lab.models.pretrained import DiffusersDenoiser
+from repa_lab.models.scratch import Input
 from repa_lab.runs import RunDirectory, files
 from repa_lab.spec.identity import Run
 from repa_lab.training.checkpoint import INPUT_FILE
@@ -46,10 +45,10 @@ def export_model(directory: RunDirectory, folder: Path, weights: str = "ema") ->
     denoiser = build_denoiser(run.config, _input(files.read_json(checkpoint / INPUT_FILE)), run.seed)
     load_weights(denoiser, checkpoint, weights)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(denoiser, Denoiser):
-        export_pretrained(denoiser, folder, run.config.model.rank if run.config.model.train == "lora" else None)
+    if isinstance(denoiser, DiffusersDenoiser):
+        denoiser.export(folder, run.config.model.rank if run.config.model.train == "lora" else None)
     else:
-        BUILDERS[run.config.model.family].export(denoiser, folder)
+        denoiser.export(folder)
     return step
 
 

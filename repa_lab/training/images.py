@@ -16,7 +16,7 @@ from repa_lab.data.settings import SOURCES, SourceSettings
 from repa_lab.data.sources import Flips, ImageSource, Split, split
 from repa_lab.data.space import LatentSpace, PixelSpace, Space, latent_space
 from repa_lab.data.store import Progress
-from repa_lab.models.family import Input
+from repa_lab.models.scratch import Input
 
 _CPU = torch.device("cpu")
 # Given the name of a long task, yields what to tell its progress to.

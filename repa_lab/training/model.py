@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from repa_lab.data.autoencoder import load_autoencoder
 from repa_lab.data.errors import DataError
 from repa_lab.data.space import LatentSpace
-from repa_lab.models.denoiser import Denoiser, tap_block
-from repa_lab.models.facts import BlockIndex, network_of, pipeline_of, shape_of
-from repa_lab.models.families import family_facts
-from repa_lab.models.family import BUILDERS, Input
-from repa_lab.models.pretrained import adapt, load_denoiser
+from repa_lab.models.families import FAMILIES
+from repa_lab.models.family import network_of, pipeline_of
+from repa_lab.models.pretrained import DiffusersDenoiser, adapt, load_denoiser
 from repa_lab.models.released import SCALING, SCHEDULER, PretrainedError, class_problem, locate, problem_with, read_json
-from repa_lab.models.tap import Tap
+from repa_lab.models.scratch import Input, build
+from repa_lab.models.tap import Denoiser
 from repa_lab.spec import EvaluateConfig, ModelConfig, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.conditioning import Captions, Conditioning, Labels
@@ -38,19 +36,17 @@ class Model:
     """What a run trains.
 
     Attributes:
-        denoiser: with ``forward(x, t, **condition)``.
+        denoiser: with ``forward(x, t, **condition)`` and ``tap(block_index)``.
         process: the noise it is trained against.
         conditioning: what it is told of images and samples.
         sampler: draws with it by a protocol.
-        tap: hooks one of its blocks.
         at_once: images that it is shown at a time when it is measured.
     """
 
-    denoiser: nn.Module
+    denoiser: Denoiser
     process: Process
     conditioning: Conditioning
     sampler: Callable[[EvaluateConfig], Sampler]
-    tap: Callable[[BlockIndex], Tap]
     at_once: int
 
 
@@ -73,7 +69,7 @@ def open_model(run: Run, images: Images, options: RunOptions, cache: Path, devic
     return _pretrained(run, images, options, cache, device)
 
 
-def build_denoiser(config: RunConfig, given: Input | None, seed: int, frozen: torch.dtype = torch.float32) -> nn.Module:
+def build_denoiser(config: RunConfig, given: Input | None, seed: int, frozen: torch.dtype = torch.float32) -> Denoiser:
     """A run's denoiser before its first step: the same for every arm with this model and seed, whatever its
     regularizer.
 
@@ -83,11 +79,11 @@ def build_denoiser(config: RunConfig, given: Input | None, seed: int, frozen: to
         seed: the run's seed.
         frozen: the precision of weights that LoRA leaves alone.
     """
-    family, size = family_facts(config.model.family), config.model.size
+    family, size = FAMILIES[config.model.family], config.model.size
     if config.model.pretrained is None:
         assert given is not None
         with seeded(seed, "init"):
-            return BUILDERS[family.name].build(size or "", shape_of(family, size), given)
+            return build(family.name, size or "", given)
     folder = pretrained_folder(config.model)
     if config.model.train == "full":
         return load_denoiser(folder, family)
@@ -105,7 +101,7 @@ def pretrained_folder(model: ModelConfig) -> Path:
     """
     assert model.pretrained is not None
     folder = _located(model.pretrained, model.revision)
-    if message := problem_with(folder, family_facts(model.family)):
+    if message := problem_with(folder, FAMILIES[model.family]):
         raise PretrainedError(message)
     return folder
 
@@ -119,7 +115,7 @@ def open_data(config: RunConfig, cache: Path, device: torch.device, announce: An
     """
     if config.model.pretrained is None:
         return open_images(config.data, cache, announce, device)
-    folder, pipeline = pretrained_folder(config.model), pipeline_of(family_facts(config.model.family))
+    folder, pipeline = pretrained_folder(config.model), pipeline_of(FAMILIES[config.model.family])
     if config.data.vae is not None:
         _require_scaling(config.data.vae, folder)
     return open_images(config.data, cache, announce, device, str(folder), pipeline.shifted)
@@ -144,7 +140,6 @@ def _from_scratch(run: Run, images: Images, device: torch.device) -> Model:
     config, given = run.config, images.input
     denoiser = build_denoiser(config, given, run.seed)
     source, classes = images.source, images.source.num_classes
-    builder = BUILDERS[config.model.family]
 
     def sampler(tier: EvaluateConfig) -> FieldSampler:
         shape = (given.channels, *given.size)
@@ -156,7 +151,6 @@ def _from_scratch(run: Run, images: Images, device: torch.device) -> Model:
         Flow(),
         Labels(source.labels, classes, classes),
         sampler,
-        functools.partial(builder.tap, denoiser),
         config.evaluate.batch_size,
     )
 
@@ -164,7 +158,7 @@ def _from_scratch(run: Run, images: Images, device: torch.device) -> Model:
 def _pretrained(run: Run, images: Images, options: RunOptions, cache: Path, device: torch.device) -> Model:
     config, folder = run.config, pretrained_folder(run.config.model)
     denoiser = build_denoiser(config, None, run.seed, PRECISION[options.precision])
-    assert isinstance(denoiser, Denoiser)
+    assert isinstance(denoiser, DiffusersDenoiser)
     assert isinstance(images.space, LatentSpace)
     conditioning = _conditioning(denoiser, images, folder, options, cache)
     side, vae, precision = config.data.side, images.space.vae, measuring_precision(config.evaluate, options.precision)
@@ -173,12 +167,11 @@ def _pretrained(run: Run, images: Images, options: RunOptions, cache: Path, devi
         return PipelineSampler(folder, denoiser, vae, conditioning, tier, side, run.seed, device, precision)
 
     process = process_of(read_json(folder / SCHEDULER / "scheduler_config.json") or {})
-    tap, at_once = functools.partial(tap_block, denoiser), sampler(config.evaluate).at_once
-    return Model(denoiser, process, conditioning, sampler, tap, at_once)
+    return Model(denoiser, process, conditioning, sampler, sampler(config.evaluate).at_once)
 
 
 def _conditioning(
-    denoiser: Denoiser, images: Images, folder: Path, options: RunOptions, cache: Path
+    denoiser: DiffusersDenoiser, images: Images, folder: Path, options: RunOptions, cache: Path
 ) -> Captions | Labels:
     """Captions where the family has text, else classes."""
     network, pipeline = network_of(denoiser.family), pipeline_of(denoiser.family)

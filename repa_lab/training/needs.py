@@ -9,8 +9,8 @@ from repa_lab.align.settings import REGULARIZERS, EncoderSettings, Needs, Regula
 from repa_lab.data.settings import SOURCES
 from repa_lab.encoders.registry import ENCODERS
 from repa_lab.metrics.protocol import METRICS
-from repa_lab.models.facts import BlockIndex, Shape, shape_of
-from repa_lab.models.families import FAMILIES, family_facts
+from repa_lab.models.families import FAMILIES
+from repa_lab.models.family import BlockIndex, Shape, shape_of
 from repa_lab.registry import Origin, PluginError, Registry
 from repa_lab.spec import RunConfig
 from repa_lab.training.protocol import tiers
@@ -62,4 +62,4 @@ def choose_block(config: RunConfig, *wishes: BlockIndex | None) -> BlockIndex:
 
 def shape_of_model(config: RunConfig) -> Shape:
     """Return what is known of a run's denoiser without building it; of a pretrained one, of the released model."""
-    return shape_of(family_facts(config.model.family), config.model.size)
+    return shape_of(FAMILIES[config.model.family], config.model.size)

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from repa_lab.data.autoencoder import Autoencoder, quantise
-from repa_lab.models.denoiser import Denoiser
-from repa_lab.models.facts import pipeline_of
-from repa_lab.models.pretrained import sampling_pipeline
+from repa_lab.models.family import pipeline_of
+from repa_lab.models.pretrained import DiffusersDenoiser, sampling_pipeline
 from repa_lab.spec import EvaluateConfig
 from repa_lab.training.conditioning import Captions, Condition, Labels
 from repa_lab.training.device import computing_in
@@ -41,7 +40,7 @@ class PipelineSampler:
     """
 
     folder: Path
-    denoiser: Denoiser
+    denoiser: DiffusersDenoiser
     vae: Autoencoder
     conditioning: Captions | Labels
     config: EvaluateConfig

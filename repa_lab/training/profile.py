@@ -14,8 +14,7 @@ from repa_lab.align.tokens import Grid, Tokens
 from repa_lab.encoders.targets import Targets
 from repa_lab.metrics import cds, cka, cknna, lds, mutual_knn, rmsc
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
-from repa_lab.models.blocks import BlockName, tap_every_block
-from repa_lab.models.tap import TapError
+from repa_lab.models.tap import BlockName, TapError
 from repa_lab.runs import RunDirectory, profiles
 from repa_lab.runs.files import Row
 from repa_lab.runs.provenance import provenance
@@ -153,7 +152,7 @@ def measure_profile(
     """
     batches = list(held_out_batches(images, chosen, model.at_once))
     theirs = torch.cat([image_means(targets(index, device).values) for index in batches])
-    taps = tap_every_block(model.denoiser, model.tap)
+    taps = model.denoiser.tap_all()
     rows: list[Row] = []
     try:
         for timestep in request.timesteps:

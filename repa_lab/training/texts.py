@@ -12,7 +12,7 @@ from repa_lab.data.errors import DataError
 from repa_lab.data.fingerprint import fingerprint_files
 from repa_lab.data.store import Progress
 from repa_lab.data.texts import Encoded, TextCache
-from repa_lab.models.facts import Family, pipeline_of
+from repa_lab.models.family import Family, pipeline_of
 from repa_lab.models.pretrained import text_pipeline
 from repa_lab.models.released import settings, text_components
 from repa_lab.spec import RunOptions
@@ -53,7 +53,7 @@ def encode_captions(
         message = f"{family.name} is trained with captions and there are none: give metadata.jsonl, or a .txt beside each image"
         raise DataError("path", message)
     encode, precision = pipeline.encode, PRECISION[options.encoder_precision]
-    loaded = functools.cache(lambda: text_pipeline(folder, family, precision, device))
+    loaded = functools.cache(lambda: text_pipeline(folder, precision, device))
 
     @torch.no_grad()
     def encoded(captions: Sequence[str]) -> Encoded:

@@ -9,7 +9,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from safetensors.torch import load_file
 from torch import nn
 
-from repa_lab.models.families import family_facts
+from repa_lab.models.families import FAMILIES
 from repa_lab.runs import RunDirectory, checkpoints
 from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
@@ -57,7 +57,7 @@ def open_trained(
         KeyError: a weight is missing.
     """
     if run.config.model.pretrained is not None:
-        family, folder = family_facts(run.config.model.family), pretrained_folder(run.config.model)
+        family, folder = FAMILIES[run.config.model.family], pretrained_folder(run.config.model)
         encode_captions(family, folder, images, (), options, cache, device)
     model = open_model(run, images, options, cache, device)
     load_weights(model.denoiser, checkpoint, weights)

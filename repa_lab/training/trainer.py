@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from repa_lab.align import REPA, Needs, Prediction, Schedule, Shapes, Tokens
 from repa_lab.align.ranks import mean_over_ranks
 from repa_lab.encoders.targets import Targets
-from repa_lab.models.facts import BlockIndex
+from repa_lab.models.family import BlockIndex
 from repa_lab.models.tap import Tap
 from repa_lab.runs import files
 from repa_lab.runs.files import Row
@@ -176,7 +176,7 @@ class Trainer:
         denoiser.eval()
         with self._trained.ema.applied(), computing_in(denoiser, self._precision, self.device):
             (row, samples), *rare = (self.evaluator.quality(tier) for tier in tiers(config, self.progress.step))
-            tap = self.model.tap(block)
+            tap = self.model.denoiser.tap(block)
             row |= self.evaluator.alignment(tap, self._match() if block == own_block else None)
             tap.remove()
         denoiser.train()
@@ -263,7 +263,7 @@ class Trainer:
     def _align(self, run: Run, needs: Needs, targets: Sequence[Targets]) -> Aligner:
         """Return the aligner, its taps set on the denoiser before anything is wrapped around that."""
         blocks = [choose_block(run.config, block) for block in (*needs.taps, *needs.ema_taps)]
-        hooks = [self.model.tap(block) for block in blocks]
+        hooks = [self.model.denoiser.tap(block) for block in blocks]
         taps, ema_taps = hooks[: len(needs.taps)], hooks[len(needs.taps) :]
         widths = self._widths(hooks)
         shapes = Shapes(widths[: len(taps)], tuple(one.dim for one in targets), widths[len(taps) :])

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 
 import pytest
 import torch
 
-from repa_lab.models.blocks import tap_every_block
-from repa_lab.models.family import BUILDERS
 from repa_lab.models.tap import TapError
 from tests.models.test_tap import batch, build, wake
 
 
-def every(family: str, denoiser: torch.nn.Module) -> dict:
-    return tap_every_block(denoiser, functools.partial(BUILDERS[family].tap, denoiser))
-
-
 def test_a_sits_blocks_are_those_that_block_index_counts():
     denoiser = wake(build("sit", (4, 8)))
-    given, taps = batch(side=(4, 8)), every("sit", denoiser)
+    given, taps = batch(side=(4, 8)), denoiser.tap_all()
     assert list(taps) == [0, 1, 2, 3, 4, 5]
     denoiser(*given)
     together = {name: tap.take() for name, tap in taps.items()}
     for name, found in together.items():
-        tap = BUILDERS["sit"].tap(denoiser, name)
+        tap = denoiser.tap(name)
         denoiser(*given)
         assert torch.equal(found.values, tap.take().values)
         assert found.grid == (2, 4)
@@ -33,7 +26,7 @@ def test_a_sits_blocks_are_those_that_block_index_counts():
 
 def test_a_unets_stages_stand_around_its_mid_block_in_the_order_of_the_pass():
     denoiser = wake(build("unet", (4, 12)))
-    taps, order = every("unet", denoiser), []
+    taps, order = denoiser.tap_all(), []
     assert list(taps) == ["down_blocks.0", "down_blocks.1", "mid", "up_blocks.0", "up_blocks.1"]
     seen: dict[str, torch.Tensor] = {}
     net = denoiser.net
@@ -65,7 +58,7 @@ def test_what_is_handed_on_is_not_kept():
     alive: list[weakref.ref] = []
     for block in denoiser.blocks:
         block.register_forward_hook(lambda module, args, output: alive.append(weakref.ref(output)))
-    taps, found = every("sit", denoiser), []
+    taps, found = denoiser.tap_all(), []
     for tap in taps.values():
         tap.hand_to(lambda tokens: found.append(tokens.values.mean().item()))
     at_the_end: list[bool] = []
@@ -79,7 +72,7 @@ def test_what_is_handed_on_is_not_kept():
 
 def test_removed_taps_hear_nothing():
     denoiser = build("unet")
-    taps, heard = every("unet", denoiser), []
+    taps, heard = denoiser.tap_all(), []
     for tap in taps.values():
         tap.hand_to(lambda tokens: heard.append(1))
         tap.remove()

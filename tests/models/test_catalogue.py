@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from repa_lab.models.catalogue import catalogue
-from repa_lab.models.families import FAMILIES
+from repa_lab.models.families import FAMILIES, catalogue
 
 ROWS = {entry.family: entry for entry in catalogue()}
 

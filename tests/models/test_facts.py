@@ -6,18 +6,11 @@ import sys
 import pytest
 import torch
 
-from repa_lab.models.facts import (
-    SIT_DOWN_SHAPES,
-    SIT_SHAPES,
-    UNET_SHAPES,
-    UnknownFactError,
-    shape_of,
-    sit_down_shape,
-    sit_shape,
-)
-from repa_lab.models.families import FAMILIES, family_facts
-from repa_lab.models.family import BUILDERS, Input
+from repa_lab.models.families import FAMILIES
+from repa_lab.models.family import SIT_DOWN_SHAPES, SIT_SHAPES, UNET_SHAPES, shape_of
+from repa_lab.models.scratch import CLASSES, Input, build
 from repa_lab.models.sit_down import SiTDown
+from repa_lab.registry import UnknownComponentError
 
 FROM_SCRATCH = [(family, size) for family in FAMILIES.values() if family.from_scratch for size in family.shapes]
 
@@ -27,10 +20,9 @@ FROM_SCRATCH = [(family, size) for family in FAMILIES.values() if family.from_sc
 )
 def test_facts_are_those_of_the_denoiser_that_is_built(family, size):
     shape, side = family.shapes[size], (32, 64)
-    builder = BUILDERS[family.name]
     with torch.device("meta"):
-        denoiser = builder.build(size, shape, Input(4, side, 10))
-        tap = builder.tap(denoiser, shape.block)
+        denoiser = build(family.name, size, Input(4, side, 10))
+        tap = denoiser.tap(shape.block)
         denoiser(torch.empty(1, 4, *side), torch.empty(1), torch.zeros(1, dtype=torch.long))
     tokens = tap.take()
     assert tokens.dim == shape.width
@@ -42,7 +34,7 @@ def test_facts_are_those_of_the_denoiser_that_is_built(family, size):
 
 
 def test_every_family_from_scratch_can_be_built_and_no_other():
-    assert set(BUILDERS) == {family.name for family in FAMILIES.values() if family.from_scratch}
+    assert set(CLASSES) == {family.name for family in FAMILIES.values() if family.from_scratch}
 
 
 def test_every_family_of_the_guide_and_those_beside_it_can_be_trained():
@@ -64,9 +56,8 @@ def test_u_repas_blocks():
     assert stages["B/2"] == ((5, 5, 5), 768, 15, 7)
     assert stages["L/2"] == ((9, 14, 9), 1024, 32, 15)
     assert stages["XL/2"] == ((10, 16, 10), 1152, 36, 17)
-    assert sit_down_shape("XL/2") == (SIT_DOWN_SHAPES["XL/2"], 2)
-    with pytest.raises(UnknownFactError, match="unknown size of sit_down 'B/4'; allowed: nano/2, B/2, L/2, XL/2"):
-        sit_down_shape("B/4")
+    with pytest.raises(UnknownComponentError, match="unknown size of sit_down 'B/4'; allowed: nano/2, B/2, L/2, XL/2"):
+        shape_of(FAMILIES["sit_down"], "B/4")
 
 
 def test_a_blocks_stride_is_that_of_the_tokens_that_leave_it():
@@ -104,18 +95,19 @@ def test_the_regularizer_that_fits():
 
 
 def test_what_does_not_exist_is_named_with_what_does():
-    with pytest.raises(UnknownFactError, match=r"unknown family 'sdlx'; allowed: sit, unet, .*; did you mean 'sdxl'\?"):
-        family_facts("sdlx")
-    with pytest.raises(UnknownFactError, match=r"unknown size of unet 'B/2'; allowed: nano, S, B$"):
-        shape_of(family_facts("unet"), "B/2")
-    with pytest.raises(UnknownFactError, match="unknown size of sit ''"):
-        shape_of(family_facts("sit"), None)
-    assert shape_of(family_facts("flux"), None).depth == 57
-    assert sit_shape("XL/4") == (SIT_SHAPES["XL/4"], 4)
+    with pytest.raises(
+        UnknownComponentError, match=r"unknown family 'sdlx'; allowed: sit, unet, .*; did you mean 'sdxl'\?"
+    ):
+        FAMILIES["sdlx"]
+    with pytest.raises(UnknownComponentError, match=r"unknown size of unet 'B/2'; allowed: nano, S, B$"):
+        shape_of(FAMILIES["unet"], "B/2")
+    with pytest.raises(UnknownComponentError, match="unknown size of sit ''"):
+        shape_of(FAMILIES["sit"], None)
+    assert shape_of(FAMILIES["flux"], None).depth == 57
     assert set(UNET_SHAPES) == {"nano", "S", "B"}
 
 
 def test_facts_need_no_torch():
-    code = "import sys, repa_lab.models.facts; print('torch' in sys.modules)"
+    code = "import sys, repa_lab.models.family; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -14,9 +13,10 @@ from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 from torch import nn
 
-from repa_lab.models.denoiser import Denoiser, build_net, tap_block
-from repa_lab.models.facts import Family, network_of
+from repa_lab.models.counting import meta_condition
 from repa_lab.models.families import FAMILIES
+from repa_lab.models.family import Family, network_of
+from repa_lab.models.pretrained import DiffusersDenoiser, build_net
 from repa_lab.models.tap import TapError
 
 OURS = [family for family in FAMILIES.values() if family.network]
@@ -25,7 +25,6 @@ TOKENS = 7
 GRID = (3, 2)  # of what is tapped: not square
 # Their classes see padding: the one pools it, the others cannot be masked and see it up to the longest text of a batch.
 SEEING_PADDING = {"hunyuan_dit", "cogview4", "kandinsky5"}
-INTEGERS = re.compile("mask|labels")
 
 
 def grid_of(family: Family) -> tuple[int, int]:
@@ -33,7 +32,7 @@ def grid_of(family: Family) -> tuple[int, int]:
     return (3, 3) if network_of(family).square else GRID
 
 
-def make(family: Family) -> Denoiser:
+def make(family: Family) -> DiffusersDenoiser:
     """A tiny model of the family with no weight at zero, so that nothing is passed over."""
     torch.manual_seed(0)
     net = build_net(family, network_of(family).tiny)
@@ -44,11 +43,11 @@ def make(family: Family) -> Denoiser:
         if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
             centre = layer.weight.detach()[:, :, 1, 1].clone()
             layer.weight.data.zero_()[:, :, 1, 1] = centre  # it sees what it stands on, and no neighbour
-    return Denoiser(net, family).eval()
+    return DiffusersDenoiser(net, family).eval()
 
 
 def given(
-    family: Family, denoiser: Denoiser, batch: int = 2
+    family: Family, denoiser: DiffusersDenoiser, batch: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Latents, times and conditioning; where texts are masked, the second is two tokens shorter."""
     stride, config = family.shapes[""].stride, denoiser.net.config
@@ -69,7 +68,7 @@ def texts_of(condition: dict[str, torch.Tensor]) -> list[str]:
     return [name for name, value in condition.items() if value.ndim > 2]
 
 
-def latent_channels(family: Family, denoiser: Denoiser) -> int:
+def latent_channels(family: Family, denoiser: DiffusersDenoiser) -> int:
     """Of the tiny model: what is packed 2x2 has four values a cell."""
     packed = "unpack" in network_of(family).output.__name__
     config = denoiser.net.config
@@ -94,14 +93,14 @@ def apart() -> Iterator[None]:
         SanaLinearAttnProcessor2_0.__call__ = linear
 
 
-def blocks_of(family: Family, denoiser: Denoiser) -> list[int | str]:
+def blocks_of(family: Family, denoiser: DiffusersDenoiser) -> list[int | str]:
     if family.kind == "unet":
         return ["mid"]
     return list(range(sum(len(denoiser.net.get_submodule(blocks.path)) for blocks in network_of(family).blocks)))
 
 
-def captured(denoiser: Denoiser, block: int | str, latents, time, condition) -> torch.Tensor:
-    tap = tap_block(denoiser, block)
+def captured(denoiser: DiffusersDenoiser, block: int | str, latents, time, condition) -> torch.Tensor:
+    tap = denoiser.tap(block)
     with torch.no_grad():
         denoiser(latents, time, **condition)
     tokens = tap.take()
@@ -189,7 +188,7 @@ def test_gradients_are_those_without_checkpointing(family):
     def gradients() -> dict[str, torch.Tensor]:
         torch.manual_seed(1)  # some drop labels
         denoiser.zero_grad()
-        tap = tap_block(denoiser, block)
+        tap = denoiser.tap(block)
         (denoiser(latents, time, **condition).square().mean() + tap.take().values.square().mean()).backward()
         tap.remove()
         return {name: p.grad.clone() for name, p in denoiser.named_parameters() if p.grad is not None}
@@ -214,7 +213,7 @@ def test_a_block_that_is_not_there_is_refused(family, index):
     depth = len(blocks_of(family, denoiser))
     allowed = "'mid'" if family.kind == "unet" else f"0 to {depth - 1}"
     with pytest.raises(TapError, match=f"{family.name}: block_index must be {allowed}, got"):
-        tap_block(denoiser, index)
+        denoiser.tap(index)
 
 
 @pytest.mark.parametrize("family", [one for one in OURS if network_of(one).square], ids=lambda family: family.name)
@@ -238,20 +237,13 @@ def test_the_released_model_is_what_the_facts_say(family, monkeypatch):
     with torch.device("meta"):
         net = build_net(family, network.config)
     assert sum(p.numel() for p in net.parameters()) == network.parameters
-    denoiser = Denoiser(net, family).eval()
+    denoiser = DiffusersDenoiser(net, family).eval()
     if family.kind == "transformer":
         assert len(blocks_of(family, denoiser)) == shape.depth
     side = network.native // family.latent_stride
     latents = torch.empty(1, network.channels, side, side, device="meta")
-    condition = {
-        name: torch.empty(1, *size, device="meta", dtype=torch.long if INTEGERS.search(name) else None)
-        for name, size in network.condition(net.config, 77).items()
-    }
-    if network.lengths:  # words are counted, so these masks have values, which attention over meta refuses
-        condition |= {
-            name: torch.ones(mask.shape, dtype=torch.long) for name, mask in condition.items() if "mask" in name
-        }
-    tap = tap_block(denoiser, shape.block)
+    condition = meta_condition(family, net.config, 77)
+    tap = denoiser.tap(shape.block)
     with torch.no_grad(), apart() if network.lengths else nullcontext():
         denoiser(latents, torch.empty(1, device="meta"), **condition)
     tokens = tap.take()

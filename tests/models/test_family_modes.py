@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from repa_lab.align import REPA, UREPA, Signals
-from repa_lab.models.denoiser import tap_block
 from tests.models.test_families import blocks_of, families, given, make
 
 
@@ -14,7 +13,7 @@ def test_a_tap_set_before_compiling_captures_the_same(family):
     torch.compiler.reset()
     denoiser = make(family)
     latents, time, condition = given(family, denoiser)
-    taps = [tap_block(denoiser, block) for block in {blocks_of(family, denoiser)[0], blocks_of(family, denoiser)[-1]}]
+    taps = [denoiser.tap(block) for block in {blocks_of(family, denoiser)[0], blocks_of(family, denoiser)[-1]}]
     with torch.no_grad():
         expected = denoiser(latents, time, **condition), *(tap.take().values for tap in taps)
         found = (
@@ -30,7 +29,7 @@ def test_one_step_with_its_regularizer_reaches_what_lies_before_the_tap_and_noth
     denoiser = make(family).train()
     latents, time, condition = given(family, denoiser)
     block = blocks_of(family, denoiser)[0]
-    tap = tap_block(denoiser, block)
+    tap = denoiser.tap(block)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         denoiser(latents, time, **condition)
     student = tap.take()

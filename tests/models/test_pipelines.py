@@ -16,10 +16,10 @@ import transformers
 from torch import nn
 
 from repa_lab.models import tiny
-from repa_lab.models.denoiser import Denoiser, build_net
-from repa_lab.models.facts import Family, network_of, pipeline_of
 from repa_lab.models.families import FAMILIES
-from repa_lab.models.layout import unflatten, unpack
+from repa_lab.models.families.shared import unflatten, unpack
+from repa_lab.models.family import Family, network_of, pipeline_of
+from repa_lab.models.pretrained import DiffusersDenoiser, build_net
 from repa_lab.models.tiny import write_tiny_pipeline
 
 OURS = [family for family in FAMILIES.values() if family.pipeline]
@@ -152,7 +152,7 @@ def check_prediction(pipe: Any, family: Family) -> None:
     sizes = sized(family, net.config, len(CAPTIONS), size)
     times = time.float().expand(len(CAPTIONS))
     with torch.no_grad():
-        predicted = Denoiser(net, family)(as_map(latents, family, size), times, **condition, **sizes)
+        predicted = DiffusersDenoiser(net, family)(as_map(latents, family, size), times, **condition, **sizes)
     torch.testing.assert_close(predicted, as_map(output, family, size), rtol=1e-4, atol=1e-5)
 
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from repa_lab.models.counting import count
-from repa_lab.models.family import BUILDERS
 from repa_lab.models.sit_down import SiTDown, SiTDownConfig
 from repa_lab.models.tap import TapError
 from tests.models import reference_sit_down
@@ -94,7 +93,7 @@ class TestTap:
     @pytest.mark.parametrize("block", range(7))
     def test_it_is_the_output_of_the_block_on_its_stages_grid(self, block):
         model = awake()
-        tap = BUILDERS["sit_down"].tap(model, block)
+        tap = model.tap(block)
         seen: list[torch.Tensor] = []
         model.blocks[block].register_forward_hook(lambda module, args, output: seen.append(output))
         model(*inputs())
@@ -107,7 +106,7 @@ class TestTap:
         model = SiTDown(TINY)
         with torch.no_grad():
             model.down.layers[1].weight[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0
-        tap = BUILDERS["sit_down"].tap(model, 3)
+        tap = model.tap(3)
         x, t, y = inputs(batch=1)
         model(x, t, y)
         plain = tap.take().values
@@ -120,11 +119,11 @@ class TestTap:
     @pytest.mark.parametrize("block", [7, -1, "mid"])
     def test_a_block_that_does_not_exist_is_refused(self, block):
         with pytest.raises(TapError, match=f"sit_down has 7 blocks: block_index must be 0 to 6, got {block!r}"):
-            BUILDERS["sit_down"].tap(SiTDown(TINY), block)
+            SiTDown(TINY).tap(block)
 
     def test_gradients_reach_what_stands_before_it_and_nothing_beyond(self):
         model = awake()
-        tap = BUILDERS["sit_down"].tap(model, 3)
+        tap = model.tap(3)
         model(*inputs())
         tap.take().values.square().sum().backward()
         before = (*model.blocks[:4], model.down)

@@ -7,7 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 from repa_lab.align import Tokens
 from repa_lab.models.families import FAMILIES
-from repa_lab.models.family import BUILDERS, Input
+from repa_lab.models.scratch import Input
+from repa_lab.models.scratch import build as build_scratch
 from repa_lab.models.sit import SiT, SiTConfig
 from repa_lab.models.tap import Tap, TapError, capture
 
@@ -18,7 +19,7 @@ def build(family: str, side: tuple[int, int] = (8, 8)) -> nn.Module:
     """A SiT of six blocks, or the smallest UNet."""
     if family == "sit":
         return SiT(SiTConfig(6, 32, 4, 2, 3, side, 5))
-    return BUILDERS["unet"].build("nano", FAMILIES["unet"].shapes["nano"], Input(3, side, 5))
+    return build_scratch("unet", "nano", Input(3, side, 5))
 
 
 def wake(denoiser: nn.Module) -> nn.Module:
@@ -35,7 +36,7 @@ def batch(size: int = 2, side: tuple[int, int] = (8, 8)) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("block", range(6))
 def test_a_sits_tap_is_the_output_of_the_block(block):
     denoiser = wake(build("sit", (4, 8)))
-    tap = BUILDERS["sit"].tap(denoiser, block)
+    tap = denoiser.tap(block)
     inputs: list[torch.Tensor] = []
     following = denoiser.blocks[block + 1] if block < 5 else denoiser.final_layer
     following.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
@@ -47,7 +48,7 @@ def test_a_sits_tap_is_the_output_of_the_block(block):
 
 def test_a_unets_tap_is_the_map_of_its_mid_block_row_by_row():
     denoiser = build("unet", (4, 12))
-    tap = BUILDERS["unet"].tap(denoiser, "mid")
+    tap = denoiser.tap("mid")
     maps: list[torch.Tensor] = []
     denoiser.net.up_blocks[0].register_forward_pre_hook(
         lambda module, args, kwargs: maps.append(kwargs.get("hidden_states", args[0] if args else None)),
@@ -63,7 +64,7 @@ def test_a_unets_tap_is_the_map_of_its_mid_block_row_by_row():
 @pytest.mark.parametrize("family, block", [("sit", 2), ("unet", "mid")])
 def test_gradients_reach_the_blocks_up_to_the_tap_and_none_beyond(family, block):
     denoiser = wake(build(family))
-    tap = BUILDERS[family].tap(denoiser, block)
+    tap = denoiser.tap(block)
     denoiser(*batch())
     tap.take().values.square().sum().backward()
     before, after = (
@@ -152,7 +153,7 @@ def test_gradient_checkpointing_of_consecutive_steps_without_clearing():
 
 def test_a_tap_set_before_compiling_captures_every_pass():
     denoiser = wake(build("sit"))
-    tap = BUILDERS["sit"].tap(denoiser, 1)
+    tap = denoiser.tap(1)
     compiled = torch.compile(denoiser, backend="eager")
     for _ in range(3):
         given = batch()
@@ -167,20 +168,20 @@ def test_a_tap_set_before_compiling_captures_every_pass():
 @pytest.mark.parametrize("block", [6, -1, "mid", 100])
 def test_a_block_that_does_not_exist_is_refused_by_name_and_count(block):
     with pytest.raises(TapError) as caught:
-        BUILDERS["sit"].tap(build("sit"), block)
+        build("sit").tap(block)
     assert str(caught.value) == f"sit has 6 blocks: block_index must be 0 to 5, got {block!r}"
 
 
 def test_a_unet_is_tapped_at_its_mid_block_only():
     with pytest.raises(TapError) as caught:
-        BUILDERS["unet"].tap(build("unet"), 0)
+        build("unet").tap(0)
     assert str(caught.value) == "unet is tapped at its mid block: block_index must be 'mid', got 0"
 
 
 def test_the_papers_depth_is_the_block_index_plus_one():
     """`depth=4` of the papers' code taps where the fourth block is done: `block_index` 3."""
     denoiser = wake(build("sit"))
-    tap = BUILDERS["sit"].tap(denoiser, 3)
+    tap = denoiser.tap(3)
     x, t, y = batch()
     denoiser(x, t, y)
     tokens = denoiser.x_embedder(x) + denoiser.pos_embed

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from repa_lab.models.facts import UNET_SHAPES
+from repa_lab.models.family import UNET_SHAPES
 from repa_lab.models.tap import capture
 from repa_lab.models.unet import UNet
 

@@ -13,9 +13,9 @@ from repa_lab.encoders.flops import encoder_flops, encoder_weights
 from repa_lab.encoders.registry import ENCODERS
 from repa_lab.models import flops
 from repa_lab.models.counting import adapted, count, count_family, native_side
-from repa_lab.models.facts import SIT, SIT_DOWN, UNET, shape_of
 from repa_lab.models.families import FAMILIES
-from repa_lab.models.family import BUILDERS, Input
+from repa_lab.models.family import SIT, SIT_DOWN, UNET, shape_of
+from repa_lab.models.scratch import CLASSES, Input, build
 from repa_lab.models.sit import SiT
 from repa_lab.spec import load_spec
 from repa_lab.training.costs import caches_of, cost_of, projector_size
@@ -64,7 +64,7 @@ def test_sit_costs_what_the_papers_say(size, gmacs, parameters):
 def test_sits_formula_is_what_torch_counts(size, channels, side, classes):
     shape = shape_of(SIT, size)
     with torch.device("meta"):
-        net = BUILDERS["sit"].build(size, shape, Input(channels, (side, side), classes))
+        net = build("sit", size, Input(channels, (side, side), classes))
     x, t, y = (
         torch.empty(1, channels, side, side, device="meta"),
         torch.empty(1, device="meta"),
@@ -84,7 +84,7 @@ def test_sits_formula_is_what_torch_counts(size, channels, side, classes):
 def test_sit_downs_formula_is_what_torch_counts(size, channels, side, classes):
     shape = shape_of(SIT_DOWN, size)
     with torch.device("meta"):
-        net = BUILDERS["sit_down"].build(size, shape, Input(channels, (side, side), classes))
+        net = build("sit_down", size, Input(channels, (side, side), classes))
     x, t, y = (
         torch.empty(1, channels, side, side, device="meta"),
         torch.empty(1, device="meta"),
@@ -98,7 +98,7 @@ def test_sit_downs_formula_is_what_torch_counts(size, channels, side, classes):
 
 
 def test_every_family_from_scratch_has_a_cost():
-    assert flops.FROM_SCRATCH.keys() == BUILDERS.keys()
+    assert flops.FROM_SCRATCH.keys() == CLASSES.keys()
 
 
 def test_kept_numbers_are_near_the_count_for_a_real_sit():
@@ -121,7 +121,7 @@ def test_kept_numbers_are_near_the_count_for_a_real_sit():
 def test_unets_from_scratch_are_as_counted_at_any_size(size, channels, side, classes):
     shape = shape_of(UNET, size)
     with torch.device("meta"):
-        net = BUILDERS["unet"].build(size, shape, Input(channels, (side, side), classes)).eval()
+        net = build("unet", size, Input(channels, (side, side), classes)).eval()
     x, t, y = (
         torch.empty(1, channels, side, side, device="meta"),
         torch.empty(1, device="meta"),

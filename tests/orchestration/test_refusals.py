@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import repa_lab
-from repa_lab.models.families import family_facts
+from repa_lab.models.families import FAMILIES
 from repa_lab.models.tiny import write_tiny_pipeline
 from repa_lab.orchestration.plan import make_plan
 from repa_lab.orchestration.prepare import RefusedError, prepare
@@ -50,7 +50,7 @@ def vae(**config):
 
 def pipeline(family, **parts):
     """A tiny pipeline whose files are changed: JSON fields are laid over, None deletes a file or folder."""
-    write_tiny_pipeline(family_facts(family), Path("pipe"))
+    write_tiny_pipeline(FAMILIES[family], Path("pipe"))
     for name, change in parts.items():
         path = Path("pipe", name.replace("__", "/"))
         if change is None:

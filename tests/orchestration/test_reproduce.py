@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from repa_lab.models.facts import SIT_DOWN_SHAPES, SIT_SHAPES
+from repa_lab.models.family import SIT_DOWN_SHAPES, SIT_SHAPES
 from repa_lab.orchestration.checks import check
 from repa_lab.orchestration.plan import identify_arm
 from repa_lab.orchestration.reproduce import ReproduceError, names, open_table, scaled_block

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from repa_lab.models.facts import pipeline_of
 from repa_lab.models.families import FAMILIES
+from repa_lab.models.family import pipeline_of
 from repa_lab.models.tiny import write_tiny_pipeline
 from repa_lab.spec import RunConfig
 from repa_lab.spec.identity import Run

@@ -8,8 +8,7 @@ import torch
 from repa_lab.align import REPA, UREPA, Prediction, Shapes, Tokens
 from repa_lab.encoders.encoder import EncoderError
 from repa_lab.encoders.targets import CachedTargets, OnlineTargets
-from repa_lab.models.facts import UNET_SHAPES
-from repa_lab.models.family import BUILDERS
+from repa_lab.models.family import UNET_SHAPES
 from repa_lab.models.tap import TapError
 from repa_lab.training.aligner import Aligner, open_targets
 from repa_lab.training.batches import Batch
@@ -43,7 +42,7 @@ def make_aligner(images, **settings):
             torch.nn.init.normal_(parameter, std=0.1)
     needs = needs_of(run.config)
     counting = [CountingTargets() for _ in needs.encoders]
-    taps = [BUILDERS[run.config.model.family].tap(denoiser, block) for block in needs.taps]
+    taps = [denoiser.tap(block) for block in needs.taps]
     shapes = Shapes((shape_of_model(run.config).width,), tuple(one.dim for one in counting))
     return Aligner(run, needs, taps, [], shapes, counting), denoiser, counting
 

@@ -9,23 +9,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from repa_lab.align import REPA, Tokens
-from repa_lab.models.facts import SIT_DOWN_SHAPES, SIT_SHAPES, UNET_SHAPES
-from repa_lab.models.family import BUILDERS, Input
+from repa_lab.models.scratch import Input, build
 from repa_lab.spec.schema import EmaConfig
 from repa_lab.training.checkpoint import Progress, Trained
 from repa_lab.training.ema import EMA
 
 GIVEN = Input(1, (8, 8), 10)
-SHAPES = {
-    "sit": ("nano/2", SIT_SHAPES["nano/2"]),
-    "sit_down": ("nano/2", SIT_DOWN_SHAPES["nano/2"]),
-    "unet": ("nano", UNET_SHAPES["nano"]),
-}
+SIZES = {"sit": "nano/2", "sit_down": "nano/2", "unet": "nano"}
 
 
 def make(seed: int, family: str = "sit", regularized: bool = True, scaler: object = None) -> Trained:
     torch.manual_seed(seed)
-    denoiser = BUILDERS[family].build(*SHAPES[family], GIVEN)
+    denoiser = build(family, SIZES[family], GIVEN)
     for parameter in denoiser.parameters():  # else adaLN-Zero passes no gradient to most of it
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from typing import ClassVar
@@ -25,8 +24,7 @@ from repa_lab.encoders.reference import reference
 from repa_lab.encoders.targets import OnlineTargets
 from repa_lab.metrics import cka, cosine_gap, frechet_distance, kid, precision_recall, statistics
 from repa_lab.metrics.protocol import differences
-from repa_lab.models.family import BUILDERS
-from repa_lab.models.tap import Tap
+from repa_lab.models.tap import Denoiser, Tap
 from repa_lab.spec import EncoderSettings
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.conditioning import Labels
@@ -75,8 +73,7 @@ def make_evaluator(few, cache, denoiser, targets=None, seed: int = 0, **settings
         sampling = Sampling((1, 8, 8), 10, tier.sampler, tier.guidance, seed, tier.labels)
         return FieldSampler(sampling, denoiser, few.space, CPU)
 
-    tap = functools.partial(BUILDERS["sit"].tap, denoiser)
-    model = Model(denoiser, Flow(), Labels(few.source.labels, 10, 10), sampler, tap, config.evaluate.batch_size)
+    model = Model(denoiser, Flow(), Labels(few.source.labels, 10, 10), sampler, config.evaluate.batch_size)
     return Evaluator(config, few, model, targets, cache, CPU)
 
 
@@ -240,7 +237,7 @@ class TestProtocols:
         """The noise of held-out images is drawn batch by batch; from 40 on, all 40 are one batch."""
 
         def measured(**settings):
-            evaluator, tap = make_evaluator(few, cache, denoiser, targets, **settings), BUILDERS["sit"].tap(denoiser, 2)
+            evaluator, tap = make_evaluator(few, cache, denoiser, targets, **settings), denoiser.tap(2)
             try:
                 return evaluator.alignment(tap, None)["heldout/cka"], evaluator.protocols(0, 2)["heldout/cka"]
             finally:
@@ -306,7 +303,7 @@ def tokens_by_hand(few, denoiser, block: int, timestep: float, batch_size: int) 
 
 class TestAlignment:
     def measure(self, evaluator, denoiser, block=2, match=None):
-        tap = BUILDERS["sit"].tap(denoiser, block)
+        tap = denoiser.tap(block)
         try:
             return evaluator.alignment(tap, match)
         finally:
@@ -346,12 +343,15 @@ class TestAlignment:
         assert caught.value.field == "holdout"
 
 
-class AnySize(nn.Module):
+class AnySize(Denoiser):
     """A denoiser of images of any size: what it sees in cells of 4x4, and back."""
 
     def __init__(self) -> None:
         super().__init__()
         self.cells, self.back = nn.Conv2d(3, 8, 4, stride=4), nn.ConvTranspose2d(8, 3, 4, stride=4)
+
+    def tap(self, block_index: int) -> Tap:
+        return Tap(self.cells, flatten_map)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return self.back(self.cells(x) * t.view(-1, 1, 1, 1) + y.view(-1, 1, 1, 1))
@@ -374,7 +374,7 @@ class TestSizes:
         sampling = Sampling((3, 64, 64), 1, config.evaluate.sampler, config.evaluate.guidance, 0)
         sampler = FieldSampler(sampling, denoiser, images.space, CPU)
         labels = Labels(source.labels, 1, 1)
-        model = Model(denoiser, Flow(), labels, lambda tier: sampler, lambda block: Tap(denoiser.cells, flatten_map), 2)
+        model = Model(denoiser, Flow(), labels, lambda tier: sampler, 2)
         encoder = OnlineTargets(load_encoder("efficientnet_lite0", None, 64), "it", source, CPU)
         return Evaluator(config, images, model, encoder, tmp_path / "cache", CPU), model, images, encoder
 
@@ -402,7 +402,7 @@ class TestSizes:
     def test_alignment_by_an_independent_computation(self, tmp_path):
         measured, model, images, encoder = self.make(tmp_path, self.SHAPES, 14)
         regularizer = REPA(8, 112, projector={"width": 16}).eval()
-        row = measured.alignment(model.tap(0), regularizer.match)
+        row = measured.alignment(model.denoiser.tap(0), regularizer.match)
         found = self.by_hand(model, images, encoder, regularizer)
         counts = [len(one[0]) for one in found]
         assert len(counts) == 3
@@ -419,7 +419,7 @@ class TestSizes:
         shapes = [(64, 64), (64, 64), (80, 48), (64, 64), (112, 32), (96, 32)]
         measured, model, images, encoder = self.make(tmp_path, shapes, 4)
         regularizer = REPA(8, 112, projector={"width": 16}).eval()
-        row = measured.alignment(model.tap(0), regularizer.match)
+        row = measured.alignment(model.denoiser.tap(0), regularizer.match)
         found = self.by_hand(model, images, encoder, regularizer)
         cosines = [nn.functional.cosine_similarity(one[2], one[3], dim=-1).mean(1) for one in found if len(one[0])]
         assert row["heldout/cosine"] == pytest.approx(torch.cat(cosines).mean().item(), abs=1e-5)

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from repa_lab.data.errors import DataError
-from repa_lab.models.facts import pipeline_of
 from repa_lab.models.families import FAMILIES
+from repa_lab.models.family import pipeline_of
 from repa_lab.models.pretrained import load_denoiser
 from repa_lab.models.released import PretrainedError, locate, problem_with
 from repa_lab.runs import RunDirectory, checkpoints

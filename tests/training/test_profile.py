@@ -15,7 +15,7 @@ from torch import nn
 from repa_lab.align.tokens import flatten_map
 from repa_lab.data.sources import Split
 from repa_lab.metrics import cka, cknna, lds, mutual_knn, rmsc
-from repa_lab.models.tap import Tap, TapError
+from repa_lab.models.tap import Denoiser, Tap, TapError
 from repa_lab.runs import RunDirectory, RunWriter, profiles
 from repa_lab.spec import EncoderSettings
 from repa_lab.training.aligner import open_targets
@@ -121,7 +121,7 @@ def test_every_block_is_what_a_single_tap_of_it_gives(images, cache, targets):
     found = values({"values": measure_profile(model, images, targets, Request((0.2, 0.8)), chosen, CPU)})
     theirs = targets(chosen, CPU).values.mean(1).numpy()
     for block, t in itertools.product(range(4), (0.2, 0.8)):
-        tap, parts = model.tap(block), []
+        tap, parts = model.denoiser.tap(block), []
         with torch.no_grad():
             for index in held_out_batches(images, chosen, model.at_once):
                 show(model, images, index, t, CPU)
@@ -145,12 +145,14 @@ def test_an_untrained_sits_blocks_all_know_the_same(images, cache, targets):
     assert found[0, 0.1, "cka"] != found[0, 0.9, "cka"]
 
 
-class Given(nn.Module):
+class Given(Denoiser):
     """A denoiser whose block yields a map that was made by hand for each image, told by the image's first pixel."""
 
     def __init__(self, maps: torch.Tensor) -> None:
         super().__init__()
-        self.maps, self.block = maps, nn.Identity()
+        block = nn.Identity()
+        self.maps, self.block, self.depth = maps, block, 1
+        self.tap = lambda block_index: Tap(block, flatten_map)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         self.block(self.maps[: len(x)])
@@ -159,15 +161,7 @@ class Given(nn.Module):
 
 
 def given(images: Images, maps: torch.Tensor, at_once: int) -> tuple[Model, Images, torch.Tensor]:
-    denoiser = Given(maps)
-    block = denoiser.block
-
-    def tap(index: object) -> Tap:
-        if index != 0:
-            raise TapError("there is one block")
-        return Tap(block, flatten_map)
-
-    model = Model(denoiser, Flow(), Labels(images.source.labels, 10, 10), None, tap, at_once)
+    model = Model(Given(maps), Flow(), Labels(images.source.labels, 10, 10), None, at_once)
     return model, images, images.split.held_out[: len(maps)]
 
 
@@ -330,7 +324,7 @@ def test_tokens_of_a_pass_are_what_the_denoiser_saw_at_that_time(images, cache):
             seen.append((x, t, y))
             return x
 
-    model = Model(Recorder(), Flow(), Labels(images.source.labels, 10, 10), None, lambda index: None, 3)
+    model = Model(Recorder(), Flow(), Labels(images.source.labels, 10, 10), None, 3)
     index = images.split.held_out[:3]
     for t in (0.0, 0.25, 1.0):
         show(model, images, index, t, CPU)

@@ -1,8 +1,9 @@
-"""Every family that the lab knows, by name. Importing it costs no torch, so that `plan` answers in a second."""
+"""Every family that the lab knows, by name. Imports no torch."""
 
 from __future__ import annotations
 
-from repa_lab.models.facts import SIT, SIT_DOWN, UNET, Family, UnknownFactError
+from dataclasses import dataclass
+
 from repa_lab.models.families.auraflow import AURAFLOW
 from repa_lab.models.families.chroma import CHROMA
 from repa_lab.models.families.cogview4 import COGVIEW4
@@ -24,13 +25,15 @@ from repa_lab.models.families.sd3 import SD3
 from repa_lab.models.families.sd15 import SD15
 from repa_lab.models.families.sdxl import SDXL
 from repa_lab.models.families.z_image import Z_IMAGE
+from repa_lab.models.family import SIT, SIT_DOWN, UNET, BlockIndex, Family
+from repa_lab.models.flops import forward_of
 from repa_lab.registry import Registry
 
 FAMILIES: Registry[Family] = Registry("family")
 
 
 def family(facts: Family) -> Family:
-    """Register a family of denoisers under its name, by which ``model.family`` calls it.
+    """Register a family of denoisers under its name, which a spec gives as ``model.family``.
 
     Raises:
         PluginError: the name is taken.
@@ -40,40 +43,67 @@ def family(facts: Family) -> Family:
 
 
 for _facts in (
-    SIT,
-    UNET,
-    SIT_DOWN,
-    SD15,
-    SDXL,
-    KOLORS,
-    FLUX,
-    FLUX2,
-    SD3,
-    CHROMA,
-    SANA,
-    PIXART,
-    HIDREAM,
-    AURAFLOW,
-    LUMINA2,
-    QWEN_IMAGE,
-    Z_IMAGE,
-    DIT,
-    HUNYUAN_DIT,
-    COGVIEW4,
-    KANDINSKY5,
-    LONGCAT_IMAGE,
-    ERNIE_IMAGE,
-    KREA2,
+    *(SIT, UNET, SIT_DOWN),
+    *(SD15, SDXL, KOLORS),
+    *(FLUX, FLUX2, SD3, CHROMA, SANA, PIXART, HIDREAM, AURAFLOW, LUMINA2, QWEN_IMAGE, Z_IMAGE),
+    *(DIT, HUNYUAN_DIT, COGVIEW4, KANDINSKY5, LONGCAT_IMAGE, ERNIE_IMAGE, KREA2),
 ):
     family(_facts)
 
 
-def family_facts(name: str) -> Family:
-    """The facts of a family.
+@dataclass(frozen=True)
+class Entry:
+    """A row of `repa-lab families`: a pretrained family, or one size of a family that is trained from scratch.
 
-    Raises:
-        UnknownFactError: no such family.
+    Attributes:
+        family: name in a spec, with the size.
+        regularizer: the regularizers that fit, the suggested one first.
+        blocks: number of blocks that ``block_index`` counts.
+        width: width D of a tapped token.
+        block_index: the suggested one.
+        pixels: side of the image for which ``grid`` is given.
+        grid: height and width of the tapped tokens of such an image.
+        parameters: number of parameters of the denoiser.
+        use: `from scratch` or `pretrained`.
     """
-    if name not in FAMILIES:
-        raise UnknownFactError("family", name, FAMILIES.names)
-    return FAMILIES[name]
+
+    family: str
+    regularizer: str
+    blocks: int
+    width: int
+    block_index: BlockIndex
+    pixels: int
+    grid: tuple[int, int]
+    parameters: int
+    use: str
+
+
+_SCRATCH_PIXELS, _SCRATCH_STRIDE, _SCRATCH_CHANNELS, _SCRATCH_CLASSES = 256, 8, 4, 1000
+
+
+def catalogue() -> list[Entry]:
+    """Return the rows: SiT with patch 2, SiT-down and the UNet over latents of 256 px, and every released family."""
+    return [
+        _entry(facts, size) for facts in FAMILIES.values() for size in facts.shapes if not size.endswith(("/4", "/8"))
+    ]
+
+
+def _entry(facts: Family, size: str) -> Entry:
+    shape, network = facts.shapes[size], facts.network
+    pixels = network.native if network else _SCRATCH_PIXELS
+    side = pixels // (facts.latent_stride if network else _SCRATCH_STRIDE) // shape.stride
+    if network:
+        parameters = network.parameters
+    else:
+        parameters = forward_of(facts, size, side**2, _SCRATCH_CHANNELS, _SCRATCH_CLASSES).parameters
+    return Entry(
+        family=f"{facts.name} {size}".strip(),
+        regularizer=", ".join(facts.regularizers),
+        blocks=shape.depth,
+        width=shape.width,
+        block_index=shape.block,
+        pixels=pixels,
+        grid=(side, side),
+        parameters=parameters,
+        use="pretrained" if network else "from scratch",
+    )

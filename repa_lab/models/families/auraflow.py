@@ -1,44 +1,17 @@
-"""AuraFlow: joint blocks that return text and image apart, then single ones: eight registers, the text, the image."""
+"""AuraFlow: joint blocks that return text and image apart, then single blocks: eight registers, the text, the image."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.parts import TEXT_ATTENTION, flow_scheduler, kl_autoencoder, t5_text
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import ATTENTION, Part, Pipeline
-
-if TYPE_CHECKING:
-    import torch
-
-    from repa_lab.models.network import Condition
+from repa_lab.models.families.components import flow_scheduler, kl_autoencoder, t5_text
+from repa_lab.models.families.shared import JOINT_ATTENTION, encode_prompt, map_inputs, shapes
+from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape
 
 
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    return {"hidden_states": latents, "timestep": time, **condition}
-
-
-def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    # It takes no mask: its pipeline puts the padding's embeddings to zero.
-    return {"encoder_hidden_states": (tokens, config.joint_attention_dim)}
-
-
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    text, *_ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
-    return {"encoder_hidden_states": text}
-
-
-def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-    text, empty = condition["encoder_hidden_states"], null["encoder_hidden_states"]
-    return {
-        "prompt_embeds": text,
-        "prompt_attention_mask": text[..., 0],  # it asks for masks and does nothing with them
-        "negative_prompt_embeds": empty,
-        "negative_prompt_attention_mask": empty[..., 0],
-        "guidance_scale": guidance,
-    }
+def _prompt(condition: Condition) -> dict[str, Any]:
+    text = condition["encoder_hidden_states"]
+    return {"prompt_embeds": text, "prompt_attention_mask": text[..., 0]}  # the mask is required but not used
 
 
 AURAFLOW = Family(
@@ -49,8 +22,9 @@ AURAFLOW = Family(
         model="AuraFlowTransformer2DModel",
         depths=("num_mmdit_layers", "num_single_dit_layers"),
         blocks=(Blocks("joint_transformer_blocks", item=1), Blocks("single_transformer_blocks", place="tail")),
-        inputs=_inputs,
-        condition=_condition,
+        inputs=map_inputs(times=1),
+        # There is no mask: the pipeline sets the embeddings of the padding to zero.
+        condition=shapes(encoder_hidden_states=("tokens", "joint_attention_dim")),
         parameters=6_858_605_568,
         config={"pos_embed_max_size": 9216},  # AuraFlow-v0.3
         tiny={
@@ -67,14 +41,14 @@ AURAFLOW = Family(
     pipeline=Pipeline(
         released="fal/AuraFlow-v0.3",
         classes=("AuraFlowPipeline",),
-        encode=_encode,
-        call=_call,
+        encode=encode_prompt("encoder_hidden_states", do_classifier_free_guidance=False),
+        prompt=_prompt,
         tiny={
             "vae": kl_autoencoder(4, 0.13025),
-            "tokenizer": Part("transformers.LlamaTokenizer", {"pad_token": "<pad>", "padding_side": "right"}),
+            "tokenizer": Component("transformers.LlamaTokenizer", {"pad_token": "<pad>", "padding_side": "right"}),
             "text_encoder": t5_text(12, "UMT5EncoderModel"),
             "scheduler": flow_scheduler(shift=1.73),
         },
-        adapted=(*ATTENTION, *TEXT_ATTENTION),
+        adapted=JOINT_ATTENTION,
     ),
 )

@@ -2,30 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.parts import kl_autoencoder
-from repa_lab.models.families.shared import map_inputs
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import Part, Pipeline
-
-if TYPE_CHECKING:
-    from repa_lab.models.network import Condition
-
-
-def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    return {"class_labels": ()}
-
-
-def _num_classes(config: Any) -> int:
-    return int(config.num_embeds_ada_norm)
-
-
-def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-    # Its pipeline knows of itself which class is none.
-    return {"class_labels": condition["class_labels"].tolist(), "guidance_scale": guidance}
-
+from repa_lab.models.families.components import kl_autoencoder
+from repa_lab.models.families.shared import map_inputs, shapes
+from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
 
 DIT = Family(
     "dit",
@@ -34,8 +13,8 @@ DIT = Family(
     network=Network(
         model="DiTTransformer2DModel",
         blocks=(Blocks("transformer_blocks"),),
-        inputs=map_inputs,
-        condition=_condition,
+        inputs=map_inputs(),
+        condition=shapes(class_labels=()),
         square=True,
         native=256,
         parameters=749_826_464,
@@ -46,18 +25,19 @@ DIT = Family(
             "num_layers": 3,
             "attention_head_dim": 16,
             "num_attention_heads": 2,
-            "num_embeds_ada_norm": 1000,  # of which its pipeline takes the next to be no class
+            "num_embeds_ada_norm": 1000,  # the pipeline takes the next number for the null label
         },
     ),
     pipeline=Pipeline(
         released="facebook/DiT-XL-2-256",
         classes=("DiTPipeline",),
         encode=None,
-        num_classes=_num_classes,
-        call=_call,
+        num_classes=lambda config: int(config.num_embeds_ada_norm),
+        prompt=lambda condition: {"class_labels": condition["class_labels"].tolist()},
+        negative=False,
         tiny={
             "vae": kl_autoencoder(4, 0.18215),
-            "scheduler": Part("diffusers.DDIMScheduler", {"beta_schedule": "linear", "clip_sample": False}),
+            "scheduler": Component("diffusers.DDIMScheduler", {"beta_schedule": "linear", "clip_sample": False}),
         },
     ),
 )

@@ -1,45 +1,27 @@
-"""ERNIE-Image: one sequence, the image first, its samples along the second dimension; the latents are those of FLUX.2."""
+"""ERNIE-Image: one sequence, the image first, the batch as the second dimension; its latents are those of FLUX.2."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.language import LLAMA_TOKENIZER, mistral_vl, padded_texts, texts_alone
-from repa_lab.models.families.parts import FLUX2_AUTOENCODER, flow_scheduler
-from repa_lab.models.families.shared import text_lengths
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import Pipeline
+from repa_lab.models.families.components import FLUX2_AUTOENCODER, LLAMA_TOKENIZER, flow_scheduler, mistral_vl
+from repa_lab.models.families.shared import masked_text, padded_texts, text_lengths, texts_alone
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
 
 if TYPE_CHECKING:
     import torch
 
-    from repa_lab.models.network import Condition
-
-_WORDS = 512  # of a text at most; the pipeline itself has no limit
+_MOST_TOKENS = 512  # of a text; the pipeline itself has no limit
 
 
 def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    return {
-        "hidden_states": latents,
-        "timestep": time * 1000,
-        "text_bth": condition["encoder_hidden_states"],
-        "text_lens": text_lengths(condition),
-    }
-
-
-def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    return {"encoder_hidden_states": (tokens, config.text_in_dim), "encoder_attention_mask": (tokens,)}
+    text = {"text_bth": condition["encoder_hidden_states"], "text_lens": text_lengths(condition)}
+    return {"hidden_states": latents, "timestep": time * 1000, **text}
 
 
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    return padded_texts(pipeline.encode_prompt(list(captions), pipeline.text_encoder.device), _WORDS)
-
-
-def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-    texts = {"prompt_embeds": texts_alone(condition), "negative_prompt_embeds": texts_alone(null)}
-    return {**texts, "guidance_scale": guidance, "use_pe": False}  # no prompt enhancer
+    return padded_texts(pipeline.encode_prompt(list(captions), pipeline.text_encoder.device), _MOST_TOKENS)
 
 
 ERNIE_IMAGE = Family(
@@ -51,7 +33,7 @@ ERNIE_IMAGE = Family(
         model="ErnieImageTransformer2DModel",
         blocks=(Blocks("layers", place="head", samples=1),),
         inputs=_inputs,
-        condition=_condition,
+        condition=masked_text("text_in_dim"),
         channels=128,
         parameters=8_033_490_048,
         config={  # ERNIE-Image, from a copy of its configuration
@@ -76,13 +58,14 @@ ERNIE_IMAGE = Family(
         released="baidu/ERNIE-Image",
         classes=("ErnieImagePipeline",),
         encode=_encode,
-        call=_call,
+        prompt=texts_alone,
+        options={"use_pe": False},  # no prompt enhancer
         tiny={
             # The pipeline decodes with an epsilon of 1e-5, whatever the config says, which changes nothing visible.
             "vae": FLUX2_AUTOENCODER,
             "tokenizer": LLAMA_TOKENIZER,
             "text_encoder": mistral_vl("Mistral3Model", 12),
-            "scheduler": flow_scheduler(shift=3.0),  # the released shift could not be checked
+            "scheduler": flow_scheduler(shift=3.0),  # not checked against the released one
         },
     ),
 )

@@ -1,60 +1,46 @@
-"""FLUX.1: text and image in streams of their own, then in one sequence, text first. 2x2 latent cells are a token."""
+"""FLUX.1: text and image in separate streams, then in one sequence, text first. A token is 2x2 latent cells."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.parts import (
+from repa_lab.models.families.components import (
     CLIP_TOKENIZER,
+    FLUX_AUTOENCODER,
     T5_TOKENIZER,
-    TEXT_ATTENTION,
     clip_text,
     flow_scheduler,
-    kl_autoencoder,
     t5_text,
 )
-from repa_lab.models.families.shared import full_guidance
-from repa_lab.models.layout import pack, positions, unpack
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import ATTENTION, Pipeline
+from repa_lab.models.families.shared import (
+    JOINT_ATTENTION,
+    encode_prompt,
+    full_guidance,
+    pack,
+    positions,
+    rename,
+    shapes,
+    unpack,
+)
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
 
 if TYPE_CHECKING:
     import torch
 
-    from repa_lab.models.network import Condition
 
-
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    height, width = latents.shape[-2:]
-    text = condition["encoder_hidden_states"]
+def packed_inputs(latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+    """Return the arguments of FLUX.1 and its relatives: packed latents, time, positions, and the conditioning."""
     return {
         "hidden_states": pack(latents),
         "timestep": time,
-        "img_ids": positions((height // 2, width // 2), 3, latents),
-        "txt_ids": latents.new_zeros(text.shape[1], 3),
+        "img_ids": positions(latents),
+        "txt_ids": latents.new_zeros(condition["encoder_hidden_states"].shape[1], 3),
         **condition,
-        **full_guidance(config, time),
     }
 
 
-def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    text = (tokens, config.joint_attention_dim)
-    return {"encoder_hidden_states": text, "pooled_projections": (config.pooled_projection_dim,)}
-
-
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    text, pooled, _ = pipeline.encode_prompt(list(captions), None)
-    return {"encoder_hidden_states": text, "pooled_projections": pooled}
-
-
-def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-    return {
-        "prompt_embeds": condition["encoder_hidden_states"],
-        "pooled_prompt_embeds": condition["pooled_projections"],
-        "guidance_scale": guidance,  # which the model was distilled from, so nothing is computed without text
-    }
+def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+    return {**packed_inputs(latents, time, condition), **full_guidance(config, time)}
 
 
 FLUX = Family(
@@ -66,7 +52,9 @@ FLUX = Family(
         depths=("num_layers", "num_single_layers"),
         blocks=(Blocks("transformer_blocks", item=1), Blocks("single_transformer_blocks", item=1)),
         inputs=_inputs,
-        condition=_condition,
+        condition=shapes(
+            encoder_hidden_states=("tokens", "joint_attention_dim"), pooled_projections=("pooled_projection_dim",)
+        ),
         output=unpack,
         config={"guidance_embeds": True},  # FLUX.1-dev
         channels=16,
@@ -86,16 +74,17 @@ FLUX = Family(
     pipeline=Pipeline(
         released="black-forest-labs/FLUX.1-dev",
         classes=("FluxPipeline",),
-        encode=_encode,
-        call=_call,
+        encode=encode_prompt("encoder_hidden_states", "pooled_projections", prompt_2=None),
+        prompt=rename(prompt_embeds="encoder_hidden_states", pooled_prompt_embeds="pooled_projections"),
+        negative=False,  # the model is distilled from guidance
         tiny={
-            "vae": kl_autoencoder(4, 0.3611, 0.1159),
+            "vae": FLUX_AUTOENCODER,
             "tokenizer": CLIP_TOKENIZER,
             "text_encoder": clip_text(10),
             "tokenizer_2": T5_TOKENIZER,
             "text_encoder_2": t5_text(12),
             "scheduler": flow_scheduler(use_dynamic_shifting=True, shift=3.0),
         },
-        adapted=(*ATTENTION, *TEXT_ATTENTION),
+        adapted=JOINT_ATTENTION,
     ),
 )

@@ -1,57 +1,44 @@
-"""FLUX.2: as FLUX.1, but the text is told its places and the single blocks return one sequence, text first.
+"""FLUX.2: like FLUX.1, but the text has positions and the single blocks return one sequence, text first.
 
-Its VAE's 32 channels are cut into 2x2 patches before they are normalised, so a latent cell here is 16 pixels in 128
-channels.
+The 32 channels of its VAE are cut into 2x2 patches before they are normalised, so a latent cell here covers 16 pixels
+along each side and has 128 channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.language import PIXTRAL_PROCESSOR, mistral_vl
-from repa_lab.models.families.parts import FLUX2_AUTOENCODER, TEXT_ATTENTION, flow_scheduler
-from repa_lab.models.families.shared import full_guidance
-from repa_lab.models.layout import flatten, positions, unflatten
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import ATTENTION, Pipeline
+from repa_lab.models.families.components import FLUX2_AUTOENCODER, PIXTRAL_PROCESSOR, flow_scheduler, mistral_vl
+from repa_lab.models.families.shared import (
+    JOINT_ATTENTION,
+    encode_prompt,
+    flatten,
+    full_guidance,
+    positions,
+    rename,
+    shapes,
+    unflatten,
+)
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
 
 if TYPE_CHECKING:
     import torch
-
-    from repa_lab.models.network import Condition
 
 _AXES = 4  # of the positions: image, row, column, word
 
 
 def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    height, width = latents.shape[-2:]
     words = condition["encoder_hidden_states"].shape[1]
-    places = latents.new_zeros(words, _AXES)
-    places[:, -1] = latents.new_tensor(range(words))
+    text_positions = latents.new_zeros(words, _AXES)
+    text_positions[:, -1] = latents.new_tensor(range(words))
     return {
         "hidden_states": flatten(latents),
         "timestep": time,
-        "img_ids": positions((height, width), _AXES, latents),
-        "txt_ids": places,
+        "img_ids": positions(latents, _AXES, patch=1),
+        "txt_ids": text_positions,
         **condition,
         **full_guidance(config, time),
     }
-
-
-def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    return {"encoder_hidden_states": (tokens, config.joint_attention_dim)}
-
-
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    text, _ = pipeline.encode_prompt(list(captions))
-    return {"encoder_hidden_states": text}
-
-
-def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-    # The model was distilled from guidance, so nothing is computed without text.
-    return {"prompt_embeds": condition["encoder_hidden_states"], "guidance_scale": guidance}
 
 
 _SINGLE_BLOCKS = 48
@@ -69,11 +56,11 @@ FLUX2 = Family(
         model="Flux2Transformer2DModel",
         blocks=(Blocks("transformer_blocks", item=1), Blocks("single_transformer_blocks", place="tail")),
         inputs=_inputs,
-        condition=_condition,
+        condition=shapes(encoder_hidden_states=("tokens", "joint_attention_dim")),
         output=unflatten,
         depths=("num_layers", "num_single_layers"),
         channels=128,
-        parameters=32_223_281_152,  # FLUX.2-dev is the constructor's defaults
+        parameters=32_223_281_152,  # FLUX.2-dev has the constructor's defaults
         tiny={
             "in_channels": 8,
             "num_layers": 2,
@@ -87,9 +74,10 @@ FLUX2 = Family(
     ),
     pipeline=Pipeline(
         released="black-forest-labs/FLUX.2-dev",
-        classes=("Flux2Pipeline",),  # Klein's needs a text to be without, and reads it with another language model
-        encode=_encode,
-        call=_call,
+        classes=("Flux2Pipeline",),  # not Klein's, which needs a negative text and has another language model
+        encode=encode_prompt("encoder_hidden_states"),
+        prompt=rename(prompt_embeds="encoder_hidden_states"),
+        negative=False,  # the model is distilled from guidance
         tiny={
             "vae": FLUX2_AUTOENCODER,
             "tokenizer": PIXTRAL_PROCESSOR,
@@ -97,6 +85,6 @@ FLUX2 = Family(
             "text_encoder": mistral_vl("Mistral3ForConditionalGeneration", 4, num_hidden_layers=31),
             "scheduler": flow_scheduler(use_dynamic_shifting=True, shift=3.0),
         },
-        adapted=(*ATTENTION, *TEXT_ATTENTION, *_SINGLE_ATTENTION),
+        adapted=(*JOINT_ATTENTION, *_SINGLE_ATTENTION),
     ),
 )

@@ -1,5 +1,7 @@
-"""HiDream-I1: the image first, then its texts; each block sees a layer of Llama of its own. An image that is not square
-is padded to the largest, as the released model does it."""
+"""HiDream-I1: the image first, then its texts; each block takes its own layer of Llama.
+
+The model pads an image that is not square to the largest size, and so is its input here.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +9,33 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.language import LLAMA_TOKENIZER, language_model, padded
-from repa_lab.models.families.parts import (
+from repa_lab.models.families.components import (
     CLIP_TOKENIZER,
+    FLUX_AUTOENCODER,
+    LLAMA_TOKENIZER,
     T5_TOKENIZER,
     clip_text,
     flow_scheduler,
-    kl_autoencoder,
+    language_model,
     t5_text,
 )
-from repa_lab.models.layout import pack, positions, unpack
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import Pipeline
+from repa_lab.models.families.shared import pack, padded, positions, unpack
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
 
 if TYPE_CHECKING:
     import torch
-
-    from repa_lab.models.network import Condition
 
 
 def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
     batch, channels, height, width = latents.shape
     image = pack(latents).unflatten(2, (channels, -1)).transpose(2, 3).flatten(2)
-    ids = positions((height // 2, width // 2), 3, latents).expand(batch, -1, -1)
+    ids = positions(latents).expand(batch, -1, -1)
     length = image.shape[1] if height == width else config.max_resolution[0] * config.max_resolution[1] // 4
     return {
         "hidden_states": padded(image, length),
         "hidden_states_masks": padded(image.new_ones(image.shape[:2]), length),
         "img_ids": padded(ids, length),
-        "img_sizes": [(length, 1)] * batch,  # a column, so that what comes out is a list of patches in any mode
+        "img_sizes": [(length, 1)] * batch,  # one column, so that the output is a list of patches in any mode
         "timesteps": time * 1000,
         "encoder_hidden_states_t5": condition["encoder_hidden_states_t5"],
         "encoder_hidden_states_llama3": condition["encoder_hidden_states_llama3"].transpose(0, 1),
@@ -60,7 +59,7 @@ def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
 
 
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    texts = list(dict.fromkeys(captions))  # each once, as its call reads the empty one
+    texts = list(dict.fromkeys(captions))  # each once, as the pipeline's call encodes the empty one
     rows = [texts.index(caption) for caption in captions]
     t5, _, llama, _, pooled, _ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False)
     return {
@@ -70,20 +69,19 @@ def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
     }
 
 
-def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-    given: dict[str, Any] = {"guidance_scale": guidance}
-    for prefix, texts in (("", condition), ("negative_", null)):
-        given[f"{prefix}prompt_embeds_t5"] = texts["encoder_hidden_states_t5"]
-        given[f"{prefix}prompt_embeds_llama3"] = texts["encoder_hidden_states_llama3"].transpose(0, 1)
-        given[f"{prefix}pooled_prompt_embeds"] = texts["pooled_embeds"]
-    return given
+def _prompt(condition: Condition) -> dict[str, Any]:
+    return {
+        "prompt_embeds_t5": condition["encoder_hidden_states_t5"],
+        "prompt_embeds_llama3": condition["encoder_hidden_states_llama3"].transpose(0, 1),
+        "pooled_prompt_embeds": condition["pooled_embeds"],
+    }
 
 
 _CLIP = clip_text(8, projection_dim=4, max_position_embeddings=248)
 
 
 def _allow(pipeline: Any, height: int, width: int) -> None:
-    # It scales what it is asked for to the area of this size, rounding down, for which the thousandth of a pixel is.
+    # The pipeline scales a requested size to the area of this one and rounds down, hence the thousandth of a pixel.
     pipeline.default_sample_size = math.sqrt(height * width + 1e-3) / pipeline.vae_scale_factor
 
 
@@ -131,9 +129,9 @@ HIDREAM = Family(
         classes=("HiDreamImagePipeline",),
         allow=_allow,
         encode=_encode,
-        call=_call,
+        prompt=_prompt,
         tiny={
-            "vae": kl_autoencoder(4, 0.3611, 0.1159),
+            "vae": FLUX_AUTOENCODER,
             "tokenizer": CLIP_TOKENIZER,
             "text_encoder": _CLIP,
             "tokenizer_2": CLIP_TOKENIZER,
@@ -142,7 +140,7 @@ HIDREAM = Family(
             "text_encoder_3": t5_text(12),
             "tokenizer_4": LLAMA_TOKENIZER,
             "text_encoder_4": language_model("LlamaForCausalLM", 10, num_hidden_layers=3),
-            "scheduler": flow_scheduler(shift=3.0),  # as recalled, and as diffusers trains it
+            "scheduler": flow_scheduler(shift=3.0),  # as diffusers trains it; not checked against the released one
         },
         adapted=("to_q", "to_k", "to_v", "to_out"),
     ),

@@ -1,44 +1,30 @@
-"""Hunyuan-DiT: two texts by cross-attention, padded to lengths of its own; its later blocks take the earlier ones' outputs."""
+"""Hunyuan-DiT: two texts by cross-attention, each padded to its own length; late blocks take outputs of early ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.parts import LATENT_BETAS, T5_TOKENIZER, VOCABULARY, kl_autoencoder, t5_text
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import Part, Pipeline
+from repa_lab.models.families.components import LATENT_BETAS, T5_TOKENIZER, VOCABULARY, kl_autoencoder, t5_text
+from repa_lab.models.families.shared import rename
+from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape
 
 if TYPE_CHECKING:
     import torch
 
-    from repa_lab.models.network import Condition
-
-_BASE = 32  # tokens along a side of the 512 px image that positions are scaled to
+_BASE = 32  # tokens along a side of the 512 px image to which positions are scaled
 
 
-def _rotary(config: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
     from diffusers.models.embeddings import get_2d_rotary_pos_embed
     from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 
     grid = (latents.shape[2] // config.patch_size, latents.shape[3] // config.patch_size)
     region = get_resize_crop_region_for_grid(grid, _BASE)
-    rotary: tuple[torch.Tensor, torch.Tensor] = get_2d_rotary_pos_embed(
-        config.attention_head_dim, region, grid, device=latents.device, output_type="pt"
-    )
-    return rotary
-
-
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    sized = {"style": time.new_zeros(time.shape).long()} if config.use_style_cond_and_image_meta_size else {}
-    return {
-        "hidden_states": latents,
-        "timestep": (time * 1000).to(latents.dtype),  # in which the model embeds it
-        "image_rotary_emb": _rotary(config, latents),
-        **condition,
-        **sized,
-    }
+    rotary = get_2d_rotary_pos_embed(config.attention_head_dim, region, grid, device=latents.device, output_type="pt")
+    style = {"style": time.new_zeros(time.shape).long()} if config.use_style_cond_and_image_meta_size else {}
+    times = (time * 1000).to(latents.dtype)  # the model embeds them in this dtype
+    return {"hidden_states": latents, "timestep": times, "image_rotary_emb": rotary, **condition, **style}
 
 
 def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
@@ -55,33 +41,19 @@ def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
 
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
     encoded: dict[str, torch.Tensor] = {}
-    for number, suffix in enumerate(("", "_t5")):
+    for index, suffix in enumerate(("", "_t5")):
         text, _, mask, _ = pipeline.encode_prompt(
-            list(captions), do_classifier_free_guidance=False, text_encoder_index=number
+            list(captions), do_classifier_free_guidance=False, text_encoder_index=index
         )
         encoded |= {f"encoder_hidden_states{suffix}": text, f"text_embedding_mask{suffix}": mask}
     return encoded
 
 
 def _sizes(config: Any, frames: torch.Tensor) -> dict[str, torch.Tensor]:
-    # In its pipeline's order: original and target, each height and width, then top and left of the crop.
+    # The pipeline's order: height and width of the original and of the target, then top and left of the crop.
     return {"image_meta_size": frames[:, [0, 1, 4, 5, 2, 3]]} if config.use_style_cond_and_image_meta_size else {}
 
 
-def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-    call: dict[str, Any] = {"guidance_scale": guidance, "use_resolution_binning": False}
-    for prefix, given in (("", condition), ("negative_", null)):
-        call |= {f"{prefix}{name}": given[source] for name, source in _ARGUMENTS.items()}
-    return call
-
-
-# What its pipeline calls its conditioning.
-_ARGUMENTS = {
-    "prompt_embeds": "encoder_hidden_states",
-    "prompt_attention_mask": "text_embedding_mask",
-    "prompt_embeds_2": "encoder_hidden_states_t5",
-    "prompt_attention_mask_2": "text_embedding_mask_t5",
-}
 _SCHEDULER = {
     **LATENT_BETAS,
     "beta_end": 0.018,  # 0.03 before v1.2
@@ -133,15 +105,21 @@ HUNYUAN_DIT = Family(
         released="Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",
         classes=("HunyuanDiTPipeline",),
         encode=_encode,
-        call=_call,
+        prompt=rename(
+            prompt_embeds="encoder_hidden_states",
+            prompt_attention_mask="text_embedding_mask",
+            prompt_embeds_2="encoder_hidden_states_t5",
+            prompt_attention_mask_2="text_embedding_mask_t5",
+        ),
+        options={"use_resolution_binning": False},
         sizes=_sizes,
         tiny={
             "vae": kl_autoencoder(4, 0.13025),
-            "tokenizer": Part("transformers.BertTokenizer", {"model_max_length": 77}),
-            "text_encoder": Part("transformers.BertModel", _BERT),
+            "tokenizer": Component("transformers.BertTokenizer", {"model_max_length": 77}),
+            "text_encoder": Component("transformers.BertModel", _BERT),
             "tokenizer_2": T5_TOKENIZER,
             "text_encoder_2": t5_text(16),
-            "scheduler": Part("diffusers.DDPMScheduler", _SCHEDULER),
+            "scheduler": Component("diffusers.DDPMScheduler", _SCHEDULER),
         },
     ),
 )

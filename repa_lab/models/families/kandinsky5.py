@@ -1,6 +1,6 @@
 """Kandinsky 5 for images: videos of one frame, channels last; text by cross-attention, after blocks of its own.
 
-A text stands alone, or with the padding of the longest one in its batch, which the model sees: it takes no mask.
+The model sees the padding of a text that is shorter than the longest one of its batch: it takes no mask.
 """
 
 from __future__ import annotations
@@ -8,19 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.language import QWEN_PROCESSOR, longest, qwen_vl
-from repa_lab.models.families.parts import CLIP_TOKENIZER, clip_text, flow_scheduler, kl_autoencoder
-from repa_lab.models.families.shared import text_lengths
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import Pipeline
+from repa_lab.models.families.components import (
+    CLIP_TOKENIZER,
+    FLUX_AUTOENCODER,
+    QWEN_PROCESSOR,
+    clip_text,
+    flow_scheduler,
+    qwen_vl,
+)
+from repa_lab.models.families.shared import longest, shapes, text_lengths
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
 
 if TYPE_CHECKING:
     import torch
 
-    from repa_lab.models.network import Condition
-
-_WORDS = 512  # of a text at most
+_MOST_TOKENS = 512  # of a text
 
 
 def _text(condition: Condition) -> torch.Tensor:
@@ -31,55 +33,43 @@ def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: C
     import torch
 
     _, rows, columns = config.patch_size
-    frames = (1, latents.shape[2] // rows, latents.shape[3] // columns)
+    video = (1, latents.shape[2] // rows, latents.shape[3] // columns)
     text = _text(condition)
     return {
         "hidden_states": latents.permute(0, 2, 3, 1).unsqueeze(1),
         "timestep": time * 1000,
-        "visual_rope_pos": [torch.arange(count, device=latents.device) for count in frames],
+        "visual_rope_pos": [torch.arange(count, device=latents.device) for count in video],
         "text_rope_pos": torch.arange(text.shape[1], device=latents.device),
         "encoder_hidden_states": text,
         "pooled_projections": condition["pooled_projections"],
     }
 
 
-def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    text = {"encoder_hidden_states": (tokens, config.in_text_dim), "encoder_attention_mask": (tokens,)}
-    return {**text, "pooled_projections": (config.in_text_dim2,)}
-
-
-def _output(output: Any, latents: torch.Tensor) -> torch.Tensor:
-    image: torch.Tensor = output.squeeze(1).permute(0, 3, 1, 2)
-    return image
-
-
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    # As its own encode_prompt, which pads to the longest of a batch and cuts short texts where one is too long.
+    # As `encode_prompt`, which however pads to the longest text of a batch and cuts short texts if one is too long.
     from diffusers.pipelines.kandinsky5.pipeline_kandinsky_t2i import prompt_clean
 
     cleaned, start = [prompt_clean(caption) for caption in captions], pipeline.prompt_template_encode_start_idx
     texts = [pipeline.prompt_template.format(caption) for caption in cleaned]
-    length = {"max_length": start + _WORDS, "truncation": True, "padding": "max_length", "return_tensors": "pt"}
+    length = {"max_length": start + _MOST_TOKENS, "truncation": True, "padding": "max_length", "return_tensors": "pt"}
     tokens = pipeline.tokenizer(text=texts, images=None, videos=None, **length).to(pipeline.text_encoder.device)
     states = pipeline.text_encoder(input_ids=tokens["input_ids"], output_hidden_states=True).hidden_states[-1]
     text = {"encoder_hidden_states": states[:, start:], "encoder_attention_mask": tokens["attention_mask"][:, start:]}
     return {**text, "pooled_projections": pipeline._encode_prompt_clip(cleaned)}
 
 
-def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
+def _prompt(condition: Condition) -> dict[str, Any]:
     from torch.nn.functional import pad
 
-    given: dict[str, Any] = {"guidance_scale": guidance}
-    for prefix, texts in (("", condition), ("negative_", null)):
-        lengths = text_lengths(texts)
-        given[f"{prefix}prompt_embeds_qwen"] = _text(texts)
-        given[f"{prefix}prompt_embeds_clip"] = texts["pooled_projections"]
-        given[f"{prefix}prompt_cu_seqlens"] = pad(lengths.cumsum(0), (1, 0)).int()
-    return given
+    return {
+        "prompt_embeds_qwen": _text(condition),
+        "prompt_embeds_clip": condition["pooled_projections"],
+        "prompt_cu_seqlens": pad(text_lengths(condition).cumsum(0), (1, 0)).int(),
+    }
 
 
 def _allow(pipeline: Any, height: int, width: int) -> None:
-    pipeline.resolutions = [(width, height)]  # it draws no others
+    pipeline.resolutions = [(width, height)]  # the pipeline draws no others
 
 
 KANDINSKY5 = Family(
@@ -90,8 +80,12 @@ KANDINSKY5 = Family(
         model="Kandinsky5Transformer3DModel",
         blocks=(Blocks("visual_transformer_blocks"),),
         inputs=_inputs,
-        condition=_condition,
-        output=_output,
+        condition=shapes(
+            encoder_hidden_states=("tokens", "in_text_dim"),
+            encoder_attention_mask=("tokens",),
+            pooled_projections=("in_text_dim2",),
+        ),
+        output=lambda output, latents: output.squeeze(1).permute(0, 3, 1, 2),
         lengths=text_lengths,
         depths=("num_visual_blocks",),
         channels=16,
@@ -123,14 +117,14 @@ KANDINSKY5 = Family(
         allow=_allow,
         shifted=False,
         encode=_encode,
-        call=_call,
+        prompt=_prompt,
         tiny={
-            "vae": kl_autoencoder(4, 0.3611, 0.1159),
+            "vae": FLUX_AUTOENCODER,
             "tokenizer": QWEN_PROCESSOR,
             "text_encoder": qwen_vl(12),
             "tokenizer_2": CLIP_TOKENIZER,
             "text_encoder_2": clip_text(10),
-            "scheduler": flow_scheduler(shift=3.0),  # as recalled
+            "scheduler": flow_scheduler(shift=3.0),  # not checked against the released one
         },
         adapted=("to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer"),
     ),

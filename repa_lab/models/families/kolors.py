@@ -1,38 +1,23 @@
-"""Kolors: the UNet of Stable Diffusion XL, whose text comes from a language model and is projected to its width."""
+"""Kolors: the UNet of Stable Diffusion XL with the text of a language model, projected to the UNet's width."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.parts import EULER, VOCABULARY, kl_autoencoder
+from repa_lab.models.families.components import EULER, VOCABULARY, kl_autoencoder
 from repa_lab.models.families.sdxl import (
     RELEASED,
     TIME_IDS,
     TIME_WIDTH,
     TINY,
-    framed,
-    pooled_call,
+    encode_pooled,
+    pooled_prompt,
     sized_condition,
     sized_inputs,
+    sizes,
 )
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import Part, Pipeline
+from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
 
-if TYPE_CHECKING:
-    import torch
-
-_TEXT = 4096  # ChatGLM3's, pooled too
+_TEXT = 4096  # width of ChatGLM3's text and pooled text
 _TINY_TEXT = 14
-
-
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    # Its tokenizer pads on the left and no other side, and its model takes the padding for text.
-    text, _, pooled, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
-    return {"encoder_hidden_states": text, "text_embeds": pooled}
-
-
 _CHATGLM = {
     "num_layers": 2,
     "padded_vocab_size": VOCABULARY,
@@ -71,15 +56,15 @@ KOLORS = Family(
     pipeline=Pipeline(
         released="Kwai-Kolors/Kolors-diffusers",
         classes=("KolorsPipeline",),
-        encode=_encode,
-        call=pooled_call,
-        sizes=framed,
+        encode=encode_pooled,
+        prompt=pooled_prompt,
+        sizes=sizes,
         denoiser="unet",
         tiny={
             "vae": kl_autoencoder(4, 0.13025),
-            "tokenizer": Part("diffusers.pipelines.kolors.ChatGLMTokenizer"),
-            "text_encoder": Part("diffusers.pipelines.kolors.ChatGLMModel", _CHATGLM),
-            "scheduler": Part(EULER.name, {**EULER.config, "beta_end": 0.014, "num_train_timesteps": 1100}),
+            "tokenizer": Component("diffusers.pipelines.kolors.ChatGLMTokenizer"),
+            "text_encoder": Component("diffusers.pipelines.kolors.ChatGLMModel", _CHATGLM),
+            "scheduler": Component(EULER.name, {**EULER.config, "beta_end": 0.014, "num_train_timesteps": 1100}),
         },
     ),
 )

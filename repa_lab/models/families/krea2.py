@@ -1,41 +1,30 @@
-"""Krea 2: one sequence, text first; its text is a stack of a language model's layers. 2x2 latent cells are a token."""
+"""Krea 2: one sequence, text first; the text is a stack of layers of a language model. A token is 2x2 latent cells."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.language import QWEN_TOKENIZER, qwen3_vl
-from repa_lab.models.families.parts import QWEN_AUTOENCODER, flow_scheduler
-from repa_lab.models.layout import pack, positions, unpack
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import Pipeline
+from repa_lab.models.families.components import QWEN_AUTOENCODER, QWEN_TOKENIZER, flow_scheduler, qwen3_vl
+from repa_lab.models.families.shared import pack, positions, shapes, unpack
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
 
 if TYPE_CHECKING:
     import torch
 
-    from repa_lab.models.network import Condition
-
 
 def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    height, width = latents.shape[-2:]
     text = condition["encoder_hidden_states"].transpose(1, 2)
-    image = positions((height // 2, width // 2), 3, latents)
-    places = image.new_zeros(text.shape[1] + image.shape[0], 3)
-    places[text.shape[1] :] = image
+    image = positions(latents)
+    ids = image.new_zeros(text.shape[1] + image.shape[0], 3)
+    ids[text.shape[1] :] = image
     return {
         "hidden_states": pack(latents),
         "timestep": time,
         "encoder_hidden_states": text,
-        "position_ids": places,
+        "position_ids": ids,
         "encoder_attention_mask": condition["encoder_attention_mask"].bool(),
     }
-
-
-def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    text = (config.num_text_layers, tokens, config.text_hidden_dim)
-    return {"encoder_hidden_states": text, "encoder_attention_mask": (tokens,)}
 
 
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -43,12 +32,9 @@ def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
     return {"encoder_hidden_states": text.transpose(1, 2), "encoder_attention_mask": mask.long()}
 
 
-def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-    given: dict[str, Any] = {"guidance_scale": guidance - 1}  # it adds the difference to the prediction with text
-    for prefix, texts in (("", condition), ("negative_", null)):
-        given[f"{prefix}prompt_embeds"] = texts["encoder_hidden_states"].transpose(1, 2)
-        given[f"{prefix}prompt_embeds_mask"] = texts["encoder_attention_mask"].bool()
-    return given
+def _prompt(condition: Condition) -> dict[str, Any]:
+    text, mask = condition["encoder_hidden_states"], condition["encoder_attention_mask"]
+    return {"prompt_embeds": text.transpose(1, 2), "prompt_embeds_mask": mask.bool()}
 
 
 KREA2 = Family(
@@ -59,10 +45,12 @@ KREA2 = Family(
         model="Krea2Transformer2DModel",
         blocks=(Blocks("transformer_blocks", place="tail"),),
         inputs=_inputs,
-        condition=_condition,
+        condition=shapes(
+            encoder_hidden_states=("num_text_layers", "tokens", "text_hidden_dim"), encoder_attention_mask=("tokens",)
+        ),
         output=unpack,
         channels=16,
-        parameters=12_820_073_036,  # Krea 2 is taken to be the constructor's defaults
+        parameters=12_820_073_036,  # Krea 2 is assumed to have the constructor's defaults
         tiny={
             "in_channels": 16,
             "num_layers": 3,
@@ -84,7 +72,8 @@ KREA2 = Family(
         released="krea/Krea-2-Raw",
         classes=("Krea2Pipeline",),
         encode=_encode,
-        call=_call,
+        prompt=_prompt,
+        unguided=0,
         tiny={
             "vae": QWEN_AUTOENCODER,
             "tokenizer": QWEN_TOKENIZER,

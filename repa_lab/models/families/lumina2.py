@@ -5,31 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.language import GEMMA_TOKENIZER, language_model, negative_where_empty
-from repa_lab.models.families.parts import flow_scheduler, kl_autoencoder
-from repa_lab.models.families.shared import masked_call, masked_text, text_lengths
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import Pipeline
+from repa_lab.models.families.components import FLUX_AUTOENCODER, GEMMA_TOKENIZER, flow_scheduler, language_model
+from repa_lab.models.families.shared import (
+    encode_prompt,
+    masked_prompt,
+    masked_text,
+    negative_where_empty,
+    text_lengths,
+)
+from repa_lab.models.family import Blocks, Family, Network, Pipeline, Shape
 
 if TYPE_CHECKING:
     import torch
 
-    from repa_lab.models.network import Condition
-
-
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    return {"hidden_states": latents, "timestep": 1 - time, **condition}
-
-
-def _output(output: Any, latents: torch.Tensor) -> torch.Tensor:
-    velocity: torch.Tensor = -output
-    return velocity
+_encode_all = encode_prompt("encoder_hidden_states", "encoder_attention_mask", do_classifier_free_guidance=False)
 
 
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    text, mask, _, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
-    return negative_where_empty(pipeline, captions, text, mask)
+    return negative_where_empty(pipeline, captions, _encode_all(pipeline, captions))
 
 
 LUMINA2 = Family(
@@ -39,9 +32,9 @@ LUMINA2 = Family(
     network=Network(
         model="Lumina2Transformer2DModel",
         blocks=(Blocks("layers", place="after_text"),),
-        inputs=_inputs,
-        condition=masked_text,
-        output=_output,
+        inputs=lambda config, latents, time, condition: {"hidden_states": latents, "timestep": 1 - time, **condition},
+        condition=masked_text("cap_feat_dim"),
+        output=lambda output, latents: -output,
         lengths=text_lengths,
         channels=16,
         parameters=2_609_769_152,
@@ -64,12 +57,12 @@ LUMINA2 = Family(
         released="Alpha-VLLM/Lumina-Image-2.0",
         classes=("Lumina2Pipeline",),
         encode=_encode,
-        call=masked_call,
+        prompt=masked_prompt,
         tiny={
-            "vae": kl_autoencoder(4, 0.3611, 0.1159),
+            "vae": FLUX_AUTOENCODER,
             "tokenizer": GEMMA_TOKENIZER,
             "text_encoder": language_model("Gemma2Model", 10, num_attention_heads=2),
-            "scheduler": flow_scheduler(shift=6.0),  # as recalled
+            "scheduler": flow_scheduler(shift=6.0),  # not checked against the released one
         },
     ),
 )

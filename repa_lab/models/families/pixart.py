@@ -1,27 +1,22 @@
-"""PixArt, Alpha and Sigma: text by cross-attention; Alpha at 1024 px is told the image's size and aspect ratio too."""
+"""PixArt Alpha and Sigma: text by cross-attention; Alpha at 1024 px also takes the image's size and aspect ratio."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.parts import T5_TOKENIZER, kl_autoencoder, t5_text
-from repa_lab.models.families.shared import masked_call
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import Part, Pipeline
+from repa_lab.models.families.components import T5_TOKENIZER, kl_autoencoder, t5_text
+from repa_lab.models.families.shared import encode_prompt, masked_prompt, masked_text
+from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape
 
 if TYPE_CHECKING:
     import torch
 
-    from repa_lab.models.network import Condition
-
-_ALPHA_1024 = 128  # sample_size of the one checkpoint that, where its config is silent, is told the size
+_ALPHA_1024 = 128  # sample_size of the only checkpoint that takes sizes although its config does not say so
 
 
-def _is_told_the_size(config: Any) -> bool:
-    told = config.use_additional_conditions
-    return bool(config.sample_size == _ALPHA_1024 if told is None else told)
+def _takes_sizes(config: Any) -> bool:
+    stated = config.use_additional_conditions
+    return bool(config.sample_size == _ALPHA_1024 if stated is None else stated)
 
 
 def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
@@ -35,25 +30,14 @@ def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: C
 
 
 def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    text = {"encoder_hidden_states": (tokens, config.caption_channels), "encoder_attention_mask": (tokens,)}
-    size: dict[str, tuple[int, ...]] = {"resolution": (2,), "aspect_ratio": (1,)}
-    return {**text, **(size if _is_told_the_size(config) else {})}
-
-
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    text, mask, _, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
-    return {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+    text, size = masked_text("caption_channels")(config, tokens), {"resolution": (2,), "aspect_ratio": (1,)}
+    return {**text, **size} if _takes_sizes(config) else text
 
 
 def _sizes(config: Any, frames: torch.Tensor) -> dict[str, torch.Tensor]:
-    if not _is_told_the_size(config):
+    if not _takes_sizes(config):
         return {}
     return {"resolution": frames[:, :2], "aspect_ratio": frames[:, 4:5] / frames[:, 5:6]}
-
-
-def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-    # Its empty caption is one that it would encode itself; and the size that is asked for is the one that is sampled.
-    return {**masked_call(condition, null, guidance), "negative_prompt": None, "use_resolution_binning": False}
 
 
 PIXART = Family(
@@ -83,14 +67,16 @@ PIXART = Family(
     pipeline=Pipeline(
         released="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
         classes=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
-        encode=_encode,
-        call=_call,
+        encode=encode_prompt("encoder_hidden_states", "encoder_attention_mask", do_classifier_free_guidance=False),
+        prompt=masked_prompt,
+        # Without this the pipeline encodes a negative prompt itself and samples at the nearest size of its own list.
+        options={"negative_prompt": None, "use_resolution_binning": False},
         sizes=_sizes,
         tiny={
             "vae": kl_autoencoder(4, 0.18215),
             "tokenizer": T5_TOKENIZER,
             "text_encoder": t5_text(12),
-            "scheduler": Part("diffusers.DPMSolverMultistepScheduler", {"beta_schedule": "linear"}),
+            "scheduler": Component("diffusers.DPMSolverMultistepScheduler", {"beta_schedule": "linear"}),
         },
     ),
 )

@@ -1,50 +1,39 @@
-"""Qwen-Image: joint blocks that return text and image apart. 2x2 latent cells are a token."""
+"""Qwen-Image: joint blocks that return text and image apart. A token is 2x2 latent cells."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.language import QWEN_TOKENIZER, longest, padded, qwen_vl
-from repa_lab.models.families.parts import QWEN_AUTOENCODER, TEXT_ATTENTION, flow_scheduler
-from repa_lab.models.layout import pack, unpack
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import ATTENTION, Pipeline
+from repa_lab.models.families.components import QWEN_AUTOENCODER, QWEN_TOKENIZER, flow_scheduler, qwen_vl
+from repa_lab.models.families.shared import JOINT_ATTENTION, longest, pack, padded, shapes, unpack
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
 
 if TYPE_CHECKING:
     import torch
 
-    from repa_lab.models.network import Condition
-
-_WORDS = 512  # of a text at most, as its call has it
+_MOST_TOKENS = 512  # of a text, as in the pipeline's call
 
 
 def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
     batch, _, height, width = latents.shape
-    shapes = [[(1, height // 2, width // 2)]] * batch
-    return {"hidden_states": pack(latents), "timestep": time, "img_shapes": shapes, **condition}
-
-
-def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    return {"encoder_hidden_states": (tokens, config.joint_attention_dim), "encoder_hidden_states_mask": (tokens,)}
+    grids = [[(1, height // 2, width // 2)]] * batch
+    return {"hidden_states": pack(latents), "timestep": time, "img_shapes": grids, **condition}
 
 
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    text, mask = pipeline.encode_prompt(list(captions), max_sequence_length=_WORDS)
+    text, mask = pipeline.encode_prompt(list(captions), max_sequence_length=_MOST_TOKENS)
     mask = text.new_ones(text.shape[:2]).long() if mask is None else mask
-    return {"encoder_hidden_states": padded(text, _WORDS), "encoder_hidden_states_mask": padded(mask, _WORDS)}
+    text, mask = padded(text, _MOST_TOKENS), padded(mask, _MOST_TOKENS)
+    return {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
 
 
-def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-    given: dict[str, Any] = {"true_cfg_scale": guidance}
-    for prefix, texts in (("", condition), ("negative_", null)):
-        text, mask = texts["encoder_hidden_states"], texts["encoder_hidden_states_mask"]
-        given |= {f"{prefix}prompt_embeds": longest(text, mask), f"{prefix}prompt_embeds_mask": longest(mask, mask)}
-    return given
+def _prompt(condition: Condition) -> dict[str, Any]:
+    text, mask = condition["encoder_hidden_states"], condition["encoder_hidden_states_mask"]
+    return {"prompt_embeds": longest(text, mask), "prompt_embeds_mask": longest(mask, mask)}
 
 
-# As recalled. The last of them stretches the steps of sampling, and is no part of training.
+# Not checked against the released ones. The last one stretches the steps of sampling and does not affect training.
 _SHIFTS = {"base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
 
 QWEN_IMAGE = Family(
@@ -55,10 +44,12 @@ QWEN_IMAGE = Family(
         model="QwenImageTransformer2DModel",
         blocks=(Blocks("transformer_blocks", item=1),),
         inputs=_inputs,
-        condition=_condition,
+        condition=shapes(
+            encoder_hidden_states=("tokens", "joint_attention_dim"), encoder_hidden_states_mask=("tokens",)
+        ),
         output=unpack,
         channels=16,
-        parameters=20_430_401_088,  # Qwen-Image is the constructor's defaults
+        parameters=20_430_401_088,  # Qwen-Image has the constructor's defaults
         tiny={
             "in_channels": 16,
             "out_channels": 4,
@@ -73,13 +64,14 @@ QWEN_IMAGE = Family(
         released="Qwen/Qwen-Image",
         classes=("QwenImagePipeline",),
         encode=_encode,
-        call=_call,
+        prompt=_prompt,
+        guidance="true_cfg_scale",
         tiny={
             "vae": QWEN_AUTOENCODER,
             "tokenizer": QWEN_TOKENIZER,
             "text_encoder": qwen_vl(12),
             "scheduler": flow_scheduler(use_dynamic_shifting=True, **_SHIFTS),
         },
-        adapted=(*ATTENTION, *TEXT_ATTENTION),
+        adapted=JOINT_ATTENTION,
     ),
 )

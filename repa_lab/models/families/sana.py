@@ -1,4 +1,4 @@
-"""Sana: linear attention over latents of a deep autoencoder, a token per cell of 32x32 pixels; text by cross-attention."""
+"""Sana: linear attention over latents of a deep autoencoder, a token per 32x32 pixels; text by cross-attention."""
 
 from __future__ import annotations
 
@@ -6,36 +6,24 @@ import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.language import GEMMA_TOKENIZER, language_model, negative_where_empty
-from repa_lab.models.families.shared import masked_call
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import Part, Pipeline
+from repa_lab.models.families.components import GEMMA_TOKENIZER, language_model
+from repa_lab.models.families.shared import masked_prompt, masked_text, negative_where_empty
+from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape
 
 if TYPE_CHECKING:
     import torch
-
-    from repa_lab.models.network import Condition
 
 
 def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
     return {"hidden_states": latents, "timestep": time * 1000 * config.timestep_scale, **condition}
 
 
-def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    return {"encoder_hidden_states": (tokens, config.caption_channels), "encoder_attention_mask": (tokens,)}
-
-
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    # Its call writes instructions before a caption, which only the call's own default spells out.
+    # The call puts instructions before a caption, and only the call's default has their text.
     instructions = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
     text, mask, _, _ = pipeline.encode_prompt(list(captions), False, complex_human_instruction=instructions)
-    return negative_where_empty(pipeline, captions, text, mask)
-
-
-def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-    # Its empty caption is one that it would encode itself; and the size that is asked for is the one that is sampled.
-    return {**masked_call(condition, null, guidance), "negative_prompt": None, "use_resolution_binning": False}
+    encoded = {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+    return negative_where_empty(pipeline, captions, encoded)
 
 
 _LEVELS = 6  # of the autoencoder, which shrinks 32-fold
@@ -52,7 +40,7 @@ _VAE = {
     "upsample_block_type": "interpolate",
     "scaling_factor": 0.41407,
 }
-# As its conversion to diffusers sets it, with the shift as recalled.
+# As the conversion to diffusers sets them; the shift was not checked against the released one.
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 SANA = Family(
@@ -64,9 +52,9 @@ SANA = Family(
         model="SanaTransformer2DModel",
         blocks=(Blocks("transformer_blocks"),),
         inputs=_inputs,
-        condition=_condition,
+        condition=masked_text("caption_channels"),
         channels=32,
-        parameters=1_604_462_752,  # Sana_1600M_1024px, which the constructor's defaults are
+        parameters=1_604_462_752,  # Sana_1600M_1024px has the constructor's defaults
         tiny={
             "sample_size": 8,
             "in_channels": 8,
@@ -84,12 +72,14 @@ SANA = Family(
         released="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
         classes=("SanaPipeline",),
         encode=_encode,
-        call=_call,
+        prompt=masked_prompt,
+        # Without this the pipeline encodes a negative prompt itself and samples at the nearest size of its own list.
+        options={"negative_prompt": None, "use_resolution_binning": False},
         tiny={
-            "vae": Part("diffusers.AutoencoderDC", _VAE),
+            "vae": Component("diffusers.AutoencoderDC", _VAE),
             "tokenizer": GEMMA_TOKENIZER,
             "text_encoder": language_model("Gemma2Model", 12),
-            "scheduler": Part("diffusers.DPMSolverMultistepScheduler", _FLOW),
+            "scheduler": Component("diffusers.DPMSolverMultistepScheduler", _FLOW),
         },
     ),
 )

@@ -1,40 +1,21 @@
-"""Stable Diffusion 1.5: a UNet of four levels, so its mid block sees an eighth of the latents along each side."""
+"""Stable Diffusion 1.5: a UNet of four levels, so its mid block has an eighth of the latent cells along each side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.parts import CLIP_TOKENIZER, LATENT_BETAS, clip_text, kl_autoencoder
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import Part, Pipeline
+from repa_lab.models.families.components import CLIP_TOKENIZER, LATENT_BETAS, clip_text, kl_autoencoder
+from repa_lab.models.families.shared import map_inputs, rename, shapes
+from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
 
 if TYPE_CHECKING:
     import torch
-
-    from repa_lab.models.network import Condition
-
-
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    return {"sample": latents, "timestep": time * 1000, **condition}
-
-
-def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    return {"encoder_hidden_states": (tokens, config.cross_attention_dim)}
 
 
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
     text, _ = pipeline.encode_prompt(list(captions), pipeline.device, 1, do_classifier_free_guidance=False)
     return {"encoder_hidden_states": text}
-
-
-def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-    return {
-        "prompt_embeds": condition["encoder_hidden_states"],
-        "negative_prompt_embeds": null["encoder_hidden_states"],
-        "guidance_scale": guidance,
-    }
 
 
 SD15 = Family(
@@ -45,8 +26,8 @@ SD15 = Family(
         model="UNet2DConditionModel",
         depths=(),
         blocks=(Blocks("mid_block", place="map"),),
-        inputs=_inputs,
-        condition=_condition,
+        inputs=map_inputs("sample"),
+        condition=shapes(encoder_hidden_states=("tokens", "cross_attention_dim")),
         native=512,
         parameters=859_520_964,
         config={"sample_size": 64, "cross_attention_dim": 768},  # stable-diffusion-v1-5
@@ -63,13 +44,13 @@ SD15 = Family(
         released="stable-diffusion-v1-5/stable-diffusion-v1-5",
         classes=("StableDiffusionPipeline",),
         encode=_encode,
-        call=_call,
+        prompt=rename(prompt_embeds="encoder_hidden_states"),
         denoiser="unet",
         tiny={
             "vae": kl_autoencoder(4, 0.18215),
             "tokenizer": CLIP_TOKENIZER,
             "text_encoder": clip_text(12),
-            "scheduler": Part("diffusers.PNDMScheduler", {**LATENT_BETAS, "skip_prk_steps": True}),
+            "scheduler": Component("diffusers.PNDMScheduler", {**LATENT_BETAS, "skip_prk_steps": True}),
         },
     ),
 )

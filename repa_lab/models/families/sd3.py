@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.parts import (
+from repa_lab.models.families.components import (
     CLIP_TOKENIZER,
     T5_TOKENIZER,
-    TEXT_ATTENTION,
     clip_text,
     flow_scheduler,
     kl_autoencoder,
     t5_text,
 )
-from repa_lab.models.families.shared import map_inputs
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import ATTENTION, Pipeline
-
-if TYPE_CHECKING:
-    import torch
-
-    from repa_lab.models.network import Condition
-
-
-def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    text = (tokens, config.joint_attention_dim)
-    return {"encoder_hidden_states": text, "pooled_projections": (config.pooled_projection_dim,)}
-
-
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    text, _, pooled, _ = pipeline.encode_prompt(list(captions), None, None, do_classifier_free_guidance=False)
-    return {"encoder_hidden_states": text, "pooled_projections": pooled}
-
-
-def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-    return {
-        "prompt_embeds": condition["encoder_hidden_states"],
-        "pooled_prompt_embeds": condition["pooled_projections"],
-        "negative_prompt_embeds": null["encoder_hidden_states"],
-        "negative_pooled_prompt_embeds": null["pooled_projections"],
-        "guidance_scale": guidance,
-    }
-
+from repa_lab.models.families.shared import JOINT_ATTENTION, encode_prompt, map_inputs, rename, shapes
+from repa_lab.models.family import Blocks, Family, Network, Pipeline, Shape
 
 SD3 = Family(
     "sd3",
@@ -52,8 +20,10 @@ SD3 = Family(
     network=Network(
         model="SD3Transformer2DModel",
         blocks=(Blocks("transformer_blocks", item=1),),
-        inputs=map_inputs,
-        condition=_condition,
+        inputs=map_inputs(),
+        condition=shapes(
+            encoder_hidden_states=("tokens", "joint_attention_dim"), pooled_projections=("pooled_projection_dim",)
+        ),
         channels=16,
         parameters=2_028_328_000,
         config={  # stable-diffusion-3-medium
@@ -78,8 +48,15 @@ SD3 = Family(
     pipeline=Pipeline(
         released="stabilityai/stable-diffusion-3-medium-diffusers",
         classes=("StableDiffusion3Pipeline",),
-        encode=_encode,
-        call=_call,
+        encode=encode_prompt(
+            "encoder_hidden_states",
+            None,
+            "pooled_projections",
+            prompt_2=None,
+            prompt_3=None,
+            do_classifier_free_guidance=False,
+        ),
+        prompt=rename(prompt_embeds="encoder_hidden_states", pooled_prompt_embeds="pooled_projections"),
         tiny={
             "vae": kl_autoencoder(4, 1.5305, 0.0609),
             "tokenizer": CLIP_TOKENIZER,
@@ -90,6 +67,6 @@ SD3 = Family(
             "text_encoder_3": t5_text(12),
             "scheduler": flow_scheduler(shift=3.0),
         },
-        adapted=(*ATTENTION, *TEXT_ATTENTION),
+        adapted=JOINT_ATTENTION,
     ),
 )

@@ -1,62 +1,47 @@
-"""Stable Diffusion XL: a UNet of three levels, so its mid block sees a quarter of the latents along each side."""
+"""Stable Diffusion XL: a UNet of three levels, so its mid block has a quarter of the latent cells along each side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.parts import CLIP_TOKENIZER, EULER, clip_text, kl_autoencoder
-from repa_lab.models.families.shared import zeroed_where_empty
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import Pipeline
+from repa_lab.models.families.components import CLIP_TOKENIZER, EULER, clip_text, kl_autoencoder
+from repa_lab.models.families.shared import encode_prompt, rename, zeroed_where_empty
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
 
 if TYPE_CHECKING:
     import torch
 
-    from repa_lab.models.network import Condition
-
-_POOLED = 1280
 TIME_IDS = 6  # original height and width, crop top and left, target height and width
 TIME_WIDTH = 256
 
 
 def sized_inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    """Arguments of a UNet that is told the image's sizes and a pooled text beside the text."""
+    """Return the arguments of a UNet that takes the image's sizes and a pooled text beside the text."""
     added = {"text_embeds": condition["text_embeds"], "time_ids": condition["time_ids"]}
     text = condition["encoder_hidden_states"]
     return {"sample": latents, "timestep": time * 1000, "encoder_hidden_states": text, "added_cond_kwargs": added}
 
 
 def sized_condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of such a UNet's conditioning; its text is as wide as its projection takes it, where it has one."""
+    """Return the shapes of such a UNet's conditioning; a projection of the text, if any, decides the text's width."""
     pooled = config.projection_class_embeddings_input_dim - TIME_IDS * config.addition_time_embed_dim
-    return {
-        "encoder_hidden_states": (tokens, config.encoder_hid_dim or config.cross_attention_dim),
-        "text_embeds": (pooled,),
-        "time_ids": (TIME_IDS,),
-    }
+    text = (tokens, config.encoder_hid_dim or config.cross_attention_dim)
+    return {"encoder_hidden_states": text, "text_embeds": (pooled,), "time_ids": (TIME_IDS,)}
 
 
-def framed(config: Any, frames: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sizes of such a UNet's images, ``(B, TIME_IDS)`` in its order."""
+def sizes(config: Any, frames: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the conditioning by size of such a UNet, ``(B, TIME_IDS)``."""
     return {"time_ids": frames}
 
 
+# Kolors' padding is always on the left, and its model takes it for text.
+encode_pooled = encode_prompt("encoder_hidden_states", None, "text_embeds", do_classifier_free_guidance=False)
+pooled_prompt = rename(prompt_embeds="encoder_hidden_states", pooled_prompt_embeds="text_embeds")
+
+
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    text, _, pooled, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
-    return zeroed_where_empty(pipeline, captions, {"encoder_hidden_states": text, "text_embeds": pooled})
-
-
-def pooled_call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-    """Arguments of a pipeline that takes a text and a pooled text."""
-    return {
-        "prompt_embeds": condition["encoder_hidden_states"],
-        "pooled_prompt_embeds": condition["text_embeds"],
-        "negative_prompt_embeds": null["encoder_hidden_states"],
-        "negative_pooled_prompt_embeds": null["text_embeds"],
-        "guidance_scale": guidance,
-    }
+    return zeroed_where_empty(pipeline, captions, encode_pooled(pipeline, captions))
 
 
 RELEASED: dict[str, Any] = {
@@ -70,7 +55,7 @@ RELEASED: dict[str, Any] = {
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": TIME_WIDTH,
-    "projection_class_embeddings_input_dim": _POOLED + TIME_IDS * TIME_WIDTH,
+    "projection_class_embeddings_input_dim": 1280 + TIME_IDS * TIME_WIDTH,
 }
 TINY: dict[str, Any] = {
     "sample_size": 16,
@@ -105,8 +90,8 @@ SDXL = Family(
         released="stabilityai/stable-diffusion-xl-base-1.0",
         classes=("StableDiffusionXLPipeline",),
         encode=_encode,
-        call=pooled_call,
-        sizes=framed,
+        prompt=pooled_prompt,
+        sizes=sizes,
         denoiser="unet",
         tiny={
             "vae": kl_autoencoder(4, 0.13025),

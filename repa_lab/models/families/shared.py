@@ -1,54 +1,169 @@
-"""Arguments that several families take alike."""
+"""What several families have in common: packing of latents, arguments, conditioning and texts. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from repa_lab.models.family import ATTENTION, Condition
 
 if TYPE_CHECKING:
     import torch
 
-    from repa_lab.models.network import Condition
+# The attention layers of blocks that have a text stream beside the image stream.
+JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
-def map_inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    """Of a model that takes latents ``(B, C, H, W)``, times ``(B,)`` from 0 to 1,000, and conditioning under its own names."""
-    return {"hidden_states": latents, "timestep": time * 1000, **condition}
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Turn patches of 2x2 cells into tokens: ``(B, C, 2h, 2w)`` to ``(B, h*w, 4C)``, ordered (channel, row, column)."""
+    cut = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h, 2, w, 2)
+    packed: torch.Tensor = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return packed
+
+
+def unpack(output: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Invert :func:`pack` for a prediction of the latents' shape."""
+    batch, channels, height, width = latents.shape
+    cut = output.reshape(batch, height // 2, width // 2, channels, 2, 2)
+    latent: torch.Tensor = cut.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+    return latent
+
+
+def flatten(latents: torch.Tensor) -> torch.Tensor:
+    """Turn every cell into a token: ``(B, C, h, w)`` to ``(B, h*w, C)``."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def unflatten(output: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Invert :func:`flatten` for a prediction of the latents' shape."""
+    latent: torch.Tensor = output.transpose(1, 2).reshape(latents.shape)
+    return latent
+
+
+def positions(latents: torch.Tensor, axes: int = 3, patch: int = 2) -> torch.Tensor:
+    """Return rotary positions ``(h*w, axes)``: row and column on the second and third axis, 0 on the others.
+
+    Args:
+        latents: latents ``(B, C, H, W)``.
+        axes: number of axes.
+        patch: cells per token along each side.
+    """
+    height, width = (side // patch for side in latents.shape[-2:])
+    ids = latents.new_zeros(height, width, axes)
+    ids[..., 1] += latents.new_tensor(range(height)).unsqueeze(1)
+    ids[..., 2] += latents.new_tensor(range(width))
+    return ids.flatten(0, 1)
+
+
+def map_inputs(latents: str = "hidden_states", times: int = 1000) -> Callable[..., dict[str, Any]]:
+    """Return :attr:`Network.inputs` of a model that takes latents ``(B, C, H, W)`` and conditioning by its own names.
+
+    Args:
+        latents: name of the argument for the latents.
+        times: time of pure noise.
+    """
+    return lambda config, values, time, condition: {latents: values, "timestep": time * times, **condition}
 
 
 def full_guidance(config: Any, time: torch.Tensor) -> dict[str, Any]:
-    """Of a model distilled from guidance, if it is one: the guidance of training, 1, ``(B,)``."""
+    """Return the guidance of training, 1, ``(B,)`` for a model that is distilled from guidance."""
     return {"guidance": time.new_ones(time.shape)} if config.guidance_embeds else {}
 
 
-def masked_text(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    """The conditioning of a model that cuts each text off where its mask ends."""
-    return {"encoder_hidden_states": (tokens, config.cap_feat_dim), "encoder_attention_mask": (tokens,)}
+def shapes(**named: tuple[int | str, ...]) -> Callable[[Any, int], dict[str, tuple[int, ...]]]:
+    """Return :attr:`Network.condition` from the shape of each entry.
+
+    Args:
+        **named: sizes: a number, ``"tokens"`` for the number of text tokens, or the name of a field of the config.
+    """
+
+    def condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
+        def size(value: int | str) -> int:
+            return value if isinstance(value, int) else tokens if value == "tokens" else getattr(config, value)
+
+        return {name: tuple(map(size, shape)) for name, shape in named.items()}
+
+    return condition
+
+
+def masked_text(width: str) -> Callable[[Any, int], dict[str, tuple[int, ...]]]:
+    """Return :attr:`Network.condition` of a text and its mask; ``width`` is the field of the config with its width."""
+    return shapes(encoder_hidden_states=("tokens", width), encoder_attention_mask=("tokens",))
+
+
+def encode_prompt(*names: str | None, **options: Any) -> Callable[[Any, Sequence[str]], dict[str, torch.Tensor]]:
+    """Return :attr:`Pipeline.encode` for a pipeline whose ``encode_prompt`` does all the work.
+
+    Args:
+        *names: name of each value that ``encode_prompt`` returns; None for one that is not needed.
+        **options: further arguments of ``encode_prompt``.
+    """
+
+    def encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        values = pipeline.encode_prompt(list(captions), **options)
+        return {name: value for name, value in zip(names, values, strict=False) if name}
+
+    return encode
+
+
+def rename(**names: str) -> Callable[[Condition], dict[str, Any]]:
+    """Return :attr:`Pipeline.prompt` from the name of the conditioning by argument."""
+    return lambda condition: {argument: condition[name] for argument, name in names.items()}
+
+
+# `Pipeline.prompt` of a pipeline that takes a text and its mask.
+masked_prompt = rename(prompt_embeds="encoder_hidden_states", prompt_attention_mask="encoder_attention_mask")
 
 
 def text_lengths(condition: Condition) -> torch.Tensor:
-    """Tokens of each text ``(B,)``, by its mask; padding stands on the right."""
+    """Return the number of tokens of each text ``(B,)`` from its mask; padding is on the right."""
     return condition["encoder_attention_mask"].sum(dim=1)
 
 
-def masked_call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-    """Arguments of a pipeline that takes a text and its mask."""
-    return {
-        "prompt_embeds": condition["encoder_hidden_states"],
-        "prompt_attention_mask": condition["encoder_attention_mask"],
-        "negative_prompt_embeds": null["encoder_hidden_states"],
-        "negative_prompt_attention_mask": null["encoder_attention_mask"],
-        "guidance_scale": guidance,
-    }
+def longest(text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Cut texts ``(B, M, ...)`` after the longest of them, by their mask ``(B, M)``."""
+    return text[:, : int(mask.sum(dim=1).max())]
+
+
+def padded(values: torch.Tensor, length: int) -> torch.Tensor:
+    """Pad sequences ``(B, M, ...)`` with zeros to ``length`` tokens."""
+    whole = values.new_zeros(values.shape[0], length, *values.shape[2:])
+    whole[:, : values.shape[1]] = values
+    return whole
+
+
+def padded_texts(texts: Sequence[torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """Return texts ``(M, D)``, each cut or padded with zeros to ``length`` tokens, and their masks as conditioning."""
+    from torch.nn.utils.rnn import pad_sequence
+
+    cut = [text[:length] for text in texts]
+    text, mask = (pad_sequence(rows, batch_first=True) for rows in (cut, [row.new_ones(len(row)) for row in cut]))
+    return {"encoder_hidden_states": padded(text, length), "encoder_attention_mask": padded(mask.long(), length)}
+
+
+def texts_alone(condition: Condition) -> dict[str, Any]:
+    """Return the texts of :func:`padded_texts` without their padding, as the argument ``prompt_embeds``."""
+    lengths = text_lengths(condition).tolist()
+    texts = zip(condition["encoder_hidden_states"], lengths, strict=True)
+    return {"prompt_embeds": [text[:length] for text, length in texts]}
 
 
 def zeroed_where_empty(
     pipeline: Any, captions: Sequence[str], encoded: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The encoded captions with zeros for empty ones, where the pipeline gives its model zeros for no text."""
-    if not pipeline.config.force_zeros_for_empty_prompt:
-        return encoded
+    """Zero the encoded values of empty captions if the pipeline does so."""
+    if pipeline.config.force_zeros_for_empty_prompt:
+        for values in encoded.values():
+            values[[number for number, caption in enumerate(captions) if not caption]] = 0
+    return encoded
+
+
+def negative_where_empty(
+    pipeline: Any, captions: Sequence[str], encoded: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Replace the text and the mask of empty captions by the pipeline's own negative, which has no instructions."""
     empty = [number for number, caption in enumerate(captions) if not caption]
-    for values in encoded.values():
-        values[empty] = 0
+    if empty:
+        text, mask = encoded["encoder_hidden_states"], encoded["encoder_attention_mask"]
+        _, _, text[empty], mask[empty] = pipeline.encode_prompt([""])
     return encoded

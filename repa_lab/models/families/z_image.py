@@ -1,28 +1,23 @@
-"""Z-Image: samples in lists, each one's image first, then its text, both padded to a multiple of 32 tokens."""
+"""Z-Image: samples in lists, the image first, then its text, both padded to a multiple of 32 tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from repa_lab.models.facts import Family, Shape
-from repa_lab.models.families.language import QWEN_TOKENIZER, language_model, padded_texts, texts_alone
-from repa_lab.models.families.parts import flow_scheduler, kl_autoencoder
-from repa_lab.models.families.shared import masked_text, text_lengths
-from repa_lab.models.network import Blocks, Network
-from repa_lab.models.pipeline import Pipeline
+from repa_lab.models.families.components import FLUX_AUTOENCODER, QWEN_TOKENIZER, flow_scheduler, language_model
+from repa_lab.models.families.shared import masked_text, padded_texts, text_lengths, texts_alone
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
 
 if TYPE_CHECKING:
     import torch
 
-    from repa_lab.models.network import Condition
-
-_WORDS = 512  # of a text at most
+_MOST_TOKENS = 512  # of a text
 
 
 def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    frames = list(latents.unsqueeze(2))  # (C, frames, H, W)
-    return {"x": frames, "t": 1 - time, "cap_feats": texts_alone(condition)}
+    videos = list(latents.unsqueeze(2))  # of one frame, (C, 1, H, W)
+    return {"x": videos, "t": 1 - time, "cap_feats": texts_alone(condition)["prompt_embeds"]}
 
 
 def _output(output: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -33,13 +28,7 @@ def _output(output: Any, latents: torch.Tensor) -> torch.Tensor:
 
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
     texts, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
-    return padded_texts(texts, _WORDS)
-
-
-def _call(condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-    texts = {"prompt_embeds": texts_alone(condition), "negative_prompt_embeds": texts_alone(null)}
-    # The pipeline adds the difference to the prediction with text, not to that without.
-    return {**texts, "guidance_scale": guidance - 1}
+    return padded_texts(texts, _MOST_TOKENS)
 
 
 Z_IMAGE = Family(
@@ -51,7 +40,7 @@ Z_IMAGE = Family(
         depths=("n_layers",),
         blocks=(Blocks("layers", place="head"),),
         inputs=_inputs,
-        condition=masked_text,
+        condition=masked_text("cap_feat_dim"),
         output=_output,
         lengths=text_lengths,
         channels=16,
@@ -73,12 +62,13 @@ Z_IMAGE = Family(
         released="Tongyi-MAI/Z-Image-Turbo",
         classes=("ZImagePipeline",),
         encode=_encode,
-        call=_call,
+        prompt=texts_alone,
+        unguided=0,
         tiny={
-            "vae": kl_autoencoder(4, 0.3611, 0.1159),
+            "vae": FLUX_AUTOENCODER,
             "tokenizer": QWEN_TOKENIZER,
             "text_encoder": language_model("Qwen3Model", 12),
-            "scheduler": flow_scheduler(shift=3.0),  # of Z-Image-Turbo, as recalled
+            "scheduler": flow_scheduler(shift=3.0),  # of Z-Image-Turbo; not checked against the released one
         },
     ),
 )
