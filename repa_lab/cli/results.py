@@ -60,7 +60,7 @@ def _title(board: Board) -> str:
 
 
 def _rows(board: Board) -> list[dict[str, Any]]:
-    from repa_lab.report.phrases import decimals, interval
+    from repa_lab.report.tables import decimals, interval
 
     def row(arm: Any) -> dict[str, Any]:
         places = decimals(arm.mean)

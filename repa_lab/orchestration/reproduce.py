@@ -115,8 +115,7 @@ def results_of(experiment: Experiment, path: Path, scale: Scale) -> tuple[Compar
         SpecError: the spec says of no arm what was published.
     """
     from repa_lab.report import load_results
-    from repa_lab.report.published import compare_published
-    from repa_lab.report.reproduced import TEXT, VALUES
+    from repa_lab.report.published import TEXT, VALUES, compare_published
     from repa_lab.runs.files import write_text
 
     published = experiment.published
@@ -146,7 +145,7 @@ def lines_of(experiment: Experiment, comparisons: Sequence[Comparison], scale: S
 
 def _markdown(experiment: Experiment, comparisons: Sequence[Comparison], scale: Scale) -> str:
     from repa_lab.report.published import table_rows
-    from repa_lab.report.table import Table
+    from repa_lab.report.tables import Table
 
     parts = [f"# {experiment.name}", experiment.question]
     for comparison in comparisons:

@@ -38,7 +38,7 @@ from repa_lab.tracking import Listener
 if TYPE_CHECKING:
     import torch
 
-    from repa_lab.report.headline import Compared
+    from repa_lab.report.statistics import ComparedMetric
     from repa_lab.tracking.wandb import WandbRun
 
 ShouldStop = Callable[[], State | None]
@@ -215,7 +215,7 @@ def open_trackers(job: TrainJob) -> list[Listener]:
 
 
 def _wandb_run(job: TrainJob, mode: str) -> WandbRun:
-    from repa_lab.report.headline import headline
+    from repa_lab.report.statistics import headline
     from repa_lab.tracking.wandb import WandbRun
 
     options, run = job.options.wandb, job.task.run
@@ -234,15 +234,15 @@ def _wandb_run(job: TrainJob, mode: str) -> WandbRun:
     )
 
 
-def _compared(job: TrainJob) -> Compared:
+def _compared(job: TrainJob) -> ComparedMetric:
     """Return what the recorded sweep compares; for a run that belongs to no recorded sweep, what the run measures."""
-    from repa_lab.report.headline import Compared
+    from repa_lab.report.statistics import ComparedMetric
     from repa_lab.training.protocol import metric_name
 
     sweep = job.root.sweep(job.sweep)
     if (sweep.path / "sweep.json").is_file():
-        return Compared.from_manifest(sweep.manifest)
-    return Compared(metric_name(job.task.run.config))
+        return ComparedMetric.from_manifest(sweep.manifest)
+    return ComparedMetric(metric_name(job.task.run.config))
 
 
 def main() -> None:

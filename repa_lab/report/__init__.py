@@ -1,4 +1,4 @@
-"""What the runs say: tables, uncertainty, figures and the page. Imports no torch, so a notebook opens in a second."""
+"""The results of runs: tables, uncertainty, figures and the report. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from repa_lab.report.page import ReportPaths, write_report
     from repa_lab.report.profile import load_profile, profile_figure
     from repa_lab.report.results import Results, ResultsError, load_results
-    from repa_lab.report.words import answer
+    from repa_lab.report.text import answer
 
 __all__ = [
     "ReportPaths",
@@ -23,7 +23,7 @@ __all__ = [
     "write_report",
 ]
 
-_HOMES = {
+_MODULES = {
     "ReportPaths": "page",
     "write_report": "page",
     "leaderboards": "leaderboard",
@@ -32,14 +32,14 @@ _HOMES = {
     "Results": "results",
     "ResultsError": "results",
     "load_results": "results",
-    "answer": "words",
+    "answer": "text",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import public names on first use: the tables do not wait for the drawing library."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'repa_lab.report' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"repa_lab.report.{_HOMES[name]}"), name)
+    return getattr(import_module(f"repa_lab.report.{_MODULES[name]}"), name)

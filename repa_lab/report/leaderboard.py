@@ -1,4 +1,4 @@
-"""Every arm of every sweep of a runs root, best first: a table for each protocol, for values of two protocols never meet."""
+"""Every arm of every sweep of a runs root, best first: a table per protocol, because protocols cannot be compared."""
 
 from __future__ import annotations
 
@@ -11,30 +11,28 @@ import numpy as np
 import pandas as pd
 
 from repa_lab.metrics.protocol import differences
-from repa_lab.report.exclusions import troubles
 from repa_lab.report.results import Results, ResultsError, load_results
 from repa_lab.report.statistics import Goal, mean_interval
-from repa_lab.report.summary import goal_of, is_protocol, metric_kind
+from repa_lab.report.summary import Protocol, goal_of, is_protocol, metric_kind
+from repa_lab.report.text import troubles
 
 COLUMNS = [
     *("arm", "sweeps", "family", "size", "regularizer", "encoder", "state", "seeds"),
     *("n", "mean", "low", "high", "best", "step", "images"),
 ]
-Protocol = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Board:
-    """The arms that one protocol has measured.
+    """The arms that were measured under one protocol.
 
     Attributes:
         metric: the full name.
-        goal: whether small or large values are good; the best stand first.
-        protocol: the fields in which what was measured here differs from other boards of the same name, with their
-            values.
+        goal: whether small or large values are good; the best arm is first.
+        protocol: the fields, with values, in which this board's protocol differs from other boards of the same name.
         frame: a row per arm with :data:`COLUMNS`. ``mean`` with its 95 % t interval ``low`` to ``high`` is over the
-            ``n`` of ``seeds`` runs that have a finite value at ``step``, the last that all measured ones have; ``best``
-            is the mean of each run's best value up to there.
+            ``n`` of ``seeds`` runs that have a finite value at ``step``, the last step that all measured runs have;
+            ``best`` is the mean of each run's best value up to that step.
     """
 
     metric: str
@@ -45,60 +43,46 @@ class Board:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Arms of several sweeps that share runs are one: a run's identity is all that it computes."""
+    """Arms that share runs, merged: a run's id is its whole content, so these arms are one."""
 
     arms: tuple[str, ...]
     sweeps: tuple[str, ...]
     runs: frozenset[str]
 
-    def joined(self, other: _Entry) -> _Entry:
-        arms, sweeps = (tuple(dict.fromkeys(a + b)) for a, b in ((self.arms, other.arms), (self.sweeps, other.sweeps)))
-        return _Entry(arms, sweeps, self.runs | other.runs)
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What is known of the runs beside their values: the entries, a row of facts per run, and protocols by run and metric."""
-
-    entries: Sequence[_Entry]
-    facts: pd.DataFrame
-    protocols: Mapping[str, Mapping[str, Protocol]]
-
-    @classmethod
-    def of(cls, results: Results) -> _Known:
-        facts = results.runs.drop_duplicates("run_id").set_index("run_id")
-        return cls(_entries(results), facts, results.protocols.by_run)
-
-    def protocol(self, run: str, metric: str) -> Protocol:
-        return self.protocols.get(run, {}).get(metric) or _guessed(metric, self.facts.loc[run])
-
 
 def leaderboards(
     path: str | Path, metric: str | None = None, protocol: str = "", tell: Callable[[str], None] = lambda line: None
 ) -> list[Board]:
-    """The boards of a runs root, by metric.
+    """Return the boards of a runs root, ordered by metric.
 
-    A metric is shown where its protocol is known: it stands in its name, or the run recorded it.
+    A metric is shown where its protocol is known: from its name, or from the run's record.
 
     Args:
         path: a runs root, or a sweep's folder.
-        metric: its full name or its kind (Frechet distances are one kind); None is all that carry a protocol in their
-            name.
-        protocol: what the full name must contain, such as ``@50k`` or ``sde250``.
-        tell: is told, a line for each run, what could not be read and is on no board.
+        metric: full name or kind (Frechet distances are one kind); None is all metrics with a protocol in their name.
+        protocol: text that the full name must contain, such as ``@50k`` or ``sde250``.
+        tell: called with a line for each run of which something could not be read.
 
     Raises:
-        ResultsError: there is no sweep, or nothing of that name was measured.
+        ResultsError: there is no sweep, or no such metric was measured.
     """
     results = load_results(path)
-    once = results.troubles.drop_duplicates(["run_id", "where", "what"])  # of runs that several arms share
+    # Several arms may share a run: name its troubles once.
+    once = results.troubles.drop_duplicates(["run_id", "where", "what"])
     for line in troubles(replace(results, troubles=once)):
         tell(line)
-    known = _Known.of(results)
+    entries, facts = _entries(results), results.runs.drop_duplicates("run_id").set_index("run_id")
     values = results.curves.drop_duplicates(["run_id", "metric", "step"], keep="last")
     measured = sorted(values["metric"].unique())
-    chosen = [name for name in measured if _is_wanted(name, metric) and protocol in name]
-    boards = [board for name in chosen for board in _boards(name, values[values["metric"] == name], known)]
+    boards: list[Board] = []
+    for name in (name for name in measured if protocol in name and _is_wanted(name, metric)):
+        rows, goal = values[values["metric"] == name], goal_of(name)
+        protocols = {run: _protocol(results, run, name, facts.loc[run]) for run in rows["run_id"].unique()}
+        groups = _group({run: recorded for run, recorded in protocols.items() if recorded})
+        differing = sorted({field for first, _ in groups for other, _ in groups for field in differences(first, other)})
+        for recorded, runs in groups:
+            frame = _frame(rows[rows["run_id"].isin(runs)], entries, facts, goal)
+            boards.append(Board(name, goal, {field: recorded.get(field) for field in differing}, frame))
     if not boards:
         names = ", ".join(filter(is_protocol, measured)) or "nothing"
         raise ResultsError(f"no such metric with a protocol in '{path}'; measured: {names}")
@@ -106,38 +90,32 @@ def leaderboards(
 
 
 def _is_wanted(name: str, metric: str | None) -> bool:
-    if metric is None or ":" not in metric:
-        return name == metric or (is_protocol(name) and metric_kind(name) == metric_kind(metric or name))
-    return name == metric
+    if name == metric:
+        return True
+    is_full_name = metric is not None and ":" in metric
+    return not is_full_name and is_protocol(name) and metric_kind(name) == metric_kind(metric or name)
 
 
-def _boards(metric: str, values: pd.DataFrame, known: _Known) -> Iterator[Board]:
-    protocols = {run: known.protocol(run, metric) for run in values["run_id"].unique()}
-    groups = _alike({run: protocol for run, protocol in protocols.items() if protocol})
-    differing = sorted({field for one, _ in groups for other, _ in groups for field in differences(one, other)})
-    for protocol, members in groups:
-        frame = _frame(values[values["run_id"].isin(members)], known, goal_of(metric))
-        yield Board(metric, goal_of(metric), {field: protocol.get(field) for field in differing}, frame)
-
-
-def _guessed(metric: str, run: pd.Series) -> Protocol:
-    """Of a run that recorded no protocols: the metric's name says how it was measured, and the settings on what data."""
-    if not is_protocol(metric):
-        return {}
-    known = {name: value for name, value in run.items() if str(name).startswith("data.") and not pd.isna(value)}
-    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in known.items()}
+def _protocol(results: Results, run: str, metric: str, facts: pd.Series) -> Protocol:
+    """Return the recorded protocol; for a run without one, its data settings stand for it, if the name has the rest."""
+    recorded = results.protocols.by_run.get(run, {}).get(metric)
+    if recorded or not is_protocol(metric):
+        return recorded or {}
+    data = {name: value for name, value in facts.items() if str(name).startswith("data.") and not pd.isna(value)}
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in data.items()}
     return {"recorded": False, **plain}
 
 
-def _alike(protocols: Mapping[str, Protocol]) -> list[tuple[Protocol, set[str]]]:
-    """The runs whose protocols do not differ, with the protocol of one of them."""
+def _group(protocols: Mapping[str, Protocol]) -> list[tuple[Protocol, set[str]]]:
+    """Group runs whose protocols do not differ, each group with the protocol of one of its runs."""
     groups: list[tuple[Protocol, set[str]]] = []
     for run, protocol in protocols.items():
-        group = next((members for one, members in groups if not differences(one, protocol)), None)
-        if group is None:
-            groups.append((protocol, {run}))
+        for first, runs in groups:
+            if not differences(first, protocol):
+                runs.add(run)
+                break
         else:
-            group.add(run)
+            groups.append((protocol, {run}))
     return groups
 
 
@@ -145,66 +123,52 @@ def _entries(results: Results) -> list[_Entry]:
     entries: list[_Entry] = []
     for (sweep, arm), rows in results.runs.groupby(["sweep", "arm"], sort=False):
         entry = _Entry((str(arm),), (str(sweep),), frozenset(rows["run_id"]))
-        for other in [one for one in entries if one.runs & entry.runs]:
+        for other in [other for other in entries if other.runs & entry.runs]:
             entries.remove(other)
-            entry = other.joined(entry)
+            arms, sweeps = (dict.fromkeys(pair) for pair in (other.arms + entry.arms, other.sweeps + entry.sweeps))
+            entry = _Entry(tuple(arms), tuple(sweeps), other.runs | entry.runs)
         entries.append(entry)
     return entries
 
 
-def _frame(values: pd.DataFrame, known: _Known, goal: Goal) -> pd.DataFrame:
-    rows = [_row(entry, values[values["run_id"].isin(entry.runs)], known.facts, goal) for entry in known.entries]
-    frame = pd.DataFrame([row for row in rows if row], columns=COLUMNS)
+def _frame(values: pd.DataFrame, entries: Sequence[_Entry], facts: pd.DataFrame, goal: Goal) -> pd.DataFrame:
+    rows = [row for entry in entries for row in _rows(entry, values[values["run_id"].isin(entry.runs)], facts, goal)]
+    frame = pd.DataFrame(rows, columns=COLUMNS)
     return frame.sort_values("mean", ascending=goal == "min", na_position="last", kind="stable", ignore_index=True)
 
 
-def _row(entry: _Entry, values: pd.DataFrame, facts: pd.DataFrame, goal: Goal) -> dict[str, Any]:
-    """An entry at equal progress; empty where no step was measured by all of its runs that measured anything."""
+def _rows(entry: _Entry, values: pd.DataFrame, facts: pd.DataFrame, goal: Goal) -> Iterator[dict[str, Any]]:
+    """Yield the row of an entry at equal progress, if all of its measured runs share a step."""
     common = values.groupby("step")["run_id"].nunique()
     steps = common[common == values["run_id"].nunique()].index
     if not len(steps):
-        return {}
+        return
     step = steps.max()
-    now, until = values[values["step"] == step], values[values["step"] <= step].groupby("run_id")["value"]
-    mean = mean_interval(now["value"])
-    measured = {
+    current, history = values[values["step"] == step], values[values["step"] <= step].groupby("run_id")["value"]
+    mean, settings = mean_interval(current["value"]), facts.loc[values["run_id"].iloc[0]]
+
+    def setting(name: str) -> str:
+        value = settings.get(name)
+        if isinstance(value, list):  # of several encoders
+            return " + ".join(encoder["name"] for encoder in value)
+        return value if isinstance(value, str) else ""
+
+    regularizer = setting("regularizer.type")
+    encoder = setting("regularizer.encoder") or setting("regularizer.encoder.name")
+    yield {
+        "arm": " / ".join(entry.arms),
+        "sweeps": ", ".join(entry.sweeps),
+        "seeds": len(entry.runs),
+        "state": ", ".join(facts.loc[sorted(entry.runs), "state"].unique()),
+        "family": setting("model.family"),
+        "size": setting("model.size") or setting("model.pretrained"),
+        "regularizer": regularizer,
+        "encoder": "" if regularizer == "none" else encoder,
         "n": mean.n,
         "mean": mean.mean,
         "low": mean.low,
         "high": mean.high,
         "step": step,
-        "images": now["images"].max(),
+        "images": current["images"].max(),
+        "best": mean_interval(history.min() if goal == "min" else history.max()).mean,
     }
-    best = mean_interval(until.min() if goal == "min" else until.max()).mean
-    states = ", ".join(facts.loc[sorted(entry.runs), "state"].unique())
-    place = {
-        "arm": " / ".join(entry.arms),
-        "sweeps": ", ".join(entry.sweeps),
-        "seeds": len(entry.runs),
-        "state": states,
-    }
-    return {**place, **_settings(facts.loc[values["run_id"].iloc[0]]), **measured, "best": best}
-
-
-def _settings(run: pd.Series) -> dict[str, str]:
-    regularizer = _text(run, "regularizer.type")
-    return {
-        "family": _text(run, "model.family"),
-        "size": _text(run, "model.size") or _text(run, "model.pretrained"),
-        "regularizer": regularizer,
-        "encoder": "" if regularizer == "none" else _encoders(run),
-    }
-
-
-def _encoders(run: pd.Series) -> str:
-    several = run.get("regularizer.encoder")
-    return (
-        " + ".join(one["name"] for one in several)
-        if isinstance(several, list)
-        else _text(run, "regularizer.encoder.name")
-    )
-
-
-def _text(run: pd.Series, name: str) -> str:
-    value = run.get(name)
-    return value if isinstance(value, str) else ""

@@ -1,4 +1,4 @@
-"""For notebooks: each helper draws one thing, and returns the figure with the frame that it shows."""
+"""Figures for notebooks: each function returns a figure together with the frame that it shows."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from repa_lab.report import figures
-from repa_lab.report.profile import load_profile, profile_figures
-from repa_lab.report.reproduced import reproduction
+from repa_lab.report.figures.style import short_labels
+from repa_lab.report.profile import load_profile, profile_figure, shown_profiles
+from repa_lab.report.published import TEXT, VALUES
 from repa_lab.report.results import Results, ResultsError, load_results, root_of
 from repa_lab.report.search import objectives, search_frame
-from repa_lab.report.statistics import Goal
 from repa_lab.runs import profiles
 
-__all__ = ["Drawn", "Profiles", "alignment", "convergence", "layers", "quality", "reproduction", "search"]
+__all__ = ["Drawn", "Profiles", "Reproduced", "alignment", "convergence", "layers", "quality", "reproduction", "search"]
+
+_PUBLISHED, _MEASURED = "#7d848c", "#0b6fb8"
 
 
 class Drawn(NamedTuple):
@@ -28,39 +32,50 @@ class Drawn(NamedTuple):
 
 
 class Profiles(NamedTuple):
-    """Heat maps of blocks by timesteps, by caption, and the rows of all profiles that there are."""
+    """Heat maps of blocks by timesteps, by caption, and the rows of all profiles."""
 
     figures: dict[str, Figure]
     frame: pd.DataFrame
 
 
+class Reproduced(NamedTuple):
+    """The tables and remarks as Markdown, the figure, and the frame that it shows: a row per arm and metric."""
+
+    markdown: str
+    figure: Figure
+    frame: pd.DataFrame
+
+
 def convergence(results: Results) -> Drawn:
-    """The compared metric of every arm over optimizer steps; see :func:`repa_lab.report.figures.convergence_frame`.
+    """Draw the compared metric of every arm over steps; see :func:`repa_lab.report.figures.convergence_frame`.
 
     Raises:
-        ResultsError: of several sweeps, some take small values of their metric for good, and some large ones.
+        ResultsError: the metrics of several sweeps improve in opposite directions.
     """
-    frame = _of_each(results, figures.convergence_frame)
-    return Drawn(figures.draw_convergence(frame, _goal(results)), frame)
+    frame = _combined(results, figures.convergence_frame)
+    goals = {results.only(sweep["name"]).goal for sweep in results.sweeps}
+    if len(goals) > 1:
+        raise ResultsError(f"{results.name}: their metrics improve in opposite directions; take one with .only(name)")
+    return Drawn(figures.draw_convergence(frame, goals.pop()), frame)
 
 
 def alignment(results: Results) -> Drawn:
-    """Agreement with the encoder on held-out images over steps; see :func:`repa_lab.report.figures.alignment_frame`."""
-    frame = _of_each(results, figures.alignment_frame)
+    """Draw alignment on held-out images over steps; see :func:`repa_lab.report.figures.alignment_frame`."""
+    frame = _combined(results, figures.alignment_frame)
     return Drawn(figures.draw_alignment(frame), frame)
 
 
 def quality(results: Results) -> Drawn:
-    """The compared metric against agreement with the encoder; see :func:`repa_lab.report.figures.quality_frame`."""
-    frame = _of_each(results, figures.quality_frame)
+    """Draw the compared metric against alignment; see :func:`repa_lab.report.figures.quality_frame`."""
+    frame = _combined(results, figures.quality_frame)
     return Drawn(figures.draw_quality(frame), frame)
 
 
 def search(results: Results) -> Drawn:
-    """The trials of one sweep's search; see :func:`repa_lab.report.search.search_frame`.
+    """Draw the trials of one sweep's search; see :func:`repa_lab.report.search.search_frame`.
 
     Raises:
-        ResultsError: the sweep is no search, or there are several.
+        ResultsError: the sweep is no search, or there are several sweeps.
     """
     goals = dict(objectives(results))
     if not goals:
@@ -70,7 +85,7 @@ def search(results: Results) -> Drawn:
 
 
 def layers(path: str | Path) -> Profiles:
-    """What the blocks of a sweep's runs know of the encoder; see :func:`repa_lab.report.profile.profile_figures`.
+    """Draw the profiles of a sweep's runs; see :func:`repa_lab.report.profile.shown_profiles`.
 
     Args:
         path: the sweep's folder.
@@ -80,25 +95,58 @@ def layers(path: str | Path) -> Profiles:
     """
     results, root = load_results(path), root_of(path)
     runs = [root.run(run_id) for run_id in results.runs["run_id"].unique()]
-    found = [load_profile(run) for run in runs if profiles.path_of(run).is_file()]
-    if not found:
-        raise ResultsError(
-            f"no run of {results.name} has a profile; make some with `repa-lab profile {runs[0].run_id} ...`"
-        )
-    return Profiles(dict(profile_figures(results, root)), pd.concat(found, ignore_index=True))
+    frames = [load_profile(run) for run in runs if profiles.path_of(run).is_file()]
+    if not frames:
+        hint = f"make some with `repa-lab profile {runs[0].run_id} ...`"
+        raise ResultsError(f"no run of {results.name} has a profile; {hint}")
+    drawn = {title: profile_figure(shown, names=names) for title, shown, names in shown_profiles(results, root)}
+    return Profiles(drawn, pd.concat(frames, ignore_index=True))
 
 
-def _of_each(results: Results, make: Callable[[Results], pd.DataFrame]) -> pd.DataFrame:
-    """The frame of one sweep, or those of several under each other with the sweep in the names of groups and arms."""
+def reproduction(path: str | Path) -> Reproduced:
+    """Draw measured values beside published ones.
+
+    Args:
+        path: the folder of a sweep that `repa-lab reproduce` has run.
+
+    Raises:
+        ResultsError: `repa-lab reproduce` left no table there, or the table cannot be read.
+    """
+    folder = Path(path)
+    try:
+        frame = pd.read_csv(folder / VALUES)
+        return Reproduced((folder / TEXT).read_text(encoding="utf-8"), _draw_reproduction(frame), frame)
+    except FileNotFoundError:
+        raise ResultsError(f"no {VALUES} in '{path}'; `repa-lab reproduce` lists the tables that can be made") from None
+    except (KeyError, ValueError) as error:
+        raise ResultsError(f"'{folder / VALUES}' cannot be read: {error!r}") from error
+
+
+def _draw_reproduction(frame: pd.DataFrame) -> Figure:
+    """Draw published and measured values, each on its own axis: at the nano scale they are different metrics."""
+    kinds, names = list(frame["kind"].unique()), short_labels(list(map(str, frame["arm"])))
+    heights = [1.2 + 0.35 * int((frame["kind"] == kind).sum()) for kind in kinds]
+    with mpl.rc_context({"text.parse_math": False, "text.usetex": False}):
+        figure = Figure(figsize=(9.5, sum(heights)), layout="constrained")
+        panels = figure.subplots(len(kinds), 2, squeeze=False, sharey="row", height_ratios=heights)
+        for (left, right), kind in zip(panels, kinds, strict=True):
+            rows = frame[frame["kind"] == kind]
+            places = np.arange(len(rows))[::-1]
+            left.scatter(rows["published"], places, color=_PUBLISHED, zorder=3)
+            left.set(title="published", xlabel=kind)
+            left.set_yticks(places, [names[str(arm)] for arm in rows["arm"]])
+            left.margins(y=0.15)
+            right.hlines(places, rows["low"], rows["high"], color=_MEASURED, lw=2)
+            right.scatter(rows["measured"], places, color=_MEASURED, zorder=3)
+            title = f"measured, n = {rows['n'].max()}, 95 % t intervals"
+            right.set(title=title, xlabel=rows["metric"].iloc[0])
+    return figure
+
+
+def _combined(results: Results, make: Callable[[Results], pd.DataFrame]) -> pd.DataFrame:
+    """Return the frame of one sweep, or those of several with the sweep's name before groups and arms."""
     if len(results.sweeps) == 1:
         return make(results)
     frames = [(sweep["name"], make(results.only(sweep["name"]))) for sweep in results.sweeps]
     named = [frame.assign(**{key: f"{name}, " + frame[key] for key in ("group", "arm")}) for name, frame in frames]
     return pd.concat([frame for frame in named if not frame.empty] or named, ignore_index=True)
-
-
-def _goal(results: Results) -> Goal:
-    goals = {results.only(sweep["name"]).goal for sweep in results.sweeps}
-    if len(goals) > 1:
-        raise ResultsError(f"{results.name}: their metrics improve in opposite directions; take one with .only(name)")
-    return goals.pop()

@@ -1,4 +1,4 @@
-"""What was measured beside what a paper published: values, differences, order. It says which agree, and no more."""
+"""Measured values beside those of a paper: which values, differences and orders agree."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,19 +15,21 @@ from repa_lab.report.statistics import MIN_SEEDS, Estimate, PairedDifference, me
 from repa_lab.report.summary import common_step, goal_of
 from repa_lab.spec.options import PublishedConfig
 
+TEXT, VALUES = "reproduce.md", "reproduce.csv"  # files that `repa-lab reproduce` writes beside a sweep's report
+
 
 @dataclass(frozen=True)
-class Compared:
+class PublishedArm:
     """One arm's published and measured value of a metric.
 
     Attributes:
         arm: its label.
-        run_ids: of its runs; arms that came to the same settings share them.
+        run_ids: of its runs; arms with the same settings share them.
         published: the paper's value.
-        measured: over seeds at equal progress; no values where none is there.
-        published_difference: from the reference arm, by the paper.
-        difference: from the reference arm, seed by seed.
-        agrees: whether the measured mean is within the tolerance; None where none applies or nothing was measured.
+        measured: over seeds at equal progress; ``n`` is 0 if nothing was measured.
+        published_difference: the paper's difference from the reference arm.
+        difference: the measured difference from the reference arm, seed by seed.
+        agrees: whether the measured mean is within the tolerance; None without a tolerance or a measurement.
     """
 
     arm: str
@@ -41,7 +42,7 @@ class Compared:
 
     @property
     def same_sign(self) -> bool | None:
-        """Whether the measured difference has the published one's sign; None where seeds do not tell it from 0."""
+        """Whether the measured difference has the published sign; None if it is not resolved."""
         if not self.published_difference or not self.difference.is_resolved:
             return None
         return (self.difference.difference.mean > 0) == (self.published_difference > 0)
@@ -49,21 +50,21 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of a paper against what was measured.
+    """A table of a paper beside measured values.
 
     Attributes:
-        kind: of the paper's metric, such as ``fid``.
-        metric: full name of the measured one.
-        reference: the arm that is best by the paper, from which differences are taken.
-        rows: the arms of both, in the spec's order.
+        kind: the kind of the paper's metric, such as ``fid``.
+        metric: full name of the measured metric.
+        reference: the arm that is best in the paper; differences are taken from it.
+        rows: the arms that both have, in the spec's order.
         tolerance: see :class:`PublishedConfig`; None at a scale at which values are not the paper's.
-        refused: arms whose values are left out, for under the metric's name they were measured unlike the reference.
+        refused: arms that are left out because their runs were measured under another protocol than the reference.
     """
 
     kind: str
     metric: str
     reference: str
-    rows: tuple[Compared, ...]
+    rows: tuple[PublishedArm, ...]
     tolerance: float | None
     refused: tuple[str, ...] = ()
 
@@ -74,20 +75,24 @@ class Comparison:
 
     @property
     def spearman(self) -> float:
-        """Spearman's rank correlation of published and measured means over the arms; NaN where one of them is constant."""
+        """The rank correlation of published and measured values over the measured arms."""
         rows = [row for row in self.rows if row.measured.n]
         return rank_correlation([row.published for row in rows], [row.measured.mean for row in rows])
 
     @property
     def pairs(self) -> tuple[int, int]:
-        """Of the pairs of arms with distinct published values: how many are measured in that order, and how many there are."""
+        """Number of pairs of arms in the published order, and of pairs with distinct published values."""
         rows = [row for row in self.rows if row.measured.n]
-        alike = [_order(a, b) for a, b in itertools.combinations(rows, 2) if a.published != b.published]
-        return sum(alike), len(alike)
+        in_order = [
+            (first.published - second.published) * (first.measured.mean - second.measured.mean) > 0
+            for first, second in itertools.combinations(rows, 2)
+            if first.published != second.published
+        ]
+        return sum(in_order), len(in_order)
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's: Pearson's correlation of ranks, ties at their mean rank; NaN for fewer than two values or without spread."""
+    """Return Spearman's rank correlation, ties at their mean rank; NaN below two values or without spread."""
     if len(first) < 2 or len(set(first)) == 1 or len(set(second)) == 1:
         return math.nan
     ranks = [pd.Series(values).rank().to_numpy() for values in (first, second)]
@@ -95,13 +100,13 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def compare_published(results: Results, published: PublishedConfig, exact: bool) -> tuple[Comparison, ...]:
-    """Hold the results of one sweep against what was published of its arms.
+    """Compare the results of one sweep with the published values of its arms.
 
     Args:
         results: of the sweep.
-        published: of its experiment; arms that the sweep has not are left out.
+        published: of its experiment; arms that the sweep does not have are left out.
         exact: whether the metrics are the paper's. Otherwise the sweep's own metric stands for the Frechet distance
-            alone, and no value is asked to agree.
+            alone, and no value is expected to agree.
 
     Returns:
         A comparison for each kind of metric that at least two arms share, in the paper's order.
@@ -109,108 +114,75 @@ def compare_published(results: Results, published: PublishedConfig, exact: bool)
     arms = {label: values for label, values in published.arms.items() if label in results.baselines}
     kinds = list(dict.fromkeys(kind for values in arms.values() for kind in values))
     wanted = kinds if exact else [kind for kind in kinds if kind == "fid"]
-    found = (_compare(results, published, arms, kind, exact) for kind in wanted)
-    return tuple(one for one in found if one is not None)
+    comparisons = (_compare(results, published, arms, kind, exact) for kind in wanted)
+    return tuple(comparison for comparison in comparisons if comparison is not None)
 
 
 def _compare(
     results: Results, published: PublishedConfig, arms: Mapping[str, Mapping[str, float]], kind: str, exact: bool
 ) -> Comparison | None:
     values = {label: arms[label][kind] for label in results.baselines if kind in arms.get(label, {})}
-    metric = next((name for name in results.summary["metric"].unique() if _kind(name) == kind), results.metric)
-    if len(values) < 2 or (exact and _kind(metric) != kind):
+    # As papers call metrics: FID is no other Frechet distance.
+    kinds = {name: name.partition(":")[0] for name in [*results.summary["metric"].unique(), results.metric]}
+    metric = next((name for name in results.summary["metric"].unique() if kinds[name] == kind), results.metric)
+    if len(values) < 2 or (exact and kinds[metric] != kind):
         return None
-    reference = _best(values, kind)
-    tolerance = published.tolerance.get(kind) if exact else None
-    refused = _unlike(results, metric, list(values), reference)
-    held = _at_equal_progress(results, metric, [label for label in values if label not in refused])
-    rows = tuple(_row(results, label, values, held, reference, tolerance) for label in values)
-    return Comparison(kind, metric, reference, rows, tolerance, refused)
-
-
-def _unlike(results: Results, metric: str, labels: Sequence[str], reference: str) -> tuple[str, ...]:
-    """The arms that were measured, and unlike the reference, or unlike within themselves."""
-    kept = results.run_ids(reference)
-    unlike = (arm for arm in labels if results.protocols.conflicts([*kept, *results.run_ids(arm)], metric))
-    return tuple(arm for arm in unlike if results.seed_curves(arm, metric))
-
-
-def _kind(metric: str) -> str:
-    """As papers call it: FID is no other Frechet distance."""
-    return metric.partition(":")[0]
-
-
-def _best(values: Mapping[str, float], kind: str) -> str:
-    choose = max if goal_of(kind) == "max" else min
-    return choose(values, key=lambda label: values[label])
-
-
-def _at_equal_progress(results: Results, metric: str, labels: Sequence[str]) -> dict[str, dict[int, float]]:
-    """By arm the value by seed, at the last step that all runs of these arms have that were measured at all."""
-    curves = {label: found for label in labels if (found := results.seed_curves(label, metric))}
-    step = common_step([curve for found in curves.values() for curve in found.values()])
-    return (
-        {}
-        if step is None
-        else {label: {seed: curve[step] for seed, curve in own.items()} for label, own in curves.items()}
+    reference = (max if goal_of(kind) == "max" else min)(values, key=lambda label: values[label])
+    reference_runs, conflicts = results.run_ids(reference), results.protocols.conflicts
+    refused = tuple(
+        label
+        for label in values
+        if conflicts([*reference_runs, *results.run_ids(label)], metric) and results.seed_curves(label, metric)
     )
-
-
-def _row(
-    results: Results,
-    label: str,
-    values: Mapping[str, float],
-    held: Mapping[str, Mapping[int, float]],
-    reference: str,
-    tolerance: float | None,
-) -> Compared:
-    own = held.get(label, {})
-    measured = mean_interval(own.values())
-    off = abs(measured.mean - values[label])
-    return Compared(
-        arm=label,
-        run_ids=tuple(results.runs[results.runs["arm"] == label]["run_id"]),
-        published=values[label],
-        measured=measured,
-        published_difference=values[label] - values[reference],
-        difference=paired_difference(own, held.get(reference, {})),
-        agrees=off <= tolerance if tolerance is not None and measured.n else None,
-    )
-
-
-def _order(first: Compared, second: Compared) -> bool:
-    measured = first.measured.mean - second.measured.mean
-    return (first.published - second.published) * measured > 0
-
-
-def table_rows(comparison: Comparison) -> list[dict[str, Any]]:
-    """The comparison as rows of text by column, for a terminal and for Markdown."""
-    return [_texts(comparison, row) for row in comparison.rows]
-
-
-def _texts(comparison: Comparison, row: Compared) -> dict[str, str]:
-    difference = row.difference.difference
-    found = {
-        "arm": row.arm + ("  (reference)" if row.arm == comparison.reference else ""),
-        f"published {comparison.kind}": f"{row.published:g}",
-        "measured [95 % interval]": _interval(row.measured),
-        "n": str(row.measured.n),
-        "published difference": f"{row.published_difference:+.4g}" if row.published_difference else "0",
-        "measured difference": "" if row.arm == comparison.reference else _interval(difference, "+"),
-        "same sign": _said(row),
+    # At equal progress: the last step that all measured runs of these arms have.
+    compared = [label for label in values if label not in refused]
+    curves = {label: seeds for label in compared if (seeds := results.seed_curves(label, metric))}
+    step = common_step([curve for seeds in curves.values() for curve in seeds.values()])
+    measured = {
+        label: {} if step is None or label not in curves else {seed: c[step] for seed, c in curves[label].items()}
+        for label in values
     }
-    if comparison.tolerance is not None:
-        found[f"within {comparison.tolerance:g}"] = {True: "yes", False: "no", None: "n/a"}[row.agrees]
-    return found
+    tolerance = published.tolerance.get(kind) if exact else None
+    rows = []
+    for label, value in values.items():
+        estimate = mean_interval(measured[label].values())
+        is_judged = tolerance is not None and estimate.n > 0
+        row = PublishedArm(
+            arm=label,
+            run_ids=tuple(results.run_ids(label)),
+            published=value,
+            measured=estimate,
+            published_difference=value - values[reference],
+            difference=paired_difference(measured[label], measured[reference]),
+            agrees=abs(estimate.mean - value) <= (tolerance or 0.0) if is_judged else None,
+        )
+        rows.append(row)
+    return Comparison(kind, metric, reference, tuple(rows), tolerance, refused)
 
 
-def _said(row: Compared) -> str:
-    if not row.published_difference:
-        return ""
-    if row.same_sign is None:
-        few = row.difference.difference.n < MIN_SEEDS
-        return f"open (fewer than {MIN_SEEDS} seeds)" if few else "open"
-    return "yes" if row.same_sign else "no"
+def table_rows(comparison: Comparison) -> list[dict[str, str]]:
+    """Return the comparison as rows of text by column, for a terminal and for Markdown."""
+    rows = []
+    for row in comparison.rows:
+        is_reference = row.arm == comparison.reference
+        same_sign = ""
+        if row.published_difference:
+            is_short = row.difference.difference.n < MIN_SEEDS
+            open_text = f"open (fewer than {MIN_SEEDS} seeds)" if is_short else "open"
+            same_sign = {True: "yes", False: "no", None: open_text}[row.same_sign]
+        texts = {
+            "arm": row.arm + ("  (reference)" if is_reference else ""),
+            f"published {comparison.kind}": f"{row.published:g}",
+            "measured [95 % interval]": _interval(row.measured),
+            "n": str(row.measured.n),
+            "published difference": f"{row.published_difference:+.4g}" if row.published_difference else "0",
+            "measured difference": "" if is_reference else _interval(row.difference.difference, "+"),
+            "same sign": same_sign,
+        }
+        if comparison.tolerance is not None:
+            texts[f"within {comparison.tolerance:g}"] = {True: "yes", False: "no", None: "n/a"}[row.agrees]
+        rows.append(texts)
+    return rows
 
 
 def _interval(estimate: Estimate, sign: str = "") -> str:
@@ -221,29 +193,23 @@ def _interval(estimate: Estimate, sign: str = "") -> str:
 
 
 def sentences(comparison: Comparison) -> Iterator[str]:
-    """What the comparison comes to."""
-    alike, pairs = comparison.pairs
-    rho = comparison.spearman
-    said = "not defined" if math.isnan(rho) else f"{rho:+.2f}"
-    arms = f"over {len(comparison.rows)} arms"
-    yield f"{comparison.kind}: {alike} of {pairs} pairs of arms are in the published order; Spearman's rho {said} {arms}"
-    resolved = [row.same_sign for row in comparison.rows if row.same_sign is not None]
-    others = sum(1 for row in comparison.rows if row.published_difference)
+    """Yield the conclusions of a comparison."""
+    kind, rows, (in_order, pairs) = comparison.kind, comparison.rows, comparison.pairs
+    rho = "not defined" if math.isnan(comparison.spearman) else f"{comparison.spearman:+.2f}"
+    order = f"{in_order} of {pairs} pairs of arms are in the published order"
+    yield f"{kind}: {order}; Spearman's rho {rho} over {len(rows)} arms"
+    resolved = [row.same_sign for row in rows if row.same_sign is not None]
+    others = sum(1 for row in rows if row.published_difference)
     signs = f"{resolved.count(True)} have the published sign, {resolved.count(False)} the other"
-    left = f"{others - len(resolved)} are open: seeds do not tell them from 0"
-    yield f"{comparison.kind}: of {others} differences from '{comparison.reference}', {signs}, and {left}"
+    unresolved = f"{others - len(resolved)} are open: seeds do not tell them from 0"
+    yield f"{kind}: of {others} differences from '{comparison.reference}', {signs}, and {unresolved}"
     if comparison.refused:
-        unlike = f"under the name {comparison.metric} they were measured unlike '{comparison.reference}'"
-        yield f"{comparison.kind}: {', '.join(comparison.refused)} left out, for {unlike}"
+        reason = f"under the name {comparison.metric} they were measured unlike '{comparison.reference}'"
+        yield f"{kind}: {', '.join(comparison.refused)} left out, because {reason}"
     if not comparison.is_complete:
-        yield f"{comparison.kind}: not every arm was measured"
-    shared = _shared(comparison)
-    if shared:
-        yield f"the same runs, for their settings are the same here: {'; '.join(', '.join(group) for group in shared)}"
-
-
-def _shared(comparison: Comparison) -> list[list[str]]:
+        yield f"{kind}: not every arm was measured"
     groups: dict[tuple[str, ...], list[str]] = {}
-    for row in comparison.rows:
+    for row in rows:
         groups.setdefault(row.run_ids, []).append(row.arm)
-    return [group for runs, group in groups.items() if runs and len(group) > 1]
+    if shared := [", ".join(group) for runs, group in groups.items() if runs and len(group) > 1]:
+        yield f"the same runs, because their settings are the same here: {'; '.join(shared)}"

@@ -1,110 +1,71 @@
-"""The trials of a search: in their order, as a frame, and which of the searched settings mattered."""
+"""The trials of a search: their order, a data frame of them, and the importance of the searched settings."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from repa_lab.report.results import Results
 
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-
 Trial = dict[str, Any]
 MIN_TRIALS = 10
-_WIDE = 10.0
-
-
-def best_trial(results: Results) -> Trial | None:
-    """The completed trial with the best value of one sweep's search, None if there is none."""
-    trials = (trial for trial in ordered_trials(results) if trial["state"] == "complete")
-    return next((trial for trial in trials if trial["value"] is not None), None)
+_DECADE = 10.0
+_ORDER = {"complete": 0, "pruned": 1}
 
 
 def ordered_trials(results: Results) -> list[Trial]:
-    """The trials of one sweep's search: the completed ones from the best on, then the pruned ones, then the rest."""
+    """Return the trials of one sweep's search: completed trials from the best on, then pruned ones, then the rest."""
     search = results.sweep.get("search") or {"trials": []}
     sign = -1.0 if search.get("goal") == "max" else 1.0
-    states = {"complete": 0, "pruned": 1}
 
     def order(trial: Trial) -> tuple[int, float]:
         value = trial["value"]
-        return states.get(trial["state"], 2), math.inf if value is None else sign * value
+        return _ORDER.get(trial["state"], 2), math.inf if value is None else sign * value
 
     return sorted(search["trials"], key=order)
 
 
+def best_trial(results: Results) -> Trial | None:
+    """Return the completed trial with the best value of one sweep's search; None if there is none."""
+    complete = (trial for trial in ordered_trials(results) if trial["state"] == "complete")
+    return next((trial for trial in complete if trial["value"] is not None), None)
+
+
 def objectives(results: Results) -> list[tuple[str, str]]:
-    """Metric and goal of all that one sweep's search improves; none without a search."""
+    """Return metric and goal of every objective of one sweep's search; empty without a search."""
     search = results.sweep.get("search")
     if not search:
         return []
-    return [(one["metric"], one["goal"]) for one in search.get("objectives") or [search]]
+    return [(objective["metric"], objective["goal"]) for objective in search.get("objectives") or [search]]
 
 
 def parameters(results: Results) -> list[str]:
-    """The dotted paths that were searched."""
+    """Return the dotted paths that were searched."""
     return list(dict.fromkeys(name for trial in ordered_trials(results) for name in trial["params"]))
 
 
 def search_frame(results: Results) -> pd.DataFrame:
-    """A row per trial of one sweep's search in :func:`ordered_trials`' order.
+    """Return a row per trial of one sweep's search, in the order of :func:`ordered_trials`.
 
-    Columns: ``trial``, its number in the order in which they were begun; ``arm``, ``state``, ``on_front`` (whether none
-        is
-    better in every objective), ``value/<objective>`` (NaN without a value) and ``param/<dotted path>`` (text where it
-    is no number, None where it was not searched).
+    Columns: ``trial`` (number in the order in which trials were begun), ``arm``, ``state``, ``on_front`` (whether the
+    trial is on the Pareto front), ``value/<objective>`` (NaN without a value) and ``param/<dotted path>`` (JSON text
+    for lists and booleans, None where the setting was not searched).
     """
-    search, aims = results.sweep.get("search") or {}, objectives(results)
+    search, names = results.sweep.get("search") or {}, parameters(results)
     front = set(search.get("pareto") or [])
-    begun = {id(trial): number for number, trial in enumerate(search.get("trials") or [])}
-    rows = [
-        {
-            **{
-                "trial": begun[id(trial)],
-                "arm": trial["arm"],
-                "state": trial["state"],
-                "on_front": trial["arm"] in front,
-            },
-            **{f"value/{metric}": value for metric, value in _values(trial, aims).items()},
-            **{f"param/{name}": _plain(trial["params"].get(name)) for name in parameters(results)},
-        }
-        for trial in ordered_trials(results)
-    ]
+    numbers = {id(trial): number for number, trial in enumerate(search.get("trials") or [])}
+    metrics = [metric for metric, _ in objectives(results)]
+    rows = []
+    for trial in ordered_trials(results):
+        values = trial.get("values") or ({metrics[0]: trial["value"]} if metrics else {})
+        row = {"trial": numbers[id(trial)], "arm": trial["arm"], "state": trial["state"]}
+        row |= {"on_front": trial["arm"] in front}
+        row |= {f"value/{name}": math.nan if values.get(name) is None else float(values[name]) for name in metrics}
+        rows.append(row | {f"param/{name}": _plain(trial["params"].get(name)) for name in names})
     return pd.DataFrame(rows)
-
-
-def importance_frame(results: Results) -> pd.DataFrame:
-    """How much of the variance of each objective over the completed trials the searched settings explain, by fANOVA.
-
-    Hutter et al., ICML 2014, as Optuna computes it. Settings that only some trials have are left out. Columns
-    ``objective``, ``param`` and ``importance``, which sums to 1 over the settings of an objective; empty below
-    :data:`MIN_TRIALS` completed trials or two settings, where it would say nothing.
-    """
-    frame, columns = search_frame(results), ["objective", "param", "importance"]
-    done = frame[frame["state"] == "complete"] if len(frame) else frame
-    shared = [name for name in done.columns if name.startswith("param/") and _varies(done[name])]
-    if len(done) < MIN_TRIALS or len(shared) < 2:
-        return pd.DataFrame(columns=columns)
-    aims = [metric for metric, _ in objectives(results)]
-    found = [(aim, name, value) for aim in aims for name, value in _importance(done, f"value/{aim}", shared).items()]
-    return pd.DataFrame([(aim, name.removeprefix("param/"), value) for aim, name, value in found], columns=columns)
-
-
-def is_wide(values: pd.Series) -> bool:
-    """Whether positive numbers span more than a decade, so that a logarithmic axis shows them better."""
-    if not pd.api.types.is_numeric_dtype(values):
-        return False
-    known = values.dropna()
-    return bool(len(known) and known.min() > 0 and known.max() / known.min() > _WIDE)
-
-
-def _values(trial: Trial, aims: list[tuple[str, str]]) -> dict[str, float]:
-    held = trial.get("values") or ({aims[0][0]: trial["value"]} if aims else {})
-    return {metric: math.nan if held.get(metric) is None else float(held[metric]) for metric, _ in aims}
 
 
 def _plain(value: Any) -> Any:
@@ -113,31 +74,56 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _varies(column: pd.Series) -> bool:
-    return bool(column.notna().all() and column.nunique() > 1)
+def importance_frame(results: Results) -> pd.DataFrame:
+    """Return how much of each objective's variance over the completed trials a setting explains, by fANOVA.
+
+    fANOVA is by Hutter et al., ICML 2014, as implemented in Optuna. Settings that only some trials have are left out.
+    Columns: ``objective``, ``param``, ``importance`` (sums to 1 over the settings of an objective). Empty below
+    :data:`MIN_TRIALS` completed trials or two settings.
+    """
+    frame, columns = search_frame(results), ["objective", "param", "importance"]
+    done = frame[frame["state"] == "complete"] if len(frame) else frame
+    params = [name for name in done.columns if name.startswith("param/")]
+    shared = [name for name in params if done[name].notna().all() and done[name].nunique() > 1]
+    if len(done) < MIN_TRIALS or len(shared) < 2:
+        return pd.DataFrame(columns=columns)
+    rows = [
+        (metric, name.removeprefix("param/"), share)
+        for metric, _ in objectives(results)
+        for name, share in _importance(done, f"value/{metric}", shared).items()
+    ]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _importance(done: pd.DataFrame, value: str, names: list[str]) -> dict[str, float]:
     import optuna
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     measured = done[done[value].notna()]
     if len(measured) < MIN_TRIALS or measured[value].nunique() < 2:
         return {}
-    kinds = {name: _distribution(measured[name]) for name in names}
+    # The range that the trials cover stands for the searched range, which they do not record.
+    distributions: dict[str, BaseDistribution] = {}
+    for name in names:
+        column = measured[name]
+        if pd.api.types.is_numeric_dtype(column):
+            distributions[name] = FloatDistribution(float(column.min()), float(column.max()), log=is_wide(column))
+        else:
+            distributions[name] = CategoricalDistribution(sorted(set(column)))
     study = optuna.create_study()
     for _, row in measured.iterrows():
         params = {name: row[name] for name in names}
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=kinds, value=float(row[value])))
+        trial = optuna.trial.create_trial(params=params, distributions=distributions, value=float(row[value]))
+        study.add_trial(trial)
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    found: dict[str, float] = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    return found
+    importances: dict[str, float] = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    return importances
 
 
-def _distribution(column: pd.Series) -> BaseDistribution:
-    """The range that the trials cover; which range was searched is not told by them, and matters little."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-
-    if not pd.api.types.is_numeric_dtype(column):
-        return CategoricalDistribution(sorted(set(column)))
-    return FloatDistribution(float(column.min()), float(column.max()), log=is_wide(column))
+def is_wide(values: pd.Series) -> bool:
+    """Return whether positive numbers span more than a decade, so that a logarithmic axis suits them."""
+    if not pd.api.types.is_numeric_dtype(values):
+        return False
+    known = values.dropna()
+    return bool(len(known) and known.min() > 0 and known.max() / known.min() > _DECADE)

@@ -1,27 +1,28 @@
-"""Uncertainty over seeds: Student-t intervals, differences paired by seed, several comparisons at once, and bands.
+"""Uncertainty over seeds: Student-t intervals, differences paired by seed, multiple comparisons, bands and headlines.
 
-Arms of one sweep share their seeds: seed k sees the same data, noise and initialisation streams in every arm. What a
-seed adds to both arms cancels in their difference, so differences are taken seed by seed before anything is averaged.
-The interval is Student's t: it keeps its coverage at three seeds, where the bootstrap and 1.96 standard errors do not.
-Ratios are averaged as their logarithms, so that no bound is below 0 and which arm stands below the line does not
-matter.
+The arms of a sweep share their seeds: seed k draws the same data, noise and initialisation in every arm. A seed shifts
+both arms alike and the shift cancels in their difference, so differences are taken seed by seed and then averaged.
+Intervals are Student's t, which keeps its coverage at three seeds; the bootstrap and 1.96 standard errors do not.
+Ratios are averaged as logarithms, so no bound is below 0 and swapping the arms inverts the result.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, stdtr, stdtrit
 
+from repa_lab.runs.files import Row
+
 Key = TypeVar("Key")
 Goal = Literal["min", "max"]
-# Value by progress.
-Curve = Mapping[float, float]
+Curve = Mapping[float, float]  # value by progress
+SeedCurves = Mapping[int, Curve]
 Verdict = Literal["resolved", "not resolved", "insufficient"]
 MIN_SEEDS = 3
 MIN_BOOTSTRAP = 10
@@ -31,7 +32,7 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over ``n`` values, of ratios the geometric one, with its interval, NaN for fewer than two values."""
+    """A mean over ``n`` values (geometric for ratios) and its interval; the bounds are NaN below two values."""
 
     n: int
     mean: float
@@ -39,7 +40,7 @@ class Estimate:
     high: float
 
     def excludes(self, value: float) -> bool:
-        """Whether the interval exists and does not contain ``value``."""
+        """Return whether the interval exists and does not contain ``value``."""
         return self.low > value or self.high < value
 
 
@@ -48,13 +49,12 @@ class PairedDifference:
     """An arm minus its baseline, seed by seed.
 
     Attributes:
-        difference: of the metric, in its units.
-        baseline_mean: over the paired seeds only, so ``baseline_mean + difference.mean`` is the arm's mean over them.
-        seeds: the seeds both have, ascending.
-        p_value: two-sided, of the paired t-test that the mean difference is 0; NaN for fewer than two pairs.
-        correlation: Pearson's, between the arm's and the baseline's values over the seeds: near 1, pairing takes away
-            most of what seeds add; below 0 it makes the interval wider. NaN for fewer than three pairs, where it says
-            nothing.
+        difference: the mean difference with its interval, in units of the metric.
+        baseline_mean: mean of the baseline over the paired seeds.
+        seeds: the seeds that both arms have, ascending.
+        p_value: two-sided, of the paired t-test that the mean difference is 0; NaN below two pairs.
+        correlation: Pearson's r of arm and baseline over the seeds; NaN below three pairs. Near 1, pairing removes most
+            of the variation between seeds; below 0, pairing widens the interval.
     """
 
     difference: Estimate
@@ -65,12 +65,12 @@ class PairedDifference:
 
     @property
     def relative(self) -> float:
-        """The mean difference over the size of the baseline's mean; NaN if there are no pairs or that mean is 0."""
+        """The mean difference over the absolute baseline mean; NaN without pairs or if the baseline mean is 0."""
         return self.difference.mean / abs(self.baseline_mean) if self.baseline_mean else math.nan
 
     @property
     def is_resolved(self) -> bool:
-        """Whether it is resolved as the only comparison that is made; see :func:`holm` for several."""
+        """Whether the difference is resolved if no other comparison is made; see :func:`holm` for several."""
         return verdict(self.difference.n, self.p_value) == "resolved"
 
 
@@ -79,13 +79,12 @@ class Speedup:
     """How much sooner an arm reaches a value than its baseline.
 
     Attributes:
-        ratio: the baseline's steps over the arm's, above 1 is sooner; over the seeds in which both reached it, as
-            :func:`ratio_interval` has it.
-        steps: the arm's mean steps over those seeds, in the unit of its curves.
-        reached: in how many seeds both reached it; below ``n``, ``ratio`` speaks of those alone.
-        n: how many seeds both arms have.
-        early: in how many of the reached seeds a first measurement, the arm's or the baseline's, was there already.
-            When it got there is then not known, only that it was by then.
+        ratio: the baseline's steps over the arm's (above 1 is sooner), over the seeds in which both reached the value.
+        steps: mean steps of the arm over those seeds, in the unit of its curves.
+        reached: number of seeds in which both reached the value.
+        n: number of seeds that both arms have.
+        early: number of reached seeds in which the arm or the baseline was there at its first measurement, so that the
+            true crossing is earlier and unknown.
     """
 
     ratio: Estimate
@@ -96,7 +95,7 @@ class Speedup:
 
 
 def mean_interval(values: Iterable[float], level: float = LEVEL) -> Estimate:
-    """The mean and its two-sided Student-t interval; values that are not finite are left out, ``n`` counts the rest.
+    """Return the mean and its two-sided Student-t interval; values that are not finite are left out.
 
     Args:
         values: one per seed, independent of each other.
@@ -112,34 +111,32 @@ def mean_interval(values: Iterable[float], level: float = LEVEL) -> Estimate:
 
 
 def ratio_interval(ratios: Iterable[float], level: float = LEVEL) -> Estimate:
-    """The geometric mean of ratios above 0 and its interval: Student's t of their logarithms, taken back.
+    """Return the geometric mean of positive ratios and the Student-t interval of their logarithms, exponentiated.
 
-    The t interval of the ratios themselves may reach below 0 where seeds are few, and their mean favours whichever side
-    is above the line: of 2 and 1/2 it is 1.25, either way round. Here inverse ratios have the inverse mean and bounds.
+    A t interval of the ratios themselves may reach below 0, and their arithmetic mean favours the numerator: the mean
+    of 2 and 1/2 would be 1.25. Here inverse ratios have the inverse mean and bounds.
 
     Args:
         ratios: one per seed, independent of each other.
         level: coverage of the interval, between 0 and 1.
     """
-    found = mean_interval((math.log(ratio) for ratio in ratios), level)
-    return Estimate(found.n, *(math.exp(value) for value in (found.mean, found.low, found.high)))
+    log = mean_interval((math.log(ratio) for ratio in ratios), level)
+    return Estimate(log.n, math.exp(log.mean), math.exp(log.low), math.exp(log.high))
 
 
 def bootstrap_interval(values: Iterable[float], level: float = LEVEL, resamples: int = _RESAMPLES) -> Estimate:
-    """The mean and its bootstrap interval over seeds, which need not lie evenly about the mean; always the same
-    resamples.
+    """Return the mean and its bootstrap interval over seeds, which may be asymmetric; the resamples are fixed.
 
-    It is the expanded percentile interval (Hesterberg, The American Statistician 69(4), 2015): the percentiles
-    are widened so that the interval of normal values is nearly Student's, for plain percentiles are too narrow by
-    ``sqrt((n - 1) / n)`` and by the normal quantile in place of t's.
+    The interval is the expanded percentile interval (Hesterberg, The American Statistician 69(4), 2015): plain
+    percentiles are too narrow by ``sqrt((n - 1) / n)`` and by the normal quantile in place of Student's.
 
     Args:
-        values: one per seed; those that are not finite are left out.
+        values: one per seed; values that are not finite are left out.
         level: coverage of the interval, between 0 and 1.
-        resamples: how many means are drawn.
+        resamples: number of means that are drawn.
 
     Returns:
-        An estimate without an interval below :data:`MIN_BOOTSTRAP` values: resamples of few values are too much alike.
+        An estimate whose bounds are NaN below :data:`MIN_BOOTSTRAP` values: resamples of few values are too similar.
     """
     kept = np.array([value for value in values if math.isfinite(value)], dtype=np.float64)
     n = len(kept)
@@ -152,16 +149,16 @@ def bootstrap_interval(values: Iterable[float], level: float = LEVEL, resamples:
 
 
 def band(values: Iterable[float], level: float = LEVEL) -> Estimate:
-    """The interval that a curve's band shows: a bootstrap's where there are seeds enough for one, else Student's t."""
+    """Return the interval that a curve's band shows: a bootstrap with enough seeds, else Student's t."""
     values = list(values)
-    found = bootstrap_interval(values, level)
-    return found if found.n >= MIN_BOOTSTRAP else mean_interval(values, level)
+    bootstrap = bootstrap_interval(values, level)
+    return bootstrap if bootstrap.n >= MIN_BOOTSTRAP else mean_interval(values, level)
 
 
 def paired_difference(
     arm: Mapping[int, float], baseline: Mapping[int, float], level: float = LEVEL
 ) -> PairedDifference:
-    """Arm minus baseline over the seeds that have a finite value in both.
+    """Return arm minus baseline over the seeds that have a finite value in both.
 
     Args:
         arm: value by seed.
@@ -169,26 +166,36 @@ def paired_difference(
         level: coverage of the interval.
     """
     seeds = tuple(sorted(finite(arm).keys() & finite(baseline).keys()))
-    own, other = (np.array([values[seed] for seed in seeds], dtype=np.float64) for values in (arm, baseline))
-    mean = float(other.mean()) if seeds else math.nan
-    return PairedDifference(
-        mean_interval(own - other, level), mean, seeds, _p_value(own - other), _correlation(own, other)
+    arm_values, baseline_values = (
+        np.array([side[seed] for seed in seeds], dtype=np.float64) for side in (arm, baseline)
     )
+    differences = arm_values - baseline_values
+    correlation = math.nan
+    if len(seeds) >= MIN_SEEDS and np.ptp(arm_values) and np.ptp(baseline_values):
+        correlation = float(np.corrcoef(arm_values, baseline_values)[0, 1])
+    baseline_mean = float(baseline_values.mean()) if seeds else math.nan
+    return PairedDifference(mean_interval(differences, level), baseline_mean, seeds, _p_value(differences), correlation)
+
+
+def _p_value(differences: NDArray[np.float64]) -> float:
+    n = len(differences)
+    if n < 2:
+        return math.nan
+    mean, deviation = float(differences.mean()), float(differences.std(ddof=1))
+    if deviation == 0:
+        return float(mean == 0)
+    return float(2 * stdtr(n - 1, -abs(mean) * math.sqrt(n) / deviation))
 
 
 def holm(p_values: Sequence[float], comparisons: int | None = None) -> list[float]:
-    """P-values that hold for several comparisons at once, by Holm's step-down method (Scand. J. Statist. 6, 1979,
-    65-70).
+    """Return p-values that hold for all comparisons at once, by Holm's step-down method (Scand. J. Statist. 6, 1979).
 
-    Calling those below 0.05 differences keeps the chance of a single false one below 0.05, whatever the comparisons
-    share, such as a baseline.
+    If those below 0.05 are called differences, the chance of a single false one is below 0.05, also for comparisons
+    that share a baseline.
 
     Args:
-        p_values: of single comparisons; NaN stands for one that cannot be made yet, and stays NaN.
-        comparisons: how many there are to be made in all, whether or not they have a p-value; None is as many as given.
-
-    Returns:
-        In the order of ``p_values``.
+        p_values: of single comparisons; NaN stands for a comparison without data, and stays NaN.
+        comparisons: total number, those without a p-value included; None is ``len(p_values)``.
     """
     adjusted, largest = [math.nan] * len(p_values), 0.0
     known = sorted((place for place, p in enumerate(p_values) if not math.isnan(p)), key=lambda place: p_values[place])
@@ -200,11 +207,10 @@ def holm(p_values: Sequence[float], comparisons: int | None = None) -> list[floa
 
 
 def verdict(n: int, p_value: float) -> Verdict:
-    """What may be said of a difference over ``n`` pairs: below three nothing, else whether chance explains it at the 5
-    % level.
+    """Return what may be concluded from a difference: nothing below three pairs, else whether p is below 0.05.
 
     Args:
-        n: paired seeds.
+        n: number of paired seeds.
         p_value: adjusted for the number of comparisons; see :func:`holm`.
     """
     if n < MIN_SEEDS:
@@ -213,23 +219,24 @@ def verdict(n: int, p_value: float) -> Verdict:
 
 
 def steps_to_reach(curve: Curve, target: float, goal: Goal = "min") -> float | None:
-    """The first step at which the curve is at or beyond ``target``, interpolated linearly between measurements.
+    """Return the first progress at which the curve reaches ``target``, interpolated linearly between measurements.
 
-    Steps may be any measure of progress: optimizer steps, images, device hours or FLOPs.
-
-    A curve that is there at its first measurement gives that step: what came before was not measured. Measurements that
-    are not finite are left out.
+    Progress may be optimizer steps, images, device hours or FLOPs. A curve that starts beyond the target gives its
+    first measurement. Measurements that are not finite are left out.
 
     Returns:
-        In the units of the curve's keys, or None if the target was never reached.
+        Progress in the units of the curve's keys, or None if the target was never reached.
     """
     sign = 1.0 if goal == "min" else -1.0
-    before: tuple[float, float] | None = None
+    previous: tuple[float, float] | None = None
     for place, value in sorted(finite(curve).items()):
         excess = sign * (value - target)
         if excess <= 0:
-            return float(place) if before is None else _crossing(before, (place, excess))
-        before = (place, excess)
+            if previous is None:
+                return float(place)
+            start, start_excess = previous
+            return start + (place - start) * start_excess / (start_excess - excess)
+        previous = (place, excess)
     return None
 
 
@@ -242,74 +249,108 @@ def speedup(
 ) -> Speedup | None:
     """Compare, seed by seed, when the arm and when the baseline first reach a value.
 
-    The baseline's own first crossing counts, not the end of its training: on a noisy curve it may have been there
-    earlier, and an arm compared with itself must give 1.
+    The baseline's own first crossing counts, not the end of its training: a noisy baseline may have crossed the value
+    earlier, and an arm compared with itself must give 1. Measurements at step 0 are left out.
 
     Args:
         arm: curve by seed, over any measure of progress.
         baseline: curve by seed, of the same metric over the same measure.
         goal: whether small or large values are good.
-        target: the value; None is what the baseline ends with, seed by seed.
+        target: the value; None is the baseline's final value, seed by seed.
         level: coverage of the interval of the ratio.
 
     Returns:
         None if no seed has both curves.
     """
-    pairs = [(_begun(arm[seed]), _begun(baseline[seed])) for seed in sorted(arm.keys() & baseline.keys())]
-    pairs = [(own, other) for own, other in pairs if own and other]
+    curves = [
+        tuple({place: value for place, value in finite(side[seed]).items() if place > 0} for side in (arm, baseline))
+        for seed in sorted(arm.keys() & baseline.keys())
+    ]
+    pairs = [(arm_curve, baseline_curve) for arm_curve, baseline_curve in curves if arm_curve and baseline_curve]
     if not pairs:
         return None
     reached = []
-    for own, other in pairs:
-        value = other[max(other)] if target is None else target
-        mine, theirs = steps_to_reach(own, value, goal), steps_to_reach(other, value, goal)
-        if mine is not None and theirs is not None:
-            reached.append((mine, theirs, mine == min(own) or theirs == min(other)))
-    ratio = ratio_interval((theirs / mine for mine, theirs, _ in reached), level)
-    early = sum(is_early for *_, is_early in reached)
-    return Speedup(ratio, mean_interval(mine for mine, *_ in reached).mean, len(reached), len(pairs), early)
+    for arm_curve, baseline_curve in pairs:
+        value = baseline_curve[max(baseline_curve)] if target is None else target
+        arm_steps, baseline_steps = (steps_to_reach(curve, value, goal) for curve in (arm_curve, baseline_curve))
+        if arm_steps is not None and baseline_steps is not None:
+            is_early = arm_steps == min(arm_curve) or baseline_steps == min(baseline_curve)
+            reached.append((arm_steps, baseline_steps, is_early))
+    ratio = ratio_interval((baseline_steps / arm_steps for arm_steps, baseline_steps, _ in reached), level)
+    steps = mean_interval(arm_steps for arm_steps, *_ in reached).mean
+    return Speedup(ratio, steps, len(reached), len(pairs), sum(is_early for *_, is_early in reached))
 
 
-def in_common(one: Iterable[float], other: Iterable[float]) -> tuple[set[float], set[float]]:
-    """Of the steps at which two curves were measured those that compare: both were, or the other one had ended.
+def in_common(first: Iterable[float], second: Iterable[float]) -> tuple[set[float], set[float]]:
+    """Return, for each of two curves, the steps to compare: measured on both, or after the other curve has ended.
 
-    A curve that is measured more often crosses a value earlier between its points, the more so where it is convex; one
-    that is measured sooner may be seen to cross before the other was looked at.
+    A curve that is measured more often crosses a value earlier between its points, and a curve that is measured sooner
+    may be seen to cross before the other was looked at.
     """
-    mine, theirs = set(one), set(other)
-    both = mine & theirs
+    first_steps, second_steps = set(first), set(second)
+    both = first_steps & second_steps
     return (
-        both | {step for step in mine if step > max(theirs, default=-math.inf)},
-        both | {step for step in theirs if step > max(mine, default=-math.inf)},
+        both | {step for step in first_steps if step > max(second_steps, default=-math.inf)},
+        both | {step for step in second_steps if step > max(first_steps, default=-math.inf)},
     )
 
 
+def pair_curves(
+    arm: SeedCurves, baseline: SeedCurves, arm_places: SeedCurves, baseline_places: SeedCurves
+) -> tuple[SeedCurves, SeedCurves]:
+    """Keep, seed by seed, the points of two arms' curves that can be compared; see :func:`in_common`.
+
+    Args:
+        arm: value by progress, by seed.
+        baseline: the same for the baseline.
+        arm_places: progress by step, by seed, of the arm's curves.
+        baseline_places: the same for the baseline.
+    """
+    kept: tuple[dict[int, Curve], dict[int, Curve]] = ({**arm}, {**baseline})
+    for seed in arm.keys() & baseline.keys():
+        places = (arm_places.get(seed, {}), baseline_places.get(seed, {}))
+        for curves, steps, place_of in zip(kept, in_common(*places), places, strict=True):
+            wanted = {place for step, place in place_of.items() if step in steps}
+            curves[seed] = {place: value for place, value in curves[seed].items() if place in wanted}
+    return kept
+
+
 def finite(values: Mapping[Key, float]) -> dict[Key, float]:
-    """Those values that are finite."""
+    """Return the entries whose values are finite."""
     return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
-def _p_value(differences: NDArray[np.float64]) -> float:
-    n = len(differences)
-    if n < 2:
-        return math.nan
-    mean, spread = float(differences.mean()), float(differences.std(ddof=1))
-    if spread == 0:
-        return float(mean == 0)
-    return float(2 * stdtr(n - 1, -abs(mean) * math.sqrt(n) / spread))
+@dataclass(frozen=True)
+class ComparedMetric:
+    """The metric that a sweep compares: its full name, its goal, and by full name the target values of metrics."""
+
+    metric: str
+    goal: Goal = "min"
+    targets: Mapping[str, list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any]) -> ComparedMetric:
+        """Read the ``compare`` section of a sweep's manifest."""
+        compare = manifest["compare"]
+        return cls(compare["metric"], "max" if compare["goal"] == "max" else "min", compare.get("targets") or {})
 
 
-def _correlation(own: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    if len(own) < MIN_SEEDS or not (np.ptp(own) and np.ptp(other)):
-        return math.nan
-    return float(np.corrcoef(own, other)[0, 1])
+def headline(compared: ComparedMetric, rows: list[Row]) -> dict[str, Any]:
+    """Return one run in a few numbers; empty until the compared metric was measured.
 
+    Args:
+        compared: the metric that the run's sweep compares.
+        rows: all metric rows of the run.
 
-def _begun(curve: Curve) -> dict[float, float]:
-    """The finite measurements after the first step: a ratio has no use for step 0."""
-    return {place: value for place, value in finite(curve).items() if place > 0}
-
-
-def _crossing(above: tuple[float, float], below: tuple[float, float]) -> float:
-    (start, excess), (end, deficit) = above, below
-    return start + (end - start) * excess / (excess - deficit)
+    Returns:
+        ``metric`` (name), ``final`` and ``best`` (values), ``best_step``, and for every reached target of the metric
+        ``steps_to/<value>`` in optimizer steps.
+    """
+    curve = {row["step"]: row[compared.metric] for row in rows if row.get(compared.metric) is not None}
+    if not curve:
+        return {}
+    best = (min if compared.goal == "min" else max)(curve, key=lambda step: curve[step])
+    targets = compared.targets.get(compared.metric, [])
+    steps = {f"steps_to/{value:g}": steps_to_reach(curve, value, compared.goal) for value in targets}
+    reached = {name: step for name, step in steps.items() if step is not None}
+    return {"metric": compared.metric, "final": curve[max(curve)], "best": curve[best], "best_step": best, **reached}

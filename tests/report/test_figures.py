@@ -2,16 +2,17 @@ from __future__ import annotations
 
 import math
 import re
+from html import unescape
 from pathlib import Path
 
 import matplotlib as mpl
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from repa_lab.report import figures
-from repa_lab.report.figures.frames import paired
-from repa_lab.report.progress import HOURS
-from repa_lab.report.results import Results, load_results
+from repa_lab.report.figures.curves import paired_curves
+from repa_lab.report.results import HOURS, Results, load_results
 from repa_lab.report.search import objectives, search_frame
 from repa_lab.report.statistics import bootstrap_interval, mean_interval
 from repa_lab.runs import RunsRoot, State, SweepDirectory, files
@@ -326,9 +327,64 @@ def test_no_arrow_comes_of_looking_more_often(build: Build) -> None:
 
     arms = [FakeArm("base", runs(1000, 0.0)), FakeArm("arm", runs(200, 0.001), "base")]
     frame = figures.convergence_frame(load_results(build(arms).path))
-    own, other = paired(frame[frame["arm"] == "arm"], frame[frame["arm"] == "base"])
+    own, other = paired_curves(frame[frame["arm"] == "arm"], frame[frame["arm"] == "base"])
     assert (
         [sorted(curve) for curve in own.values()]
         == [sorted(curve) for curve in other.values()]
         == 3 * [[1000, 2000, 3000]]
     )
+
+
+# ---- labels are the user's words
+
+LONG = [f"an arm with a very long label that says much too much about every one of its settings: {n}" for n in (1, 2)]
+WORDS = [r"$\frac{$", "price $5 to $9", "_hidden", *LONG, "line\nbreak"]
+
+
+def worded(build: Build, words: list[str] = WORDS) -> Results:
+    runs = {word: constant_runs([9.0 - place, 8.0, 7.0], cka=0.3) for place, word in enumerate(words)}
+    arms = [FakeArm("$base$", constant_runs([10.0] * 3, cka=0.3))]
+    return load_results(build([*arms, *(FakeArm(word, runs[word], "$base$") for word in words)]).path)
+
+
+def drawn_texts(figure: Figure, path: Path) -> list[str]:
+    """What stands in the SVG of a figure, math rendered as math would be split into glyphs."""
+    svg = figures.to_svg(figure, path.name)
+    figures.save(figure, path)
+    return [unescape(re.sub("<[^>]+>", "", text)) for text in re.findall(r"<text[^>]*>(.*?)</text>", svg, re.DOTALL)]
+
+
+def test_every_arm_is_in_every_legend_as_text(build: Build, tmp_path: Path) -> None:
+    results = worded(build)
+    shown = [*(f"{word} (n = 3)" for word in (*WORDS[:3], "line break", "$base$"))]
+    for draw, frame in (
+        (figures.draw_convergence, figures.convergence_frame(results)),
+        (figures.draw_alignment, figures.alignment_frame(results)),
+    ):
+        figure = draw(frame)
+        texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        assert len(texts) == len(WORDS) + 1
+        assert set(shown) <= set(texts)
+        assert set(texts) <= set(drawn_texts(figure, tmp_path / "figure.png"))
+        long = [text for text in texts if text.startswith("an arm with")]
+        assert len(set(long)) == 2 and all(len(text) < 50 and "\u2026" in text for text in long)
+    quality = figures.draw_quality(figures.quality_frame(results))
+    assert "_hidden" in [text.get_text() for text in quality.axes[0].get_legend().get_texts()]
+    differences = drawn_texts(figures.draw_differences(figures.differences_frame(results)), tmp_path / "figure.png")
+    assert {"$\\frac{$  (n = 3)", "_hidden  (n = 3)", "price $5 to $9  (n = 3)"} <= set(differences)
+
+
+def test_long_labels_that_differ_in_the_middle_are_numbered(build: Build) -> None:
+    middle = [f"{'a' * 40}{n}{'b' * 40}" for n in (1, 2, 3)]
+    (axes,) = figures.draw_differences(figures.differences_frame(worded(build, middle))).axes
+    labels = [label.get_text().removesuffix("  (n = 3)") for label in axes.get_yticklabels()]
+    assert labels[1:] == [f"{labels[0]} #2", f"{labels[0]} #3"]
+
+
+def test_choices_of_a_search_are_text(build: Build, tmp_path: Path) -> None:
+    search = trials([(5.0, 1.0), (3.0, 2.0)])
+    for trial, choice in zip(search["trials"], (r"$\frac{$", "$a$ and $b$"), strict=True):
+        trial["params"] = {"data.path": choice}
+    results = searched(build, search)
+    texts = drawn_texts(figures.draw_slices(search_frame(results), dict(objectives(results))), tmp_path / "figure.png")
+    assert {r"$\frac{$", "$a$ and $b$"} <= set(texts)

@@ -7,11 +7,11 @@ import json
 import pytest
 
 from repa_lab.report import load_results
-from repa_lab.report.methods import measured_how
+from repa_lab.report.text import methods
 
 from .conftest import METRIC, Build, FakeArm, FakeRun
 
-NOTE = "300 images for 1280 features leave a covariance singular, and the distance biased upward: it ranks, no more."
+NOTE = "300 images for 1280 features make a covariance singular and bias the distance upward: it ranks arms, no more."
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ NOTE = "300 images for 1280 features leave a covariance singular, and the distan
 def test_too_few_images_for_the_features_are_told(build: Build, protocol, is_told):
     sweep = build([FakeArm("arm", [FakeRun(0, {600: 1.0}, run_id="run")])])
     (sweep.root.run("run").path / "protocols.json").write_text(json.dumps({METRIC: protocol}))
-    (line, *_) = measured_how(load_results(sweep.path))
+    (line, *_) = methods(load_results(sweep.path))
     assert line.startswith(METRIC)
     assert line.endswith(NOTE) is is_told
 
@@ -49,5 +49,5 @@ def test_an_average_that_still_holds_initial_weights_is_told(build: Build, ema, 
         "settled", [FakeRun(0, {600: 1.0})], config={"train": {"steps": 5000, "ema": {"decay": 0.9, "warmup": True}}}
     )
     arm = FakeArm("arm", [FakeRun(seed, {600: 1.0}) for seed in (0, 1)], config={"train": {"steps": 5000, **ema}})
-    lines = [line for line in measured_how(load_results(build([settled, arm]).path)) if line.startswith("train.ema")]
+    lines = [line for line in methods(load_results(build([settled, arm]).path)) if line.startswith("train.ema")]
     assert lines == [f"train.ema: {text}; set train.ema.warmup, or lower the decay." for text in told]

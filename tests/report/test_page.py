@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from repa_lab.report import ReportPaths, ResultsError, write_report
+from repa_lab.report import ReportPaths, ResultsError, figures, write_report
 from repa_lab.runs import RunsRoot, State
 
 from .conftest import METRIC, STEPS, Build, FakeArm, FakeRun, build_quickstart, builder, constant_runs
@@ -202,6 +202,26 @@ def test_a_profile_that_cannot_be_read_costs_no_more_than_itself(build: Build, r
     sweep = build([FakeArm("arm", [FakeRun(0, {100: 1.0}, run_id="hurt")])])
     (root.run("hurt").path / "profile.json").write_text("{")
     assert "hurt" in write_report(sweep).markdown.read_text()
+
+
+def test_a_figure_that_cannot_be_drawn_is_named_and_costs_nothing_else(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise ValueError("no font\nat all")
+
+    sweep = build(
+        [FakeArm("base", constant_runs([2.0, 3.0])), FakeArm("_arm", constant_runs([1.0, 1.0], cka=0.3), "base")]
+    )
+    monkeypatch.setattr(figures, "draw_convergence", fail)
+    paths = write_report(sweep)
+    assert [path.name for path in paths.figures] == ["alignment.png"]
+    text = paths.markdown.read_text()
+    for title in ("optimizer steps", "images seen", "device hours of training"):
+        line = f"- The figure 'convergence: {title}' could not be drawn (ValueError: no font)."
+        assert line in text.splitlines()
+    assert "figures/convergence" not in text
+    assert "| _arm | 600 | 2 |" in text
 
 
 def test_a_sweep_that_was_never_recorded(root: RunsRoot) -> None:

@@ -16,9 +16,9 @@ from repa_lab.report import load_profile, load_results, profile_figure
 from repa_lab.report.figures import save
 from repa_lab.report.profile import (
     profile_difference,
-    profile_figures,
     profile_matrix,
     shown_metrics,
+    shown_profiles,
     why_not_comparable,
 )
 from repa_lab.report.results import ResultsError
@@ -186,15 +186,18 @@ def test_a_sweep_shows_each_arm_that_has_one_beside_its_baseline(build: Build):
     def at(arm: str, seed: int, **changed: Any) -> None:
         store(sweep.root.run(ids[arm, seed]), **changed)
 
-    assert list(profile_figures(results, sweep.root)) == []
+    assert list(shown_profiles(results, sweep.root)) == []
     at("base", 1, aligned=None)
     at("near", 0)
     at("near", 1)
     at("far", 1, weights="last")
-    found = {caption: len(panels(figure)) for caption, figure in profile_figures(results, sweep.root)}
+    found = {
+        title: len(panels(profile_figure(runs, names=names)))
+        for title, runs, names in shown_profiles(results, sweep.root)
+    }
     assert found == {"near, seed 1, and its baseline": 3, "far, seed 1": 1}
     profiles.path_of(sweep.root.run(ids["near", 1])).unlink()
-    assert [caption for caption, _ in profile_figures(results, sweep.root)] == [
+    assert [title for title, *_ in shown_profiles(results, sweep.root)] == [
         "base, seed 1",
         "near, seed 0",
         "far, seed 1",

@@ -122,7 +122,7 @@ def test_arms_that_share_their_runs_are_named(build):
     (one,) = compare_published(
         load_results(sweep.path), published(a={"fid": 1}, b={"fid": 2}, c={"fid": 3}), exact=False
     )
-    assert list(sentences(one))[-1] == "the same runs, for their settings are the same here: a, b"
+    assert list(sentences(one))[-1] == "the same runs, because their settings are the same here: a, b"
 
 
 def test_arms_are_set_beside_each_other_at_equal_progress(build):
@@ -144,4 +144,4 @@ def test_values_of_another_protocol_are_left_out_and_named(build):
     (one,) = compare_published(load_results(sweep.path), said, exact=False)
     assert {row.arm: row.measured.n for row in one.rows} == {"a": 0, "b": 3, "c": 3}
     assert one.refused == ("a",)
-    assert f"fid: a left out, for under the name {METRIC} they were measured unlike 'b'" in list(sentences(one))
+    assert f"fid: a left out, because under the name {METRIC} they were measured unlike 'b'" in list(sentences(one))

@@ -360,9 +360,7 @@ def test_contradicting_rows_are_named_and_the_last_counts(build: Build, root: Ru
         writer.row({"step": 600, METRIC: 2.0})
     results = load_results(sweep.path)
     assert row(results, "arm")["mean"] == 2.0
-    assert results.troubles["what"].tolist() == [
-        f"{METRIC} at step 600 stands there twice, differently; the last counts"
-    ]
+    assert results.troubles["what"].tolist() == [f"{METRIC} at step 600 is there twice, differently; the last counts"]
 
 
 def test_a_protocol_that_changed_while_a_run_went_on_is_named(build: Build, root: RunsRoot) -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from repa_lab.report.table import Table, latex
+from repa_lab.report.tables import Table, latex
 
 TABLE = Table(["arm", "n", "p"], [["a_b", "3", "<0.001"], ["x & y", "2 of 3", "n/a"]])
 

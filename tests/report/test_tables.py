@@ -11,11 +11,9 @@ from collections.abc import Sequence
 import pytest
 from PIL import Image
 
-from repa_lab.report.ledger import cost_table
-from repa_lab.report.provenance import protocols_table, provenance_table
+from repa_lab.report.page import sheets
 from repa_lab.report.results import load_results
-from repa_lab.report.samples import sheets
-from repa_lab.report.tables import summary_tables, targets_tables
+from repa_lab.report.tables import cost_table, protocols_table, provenance_table, summary_tables, targets_tables
 from repa_lab.runs import RunsRoot, RunWriter, files
 
 from .conftest import METRIC, Build, FakeArm, FakeRun, constant_runs

@@ -5,12 +5,10 @@ import math
 import pytest
 
 from repa_lab.report import answer
-from repa_lab.report.exclusions import exclusions
-from repa_lab.report.lead import lead
-from repa_lab.report.phrases import decimals, p_value, significant
 from repa_lab.report.results import load_results
 from repa_lab.report.search import best_trial
-from repa_lab.report.words import incomplete
+from repa_lab.report.tables import decimals, p_value, significant
+from repa_lab.report.text import exclusions, incomplete, lead
 from repa_lab.runs import RunsRoot, State, SweepDirectory
 
 from .conftest import METRIC, STEPS, Build, FakeArm, FakeRun, constant_runs
@@ -32,7 +30,7 @@ def test_a_resolved_difference_in_full(build: Build) -> None:
         f"arm: {METRIC} at step 600 is 224.0 against 246.0 of base: -22.0 (-8.9 %), 95 % interval of the paired "
         "difference [-24.5, -19.5], n = 3 seeds: lower, which is better; resolved. It reached the baseline's final value "
         "at step 100, at 1.00x the baseline's speed, 95 % interval of the ratio [1.00, 1.00], not resolved as it contains 1 "
-        "(3 of 3 seeds). In 3 of 3 seeds the arm's or the baseline's first measurement was there already, so how much sooner "
+        "(3 of 3 seeds). In 3 of 3 seeds the arm or the baseline was there at its first measurement, so how much sooner "
         "is not known."
     )
 
@@ -73,13 +71,13 @@ def test_sooner_with_seeds_that_never_got_there(build: Build) -> None:
     arm = [FakeRun(0, {100: 10.0, 200: 5.0}), FakeRun(1, {100: 15.0, 200: 5.0}), FakeRun(2, {100: 30.0, 200: 15.0})]
     (line,) = said(build([FakeArm("base", base), FakeArm("arm", arm, "base")]))
     assert "at step 125, 1.63x sooner, 95 % interval of the ratio [0.12, 21.46]" in line
-    assert "(2 of 3 seeds; the others did not, so this flatters it)" in line
+    assert "(2 of 3 seeds; the other seeds did not, so this is optimistic)" in line
 
 
 def test_the_step_says_when_it_is_not_the_last(build: Build) -> None:
     short = [FakeRun(0, {100: 2.0, 200: 1.0}, State.FAILED, "ValueError: no")]
     lines = said(build([FakeArm("base", constant_runs([2.0])), FakeArm("arm", short, "base")]))
-    assert "at step 200 of 600 (the last that all its measured runs and its baseline's have)" in lines[0]
+    assert "at step 200 of 600 (the last step that all its measured runs and those of its baseline have)" in lines[0]
     assert lines[1] == "Incomplete: arm: seed 0 failed at step 200 (ValueError: no)."
 
 
@@ -98,7 +96,7 @@ def test_seeds_left_out_are_counted(build: Build) -> None:
 def test_nothing_finite(build: Build) -> None:
     runs = [FakeRun(0, dict.fromkeys(STEPS, math.nan))]
     lines = said(build([FakeArm("base", constant_runs([1.0])), FakeArm("arm", runs, "base")]))
-    assert lines == [f"arm: no seed has a finite {METRIC} at step 600 both in it and in base; nothing to compare."]
+    assert lines == [f"arm: no seed has a finite {METRIC} at step 600 in both the arm and base; nothing to compare."]
 
 
 def test_nothing_measured_yet(build: Build) -> None:
@@ -143,7 +141,7 @@ def test_a_sweep_without_a_baseline_claims_nothing(build: Build) -> None:
 def test_the_same_run_is_no_comparison(build: Build) -> None:
     shared = [FakeRun(0, dict.fromkeys(STEPS, 1.0), run_id="shared")]
     (line,) = said(build([FakeArm("off", shared), FakeArm("weight=0", shared, "off")]))
-    assert line == "weight=0: it is the same run as off, setting for setting, so there is no difference to measure."
+    assert line == "weight=0: the same run as off, setting for setting, so there is no difference to measure."
 
 
 def test_pruned_runs_are_not_incomplete(build: Build) -> None:
@@ -191,9 +189,7 @@ def test_a_search_with_several_objectives_names_its_front(build: Build) -> None:
     recorded = search(("t0", "complete", 3.1), ("t1", "complete", 2.1), ("t2", "complete", 1.1))
     recorded["objectives"] = [{"metric": METRIC, "goal": "min"}, {"metric": "gpu_hours", "goal": "min"}]
     (line, *_) = said(searched(build, search={**recorded, "pareto": ["t0", "t2"]}))
-    wanted = (
-        f"Of 3 completed trials (3 in all), none is better in all of {METRIC} (min) and gpu_hours (min) than: t0; t2."
-    )
+    wanted = f"Pareto front of 3 completed trials (3 in all) over {METRIC} (min) and gpu_hours (min): t0; t2."
     assert line.startswith(wanted)
 
 
@@ -206,7 +202,7 @@ def test_a_search_that_has_just_begun(build: Build) -> None:
 def test_a_difference_that_chance_explains_among_several_is_not_resolved(build: Build) -> None:
     base, near = FakeArm("base", constant_runs([10.0, 20.0, 30.0])), constant_runs([9.0, 19.5, 29.0])
     sweep = build([base, FakeArm("arm", near, "base"), FakeArm("other", [0], "base")])
-    assert "not resolved, for among 2 comparisons chance suffices (Holm's p = 0.075)." in said(sweep)[0]
+    assert "not resolved, chance explains it among 2 comparisons (Holm's p = 0.075)." in said(sweep)[0]
 
 
 def test_protocols_that_differ_under_one_name_are_named(build: Build) -> None:
@@ -217,7 +213,7 @@ def test_protocols_that_differ_under_one_name_are_named(build: Build) -> None:
     assert said(sweep) == [f"arm: cannot be compared with base: {reason}."]
     (line,) = exclusions(load_results(sweep.path))
     assert line.startswith(
-        f"arm: {METRIC} is not compared with base, for under this one name runs were measured differently"
+        f"arm: {METRIC} is not compared with base, because under this one name runs were measured differently"
     )
 
 
@@ -320,7 +316,7 @@ def test_one_look_at_each_tells_no_speed(build: Build) -> None:
     (line,) = said(build([*arms, FakeArm("arm", [FakeRun(s, {600: 20.0 + s}) for s in range(3)], "base")]))
     assert "resolved. It reached the baseline's final value at step 600, at 1.00x the baseline's speed" in line
     assert line.endswith(
-        "In 3 of 3 seeds the arm's or the baseline's first measurement was there already, so how much sooner is not known."
+        "In 3 of 3 seeds the arm or the baseline was there at its first measurement, so how much sooner is not known."
     )
 
 

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import wandb
 
-from repa_lab.report.headline import Compared, headline
+from repa_lab.report.statistics import ComparedMetric, headline
 from repa_lab.runs import RunDirectory, RunWriter, State
 from repa_lab.tracking import Journal
 from repa_lab.tracking.sync import offline_folders
@@ -224,7 +224,7 @@ def test_a_run_that_goes_on_tells_what_its_numbers_depend_on_by_then(tmp_path, s
 
 def test_the_curves_are_the_run_directorys_and_the_summary_has_its_headline(tmp_path, server):
     directory = RunDirectory(tmp_path / "abc")
-    compared = Compared("fid:inception@16/ode2", "min", {"fid:inception@16/ode2": [25.0, 10.0]})
+    compared = ComparedMetric("fid:inception@16/ode2", "min", {"fid:inception@16/ode2": [25.0, 10.0]})
     told = WandbRun("a", "b", {}, "p", "offline", headline=partial(headline, compared))
     tell(directory, told, ROWS)
     rows, table = history(directory)[:-1], history(directory)[-1]

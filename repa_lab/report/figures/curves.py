@@ -1,27 +1,172 @@
-"""A panel of curves: means over seeds with their bands, each arm in its colour."""
+"""Curves over training: convergence of the compared metric, alignment on held-out images, quality against alignment."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from repa_lab.report.figures.frames import means, shared_parts, unique
-from repa_lab.report.figures.style import FAINT, GREY, PALETTE, blend
-from repa_lab.report.progress import STEPS, Axis
-from repa_lab.report.statistics import MIN_BOOTSTRAP, MIN_SEEDS
+from repa_lab.report.figures.data import ALIGNMENT, means, panels, shared_parts, unique
+from repa_lab.report.figures.style import (
+    FAINT,
+    GREY,
+    INK,
+    PALETTE,
+    SOFT,
+    blend,
+    canvas,
+    legend,
+    log_scale,
+    short_labels,
+    shorten,
+    styled,
+)
+from repa_lab.report.results import STEPS, Axis
+from repa_lab.report.statistics import (
+    MIN_BOOTSTRAP,
+    MIN_SEEDS,
+    Goal,
+    SeedCurves,
+    Speedup,
+    pair_curves,
+    speedup,
+    steps_to_reach,
+)
+from repa_lab.report.summary import bare_name
 
-MOST_BANDS = 3
+MAX_BANDS = 3
+_MAX_TITLE = 60
+_MAX_COLUMNS = 3
 _LARGE = 1e7
+_NAMES = {"frechet": "Fr\u00e9chet distance", "fid": "FID"}
+Entries = list[tuple[Artist, str]]  # of a legend
+
+
+@styled
+def draw_convergence(frame: pd.DataFrame, goal: Goal = "min", axis: Axis = STEPS, captioned: bool = True) -> Figure:
+    """Draw convergence curves, a panel per group of arms that share a baseline.
+
+    Lines are means over seeds, bands their 95 % intervals; with two seeds, or seeds that stopped early, every seed has
+    a thin line. With more than three arms, bars at the last step replace the bands. If a panel has one arm and its
+    baseline and the speed-up is resolved, an arrow shows it.
+
+    Args:
+        frame: from :func:`repa_lab.report.figures.convergence_frame`.
+        goal: whether small or large values are good.
+        axis: the measure of progress of the frame.
+        captioned: whether to explain lines and bands below the panels.
+    """
+    cells = list(panels(frame))
+    columns = min(len(cells), _MAX_COLUMNS)
+    size = (5.2 if columns > 1 else 6.2, 4.5)
+    figure, places = canvas(math.ceil(len(cells) / columns), columns, size)
+    for axes, rows in zip(places, cells, strict=False):
+        metric = str(rows["metric"].iloc[0])
+        entries = _draw_panel(axes, rows, arm_styles(frame, str(rows["group"].iloc[0])), axis)
+        kind = metric.partition(":")[0]
+        better = "lower" if goal == "min" else "higher"
+        label = f"{_NAMES.get(kind, kind)} ({better} is better)\n{metric}"
+        axes.set_ylabel(label, fontsize=min(11.0, 400 / len(metric)))
+        legend(axes, entries, "upper right" if goal == "min" else "lower right")
+        _mark_speedup(axes, rows, goal, axis)
+    for axes in places[len(cells) :]:
+        axes.remove()
+    return _with_caption(figure, frame) if captioned else figure
+
+
+@styled
+def draw_alignment(frame: pd.DataFrame, captioned: bool = True) -> Figure:
+    """Draw held-out alignment over steps: rows of panels for each group of arms, a panel per measure.
+
+    Args:
+        frame: from :func:`repa_lab.report.figures.alignment_frame`.
+        captioned: whether to explain lines and bands below the panels.
+    """
+    metrics = {group: unique(frame[frame["group"] == group], "metric") for group in unique(frame, "group")}
+    columns = min(max(map(len, metrics.values())), _MAX_COLUMNS)
+    # Every group begins a new row of panels.
+    cells = [(group, name) for group, names in metrics.items() for name in [*names, *[""] * (-len(names) % columns)]]
+    figure, places = canvas(len(cells) // columns, columns, size=(4.4, 3.4) if columns > 1 else (5.4, 3.9))
+    for axes, (group, metric) in zip(places, cells, strict=True):
+        rows = frame[(frame["group"] == group) & (frame["metric"] == metric)]
+        if rows.empty:
+            axes.remove()
+            continue
+        entries = _draw_panel(axes, rows, arm_styles(frame, group), STEPS)
+        axes.set_ylabel(_alignment_label(metric))
+        legend(axes, entries, "best")
+    return _with_caption(figure, frame) if captioned else figure
+
+
+@styled
+def draw_quality(frame: pd.DataFrame) -> Figure:
+    """Draw quality against alignment: a point per run and evaluation, joined in training order, the last one larger.
+
+    Args:
+        frame: from :func:`repa_lab.report.figures.quality_frame`.
+    """
+    # A panel has one protocol along either axis.
+    cells = frame.groupby(["group", "metric", "alignment_metric"], sort=False)
+    figure, places = canvas(1, len(cells), size=(5.1, 4.3))
+    for axes, ((group, metric, alignment), rows) in zip(places, cells, strict=True):
+        entries: Entries = []
+        for style in arm_styles(frame, group):
+            for seed_place, (_, run) in enumerate(rows[rows["arm"] == style.arm].sort_values("step").groupby("seed")):
+                color, alignments, values = style.color, run["alignment"], run["quality"]
+                line = axes.plot(alignments, values, color=color, lw=1, alpha=0.7, marker="o", ms=3.5)
+                axes.plot(alignments.iloc[-1:], values.iloc[-1:], color=color, marker="o", ms=8, mec="white")
+                if seed_place == 0 and not style.is_faint:
+                    entries.append((line[0], style.name))
+        axes.set(title=_title(rows), xlabel=_alignment_label(alignment), ylabel=metric)
+        legend(axes, entries, "best")
+    return figure
+
+
+def _alignment_label(metric: str) -> str:
+    name = ALIGNMENT.get(bare_name(metric))
+    return f"{name}\n{metric}" if name else metric
+
+
+def _title(rows: pd.DataFrame) -> str:
+    """Return what the arms of a panel share with the baseline that names the group and may not be among them."""
+    labels = dict.fromkeys([*unique(rows, "group"), *unique(rows, "arm")])
+    return shorten(", ".join(shared_parts([label for label in labels if label])), _MAX_TITLE)
+
+
+def caption(frame: pd.DataFrame) -> str:
+    """Explain the lines and bands of a figure."""
+    most = int(frame["n"].max())
+    if most <= 1:
+        return "One seed: no interval."
+    is_crowded = frame.groupby(["group", "metric"])["arm"].nunique().max() > MAX_BANDS
+    if is_crowded and most < MIN_SEEDS:
+        return "Line: mean over two seeds, which are too few for a useful interval."
+    kind = "bootstrap" if most >= MIN_BOOTSTRAP else "Student-t"
+    spread = f"Bar: 95 % {kind} interval of the last mean" if is_crowded else f"Band: 95 % {kind} interval of that mean"
+    thin = "; thin: single seeds" if _needs_seeds(frame) and not is_crowded else ""
+    return f"Line: mean over n seeds{thin}. {spread}; by seed (paired), arms may differ clearly where these overlap."
+
+
+def _with_caption(figure: Figure, frame: pd.DataFrame) -> Figure:
+    text = caption(frame)
+    text = text if figure.get_figwidth() > 10 else text.replace(". ", ".\n", 1)
+    figure.supxlabel(text, x=0.012, ha="left", multialignment="left", fontsize=9, color="#6e7781")
+    return figure
+
+
+# ---- a panel
 
 
 @dataclass(frozen=True)
-class Look:
-    """How an arm is drawn, the same in every figure."""
+class ArmStyle:
+    """The name and colour of an arm, the same in every figure; ``is_faint`` for arms beyond the six colours."""
 
     arm: str
     name: str
@@ -30,119 +175,65 @@ class Look:
     is_faint: bool
 
 
-def looks(frame: pd.DataFrame, group: str) -> list[Look]:
-    """The arms of a group in the order of drawing: the baseline, then from the worst to the best.
+def arm_styles(frame: pd.DataFrame, group: str) -> list[ArmStyle]:
+    """Return the arms of a group in the order of drawing: the baseline, then from the worst to the best.
 
-    An arm that stands alone against its baseline has a hue per group, and the baseline a greyed version of it. Beyond
-    six arms the worse ones are faint: six hues are what eyes tell apart.
+    An arm that stands alone against its baseline has the hue of its group, and the baseline is a greyed version of that
+    hue. Beyond six arms the worse ones are faint: six hues are as many as can be told apart.
     """
     arms = frame[frame["group"] == group].drop_duplicates("arm").sort_values("rank", ascending=False, kind="stable")
     others = arms[~arms["is_baseline"].astype(bool)]
-    alone = PALETTE[int(others["hue"].iloc[0]) % len(PALETTE)] if len(others) == 1 else None
-    found = [
-        _look(row.arm, row.name, bool(row.is_baseline), int(row.hue), int(row.rank), alone)
-        for row in arms[["arm", "name", "is_baseline", "hue", "rank"]].itertuples(index=False, name="Arm")
-    ]
-    return sorted(found, key=lambda look: not look.is_baseline)
+    single = PALETTE[int(others["hue"].iloc[0]) % len(PALETTE)] if len(others) == 1 else None
+    names = short_labels(unique(arms, "name"))
+    styles = []
+    for row in arms.itertuples():
+        is_faint = not row.is_baseline and not single and not 0 <= row.rank < len(PALETTE)
+        color = FAINT if is_faint else single or PALETTE[row.hue % len(PALETTE)]
+        if row.is_baseline:
+            color = blend(GREY, single, 0.3) if single else GREY
+        styles.append(ArmStyle(row.arm, names[str(row.name)], color, bool(row.is_baseline), is_faint))
+    return sorted(styles, key=lambda style: not style.is_baseline)
 
 
-def draw_curves(axes: Axes, rows: pd.DataFrame, group_looks: list[Look], axis: Axis = STEPS) -> None:
-    """Draw a panel.
-
-    Args:
-        axes: where.
-        rows: of one group and metric.
-        group_looks: from :func:`looks`.
-        axis: the measure of progress of the rows.
-    """
-    factor, label = axis.scale(float(rows["progress"].max()))
+def _draw_panel(axes: Axes, rows: pd.DataFrame, styles: list[ArmStyle], axis: Axis) -> Entries:
+    """Draw the curves of one group and metric, and return the entries of the legend."""
+    factor, progress_label = axis.scale(float(rows["progress"].max()))
     rows = rows.assign(progress=rows["progress"] * factor, place=rows["place"] * factor)
-    shown = [look for look in group_looks if look.arm in set(rows["arm"])]
-    clear = [look for look in shown if not look.is_faint]
-    _faint(axes, rows, [look for look in shown if look.is_faint])
-    for place, look in enumerate(clear, start=1):
-        arm = rows[rows["arm"] == look.arm].sort_values("step")
-        _curve(axes, arm, look)
-        if len(shown) <= MOST_BANDS:
-            _band(axes, arm, look)
-            _seeds(axes, arm if _needs_seeds(arm) else arm[:0], look)
-        else:
-            _bar(axes, arm, look, shift=0.018 * place * float(np.ptp(rows["progress"])))
-    axes.set(title=title(rows), xlabel=label)
+    shown = [style for style in styles if style.arm in set(rows["arm"])]
+    faint = [style for style in shown if style.is_faint]
+    entries: Entries = []
+    for style in faint:
+        mean = means(rows[rows["arm"] == style.arm])
+        label = f"{len(faint)} other arms"
+        line = axes.plot(mean["place"], mean["mean"], color=style.color, lw=1.0, zorder=1.5, label=label)
+        entries = entries or [(line[0], label)]
+    for place, style in enumerate((style for style in shown if not style.is_faint), start=1):
+        arm = rows[rows["arm"] == style.arm].sort_values("step")
+        mean, color, n = means(arm), style.color, int(arm["n"].max())
+        dashes: Any = (0, (3.2, 1.6)) if style.is_baseline else "solid"
+        label = f"{style.name} (n = {n})"
+        line = axes.plot(mean["place"], mean["mean"], color=color, lw=2.3, linestyle=dashes, label=label)
+        line[0].set(marker="o", markersize=4.8, markeredgecolor="white", markeredgewidth=0.9)
+        entries.append((line[0], label))
+        if len(shown) <= MAX_BANDS:
+            alpha = 0.15 if n >= MIN_SEEDS else 0.07
+            axes.fill_between(mean["place"], mean["low"], mean["high"], color=color, alpha=alpha, lw=0)
+            for _, run in arm.groupby("seed") if _needs_seeds(arm) else ():
+                axes.plot(run["progress"], run["value"], color=color, lw=0.9, alpha=0.8)
+        elif n >= MIN_SEEDS and mean.iloc[-1:]["low"].notna().all():
+            # Bands of many arms would hide each other: the interval at the last step alone, to the right of it.
+            last, shift = mean.iloc[-1:], 0.018 * place * float(np.ptp(rows["progress"]))
+            axes.vlines(last["place"] + shift, last["low"], last["high"], color=color, lw=2.2)
+    axes.set(title=_title(rows), xlabel=progress_label)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=axis is STEPS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-    _scale(axes, rows)
-
-
-def legend(axes: Axes, place: Any) -> None:
-    """The arms, the best first."""
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], loc=place, handlelength=2.85)
-
-
-def title(rows: pd.DataFrame) -> str:
-    """What the arms of a panel share, with their baseline, which gives the group its name and may not be among them."""
-    labels = dict.fromkeys([*unique(rows, "group"), *unique(rows, "arm")])
-    return ", ".join(shared_parts([label for label in labels if label]))
-
-
-def caption(frame: pd.DataFrame) -> str:
-    """What lines and bands are, in words."""
-    most = int(frame["n"].max())
-    if most <= 1:
-        return "One seed: no interval."
-    crowded = frame.groupby(["group", "metric"])["arm"].nunique().max() > MOST_BANDS
-    if crowded and most < MIN_SEEDS:
-        return "Line: mean over two seeds, which are too few for an interval that says anything."
-    kind = "bootstrap" if most >= MIN_BOOTSTRAP else "Student-t"
-    where = f"Bar: 95 % {kind} interval of the last mean" if crowded else f"Band: 95 % {kind} interval of that mean"
-    thin = "; thin: single seeds" if _needs_seeds(frame) and not crowded else ""
-    return f"Line: mean over n seeds{thin}. {where}; by seed (paired), arms may differ clearly where these overlap."
-
-
-def _look(arm: str, name: str, is_baseline: bool, hue: int, rank: int, alone: str | None) -> Look:
-    if is_baseline:
-        return Look(arm, name, blend(GREY, alone, 0.3) if alone else GREY, True, False)
-    if alone:
-        return Look(arm, name, alone, False, False)
-    is_faint = not 0 <= rank < len(PALETTE)
-    return Look(arm, name, FAINT if is_faint else PALETTE[hue % len(PALETTE)], False, is_faint)
-
-
-def _faint(axes: Axes, rows: pd.DataFrame, faint: list[Look]) -> None:
-    for index, look in enumerate(faint):
-        shown = means(rows[rows["arm"] == look.arm])
-        label = None if index else f"{len(faint)} other arms"
-        axes.plot(shown["place"], shown["mean"], color=look.color, lw=1.0, zorder=1.5, label=label)
-
-
-def _curve(axes: Axes, rows: pd.DataFrame, look: Look) -> None:
-    shown, label = means(rows), f"{look.name} (n = {rows['n'].max()})"
-    dashes: Any = (0, (3.2, 1.6)) if look.is_baseline else "solid"
-    line = axes.plot(shown["place"], shown["mean"], color=look.color, lw=2.3, linestyle=dashes, label=label)
-    line[0].set(marker="o", markersize=4.8, markeredgecolor="white", markeredgewidth=0.9)
-
-
-def _band(axes: Axes, rows: pd.DataFrame, look: Look) -> None:
-    shown, alpha = means(rows), 0.15 if rows["n"].max() >= MIN_SEEDS else 0.07
-    axes.fill_between(shown["place"], shown["low"], shown["high"], color=look.color, alpha=alpha, lw=0)
-
-
-def _seeds(axes: Axes, rows: pd.DataFrame, look: Look) -> None:
-    for _, run in rows.groupby("seed"):
-        axes.plot(run["progress"], run["value"], color=look.color, lw=0.9, alpha=0.8)
+    _set_limits(axes, rows)
+    return entries
 
 
 def _needs_seeds(rows: pd.DataFrame) -> bool:
-    """Whether single seeds tell more than the mean: its band is very wide for two, and it ends where a seed stops."""
+    """Return whether to draw single seeds: the band of two is very wide, and the mean ends where a seed stops."""
     return rows["n"].max() in range(2, MIN_SEEDS) or bool(rows["mean"].isna().any())
-
-
-def _bar(axes: Axes, rows: pd.DataFrame, look: Look, shift: float) -> None:
-    """The interval at the last step only, to the right of it: bands of many arms would hide each other."""
-    last = means(rows).iloc[-1:]
-    if last["low"].notna().all() and rows["n"].max() >= MIN_SEEDS:
-        axes.vlines(last["place"] + shift, last["low"], last["high"], color=look.color, lw=2.2)
 
 
 def _tick(value: float) -> str:
@@ -151,22 +242,69 @@ def _tick(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:g}"
 
 
-def _scale(axes: Axes, rows: pd.DataFrame) -> None:
-    """Limits that show every measured value; a wide band may leave the panel rather than flatten the curves."""
+def _set_limits(axes: Axes, rows: pd.DataFrame) -> None:
+    """Show every measured value; a wide band may leave the panel rather than flatten the curves."""
     values = rows["value"].to_numpy(dtype=float)
     is_log = bool(values.min() > 0 and values.max() / values.min() > 10)
     ends = np.array([values.min(), values.max(), rows["low"].min(), rows["high"].max()], dtype=float)
     ends = np.where(np.isnan(ends), [values.min(), values.max()] * 2, ends)
     if is_log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        log_scale(axes, "y", (1.0, 2.0, 5.0))
         ends = np.log(np.where(ends > 0, ends, values.min() / 2))
-    axes.set_ylim(*(np.exp(_limits(*ends)) if is_log else _limits(*ends)))
-
-
-def _limits(low: float, high: float, band_low: float, band_high: float) -> tuple[float, float]:
+    low, high, band_low, band_high = ends
     room = 0.3 * (high - low) or 0.1 * abs(high) or 1.0
-    pad = 0.15 * room
-    return max(min(low, band_low), low - room) - pad, min(max(high, band_high), high + room) + pad
+    limits = np.array([max(min(low, band_low), low - room), min(max(high, band_high), high + room)])
+    limits += np.array([-0.15, 0.15]) * room
+    axes.set_ylim(*(np.exp(limits) if is_log else limits))
+
+
+# ---- the speed-up
+
+
+def _mark_speedup(axes: Axes, rows: pd.DataFrame, goal: Goal, axis: Axis) -> None:
+    """Draw an arrow from where the baseline reaches its final value to where the arm did, if that is resolved."""
+    baseline, arm = rows[rows["is_baseline"].astype(bool)], rows[~rows["is_baseline"].astype(bool)]
+    if baseline.empty or arm["arm"].nunique() != 1 or not arm["resolved"].all():
+        return
+    faster = _resolved_speedup(arm, baseline, goal)
+    arm_mean, baseline_mean = (
+        dict(zip(mean["place"], mean["mean"], strict=True)) for mean in map(means, (arm, baseline))
+    )
+    if faster is None or not arm_mean or not baseline_mean:
+        return
+    level, factor = baseline_mean[max(baseline_mean)], axis.scale(float(rows["progress"].max()))[0]
+    arm_place, baseline_place = (steps_to_reach(curve, level, goal) for curve in (arm_mean, baseline_mean))
+    if arm_place is None or baseline_place is None:
+        return
+    style = {"arrowstyle": "-|>", "color": INK, "lw": 1.3, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (arm_place * factor, level), (baseline_place * factor, level), arrowprops=style, zorder=5)
+    # The note is in the corner that convergence curves leave empty.
+    ratio, corner = faster.ratio, (0.05 if goal == "min" else 0.85)
+    detail = f"to the baseline\u2019s final value\n95 % interval {ratio.low:.2f} to {ratio.high:.2f}, n = {ratio.n}"
+    axes.text(0.04, corner, detail, transform=axes.transAxes, fontsize=9.5, color=SOFT)
+    heading = f"{ratio.mean:.2f}\u00d7 sooner"
+    axes.text(0.04, corner + 0.115, heading, transform=axes.transAxes, fontsize=12, weight="bold")
+
+
+def _resolved_speedup(arm: pd.DataFrame, baseline: pd.DataFrame, goal: Goal) -> Speedup | None:
+    """Return the speed-up if every seed has one and its interval excludes 1."""
+    faster = speedup(*paired_curves(arm, baseline), goal)
+    if faster is None or faster.reached < faster.n or faster.n < MIN_SEEDS or faster.ratio.low <= 1:
+        return None
+    return faster
+
+
+def paired_curves(arm: pd.DataFrame, baseline: pd.DataFrame) -> tuple[SeedCurves, SeedCurves]:
+    """Return the curves of an arm and its baseline over progress, reduced to the points that can be compared."""
+    sides = (arm, baseline)
+    return pair_curves(
+        *(_by_seed(rows, "progress", "value") for rows in sides),
+        *(_by_seed(rows, "step", "progress") for rows in sides),
+    )
+
+
+def _by_seed(rows: pd.DataFrame, key: str, value: str) -> SeedCurves:
+    return {
+        int(seed): dict(zip(group[key].astype(float), group[value].astype(float), strict=True))
+        for seed, group in rows.groupby("seed", sort=False)
+    }

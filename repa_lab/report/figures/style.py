@@ -1,21 +1,23 @@
-"""How figures look, and how they are kept: as PNG, and as SVG that takes its colours from the page around it."""
+"""The style of figures: colours, labels and legends, and writing as PNG or as SVG with the colours of the page."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, Literal, ParamSpec
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from repa_lab.files import replace_atomically
 
@@ -27,6 +29,8 @@ FAINT = "#cdd2d8"
 INK = "#24292f"
 SOFT = "#57606a"
 STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # labels are the user's words: a dollar sign is a dollar sign
+    "text.usetex": False,
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.titleweight": "bold",
@@ -47,7 +51,8 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 10.5,
     "lines.solid_capstyle": "round",
 }
-# The page's variables; what is not here, such as a mixed grey, is legible on light and dark alike.
+MAX_LABEL = 36  # characters of an arm's label in a figure
+# Variables of the page's style sheet; other colours, such as mixed greys, are legible on light and dark.
 _VARIABLES = {
     INK: "--ink",
     SOFT: "--soft",
@@ -61,28 +66,63 @@ _VARIABLES = {
 
 
 def styled(draw: Callable[Concatenate[pd.DataFrame, P], Figure]) -> Callable[Concatenate[pd.DataFrame, P], Figure]:
-    """Draw under the report's style without touching the notebook's; a frame without rows is said, not an error."""
+    """Draw under the report's style without changing the notebook's; an empty frame gives a figure that says so."""
 
     @wraps(draw)
     def wrapped(frame: pd.DataFrame, /, *args: P.args, **kwargs: P.kwargs) -> Figure:
         with mpl.rc_context(STYLE):
-            return _blank() if frame.empty else draw(frame, *args, **kwargs)
+            if not frame.empty:
+                return draw(frame, *args, **kwargs)
+            figure = Figure(figsize=(5, 1))
+            figure.text(0.5, 0.5, "Nothing to show: none of it has been measured yet.", ha="center", color=SOFT)
+            return figure
 
     return wrapped
 
 
 def canvas(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """A figure of panels, each of ``size`` (inches), row by row."""
+    """Return a figure and its panels, row by row; ``size`` is that of one panel in inches."""
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.09)
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout=layout)
     axes = figure.subplots(rows, columns, squeeze=False)
     return figure, list(axes.flat)
 
 
-def blend(one: str, other: str, share: float) -> str:
-    """A colour between two."""
-    mixed = (1 - share) * np.array(to_rgb(one)) + share * np.array(to_rgb(other))
+def blend(first: str, second: str, share: float) -> str:
+    """Return a colour between two; ``share`` is the weight of the second."""
+    mixed = (1 - share) * np.array(to_rgb(first)) + share * np.array(to_rgb(second))
     return to_hex(tuple(mixed.tolist()))
+
+
+def shorten(text: str, most: int = MAX_LABEL) -> str:
+    """Return text on one line with its middle left out beyond ``most`` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - most // 3 - 1]}\u2026{text[-(most // 3) :]}"
+
+
+def short_labels(labels: Sequence[str]) -> dict[str, str]:
+    """Return a short form of every label; labels that would look the same are numbered."""
+    short: dict[str, str] = {}
+    for label in dict.fromkeys(labels):
+        text, count = shorten(label), sum(shorten(other) == shorten(label) for other in short)
+        short[label] = f"{text} #{count + 1}" if count else text
+    return short
+
+
+def legend(axes: Axes, entries: Sequence[tuple[Artist, str]], place: Any) -> None:
+    """Draw a legend of (artist, label) pairs, the last first; matplotlib itself may hide labels that begin with _."""
+    drawn = axes.legend([artist for artist, _ in entries[::-1]], [" "] * len(entries), loc=place, handlelength=2.85)
+    for text, (_, label) in zip(drawn.get_texts(), entries[::-1], strict=True):
+        text.set_text(label)
+
+
+def log_scale(axes: Axes, name: Literal["x", "y"], multiples: Sequence[float] = (1.0,)) -> None:
+    """Make the x or y axis logarithmic, with plain numbers at ``multiples`` of powers of ten."""
+    (axes.set_xscale if name == "x" else axes.set_yscale)("log")
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=multiples))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -93,11 +133,11 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """A figure as an ``<svg>`` element to stand in a page, with its text as text and the page's colours.
+    """Return a figure as an ``<svg>`` element with text as text and the page's colours.
 
     Args:
-        figure: what to draw.
-        name: unlike that of any other figure of the page: it begins the ids.
+        figure: the figure.
+        name: unique prefix of the element's ids within the page.
     """
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -111,9 +151,3 @@ def to_svg(figure: Figure, name: str) -> str:
 
 def _variable(color: str) -> str:
     return f"var({_VARIABLES[color]})" if color in _VARIABLES else color
-
-
-def _blank() -> Figure:
-    figure = Figure(figsize=(5, 1))
-    figure.text(0.5, 0.5, "Nothing to show: none of it has been measured yet.", ha="center", color=SOFT)
-    return figure

@@ -1,0 +1,437 @@
+"""The sentences of a report: the answer and its uncertainty, what is incomplete or left out, how numbers were made."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pandas as pd
+
+from repa_lab.report.frames import UNKNOWN
+from repa_lab.report.results import AXES, Results
+from repa_lab.report.search import Trial, best_trial, ordered_trials
+from repa_lab.report.statistics import MIN_BOOTSTRAP, MIN_SEEDS, speedup
+from repa_lab.report.summary import comparisons, is_protocol, metric_kind
+from repa_lab.report.tables import decimals, interval, listed, p_value, seed_count
+from repa_lab.runs import RunStatus
+from repa_lab.spec.schema import EmaConfig
+
+_MAX_TROUBLES = 8
+_PROTOCOL = re.compile(r"(?P<kind>[^:]+):(?P<extractor>[^@]+)@(?P<samples>\d+k?)/(?P<sampler>.+)")
+_EMA_COLUMNS = {"train.ema": "decay", "train.ema.decay": "decay", "train.ema.warmup": "warmup"}
+
+
+def answer(results: Results) -> list[str]:
+    """Return the answer of every sweep as lines of plain text: the conclusions, then what is incomplete."""
+    lines: list[str] = []
+    for sweep in results.sweeps:
+        single = results.only(sweep["name"])
+        sentences = [*conclusions(single), *(f"Incomplete: {line}" for line in incomplete(single))]
+        prefix = f"{sweep['name']}: " if len(results.sweeps) > 1 else ""
+        lines += [prefix + line for line in sentences]
+    return lines
+
+
+def lead(results: Results) -> str:
+    """Return the answer of one sweep in one sentence, with interval and n.
+
+    The sentence is about the search, or about the only compared arm; for several arms it counts those that differ from
+    their baselines and describes the best.
+    """
+    best = best_trial(results)
+    if best is not None:
+        return "".join(_search_sentences(results, best))
+    compared = [comparable_row(results, arm) for arm, baseline in results.baselines.items() if baseline is not None]
+    rows = [row for row in compared if row is not None]
+    if not rows:
+        return next(iter(conclusions(results)), "The sweep has no arms.")
+    if len(rows) == 1:
+        return _difference(results, rows[0])
+
+    def loss(row: pd.Series) -> float:
+        change = row["diff"] if math.isnan(row["relative"]) else row["relative"]
+        return float(change if results.goal == "min" else -change)
+
+    resolved = [row for row in rows if row["verdict"] == "resolved"]
+    better = [row for row in resolved if _is_better(results, row)]
+    best_difference = _difference(results, min(better or rows, key=loss))
+    if not resolved:
+        none = f"None of {len(rows)} compared arms is resolved to differ from its baseline."
+        return f"{none} The most favourable: {best_difference}"
+    counts = f"{len(better)} resolved to be better than the baseline, {len(resolved) - len(better)} to be worse"
+    label = "The best, picked for its value, which is therefore optimistic" if len(better) > 1 else "The best"
+    return f"Of {len(rows)} compared arms: {counts}. {label}: {best_difference}"
+
+
+def conclusions(results: Results) -> list[str]:
+    """Return what one sweep found: a line per compared arm, or the arms' values where no arm has a baseline."""
+    best = best_trial(results)
+    trials = {trial["arm"] for trial in ordered_trials(results)}
+    # Every other trial is a step of the search, not a claim; the table of trials lists them.
+    arms = [arm for arm in results.baselines if arm not in trials or (best and arm == best["arm"])]
+    compared = [arm for arm in arms if results.baselines[arm] is not None]
+    lines = [*_protocol_warnings(results), *_search_sentences(results, best)]
+    if compared:
+        return lines + [_comparison(results, arm) for arm in compared]
+    if best is None:  # a search compares its trials with each other
+        lines.append("No arm has a matched baseline, so nothing is compared.")
+    return [*lines, *(_value(results, arm) for arm in arms)]
+
+
+def incomplete(results: Results) -> list[str]:
+    """Return a line per arm of one sweep with runs that are neither done nor ended early, with the reason if known."""
+    over = [status.value for status in RunStatus if status.is_over]
+    arms = results.runs[~results.runs["state"].isin(over)].groupby("arm", sort=False)
+    return [f"{arm}: {'; '.join(_run_status(run) for _, run in runs.iterrows())}." for arm, runs in arms]
+
+
+def _run_status(run: pd.Series) -> str:
+    if run["state"] == RunStatus.NEW:
+        return f"seed {run['seed']} has not started"
+    is_status = run["state"] in (RunStatus.RUNNING, RunStatus.RESUMABLE)
+    verb = f"is {run['state']}" if is_status else run["state"]
+    verb = "has no readable state; its last row is" if run["state"] == UNKNOWN else verb
+    reason = "" if pd.isna(run["error"]) else f" ({run['error']})"
+    return f"seed {run['seed']} {verb} at step {run['step']}{reason}"
+
+
+# ---- one arm
+
+
+def _comparison(results: Results, arm: str) -> str:
+    baseline, row = results.baselines[arm], _summary_row(results, arm)
+    if _is_same_run(results, arm):
+        return f"{arm}: the same run as {baseline}, setting for setting, so there is no difference to measure."
+    if row is None:
+        return _nothing_shared(results, arm)
+    if row["n_pairs"] == 0:
+        measured = f"{row['metric']} at step {row['step']}"
+        return f"{arm}: no seed has a finite {measured} in both the arm and {baseline}; nothing to compare."
+    missing, planned = row["seeds"] - row["n_pairs"], seed_count(row["seeds"])
+    left_out = f" Left out: {missing} of {planned}, without a finite value in both arms." if missing > 0 else ""
+    return _difference(results, row) + left_out + _sooner(results, arm)
+
+
+def _difference(results: Results, row: pd.Series) -> str:
+    """Describe a row of the summary: both values, the difference, its interval, n and the verdict."""
+    diff, reference = float(row["diff"]), float(row["baseline_mean"])
+    places = max(decimals(reference), decimals(diff, digits=2))
+    relative = "" if math.isnan(row["relative"]) else f" ({100 * row['relative']:+.1f} %)"
+    bounds = interval(row["diff_low"], row["diff_high"], places)
+    spread = f"95 % interval of the paired difference {bounds}, " if row["n_pairs"] > 1 else ""
+    values = f"{reference + diff:.{places}f} against {reference:.{places}f} of {row['baseline']}"
+    change = f"{diff:+.{places}f}{relative}, {spread}n = {seed_count(row['n_pairs'])}: {_verdict(results, row)}"
+    return f"{_subject(results, row)} {values}: {change}."
+
+
+def _verdict(results: Results, row: pd.Series) -> str:
+    if row["n_pairs"] == 1:
+        return "insufficient, one seed has no interval and is too few to conclude"
+    if row["verdict"] == "insufficient":
+        return "insufficient, two seeds are too few to conclude"
+    if row["diff_low"] <= 0 <= row["diff_high"]:
+        return "not resolved, the interval contains 0"
+    if row["verdict"] != "resolved":
+        p = p_value(row["p_holm"])
+        return f"not resolved, chance explains it among {row['comparisons']} comparisons (Holm's p = {p})"
+    direction = "lower" if row["diff"] < 0 else "higher"
+    return f"{direction}, which is {'better' if _is_better(results, row) else 'worse'}; resolved"
+
+
+def _is_better(results: Results, row: pd.Series) -> bool:
+    return bool((row["diff"] < 0) == (results.goal == "min"))
+
+
+def comparable_row(results: Results, arm: str) -> pd.Series | None:
+    """Return an arm's row of the summary on the compared metric; None without a difference to a baseline."""
+    row = _summary_row(results, arm)
+    return None if row is None or not row["n_pairs"] or _is_same_run(results, arm) else row
+
+
+def _sooner(results: Results, arm: str) -> str:
+    metric, baseline = results.compared_metric(arm), results.baselines[arm]
+    faster = None if metric is None else speedup(*results.paired_curves(arm, metric), results.goal)
+    if faster is None:
+        return ""
+    states = results.runs.loc[results.runs["arm"] == baseline, "state"]
+    value = f"the baseline's {'final' if (states == RunStatus.DONE).all() else 'latest'} value"
+    if not faster.reached:
+        return f" It did not reach {value} (0 of {seed_count(faster.n)})."
+    ratio = faster.ratio
+    words = f"{ratio.mean:.2f}x sooner" if round(ratio.mean, 2) > 1 else f"at {ratio.mean:.2f}x the baseline's speed"
+    if ratio.n > 1:
+        is_open = ratio.n >= MIN_SEEDS and not ratio.excludes(1.0)
+        contains = ", not resolved as it contains 1" if is_open else ""
+        words += f", 95 % interval of the ratio {interval(ratio.low, ratio.high, 2)}{contains}"
+    optimistic = "" if faster.reached == faster.n else "; the other seeds did not, so this is optimistic"
+    early = (
+        f" In {faster.early} of {seed_count(faster.reached)} the arm or the baseline was there at its first measurement"
+    )
+    unknown = f"{early}, so how much sooner is not known." if faster.early else ""
+    count = f"({faster.reached} of {seed_count(faster.n)}{optimistic})"
+    return f" It reached {value} at step {faster.steps:.0f}, {words} {count}.{unknown}"
+
+
+def _nothing_shared(results: Results, arm: str) -> str:
+    baseline = results.baselines[arm]
+    arm_metrics, baseline_metrics = _alike_metrics(results, arm), _alike_metrics(results, baseline)
+    if arm_metrics and baseline_metrics and not set(arm_metrics) & set(baseline_metrics):
+        reason = f"it was measured as {', '.join(arm_metrics)}, the baseline as {', '.join(baseline_metrics)}"
+        return f"{arm}: cannot be compared with {baseline}: {reason}. Different protocols are different metrics."
+    for metric in arm_metrics:
+        if metric in results.shared_metrics(arm) and (conflicts := results.conflicts(arm, metric)):
+            reason = f"under the name {metric} their runs were measured differently: {'; '.join(conflicts)}"
+            return f"{arm}: cannot be compared with {baseline}: {reason}."
+    return f"{arm}: no evaluation yet that all its measured runs and those of {baseline} share; nothing to compare."
+
+
+def _is_same_run(results: Results, arm: str) -> bool:
+    return set(results.run_ids(arm)) == set(results.run_ids(results.baselines[arm]))
+
+
+def _value(results: Results, arm: str) -> str:
+    """Describe an arm without a baseline."""
+    row = _summary_row(results, arm)
+    if row is None:
+        for metric in _alike_metrics(results, arm):
+            if conflicts := "; ".join(results.conflicts(arm, metric)):
+                return f"{arm}: no mean of {metric}, because its runs were measured differently: {conflicts}."
+        return f"{arm}: nothing measured yet."
+    if not row["n"]:
+        return f"{_subject(results, row)} not finite in any seed."
+    places = decimals(row["mean"])
+    spread = f"95 % interval {interval(row['low'], row['high'], places)}, " if row["n"] > 1 else ""
+    return f"{_subject(results, row)} {row['mean']:.{places}f}, {spread}n = {seed_count(row['n'])}."
+
+
+def _summary_row(results: Results, arm: str) -> pd.Series | None:
+    metric = results.compared_metric(arm)
+    rows = results.summary[(results.summary["arm"] == arm) & (results.summary["metric"] == metric)]
+    return None if rows.empty else rows.iloc[0]
+
+
+def _subject(results: Results, row: pd.Series) -> str:
+    """Name the arm, the metric and the step, with the reason if that is not the last planned step."""
+    runs = results.runs[results.runs["arm"] == row["arm"]]
+    planned = runs["train.steps"].max() if "train.steps" in runs else math.nan
+    is_last = pd.isna(planned) or row["step"] >= planned
+    reason = "the last step that all its measured runs and those of its baseline have"
+    progress = "" if is_last else f" of {planned:.0f} ({reason})"
+    return f"{row['arm']}: {row['metric']} at step {row['step']}{progress} is"
+
+
+def _alike_metrics(results: Results, arm: str | None) -> list[str]:
+    """Return the metrics of the compared kind that an arm measured, each under its own protocol."""
+    if arm is None or not is_protocol(results.metric):
+        return []
+    return [metric for metric in results.metrics(arm) if metric_kind(metric) == metric_kind(results.metric)]
+
+
+# ---- the sweep
+
+
+def _protocol_warnings(results: Results) -> Iterator[str]:
+    measured = {arm: _alike_metrics(results, arm) for arm in results.baselines}
+    arms: dict[tuple[str, ...], list[str]] = {}
+    for arm, metrics in measured.items():
+        if metrics:
+            arms.setdefault(tuple(metrics), []).append(arm)
+    if len(arms) > 1:
+        groups = "; ".join(f"{' and '.join(metrics)} for {listed(labels)}" for metrics, labels in arms.items())
+        yield f"The arms were not all measured alike ({groups}). Values of different protocols cannot be compared."
+    for metric in dict.fromkeys(metric for metrics in arms for metric in metrics):
+        # An arm that differs from its own baseline has a line that says so.
+        labels = [arm for arm in measured if metric in measured[arm] and not results.conflicts(arm, metric)]
+        if conflicts := results.protocols.conflicts((run for arm in labels for run in results.run_ids(arm)), metric):
+            differing = "; ".join(conflicts)
+            named = f"Under the name {metric} arms were measured differently: {differing}."
+            yield f"{named} Such values cannot be compared."
+
+
+def _search_sentences(results: Results, best: Trial | None) -> Iterator[str]:
+    trials, search = ordered_trials(results), results.sweep.get("search")
+    if not search:
+        return
+    if best is None:
+        yield f"The search has no completed trial yet ({len(trials)} begun)."
+        return
+    counted = f"{sum(trial['state'] == 'complete' for trial in trials)} completed trials ({len(trials)} in all)"
+    if front := search.get("pareto"):
+        goals = " and ".join(f"{objective['metric']} ({objective['goal']})" for objective in search["objectives"])
+        picked = "They were picked on these seeds: confirm them with fresh seeds."
+        yield f"Pareto front of {counted} over {goals}: {'; '.join(front)}. {picked}"
+        return
+    value = f"{search['metric']} = {best['value']:.{decimals(best['value'])}f}"
+    optimistic = "It was picked for its value on these seeds, so the value is optimistic: confirm it with fresh seeds."
+    yield f"Best of {counted}: {best['arm']}, {value}. {optimistic}"
+
+
+# ---- what is left out
+
+
+def exclusions(results: Results) -> list[str]:
+    """Return a line on everything of one sweep that is in no mean or in no comparison, and why."""
+    return [
+        *troubles(results),
+        *_missing_seeds(results),
+        *_missing_values(results),
+        *_refusals(results),
+        *_missing_protocols(results),
+        *_unequal_images(results),
+        *_ended_early(results),
+        *_orphans(results),
+        *_partial_axes(results),
+    ]
+
+
+def troubles(results: Results) -> Iterator[str]:
+    """Yield a line per run on everything of the run that could not be read."""
+    for (arm, seed, run_id), rows in results.troubles.groupby(["arm", "seed", "run_id"], sort=False):
+        reasons = [f"{where}: {what}" for where, what in zip(rows["where"], rows["what"], strict=True)]
+        more = f"; and {len(reasons) - _MAX_TROUBLES} more" if len(reasons) > _MAX_TROUBLES else ""
+        yield f"{arm}, seed {seed} (run {run_id}): {'; '.join(reasons[:_MAX_TROUBLES])}{more}."
+
+
+def _missing_seeds(results: Results) -> Iterator[str]:
+    planned = set(results.sweep.get("seeds") or [])
+    for arm, runs in results.runs.groupby("arm", sort=False):
+        if missing := sorted(planned - set(runs["seed"])):
+            yield f"{arm}: the sweep names no run for seed {', '.join(map(str, missing))}."
+
+
+def _missing_values(results: Results) -> Iterator[str]:
+    """Name seeds without a finite value at the step that is shown, and measurements beyond that step."""
+    for _, row in results.summary[results.summary["metric"].map(is_protocol).astype(bool)].iterrows():
+        curves, step = results.seed_curves(row["arm"], row["metric"]), row["step"]
+        planned = sorted(results.runs.loc[results.runs["arm"] == row["arm"], "seed"])
+        unmeasured = [str(seed) for seed in planned if seed not in curves]
+        infinite = [str(seed) for seed, curve in curves.items() if not math.isfinite(curve[step])]
+        last = max(max(curve) for curve in curves.values())
+        reasons = [f"seed {listed(unmeasured)} never measured"] if unmeasured else []
+        reasons += [f"seed {listed(infinite)} not finite"] if infinite else []
+        reasons += [f"measurements after step {step:,} (up to {last:,})"] if last > step else []
+        if reasons:
+            yield f"{row['arm']}: not in the means of {row['metric']} at step {step:,}: {'; '.join(reasons)}."
+
+
+def _refusals(results: Results) -> Iterator[str]:
+    for _, row in results.summary[results.summary["conflicts"] != ""].iterrows():
+        means = " and has no mean" if math.isnan(row["mean"]) else ""
+        baseline = "" if pd.isna(row["baseline"]) else f" with {row['baseline']}"
+        reason = f"because under this one name runs were measured differently: {row['conflicts']}"
+        yield f"{row['arm']}: {row['metric']} is not compared{baseline}{means}, {reason}."
+
+
+def _missing_protocols(results: Results) -> Iterator[str]:
+    """Name runs without a recorded protocol beside runs that have one."""
+    for metric, rows in results.evaluations.groupby("metric", sort=False):
+        runs = list(rows["run_id"].unique())
+        missing = results.protocols.missing(runs, str(metric))
+        if is_protocol(str(metric)) and 0 < len(missing) < len(runs):
+            counts = f"{len(missing)} of {len(runs)} runs"
+            yield f"{counts} did not record the protocol of {metric}: they are compared by its name alone."
+
+
+def _unequal_images(results: Results) -> Iterator[str]:
+    """Name arms that differ from their baselines in images at equal steps, because batches differ in size."""
+    images = results.evaluations.dropna(subset=["images"]).groupby(["arm", "step"])["images"].first()
+    rows = results.summary[results.summary["metric"] == results.metric].dropna(subset=["baseline", "diff"])
+    for arm, baseline, step in zip(rows["arm"], rows["baseline"], rows["step"], strict=True):
+        seen, baseline_seen = images.get((arm, step)), images.get((baseline, step))
+        if seen is not None and baseline_seen is not None and seen != baseline_seen:
+            counts = f"at step {step:,} it has seen {seen:,.0f} images and {baseline} {baseline_seen:,.0f}"
+            yield f"{arm}: {counts}; the summary compares equal steps, the curves over images show the rest."
+
+
+def _ended_early(results: Results) -> Iterator[str]:
+    reasons = {RunStatus.PRUNED.value: "by the search", RunStatus.STOPPED.value: "by a rule of the sweep"}
+    for state, runs in results.runs[results.runs["state"].isin(reasons)].groupby("state"):
+        arms, count = listed(list(dict.fromkeys(runs["arm"]))), f"{len(runs)} of {len(results.runs)} runs"
+        yield f"{count} were ended early {reasons[str(state)]} ({arms}): they count as far as they got."
+
+
+def _orphans(results: Results) -> Iterator[str]:
+    if orphans := results.sweep.get("orphaned"):
+        yield f"{len(orphans)} runs that an earlier version of the spec asked for are in no number here."
+
+
+def _partial_axes(results: Results) -> Iterator[str]:
+    """Name measures of progress that only some runs recorded, so that no curves are drawn over them."""
+    measured = results.evaluations
+    for axis in (axis for axis in AXES if axis not in results.axes):
+        missing = measured.loc[measured[axis.name].isna(), "run_id"].nunique()
+        if missing < (known := measured["run_id"].nunique()):
+            yield f"No curves over {axis.label}, which {missing} of {known} measured runs did not record."
+
+
+# ---- how numbers were made
+
+
+def methods(results: Results) -> list[str]:
+    """Return a line on every protocol in use, on averages over too few steps, and on how arms were compared."""
+    metrics = dict.fromkeys(metric for metric in results.summary["metric"] if is_protocol(metric))
+    protocols = [_protocol(metric) + _bias(results, metric) for metric in metrics]
+    return [*protocols, *dict.fromkeys(_averages(results)), *_comparisons(results)]
+
+
+def _protocol(metric: str) -> str:
+    match = _PROTOCOL.fullmatch(metric)
+    if match is None:
+        return f"{metric}: comparable only with values of exactly this name."
+    samples = f"{match['samples']} generated samples ({match['sampler']})"
+    if match["kind"] == "fid":
+        fid = f"{metric}: FID of {samples}. FID depends on the number of samples: "
+        return f"{fid}compare it only with FIDs of the same number."
+    if match["kind"] == "frechet":
+        distance = f"Frechet distance between {match['extractor']} features of {samples} and of the reference images"
+        return f"{metric}: {distance}. It is not FID and cannot be compared with published FIDs."
+    return f"{metric}: {match['kind']} with {match['extractor']} on {samples}."
+
+
+def _bias(results: Results, metric: str) -> str:
+    """Warn of a Frechet distance over fewer samples than features."""
+    for protocols in results.protocols.by_run.values():
+        protocol = protocols.get(metric, {})
+        samples, real, width = (protocol.get(key) for key in ("samples", "real", "features"))
+        if isinstance(samples, int) and isinstance(real, int) and isinstance(width, int):
+            count = min(samples, real or samples)
+            if count <= width:
+                biased = "make a covariance singular and bias the distance upward: it ranks arms, no more."
+                return f" {count} images for {width} features {biased}"
+    return ""
+
+
+def _averages(results: Results) -> Iterator[str]:
+    """Warn of averaged weights that still hold much of the initial ones."""
+    columns = [name for name in ("train.steps", *_EMA_COLUMNS) if name in results.runs]
+    for run in results.runs[columns].to_dict("records"):
+        with suppress(ValueError, TypeError):  # of a damaged spec.json
+            settings = {field: run[name] for name, field in _EMA_COLUMNS.items() if pd.notna(run.get(name))}
+            if settings and (warning := EmaConfig.model_validate(settings).warning(int(run["train.steps"]))):
+                yield f"{warning}."
+
+
+def _comparisons(results: Results) -> Iterator[str]:
+    yield (
+        "An arm and its baseline are compared at equal progress: the last step that all measured runs of both have. "
+        "Intervals are 95 % Student-t intervals over seeds. Differences are taken seed by seed: arms share seeds. "
+        f"Bands of curves are bootstrap intervals from {MIN_BOOTSTRAP} seeds on and Student-t intervals below."
+    )
+    yield (
+        "Pairing r is the correlation of arm and baseline over the seeds, from three seeds on: near 1, pairing has "
+        "removed most of the variation between seeds; below 0, pairing has widened the interval."
+    )
+    yield (
+        "One seed has no interval and two are insufficient. A difference is called resolved if at least three seeds "
+        "were paired and Holm's p is below 0.05. How much sooner compares the steps at which the arm and the baseline "
+        "itself first reach the baseline's final value, interpolated between evaluations that both have, over the "
+        "seeds in which both do: the geometric mean of the ratios, with the Student-t interval of their logarithms."
+    )
+    count = comparisons(results.runs).get(results.name, 0)
+    if count > 1:
+        yield (
+            f"There are {count} comparisons of each metric, those not measured yet included. Holm's p holds for all of "
+            "them at once; intervals are for each arm alone and not widened. Metrics are not corrected for each other."
+        )
