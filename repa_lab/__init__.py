@@ -1,7 +1,8 @@
-"""repa-lab: evidence about representation alignment in diffusion training."""
+"""repa-lab: does representation alignment help diffusion training? Matched arms, with error bars."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_results", "load_spec", "plan", "sweep"]
 
-_HOMES = {
+_MODULE_OF = {
     "load_results": "repa_lab.report.results",
     "load_spec": "repa_lab.spec",
     "plan": "repa_lab.orchestration.api",
@@ -21,9 +22,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names on first use, so that `import repa_lab.align` costs torch and nothing else."""
-    if name not in _HOMES:
+    """Import a public name on first use, so that `import repa_lab.align` costs torch and nothing else."""
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'repa_lab' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)

@@ -1,7 +1,8 @@
-"""What a plugin imports: the calls that register components, and the types that their code meets."""
+"""The public names for plugins: the functions that register components, and the types of their arguments."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,17 +14,6 @@ if TYPE_CHECKING:
     from repa_lab.metrics.protocol import metric
     from repa_lab.models.families import family
     from repa_lab.models.family import Family, Network, Pipeline, Shape
-
-_HOMES = {
-    "align": ("Loss", "Needs", "Prediction", "Regularizer", "RegularizerSettings", "Shapes", "Signals", "Tokens"),
-    "align.settings": ("EncoderSettings", "regularizer"),
-    "data.settings": ("Dataset", "SourceSettings", "source"),
-    "data.sources": ("Source",),
-    "encoders.registry": ("encoder",),
-    "metrics.protocol": ("metric",),
-    "models.families": ("family",),
-    "models.family": ("Family", "Network", "Pipeline", "Shape"),
-}
 
 __all__ = [
     "Dataset",
@@ -50,11 +40,21 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import public names on first use."""
-    for home, names in _HOMES.items():
-        if name in names:
-            from importlib import import_module
+_NAMES_BY_MODULE = {
+    "align": ("Loss", "Needs", "Prediction", "Regularizer", "RegularizerSettings", "Shapes", "Signals", "Tokens"),
+    "align.settings": ("EncoderSettings", "regularizer"),
+    "data.settings": ("Dataset", "SourceSettings", "source"),
+    "data.sources": ("Source",),
+    "encoders.registry": ("encoder",),
+    "metrics.protocol": ("metric",),
+    "models.families": ("family",),
+    "models.family": ("Family", "Network", "Pipeline", "Shape"),
+}
 
-            return getattr(import_module(f"repa_lab.{home}"), name)
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    for module, names in _NAMES_BY_MODULE.items():
+        if name in names:
+            return getattr(import_module(f"repa_lab.{module}"), name)
     raise AttributeError(f"module 'repa_lab.plugins' has no attribute {name!r}")

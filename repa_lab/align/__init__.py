@@ -1,15 +1,14 @@
-"""The regularizer core: pure torch, usable alone inside anyone's training loop."""
+"""The regularizers: pure torch, usable in any training loop."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from repa_lab.align.cutoff import SimilarityCutoff
-    from repa_lab.align.losses import alignment_loss, nt_xent_loss
-    from repa_lab.align.manifold import manifold_loss
+    from repa_lab.align.losses import alignment_loss, manifold_loss, nt_xent_loss
     from repa_lab.align.projector import Projector
-    from repa_lab.align.regularizer import REPA, UREPA, Loss, Prediction, Regularizer, Shapes, Signals
+    from repa_lab.align.regularizer import REPA, UREPA, Loss, Prediction, Regularizer, Shapes, Signals, SimilarityCutoff
     from repa_lab.align.schedule import Schedule
     from repa_lab.align.settings import (
         ManifoldSettings,
@@ -19,17 +18,6 @@ if TYPE_CHECKING:
         ScheduleSettings,
     )
     from repa_lab.align.tokens import Tokens, flatten_map, normalise_over_space, resample_tokens
-
-_HOMES = {
-    "cutoff": ("SimilarityCutoff",),
-    "losses": ("alignment_loss", "nt_xent_loss"),
-    "manifold": ("manifold_loss",),
-    "projector": ("Projector",),
-    "regularizer": ("REPA", "UREPA", "Loss", "Prediction", "Regularizer", "Shapes", "Signals"),
-    "schedule": ("Schedule",),
-    "settings": ("ManifoldSettings", "Needs", "ProjectorSettings", "RegularizerSettings", "ScheduleSettings"),
-    "tokens": ("Tokens", "flatten_map", "normalise_over_space", "resample_tokens"),
-}
 
 __all__ = [
     "REPA",
@@ -57,11 +45,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import public names on first use, so that `plan` can ask a schedule without waiting for torch."""
-    for home, names in _HOMES.items():
-        if name in names:
-            from importlib import import_module
+_NAMES_BY_MODULE = {
+    "losses": ("alignment_loss", "manifold_loss", "nt_xent_loss"),
+    "projector": ("Projector",),
+    "regularizer": ("REPA", "UREPA", "Loss", "Prediction", "Regularizer", "Shapes", "Signals", "SimilarityCutoff"),
+    "schedule": ("Schedule",),
+    "settings": ("ManifoldSettings", "Needs", "ProjectorSettings", "RegularizerSettings", "ScheduleSettings"),
+    "tokens": ("Tokens", "flatten_map", "normalise_over_space", "resample_tokens"),
+}
 
-            return getattr(import_module(f"repa_lab.align.{home}"), name)
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use: planning needs settings and schedules, but no torch."""
+    for module, names in _NAMES_BY_MODULE.items():
+        if name in names:
+            return getattr(import_module(f"repa_lab.align.{module}"), name)
     raise AttributeError(f"module 'repa_lab.align' has no attribute {name!r}")

@@ -1,32 +1,35 @@
-"""Losses that compare matching tokens, in float32 whatever comes in: the cosine of REPA, and its NT-Xent option."""
+"""The losses, in float32 for inputs of any dtype: REPA's cosine and NT-Xent, and U-REPA's manifold loss."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from repa_lab.align.ranks import gather
+from repa_lab.align.settings import ManifoldSettings
+
 _ZERO_NORM = 1e-12
-# Tokens are walked through in pieces that stay in a core's cache; on a GPU one piece is fastest.
+# On a CPU, tokens are processed in pieces that fit into a core's cache; on a GPU one piece is fastest.
 _CACHED_BYTES = 1 << 20
-
-
-def scaled_to_unit(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens ``(..., D)`` scaled to length 1, and what each was multiplied by, ``(..., 1)``, in float32.
-
-    A vector of length zero stays zero and passes no gradient: dividing by a small epsilon instead would give NaN in
-    half precision and a gradient of 1/eps in single.
-    """
-    values = tokens.float()
-    per_norm = _reciprocal(values.norm(dim=-1, keepdim=True))
-    return values * per_norm, per_norm
+# The manifold loss compares squares of this many tokens a side: small enough for memory, large enough for speed.
+_TILE = 512
+_PAPER = ManifoldSettings()
 
 
 def token_cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Cosine of matching tokens: ``(B, N, D)`` twice in, float32 ``(B, N)`` in [-1, 1] out; no gradient reaches the
-    teacher.
+    """Return the cosine of matching tokens, in float32; no gradient reaches the teacher.
+
+    Args:
+        student: ``(B, N, D)``.
+        teacher: ``(B, N, D)``.
+
+    Returns:
+        ``(B, N)`` in [-1, 1].
 
     Raises:
         ValueError: the shapes differ.
@@ -37,7 +40,7 @@ def token_cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def alignment_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Minus the mean cosine of matching tokens over batch and tokens: REPA (2410.06940), section 3.2; U-REPA Eq. 1.
+    """Return minus the mean cosine of matching tokens: REPA (2410.06940), section 3.2; U-REPA, Eq. 1.
 
     Args:
         student: projected hidden states, ``(B, N, D)``; gradients flow here.
@@ -53,29 +56,92 @@ def alignment_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor
 
 
 def nt_xent_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
-    """Cross-entropy of picking each token's own teacher token among those of its image, by cosine over ``temperature``.
+    """Return the cross-entropy of picking each token's own teacher token among those of its image.
 
-    REPA (2410.06940), Tables 2 and 6, name NT-Xent as an alternative to the cosine but publish neither its negatives
-    nor its temperature, and the released code lacks it. Negatives are read as the other tokens of the same image, so
+    REPA (2410.06940), Tables 2 and 6, names NT-Xent as an alternative to the cosine but publishes neither its negatives
+    nor its temperature, and the released code lacks it. Here the negatives are the other tokens of the same image, so
     that the loss depends neither on the micro-batch nor on the number of processes.
 
+    Args:
+        student: projected hidden states, ``(B, N, D)``; gradients flow here.
+        teacher: encoder patch tokens, ``(B, N, D)``; detached.
+        temperature: the cosines are divided by it.
+
     Returns:
-        A float32 scalar of at least 0; ln N where no token is told from another.
+        A float32 scalar of at least 0; ln N if the tokens cannot be told apart.
 
     Raises:
         ValueError: the shapes differ.
     """
     _require_same_shape(student, teacher)
-    # Autocast would run the product in half precision; similarities are float32 by contract.
+    # Autocast would run the product in half precision; similarities must be float32.
     with torch.autocast(student.device.type, enabled=False):
-        ours, theirs = scaled_to_unit(student)[0], scaled_to_unit(teacher.detach())[0]
+        ours, theirs = _scale_to_unit(student)[0], _scale_to_unit(teacher.detach())[0]
         logits = ours @ theirs.transpose(1, 2) / temperature
     own = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
     return functional.cross_entropy(logits.flatten(0, 1), own.flatten())
 
 
+def manifold_loss(
+    student: torch.Tensor, teacher: torch.Tensor, manifold: ManifoldSettings = _PAPER, step: int = 0
+) -> torch.Tensor:
+    """Return how far similarities between student tokens are from those between teacher tokens: U-REPA (2503.18414).
+
+    By default ``mean over b, i, j of (cos(s_bi, s_bj) - cos(t_bi, t_bj))**2``, Eqs. 3-4. The paper is ambiguous in three
+    places:
+
+    - *Sign.* Eq. 3 prints a minus before the expectation; minimising that would push the similarities apart. Plus is
+      meant.
+    - *Pairs.* The indices i and j are those of Eq. 1, tokens of one image, while the text speaks of relations "between
+      samples". The default follows the formula; ``scope`` offers the other readings.
+    - *Norm.* d is a squared Frobenius norm of a single similarity, a number; its expectation over i and j is the mean
+      over the N*N pairs. That puts the loss in [0, 4], where the published weight 3 keeps it below the cosine term. The
+      norm of the whole matrix (``reduction="sum"``) would be 65,536 times larger at 256 tokens.
+
+    The N x N matrices are never stored: squares of 512 tokens a side are compared one at a time, each pair of squares
+    once, and the gradient is accumulated on the way. The D x D form ``||S'S||^2 - 2 ||S'T||^2 + ||T'T||^2`` would need no
+    N x N matrices either, but it subtracts large numbers: for a student close to its teacher, float32 would be wrong in
+    the third digit.
+
+    Args:
+        student: projected hidden states, ``(B, N, D)``; gradients flow here.
+        teacher: encoder patch tokens, ``(B, N, E)``; detached. The widths may differ.
+        manifold: which pairs are compared, and how.
+        step: seeds the sample of ``batch_tokens``.
+
+    Returns:
+        A float32 scalar; 0 for a single token, or if one side is a rotation of the other.
+
+    Raises:
+        ValueError: batch size or token count differ.
+    """
+    if student.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must share (B, N)")
+    ours, theirs = (_in_scope(tokens, manifold, step) for tokens in (student, teacher.detach()))
+    # Autocast would run the products in half precision; similarities must be float32.
+    with torch.autocast(student.device.type, enabled=False):
+        total: torch.Tensor = _SumOfDistances.apply(ours, theirs, manifold)
+    sets, n = ours.shape[:2]
+    pairs = {"mean": n * n, "sum": 1, "offdiag_mean": max(n * (n - 1), 1)}[manifold.reduction]
+    return total / (sets * pairs)
+
+
+def _in_scope(tokens: torch.Tensor, manifold: ManifoldSettings, step: int) -> torch.Tensor:
+    """Return the sets ``(S, M, D)`` of tokens within which all pairs are compared, from tokens ``(B, N, D)``."""
+    if manifold.scope == "intra":
+        return tokens
+    if manifold.scope == "batch_pooled":
+        return gather(tokens.float().mean(dim=1)).unsqueeze(0)
+    every = gather(tokens.flatten(0, 1))
+    if len(every) > manifold.sample:
+        # The same tokens of student and teacher, in every process and in every arm.
+        chosen = torch.randperm(len(every), generator=torch.Generator().manual_seed(step))[: manifold.sample]
+        every = every[chosen.to(every.device)]
+    return every.unsqueeze(0)
+
+
 class _Cosine(torch.autograd.Function):
-    """Cosine with its gradient in closed form: it keeps nothing but its inputs and three numbers a token.
+    """The cosine with its gradient in closed form; it stores only its inputs and three numbers a token.
 
     With a = 1 / (|s| |t|) and c the cosine, dc/ds = a t - (c / |s|^2) s.
     """
@@ -106,7 +172,8 @@ class _Cosine(torch.autograd.Function):
         return out.to(student.dtype), None
 
 
-def _pieces(student: torch.Tensor, teacher: torch.Tensor) -> Any:
+def _pieces(student: torch.Tensor, teacher: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Yield rows of the flattened tokens with their float32 values ``(n, D)``."""
     s, t = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
     whole = student.device.type != "cpu" or torch.compiler.is_compiling()
     size = len(s) if whole else max(1, _CACHED_BYTES // (4 * s.shape[-1]))
@@ -115,8 +182,73 @@ def _pieces(student: torch.Tensor, teacher: torch.Tensor) -> Any:
         yield rows, s[rows].float(), t[rows].float()
 
 
+class _SumOfDistances(torch.autograd.Function):
+    """The sum over sets and pairs of the distance between two similarities, of tokens ``(S, M, D)`` and ``(S, M, E)``.
+
+    The matrix of differences d is symmetric, so its squares above the diagonal count twice, and the gradient in the unit
+    token u_i is ``2 * sum over j of slope(d_ij) u_j``. Only this gradient is kept until the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor, manifold: ManifoldSettings) -> torch.Tensor:
+        (ours, per_norm), (theirs, _) = _scale_to_unit(student), _scale_to_unit(teacher)
+        total = ours.new_zeros(())
+        gradient = torch.zeros_like(ours) if ctx.needs_input_grad[0] else None
+        count, tiles = ours.shape[1], -(-ours.shape[1] // _TILE)
+        spans = [slice(*ends) for ends in itertools.pairwise(count * tile // tiles for tile in range(tiles + 1))]
+        for rows, columns in itertools.combinations_with_replacement(spans, 2):
+            difference = torch.bmm(ours[:, rows], ours[:, columns].transpose(1, 2))
+            difference.baddbmm_(theirs[:, rows], theirs[:, columns].transpose(1, 2), alpha=-1)
+            on_diagonal = rows == columns
+            if on_diagonal and manifold.reduction == "offdiag_mean":
+                difference.diagonal(dim1=1, dim2=2).zero_()
+            total += _distance(difference, manifold).sum() * (1 if on_diagonal else 2)
+            if gradient is not None:
+                slope = _slope(difference, manifold)
+                gradient[:, rows] += 2 * torch.bmm(slope, ours[:, columns])
+                if not on_diagonal:
+                    gradient[:, columns] += 2 * torch.bmm(slope.transpose(1, 2), ours[:, rows])
+        if gradient is not None:
+            for rows in spans:  # from the unit tokens to the tokens, in place: (g - (g . u) u) / |s|
+                g, u = gradient[:, rows], ours[:, rows]
+                g.addcmul_(u, (g * u).sum(-1, keepdim=True), value=-1).mul_(per_norm[:, rows])
+            ctx.dtype = student.dtype
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (outer * gradient).to(ctx.dtype), None, None
+
+
+def _distance(difference: torch.Tensor, manifold: ManifoldSettings) -> torch.Tensor:
+    if manifold.distance == "l2":
+        return difference.square()
+    return (difference.abs() - manifold.margin).clamp_min(0)
+
+
+def _slope(difference: torch.Tensor, manifold: ManifoldSettings) -> torch.Tensor:
+    """Return the derivative of the distance."""
+    if manifold.distance == "l2":
+        return 2 * difference
+    return difference.sign() * (difference.abs() > manifold.margin)
+
+
+def _scale_to_unit(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens ``(..., D)`` scaled to length 1, and the factors ``(..., 1)``, in float32.
+
+    A vector of length 0 stays 0 and passes no gradient. Dividing by a small epsilon instead would give NaN in half
+    precision and a gradient of 1/eps in single.
+    """
+    values = tokens.float()
+    per_norm = _reciprocal(values.norm(dim=-1, keepdim=True))
+    return values * per_norm, per_norm
+
+
 def _reciprocal(norm: torch.Tensor) -> torch.Tensor:
-    """1 / norm, and 0 for a vector of length zero, which then has cosine 0 and gradient 0."""
+    """Return 1 / norm, and 0 for a norm of 0, so that cosine and gradient are 0."""
     return norm.masked_fill(norm <= _ZERO_NORM, torch.inf).reciprocal()
 
 

@@ -1,4 +1,4 @@
-"""What the processes of one training must agree on."""
+"""What the processes of one training exchange."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import distributed
 
 
 def world_size() -> int:
-    """The number of processes that train together; 1 where torch.distributed is not in use."""
+    """Return the number of processes that train together; 1 without torch.distributed."""
     in_use = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if in_use else 1
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The mean of a detached scalar over all processes, the same on each of them."""
+    """Return the mean of a scalar over all processes, detached, the same in each of them."""
     if world_size() == 1:
         return value.detach()
     total = value.detach().clone()
@@ -22,16 +22,16 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
 
 
 def gather(values: torch.Tensor) -> torch.Tensor:
-    """The rows ``(n, ...)`` of all processes, ``(n * world size, ...)``, in the order of their ranks.
+    """Return the rows ``(n, ...)`` of all processes as ``(n * world size, ...)``, in the order of their ranks.
 
-    Gradients flow to this process's own rows, times the world size: DistributedDataParallel takes the mean of what
-    every process finds for its rows, where a loss over all rows asks for the sum.
+    Gradients reach this process's own rows, multiplied by the world size: DistributedDataParallel averages the gradients
+    of the processes, but a loss over all rows needs their sum.
     """
     world = world_size()
     if world == 1:
         return values
-    kept = values.detach().contiguous()
-    parts = [torch.empty_like(kept) for _ in range(world)]
-    distributed.all_gather(parts, kept)
-    parts[distributed.get_rank()] = kept + world * (values - kept)
-    return torch.cat(parts)
+    detached = values.detach().contiguous()
+    rows = [torch.empty_like(detached) for _ in range(world)]
+    distributed.all_gather(rows, detached)
+    rows[distributed.get_rank()] = detached + world * (values - detached)
+    return torch.cat(rows)

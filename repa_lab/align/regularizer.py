@@ -1,28 +1,27 @@
-"""Regularizers: what was captured at a step goes in, a loss and its parts come out."""
+"""Regularizers: signals captured at a step go in, a loss comes out."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import nn
 
-from repa_lab.align.cutoff import SimilarityCutoff
-from repa_lab.align.losses import alignment_loss, nt_xent_loss, token_cosine
-from repa_lab.align.manifold import manifold_loss
+from repa_lab.align.losses import alignment_loss, manifold_loss, nt_xent_loss, token_cosine
 from repa_lab.align.projector import Projector
-from repa_lab.align.ranks import world_size
+from repa_lab.align.ranks import mean_over_ranks, world_size
 from repa_lab.align.schedule import Schedule
-from repa_lab.align.settings import Needs, RegularizerSettings, REPASettings, ResampleSettings, UREPASettings
+from repa_lab.align.settings import Needs, RegularizerSettings, REPASettings, ScheduleSettings, UREPASettings
 from repa_lab.align.tokens import Tokens, normalise_over_space
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Widths of what a regularizer asked for.
+    """The widths of the signals that a regularizer needs.
 
     Attributes:
         taps: the denoiser's width D at each tap.
@@ -36,7 +35,7 @@ class Shapes:
 
 
 class Prediction(NamedTuple):
-    """What the denoiser predicts and what it should: velocity, noise or image, ``(B, C, H, W)`` each."""
+    """The denoiser's output and its target: velocity, noise or image, ``(B, C, H, W)`` each."""
 
     output: torch.Tensor
     target: torch.Tensor
@@ -44,13 +43,13 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Signals:
-    """What was captured or computed for a regularizer at one step, in the order in which it asked.
+    """The signals of one step, in the order of the regularizer's needs.
 
     Attributes:
         taps: tokens ``(B, N, D)`` of the tapped blocks.
         encoders: patch tokens ``(B, M, E)`` of the encoders.
         ema_taps: tokens ``(B, N, D)`` of the averaged model's blocks, without gradient.
-        latents: the clean latents ``(B, C, H, W)``, or pixels in [-1, 1] where there is no VAE.
+        latents: the clean latents ``(B, C, H, W)``, or pixels in [-1, 1] without a VAE.
         prediction: the denoiser's output and its target.
     """
 
@@ -63,28 +62,116 @@ class Signals:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a regularizer yields at one step.
+    """The loss of a regularizer at one step.
 
     Attributes:
         value: a scalar; the trainer multiplies it by the scheduled weight and adds it to the denoising loss.
-        parts: scalars to log by name, unscaled, so that they compare across weights. A similarity threshold watches the
-            part called ``cosine``.
+        parts: scalars to log by name, unweighted, so that arms of different weights compare. A similarity threshold
+            watches the part ``cosine``.
     """
 
     value: torch.Tensor
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-class Regularizer(nn.Module):
-    """The base of all regularizers.
+class SimilarityCutoff(nn.Module):
+    """Sets the weight to 0 once the mean token cosine, smoothed over steps, has reached a threshold.
 
-    A subclass has ``forward(signals, step) -> Loss``, settings of its own in ``Settings``, and, where it asks for more
-    than one tap and the encoders among its settings, ``needs(settings) -> Needs``. Its parameters train and are
-    checkpointed; the exported model holds none of them.
+    The moving average is bias-corrected, so that it is a true mean from the first step on, and it is not compared with
+    the threshold before ``similarity_min_count`` steps: an early spike switches nothing off. A step counts once, as the
+    mean over its micro-batches and processes, so all processes decide alike. A step is decided by the steps before it:
+    its own mean is not known before its last micro-batch, and reading it would wait for the device. The state is part of
+    the regularizer's ``state_dict``.
+
+    Args:
+        settings: ``similarity_threshold`` and the fields that belong to it.
+
+    Raises:
+        ValueError: there is no threshold.
+    """
+
+    def __init__(self, settings: ScheduleSettings) -> None:
+        super().__init__()
+        if settings.similarity_threshold is None:
+            raise ValueError("a similarity cutoff needs a similarity_threshold")
+        self.settings, self.threshold = settings, settings.similarity_threshold
+        self._sum, self._count, self._is_off_for_good = 0.0, 0, False
+        self._step, self._pending = -1, list[torch.Tensor]()
+
+    @property
+    def similarity(self) -> float | None:
+        """The smoothed cosine of the steps counted so far; None before the first."""
+        return self._sum / (1 - self.settings.similarity_ema_decay**self._count) if self._count else None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the state is Python's
+    def observe(self, step: int, cosine: torch.Tensor) -> None:
+        """Note the mean cosine of one micro-batch; every process must call this equally often.
+
+        Args:
+            step: optimizer steps already taken.
+            cosine: a scalar.
+        """
+        if step != self._step:
+            self._count_pending()
+        self._step = step
+        self._pending.append(mean_over_ranks(cosine))
+
+    def retract(self, step: int) -> None:
+        """Forget the micro-batches of ``step``, which is about to be taken again."""
+        if step == self._step:
+            self._pending = []
+
+    def is_cut(self, step: int) -> bool:
+        """Return whether the weight is 0 at ``step``, decided by the steps before it."""
+        if step > self._step:
+            self._count_pending()
+        return self._is_off_for_good or self._is_above()
+
+    def probes(self, step: int) -> bool:
+        """Return whether the cosine is measured at ``step`` although the weight is 0."""
+        return self.settings.threshold_mode == "recoverable" and step % self.settings.probe_every == 0
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Return the state for a checkpoint, ``(3,)``: the running sum, the count, and whether the weight is 0 for good."""
+        self._count_pending()
+        return torch.tensor([self._sum, self._count, self._is_off_for_good], dtype=torch.float64)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restore the state that :meth:`get_extra_state` returned."""
+        self._sum, count, off = state.tolist()
+        self._count, self._is_off_for_good = int(count), bool(off)
+        self._step, self._pending = -1, []
+
+    def _count_pending(self) -> None:
+        """Add the last observed step to the average."""
+        if not self._pending:
+            return
+        # Reading the value waits for the device: done one step late, when the value has long been computed.
+        mean = torch.stack(self._pending).double().mean().item()
+        self._pending = []
+        if not math.isfinite(mean):  # a step that the gradient scaler of fp16 is about to skip
+            return
+        decay = self.settings.similarity_ema_decay
+        self._sum = decay * self._sum + (1 - decay) * mean
+        self._count += 1
+        self._is_off_for_good |= self.settings.threshold_mode == "permanent" and self._is_above()
+
+    def _is_above(self) -> bool:
+        similarity = self.similarity
+        is_due = self._count >= self.settings.similarity_min_count
+        return is_due and similarity is not None and similarity >= self.threshold
+
+
+class Regularizer(nn.Module):
+    """The base class of all regularizers.
+
+    A subclass implements ``forward(signals, step) -> Loss``, declares its settings in an inner class ``Settings``, and
+    overrides ``needs(settings) -> Needs`` if it needs more than one tap and the encoders among its settings. Its
+    parameters are trained and checkpointed, but are not part of the exported model.
 
     Args:
         settings: an instance of ``Settings``.
-        shapes: the widths of what was asked for.
+        shapes: the widths of the signals that it needs.
 
     Raises:
         ValueError: a decay has no end.
@@ -107,7 +194,7 @@ class Regularizer(nn.Module):
 
     @classmethod
     def defect(cls) -> str | None:
-        """Return what a class lacks of a regularizer, None if it lacks nothing."""
+        """Return what makes a class unusable as a regularizer; None if nothing does."""
         if cls.forward is Regularizer.forward:
             return "lacks the method forward(self, signals, step) -> Loss"
         if not (isinstance(cls.Settings, type) and issubclass(cls.Settings, RegularizerSettings)):
@@ -120,28 +207,33 @@ class Regularizer(nn.Module):
         """Return the unweighted loss of one batch.
 
         Args:
-            signals: what was asked for.
+            signals: the signals of the step.
             step: optimizer steps already taken.
         """
         raise NotImplementedError
 
     def weight_at(self, step: int) -> float:
-        """Return the weight at ``step``: the schedule's, or 0 while the similarity cutoff holds."""
+        """Return the weight at ``step``: the schedule's, or 0 after the similarity cutoff."""
         scheduled = self.schedule(step)
         return 0.0 if scheduled and self.cutoff and self.cutoff.is_cut(step) else scheduled
 
     def is_active(self, step: int) -> bool:
-        """Return whether the regularizer has to be called at ``step``; where the weight is 0 nothing is computed for
-        it.
+        """Return whether the regularizer has to be called at ``step``.
 
-        The one exception is a recoverable similarity cutoff, which at times looks whether it still holds.
+        That is where the weight is above 0, and where a recoverable similarity cutoff measures whether it still holds.
         """
         if self.weight_at(step) > 0:
             return True
         return self.cutoff is not None and self.schedule(step) > 0 and self.cutoff.probes(step)
 
     def observe(self, step: int, loss: Loss) -> None:
-        """Tell the similarity cutoff, if there is one, the loss of one micro-batch of ``step``.
+        """Pass the loss of one micro-batch to the similarity cutoff, if there is one.
+
+        The trainer does so. In a loop of your own, call it after every micro-batch if a similarity threshold is set.
+
+        Args:
+            step: optimizer steps already taken.
+            loss: the loss that ``forward`` returned.
 
         Raises:
             ValueError: the loss has no part ``cosine``.
@@ -162,21 +254,15 @@ class Pair(NamedTuple):
     teacher: torch.Tensor
 
 
-LOSSES: dict[str, Callable[[Pair, float], torch.Tensor]] = {
-    "cosine": lambda pair, temperature: alignment_loss(*pair),
-    "nt_xent": lambda pair, temperature: nt_xent_loss(*pair, temperature),
-}
-
-
 class REPA(Regularizer):
-    """REPA (2410.06940): project the tap's tokens and raise their cosine with the encoder's patch tokens.
+    """REPA (2410.06940): raises the cosine of the tap's projected tokens with the encoder's patch tokens.
 
-    The trainer builds it from settings and shapes. In a loop of your own name the widths, and any field of
+    The trainer builds it from settings and shapes. In a loop of your own, give the widths, and any field of
     :class:`REPASettings` by keyword: ``REPA(1152, 768, weight=0.5, projector={"type": "linear"})``.
 
     Args:
         in_dim: the denoiser's width at the tap, or the settings.
-        out_dim: the encoder's width, or one for each of several encoders, or the shapes.
+        out_dim: the encoder's width, or a sequence with the width of each encoder, or the shapes.
         settings: fields of the settings.
 
     Raises:
@@ -210,20 +296,22 @@ class REPA(Regularizer):
             encoder: its number among the regularizer's encoders, from 0.
 
         Raises:
-            ValueError: ``spatial_norm`` is given a single token.
+            ValueError: ``spatial_norm`` is applied to a single token.
         """
-        projector = self.projectors[encoder]
+        projector, resample = self.projectors[encoder], self.settings.resample
         assert isinstance(projector, Projector)
         if self.settings.spatial_norm is not None:
             teacher = normalise_over_space(teacher, self.settings.spatial_norm)
-        if self.settings.spatial_align:
-            ours, theirs = _on_one_grid(self.settings.resample, projector, student, teacher)
-        else:
-            ours, theirs = projector.project(student).mean(), teacher.mean()
-        return Pair(ours.values, theirs.values)
+        if not self.settings.spatial_align:
+            return Pair(projector.project(student).mean().values, teacher.mean().values)
+        if resample.side == "teacher":
+            return Pair(projector.project(student).values, teacher.resample(student.grid).values)
+        if resample.when == "before":
+            return Pair(projector.project(student.resample(teacher.grid)).values, teacher.values)
+        return Pair(projector.project(student).resample(teacher.grid).values, teacher.values)
 
     def forward(self, signals: Signals, step: int = 0) -> Loss:
-        """Return minus the mean cosine, or the NT-Xent loss, and the mean cosine as a part.
+        """Return minus the mean cosine, or the NT-Xent loss; the mean cosine is a part.
 
         Args:
             signals: one tap ``(B, N, in_dim)`` and the tokens ``(B, M, out_dim)`` of every encoder.
@@ -236,31 +324,32 @@ class REPA(Regularizer):
         return Loss(value, {"cosine": cosine})
 
     def _align(self, signals: Signals) -> tuple[torch.Tensor, torch.Tensor, list[Pair]]:
-        """Return the alignment loss, the mean cosine, and the matched tokens."""
+        """Return the alignment loss, the mean cosine, and the matched tokens of every encoder."""
         (student,) = signals.taps
         if len(signals.encoders) != len(self.projectors):
             raise ValueError(f"there are {len(self.projectors)} encoders, got the tokens of {len(signals.encoders)}")
         pairs = [self.match(student, tokens, number) for number, tokens in enumerate(signals.encoders)]
-        value = torch.stack([LOSSES[self.settings.loss](pair, self.settings.temperature) for pair in pairs]).mean()
         if self.settings.loss == "cosine":
+            value = torch.stack([alignment_loss(*pair) for pair in pairs]).mean()
             return value, -value.detach(), pairs
+        value = torch.stack([nt_xent_loss(*pair, self.settings.temperature) for pair in pairs]).mean()
         return value, torch.stack([token_cosine(*pair).detach().mean() for pair in pairs]).mean(), pairs
 
 
 class UREPA(REPA):
     """U-REPA (2503.18414), Eq. 5: ``alignment + manifold_weight * manifold`` at the middle of a U-shaped denoiser.
 
-    Args as :class:`REPA`, by the fields of :class:`UREPASettings`.
+    Args as for :class:`REPA`, with the fields of :class:`UREPASettings`.
     """
 
     Settings: ClassVar[type[RegularizerSettings]] = UREPASettings
     settings: UREPASettings
 
     def forward(self, signals: Signals, step: int = 0) -> Loss:
-        """Return the alignment and the weighted manifold loss; parts are the mean cosine and the manifold loss.
+        """Return the alignment loss plus the weighted manifold loss; the mean cosine and the manifold loss are parts.
 
         Raises:
-            ValueError: the signals do not fit together, or there is a single token or image, for which no pair exists.
+            ValueError: the signals do not fit together, or a single token or image leaves no pair to compare.
         """
         alignment, cosine, pairs = self._align(signals)
         scope, (images, tokens) = self.settings.manifold.scope, pairs[0].teacher.shape[:2]
@@ -272,14 +361,3 @@ class UREPA(REPA):
         manifold = torch.stack([manifold_loss(*pair, self.settings.manifold, step) for pair in pairs]).mean()
         value = alignment + self.settings.manifold_weight * manifold
         return Loss(value, {"cosine": cosine, "manifold": manifold.detach()})
-
-
-def _on_one_grid(
-    resample: ResampleSettings, projector: Projector, student: Tokens, teacher: Tokens
-) -> tuple[Tokens, Tokens]:
-    """Return the projected student and the teacher, ``(B, n, out_dim)`` each, on one grid."""
-    if resample.side == "teacher":
-        return projector.project(student), teacher.resample(student.grid)
-    if resample.when == "before":
-        return projector.project(student.resample(teacher.grid)), teacher
-    return projector.project(student).resample(teacher.grid), teacher

@@ -1,13 +1,10 @@
-"""The registry of regularizers, their settings, and those of what they are made of.
-
-Imports no torch, so that `plan` answers at once.
-"""
+"""The registry of regularizers and all settings of regularizers. Imports no torch, so that planning is fast."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -36,15 +33,15 @@ class EncoderSettings(Settings):
     name: str = "dinov2_vitg14"
     """A registered encoder, or any model of timm."""
     image_size: Positive | None = None
-    """Pixels along each side of the encoder's input; null follows the papers' rule (256 px is seen at 224 by patch 14)."""
+    """Side of the encoder's input in pixels; null follows the papers' rule (an image of 256 is seen at 224 by patch 14)."""
     weights: LocalFile | None = None
-    """A local file of weights, for when the hub is out of reach."""
+    """A local file of weights, for use without the hub."""
     standardize: bool = False
     """Give every channel mean 0 and standard deviation 1 over the data set's tokens."""
     cache: bool = True
-    """Compute the features once for all runs."""
+    """Compute the features once for all runs and store them."""
     pixels: Literal["image", "vae", "tae"] = "image"
-    """What the encoder looks at: the image, as in the papers, or its reconstruction by the VAE or a tiny autoencoder."""
+    """The encoder's input: the image, as in the papers, or its reconstruction by the VAE or a tiny autoencoder."""
     tae: HubOrLocal | None = None
     """The tiny autoencoder that `pixels: tae` decodes with."""
 
@@ -75,10 +72,10 @@ class ProjectorSettings(Settings):
 
 
 class ResampleSettings(Settings):
-    """How grids that differ are matched.
+    """How different grids are matched.
 
-    U-REPA (2503.18414) finds resampling the student better than shrinking the teacher (Table 6: FID 5.72 against 5.99),
-    and projecting first better than resampling first (Table 7: 5.72 against 5.84).
+    In U-REPA (2503.18414), resampling the student is better than shrinking the teacher (Table 6: FID 5.72 against 5.99),
+    and projecting first is better than resampling first (Table 7: 5.72 against 5.84).
     """
 
     side: Literal["student", "teacher"] = "student"
@@ -93,12 +90,12 @@ class ManifoldSettings(Settings):
     scope: Literal["intra", "batch_pooled", "batch_tokens"] = "intra"
     """Pairs of tokens of one image, of images by their mean token, or of tokens of the whole batch.
 
-    The last two see the images of one forward pass in all processes: a micro-batch changes them, the number of
-    processes does not."""
+    The last two compare the images of one forward pass in all processes: they depend on the micro-batch, not on the
+    number of processes."""
     reduction: Literal["mean", "sum", "offdiag_mean"] = "mean"
     """Mean over all N*N pairs, their sum, or the mean without each token's pair with itself; then the mean over images."""
     distance: Literal["l2", "l1_margin"] = "l2"
-    """The squared difference of two similarities, or by how much its size exceeds `margin`."""
+    """The squared difference of two similarities, or the amount by which the absolute difference exceeds `margin`."""
     margin: NotNegative = 0.1
     """Margin of `l1_margin`: 0.1 in VideoREPA's relation loss, 0.25 in VA-VAE's matrix loss."""
     sample: Annotated[int, Field(ge=2)] = 2048
@@ -106,7 +103,7 @@ class ManifoldSettings(Settings):
 
 
 class ScheduleSettings(Settings):
-    """The weight over steps: a linear warm-up from 0, a decay from `weight` to `end`, and 0 from a cutoff on."""
+    """The weight over steps: a linear warm-up from 0, a decay from `weight` to `end`, and 0 after a cutoff."""
 
     type: Literal["constant", "linear", "cosine", "polynomial"] = "constant"
     """The shape of the decay."""
@@ -117,19 +114,19 @@ class ScheduleSettings(Settings):
     end: NotNegative = 0.0
     """The weight at the end of the decay and after it."""
     cutoff_step: Count | None = None
-    """The weight is exactly 0 from this step on; null or 0 is never."""
+    """The weight is exactly 0 from this step on; null or 0 is no cutoff."""
     power: NotNegative = 1.0
     """The exponent of `polynomial`."""
     similarity_threshold: Annotated[float, Field(ge=-1, le=1)] | None = None
-    """The weight is 0 once the smoothed mean cosine of the tokens has reached this; null is never."""
+    """The weight is 0 once the smoothed mean cosine of the tokens has reached this value; null is no threshold."""
     similarity_ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """The weight of the past in the smoothed cosine; 0 judges each step alone."""
+    """Decay of the smoothed cosine; at 0 each step is judged alone."""
     similarity_min_count: Positive = 100
-    """Steps observed before the threshold is judged, so that an early spike switches nothing off."""
+    """Steps before the threshold applies, so that an early spike switches nothing off."""
     threshold_mode: Literal["permanent", "recoverable"] = "permanent"
     """Whether the weight stays 0, or returns when the cosine falls below the threshold."""
     probe_every: Positive = 50
-    """While a recoverable threshold holds, the cosine is measured at every so many steps, without gradient."""
+    """Steps between measurements of the cosine, without gradient, while a recoverable threshold holds the weight at 0."""
 
     @model_validator(mode="after")
     def _decay_ends_after_warmup(self) -> Self:
@@ -140,14 +137,14 @@ class ScheduleSettings(Settings):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a regularizer asks to be captured or computed for it; nothing else is.
+    """The signals that a regularizer needs; no others are captured or computed.
 
     Attributes:
         taps: blocks of the denoiser whose output is captured, 0-based, or ``mid``.
         encoders: encoders whose patch tokens are the target.
-        ema_taps: blocks of the averaged model, which then runs on the same noisy images without gradient.
-        latents: whether the clean latents (or pixels) of the batch are wanted.
-        prediction: whether the denoiser's output and its target are wanted.
+        ema_taps: blocks of the averaged model, which then also runs on the same noisy images, without gradient.
+        latents: whether the clean latents (or pixels) of the batch are needed.
+        prediction: whether the denoiser's output and its target are needed.
     """
 
     taps: tuple[BlockIndex | None, ...] = ()
@@ -158,7 +155,7 @@ class Needs:
 
 
 class RegularizerSettings(Settings):
-    """What every regularizer has."""
+    """The settings that every regularizer has."""
 
     type: str = "none"
     """The regularizer's registered name; `none` is the baseline."""
@@ -170,7 +167,7 @@ class RegularizerSettings(Settings):
     """The block whose output is regularized, 0-based: the papers' depth 8 is 7. Null is the family's suggestion."""
 
     kinds: ClassVar[tuple[str, ...]] = ("transformer", "unet")
-    """Kinds of denoisers that it fits."""
+    """Kinds of denoisers that the regularizer fits."""
 
     @property
     def encoders(self) -> tuple[EncoderSettings, ...]:
@@ -178,10 +175,10 @@ class RegularizerSettings(Settings):
         return tuple(value for _, value in settings_in(self) if isinstance(value, EncoderSettings))
 
     def resolved(self, block_index: BlockIndex, total_steps: int) -> Self:
-        """Return the settings with numbers where null or 0 stands for what the run decides.
+        """Return the settings with a block, and with ``decay_steps`` if the weight decays.
 
         Args:
-            block_index: the family's suggestion.
+            block_index: the family's suggestion, used if the settings name no block.
             total_steps: the length of the training, where a decay without ``decay_steps`` ends.
         """
         schedule = self.schedule
@@ -191,13 +188,19 @@ class RegularizerSettings(Settings):
         return self.model_copy(update={"schedule": schedule, "block_index": block})
 
     def needs(self) -> Needs:
-        """Return what is asked for unless the regularizer's own ``needs`` says otherwise: its block and its encoders."""
+        """Return the default needs of a regularizer: its block and the encoders among its settings."""
         return Needs(taps=(self.block_index,), encoders=self.encoders)
 
 
 @dataclass(frozen=True)
 class Component:
-    """A registered regularizer: its settings, and how its class is had."""
+    """A registered regularizer.
+
+    Attributes:
+        settings: its settings class.
+        load: returns its class; a built-in class is imported then.
+        needs: returns its needs, given its settings.
+    """
 
     settings: type[RegularizerSettings]
     load: Callable[[], type[Regularizer]]
@@ -210,22 +213,22 @@ REGULARIZERS: Registry[Component] = Registry("regularizer")
 def regularizer(name: str, implementation: str | None = None) -> Callable[[C], C]:
     """Register a regularizer under the ``type`` by which a spec names it.
 
-    Decorates a :class:`Regularizer` with its ``Settings`` inside, or settings by themselves, whose class stands in
-    another module and is imported when a run trains with it: `plan` then needs no torch.
+    Decorates a :class:`Regularizer` with its inner class ``Settings``. It also decorates a settings class whose
+    regularizer is in another module, which is imported when a run trains with it: planning then needs no torch.
 
     Args:
         name: the ``type``.
-        implementation: where the class of decorated settings is, ``package.module:Class``.
+        implementation: the regularizer of a decorated settings class, ``package.module:Class``.
 
     Raises:
         PluginError: the name is taken.
-        TypeError: the class lacks what a regularizer has; the message says what.
+        TypeError: the class is no regularizer; the message says why.
     """
 
     def register(decorated: C) -> C:
         if hasattr(decorated, "model_fields"):
             settings: Any = decorated
-            REGULARIZERS.add(name, Component(settings, lambda: _imported(implementation), settings.needs))
+            REGULARIZERS.add(name, Component(settings, lambda: resolve_name(str(implementation)), settings.needs))
             return decorated
         cls: Any = decorated
         if not hasattr(cls, "defect"):
@@ -238,12 +241,6 @@ def regularizer(name: str, implementation: str | None = None) -> Callable[[C], C
     return register
 
 
-def _imported(implementation: str | None) -> Any:
-    assert implementation is not None
-    module, _, name = implementation.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 @regularizer("none")
 class NoSettings(RegularizerSettings):
     """No regularizer: the baseline."""
@@ -254,7 +251,7 @@ class NoSettings(RegularizerSettings):
     block_index: None = Field(default=None, exclude=True)
 
     def needs(self) -> Needs:
-        """Return nothing: no block is tapped and no encoder is loaded."""
+        """Return no needs: no block is tapped and no encoder is loaded."""
         return Needs()
 
 
@@ -267,23 +264,23 @@ Projector = Annotated[
 
 @regularizer("repa", "repa_lab.align.regularizer:REPA")
 class REPASettings(RegularizerSettings):
-    """REPA (2410.06940): raise the cosine of projected tokens with an encoder's patch tokens."""
+    """REPA (2410.06940): raises the cosine of projected tokens with an encoder's patch tokens."""
 
     type: Literal["repa"] = "repa"
     encoder: EncoderSettings | Encoders = EncoderSettings()
-    """The encoder, or a list: each has a projector of its own, and their losses are averaged."""
+    """The encoder, or a list of encoders: each has its own projector, and the losses are averaged."""
     projector: Projector = ProjectorSettings()
     """The map from the denoiser's width to the encoder's."""
     loss: Literal["cosine", "nt_xent"] = "cosine"
-    """Minus the mean cosine of matching tokens, or the NT-Xent loss over all tokens of the batch."""
+    """Minus the mean cosine of matching tokens, or the NT-Xent loss over the tokens of each image."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
     """Temperature of `nt_xent`."""
     spatial_align: bool = True
-    """False compares the mean projected token with the mean encoder token instead of place with place."""
+    """Compare token by token; false compares the mean projected token with the mean encoder token."""
     spatial_norm: NotNegative | None = None
-    """How much of each encoder channel's mean over an image is taken out before its deviation is made 1 (iREPA: 0.6)."""
+    """Normalise the encoder's channels over each image: the share of the mean that is subtracted (iREPA: 0.6); null does not."""
     resample: ResampleSettings = ResampleSettings()
-    """How grids that differ are matched."""
+    """How different grids are matched."""
 
     kinds: ClassVar[tuple[str, ...]] = ("transformer",)
 
@@ -294,7 +291,7 @@ class UREPASettings(REPASettings):
 
     type: Literal["urepa"] = "urepa"  # type: ignore[assignment]
     manifold_weight: NotNegative = 3.0
-    """The paper's w, the weight of the manifold loss within the regularizer; 0 is 0."""
+    """The paper's w, the weight of the manifold loss within the regularizer."""
     manifold: ManifoldSettings = ManifoldSettings()
     """Which pairs are compared, and how."""
 

@@ -8,7 +8,6 @@ import torch
 from pydantic import ValidationError
 
 from repa_lab.align import ManifoldSettings, alignment_loss, manifold_loss
-from repa_lab.align.manifold import REDUCTIONS
 from tests.align import references
 from tests.align.test_losses import pair
 
@@ -126,7 +125,10 @@ def test_the_diagonal_of_a_zero_token_counts_only_where_the_diagonal_does():
     student, teacher = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
     for first, off_diagonal, everywhere in ((torch.zeros(3), 2, 4), (torch.tensor([1.0, 2.0, 3.0]), 2, 3)):
         student[0, 0] = first
-        found = {name: manifold_loss(student, teacher, ManifoldSettings(reduction=name)).item() for name in REDUCTIONS}
+        found = {
+            name: manifold_loss(student, teacher, ManifoldSettings(reduction=name)).item()
+            for name in ("mean", "sum", "offdiag_mean")
+        }
         expected = {"mean": everywhere / 4, "sum": everywhere, "offdiag_mean": off_diagonal / 2}
         assert found == pytest.approx(expected, abs=1e-6)
 
