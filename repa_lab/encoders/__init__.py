@@ -1,1 +1,1 @@
-"""Frozen vision encoders. Importing the package, or its `registry`, costs no torch."""
+"""Frozen vision encoders. Importing the package or its `registry` imports no torch."""

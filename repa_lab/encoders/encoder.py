@@ -1,4 +1,4 @@
-"""A frozen encoder: pixels in, patch tokens with their grid out; anything else is refused before training."""
+"""A frozen encoder maps pixels to patch tokens on a grid; other output is refused before training."""
 
 from __future__ import annotations
 
@@ -14,33 +14,22 @@ from torch import nn
 
 from repa_lab.align.tokens import Tokens, flatten_map
 from repa_lab.encoders.registry import ENCODERS, EncoderFacts, Resize, facts_of, input_size
-from repa_lab.encoders.weights import EncoderError, lite0_model, load_model, one_line, skeleton
-
-__all__ = [
-    "Encoder",
-    "EncoderError",
-    "EncoderOptions",
-    "lite0_model",
-    "load_encoder",
-    "one_line",
-    "require_patch_tokens",
-]
+from repa_lab.timm_models import TINY, EncoderError, load_model, reason, skeleton
 
 _CNN_STRIDE = 16
-_SAME = 1e-5
+_ROUNDING = 1e-5
 _COMPILER = "inductor"
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """How an encoder is run.
+    """How an encoder runs.
 
     Attributes:
-        precision: of its weights and of what they compute; pixels are normalised and tokens returned in float32 either
-            way.
-        compile: whether `torch.compile` makes it faster, after a first call of a minute.
-        batch_size: the images it sees at a time, for less memory; None is all of a batch.
+        precision: dtype of its weights and activations; pixels are normalised and tokens returned in float32.
+        compile: whether to use `torch.compile`, which is faster after a first call of a minute.
+        batch_size: maximum number of images at a time, to save memory; None takes the whole batch.
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -52,17 +41,17 @@ class Encoder(nn.Module):
     """A timm model as a source of patch tokens, frozen and in evaluation mode.
 
     Preprocessing is the papers' (REPA, released code): pixels / 255, so in [0, 1]; the model's own mean and standard
-    deviation; bicubic resize without antialiasing to `input_size`, which keeps the image's aspect. A grey image is
-    repeated to three channels. The precision is that of the options, whatever autocast surrounds the call.
+    deviation; bicubic resize without antialiasing to `input_size`, which keeps the image's aspect. A grey image gets
+    three equal channels. Surrounding autocast has no effect.
 
     Args:
-        model: with timm's `forward_intermediates` and `pretrained_cfg`.
-        stage: the index of the feature map to take.
-        stride: pixels of the input per token of that map, along each side.
+        model: a model with timm's `forward_intermediates` and `pretrained_cfg`.
+        stage: index of the feature map.
+        stride: input pixels per token of that map, along each side.
         image_size: pixels along each side of a square input; None derives the size from the image's.
-        options: how it is run.
-        norm: whether the tokens are taken after the model's final norm, or before (`EncoderFacts.norm`).
-        resize: how images are brought to the input size.
+        options: how the encoder runs.
+        norm: whether tokens are taken after the model's final norm, or before it (`EncoderFacts.norm`).
+        resize: filter that resizes images to the input size.
     """
 
     mean: torch.Tensor
@@ -93,24 +82,23 @@ class Encoder(nn.Module):
         self.eval().requires_grad_(False)
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
-        """The pixels (height, width) at which the model sees an image of these: `registry.input_size`.
+        """Return the height and width in pixels at which the model sees an image: `registry.input_size`.
 
         Raises:
-            EncoderError: the papers' rule has no size for so few pixels.
+            EncoderError: the image is too small for the papers' rule.
         """
         size = input_size(self.stride, (height, width), self.image_size)
         if min(size) == 0:
-            raise EncoderError(
-                "image_size", f"the papers' rule has no size for {height}x{width} px images; set image_size"
-            )
+            message = f"the papers' rule has no size for {height}x{width} px images; set image_size"
+            raise EncoderError("image_size", message)
         return size
 
     def preprocess(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels ``(B, 1 or 3, H, W)`` as the model's normalised input ``(B, 3, *input_size(H, W))``, float32.
+        """Return the normalised input ``(B, 3, *input_size(H, W))``, float32, for uint8 pixels ``(B, 1 or 3, H, W)``.
 
         Raises:
-            EncoderError: see :meth:`input_size`.
-            TypeError: the pixels are not uint8, so their range is not known.
+            EncoderError: the image is too small for the papers' rule.
+            TypeError: the pixels are not uint8, so their range is unknown.
         """
         if pixels.dtype != torch.uint8:
             raise TypeError(f"pixels must be uint8, 0 to 255, got {pixels.dtype}")
@@ -121,14 +109,14 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> Tokens:
-        """Return the patch tokens of uint8 pixels ``(B, 1 or 3, H, W)``, without CLS and registers.
+        """Return the patch tokens of uint8 pixels ``(B, 1 or 3, H, W)``, without class and register tokens.
 
         Returns:
             tokens: float32 ``(B, h*w, D)`` on the grid ``(h, w)``, the input size over the stride.
         """
-        parts = pixels.split(self.options.batch_size or max(len(pixels), 1))
+        batches = pixels.split(self.options.batch_size or max(len(pixels), 1))
         with torch.autocast(pixels.device.type, enabled=False):
-            maps = [self._features(self.preprocess(part).to(self.dtype)) for part in parts]
+            maps = [self._features(self.preprocess(batch).to(self.dtype)) for batch in batches]
         tokens = flatten_map(torch.cat(maps).float())
         return Tokens(tokens.values.contiguous(), tokens.grid)
 
@@ -150,33 +138,44 @@ def load_encoder(
     """Load a frozen encoder.
 
     Args:
-        name: a name of the registry, which has the guide's, or timm's own.
+        name: a registered name (SimpleTuner's names are), or timm's own.
         image_size: pixels along each side of a square input; None derives it from the image (`registry.input_size`).
-        resolution: pixels along each side of the training images, to refuse a size that fits no grid before loading.
+        resolution: pixels along each side of the training images; a size without a grid is refused before loading.
         weights: a local file of weights; None takes the bundled file, the hub's cache or the hub.
-        options: precision, compilation, sub-batches.
+        options: precision, compilation, batch size.
 
     Raises:
-        EncoderError: unknown name, missing or unfitting weights, a size that is no grid, or a model without feature
-            maps.
+        EncoderError: the name is unknown, the weights are missing or do not fit, the size gives no grid, or the model
+            has no feature maps.
     """
     facts = facts_of(name) or EncoderFacts(name, 0, 0)
     if facts.build is not None:
-        return Encoder(_Built(facts, weights), 0, facts.stride, image_size, options, resize=facts.resize)
+        return Encoder(_PluginModel(facts, weights), 0, facts.stride, image_size, options, resize=facts.resize)
     if not timm.is_model(facts.timm_name.split(".")[0]):
         near = difflib.get_close_matches(name, [*ENCODERS, *timm.list_models()], n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise EncoderError("name", f"unknown encoder '{name}'; allowed: {', '.join(ENCODERS)} or a timm model{hint}")
     shape = skeleton(name, facts)
-    stage, stride = _stage(name, shape)
+    stage, stride = feature_stage(name, shape)
     side, _ = input_size(stride, (resolution, resolution), image_size)
     if side < stride or side % stride:
         raise EncoderError("image_size", f"'{name}' has patches of {stride} px: {side} is not a multiple of them")
     return Encoder(load_model(name, facts, weights, shape), stage, stride, image_size, options, facts.norm)
 
 
-class _Built(nn.Module):
-    """The module of a plugin, with what :class:`Encoder` asks of timm's models."""
+def has_tiny(name: str) -> bool:
+    """Return whether an encoder is a timm vision transformer, which can be built with two narrow blocks."""
+    facts = facts_of(f"{TINY}{name}")
+    assert facts is not None
+    try:
+        skeleton(name, facts)
+    except (EncoderError, TypeError, RuntimeError):
+        return False
+    return True
+
+
+class _PluginModel(nn.Module):
+    """A plugin's module behind the part of timm's interface that :class:`Encoder` uses."""
 
     def __init__(self, facts: EncoderFacts, weights: str | None) -> None:
         super().__init__()
@@ -184,50 +183,50 @@ class _Built(nn.Module):
         self.module = facts.build(weights)
         self.pretrained_cfg = {"mean": facts.mean, "std": facts.std}
 
-    def forward_intermediates(self, images: torch.Tensor, **how: Any) -> list[torch.Tensor]:
+    def forward_intermediates(self, images: torch.Tensor, **options: Any) -> list[torch.Tensor]:
         return [self.module(images)]
 
 
 def require_patch_tokens(encoder: Encoder, name: str, pixels: torch.Tensor) -> Tokens:
-    """The preflight: run real images through and refuse what is not a grid of differing, finite tokens.
+    """Run real images through an encoder and refuse output that is no grid of differing, finite tokens.
 
     Args:
         encoder: the encoder.
-        name: what to call it in the message.
+        name: the encoder's name, for messages.
         pixels: a few images ``(B, C, H, W)``, uint8.
 
     Raises:
-        EncoderError: with what was seen.
+        EncoderError: with the number and grid of the tokens.
     """
     height, width = encoder.input_size(*pixels.shape[-2:])
     try:
         tokens: Tokens = encoder(pixels)
     except (ValueError, RuntimeError, AssertionError, AttributeError) as error:
-        raise EncoderError("name", f"'{name}' gives no patch grid: {one_line(error)}") from None
+        raise EncoderError("name", f"'{name}' gives no patch grid: {reason(error)}") from None
+    values = tokens.values
     expected = (height // encoder.stride, width // encoder.stride)
-    seen = f"got {tokens.values.shape[1]} on a {tokens.grid[0]}x{tokens.grid[1]} grid"
-    if tokens.values.shape[1] < 2:
+    seen = f"got {values.shape[1]} on a {tokens.grid[0]}x{tokens.grid[1]} grid"
+    if values.shape[1] < 2:
         raise EncoderError("name", f"'{name}' gives one token an image; patch tokens are required, {seen}")
     if tokens.grid != expected:
         wanted = f"{height}x{width} px with patches of {encoder.stride} are {expected[0]}x{expected[1]}"
         raise EncoderError("name", f"'{name}' gives other tokens than its patches: {wanted}, {seen}")
-    if not tokens.values.isfinite().all():
+    if not values.isfinite().all():
         raise EncoderError("name", f"'{name}' gives values that are not finite, {seen}")
-    if not _vary(tokens.values):
+    if (values - values[:, :1]).abs().max() <= _ROUNDING * values.abs().max():
         raise EncoderError("name", f"'{name}' gives the same token at every place, {seen}")
     return tokens
 
 
-def _vary(values: torch.Tensor) -> bool:
-    """Whether tokens ``(B, N, D)`` differ within an image by more than rounding."""
-    return bool((values - values[:, :1]).abs().max() > _SAME * values.abs().max())
+def feature_stage(name: str, model: Any) -> tuple[int, int]:
+    """Return the index and the stride of the feature map: a ViT's last block, a CNN's last of stride 16 or less.
 
-
-def _stage(name: str, model: Any) -> tuple[int, int]:
-    """The index of the feature map to take and its stride: a ViT's last block, a CNN's last stage of stride 16 or less."""
+    Raises:
+        EncoderError: timm gives no feature maps of the model.
+    """
     if not hasattr(model, "forward_intermediates"):
         raise EncoderError("name", f"'{name}' has no intermediate feature maps in timm, so it gives no patch tokens")
     reductions = [stage["reduction"] for stage in model.feature_info]
     coarsest = max(_CNN_STRIDE, min(reductions))  # every block of a ViT with patches of 32 has stride 32
-    fitting = [index for index, reduction in enumerate(reductions) if reduction <= coarsest]
-    return fitting[-1], reductions[fitting[-1]]
+    stage = max(index for index, reduction in enumerate(reductions) if reduction <= coarsest)
+    return stage, reductions[stage]

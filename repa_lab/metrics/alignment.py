@@ -1,87 +1,75 @@
-"""How much two sets of features agree."""
+"""Agreement of two sets of features of the same images: cosine of tokens, and linear CKA.
+
+Tensors of any dtype are read as float64 and computed on their device (on the CPU for Apple's GPUs, which lack float64).
+"""
 
 from __future__ import annotations
 
 import math
 
-from array_api_compat import array_namespace
-from numpy.typing import ArrayLike
-
-from repa_lab.metrics.arrays import AnyArray, both, centred, paired_features, shape, spread, unit
+import torch
+import torch.nn.functional as F
 
 
 class CosineSums:
-    """Token cosines of images that come batch by batch, as many places each, in O(N D) memory."""
+    """The mean token cosine of images that arrive in batches, in O(N D) memory."""
 
     def __init__(self) -> None:
-        self._images = 0
-        self._matched: AnyArray = 0.0
-        self._sides: tuple[AnyArray, AnyArray] = (0.0, 0.0)  # sums of unit tokens over images, (N, D)
+        self.images = 0
+        self._matched = 0.0
+        # Sums over images of unit tokens (N, D): the student's and the teacher's.
+        self._student, self._teacher = torch.zeros(0, 0).double(), torch.zeros(0, 0).double()
 
-    def add(self, student: ArrayLike, teacher: ArrayLike) -> None:
-        """Take in tokens ``(B, N, D)`` of two sides, image by image and place by place.
+    def add(self, student: torch.Tensor, teacher: torch.Tensor) -> None:
+        """Add tokens ``(B, N, D)`` of the same images and places.
 
         Raises:
-            ValueError: shapes differ, or are not as before.
+            ValueError: the shapes differ from each other, or (N, D) from that of earlier batches.
         """
-        s, t = (unit(side) for side in both(student, teacher))
+        s = unit(float64(student))
+        t = unit(float64(teacher).to(s.device))
         if s.shape != t.shape or s.ndim != 3:
-            raise ValueError(f"need two equal (B, N, D) arrays, got {shape(s)} and {shape(t)}")
-        if self._images and s.shape[1:] != self._sides[0].shape:
-            raise ValueError(f"need tokens (B, N, D) with (N, D) = {shape(self._sides[0])} as before, got {shape(s)}")
-        xp = array_namespace(s)
-        self._images += len(s)
-        self._matched = self._matched + xp.sum(s * t)
-        self._sides = (self._sides[0] + xp.sum(s, axis=0), self._sides[1] + xp.sum(t, axis=0))
-
-    @property
-    def images(self) -> int:
-        """How many have been taken in."""
-        return self._images
+            raise ValueError(f"need two equal (B, N, D) arrays, got {tuple(s.shape)} and {tuple(t.shape)}")
+        if self.images and s.shape[1:] != self._student.shape:
+            before = tuple(self._student.shape)
+            raise ValueError(f"need tokens (B, N, D) with (N, D) = {before} as before, got {tuple(s.shape)}")
+        if not self.images:
+            self._student, self._teacher = torch.zeros_like(s[0]), torch.zeros_like(t[0])
+        self.images += len(s)
+        self._matched += (s * t).sum().item()
+        self._student, self._teacher = self._student + s.sum(0), self._teacher + t.sum(0)
 
     @property
     def cosine(self) -> float:
-        """Mean over images and places; NaN before there is one."""
-        return float(self._matched) / (self._images * len(self._sides[0])) if self._images else math.nan
+        """Mean cosine over images and places; NaN without images."""
+        return self._matched / (self.images * len(self._student)) if self.images else math.nan
 
     @property
     def gap(self) -> float:
-        """:attr:`cosine` less the mean over all pairs of different images at the same place; NaN for fewer than two images."""
-        if self._images < 2:
+        """:attr:`cosine` minus the mean over pairs of different images at the same place; NaN below two images."""
+        if self.images < 2:
             return math.nan
-        places = len(self._sides[0])
-        # Sum over all pairs (b, c) and places n of cos(s_bn, t_cn), by summing over images first.
-        everything = float((self._sides[0] * self._sides[1]).sum())
-        mismatched = (everything - float(self._matched)) / (self._images * (self._images - 1) * places)
+        # The sum over all pairs (b, c) and places n of cos(s_bn, t_cn): images are summed first.
+        all_pairs = (self._student * self._teacher).sum().item()
+        mismatched = (all_pairs - self._matched) / (self.images * (self.images - 1) * len(self._student))
         return self.cosine - mismatched
 
 
-def cosine(student: ArrayLike, teacher: ArrayLike) -> float:
-    """Mean cosine of the tokens ``(B, N, D)`` of two sides, image by image and place by place.
+def cosine_gap(student: torch.Tensor, teacher: torch.Tensor) -> tuple[float, float]:
+    """Return the mean token cosine, and how far it lies above that of mismatched images.
 
-    Raises:
-        ValueError: shapes differ.
-    """
-    sums = CosineSums()
-    sums.add(student, teacher)
-    return sums.cosine
-
-
-def cosine_gap(student: ArrayLike, teacher: ArrayLike) -> tuple[float, float]:
-    """Mean token cosine, and how far it lies above that of mismatched images.
-
-    A projector can raise the cosine by learning what stands at each place of an average image; tokens of another image
-    at the same place share that, so the gap is the part that is about this image.
+    A projector can raise the cosine by learning the tokens of an average image at each place; tokens of another image at
+    the same place share that, so the gap is the part that is specific to the image.
 
     Args:
-        student: projected tokens ``(B, N, D)`` of B >= 2 images; :class:`CosineSums` takes them batch by batch.
+        student: projected tokens ``(B, N, D)`` of B >= 2 images; :class:`CosineSums` takes them in batches.
         teacher: encoder tokens ``(B, N, D)`` of the same images.
 
     Returns:
         The cosine of matched images, and that cosine minus the mean over all pairs of different images.
 
     Raises:
-        ValueError: shapes differ or there are fewer than two images.
+        ValueError: the shapes differ or there are fewer than two images.
     """
     sums = CosineSums()
     sums.add(student, teacher)
@@ -90,15 +78,15 @@ def cosine_gap(student: ArrayLike, teacher: ArrayLike) -> tuple[float, float]:
     return sums.cosine, sums.gap
 
 
-def cka(x: ArrayLike, y: ArrayLike, unbiased: bool = True) -> float:
-    """Linear CKA (1905.00414) of features ``x`` ``(n, d1)`` and ``y`` ``(n, d2)`` of the same n items.
+def cka(x: torch.Tensor, y: torch.Tensor, unbiased: bool = True) -> float:
+    """Return the linear CKA (1905.00414) of features ``x`` ``(n, d1)`` and ``y`` ``(n, d2)`` of the same n items.
 
     ``unbiased`` uses the unbiased HSIC estimator (2010.15327, Eq. 3), whose expectation is 0 for independent features
-    whatever their widths; the plain form grows with d / n. Invariant to rotation and isotropic scaling. O(n d1 d2) time
-    and no n x n matrix.
+    of any widths; the plain form grows with d / n. Invariant to rotation and isotropic scaling. O(n d1 d2) time and no
+    n x n matrix.
 
     Raises:
-        ValueError: item counts differ, there are fewer than 4, or values are not finite.
+        ValueError: item counts differ, there are fewer than 4 items, or values are not finite.
     """
     a, b = (centred(side) for side in paired_features(x, y, least=4))
     hsic = _unbiased_hsic if unbiased else _biased_hsic
@@ -106,48 +94,59 @@ def cka(x: ArrayLike, y: ArrayLike, unbiased: bool = True) -> float:
     return hsic(a, b) / math.sqrt(norm) if norm > 0 else 0.0
 
 
-def svcca(x: ArrayLike, y: ArrayLike, dims: int = 10) -> float:
-    """Mean canonical correlation of the ``dims`` leading directions of ``x`` ``(n, d1)`` and of ``y`` ``(n, d2)``.
+def _biased_hsic(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.T @ b).square().sum())
 
-    SVCCA (1706.05806) of standardised columns and, as in platonic-rep, of the 10 leading singular directions of each
-    side rather than those of 99 % of the variance. Exact and deterministic: the correlations are the singular values of
-    ``U^T V`` for the left singular vectors U and V of full decompositions. platonic-rep's code approximates both steps:
-    its directions come from a randomised decomposition (`torch.svd_lowrank` without oversampling) and its correlations
-    from an iterative CCA, so its value changes from call to call. Invariant to shifting and scaling every column.
+
+def _unbiased_hsic(a: torch.Tensor, b: torch.Tensor) -> float:
+    """HSIC_1 of the linear kernels K = a a^T and L = b b^T with zero diagonals, up to a constant factor."""
+    n = len(a)
+    diagonal_k, diagonal_l = a.square().sum(1), b.square().sum(1)
+    trace = (a.T @ b).square().sum() - diagonal_k @ diagonal_l
+    rows_k, rows_l = a @ a.sum(0) - diagonal_k, b @ b.sum(0) - diagonal_l
+    total = rows_k.sum() * rows_l.sum() / ((n - 1) * (n - 2))
+    return float(trace + total - 2 * (rows_k @ rows_l) / (n - 2))
+
+
+def float64(values: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as float64 without its gradient."""
+    return values.detach().to("cpu" if values.device.type == "mps" else values.device, torch.float64)
+
+
+def unit(vectors: torch.Tensor) -> torch.Tensor:
+    """Return vectors along the last axis scaled to length 1; zero vectors stay zero."""
+    return F.normalize(vectors, dim=-1, eps=1e-12)
+
+
+def centred(features: torch.Tensor) -> torch.Tensor:
+    """Return features ``(n, d)`` minus their mean over items; a constant column becomes exactly 0."""
+    return torch.where(features.amax(0) > features.amin(0), features - features.mean(0), 0.0)
+
+
+def paired_features(x: torch.Tensor, y: torch.Tensor, least: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return features ``(n, d1)`` and ``(n, d2)`` as float64 on the device of ``x``.
 
     Raises:
-        ValueError: item counts differ, values are not finite, there are not more than ``2 dims`` items, whose
-            directions would have to meet, or a side varies in fewer than ``dims`` directions.
+        ValueError: other shapes, different or fewer than ``least`` items, or values that are not finite.
     """
-    a, b = paired_features(x, y, least=4)
-    if not 1 <= dims < len(a) / 2:
-        raise ValueError(
-            f"dims = {dims} directions of {len(a)} items: give 1 <= dims <= {(len(a) - 1) // 2}, or more items"
-        )
-    across = _leading(a, dims, "x").T @ _leading(b, dims, "y")
-    xp = array_namespace(across)
-    return float(xp.mean(xp.clip(xp.linalg.svdvals(across), max=1.0)))
+    a = float64(x)
+    b = float64(y).to(a.device)
+    if a.ndim != 2 or b.ndim != 2 or len(a) != len(b) or len(a) < least or 0 in (*a.shape, *b.shape):
+        need = f"need features (n >= {least}, d1) and (n, d2) of the same items, one pooled vector an item"
+        raise ValueError(f"{need}, got {tuple(a.shape)} and {tuple(b.shape)}")
+    require_finite(a, "x")
+    require_finite(b, "y")
+    return a, b
 
 
-def _leading(a: AnyArray, dims: int, name: str) -> AnyArray:
-    """The ``dims`` leading left singular vectors ``(n, dims)`` of standardised features."""
-    xp, (mean, deviation) = array_namespace(a), spread(a)
-    directions, lengths, _ = xp.linalg.svd((a - mean) / deviation, full_matrices=False)
-    rank = int(xp.sum(lengths > lengths[0] * max(a.shape) * xp.finfo(a.dtype).eps))
-    if rank < dims:
-        raise ValueError(f"{name} varies in {rank} directions only: give dims <= {rank}")
-    return directions[:, :dims]
+def require_finite(values: torch.Tensor, name: str) -> None:
+    """Refuse items with NaN or infinity.
 
-
-def _biased_hsic(a: AnyArray, b: AnyArray) -> float:
-    return float(((a.T @ b) ** 2).sum())
-
-
-def _unbiased_hsic(a: AnyArray, b: AnyArray) -> float:
-    """HSIC_1 of the linear kernels K = a a^T and L = b b^T with their diagonals set to 0, up to a constant factor."""
-    n, xp = len(a), array_namespace(a)
-    diagonal_k, diagonal_l = xp.sum(a**2, axis=1), xp.sum(b**2, axis=1)
-    trace = xp.sum((a.T @ b) ** 2) - diagonal_k @ diagonal_l
-    rows_k, rows_l = a @ xp.sum(a, axis=0) - diagonal_k, b @ xp.sum(b, axis=0) - diagonal_l
-    total = xp.sum(rows_k) * xp.sum(rows_l) / ((n - 1) * (n - 2))
-    return float(trace + total - 2 * (rows_k @ rows_l) / (n - 2))
+    Raises:
+        ValueError: with the number of such items and the index of the first.
+    """
+    bad = (~values.isfinite().flatten(1).all(1)).nonzero().flatten()
+    if len(bad):
+        where = f"{len(bad)} of {len(values)} items, the first at index {int(bad[0])}"
+        fix = "leave these items out on every side, or use float32"
+        raise ValueError(f"{name}: features are not finite ({where}): {fix}")

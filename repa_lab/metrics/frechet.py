@@ -1,18 +1,18 @@
-"""The Frechet distance between two Gaussians fitted to features."""
+"""The Frechet distance between two Gaussians fitted to features, in float64 on the host."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from repa_lab.metrics.arrays import Array, as_array
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean ``(d,)`` and unbiased covariance ``(d, d)`` of ``count`` feature vectors, 0 if a file does not say."""
+    """Mean ``(d,)`` and unbiased covariance ``(d, d)`` of ``count`` feature vectors; count 0 means unknown."""
 
     mu: Array
     sigma: Array
@@ -20,7 +20,7 @@ class Statistics:
 
 
 class Moments:
-    """Mean and covariance of features that come batch by batch, in float64 and O(d^2) memory."""
+    """Mean and covariance of features that arrive in batches, in float64 and O(d^2) memory."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -28,34 +28,33 @@ class Moments:
         self._scatter: Array = np.zeros((0, 0))
 
     def add(self, features: ArrayLike) -> None:
-        """Take in features ``(n, d)``, n >= 0.
+        """Add features ``(n, d)``, n >= 0.
 
         Raises:
-            ValueError: another width than before, or values that are not finite.
+            ValueError: the width differs from that of earlier batches, or values are not finite.
         """
-        batch = as_array(features)
+        batch = np.asarray(features, dtype=np.float64)
         if batch.ndim != 2 or (self._count and batch.shape[1] != len(self._mean)):
             raise ValueError(f"need features (n, d), d as before ({len(self._mean)}), got shape {batch.shape}")
         if not np.isfinite(batch).all():
             raise ValueError("features are not finite: were the images?")
-        if len(batch):
-            self._merge(len(batch), batch.mean(axis=0), batch)
-
-    def _merge(self, count: int, mean: Array, batch: Array) -> None:
-        """The update of Chan, Golub and LeVeque (1983), which keeps what a sum of squares would lose to cancellation."""
+        if not len(batch):
+            return
+        # The update of Chan, Golub and LeVeque (1983), which avoids the cancellation of a sum of squares.
+        mean = batch.mean(axis=0)
         if not self._count:
             self._mean, self._scatter = np.zeros_like(mean), np.zeros((len(mean), len(mean)))
-        total, shift, own = self._count + count, mean - self._mean, batch - mean
-        self._scatter += own.T @ own + np.outer(shift, shift) * (self._count * count / total)
-        self._mean += shift * (count / total)
+        total, shift, residual = self._count + len(batch), mean - self._mean, batch - mean
+        self._scatter += residual.T @ residual + np.outer(shift, shift) * (self._count * len(batch) / total)
+        self._mean += shift * (len(batch) / total)
         self._count = total
 
     @property
     def statistics(self) -> Statistics:
-        """Of all that was taken in.
+        """The statistics of all features added so far.
 
         Raises:
-            ValueError: fewer than two vectors.
+            ValueError: there are fewer than two vectors.
         """
         if self._count < 2:
             raise ValueError(f"a covariance needs at least two feature vectors (n, d), got {self._count}")
@@ -63,12 +62,12 @@ class Moments:
 
 
 def statistics(features: ArrayLike) -> Statistics:
-    """Mean and covariance of features ``(n, d)``, an array or a tensor of any float type.
+    """Return the mean and covariance of features ``(n, d)``.
 
     Raises:
-        ValueError: fewer than two vectors, or values that are not finite.
+        ValueError: there are fewer than two vectors, or values are not finite.
     """
-    values = as_array(features)
+    values = np.asarray(features, dtype=np.float64)
     if values.ndim != 2 or len(values) < 2:
         raise ValueError(f"a covariance needs at least two feature vectors (n, d), got shape {values.shape}")
     moments = Moments()
@@ -77,35 +76,32 @@ def statistics(features: ArrayLike) -> Statistics:
 
 
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
-    """``|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2))``: FID (1706.08500) Eq. 6 when fed Inception
-    features.
+    """Return the squared Frechet distance of two Gaussians; FID (1706.08500, Eq. 6) for Inception features.
 
-    With ``sigma = L L^T`` from a pivoted Cholesky decomposition, the trace of the root is the sum of the roots of the
-    eigenvalues of ``L1^T sigma2 L1``. That is symmetric, and of full rank when the side of lower rank is the one
-    decomposed, so no root is taken of rounding errors around 0: torch-fidelity's eigenvalues of ``sigma1 sigma2`` lose
-    half their digits there (up to 2e-7 of the trace, where there are fewer samples than features).
+    ``|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2))``. With ``sigma = L L^T`` from a pivoted Cholesky
+    decomposition, the trace of the root is the sum of the roots of the eigenvalues of ``L1^T sigma2 L1``. This is
+    symmetric, and of full rank if the side of lower rank is decomposed, so no root is taken of rounding errors around
+    0: torch-fidelity's eigenvalues of ``sigma1 sigma2`` lose half their digits there (up to 2e-7 of the trace, where
+    there are fewer samples than features).
 
     Raises:
         ValueError: shapes do not fit, or values are not finite.
     """
-    m1, s1, m2, s2 = (as_array(value) for value in (mu1, sigma1, mu2, sigma2))
+    m1, s1, m2, s2 = (np.asarray(value, dtype=np.float64) for value in (mu1, sigma1, mu2, sigma2))
     width = m1.shape[0] if m1.ndim == 1 else 0
     if not width or m2.shape != m1.shape or not s1.shape == s2.shape == (width, width):
         raise ValueError(f"need (d,), (d, d), (d,), (d, d), got {m1.shape}, {s1.shape}, {m2.shape}, {s2.shape}")
     if not all(np.isfinite(value).all() for value in (m1, s1, m2, s2)):
         raise ValueError("statistics are not finite")
+    first, second = _factor(s1), _factor(s2)
+    lower, other = (first, s2) if first.shape[1] <= second.shape[1] else (second, s1)
+    trace_of_root = np.sqrt(np.linalg.eigvalsh(lower.T @ other @ lower).clip(min=0)).sum()
     shift = m1 - m2
-    return float(shift @ shift + np.trace(s1) + np.trace(s2) - 2 * _trace_of_root(s1, s2))
-
-
-def _trace_of_root(sigma1: Array, sigma2: Array) -> float:
-    first, second = _factor(sigma1), _factor(sigma2)
-    lower, other = (first, sigma2) if first.shape[1] <= second.shape[1] else (second, sigma1)
-    return float(np.sqrt(np.linalg.eigvalsh(lower.T @ other @ lower).clip(min=0)).sum())
+    return float(shift @ shift + np.trace(s1) + np.trace(s2) - 2 * trace_of_root)
 
 
 def _factor(sigma: Array) -> Array:
-    """``L`` ``(d, r)`` of a positive semi-definite matrix of rank r."""
+    """Return ``L`` ``(d, r)`` with ``sigma = L L^T``, for a positive semi-definite matrix of rank r."""
     from scipy.linalg.lapack import dpstrf
 
     decomposed, pivots, rank, _ = dpstrf(sigma, lower=1)

@@ -1,63 +1,49 @@
-"""Agreement of two sets of features in who is near whom: mutual kNN and CKNNA, without an n x n matrix.
+"""Agreement of two sets of features in their nearest neighbours: mutual kNN and CKNNA, without an n x n matrix.
 
-Both count the k nearest neighbours of an item by inner product, as the kernels they are defined with do. Whoever wants
-the cosine gives features of length 1; the papers do not say that they do, platonic-rep's code does:
-:func:`clip_and_normalise`.
+Both order neighbours by inner product, as the kernels in their definitions do. For neighbours by cosine, scale features
+to length 1 first: the papers do not say so, platonic-rep's code does (:func:`clip_and_normalise`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-from array_api_compat import array_namespace, device, is_torch_array
-from numpy.typing import ArrayLike
+import torch
 
-from repa_lab.metrics.arrays import (
-    AnyArray,
-    centred,
-    features,
-    largest,
-    paired_features,
-    scaled_to_one,
-    unit,
-    value_of_rank,
-)
+from repa_lab.metrics.alignment import centred, float64, paired_features, require_finite, unit
 
+DEFINITIONS = ("paper", "platonic")
 _CHUNK = 1024
-_SPARE = 6  # candidates beyond k that a first look keeps: enough that a second is rarely needed
-_GATHER = 2**16  # numbers of features copied at a time: half a MiB, which stays in a processor's cache
-_GATHER_ON_GPU = 2**22  # where every copy is a launch
-_FLOOR = 1e-6  # platonic-rep's, in the denominator
+_SPARE = 6  # candidates beyond k; enough that a row rarely needs a second pass
+_GATHERED = 2**20  # numbers copied at a time by _products
+_FLOOR = 1e-6  # platonic-rep's term in the denominator
 
 
-def nearest_neighbours(x: ArrayLike, k: int = 10, chunk: int = _CHUNK) -> AnyArray:
-    """The k items of largest inner product with each item of features ``x`` ``(n, d)``, itself left out.
+def nearest_neighbours(x: torch.Tensor, k: int = 10, chunk: int = _CHUNK) -> torch.Tensor:
+    """Return the k items of largest inner product with each item of ``x`` ``(n, d)``, the item itself excluded.
 
-    The result is that of float64: a first look (of arrays, in single precision) keeps candidates, the products of these
-    are then taken one by one, and where rounding could have hidden a neighbour all items that might be one are looked
-    at. O(n^2 d) time, O(chunk n) memory beyond a few copies of ``x``; up to 50 times slower where items can hardly be
-    told apart (all equal, or one a thousand times longer than the rest). The result does not depend on ``chunk``.
+    O(n^2 d) time and O(chunk n) memory. The result does not depend on ``chunk``: inner products of candidates are
+    computed one by one, always in the same order of summation.
 
     Args:
-        x: features of any float type.
-        k: neighbours an item, 1 <= k < n.
-        chunk: items looked at at a time; up to twice as many are one tile.
+        x: features of any dtype.
+        k: neighbours per item, 1 <= k < n.
+        chunk: items processed at a time.
 
     Returns:
-        Indices ``(n, k)``, nearest first; ties go to the lower index.
+        Indices ``(n, k)``, nearest first; equal products are ordered by index.
 
     Raises:
-        ValueError: ``x`` is not ``(n, d)``, not finite, or k is out of range.
+        ValueError: ``x`` is not ``(n, d)`` or not finite, or k is out of range.
     """
-    a = features(x, least=2)
-    _require_k(k, len(a))
-    return _nearest(a, k, chunk)
+    features = _features(x, least=2)
+    _require_k(k, len(features))
+    return _nearest(features, k, chunk)
 
 
-def mutual_knn(x: ArrayLike, y: ArrayLike, k: int = 10, chunk: int = _CHUNK) -> float:
-    """Mean share of an item's k nearest neighbours in ``x`` ``(n, d1)`` that are also among those in ``y`` ``(n, d2)``.
+def mutual_knn(x: torch.Tensor, y: torch.Tensor, k: int = 10, chunk: int = _CHUNK) -> float:
+    """Return the mean share of an item's k nearest neighbours in ``x`` ``(n, d1)`` that are among those in ``y``.
 
     Independent features give k / (n - 1). 2405.07987, Appendix A; neighbours as in :func:`nearest_neighbours`.
 
@@ -66,70 +52,85 @@ def mutual_knn(x: ArrayLike, y: ArrayLike, k: int = 10, chunk: int = _CHUNK) -> 
     """
     a, b = paired_features(x, y, least=2)
     _require_k(k, len(a))
-    xp = array_namespace(a)
-    near_a, near_b = (xp.sort(_nearest(side, k, chunk), axis=1) for side in (a, b))
-    _, is_shared = _find(_codes(near_a), _codes(near_b))
-    return int(xp.sum(is_shared)) / (len(a) * k)
+    pairs = [_pair_codes(_nearest(side, k, chunk)) for side in (a, b)]
+    return int(torch.isin(*pairs).sum()) / (len(a) * k)
 
 
-def cknna(x: ArrayLike, y: ArrayLike, k: int = 10, definition: str = "paper", chunk: int = _CHUNK) -> float:
-    """Centred kernel nearest-neighbour alignment of features ``x`` ``(n, d1)`` and ``y`` ``(n, d2)`` of the same n
-    items.
+def cknna(x: torch.Tensor, y: torch.Tensor, k: int = 10, definition: str = "paper", chunk: int = _CHUNK) -> float:
+    """Return the centred kernel nearest-neighbour alignment of features ``x`` and ``y`` of the same n items.
 
-    Two definitions are in use. They give different numbers: name the one you report. With linear kernels K and L, and
+    Two definitions are in use and give different numbers: name the one you report. With linear kernels K and L, and
     a(i, j) = 1 where j is among the k nearest neighbours of i in K and in L, and else 0:
 
-    - ``paper`` (REPA, 2410.06940, Eqs. 23-24): ``sum_ij a(i, j) (K_ij - mean_l K_il)(L_ij - mean_l L_il)``, over the
-      root of the same sum for K with itself times that for L with itself. In these a(i, j) holds K's, or L's,
-      neighbours alone. Symmetric, invariant to rotation and to isotropic scaling of either side.
+    - ``paper`` (REPA, 2410.06940, Eqs. 23-24): ``sum_ij a(i, j) (K_ij - mean_l K_il)(L_ij - mean_l L_il)``, divided by
+      the root of the same sum for K with itself times that for L with itself, where a(i, j) holds the neighbours of K
+      alone or of L alone. Symmetric, invariant to rotation and to isotropic scaling of either side.
     - ``platonic`` (platonic-rep's code): the unbiased HSIC (2010.15327, Eq. 3) of the masked kernels ``a K`` and
-      ``a L``, over the root of those of each with itself plus 1e-6. The masks are not symmetric, hence neither is the
-      value, and it may lie below 0 or above 1; the 1e-6 lowers it for short features. It is NaN, as in that code, where
-      that root is.
+      ``a L``, divided by the root of those of each with itself, plus 1e-6. The masks are not symmetric, hence neither
+      is the value, and it can lie below 0 or above 1; the 1e-6 lowers it for short features. It is NaN where the root
+      is, as in that code.
 
-    What the paper leaves open is settled thus: neighbours are ordered by inner product, as K is; ``mean_l`` runs over
-    all n items, i among them; ties go to the lower index; features are taken as given. platonic-rep prepares them with
-    :func:`clip_and_normalise`, and then neighbours are those by cosine. O(n^2 d) time, O(chunk n + n k) memory.
+    Where the paper is silent: neighbours are ordered by inner product, as K is; ``mean_l`` includes i itself; equal
+    products are ordered by index; features are taken as given. platonic-rep prepares them with
+    :func:`clip_and_normalise`, so its neighbours are those by cosine. O(n^2 d) time, O(chunk n + n k) memory.
 
     Args:
-        x: features of any float type, e.g. a denoiser's tokens averaged over an image.
-        y: features of the same items, e.g. those of the encoder.
-        k: neighbours an item, k < n; from 1 for ``paper``, from 2 for ``platonic``. 10 in the papers.
+        x: features ``(n, d1)`` of any dtype, for example a denoiser's tokens averaged over an image.
+        y: features ``(n, d2)`` of the same items, for example the encoder's.
+        k: neighbours per item, k < n; at least 1 for ``paper``, 2 for ``platonic``. 10 in the papers.
         definition: ``paper`` or ``platonic``.
-        chunk: items looked at at a time, up to twice as many in one tile; the value does not depend on it.
+        chunk: items processed at a time; the value does not depend on it.
 
     Returns:
         1 for identical features (``paper``); 0 if one side is constant.
 
     Raises:
-        ValueError: item counts differ, fewer than 4 items, values are not finite, k is out of range, unknown
-            definition.
+        ValueError: item counts differ, fewer than 4 items, values are not finite, k is out of range, or the definition
+            is unknown.
     """
-    if definition not in _DEFINITIONS:
-        raise ValueError(f"unknown definition {definition!r}; allowed: {', '.join(_DEFINITIONS)}")
-    of = _DEFINITIONS[definition]
-    a, b = paired_features(x, y, least=4)
-    _require_k(k, len(a), of.least_k)
-    return of.value(a, b, _nearest(a, k, chunk), _nearest(b, k, chunk))
+    if definition not in DEFINITIONS:
+        raise ValueError(f"unknown definition {definition!r}; allowed: {', '.join(DEFINITIONS)}")
+    sides = paired_features(x, y, least=4)
+    _require_k(k, len(x), 1 if definition == "paper" else 2)
+    neighbours = [_nearest(side, k, chunk) for side in sides]
+    if definition == "paper":
+        kernel, other = (_kernel(side, centred(side), near) for side, near in zip(sides, neighbours, strict=True))
+        norm = math.sqrt(_dot(kernel, kernel)) * math.sqrt(_dot(other, other))
+        return _dot(kernel, other) / norm if norm > 0 else 0.0
+    kernel, other = (_kernel(side, side, near) for side, near in zip(sides, neighbours, strict=True))
+    product = _unbiased_hsic(kernel, kernel) * _unbiased_hsic(other, other)
+    if product < 0:
+        return math.nan
+    in_kernel, in_other = (_sparse(near, torch.ones_like(near, dtype=torch.float64)) for near in neighbours)
+    shared = _unbiased_hsic((kernel * in_other).coalesce(), (other * in_kernel).coalesce())
+    return shared / (math.sqrt(product) + _FLOOR)
 
 
-def clip_and_normalise(x: ArrayLike, quantile: float = 0.95) -> AnyArray:
-    """Features ``(n, d)`` clipped at a quantile of their absolute values, then each of length 1.
+def clip_and_normalise(x: torch.Tensor, quantile: float = 0.95) -> torch.Tensor:
+    """Clip features ``(n, d)`` at a quantile of their absolute values, then scale each to length 1.
 
-    What platonic-rep does before it measures, with its exact quantile: the value of rank ``int(quantile * n * d)`` of
-    all absolute values, counted from 0. A quantile of 1 clips nothing.
+    platonic-rep's preparation, with its exact quantile: the absolute value of rank ``int(quantile * n * d)``, counted
+    from 0. A quantile of 1 clips nothing.
 
     Raises:
-        ValueError: ``x`` is not ``(n, d)``, not finite, or the quantile is not in (0, 1].
+        ValueError: ``x`` is not ``(n, d)`` or not finite, or the quantile is not in (0, 1].
     """
     if not 0 < quantile <= 1:
         raise ValueError(f"the quantile must lie in (0, 1], got {quantile}")
-    a = features(x, least=1)
+    features = _features(x, least=1)
     if quantile < 1:
-        xp = array_namespace(a)
-        bound = value_of_rank(xp.abs(a), int(quantile * math.prod(a.shape)))
-        a = xp.clip(a, min=-bound, max=bound)
-    return unit(a)
+        bound = features.abs().flatten().kthvalue(int(quantile * features.numel()) + 1).values
+        features = features.clamp(-bound, bound)
+    return unit(features)
+
+
+def _features(x: torch.Tensor, least: int) -> torch.Tensor:
+    features = float64(x)
+    if features.ndim != 2 or len(features) < least or features.shape[1] == 0:
+        need = f"need features x of shape (n >= {least}, d), one pooled vector an item"
+        raise ValueError(f"{need}, got {tuple(features.shape)}")
+    require_finite(features, "x")
+    return features
 
 
 def _require_k(k: int, count: int, least: int = 1) -> None:
@@ -137,151 +138,69 @@ def _require_k(k: int, count: int, least: int = 1) -> None:
         raise ValueError(f"k = {k} neighbours of {count} items: give {least} <= k <= {count - 1}, or more items")
 
 
-@dataclass(frozen=True)
-class _Screen:
-    """Features made ready for a first look, which a product of matrices takes at all pairs.
+def _nearest(x: torch.Tensor, k: int, chunk: int) -> torch.Tensor:
+    """Return neighbours ``(n, k)`` of finite float64 features.
 
-    For the order of an item's neighbours j, ``x_i . x_j`` may be replaced by ``x_i . (x_j - mean)``, whose rounding is
-    that of what differs between items and not that of what they share.
+    The rounding of a matrix product depends on its blocks and could order nearly equal products differently. So it only
+    selects candidates, whose products are then computed one by one. If an item outside the candidates could be nearer
+    than the k-th of them within the rounding, all items that could be are compared.
     """
-
-    exact: AnyArray
-    offset: AnyArray  # (n,) x_i . mean, which the first look leaves out
-    centred: AnyArray  # in the precision of the first look
-    shift: AnyArray  # (n,) mean . (x_j - mean), likewise
-    slack: AnyArray  # (n,) how far the first look can be off for item i and any other
-
-    @classmethod
-    def of(cls, x: AnyArray) -> _Screen:
-        xp = array_namespace(x)
-        x = scaled_to_one(x)  # products in single precision must neither overflow nor vanish
-        mean, rest = xp.mean(x, axis=0), centred(x)
-        shift, lengths = rest @ mean, xp.linalg.vector_norm(rest, axis=1)
-        # A GPU may be told to take single precision for less than it is, and has double to spare.
-        look = x.dtype if is_torch_array(x) else xp.float32
-        eps, tiny = (float(getattr(xp.finfo(look), name)) for name in ("eps", "smallest_normal"))
-        terms = x.shape[1] + 4
-        rounding = terms * eps * lengths * xp.max(lengths) + 4 * eps * xp.max(xp.abs(shift))
-        norms = xp.linalg.vector_norm(x, axis=1)
-        rounding = rounding + terms * (4 * float(xp.finfo(x.dtype).eps) * norms * xp.max(norms) + tiny)
-        return cls(x, x @ mean, xp.astype(rest, look), xp.astype(shift, look), rounding)
+    # Scaling by a power of two changes no digit, and products then neither overflow nor vanish.
+    exponent = -math.frexp(x.abs().max().item())[1]
+    x = x * math.ldexp(1.0, exponent // 2) * math.ldexp(1.0, exponent - exponent // 2)
+    lengths = x.norm(dim=1)
+    rounding = 4 * (x.shape[1] + 4) * torch.finfo(x.dtype).eps * lengths * lengths.max()
+    chunks = torch.arange(len(x), device=x.device).split(chunk)
+    return torch.cat([_nearest_of(x, rows, k, rounding[rows]) for rows in chunks])
 
 
-def _nearest(x: AnyArray, k: int, chunk: int) -> AnyArray:
-    screen, xp = _Screen.of(x), array_namespace(x)
-    # Few items are one tile: a matrix by its own transpose is half the work, which BLAS sees.
-    size = len(x) if len(x) <= 2 * chunk else chunk
-    parts = [_of_rows(screen, start, min(start + size, len(x)), k) for start in range(0, len(x), size)]
-    return xp.concat(parts, axis=0)
+def _nearest_of(x: torch.Tensor, rows: torch.Tensor, k: int, rounding: torch.Tensor) -> torch.Tensor:
+    scores = (x[rows] @ x.T).scatter_(1, rows[:, None], -math.inf)
+    width = min(k + max(k // 2, _SPARE), len(x) - 1)
+    best, candidates = scores.topk(width, dim=1)
+    candidates = candidates.sort(dim=1).values
+    products = torch.cat(list(_products(x, x, rows, candidates)))
+    order = products.argsort(dim=1, descending=True, stable=True)[:, :k]
+    nearest, kth = candidates.gather(1, order), products.gather(1, order[:, -1:])[:, 0]
+    for row in (kth <= best[:, -1] + rounding).nonzero().flatten().tolist():
+        possible = (scores[row] >= kth[row] - rounding[row]).nonzero().flatten()
+        exact = torch.linalg.vecdot(x[possible], x[rows[row]])
+        nearest[row] = possible[exact.argsort(descending=True, stable=True)[:k]]
+    return nearest
 
 
-def _of_rows(screen: _Screen, start: int, end: int, k: int) -> AnyArray:
-    xp = array_namespace(screen.exact)
-    rows = xp.arange(start, end, device=device(screen.exact))
-    scores = screen.centred[start:end, :] @ screen.centred.T
-    scores += screen.shift
-    scores[rows - start, rows] = -math.inf
-    width = min(k + max(k // 2, _SPARE), scores.shape[1] - 1)
-    near = largest(scores, width)
-    lowest = xp.min(xp.take_along_axis(scores, near, axis=1), axis=1)
-    near = xp.sort(near, axis=1)
-    products = _products(screen.exact, screen.exact, start, near)
-    order = xp.argsort(-products, axis=1, stable=True)[:, :k]
-    kth = xp.take_along_axis(products, order[:, -1:], axis=1)[:, 0] - screen.offset[start:end]
-    found = xp.take_along_axis(near, order, axis=1)
-    slack = screen.slack[start:end]
-    for row in xp.nonzero(kth <= lowest + slack)[0].tolist():
-        found[row, :] = _of_all_that_might(screen, start + row, scores[row, :] >= kth[row] - slack[row], k)
-    return found
+def _products(x: torch.Tensor, z: torch.Tensor, rows: torch.Tensor, near: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield ``x_i . z_j`` for each i of ``rows`` and each j in its row of ``near``, each sum in the same order."""
+    size = max(1, _GATHERED // (near.shape[1] * x.shape[1]))
+    for part, of_part in zip(rows.split(size), near.split(size), strict=True):
+        yield torch.linalg.vecdot(z[of_part], x[part, None])
 
 
-def _of_all_that_might(screen: _Screen, item: int, might: AnyArray, k: int) -> AnyArray:
-    xp = array_namespace(might)
-    near = xp.nonzero(might)[0]
-    products = xp.linalg.vecdot(screen.exact[near, :], screen.exact[item, :])
-    return near[xp.argsort(-products, stable=True)[:k]]
+def _pair_codes(near: torch.Tensor) -> torch.Tensor:
+    """Return every pair (i, j) of neighbours as the number ``i n + j``."""
+    return (torch.arange(len(near), device=near.device)[:, None] * len(near) + near).flatten()
 
 
-def _products(x: AnyArray, z: AnyArray, start: int, near: AnyArray) -> AnyArray:
-    """``x_i . z_j`` for each i from ``start`` and each j of its row of ``near``, each summed in one and the same order."""
-    at_once, xp = _GATHER_ON_GPU if is_torch_array(x) else _GATHER, array_namespace(x)
-    size = max(1, at_once // (near.shape[1] * x.shape[1]))
-    parts = []
-    for first in range(0, len(near), size):
-        part = near[first : first + size, :]
-        parts.append(xp.linalg.vecdot(z[part], x[start + first : start + first + len(part), None, :]))
-    return xp.concat(parts, axis=0)
+def _kernel(x: torch.Tensor, z: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+    """Return the sparse n x n matrix of ``x_i . z_j`` where j is a neighbour of i."""
+    return _sparse(near, torch.cat(list(_products(x, z, torch.arange(len(x), device=x.device), near))))
 
 
-def _codes(near: AnyArray) -> AnyArray:
-    """Every pair (i, j) of neighbours as the one number ``i n + j``; in order where each row of ``near`` is."""
-    xp, n = array_namespace(near), len(near)
-    return xp.reshape(xp.arange(n, device=device(near))[:, None] * n + near, (-1,))
+def _sparse(near: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return the sparse n x n matrix with ``values`` ``(n, k)`` in the columns ``near`` ``(n, k)``."""
+    n, k = near.shape
+    rows = torch.arange(n, device=near.device).repeat_interleave(k)
+    entries = torch.stack([rows, near.flatten()])
+    return torch.sparse_coo_tensor(entries, values.flatten(), (n, n), check_invariants=False).coalesce()
 
 
-def _find(wanted: AnyArray, codes: AnyArray) -> tuple[AnyArray, AnyArray]:
-    """Where each wanted code stands among codes in order, and whether it does."""
-    xp = array_namespace(codes)
-    place = xp.clip(xp.searchsorted(codes, wanted), max=len(codes) - 1)
-    return place, codes[place] == wanted
+def _dot(kernel: torch.Tensor, other: torch.Tensor) -> float:
+    return float((kernel * other).sum())
 
 
-@dataclass(frozen=True)
-class _Kernel:
-    """The sparse n x n matrix of diagonal 0 that holds ``values`` ``(n, k)`` at the columns ``near`` ``(n, k)``, in order."""
-
-    near: AnyArray
-    values: AnyArray
-
-    @classmethod
-    def of(cls, x: AnyArray, z: AnyArray, near: AnyArray) -> _Kernel:
-        """``x_i . z_j`` where j is a neighbour of i."""
-        near = array_namespace(near).sort(near, axis=1)
-        return cls(near, _products(x, z, 0, near))
-
-    def at(self, codes: AnyArray) -> AnyArray:
-        """The entries of pairs ``i n + j``, 0 where there is none."""
-        xp = array_namespace(self.values)
-        place, is_there = _find(codes, _codes(self.near))
-        return xp.where(is_there, xp.reshape(self.values, (-1,))[place], 0.0)
-
-    def within(self, other: _Kernel) -> _Kernel:
-        """This one's entries where the other holds one too."""
-        xp = array_namespace(self.values)
-        _, is_there = _find(_codes(self.near), _codes(other.near))
-        return _Kernel(self.near, xp.where(xp.reshape(is_there, self.values.shape), self.values, 0.0))
-
-
-def _paper(x: AnyArray, y: AnyArray, near_x: AnyArray, near_y: AnyArray) -> float:
-    k, m = _Kernel.of(x, centred(x), near_x), _Kernel.of(y, centred(y), near_y)
-    xp = array_namespace(x)
-    across = xp.sum(xp.reshape(k.values, (-1,)) * m.at(_codes(k.near)))
-    norm = math.sqrt(xp.sum(k.values**2)) * math.sqrt(xp.sum(m.values**2))
-    return float(across) / norm if norm > 0 else 0.0
-
-
-def _platonic(x: AnyArray, y: AnyArray, near_x: AnyArray, near_y: AnyArray) -> float:
-    k, m = _Kernel.of(x, x, near_x), _Kernel.of(y, y, near_y)
-    product = _unbiased_hsic(k, k) * _unbiased_hsic(m, m)
-    if product < 0:
-        return math.nan
-    return _unbiased_hsic(k.within(m), m.within(k)) / (math.sqrt(product) + _FLOOR)
-
-
-def _unbiased_hsic(k: _Kernel, m: _Kernel) -> float:
-    """HSIC_1 of sparse kernels whose diagonals are 0. ``tr(k m)`` meets ``k_ij`` with ``m_ji``: they need not be symmetric."""
-    n, xp = len(k.near), array_namespace(k.values)
-    mirrored = k.near * n + xp.arange(n, device=device(k.near))[:, None]
-    trace = xp.sum(xp.reshape(k.values, (-1,)) * m.at(xp.reshape(mirrored, (-1,))))
-    total = xp.sum(k.values) * xp.sum(m.values) / ((n - 1) * (n - 2))
-    paths = xp.sum(k.values * xp.sum(m.values, axis=1)[k.near])
-    return float(trace + total - 2 * paths / (n - 2)) / (n * (n - 3))
-
-
-@dataclass(frozen=True)
-class _Definition:
-    value: Callable[[AnyArray, AnyArray, AnyArray, AnyArray], float]
-    least_k: int
-
-
-_DEFINITIONS = {"paper": _Definition(_paper, 1), "platonic": _Definition(_platonic, 2)}
+def _unbiased_hsic(kernel: torch.Tensor, other: torch.Tensor) -> float:
+    """HSIC_1 of sparse kernels with zero diagonals, which need not be symmetric: ``tr(k m)`` pairs k_ij with m_ji."""
+    n = len(kernel)
+    total = kernel.sum() * other.sum() / ((n - 1) * (n - 2))
+    paths = kernel.sum(0).to_dense() @ other.sum(1).to_dense()
+    return float(_dot(kernel, other.T.coalesce()) + total - 2 * paths / (n - 2)) / (n * (n - 3))

@@ -1,111 +1,212 @@
-"""Files of statistics: the lab's own, which say what they were computed with, and those that others publish."""
+"""The real images that samples are compared with: their statistics and features, computed once and cached."""
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
-from repa_lab.metrics.arrays import Array
-from repa_lab.metrics.frechet import Statistics
+from repa_lab.files import digest, replace_atomically
+from repa_lab.metrics.extractor import SPATIAL, Extractor, Features, layer_of, layers
+from repa_lab.metrics.frechet import Moments, Statistics, frechet_distance, statistics
+from repa_lab.metrics.npz import StatisticsError, images_shape, read_images, read_statistics, write_statistics
+from repa_lab.metrics.protocol import METRICS
+from repa_lab.metrics.quality import inception_score, kid, precision_recall
 
-# What the statistics in a published reference batch of ADM (guided-diffusion's VIRTUAL_*.npz) are of, in the lab's
-# words.
-_ADM = {"extractor": "inception", "preprocessing": "tf1-bilinear-299"}
-_SPATIAL = {"mu": "mu_s", "sigma": "sigma_s"}
+FOLDER = "reference"
+KEPT = 10_000
+_KEY_LENGTH = 16
 
 
-class StatisticsError(ValueError):
-    """A file holds no statistics, or others than are asked for: one line with the file, what is wrong and what to do."""
+@dataclass(frozen=True)
+class RealImages:
+    """Real images to compare samples with.
 
-
-def write_statistics(path: Path, found: Statistics, identity: Mapping[str, str]) -> None:
-    """Write ``mu``, ``sigma``, ``count`` and the words of what they are as npz; whole or not is the caller's part.
-
-    Args:
-        path: where, by any name.
-        found: the statistics.
-        identity: what they are: extractor, weights, preprocessing, layer, source.
+    Attributes:
+        source: digest of the images and their order; with a cached reference of this source no image is read.
+        count: number of images.
+        batches: returns all images, uint8 ``(B, 1 or 3, H, W)`` at a time; called only if they are needed.
+        size: height and width in pixels, or None if the images differ in size.
     """
-    with path.open("wb") as file:
-        held: dict[str, Any] = {"mu": found.mu, "sigma": found.sigma, "count": found.count, **identity}
-        np.savez(file, **held)
+
+    source: str
+    count: int
+    batches: Callable[[], Iterable[torch.Tensor]]
+    size: tuple[int, int] | None = None
 
 
-def read_statistics(
-    path: Path, identity: Mapping[str, str], width: int | None = None, spatial: bool = False
-) -> Statistics:
-    """Read statistics, the lab's own, or ``mu`` and ``sigma`` as ADM, pytorch-fid and torch-fidelity's forks publish
-    them.
+@dataclass(frozen=True)
+class Reference:
+    """The real side of every metric of an extractor.
+
+    Attributes:
+        extractor: name of the extractor.
+        statistics: statistics of all images, by layer.
+        features: features of all images, or of evenly spaced ones if there are many; None if no metric needs them.
+    """
+
+    extractor: str
+    statistics: Mapping[str, Statistics]
+    features: Features | None
+
+    def of(self, metric: str) -> Statistics:
+        """Return the statistics that ``frechet`` or ``sfid`` compares with."""
+        return self.statistics[layer_of(self.extractor, metric)]
+
+
+def reference(extractor: Extractor, images: RealImages, cache: Path, keep: int = KEPT) -> Reference:
+    """Return what the extractor's metrics need of real images, from the cache or by one pass over the images.
+
+    Files lie in ``cache/reference``, named by a digest of the images, the extractor's identity and the layer. Where KID
+    or precision and recall are among the metrics, float32 features lie beside the statistics.
 
     Args:
-        path: an npz file.
-        identity: what they must be. A word that the file does not say is taken on trust; ADM's are known to be
-            Inception's.
-        width: features there must be, or None.
-        spatial: whether those of sFID are wanted of a file of ADM's, ``mu_s`` and ``sigma_s``.
+        extractor: made for the metrics.
+        images: the real images.
+        cache: the folder of all caches.
+        keep: maximum number of images whose features are kept. KID's mean does not depend on it; precision and recall
+            do (ADM's evaluator takes 10,000).
 
     Raises:
-        StatisticsError: there is no such file, it holds something else, or statistics of something else.
+        StatisticsError: a file in the cache is damaged, or there are too few images for the metrics.
+        ValueError: features are not finite.
     """
-    held = _arrays(path)
-    is_adm = "mu_s" in held
-    named = _SPATIAL if is_adm and spatial else {key: key for key in _SPATIAL}
-    if missing := [name for name in named.values() if name not in held]:
-        raise StatisticsError(f"'{path}' has no {' and no '.join(missing)}: give an npz file with mu and sigma")
-    _require_same(path, {**held, **(_ADM if is_adm else {})}, identity)
-    mu, sigma, count = (_real(path, name, held.get(name, 0)) for name in (*named.values(), "count"))
-    if count.size != 1:
-        raise StatisticsError(f"'{path}' has counts {count.shape}: give one number of images, or none")
-    found = Statistics(mu, sigma, int(count.item()))
-    _require_sound(path, found, width, "count" in held)
-    return found
+    _require_enough(extractor.metrics, images.count, "the training images")
+    keep = min(keep, images.count)
+    identities = {layer: extractor.identity | {"layer": layer, "source": images.source} for layer in extractor.layers}
+    keys = {layer: digest({**of, "count": images.count})[:_KEY_LENGTH] for layer, of in identities.items()}
+    folder = cache / FOLDER
+    of_statistics = {layer: folder / f"{keys[layer]}.npz" for layer in _layers(extractor, "statistics")}
+    of_features = {layer: folder / f"{keys[layer]}-{keep}.npy" for layer in _layers(extractor, "features")}
+    if not all(path.is_file() for path in (*of_statistics.values(), *of_features.values())):
+        moments, kept = _one_pass(extractor, images, keep)
+        for layer, path in of_statistics.items():
+            write_statistics(path, moments[layer].statistics, identities[layer])
+        for layer, path in of_features.items():
+            replace_atomically(path, partial(_save, values=kept.layers[layer]))
+    found = {}
+    for layer, path in of_statistics.items():
+        try:
+            found[layer] = read_statistics(path, identities[layer])
+        except StatisticsError:
+            raise _damaged(path) from None
+    features = Features(extractor.name, {layer: _load(path, keep) for layer, path in of_features.items()})
+    return Reference(extractor.name, found, features if of_features else None)
 
 
-def _real(path: Path, name: str, value: Any) -> Array:
-    array = np.asarray(value)
-    if array.dtype.kind not in "fiu":
-        raise StatisticsError(f"'{path}' has {name} of {array.dtype}: give real numbers")
-    return array.astype(np.float64)
+def _one_pass(extractor: Extractor, images: RealImages, keep: int) -> tuple[dict[str, Moments], Features]:
+    """Return the moments of all images by layer, and the features of ``keep`` evenly spaced images."""
+    moments = {layer: Moments() for layer in _layers(extractor, "statistics")}
+    kept, start = [], 0
+    spaced = np.arange(keep) * images.count // max(keep, 1)
+    for pixels in images.batches():
+        features = extractor.features(pixels)
+        for layer, moment in moments.items():
+            moment.add(features.layers[layer])
+        rows = spaced[(spaced >= start) & (spaced < start + len(pixels))] - start
+        selected = {layer: features.layers[layer][rows] for layer in _layers(extractor, "features")}
+        kept.append(Features(extractor.name, selected))
+        start += len(pixels)
+    if start != images.count:
+        raise ValueError(f"{images.count} real images were announced and {start} came")
+    return moments, Features.cat(kept)
 
 
-def _arrays(path: Path) -> dict[str, Any]:
-    """What a file holds but for its images, which may be gigabytes."""
-    if not path.is_file():
-        raise StatisticsError(f"no file '{path}'")
-    if not zipfile.is_zipfile(path):  # which numpy would take for a pickle
-        raise StatisticsError(f"'{path}' is no npz file of arrays, or cut short; get it anew")
+def read_reference(extractor: Extractor, path: Path, size: tuple[int, int] | None = None) -> Reference:
+    """Read a published reference: a file of ADM's (VIRTUAL_*.npz), of pytorch-fid, or one that repa-lab wrote.
+
+    ADM's files hold statistics of the whole training set, for FID and sFID, and images, whose features are computed if
+    KID or precision and recall are measured.
+
+    Args:
+        extractor: made for the metrics.
+        path: the file.
+        size: height and width in pixels that the file's images must have, or None for any.
+
+    Raises:
+        StatisticsError: the file lacks what the extractor's metrics need, or is of another extractor or image size.
+    """
+    black = extractor.features(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    found = {}
+    for layer in _layers(extractor, "statistics"):
+        identity = {**extractor.identity, "layer": layer}
+        found[layer] = read_statistics(path, identity, black.layers[layer].shape[1], layer == SPATIAL)
+    shape = images_shape(path)
+    if size and shape and shape[1:] != size:
+        sides = " and the run's ".join(f"{height}x{width} px" for height, width in (shape[1:], size))
+        raise StatisticsError(f"the images of '{path}' have {sides}: give a reference of the run's size")
+    if not (compared := _comparing(extractor, "features")):
+        return Reference(extractor.name, found, None)
+    if shape:
+        _require_enough(compared, shape[0], f"'{path}'")
+    return Reference(extractor.name, found, Features.cat([extractor.features(batch) for batch in read_images(path)]))
+
+
+def measure(metric: str, generated: Features, against: Reference) -> tuple[float, ...]:
+    """Return the values of a metric, in the order of :data:`repa_lab.metrics.protocol.METRICS`.
+
+    Args:
+        metric: one of the metrics that the extractor was made for.
+        generated: features of the samples.
+        against: the same extractor's reference.
+
+    Raises:
+        ValueError: too few samples, features that are not finite, or a metric that the extractor was not made for.
+    """
+    samples = generated.of(metric)
+    if metric in ("frechet", "sfid"):
+        ours, real = statistics(samples), against.of(metric)
+        return (frechet_distance(ours.mu, ours.sigma, real.mu, real.sigma),)
+    if metric == "inception_score":
+        return (inception_score(samples).value,)
+    if against.features is None:
+        raise ValueError(f"{metric} needs features of real images: name it when the extractor is made")
+    reals = against.features.of(metric)
+    if metric == "kid":
+        return (kid(samples, reals).value,)
+    if metric == "precision_recall":
+        return precision_recall(samples, reals)
+    compute = METRICS[metric].compute
+    assert compute is not None  # a plugin's metric
+    return (float(compute(samples, reals)),)
+
+
+def _require_enough(metrics: Iterable[str], count: int, where: str) -> None:
+    """Refuse, before training, a reference that is too small for a metric."""
+    for metric in metrics:
+        if count < METRICS[metric].least_real:
+            needed = f"{metric} needs at least {METRICS[metric].least_real} real images"
+            raise StatisticsError(f"{needed}, and there are {count} in {where}: give more, or leave it out of metrics")
+
+
+def _comparing(extractor: Extractor, compared: str) -> tuple[str, ...]:
+    """Return the metrics of an extractor that compare ``statistics`` or ``features``."""
+    return tuple(metric for metric in extractor.metrics if METRICS[metric].compares == compared)
+
+
+def _layers(extractor: Extractor, compared: str) -> tuple[str, ...]:
+    return layers(extractor.name, _comparing(extractor, compared))
+
+
+def _save(path: Path, values: NDArray[np.float32]) -> None:
+    with path.open("wb") as file:  # np.save appends .npy to a path
+        np.save(file, values)
+
+
+def _load(path: Path, count: int) -> NDArray[np.float32]:
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files if name != "arr_0"}
-    except Exception as error:  # a damaged file can raise anything
-        raise StatisticsError(
-            f"'{path}' is no npz file of arrays: {' '.join(str(error).split())}; get it anew"
-        ) from None
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, f" ({error})") from None
+    if values.ndim != 2 or len(values) != count or not np.isfinite(values).all():
+        raise _damaged(path)
+    return np.asarray(values, dtype=np.float32)
 
 
-def _require_same(path: Path, held: Mapping[str, Any], wanted: Mapping[str, str]) -> None:
-    said = {name: str(held[name]) for name in wanted if name in held}
-    if differing := [f"{name} {value}, not {wanted[name]}" for name, value in said.items() if value != wanted[name]]:
-        what = " and ".join(differing)
-        raise StatisticsError(f"'{path}' has statistics of {what}: compute them anew, or use the extractor they are of")
-
-
-def _require_sound(path: Path, found: Statistics, width: int | None, is_counted: bool) -> None:
-    mu, sigma = found.mu, found.sigma
-    if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
-        raise StatisticsError(f"'{path}' has mu {mu.shape} and sigma {sigma.shape}; allowed: (d,) and (d, d)")
-    if width not in (None, len(mu)):
-        raise StatisticsError(
-            f"'{path}' has {len(mu)} features and the extractor {width}: compute them with this extractor"
-        )
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise StatisticsError(f"'{path}' has statistics that are not finite: compute them anew")
-    if not np.allclose(sigma, sigma.T, rtol=1e-5, atol=1e-6 * np.abs(sigma).max()) or (sigma.diagonal() < 0).any():
-        what = "a sigma that is no covariance: it is not symmetric, or has variances below 0"
-        raise StatisticsError(f"'{path}' has {what}; compute it anew")
-    if is_counted and found.count < 2:
-        raise StatisticsError(f"'{path}' has statistics of {found.count} images: compute them of two or more")
+def _damaged(path: Path, reason: str = "") -> StatisticsError:
+    return StatisticsError(f"the cache file '{path}' is damaged{reason}; delete it, and it is computed again")

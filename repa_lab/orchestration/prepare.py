@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from repa_lab.data.errors import DataError
-from repa_lab.encoders.encoder import EncoderError
-from repa_lab.metrics.reference import StatisticsError
+from repa_lab.metrics.npz import StatisticsError
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.pretrained import skeleton
 from repa_lab.models.released import SCHEDULER, PretrainedError, read_json
 from repa_lab.models.tap import TapError
 from repa_lab.settings import BlockIndex
 from repa_lab.spec import EncoderSettings, RunConfig, RunOptions
+from repa_lab.timm_models import EncoderError
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.device import DeviceError, pick_device
 from repa_lab.training.diffusion import ProcessError, process_of

@@ -20,7 +20,7 @@ from repa_lab.align.settings import REPASettings
 from repa_lab.data.layout import IMAGES, read_listing
 from repa_lab.data.listing import CAPTION_COLUMNS, read_image_folder
 from repa_lab.data.settings import FolderSettings, HubSettings, SourceSettings
-from repa_lab.encoders.registry import ENCODERS, TINY
+from repa_lab.encoders.registry import ENCODERS
 from repa_lab.files import digest
 from repa_lab.metrics.protocol import quality_names
 from repa_lab.models.families import FAMILIES
@@ -28,6 +28,7 @@ from repa_lab.models.family import NARROW, Family, shape_of
 from repa_lab.spec import Arm, BudgetConfig, CompareConfig, Experiment, RunConfig, RunOptions
 from repa_lab.spec.evaluate import FullConfig
 from repa_lab.spec.options import Objective
+from repa_lab.timm_models import TINY
 
 SUFFIX = "-rehearsal"
 MARK = "REHEARSAL with tiny random models, no evidence"
@@ -169,7 +170,7 @@ def _metrics(metrics: Iterable[str]) -> list[str]:
 
 def _encoder(encoder: dict[str, Any], tiny: TinyAssets) -> dict[str, Any]:
     """Return a tiny encoder of the same kind; where the kind has none, or is small already, EfficientNet-Lite0."""
-    from repa_lab.encoders.tiny import has_tiny
+    from repa_lab.encoders.encoder import has_tiny
 
     name = encoder["name"]
     if not name.startswith(TINY) and name != _SMALL_ENCODER:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from repa_lab.metrics.adm import write_images
+from repa_lab.metrics.npz import write_images
 from repa_lab.runs import RunDirectory
 from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run

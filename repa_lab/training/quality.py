@@ -12,11 +12,11 @@ import torch
 from accelerate.utils import gather_object
 
 from repa_lab.data.sources import groups
-from repa_lab.encoders.extractor import Extractor, Features
-from repa_lab.encoders.reference import RealImages, Reference, measure, read_reference, reference
 from repa_lab.files import digest, file_digest
+from repa_lab.metrics.extractor import Extractor, Features
 from repa_lab.metrics.protocol import METRICS
 from repa_lab.metrics.quality import NEIGHBOURS, SPLITS, kid_protocol
+from repa_lab.metrics.reference import RealImages, Reference, measure, read_reference, reference
 from repa_lab.models.released import SCHEDULER, read_json
 from repa_lab.runs.files import Row
 from repa_lab.spec import EvaluateConfig, ExtractorConfig, RunConfig

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from repa_lab.data.sources import Digits
 from repa_lab.encoders.encoder import Encoder, load_encoder
@@ -64,23 +62,3 @@ def vits14_reg(tmp_path_factory):
     model, path = dinov2("reg4_dinov2"), tmp_path_factory.mktemp("vits14_reg") / "weights.pth"
     torch.save(model.state_dict(), path)
     return model, path
-
-
-@pytest.fixture(scope="session")
-def inception(tmp_path_factory):
-    """Inception at random weights that keep the size of activations, as a file that its user vouches for as the guide says."""
-    folder = tmp_path_factory.mktemp("inception")
-    torch.save({}, folder / "empty.pth")
-
-    class Random(FeatureExtractorInceptionV3):
-        def load_state_dict(self, state):
-            """There is nothing to load."""
-
-    torch.manual_seed(0)
-    net = Random("inception-v3-compat", ["2048"], feature_extractor_weights_path=folder / "empty.pth")
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    torch.save(net.state_dict(), folder / "random.pth")
-    subprocess.run("sha256sum random.pth > random.pth.sha256", shell=True, check=True, cwd=folder)
-    return folder / "random.pth"

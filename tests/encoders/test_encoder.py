@@ -18,13 +18,12 @@ from repa_lab.data.crop import crop
 from repa_lab.encoders import encoder as encoder_module
 from repa_lab.encoders.encoder import (
     Encoder,
-    EncoderError,
     EncoderOptions,
-    _stage,
-    lite0_model,
+    feature_stage,
     load_encoder,
     require_patch_tokens,
 )
+from repa_lab.timm_models import EncoderError, lite0_model
 
 
 def packaged() -> dict[str, torch.Tensor]:
@@ -231,7 +230,7 @@ class TestRefusals:
 
     def test_a_model_without_feature_maps(self):
         with pytest.raises(EncoderError, match="'plain' has no intermediate feature maps"):
-            _stage("plain", nn.Linear(2, 2))
+            feature_stage("plain", nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +244,7 @@ class TestRefusals:
 )
 def test_the_stage_is_a_vits_last_block_or_a_cnns_last_of_stride_16(name, stage, stride):
     with torch.device("meta"):
-        assert _stage(name, timm.create_model(name)) == (stage, stride)
+        assert feature_stage(name, timm.create_model(name)) == (stage, stride)
 
 
 class Maps(nn.Module):

@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 
-from repa_lab.encoders.encoder import _stage
+from repa_lab.encoders.encoder import feature_stage
 from repa_lab.encoders.registry import ENCODERS, grid_problem, input_size, token_identity, weights_problem
-from repa_lab.encoders.weights import skeleton
+from repa_lab.timm_models import skeleton
 
 DINOV2 = ["dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14"]
 DINOV3 = ["s16", "s16plus", "b16", "l16", "h16plus", "7b16"]
@@ -50,7 +50,7 @@ def test_every_family_is_there_in_its_sizes():
 def test_facts_are_those_of_timms_model(name):
     facts = ENCODERS[name]
     model = skeleton(name, facts)
-    stage, stride = _stage(name, model)
+    stage, stride = feature_stage(name, model)
     assert (stride, model.feature_info[stage]["num_chs"]) == (facts.stride, facts.dim)
     if not name.startswith("efficientnet"):
         assert stage == len(model.blocks) - 1

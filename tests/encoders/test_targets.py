@@ -19,9 +19,10 @@ from repa_lab.data.reconstruct import Reconstructions
 from repa_lab.data.sources import Flips
 from repa_lab.data.space import latent_space
 from repa_lab.encoders import targets
-from repa_lab.encoders.encoder import EncoderError, EncoderOptions, lite0_model, load_encoder
+from repa_lab.encoders.encoder import EncoderOptions, load_encoder
 from repa_lab.encoders.registry import ENCODERS
 from repa_lab.encoders.targets import CachedTargets, OnlineTargets, cached_targets
+from repa_lab.timm_models import EncoderError, lite0_model
 from tests.align.references import align
 from tests.data.autoencoders import kl, tiny
 from tests.data.conftest import noise_image

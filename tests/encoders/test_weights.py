@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from repa_lab.encoders.encoder import EncoderError, load_encoder
+from repa_lab.encoders.encoder import load_encoder
 from repa_lab.encoders.registry import ENCODERS
-from repa_lab.encoders.weights import _renamed, _takes_any_size
+from repa_lab.timm_models import EncoderError, TimmModel, encoder_tensors, load_model, skeleton
 
 ARCH, TINY = "test_vit", "test_vit.r160_in1k"  # 0.3 M parameters, patches of 16, published for 160 px with 1000 classes
 PIXELS = torch.randint(0, 256, (1, 3, 32, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -162,8 +162,9 @@ class TestMoCo:
             "blocks.14.mlp.fc14.bias",
         ]
         meant = ["blocks.13.norm1.bias", "blocks.13.mlp.fc1.weight", "blocks.14.norm2.weight", "blocks.14.mlp.fc2.bias"]
-        assert [_renamed(key, facts) for key in told] == meant
-        assert _renamed("blocks.13.mlp.fc2.weight", facts) == "blocks.13.mlp.fc2.weight"
+        same = "blocks.13.mlp.fc2.weight"
+        state = {f"base_encoder.{key}": key for key in (*told, same, "head.weight")} | {"predictor.weight": 0}
+        assert encoder_tensors(facts, state) == dict(zip([*meant, same], [*told, same], strict=True))
 
     def test_a_file_without_one_of_its_layers(self, moco, tmp_path):
         saved = torch.load(moco[1], weights_only=True)
@@ -279,14 +280,14 @@ class TestHub:
     "name", [ARCH, "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"]
 )
 def test_timms_transformers_take_other_sizes_than_their_own(name):
-    with torch.device("meta"):
-        assert _takes_any_size(timm.create_model(name, num_classes=0))
-        timm.create_model(name, num_classes=0, dynamic_img_size=True)
+    model = TimmModel(name, weights="none")
+    net = load_model(name, model, None, skeleton(name, model))
+    assert net.forward_features(torch.zeros(1, 3, 320, 288)).isfinite().all()
 
 
 def test_a_network_that_takes_any_size_anyway_is_not_told_to():
-    with torch.device("meta"):
-        assert not _takes_any_size(timm.create_model("resnet18", num_classes=0))
+    model = TimmModel("resnet18", weights="none")
+    assert load_model("resnet18", model, None, skeleton("resnet18", model))
     with pytest.raises(TypeError, match="dynamic_img_size"):
         timm.create_model("resnet18", num_classes=0, dynamic_img_size=True)
 

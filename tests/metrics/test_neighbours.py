@@ -7,7 +7,11 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from repa_lab.metrics import cka, cknna, clip_and_normalise, mutual_knn, nearest_neighbours
+from repa_lab import metrics
+from tests.metrics.conftest import of_arrays
+
+cka, cknna, mutual_knn = map(of_arrays, (metrics.cka, metrics.cknna, metrics.mutual_knn))
+clip_and_normalise, nearest_neighbours = map(of_arrays, (metrics.clip_and_normalise, metrics.nearest_neighbours))
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -97,8 +101,8 @@ hard = pytest.mark.parametrize("x", FEATURES.values(), ids=FEATURES.keys())
 class TestNearestNeighbours:
     @hard
     @pytest.mark.parametrize("k", [1, 10, COUNT - 1])
-    def test_agrees_with_sorting_all_products(self, x, k, lie):
-        assert nearest_neighbours(lie(x), k).tolist() == neighbours_by_loops(x, k)
+    def test_agrees_with_sorting_all_products(self, x, k, tensor):
+        assert nearest_neighbours(tensor(x), k).tolist() == neighbours_by_loops(x, k)
 
     def test_single_precision_alone_would_be_wrong(self):
         """What the case of the name is for: there float32 does not see who is near."""
@@ -109,16 +113,16 @@ class TestNearestNeighbours:
         assert np.mean(shared) < 8
 
     @hard
-    def test_does_not_depend_on_the_chunk(self, x, lie):
-        whole = nearest_neighbours(lie(x), 10)
-        for chunk in (1, 7, COUNT // 2, COUNT - 1, COUNT):  # from half of them on, all are one tile
-            assert nearest_neighbours(lie(x), 10, chunk).tolist() == whole.tolist()
+    def test_does_not_depend_on_the_chunk(self, x, tensor):
+        whole = nearest_neighbours(tensor(x), 10)
+        for chunk in (1, 7, COUNT // 2, COUNT - 1, COUNT):
+            assert nearest_neighbours(tensor(x), 10, chunk).tolist() == whole.tolist()
 
-    def test_more_items_than_a_chunk(self, lie):
+    def test_more_items_than_a_chunk(self, tensor):
         x = normal(2500, 16)
         products = x @ x.T
         np.fill_diagonal(products, -np.inf)
-        assert nearest_neighbours(lie(x), 10).tolist() == np.argsort(-products, axis=1)[:, :10].tolist()
+        assert nearest_neighbours(tensor(x), 10).tolist() == np.argsort(-products, axis=1)[:, :10].tolist()
 
     @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
     def test_of_unit_features_are_those_of_scikit_learn(self, metric):
@@ -154,11 +158,11 @@ class TestNearestNeighbours:
 
 class TestMutualKNN:
     @pytest.mark.parametrize("k", [1, 5, 10, 59])
-    def test_agrees_with_sets(self, k, lie):
+    def test_agrees_with_sets(self, k, tensor):
         x, y = related(60)
         pairs = zip(neighbours_by_loops(x, k), neighbours_by_loops(y, k), strict=True)
         expected = np.mean([len({*a} & {*b}) / k for a, b in pairs])
-        assert mutual_knn(lie(x), lie(y), k) == pytest.approx(expected, abs=1e-15)
+        assert mutual_knn(tensor(x), tensor(y), k) == pytest.approx(expected, abs=1e-15)
         assert 0 < expected <= 1
 
     def test_of_features_with_themselves_is_1(self):
@@ -194,10 +198,10 @@ class TestCKNNA:
 
     @definitions
     @pytest.mark.parametrize("k", [2, 10, 39])
-    def test_agrees_with_the_definition(self, definition, k, lie):
+    def test_agrees_with_the_definition(self, definition, k, tensor):
         x, y = related(40)
         expected = BY_DEFINITION[definition](x, y, k)
-        assert cknna(lie(x), lie(y), k, definition) == pytest.approx(expected, abs=1e-12)
+        assert cknna(tensor(x), tensor(y), k, definition) == pytest.approx(expected, abs=1e-12)
         assert abs(expected) > 0.03
 
     @definitions
@@ -234,10 +238,10 @@ class TestCKNNA:
         assert cknna(x[order], y[order], 10, definition) == pytest.approx(expected, abs=1e-12)
         assert abs(cknna(x[order], y, 10, definition) - expected) > 0.05
 
-    def test_papers_ignores_scale_and_sides(self, lie):
+    def test_papers_ignores_scale_and_sides(self, tensor):
         x, y = related(40)
         for scaled in (7 * x, 1e-20 * x, 1e20 * x):
-            assert cknna(lie(scaled), lie(y)) == pytest.approx(cknna(x, y), abs=1e-12)
+            assert cknna(tensor(scaled), tensor(y)) == pytest.approx(cknna(x, y), abs=1e-12)
         assert cknna(y, x) == pytest.approx(cknna(x, y), abs=1e-14)
 
     def test_platonics_does_not_ignore_sides(self):
@@ -254,24 +258,26 @@ class TestCKNNA:
         assert found == pytest.approx(platonic_by_matrices(x, np.roll(x, 1, axis=0), 2), abs=1e-12)
         assert low < found < high
 
-    def test_platonics_is_nan_where_a_kernel_has_no_positive_hsic_with_itself(self, lie):
+    def test_platonics_is_nan_where_a_kernel_has_no_positive_hsic_with_itself(self, tensor):
         x, y = np.array([[-1.0, -3], [-1, -1], [-1, 4], [4, -1]]), normal(4, 2)
         assert masked_hsic(x, x, 2) < 0 < masked_hsic(y, y, 2)
-        assert math.isnan(cknna(lie(x), lie(y), 2, "platonic"))
+        assert math.isnan(cknna(tensor(x), tensor(y), 2, "platonic"))
         assert cknna(x, y, 2) == pytest.approx(paper_by_loops(x, y, 2), abs=1e-12)
 
     @definitions
     @pytest.mark.parametrize("name", ["each item thrice", "small integers", "classes"])
-    def test_ties_go_to_the_lower_index(self, definition, name, lie):
+    def test_ties_go_to_the_lower_index(self, definition, name, tensor):
         x, y = FEATURES[name], normal(COUNT, 5, seed=3)
-        assert cknna(lie(x), lie(y), 10, definition) == pytest.approx(BY_DEFINITION[definition](x, y, 10), abs=1e-12)
+        assert cknna(tensor(x), tensor(y), 10, definition) == pytest.approx(
+            BY_DEFINITION[definition](x, y, 10), abs=1e-12
+        )
 
     @definitions
-    def test_of_a_constant_side(self, definition, lie):
+    def test_of_a_constant_side(self, definition, tensor):
         """Constant to float64, where the mean is off by its rounding: 0 and not rounding over rounding."""
         if definition == "paper":
-            assert cknna(lie(FEATURES["constant"]), lie(normal(COUNT, 4)), 10) == 0
-        assert cknna(lie(FEATURES["nothing"]), lie(normal(COUNT, 4)), 10, definition) == 0
+            assert cknna(tensor(FEATURES["constant"]), tensor(normal(COUNT, 4)), 10) == 0
+        assert cknna(tensor(FEATURES["nothing"]), tensor(normal(COUNT, 4)), 10, definition) == 0
 
     @definitions
     def test_does_not_depend_on_the_chunk(self, definition):
@@ -317,7 +323,7 @@ class TestClipAndNormalise:
         x = np.array([[3.0, -4], [0, 0], [6, 8], [5, -9], [7, -1]])
         x[1] = 2, 0
         clipped = np.array([[3.0, -4], [2, 0], [6, 8], [5, -8], [7, -1]])
-        assert clip_and_normalise(x, 0.8) == pytest.approx(unit(clipped), abs=1e-15)
+        assert clip_and_normalise(x, 0.8).numpy() == pytest.approx(unit(clipped), abs=1e-15)
 
     def test_lengths_are_1_and_a_zero_stays(self):
         x = normal(9, 4)
@@ -326,13 +332,13 @@ class TestClipAndNormalise:
         assert lengths == pytest.approx(np.where(np.arange(9) == 3, 0, 1), abs=1e-15)
 
     def test_a_quantile_of_1_only_normalises(self):
-        assert clip_and_normalise(normal(9, 4), 1) == pytest.approx(unit(normal(9, 4)), abs=1e-15)
+        assert clip_and_normalise(normal(9, 4), 1).numpy() == pytest.approx(unit(normal(9, 4)), abs=1e-15)
 
-    def test_takes_the_value_that_sorting_everything_gives(self, lie):
+    def test_takes_the_value_that_sorting_everything_gives(self, tensor):
         x = torch.from_numpy(normal(50, 30) ** 3).to(torch.bfloat16)
         bound = x.abs().double().flatten().sort().values[int(0.95 * x.numel())].item()
         expected = unit(np.clip(x.double().numpy(), -bound, bound))
-        assert np.array(clip_and_normalise(lie(x.double().numpy())).tolist()) == pytest.approx(expected, abs=1e-15)
+        assert np.array(clip_and_normalise(tensor(x.double().numpy())).tolist()) == pytest.approx(expected, abs=1e-15)
 
     @pytest.mark.parametrize("quantile", [0, -0.1, 1.1, float("nan")])
     def test_refuses_what_is_no_quantile(self, quantile):

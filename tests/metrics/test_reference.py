@@ -2,122 +2,229 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from repa_lab.metrics import statistics
-from repa_lab.metrics.reference import StatisticsError, read_statistics, write_statistics
+from repa_lab.metrics import frechet_distance, inception_score, kid, precision_recall, statistics
+from repa_lab.metrics.extractor import Extractor
+from repa_lab.metrics.npz import StatisticsError, write_images
+from repa_lab.metrics.protocol import METRICS
+from repa_lab.metrics.reference import FOLDER, RealImages, measure, read_reference, reference
 
-INCEPTION = {"extractor": "inception", "weights": "67ab", "preprocessing": "tf1-bilinear-299", "layer": "2048"}
-FEATURES = np.random.default_rng(0).standard_normal((50, 6))
-FOUND = statistics(FEATURES)
-
-
-@pytest.fixture
-def ours(tmp_path):
-    write_statistics(tmp_path / "ours.npz", FOUND, {**INCEPTION, "source": "abc"})
-    return tmp_path / "ours.npz"
+CPU = torch.device("cpu")
+COUNT = 30
+PIXELS = torch.randint(0, 256, (COUNT, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-@pytest.fixture
-def adm(tmp_path):
-    """A reference batch as guided-diffusion publishes it: statistics of all images, and some of the images."""
-    spatial = statistics(FEATURES[:, :4] + 1)
-    path = tmp_path / "VIRTUAL_x.npz"
-    images = np.zeros((3, 8, 8, 3), np.uint8)
-    held = {"mu": FOUND.mu, "sigma": FOUND.sigma, "mu_s": spatial.mu, "sigma_s": spatial.sigma}
-    np.savez(path, arr_0=images, **held)
-    return path
+def make(*metrics: str, name: str = "efficientnet_lite0") -> Extractor:
+    return Extractor(name, None, CPU, metrics)
 
 
-def refused(match: str, path, identity=INCEPTION, width=None, spatial=False) -> None:
-    with pytest.raises(StatisticsError, match=match) as caught:
-        read_statistics(path, identity, width, spatial)
-    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+@pytest.fixture(scope="module")
+def everything() -> Extractor:
+    return make("frechet", "kid", "precision_recall")
 
 
-def test_what_is_written_is_read(ours):
-    found = read_statistics(ours, INCEPTION, 6)
-    assert np.array_equal(found.mu, FOUND.mu) and np.array_equal(found.sigma, FOUND.sigma)
-    assert found.count == 50
-    with np.load(ours, allow_pickle=False) as stored:
-        assert {name: str(stored[name]) for name in (*INCEPTION, "source")} == {**INCEPTION, "source": "abc"}
+@pytest.fixture(scope="module")
+def alone() -> Extractor:
+    return make("frechet")
 
 
-def test_adms_statistics_are_inceptions_pooled_and_spatial_ones(adm):
-    pooled, spatial = (
-        read_statistics(adm, INCEPTION, width, is_spatial) for width, is_spatial in ((6, False), (4, True))
-    )
-    assert np.array_equal(pooled.mu, FOUND.mu) and np.array_equal(pooled.sigma, FOUND.sigma)
-    assert np.allclose(spatial.mu, FOUND.mu[:4] + 1) and np.allclose(spatial.sigma, FOUND.sigma[:4, :4])
-    assert pooled.count == 0  # the file does not say of how many images
+class Images(RealImages):
+    """Real images that count how often they are looked at."""
+
+    def __init__(self, source: str = "a", pixels: torch.Tensor = PIXELS, announced: int | None = None) -> None:
+        self.looks: list[int]
+        object.__setattr__(self, "looks", [])
+        super().__init__(source, len(pixels) if announced is None else announced, lambda: self.look(pixels))
+
+    def look(self, pixels: torch.Tensor):
+        self.looks.append(len(pixels))
+        return pixels.split(7)
 
 
-def test_statistics_alone_are_taken_on_trust(tmp_path):
-    np.savez(tmp_path / "fid_stats.npz", mu=FOUND.mu.astype(np.float32), sigma=FOUND.sigma)
-    found = read_statistics(tmp_path / "fid_stats.npz", INCEPTION, 6)
-    assert found.mu.dtype == np.float64
-    np.testing.assert_allclose(found.mu, FOUND.mu, rtol=1e-6)
+def files(cache) -> set[str]:
+    return {path.name for path in (cache / FOLDER).iterdir()}
 
 
-@pytest.mark.parametrize(
-    ("word", "value"),
-    [("extractor", "dinov2_vitl14"), ("weights", "0000"), ("preprocessing", "x"), ("layer", "spatial")],
-)
-def test_statistics_of_something_else(ours, word, value):
-    refused(
-        f"has statistics of {word} {INCEPTION[word]}, not {value}: compute them anew", ours, {**INCEPTION, word: value}
-    )
+class TestCache:
+    def test_a_second_run_does_not_look_at_the_images(self, everything, tmp_path):
+        images = Images()
+        first = reference(everything, images, tmp_path)
+        again = reference(everything, images, tmp_path)
+        assert images.looks == [COUNT]
+        assert np.array_equal(first.of("frechet").sigma, again.of("frechet").sigma)
+        assert np.array_equal(first.features.of("kid"), again.features.of("kid"))
+
+    def test_another_process_with_another_extractor_object_finds_it(self, alone, tmp_path):
+        reference(alone, Images(), tmp_path)
+        images = Images()
+        reference(make("frechet"), images, tmp_path)
+        assert images.looks == []
+
+    def test_is_the_statistics_of_all_images_and_their_features(self, everything, tmp_path):
+        found = reference(everything, Images(), tmp_path)
+        features = everything.features(PIXELS).of("frechet")
+        expected = statistics(features)
+        assert found.of("frechet").count == COUNT
+        np.testing.assert_allclose(found.of("frechet").mu, expected.mu, atol=1e-5)
+        np.testing.assert_allclose(found.of("frechet").sigma, expected.sigma, atol=1e-5)
+        assert found.features.of("precision_recall").dtype == np.float32
+        np.testing.assert_allclose(found.features.of("precision_recall"), features, rtol=1e-4, atol=1e-5)
+
+    def test_features_are_kept_only_when_a_metric_needs_them(self, everything, alone, tmp_path):
+        assert reference(alone, Images(), tmp_path).features is None
+        assert [name[-4:] for name in files(tmp_path)] == [".npz"]
+        images = Images()
+        reference(everything, images, tmp_path)
+        assert images.looks == [COUNT]
+        assert sorted(name[-4:] for name in files(tmp_path)) == [".npy", ".npz"]
+
+    @pytest.mark.parametrize("keep", [1, 7, 10, 29, 30, 1000])
+    def test_of_many_images_evenly_spaced_ones_are_kept(self, everything, tmp_path, keep):
+        found = reference(everything, Images(), tmp_path, keep).features.of("kid")
+        kept = min(keep, COUNT)
+        whole = everything.features(PIXELS).of("kid")
+        np.testing.assert_allclose(found, whole[[i * COUNT // kept for i in range(kept)]], rtol=1e-3, atol=1e-4)
+        assert np.abs(whole[0] - whole[1]).max() > 1e-2
+
+    def test_other_images_and_other_extractors_are_other_files(self, alone, tmp_path):
+        reference(alone, Images(), tmp_path)
+        for extractor, images in ((alone, Images("b")), (make("frechet", name="tiny-dinov2_vits14"), Images())):
+            reference(extractor, images, tmp_path)
+            assert images.looks == [COUNT]
+        assert len(files(tmp_path)) == 3
+
+    def test_an_inception_score_needs_no_real_images(self, inception, tmp_path):
+        images = Images()
+        extractor = Extractor("inception", str(inception), CPU, ("inception_score",))
+        found = reference(extractor, images, tmp_path)
+        assert (images.looks, found.statistics, found.features) == ([], {}, None)
+
+    def test_images_that_were_not_announced_are_no_reference(self, alone, tmp_path):
+        with pytest.raises(ValueError, match="31 real images were announced and 30 came"):
+            reference(alone, Images(announced=31), tmp_path)
+        assert not (tmp_path / FOLDER).exists()
+
+    def test_one_image_is_no_reference(self, alone, tmp_path):
+        with pytest.raises(
+            StatisticsError, match="frechet needs at least 2 real images, and there are 1 in the training images"
+        ):
+            reference(alone, Images(pixels=PIXELS[:1]), tmp_path)
+
+    def test_too_few_for_a_neighbourhood_are_refused_before_they_are_looked_at(self, everything, tmp_path):
+        images = Images(pixels=PIXELS[:3])
+        with pytest.raises(StatisticsError, match="precision_recall needs at least 4 real images, and there are 3"):
+            reference(everything, images, tmp_path)
+        assert images.looks == []
+
+    def test_damaged_files_are_named(self, everything, tmp_path):
+        reference(everything, Images(), tmp_path)
+        paths = {path.suffix: path for path in (tmp_path / FOLDER).iterdir()}
+        whole = paths[".npy"].read_bytes()
+        for content in (b"", whole[:-1], whole[:40]):
+            paths[".npy"].write_bytes(content)
+            with pytest.raises(StatisticsError, match=r"\.npy' is damaged \(.*\); delete it, and it is computed again"):
+                reference(everything, Images(), tmp_path)
+        np.save(paths[".npy"], np.zeros((3, 2)))
+        with pytest.raises(StatisticsError, match=r"\.npy' is damaged; delete it, and it is computed again"):
+            reference(everything, Images(), tmp_path)
+        paths[".npz"].write_bytes(paths[".npz"].read_bytes()[:100])
+        paths[".npy"].write_bytes(whole)
+        with pytest.raises(StatisticsError, match=r"\.npz' is damaged; delete it, and it is computed again"):
+            reference(everything, Images(), tmp_path)
 
 
-def test_adms_statistics_for_another_extractor(adm):
-    match = "has statistics of extractor inception, not dinov2_vitl14 and preprocessing tf1-bilinear-299, not bicubic"
-    refused(match, adm, {"extractor": "dinov2_vitl14", "preprocessing": "bicubic"})
+class TestMeasure:
+    def test_every_metric_in_the_order_of_its_names(self, inception, tmp_path):
+        extractor = Extractor("inception", str(inception), CPU, METRICS.names)
+        generated, real = PIXELS[:10] // 2, PIXELS[10:16]
+        against = reference(extractor, Images(pixels=real), tmp_path)
+        found, other = extractor.features(generated), extractor.features(real)
+        measured = {metric: measure(metric, found, against) for metric in METRICS}
+        assert {metric: len(values) for metric, values in measured.items()} == {
+            metric: len(kinds) for metric, kinds in ((name, METRICS[name].yields) for name in METRICS)
+        }
+        for metric, layer in (("frechet", "2048"), ("sfid", "spatial")):
+            first, second = statistics(found.layers[layer]), statistics(other.layers[layer])
+            assert measured[metric] == (
+                pytest.approx(frechet_distance(first.mu, first.sigma, second.mu, second.sigma), rel=1e-5),
+            )
+        assert measured["sfid"] != measured["frechet"]
+        x, y = found.layers["2048"], other.layers["2048"]
+        assert measured["kid"] == (pytest.approx(kid(x, y).value, rel=1e-3),)
+        assert measured["inception_score"] == (inception_score(found.layers["logits_unbiased"]).value,)
+        shares = precision_recall(x, y)
+        assert measured["precision_recall"] == (shares.precision, shares.recall)
+
+    def test_what_is_missing_is_named(self, everything, alone, tmp_path):
+        against = reference(alone, Images(), tmp_path)
+        with pytest.raises(ValueError, match="kid needs features of real images: name it when the extractor is made"):
+            measure("kid", everything.features(PIXELS), against)
+        with pytest.raises(ValueError, match="no features of efficientnet_lite0 for sfid"):
+            measure("sfid", everything.features(PIXELS), against)
 
 
-def test_another_width(ours):
-    refused("has 6 features and the extractor 2048: compute them with this extractor", ours, width=2048)
+class TestRead:
+    def save(self, path, extractor: Extractor) -> None:
+        """A reference batch of ADM's form: statistics of ten images, and the first four of them."""
+        found = extractor.features(PIXELS[:10])
+        pooled, spatial = (statistics(found.layers[layer]) for layer in ("2048", "spatial"))
+        images = PIXELS[:4].permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+        np.savez(path, arr_0=images, mu=pooled.mu, sigma=pooled.sigma, mu_s=spatial.mu, sigma_s=spatial.sigma)
 
+    def test_a_reference_of_adms_serves_every_metric(self, inception, tmp_path):
+        extractor = Extractor("inception", str(inception), CPU, METRICS.names)
+        self.save(tmp_path / "VIRTUAL_x.npz", extractor)
+        found = read_reference(extractor, tmp_path / "VIRTUAL_x.npz")
+        again = extractor.features(PIXELS[:10])
+        assert measure("frechet", again, found)[0] < 1e-6 * np.trace(found.of("frechet").sigma)
+        assert measure("sfid", again, found)[0] < 1e-6 * np.trace(found.of("sfid").sigma)
+        assert len(found.of("sfid").mu) == 2023
+        np.testing.assert_allclose(found.features.of("kid"), again.of("kid")[:4], rtol=1e-3, atol=1e-4)
+        assert measure("precision_recall", again, found)[1] == 1
 
-@pytest.mark.parametrize(
-    ("held", "match"),
-    [
-        ({"mu": FOUND.mu}, "has no sigma: give an npz file with mu and sigma"),
-        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8)}, "has no mu and no sigma"),
-        ({"mu_s": FOUND.mu, "sigma_s": FOUND.sigma}, "has no mu and no sigma"),
-        ({"mu": FOUND.mu, "sigma": FOUND.sigma[:5]}, r"has mu \(6,\) and sigma \(5, 6\); allowed: \(d,\) and \(d, d\)"),
-        ({"mu": FOUND.mu * np.nan, "sigma": FOUND.sigma}, "not finite"),
-        ({"mu": FOUND.mu, "sigma": FOUND.sigma * np.inf}, "not finite"),
-        ({"mu": FOUND.mu, "sigma": FOUND.sigma, "count": 1}, "of 1 images: compute them of two or more"),
-        (
-            {"mu": FOUND.mu, "sigma": FOUND.sigma, "count": [9, 9]},
-            r"has counts \(2,\): give one number of images, or none",
-        ),
-        ({"mu": FOUND.mu.astype(str), "sigma": FOUND.sigma}, "has mu of <U[0-9]+: give real numbers"),
-        ({"mu": FOUND.mu, "sigma": FOUND.sigma + 1j}, "has sigma of complex128: give real numbers"),
-        ({"mu": FOUND.mu, "sigma": -FOUND.sigma}, "has a sigma that is no covariance: .*variances below 0"),
-        (
-            {"mu": FOUND.mu, "sigma": FOUND.sigma + np.eye(6, k=1)},
-            "has a sigma that is no covariance: it is not symmetric",
-        ),
-    ],
-)
-def test_what_is_no_file_of_statistics(tmp_path, held, match):
-    np.savez(tmp_path / "x.npz", **held)
-    refused(match, tmp_path / "x.npz")
+    def test_a_file_of_another_extractors(self, alone, tmp_path):
+        held = statistics(np.random.default_rng(0).standard_normal((9, 4)))
+        np.savez(tmp_path / "x.npz", mu=held.mu, sigma=held.sigma)
+        with pytest.raises(StatisticsError, match="has 4 features and the extractor 1280"):
+            read_reference(alone, tmp_path / "x.npz")
+        np.savez(tmp_path / "x.npz", mu=held.mu, sigma=held.sigma, mu_s=held.mu, sigma_s=held.sigma)
+        with pytest.raises(StatisticsError, match="statistics of extractor inception, not efficientnet_lite0"):
+            read_reference(alone, tmp_path / "x.npz")
 
+    def test_the_labs_own_file_is_read_back(self, alone, tmp_path):
+        made = reference(alone, Images(), tmp_path)
+        path = next((tmp_path / FOLDER).iterdir())
+        assert np.array_equal(read_reference(alone, path).of("frechet").sigma, made.of("frechet").sigma)
+        with pytest.raises(
+            StatisticsError, match="has statistics of extractor efficientnet_lite0, not tiny-dinov2_vits14"
+        ):
+            read_reference(make("frechet", name="tiny-dinov2_vits14"), path)
 
-def test_spatial_statistics_that_are_not_there(adm, tmp_path):
-    np.savez(tmp_path / "x.npz", mu=FOUND.mu, sigma=FOUND.sigma, mu_s=FOUND.mu)
-    refused("has no sigma_s", tmp_path / "x.npz", spatial=True)
+    def test_statistics_without_images_do_not_serve_kid(self, everything, alone, tmp_path):
+        reference(alone, Images(), tmp_path)
+        with pytest.raises(StatisticsError, match="holds no images under arr_0"):
+            read_reference(everything, next((tmp_path / FOLDER).iterdir()))
 
+    def test_a_reference_of_another_size_or_of_too_few_images_is_refused(self, everything, alone, tmp_path):
+        found = statistics(alone.features(PIXELS).of("frechet"))
+        height, width = PIXELS.shape[2:]
+        for name, shape in (("few", (3, height, width, 3)), ("large", (9, 2 * height, width, 3))):
+            np.savez(tmp_path / name, arr_0=np.zeros(shape, np.uint8), mu=found.mu, sigma=found.sigma)
+        with pytest.raises(
+            StatisticsError, match=r"precision_recall needs at least 4 real images, and there are 3 in '.*few\.npz'"
+        ):
+            read_reference(everything, tmp_path / "few.npz", (height, width))
+        told = f"large.npz' have {2 * height}x{width} px and the run's {height}x{width} px: give a reference of the run's size"
+        with pytest.raises(StatisticsError, match=told):
+            read_reference(alone, tmp_path / "large.npz", (height, width))
+        assert read_reference(alone, tmp_path / "large.npz").features is None
 
-def test_no_file_and_a_damaged_one(ours, tmp_path):
-    refused("no file", tmp_path / "none.npz")
-    (tmp_path / "cut.npz").write_bytes(ours.read_bytes()[:200])
-    refused("is no npz file of arrays, or cut short; get it anew", tmp_path / "cut.npz")
-    # Only the sum over a member tells that a bit of it has turned.
-    turned = bytearray(ours.read_bytes())
-    turned[ours.read_bytes().index(FOUND.sigma.tobytes()) + 5] ^= 1
-    (tmp_path / "turned.npz").write_bytes(turned)
-    refused("is no npz file of arrays: Bad CRC-32 .*; get it anew", tmp_path / "turned.npz")
-    np.savez(tmp_path / "code.npz", mu=np.array([{}], dtype=object), sigma=FOUND.sigma)
-    refused("is no npz file of arrays: .*allow_pickle", tmp_path / "code.npz")
+    def test_exported_samples_are_measured_alike(self, everything, tmp_path):
+        """What is exported for audit gives the same features as the pixels it was made of."""
+        write_images(tmp_path / "samples.npz", PIXELS.split(8), COUNT)
+        found = statistics(everything.features(PIXELS).of("frechet"))
+        with np.load(tmp_path / "samples.npz") as stored:
+            np.savez(tmp_path / "with.npz", arr_0=stored["arr_0"], mu=found.mu, sigma=found.sigma)
+        read = read_reference(everything, tmp_path / "with.npz").features.of("kid")
+        np.testing.assert_allclose(read, everything.features(PIXELS).of("kid"), rtol=1e-4, atol=1e-5)

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from repa_lab.metrics import cds, lds, rmsc, srss
+from repa_lab import metrics
+from tests.metrics.conftest import of_arrays
+
+lds, cds, rmsc = of_arrays(metrics.lds), of_arrays(metrics.cds), of_arrays(metrics.rmsc)
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -57,40 +60,14 @@ def rmsc_by_loops(tokens: np.ndarray) -> float:
     return float(np.mean(values))
 
 
-def srss_by_loops(tokens: np.ndarray, grid: tuple[int, int], mask: np.ndarray, far: int) -> float:
-    values = []
-    for image, inside in zip(tokens, mask, strict=True):
-        anchors = []
-        for i in np.flatnonzero(inside):
-            near, background = [], []
-            for j in range(len(image)):
-                distance = abs(i // grid[1] - j // grid[1]) + abs(i % grid[1] - j % grid[1])
-                if inside[j] and distance == 1:
-                    near.append(cosine(image[i], image[j]))
-                if not inside[j] and distance >= far:
-                    background.append(cosine(image[i], image[j]))
-            if near and background:
-                anchors.append(np.mean(near) - np.mean(background))
-        if anchors:
-            values.append(np.mean(anchors))
-    return float(np.mean(values))
-
-
 GRIDS = pytest.mark.parametrize("grid", [(4, 4), (3, 5), (5, 3), (1, 9), (7, 6)], ids=str)
 MEASURES = {
     "lds": lambda tokens, grid: lds(tokens, grid, far=3),
     "cds": cds,
     "rmsc": rmsc,
-    "srss": lambda tokens, grid: srss(tokens, grid, half(len(tokens), grid), far=3),
 }
 measures = pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES.keys())
 E1, E2 = [1.0, 0.0], [0.0, 1.0]
-
-
-def half(images: int, grid: tuple[int, int]) -> np.ndarray:
-    """The left columns, more of them in each image."""
-    columns = np.arange(grid[0] * grid[1]) % grid[1]
-    return np.stack([columns < 1 + (grid[1] + i) // 2 for i in range(images)])
 
 
 class TestByHand:
@@ -114,14 +91,6 @@ class TestByHand:
         """The mean is (1/2, 1/2), each token's square distance from it 1/2."""
         assert rmsc(self.ROW, (2, 2)) == pytest.approx(math.sqrt(0.5), abs=1e-15)
 
-    def test_srss(self):
-        """Foreground the first two and the last: the first agrees with the second (1) and not with the third (0, 2 away).
-
-        The second has no background 2 away, the last no foreground beside it.
-        """
-        assert srss(self.ROW, (1, 4), [[1, 1, 0, 1]], far=2) == pytest.approx(1.0, abs=1e-15)
-        assert srss(self.ROW, (1, 4), [[0, 1, 1, 0]], far=2) == pytest.approx(0.0, abs=1e-15)
-
     def test_the_grid_is_row_major(self):
         """Alternating tokens are columns on 3 x 2, where the 4 of 7 near pairs that go down agree, and a chessboard on 2 x 3."""
         tokens = np.array([[E1, E2, E1, E2, E1, E2]])
@@ -132,34 +101,26 @@ class TestByHand:
 class TestAgainstLoops:
     @GRIDS
     @pytest.mark.parametrize("far", [2, 4])
-    def test_lds(self, grid, far, lie):
+    def test_lds(self, grid, far, tensor):
         tokens = normal(3, grid[0] * grid[1], 5) + 0.5
-        assert lds(lie(tokens), grid, far) == pytest.approx(lds_by_loops(tokens, grid, far), abs=1e-12)
+        assert lds(tensor(tokens), grid, far) == pytest.approx(lds_by_loops(tokens, grid, far), abs=1e-12)
 
     @GRIDS
     @pytest.mark.parametrize("farthest", [2, 8])
-    def test_cds(self, grid, farthest, lie):
+    def test_cds(self, grid, farthest, tensor):
         tokens = normal(3, grid[0] * grid[1], 5) + 0.5
-        assert cds(lie(tokens), grid, farthest) == pytest.approx(cds_by_loops(tokens, grid, farthest), abs=1e-12)
+        assert cds(tensor(tokens), grid, farthest) == pytest.approx(cds_by_loops(tokens, grid, farthest), abs=1e-12)
 
     @GRIDS
-    def test_rmsc(self, grid, lie):
+    def test_rmsc(self, grid, tensor):
         tokens = normal(3, grid[0] * grid[1], 5) + 0.5
-        assert rmsc(lie(tokens), grid) == pytest.approx(rmsc_by_loops(tokens), abs=1e-12)
-
-    @GRIDS
-    def test_srss(self, grid, lie):
-        tokens, mask = normal(4, grid[0] * grid[1], 5) + 0.5, half(4, grid)
-        mask[1] = False  # an image without foreground is left out
-        assert srss(lie(tokens), grid, mask, far=3) == pytest.approx(srss_by_loops(tokens, grid, mask, 3), abs=1e-12)
+        assert rmsc(tensor(tokens), grid) == pytest.approx(rmsc_by_loops(tokens), abs=1e-12)
 
     def test_the_papers_settings(self):
         """Distances 6 and 8 on 16 x 16."""
         tokens = normal(1, 256, 4) + 0.5
-        mask = half(1, (16, 16))
         assert lds(tokens, (16, 16)) == pytest.approx(lds_by_loops(tokens, (16, 16), 6), abs=1e-12)
         assert cds(tokens, (16, 16)) == pytest.approx(cds_by_loops(tokens, (16, 16), 8), abs=1e-12)
-        assert srss(tokens, (16, 16), mask) == pytest.approx(srss_by_loops(tokens, (16, 16), mask, 6), abs=1e-12)
 
 
 class TestAll:
@@ -183,10 +144,7 @@ class TestAll:
     @measures
     def test_is_the_mean_over_images(self, measure):
         tokens = normal(2, 20, 5) + 0.5
-        if measure is MEASURES["srss"]:
-            single = [srss(tokens[i : i + 1], (4, 5), half(2, (4, 5))[i : i + 1], far=3) for i in range(2)]
-        else:
-            single = [measure(tokens[i : i + 1], (4, 5)) for i in range(2)]
+        single = [measure(tokens[i : i + 1], (4, 5)) for i in range(2)]
         assert measure(tokens, (4, 5)) == pytest.approx(np.mean(single), abs=1e-12)
         assert abs(single[0] - single[1]) > 1e-4
 
@@ -230,27 +188,10 @@ class TestAll:
 class TestSettings:
     @pytest.mark.parametrize("far", [1, 6, 0])
     def test_refuses_a_distance_that_the_grid_does_not_have(self, far):
-        for measure in (
-            lambda: lds(normal(1, 12, 3), (3, 4), far),
-            lambda: srss(normal(1, 12, 3), (3, 4), half(1, (3, 4)), far),
-        ):
-            with pytest.raises(ValueError, match=f"grid 3x4 are at most 5 apart: give 2 <= far <= 5, got {far}"):
-                measure()
+        with pytest.raises(ValueError, match=f"grid 3x4 are at most 5 apart: give 2 <= far <= 5, got {far}"):
+            lds(normal(1, 12, 3), (3, 4), far)
 
     @pytest.mark.parametrize("grid, farthest", [((1, 2), 8), ((1, 1), 8), ((3, 3), 1)])
     def test_a_slope_needs_two_distances(self, grid, farthest):
         with pytest.raises(ValueError, match="needs two distances"):
             cds(normal(1, grid[0] * grid[1], 3), grid, farthest)
-
-    def test_srss_takes_a_tensor_of_a_mask(self):
-        tokens, mask = normal(2, 20, 5), half(2, (4, 5))
-        assert srss(tokens, (4, 5), torch.from_numpy(mask), far=3) == srss(tokens, (4, 5), mask.astype(int), far=3)
-
-    def test_srss_refuses_a_mask_of_another_shape(self):
-        with pytest.raises(ValueError, match=r"need a mask \(B, N\) = \(2, 20\)"):
-            srss(normal(2, 20, 5), (4, 5), half(1, (4, 5)), far=3)
-
-    @pytest.mark.parametrize("value", [0, 1])
-    def test_srss_refuses_masks_that_leave_nothing(self, value):
-        with pytest.raises(ValueError, match="no image has a foreground token"):
-            srss(normal(2, 20, 5), (4, 5), np.full((2, 20), value), far=3)

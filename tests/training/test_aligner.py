@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from repa_lab.align import REPA, UREPA, Prediction, Shapes, Tokens
-from repa_lab.encoders.encoder import EncoderError
 from repa_lab.encoders.targets import CachedTargets, OnlineTargets
 from repa_lab.models.family import UNET_SHAPES
 from repa_lab.models.tap import TapError
+from repa_lab.timm_models import EncoderError
 from repa_lab.training.aligner import Aligner, open_targets
 from repa_lab.training.batches import Batch
 from repa_lab.training.model import build_denoiser

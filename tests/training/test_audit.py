@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from repa_lab.encoders.extractor import Extractor
 from repa_lab.metrics import frechet_distance, statistics
+from repa_lab.metrics.extractor import Extractor
 from repa_lab.runs import RunDirectory, State
 from repa_lab.training.audit import AuditError, write_real, write_samples
 from repa_lab.training.images import open_images

@@ -19,11 +19,11 @@ from repa_lab.data.folder import ImageFolder
 from repa_lab.data.sources import Flips, split
 from repa_lab.data.space import PixelSpace
 from repa_lab.encoders.encoder import load_encoder
-from repa_lab.encoders.extractor import Extractor
-from repa_lab.encoders.reference import reference
 from repa_lab.encoders.targets import OnlineTargets
 from repa_lab.metrics import cka, cosine_gap, frechet_distance, kid, precision_recall, statistics
+from repa_lab.metrics.extractor import Extractor
 from repa_lab.metrics.protocol import differences
+from repa_lab.metrics.reference import reference
 from repa_lab.models.tap import Denoiser, Tap
 from repa_lab.spec import EncoderSettings
 from repa_lab.training.aligner import open_targets

@@ -17,14 +17,12 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from repa_lab.encoders.encoder import EncoderError, lite0_model
-from repa_lab.encoders.extractor import Extractor, Features
-from repa_lab.encoders.extractor_facts import EXTRACTORS, layers
-from repa_lab.encoders.extractor_nets import resample_positions, resize_like_pillow
-from repa_lab.encoders.registry import ENCODERS
+from repa_lab.encoders.registry import facts_of
 from repa_lab.metrics import frechet_distance, inception_score, kid, precision_recall, statistics
+from repa_lab.metrics.extractor import EXTRACTORS, Extractor, Features, layers, resample_positions, resize_like_pillow
 from repa_lab.metrics.protocol import METRICS
 from repa_lab.spec.evaluate import ExtractorName
+from repa_lab.timm_models import EncoderError, TimmModel, lite0_model
 
 CPU = torch.device("cpu")
 
@@ -62,7 +60,10 @@ class TestFacts:
 
     def test_dinov2s_are_the_encoders(self):
         for name, facts in EXTRACTORS.items():
-            assert facts.encoder is None or facts.encoder.removeprefix("tiny-") in ENCODERS
+            encoder = facts_of(name)
+            assert facts.model == (
+                encoder and TimmModel(encoder.timm_name, options=encoder.options, weights=encoder.weights)
+            )
             assert (len(facts.sha256) == 64) == (not name.startswith(("tiny-", "efficientnet")))
 
 

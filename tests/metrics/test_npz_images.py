@@ -9,36 +9,34 @@ import numpy as np
 import pytest
 import torch
 
-from repa_lab.metrics.adm import images_shape, read_images, write_images
-from repa_lab.metrics.reference import StatisticsError
+from repa_lab.metrics.npz import StatisticsError, images_shape, read_images, write_images
 
-PIXELS = np.random.default_rng(0).integers(0, 256, (10, 3, 6, 5), dtype=np.uint8)
+PIXELS = torch.randint(0, 256, (10, 3, 6, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
 def test_a_batch_is_numpys_own_npz(tmp_path):
     path = tmp_path / "new" / "samples.npz"
-    write_images(path, [PIXELS[:4], torch.from_numpy(PIXELS[4:])], 10)
+    write_images(path, [PIXELS[:4], PIXELS[4:]], 10)
     with np.load(path, allow_pickle=False) as stored:
         assert stored.files == ["arr_0"]
         assert (stored["arr_0"].dtype, stored["arr_0"].shape) == (np.uint8, (10, 6, 5, 3))
-        assert np.array_equal(stored["arr_0"], PIXELS.transpose(0, 2, 3, 1))
+        assert np.array_equal(stored["arr_0"], PIXELS.permute(0, 2, 3, 1))
     assert [file.name for file in path.parent.iterdir()] == ["samples.npz"]
 
 
 def test_grey_is_three_equal_channels(tmp_path):
     write_images(tmp_path / "x.npz", [PIXELS[:, :1]], 10)
     stored = np.load(tmp_path / "x.npz")["arr_0"]
-    assert (stored == PIXELS[:, 0, :, :, None]).all()
+    assert (stored == PIXELS[:, 0, :, :, None].numpy()).all()
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 64])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_what_others_wrote_is_read(tmp_path, batch_size, save):
-    save(tmp_path / "x.npz", arr_0=PIXELS.transpose(0, 2, 3, 1).copy(), mu=np.zeros(3))
+    save(tmp_path / "x.npz", arr_0=PIXELS.permute(0, 2, 3, 1).numpy(), mu=np.zeros(3))
     parts = list(read_images(tmp_path / "x.npz", batch_size))
     assert [len(part) for part in parts] == [min(batch_size, 10 - start) for start in range(0, 10, batch_size)]
-    assert np.array_equal(np.concatenate(parts), PIXELS)
-    assert torch.from_numpy(parts[0]).is_contiguous()
+    assert torch.equal(torch.cat(parts), PIXELS)
 
 
 @pytest.mark.parametrize(
@@ -47,8 +45,8 @@ def test_what_others_wrote_is_read(tmp_path, batch_size, save):
         ([PIXELS], 11, "11 images were announced and 10 came"),
         ([PIXELS, PIXELS], 11, "11 images were announced and 20 came"),
         ([PIXELS, PIXELS[:, :, :5]], 20, "images of one size are needed"),
-        ([PIXELS.astype(np.float32)], 10, r"need uint8 pixels \(B, 1 or 3, H, W\), got float32"),
-        ([PIXELS.transpose(0, 2, 3, 1)], 10, "need uint8 pixels"),
+        ([PIXELS.float()], 10, r"need uint8 pixels \(B, 1 or 3, H, W\), got torch.float32"),
+        ([PIXELS.permute(0, 2, 3, 1)], 10, "need uint8 pixels"),
         ([], 0, "no images"),
         ([PIXELS[:0]], 0, "no images"),
     ],
@@ -73,9 +71,9 @@ def test_a_failing_sampler_leaves_nothing(tmp_path):
 STREAM = """
 import resource, sys
 from pathlib import Path
-import numpy as np
-from repa_lab.metrics.adm import images_shape, read_images, write_images
-batch = np.zeros((8, 3, 256, 256), np.uint8)
+import torch
+from repa_lab.metrics.npz import images_shape, read_images, write_images
+batch = torch.zeros(8, 3, 256, 256, dtype=torch.uint8)
 write_images(Path(sys.argv[1]), [batch], 8)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 write_images(Path(sys.argv[1]), (batch for _ in range(100)), 800)
@@ -130,7 +128,7 @@ def test_damage_within_compressed_images_is_named(tmp_path):
 
 
 def test_the_size_is_told_without_the_images(tmp_path):
-    write_images(tmp_path / "x.npz", [np.zeros((3, 1, 4, 5), np.uint8)], 3)
+    write_images(tmp_path / "x.npz", [torch.zeros(3, 1, 4, 5, dtype=torch.uint8)], 3)
     assert images_shape(tmp_path / "x.npz") == (3, 4, 5)
     np.savez(tmp_path / "none.npz", mu=np.zeros(3))
     assert images_shape(tmp_path / "none.npz") is None

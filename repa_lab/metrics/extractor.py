@@ -1,0 +1,398 @@
+"""Feature extractors: networks that turn images into the features compared by FID, KID and other metrics.
+
+Inception is torch-fidelity's own network and makes the Frechet distance an FID. The other networks are registered with
+torch-fidelity by this module, and every metric's name says which one was used: ``dinov2_*`` gives the FD-DINOv2 of
+2306.04675, ``efficientnet_lite0`` works on a machine that cannot download weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torch_fidelity
+from numpy.typing import NDArray
+from torch import nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torch_fidelity.utils import create_feature_extractor
+
+from repa_lab.files import file_digest
+from repa_lab.metrics.protocol import METRICS
+from repa_lab.timm_models import TINY, EncoderError, TimmModel, lite0_model, load_model, reason, skeleton, tiny
+
+# torch-fidelity's names of Inception's layers, and the names of layers that this module adds.
+POOLED, LOGITS, SPATIAL = "2048", "logits_unbiased", "spatial"
+CLS = "cls"
+LITE0_POOLED = "1280"
+VOUCHED = ".sha256"
+_SHOWN_DIGITS = 8
+_LITE0_SIDE, _DINO_SIDE, _DINO_PATCH = 64, 224, 14
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ExtractorFacts:
+    """A feature extractor as data.
+
+    Attributes:
+        registered: torch-fidelity's name of the extractor.
+        layers: the layer compared by each metric; a metric that is not defined for this extractor is missing.
+        preprocessing: how pixels become the network's input, as part of a metric's protocol.
+        model: the timm model that computes the features; None for torch-fidelity's Inception.
+        sha256: digest of the publisher's file of weights; empty if the extractor takes no file.
+    """
+
+    registered: str
+    layers: Mapping[str, str]
+    preprocessing: str
+    model: TimmModel | None = None
+    sha256: str = ""
+
+
+def _on(layer: str) -> dict[str, str]:
+    return dict.fromkeys(("frechet", "kid", "precision_recall"), layer)
+
+
+def _dinov2(size: str, timm_size: str, sha256: str) -> ExtractorFacts:
+    """DINOv2 as in dgm-eval, the code of Stein et al. (2306.04675): the CLS token after the final norm at 224 px."""
+    model = TimmModel(f"vit_{timm_size}_patch14_dinov2.lvd142m")
+    return ExtractorFacts(f"dinov2-{size}-cls-224", _on(CLS), "bicubic-antialias-224-imagenet", model, sha256)
+
+
+# Digests: pt_inception-2015-12-05 (torch-fidelity v0.2.0 and pytorch-fid publish the same bytes) and Meta's
+# dinov2_vit?14_pretrain.pth.
+EXTRACTORS: dict[str, ExtractorFacts] = {
+    "inception": ExtractorFacts(
+        "inception-v3-compat",
+        {**_on(POOLED), "sfid": SPATIAL, "inception_score": LOGITS},
+        "tf1-bilinear-299",
+        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    ),
+    "efficientnet_lite0": ExtractorFacts(
+        "efficientnet-lite0-64",
+        _on(LITE0_POOLED),
+        "bicubic-antialias-64-half",
+        TimmModel("tf_efficientnet_lite0", weights="package"),
+    ),
+    "dinov2_vits14": _dinov2("vits14", "small", "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
+    "dinov2_vitb14": _dinov2("vitb14", "base", "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
+    "dinov2_vitl14": _dinov2("vitl14", "large", "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"),
+    "dinov2_vitg14": _dinov2("vitg14", "giant", "baf8467e50af277596bbbafa06887c177ee899ab46033649c383577d7e9309d3"),
+}
+EXTRACTORS |= {
+    f"{TINY}{name}": replace(facts, registered=f"{TINY}{facts.registered}", model=tiny(facts.model), sha256="")
+    for name, facts in EXTRACTORS.items()
+    if name.startswith("dinov2_") and facts.model
+}
+
+
+def layers(name: str, metrics: Iterable[str]) -> tuple[str, ...]:
+    """Return the layers of an extractor that metrics compare, each once; a metric not defined for it adds none."""
+    return tuple(dict.fromkeys(layer for metric in metrics if (layer := layer_of(name, metric))))
+
+
+def layer_of(name: str, metric: str) -> str:
+    """Return the layer that a metric compares, KID's for a plugin's metric; empty if the metric is not defined."""
+    by_metric = EXTRACTORS[name].layers
+    return by_metric.get(metric, by_metric["kid"] if METRICS[metric].compute else "")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of images from one pass through an extractor.
+
+    Attributes:
+        extractor: name of the extractor.
+        layers: float32 ``(n, d)`` by layer, for the same n images in the same order.
+    """
+
+    extractor: str
+    layers: Mapping[str, NDArray[np.float32]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.layers.values())))
+
+    def of(self, metric: str) -> NDArray[np.float32]:
+        """Return the features ``(n, d)`` that a metric compares.
+
+        Raises:
+            ValueError: the metric is not defined for this extractor, or the extractor was made for other metrics.
+        """
+        layer = layer_of(self.extractor, metric)
+        if layer not in self.layers:
+            why = f"the extractor was made for {', '.join(self.layers)}" if layer else "it has no meaning there"
+            raise ValueError(f"no features of {self.extractor} for {metric}: {why}")
+        return self.layers[layer]
+
+    @classmethod
+    def cat(cls, batches: Sequence[Features]) -> Features:
+        """Return the features of all batches, which one extractor computed for the same metrics."""
+        names = batches[0].layers
+        joined = {name: np.concatenate([batch.layers[name] for batch in batches]) for name in names}
+        return cls(batches[0].extractor, joined)
+
+
+class Extractor:
+    """A network that turns images into the features compared by metrics.
+
+    A metric's name stands for published weights, so a file of weights with another SHA-256 is refused. To use another
+    file, for example the same tensors as safetensors, vouch for it with ``sha256sum FILE > FILE.sha256``. The file's
+    digest is part of the protocol and of the key of cached reference features.
+
+    Args:
+        name: a name in :data:`EXTRACTORS`.
+        weights: a local file; None takes the file in torch-fidelity's or timm's cache, or downloads it.
+        device: where to run.
+        metrics: metrics to be measured; only the layers that they compare are computed.
+
+    Raises:
+        EncoderError: the weights are missing, do not fit, hold more than tensors, or are not the published ones.
+    """
+
+    def __init__(
+        self, name: str, weights: str | None, device: torch.device, metrics: Iterable[str] = ("frechet",)
+    ) -> None:
+        self.name, self.metrics = name, tuple(metrics)
+        self.layers = layers(name, self.metrics)
+        if not self.layers:
+            raise ValueError(f"{name} has no features for {', '.join(self.metrics) or 'nothing'}")
+        self._weights = _weights_file(name, EXTRACTORS[name], weights)
+        self._net = _network(name, self._weights, self.layers).to(device)
+        self._device = device
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What determines the features: the extractor's name, the digest or origin of its weights, the preprocessing."""
+        facts = EXTRACTORS[self.name]
+        origin = f"{facts.model.weights}:{facts.model.timm_name}" if facts.model else ""
+        weights = file_digest(self._weights) if self._weights else origin
+        return {"extractor": self.name, "weights": weights, "preprocessing": facts.preprocessing}
+
+    @torch.no_grad()
+    def features(self, pixels: torch.Tensor, batch_size: int = 64) -> Features:
+        """Return the features of uint8 images ``(n, 1 or 3, H, W)``, in float32 even under autocast or TF32.
+
+        Raises:
+            TypeError: the pixels are not uint8, so their range is unknown.
+        """
+        if pixels.dtype != torch.uint8:
+            raise TypeError(f"pixels must be uint8, 0 to 255, got {pixels.dtype}")
+        cudnn = torch.backends.cudnn
+        # By default recent GPUs convolve in TensorFloat-32, which keeps 10 bits of each factor.
+        float32 = cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
+        with torch.autocast(self._device.type, enabled=False), float32:
+            return Features.cat([Features(self.name, self._run(batch)) for batch in pixels.split(batch_size)])
+
+    def _run(self, batch: torch.Tensor) -> dict[str, NDArray[np.float32]]:
+        outputs = self._net(batch.to(self._device).expand(-1, 3, -1, -1).contiguous())
+        if not isinstance(outputs, dict):
+            outputs = dict(zip(self.layers, outputs, strict=True))
+        return {layer: outputs[layer].float().cpu().numpy() for layer in self.layers}
+
+
+def _network(name: str, weights: Path | None, wanted: Sequence[str]) -> nn.Module:
+    # torch-fidelity does not know the spatial layer. If nothing else is wanted, its layer 768 ends the pass soonest.
+    known = [layer for layer in wanted if layer != SPATIAL] or ["768"]
+    path = None if weights is None else str(weights)
+    try:
+        net: nn.Module = create_feature_extractor(
+            EXTRACTORS[name].registered, known, cuda=False, feature_extractor_weights_path=path, verbose=False
+        )
+    except RuntimeError as error:
+        raise EncoderError("weights", f"'{path}' does not fit '{name}': {reason(error)}") from None
+    return SpatialInception(net) if SPATIAL in wanted else net
+
+
+def _weights_file(name: str, facts: ExtractorFacts, weights: str | None) -> Path | None:
+    """Return the file to load, checked; None if the weights come from a package or timm's hub, or are random."""
+    if weights is None:
+        path = None if facts.model else _inception_file(facts.sha256)
+    elif not facts.sha256:
+        raise EncoderError("weights", f"the weights of {name} are not had from a file; leave weights out")
+    else:
+        path = Path(weights)
+        if not path.is_file():
+            raise EncoderError("weights", f"no file '{weights}'")
+    if path is not None:
+        _require_published(path, name, facts.sha256)
+        if not facts.model:
+            _require_tensors(path)
+    return path
+
+
+def _inception_file(sha256: str) -> Path:
+    """Return torch-fidelity's file of Inception in torch's cache, downloaded if it is missing."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=sha256, progress=False)
+    except (OSError, RuntimeError) as error:
+        message = "Inception's weights are not on this machine and cannot be fetched; give weights: FILE, or name:"
+        raise EncoderError("weights", f"{message} efficientnet_lite0, which is not FID ({reason(error)})") from None
+    return path
+
+
+def _require_published(path: Path, name: str, sha256: str) -> None:
+    actual, note = file_digest(path), Path(f"{path}{VOUCHED}")
+    vouched = note.read_text(encoding="utf-8", errors="replace").split()[:1] if note.is_file() else []
+    if actual != sha256 and vouched != [actual]:
+        seen = f"its SHA-256 begins with {actual[:_SHOWN_DIGITS]}, not {sha256[:_SHOWN_DIGITS]}"
+        allowed = f"get that file, or vouch for this one: sha256sum FILE > FILE{VOUCHED}"
+        raise EncoderError("weights", f"'{path}' is not the published file of '{name}': {seen}; {allowed}")
+
+
+def _require_tensors(path: Path) -> None:
+    """Refuse a file that torch's restricted reader refuses: torch-fidelity unpickles it, which can run code."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything
+        message = f"'{path}' is no file of tensors, or damaged; get it anew ({reason(error)})"
+        raise EncoderError("weights", message) from None
+
+
+class _OneLayer(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity has no types
+    """A torch-fidelity extractor with one layer, which serves every metric."""
+
+    layer: str
+    side: int
+
+    @classmethod
+    def get_provided_features_list(cls) -> tuple[str]:
+        """Return the name of the layer."""
+        return (cls.layer,)
+
+    @classmethod
+    def get_default_feature_layer_for_metric(cls, metric: str) -> str:
+        """Return the name of the layer."""
+        return cls.layer
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """Return False: compilation is untested."""
+        return False
+
+    @classmethod
+    def get_dummy_input_for_compile(cls) -> torch.Tensor:
+        """Return a black image, uint8 ``(1, 3, side, side)``."""
+        return torch.zeros(1, 3, cls.side, cls.side, dtype=torch.uint8)
+
+
+class Lite0Extractor(_OneLayer):
+    """Pooled features ``(B, 1280)`` of EfficientNet-Lite0 for images resized to 64 px, bicubic, mean and std 0.5."""
+
+    layer, side = LITE0_POOLED, _LITE0_SIDE
+
+    def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
+        super().__init__(name, features_list)
+        self.model = lite0_model()
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor]:
+        """Return the features of uint8 images ``(B, 3, H, W)``."""
+        images = F.interpolate(input.float() / 255, (_LITE0_SIDE, _LITE0_SIDE), mode="bicubic", antialias=True)
+        return (self.model(images.clamp(0, 1) * 2 - 1),)
+
+
+class DINOv2Extractor(_OneLayer):
+    """DINOv2's CLS token ``(B, D)`` after the final norm, as dgm-eval (2306.04675) and Meta's own `forward` give it.
+
+    Images are resized to 224x224 regardless of their aspect, as by Pillow's bicubic filter, and normalised with
+    ImageNet's mean and standard deviation. The position table, learnt at 518 px, is resampled once by DINOv2's rule,
+    which differs from timm's.
+
+    Args:
+        name: torch-fidelity's name of the extractor.
+        features_list: the name of the layer.
+        feature_extractor_weights_path: a file of weights; None takes the hub's.
+
+    Raises:
+        EncoderError: the weights are missing or do not fit.
+    """
+
+    layer, side = CLS, _DINO_SIDE
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(
+        self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(name, features_list)
+        own_name, facts = next(item for item in EXTRACTORS.items() if item[1].registered == name)
+        assert facts.model is not None
+        shape = skeleton(own_name, facts.model)
+        model: Any = load_model(own_name, facts.model, feature_extractor_weights_path, shape)
+        model.patch_embed.set_input_size(_DINO_SIDE)
+        model.pos_embed = nn.Parameter(resample_positions(model.pos_embed.detach(), _DINO_SIDE // _DINO_PATCH))
+        self.model = model
+        self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1))
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor]:
+        """Return the features of uint8 images ``(B, 3, H, W)``."""
+        images = resize_like_pillow(input, _DINO_SIDE) / 255
+        return (self.model((images - self.mean) / self.std),)
+
+
+def resize_like_pillow(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """Resize uint8 images ``(B, C, H, W)`` to ``(side, side)``, as float32 whole numbers from 0 to 255.
+
+    Pillow's antialiased bicubic filter runs along rows, then along columns, and rounds and clips after each. This
+    differs from Pillow by at most 2 of 255, in less than 1 % of the values; one pass without rounding differs by up to
+    20 on a noisy image.
+    """
+    images = pixels.float()
+    for size in ((pixels.shape[-2], side), (side, side)):
+        images = (F.interpolate(images, size, mode="bicubic", antialias=True) + 0.5).floor().clamp(0, 255)
+    return images
+
+
+def resample_positions(table: torch.Tensor, grid: int) -> torch.Tensor:
+    """Resample a position table ``(1, 1 + n * n, D)``, CLS token first, to ``grid`` positions a side.
+
+    The rule of Meta's DINOv2 without registers: bicubic, not antialiased, at the scale ``(grid + 0.1) / n``.
+    """
+    n = round((table.shape[1] - 1) ** 0.5)
+    scale = (grid + 0.1) / n
+    places = table[:, 1:].reshape(1, n, n, -1).permute(0, 3, 1, 2)
+    resampled = F.interpolate(places, scale_factor=(scale, scale), mode="bicubic")
+    return torch.cat([table[:, :1], resampled.flatten(2).mT], dim=1)
+
+
+class SpatialInception(nn.Module):
+    """torch-fidelity's Inception with the spatial features of sFID (2103.03841) beside its own layers.
+
+    ADM's evaluator takes the first 7 channels of ``mixed_6/conv:0``, 17x17 places, flattened with channels last: 2023
+    numbers. By torch-fidelity's table of the two networks' weights ``mixed_6/conv`` is ``Mixed_6d.branch1x1``, whose
+    192 channels come first in the output of ``Mixed_6d``; guided-diffusion's issue #109 found the same by comparing
+    values. The TensorFlow graph itself was not run here: that ``:0`` of the scope is the value after its ReLU is taken
+    from there.
+
+    Args:
+        net: torch-fidelity's network, made for the wanted layers except the spatial one.
+    """
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net = net
+        self._spatial = torch.empty(0)
+        net.Mixed_6d.register_forward_hook(self._keep_spatial)
+
+    def forward(self, input: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the features of uint8 images ``(B, 3, H, W)`` by layer."""
+        outputs = self.net.convert_features_tuple_to_dict(self.net(input))
+        return {**outputs, SPATIAL: self._spatial}
+
+    def _keep_spatial(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self._spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)
+
+
+for _facts in EXTRACTORS.values():
+    if _facts.model is not None:
+        _class = DINOv2Extractor if _facts.layers["frechet"] == CLS else Lite0Extractor
+        torch_fidelity.register_feature_extractor(_facts.registered, _class)
