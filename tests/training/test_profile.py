@@ -119,7 +119,7 @@ def test_every_block_is_what_a_single_tap_of_it_gives(images, cache, targets):
     model.denoiser.eval()
     chosen = images.split.held_out
     found = values({"values": measure_profile(model, images, targets, Request((0.2, 0.8)), chosen, CPU)})
-    theirs = targets(chosen, CPU).values.mean(1).numpy()
+    theirs = targets(chosen, CPU).values.mean(1)
     for block, t in itertools.product(range(4), (0.2, 0.8)):
         tap, parts = model.denoiser.tap(block), []
         with torch.no_grad():
@@ -127,8 +127,8 @@ def test_every_block_is_what_a_single_tap_of_it_gives(images, cache, targets):
                 show(model, images, index, t, CPU)
                 parts.append(tap.take())
         tap.remove()
-        ours = np.concatenate([part.values.mean(1).numpy() for part in parts])
-        tokens = np.concatenate([part.values.numpy() for part in parts])
+        ours = torch.cat([part.values.mean(1) for part in parts])
+        tokens = torch.cat([part.values for part in parts])
         assert found[block, t, "cka"] == cka(ours, theirs)
         assert found[block, t, "cknna"] == cknna(ours, theirs, 10)
         assert found[block, t, "mutual_knn"] == mutual_knn(ours, theirs, 10)
