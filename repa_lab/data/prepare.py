@@ -25,10 +25,10 @@ from filelock import FileLock
 from PIL import Image
 
 from repa_lab.data.autoencoder import Autoencoder, load_autoencoder
+from repa_lab.data.cache import Progress
 from repa_lab.data.errors import DataError
 from repa_lab.data.folder import ImageFolder
 from repa_lab.data.layout import IMAGES, KINDS, LABELS, LATENTS, MANIFEST, Kind, read_manifest
-from repa_lab.data.store import Progress
 from repa_lab.files import digest
 
 _BATCHES_AHEAD = 2

@@ -90,11 +90,6 @@ class PreparedLatents:
         self._listing = listing
         self._shape = _load(listing.path(LATENTS, 0)).shape
 
-    @property
-    def shapes(self) -> list[torch.Size]:
-        """See :class:`repa_lab.data.space.Moments`: there is one."""
-        return [self._shape]
-
     def shape(self, index: torch.Tensor) -> torch.Size:
         """See :class:`repa_lab.data.space.Moments`."""
         return self._shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -10,11 +9,10 @@ from typing import Protocol
 import torch
 
 from repa_lab.data.autoencoder import Autoencoder, Rounding, load_autoencoder, to_uint8
+from repa_lab.data.cache import Progress, open_cache
 from repa_lab.data.errors import DataError
 from repa_lab.data.prepared import Prepared
-from repa_lab.data.sized import open_sized
 from repa_lab.data.sources import ImageSource
-from repa_lab.data.store import Progress
 
 _BATCH = 8
 _CPU = torch.device("cpu")
@@ -44,11 +42,6 @@ class Space(Protocol):
 
 class Moments(Protocol):
     """Mean and standard deviation ``(2 * c, h, w)`` of every image's latent; those asked for together are of one size."""
-
-    @property
-    def shapes(self) -> Sequence[torch.Size]:
-        """All shapes there are."""
-        ...
 
     def shape(self, index: torch.Tensor) -> torch.Size:
         """The shape of one tensor of the images ``index``."""
@@ -94,8 +87,7 @@ class LatentSpace:
 
     def __init__(self, vae: Autoencoder, moments: Moments) -> None:
         self.vae, self._moments = vae, moments
-        shapes = [vae.scaling.shape(shape[0] // 2, *shape[1:]) for shape in moments.shapes]
-        self.channels = shapes[0][0]
+        self.channels = self.shape(torch.tensor([0]))[0]
 
     def shape(self, index: torch.Tensor) -> tuple[int, int, int]:
         """See :class:`Space`."""
@@ -153,10 +145,10 @@ def latent_space(
     if isinstance(source, Prepared):
         return LatentSpace(model, source.latents(model, device))
 
-    def moments(index: torch.Tensor) -> torch.Tensor:
+    def moments(pixels: torch.Tensor) -> torch.Tensor:
         model.model.to(device)
-        return model.moments(source.read(index.tolist()))
+        return model.moments(pixels)
 
     identity = {"kind": "latents/2", "data": source.fingerprint, "vae": model.identity}
     about = {"vae": vae, "resolution": source.side, "crop": "centre", "scaling": asdict(model.scaling)}
-    return LatentSpace(model, open_sized(cache / "latents", identity, source, moments, _BATCH, progress, about=about))
+    return LatentSpace(model, open_cache(cache / "latents", identity, source, moments, _BATCH, progress, about=about))

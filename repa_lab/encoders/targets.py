@@ -11,11 +11,9 @@ from typing import Any, Protocol
 import torch
 
 from repa_lab.align.tokens import Grid, Tokens
+from repa_lab.data.cache import ArrayCache, Progress, dtype_name, open_cache
 from repa_lab.data.reconstruct import Reconstructions
-from repa_lab.data.shards import dtype_name
-from repa_lab.data.sized import SizedStores, open_sized
 from repa_lab.data.sources import ImageSource, groups
-from repa_lab.data.store import Progress
 from repa_lab.encoders.encoder import Encoder, EncoderOptions, load_encoder, require_patch_tokens
 from repa_lab.encoders.registry import token_identity
 from repa_lab.files import file_digest
@@ -50,10 +48,10 @@ class CachedTargets:
     """Features from the cache, ``(h, w, D)`` of each image in whatever precision they are kept, optionally with every
     channel standardised over all images and places."""
 
-    def __init__(self, stores: SizedStores, source: ImageSource, standardize: bool) -> None:
-        self.dim = stores.stores[0].shape[-1]
-        self._moments = _channel_moments(stores, source) if standardize else None
-        self._read: Reader = stores.__getitem__
+    def __init__(self, features: ArrayCache, source: ImageSource, standardize: bool) -> None:
+        self.dim = features.shape(torch.tensor([0]))[-1]
+        self._moments = _channel_moments(features, source) if standardize else None
+        self._read: Reader = features.__getitem__
         self.reader: Reader | None = self._read
 
     def __call__(self, index: torch.Tensor, device: torch.device, loaded: torch.Tensor | None = None) -> Tokens:
@@ -154,25 +152,25 @@ def cached_targets(
         require_patch_tokens(encoder, name, _sample(source).to(device))
         return encoder
 
-    def compute(index: torch.Tensor) -> torch.Tensor:
-        tokens: Tokens = ready()(source.read(index.tolist()).to(device))
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        tokens: Tokens = ready()(pixels.to(device))
         features: torch.Tensor = tokens.values.unflatten(1, tokens.grid)
         return features
 
     identity = feature_identity(source, name, image_size, weights, storage, options.precision)
-    stores = open_sized(cache / "features", identity, source, compute, progress=progress, dtype=storage)
-    return CachedTargets(stores, source, standardize)
+    features = open_cache(cache / "features", identity, source, encode, progress=progress, dtype=storage)
+    return CachedTargets(features, source, standardize)
 
 
 def _sample(source: ImageSource) -> torch.Tensor:
     return source.read(groups(source.sizes)[0][:_PREFLIGHT_IMAGES].tolist())
 
 
-def _channel_moments(stores: SizedStores, source: ImageSource) -> tuple[torch.Tensor, torch.Tensor]:
-    dim = stores.stores[0].shape[-1]
+def _channel_moments(features: ArrayCache, source: ImageSource) -> tuple[torch.Tensor, torch.Tensor]:
+    dim = features.shape(torch.tensor([0]))[-1]
     total, squares, tokens = torch.zeros(dim).double(), torch.zeros(dim).double(), 0
     for index in (part for group in groups(source.sizes) for part in group.split(_IMAGES_AT_ONCE)):
-        values = stores[index].double().flatten(0, 2)
+        values = features[index].double().flatten(0, 2)
         total, squares, tokens = total + values.sum(0), squares + values.square().sum(0), tokens + len(values)
     mean = total / tokens
     return mean.float(), (squares / tokens - mean.square()).clamp_min(_MIN_STD**2).sqrt().float()

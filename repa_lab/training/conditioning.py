@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from repa_lab.data.cache import TextCache
 from repa_lab.data.sources import ImageSource
-from repa_lab.data.texts import TextCache
 
 Condition = dict[str, torch.Tensor]
 Sizes = Callable[[Any, torch.Tensor], dict[str, torch.Tensor]]  # see :attr:`repa_lab.models.family.Pipeline.sizes`

@@ -10,12 +10,12 @@ import torch
 
 from repa_lab.align.settings import EncoderSettings
 from repa_lab.data.autoencoder import Autoencoder, load_autoencoder
+from repa_lab.data.cache import Progress
 from repa_lab.data.errors import DataError
 from repa_lab.data.reconstruct import Reconstructions
 from repa_lab.data.settings import SOURCES, SourceSettings
 from repa_lab.data.sources import Flips, ImageSource, Split, split
 from repa_lab.data.space import LatentSpace, PixelSpace, Space, latent_space
-from repa_lab.data.store import Progress
 from repa_lab.models.scratch import Input
 
 _CPU = torch.device("cpu")

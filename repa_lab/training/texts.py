@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
+from repa_lab.data.cache import Embeddings, Progress, TextCache
 from repa_lab.data.errors import DataError
 from repa_lab.data.fingerprint import fingerprint_files
-from repa_lab.data.store import Progress
-from repa_lab.data.texts import Encoded, TextCache
 from repa_lab.models.family import Family, pipeline_of
 from repa_lab.models.pretrained import text_pipeline
 from repa_lab.models.released import settings, text_components
@@ -56,7 +55,7 @@ def encode_captions(
     loaded = functools.cache(lambda: text_pipeline(folder, precision, device))
 
     @torch.no_grad()
-    def encoded(captions: Sequence[str]) -> Encoded:
+    def encoded(captions: Sequence[str]) -> Embeddings:
         return encode(loaded(), captions)
 
     texts = ["", *prompts, *images.source.captions]

@@ -311,7 +311,7 @@ class TestSizes:
 
     def test_latents(self, vae, vae_path, mixed, cache):
         space = latent_space(mixed, str(vae_path), cache)
-        assert len(list((cache / "latents").iterdir())) == 3
+        assert len(list(cache.glob("latents/*/values-*"))) == 3
         for index, size in (([0, 4], (8, 8)), ([3, 1], (6, 10)), ([2], (10, 6))):
             wanted = torch.tensor(index)
             assert space.shape(wanted) == (4, *size)

@@ -6,8 +6,8 @@ import threading
 import pytest
 import torch
 
+from repa_lab.data.cache import TextCache
 from repa_lab.data.errors import DataError
-from repa_lab.data.texts import TextCache
 from repa_lab.files import digest
 
 IDENTITY = {"kind": "texts/1", "family": "test", "precision": "fp32"}
@@ -249,7 +249,7 @@ def test_what_is_read_may_be_changed_without_harm(cache):
 
 
 def test_of_much_only_the_headers_are_looked_at_and_damage_shows_when_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("repa_lab.data.texts._CHECKED_BYTES", 0)
+    monkeypatch.setattr("repa_lab.data.cache._ALWAYS_CHECKED_BYTES", 0)
     cache, asked = TextCache(tmp_path, {"encoder": 1}), []
 
     def encode(texts):

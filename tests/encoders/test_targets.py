@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 
 from repa_lab.align import REPA, UREPA, Tokens
-from repa_lab.data import store
 from repa_lab.data.autoencoder import Autoencoder
 from repa_lab.data.crop import Buckets
 from repa_lab.data.errors import DataError
@@ -26,7 +25,7 @@ from repa_lab.timm_models import EncoderError, lite0_model
 from tests.align.references import align
 from tests.data.autoencoders import kl, tiny
 from tests.data.conftest import noise_image
-from tests.data.test_store import flip_bit
+from tests.data.test_cache import flip_bit
 
 CPU = torch.device("cpu")
 COUNT = 6
@@ -151,13 +150,11 @@ def test_standardizing_shares_the_cache(cached, loads):
     assert loads == ["efficientnet_lite0"]
 
 
-def test_the_encoder_is_loaded_only_for_what_is_missing(cached, loads, monkeypatch, tmp_path):
-    monkeypatch.setattr(store, "_SHARD_ROWS", 4)
+def test_the_encoder_is_loaded_only_for_what_is_missing(cached, loads, tmp_path):
     cached()
     cached()
     assert loads == ["efficientnet_lite0"]
-    shard = next((tmp_path / "cache").glob("features/*/values-00000004.safetensors"))
-    shard.unlink()
+    next((tmp_path / "cache").glob("features/*/values-*")).unlink()
     cached()
     assert loads == ["efficientnet_lite0"] * 2
     cached(size=32)
@@ -217,8 +214,8 @@ def test_features_of_other_images_are_never_read(cached, tmp_path, loads):
 
 def test_a_flipped_bit_is_found_and_the_features_computed_again(cached, tmp_path, loads):
     before = cached()(EVERYTHING, CPU).values
-    (shard,) = (tmp_path / "cache").glob("features/*/values-*")
-    flip_bit(shard, row=3)
+    (file,) = (tmp_path / "cache").glob("features/*/values-*")
+    flip_bit(file, file.stat().st_size // 2)
     assert torch.equal(cached()(EVERYTHING, CPU).values, before)
     assert loads == ["efficientnet_lite0"] * 2
 

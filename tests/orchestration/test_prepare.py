@@ -68,7 +68,7 @@ def test_what_is_cached_is_not_computed_again(tiny, tmp_path):
     prepare(configs(tiny()), CPU, tmp_path, announce)
     assert told == []
     assert {path: path.stat().st_mtime_ns for path in files} == files
-    assert sorted({path.suffix for path in files if path.suffix != ".json"}) == [".npz", ".safetensors"]
+    assert sorted({path.suffix for path in files if path.suffix != ".json"}) == [".bin", ".npz"]
 
 
 def test_what_several_arms_need_is_loaded_once_and_what_differs_for_each(tiny, tmp_path, monkeypatch):
