@@ -103,7 +103,7 @@ def row(name: str) -> str:
 
 @contextmanager
 def _on_meta() -> Iterator[None]:
-    """Replace routing by values and autocast, which the meta device lacks, and attention by :class:`_FlashAttention`."""
+    """Replace routing by values and autocast, which meta tensors lack, and attention by :class:`_FlashAttention`."""
     from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 
     def attend(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> Any:

@@ -16,9 +16,13 @@ from repa_lab.registry import UnknownComponentError
 if TYPE_CHECKING:
     import torch
 
+    Tensor = torch.Tensor
+else:
+    Tensor = Any  # for annotations alone
+
 Kind = Literal["transformer", "unet"]
 BlockIndex = int | Literal["mid"]
-Condition = Mapping[str, "torch.Tensor"]
+Condition = Mapping[str, Tensor]
 # Prefix of a size: the same number of blocks or levels, but narrow. A rehearsal trains such a model.
 NARROW = "narrow-"
 _NARROW_WIDTH = 32
@@ -79,9 +83,9 @@ class Blocks:
     samples: Literal[0, 1] = 0
 
 
-def first_channels(output: Any, latents: torch.Tensor) -> torch.Tensor:
+def first_channels(output: Any, latents: Tensor) -> Tensor:
     """Return a model's output ``(B, C, H, W)`` without the channels after the latents', which predict the variance."""
-    prediction: torch.Tensor = output[:, : latents.shape[1]]
+    prediction: Tensor = output[:, : latents.shape[1]]
     return prediction
 
 
@@ -112,12 +116,12 @@ class Network:
 
     model: str
     blocks: tuple[Blocks, ...]
-    inputs: Callable[[Any, torch.Tensor, torch.Tensor, Condition], dict[str, Any]]
+    inputs: Callable[[Any, Tensor, Tensor, Condition], dict[str, Any]]
     condition: Callable[[Any, int], dict[str, tuple[int, ...]]]
     tiny: Mapping[str, Any]
     parameters: int
-    output: Callable[[Any, torch.Tensor], torch.Tensor] = first_channels
-    lengths: Callable[[Condition], torch.Tensor] | None = None
+    output: Callable[[Any, Tensor], Tensor] = first_channels
+    lengths: Callable[[Condition], Tensor] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     channels: int = 4
     square: bool = False
@@ -166,7 +170,7 @@ class Pipeline:
     """
 
     classes: tuple[str, ...]
-    encode: Callable[[Any, Sequence[str]], dict[str, torch.Tensor]] | None
+    encode: Callable[[Any, Sequence[str]], dict[str, Tensor]] | None
     prompt: Callable[[Condition], dict[str, Any]]
     tiny: Mapping[str, Component]
     denoiser: Literal["transformer", "unet"] = "transformer"
@@ -174,7 +178,7 @@ class Pipeline:
     guidance: str = "guidance_scale"
     unguided: Literal[0, 1] = 1
     options: Mapping[str, Any] = field(default_factory=dict)
-    sizes: Callable[[Any, torch.Tensor], dict[str, torch.Tensor]] | None = None
+    sizes: Callable[[Any, Tensor], dict[str, Tensor]] | None = None
     adapted: tuple[str, ...] = ATTENTION
     allow: Callable[[Any, int, int], None] | None = None
     shifted: bool = True

@@ -13,6 +13,7 @@ from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 from torch import nn
 
+from repa_lab.align import REPA, UREPA, Signals
 from repa_lab.models.counting import meta_condition
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Family, network_of
@@ -99,14 +100,16 @@ def blocks_of(family: Family, denoiser: DiffusersDenoiser) -> list[int | str]:
     return list(range(sum(len(denoiser.net.get_submodule(blocks.path)) for blocks in network_of(family).blocks)))
 
 
-def captured(denoiser: DiffusersDenoiser, block: int | str, latents, time, condition) -> torch.Tensor:
-    tap = denoiser.tap(block)
+def captured(denoiser: DiffusersDenoiser, latents, time, condition) -> dict[int | str, torch.Tensor]:
+    """The tokens of every block, by one forward pass."""
+    taps = {block: denoiser.tap(block) for block in blocks_of(denoiser.family, denoiser)}
     with torch.no_grad():
         denoiser(latents, time, **condition)
-    tokens = tap.take()
-    tap.remove()
-    assert tokens.grid == grid_of(denoiser.family)
-    return tokens.values
+    tokens = {block: tap.take() for block, tap in taps.items()}
+    for tap in taps.values():
+        tap.remove()
+    assert {tap.grid for tap in tokens.values()} == {grid_of(denoiser.family)}
+    return {block: tap.values for block, tap in tokens.items()}
 
 
 @families
@@ -115,8 +118,7 @@ def test_the_prediction_has_the_latents_shape_and_every_block_the_grids_tokens(f
     latents, time, condition = given(family, denoiser)
     with torch.no_grad():
         assert denoiser(latents, time, **condition).shape == latents.shape
-    for block in blocks_of(family, denoiser):
-        values = captured(denoiser, block, latents, time, condition)
+    for values in captured(denoiser, latents, time, condition).values():
         assert values.shape[:2] == (2, grid_of(family)[0] * grid_of(family)[1])
         assert values.isfinite().all()
 
@@ -126,15 +128,15 @@ def test_a_marked_patch_shows_at_its_own_row(family):
     denoiser, stride = make(family), family.shapes[""].stride
     latents, time, condition = given(family, denoiser)
     height, width = grid_of(family)
-    for block in blocks_of(family, denoiser):
+    with apart():
+        before = captured(denoiser, latents, time, condition)
         for row in range(height * width):
             y, x = row // width, row % width
             marked = latents.clone()
             marked[:, :, y * stride : (y + 1) * stride, x * stride : (x + 1) * stride] += 1.0
-            with apart():
-                before, after = (captured(denoiser, block, one, time, condition) for one in (latents, marked))
-            change = (after - before).norm(dim=-1)
-            assert [sample.nonzero().flatten().tolist() for sample in change] == [[row], [row]], (block, row)
+            for block, after in captured(denoiser, marked, time, condition).items():
+                change = (after - before[block]).norm(dim=-1)
+                assert [sample.nonzero().flatten().tolist() for sample in change] == [[row], [row]], (block, row)
 
 
 @families
@@ -143,14 +145,14 @@ def test_a_marked_word_shows_at_no_row(family):
     latents, time, condition = given(family, denoiser)
     sequences = texts_of(condition)
     assert sequences or family.name == "dit"
-    for name in sequences:
-        for position in (0, TOKENS - 3):  # which no text lacks
-            marked = {**condition, name: condition[name].clone()}
-            marked[name][..., position, :] += 1
-            for block in blocks_of(family, denoiser):
-                with apart():
-                    before, after = (captured(denoiser, block, latents, time, one) for one in (condition, marked))
-                assert torch.equal(before, after), (name, position, block)
+    with apart():
+        before = captured(denoiser, latents, time, condition)
+        for name in sequences:
+            for position in (0, TOKENS - 3):  # which no text lacks
+                marked = {**condition, name: condition[name].clone()}
+                marked[name][..., position, :] += 1
+                for block, after in captured(denoiser, latents, time, marked).items():
+                    assert torch.equal(before[block], after), (name, position, block)
 
 
 @families
@@ -207,13 +209,13 @@ def test_gradients_are_those_without_checkpointing(family):
 
 
 @families
-@pytest.mark.parametrize("index", [-1, 999, "mad"])
-def test_a_block_that_is_not_there_is_refused(family, index):
+def test_a_block_that_is_not_there_is_refused(family):
     denoiser = make(family)
     depth = len(blocks_of(family, denoiser))
     allowed = "'mid'" if family.kind == "unet" else f"0 to {depth - 1}"
-    with pytest.raises(TapError, match=f"{family.name}: block_index must be {allowed}, got"):
-        denoiser.tap(index)
+    for index in (-1, 999, "mad"):
+        with pytest.raises(TapError, match=f"{family.name}: block_index must be {allowed}, got"):
+            denoiser.tap(index)
 
 
 @pytest.mark.parametrize("family", [one for one in OURS if network_of(one).square], ids=lambda family: family.name)
@@ -270,3 +272,46 @@ def test_hidream_is_given_what_it_would_make_of_a_map_itself(size):
     with torch.no_grad():
         (expected,) = denoiser.net(latents, timesteps=time * 1000, **text, return_dict=False)
         torch.testing.assert_close(denoiser(latents, time, **condition), -expected)
+
+
+@families
+def test_a_tap_set_before_compiling_captures_the_same(family):
+    torch.compiler.reset()
+    denoiser = make(family)
+    latents, time, condition = given(family, denoiser)
+    taps = [denoiser.tap(block) for block in {blocks_of(family, denoiser)[0], blocks_of(family, denoiser)[-1]}]
+    with torch.no_grad():
+        expected = denoiser(latents, time, **condition), *(tap.take().values for tap in taps)
+        found = (
+            torch.compile(denoiser, backend="eager")(latents, time, **condition),
+            *(tap.take().values for tap in taps),
+        )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@families
+def test_one_step_with_its_regularizer_reaches_what_lies_before_the_tap_and_nothing_behind(family):
+    denoiser = make(family).train()
+    latents, time, condition = given(family, denoiser)
+    block = blocks_of(family, denoiser)[0]
+    tap = denoiser.tap(block)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        denoiser(latents, time, **condition)
+    student = tap.take()
+    kind = UREPA if family.regularizer == "urepa" else REPA
+    regularizer = kind(student.dim, 5, projector={"width": 8})
+    teacher = type(student)(torch.randn(2, 20, 5), (5, 4))
+    loss = regularizer(Signals(taps=(student,), encoders=(teacher,)), 0)
+    loss.value.backward()
+    assert loss.value.dtype == torch.float32
+    reached = {name for name, p in denoiser.net.named_parameters() if p.grad is not None and p.grad.any()}
+    lists = [blocks.path for blocks in family.network.blocks]
+    behind = [
+        n
+        for n in reached
+        if any(n.startswith(f"{path}.1.") for path in lists) or n.startswith(("up_blocks", "proj_out"))
+    ]
+    assert reached
+    assert behind == []
+    assert all(p.grad.isfinite().all() for name, p in denoiser.net.named_parameters() if name in reached)

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repa_lab.models.families.components import FLUX_AUTOENCODER, T5_TOKENIZER, flow_scheduler, t5_text
-from repa_lab.models.families.flux import packed_inputs
-from repa_lab.models.families.shared import JOINT_ATTENTION, shapes, unpack
-from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
-
-if TYPE_CHECKING:
-    import torch
+from repa_lab.models.families.flux import TINY, packed_inputs
+from repa_lab.models.families.shared import JOINT_ATTENTION, encode_prompt, shapes, unpack
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 
 
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     inputs, mask = packed_inputs(latents, time, condition), condition["attention_mask"]
     batch, words = mask.shape
     # Attention adds a mask of numbers to its logits, so this one is of truth values. The image follows the text.
     whole = mask.bool().new_ones(batch, words + inputs["hidden_states"].shape[1])
     whole[:, :words] = mask
     return {**inputs, "attention_mask": whole}
-
-
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    text, _, mask, *_ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
-    return {"encoder_hidden_states": text, "attention_mask": mask.long()}
 
 
 def _prompt(condition: Condition) -> dict[str, Any]:
@@ -51,13 +42,7 @@ CHROMA = Family(
         uncheckpointed="its single blocks are run without the text's mask",
         parameters=8_899_983_424,  # Chroma1-HD has the constructor's defaults
         tiny={
-            "in_channels": 16,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 12,
-            "axes_dims_rope": (4, 6, 6),
+            **TINY,
             "approximator_num_channels": 16,
             "approximator_hidden_dim": 16,
             "approximator_layers": 1,
@@ -66,7 +51,7 @@ CHROMA = Family(
     pipeline=Pipeline(
         released="lodestones/Chroma1-HD",
         classes=("ChromaPipeline",),
-        encode=_encode,
+        encode=encode_prompt("encoder_hidden_states", None, "attention_mask", do_classifier_free_guidance=False),
         prompt=_prompt,
         tiny={
             "vae": FLUX_AUTOENCODER,

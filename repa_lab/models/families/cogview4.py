@@ -8,32 +8,30 @@ as its longest text, and the embeddings behind shorter texts are those of paddin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repa_lab.models.families.components import LEFT_TOKENIZER, flow_scheduler, kl_autoencoder, language_model
-from repa_lab.models.families.shared import longest, padded, shapes, text_lengths
-from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
-
-if TYPE_CHECKING:
-    import torch
+from repa_lab.models.families.shared import longest_text, padded, shapes, text_lengths
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 
 _MOST_TOKENS = 1024
 
 
-def _text(condition: Condition) -> torch.Tensor:
-    return longest(condition["encoder_hidden_states"], condition["encoder_attention_mask"])
-
-
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     sizes = {name: condition[name] for name in ("original_size", "target_size", "crop_coords")}
-    return {"hidden_states": latents, "timestep": time * 1000, "encoder_hidden_states": _text(condition), **sizes}
+    return {
+        "hidden_states": latents,
+        "timestep": time * 1000,
+        "encoder_hidden_states": longest_text(condition),
+        **sizes,
+    }
 
 
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
     import torch
 
-    def encode_alone(text: str) -> torch.Tensor:
-        encoded: torch.Tensor = pipeline.encode_prompt(text, do_classifier_free_guidance=False)[0][0]
+    def encode_alone(text: str) -> Tensor:
+        encoded: Tensor = pipeline.encode_prompt(text, do_classifier_free_guidance=False)[0][0]
         return encoded
 
     texts, tokenizer = [encode_alone(caption) for caption in captions], pipeline.tokenizer
@@ -43,7 +41,7 @@ def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
     return {"encoder_hidden_states": rows, "encoder_attention_mask": masks}
 
 
-def _sizes(config: Any, frames: torch.Tensor) -> dict[str, torch.Tensor]:
+def _sizes(config: Any, frames: Tensor) -> dict[str, Tensor]:
     return {"original_size": frames[:, :2], "crop_coords": frames[:, 2:4], "target_size": frames[:, 4:]}
 
 
@@ -85,7 +83,7 @@ COGVIEW4 = Family(
         released="zai-org/CogView4-6B",
         classes=("CogView4Pipeline",),
         encode=_encode,
-        prompt=lambda condition: {"prompt_embeds": _text(condition)},
+        prompt=lambda condition: {"prompt_embeds": longest_text(condition)},
         sizes=_sizes,
         tiny={
             "vae": kl_autoencoder(4, 1.0),

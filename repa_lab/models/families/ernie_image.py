@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repa_lab.models.families.components import FLUX2_AUTOENCODER, LLAMA_TOKENIZER, flow_scheduler, mistral_vl
 from repa_lab.models.families.shared import masked_text, padded_texts, text_lengths, texts_alone
-from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
-
-if TYPE_CHECKING:
-    import torch
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 
 _MOST_TOKENS = 512  # of a text; the pipeline itself has no limit
 
 
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     text = {"text_bth": condition["encoder_hidden_states"], "text_lens": text_lengths(condition)}
     return {"hidden_states": latents, "timestep": time * 1000, **text}
 
 
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
     return padded_texts(pipeline.encode_prompt(list(captions), pipeline.text_encoder.device), _MOST_TOKENS)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repa_lab.models.families.components import (
     CLIP_TOKENIZER,
@@ -22,13 +22,10 @@ from repa_lab.models.families.shared import (
     shapes,
     unpack,
 )
-from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
-
-if TYPE_CHECKING:
-    import torch
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 
 
-def packed_inputs(latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+def packed_inputs(latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     """Return the arguments of FLUX.1 and its relatives: packed latents, time, positions, and the conditioning."""
     return {
         "hidden_states": pack(latents),
@@ -39,9 +36,19 @@ def packed_inputs(latents: torch.Tensor, time: torch.Tensor, condition: Conditio
     }
 
 
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     return {**packed_inputs(latents, time, condition), **full_guidance(config, time)}
 
+
+TINY: dict[str, Any] = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "axes_dims_rope": (4, 6, 6),
+}
 
 FLUX = Family(
     "flux",
@@ -59,17 +66,7 @@ FLUX = Family(
         config={"guidance_embeds": True},  # FLUX.1-dev
         channels=16,
         parameters=11_901_408_320,
-        tiny={
-            "in_channels": 16,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 12,
-            "pooled_projection_dim": 10,
-            "guidance_embeds": True,
-            "axes_dims_rope": (4, 6, 6),
-        },
+        tiny={**TINY, "pooled_projection_dim": 10, "guidance_embeds": True},
     ),
     pipeline=Pipeline(
         released="black-forest-labs/FLUX.1-dev",

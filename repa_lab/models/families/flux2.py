@@ -6,7 +6,7 @@ along each side and has 128 channels.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repa_lab.models.families.components import FLUX2_AUTOENCODER, PIXTRAL_PROCESSOR, flow_scheduler, mistral_vl
 from repa_lab.models.families.shared import (
@@ -19,15 +19,12 @@ from repa_lab.models.families.shared import (
     shapes,
     unflatten,
 )
-from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
-
-if TYPE_CHECKING:
-    import torch
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 
 _AXES = 4  # of the positions: image, row, column, word
 
 
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     words = condition["encoder_hidden_states"].shape[1]
     text_positions = latents.new_zeros(words, _AXES)
     text_positions[:, -1] = latents.new_tensor(range(words))

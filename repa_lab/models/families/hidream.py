@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repa_lab.models.families.components import (
     CLIP_TOKENIZER,
@@ -20,13 +20,10 @@ from repa_lab.models.families.components import (
     t5_text,
 )
 from repa_lab.models.families.shared import pack, padded, positions, unpack
-from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
-
-if TYPE_CHECKING:
-    import torch
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 
 
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     batch, channels, height, width = latents.shape
     image = pack(latents).unflatten(2, (channels, -1)).transpose(2, 3).flatten(2)
     ids = positions(latents).expand(batch, -1, -1)
@@ -43,7 +40,7 @@ def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: C
     }
 
 
-def _output(output: Any, latents: torch.Tensor) -> torch.Tensor:
+def _output(output: Any, latents: Tensor) -> Tensor:
     batch, channels, height, width = latents.shape
     patches = output.reshape(batch, channels, -1, 4).transpose(1, 2)
     return -unpack(patches[:, : height * width // 4], latents)
@@ -58,7 +55,7 @@ def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
     texts = list(dict.fromkeys(captions))  # each once, as the pipeline's call encodes the empty one
     rows = [texts.index(caption) for caption in captions]
     t5, _, llama, _, pooled, _ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repa_lab.models.families.components import LATENT_BETAS, T5_TOKENIZER, VOCABULARY, kl_autoencoder, t5_text
 from repa_lab.models.families.shared import rename
-from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape
-
-if TYPE_CHECKING:
-    import torch
+from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape, Tensor
 
 _BASE = 32  # tokens along a side of the 512 px image to which positions are scaled
 
 
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     from diffusers.models.embeddings import get_2d_rotary_pos_embed
     from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 
@@ -39,8 +36,8 @@ def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    encoded: dict[str, torch.Tensor] = {}
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+    encoded: dict[str, Tensor] = {}
     for index, suffix in enumerate(("", "_t5")):
         text, _, mask, _ = pipeline.encode_prompt(
             list(captions), do_classifier_free_guidance=False, text_encoder_index=index
@@ -49,7 +46,7 @@ def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
     return encoded
 
 
-def _sizes(config: Any, frames: torch.Tensor) -> dict[str, torch.Tensor]:
+def _sizes(config: Any, frames: Tensor) -> dict[str, Tensor]:
     # The pipeline's order: height and width of the original and of the target, then top and left of the crop.
     return {"image_meta_size": frames[:, [0, 1, 4, 5, 2, 3]]} if config.use_style_cond_and_image_meta_size else {}
 

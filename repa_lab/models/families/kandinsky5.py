@@ -6,7 +6,7 @@ The model sees the padding of a text that is shorter than the longest one of its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repa_lab.models.families.components import (
     CLIP_TOKENIZER,
@@ -16,25 +16,18 @@ from repa_lab.models.families.components import (
     flow_scheduler,
     qwen_vl,
 )
-from repa_lab.models.families.shared import longest, shapes, text_lengths
-from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
-
-if TYPE_CHECKING:
-    import torch
+from repa_lab.models.families.shared import longest_text, shapes, text_lengths
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 
 _MOST_TOKENS = 512  # of a text
 
 
-def _text(condition: Condition) -> torch.Tensor:
-    return longest(condition["encoder_hidden_states"], condition["encoder_attention_mask"])
-
-
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     import torch
 
     _, rows, columns = config.patch_size
     video = (1, latents.shape[2] // rows, latents.shape[3] // columns)
-    text = _text(condition)
+    text = longest_text(condition)
     return {
         "hidden_states": latents.permute(0, 2, 3, 1).unsqueeze(1),
         "timestep": time * 1000,
@@ -45,7 +38,7 @@ def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: C
     }
 
 
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
     # As `encode_prompt`, which however pads to the longest text of a batch and cuts short texts if one is too long.
     from diffusers.pipelines.kandinsky5.pipeline_kandinsky_t2i import prompt_clean
 
@@ -62,7 +55,7 @@ def _prompt(condition: Condition) -> dict[str, Any]:
     from torch.nn.functional import pad
 
     return {
-        "prompt_embeds_qwen": _text(condition),
+        "prompt_embeds_qwen": longest_text(condition),
         "prompt_embeds_clip": condition["pooled_projections"],
         "prompt_cu_seqlens": pad(text_lengths(condition).cumsum(0), (1, 0)).int(),
     }

@@ -8,12 +8,12 @@ from repa_lab.models.families.sdxl import (
     TIME_IDS,
     TIME_WIDTH,
     TINY,
-    encode_pooled,
     pooled_prompt,
     sized_condition,
     sized_inputs,
     sizes,
 )
+from repa_lab.models.families.shared import encode_prompt
 from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
 
 _TEXT = 4096  # width of ChatGLM3's text and pooled text
@@ -56,7 +56,8 @@ KOLORS = Family(
     pipeline=Pipeline(
         released="Kwai-Kolors/Kolors-diffusers",
         classes=("KolorsPipeline",),
-        encode=encode_pooled,
+        # The padding is always on the left, and the UNet takes it for text.
+        encode=encode_prompt("encoder_hidden_states", None, "text_embeds", do_classifier_free_guidance=False),
         prompt=pooled_prompt,
         sizes=sizes,
         denoiser="unet",

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repa_lab.models.families.components import QWEN_AUTOENCODER, QWEN_TOKENIZER, flow_scheduler, qwen3_vl
 from repa_lab.models.families.shared import pack, positions, shapes, unpack
-from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
-
-if TYPE_CHECKING:
-    import torch
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 
 
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     text = condition["encoder_hidden_states"].transpose(1, 2)
     image = positions(latents)
     ids = image.new_zeros(text.shape[1] + image.shape[0], 3)
@@ -27,7 +24,7 @@ def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: C
     }
 
 
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
     text, mask = pipeline.encode_prompt(list(captions))
     return {"encoder_hidden_states": text.transpose(1, 2), "encoder_attention_mask": mask.long()}
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from repa_lab.models.families.components import (
-    QWEN_PROCESSOR,
-    QWEN_TOKENIZER,
-    flow_scheduler,
-    kl_autoencoder,
-    qwen_vl,
-)
+from repa_lab.models.families.components import QWEN_PROCESSOR, QWEN_TOKENIZER, flow_scheduler, kl_autoencoder, qwen_vl
+from repa_lab.models.families.flux import TINY
 from repa_lab.models.families.shared import JOINT_ATTENTION, encode_prompt, pack, positions, rename, shapes, unpack
-from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
-
-if TYPE_CHECKING:
-    import torch
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 
 _MOST_TOKENS = 512  # of a text
 
 
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     image = positions(latents.float())  # half precision is exact up to 256 only
     image[:, 0], image[:, 1:] = 1, image[:, 1:] + _MOST_TOKENS
     text = image.new_zeros(condition["encoder_hidden_states"].shape[1], 3)
@@ -32,11 +24,11 @@ def _allow(pipeline: Any, height: int, width: int) -> None:
     # The pipeline's method needs prompts to know the number of embeddings, and its call refuses prompts beside them.
     encode = pipeline.encode_prompt
 
-    def encode_prompt(prompt: Any = None, num_images_per_prompt: int = 1, prompt_embeds: Any = None) -> Any:
+    def encode_embeddings(prompt: Any = None, num_images_per_prompt: int = 1, prompt_embeds: Any = None) -> Any:
         prompts = prompt if prompt_embeds is None else [""] * len(prompt_embeds)
         return encode(prompts, num_images_per_prompt, prompt_embeds)
 
-    pipeline.encode_prompt = encode_prompt
+    pipeline.encode_prompt = encode_embeddings
 
 
 LONGCAT_IMAGE = Family(
@@ -54,15 +46,7 @@ LONGCAT_IMAGE = Family(
         parameters=6_270_668_864,
         # LongCat-Image according to other programs; its 6 billion parameters agree
         config={"num_layers": 10, "num_single_layers": 20},
-        tiny={
-            "in_channels": 64,  # the pipeline always draws 16 channels
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 12,
-            "axes_dims_rope": (4, 6, 6),
-        },
+        tiny={**TINY, "in_channels": 64},  # the pipeline always draws 16 channels
     ),
     pipeline=Pipeline(
         released="meituan-longcat/LongCat-Image",

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
 from repa_lab.models.families.components import FLUX_AUTOENCODER, GEMMA_TOKENIZER, flow_scheduler, language_model
 from repa_lab.models.families.shared import (
+    MASKED_TEXT,
     encode_prompt,
     masked_prompt,
     masked_text,
-    negative_where_empty,
+    negative_rows,
     text_lengths,
 )
 from repa_lab.models.family import Blocks, Family, Network, Pipeline, Shape
-
-if TYPE_CHECKING:
-    import torch
-
-_encode_all = encode_prompt("encoder_hidden_states", "encoder_attention_mask", do_classifier_free_guidance=False)
-
-
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    return negative_where_empty(pipeline, captions, _encode_all(pipeline, captions))
-
 
 LUMINA2 = Family(
     "lumina2",
@@ -56,7 +44,7 @@ LUMINA2 = Family(
     pipeline=Pipeline(
         released="Alpha-VLLM/Lumina-Image-2.0",
         classes=("Lumina2Pipeline",),
-        encode=_encode,
+        encode=encode_prompt(*MASKED_TEXT, if_empty=negative_rows, do_classifier_free_guidance=False),
         prompt=masked_prompt,
         tiny={
             "vae": FLUX_AUTOENCODER,

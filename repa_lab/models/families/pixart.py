@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repa_lab.models.families.components import T5_TOKENIZER, kl_autoencoder, t5_text
-from repa_lab.models.families.shared import encode_prompt, masked_prompt, masked_text
-from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape
-
-if TYPE_CHECKING:
-    import torch
+from repa_lab.models.families.shared import MASKED_TEXT, encode_prompt, masked_prompt, masked_text
+from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape, Tensor
 
 _ALPHA_1024 = 128  # sample_size of the only checkpoint that takes sizes although its config does not say so
 
@@ -19,7 +16,7 @@ def _takes_sizes(config: Any) -> bool:
     return bool(config.sample_size == _ALPHA_1024 if stated is None else stated)
 
 
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     return {
         "hidden_states": latents,
         "timestep": time * 1000,
@@ -34,7 +31,7 @@ def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
     return {**text, **size} if _takes_sizes(config) else text
 
 
-def _sizes(config: Any, frames: torch.Tensor) -> dict[str, torch.Tensor]:
+def _sizes(config: Any, frames: Tensor) -> dict[str, Tensor]:
     if not _takes_sizes(config):
         return {}
     return {"resolution": frames[:, :2], "aspect_ratio": frames[:, 4:5] / frames[:, 5:6]}
@@ -67,7 +64,7 @@ PIXART = Family(
     pipeline=Pipeline(
         released="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
         classes=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
-        encode=encode_prompt("encoder_hidden_states", "encoder_attention_mask", do_classifier_free_guidance=False),
+        encode=encode_prompt(*MASKED_TEXT, do_classifier_free_guidance=False),
         prompt=masked_prompt,
         # Without this the pipeline encodes a negative prompt itself and samples at the nearest size of its own list.
         options={"negative_prompt": None, "use_resolution_binning": False},

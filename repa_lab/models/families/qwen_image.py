@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repa_lab.models.families.components import QWEN_AUTOENCODER, QWEN_TOKENIZER, flow_scheduler, qwen_vl
 from repa_lab.models.families.shared import JOINT_ATTENTION, longest, pack, padded, shapes, unpack
-from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
-
-if TYPE_CHECKING:
-    import torch
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 
 _MOST_TOKENS = 512  # of a text, as in the pipeline's call
 
 
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     batch, _, height, width = latents.shape
     grids = [[(1, height // 2, width // 2)]] * batch
     return {"hidden_states": pack(latents), "timestep": time, "img_shapes": grids, **condition}
 
 
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
     text, mask = pipeline.encode_prompt(list(captions), max_sequence_length=_MOST_TOKENS)
     mask = text.new_ones(text.shape[:2]).long() if mask is None else mask
     text, mask = padded(text, _MOST_TOKENS), padded(mask, _MOST_TOKENS)

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repa_lab.models.families.components import GEMMA_TOKENIZER, language_model
-from repa_lab.models.families.shared import masked_prompt, masked_text, negative_where_empty
-from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape
-
-if TYPE_CHECKING:
-    import torch
+from repa_lab.models.families.shared import MASKED_TEXT, encode_prompt, masked_prompt, masked_text, negative_rows
+from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape, Tensor
 
 
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     return {"hidden_states": latents, "timestep": time * 1000 * config.timestep_scale, **condition}
 
 
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
     # The call puts instructions before a caption, and only the call's default has their text.
     instructions = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
-    text, mask, _, _ = pipeline.encode_prompt(list(captions), False, complex_human_instruction=instructions)
-    encoded = {"encoder_hidden_states": text, "encoder_attention_mask": mask}
-    return negative_where_empty(pipeline, captions, encoded)
+    options = {"do_classifier_free_guidance": False, "complex_human_instruction": instructions}
+    return encode_prompt(*MASKED_TEXT, if_empty=negative_rows, **options)(pipeline, captions)
 
 
 _LEVELS = 6  # of the autoencoder, which shrinks 32-fold

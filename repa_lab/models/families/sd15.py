@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repa_lab.models.families.components import CLIP_TOKENIZER, LATENT_BETAS, clip_text, kl_autoencoder
 from repa_lab.models.families.shared import map_inputs, rename, shapes
-from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
-
-if TYPE_CHECKING:
-    import torch
+from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape, Tensor
 
 
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
     text, _ = pipeline.encode_prompt(list(captions), pipeline.device, 1, do_classifier_free_guidance=False)
     return {"encoder_hidden_states": text}
 

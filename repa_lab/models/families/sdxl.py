@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repa_lab.models.families.components import CLIP_TOKENIZER, EULER, clip_text, kl_autoencoder
-from repa_lab.models.families.shared import encode_prompt, rename, zeroed_where_empty
-from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
-
-if TYPE_CHECKING:
-    import torch
+from repa_lab.models.families.shared import encode_prompt, rename, zero_rows
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 
 TIME_IDS = 6  # original height and width, crop top and left, target height and width
 TIME_WIDTH = 256
 
 
-def sized_inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+def sized_inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     """Return the arguments of a UNet that takes the image's sizes and a pooled text beside the text."""
     added = {"text_embeds": condition["text_embeds"], "time_ids": condition["time_ids"]}
     text = condition["encoder_hidden_states"]
@@ -30,20 +26,12 @@ def sized_condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
     return {"encoder_hidden_states": text, "text_embeds": (pooled,), "time_ids": (TIME_IDS,)}
 
 
-def sizes(config: Any, frames: torch.Tensor) -> dict[str, torch.Tensor]:
+def sizes(config: Any, frames: Tensor) -> dict[str, Tensor]:
     """Return the conditioning by size of such a UNet, ``(B, TIME_IDS)``."""
     return {"time_ids": frames}
 
 
-# Kolors' padding is always on the left, and its model takes it for text.
-encode_pooled = encode_prompt("encoder_hidden_states", None, "text_embeds", do_classifier_free_guidance=False)
 pooled_prompt = rename(prompt_embeds="encoder_hidden_states", pooled_prompt_embeds="text_embeds")
-
-
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    return zeroed_where_empty(pipeline, captions, encode_pooled(pipeline, captions))
-
-
 RELEASED: dict[str, Any] = {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),
@@ -89,7 +77,9 @@ SDXL = Family(
     pipeline=Pipeline(
         released="stabilityai/stable-diffusion-xl-base-1.0",
         classes=("StableDiffusionXLPipeline",),
-        encode=_encode,
+        encode=encode_prompt(
+            "encoder_hidden_states", None, "text_embeds", if_empty=zero_rows, do_classifier_free_guidance=False
+        ),
         prompt=pooled_prompt,
         sizes=sizes,
         denoiser="unet",

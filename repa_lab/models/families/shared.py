@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from repa_lab.models.family import ATTENTION, Condition
+from repa_lab.models.family import ATTENTION, Condition, Tensor
 
-if TYPE_CHECKING:
-    import torch
-
+# Names of a text and its mask in the conditioning.
+MASKED_TEXT = ("encoder_hidden_states", "encoder_attention_mask")
 # The attention layers of blocks that have a text stream beside the image stream.
 JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
-def pack(latents: torch.Tensor) -> torch.Tensor:
+def pack(latents: Tensor) -> Tensor:
     """Turn patches of 2x2 cells into tokens: ``(B, C, 2h, 2w)`` to ``(B, h*w, 4C)``, ordered (channel, row, column)."""
     cut = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h, 2, w, 2)
-    packed: torch.Tensor = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    packed: Tensor = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     return packed
 
 
-def unpack(output: Any, latents: torch.Tensor) -> torch.Tensor:
+def unpack(output: Any, latents: Tensor) -> Tensor:
     """Invert :func:`pack` for a prediction of the latents' shape."""
     batch, channels, height, width = latents.shape
     cut = output.reshape(batch, height // 2, width // 2, channels, 2, 2)
-    latent: torch.Tensor = cut.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+    latent: Tensor = cut.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
     return latent
 
 
-def flatten(latents: torch.Tensor) -> torch.Tensor:
+def flatten(latents: Tensor) -> Tensor:
     """Turn every cell into a token: ``(B, C, h, w)`` to ``(B, h*w, C)``."""
     return latents.flatten(2).transpose(1, 2)
 
 
-def unflatten(output: Any, latents: torch.Tensor) -> torch.Tensor:
+def unflatten(output: Any, latents: Tensor) -> Tensor:
     """Invert :func:`flatten` for a prediction of the latents' shape."""
-    latent: torch.Tensor = output.transpose(1, 2).reshape(latents.shape)
+    latent: Tensor = output.transpose(1, 2).reshape(latents.shape)
     return latent
 
 
-def positions(latents: torch.Tensor, axes: int = 3, patch: int = 2) -> torch.Tensor:
+def positions(latents: Tensor, axes: int = 3, patch: int = 2) -> Tensor:
     """Return rotary positions ``(h*w, axes)``: row and column on the second and third axis, 0 on the others.
 
     Args:
@@ -65,7 +64,7 @@ def map_inputs(latents: str = "hidden_states", times: int = 1000) -> Callable[..
     return lambda config, values, time, condition: {latents: values, "timestep": time * times, **condition}
 
 
-def full_guidance(config: Any, time: torch.Tensor) -> dict[str, Any]:
+def full_guidance(config: Any, time: Tensor) -> dict[str, Any]:
     """Return the guidance of training, 1, ``(B,)`` for a model that is distilled from guidance."""
     return {"guidance": time.new_ones(time.shape)} if config.guidance_embeds else {}
 
@@ -91,17 +90,23 @@ def masked_text(width: str) -> Callable[[Any, int], dict[str, tuple[int, ...]]]:
     return shapes(encoder_hidden_states=("tokens", width), encoder_attention_mask=("tokens",))
 
 
-def encode_prompt(*names: str | None, **options: Any) -> Callable[[Any, Sequence[str]], dict[str, torch.Tensor]]:
+def encode_prompt(
+    *names: str | None, if_empty: Callable[[Any, list[int], dict[str, Tensor]], None] | None = None, **options: Any
+) -> Callable[[Any, Sequence[str]], dict[str, Tensor]]:
     """Return :attr:`Pipeline.encode` for a pipeline whose ``encode_prompt`` does all the work.
 
     Args:
         *names: name of each value that ``encode_prompt`` returns; None for one that is not needed.
+        if_empty: changes the encoded values at the given rows, those of empty captions.
         **options: further arguments of ``encode_prompt``.
     """
 
-    def encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        values = pipeline.encode_prompt(list(captions), **options)
-        return {name: value for name, value in zip(names, values, strict=False) if name}
+    def encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        values = zip(names, pipeline.encode_prompt(list(captions), **options), strict=False)
+        encoded = {name: value.long() if "mask" in name else value for name, value in values if name}
+        if if_empty is not None:
+            if_empty(pipeline, [number for number, caption in enumerate(captions) if not caption], encoded)
+        return encoded
 
     return encode
 
@@ -115,24 +120,29 @@ def rename(**names: str) -> Callable[[Condition], dict[str, Any]]:
 masked_prompt = rename(prompt_embeds="encoder_hidden_states", prompt_attention_mask="encoder_attention_mask")
 
 
-def text_lengths(condition: Condition) -> torch.Tensor:
+def text_lengths(condition: Condition) -> Tensor:
     """Return the number of tokens of each text ``(B,)`` from its mask; padding is on the right."""
     return condition["encoder_attention_mask"].sum(dim=1)
 
 
-def longest(text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def longest(text: Tensor, mask: Tensor) -> Tensor:
     """Cut texts ``(B, M, ...)`` after the longest of them, by their mask ``(B, M)``."""
     return text[:, : int(mask.sum(dim=1).max())]
 
 
-def padded(values: torch.Tensor, length: int) -> torch.Tensor:
+def longest_text(condition: Condition) -> Tensor:
+    """Return the texts of a conditioning with a mask, cut after the longest of them."""
+    return longest(condition["encoder_hidden_states"], condition["encoder_attention_mask"])
+
+
+def padded(values: Tensor, length: int) -> Tensor:
     """Pad sequences ``(B, M, ...)`` with zeros to ``length`` tokens."""
     whole = values.new_zeros(values.shape[0], length, *values.shape[2:])
     whole[:, : values.shape[1]] = values
     return whole
 
 
-def padded_texts(texts: Sequence[torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+def padded_texts(texts: Sequence[Tensor], length: int) -> dict[str, Tensor]:
     """Return texts ``(M, D)``, each cut or padded with zeros to ``length`` tokens, and their masks as conditioning."""
     from torch.nn.utils.rnn import pad_sequence
 
@@ -148,22 +158,15 @@ def texts_alone(condition: Condition) -> dict[str, Any]:
     return {"prompt_embeds": [text[:length] for text, length in texts]}
 
 
-def zeroed_where_empty(
-    pipeline: Any, captions: Sequence[str], encoded: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Zero the encoded values of empty captions if the pipeline does so."""
+def zero_rows(pipeline: Any, rows: list[int], encoded: dict[str, Tensor]) -> None:
+    """Set rows to zero if the pipeline does so for empty captions."""
     if pipeline.config.force_zeros_for_empty_prompt:
         for values in encoded.values():
-            values[[number for number, caption in enumerate(captions) if not caption]] = 0
-    return encoded
+            values[rows] = 0
 
 
-def negative_where_empty(
-    pipeline: Any, captions: Sequence[str], encoded: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Replace the text and the mask of empty captions by the pipeline's own negative, which has no instructions."""
-    empty = [number for number, caption in enumerate(captions) if not caption]
-    if empty:
+def negative_rows(pipeline: Any, rows: list[int], encoded: dict[str, Tensor]) -> None:
+    """Replace rows by the pipeline's own negative text and mask, which have no instructions."""
+    if rows:
         text, mask = encoded["encoder_hidden_states"], encoded["encoder_attention_mask"]
-        _, _, text[empty], mask[empty] = pipeline.encode_prompt([""])
-    return encoded
+        _, _, text[rows], mask[rows] = pipeline.encode_prompt([""])

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repa_lab.models.families.components import FLUX_AUTOENCODER, QWEN_TOKENIZER, flow_scheduler, language_model
 from repa_lab.models.families.shared import masked_text, padded_texts, text_lengths, texts_alone
-from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape
-
-if TYPE_CHECKING:
-    import torch
+from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 
 _MOST_TOKENS = 512  # of a text
 
 
-def _inputs(config: Any, latents: torch.Tensor, time: torch.Tensor, condition: Condition) -> dict[str, Any]:
+def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     videos = list(latents.unsqueeze(2))  # of one frame, (C, 1, H, W)
     return {"x": videos, "t": 1 - time, "cap_feats": texts_alone(condition)["prompt_embeds"]}
 
 
-def _output(output: Any, latents: torch.Tensor) -> torch.Tensor:
+def _output(output: Any, latents: Tensor) -> Tensor:
     import torch
 
     return -torch.stack(output).squeeze(2)
 
 
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
     texts, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
     return padded_texts(texts, _MOST_TOKENS)
 

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from repa_lab.models.families import FAMILIES
+from repa_lab.models.families import FAMILIES, catalogue
 from repa_lab.models.family import SIT_DOWN_SHAPES, SIT_SHAPES, UNET_SHAPES, shape_of
+from repa_lab.models.flops import forward_of
 from repa_lab.models.scratch import CLASSES, Input, build
 from repa_lab.models.sit_down import SiTDown
 from repa_lab.registry import UnknownComponentError
@@ -27,6 +25,8 @@ def test_facts_are_those_of_the_denoiser_that_is_built(family, size):
     tokens = tap.take()
     assert tokens.dim == shape.width
     assert tokens.grid == (side[0] // shape.stride, side[1] // shape.stride)
+    parameters = forward_of(family, size, tokens.grid[0] * tokens.grid[1], 4, 10).parameters
+    assert parameters == sum(parameter.numel() for parameter in denoiser.parameters())
     if family.kind == "transformer":
         assert len(denoiser.blocks) == shape.depth
         assert all(block.attn.num_heads == shape.heads for block in denoiser.blocks)
@@ -107,7 +107,19 @@ def test_what_does_not_exist_is_named_with_what_does():
     assert set(UNET_SHAPES) == {"nano", "S", "B"}
 
 
-def test_facts_need_no_torch():
-    code = "import sys, repa_lab.models.family; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+def test_the_catalogue_has_every_family_with_the_grid_and_the_suggestions_of_the_guide():
+    rows = {entry.family: entry for entry in catalogue()}
+    assert {name.split()[0] for name in rows} == set(FAMILIES)
+    assert {size: rows[f"sit {size}/2"].parameters for size in ("B", "L", "XL")} == {
+        "B": 130_500_112,
+        "L": 458_086_416,
+        "XL": 675_111_184,
+    }
+    assert {name: rows[name].grid for name in ("sdxl", "flux", "sd3")} == {
+        "sdxl": (32, 32),
+        "flux": (64, 64),
+        "sd3": (64, 64),
+    }
+    assert (rows["sdxl"].block_index, rows["sdxl"].regularizer) == ("mid", "urepa")
+    assert (rows["flux"].block_index, rows["flux"].blocks, rows["flux"].regularizer) == (8, 57, "repa")
+    assert rows["sit XL/2"].grid == (16, 16)
