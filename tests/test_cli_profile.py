@@ -150,7 +150,7 @@ def test_mistakes_are_one_line(root, tmp_path):
 def test_missing_weights_of_an_encoder_are_one_line(root, tmp_path):
     missing = f"{{name: dinov2_vits14, image_size: 28, weights: {tmp_path / 'none.pth'}}}"
     line = refused("aligned", "--encoder", missing, "--root", root.path)
-    assert line == f"the weights of 'dinov2_vits14', '{tmp_path / 'none.pth'}', are no file"
+    assert line == f"the weights of 'dinov2_vits14', '{tmp_path / 'none.pth'}', are not a file"
 
 
 @pytest.mark.filterwarnings("error::UserWarning:repa_lab.report.figures")

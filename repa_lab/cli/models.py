@@ -86,7 +86,7 @@ def sample(
         from repa_lab.runs import RunsRoot
 
         directory = RunsRoot(root).find_run(run)
-        from repa_lab.training.audit import write_real, write_samples
+        from repa_lab.training.export import write_real, write_samples
 
         with progress("images" if real else "samples", err) as show:
             if real:

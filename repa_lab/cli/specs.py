@@ -110,7 +110,7 @@ def _run_ids(experiment: Experiment) -> set[str]:
     from repa_lab.data.errors import DataError
     from repa_lab.orchestration.plan import identify_arm
     from repa_lab.spec import SpecError
-    from repa_lab.training.fingerprints import Inventory
+    from repa_lab.training.resolve import Inventory
 
     ids, inventory = set(), Inventory()
     for arm in experiment.arms:

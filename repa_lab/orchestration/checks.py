@@ -21,9 +21,16 @@ from repa_lab.settings import file_fields, settings_in
 from repa_lab.spec import Arm, EvaluateConfig, Experiment, Problem, RunOptions, SpecError
 from repa_lab.spec.errors import KeyPath
 from repa_lab.tracking import tensorboard
-from repa_lab.training.fingerprints import Inventory
-from repa_lab.training.needs import encoders_of, needs_of
-from repa_lab.training.protocol import MIN_HELD_OUT, measured, metric_names, shared_names, tiers
+from repa_lab.training.resolve import (
+    MIN_HELD_OUT,
+    Inventory,
+    encoders_of,
+    metric_names,
+    names_of_metric,
+    needs_of,
+    protocols_of,
+    shared_names,
+)
 
 
 def check(experiment: Experiment, inventory: Inventory | None) -> None:
@@ -204,13 +211,13 @@ def _encoder_problems(arm: Arm, path: str, encoder: EncoderSettings) -> Iterator
 
 def _tiers(arm: Arm) -> Iterator[tuple[str, EvaluateConfig]]:
     """The protocols that an arm is measured by, each with its place."""
-    return zip(("evaluate", "evaluate.full"), tiers(arm.config), strict=False)
+    return zip(("evaluate", "evaluate.full"), protocols_of(arm.config), strict=False)
 
 
 def _metric_problems(arm: Arm) -> Iterator[Problem]:
     for path, tier in _tiers(arm):
         for metric in tier.metrics:
-            if not any(name for one in tier.extractors for name in measured(arm.config, tier, metric, one)):
+            if not any(name for one in tier.extractors for name in names_of_metric(arm.config, tier, metric, one)):
                 names = " and ".join(one.name for one in tier.extractors)
                 message = f"{metric} has no meaning with the features of {names}: leave it out, or add the extractor inception"
                 yield arm.problem(f"{path}.metrics", message)
@@ -316,7 +323,7 @@ def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
     if experiment.run.precision == "fp16" and experiment.run.device == "cpu":
         yield experiment.problem("run.precision", "fp16 needs a GPU; use bf16 or fp32")
     if experiment.run.micro_batch == "auto" and experiment.run.gpus_per_run > 1:
-        message = "auto is for one process, for several would not find the same; give a number"
+        message = "auto works with one process only: several would not agree on a size; give a number"
         yield experiment.problem("run.micro_batch", message)
     if experiment.run.tensorboard and not tensorboard.is_installed():
         yield experiment.problem("run.tensorboard", "needs TensorBoard: pip install 'repa-lab[tensorboard]'")

@@ -21,7 +21,7 @@ from repa_lab.runs.forks import Fork
 from repa_lab.runs.provenance import GPUS, gpu_models
 from repa_lab.spec import RunConfig, RunOptions, SpecError
 from repa_lab.spec.identity import Run
-from repa_lab.training.costs import Cache, Cost, caches_of, cost_of, images_of, measurements
+from repa_lab.training.costs import Cache, Cost, caches_of, cost_of, measurements
 
 GIB = float(2**30)
 UTILISATION = 0.35
@@ -399,7 +399,8 @@ def _planned_caches(plan: Plan, speeds: dict[str, Speed]) -> Iterator[PlannedCac
         for cache in caches_of(arm.config, plan.experiment.run):
             labels.setdefault(cache, []).append(arm.label)
     for cache, users in labels.items():
-        images, is_begun = images_of(cache.data, plan.inventory.dataset(cache.data).images), bool(begun & {*users})
+        files, is_begun = plan.inventory.dataset(cache.data).images, bool(begun & {*users})
+        images = None if files is None else files * (1 + int(cache.data.flip))  # mirrored ones included
         left = 0 if is_begun else images or 0
         hours = left * cache.image_flops / speeds[users[0]].flops / _HOUR
         yield PlannedCache(cache, images, is_begun, hours, left * cache.image_bytes)

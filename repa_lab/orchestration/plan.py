@@ -15,9 +15,7 @@ from repa_lab.runs import RunsRoot, RunStatus
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, StopRule
 from repa_lab.spec.expand import holds
 from repa_lab.spec.identity import Run, identify, local_files
-from repa_lab.training.fingerprints import Inventory
-from repa_lab.training.needs import plugins_of
-from repa_lab.training.protocol import metric_names
+from repa_lab.training.resolve import Inventory, metric_names, plugins_of
 
 BLOCKED = "blocked"
 

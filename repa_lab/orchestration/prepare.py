@@ -21,13 +21,11 @@ from repa_lab.settings import BlockIndex
 from repa_lab.spec import EncoderSettings, RunConfig, RunOptions
 from repa_lab.timm_models import EncoderError
 from repa_lab.training.aligner import open_targets
+from repa_lab.training.data import Announce, Images, encode_captions, open_data, pretrained_folder
 from repa_lab.training.device import DeviceError, pick_device
 from repa_lab.training.diffusion import ProcessError, process_of
-from repa_lab.training.images import Announce, Images
-from repa_lab.training.model import open_data, pretrained_folder
-from repa_lab.training.needs import encoders_of, needs_of
-from repa_lab.training.quality import metrics_with, open_extractor, open_reference, real_images
-from repa_lab.training.texts import encode_captions
+from repa_lab.training.evaluate import metrics_with, open_extractor, open_reference, real_images
+from repa_lab.training.resolve import encoders_of, needs_of
 
 
 class RefusedError(ValueError):

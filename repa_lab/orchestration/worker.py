@@ -118,7 +118,7 @@ def fill_caches(job: PrepareJob, send: Callable[[WorkerMessage], None]) -> Worke
 
 def train_run(job: TrainJob, should_stop: ShouldStop) -> WorkerMessage:
     """Train a run to its end, or until it should stop; return FINISHED or BUSY."""
-    from repa_lab.training.quality import DivergedError
+    from repa_lab.training.evaluate import DivergedError
 
     if job.options.hang_minutes:
         should_stop = Heartbeat(job, should_stop)
@@ -237,7 +237,7 @@ def _wandb_run(job: TrainJob, mode: str) -> WandbRun:
 def _compared(job: TrainJob) -> ComparedMetric:
     """Return what the recorded sweep compares; for a run that belongs to no recorded sweep, what the run measures."""
     from repa_lab.report.statistics import ComparedMetric
-    from repa_lab.training.protocol import metric_name
+    from repa_lab.training.resolve import metric_name
 
     sweep = job.root.sweep(job.sweep)
     if (sweep.path / "sweep.json").is_file():

@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 from repa_lab.files import replace_atomically
 
 Row = dict[str, Any]
+# The metric rows in a run's directory.
+METRICS = "metrics.jsonl"
 
 
 class DamagedFileError(ValueError):

@@ -53,7 +53,7 @@ def take(parent: RunDirectory, step: int, child: RunWriter, is_childs: Callable[
             shutil.copyfile(grid, child.run.samples / grid.name)
     child.replace_rows(rows)
     child.event("forked", parent=parent.run_id, step=step)
-    checkpoints.commit(child.run.checkpoints, step, lambda folder: _link(source, folder))
+    checkpoints.commit(child.run.checkpoints, step, lambda folder: _copy(source, folder, child.run.path))
     return True
 
 
@@ -81,13 +81,14 @@ def _whole(run: RunDirectory, step: int) -> Path | None:
     return None
 
 
-def _link(source: Path, folder: Path) -> None:
-    """The same files, for they never change once written; copies where the file system cannot link."""
+def _copy(source: Path, folder: Path, child: Path) -> None:
+    """Link the files of a checkpoint, or copy them if the file system cannot link, and sign it for the child run."""
     for path in source.iterdir():
-        if path.name == checkpoints.MANIFEST:
+        if path.name in (checkpoints.MANIFEST, checkpoints.SIGNATURE):
             continue
         try:
             os.link(path, folder / path.name)
         except OSError:
             shutil.copyfile(path, folder / path.name)
         fsync(folder / path.name)
+    checkpoints.sign(folder, child)

@@ -76,8 +76,8 @@ def identify(
     settings["data"].pop("path", None)
     # A setting that can be written in two ways is hashed in one.
     settings["data"]["resolution"] = config.data.side
-    if config.model.pretrained is None and config.train.time == "auto":
-        settings["train"]["time"] = "uniform"
+    if config.train.time is None:  # uniform is the default from scratch
+        settings["train"]["time"] = "uniform" if config.model.pretrained is None else "auto"
     for section, key in (("regularizer", "encoder"), ("evaluate", "extractor")):
         value = settings[section].get(key)
         if isinstance(value, list) and len(value) == 1:

@@ -126,6 +126,31 @@ class LossWeightSettings(Settings):
     """The largest signal-to-noise ratio that counts."""
 
 
+class TimeSettings(Settings):
+    """The distribution of the times at which a denoiser is trained, from 0 (data) to 1 (noise)."""
+
+    type: Literal["uniform", "logit_normal"] = "logit_normal"
+    """`logit_normal` draws the logit of the time from a normal distribution (SD3, 2403.03206)."""
+    mean: float = 0.0
+    """Mean of the logit of `logit_normal`; above 0 there is more noise."""
+    std: Annotated[float, Field(gt=0)] = 1.0
+    """Standard deviation of the logit of `logit_normal`."""
+
+    @model_validator(mode="after")
+    def _uniform_has_no_moments(self) -> Self:
+        if self.type == "uniform" and (self.mean, self.std) != (0.0, 1.0):
+            raise ValueError("uniform has no mean and no std; they are settings of logit_normal")
+        return self
+
+
+def _shortest(time: str | TimeSettings | None) -> str | TimeSettings | None:
+    return time.type if isinstance(time, TimeSettings) and (time.mean, time.std) == (0.0, 1.0) else time
+
+
+# At mean 0 and std 1 the section and its type alone are one setting, which is kept as the word.
+Time = Annotated[Literal["uniform", "logit_normal"] | TimeSettings | None, AfterValidator(_shortest)]
+
+
 class EmaConfig(Settings):
     """The moving average of the weights: ``decay * average + (1 - decay) * weights`` after every step."""
 
@@ -184,13 +209,19 @@ class TrainConfig(Settings):
     """How often the class or the caption is left out."""
     loss_weight: LossWeightSettings = later(LossWeightSettings())
     """The weight of a sample's denoising loss, by the sample's noise."""
-    time: Literal["auto", "uniform", "lognormal"] = "auto"
-    """Distribution of times; `auto` is uniform from scratch, as in the papers, else what the model was trained with."""
+    time: Time = None
+    """Distribution of times, a type or `{type, mean, std}`; null is uniform from scratch, as in the papers, else what the
+    model was trained with."""
 
     @property
     def averaging(self) -> EmaConfig:
         """``ema`` as a section."""
         return self.ema if isinstance(self.ema, EmaConfig) else EmaConfig(decay=self.ema)
+
+    @property
+    def times(self) -> TimeSettings | None:
+        """The distribution of times, whichever way ``time`` is written; None is the one that the model was trained with."""
+        return TimeSettings(type=self.time) if isinstance(self.time, str) else self.time
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of the step that follows ``step`` earlier ones."""

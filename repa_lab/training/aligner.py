@@ -1,8 +1,11 @@
-"""The alignment of a run: its tap, its targets and its regularizer, asked together once a step."""
+"""The regularizer of a run with its taps and encoders: collects the signals of a step and returns the loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +16,24 @@ from torch import nn
 from repa_lab.align import Loss, Needs, Prediction, Schedule, Shapes, Signals, Tokens
 from repa_lab.align.settings import REGULARIZERS, EncoderSettings
 from repa_lab.encoders.encoder import EncoderOptions, load_encoder
-from repa_lab.encoders.targets import OnlineTargets, Targets, cached_targets
+from repa_lab.encoders.targets import OnlineTargets, Reader, Targets, cached_targets
 from repa_lab.models.tap import Tap
 from repa_lab.registry import PluginError
 from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
-from repa_lab.training.batches import Batch
-from repa_lab.training.images import Announce, Images, pixels_for
-from repa_lab.training.needs import resolved_regularizer
-from repa_lab.training.streams import seeded
+from repa_lab.training.batches import Batch, seeded
+from repa_lab.training.data import Announce, Images, pixels_for
+from repa_lab.training.resolve import resolved_regularizer
 
+_CPU = torch.device("cpu")
 _STORAGE = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 class PrefetchWeight:
-    """The weight of steps to come, as far as a data loader can know it: the schedule's, or 0 while a similarity cutoff
-    holds.
+    """The regularizer's weight as data loaders know it: the schedule's weight, or 0 while a similarity cutoff holds.
 
-    It is there to spare reading what nobody asks for. Where it is wrong, as at a look whether the cutoff still holds,
-    the targets read for themselves. The loader's processes see what is noted here, for it lies in shared memory.
+    Loaders read ahead only for steps with a weight above 0. If they guess wrong, for instance when a recoverable cutoff
+    is probed, the targets are read within the step. The flag is in shared memory, where loader processes see it.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -39,25 +41,80 @@ class PrefetchWeight:
         self._is_cut = torch.zeros((), dtype=torch.bool).share_memory_()
 
     def __call__(self, step: int) -> float:
-        """The weight at ``step``."""
+        """Return the expected weight at a step."""
         return 0.0 if self._is_cut else self._schedule(step)
 
     def note(self, is_cut: bool) -> None:
-        """Whether the cutoff holds at present."""
+        """Record whether the cutoff holds now."""
         self._is_cut.fill_(is_cut)
 
 
+class Stopwatch:
+    """Sums the seconds of code blocks: wall-clock time on a CPU, time between CUDA events on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._intervals: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Time a with-statement. Never synchronises: adds only the intervals whose CUDA events have completed."""
+        if not self._is_cuda:
+            began = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._seconds += time.perf_counter() - began
+            return
+        while self._intervals and self._intervals[0][1].query():
+            self._add_first()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        try:
+            yield
+        finally:
+            end.record()
+            self._intervals.append((begin, end))
+
+    def timed(self, read: Reader) -> Reader:
+        """Return a reader whose calls are timed."""
+
+        def timed(index: torch.Tensor) -> torch.Tensor:
+            with self.running():
+                return read(index)
+
+        return timed
+
+    def take(self) -> float:
+        """Return the seconds since the last call, after waiting for the device to complete the last interval."""
+        while self._intervals:
+            self._intervals[0][1].synchronize()
+            self._add_first()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _add_first(self) -> None:
+        begin, end = self._intervals.popleft()
+        self._seconds += begin.elapsed_time(end) / 1000
+
+
 class Aligner:
-    """A run's regularizer, and what it asked for at a step.
+    """The regularizer of a run with the taps and targets that it needs.
 
     Args:
         run: a run whose regularizer is not ``none``.
-        needs: what the regularizer asks for.
-        taps: hooks on the blocks that it asks for, set before the denoiser is wrapped or compiled.
-        ema_taps: hooks on the blocks that it asks for of the averaged model.
-        shapes: the widths of all of these.
-        targets: tokens of the run's images by each of the encoders that it asks for.
-        prefetch: is told when a similarity cutoff sets in or ends.
+        needs: the signals that the regularizer needs.
+        taps: hooks on the denoiser's blocks, set before the denoiser is wrapped or compiled.
+        ema_taps: hooks on the blocks that are also read from the averaged model.
+        shapes: widths of taps and encoders.
+        targets: encoder tokens of the run's images, one for each encoder.
+        prefetch: is told when a similarity cutoff begins or ends.
+        stopwatch: times the encoders.
+
+    Attributes:
+        regularizer: the module.
+        wrapped: the module as accelerate wraps it.
     """
 
     def __init__(
@@ -69,24 +126,25 @@ class Aligner:
         shapes: Shapes,
         targets: Sequence[Targets],
         prefetch: PrefetchWeight | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.needs, self.taps, self.ema_taps, self.targets = needs, taps, ema_taps, targets
-        self._prefetch = prefetch
+        self._prefetch, self._stopwatch = prefetch, stopwatch or Stopwatch(_CPU)
         settings = resolved_regularizer(run.config)
         with seeded(run.seed, "init/projector"):
             self.regularizer = REGULARIZERS[settings.type].load()(settings, shapes)
         self.wrapped: nn.Module = self.regularizer
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Let accelerate wrap the regularizer as it wraps the denoiser.
+        """Let accelerate wrap the regularizer.
 
-        The regularizer is wrapped by itself: DistributedDataParallel then waits for none of its gradients on steps of
-        weight 0, at which it does not run.
+        It is wrapped apart from the denoiser, so that DistributedDataParallel does not wait for its gradients in steps
+        of weight 0.
         """
         self.wrapped = accelerator.prepare(self.regularizer.to(accelerator.device))
 
     def retract(self, step: int) -> None:
-        """Forget what was seen of ``step``, which is taken again."""
+        """Forget a failed attempt at ``step``, which will be repeated."""
         self.clear()
         if self.regularizer.cutoff is not None:
             self.regularizer.cutoff.retract(step)
@@ -103,43 +161,41 @@ class Aligner:
         return self.regularizer.is_active(step)
 
     def __call__(
-        self, batch: Batch, step: int, device: torch.device, prediction: Prediction, averages: Sequence[Tokens] = ()
+        self, batch: Batch, step: int, device: torch.device, prediction: Prediction, ema_tokens: Sequence[Tokens] = ()
     ) -> Loss:
-        """Return the unweighted loss of a batch; without gradient where the weight is 0 and a cutoff only looks.
+        """Return the unweighted loss of a batch, without gradient if the weight is 0 and a cutoff is probed.
 
         Args:
             batch: on the device.
             step: optimizer steps already taken.
-            device: where encoder tokens are wanted.
+            device: where encoder tokens are needed.
             prediction: the denoiser's output and its target.
-            averages: tokens of the averaged model, one for each of its taps.
+            ema_tokens: tokens of the averaged model, one for each of its taps.
         """
         for tap in self.ema_taps:
-            tap.clear()  # of the trained model's pass, which went through the hooks of both
+            tap.clear()  # the trained model's pass went through these hooks too
         loaded = batch.loaded or (None,) * len(self.targets)
+        with self._stopwatch.running():
+            pairs = zip(self.targets, loaded, strict=True)
+            encoders = tuple(targets(batch.ids, device, values) for targets, values in pairs)
         signals = Signals(
             taps=tuple(tap.take() for tap in self.taps),
-            encoders=tuple(targets(batch.ids, device, one) for targets, one in zip(self.targets, loaded, strict=True)),
-            ema_taps=tuple(averages),
+            encoders=encoders,
+            ema_taps=tuple(ema_tokens),
             latents=batch.x if self.needs.latents else None,
             prediction=prediction if self.needs.prediction else None,
         )
         is_weighted = self.regularizer.weight_at(step) > 0
         with torch.set_grad_enabled(is_weighted):
-            loss = (self.wrapped if is_weighted else self.regularizer)(signals, step)
-        self._require_loss(loss)
+            loss: Any = (self.wrapped if is_weighted else self.regularizer)(signals, step)
+        if not isinstance(loss, Loss) or loss.value.ndim:
+            name = self.regularizer.settings.type
+            origin = REGULARIZERS.origin(name)
+            message = f"forward of the regularizer '{name}' must return a Loss with a scalar value"
+            message += f", got {type(loss).__name__}"
+            raise PluginError(origin.file, origin.line, message) if origin else TypeError(message)
         self.regularizer.observe(step, loss)
-        return loss  # type: ignore[no-any-return]
-
-    def _require_loss(self, loss: Any) -> None:
-        if isinstance(loss, Loss) and loss.value.ndim == 0:
-            return
-        name = self.regularizer.settings.type
-        origin = REGULARIZERS.origin(name)
-        message = (
-            f"forward of the regularizer '{name}' must return a Loss with a scalar value, got {type(loss).__name__}"
-        )
-        raise PluginError(origin.file, origin.line, message) if origin else TypeError(message)
+        return loss
 
 
 def open_targets(
@@ -150,18 +206,17 @@ def open_targets(
     device: torch.device,
     announce: Announce | None = None,
 ) -> Targets:
-    """The encoder's tokens of the run's images, from the cache unless the settings say otherwise.
+    """Return the encoder's tokens of the run's images, from the cache unless the settings say otherwise.
 
     Raises:
-        EncoderError: the encoder cannot be loaded or does not give patch tokens.
-        DataError: what it is to look at cannot be had.
+        EncoderError: the encoder cannot be loaded or does not return patch tokens.
+        DataError: the pixels that the encoder should see are not available.
     """
     source = pixels_for(encoder, images, device)
-    how = EncoderOptions(options.encoder_precision, options.encoder_compile, options.encoder_batch_size)
+    precision = EncoderOptions(options.encoder_precision, options.encoder_compile, options.encoder_batch_size)
     if not encoder.cache:
-        loaded = load_encoder(encoder.name, encoder.image_size, source.side, encoder.weights, how)
+        loaded = load_encoder(encoder.name, encoder.image_size, source.side, encoder.weights, precision)
         return OnlineTargets(loaded, encoder.name, source, device)
-    progress = announce(f"features of {encoder.name}") if announce else None
     return cached_targets(
         source,
         encoder.name,
@@ -170,7 +225,7 @@ def open_targets(
         encoder.standardize,
         cache,
         device,
-        progress,
+        announce(f"features of {encoder.name}") if announce else None,
         storage=_STORAGE[options.encoder_storage],
-        options=how,
+        options=precision,
     )

@@ -1,8 +1,15 @@
-"""What a step is computed from, and the loss against noise."""
+"""The batch of every training step, and the named random streams that decide its images, noise and times.
+
+Every draw derives from (seed, stream, images seen). Nothing has to be saved to resume, and neither the number of
+processes nor the micro-batch changes a draw. Arms with one seed are paired: they see the same images in the same order,
+with the same noise, times and dropped labels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -11,16 +18,98 @@ from torch.utils.data import Dataset
 from repa_lab.data.sources import groups
 from repa_lab.encoders.targets import Reader
 from repa_lab.spec import RunConfig
-from repa_lab.training.conditioning import Condition, Conditioning
+from repa_lab.training.data import Condition, Conditioning, Images
 from repa_lab.training.diffusion import Process
-from repa_lab.training.images import Images
-from repa_lab.training.streams import BatchOrder, generator
+
+_BLOCK = 1024  # steps whose image sizes are drawn together
+
+
+def stream_seed(seed: int, stream: str, *counters: int) -> int:
+    """Return a 63-bit seed for a named stream at the given counters."""
+    text = f"{seed}/{stream}/" + "/".join(map(str, counters))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, stream: str, *counters: int) -> torch.Generator:
+    """Return a CPU generator for a named stream; drawing on the CPU gives every device the same numbers."""
+    return torch.Generator().manual_seed(stream_seed(seed, stream, *counters))
+
+
+@contextmanager
+def seeded(seed: int, stream: str) -> Iterator[None]:
+    """Seed torch's global generator for a stream and restore it afterwards; weight initialisation draws from it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(stream_seed(seed, stream))
+        yield
+
+
+class Order:
+    """The order in which images are seen: an endless sequence of epochs, each a new permutation.
+
+    Args:
+        index: the images to train on, ``(n,)``.
+        seed: the run's seed.
+        stream: name of the stream that the permutations are drawn from.
+    """
+
+    def __init__(self, index: torch.Tensor, seed: int, stream: str = "data") -> None:
+        self._index, self._seed, self._stream = index, seed, stream
+        self._epoch, self._permuted = -1, index
+
+    def take(self, start: int, count: int) -> torch.Tensor:
+        """Return the ``count`` images from position ``start`` on, counted since the run began, ``(count,)``."""
+        taken = []
+        while count:
+            epoch, offset = divmod(start, len(self._index))
+            if epoch != self._epoch:
+                order = torch.randperm(len(self._index), generator=generator(self._seed, self._stream, epoch))
+                self._epoch, self._permuted = epoch, self._index[order]
+            taken.append(self._permuted[offset : offset + count])
+            start, count = start + len(taken[-1]), count - len(taken[-1])
+        return torch.cat(taken)
+
+
+class BatchOrder:
+    """The images of every step, all of one size.
+
+    With several sizes, the size of a step is drawn with probabilities proportional to the numbers of images, and the
+    images of each size follow their own :class:`Order`. In the long run every image is seen equally often.
+
+    Args:
+        members: the images of each size, ``(n,)`` each.
+        seed: the run's seed.
+    """
+
+    def __init__(self, members: Sequence[torch.Tensor], seed: int) -> None:
+        streams = ["data"] if len(members) == 1 else [f"data/{number}" for number in range(len(members))]
+        self._orders = [Order(index, seed, stream) for index, stream in zip(members, streams, strict=True)]
+        self._shares = torch.tensor([float(len(index)) for index in members])
+        self._seed = seed
+        self._sizes: list[torch.Tensor] = []  # for each block of steps, the number of the size of every step
+
+    def take(self, step: int, count: int) -> torch.Tensor:
+        """Return the images of a step, ``(count,)``."""
+        if len(self._orders) == 1:
+            return self._orders[0].take(step * count, count)
+        block, offset = divmod(step, _BLOCK)
+        while len(self._sizes) <= block:
+            draw = generator(self._seed, "sizes", len(self._sizes))
+            self._sizes.append(torch.multinomial(self._shares, _BLOCK, replacement=True, generator=draw))
+        size = int(self._sizes[block][offset])
+        before = torch.cat([*self._sizes[:block], self._sizes[block][:offset]])
+        return self._orders[size].take(int((before == size).sum()) * count, count)
 
 
 class Batch(NamedTuple):
-    """All that one step is computed from, drawn on the CPU: images ``ids`` ``(B,)``, clean ``x``, ``noise``
-    ``(B, C, H, W)``, times ``t`` ``(B,)``, and the ``condition``, where some is already dropped. ``loaded`` holds what
-    the targets of each encoder are made from, where a reader could load it ahead of time.
+    """The inputs of one step, drawn on the CPU.
+
+    Attributes:
+        ids: numbers of the images, ``(B,)``.
+        x: clean images or latents, ``(B, C, H, W)``.
+        noise: ``(B, C, H, W)``.
+        t: times from 0 (data) to 1 (noise), ``(B,)``.
+        condition: class or caption embeddings, some of them already dropped.
+        loaded: for each encoder, the cached features or pixels that its targets are made from; None if not read ahead.
     """
 
     ids: torch.Tensor
@@ -31,34 +120,35 @@ class Batch(NamedTuple):
     loaded: tuple[torch.Tensor | None, ...] = ()
 
     def split(self, size: int | None) -> list[Batch]:
-        """Micro-batches of at most ``size`` images; None keeps it whole."""
+        """Return micro-batches of at most ``size`` images; None keeps the batch whole."""
         step = size or len(self.ids)
-        return [self._part(slice(start, start + step)) for start in range(0, len(self.ids), step)]
+        return [self._rows(slice(start, start + step)) for start in range(0, len(self.ids), step)]
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device; ids stay, and what is loaded goes where its targets want it."""
-        x, noise, t = (part.to(device, non_blocking=True) for part in (self.x, self.noise, self.t))
-        condition = {name: value.to(device, non_blocking=True) for name, value in self.condition.items()}
+        """Return the batch with ``x``, ``noise``, ``t`` and ``condition`` on a device."""
+        x, noise, t = (values.to(device, non_blocking=True) for values in (self.x, self.noise, self.t))
+        condition = {name: values.to(device, non_blocking=True) for name, values in self.condition.items()}
         return Batch(self.ids, x, noise, t, condition, self.loaded)
 
-    def _part(self, rows: slice) -> Batch:
-        ids, x, noise, t = (part[rows] for part in (self.ids, self.x, self.noise, self.t))
-        condition = {name: value[rows] for name, value in self.condition.items()}
-        return Batch(ids, x, noise, t, condition, tuple(None if one is None else one[rows] for one in self.loaded))
+    def _rows(self, rows: slice) -> Batch:
+        ids, x, noise, t = (values[rows] for values in (self.ids, self.x, self.noise, self.t))
+        condition = {name: values[rows] for name, values in self.condition.items()}
+        loaded = tuple(None if values is None else values[rows] for values in self.loaded)
+        return Batch(ids, x, noise, t, condition, loaded)
 
 
 class Steps(Dataset[Batch]):
-    """The batch of every step, by its number; a function of (config, seed, step) and nothing else.
+    """The batch of every step by its number, a function of (config, seed, step) alone.
 
     Args:
-        config: batch size, label dropout, distribution of times.
+        config: batch size, label dropout and distribution of times.
         seed: the run's seed.
-        images: what is trained on.
-        process: how times are drawn.
-        conditioning: what the denoiser is told of the images.
-        part: which of how many equal parts of a batch is this process's.
-        readers: load what targets are made from; see :class:`repa_lab.encoders.targets.Targets`.
-        weight: the regularizer's by step, as far as it is known ahead: where it is 0 nothing is loaded.
+        images: the training data.
+        process: the noise process, which draws the times.
+        conditioning: labels or captions of the images.
+        part: which of how many equal parts of each batch belongs to this process.
+        readers: load what each encoder's targets are made from; see :class:`repa_lab.encoders.targets.Targets`.
+        weight: the regularizer's weight by step; nothing is read ahead where it is 0.
     """
 
     def __init__(
@@ -79,46 +169,25 @@ class Steps(Dataset[Batch]):
         self._order = BatchOrder([train[group] for group in groups(images.source.sizes[train])], seed)
         number, parts = part
         size = config.train.batch_size // parts
-        self._mine = slice(number * size, (number + 1) * size)
+        self._part = slice(number * size, (number + 1) * size)
 
     def __len__(self) -> int:
         return self._train.steps
 
     def __getitem__(self, step: int) -> Batch:
-        size, space, mine = self._train.batch_size, self._images.space, self._mine
-        ids = self._seen(step)
+        size, space, part = self._train.batch_size, self._images.space, self._part
+        ids = self._order.take(step, size)
+        if self._images.flips:  # image i + base_count is image i mirrored
+            is_mirrored = torch.rand(size, generator=generator(self._seed, "flips", step * size)) < 0.5
+            ids = ids + self._images.base_count * is_mirrored
+        # Every process draws the randomness of the whole batch, so that their number does not change it.
         draw = generator(self._seed, "noise", step * size)
-        t = self._process.times(self._train.time, size, draw)
+        t = self._process.times(self._train.times, size, draw)
         dropped = torch.rand(size, generator=draw) < self._train.label_dropout
-        # All of a batch's randomness is drawn by every process, so that how many there are does not change it.
         encoding = space.draw(ids, draw)
         noise = torch.randn((size, *space.shape(ids)), generator=draw)
-        x = space.encode(ids[mine], None if encoding is None else encoding[mine])
-        condition = self._conditioning(ids[mine], dropped[mine])
-        return Batch(ids[mine], x, noise[mine], t[mine], condition, self._loaded(step, ids[mine]))
-
-    def _loaded(self, step: int, ids: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if self._weight is None or self._weight(step) == 0:
-            return ()
-        return tuple(None if read is None else read(ids) for read in self._readers)
-
-    def _seen(self, step: int) -> torch.Tensor:
-        """The images of a step, mirrored ones by the number of their mirror image."""
-        size = self._train.batch_size
-        ids = self._order.take(step, size)
-        if not self._images.flips:
-            return ids
-        mirrored = torch.rand(size, generator=generator(self._seed, "flips", step * size)) < 0.5
-        return ids + self._images.base_count * mirrored
-
-
-def denoising_loss(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the mean squared error of two ``(B, C, H, W)`` over everything, a float32 scalar.
-
-    Args:
-        prediction: the denoiser's output.
-        target: what it should be.
-        weight: of each sample, ``(B, 1, 1, 1)``; None weights all alike.
-    """
-    error = (prediction.float() - target).square()
-    return error.mean() if weight is None else (weight * error).mean()
+        ids = ids[part]
+        x = space.encode(ids, None if encoding is None else encoding[part])
+        is_read = self._weight is not None and self._weight(step) != 0
+        loaded = tuple(read and read(ids) for read in self._readers) if is_read else ()
+        return Batch(ids, x, noise[part], t[part], self._conditioning(ids, dropped[part]), loaded)

@@ -1,16 +1,18 @@
-"""What a run needs to go on, as safetensors and JSON: no pickle anywhere.
+"""The state of a run that changes while it trains, and its checkpoint as safetensors and JSON; no pickle anywhere.
 
 denoiser.safetensors     the weights that train
-regularizer.safetensors  the projector's weights, if there is one
+regularizer.safetensors  the regularizer's weights, if it has any
 ema.safetensors          averages of both
-optimizer.safetensors    AdamW's moments, by parameter number
-state.json               step, images, seconds, gradient scaler
-input.json               channels, size and classes that a denoiser from scratch was built for (written by the trainer)
+optimizer.safetensors    the optimizer's state, by number of the parameter
+state.json               steps, images and seconds; the gradient scaler's state
+input.json               channels, size and classes that a denoiser from scratch was built for
+run.json                 the run and its metric rows so far (see `repa_lab.runs.checkpoints`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,21 +21,31 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from repa_lab.runs import files
+from repa_lab.runs import RunDirectory, checkpoints, files
 from repa_lab.runs.files import Row
-from repa_lab.training.ema import EMA
+from repa_lab.spec.schema import EmaConfig
 
 INPUT_FILE = "input.json"
-# What the denoiser's parameters are called by in the averages.
+# Prefix of the denoiser's parameters in the averages.
 PREFIX = "denoiser."
+WEIGHTS = ("ema", "last")
+_FORMAT = 1
+
+
+class NoWeightsError(ValueError):
+    """A run has no weights of the requested kind."""
 
 
 @dataclass
 class Progress:
-    """How far a run has come: optimizer steps, images seen, seconds spent training and measuring.
+    """How far a run has come.
 
-    ``encoder_seconds`` are those of ``seconds`` that encoders took, since the last checkpoint of a version that did not
-    count them, if there was one.
+    Attributes:
+        step: optimizer steps.
+        images: images seen.
+        seconds: spent in training steps.
+        evaluation_seconds: spent measuring.
+        encoder_seconds: the part of ``seconds`` that encoders took.
     """
 
     step: int = 0
@@ -43,13 +55,80 @@ class Progress:
     encoder_seconds: float = 0.0
 
     def row(self) -> Row:
-        """As the head of a metric row."""
+        """Return the fields that every metric row begins with."""
         return {"step": self.step, "images": self.images, "seconds": round(self.seconds, 3)}
 
 
+class EMA:
+    """The exponential moving average of the trainable parameters, from their initial values on.
+
+    After every step an average becomes ``decay * average + (1 - decay) * parameter``. At decay 0.9999 the half-life is
+    6,931 steps.
+
+    Args:
+        modules: by the prefix of their parameters' names.
+        config: the decay at every step.
+
+    Attributes:
+        average: the averages by name.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], config: EmaConfig) -> None:
+        self._live = {
+            f"{prefix}.{name}": parameter
+            for prefix, module in modules.items()
+            for name, parameter in trainable(module).items()
+        }
+        self._config = config
+        self.average = {name: parameter.detach().clone() for name, parameter in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, updates: int) -> None:
+        """Add the weights after a step to the average.
+
+        Args:
+            updates: number of earlier updates of the run, those before a resume included.
+        """
+        live = [parameter.detach() for parameter in self._live.values()]
+        torch._foreach_lerp_(list(self.average.values()), live, 1 - self._config.decay_at(updates))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Give the modules their averaged weights within a with-statement."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def load(self, average: Mapping[str, torch.Tensor]) -> None:
+        """Load saved averages.
+
+        Raises:
+            KeyError: a parameter is missing.
+        """
+        for name, value in self.average.items():
+            value.copy_(average[name])
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, parameter in self._live.items():
+            live = parameter.detach().clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(live)
+
+
 @dataclass(frozen=True)
-class Trained:
-    """Everything that changes while a run trains; ``scaler`` is fp16's gradient scaler or None."""
+class TrainState:
+    """Everything that changes while a run trains.
+
+    Attributes:
+        denoiser: the denoiser, as it is without wrappers.
+        regularizer: the regularizer; None without one.
+        optimizer: the optimizer of both.
+        ema: the averages of both.
+        scaler: the gradient scaler of fp16, or None.
+    """
 
     denoiser: nn.Module
     regularizer: nn.Module | None
@@ -58,22 +137,42 @@ class Trained:
     scaler: Any = None
 
     def save(self, folder: Path, progress: Progress) -> None:
-        """Write all of it into an empty folder."""
-        save_file(_contiguous(trainable(self.denoiser)), folder / "denoiser.safetensors")
+        """Write the state into an empty folder."""
+        moments = {
+            f"{number}.{key}": value
+            for number, entry in self.optimizer.state_dict()["state"].items()
+            for key, value in entry.items()
+            if value is not None
+        }
+        tensors: dict[str, Mapping[str, torch.Tensor]] = {
+            "denoiser": trainable(self.denoiser),
+            "ema": self.ema.average,
+            "optimizer": moments,
+        }
         if self.regularizer is not None:
-            save_file(_contiguous(self.regularizer.state_dict()), folder / "regularizer.safetensors")
-        save_file(_contiguous(self.ema.average), folder / "ema.safetensors")
-        save_file(_contiguous(_moments(self.optimizer)), folder / "optimizer.safetensors")
+            tensors["regularizer"] = self.regularizer.state_dict()
+        for name, values in tensors.items():
+            contiguous = {key: value.detach().contiguous() for key, value in values.items()}
+            save_file(contiguous, folder / f"{name}.safetensors")
         scaler = self.scaler.state_dict() if self.scaler is not None else None
-        files.write_json(folder / "state.json", {"progress": asdict(progress), "scaler": scaler})
+        files.write_json(folder / "state.json", {"format": _FORMAT, "progress": asdict(progress), "scaler": scaler})
 
     def load(self, folder: Path, progress: Progress) -> None:
-        """Take up what :meth:`save` wrote."""
+        """Load a state that :meth:`save` wrote, and update ``progress`` to it.
+
+        Raises:
+            KeyError: a weight is missing.
+        """
         load_trainable(self.denoiser, load_file(folder / "denoiser.safetensors"))
         if self.regularizer is not None:
             self.regularizer.load_state_dict(load_file(folder / "regularizer.safetensors"))
         self.ema.load(load_file(folder / "ema.safetensors"))
-        _restore_moments(self.optimizer, load_file(folder / "optimizer.safetensors"))
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in load_file(folder / "optimizer.safetensors").items():
+            number, key = name.split(".", 1)
+            moments.setdefault(int(number), {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         state = files.read_json(folder / "state.json")
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -81,13 +180,13 @@ class Trained:
             setattr(progress, field, value)
 
 
-def trainable(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of a module that train; everything else is as it was built."""
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a module that train; all others stay as they were built."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def load_trainable(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Take up what :func:`trainable` gave, and perhaps fixed weights, which older checkpoints hold too.
+    """Load the weights that train, and fixed ones if the state holds them.
 
     Raises:
         KeyError: a weight is missing.
@@ -98,20 +197,32 @@ def load_trainable(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None
     module.load_state_dict(state, strict=False)
 
 
-def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+def load_weights(denoiser: nn.Module, checkpoint: Path, weights: str) -> None:
+    """Load the averaged (``ema``) or the ``last`` weights of a checkpoint into a run's denoiser.
+
+    Raises:
+        KeyError: a weight is missing.
+    """
+    state = load_file(checkpoint / "denoiser.safetensors")
+    if weights == "ema":
+        averages = load_file(checkpoint / "ema.safetensors")
+        state |= {name.removeprefix(PREFIX): value for name, value in averages.items() if name.startswith(PREFIX)}
+    load_trainable(denoiser, state)
 
 
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{number}.{key}": value for number, entry in state.items() for key, value in entry.items() if value is not None
-    }
+def newest_checkpoint(directory: RunDirectory, weights: str) -> tuple[int, Path]:
+    """Return the step and the folder of a run's newest whole checkpoint.
 
+    Args:
+        directory: the run.
+        weights: ``ema`` for the averaged weights, or ``last`` for those of the last step.
 
-def _restore_moments(optimizer: torch.optim.Optimizer, moments: dict[str, torch.Tensor]) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in moments.items():
-        number, key = name.split(".", 1)
-        state.setdefault(int(number), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    Raises:
+        NoWeightsError: the run has no checkpoint, or ``weights`` is neither.
+    """
+    if weights not in WEIGHTS:
+        raise NoWeightsError(f"unknown weights '{weights}'; allowed: {', '.join(WEIGHTS)}")
+    newest = checkpoints.latest(directory.checkpoints)
+    if newest is None:
+        raise NoWeightsError(f"run {directory.run_id} has no checkpoint yet")
+    return newest

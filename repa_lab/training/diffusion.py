@@ -1,71 +1,52 @@
-"""The noise that a denoiser is trained against: what a noisy image is, what is to be predicted, and at which times."""
+"""The noise process that a denoiser is trained with: noisy images, prediction targets, times and loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 
 from repa_lab.models.released import is_flow, noise_problem
+from repa_lab.spec.schema import TimeSettings
 
-TimeSampling = Literal["auto", "uniform", "lognormal"]
-_STEPS = 1000  # of the clock that denoisers are told the time by
+UNIFORM, LOGIT_NORMAL = TimeSettings(type="uniform"), TimeSettings(type="logit_normal")
+_STEPS = 1000  # denoisers are given the step number divided by this
 
 
 class ProcessError(ValueError):
-    """A scheduler whose noise is not known."""
-
-
-class Process(Protocol):
-    """A path from data at time 0 to noise at time 1."""
-
-    def times(self, kind: TimeSampling, count: int, draw: torch.Generator) -> torch.Tensor:
-        """Times ``(count,)`` to train at, float32."""
-        ...
-
-    def corrupt(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The noisy images and what is to be predicted of them, both ``(B, C, H, W)``; ``t`` is ``(B,)``."""
-        ...
-
-    def min_snr(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
-        """Return the weight of each sample's squared error of the prediction, ``(B, 1, 1, 1)``, at times ``t``
-        ``(B,)``.
-
-        Min-SNR (2303.09556) weights the error of the clean image by ``min(SNR, gamma)``; here that is written for the
-        error of what is predicted.
-        """
-        ...
+    """The noise process of a scheduler is not known."""
 
 
 @dataclass(frozen=True)
 class Flow:
-    """The linear path of SiT, REPA and flow matching; predicted is its velocity, noise minus data.
+    """The linear path of SiT, REPA and flow matching; the target is the velocity, noise minus data.
 
     Attributes:
-        shift: how much later the times are drawn than they would be: ``shift * t / (1 + (shift - 1) * t)`` (SD3, Eq.
-            23).
-        auto: the distribution that ``auto`` means; released flow models are trained with the log-normal one (SD3,
-            section 3.1).
+        shift: moves times toward noise by ``shift * t / (1 + (shift - 1) * t)`` (SD3, Eq. 23).
+        default: the distribution of times before the shift; released flow models use the logit-normal one (SD3, 3.1).
     """
 
     shift: float = 1.0
-    auto: Literal["uniform", "lognormal"] = "uniform"
+    default: TimeSettings = UNIFORM
 
-    def times(self, kind: TimeSampling, count: int, draw: torch.Generator) -> torch.Tensor:
-        """See :class:`Process`; ``lognormal`` is the sigmoid of a standard normal."""
-        known = self.auto if kind == "auto" else kind
-        t = torch.randn(count, generator=draw).sigmoid() if known == "lognormal" else torch.rand(count, generator=draw)
+    def times(self, settings: TimeSettings | None, count: int, draw: torch.Generator) -> torch.Tensor:
+        """Draw training times ``(count,)``, float32; None draws from the default distribution."""
+        t = _unit_times(settings or self.default, count, draw)
         return t if self.shift == 1 else self.shift * t / (1 + (self.shift - 1) * t)
 
     def corrupt(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :class:`Process`: ``(1 - t) x + t noise``, and ``noise - x``."""
+        """Return the noisy images ``(1 - t) x + t noise`` and the targets ``noise - x``, ``(B, C, H, W)``."""
         time = t.view(-1, 1, 1, 1)
         return (1 - time) * x + time * noise, noise - x
 
     def min_snr(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
-        """See :class:`Process`: the velocity's error is the image's over ``t``, and SNR is ``((1 - t) / t)^2``."""
+        """Return the Min-SNR weight (2303.09556) of each sample's squared error at ``t`` ``(B,)``, ``(B, 1, 1, 1)``.
+
+        Min-SNR weights the error of the clean image by ``min(SNR, gamma)``; this is the equal weight for the velocity,
+        whose error times ``t`` is the image's. SNR is ``((1 - t) / t)^2``.
+        """
         time = t.view(-1, 1, 1, 1)
         return torch.minimum((1 - time).square(), gamma * time.square())
 
@@ -73,13 +54,12 @@ class Flow:
 class Diffusion:
     """The discrete path of DDPM: ``sqrt(a) x + sqrt(1 - a) noise``.
 
-    Times are step numbers in thousandths, for denoisers are told the number of the step: of 1,000 steps the last is at
-    0.999, of Kolors' 1,100 at 1.099.
+    Times are step numbers divided by 1,000, because denoisers are given the step number: with 1,000 steps the last
+    time is 0.999, with Kolors' 1,100 steps 1.099.
 
     Args:
-        alphas: the cumulated product ``a`` at every step, ``(steps,)``.
-        prediction: ``epsilon`` (the noise), ``v_prediction`` (``sqrt(a) noise - sqrt(1 - a) x``) or ``sample`` (the
-            image).
+        alphas: the cumulative product ``a`` at every step, ``(steps,)``.
+        prediction: ``epsilon`` (noise), ``v_prediction`` (``sqrt(a) noise - sqrt(1 - a) x``) or ``sample`` (image).
     """
 
     def __init__(self, alphas: torch.Tensor, prediction: str) -> None:
@@ -88,36 +68,36 @@ class Diffusion:
         self._signal, self._noise = alphas.double().sqrt().float(), (1 - alphas.double()).clamp_min(0).sqrt().float()
         self._prediction = prediction
 
-    def times(self, kind: TimeSampling, count: int, draw: torch.Generator) -> torch.Tensor:
-        """See :class:`Process`; ``auto`` is uniform over the steps, and ``lognormal`` falls on the nearest lower one."""
+    def times(self, settings: TimeSettings | None, count: int, draw: torch.Generator) -> torch.Tensor:
+        """Draw training times ``(count,)``, uniform over the steps by default; logit-normal times are rounded down."""
         steps = len(self._signal)
-        if kind == "lognormal":
-            return (torch.randn(count, generator=draw).sigmoid() * steps).floor().clamp_max(steps - 1) / _STEPS
-        return torch.randint(steps, (count,), generator=draw) / _STEPS
+        if settings is None or settings.type == "uniform":
+            return torch.randint(steps, (count,), generator=draw) / _STEPS
+        return (_unit_times(settings, count, draw) * steps).floor().clamp_max(steps - 1) / _STEPS
 
     def corrupt(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :class:`Process`; a time between two steps is the nearest one's."""
+        """Return the noisy images and the targets, ``(B, C, H, W)``; other times are rounded to the nearest step."""
         signal, scale = self._at(t)
         return signal * x + scale * noise, _TARGETS[self._prediction](x, noise, signal, scale)
 
     def min_snr(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
-        """See :class:`Process`: SNR is ``a / (1 - a)``."""
+        """Return the Min-SNR weight with SNR ``a / (1 - a)``; see :meth:`Flow.min_snr`."""
         signal, scale = self._at(t)
         return _MIN_SNR[self._prediction](signal.square(), scale.square(), gamma)
 
     def _at(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scales of image and noise at times ``t``, ``(B, 1, 1, 1)`` each."""
         step = (t * _STEPS).round().long().clamp_max(len(self._signal) - 1)
-        signal, scale = (part.to(t.device)[step].view(-1, 1, 1, 1) for part in (self._signal, self._noise))
+        signal, scale = (values.to(t.device)[step].view(-1, 1, 1, 1) for values in (self._signal, self._noise))
         return signal, scale
 
 
-_Target = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-_TARGETS: dict[str, _Target] = {
+_TARGETS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "epsilon": lambda x, noise, signal, scale: noise,
     "v_prediction": lambda x, noise, signal, scale: signal * noise - scale * x,
     "sample": lambda x, noise, signal, scale: x,
 }
-# From the powers of signal and noise: the image's error is the noise's over SNR, and (1 - a) times that of v.
+# By the powers of signal and noise: the image's error is the noise's over SNR, and (1 - a) times that of v.
 _MIN_SNR: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {
     "epsilon": lambda signal, noise, gamma: (gamma * noise / signal).clamp_max(1),
     "v_prediction": lambda signal, noise, gamma: torch.minimum(signal, gamma * noise),
@@ -125,23 +105,46 @@ _MIN_SNR: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]]
 }
 
 
-def process_of(scheduler: Mapping[str, Any]) -> Process:
-    """The process that a released model was trained with, by its scheduler's ``scheduler_config.json``.
+Process = Flow | Diffusion
 
-    Of a shift that depends on the image's size nothing is applied: it is one of sampling, and diffusers' own training
-    scripts leave it out too.
+
+def process_of(scheduler: Mapping[str, Any]) -> Process:
+    """Return the noise process that a released model was trained with.
+
+    A shift that depends on the image size is left out: it is used for sampling only, as in diffusers' training scripts.
+
+    Args:
+        scheduler: the pipeline's ``scheduler_config.json``.
 
     Raises:
-        ProcessError: its noise, or what it predicts, is not known.
+        ProcessError: the noise or the prediction is not known.
     """
     if is_flow(scheduler):
-        static = not scheduler.get("use_dynamic_shifting", False)
+        is_static = not scheduler.get("use_dynamic_shifting", False)
         shift = scheduler.get("flow_shift", scheduler.get("shift", 1.0))
-        return Flow(float(shift) if static else 1.0, "lognormal")
+        return Flow(float(shift) if is_static else 1.0, LOGIT_NORMAL)
     if message := noise_problem(scheduler):
         raise ProcessError(message)
     from diffusers import DDPMScheduler
 
-    return Diffusion(
-        DDPMScheduler.from_config(dict(scheduler)).alphas_cumprod, scheduler.get("prediction_type", "epsilon")
-    )
+    alphas = DDPMScheduler.from_config(dict(scheduler)).alphas_cumprod
+    return Diffusion(alphas, scheduler.get("prediction_type", "epsilon"))
+
+
+def denoising_loss(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the mean squared error, a float32 scalar.
+
+    Args:
+        prediction: the denoiser's output, ``(B, C, H, W)``.
+        target: the prediction target, ``(B, C, H, W)``.
+        weight: of each sample, ``(B, 1, 1, 1)``; None weights all samples equally.
+    """
+    error = (prediction.float() - target).square()
+    return error.mean() if weight is None else (weight * error).mean()
+
+
+def _unit_times(settings: TimeSettings, count: int, draw: torch.Generator) -> torch.Tensor:
+    """Draw times ``(count,)`` between 0 and 1."""
+    if settings.type == "uniform":
+        return torch.rand(count, generator=draw)
+    return (settings.mean + settings.std * torch.randn(count, generator=draw)).sigmoid()

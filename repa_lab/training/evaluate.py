@@ -1,14 +1,21 @@
-"""Measurements of a run at a checkpoint, on averaged weights."""
+"""Measure a denoiser: its samples against the training images, and its hidden states against an encoder's tokens.
+
+See docs/protocol.md for the meaning of the numbers.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torchvision.transforms.functional import resize
 from torchvision.utils import make_grid
 
@@ -16,25 +23,36 @@ from repa_lab.align import Tokens
 from repa_lab.align.regularizer import Pair
 from repa_lab.align.tokens import Grid
 from repa_lab.data.errors import DataError
+from repa_lab.data.sources import groups
 from repa_lab.encoders.targets import Targets
-from repa_lab.files import digest, replace_atomically
+from repa_lab.files import digest, file_digest, replace_atomically
 from repa_lab.metrics import CosineSums, cka
+from repa_lab.metrics.extractor import Extractor, Features
+from repa_lab.metrics.protocol import METRICS
+from repa_lab.metrics.quality import NEIGHBOURS, SPLITS, kid_protocol
+from repa_lab.metrics.reference import RealImages, Reference, measure, read_reference, reference
 from repa_lab.models.family import BlockIndex
+from repa_lab.models.released import SCHEDULER, read_json
 from repa_lab.models.tap import Tap
 from repa_lab.runs.files import Row
-from repa_lab.spec import EvaluateConfig, RunConfig
-from repa_lab.training.fingerprints import described
-from repa_lab.training.heldout import held_out_batches, image_means, noise_protocol, show
-from repa_lab.training.images import Images
+from repa_lab.spec import EvaluateConfig, ExtractorConfig, RunConfig
+from repa_lab.training.batches import generator
+from repa_lab.training.data import Images, pretrained_folder
 from repa_lab.training.model import Model
-from repa_lab.training.protocol import MIN_HELD_OUT
-from repa_lab.training.quality import Quality, versions
+from repa_lab.training.resolve import MIN_HELD_OUT, content_of, encoder_identity, names_of_metric, protocols_of
+from repa_lab.training.sampling import Sampler, shares
 
 Match = Callable[[Tokens, Tokens], Pair]
 
+# Held-out images get the same noise in every run, whatever its seed.
+MEASURING_SEED = 0
+_DEFAULT_BATCH: int = EvaluateConfig.model_fields["batch_size"].default
+_REFERENCE_BATCH = 512
+_GRID_SAMPLES = 40
 _GRID_COLUMNS = 10
 _GRID_MIN_PIXELS = 32
 _GRID_MAX_WIDTH = 2560
+_LIBRARIES = ("torch", "torchvision", "torch-fidelity", "diffusers", "timm", "numpy", "scipy")
 _ALIGNMENT = {
     "heldout/cka": "linear CKA, unbiased, of image means",
     "heldout/cosine": "mean cosine of projected tokens",
@@ -42,21 +60,34 @@ _ALIGNMENT = {
 }
 
 
+class DivergedError(RuntimeError):
+    """The loss or the samples are not finite."""
+
+
+class _Drawn(NamedTuple):
+    """A batch of samples: number of the first one, pixels to show, and features; None if a sample is not finite."""
+
+    start: int
+    shown: torch.Tensor
+    features: list[Features] | None
+
+
 class Evaluator:
-    """Measures a denoiser with the weights it has at the moment.
+    """Measures a denoiser with its current weights.
 
     Args:
         config: the run's settings.
-        images: the data; its training images are the Frechet distance's reference.
-        model: what is measured.
-        targets: encoder tokens, or None if alignment is not measured.
-        cache: where reference statistics are kept.
+        images: the data; its training images are the reference of the samples.
+        model: the model to measure.
+        targets: encoder tokens; None measures no alignment.
+        cache: folder of reference statistics.
         device: where to run.
-        part: which of how many processes this is: they share the sampling, and every one of them learns the result.
+        part: number of this process and number of processes; they share the sampling and all return the same result.
 
     Raises:
-        EncoderError: the extractor's weights are missing.
-        DataError: too few images are held out to measure alignment on.
+        EncoderError: an extractor's weights are missing.
+        StatisticsError: a file of reference statistics cannot be used.
+        DataError: too few images are held out to measure alignment.
     """
 
     def __init__(
@@ -71,82 +102,247 @@ class Evaluator:
     ) -> None:
         if targets is not None and len(images.split.held_out) < MIN_HELD_OUT:
             raise DataError("holdout", f"alignment is measured on held-out images: hold out {MIN_HELD_OUT} or more")
-        self._config, self._model, self._images, self._targets, self._device = (
-            config.evaluate,
-            model,
-            images,
-            targets,
-            device,
-        )
-        self._encoder = config.alignment_encoder
-        self._quality = Quality(config, images, model, cache, device, part)
-
-    def quality(self, tier: EvaluateConfig) -> tuple[Row, torch.Tensor]:
-        """What a protocol measures of samples, and what is shown of them; see :class:`repa_lab.training.quality.Quality`."""
-        return self._quality(tier)
-
-    def protocols(self, seed: int, block: BlockIndex) -> dict[str, dict[str, Any]]:
-        """What each number depends on, by its name.
-
-        Args:
-            seed: the run's.
-            block: where alignment is measured.
-        """
-        found = self._quality.protocols(seed)
-        if self._targets is None or self._encoder is None:
-            return found
-        held_out = {"data": self._images.base.fingerprint, "images": self._images.split.held_out.tolist()}
-        given = {
-            "encoder": described(self._encoder),
-            "block": block,
-            "timestep": self._config.timestep,
-            "held_out": digest(held_out),
-            "images": len(self._images.split.held_out),
-            **noise_protocol(self._config, len(self._images.split.held_out)),
-            "versions": versions(),
+        self._config, self._model, self._images, self._targets = config, model, images, targets
+        self._device, self._part, self._real = device, part, real_images(images)
+        extractors = dict.fromkeys(extractor for protocol in protocols_of(config) for extractor in protocol.extractors)
+        self._extractors = {settings: open_extractor(config, settings, device) for settings in extractors}
+        self._references = {
+            settings: open_reference(settings, extractor, self._real, cache)
+            for settings, extractor in self._extractors.items()
         }
-        return found | {name: {"metric": metric, **given} for name, metric in _ALIGNMENT.items()}
+
+    def quality(self, protocol: EvaluateConfig) -> tuple[Row, torch.Tensor]:
+        """Return the metrics of a protocol by full name, and the samples to show as uint8 pixels ``(n, C, H, W)``.
+
+        Raises:
+            DivergedError: a sample is not finite.
+        """
+        sampler = self._model.sampler(protocol)
+        batches = shares(protocol.samples, protocol.batch_size, self._part)
+        drawn = gather_object([self._draw(protocol, sampler, index) for index in batches])
+        drawn.sort(key=lambda batch: batch.start)
+        finite = [batch.features for batch in drawn if batch.features is not None]
+        if len(finite) < len(drawn):
+            raise DivergedError("the denoiser draws samples that are not finite")
+        row: Row = {}
+        for number, extractor in enumerate(protocol.extractors):
+            features = Features.cat([batch[number] for batch in finite])
+            for metric in protocol.metrics:
+                names = list(names_of_metric(self._config, protocol, metric, extractor))
+                if names:  # some metrics are defined for Inception's features only
+                    row |= dict(zip(names, measure(metric, features, self._references[extractor]), strict=True))
+        shown = sampler.shown() if self._part[0] == 0 else None
+        return row, torch.cat([batch.shown for batch in drawn]) if shown is None else shown
 
     @torch.no_grad()
     def alignment(self, tap: Tap, match: Match | None) -> Row:
-        """Agreement of the tap with the encoder on held-out images: linear CKA of image means, and the projector's
-        cosine.
+        """Return the agreement of a block with the encoder on held-out images, without labels or captions.
 
         Args:
-            tap: set on the denoiser, which runs on the held-out images at the measuring time, told nothing of them.
-            match: projects the tap for this very encoder and matches the two token by token; None measures no cosine.
+            tap: set on the denoiser.
+            match: projects the block's tokens and pairs them with the encoder's; None measures no cosine.
         """
         if self._targets is None:
             return {}
-        ours, theirs, sums = [], [], defaultdict[tuple[Grid, Grid], CosineSums](CosineSums)
-        for student, teacher in self._held_out_pairs(tap, self._targets):
-            ours.append(image_means(student.values))
-            theirs.append(image_means(teacher.values))
-            if match is not None:
-                sums[student.grid, teacher.grid].add(*match(student, teacher))
-        return {"heldout/cka": cka(torch.cat(ours), torch.cat(theirs)), **_agreement(list(sums.values()))}
-
-    def _held_out_pairs(self, tap: Tap, targets: Targets) -> Iterator[tuple[Tokens, Tokens]]:
-        """Tap and encoder tokens of the held-out images at the measuring time, batch by batch."""
+        students, teachers, by_grids = [], [], defaultdict[tuple[Grid, Grid], CosineSums](CosineSums)
         for index in held_out_batches(self._images, self._images.split.held_out, self._model.at_once):
-            show(self._model, self._images, index, self._config.timestep, self._device)
-            student, teacher = tap.take(), targets(index, self._device)
-            yield Tokens(student.values.float(), student.grid), Tokens(teacher.values.float(), teacher.grid)
+            show(self._model, self._images, index, self._config.evaluate.timestep, self._device)
+            student, teacher = tap.take(), self._targets(index, self._device)
+            student = Tokens(student.values.float(), student.grid)
+            teacher = Tokens(teacher.values.float(), teacher.grid)
+            students.append(image_means(student.values))
+            teachers.append(image_means(teacher.values))
+            if match is not None:
+                by_grids[student.grid, teacher.grid].add(*match(student, teacher))
+        row: Row = {"heldout/cka": cka(torch.cat(students), torch.cat(teachers))}
+        sums = list(by_grids.values())
+        if sums:
+            weights = [grid.images for grid in sums]
+            row["heldout/cosine"] = float(np.average([grid.cosine for grid in sums], weights=weights))
+        if several := [grid for grid in sums if grid.images > 1]:  # a single image cannot be mismatched
+            weights = [grid.images for grid in several]
+            row["heldout/gap"] = float(np.average([grid.gap for grid in several], weights=weights))
+        return row
+
+    def protocols(self, seed: int, block: BlockIndex) -> dict[str, dict[str, Any]]:
+        """Return everything that each number depends on, by its name.
+
+        Args:
+            seed: the run's seed.
+            block: the block at which alignment is measured.
+        """
+        described = {
+            name: self._describe(protocol, extractor, metric, seed)
+            for protocol in protocols_of(self._config)
+            for extractor in protocol.extractors
+            for metric in protocol.metrics
+            for name in names_of_metric(self._config, protocol, metric, extractor)
+        }
+        encoder, held_out = self._config.alignment_encoder, self._images.split.held_out
+        if self._targets is None or encoder is None:
+            return described
+        shared = {
+            "encoder": encoder_identity(encoder),
+            "block": block,
+            "timestep": self._config.evaluate.timestep,
+            "held_out": digest({"data": self._images.base.fingerprint, "images": held_out.tolist()}),
+            "images": len(held_out),
+            **noise_protocol(self._config.evaluate, len(held_out)),
+            "versions": versions(),
+        }
+        return described | {name: {"metric": metric, **shared} for name, metric in _ALIGNMENT.items()}
+
+    def _draw(self, protocol: EvaluateConfig, sampler: Sampler, index: range) -> _Drawn:
+        pixels = sampler(index)
+        if pixels is None:
+            return _Drawn(index.start, torch.empty(0), None)
+        features = [self._extractors[extractor].features(pixels) for extractor in protocol.extractors]
+        return _Drawn(index.start, pixels[: max(0, _GRID_SAMPLES - index.start)].clone(), features)
+
+    def _describe(self, protocol: EvaluateConfig, extractor: ExtractorConfig, metric: str, seed: int) -> dict[str, Any]:
+        return {
+            "metric": metric,
+            **self._extractors[extractor].identity,
+            "reference": file_digest(Path(extractor.reference)) if extractor.reference else self._real.source,
+            **_metric_details(metric, self._references[extractor], protocol.samples),
+            "samples": protocol.samples,
+            "sampler": protocol.sampler.model_dump(mode="json"),
+            "guidance": protocol.guidance.model_dump(mode="json"),
+            "labels": protocol.labels,
+            **({} if protocol.rounding == "nearest" else {"rounding": protocol.rounding}),  # the default is left out
+            **decoder_identity(self._config),
+            "seed": seed,
+            "versions": versions(),
+        }
 
 
-def _agreement(sums: Sequence[CosineSums]) -> Row:
-    """The mean cosine over images, and how far it lies above that of mismatched images of the same grids."""
-    row: Row = {}
-    if sums:
-        row["heldout/cosine"] = float(np.average([one.cosine for one in sums], weights=[one.images for one in sums]))
-    if several := [one for one in sums if one.images > 1]:  # a lone image of its grid has none to be mismatched with
-        row["heldout/gap"] = float(np.average([one.gap for one in several], weights=[one.images for one in several]))
-    return row
+def _metric_details(metric: str, reference: Reference, samples: int) -> dict[str, Any]:
+    """Return what a metric depends on beside the samples: the real images and the metric's own parameters."""
+    if metric in ("frechet", "sfid"):
+        statistics = reference.of(metric)
+        return {"real": statistics.count, "features": len(statistics.mu)}
+    if metric == "inception_score":
+        return {"splits": SPLITS}
+    real = len(reference.features or ())
+    if metric == "kid":
+        return {"real": real, "subsets": kid_protocol(samples, real)}
+    if metric == "precision_recall":
+        return {"real": real, "neighbours": NEIGHBOURS}
+    origin = METRICS.origin(metric)
+    return {"real": real, "plugin": origin and origin.digest}
+
+
+def decoder_identity(config: RunConfig) -> dict[str, Any]:
+    """Return the content of what decodes samples to pixels, and the scheduler of a pretrained pipeline."""
+    decoder = config.data.vae or config.model.pretrained
+    identity: dict[str, Any] = {"decoder": decoder and content_of(decoder)}
+    if config.model.pretrained is None:
+        return identity
+    scheduler = read_json(pretrained_folder(config.model) / SCHEDULER / "scheduler_config.json") or {}
+    scheduler.pop("_diffusers_version", None)
+    # Some schedulers have a limit of -Infinity, which is not valid JSON.
+    finite = {name: str(value) if value in (math.inf, -math.inf) else value for name, value in scheduler.items()}
+    return {**identity, "scheduler": finite}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that numbers may depend on."""
+    return {name: importlib.metadata.version(name) for name in _LIBRARIES}
+
+
+def open_extractor(config: RunConfig, extractor: ExtractorConfig, device: torch.device) -> Extractor:
+    """Return an extractor for all metrics that a run computes with it; runs in one process share it.
+
+    Raises:
+        EncoderError: its weights are missing.
+    """
+    content = extractor.weights and content_of(extractor.weights)
+    return _load_extractor(extractor.name, extractor.weights, content, device, metrics_with(config, extractor))
+
+
+@functools.lru_cache(maxsize=2)
+def _load_extractor(
+    name: str, weights: str | None, content: str | None, device: torch.device, metrics: tuple[str, ...]
+) -> Extractor:
+    """Load an extractor; ``content`` makes another file under the same name another extractor."""
+    return Extractor(name, weights, device, metrics)
+
+
+def metrics_with(config: RunConfig, extractor: ExtractorConfig) -> tuple[str, ...]:
+    """Return the metrics that a run computes with an extractor, under any of its protocols."""
+    using = (protocol for protocol in protocols_of(config) if extractor in protocol.extractors)
+    return tuple(dict.fromkeys(metric for protocol in using for metric in protocol.metrics))
+
+
+def open_reference(config: ExtractorConfig, extractor: Extractor, real: RealImages, cache: Path) -> Reference:
+    """Return the reference of an extractor: a file of statistics, or the training images' features from the cache.
+
+    Raises:
+        StatisticsError: the file cannot be used.
+    """
+    if config.reference:
+        return read_reference(extractor, Path(config.reference), real.size)
+    return reference(extractor, real, cache)
+
+
+def real_images(images: Images) -> RealImages:
+    """Return the training images as a reference, without mirrored ones."""
+    source, train = images.base, images.split.train
+
+    def batches() -> Iterator[torch.Tensor]:
+        for group in groups(source.sizes[train]):
+            for index in train[group].split(_REFERENCE_BATCH):
+                yield source.read(index.tolist())
+
+    sizes = source.sizes[train].unique(dim=0).tolist()
+    size = (sizes[0][0], sizes[0][1]) if len(sizes) == 1 else None
+    return RealImages(digest({"data": source.fingerprint, "images": train.tolist()}), len(train), batches, size)
+
+
+def held_out_batches(images: Images, chosen: torch.Tensor, at_once: int) -> Iterator[torch.Tensor]:
+    """Yield the images ``chosen`` ``(n,)`` in batches of one size, at most ``at_once`` each."""
+    for group in groups(images.source.sizes[chosen]):
+        yield from chosen[group].split(at_once)
+
+
+def noise_protocol(config: EvaluateConfig, images: int) -> dict[str, int]:
+    """Return the protocol fields that describe the noise batch.
+
+    Empty for the default batch size, so that existing protocol names do not change.
+    """
+    batch = min(config.batch_size, images)
+    return {} if batch == min(_DEFAULT_BATCH, images) else {"noise_batch": batch}
+
+
+def image_means(values: torch.Tensor) -> torch.Tensor:
+    """Return tokens ``(B, N, D)`` averaged over each image, ``(B, D)``, float32."""
+    return values.float().mean(dim=1)
+
+
+def show(model: Model, images: Images, index: torch.Tensor, timestep: float, device: torch.device) -> None:
+    """Run the denoiser on a batch of held-out images, unconditionally, so that its taps capture them.
+
+    Args:
+        model: its denoiser is on the device.
+        images: the data.
+        index: a batch of :func:`held_out_batches`, ``(b,)``.
+        timestep: 0 is data, 1 is noise.
+        device: where to run.
+    """
+    draw = generator(MEASURING_SEED, "held-out", int(index[0]))
+    x = images.space.encode(index, images.space.draw(index, draw))
+    noise = torch.randn(x.shape, generator=draw)
+    t = torch.full((len(x),), timestep)
+    x_t, _ = model.process.corrupt(x, noise, t)
+    null = model.conditioning(index, torch.ones(len(index), dtype=torch.bool))
+    model.denoiser(x_t.to(device), t.to(device), **{name: value.to(device) for name, value in null.items()})
 
 
 def write_grid(pixels: torch.Tensor, path: Path) -> None:
-    """Samples ``(n, C, H, W)`` uint8 as one PNG, ten to a row at most; tiny images are enlarged without smoothing, and
-    large ones shrunk until a row is as wide as a screen."""
+    """Write samples ``(n, C, H, W)``, uint8, as one PNG of up to ten columns.
+
+    Tiny images are enlarged without smoothing; large ones are shrunk until a row fits a screen.
+    """
     from PIL import Image
 
     columns, side = min(len(pixels), _GRID_COLUMNS), pixels.shape[-1]

@@ -1,48 +1,75 @@
-"""A run's denoiser as others load it: without projector, optimizer or anything else of the lab's."""
+"""Write a run's denoiser and its samples for use outside repa-lab."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import torch
+
+from repa_lab.metrics.npz import write_images
 from repa_lab.models.pretrained import DiffusersDenoiser
 from repa_lab.models.scratch import Input
 from repa_lab.runs import RunDirectory, files
+from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
-from repa_lab.training.checkpoint import INPUT_FILE
-from repa_lab.training.model import build_denoiser
-from repa_lab.training.trained import load_weights, newest_checkpoint
+from repa_lab.training.checkpoint import INPUT_FILE, load_weights, newest_checkpoint
+from repa_lab.training.data import open_data
+from repa_lab.training.device import computing_in, measuring_precision, pick_device
+from repa_lab.training.evaluate import DivergedError, real_images
+from repa_lab.training.model import build_denoiser, open_trained
+from repa_lab.training.resolve import metric_names, names_of, protocols_of
+from repa_lab.training.sampling import shares
+
+Progress = Callable[[int, int], None]
 
 
 class ExportError(ValueError):
-    """There is no place to put it."""
+    """The requested files cannot be written: the place is in use, or the run has no such number or images."""
+
+
+class WrittenSamples(NamedTuple):
+    """Samples that were written.
+
+    Attributes:
+        step: of the checkpoint.
+        metric: full name of the number that is measured on these samples.
+        value: the run's value of that number; None if the run measured none at this step or with these weights.
+    """
+
+    step: int
+    metric: str
+    value: float | None
 
 
 def export_model(directory: RunDirectory, folder: Path, weights: str = "ema") -> int:
-    """Write the denoiser of a run's newest checkpoint into a new folder.
+    """Write the denoiser of a run's newest checkpoint into a new folder, without projector or optimizer.
 
-    A ``unet`` becomes a folder that diffusers' `UNet2DModel.from_pretrained` loads; a ``sit`` becomes
-    ``model.safetensors`` and a ``config.json`` of :class:`repa_lab.models.sit.SiTConfig`. A pretrained family that was
-    trained in full becomes a folder of its own class in diffusers; LoRA becomes the one file that the family's pipeline
-    takes (`load_lora_weights`), or, where it takes none, peft's folder (`PeftModel.from_pretrained`).
+    A ``unet`` becomes a folder for diffusers' `UNet2DModel.from_pretrained`; a ``sit`` becomes ``model.safetensors``
+    and a ``config.json`` of :class:`repa_lab.models.sit.SiTConfig`. A pretrained denoiser that was trained in full
+    becomes a folder of its diffusers class. A LoRA becomes the file that the pipeline's `load_lora_weights` takes, or,
+    if the pipeline has no such method, a folder for `PeftModel.from_pretrained`.
 
     Args:
         directory: the run.
-        folder: where to write; it must not hold anything yet.
-        weights: ``ema``, the averages that are measured, or ``last``, those of the last step.
+        folder: a new or empty folder.
+        weights: ``ema`` for the averaged weights, or ``last`` for those of the last step.
 
     Returns:
         The step of the checkpoint.
 
     Raises:
-        NoWeightsError: the run has no checkpoint, or ``weights`` is another word.
-        ExportError: the folder is in use.
+        NoWeightsError: the run has no checkpoint, or ``weights`` is neither.
+        ExportError: the folder is not empty.
     """
     step, checkpoint = newest_checkpoint(directory, weights)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"'{folder}' is not empty; name a new folder")
     run = Run.from_json(directory.run_id, directory.spec)
-    denoiser = build_denoiser(run.config, _input(files.read_json(checkpoint / INPUT_FILE)), run.seed)
+    given = files.read_json(checkpoint / INPUT_FILE)
+    shape = Input(given["channels"], tuple(given["size"]), given["num_classes"]) if given else None
+    denoiser = build_denoiser(run.config, shape, run.seed)
     load_weights(denoiser, checkpoint, weights)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(denoiser, DiffusersDenoiser):
@@ -52,5 +79,96 @@ def export_model(directory: RunDirectory, folder: Path, weights: str = "ema") ->
     return step
 
 
-def _input(given: dict[str, Any] | None) -> Input | None:
-    return Input(given["channels"], tuple(given["size"]), given["num_classes"]) if given else None
+def write_samples(
+    directory: RunDirectory,
+    path: Path,
+    cache: Path,
+    metric: str | None = None,
+    weights: str = "ema",
+    progress: Progress = lambda done, total: None,
+) -> WrittenSamples:
+    """Draw the samples that a number is measured on from a run's newest checkpoint, as one npz for ADM's evaluator.
+
+    Args:
+        directory: the run.
+        path: a new file.
+        cache: folder of latents and captions.
+        metric: full name of the number; None takes the first one of the milestone protocol, or else of the usual one.
+        weights: ``ema`` for the averaged weights, which are measured, or ``last``.
+        progress: called with the number of samples drawn and of all samples.
+
+    Raises:
+        ExportError: the file exists, or the run measures no such number.
+        NoWeightsError: the run has no checkpoint.
+        DivergedError: a sample is not finite.
+    """
+    _require_new(path)
+    step, checkpoint = newest_checkpoint(directory, weights)
+    run = Run.from_json(directory.run_id, directory.spec)
+    by_name = {name: protocol for protocol in protocols_of(run.config) for name in names_of(run.config, protocol)}
+    chosen = metric or next(names_of(run.config, protocols_of(run.config)[-1]))
+    if chosen not in by_name:
+        raise ExportError(
+            f"run {run.run_id} measures no '{chosen}'; it measures: {', '.join(metric_names(run.config))}"
+        )
+    protocol, recorded = by_name[chosen], directory.protocols.get(chosen)
+    # The precision in which the number was measured, on whatever device there is.
+    if recorded is not None:
+        precision = str(recorded.get("precision", "fp32"))
+    else:
+        precision = measuring_precision(run.config.evaluate, str(directory.provenance["options"]["precision"]))
+    options = RunOptions.model_validate({"precision": "fp32" if precision == "tf32" else precision})
+    device = pick_device(options)
+    model = open_trained(run, checkpoint, weights, open_data(run.config, cache, device), options, cache, device)
+    sampler = model.sampler(protocol)
+
+    def batches() -> Iterator[torch.Tensor]:
+        for index in shares(protocol.samples, protocol.batch_size):
+            pixels = sampler(index)
+            if pixels is None:
+                raise DivergedError("the denoiser draws samples that are not finite")
+            progress(index.stop, protocol.samples)
+            yield pixels
+
+    with computing_in(model.denoiser, precision, device):
+        write_images(path, batches(), protocol.samples)
+    values = [row[chosen] for row in directory.rows() if row["step"] == step and chosen in row]
+    return WrittenSamples(step, chosen, values[-1] if values and weights == "ema" else None)
+
+
+def write_real(directory: RunDirectory, path: Path, cache: Path, progress: Progress = lambda done, total: None) -> int:
+    """Write the training images that a run's samples are compared with, in order, as :func:`write_samples` does.
+
+    Args:
+        directory: the run.
+        path: a new file.
+        cache: folder of latents.
+        progress: called with the number of images written and of all images.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        ExportError: the file exists, or the images have several sizes.
+        DataError: the data is not available any more.
+    """
+    _require_new(path)
+    config = Run.from_json(directory.run_id, directory.spec).config
+    real = real_images(open_data(config, cache, pick_device(RunOptions())))
+    if real.size is None:
+        raise ExportError("the training images have several sizes, and such a file holds images of one size")
+
+    def batches() -> Iterator[torch.Tensor]:
+        done = 0
+        for pixels in real.batches():
+            done += len(pixels)
+            progress(done, real.count)
+            yield pixels
+
+    write_images(path, batches(), real.count)
+    return real.count
+
+
+def _require_new(path: Path) -> None:
+    if path.exists():
+        raise ExportError(f"'{path}' exists; name a new file")

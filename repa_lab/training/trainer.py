@@ -1,4 +1,4 @@
-"""One run on this process's device: its parts, put together, and one step of it."""
+"""One run on this process's device, and one training step of it."""
 
 from __future__ import annotations
 
@@ -23,32 +23,36 @@ from repa_lab.models.family import BlockIndex
 from repa_lab.models.tap import Tap
 from repa_lab.runs import files
 from repa_lab.runs.files import Row
-from repa_lab.spec import EncoderSettings, RunConfig, RunOptions
+from repa_lab.spec import EncoderSettings, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.spec.schema import LearningRateSettings
-from repa_lab.training.aligner import Aligner, PrefetchWeight, open_targets
-from repa_lab.training.batches import Batch, Steps, denoising_loss
-from repa_lab.training.checkpoint import INPUT_FILE, PREFIX, Progress, Trained
-from repa_lab.training.device import MIXED_PRECISION, DeviceError, computing_in, measuring_precision, pick_device
-from repa_lab.training.ema import EMA
+from repa_lab.training.aligner import Aligner, PrefetchWeight, Stopwatch, open_targets
+from repa_lab.training.batches import Batch, Steps
+from repa_lab.training.checkpoint import EMA, INPUT_FILE, PREFIX, Progress, TrainState
+from repa_lab.training.costs import costs_so_far
+from repa_lab.training.data import open_data
+from repa_lab.training.device import (
+    MicroBatch,
+    computing_in,
+    measuring_precision,
+    pick_device,
+    require_equal_parts,
+)
+from repa_lab.training.diffusion import denoising_loss
 from repa_lab.training.evaluate import Evaluator, Match
-from repa_lab.training.ledger import ledger
-from repa_lab.training.micro_batch import MicroBatch
-from repa_lab.training.model import open_data, open_model
-from repa_lab.training.needs import choose_block, needs_of, shape_of_model
-from repa_lab.training.protocol import tiers
-from repa_lab.training.stopwatch import Stopwatch, TimedTargets
+from repa_lab.training.model import open_model
+from repa_lab.training.resolve import choose_block, needs_of, protocols_of, shape_of_model
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one optimizer step yielded; tensors stay on the device until a row asks for them.
+    """The result of one optimizer step; tensors stay on the device until :meth:`row` is called.
 
     Attributes:
-        values: means over this process's part of the batch, by their names in a row.
+        values: means over this process's part of the batch, by name in the metric row.
         weight: the regularizer's weight; None without one.
-        learning_rate: where it changes over steps; None where it is constant.
-        grad_norm: the norm of the gradient before clipping; None where nothing is clipped.
+        learning_rate: the learning rate; None if it is constant.
+        grad_norm: the norm of the gradient before clipping; None without clipping.
     """
 
     values: dict[str, torch.Tensor]
@@ -57,7 +61,7 @@ class StepOutcome:
     grad_norm: torch.Tensor | None
 
     def row(self) -> Row:
-        """As numbers, means over all processes; each of them must ask."""
+        """Return the means over all processes as numbers; every process must call this."""
         means = mean_over_ranks(torch.stack(list(self.values.values()))).tolist()
         row: Row = dict(zip(self.values, means, strict=True))
         if self.weight is not None:
@@ -70,96 +74,97 @@ class StepOutcome:
 
 
 class Trainer:
-    """The parts of one run on this process's device, and one step of it.
+    """The components of one run on this process's device, and its training step.
 
-    Where several processes were started (torchrun, accelerate launch), each takes its part of every batch.
+    With several processes (torchrun, accelerate launch) each trains on its part of every batch.
 
     Raises:
-        DataError, EncoderError, PretrainedError, ProcessError, TapError, DeviceError: a part cannot be had; nothing has
-            been trained by then.
+        DataError, EncoderError, PretrainedError, ProcessError, TapError, DeviceError: a component is not available;
+            nothing has been trained by then.
     """
 
     def __init__(self, run: Run, options: RunOptions, cache: Path) -> None:
-        config, self.options, self.progress = run.config, options, Progress()
-        self.config, self._run = config, run
-        pick_device(options)  # refuses what would otherwise fall back in silence
-        self.accelerator = _accelerator(config, options)
+        config = run.config
+        self.config, self.options, self.progress, self._run = config, options, Progress(), run
+        pick_device(options)  # refuses what accelerate would silently replace
+        self.accelerator = _accelerator(config.model.pretrained is not None, options)
         self.device: torch.device = self.accelerator.device
         part = (self.accelerator.process_index, self.accelerator.num_processes)
-        require_equal_parts(config, part[1])
+        require_equal_parts(config.train.batch_size, part[1])
         self._micro_batch = MicroBatch(options.micro_batch, part[1])
         images = open_data(config, cache, self.device)
         self.notes = images.base.notes
         self._input = images.input if config.model.pretrained is None else None
         self.model = open_model(run, images, options, cache, self.device)
         if options.gradient_checkpointing:
-            checkpointing: Any = self.model.denoiser
-            checkpointing.enable_gradient_checkpointing()
+            denoiser: Any = self.model.denoiser
+            denoiser.enable_gradient_checkpointing()
 
-        def targets(encoder: EncoderSettings) -> Targets:
+        def targets_of(encoder: EncoderSettings) -> Targets:
             return open_targets(encoder, images, options, cache, self.device)
 
         needs = needs_of(config)
-        own = {encoder: targets(encoder) for encoder in needs.encoders}
+        by_encoder = {encoder: targets_of(encoder) for encoder in needs.encoders}
         measuring = config.alignment_encoder
-        measured = (own.get(measuring) or targets(measuring)) if measuring else None
+        measured = (by_encoder.get(measuring) or targets_of(measuring)) if measuring else None
         self.evaluator = Evaluator(config, images, self.model, measured, cache, self.device, part)
-        self._stopwatch, reads_here = Stopwatch(self.device), options.data_workers == 0
-        timed = [TimedTargets(own[encoder], self._stopwatch, reads_here) for encoder in needs.encoders]
-        readers = [one.reader for one in timed]
-        self._prefetch = PrefetchWeight(Schedule.of(config.regularizer, config.train.steps)) if own else None
-        parts = (self.model.process, self.model.conditioning, part, readers, self._prefetch)
-        self._steps = Steps(config, run.seed, images, *parts)
+        self._stopwatch = Stopwatch(self.device)
+        targets = [by_encoder[encoder] for encoder in needs.encoders]
+        readers = [one.reader for one in targets]
+        if options.data_workers == 0:  # reading within this process takes its steps time
+            readers = [reader and self._stopwatch.timed(reader) for reader in readers]
+        self._prefetch = PrefetchWeight(Schedule.of(config.regularizer, config.train.steps)) if targets else None
+        conditioning = self.model.conditioning
+        self._steps = Steps(config, run.seed, images, self.model.process, conditioning, part, readers, self._prefetch)
         self.model.denoiser.to(self.device)
-        self.aligner = self._align(run, needs, timed) if needs != Needs() else None
-        self._trained = self._prepare(self.model.denoiser)
-        self._stopwatch.take()  # of what was read to build the parts
+        self.aligner = self._align(needs, targets) if needs != Needs() else None
+        self.state = self._prepare(self.model.denoiser)
+        self._stopwatch.take()  # forget what was read to build the components
 
     def batches(self) -> Iterator[Batch]:
-        """The batches of the steps that are left."""
-        left = range(self.progress.step, self.config.train.steps)
+        """Return the batches of the remaining steps."""
+        remaining = range(self.progress.step, self.config.train.steps)
         pin, workers = self.device.type == "cuda", self.options.data_workers
-        return iter(DataLoader(self._steps, batch_size=None, sampler=left, num_workers=workers, pin_memory=pin))
+        return iter(DataLoader(self._steps, batch_size=None, sampler=remaining, num_workers=workers, pin_memory=pin))
 
     def step(self, batch: Batch) -> StepOutcome:
-        """Take one optimizer step on one batch, in as many micro-batches as the options say or memory asks for."""
-        weight = self.aligner.regularizer.weight_at(self.progress.step) if self.aligner else None
-        values = self._within_memory(batch)
-        rate = self.config.train.learning_rate(self.progress.step)
-        for group in self._trained.optimizer.param_groups:
+        """Take one optimizer step: noise, forward, tap, regularizer, backward, clip, optimise, EMA."""
+        train, step = self.config.train, self.progress.step
+        weight = self.aligner.regularizer.weight_at(step) if self.aligner else None
+        values = self._within_memory(batch)  # calls _forward_backward
+        rate = train.learning_rate(step)
+        for group in self.state.optimizer.param_groups:
             group["lr"] = rate
-        limit = self.config.train.grad_clip
+        limit = train.grad_clip
         grad_norm = self.accelerator.clip_grad_norm_(self._parameters, limit) if limit else None
-        self._trained.optimizer.step()
-        self._trained.optimizer.zero_grad(set_to_none=True)
-        self._trained.ema.update(self.progress.step)
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.state.ema.update(step)
         self.progress.step += 1
-        self.progress.images += self.config.train.batch_size
-        is_scheduled = self.config.train.lr_schedule != LearningRateSettings()
+        self.progress.images += train.batch_size
+        is_scheduled = train.lr_schedule != LearningRateSettings()
         return StepOutcome(values, weight, rate if is_scheduled else None, grad_norm)
 
     def _forward_backward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Add the gradients of a batch, micro-batch by micro-batch; return the means that its row shows."""
-        aligner, step = self.aligner, self.progress.step
+        """Add the gradients of a batch, micro-batch by micro-batch, and return the means for its metric row."""
+        aligner, process, step = self.aligner, self.model.process, self.progress.step
         is_aligned = aligner is not None and aligner.is_active(step)
         weight = aligner.regularizer.weight_at(step) if aligner else 0.0
         micro_batches, means = batch.split(self._micro_batch.size), dict[str, torch.Tensor]()
         for number, micro_batch in enumerate(micro_batches, start=1):
             share, part = len(micro_batch.t) / len(batch.t), micro_batch.to(self.device)
-            with self._accumulating(until_next=number < len(micro_batches)):
-                x_t, target = self.model.process.corrupt(part.x, part.noise, part.t)
-                averages = self._averaged(x_t, part) if is_aligned else ()
+            with self._accumulating(is_last=number == len(micro_batches)):
+                x_t, target = process.corrupt(part.x, part.noise, part.t)
+                ema_tokens = self._ema_tokens(x_t, part) if is_aligned else ()
                 output = self._denoiser(x_t, part.t, **part.condition)
                 total = denoise = denoising_loss(output, target, self._loss_weight(part.t))
                 values = {"loss/denoise": denoise}
                 if aligner is not None and is_aligned:
-                    loss = aligner(part, step, self.device, Prediction(output, target), averages)
+                    loss = aligner(part, step, self.device, Prediction(output, target), ema_tokens)
                     aligned = weight * loss.value
                     total = denoise + aligned if weight else denoise
-                    values |= {
-                        "loss/aligned": aligned,
-                        **{f"align/{name}": value for name, value in loss.parts.items()},
-                    }
+                    values["loss/aligned"] = aligned
+                    values |= {f"align/{name}": value for name, value in loss.parts.items()}
                 elif aligner is not None:
                     aligner.clear()
                 self.accelerator.backward(total * share)
@@ -167,92 +172,73 @@ class Trainer:
             means = {name: value.detach() * share + means.get(name, 0) for name, value in values.items()}
         return means
 
+    def _within_memory(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Call :meth:`_forward_backward`, again in smaller micro-batches if memory runs out."""
+        while True:
+            try:
+                return self._forward_backward(batch)
+            except torch.OutOfMemoryError as error:
+                self._micro_batch.shrink(len(batch.t), error)
+            # Outside the except block, because the error's traceback holds the tensors of the failed pass.
+            self.state.optimizer.zero_grad(set_to_none=True)
+            if self.aligner:
+                self.aligner.retract(self.progress.step)
+            torch.cuda.empty_cache()  # does nothing without a GPU
+
     def measure(self) -> tuple[list[Row], torch.Tensor]:
-        """Measurements of the averaged weights, a row for each protocol that is due, and the first samples
-        ``(n, C, H, W)`` as uint8 pixels. The first row has what the run has cost up to now, this measurement
-        included."""
-        denoiser, config, began = self._trained.denoiser, self.config, time.perf_counter()
-        block, own_block = self._measured_block()
+        """Measure the averaged weights.
+
+        Returns:
+            A row for each protocol that is due, the first one with the run's costs so far, this measurement included;
+            and the first samples as uint8 pixels ``(n, C, H, W)``.
+        """
+        denoiser, began = self.state.denoiser, time.perf_counter()
+        block, tapped = self._measured_block()
         denoiser.eval()
-        with self._trained.ema.applied(), computing_in(denoiser, self._precision, self.device):
-            (row, samples), *rare = (self.evaluator.quality(tier) for tier in tiers(config, self.progress.step))
+        with self.state.ema.applied(), computing_in(denoiser, self._precision, self.device):
+            due = protocols_of(self.config, self.progress.step)
+            (row, samples), *others = (self.evaluator.quality(protocol) for protocol in due)
             tap = self.model.denoiser.tap(block)
-            row |= self.evaluator.alignment(tap, self._match() if block == own_block else None)
+            row |= self.evaluator.alignment(tap, self._match() if block == tapped else None)
             tap.remove()
         denoiser.train()
         if self.aligner:
             self.aligner.clear()
         self.progress.evaluation_seconds += time.perf_counter() - began
         self.progress.encoder_seconds += self._stopwatch.take()
-        rows = [{**row, **ledger(self.config, self.options, self.progress)}, *(found for found, _ in rare)]
-        return [{**self.progress.row(), **found} for found in rows], samples
+        row |= costs_so_far(self.config, self.options, self.progress)
+        return [{**self.progress.row(), **values} for values in (row, *(other for other, _ in others))], samples
 
     def protocols(self) -> dict[str, dict[str, Any]]:
-        """What each number that :meth:`measure` yields depends on, by its name."""
-        found, precision = self.evaluator.protocols(self._run.seed, self._measured_block()[0]), self._precision
-        # Float32 goes without saying.
-        return found if precision == "fp32" else {name: {**one, "precision": precision} for name, one in found.items()}
+        """Return everything that each number of :meth:`measure` depends on, by its name."""
+        protocols, precision = self.evaluator.protocols(self._run.seed, self._measured_block()[0]), self._precision
+        if precision == "fp32":  # the default is left out
+            return protocols
+        return {name: {**protocol, "precision": precision} for name, protocol in protocols.items()}
+
+    def save(self, folder: Path) -> None:
+        """Write everything that is needed to resume, or to export the model, into an empty folder."""
+        self.progress.encoder_seconds += self._stopwatch.take()
+        self.state.save(folder, self.progress)
+        files.write_json(folder / INPUT_FILE, asdict(self._input) if self._input else None)
+
+    def resume(self, folder: Path) -> None:
+        """Load what :meth:`save` wrote."""
+        self.state.load(folder, self.progress)
 
     @property
     def _precision(self) -> str:
         """The precision in which the denoiser is measured."""
         return measuring_precision(self.config.evaluate, self.options.precision)
 
-    def save(self, folder: Path) -> None:
-        """Write all that is needed to go on, or to export the model, into an empty folder."""
-        self.progress.encoder_seconds += self._stopwatch.take()
-        self._trained.save(folder, self.progress)
-        files.write_json(folder / INPUT_FILE, asdict(self._input) if self._input else None)
-
-    def resume(self, folder: Path) -> None:
-        """Take up what :meth:`save` wrote."""
-        self._trained.load(folder, self.progress)
-
     def _measured_block(self) -> tuple[BlockIndex, BlockIndex]:
-        """Where alignment is measured, and where the regularizer acts or would."""
+        """Return the block at which alignment is measured, and the block at which the regularizer acts or would act."""
         config = self.config
-        own = choose_block(config, config.regularizer.block_index if self.aligner else None)
-        return choose_block(config, config.evaluate.block_index, own), own
-
-    def _within_memory(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Call :meth:`_forward_backward`; where memory runs out, again in smaller micro-batches."""
-        while True:
-            try:
-                return self._forward_backward(batch)
-            except torch.OutOfMemoryError as error:
-                self._micro_batch.shrink(len(batch.t), error)
-            # Outside the except block, for until its end the error's traceback holds the tensors of the failed pass.
-            self._trained.optimizer.zero_grad(set_to_none=True)
-            if self.aligner:
-                self.aligner.retract(self.progress.step)
-            torch.cuda.empty_cache()  # does nothing without a GPU
-
-    def _loss_weight(self, t: torch.Tensor) -> torch.Tensor | None:
-        chosen = self.config.train.loss_weight
-        return self.model.process.min_snr(t, chosen.gamma) if chosen.type == "min_snr" else None
-
-    @torch.no_grad()
-    def _averaged(self, x_t: torch.Tensor, part: Batch) -> list[Tokens]:
-        """Return the tokens that the averaged denoiser has at its taps for the same noisy images."""
-        if self.aligner is None or not self.aligner.ema_taps:
-            return []
-        average = self._trained.ema.average.items()
-        weights = {name.removeprefix(PREFIX): value for name, value in average if name.startswith(PREFIX)}
-        with self.accelerator.autocast():
-            torch.func.functional_call(self._trained.denoiser, weights, (x_t, part.t), dict(part.condition))
-        return [tap.take() for tap in self.aligner.ema_taps]
-
-    def _accumulating(self, until_next: bool) -> ExitStack:
-        """Within this, gradients stay with each process if another micro-batch of the step is to come."""
-        stack = ExitStack()
-        if until_next:
-            stack.enter_context(self.accelerator.no_sync(self._denoiser))
-            if self.aligner:
-                stack.enter_context(self.accelerator.no_sync(self.aligner.wrapped))
-        return stack
+        tapped = choose_block(config, config.regularizer.block_index if self.aligner else None)
+        return choose_block(config, config.evaluate.block_index, tapped), tapped
 
     def _match(self) -> Match | None:
-        """Return how the training projector matches tokens, for the encoders that it was trained on."""
+        """Return how the projector matches tokens with the measuring encoder; None if it is trained for other ones."""
         encoders, measuring = self.config.regularizer.encoders, self.config.alignment_encoder
         regularizer = self.aligner and self.aligner.regularizer
         if not isinstance(regularizer, REPA) or measuring not in encoders:
@@ -260,31 +246,54 @@ class Trainer:
         number = encoders.index(measuring)
         return lambda student, teacher: regularizer.match(student, teacher, number)
 
-    def _align(self, run: Run, needs: Needs, targets: Sequence[Targets]) -> Aligner:
-        """Return the aligner, its taps set on the denoiser before anything is wrapped around that."""
-        blocks = [choose_block(run.config, block) for block in (*needs.taps, *needs.ema_taps)]
-        hooks = [self.model.denoiser.tap(block) for block in blocks]
-        taps, ema_taps = hooks[: len(needs.taps)], hooks[len(needs.taps) :]
-        widths = self._widths(hooks)
-        shapes = Shapes(widths[: len(taps)], tuple(one.dim for one in targets), widths[len(taps) :])
-        return Aligner(run, needs, taps, ema_taps, shapes, targets, self._prefetch)
+    def _loss_weight(self, t: torch.Tensor) -> torch.Tensor | None:
+        settings = self.config.train.loss_weight
+        return self.model.process.min_snr(t, settings.gamma) if settings.type == "min_snr" else None
+
+    @torch.no_grad()
+    def _ema_tokens(self, x_t: torch.Tensor, part: Batch) -> list[Tokens]:
+        """Return the averaged denoiser's tokens of the same noisy images, one for each of its taps."""
+        if self.aligner is None or not self.aligner.ema_taps:
+            return []
+        average = self.state.ema.average.items()
+        weights = {name.removeprefix(PREFIX): value for name, value in average if name.startswith(PREFIX)}
+        with self.accelerator.autocast():
+            torch.func.functional_call(self.state.denoiser, weights, (x_t, part.t), dict(part.condition))
+        return [tap.take() for tap in self.aligner.ema_taps]
+
+    def _accumulating(self, is_last: bool) -> ExitStack:
+        """Return a context in which processes exchange gradients only after the last micro-batch."""
+        stack = ExitStack()
+        if not is_last:
+            stack.enter_context(self.accelerator.no_sync(self._denoiser))
+            if self.aligner:
+                stack.enter_context(self.accelerator.no_sync(self.aligner.wrapped))
+        return stack
+
+    def _align(self, needs: Needs, targets: Sequence[Targets]) -> Aligner:
+        """Return the aligner; its taps are set before the denoiser is wrapped."""
+        hooks = [self.model.denoiser.tap(choose_block(self.config, block)) for block in (*needs.taps, *needs.ema_taps)]
+        widths, count = self._widths(hooks), len(needs.taps)
+        shapes = Shapes(widths[:count], tuple(one.dim for one in targets), widths[count:])
+        taps, ema_taps = hooks[:count], hooks[count:]
+        return Aligner(self._run, needs, taps, ema_taps, shapes, targets, self._prefetch, self._stopwatch)
 
     @torch.no_grad()
     def _widths(self, taps: Sequence[Tap]) -> tuple[int, ...]:
-        """Return the widths of what comes out at the taps; for a pretrained folder, of a forward pass of one image."""
+        """Return the token widths at the taps; a pretrained denoiser runs on one image to find them."""
         if self.config.model.pretrained is None:
             return (shape_of_model(self.config).width,) * len(taps)
-        (first, *_) = self._steps[0].split(1)
-        one = first.to(self.device)
+        first = self._steps[0].split(1)[0].to(self.device)
         self.model.denoiser.eval()
         with self.accelerator.autocast():
-            self.model.denoiser(one.x, one.t, **one.condition)
+            self.model.denoiser(first.x, first.t, **first.condition)
         self.model.denoiser.train()
         return tuple(tap.take().dim for tap in taps)
 
-    def _prepare(self, denoiser: nn.Module) -> Trained:
+    def _prepare(self, denoiser: nn.Module) -> TrainState:
+        """Build the optimizer and the averages, and let accelerate wrap what trains."""
         train, accelerator = self.config.train, self.accelerator
-        modules: dict[str, nn.Module] = {"denoiser": denoiser.to(self.device)}
+        modules: dict[str, nn.Module] = {"denoiser": denoiser}
         if self.aligner:
             modules["regularizer"] = self.aligner.regularizer
             self.aligner.prepare(accelerator)
@@ -292,27 +301,16 @@ class Trainer:
         kind = getattr(torch.optim, train.optimizer.type)
         optimizer = kind(self._parameters, lr=train.lr, weight_decay=train.weight_decay, **train.optimizer.arguments)
         self._denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
-        if self.options.compile:  # the tap is set by now; a hook set later would not be seen
+        if self.options.compile:  # after the taps are set: torch.compile does not see later hooks
             self._denoiser = torch.compile(self._denoiser)
         ema = EMA(modules, train.averaging)
-        return Trained(denoiser, modules.get("regularizer"), optimizer, ema, accelerator.scaler)
+        return TrainState(denoiser, modules.get("regularizer"), optimizer, ema, accelerator.scaler)
 
 
-def _accelerator(config: RunConfig, options: RunOptions) -> Accelerator:
-    AcceleratorState._reset_state()  # accelerate keeps the precision of this process's run before
-    # In many pretrained models the last block's text leads nowhere, and DistributedDataParallel would wait for its
+def _accelerator(is_pretrained: bool, options: RunOptions) -> Accelerator:
+    AcceleratorState._reset_state()  # accelerate keeps the precision of the process's previous run
+    # In many pretrained models the text output of the last block is unused; DistributedDataParallel would wait for its
     # gradients.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=config.model.pretrained is not None)
-    precision = MIXED_PRECISION[options.precision]
+    unused = DistributedDataParallelKwargs(find_unused_parameters=is_pretrained)
+    precision = "no" if options.precision == "fp32" else options.precision
     return Accelerator(mixed_precision=precision, cpu=options.device == "cpu", kwargs_handlers=[unused])
-
-
-def require_equal_parts(config: RunConfig, processes: int) -> None:
-    """Refuse a batch that the processes could not share equally, for their means would not be the batch's.
-
-    Raises:
-        DeviceError: ``train.batch_size`` is no multiple of the number of processes.
-    """
-    size = config.train.batch_size
-    if size % processes:
-        raise DeviceError("batch_size", f"train.batch_size {size} cannot be shared equally by {processes} processes")

@@ -11,7 +11,7 @@ from repa_lab.models.sit import SiT
 from repa_lab.models.tap import Tap
 from repa_lab.orchestration.plan import identify_arm
 from repa_lab.spec import RunOptions, load_spec
-from repa_lab.training.streams import Order, generator
+from repa_lab.training.batches import Order, generator
 from repa_lab.training.trainer import Trainer
 from tests.benchmarks.ratios import ratios, show
 

@@ -14,7 +14,7 @@ from repa_lab.bridge.keys import NOT_CARRIED
 from repa_lab.models.families import FAMILIES
 from repa_lab.orchestration.checks import check
 from repa_lab.spec import SpecError, load_spec
-from repa_lab.training.fingerprints import Inventory
+from repa_lab.training.resolve import Inventory
 
 FLUX, SDXL = {"model_family": "flux"}, {"model_family": "sdxl"}
 # The four blocks of the guide, and its two lists of knobs at values that are not the defaults.

@@ -12,7 +12,7 @@ from repa_lab.models.families import FAMILIES
 from repa_lab.orchestration.checks import check
 from repa_lab.spec import RunOptions, load_spec
 from repa_lab.training.costs import cost_of
-from repa_lab.training.fingerprints import Inventory
+from repa_lab.training.resolve import Inventory
 from tests.bridge.test_importing import FLUX, config_of, load, read, refusal, remarks
 
 DEV = "black-forest-labs/FLUX.1-dev"

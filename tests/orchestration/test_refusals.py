@@ -14,7 +14,7 @@ from repa_lab.orchestration.plan import make_plan
 from repa_lab.orchestration.prepare import RefusedError, prepare
 from repa_lab.runs import RunsRoot
 from repa_lab.spec import SpecError, load_spec
-from repa_lab.training.fingerprints import Inventory
+from repa_lab.training.resolve import Inventory
 from repa_lab.training.trainer import Trainer
 from tests.data.conftest import noise_image
 
@@ -99,7 +99,7 @@ CASES = {
     ),
     "micro-batches of processes": (
         lambda: scratch(folder(20), run={"gpus_per_run": 2, "micro_batch": "auto"}),
-        "run.micro_batch: auto is for one process, for several would not find the same; give a number",
+        "run.micro_batch: auto works with one process only: several would not agree on a size; give a number",
         None,
     ),
     "half precision on a CPU": (

@@ -16,7 +16,7 @@ from repa_lab.orchestration.plan import identify_arm
 from repa_lab.orchestration.reproduce import ReproduceError, names, open_table, scaled_block
 from repa_lab.runs import RunsRoot
 from repa_lab.spec import SpecError
-from repa_lab.training.fingerprints import Inventory
+from repa_lab.training.resolve import Inventory
 
 ROOT = Path(__file__).parents[2]
 TABLES = names()

@@ -12,8 +12,7 @@ from repa_lab.orchestration.worker import _compared, open_trackers
 from repa_lab.report.statistics import ComparedMetric
 from repa_lab.runs import RunsRoot
 from repa_lab.spec import RunOptions, SpecError, load_spec
-from repa_lab.training.fingerprints import Inventory
-from repa_lab.training.protocol import metric_name
+from repa_lab.training.resolve import Inventory, metric_name
 from tests.training.conftest import make_run
 
 

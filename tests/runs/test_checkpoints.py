@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from repa_lab.runs import checkpoints
+from repa_lab.runs import RunDirectory, RunWriter, checkpoints
+from repa_lab.runs.files import DamagedFileError, append_line
 
 
 def content(step: int) -> dict[str, bytes]:
@@ -149,3 +152,72 @@ def test_no_flipped_bit_anywhere_goes_unseen(tmp_path):
             quarantined.rename(original)
             (original / name).write_bytes(data)
     assert_latest(tmp_path, 10)
+
+
+class TestSignature:
+    """A checkpoint knows its run and the metric rows that were written before it."""
+
+    @pytest.fixture
+    def run(self, tmp_path) -> Path:
+        """A run with two rows before each of its checkpoints at steps 10 and 20, and one row after them."""
+        run = tmp_path / "abc"
+        run.mkdir()
+        for step in (10, 20):
+            for kind in ("train", "measured"):
+                append_line(run / "metrics.jsonl", {"step": step, "kind": kind, "loss": 0.1 * step})
+            self.save(run, step)
+        append_line(run / "metrics.jsonl", {"step": 25})
+        return run
+
+    def save(self, run: Path, step: int) -> None:
+        def write(folder: Path) -> None:
+            writer(step)(folder)
+            checkpoints.sign(folder, run)
+
+        checkpoints.commit(run / "checkpoints", step, write)
+
+    def lines(self, run: Path) -> list[str]:
+        return (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+
+    def test_names_the_run_and_the_rows(self, run):
+        signature = json.loads((run / "checkpoints" / "step-00000020" / "run.json").read_text())
+        rows = "".join(self.lines(run)[:4]).rstrip("\n")
+        digest = hashlib.sha256(rows.encode()).hexdigest()
+        assert signature == {"format": 1, "run_id": "abc", "rows": 4, "rows_sha256": digest}
+        assert checkpoints.resumable(run) == (20, run / "checkpoints" / "step-00000020")
+
+    def test_rows_after_it_may_be_dropped_and_written_again(self, run):
+        writer = RunWriter(RunDirectory(run))
+        with writer:
+            writer.rewind(20)
+        assert len(self.lines(run)) == 4
+        assert checkpoints.resumable(run)[0] == 20
+
+    def test_where_rows_are_lost_an_older_one_is_taken_and_newer_ones_stay_out_of_the_way(self, run):
+        (run / "metrics.jsonl").write_text("".join(self.lines(run)[:3]))
+        assert checkpoints.resumable(run)[0] == 10
+        assert checkpoints.steps(run / "checkpoints") == [10]
+        assert len(list((run / "checkpoints").glob("corrupt-step-00000020-*"))) == 1
+
+    @pytest.mark.parametrize("edited", ["0.5", "missing"])
+    def test_rows_that_fit_none_are_an_error_and_everything_stays(self, run, edited):
+        if edited == "missing":
+            (run / "metrics.jsonl").unlink()
+        else:
+            (run / "metrics.jsonl").write_text("".join(self.lines(run)).replace('"loss": 1.0', f'"loss": {edited}'))
+        match = r"metrics.jsonl' lacks rows that were written before 'step-00000020'; restore it, or delete '.*abc' to"
+        with pytest.raises(DamagedFileError, match=match):
+            checkpoints.resumable(run)
+        assert checkpoints.steps(run / "checkpoints") == [10, 20]
+
+    def test_those_of_another_run_or_version_are_an_error(self, run):
+        other = run.with_name("def")
+        shutil.copytree(run, other)
+        with pytest.raises(DamagedFileError, match="step-00000020' belongs to run abc; "):
+            checkpoints.resumable(other)
+        commit(run / "checkpoints", 30, 40)
+        with pytest.raises(DamagedFileError, match="step-00000040' is of another version of the lab; "):
+            checkpoints.resumable(run)
+
+    def test_without_any_there_is_nothing_to_resume(self, tmp_path):
+        assert checkpoints.resumable(tmp_path) is None

@@ -261,7 +261,7 @@ def test_a_mistake_in_each_of_several_files_is_told_in_each(tmp_path, monkeypatc
     write(Path(), "evaluate:\n  every: 0\n", "with.yaml")
     spec = write(Path(), HEAD + "base: base.yaml\nuse: used.yaml\naxes: {train.ema: [2]}\nrun: {holdout: 0}\n")
     assert told(spec, {"train.time": "night"}, ["with.yaml"]) == [
-        "<given>: train.time: expected one of auto, uniform, lognormal, got 'night'",
+        "<given>: train.time: expected one of uniform, logit_normal or a mapping, got 'night'",
         "base.yaml:1:9: train.lr: expected a number of more than 0.0, got -1",
         "base.yaml:2:1: seeds: expected a number of at least 1 or a list, got 0",
         "q.yaml:7:20: train.ema: expected a number of less than 1.0 or a mapping, got 2",

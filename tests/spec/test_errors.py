@@ -100,7 +100,7 @@ BAD = {
         [
             "2:22: model.train: expected one of full, lora, got 'lorra'; did you mean 'lora'?",
             "3:8: data.source: unknown source of images 'digit'; allowed: digits, imagefolder, datasets, hub, repa; did you mean 'digits'?",
-            "4:19: train.time: expected one of auto, uniform, lognormal, got 'logit'",
+            "4:19: train.time: expected one of uniform, logit_normal or a mapping, got 'logit'",
             "5:39: regularizer.projector.type: expected one of mlp, linear, conv, got 'mpl'; did you mean 'mlp'?",
             "5:62: regularizer.schedule.type: expected one of constant, linear, cosine, polynomial, got 'cosin'; "
             "did you mean 'cosine'?",

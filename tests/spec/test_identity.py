@@ -15,7 +15,7 @@ from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.orchestration.plan import identify_arm
 from repa_lab.spec import EncoderSettings, ExtractorConfig, RunConfig, load_spec
 from repa_lab.spec.identity import RecordedSpecError, Run, identify, local_files
-from repa_lab.training.fingerprints import Inventory
+from repa_lab.training.resolve import Inventory
 from tests.spec.examples import mapping
 
 CONTENTS = {"a.bin": "111", "b.bin": "222", "copy-of-a.bin": "111"}
@@ -51,7 +51,7 @@ SCIENCE = {
     "regularizer.schedule.cutoff_step": 5, "regularizer.schedule.power": 2, "regularizer.encoder.weights": "b.bin",
     "data.resolution": 32, "data.vae": "v", "data.holdout": 16,
     "train.steps": 11, "train.batch_size": 8, "train.lr": 1e-3, "train.weight_decay": 0.1, "train.grad_clip": None,
-    "train.ema": 0.9, "train.label_dropout": 0.2, "train.time": "lognormal",
+    "train.ema": 0.9, "train.label_dropout": 0.2, "train.time": "logit_normal",
     "evaluate.every": 5, "evaluate.samples": 100, "evaluate.sampler.type": "sde", "evaluate.sampler.solver": "heun",
     "evaluate.sampler.steps": 20, "evaluate.guidance.scale": 1.5, "evaluate.guidance.low": 0.1, "evaluate.guidance.high": 0.7,
     "evaluate.extractor.name": "efficientnet_lite0", "evaluate.extractor.weights": "b.bin", "evaluate.encoder": None,
@@ -222,15 +222,20 @@ def test_a_record_that_this_version_cannot_read_is_told_in_a_line(change, what):
     )
 
 
-def test_auto_is_uniform_where_nothing_is_pretrained():
-    """As every run that was trained before there was another has it."""
-    ids = {time: run({"train.time": time}).run_id for time in ("auto", "uniform", "lognormal")}
-    assert run().run_id == ids["auto"] == ids["uniform"] != ids["lognormal"]
-    tuned = {
-        time: run({"model.pretrained": "x", "train.time": time}).run_id for time in ("auto", "uniform", "lognormal")
-    }
-    assert run({"model.pretrained": "x"}).run_id == tuned["auto"]
-    assert len(set(tuned.values())) == 3
+def test_uniform_is_the_default_where_nothing_is_pretrained():
+    times = (None, "uniform", "logit_normal", {"type": "logit_normal", "mean": 0.5}, {"std": 0.5})
+    ids = [run({"train.time": time}).run_id for time in times]
+    assert run().run_id == ids[0] == ids[1]
+    assert len(set(ids)) == 4
+    tuned = [run({"model.pretrained": "x", "train.time": time}).run_id for time in times]
+    assert run({"model.pretrained": "x"}).run_id == tuned[0]
+    assert len(set(tuned)) == 5
+
+
+def test_times_written_in_two_ways_are_one_setting():
+    for word in ("uniform", "logit_normal"):
+        assert run({"train.time": {"type": word}}).run_id == run({"train.time": word}).run_id
+    assert run({"train.time": {"mean": 0.0, "std": 1.0}}).run_id == run({"train.time": "logit_normal"}).run_id
 
 
 def test_neutral_settings_are_left_out_of_what_is_hashed_wherever_they_stand():

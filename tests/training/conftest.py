@@ -18,11 +18,10 @@ from repa_lab.spec import RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.aligner import Aligner
 from repa_lab.training.batches import Steps
-from repa_lab.training.conditioning import Labels
+from repa_lab.training.data import Images, Labels, open_images
 from repa_lab.training.diffusion import Flow
-from repa_lab.training.images import Images, open_images
 from repa_lab.training.loop import train
-from repa_lab.training.needs import needs_of
+from repa_lab.training.resolve import needs_of
 
 ENCODER = {"name": "efficientnet_lite0", "image_size": 32}
 SETTINGS: dict[str, Any] = {
@@ -128,6 +127,21 @@ def cache(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def images(cache) -> Images:
     return open_images(make_run().config.data, cache)
+
+
+@pytest.fixture(scope="module")
+def trained(cache, tmp_path_factory) -> Callable[..., RunDirectory]:
+    """Runs after some steps, each trained once for all tests of a module; nothing may be written to them."""
+    root, runs = tmp_path_factory.mktemp("trained"), {}
+
+    def go(steps: int = 4, options: dict[str, Any] | None = None, **settings: Any) -> RunDirectory:
+        key = repr((steps, options, settings))
+        if key not in runs:
+            directory = RunDirectory(root / str(len(runs)))
+            runs[key] = run_steps(make_run(**settings), directory, cache, steps, **(options or {}))
+        return runs[key]
+
+    return go
 
 
 @pytest.fixture

@@ -14,10 +14,8 @@ from repa_lab.models.family import pipeline_of
 from repa_lab.models.tiny import write_tiny_pipeline
 from repa_lab.spec import RunConfig
 from repa_lab.spec.identity import Run
+from repa_lab.training.data import Images, encode_captions, open_data, pretrained_folder
 from repa_lab.training.device import pick_device
-from repa_lab.training.images import Images
-from repa_lab.training.model import open_data, pretrained_folder
-from repa_lab.training.texts import encode_captions
 from tests.training.conftest import make_options
 
 PRETRAINED = [family.name for family in FAMILIES.values() if family.pipeline]

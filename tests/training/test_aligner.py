@@ -13,7 +13,7 @@ from repa_lab.timm_models import EncoderError
 from repa_lab.training.aligner import Aligner, open_targets
 from repa_lab.training.batches import Batch
 from repa_lab.training.model import build_denoiser
-from repa_lab.training.needs import choose_block, needs_of, shape_of_model
+from repa_lab.training.resolve import choose_block, needs_of, shape_of_model
 from tests.training.conftest import UNET, make_options, make_regularizer, make_run
 
 CPU = torch.device("cpu")

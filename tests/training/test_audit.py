@@ -12,10 +12,10 @@ import torch
 from repa_lab.metrics import frechet_distance, statistics
 from repa_lab.metrics.extractor import Extractor
 from repa_lab.runs import RunDirectory, State
-from repa_lab.training.audit import AuditError, write_real, write_samples
-from repa_lab.training.images import open_images
+from repa_lab.training.checkpoint import NoWeightsError
+from repa_lab.training.data import open_images
+from repa_lab.training.export import ExportError, write_real, write_samples
 from repa_lab.training.loop import train
-from repa_lab.training.trained import NoWeightsError
 from tests.training.conftest import make_options, make_run, run_to_end, stop_after
 
 USUAL, FULL = "frechet:efficientnet_lite0@16/ode2", "frechet:efficientnet_lite0@24/sde3-random"
@@ -54,7 +54,7 @@ def test_the_real_images_are_the_training_images_as_they_are_in_order(run, cache
     expected = images.source.read(images.split.train.tolist()).expand(-1, 3, -1, -1)
     assert np.array_equal(found.transpose(0, 3, 1, 2), expected.numpy())
     assert told[-1] == (1700, 1700)
-    with pytest.raises(AuditError, match="exists; name a new file"):
+    with pytest.raises(ExportError, match="exists; name a new file"):
         write_real(run, tmp_path / "real.npz", cache)
 
 
@@ -106,11 +106,11 @@ def test_a_number_is_drawn_again_in_the_precision_it_was_measured_in(cache, tmp_
 
 
 def test_what_cannot_be_had_is_said_and_nothing_is_written(run, cache, tmp_path):
-    with pytest.raises(AuditError, match=f"measures no 'fid'; it measures: {USUAL}, {FULL}"):
+    with pytest.raises(ExportError, match=f"measures no 'fid'; it measures: {USUAL}, {FULL}"):
         write_samples(run, tmp_path / "a.npz", cache, "fid")
     with pytest.raises(NoWeightsError, match="unknown weights 'best'; allowed: ema, last"):
         write_samples(run, tmp_path / "a.npz", cache, weights="best")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a.npz").touch()
-    with pytest.raises(AuditError, match="exists; name a new file"):
+    with pytest.raises(ExportError, match="exists; name a new file"):
         write_samples(run, tmp_path / "a.npz", cache)

@@ -12,10 +12,9 @@ from repa_lab.data.crop import Buckets
 from repa_lab.data.folder import ImageFolder
 from repa_lab.data.sources import Flips, split
 from repa_lab.data.space import PixelSpace
-from repa_lab.training.batches import Batch, denoising_loss
-from repa_lab.training.diffusion import Flow
-from repa_lab.training.images import Images
-from repa_lab.training.streams import Order, generator
+from repa_lab.training.batches import Batch, Order, generator
+from repa_lab.training.data import Images
+from repa_lab.training.diffusion import LOGIT_NORMAL, UNIFORM, Flow, denoising_loss
 from tests.data.conftest import noise_image
 from tests.training.conftest import OFF, UNET, make_steps
 
@@ -76,11 +75,11 @@ class TestLoss:
 
 class TestTimes:
     def test_uniform(self):
-        t = Flow().times("uniform", 20_000, generator(0, "t"))
+        t = Flow().times(UNIFORM, 20_000, generator(0, "t"))
         assert stats.kstest(t.numpy(), "uniform").pvalue > 1e-3
 
-    def test_lognormal_has_a_standard_normal_logit(self):
-        t = Flow().times("lognormal", 20_000, generator(0, "t")).double()
+    def test_logit_normal_has_a_standard_normal_logit(self):
+        t = Flow().times(LOGIT_NORMAL, 20_000, generator(0, "t")).double()
         assert stats.kstest(torch.logit(t).numpy(), "norm").pvalue > 1e-3
         assert t.median().item() == pytest.approx(0.5, abs=4 * 1.2533 / 4 / 20_000**0.5)  # median's error, times dt/dz
         # sigma = exp(z) on the linear path is t = sigma / (1 + sigma).

@@ -11,14 +11,13 @@ from torch import nn
 from repa_lab.align import REPA, Tokens
 from repa_lab.models.scratch import Input, build
 from repa_lab.spec.schema import EmaConfig
-from repa_lab.training.checkpoint import Progress, Trained
-from repa_lab.training.ema import EMA
+from repa_lab.training.checkpoint import EMA, Progress, TrainState
 
 GIVEN = Input(1, (8, 8), 10)
 SIZES = {"sit": "nano/2", "sit_down": "nano/2", "unet": "nano"}
 
 
-def make(seed: int, family: str = "sit", regularized: bool = True, scaler: object = None) -> Trained:
+def make(seed: int, family: str = "sit", regularized: bool = True, scaler: object = None) -> TrainState:
     torch.manual_seed(seed)
     denoiser = build(family, SIZES[family], GIVEN)
     for parameter in denoiser.parameters():  # else adaLN-Zero passes no gradient to most of it
@@ -28,10 +27,10 @@ def make(seed: int, family: str = "sit", regularized: bool = True, scaler: objec
     modules = {"denoiser": denoiser} | ({"regularizer": regularizer} if regularizer else {})
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
-    return Trained(denoiser, regularizer, optimizer, EMA(modules, EmaConfig(decay=0.9)), scaler)
+    return TrainState(denoiser, regularizer, optimizer, EMA(modules, EmaConfig(decay=0.9)), scaler)
 
 
-def step(trained: Trained, seed: int) -> None:
+def step(trained: TrainState, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     x, t = torch.randn(4, 1, 8, 8, generator=draw), torch.rand(4, generator=draw)
     loss = trained.denoiser(x, t, torch.arange(4)).square().mean()
@@ -49,7 +48,7 @@ def step(trained: Trained, seed: int) -> None:
     trained.ema.update(0)
 
 
-def tensors(trained: Trained) -> dict[str, torch.Tensor]:
+def tensors(trained: TrainState) -> dict[str, torch.Tensor]:
     found = {f"denoiser.{name}": value for name, value in trained.denoiser.state_dict().items()}
     if trained.regularizer is not None:
         found |= {f"regularizer.{name}": value for name, value in trained.regularizer.state_dict().items()}

@@ -9,7 +9,7 @@ from repa_lab.data.errors import DataError
 from repa_lab.data.folder import ImageFolder
 from repa_lab.data.sources import Flips
 from repa_lab.models.families import FAMILIES
-from repa_lab.training.conditioning import Captions, Labels
+from repa_lab.training.data import Captions, Labels
 from tests.data.conftest import noise_image
 
 # Width and height; of the sizes 20x12, 16x16 and 12x20 the images have (height x width) 16x16, 12x20, 20x12 and 16x16.

@@ -8,8 +8,9 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from scipy import stats
 
-from repa_lab.training.diffusion import Diffusion, Flow, ProcessError, process_of
-from repa_lab.training.streams import generator
+from repa_lab.spec.schema import TimeSettings
+from repa_lab.training.batches import generator
+from repa_lab.training.diffusion import LOGIT_NORMAL, UNIFORM, Diffusion, Flow, ProcessError, process_of
 
 COUNT = 20_000
 
@@ -68,7 +69,7 @@ class TestFlow:
     def test_predicts_noise_minus_data(self):
         x, noise = pair(4)
         t = torch.tensor([0.0, 0.25, 0.5, 1.0])
-        noisy, target = Flow(3.0, "lognormal").corrupt(x, noise, t)
+        noisy, target = Flow(3.0, LOGIT_NORMAL).corrupt(x, noise, t)
         assert torch.equal(target, noise - x)
         time = t.double().numpy()[:, None, None, None]
         expected = (1 - time) * x.double().numpy() + time * noise.double().numpy()
@@ -86,36 +87,37 @@ class TestFlow:
 
     def test_the_papers_times_are_what_they_were(self):
         """Bit for bit, for every run that was ever started draws them."""
-        assert torch.equal(Flow().times("uniform", 50, draw()), torch.rand(50, generator=draw()))
-        assert torch.equal(Flow().times("lognormal", 50, draw()), torch.randn(50, generator=draw()).sigmoid())
+        assert torch.equal(Flow().times(UNIFORM, 50, draw()), torch.rand(50, generator=draw()))
+        assert torch.equal(Flow().times(LOGIT_NORMAL, 50, draw()), torch.randn(50, generator=draw()).sigmoid())
 
-    @pytest.mark.parametrize("auto", ["uniform", "lognormal"])
+    @pytest.mark.parametrize(("default", "other"), [(UNIFORM, LOGIT_NORMAL), (LOGIT_NORMAL, UNIFORM)])
     @pytest.mark.parametrize("shift", [1.0, 3.0])
-    def test_auto_is_what_the_process_says(self, auto, shift):
-        process = Flow(shift, auto)
-        found = process.times("auto", 50, draw())
-        assert torch.equal(found, process.times(auto, 50, draw()))
-        assert not torch.equal(found, process.times({"uniform": "lognormal", "lognormal": "uniform"}[auto], 50, draw()))
-        assert torch.equal(Flow().times("auto", 50, draw()), torch.rand(50, generator=draw()))
+    def test_the_default_is_what_the_process_says(self, default, other, shift):
+        process = Flow(shift, default)
+        found = process.times(None, 50, draw())
+        assert torch.equal(found, process.times(default, 50, draw()))
+        assert not torch.equal(found, process.times(other, 50, draw()))
+        assert torch.equal(Flow().times(None, 50, draw()), torch.rand(50, generator=draw()))
 
     @pytest.mark.parametrize("shift", [0.5, 1.73, 3.0, 6.0])
     def test_the_shift_by_its_formula(self, shift):
         t = torch.rand(50, generator=draw()).double()
-        found = Flow(shift).times("uniform", 50, draw())
+        found = Flow(shift).times(UNIFORM, 50, draw())
         # sigma / (1 - sigma) is multiplied by the shift (SD3, Eq. 23).
         torch.testing.assert_close(found.double() / (1 - found.double()), shift * t / (1 - t), rtol=1e-4, atol=1e-6)
 
     @pytest.mark.parametrize("shift", [1.0, 3.0])
     def test_uniform_times_are_uniform_before_the_shift(self, shift):
-        t = Flow(shift).times("uniform", COUNT, draw()).double().numpy()
+        t = Flow(shift).times(UNIFORM, COUNT, draw()).double().numpy()
         assert stats.kstest(t / (shift - (shift - 1) * t), "uniform").pvalue > 1e-3
         assert t.min() >= 0
         assert t.max() <= 1
 
     @pytest.mark.parametrize("shift", [1.0, 3.0])
-    def test_lognormal_times_have_a_normal_logit_around_that_of_the_shift(self, shift):
-        t = Flow(shift).times("lognormal", COUNT, draw()).double()
-        assert stats.kstest(torch.logit(t).numpy() - np.log(shift), "norm").pvalue > 1e-3
+    @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.6, 0.5)])
+    def test_logit_normal_times_have_a_normal_logit_around_that_of_the_shift(self, shift, mean, std):
+        t = Flow(shift).times(TimeSettings(mean=mean, std=std), COUNT, draw()).double()
+        assert stats.kstest((torch.logit(t).numpy() - np.log(shift) - mean) / std, "norm").pvalue > 1e-3
 
 
 CONFIGS = {"sd15": SD15, "kolors": KOLORS, "pixart": PIXART, "hunyuan_dit": HUNYUAN_DIT, "cosine": COSINE}
@@ -190,17 +192,17 @@ class TestDiffusion:
     def test_times_are_thousandths_from_all_over(self, config):
         steps = config["num_train_timesteps"]
         process = process_of(config)
-        t = process.times("uniform", 200 * steps, draw())
+        t = process.times(UNIFORM, 200 * steps, draw())
         assert t.dtype == torch.float32
         which = (t.double() * 1000).numpy()
         assert np.abs(which - which.round()).max() < 1e-4
         counts = np.bincount(which.round().astype(int))
         assert len(counts) == steps
         assert stats.chisquare(counts).pvalue > 1e-3
-        assert torch.equal(process.times("auto", 300, draw()), process.times("uniform", 300, draw()))
+        assert torch.equal(process.times(None, 300, draw()), process.times(UNIFORM, 300, draw()))
 
     def test_kolors_last_time_is_1_099(self):
-        t = process_of(KOLORS).times("auto", 50_000, draw())
+        t = process_of(KOLORS).times(None, 50_000, draw())
         assert t.max() == torch.tensor(1.099)
         assert t.min() == 0
         x, noise = pair(1)
@@ -222,15 +224,17 @@ class TestDiffusion:
         np.testing.assert_allclose(signal.flatten().numpy(), np.sqrt(alphas(config)), rtol=2e-5)
         assert (signal.flatten().diff() < 0).all()
 
-    def test_lognormal_times_fall_on_steps(self):
-        t = process_of(SD15).times("lognormal", COUNT, draw()).double()
+    @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.6, 0.5)])
+    def test_logit_normal_times_fall_on_steps(self, mean, std):
+        t = process_of(SD15).times(TimeSettings(mean=mean, std=std), COUNT, draw()).double()
         which = (t * 1000).round()
         assert (t * 1000 - which).abs().max() < 1e-4
         assert which.min() >= 0
         assert which.max() <= 999
-        z = torch.randn(COUNT, generator=draw()).double()
-        assert torch.equal(which, (z.float().sigmoid() * 1000).floor().clamp_max(999).double())
-        assert stats.kstest(torch.logit((which + 0.5) / 1000).numpy(), "norm").statistic < 0.015
+        z = mean + std * torch.randn(COUNT, generator=draw())
+        assert torch.equal(which, (z.sigmoid() * 1000).floor().clamp_max(999).double())
+        logit = torch.logit((which + 0.5) / 1000).numpy()
+        assert stats.kstest((logit - mean) / std, "norm").statistic < 0.015
 
     def test_an_unknown_prediction_is_refused(self):
         with pytest.raises(ProcessError) as caught:
@@ -245,14 +249,14 @@ class TestProcessOf:
 
     @pytest.mark.parametrize("config, shift", [(SD3, 3.0), (SCHNELL, 1.0), (FLUX, 1.0), (SANA, 3.0)])
     def test_flow_matching_and_its_static_shift(self, config, shift):
-        assert process_of(config) == Flow(shift, "lognormal")
-        assert process_of(json.loads(json.dumps(config))) == Flow(shift, "lognormal")
+        assert process_of(config) == Flow(shift, LOGIT_NORMAL)
+        assert process_of(json.loads(json.dumps(config))) == Flow(shift, LOGIT_NORMAL)
 
     def test_heuns_flow_and_one_without_a_shift(self):
-        assert process_of({"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 2.0}) == Flow(2.0, "lognormal")
-        assert process_of({"_class_name": "FlowMatchEulerDiscreteScheduler"}) == Flow(1.0, "lognormal")
+        assert process_of({"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 2.0}) == Flow(2.0, LOGIT_NORMAL)
+        assert process_of({"_class_name": "FlowMatchEulerDiscreteScheduler"}) == Flow(1.0, LOGIT_NORMAL)
         unipc = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 5.0}
-        assert process_of(unipc) == Flow(5.0, "lognormal")
+        assert process_of(unipc) == Flow(5.0, LOGIT_NORMAL)
 
     @pytest.mark.parametrize("config, prediction", [
         (SD15, "epsilon"), (SD21, "v_prediction"), (SDXL, "epsilon"), (KOLORS, "epsilon"), (PIXART, "epsilon"),
@@ -272,7 +276,7 @@ class TestProcessOf:
         process = process_of({**SD15, "trained_betas": [0.1, 0.2, 0.5]})
         signal, _ = process.corrupt(torch.ones(3, 1, 1, 1), torch.zeros(3, 1, 1, 1), torch.tensor([0.0, 0.001, 0.002]))
         assert signal.flatten().tolist() == pytest.approx([0.9**0.5, 0.72**0.5, 0.36**0.5])
-        assert set(process.times("auto", 100, draw()).mul(1000).round().int().tolist()) == {0, 1, 2}
+        assert set(process.times(None, 100, draw()).mul(1000).round().int().tolist()) == {0, 1, 2}
 
     @pytest.mark.parametrize("config", [{}, PLAYGROUND, {"_class_name": "SomeScheduler", "prediction_type": "sample"}])
     def test_noise_that_is_not_known_is_refused_and_not_taken_for_ddpms(self, config):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from repa_lab.spec.schema import EmaConfig
-from repa_lab.training.ema import EMA
+from repa_lab.training.checkpoint import EMA
 
 
 def make_module(value: float = 0.0) -> nn.Linear:

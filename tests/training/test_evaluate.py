@@ -27,15 +27,13 @@ from repa_lab.metrics.reference import reference
 from repa_lab.models.tap import Denoiser, Tap
 from repa_lab.spec import EncoderSettings
 from repa_lab.training.aligner import open_targets
-from repa_lab.training.conditioning import Labels
+from repa_lab.training.batches import generator
+from repa_lab.training.data import Images, Labels
 from repa_lab.training.diffusion import Flow
-from repa_lab.training.evaluate import Evaluator, write_grid
-from repa_lab.training.fingerprints import described
-from repa_lab.training.images import Images
+from repa_lab.training.evaluate import DivergedError, Evaluator, decoder_identity, real_images, write_grid
 from repa_lab.training.model import Model, build_denoiser
-from repa_lab.training.quality import DivergedError, drawn_by, real_images
-from repa_lab.training.sampling import FieldSampler, Sampling
-from repa_lab.training.streams import generator
+from repa_lab.training.resolve import encoder_identity
+from repa_lab.training.sampling import FieldSampler
 from tests.data.conftest import noise_image
 from tests.training.conftest import make_options, make_run
 from tests.training.pretrained import make_pretrained_run, write_pipeline
@@ -69,9 +67,8 @@ def targets(images, cache):
 def make_evaluator(few, cache, denoiser, targets=None, seed: int = 0, **settings) -> Evaluator:
     config = make_run(**{f"evaluate.{name}": value for name, value in settings.items()}).config
 
-    def sampler(tier):
-        sampling = Sampling((1, 8, 8), 10, tier.sampler, tier.guidance, seed, tier.labels)
-        return FieldSampler(sampling, denoiser, few.space, CPU)
+    def sampler(protocol):
+        return FieldSampler(denoiser, few.space, (1, 8, 8), 10, protocol, seed, CPU)
 
     model = Model(denoiser, Flow(), Labels(few.source.labels, 10, 10), sampler, config.evaluate.batch_size)
     return Evaluator(config, few, model, targets, cache, CPU)
@@ -91,8 +88,7 @@ class TestQuality:
     def test_is_the_distance_of_the_samples_to_the_training_images(self, few, cache, denoiser, extractor):
         config = make_run().config.evaluate
         row, shown = quality(few, cache, denoiser)
-        sampling = Sampling((1, 8, 8), 10, config.sampler, config.guidance, 0)
-        drawn = few.space.decode(sampling.batch(denoiser, range(16), CPU))
+        drawn = FieldSampler(denoiser, few.space, (1, 8, 8), 10, config, 0, CPU)(range(16))
         samples = statistics(extractor.features(drawn).of("frechet"))
         real = statistics(extractor.features(few.source.read(few.split.train.tolist())).of("frechet"))
         expected = frechet_distance(samples.mu, samples.sigma, real.mu, real.sigma)
@@ -254,35 +250,39 @@ class TestProtocols:
         for name in ("one", "copy", "other"):
             file = tmp_path / f"{name}.safetensors"
             file.write_text("other" if name == "other" else "one")
-            encoders[name] = described(EncoderSettings(weights=str(file)))
+            encoders[name] = encoder_identity(EncoderSettings(weights=str(file)))
         assert encoders["one"] == encoders["copy"] != encoders["other"]
-        assert described(EncoderSettings()) == EncoderSettings().model_dump(mode="json")
+        assert encoder_identity(EncoderSettings()) == EncoderSettings().model_dump(mode="json")
 
     def test_an_encoder_is_known_by_whether_its_tokens_are_normed(self):
         mae = EncoderSettings(name="mae_vitl16")
-        assert described(mae) == {**mae.model_dump(mode="json"), "norm": False}
+        assert encoder_identity(mae) == {**mae.model_dump(mode="json"), "norm": False}
 
     def test_a_decoder_is_known_by_what_is_in_it_and_a_pipeline_by_its_scheduler_too(self, tmp_path):
         vaes = {name: tmp_path / name for name in ("one", "copy", "other")}
         for name, folder in vaes.items():
             folder.mkdir()
             (folder / "weights").write_text("other" if name == "other" else "one")
-        one, copy, other = (drawn_by(make_run(**{"data.vae": str(folder)}).config) for folder in vaes.values())
+        one, copy, other = (decoder_identity(make_run(**{"data.vae": str(folder)}).config) for folder in vaes.values())
         assert one == copy != other
-        assert drawn_by(make_run(**{"data.vae": "some/vae"}).config) == {"decoder": "some/vae"}
-        assert drawn_by(make_run().config) == {"decoder": None}
+        assert decoder_identity(make_run(**{"data.vae": "some/vae"}).config) == {"decoder": "some/vae"}
+        assert decoder_identity(make_run().config) == {"decoder": None}
         run = make_pretrained_run(
             "sd15", write_pipeline("sd15", tmp_path / "sd15"), tmp_path, **{"data.vae": str(vaes["one"])}
         )
-        before, path = drawn_by(run.config), tmp_path / "sd15" / "scheduler" / "scheduler_config.json"
+        before, path = decoder_identity(run.config), tmp_path / "sd15" / "scheduler" / "scheduler_config.json"
         assert before["decoder"] == one["decoder"]
         path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.013, "_diffusers_version": "0"}))
-        assert {**before["scheduler"], "beta_end": 0.013} == drawn_by(run.config)["scheduler"] != before["scheduler"]
+        assert (
+            {**before["scheduler"], "beta_end": 0.013}
+            == decoder_identity(run.config)["scheduler"]
+            != before["scheduler"]
+        )
         path.write_text(
             json.dumps({**json.loads(path.read_text()), "beta_end": 0.013, "lambda_min_clipped": -math.inf})
         )
-        assert drawn_by(run.config)["scheduler"]["lambda_min_clipped"] == "-inf"
-        json.dumps(drawn_by(run.config), allow_nan=False)
+        assert decoder_identity(run.config)["scheduler"]["lambda_min_clipped"] == "-inf"
+        json.dumps(decoder_identity(run.config), allow_nan=False)
 
 
 def tokens_by_hand(few, denoiser, block: int, timestep: float, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -371,10 +371,9 @@ class TestSizes:
         images = Images(source, split(len(source), held_out), PixelSpace(source))
         denoiser = AnySize().eval()
         config = make_run(**{"evaluate.batch_size": 2, "evaluate.timestep": 0.25}).config
-        sampling = Sampling((3, 64, 64), 1, config.evaluate.sampler, config.evaluate.guidance, 0)
-        sampler = FieldSampler(sampling, denoiser, images.space, CPU)
+        sampler = FieldSampler(denoiser, images.space, (3, 64, 64), 1, config.evaluate, 0, CPU)
         labels = Labels(source.labels, 1, 1)
-        model = Model(denoiser, Flow(), labels, lambda tier: sampler, 2)
+        model = Model(denoiser, Flow(), labels, lambda protocol: sampler, 2)
         encoder = OnlineTargets(load_encoder("efficientnet_lite0", None, 64), "it", source, CPU)
         return Evaluator(config, images, model, encoder, tmp_path / "cache", CPU), model, images, encoder
 

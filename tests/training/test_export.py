@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from repa_lab.models.sit import SiT, SiTConfig
 from repa_lab.models.sit_down import SiTDown, SiTDownConfig
+from repa_lab.training.checkpoint import NoWeightsError
 from repa_lab.training.export import ExportError, export_model
-from repa_lab.training.trained import NoWeightsError
 from tests.training.conftest import SIT_DOWN, UNET, make_run, run_steps, weights
 
 REGULARIZED = {**UNET, "regularizer.type": "urepa"}

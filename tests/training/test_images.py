@@ -11,8 +11,8 @@ from repa_lab.data.folder import ImageFolder
 from repa_lab.data.settings import SOURCES, SourceSettings
 from repa_lab.data.space import LatentSpace, PixelSpace
 from repa_lab.spec import EncoderSettings
-from repa_lab.training.images import open_images, pixels_for
-from repa_lab.training.quality import real_images
+from repa_lab.training.data import open_images, pixels_for
+from repa_lab.training.evaluate import real_images
 from tests.data.autoencoders import tiny
 from tests.data.conftest import noise_image
 from tests.data.test_space import save_vae

@@ -4,8 +4,7 @@ import pytest
 
 from repa_lab.spec import RunOptions
 from repa_lab.training.checkpoint import Progress
-from repa_lab.training.costs import cost_of
-from repa_lab.training.ledger import ledger
+from repa_lab.training.costs import cost_of, costs_so_far
 from tests.training.conftest import OFF, make_options, make_run, run_to_end
 
 METRIC = "frechet:efficientnet_lite0@16/ode2"
@@ -15,7 +14,7 @@ ONLINE = {"regularizer.encoder": {"name": "efficientnet_lite0", "image_size": 32
 
 def of(step, **settings):
     config = make_run(**{"train.steps": 100, **settings}).config
-    return ledger(config, RunOptions(), Progress(step, 6 * step, 0.0, 1.5, 0.25)), cost_of(config, RunOptions())
+    return costs_so_far(config, RunOptions(), Progress(step, 6 * step, 0.0, 1.5, 0.25)), cost_of(config, RunOptions())
 
 
 def test_training_and_measuring_grow_with_the_steps():

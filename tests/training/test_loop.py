@@ -14,9 +14,9 @@ from repa_lab.runs import RunDirectory, RunWriter, State, checkpoints
 from repa_lab.runs import directory as directory_module
 from repa_lab.training import aligner as aligner_module
 from repa_lab.training.device import DeviceError
+from repa_lab.training.evaluate import DivergedError
 from repa_lab.training.loop import train
-from repa_lab.training.quality import DivergedError
-from repa_lab.training.sampling import Sampling
+from repa_lab.training.sampling import FieldSampler
 from repa_lab.training.trainer import Trainer
 from tests.data.conftest import noise_image
 from tests.data.test_space import save_vae
@@ -88,11 +88,8 @@ def encoded(monkeypatch) -> list[int]:
 
 class TestOffMeansOff:
     @pytest.mark.parametrize("family", OFF_ARMS)
-    def test_weight_0_trains_as_no_regularizer_does(self, family, cache, fresh):
-        ended = [
-            run_steps(make_run(**{**arm, **ALL_AT_WORK}), fresh(f"{number}"), cache)
-            for number, arm in enumerate(OFF_ARMS[family])
-        ]
+    def test_weight_0_trains_as_no_regularizer_does(self, family, trained):
+        ended = [trained(**arm, **ALL_AT_WORK) for arm in OFF_ARMS[family]]
         baseline, losses = weights(ended[0]), step_rows(ended[0])
         assert len(losses) == 4
         assert losses[0]["grad_norm"] > 0.5  # so that clipping took place
@@ -103,9 +100,8 @@ class TestOffMeansOff:
             assert [row.pop("align/weight") for row in found] == [0.0] * 4
             assert found == losses
 
-    def test_a_weight_above_0_does_not(self, cache, fresh):
-        off = weights(run_steps(make_run(**OFF, **ALL_AT_WORK), fresh("off"), cache))
-        on = weights(run_steps(make_run(**ALL_AT_WORK), fresh("on"), cache))
+    def test_a_weight_above_0_does_not(self, trained):
+        off, on = weights(trained(**OFF, **ALL_AT_WORK)), weights(trained(**ALL_AT_WORK))
         assert any(not torch.equal(off[name], on[name]) for name in off if name.startswith("denoiser:blocks.0"))
 
     def test_none_loads_no_encoder(self, cache, fresh, loads, encoded):
@@ -141,7 +137,7 @@ class TestOffMeansOff:
 class TestPairing:
     def denoiser(self, cache, seed: int = 0, **settings) -> dict[str, torch.Tensor]:
         trainer = Trainer(make_run(seed, **settings), make_options(), cache)
-        return {name: value.clone() for name, value in trainer._trained.denoiser.state_dict().items()}
+        return {name: value.clone() for name, value in trainer.state.denoiser.state_dict().items()}
 
     @pytest.mark.parametrize("family", [{}, UNET], ids=["sit", "unet"])
     def test_arms_with_one_seed_start_alike(self, cache, family):
@@ -175,8 +171,8 @@ class TestRows:
             assert row["align/weight"] == 0.7
             assert row["align/manifold"] > 1e-3
 
-    def test_repa_has_no_manifold_term(self, cache, fresh):
-        for row in step_rows(run_steps(make_run(), fresh(), cache)):
+    def test_repa_has_no_manifold_term(self, trained):
+        for row in step_rows(trained()):
             assert "align/manifold" not in row
             assert row["loss/total"] == pytest.approx(row["loss/denoise"] - 0.5 * row["align/cosine"], rel=1e-6)
 
@@ -234,37 +230,31 @@ class TestMeasuring:
         batches = trainer.batches()
         for _ in range(2):
             trainer.step(next(batches))
-        parameter = trainer._trained.denoiser.final_layer.linear.weight
+        parameter = trainer.state.denoiser.final_layer.linear.weight
         live, average = (
             parameter.detach().clone(),
-            trainer._trained.ema.average["denoiser.final_layer.linear.weight"].clone(),
+            trainer.state.ema.average["denoiser.final_layer.linear.weight"].clone(),
         )
         assert not torch.equal(live, average)
         seen: list[torch.Tensor] = []
-        draw = Sampling.batch
+        draw = FieldSampler.draw
 
-        def watching(self, denoiser, *args):
-            assert not denoiser.training
+        def watching(self, index):
+            assert not self.denoiser.training
             seen.append(parameter.detach().clone())
-            return draw(self, denoiser, *args)
+            return draw(self, index)
 
-        monkeypatch.setattr(Sampling, "batch", watching)
+        monkeypatch.setattr(FieldSampler, "draw", watching)
         trainer.measure()
         assert torch.equal(seen[0], average)
         assert torch.equal(parameter, live)
-        assert trainer._trained.denoiser.training
+        assert trainer.state.denoiser.training
 
-    def test_measuring_often_trains_alike(self, cache, fresh):
-        ended = [run_steps(make_run(**{"evaluate.every": every}), fresh(f"{every}"), cache) for every in (2, 100)]
-        assert_same(weights(ended[0]), weights(ended[1]))
+    def test_measuring_often_trains_alike(self, trained):
+        assert_same(weights(trained(**{"evaluate.every": 2})), weights(trained()))
 
-    def test_loader_processes_change_nothing(self, cache, fresh):
-        ended = [run_steps(make_run(), fresh(f"{n}"), cache, data_workers=n) for n in (0, 1)]
-        assert_same(weights(ended[0]), weights(ended[1]))
-        assert rows(ended[0]) == rows(ended[1])
-
-    def test_a_run_is_a_function_of_its_seed(self, cache, fresh):
-        ended = [run_steps(make_run(seed), fresh(f"{n}"), cache) for n, seed in enumerate((0, 0, 1))]
+    def test_a_run_is_a_function_of_its_seed(self, cache, trained, fresh):
+        ended = [trained(), *(run_steps(make_run(seed), fresh(f"{seed}"), cache) for seed in (0, 1))]
         assert_same(weights(ended[0]), weights(ended[1]))
         assert rows(ended[0]) == rows(ended[1])
         assert rows(ended[0])[0]["loss/total"] != rows(ended[2])[0]["loss/total"]
@@ -276,10 +266,9 @@ class TestResuming:
         """The run, uninterrupted."""
         return run_to_end(make_run(**RESUMED), RunDirectory(tmp_path_factory.mktemp("whole")), cache, **OFTEN)
 
-    @pytest.mark.parametrize("at", [1, 6])
-    def test_a_stopped_run_ends_as_an_uninterrupted_one(self, whole, cache, fresh, at):
-        directory = run_steps(make_run(**RESUMED), fresh(), cache, at, **OFTEN)
-        assert directory.state.step == checkpoints.latest(directory.checkpoints)[0] == at
+    def test_a_run_that_stopped_at_a_measurement_ends_as_an_uninterrupted_one(self, whole, cache, fresh):
+        directory = run_steps(make_run(**RESUMED), fresh(), cache, 6, **OFTEN)
+        assert directory.state.step == checkpoints.latest(directory.checkpoints)[0] == 6
         run_to_end(make_run(**RESUMED), directory, cache, **OFTEN)
         assert_same(weights(directory), weights(whole))
         assert rows(directory) == rows(whole)
@@ -387,6 +376,12 @@ class TestFailing:
 
 
 class TestPrecision:
+    @pytest.fixture(scope="class")
+    def plain(self, cache) -> dict:
+        """What is measured of the initial weights in float32."""
+        (row, *_), _ = Trainer(make_run(), make_options(), cache).measure()
+        return row
+
     @pytest.mark.parametrize(
         ("asked", "inside", "has_tf32", "told"),
         [
@@ -395,10 +390,10 @@ class TestPrecision:
             ("tf32", torch.float32, True, "tf32"),
         ],
     )
-    def test_is_measured_in_the_precision_that_is_asked_for(self, cache, asked, inside, has_tf32, told):
+    def test_is_measured_in_the_precision_that_is_asked_for(self, cache, plain, asked, inside, has_tf32, told):
         trainer = Trainer(make_run(**{"evaluate.precision": asked}), make_options(precision="bf16"), cache)
         seen = set()
-        layer = trainer._trained.denoiser.blocks[0].mlp.fc1
+        layer = trainer.state.denoiser.blocks[0].mlp.fc1
         layer.register_forward_hook(
             lambda module, given, out: seen.add((out.dtype, torch.backends.cuda.matmul.allow_tf32))
         )
@@ -408,13 +403,11 @@ class TestPrecision:
         seen.clear()
         trainer.step(next(trainer.batches()))  # trains as before
         assert seen == {(torch.bfloat16, False)}
-        (plain, *_), _ = Trainer(make_run(), make_options(), cache).measure()
         is_single = {name: row[name] == plain[name] for name in plain if name.startswith("heldout")}
         assert len(is_single) == 3 and set(is_single.values()) == {asked != "train"}
 
-    def test_bf16_keeps_float32_weights(self, cache, fresh):
-        full = run_steps(make_run(), fresh("fp32"), cache)
-        half = run_steps(make_run(), fresh("bf16"), cache, precision="bf16")
+    def test_bf16_keeps_float32_weights(self, cache, trained, fresh):
+        full, half = trained(), trained(options={"precision": "bf16"})
         for name, value in weights(half).items():
             assert value.dtype == torch.float32, name
         losses = [[row["loss/total"] for row in step_rows(directory)] for directory in (full, half)]

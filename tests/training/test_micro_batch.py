@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from repa_lab.training.device import DeviceError
-from repa_lab.training.micro_batch import MicroBatch
+from repa_lab.training.device import DeviceError, MicroBatch
 from repa_lab.training.trainer import Trainer
 from tests.training.conftest import UNET, make_options, make_run
 
@@ -60,7 +59,7 @@ class TestSize:
 
     @pytest.mark.parametrize("processes", [2, 8])
     def test_several_processes_must_be_told(self, processes):
-        with pytest.raises(DeviceError, match=r"auto is for one process, .* give a number") as caught:
+        with pytest.raises(DeviceError, match=r"auto works with one process only: .* give a number") as caught:
             MicroBatch("auto", processes)
         assert caught.value.field == "micro_batch"
         assert MicroBatch(4, processes).size == 4
@@ -77,7 +76,7 @@ def in_forward(trainer: Trainer, seen: list[int], is_full: Callable[[int], bool]
         if is_full(len(output)):
             raise full()
 
-    trainer._trained.denoiser.register_forward_hook(hook)
+    trainer.state.denoiser.register_forward_hook(hook)
 
 
 def in_backward(trainer: Trainer, seen: list[int], is_full: Callable[[int], bool]) -> None:
@@ -91,7 +90,7 @@ def in_backward(trainer: Trainer, seen: list[int], is_full: Callable[[int], bool
         if is_full(len(output)):
             inputs[0].requires_grad_().register_hook(fail)
 
-    trainer._trained.denoiser.register_forward_pre_hook(lambda module, inputs: hook(module, inputs, inputs[0]))
+    trainer.state.denoiser.register_forward_pre_hook(lambda module, inputs: hook(module, inputs, inputs[0]))
 
 
 def in_regularizer(trainer: Trainer, seen: list[int], is_full: Callable[[int], bool]) -> None:
@@ -125,7 +124,7 @@ def train(trainer: Trainer, steps: int) -> list[dict]:
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Everything that a step changes."""
-    trained = trainer._trained
+    trained = trainer.state
     found = {f"denoiser.{name}": value for name, value in trained.denoiser.state_dict().items()}
     found |= {f"regularizer.{name}": value for name, value in trained.regularizer.state_dict().items()}
     found |= {f"ema.{name}": value for name, value in trained.ema.average.items()}
@@ -173,10 +172,10 @@ class TestStep:
         rows = train(found, 4)
         assert seen == [8, 8, 8, 4, 4, 4, 4]
         assert rows[:2] == train(first, 2)
-        rest._trained.denoiser.load_state_dict(first._trained.denoiser.state_dict())
-        rest._trained.regularizer.load_state_dict(first._trained.regularizer.state_dict())
-        rest._trained.optimizer.load_state_dict(first._trained.optimizer.state_dict())
-        rest._trained.ema.load({name: value.clone() for name, value in first._trained.ema.average.items()})
+        rest.state.denoiser.load_state_dict(first.state.denoiser.state_dict())
+        rest.state.regularizer.load_state_dict(first.state.regularizer.state_dict())
+        rest.state.optimizer.load_state_dict(first.state.optimizer.state_dict())
+        rest.state.ema.load({name: value.clone() for name, value in first.state.ema.average.items()})
         rest.progress.step, rest.progress.images = 2, 16
         assert rows[2:] == train(rest, 2)
         assert_same(found, rest)
@@ -207,7 +206,7 @@ class TestStep:
             alive.append((len(outputs), sum(not output.expired() for output in outputs), len(gradients)))
             outputs.clear()
 
-        for module in trainer._trained.denoiser.modules():
+        for module in trainer.state.denoiser.modules():
             module.register_forward_hook(note)
         place(trainer, [], lambda images: images > 2)
         monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)

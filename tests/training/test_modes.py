@@ -20,9 +20,9 @@ import yaml
 from repa_lab.data.sources import Flips
 from repa_lab.encoders.encoder import Encoder
 from repa_lab.runs import RunDirectory, RunsRoot
-from repa_lab.training.device import DeviceError
-from repa_lab.training.images import open_images
-from repa_lab.training.trainer import Trainer, require_equal_parts
+from repa_lab.training.data import open_images
+from repa_lab.training.device import DeviceError, require_equal_parts
+from repa_lab.training.trainer import Trainer
 from tests.data.conftest import noise_image
 from tests.data.test_space import save_vae
 from tests.training.conftest import (
@@ -51,21 +51,19 @@ SCHEDULED = {"regularizer.schedule": {"type": "linear", "warmup_steps": 1, "deca
 
 @families
 @pytest.mark.parametrize("size", [1, 4])
-def test_micro_batches_train_as_the_batch_does(settings, size, cache, fresh):
-    run = make_run(**settings, **SCHEDULED)
-    parts, whole = run_steps(run, fresh("parts"), cache, micro_batch=size), run_steps(run, fresh("whole"), cache)
+def test_micro_batches_train_as_the_batch_does(settings, size, trained):
+    parts, whole = trained(options={"micro_batch": size}, **settings, **SCHEDULED), trained(**settings, **SCHEDULED)
     for ours, theirs in zip(rows(parts), rows(whole), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
 @families
 @pytest.mark.parametrize("size", [1, 4])
-def test_gradients_of_micro_batches_add_up_to_the_batchs(settings, size, cache, fresh):
-    run = make_run(**settings)
+def test_gradients_of_micro_batches_add_up_to_the_batchs(settings, size, trained):
     found, expected = (
         # After one step AdamW's first moment is a tenth of the gradient.
         {name: value for name, value in weights(ended).items() if name.endswith("exp_avg")}
-        for ended in (run_steps(run, fresh(str(n)), cache, steps=1, micro_batch=n) for n in (size, None))
+        for ended in (trained(1, {"micro_batch": n}, **settings) for n in (size, None))
     )
     assert found.keys() == expected.keys()
     largest = max(value.abs().max() for value in expected.values())
@@ -76,16 +74,15 @@ def test_gradients_of_micro_batches_add_up_to_the_batchs(settings, size, cache, 
 def test_a_micro_batch_is_all_that_is_seen_at_a_time(cache):
     trainer = Trainer(make_run(), make_options(micro_batch=4), cache)
     seen: list[int] = []
-    trainer._trained.denoiser.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    trainer.state.denoiser.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     trainer.step(next(trainer.batches()))
     assert seen == [4, 2]
 
 
 @families
-def test_checkpointing_gradients_changes_no_bit(settings, cache, fresh):
-    run = make_run(**settings, **SCHEDULED)
-    plain = run_steps(run, fresh("plain"), cache)
-    checkpointed = run_steps(run, fresh("checkpointed"), cache, gradient_checkpointing=True)
+def test_checkpointing_gradients_changes_no_bit(settings, trained):
+    plain = trained(**settings, **SCHEDULED)
+    checkpointed = trained(options={"gradient_checkpointing": True}, **settings, **SCHEDULED)
     assert_same(weights(plain), weights(checkpointed))
     assert rows(plain) == rows(checkpointed)
 
@@ -95,7 +92,7 @@ def test_checkpointing_gradients_runs_blocks_again(settings, cache):
     calls: dict[bool, int] = {}
     for on in (False, True):
         trainer = Trainer(make_run(**settings), make_options(gradient_checkpointing=on), cache)
-        denoiser = trainer._trained.denoiser
+        denoiser = trainer.state.denoiser
         layer = (
             denoiser.blocks[2].mlp.fc2 if hasattr(denoiser, "blocks") else denoiser.net.down_blocks[0].resnets[0].conv1
         )
@@ -121,16 +118,16 @@ def test_compiling_trains_alike_and_measures(settings, backend, cache, fresh, mo
 
 @pytest.mark.parametrize("stop", [2, 3, 5])
 @pytest.mark.parametrize("mode", ["permanent", "recoverable"])
-def test_a_similarity_cutoff_survives_interruption_to_the_bit(mode, stop, cache, fresh):
+def test_a_similarity_cutoff_survives_interruption_to_the_bit(mode, stop, cache, trained, fresh):
     cutoff = {"similarity_threshold": -0.9, "similarity_min_count": 3, "threshold_mode": mode, "probe_every": 2}
-    run = make_run(**{"regularizer.schedule": cutoff, "train.steps": 7, "train.weight_decay": 0.1})
-    whole = run_steps(run, fresh("whole"), cache, steps=6)
+    settings = {"regularizer.schedule": cutoff, "train.steps": 7, "train.weight_decay": 0.1}
+    whole = trained(6, **settings)
     assert [row["align/weight"] for row in rows(whole)] == [0.5, 0.5, 0.5, 0.0, 0.0, 0.0]
     looked = [row["step"] - 1 for row in rows(whole) if "align/cosine" in row]
     assert looked == ([0, 1, 2, 4] if mode == "recoverable" else [0, 1, 2])
     parts = fresh("parts")
-    run_steps(run, parts, cache, steps=stop)
-    run_steps(run, parts, cache, steps=6 - stop)
+    for steps in (stop, 6 - stop):
+        run_steps(make_run(**settings), parts, cache, steps)
     assert rows(parts) == rows(whole)
     assert_same(weights(parts), weights(whole))
 
@@ -199,16 +196,16 @@ class TestReadingAhead:
         assert torch.equal(torch.cat([part.x for part in parts]), batch.x)
 
     @pytest.mark.parametrize("kept", [True, False])
-    def test_processes_of_the_loader_change_nothing(self, kept, cache, fresh):
+    def test_processes_of_the_loader_change_nothing(self, kept, trained):
         settings = {"regularizer.encoder": {**SETTINGS["regularizer"]["encoder"], "cache": kept}}
-        ended = [run_steps(make_run(**settings), fresh(f"{n}"), cache, data_workers=n) for n in (0, 2)]
+        ended = [trained(options=options, **settings) for options in (None, {"data_workers": 2})]
         assert_same(weights(ended[0]), weights(ended[1]))
+        assert rows(ended[0]) == rows(ended[1])
 
 
-def test_stored_in_float32_features_train_as_fresh_ones_do(cache, fresh):
-    encoder = SETTINGS["regularizer"]["encoder"]
-    fresh_ones = run_steps(make_run(**{"regularizer.encoder": {**encoder, "cache": False}}), fresh("online"), cache)
-    kept, halved = (run_steps(make_run(), fresh(kind), cache, encoder_storage=kind) for kind in ("fp32", "fp16"))
+def test_stored_in_float32_features_train_as_fresh_ones_do(trained):
+    fresh_ones = trained(**{"regularizer.encoder": {**SETTINGS["regularizer"]["encoder"], "cache": False}})
+    kept, halved = (trained(options={"encoder_storage": kind}) for kind in ("fp32", "fp16"))
     for ours, theirs in zip(rows(kept), rows(fresh_ones), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     for ours, theirs in zip(rows(halved), rows(fresh_ones), strict=True):
@@ -288,9 +285,8 @@ class TestPixels:
 
 @pytest.mark.parametrize(("size", "processes"), [(6, 4), (1, 2)])
 def test_a_batch_that_cannot_be_shared_equally_is_refused(size, processes):
-    config = make_run(**{"train.batch_size": size}).config
     with pytest.raises(DeviceError, match=f"train.batch_size {size} cannot be shared equally by {processes} processes"):
-        require_equal_parts(config, processes)
+        require_equal_parts(size, processes)
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from repa_lab.spec import SpecError, load_spec
-from repa_lab.spec.schema import OPTIMIZERS, LearningRateSettings, OptimizerSettings, TrainConfig
-from repa_lab.training.batches import denoising_loss
-from repa_lab.training.diffusion import Diffusion, Flow
+from repa_lab.spec.schema import OPTIMIZERS, LearningRateSettings, OptimizerSettings, TimeSettings, TrainConfig
+from repa_lab.training.diffusion import Diffusion, Flow, denoising_loss
 from tests.spec.examples import mapping
 
 
@@ -52,6 +51,39 @@ def test_only_a_decay_to_the_end_depends_on_the_length():
     assert LearningRateSettings(type="linear").depends_on_length()
     assert not LearningRateSettings(type="linear", decay_steps=5).depends_on_length()
     assert not LearningRateSettings(warmup_steps=5).depends_on_length()
+
+
+@pytest.mark.parametrize(
+    ("time", "kept"),
+    [
+        (None, None),
+        ("logit_normal", "logit_normal"),
+        ({"type": "logit_normal", "mean": 0.0, "std": 1.0}, "logit_normal"),
+        ({"type": "uniform"}, "uniform"),
+        ({"mean": -0.5}, TimeSettings(mean=-0.5)),
+    ],
+)
+def test_the_distribution_of_times_is_a_word_or_a_section(time, kept):
+    train = load_spec(mapping(train={"steps": 1, "time": time})).arms[0].config.train
+    assert train.time == kept
+    assert train.times == (TimeSettings(type=kept) if isinstance(kept, str) else kept)
+
+
+@pytest.mark.parametrize(
+    ("time", "message"),
+    [
+        (
+            {"type": "uniform", "std": 2.0},
+            r"train\.time: uniform has no mean and no std; they are settings of logit_normal",
+        ),
+        ({"std": 0}, r"train\.time\.std: expected a number of more than 0"),
+        ({"type": "lognormal"}, r"train\.time\.type: expected one of uniform, logit_normal, got 'lognormal'"),
+        ("lognormal", "expected one of uniform, logit_normal or a mapping, got 'lognormal'"),
+    ],
+)
+def test_other_distributions_are_refused(time, message):
+    with pytest.raises(SpecError, match=message):
+        load_spec(mapping(train={"steps": 1, "time": time}))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])

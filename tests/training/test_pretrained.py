@@ -21,14 +21,14 @@ from repa_lab.models.family import pipeline_of
 from repa_lab.models.pretrained import load_denoiser
 from repa_lab.models.released import PretrainedError, locate, problem_with
 from repa_lab.runs import RunDirectory, checkpoints
-from repa_lab.training import pipelines
+from repa_lab.training import sampling
+from repa_lab.training.batches import generator, stream_seed
+from repa_lab.training.data import text_cache
 from repa_lab.training.export import export_model
 from repa_lab.training.loop import train
 from repa_lab.training.model import open_model
-from repa_lab.training.streams import generator, stream_seed
-from repa_lab.training.texts import text_cache
 from repa_lab.training.trainer import Trainer
-from tests.training.conftest import assert_same, make_options, rows, run_steps, stop_after, weights
+from tests.training.conftest import assert_same, make_options, rows, run_steps, weights
 from tests.training.pretrained import (
     PRETRAINED,
     SIDES,
@@ -63,12 +63,22 @@ def made(place):
     return make
 
 
-@pytest.fixture
-def trained(made, place, fresh):
-    """The directory of a run that was trained for some steps and not measured."""
+@pytest.fixture(scope="module")
+def runs() -> dict[str, RunDirectory]:
+    """The runs that were trained, by everything that decides them: several tests look at one."""
+    return {}
 
-    def go(name: str, family: str, steps: int = 2, options=None, **settings) -> RunDirectory:
-        return run_steps(made(family, **settings), fresh(name), place / "cache", steps, **(options or {}))
+
+@pytest.fixture
+def trained(made, place, runs):
+    """The directory of a run that was trained for some steps and not measured; nothing may be written to it."""
+
+    def go(family: str, steps: int = 2, options=None, **settings) -> RunDirectory:
+        key = repr((family, steps, options, settings))
+        if key not in runs:
+            directory = RunDirectory(place / "runs" / str(len(runs)))
+            runs[key] = run_steps(made(family, **settings), directory, place / "cache", steps, **(options or {}))
+        return runs[key]
 
     return go
 
@@ -81,8 +91,10 @@ def latest(directory: RunDirectory) -> Path:
 
 class TestEveryFamily:
     @families
-    def test_lora_trains_with_its_regularizer_and_leaves_the_model_as_it_is(self, family, trained, place):
-        directory = trained("run", family)
+    def test_lora_trains_with_its_regularizer_and_diffusers_loads_what_is_exported(
+        self, family, trained, place, tmp_path
+    ):
+        directory, facts = trained(family), pipeline_of(FAMILIES[family])
         first, second = rows(directory)
         assert np.isfinite([first["loss/denoise"], second["loss/denoise"], second["align/cosine"]]).all()
         assert second["loss/total"] != second["loss/denoise"]
@@ -90,21 +102,7 @@ class TestEveryFamily:
         assert all("lora_" in name for name in state)
         assert sum(value.any().item() for name, value in state.items() if "lora_B" in name) > 0
         assert load_file(latest(directory) / "regularizer.safetensors")
-
-    @families
-    def test_full_training_moves_the_models_own_weights(self, family, trained, place):
-        directory = trained("run", family, steps=1, **{"model.train": "full"})
-        state = load_file(latest(directory) / "denoiser.safetensors")
-        before = dict(load_denoiser(place / family, FAMILIES[family]).named_parameters())
-        assert state.keys() == before.keys()
-        moved = [name for name, value in state.items() if not torch.equal(value, before[name])]
-        assert len(moved) > len(state) / 2
-
-    @families
-    def test_what_is_exported_is_what_diffusers_loads(self, family, trained, place, tmp_path):
-        directory, facts = trained("run", family), pipeline_of(FAMILIES[family])
         export_model(directory, tmp_path / "lora", "last")
-        state = load_file(latest(directory) / "denoiser.safetensors")
         pipeline = diffusers.DiffusionPipeline.from_pretrained(place / family)
         if hasattr(pipeline, "load_lora_weights"):
             pipeline.load_lora_weights(tmp_path / "lora")
@@ -120,26 +118,34 @@ class TestEveryFamily:
         assert loaded.keys() == ours.keys()
         assert all(torch.equal(loaded[name], ours[name]) for name in ours)
 
+    @families
+    def test_full_training_moves_the_models_own_weights(self, family, trained, place):
+        directory = trained(family, 1, **{"model.train": "full"})
+        state = load_file(latest(directory) / "denoiser.safetensors")
+        before = dict(load_denoiser(place / family, FAMILIES[family]).named_parameters())
+        assert state.keys() == before.keys()
+        moved = [name for name, value in state.items() if not torch.equal(value, before[name])]
+        assert len(moved) > len(state) / 2
+
 
 @pytest.mark.parametrize("family", ["sdxl", "flux", "dit"])
 class TestTheRun:
-    def test_goes_on_from_a_checkpoint_as_if_nothing_had_been(self, family, made, place, fresh):
-        run, cache = made(family), place / "cache"
-        straight = run_steps(run, fresh("straight"), cache, 4)
-        broken = run_steps(run, fresh("broken"), cache, 2)
-        train(run, broken, make_options(), cache, should_stop=stop_after(2))
+    def test_goes_on_from_a_checkpoint_as_if_nothing_had_been(self, family, made, place, trained, fresh):
+        run, straight, broken = made(family), trained(family, 4), fresh("broken")
+        for _ in range(2):
+            run_steps(run, broken, place / "cache", 2)
         assert rows(broken) == rows(straight)
         assert_same(weights(broken), weights(straight))
 
     def test_weight_0_is_no_regularizer_bit_for_bit(self, family, trained):
-        off = trained("off", family, **{"regularizer.weight": 0.0})
-        none = trained("none", family, regularizer={"type": "none"})
+        off = trained(family, **{"regularizer.weight": 0.0})
+        none = trained(family, regularizer={"type": "none"})
         assert_same(weights(off), weights(none), only="denoiser:")
         assert [row["loss/denoise"] for row in rows(off)] == [row["loss/denoise"] for row in rows(none)]
 
     def test_micro_batches_and_checkpointed_blocks_compute_the_same(self, family, trained):
-        plain, parted = trained("plain", family), trained("parted", family, options={"micro_batch": 1})
-        checkpointed = trained("checkpointed", family, options={"gradient_checkpointing": True})
+        plain, parted = trained(family), trained(family, options={"micro_batch": 1})
+        checkpointed = trained(family, options={"gradient_checkpointing": True})
         for ours, theirs in zip(rows(parted), rows(plain), strict=True):  # losses and the norm of the gradients
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
         assert_same(weights(checkpointed), weights(plain), only="denoiser:")
@@ -155,7 +161,7 @@ class TestTheRun:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_compiled_by_inductor_lora_trains_the_same(family, trained):
-    plain, compiled = trained("plain", family), trained("compiled", family, options={"compile": True})
+    plain, compiled = trained(family), trained(family, options={"compile": True})
     for ours, theirs in zip(rows(compiled), rows(plain), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
@@ -183,10 +189,9 @@ class TestSampling:
     PROMPTS = ("picture 3 of noise", "a red heart")
 
     @pytest.mark.parametrize("family", ["sd15", "sdxl", "flux", "sana"])
-    def test_the_trained_pipeline_draws_what_stock_diffusers_draws(self, family, made, place, fresh, tmp_path):
+    def test_the_trained_pipeline_draws_what_stock_diffusers_draws(self, family, made, place, trained, tmp_path):
         settings = {"evaluate.prompts": list(self.PROMPTS), "evaluate.guidance": {"scale": 3.0}, "train.lr": 0.1}
-        run = made(family, **settings)
-        directory = run_steps(run, fresh("run"), place / "cache", 2)
+        run, directory = made(family, **settings), trained(family, **settings)
         trainer = Trainer(run, make_options(), place / "cache")
         trainer.resume(latest(directory))
         trainer.model.denoiser.eval()
@@ -259,13 +264,15 @@ class TestSampling:
         sampler = model.sampler(run.config.evaluate)
         whole, shown = sampler(range(5)), sampler.shown()
         assert model.at_once == 8
-        monkeypatch.setattr(pipelines, "_PIXELS_AT_ONCE", 2 * 64 * 64)
+        monkeypatch.setattr(sampling, "_PIXELS_AT_ONCE", 2 * 64 * 64)
         assert sampler.at_once == 2
         assert_close_pixels(sampler(range(5)), whole)
         assert_close_pixels(sampler.shown(), shown)
 
-    def test_a_measured_run_has_distance_agreement_and_pictures(self, made, place, fresh):
-        run = made("flux", **{"evaluate.every": 2, "train.steps": 2, "evaluate.prompts": ["picture 3 of noise"]})
+    @pytest.mark.parametrize("buckets", [None, {"step": 16, "max_aspect": 2.0}], ids=["square", "several sizes"])
+    def test_a_measured_run_has_distance_agreement_and_pictures(self, made, place, fresh, buckets):
+        prompts = {"evaluate.prompts": ["picture 3 of noise"]}
+        run = made("flux", **{"evaluate.every": 2, "train.steps": 2, "data.buckets": buckets, **prompts})
         directory = fresh("run")
         train(run, directory, make_options(), place / "cache")
         row = directory.rows()[-1]
@@ -313,12 +320,6 @@ class TestBuckets:
             with source.open(image) as picture:
                 assert row[:2] == [picture.height, picture.width]
             assert row[4:] == source.sizes[image].tolist()
-
-    def test_a_run_over_several_sizes_is_measured(self, made, place, fresh):
-        run = made("flux", **self.BUCKETS, **{"evaluate.every": 2, "train.steps": 2})
-        directory = fresh("run")
-        train(run, directory, make_options(), place / "cache")
-        assert np.isfinite([directory.rows()[-1][name] for name in ("heldout/cka", "heldout/cosine")]).all()
 
 
 def test_captions_are_encoded_again_for_a_pipeline_that_reads_other_layers(tmp_path):
@@ -378,9 +379,7 @@ class TestRefusals:
         open_pretrained(run, place / "cache")
         config = json.loads((tmp_path / "vae" / "config.json").read_text())
         (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"shift_factor": None}))
-        with pytest.raises(
-            DataError, match="vae' lacks shift_factor, which that of the pipeline's own VAE has"
-        ) as caught:
+        with pytest.raises(DataError, match="vae' lacks shift_factor, which the pipeline's own VAE has") as caught:
             open_pretrained(run, tmp_path / "cache")
         assert caught.value.field == "vae" and not (tmp_path / "cache").exists()
 

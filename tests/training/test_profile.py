@@ -19,10 +19,10 @@ from repa_lab.models.tap import Denoiser, Tap, TapError
 from repa_lab.runs import RunDirectory, RunWriter, profiles
 from repa_lab.spec import EncoderSettings
 from repa_lab.training.aligner import open_targets
-from repa_lab.training.conditioning import Labels
+from repa_lab.training.checkpoint import NoWeightsError
+from repa_lab.training.data import Images, Labels
 from repa_lab.training.diffusion import Flow
-from repa_lab.training.heldout import held_out_batches, show
-from repa_lab.training.images import Images
+from repa_lab.training.evaluate import held_out_batches, show
 from repa_lab.training.model import Model, open_model
 from repa_lab.training.profile import (
     METRICS,
@@ -33,7 +33,6 @@ from repa_lab.training.profile import (
     measure_profile,
     profile_run,
 )
-from repa_lab.training.trained import NoWeightsError
 from tests.training.conftest import ENCODER, OFF, UNET, make_options, make_run, rows, run_steps, run_to_end
 from tests.training.pretrained import make_pretrained_run, open_pretrained, write_images, write_pipeline
 

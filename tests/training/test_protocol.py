@@ -3,7 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from repa_lab.training.protocol import metric_name
+from repa_lab.training.resolve import metric_name
 from tests.training.conftest import make_run
 
 
@@ -20,5 +20,5 @@ def test_a_number_carries_its_protocol():
 
 
 def test_importing_it_costs_no_torch():
-    code = "import sys, repa_lab.training.protocol; sys.exit('torch' in sys.modules)"
+    code = "import sys, repa_lab.training.resolve; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

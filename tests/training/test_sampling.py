@@ -3,15 +3,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from repa_lab.spec import EvaluateConfig
 from repa_lab.spec.evaluate import GuidanceConfig, SamplerConfig
-from repa_lab.training.sampling import Sampling, euler_maruyama, guided, integrate, kinds_of, shares
-from repa_lab.training.streams import generator
+from repa_lab.training.batches import generator
+from repa_lab.training.sampling import FieldSampler, euler_maruyama, guided, integrate, kinds_of, shares
 
 SHAPE = (1, 2, 3)
 NO_GUIDANCE = GuidanceConfig()
@@ -22,9 +24,15 @@ def ode(solver: str, steps: int) -> SamplerConfig:
     return SamplerConfig(type="ode", solver=solver, steps=steps)
 
 
-def draw(sampling: Sampling, denoiser: nn.Module, count: int, batch_size: int) -> torch.Tensor:
+def sampler_of(shape, classes, sampler, guidance, seed, labels="balanced") -> Callable[[nn.Module], FieldSampler]:
+    """What makes the sampler of a denoiser."""
+    config = EvaluateConfig(sampler=sampler, guidance=guidance, labels=labels)
+    return lambda denoiser: FieldSampler(denoiser, None, shape, classes, config, seed, CPU)
+
+
+def draw(sampling, denoiser: nn.Module, count: int, batch_size: int) -> torch.Tensor:
     """The first samples, in batches."""
-    return torch.cat([sampling.batch(denoiser, index, CPU) for index in shares(count, batch_size)])
+    return torch.cat([sampling(denoiser).draw(index) for index in shares(count, batch_size)])
 
 
 class Field(nn.Module):
@@ -199,7 +207,7 @@ class TestGuidance:
     def test_doubles_the_evaluations_of_its_interval(self, low, high, evaluations):
         field = Field()
         config = SamplerConfig(type="sde", steps=250)
-        sampling = Sampling(SHAPE, 10, config, GuidanceConfig(scale=1.8, low=float(low), high=float(high)), 0)
+        sampling = sampler_of(SHAPE, 10, config, GuidanceConfig(scale=1.8, low=float(low), high=float(high)), 0)
         draw(sampling, field, 2, 2)
         assert len(field.times) == evaluations
 
@@ -247,7 +255,7 @@ class TestGuidance:
 
     def test_scale_1_never_asks_for_the_null_label(self):
         field = Field()
-        draw(Sampling(SHAPE, 10, ode("heun", 5), GuidanceConfig(scale=1.0), 0), field, 4, 4)
+        draw(sampler_of(SHAPE, 10, ode("heun", 5), GuidanceConfig(scale=1.0), 0), field, 4, 4)
         assert field.labels == [[0, 1, 2, 3]] * 9
 
 
@@ -256,7 +264,7 @@ class TestSampling:
         "sampler", [ode("euler", 4), ode("heun", 4), SamplerConfig(type="sde", steps=4)], ids=["e", "h", "s"]
     )
     def test_a_sample_depends_on_its_number_alone(self, sampler):
-        sampling = Sampling(SHAPE, 3, sampler, GuidanceConfig(scale=1.5, high=0.6), 5)
+        sampling = sampler_of(SHAPE, 3, sampler, GuidanceConfig(scale=1.5, high=0.6), 5)
 
         field = Field(lambda x, t: torch.sin(5 * x) * t + x)
         whole = draw(sampling, field, 10, 10)
@@ -264,30 +272,30 @@ class TestSampling:
         for batch_size in (1, 3, 4, 64):
             assert torch.equal(draw(sampling, field, 10, batch_size), whole)
         assert torch.equal(draw(sampling, field, 4, 4), whole[:4])
-        assert torch.equal(sampling.batch(field, range(7, 9), CPU), whole[7:9])
+        assert torch.equal(sampling(field).draw(range(7, 9)), whole[7:9])
 
     def test_starts_from_its_own_stream(self):
-        sampling = Sampling(SHAPE, 10, ode("euler", 2), NO_GUIDANCE, 7)
+        sampling = sampler_of(SHAPE, 10, ode("euler", 2), NO_GUIDANCE, 7)
         found = draw(sampling, Field(), 3, 2)
         for i in range(3):
             assert torch.equal(found[i], torch.randn(SHAPE, generator=generator(7, "sampling", i)))
-        other = Sampling(SHAPE, 10, ode("euler", 2), NO_GUIDANCE, 8)
-        assert not torch.equal(other.batch(Field(), range(3), CPU), found)
+        other = sampler_of(SHAPE, 10, ode("euler", 2), NO_GUIDANCE, 8)
+        assert not torch.equal(other(Field()).draw(range(3)), found)
 
     def test_labels_take_turns(self):
         field = Field()
-        draw(Sampling(SHAPE, 3, ode("euler", 2), NO_GUIDANCE, 0), field, 8, 5)
+        draw(sampler_of(SHAPE, 3, ode("euler", 2), NO_GUIDANCE, 0), field, 8, 5)
         assert field.labels == [[0, 1, 2, 0, 1]] * 2 + [[2, 0, 1]] * 2
 
     @pytest.mark.parametrize("processes", [1, 2, 8])
     def test_random_labels_depend_on_the_number_alone(self, processes):
-        sampling = Sampling(SHAPE, 7, ode("euler", 2), NO_GUIDANCE, 3, "random")
+        sampling = sampler_of(SHAPE, 7, ode("euler", 2), NO_GUIDANCE, 3, "random")
         whole = kinds_of(range(64), 7, "random", 3)
         found = {}
         for number in range(processes):
             for index in shares(64, 5, (number, processes)):
                 field = Field()
-                sampling.batch(field, index, CPU)
+                sampling(field).draw(index)
                 found |= dict(zip(index, field.labels[0], strict=True))
         assert [found[i] for i in range(64)] == whole
         assert kinds_of(range(64), 7, "random", 4) != whole
@@ -300,27 +308,29 @@ class TestSampling:
         assert 0 < sum((count - 500) ** 2 / 500 for count in counts.values()) < 27.9
 
     def test_the_noise_is_that_of_balanced_ones(self):
-        one, other = (Sampling(SHAPE, 10, ode("euler", 2), NO_GUIDANCE, 7, labels) for labels in ("balanced", "random"))
+        one, other = (
+            sampler_of(SHAPE, 10, ode("euler", 2), NO_GUIDANCE, 7, labels) for labels in ("balanced", "random")
+        )
         assert torch.equal(draw(one, Field(), 3, 2), draw(other, Field(), 3, 2))
 
     def test_the_denoiser_sees_float32(self):
         field = Field()
-        draw(Sampling(SHAPE, 3, ode("euler", 2), NO_GUIDANCE, 0), field, 1, 1)
+        draw(sampler_of(SHAPE, 3, ode("euler", 2), NO_GUIDANCE, 0), field, 1, 1)
         assert field.dtypes == {torch.float32}
 
     def test_the_state_is_kept_in_float64(self):
         # 1,000 steps of 1e-8 each would leave a float32 state near 1 where it was.
-        sampling = Sampling((1, 1, 1), 1, ode("euler", 1000), NO_GUIDANCE, 0)
+        sampling = sampler_of((1, 1, 1), 1, ode("euler", 1000), NO_GUIDANCE, 0)
         start = torch.randn(1, 1, 1, generator=generator(0, "sampling", 0)).double()
-        found = sampling.batch(Field(lambda x, t: torch.full_like(x, -1e-5)), range(1), CPU)
+        found = sampling(Field(lambda x, t: torch.full_like(x, -1e-5))).draw(range(1))
         assert (found.double() - start).item() == pytest.approx(1e-5, rel=0.02)
 
     def test_draws_without_gradients(self):
         field = Field()
         field.weight = nn.Parameter(torch.ones(()))
         field.field = lambda x, t: x * field.weight
-        sampling = Sampling(SHAPE, 3, ode("euler", 2), NO_GUIDANCE, 0)
-        assert not sampling.batch(field, range(1), CPU).requires_grad
+        sampling = sampler_of(SHAPE, 3, ode("euler", 2), NO_GUIDANCE, 0)
+        assert not sampling(field).draw(range(1)).requires_grad
 
 
 class TestShares:

@@ -82,7 +82,7 @@ def trainer_of(cache, kind: str = "everything", ema: float = 0.0, **settings) ->
         for name, parameter in trainer.model.denoiser.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.05)
-                trainer._trained.ema.average[f"{PREFIX}{name}"].copy_(parameter)
+                trainer.state.ema.average[f"{PREFIX}{name}"].copy_(parameter)
     return trainer
 
 

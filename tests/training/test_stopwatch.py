@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from repa_lab.encoders.encoder import Encoder
-from repa_lab.encoders.targets import CachedTargets
 from repa_lab.runs import State, checkpoints
 from repa_lab.runs.forks import Fork
+from repa_lab.training.aligner import Stopwatch
 from repa_lab.training.loop import train
-from repa_lab.training.stopwatch import Stopwatch, TimedTargets
 from repa_lab.training.trainer import Trainer
 from tests.training.conftest import OFF, make_options, make_run, run_steps, run_to_end, stop_after
 from tests.training.pretrained import make_pretrained_run, open_pretrained, write_images, write_pipeline
@@ -111,16 +110,13 @@ class TestSteps:
     def test_cached_features_take_the_time_of_reading_them(self, cache, tmp_path):
         assert steps(Trainer(make_run(), make_options(), cache), 3, tmp_path / "cached") > 0
 
-    def test_what_this_process_reads_counts_and_what_others_read_ahead_does_not(self, cache):
-        trainer = Trainer(make_run(), make_options(), cache)
-        targets, stopwatch = trainer.aligner.targets[0]._targets, Stopwatch(CPU)
-        assert isinstance(targets, CachedTargets)
-        ids, ahead = torch.arange(6), TimedTargets(targets, stopwatch, reads_here=False)
-        loaded = ahead.reader(ids)
-        assert stopwatch.take() == 0.0
-        assert torch.equal(TimedTargets(targets, stopwatch, reads_here=True).reader(ids), loaded)
-        assert stopwatch.take() > 0
-        assert torch.equal(ahead(ids, CPU, loaded).values, targets(ids, CPU).values)
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_what_this_process_reads_counts_and_what_others_read_ahead_does_not(self, cache, workers):
+        trainer = Trainer(make_run(), make_options(data_workers=workers), cache)
+        batches = trainer.batches()
+        batch, stopwatch = next(batches), trainer.aligner._stopwatch
+        assert (stopwatch.take() > 0) == (workers == 0)
+        trainer.step(batch)
         assert stopwatch.take() > 0
 
     def test_steps_at_which_no_encoder_is_asked_add_nothing(self, cache, tmp_path):
@@ -179,16 +175,3 @@ class TestGoingOn:
         _, folder = checkpoints.latest(child.checkpoints)
         assert state(folder)["step"] == 3
         assert 0 < at_fork < state(folder)["encoder_seconds"]
-
-    def test_a_checkpoint_of_a_version_that_did_not_count_them_is_taken_up(self, cache, tmp_path):
-        first = Trainer(make_run(**ONLINE), make_options(), cache)
-        steps(first, 2, tmp_path / "old")
-        whole = json.loads((tmp_path / "old/state.json").read_text())
-        before = whole["progress"].pop("encoder_seconds")
-        (tmp_path / "old/state.json").write_text(json.dumps(whole))
-        second = Trainer(make_run(**ONLINE), make_options(), cache)
-        second.resume(tmp_path / "old")
-        assert (second.progress.step, second.progress.encoder_seconds) == (2, 0.0)
-        assert before > 0
-        assert steps(second, 1, tmp_path / "new") > 0
-        assert state(tmp_path / "new")["step"] == 3

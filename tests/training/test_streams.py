@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from repa_lab.training.streams import BatchOrder, Order, generator, seeded, stream_seed
+from repa_lab.training.batches import BatchOrder, Order, generator, seeded, stream_seed
 
 
 class TestStreamSeed:

@@ -17,7 +17,7 @@ from repa_lab.runs.files import Row
 from repa_lab.runs.forks import Fork
 from repa_lab.spec import RunConfig, RunOptions, StopRule
 from repa_lab.spec.identity import Run
-from repa_lab.training.needs import plugins_of
+from repa_lab.training.resolve import plugins_of
 
 HEARTBEAT = "heartbeat"  # a file in a run directory that the process training the run touches
 # What torchrun, accelerate launch, MPI and Slurm tell the processes that they start.

@@ -10,7 +10,7 @@ from repa_lab.orchestration.search.reach import Space, ends, own_value
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SearchConfig, SpecError
 from repa_lab.spec.errors import KeyPath
 from repa_lab.spec.validate import unknown_field
-from repa_lab.training.protocol import metric_name
+from repa_lab.training.resolve import metric_name
 
 ArmProblems = Callable[[Arm], Iterable[Problem]]
 _SPACE: KeyPath = ("search", "space")

@@ -19,7 +19,7 @@ from repa_lab.orchestration.search.work import RefusedSpaceError, SearchWork
 from repa_lab.runs import State, SweepDirectory
 from repa_lab.runs.files import Row
 from repa_lab.spec import Arm, SearchConfig, SpecError
-from repa_lab.training.protocol import metric_names
+from repa_lab.training.resolve import metric_names
 
 STUDY = "study.db"
 

@@ -1,0 +1,183 @@
+"""Resolve a run's settings to its needs, plugins, data and metric names. Imports no torch, so that `plan` is fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from repa_lab.align.settings import REGULARIZERS, EncoderSettings, Needs, RegularizerSettings
+from repa_lab.data.fingerprint import fingerprint_files
+from repa_lab.data.settings import SOURCES, Dataset, SourceSettings
+from repa_lab.encoders.registry import ENCODERS, token_identity
+from repa_lab.files import file_digest
+from repa_lab.metrics.protocol import METRICS, guidance_name, labels_name, pipeline_name, quality_names, sampler_name
+from repa_lab.models.families import FAMILIES
+from repa_lab.models.family import BlockIndex, Shape, shape_of
+from repa_lab.registry import Origin, PluginError, Registry
+from repa_lab.settings import file_fields
+from repa_lab.spec import EvaluateConfig, ExtractorConfig, RunConfig
+
+MIN_HELD_OUT = 4  # images that an unbiased CKA needs
+
+
+def shape_of_model(config: RunConfig) -> Shape:
+    """Return the shape of a run's denoiser without building it; of a pretrained one, that of the released model."""
+    return shape_of(FAMILIES[config.model.family], config.model.size)
+
+
+def choose_block(config: RunConfig, *candidates: BlockIndex | None) -> BlockIndex:
+    """Return the first block index that is not None, or else the family's suggestion."""
+    return next((index for index in candidates if index is not None), shape_of_model(config).block)
+
+
+def resolved_regularizer(config: RunConfig) -> RegularizerSettings:
+    """Return the regularizer's settings with the family's suggested block and a decay that ends with the training."""
+    return config.regularizer.resolved(shape_of_model(config).block, config.train.steps)
+
+
+def needs_of(config: RunConfig) -> Needs:
+    """Return the signals that a run's regularizer needs.
+
+    Raises:
+        PluginError: the ``needs`` of a plugin returns something else than a Needs.
+    """
+    name = config.regularizer.type
+    needs, origin = REGULARIZERS[name].needs(resolved_regularizer(config)), REGULARIZERS.origin(name)
+    if origin and not isinstance(needs, Needs):
+        raise PluginError(origin.file, origin.line, f"needs must return a Needs, got {type(needs).__name__}")
+    return needs
+
+
+def encoders_of(config: RunConfig) -> tuple[tuple[str, EncoderSettings], ...]:
+    """Return every encoder of a run with its dotted path; an encoder in no setting has the path `regularizer.type`."""
+    in_settings = config.encoder_paths
+    known = {encoder for _, encoder in in_settings}
+    others = (encoder for encoder in needs_of(config).encoders if encoder not in known)
+    return (*in_settings, *(("regularizer.type", encoder) for encoder in others))
+
+
+def plugins_of(config: RunConfig) -> Iterator[Origin]:
+    """Yield where each plugin component that a run uses was registered."""
+    used: list[tuple[Registry[Any], str]] = [
+        (REGULARIZERS, config.regularizer.type),
+        (SOURCES, config.data.source),
+        (FAMILIES, config.model.family),
+        *((ENCODERS, encoder.name) for _, encoder in encoders_of(config)),
+        *((METRICS, metric) for protocol in protocols_of(config) for metric in protocol.metrics),
+    ]
+    for registry, name in used:
+        if origin := registry.origin(name):
+            yield origin
+
+
+def protocols_of(config: RunConfig, step: int | None = None) -> tuple[EvaluateConfig, ...]:
+    """Return the usual measuring protocol and, if there is one, that of milestones.
+
+    Args:
+        config: the run's settings.
+        step: return only the protocols that are due after this step.
+    """
+    milestone = config.evaluate.milestone
+    is_due = milestone and (step is None or step in config.milestones)
+    return (config.evaluate, milestone) if milestone and is_due else (config.evaluate,)
+
+
+def metric_name(config: RunConfig) -> str:
+    """Return the full name of the Frechet metric of the usual protocol."""
+    return next(names_of_metric(config, config.evaluate, "frechet", config.evaluate.extractors[0]))
+
+
+def metric_names(config: RunConfig) -> tuple[str, ...]:
+    """Return the full names of all metrics of samples; the first is :func:`metric_name`."""
+    return tuple(dict.fromkeys(name for protocol in protocols_of(config) for name in names_of(config, protocol)))
+
+
+def milestone_names(config: RunConfig) -> frozenset[str]:
+    """Return the full names of the metrics that are measured at milestones only."""
+    return frozenset(metric_names(config)) - frozenset(names_of(config, config.evaluate))
+
+
+def names_of(config: RunConfig, protocol: EvaluateConfig) -> Iterator[str]:
+    """Yield the full names of all metrics of a protocol, Frechet distances first."""
+    for metric in sorted(protocol.metrics, key=lambda metric: metric != "frechet"):
+        for extractor in protocol.extractors:
+            yield from names_of_metric(config, protocol, metric, extractor)
+
+
+def names_of_metric(
+    config: RunConfig, protocol: EvaluateConfig, metric: str, extractor: ExtractorConfig
+) -> Iterator[str]:
+    """Yield the full names of the values that a metric yields with an extractor."""
+    sampler, guidance, labels = protocol.sampler, protocol.guidance, labels_name(protocol.labels)
+    if config.model.pretrained is not None:
+        drawn_by, suffix = pipeline_name(sampler.steps, guidance.scale), labels
+    else:
+        drawn_by = sampler_name(sampler.type, sampler.solver, sampler.steps)
+        suffix = guidance_name(guidance.scale, guidance.low, guidance.high) + labels
+    yield from quality_names(metric, extractor.name, protocol.samples, drawn_by, suffix)
+
+
+def shared_names(config: RunConfig) -> Iterator[str]:
+    """Yield the full names that extractors with different weights or references would share."""
+    first: dict[str, ExtractorConfig] = {}
+    named = (
+        (name, extractor)
+        for protocol in protocols_of(config)
+        for extractor in protocol.extractors
+        for metric in protocol.metrics
+        for name in names_of_metric(config, protocol, metric, extractor)
+    )
+    yield from dict.fromkeys(name for name, extractor in named if first.setdefault(name, extractor) != extractor)
+
+
+@dataclass
+class Inventory:
+    """The data sets and local weights of a sweep; each folder is listed, and each file read, only once."""
+
+    _datasets: dict[SourceSettings, Dataset] = field(default_factory=dict)
+    _contents: dict[str, str] = field(default_factory=dict)
+
+    def dataset(self, data: SourceSettings) -> Dataset:
+        """Return the size and the fingerprint of a data set.
+
+        Raises:
+            DataError: the data set is missing or incomplete.
+        """
+        key = data.model_copy(update={"holdout": None, "flip": False, "vae": None})
+        if key not in self._datasets:
+            self._datasets[key] = SOURCES[data.source].describe(key)
+        return self._datasets[key]
+
+    def content(self, place: str) -> str:
+        """Return :func:`content_of` a place, from memory after the first call."""
+        if place not in self._contents:
+            self._contents[place] = content_of(place)
+        return self._contents[place]
+
+    def resolve(self, config: RunConfig) -> RunConfig:
+        """Return the settings that a run records, with the number of held-out images and the commit of a hub data set.
+
+        Raises:
+            DataError: the data set is missing or incomplete.
+        """
+        data = config.data.pinned()
+        if data.holdout is None:
+            data = data.model_copy(update={"holdout": data.held_out(self.dataset(config.data).images)})
+        return config.model_copy(update={"data": data})
+
+
+def content_of(place: str) -> str:
+    """Return the digest of a file or folder of weights; for anything else, its name at the hub."""
+    path = Path(place)
+    if path.is_file():
+        return file_digest(path)
+    return fingerprint_files(path) if path.is_dir() else place
+
+
+def encoder_identity(encoder: EncoderSettings) -> dict[str, Any]:
+    """Return an encoder's settings with its files by content; equal identities give equal tokens."""
+    settings = encoder.model_dump(mode="json")
+    files = {name: content_of(value) for name, value, _ in file_fields(encoder)}
+    return settings | files | token_identity(encoder.name)
