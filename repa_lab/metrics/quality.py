@@ -36,7 +36,7 @@ class PrecisionRecall(NamedTuple):
 
 
 def kid_protocol(generated: int, real: int) -> str:
-    """Return the KID protocol as ``SUBSETSxSIZE``, for example ``100x1000``; SIZE is capped by the number of samples."""
+    """Return the KID protocol as ``SUBSETSxSIZE``, such as ``100x1000``; SIZE is capped by the number of samples."""
     return f"{SUBSETS}x{min(SUBSET_SIZE, generated, real)}"
 
 
@@ -63,7 +63,7 @@ def inception_score(logits: ArrayLike) -> Score:
     """Return the inception score (1606.03498): ``exp E_x KL(p(y|x) || p(y))``, the mean over 10 splits after a shuffle.
 
     Args:
-        logits: of generated samples ``(n, classes)``, n >= 10; Inception's logits without bias, as in the original graph.
+        logits: logits of generated samples ``(n, classes)``, n >= 10; Inception's without bias, as in its first code.
 
     Raises:
         ValueError: there are fewer samples than splits, or values are not finite.

@@ -38,10 +38,10 @@ def lds(tokens: torch.Tensor, grid: Grid, far: int = 6) -> float:
 
 
 def cds(tokens: torch.Tensor, grid: Grid, farthest: int = 8) -> float:
-    """Return the correlation decay slope: minus the slope of a line fitted to mean cosine over distance 1..``farthest``.
+    """Return the correlation decay slope: minus the slope of mean cosine over the distances 1 to ``farthest``.
 
-    iREPA's code: least squares in which each distance counts once, however many pairs it has; a smaller grid is fitted
-    over the distances that it has. The mean over images, in cosine per token.
+    iREPA's code: a least-squares line in which each distance counts once, however many pairs it has; a smaller grid is
+    fitted over the distances that it has. The mean over images, in cosine per token.
 
     Args:
         tokens: ``(B, h * w, D)``, row-major, without class or register tokens.
@@ -97,7 +97,7 @@ def _unit_tokens(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def _mean_cosines(tokens: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cosines ``(N, N)`` of all pairs of places, averaged over images, and the places' distances ``(N, N)``."""
+    """Return the cosines ``(N, N)`` of all pairs of places, averaged over images, and their distances ``(N, N)``."""
     unit_tokens = _unit_tokens(tokens, grid)
     # The sum over images is a sum over channels too, so one product does both.
     flat = unit_tokens.transpose(0, 1).flatten(1)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from repa_lab.align.settings import EncoderSettings, NoSettings, ProjectorSettings, REPASettings
 from repa_lab.data.settings import SourceSettings
-from repa_lab.encoders.flops import encoder_flops, encoder_weights
-from repa_lab.encoders.registry import facts_of, input_size
+from repa_lab.encoders.registry import encoder_flops, encoder_weights, facts_of, input_size
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Family, Shape, shape_of
 from repa_lab.models.flops import VAE_DECODER, VAE_ENCODER, Forward, forward_of

@@ -9,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from repa_lab.align.projector import Projector
 from repa_lab.align.settings import ProjectorSettings
-from repa_lab.encoders.flops import encoder_flops, encoder_weights
-from repa_lab.encoders.registry import ENCODERS
+from repa_lab.encoders.registry import ENCODERS, encoder_flops, encoder_weights
 from repa_lab.models import flops
 from repa_lab.models.counting import adapted, count, count_family, native_side
 from repa_lab.models.families import FAMILIES
