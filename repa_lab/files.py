@@ -29,7 +29,7 @@ def _file_digest(path: Path, size: int, modified: int) -> str:
 
 
 def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it: readers see the old or the new file, whole."""
+    """Let ``write`` fill a temporary file beside ``path``, then rename it, so that readers never see a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,12 +1,12 @@
-"""The target of alignment for a batch: from the cache, or from the encoder itself."""
+"""Targets of alignment, the encoder's tokens of a batch of images: read from the cache, or computed online."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -23,30 +23,40 @@ _MIN_STD = 1e-6
 _IMAGES_AT_ONCE = 64
 _PLAIN = EncoderOptions()
 
-
 Reader = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Targets(Protocol):
-    """Encoder tokens of images of the source.
+    """Encoder tokens of a source's images.
 
     Attributes:
         dim: width of a token.
-        reader: loads what the tokens of images ``(B,)`` are made from, in whatever process, so that a data loader can
-            do it ahead of time; None if only this process can.
+        reader: loads the input of :meth:`__call__` for image indices ``(B,)`` and can run ahead in a data loader's
+            process; None if the input can only be loaded in this process.
     """
 
     dim: int
     reader: Reader | None
 
     def __call__(self, index: torch.Tensor, device: torch.device, loaded: torch.Tensor | None = None) -> Tokens:
-        """Tokens of the images ``index`` ``(B,)`` on ``device``, float32; ``loaded`` is what the reader gave for them."""
+        """Return the tokens of images ``index`` ``(B,)`` on ``device`` in float32.
+
+        Args:
+            index: indices of images of one size.
+            device: where the tokens are needed.
+            loaded: what ``reader`` returned for ``index``; None reads it now.
+        """
         ...
 
 
 class CachedTargets:
-    """Features from the cache, ``(h, w, D)`` of each image in whatever precision they are kept, optionally with every
-    channel standardised over all images and places."""
+    """Features ``(h, w, D)`` per image from the cache, optionally with every channel standardised.
+
+    Args:
+        features: the cache of all images.
+        source: the images.
+        standardize: whether each channel gets mean 0 and standard deviation 1 over all images and places.
+    """
 
     def __init__(self, features: ArrayCache, source: ImageSource, standardize: bool) -> None:
         self.dim = features.shape(torch.tensor([0]))[-1]
@@ -55,10 +65,10 @@ class CachedTargets:
         self.reader: Reader | None = self._read
 
     def __call__(self, index: torch.Tensor, device: torch.device, loaded: torch.Tensor | None = None) -> Tokens:
-        """See :class:`Targets`."""
-        kept = self._read(index) if loaded is None else loaded
-        grid: Grid = (kept.shape[1], kept.shape[2])
-        values = kept.to(device, non_blocking=True).float().flatten(1, 2)
+        """Return the cached tokens; see :meth:`Targets.__call__`."""
+        features = self._read(index) if loaded is None else loaded
+        grid: Grid = (features.shape[1], features.shape[2])
+        values = features.to(device, non_blocking=True).float().flatten(1, 2)
         if self._moments is not None:
             mean, std = (moment.to(device) for moment in self._moments)
             values = (values - mean) / std
@@ -66,52 +76,40 @@ class CachedTargets:
 
 
 class OnlineTargets:
-    """Features computed anew for every batch, for data sets whose features would not fit on disk."""
+    """Features computed for every batch, for data sets whose features do not fit on disk.
+
+    Args:
+        encoder: the encoder.
+        name: the encoder's name, for messages.
+        source: the images.
+        device: where the encoder runs.
+
+    Raises:
+        EncoderError: the encoder does not give patch tokens.
+    """
 
     def __init__(self, encoder: Encoder, name: str, source: ImageSource, device: torch.device) -> None:
         self._encoder = encoder.to(device)
         self.dim = require_patch_tokens(self._encoder, name, _sample(source).to(device)).dim
-        self._read: Reader = _Pixels(source)
-        # Latents are decoded on the device, which a data loader's process has no access to.
+        self._read: Reader = _PixelReader(source)
+        # Reconstructions are decoded on the device, which a data loader's process cannot use.
         self.reader: Reader | None = None if isinstance(source, Reconstructions) else self._read
 
     def __call__(self, index: torch.Tensor, device: torch.device, loaded: torch.Tensor | None = None) -> Tokens:
-        """See :class:`Targets`."""
+        """Return the encoder's tokens; see :meth:`Targets.__call__`."""
         pixels = self._read(index) if loaded is None else loaded
         tokens: Tokens = self._encoder(pixels.to(device, non_blocking=True))
         return tokens
 
 
 @dataclass(frozen=True)
-class _Pixels:
-    """Reads pixels of a source by a tensor of indices; goes to other processes without the encoder."""
+class _PixelReader:
+    """Reads pixels of a source by a tensor of indices; can be sent to other processes, unlike the encoder."""
 
     source: ImageSource
 
     def __call__(self, index: torch.Tensor) -> torch.Tensor:
         return self.source.read(index.tolist())
-
-
-def feature_identity(
-    source: ImageSource,
-    name: str,
-    image_size: int | None,
-    weights: str | None,
-    storage: torch.dtype = torch.float16,
-    precision: str = "fp32",
-) -> Mapping[str, Any]:
-    """Return all that decides a feature: pixels, encoder, weights, input size, precision, final norm or not, and storage."""
-    named = {"name": name, "image_size": image_size, "resolution": source.side, "precision": precision}
-    content = None if weights is None else file_digest(Path(weights))
-    kept = {"storage": dtype_name(storage)}
-    return {
-        "kind": "features/2",
-        "data": source.fingerprint,
-        **named,
-        "weights": content,
-        **kept,
-        **token_identity(name),
-    }
 
 
 def cached_targets(
@@ -126,20 +124,19 @@ def cached_targets(
     storage: torch.dtype = torch.float16,
     options: EncoderOptions = _PLAIN,
 ) -> CachedTargets:
-    """Features of all images from the cache; the encoder is loaded, and must pass the preflight, only if some are
-    missing.
+    """Return the features of all images from the cache; the encoder is loaded and checked only if some are missing.
 
     Args:
-        source: what the encoder looks at.
-        name: of the encoder.
-        image_size: pixels along each side of its input; None derives it from the images.
+        source: the images.
+        name: the encoder's name.
+        image_size: pixels along each side of the encoder's input; None derives it from the images.
         weights: a local file of weights.
-        standardize: whether every channel is given mean 0 and standard deviation 1.
-        cache: where features are kept.
+        standardize: whether each channel gets mean 0 and standard deviation 1.
+        cache: the folder of all caches.
         device: where the encoder runs.
-        progress: told how many of how many images are done.
-        storage: float16, or float32 for features that are bit for bit the encoder's.
-        options: how the encoder runs; of these, the precision decides what its features are.
+        progress: called with the number of images done and of all images.
+        storage: float16, or float32 for features equal to the encoder's bit for bit.
+        options: how the encoder runs; only the precision is part of the cache's identity.
 
     Raises:
         EncoderError: the encoder cannot be loaded or does not give patch tokens.
@@ -147,17 +144,27 @@ def cached_targets(
     """
 
     @functools.cache
-    def ready() -> Encoder:
+    def checked_encoder() -> Encoder:
         encoder = load_encoder(name, image_size, source.side, weights, options).to(device)
         require_patch_tokens(encoder, name, _sample(source).to(device))
         return encoder
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
-        tokens: Tokens = ready()(pixels.to(device))
+        tokens: Tokens = checked_encoder()(pixels.to(device))
         features: torch.Tensor = tokens.values.unflatten(1, tokens.grid)
         return features
 
-    identity = feature_identity(source, name, image_size, weights, storage, options.precision)
+    identity = {
+        "kind": "features/2",
+        "data": source.fingerprint,
+        "name": name,
+        "image_size": image_size,
+        "resolution": source.side,
+        "precision": options.precision,
+        "weights": None if weights is None else file_digest(Path(weights)),
+        "storage": dtype_name(storage),
+        **token_identity(name),
+    }
     features = open_cache(cache / "features", identity, source, encode, progress=progress, dtype=storage)
     return CachedTargets(features, source, standardize)
 
@@ -167,6 +174,7 @@ def _sample(source: ImageSource) -> torch.Tensor:
 
 
 def _channel_moments(features: ArrayCache, source: ImageSource) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean and standard deviation ``(D,)`` of each channel over all images and places, in float32."""
     dim = features.shape(torch.tensor([0]))[-1]
     total, squares, tokens = torch.zeros(dim).double(), torch.zeros(dim).double(), 0
     for index in (part for group in groups(source.sizes) for part in group.split(_IMAGES_AT_ONCE)):
