@@ -1,1 +1,1 @@
-"""the bridge to SimpleTuner: its config as a spec, a run's settings as its keys. Imports no torch."""
+"""The bridge to and from SimpleTuner: its config as a spec, a run's settings as its keys. Imports no torch."""

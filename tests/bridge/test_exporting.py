@@ -10,8 +10,7 @@ import pytest
 
 from repa_lab.align.settings import REGULARIZERS, RegularizerSettings
 from repa_lab.bridge.exporting import LIMITS, export_settings
-from repa_lab.bridge.flavours import FLAVOURS, REFUSED
-from repa_lab.bridge.keys import DATA_SET, IREPA, KEYS, NOT_CARRIED, PARTS, REST, SWITCHES
+from repa_lab.bridge.simpletuner import DATA_SET, FLAVOURS, IREPA, KEYS, NOT_CARRIED, PARTS, REFUSED, REST, SWITCHES
 from tests.bridge.test_importing import FLUX, GUIDE, SDXL, config_of, load, read
 
 # Every key that carries a setting of the regularizer, at a value that is not its default.

@@ -10,7 +10,7 @@ import pytest
 from repa_lab.align.schedule import Schedule
 from repa_lab.bridge.exporting import export_settings
 from repa_lab.bridge.importing import import_config
-from repa_lab.bridge.keys import NOT_CARRIED
+from repa_lab.bridge.simpletuner import NOT_CARRIED
 from repa_lab.models.families import FAMILIES
 from repa_lab.orchestration.checks import check
 from repa_lab.spec import SpecError, load_spec

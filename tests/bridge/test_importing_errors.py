@@ -9,8 +9,7 @@ import sys
 import pytest
 
 from repa_lab.bridge.importing import import_config
-from repa_lab.bridge.keys import NOT_CARRIED
-from repa_lab.bridge.read import READABLE
+from repa_lab.bridge.simpletuner import NOT_CARRIED, READABLE
 from repa_lab.models.families import FAMILIES
 from repa_lab.spec import SpecError, load_spec
 from tests.bridge.test_importing import FLUX, SDXL, read, refusal, remarks

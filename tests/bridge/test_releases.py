@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from repa_lab.bridge.flavours import ASSISTED, BLOCKS, FLAVOURS, OTHER_DEFAULTS, REFUSED
+from repa_lab.bridge.simpletuner import ASSISTED, BLOCKS, FLAVOURS, OTHER_DEFAULTS, REFUSED
 from repa_lab.models.families import FAMILIES
 from repa_lab.orchestration.checks import check
 from repa_lab.spec import RunOptions, load_spec
