@@ -79,8 +79,8 @@ def sync(what: WhatArgument = None, root: RootOption = DEFAULT_ROOT) -> None:
     """Upload what W&B recorded offline, with the key in WANDB_API_KEY."""
     with clean_errors():
         from repa_lab.runs import RunsRoot
-        from repa_lab.tracking.sync import offline_folders
-        from repa_lab.tracking.sync import sync as upload
+        from repa_lab.tracking.wandb import offline_folders
+        from repa_lab.tracking.wandb import sync as upload
 
         runs = [run for run in _chosen(RunsRoot(root), what or []) if offline_folders(run)]
         failed = False

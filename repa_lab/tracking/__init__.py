@@ -1,5 +1,64 @@
-"""Listeners to a run's rows. The run directory is the truth; a listener may fail and nothing is lost."""
+"""Trackers of a run's rows. The run directory is the truth: a tracker may fail and nothing is lost."""
 
-from repa_lab.tracking.journal import Journal, Listener
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from repa_lab.runs import RunWriter, State
+from repa_lab.runs.files import Row
 
 __all__ = ["Journal", "Listener"]
+
+log = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Receives a run's rows, sample grids and end. If it raises, the journal continues without it."""
+
+    def row(self, row: Row) -> None:
+        """Receive a metric row that was written."""
+        ...
+
+    def image(self, step: int, path: Path) -> None:
+        """Receive a sample grid that was written."""
+        ...
+
+    def finish(self, state: State) -> None:
+        """Receive the state in which training ended."""
+        ...
+
+
+class Journal:
+    """Writes rows to the run directory and passes them to listeners; one that fails is dropped with an event."""
+
+    def __init__(self, writer: RunWriter, listeners: Sequence[Listener] = ()) -> None:
+        self.writer = writer
+        self._listeners = list(listeners)
+
+    def row(self, row: Row) -> None:
+        """Record a metric row."""
+        self.writer.row(row)
+        self._notify(lambda listener: listener.row(row))
+
+    def image(self, step: int, path: Path) -> None:
+        """Announce a sample grid."""
+        self._notify(lambda listener: listener.image(step, path))
+
+    def state(self, state: State, step: int, error: str | None = None, is_diverged: bool = False) -> None:
+        """Record the run's state; any state but running ends the listeners."""
+        self.writer.state(state, step, error, is_diverged)
+        if state is not State.RUNNING:
+            self._notify(lambda listener: listener.finish(state))
+
+    def _notify(self, call: Callable[[Listener], None]) -> None:
+        for listener in list(self._listeners):
+            try:
+                call(listener)
+            except Exception as error:
+                self._listeners.remove(listener)
+                reason = f"{type(error).__name__}: {error}"
+                log.warning("%s stopped listening: %s", type(listener).__name__, reason)
+                self.writer.event("listener-failed", listener=type(listener).__name__, error=reason)

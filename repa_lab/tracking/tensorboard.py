@@ -1,4 +1,4 @@
-"""A run in TensorBoard's files, through accelerate's tracker: curves over steps, sample grids, the resolved settings."""
+"""A run as TensorBoard files, through accelerate's tracker: curves over steps, sample grids, the resolved settings."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ FOLDER = "tensorboard"
 
 
 def is_installed() -> bool:
-    """Whether TensorBoard's files can be written here."""
+    """Return whether TensorBoard files can be written here."""
     return any(importlib.util.find_spec(package) for package in ("tensorboard", "tensorboardX"))
 
 
 class TensorBoardListener:
     """Writes a run's rows to ``tensorboard/`` in its directory.
 
-    The files hold nothing of their own, so every start writes them again from the run directory: a run that was killed,
-    or that began with steps of another one, has each row once.
+    Every start writes the files again from the run directory, so each row is there once, also after a kill and for a
+    run that shares its first steps with another.
 
     Args:
         run: the run's directory.
@@ -35,9 +35,9 @@ class TensorBoardListener:
         self._tracker: Any = None
 
     def row(self, row: Row) -> None:
-        """Write a row; what is not a number, as ``None`` for one that was not finite, is left out."""
+        """Write a row without values that are no numbers, such as ``None`` for one that was not finite."""
         if self._tracker is None:
-            self._start()  # which writes this row too: it stands in the directory already
+            self._start()  # writes this row too: it is in the directory already
         else:
             self._write(row)
 
@@ -58,12 +58,13 @@ class TensorBoardListener:
         shutil.rmtree(self._directory.path / FOLDER, ignore_errors=True)
         self._tracker = TensorBoardTracker(FOLDER, self._directory.path)
         self._tracker.start()
-        self._tracker.log({"spec": _as_code(self._config)}, step=0)
+        code = "".join(f"    {line}\n" for line in json.dumps(self._config, indent=2).splitlines())  # in Markdown
+        self._tracker.log({"spec": code}, step=0)
         rows = self._directory.rows()
         for row in rows:
             self._write(row)
         for step, path in self._directory.sample_grids().items():
-            if step < rows[-1]["step"]:  # one of a later step was drawn before a kill, and will be drawn again
+            if step < rows[-1]["step"]:  # a later grid was drawn before a kill, and will be drawn again
                 self._show(step, path)
 
     def _write(self, row: Row) -> None:
@@ -77,8 +78,3 @@ class TensorBoardListener:
         with Image.open(path) as picture:
             pixels = np.asarray(picture.convert("RGB"))
         self._tracker.log_images({"samples": pixels[None]}, step=step, dataformats="NHWC")
-
-
-def _as_code(config: dict[str, Any]) -> str:
-    """Markdown that shows the settings as they are."""
-    return "".join(f"    {line}\n" for line in json.dumps(config, indent=2).splitlines())

@@ -12,7 +12,7 @@ import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 from repa_lab.runs import RunDirectory
-from repa_lab.tracking.sync import offline_folders
+from repa_lab.tracking.wandb import offline_folders
 
 BLOCK, HEAD = 32768, 7
 FULL, LAST = 1, 4

@@ -10,8 +10,7 @@ import pytest
 
 from repa_lab.runs import RunDirectory, RunsRoot, RunWriter, State
 from repa_lab.tracking import Journal
-from repa_lab.tracking.sync import NoKeyError, Synced, offline_folders, sync, sync_command
-from repa_lab.tracking.wandb import WandbListener, WandbRun
+from repa_lab.tracking.wandb import NoKeyError, SyncResult, WandbListener, WandbRun, offline_folders, sync, sync_command
 
 from .records import records
 from .server import KEY, serving
@@ -57,7 +56,7 @@ def test_the_server_gets_the_rows_of_a_resumed_run_once_and_in_order(root, monke
         monkeypatch.setenv("WANDB_BASE_URL", server.address)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         found = sync(run)
-        assert found == Synced("abcdef012345", "synced", f"{server.address}/a-team/a-project/runs/abcdef012345")
+        assert found == SyncResult("abcdef012345", "synced", f"{server.address}/a-team/a-project/runs/abcdef012345")
         assert without_own(server.rows["abcdef012345"]) == ROWS
         told = server.runs["abcdef012345"]
         said = {key: told[key] for key in ("entity", "project", "groupName", "displayName", "jobType", "tags")}
@@ -65,7 +64,7 @@ def test_the_server_gets_the_rows_of_a_resumed_run_once_and_in_order(root, monke
             **{"entity": "a-team", "project": "a-project", "groupName": "the-sweep", "displayName": "a name"},
             **{"jobType": "train", "tags": ["sit", "mine"]},
         }
-        assert sync(run) == Synced("abcdef012345", "already synced")
+        assert sync(run) == SyncResult("abcdef012345", "already synced")
         record(run, [{"step": 6, "images": 48, "loss/total": 0.1}])
         assert sync(run).outcome == "synced"
         assert [row["step"] for row in server.rows["abcdef012345"]] == [1, 2, 3, 4, 5, 6]

@@ -14,8 +14,7 @@ import wandb
 from repa_lab.report.statistics import ComparedMetric, headline
 from repa_lab.runs import RunDirectory, RunWriter, State
 from repa_lab.tracking import Journal
-from repa_lab.tracking.sync import offline_folders
-from repa_lab.tracking.wandb import WandbListener, WandbRun, resolve_mode
+from repa_lab.tracking.wandb import WandbListener, WandbRun, offline_folders, resolve_mode
 from repa_lab.training.loop import train
 from tests.training.conftest import OFF, cache, make_options, make_run, rows, stop_after
 
