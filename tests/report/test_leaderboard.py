@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from repa_lab.cli import main
 from repa_lab.report.leaderboard import COLUMNS, leaderboards
 from repa_lab.report.results import ResultsError
 from repa_lab.report.summary import goal_of
@@ -179,12 +180,21 @@ def test_alignment_is_shown_only_where_its_protocol_was_recorded(build: Build, r
     assert [board.metric for board in leaderboards(root.path)] == [METRIC]
 
 
-def cli(*words):
-    command = [sys.executable, "-m", "repa_lab.cli", "leaderboard", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """`repa-lab leaderboard` in this process, where starting costs nothing."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["repa-lab", "leaderboard", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=ended.value.code or 0, stdout=printed.out, stderr=printed.err)
+
+    return call
 
 
-def test_the_command_line_prints_tables_and_json(build: Build, root: RunsRoot):
+def test_the_command_line_prints_tables_and_json(build: Build, root: RunsRoot, cli):
     build(
         [
             FakeArm("base", constant_runs([30.0, 32.0, 34.0]), config=SIT),
@@ -203,7 +213,7 @@ def test_the_command_line_prints_tables_and_json(build: Build, root: RunsRoot):
     assert (first["arm"], first["mean"], first["low"]) == ("aligned", 20.0, None)
 
 
-def test_what_is_not_there_is_said_in_one_line(build: Build, root: RunsRoot, tmp_path):
+def test_what_is_not_there_is_said_in_one_line(build: Build, root: RunsRoot, tmp_path, cli):
     nowhere = cli(tmp_path / "nowhere")
     assert (nowhere.returncode, nowhere.stderr.count("\n")) == (2, 1) and "no such folder" in nowhere.stderr
     build([FakeArm("base", constant_runs([1.0]))])
@@ -214,7 +224,7 @@ def test_what_is_not_there_is_said_in_one_line(build: Build, root: RunsRoot, tmp
     )
 
 
-def test_a_damaged_record_of_protocols_sets_its_run_apart_and_ends_nothing(build: Build, root: RunsRoot):
+def test_a_damaged_record_of_protocols_sets_its_run_apart_and_ends_nothing(build: Build, root: RunsRoot, cli):
     config = {**SIT, "data": {"source": "digits", "flip": True}}
     build(
         [
@@ -236,7 +246,7 @@ def test_a_damaged_record_of_protocols_sets_its_run_apart_and_ends_nothing(build
     }
 
 
-def test_what_could_not_be_read_is_said_once_a_run_beside_the_tables(build: Build, root: RunsRoot):
+def test_what_could_not_be_read_is_said_once_a_run_beside_the_tables(build: Build, root: RunsRoot, cli):
     build([FakeArm("whole", constant_runs([1.0]))], name="one")
     assert cli(root.path).stderr == ""
     shared = FakeRun(0, {100: 3.0, 200: 2.0}, run_id="shared")

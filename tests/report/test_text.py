@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from repa_lab.report import answer
 from repa_lab.report.results import load_results
 from repa_lab.report.search import best_trial
 from repa_lab.report.tables import decimals, p_value, significant
-from repa_lab.report.text import exclusions, incomplete, lead
+from repa_lab.report.text import exclusions, incomplete, lead, methods
 from repa_lab.runs import RunsRoot, State, SweepDirectory
 
 from .conftest import METRIC, STEPS, Build, FakeArm, FakeRun, constant_runs
@@ -325,3 +326,47 @@ def test_arms_without_a_baseline_that_were_measured_differently_are_warned_of(bu
     assert said(build(arms))[0] == (
         f"Under the name {METRIC} arms were measured differently: weights (a / b). Such values cannot be compared."
     )
+
+
+# ---- how numbers were made
+
+NOTE = "300 images for 1280 features make a covariance singular and bias the distance upward: it ranks arms, no more."
+
+
+@pytest.mark.parametrize(
+    ("protocol", "is_told"),
+    [
+        ({"samples": 300, "real": 1541, "features": 1280}, True),
+        ({"samples": 5000, "real": 300, "features": 1280}, True),
+        ({"samples": 1281, "real": 0, "features": 1280}, False),  # a file that does not say how many it is of
+        ({"samples": 300, "real": 1541}, False),
+    ],
+)
+def test_too_few_images_for_the_features_are_told(build: Build, protocol, is_told):
+    sweep = build([FakeArm("arm", [FakeRun(0, {600: 1.0}, run_id="run")])])
+    (sweep.root.run("run").path / "protocols.json").write_text(json.dumps({METRIC: protocol}))
+    (line, *_) = methods(load_results(sweep.path))
+    assert line.startswith(METRIC)
+    assert line.endswith(NOTE) is is_told
+
+
+@pytest.mark.parametrize(
+    ("ema", "told"),
+    [
+        (
+            {"ema": 0.9999},
+            ["at decay 0.9999 the measured average still holds 61 % of the initial weights after 5,000 steps"],
+        ),
+        ({"ema": {"decay": 0.9999, "warmup": True}}, []),
+        ({"ema": 0.999}, []),
+        ({"ema": "damaged"}, []),
+        ({}, []),
+    ],
+)
+def test_an_average_that_still_holds_initial_weights_is_told(build: Build, ema, told):
+    settled = FakeArm(
+        "settled", [FakeRun(0, {600: 1.0})], config={"train": {"steps": 5000, "ema": {"decay": 0.9, "warmup": True}}}
+    )
+    arm = FakeArm("arm", [FakeRun(seed, {600: 1.0}) for seed in (0, 1)], config={"train": {"steps": 5000, **ema}})
+    lines = [line for line in methods(load_results(build([settled, arm]).path)) if line.startswith("train.ema")]
+    assert lines == [f"train.ema: {text}; set train.ema.warmup, or lower the decay." for text in told]
