@@ -368,7 +368,7 @@ def _flavour_problems(text: ConfigText, values: Mapping[str, Any], family: Famil
         message = f"unknown flavour '{name}' of {family.name}; {allowed}{did_you_mean(name, flavours)}"
         yield text.problem("model_flavour", message)
     elif known not in flavours:
-        message = f"the lab does not train '{known}': {REFUSED[family.name][known]}; {allowed}"
+        message = f"repa-lab does not train '{known}': {REFUSED[family.name][known]}; {allowed}"
         yield text.problem("model_flavour", message)
 
 

@@ -192,7 +192,7 @@ def export_settings(config: RunConfig) -> Exported:
     broken = [limit for limit in LIMITS if limit.prefix in (None, prefix) and not limit.fits(run)]
     lost_lines = [_sentence(run, limit) for limit in broken]
     if run.encoder.image_size is None:
-        resolved = f"null is {run.image_size} for images of {run.pixels} px, and is written so"
+        resolved = f"null is {run.image_size} for images of {run.pixels} px, and is written as a number"
         lost_lines.append(f"regularizer.encoder.image_size: {resolved}")
     settings = {f"{prefix}_enabled": True, **_settings(run, prefix, broken)}
     return Exported(settings, tuple(lost_lines))

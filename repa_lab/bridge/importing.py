@@ -37,7 +37,9 @@ from repa_lab.spec.experiment import load_spec
 from repa_lab.spec.yaml import parse_scalar
 
 _WIDTH = 120
-_BASELINE = "# include: [{label: baseline, set: {regularizer.type: none}}]  # without its # it is compared with none"
+_BASELINE = (
+    "# include: [{label: baseline, set: {regularizer.type: none}}]  # remove the first # to compare with a baseline"
+)
 _ORDER = ("name", "question", "model", "regularizer", "data", "train", "evaluate", "seeds", "run")
 # The fewest samples that a spec can ask for, and the fewest sampling steps that an evaluation is cut down to.
 _MIN_SAMPLES, _MIN_STEPS = 16, 8

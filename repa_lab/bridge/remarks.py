@@ -113,7 +113,7 @@ DIFFERENCES: tuple[tuple[str, Applies, str], ...] = (
     (
         "",
         lambda config, fields: "regularizer.resample.side" in fields,
-        "resample.side: {side}, for SimpleTuner shrinks the larger grid{unknown}; the papers resample the student",
+        "resample.side: {side}, because SimpleTuner shrinks the larger grid{unknown}; the papers resample the student",
     ),
     (
         "decay_steps",
@@ -131,13 +131,13 @@ DIFFERENCES: tuple[tuple[str, Applies, str], ...] = (
         "similarity_threshold",
         lambda config, fields: fields["regularizer.schedule.similarity_threshold"] is not None,
         "SimpleTuner has no bias correction and no minimum count, judges every step, each process for itself, and acts "
-        "in the step that reaches the threshold, the lab from the next one on: similarity_min_count: 1 comes nearest, "
-        "though one spike then ends the regularizer; the lab's own default is 100",
+        "in the step that reaches the threshold, repa-lab from the next one on: similarity_min_count: 1 comes nearest, "
+        "though one spike then ends the regularizer; repa-lab's own default is 100",
     ),
     (
         "",
         lambda config, fields: config.prefix == "crepa" and CREPA_MODEL.name in config.values,
-        "crepa_model stands in SimpleTuner's documentation, but its parser refuses it; it wins over crepa_encoder, and "
+        "crepa_model is in SimpleTuner's documentation, but its parser refuses it; it wins over crepa_encoder, and "
         "export writes crepa_encoder",
     ),
     (
@@ -155,7 +155,7 @@ def _differences(config: Config, fields: Fields) -> Iterator[Remark]:
     block = fields["regularizer.block_index"]
     words = {
         "family": config.family.name if config.family else "",
-        "unknown": "" if config.family else " (which that is cannot be told without model_family)",
+        "unknown": "" if config.family else " (unknown without model_family)",
         "block": block,
         "depth": block + 1 if isinstance(block, int) else "",
         "pixels": fields["regularizer.encoder.pixels"],
@@ -202,11 +202,11 @@ def _not_carried(config: Config, fields: Fields) -> Iterator[Remark]:
         yield tae, f"not carried: no tiny autoencoder is known {latents}; give pixels: tae and tae: yourself"
     rest = [name for name in given if name not in READABLE and name not in NOT_CARRIED]
     if rest:
-        yield "", f"not carried, for a spec has no place for them: {', '.join(rest)}"
+        yield "", f"not carried, because a spec has no field for them: {', '.join(rest)}"
     for prefix in ("crepa", "urepa", "irepa"):  # keys of a regularizer that is off have no effect in SimpleTuner either
         names = [name for name in config.values if name.startswith(f"{prefix}_") and not config.is_on(name)]
         if names:
-            yield "", f"not carried, for {prefix}_enabled is not true: {', '.join(names)}"
+            yield "", f"not carried, because {prefix}_enabled is not true: {', '.join(names)}"
 
 
 def _defaults(config: Config) -> Iterator[Remark]:
@@ -265,7 +265,7 @@ def _release(config: Config, family: Family) -> Iterator[Remark]:
         default, other = ", as in SimpleTuner", OTHER_DEFAULTS.get(family.name)
         if other is not None:
             reason = REFUSED[family.name][other]
-            default = f"; SimpleTuner's own default is '{other}', which the lab does not train: {reason}"
+            default = f"; SimpleTuner's own default is '{other}', which repa-lab does not train: {reason}"
         yield "", f"no model_flavour: '{config.flavour}' ({config.pretrained}) stands in{default}"
     elif flavour in config.values and named and FLAVOURS[family.name][str(config.flavour)].lower() != named.lower():
         yield flavour, "pretrained_model_name_or_path names other weights, and wins, as in SimpleTuner"
@@ -278,7 +278,7 @@ def _release(config: Config, family: Family) -> Iterator[Remark]:
         yield "", f"model.pretrained is {config.pretrained}: {known}{counted} {family.pipeline.released}{checked}"
     if (family.name, config.flavour) in ASSISTED and config.value("model_type") == "lora" and not named:
         message = f"SimpleTuner trains '{config.flavour}' beside an assistant LoRA, which keeps it distilled"
-        yield flavour if flavour in config.values else "", f"{message}; the lab has none"
+        yield flavour if flavour in config.values else "", f"{message}; repa-lab has none"
 
 
 def _stand_ins(config: Config, family: Family) -> Iterator[Remark]:
@@ -292,7 +292,7 @@ def _stand_ins(config: Config, family: Family) -> Iterator[Remark]:
     if config.averages and "use_ema" not in config.values:
         yield "ema_decay", "carried, though SimpleTuner keeps no average unless use_ema is true"
     if not config.averages:
-        yield "", "use_ema is off, so train.ema is 0.0: what is measured is the weights of the last step"
+        yield "", "use_ema is off, so train.ema is 0.0: the weights of the last step are measured"
     alpha, rank = config.value("lora_alpha"), config.value("lora_rank")
     if alpha not in (None, rank):
         scale = f"the adapter's scale is 1, and {alpha / rank:g} there"
@@ -315,7 +315,7 @@ def _evaluation(config: Config, fields: Fields) -> Remark:
     noise = ". A Frechet distance of so few samples is mostly noise: raise evaluate.samples"
     passes = f"{samples * steps * calls:,} forward passes; training takes about {training:,}"
     default_passes = default.samples * default.sampler.steps * calls
-    usual = f"The lab's default, {default.samples:,} samples of {default.sampler.steps} steps"
+    usual = f"repa-lab's default, {default.samples:,} samples of {default.sampler.steps} steps"
     return "", (
         f"evaluate: {samples:,} samples of {steps} sampling steps{cut}, at the end alone: {passes}. "
         f"{usual}, would take {default_passes:,}{noise if samples < _FEW_SAMPLES else ''}"

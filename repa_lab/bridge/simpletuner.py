@@ -276,8 +276,8 @@ ALIASES = {"checkpointing_steps": "checkpoint_step_interval"}
 READABLE = {key.name: key for key in (*KEYS["crepa"], *KEYS["urepa"], *IREPA, *REST, *PARTS, *SWITCHES, CREPA_MODEL)}
 
 _VIDEO = "it relates the frames of a video; an image has one"
-_BACKBONE = "the lab aligns with a frozen encoder, not with the denoiser's own features"
-_SELF_FLOW = "the lab has no self-flow: it aligns with a frozen encoder, not with the denoiser's own average"
+_BACKBONE = "repa-lab aligns with a frozen encoder, not with the denoiser's own features"
+_SELF_FLOW = "repa-lab has no self-flow: it aligns with a frozen encoder, not with the denoiser's own average"
 _LAYERSYNC = "LayerSync is another regularizer, between two blocks of the denoiser"
 # Keys without a field in a spec, with the reason; nothing is lost at the values in HARMLESS.
 NOT_CARRIED: Mapping[str, str] = {
@@ -296,7 +296,7 @@ NOT_CARRIED: Mapping[str, str] = {
     "layersync_student_block": _LAYERSYNC,
     "layersync_teacher_block": _LAYERSYNC,
     "layersync_lambda": _LAYERSYNC,
-    "lora_type": "the lab trains PEFT's LoRA; SimpleTuner's LyCORIS is another adapter, and trains no projector",
+    "lora_type": "repa-lab trains PEFT's LoRA; SimpleTuner's LyCORIS is another adapter, and trains no projector",
 }
 HARMLESS: Mapping[str, tuple[str, ...]] = {
     "crepa_drop_vae_encoder": ("false",),
@@ -328,10 +328,10 @@ GRAD_CLIP_CAPS = {"pixart": 0.01}
 # Families whose loader in SimpleTuner never starts the regularizer: a run with a regularizer is a baseline.
 NEVER_ATTACHED = ("sdxl", "kolors", "pixart")
 
-_EDITS = "it edits images, and the lab trains text to image"
-_REFINER = "a refiner takes images and other texts than the base model, so the lab does not train it"
-_KLEIN = "its pipeline, Flux2KleinPipeline, reads texts with another language model; the lab trains Flux2Pipeline"
-_STAGE = "it is trained on one part of the noise levels, and the lab trains on all of them"
+_EDITS = "it edits images, and repa-lab trains text to image"
+_REFINER = "a refiner takes images and other texts than the base model, so repa-lab does not train it"
+_KLEIN = "its pipeline, Flux2KleinPipeline, reads texts with another language model; repa-lab trains Flux2Pipeline"
+_STAGE = "it is trained on one part of the noise levels, and repa-lab trains on all of them"
 # Flavours (releases that ``model_flavour`` names) as hub ids. The first stands in if a config names none: SimpleTuner's
 # default, if repa-lab trains it.
 FLAVOURS: Mapping[str, Mapping[str, str]] = {
@@ -407,7 +407,7 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "sdxl": dict.fromkeys(("refiner-1.0", "refiner-0.9"), _REFINER),
     "flux": {
         "kontext": _EDITS,
-        "libreflux": "it masks the padding of texts (flux_attention_masked_training), which the lab does not",
+        "libreflux": "it masks the padding of texts (flux_attention_masked_training), which repa-lab does not",
     },
     "flux2": dict.fromkeys(("klein-9b", "klein-4b"), _KLEIN),
     "pixart": dict.fromkeys(("900M-1024-v0.7-stage1", "900M-1024-v0.7-stage2"), _STAGE),

@@ -209,7 +209,9 @@ class TestExport:
         settings = {**REPA, "block_index": None, "encoder": {"pixels": "vae"}}
         exported = export_settings(config.model_copy(update={"regularizer": settings_of(settings)}))
         assert (exported.settings["crepa_block_index"], exported.settings["crepa_encoder_image_size"]) == (8, 448)
-        assert exported.lost == ("regularizer.encoder.image_size: null is 448 for images of 512 px, and is written so",)
+        assert exported.lost == (
+            "regularizer.encoder.image_size: null is 448 for images of 512 px, and is written as a number",
+        )
 
 
 class TestDocumentation:

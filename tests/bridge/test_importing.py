@@ -431,7 +431,7 @@ class TestWhatIsSaid:
             tmp_path, {**FLUX, "validation_prompt": "a cat", "optimizer": "adamw_bf16", "lr_scheduler": "sine"}
         )
         assert (
-            "config.json: not carried, for a spec has no place for them: validation_prompt, optimizer, lr_scheduler"
+            "config.json: not carried, because a spec has no field for them: validation_prompt, optimizer, lr_scheduler"
             in lines
         )
 
@@ -444,8 +444,8 @@ class TestWhatIsSaid:
             "irepa_spatial_norm_alpha": 0.1,
         }
         lines = remarks(tmp_path, given)
-        assert "config.json: not carried, for urepa_enabled is not true: urepa_lambda" in lines
-        assert "config.json: not carried, for irepa_enabled is not true: irepa_spatial_norm_alpha" in lines
+        assert "config.json: not carried, because urepa_enabled is not true: urepa_lambda" in lines
+        assert "config.json: not carried, because irepa_enabled is not true: irepa_spatial_norm_alpha" in lines
         assert config_of(tmp_path, given).regularizer.spatial_norm is None
 
     @pytest.mark.parametrize(
@@ -455,7 +455,7 @@ class TestWhatIsSaid:
             ({}, "block_index 8 is their depth 9"),
             ({}, "pixels: vae"),
             ({}, "LayerNorm + Linear"),
-            ({}, "resample.side: student, for SimpleTuner shrinks the larger grid"),
+            ({}, "resample.side: student, because SimpleTuner shrinks the larger grid"),
             ({"crepa_scheduler": "linear", "crepa_decay_steps": 50}, "the step at which the decay ends"),
             ({"crepa_similarity_threshold": 0.9}, "no bias correction and no minimum count"),
             ({"crepa_encoder": "qwen3-vl"}, "crepa_encoder: not carried: a vision-language model"),
@@ -469,7 +469,7 @@ class TestWhatIsSaid:
                 "decay_steps: 10 does the same",
             ),
             ({"model_family": "pixart"}, "max_grad_norm: SimpleTuner lowers it to 0.01 for this family"),
-            ({"lora_type": "lycoris"}, "lora_type: not carried: the lab trains PEFT's LoRA"),
+            ({"lora_type": "lycoris"}, "lora_type: not carried: repa-lab trains PEFT's LoRA"),
             ({"model_type": "lora", "lora_rank": 8, "lora_alpha": 16}, "the adapter's scale is 1, and 2 there"),
             ({}, "caption_dropout_probability 0.0"),
             ({"model_family": "pixart_sigma"}, "never attaches its regularizer to pixart"),

@@ -57,7 +57,7 @@ class TestFlavour:
         [
             ("flux", "schnel", "unknown flavour 'schnel' of flux; allowed: krea, dev, schnell, fluxbooru; did you mean 'schnell'?"),
             ("sd3", "turbo", "unknown flavour 'turbo' of sd3; allowed: medium, large"),
-            ("flux", "kontext", "the lab does not train 'kontext': it edits images, and the lab trains text to image; allowed: krea, dev, schnell, fluxbooru"),
+            ("flux", "kontext", "repa-lab does not train 'kontext': it edits images, and repa-lab trains text to image; allowed: krea, dev, schnell, fluxbooru"),
         ],
     )  # fmt: skip
     def test_one_that_is_unknown_or_cannot_be_trained_is_an_error(self, tmp_path, family, flavour, message):
@@ -68,7 +68,7 @@ class TestFlavour:
     def test_a_default_that_the_lab_does_not_train_is_said(self, tmp_path):
         said = " ".join(remarks(tmp_path, {"model_family": "flux2"}))
         assert (
-            "'dev' (black-forest-labs/FLUX.2-dev) stands in; SimpleTuner's own default is 'klein-9b', which the lab does not train"
+            "'dev' (black-forest-labs/FLUX.2-dev) stands in; SimpleTuner's own default is 'klein-9b', which repa-lab does not train"
             in said
         )
 
