@@ -18,6 +18,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from repa_lab.files import replace_atomically
 from repa_lab.runs import checkpoints, files
 from repa_lab.runs.files import Row
 from repa_lab.runs.state import RunState, RunStatus, State
@@ -199,7 +201,8 @@ class RunWriter:
     def plugins(self, plugins: Iterable[Path]) -> None:
         """Keep a copy of the plugin files that the run is trained with; nothing ever loads them from here."""
         for file in plugins:
-            files.write_text(self.run.path / "plugins" / file.name, file.read_text(encoding="utf-8"))
+            # As bytes: a plugin may declare an encoding other than UTF-8.
+            replace_atomically(self.run.path / "plugins" / file.name, partial(shutil.copyfile, file))
 
     def protocols(self, protocols: Mapping[str, Mapping[str, Any]]) -> None:
         """Record what each number depends on as of now; what changed since an earlier start stands in the history."""

@@ -49,6 +49,22 @@ class TestPlanning:
                 f"mine.yaml:{line}"
             ]
 
+    def test_a_field_of_tuples_takes_the_lists_of_a_file(self, tmp_path):
+        field = "margin: float = 1.0"
+        plugin = MINE.replace(
+            field,
+            f"{field}\n        sizes: tuple[int, ...] = ()\n        ends: dict[str, tuple[tuple[float, int], ...]] = {{}}",
+        )
+        given = "margin: 0.5, sizes: [3, 5], ends: {a: [[0.5, 2], [1, 3]]}"
+        (arm, _) = load_spec(spec_of(tmp_path, plugin, SPEC.replace("margin: 0.5", given))).arms
+        settings = arm.config.regularizer
+        assert (settings.sizes, settings.ends) == ((3, 5), {"a": ((0.5, 2), (1.0, 3))})
+        assert Run.from_json("x", json.loads(json.dumps(Run("x", arm.config, 0).to_json()))).config == arm.config
+        for wrong, line in (("[3, x]", "66: regularizer.sizes.1: expected an integer, got 'x'"),
+                            ("3", "55: regularizer.sizes: expected a list, got 3")):  # fmt: skip
+            text = SPEC.replace("margin: 0.5", f"margin: 0.5, sizes: {wrong}").replace("include: [", "# ")
+            assert refusal(spec_of(tmp_path, plugin, text)) == [f"mine.yaml:5:{line}"]
+
     def test_in_a_sweep_with_built_in_types_each_has_its_own_fields(self, tmp_path):
         types = "axes: {regularizer.type: [none, spread, repa]}\n"
         spec = SPEC.replace("margin: 0.5", "margin: 0.5, loss: nt_xent").replace("include: [", "# ") + types

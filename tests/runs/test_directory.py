@@ -214,3 +214,11 @@ class TestTheLock:
         with RunWriter(run) as writer:
             writer.row({"step": 1})
             assert run.rows() == [{"step": 1}]
+
+
+def test_plugins_are_copied_byte_for_byte(run, tmp_path):
+    content = b"# -*- coding: latin-1 -*-\r\nNAME = '\xe9'\r\n"
+    (tmp_path / "mine.py").write_bytes(content)
+    with RunWriter(run) as writer:
+        writer.plugins([tmp_path / "mine.py"])
+    assert (run.path / "plugins" / "mine.py").read_bytes() == content

@@ -134,10 +134,12 @@ class TestFieldsOfOtherTypes:
     @pytest.mark.parametrize("kind", TYPES)
     def test_a_field_that_none_has_is_an_error_with_its_place(self, tmp_path, kind):
         types = "axes: {regularizer.type: [none, repa, urepa]}\n"
-        for axes in ("", types):
-            found = refusal(write(tmp_path, HEAD + f"regularizer: {{type: {kind}, wieght: 1}}\n" + axes))
-            at = f"5:{15 + len(f'type: {kind}, ')}: regularizer.wieght: unknown field 'wieght'"
-            assert found and all(line.startswith(at) for line in found)
+        off = "include: [{label: off, set: {regularizer.type: none}}]\n"
+        for arms in ("", types, off):
+            (line,) = refusal(write(tmp_path, HEAD + f"regularizer: {{type: {kind}, wieght: 1}}\n" + arms))
+            at = f"5:{15 + len(f'type: {kind}, ')}: regularizer.wieght: unknown field 'wieght'; allowed: "
+            assert line.startswith(at)
+            assert line.endswith("; did you mean 'weight'?") == (arms == types or kind != "none")
 
     def test_a_wrong_value_is_told_by_the_arm_that_has_the_field(self, tmp_path):
         text = (
