@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -262,3 +264,13 @@ def test_retracting_a_step_at_which_nothing_was_noted_leaves_the_one_before():
     cutoff.retract(1)
     assert not cutoff.is_cut(2)
     assert cutoff.similarity == pytest.approx(0.7)
+
+
+def test_the_lines_for_ones_own_loop_let_the_threshold_act():
+    page = (Path(__file__).parents[2] / "docs/regularizer.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(loss = .*?)```", page, flags=re.DOTALL)
+    for code, expected in ((lines, 0.0), (lines.splitlines()[0], 0.5)):
+        regularizer, student, teacher = aligned(min_count=1)
+        signals = Signals(taps=(student,), encoders=(teacher,))
+        exec(code, {"regularizer": regularizer, "signals": signals, "step": 0})
+        assert regularizer.weight_at(1) == expected
