@@ -1,4 +1,4 @@
-"""The cutoff by similarity: facts 18 and 19 of the guide's trainer, the second deliberately unlike it."""
+"""The cutoff by similarity: facts 18 and 19 of SimpleTuner, the second deliberately unlike it."""
 
 from __future__ import annotations
 

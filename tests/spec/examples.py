@@ -1,4 +1,4 @@
-"""Specs that the tests of this room start from."""
+"""Specs that the tests start from."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class TestSearch:
         assert load_spec(mapping()).search is None
 
 
-def test_the_sections_of_the_grammar_are_those_of_a_run():
+def test_a_spec_file_has_the_sections_of_a_run():
     assert set(RunConfig.model_fields) < set(SpecFile.model_fields)
     assert not set(RunConfig.model_fields) & set(RunOptions.model_fields)
 
@@ -179,14 +179,14 @@ def test_the_sections_of_the_grammar_are_those_of_a_run():
 @pytest.mark.parametrize(
     "file", sorted(Path(__file__).parents[2].glob("experiments/*.yaml")), ids=lambda file: file.stem
 )
-def test_the_experiments_of_the_house_can_be_read(file):
+def test_every_shipped_experiment_can_be_read(file):
     experiment = load_spec(file)
     assert experiment.arms
     assert experiment.question
 
 
 @pytest.mark.parametrize("file", sorted(Path(__file__).parents[2].glob("sweeps/*.yaml")), ids=lambda file: file.stem)
-def test_the_fragments_of_the_house_can_be_laid_over_an_experiment(file):
+def test_every_shipped_fragment_can_be_laid_over_an_experiment(file):
     spec = Path(__file__).parents[2] / "experiments/quickstart.yaml"
     assert load_spec(spec, None, [file]) != load_spec(spec)
 
