@@ -246,7 +246,7 @@ def _place_in_package(error: Exception, module: str) -> tuple[str, int]:
 
 
 def _calling_origin() -> Origin | None:
-    """Return the first caller outside this package, the plugin; None while this package registers its own components."""
+    """Return the first caller outside this package, a plugin; None for a component of this package."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_globals.get("__name__", "").partition(".")[0] != _PACKAGE:

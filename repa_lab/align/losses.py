@@ -87,8 +87,8 @@ def manifold_loss(
 ) -> torch.Tensor:
     """Return how far similarities between student tokens are from those between teacher tokens: U-REPA (2503.18414).
 
-    By default ``mean over b, i, j of (cos(s_bi, s_bj) - cos(t_bi, t_bj))**2``, Eqs. 3-4. The paper is ambiguous in three
-    places:
+    By default ``mean over b, i, j of (cos(s_bi, s_bj) - cos(t_bi, t_bj))**2``, Eqs. 3-4. The paper is ambiguous in
+    three places:
 
     - *Sign.* Eq. 3 prints a minus before the expectation; minimising that would push the similarities apart. Plus is
       meant.
@@ -99,9 +99,9 @@ def manifold_loss(
       norm of the whole matrix (``reduction="sum"``) would be 65,536 times larger at 256 tokens.
 
     The N x N matrices are never stored: squares of 512 tokens a side are compared one at a time, each pair of squares
-    once, and the gradient is accumulated on the way. The D x D form ``||S'S||^2 - 2 ||S'T||^2 + ||T'T||^2`` would need no
-    N x N matrices either, but it subtracts large numbers: for a student close to its teacher, float32 would be wrong in
-    the third digit.
+    once, and the gradient is accumulated on the way. The D x D form ``||S'S||^2 - 2 ||S'T||^2 + ||T'T||^2`` would need
+    no N x N matrices either, but it subtracts large numbers: for a student close to its teacher, float32 would be wrong
+    in the third digit.
 
     Args:
         student: projected hidden states, ``(B, N, D)``; gradients flow here.
@@ -185,8 +185,8 @@ def _pieces(student: torch.Tensor, teacher: torch.Tensor) -> Iterator[tuple[slic
 class _SumOfDistances(torch.autograd.Function):
     """The sum over sets and pairs of the distance between two similarities, of tokens ``(S, M, D)`` and ``(S, M, E)``.
 
-    The matrix of differences d is symmetric, so its squares above the diagonal count twice, and the gradient in the unit
-    token u_i is ``2 * sum over j of slope(d_ij) u_j``. Only this gradient is kept until the backward pass.
+    The matrix of differences d is symmetric, so its squares above the diagonal count twice, and the gradient in the
+    unit token u_i is ``2 * sum over j of slope(d_ij) u_j``. Only this gradient is kept until the backward pass.
     """
 
     @staticmethod

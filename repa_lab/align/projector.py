@@ -16,11 +16,11 @@ _MLP = ProjectorSettings()
 class Projector(nn.Module):
     """Maps tokens ``(B, N, in_dim)`` to ``(B, N, out_dim)`` on the same grid.
 
-    - ``mlp`` is REPA's: three linear layers of ``width`` with SiLU between and Xavier-uniform init, token by token (as in
-      the papers' code; 7,344,896 parameters for 768 to 768).
+    - ``mlp`` is REPA's: three linear layers of ``width`` with SiLU between and Xavier-uniform init, token by token (as
+      in the papers' code; 7,344,896 parameters for 768 to 768).
     - ``linear`` is SimpleTuner's LayerNorm + Linear, with torch's init.
-    - ``conv`` is iREPA's convolution over the grid, zero-padded, with torch's init; ``kernel`` is odd, so that tokens keep
-      their places.
+    - ``conv`` is iREPA's convolution over the grid, zero-padded, with torch's init; ``kernel`` is odd, so that tokens
+      keep their places.
 
     Args:
         in_dim: the denoiser's width.

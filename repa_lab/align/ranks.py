@@ -24,8 +24,8 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
 def gather(values: torch.Tensor) -> torch.Tensor:
     """Return the rows ``(n, ...)`` of all processes as ``(n * world size, ...)``, in the order of their ranks.
 
-    Gradients reach this process's own rows, multiplied by the world size: DistributedDataParallel averages the gradients
-    of the processes, but a loss over all rows needs their sum.
+    Gradients reach this process's own rows, multiplied by the world size: DistributedDataParallel averages the
+    gradients of the processes, but a loss over all rows needs their sum.
     """
     world = world_size()
     if world == 1:

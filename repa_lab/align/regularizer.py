@@ -80,8 +80,8 @@ class SimilarityCutoff(nn.Module):
     The moving average is bias-corrected, so that it is a true mean from the first step on, and it is not compared with
     the threshold before ``similarity_min_count`` steps: an early spike switches nothing off. A step counts once, as the
     mean over its micro-batches and processes, so all processes decide alike. A step is decided by the steps before it:
-    its own mean is not known before its last micro-batch, and reading it would wait for the device. The state is part of
-    the regularizer's ``state_dict``.
+    its own mean is not known before its last micro-batch, and reading it would wait for the device. The state is part
+    of the regularizer's ``state_dict``.
 
     Args:
         settings: ``similarity_threshold`` and the fields that belong to it.
@@ -132,7 +132,7 @@ class SimilarityCutoff(nn.Module):
         return self.settings.threshold_mode == "recoverable" and step % self.settings.probe_every == 0
 
     def get_extra_state(self) -> torch.Tensor:
-        """Return the state for a checkpoint, ``(3,)``: the running sum, the count, and whether the weight is 0 for good."""
+        """Return the state for a checkpoint, ``(3,)``: running sum, count, and whether the weight is 0 for good."""
         self._count_pending()
         return torch.tensor([self._sum, self._count, self._is_off_for_good], dtype=torch.float64)
 

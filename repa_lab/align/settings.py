@@ -33,7 +33,7 @@ class EncoderSettings(Settings):
     name: str = "dinov2_vitg14"
     """A registered encoder, or any model of timm."""
     image_size: Positive | None = None
-    """Side of the encoder's input in pixels; null follows the papers' rule (an image of 256 is seen at 224 by patch 14)."""
+    """Side of the encoder's input in pixels; null is the papers' rule (an image of 256 is seen at 224 by patch 14)."""
     weights: LocalFile | None = None
     """A local file of weights, for use without the hub."""
     standardize: bool = False
@@ -74,8 +74,8 @@ class ProjectorSettings(Settings):
 class ResampleSettings(Settings):
     """How different grids are matched.
 
-    In U-REPA (2503.18414), resampling the student is better than shrinking the teacher (Table 6: FID 5.72 against 5.99),
-    and projecting first is better than resampling first (Table 7: 5.72 against 5.84).
+    In U-REPA (2503.18414), resampling the student is better than shrinking the teacher (Table 6: FID 5.72 against
+    5.99), and projecting first is better than resampling first (Table 7: 5.72 against 5.84).
     """
 
     side: Literal["student", "teacher"] = "student"
@@ -93,7 +93,7 @@ class ManifoldSettings(Settings):
     The last two compare the images of one forward pass in all processes: they depend on the micro-batch, not on the
     number of processes."""
     reduction: Literal["mean", "sum", "offdiag_mean"] = "mean"
-    """Mean over all N*N pairs, their sum, or the mean without each token's pair with itself; then the mean over images."""
+    """Mean over all N*N pairs, their sum, or the mean without pairs of a token with itself; then mean over images."""
     distance: Literal["l2", "l1_margin"] = "l2"
     """The squared difference of two similarities, or the amount by which the absolute difference exceeds `margin`."""
     margin: NotNegative = 0.1
@@ -126,7 +126,7 @@ class ScheduleSettings(Settings):
     threshold_mode: Literal["permanent", "recoverable"] = "permanent"
     """Whether the weight stays 0, or returns when the cosine falls below the threshold."""
     probe_every: Positive = 50
-    """Steps between measurements of the cosine, without gradient, while a recoverable threshold holds the weight at 0."""
+    """Steps between measurements of the cosine while a recoverable threshold holds the weight at 0."""
 
     @model_validator(mode="after")
     def _decay_ends_after_warmup(self) -> Self:
@@ -278,7 +278,7 @@ class REPASettings(RegularizerSettings):
     spatial_align: bool = True
     """Compare token by token; false compares the mean projected token with the mean encoder token."""
     spatial_norm: NotNegative | None = None
-    """Normalise the encoder's channels over each image: the share of the mean that is subtracted (iREPA: 0.6); null does not."""
+    """Normalise the encoder's channels over each image; the value is the share of the mean to subtract (iREPA: 0.6)."""
     resample: ResampleSettings = ResampleSettings()
     """How different grids are matched."""
 

@@ -120,7 +120,7 @@ class EvaluateConfig(Settings):
     timestep: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """The noise at which alignment is measured: 0 is data, 1 is noise."""
     prompts: tuple[str, ...] = later(())
-    """Captions that are drawn for people to look at, each always from the same noise; without any, the first samples are shown."""
+    """Captions that are drawn to look at, always from the same noise; without any, the first samples are shown."""
     labels: Labelling = later("balanced")
     """Every class (or caption) in turn, or drawn at random, which costs about 0.1 of FID."""
     metrics: QualityMetrics = later(("frechet",))
@@ -129,7 +129,7 @@ class EvaluateConfig(Settings):
     full: FullConfig | None = later(None)
     """A second, more expensive protocol for milestones; a field that it leaves out is as above."""
     precision: Literal["train", "fp32", "tf32"] = later("train")
-    """Precision of the denoiser while it is measured: as in training, float32, or float32 with TF32 matrix products on a GPU."""
+    """Precision of the denoiser in measurements: as in training, float32, or float32 with TF32 matrix products."""
     rounding: Rounding = later("nearest")
     """How samples become 8-bit pixels; `truncate` drops the fraction, as REPA's script does."""
 

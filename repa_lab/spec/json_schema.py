@@ -24,12 +24,12 @@ _USE = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}],
     "description": "Fragments between the base and this file, relative to this file.",
 }
-# A base or a fragment may give the fields that a file leaves out, so only sections that are never merged require fields.
+# A base or a fragment may give any field, so only sections that are never merged require fields.
 _NEVER_MERGED = ("Include",)
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON schema (2020-12) of a spec, a base or a fragment, with which an editor completes and checks fields."""
+    """Return the JSON schema (2020-12) of a spec, a base or a fragment, for editors."""
     _, schema = models_json_schema([(SpecFile, "validation"), (RunConfig, "validation")], by_alias=True)
     parts: dict[str, Any] = schema["$defs"]
     for name, part in parts.items():
@@ -125,7 +125,7 @@ def _table(name: str) -> str:
 
 
 def _rows(name: str) -> Iterator[_Row]:
-    """Yield the rows of a section (``train``), of a component's own fields (``data/hub``), or of the file (``spec``)."""
+    """Yield the rows of a section (``train``), a component's own fields (``data/hub``), or the file (``spec``)."""
     section, _, component = name.partition("/")
     if section == "spec":
         yield from _fields(SpecFile, "", with_subfields=False)

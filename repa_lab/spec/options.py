@@ -26,7 +26,7 @@ class Interval(Settings):
     choice: Annotated[list[Any], Field(min_length=1)] | None = None
     """One of a list."""
     when: dict[str, Any] = Field(default_factory=dict)
-    """Search the field only where these dotted paths have these values, or one of a list; elsewhere the arm's setting stays."""
+    """Search the field only if these dotted paths have these values, or one of a list; else the arm's value stays."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -247,7 +247,7 @@ class RunOptions(Settings):
     share: bool = True
     """Train steps that runs have in common once; `--no-share` on the command line."""
     micro_batch: Positive | Literal["auto"] | None = None
-    """Images of one forward pass; gradients accumulate over the batch. `auto` halves it when the GPU runs out of memory."""
+    """Images of one forward pass; gradients accumulate over the batch. `auto` halves it if memory runs out."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: the same numbers, less memory, more time."""
     compile: bool = False

@@ -121,7 +121,7 @@ class LossWeightSettings(Settings):
     """The weight of a sample's denoising loss, by the sample's noise."""
 
     type: Literal["none", "min_snr"] = "none"
-    """`min_snr` (2303.09556) weights the error of the clean image by the smaller of the signal-to-noise ratio and `gamma`."""
+    """`min_snr` (2303.09556) weights the clean image's error by min(signal-to-noise ratio, `gamma`)."""
     gamma: Annotated[float, Field(gt=0)] = 5.0
     """The largest signal-to-noise ratio that counts."""
 
@@ -173,8 +173,8 @@ class EmaConfig(Settings):
         if share <= _NEGLIGIBLE_SHARE:
             return None
         return (
-            f"train.ema: at decay {self.decay:g} the measured average still holds {100 * share:.0f} % of the initial weights "
-            f"after {steps:,} steps; set train.ema.warmup, or lower the decay"
+            f"train.ema: at decay {self.decay:g} the measured average still holds {100 * share:.0f} % of the initial "
+            f"weights after {steps:,} steps; set train.ema.warmup, or lower the decay"
         )
 
 

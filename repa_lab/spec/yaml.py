@@ -153,7 +153,7 @@ def _syntax_problem(error: yaml.YAMLError, file: Path | None, text: str) -> Prob
 
 @dataclass
 class _Builder:
-    """Turns parsed nodes into plain data and collects places and problems; an alias becomes a copy wherever it is used."""
+    """Turns parsed nodes into plain data and collects places and problems; an alias becomes a copy."""
 
     file: Path | None
     places: dict[KeyPath, Place] = field(default_factory=dict)
