@@ -139,7 +139,7 @@ def config_of(draft: Draft, components: _ComponentNames | None = None) -> RunCon
     Args:
         draft: the settings of the arm.
         components: the components of the sweep by section, whose fields are ignored; None ignores the fields of every
-            component. The regularizer ``none`` always ignores the fields of all others, so that any arm can be turned off.
+            component. ``none`` always ignores the fields of all others, so that any arm can be turned off.
 
     Raises:
         SpecError: every problem.
