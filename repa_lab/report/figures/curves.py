@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ MAX_BANDS = 3
 _MAX_TITLE = 60
 _MAX_COLUMNS = 3
 _LARGE = 1e7
+_CAPTION_CHARACTERS = 14  # per inch
 _NAMES = {"frechet": "Fr\u00e9chet distance", "fid": "FID"}
 Entries = list[tuple[Artist, str]]  # of a legend
 
@@ -155,8 +157,7 @@ def caption(frame: pd.DataFrame) -> str:
 
 
 def _with_caption(figure: Figure, frame: pd.DataFrame) -> Figure:
-    text = caption(frame)
-    text = text if figure.get_figwidth() > 10 else text.replace(". ", ".\n", 1)
+    text = textwrap.fill(caption(frame), int(_CAPTION_CHARACTERS * figure.get_figwidth()))
     figure.supxlabel(text, x=0.012, ha="left", multialignment="left", fontsize=9, color="#6e7781")
     return figure
 

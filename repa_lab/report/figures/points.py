@@ -30,7 +30,8 @@ from repa_lab.report.statistics import Goal
 
 _POINT, _BEST, _BETTER = PALETTE[:3]
 _WORSE = PALETTE[1]
-_ROW_INCHES = 0.36
+_ROW_INCHES, _CHARACTER_INCHES = 0.36, 0.085
+_WIDE_LABEL = 8  # characters
 
 
 @styled
@@ -43,7 +44,9 @@ def draw_differences(frame: pd.DataFrame, goal: Goal = "min") -> Figure:
     """
     metrics, names = unique(frame, "metric"), short_labels(unique(frame, "arm"))
     most = int(frame.groupby("metric").size().max())
-    figure, panels = canvas(len(metrics), 1, size=(6.2, 1.1 + _ROW_INCHES * most))
+    # Labels take room beside the panel, whose own width must hold the label of its axis.
+    width = 6.2 + _CHARACTER_INCHES * max(0, max(map(len, names.values())) - _WIDE_LABEL)
+    figure, panels = canvas(len(metrics), 1, size=(width, 1.1 + _ROW_INCHES * most))
     for axes, metric in zip(panels, metrics, strict=True):
         rows = frame[frame["metric"] == metric]
         for place, (_, row) in enumerate(rows.iterrows()):
