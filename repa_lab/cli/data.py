@@ -85,12 +85,12 @@ def _failure(processes: Sequence[subprocess.Popen[bytes]]) -> int:
 def _carry_out(source: Path, folder: Path, resolution: int, vae: str, batch_size: int, on_gpu: bool) -> None:
     import torch
 
-    from repa_lab.data.prepare import Part, Preparation, prepare
+    from repa_lab.data.prepared import prepare
 
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     task = "images" if world == 1 else f"images (one of {world} equal parts)"
     with progress(task, out, is_shown=rank == 0) as show:
-        wanted = Preparation(source, folder, resolution, vae, batch_size)
-        prepare(wanted, place, Part(rank, world), threads, show)
+        share = {"rank": rank, "world": world, "threads": threads}
+        prepare(source, folder, resolution, vae, batch_size, device=place, progress=show, **share)

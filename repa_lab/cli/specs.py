@@ -107,7 +107,7 @@ def _between_specs(left: str, right: str) -> dict[str, Any]:
 
 
 def _run_ids(experiment: Experiment) -> set[str]:
-    from repa_lab.data.errors import DataError
+    from repa_lab.data import DataError
     from repa_lab.orchestration.plan import identify_arm
     from repa_lab.spec import SpecError
     from repa_lab.training.resolve import Inventory

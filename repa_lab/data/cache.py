@@ -30,7 +30,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from repa_lab.data.errors import DataError
+from repa_lab.data import DataError
 from repa_lab.data.sources import ImageSource, groups
 from repa_lab.files import digest, replace_atomically
 

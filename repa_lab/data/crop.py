@@ -1,4 +1,4 @@
-"""From an image of any size to one of a given size: the papers' crop, and the sizes that images of one data set are given."""
+"""Cropping: the papers' crop of an image of any size, and the sizes that the images of a data set are brought to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFile
 
-from repa_lab.data.errors import DataError
+from repa_lab.data import DataError
 
 Size = tuple[int, int]  # height, width
 _GREY_STEPS = {"L;2": 85, "L;4": 17}  # between two levels of grey of 2 and 4 bits, as Pillow unpacks them
@@ -16,7 +16,14 @@ _GREY_STEPS = {"L;2": 85, "L;4": 17}  # between two levels of grey of 2 and 4 bi
 
 @dataclass(frozen=True)
 class Framing:
-    """How an image is brought to a size, all in (height, width): it is halved ``halvings`` times, resized, and cut."""
+    """How an image is brought to a size: halved, resized, and cut at the centre. Sizes are (height, width).
+
+    Attributes:
+        original: size of the image.
+        halvings: number of times that the image is halved.
+        resized: size that the halved image is resized to.
+        size: size that the resized image is cut to.
+    """
 
     original: Size
     halvings: int
@@ -25,17 +32,17 @@ class Framing:
 
     @property
     def offset(self) -> Size:
-        """Rows above and columns left of the cut, in the resized image."""
+        """Rows above the cut and columns left of it, in the resized image."""
         return (self.resized[0] - self.size[0]) // 2, (self.resized[1] - self.size[1]) // 2
 
     @property
     def frame(self) -> tuple[int, ...]:
-        """Original height and width, top and left of the cut, height and width: SDXL's micro-conditioning, in its order."""
+        """Original height and width, top and left of the cut, height and width, in the order of SDXL's conditioning."""
         return (*self.original, *self.offset, *self.size)
 
 
 def framing(original: Size, size: Size) -> Framing:
-    """ADM's crop, used by the REPA papers, for any size: halve while twice too large, cover the size, cut the centre."""
+    """Return ADM's crop, which the REPA papers use: halve while twice too large, cover the size, cut at the centre."""
     (height, width), halvings = original, 0
     while min(height / size[0], width / size[1]) >= 2:
         height, width, halvings = height // 2, width // 2, halvings + 1
@@ -44,12 +51,12 @@ def framing(original: Size, size: Size) -> Framing:
 
 
 def crop(image: Image.Image, size: Size) -> Image.Image:
-    """An image brought to (height, width): halved with a box filter, resized with a bicubic one, cut at its centre."""
-    how = framing((image.height, image.width), size)
-    for _ in range(how.halvings):
+    """Return an image brought to (height, width): halved with a box filter, resized with a bicubic one, and cut."""
+    steps = framing((image.height, image.width), size)
+    for _ in range(steps.halvings):
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    image = image.resize((how.resized[1], how.resized[0]), Image.Resampling.BICUBIC)
-    top, left = how.offset
+    image = image.resize((steps.resized[1], steps.resized[0]), Image.Resampling.BICUBIC)
+    top, left = steps.offset
     return image.crop((left, top, left + size[1], top + size[0]))
 
 
@@ -79,16 +86,18 @@ def _transparent_colour(image: Image.Image) -> int | tuple[int, ...] | None:
     if isinstance(colour, int) and packing in _GREY_STEPS:
         return colour * _GREY_STEPS[packing]
     if isinstance(colour, tuple) and packing == "RGB;16B":
-        return tuple(part >> 8 for part in colour)
+        return tuple(level >> 8 for level in colour)
     return colour if isinstance(colour, (int, tuple)) and image.mode != "P" else None
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """Sizes of about the same area at several aspects, as SDXL was trained with.
+    """Image sizes of about the same area at several aspects, as SDXL was trained with.
 
-    Sides are multiples of ``step`` pixels; the area is at most that of a square of ``side``; a side is at most
-    ``max_aspect`` times the other.
+    Attributes:
+        side: the area of a size is at most that of a square with sides of this many pixels.
+        step: sides are multiples of this many pixels.
+        max_aspect: a side is at most this many times the other.
 
     Raises:
         DataError: there is no such size.
@@ -105,14 +114,14 @@ class Buckets:
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """All sizes, from the tallest to the widest, each upright and wide."""
+        """All sizes, from the tallest to the widest."""
         sides = range(self.step, int(self.side * math.sqrt(self.max_aspect)) + 1, self.step)
-        longest = [(self.side**2 // side // self.step * self.step, side) for side in sides]
-        fitting = [pair for pair in longest if min(pair) and max(pair) / min(pair) <= self.max_aspect]
-        both = {size for pair in fitting for size in (pair, pair[::-1])}
-        return tuple(sorted(both, key=lambda size: size[1] / size[0]))
+        pairs = [(self.side**2 // side // self.step * self.step, side) for side in sides]
+        fitting = [pair for pair in pairs if min(pair) and max(pair) / min(pair) <= self.max_aspect]
+        upright_and_wide = {size for pair in fitting for size in (pair, pair[::-1])}
+        return tuple(sorted(upright_and_wide, key=lambda size: size[1] / size[0]))
 
     def choose(self, original: Size) -> Size:
-        """The size whose aspect is nearest to an image's, so that the least is cut off."""
-        wanted = math.log(original[1] / original[0])
-        return min(self.sizes, key=lambda size: abs(math.log(size[1] / size[0]) - wanted))
+        """Return the size whose aspect is nearest to an image's, so that the least is cut off."""
+        aspect = math.log(original[1] / original[0])
+        return min(self.sizes, key=lambda size: abs(math.log(size[1] / size[0]) - aspect))

@@ -1,12 +1,13 @@
-"""The files of a folder of images, and their captions. Imports no torch, so that `plan` can read them.
+"""The files of a data set on disk: images of a folder with their captions, and fingerprints. Imports no torch.
 
-The rules are those of Hugging Face's image folders (`datasets`, `folder_based_builder.py`), which users have: a file
-called ``metadata`` lists images by their path from its own folder, and the data set is what such files list.
+The rules are those of Hugging Face's image folders (`datasets`, `folder_based_builder.py`): a file called ``metadata``
+lists images by their path from its own folder, and the data set is what such files list.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -14,17 +15,21 @@ import os
 import posixpath
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from repa_lab.data.errors import DataError
+from repa_lab.data import DataError
+from repa_lab.data.crop import Buckets
+from repa_lab.files import digest
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Where captions are looked for if `data.caption_column` names no column, in every source that has columns.
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 _FILE, _FILES = "file_name", "_file_name"  # the column of paths, and the end of the name of another such column
-_NOTHING = object()
+_MISSING = object()
+_CONTENT_SAMPLE = 256
+_END_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,8 @@ class Tree:
     """The files below a folder.
 
     Attributes:
-        files: every file, hidden ones left out.
-        repeated: folders that were not entered because they had been already: links, as a rule.
+        files: every file except hidden ones.
+        repeated: folders that were not entered a second time: links, as a rule.
     """
 
     files: Sequence[Path]
@@ -47,7 +52,7 @@ class ImageList:
     Attributes:
         folder: the folder.
         files: the images, sorted by their path in the folder.
-        captions: a caption for each image, or empty if none has one.
+        captions: a caption for each image, or empty if no image has one.
         notes: what was left out, a sentence each.
     """
 
@@ -55,6 +60,12 @@ class ImageList:
     files: Sequence[Path]
     captions: Sequence[str]
     notes: tuple[str, ...]
+
+    @property
+    def classes(self) -> list[str]:
+        """The class of each image: the first folder on its path, or an empty name directly in the folder."""
+        paths = [path.parts[len(self.folder.parts) :] for path in self.files]
+        return [parts[0] if len(parts) > 1 else "" for parts in paths]
 
 
 def walk(folder: Path) -> Tree:
@@ -66,14 +77,18 @@ def walk(folder: Path) -> Tree:
     Raises:
         OSError: a folder cannot be read.
     """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
     files, repeated, seen = list[Path](), list[Path](), set[Path]()
-    root, links = folder.resolve(), deque([folder])
-    while links:
-        start = links.popleft()
+    root, starts = folder.resolve(), deque([folder])
+    while starts:
+        start = starts.popleft()
         if start != folder and root.is_relative_to(start.resolve()):
             repeated.append(start)
             continue
-        for place, folders, names in os.walk(start, onerror=_raise):
+        for place, folders, names in os.walk(start, onerror=refuse):
             here = Path(place)
             if (real := here.resolve()) in seen:
                 repeated.append(here)
@@ -81,7 +96,7 @@ def walk(folder: Path) -> Tree:
                 continue
             seen.add(real)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            links += [here / name for name in folders if (here / name).is_symlink()]
+            starts += [here / name for name in folders if (here / name).is_symlink()]
             files += [here / name for name in names if not name.startswith(".")]
     return Tree(files, repeated)
 
@@ -96,6 +111,48 @@ def require_targets(files: Iterable[Path]) -> None:
     if dangling is not None:
         target = f" to '{dangling.readlink()}'" if dangling.is_symlink() else ""
         raise DataError("path", f"'{dangling}' is a link{target}, which is not there: mend or remove the link")
+
+
+def fingerprint_files(folder: Path, but: str | None = None) -> str:
+    """Return a digest of any folder: the names and sizes of its files, and the first and last mebibyte of each.
+
+    It stands for a local folder of weights in a run's identity, wherever the folder lies.
+
+    Args:
+        folder: the folder.
+        but: a pattern of names of files that are left out.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+
+    def ends(path: Path) -> str:
+        with path.open("rb") as file:
+            start = file.read(_END_BYTES)
+            file.seek(max(len(start), path.stat().st_size - _END_BYTES))
+            return hashlib.sha256(start + file.read()).hexdigest()
+
+    files = sorted(path for path in walk(folder).files if path.is_file() and not (but and path.match(but)))
+    return digest([(path.relative_to(folder).as_posix(), path.stat().st_size, ends(path)) for path in files])
+
+
+def fingerprint_images(images: ImageList, resolution: int, buckets: Buckets | None = None) -> str:
+    """Return a digest of the names and sizes of the images, their captions, and the resolution they are read at."""
+    files = [(path.relative_to(images.folder).as_posix(), path.stat().st_size) for path in images.files]
+    captions = digest(list(images.captions)) if images.captions else None
+    content = {"source": "imagefolder", "files": files, "captions": captions, "resolution": resolution}
+    return digest({**content, **({"buckets": asdict(buckets)} if buckets else {})})
+
+
+def fingerprint_content(images: ImageList, resolution: int, buckets: Buckets | None = None) -> str:
+    """Return a digest as :func:`fingerprint_images`, and of the content of up to 256 images, evenly spaced.
+
+    Caches are found by this digest: uncompressed images of two data sets have the same sizes, and features of one must
+    not pass for those of the other. `plan` does not wait for the content to be read.
+    """
+    sample = images.files[:: -(-len(images.files) // _CONTENT_SAMPLE)]
+    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sample]
+    return digest({"listing": fingerprint_images(images, resolution, buckets), "contents": contents})
 
 
 def find_caption_column(columns: Sequence[str], asked: str | None) -> str | None:
@@ -116,18 +173,16 @@ def find_caption_column(columns: Sequence[str], asked: str | None) -> str | None
 def caption_notes(captions: Sequence[str]) -> list[str]:
     """Return a sentence on images without a caption, if some have one and some have none."""
     empty = sum(not caption.strip() for caption in captions)
-    return (
-        [f"{empty:,} of {len(captions):,} images have no caption: they are trained with the empty one"] if empty else []
-    )
+    note = f"{empty:,} of {len(captions):,} images have no caption: they are trained with the empty one"
+    return [note] if empty else []
 
 
 def read_image_folder(folder: Path, caption_column: str | None = None) -> ImageList:
     """List the images of a folder with their captions.
 
     If there are ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet`` files, in the folder or below it, the
-    images are those they list. Captions stand in their column ``caption_column`` or else ``text``, ``caption`` or
-    ``prompt``; without such a column, or without metadata, in text files named as the images are (``cat.png``,
-    ``cat.txt``).
+    images are those they list. Captions are in their column ``caption_column`` or else ``text``, ``caption`` or
+    ``prompt``; without such a column, or without metadata, in a text file beside each image (``cat.png``, ``cat.txt``).
 
     Raises:
         DataError: no folder, no images, a link that leads nowhere, or metadata that cannot be used: with file and line.
@@ -140,14 +195,19 @@ def read_image_folder(folder: Path, caption_column: str | None = None) -> ImageL
     if not images:
         raise DataError("path", f"no images in '{folder}'; expected {', '.join(IMAGE_SUFFIXES)}")
     tables = sorted(path for path in tree.files if path.stem == "metadata" and path.suffix in _READERS)
-    rows = _rows(tables)
+    rows = _read_tables(tables)
     column = find_caption_column(list(dict.fromkeys(name for row in rows for name in row.values)), caption_column)
-    listed = _listed(rows, images, column) if tables else dict.fromkeys(images, "")
+    listed = _listed_images(rows, images, column) if tables else dict.fromkeys(images, "")
     files = [path for path in images if path in listed]
-    captions = [listed[path] if column else _beside(path) for path in files]
-    captions = captions if any(captions) else []
-    notes = [*_link_notes(tree.repeated), *_left_out(images, files, tables), *caption_notes(captions)]
-    return ImageList(folder, files, captions, tuple(notes))
+    captions = [listed[path] if column else _caption_beside(path) for path in files]
+    captions, notes = captions if any(captions) else [], list[str]()
+    if tree.repeated:
+        count = len(tree.repeated)
+        folders = "1 folder is" if count == 1 else f"{count:,} folders are"
+        notes.append(f"{folders} reached twice through links and read once ('{tree.repeated[0]}' is left out)")
+    if unlisted := len(images) - len(files):
+        notes.append(f"{unlisted:,} of {len(images):,} images have no row in {tables[0].name} and are left out")
+    return ImageList(folder, files, captions, (*notes, *caption_notes(captions)))
 
 
 @dataclass(frozen=True)
@@ -162,7 +222,7 @@ class _Row:
         raise DataError("path", f"{self.file}:{self.number}: {message}")
 
     def text(self, column: str) -> str:
-        value = self.values.get(column, _NOTHING)
+        value = self.values.get(column, _MISSING)
         if not isinstance(value, str):
             self.refuse(f"'{column}' must be text, got {_shown(value)}")
         if any("\ud800" <= character <= "\udfff" for character in value):
@@ -170,7 +230,7 @@ class _Row:
         return value
 
     def path(self, column: str) -> Path:
-        """The path that a row gives, without ``.`` and ``..``; a path may not lead out of the folder of the file."""
+        """Return the path in a column, without ``.`` and ``..``; it may not lead out of the folder of the file."""
         name = self.text(column)
         relative = posixpath.normpath(name.replace("\\", "/"))
         if "://" in name or relative.startswith(("/", "../")) or relative in ("..", "."):
@@ -178,7 +238,7 @@ class _Row:
         return self.file.parent / relative
 
 
-def _rows(tables: Sequence[Path]) -> list[_Row]:
+def _read_tables(tables: Sequence[Path]) -> list[_Row]:
     if len({path.suffix for path in tables}) > 1:
         first, other = tables[0], next(path for path in tables if path.suffix != tables[0].suffix)
         raise DataError("path", f"'{first}' and '{other}' are of two formats: keep the metadata of a folder in one")
@@ -188,43 +248,25 @@ def _rows(tables: Sequence[Path]) -> list[_Row]:
     return rows
 
 
-def _listed(rows: Sequence[_Row], images: Sequence[Path], column: str | None) -> dict[Path, str]:
-    """The images that the rows list, each with its caption if there is a column of captions."""
-    known, found, missing = set(images), dict[Path, _Row](), list[tuple[_Row, Path]]()
-    name = _path_column(rows)
-    for row in rows:
-        path = row.path(name)
-        if path in found:
-            first = f"{found[path].file}:{found[path].number}"
-            row.refuse(f"'{row.values[name]}' has a row already ({first}): give each image one row")
-        found[path] = row
-        if path not in known:
-            missing.append((row, path))
-    if missing:
-        row, path = missing[0]
-        of = f"is not read as an image ({', '.join(IMAGE_SUFFIXES)})" if path.exists() else "is not in the folder"
-        row.refuse(f"'{row.values[name]}' {of} ({len(missing)} such)")
-    return {path: row.text(column) if column else "" for path, row in found.items()}
-
-
-def _path_column(rows: Sequence[_Row]) -> str:
+def _listed_images(rows: Sequence[_Row], images: Sequence[Path], column: str | None) -> dict[Path, str]:
+    """Return the images that the rows list, each with its caption if there is a column of captions."""
     columns = dict.fromkeys(name for row in rows for name in row.values)
     others = [name for name in columns if name.endswith(_FILES)]
     if _FILE not in columns and len(others) > 1:
         rows[0].refuse(f"no column '{_FILE}', and several others of paths: {', '.join(others)}")
-    return others[0] if others and _FILE not in columns else _FILE
-
-
-def _left_out(images: Sequence[Path], files: Sequence[Path], tables: Sequence[Path]) -> list[str]:
-    count = len(images) - len(files)
-    return [f"{count:,} of {len(images):,} images have no row in {tables[0].name} and are left out"] if count else []
-
-
-def _link_notes(repeated: Sequence[Path]) -> list[str]:
-    if not repeated:
-        return []
-    what = "1 folder is" if len(repeated) == 1 else f"{len(repeated):,} folders are"
-    return [f"{what} reached twice through links and read once ('{repeated[0]}' is left out)"]
+    name = others[0] if others and _FILE not in columns else _FILE
+    listed = dict[Path, _Row]()
+    for row in rows:
+        path = row.path(name)
+        if path in listed:
+            first = f"{listed[path].file}:{listed[path].number}"
+            row.refuse(f"'{row.values[name]}' has a row already ({first}): give each image one row")
+        listed[path] = row
+    if missing := listed.keys() - set(images):
+        path = next(path for path in listed if path in missing)
+        reason = f"is not read as an image ({', '.join(IMAGE_SUFFIXES)})" if path.exists() else "is not in the folder"
+        listed[path].refuse(f"'{listed[path].values[name]}' {reason} ({len(missing)} such)")
+    return {path: row.text(column) if column else "" for path, row in listed.items()}
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -247,9 +289,8 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         for values in reader:
             if None in values:
-                raise DataError(
-                    "path", f"{path}:{number + 1}: more cells than columns; quote captions that hold commas"
-                )
+                message = "more cells than columns; quote captions that hold commas"
+                raise DataError("path", f"{path}:{number + 1}: {message}")
             yield number + 1, {name: value for name, value in values.items() if value is not None}
             number = reader.line_num
     except csv.Error as error:
@@ -275,13 +316,13 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
 }
 
 
-def _beside(image: Path) -> str:
+def _caption_beside(image: Path) -> str:
     path = image.with_suffix(".txt")
     return _read_text(path).strip() if path.is_file() else ""
 
 
 def _read_text(path: Path) -> str:
-    """A file of UTF-8; Windows' editors begin it with a mark."""
+    """Return the content of a file of UTF-8, without the mark with which Windows' editors begin it."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -292,14 +333,10 @@ def _read_text(path: Path) -> str:
 
 
 def _shown(value: object) -> str:
-    if value is _NOTHING:
+    if value is _MISSING:
         return "nothing"
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, (int, float)):
         return "NaN" if math.isnan(value) else f"the number {value}"
     return "a list" if isinstance(value, list) else f"a {type(value).__name__}"
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error

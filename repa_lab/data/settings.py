@@ -1,4 +1,4 @@
-"""The registry of sources of images, their settings, and what is known of a data set before its images are read. No torch."""
+"""The registry of image sources, their settings, and what is known of a data set before images are read. No torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeV
 from pydantic import Field, model_validator
 
 from repa_lab.data.crop import Buckets
-from repa_lab.data.fingerprint import fingerprint_digits, fingerprint_images, fingerprint_saved
-from repa_lab.data.hub import HubData, resolve_commit
+from repa_lab.data.huggingface import HubData, fingerprint_saved, read_saved, resolve_commit
 from repa_lab.data.layout import read_listing
-from repa_lab.data.listing import read_image_folder
-from repa_lab.data.saved import read_saved
+from repa_lab.data.listing import fingerprint_images, read_image_folder
+from repa_lab.files import digest
 from repa_lab.registry import Registry
 from repa_lab.settings import HubOrLocal, Positive, Settings
 
@@ -30,13 +29,13 @@ C = TypeVar("C", bound=type)
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a data set is, as far as it can be told without reading its images.
+    """What is known of a data set without reading its images.
 
     Attributes:
-        fingerprint: stands for it in the identity of runs.
-        images: their number; None where it is not known, or no folder is given.
-        classes: the number of their labels.
-        has_captions: whether there are any.
+        fingerprint: the data set in the identity of runs.
+        images: number of images; None if it is not known, or no folder is given.
+        classes: number of classes.
+        has_captions: whether there are captions.
         notes: what was left out, a sentence each.
     """
 
@@ -48,7 +47,7 @@ class Dataset:
 
 
 class BucketsConfig(Settings):
-    """Sizes of images that keep about their aspect, of about the area of a square of the resolution."""
+    """Image sizes of several aspects, each of about the area of a square of the resolution."""
 
     step: Positive = 64
     """Height and width are multiples of this many pixels."""
@@ -57,7 +56,7 @@ class BucketsConfig(Settings):
 
 
 class SourceSettings(Settings):
-    """What every source of images has."""
+    """The settings that every source of images has."""
 
     source: str
     """The source's registered name."""
@@ -76,6 +75,12 @@ class SourceSettings(Settings):
     """Channels of the pixels."""
     is_prepared: ClassVar[bool] = False
     """Whether the source has latents of its own."""
+    has_one_size: ClassVar[bool] = False
+    """Whether the resolution cannot be chosen."""
+    may_have_captions: ClassVar[bool] = True
+    """Whether images of the source can have captions."""
+    caption_advice: ClassVar[str | None] = None
+    """How to add captions to a data set that has none; None if only a run finds out whether there are any."""
     usual_classes: ClassVar[int] = 1000
     """Classes that costs are counted for."""
 
@@ -86,7 +91,7 @@ class SourceSettings(Settings):
 
     @property
     def sizes(self) -> Buckets | None:
-        """The sizes that images are given, if not all are square."""
+        """The sizes that images are brought to, or None if all are square."""
         return Buckets(self.side, self.buckets.step, self.buckets.max_aspect) if self.buckets else None
 
     @property
@@ -95,16 +100,16 @@ class SourceSettings(Settings):
         return False
 
     def held_out(self, images: int | None) -> int:
-        """Return how many of so many images are held out; None where their number is not known."""
+        """Return the number of images that are held out of ``images``, or of an unknown number if None."""
         if self.holdout is not None:
             return self.holdout
         return _HELD_OUT if images is None else max(1, min(_HELD_OUT, images // 10))
 
     def pinned(self) -> Self:
-        """Return the settings with a name that may move, such as a branch, replaced by what it stands for now.
+        """Return the settings with a name that may move, such as a branch, replaced by what it names now.
 
         Raises:
-            DataError: what it stands for cannot be found out.
+            DataError: what it names cannot be looked up.
         """
         return self
 
@@ -119,7 +124,7 @@ class SourceSettings(Settings):
 
 @dataclass(frozen=True)
 class Component:
-    """A registered source: its settings, how it is opened, and how it is described without that."""
+    """A registered source: the class of its settings, and the functions that open and describe a data set by them."""
 
     settings: type[SourceSettings]
     open: Callable[[Any], ImageSource]
@@ -130,14 +135,13 @@ SOURCES: Registry[Component] = Registry("source of images")
 
 
 def source(name: str, implementation: str | None = None) -> Callable[[C], C]:
-    """Register a source of images under the name by which ``data.source`` names it.
+    """Register a source of images under the name that ``data.source`` has.
 
-    Decorates a :class:`Source` with its ``Settings`` inside, or settings by themselves, with the function that opens
-    them.
+    Decorates a :class:`Source` with its ``Settings`` inside, or settings alone, with the function that opens them.
 
     Args:
-        name: the ``source``.
-        implementation: what opens decorated settings, ``package.module:function``.
+        name: the value of ``data.source``.
+        implementation: the function or class that opens decorated settings, ``package.module:name``.
 
     Raises:
         PluginError: the name is taken.
@@ -148,12 +152,12 @@ def source(name: str, implementation: str | None = None) -> Callable[[C], C]:
         cls: Any = decorated
         if hasattr(cls, "model_fields"):
 
-            def opened(settings: Any) -> ImageSource:
+            def open_source(settings: Any) -> ImageSource:
                 module, _, function = str(implementation).partition(":")
-                found: ImageSource = getattr(importlib.import_module(module), function)(settings)
-                return found
+                opened: ImageSource = getattr(importlib.import_module(module), function)(settings)
+                return opened
 
-            SOURCES.add(name, Component(cls, opened, cls.describe))
+            SOURCES.add(name, Component(cls, open_source, cls.describe))
             return decorated
         if not hasattr(cls, "describe"):
             raise TypeError(f"the source '{name}' must be a subclass of repa_lab.plugins.Source")
@@ -165,13 +169,20 @@ def source(name: str, implementation: str | None = None) -> Callable[[C], C]:
     return register
 
 
-@source("digits", "repa_lab.data.sources:open_digits")
+def fingerprint_digits() -> str:
+    """Return the fingerprint of the digits, which ship with scikit-learn and never change."""
+    return digest({"source": "digits", "images": _DIGITS})
+
+
+@source("digits", "repa_lab.data.sources:Digits")
 class DigitsSettings(SourceSettings):
     """scikit-learn's 1,797 scans of handwritten digits, 8x8 pixels, ten classes."""
 
     source: Literal["digits"] = "digits"
 
     channels: ClassVar[int] = 1
+    has_one_size: ClassVar[bool] = True
+    may_have_captions: ClassVar[bool] = False
     usual_classes: ClassVar[int] = _DIGITS_CLASSES
 
     @model_validator(mode="after")
@@ -186,11 +197,11 @@ class DigitsSettings(SourceSettings):
         return _DIGITS_SIDE
 
     def held_out(self, images: int | None) -> int:
-        """Return how many images are held out: 256 by default, which the quick start's numbers rest on."""
+        """Return the number of images that are held out: 256 by default, on which the quick start's numbers rest."""
         return self.holdout or _HELD_OUT
 
     def describe(self) -> Dataset:
-        """See :class:`SourceSettings`."""
+        """Return what is known of the data set; see :class:`SourceSettings`."""
         return Dataset(fingerprint_digits(), _DIGITS, _DIGITS_CLASSES)
 
 
@@ -211,7 +222,7 @@ class FolderSettings(SourceSettings):
         return Path(self.path or "")
 
 
-@source("imagefolder", "repa_lab.data.folder:open_image_folder")
+@source("imagefolder", "repa_lab.data.sources:open_image_folder")
 class ImageFolderSettings(FolderSettings):
     """A folder of images, by the rules of Hugging Face's image folders."""
 
@@ -219,18 +230,18 @@ class ImageFolderSettings(FolderSettings):
     caption_column: str | None = None
     """The column of captions; null is `text`, `caption` or `prompt`, the first there is."""
 
+    caption_advice: ClassVar[str | None] = "give metadata.jsonl (file_name, text), or a .txt beside each image"
+
     def describe(self) -> Dataset:
-        """See :class:`SourceSettings`."""
+        """Return what is known of the data set; see :class:`SourceSettings`."""
         if self.is_unset:
             return Dataset(UNSET_DATA, None)
         images = read_image_folder(self.folder, self.caption_column)
-        names = [path.parts[len(self.folder.parts) :] for path in images.files]
-        classes = len({parts[0] if len(parts) > 1 else "" for parts in names})
-        fingerprint = fingerprint_images(images, self.side, self.sizes)
+        fingerprint, classes = fingerprint_images(images, self.side, self.sizes), len(set(images.classes))
         return Dataset(fingerprint, len(images.files), classes, bool(images.captions), images.notes)
 
 
-@source("datasets", "repa_lab.data.arrow:open_saved")
+@source("datasets", "repa_lab.data.sources:open_saved")
 class SavedSettings(FolderSettings):
     """A folder that `Dataset.save_to_disk` of `datasets` wrote."""
 
@@ -238,16 +249,18 @@ class SavedSettings(FolderSettings):
     caption_column: str | None = None
     """The column of captions; null is `text`, `caption` or `prompt`, the first there is."""
 
+    caption_advice: ClassVar[str | None] = "give a column of captions (data.caption_column)"
+
     def describe(self) -> Dataset:
-        """See :class:`SourceSettings`."""
+        """Return what is known of the data set; see :class:`SourceSettings`."""
         if self.is_unset:
             return Dataset(UNSET_DATA, None)
         fingerprint = fingerprint_saved(self.folder, self.side, self.sizes)
-        facts = read_saved(self.folder, self.caption_column)
-        return Dataset(fingerprint, facts.rows, facts.classes, facts.captions is not None)
+        rows, columns = read_saved(self.folder, self.caption_column)
+        return Dataset(fingerprint, rows, columns.classes, columns.captions is not None)
 
 
-@source("hub", "repa_lab.data.arrow:open_hub")
+@source("hub", "repa_lab.data.sources:open_hub")
 class HubSettings(SourceSettings):
     """A data set of the Hugging Face hub."""
 
@@ -265,7 +278,7 @@ class HubSettings(SourceSettings):
 
     @property
     def data(self) -> HubData:
-        """The data set at the commit that its revision stands for.
+        """The data set at the commit that its revision names.
 
         Raises:
             DataError: see :func:`resolve_commit`.
@@ -273,13 +286,13 @@ class HubSettings(SourceSettings):
         return HubData(self.name, self.config, self.split, resolve_commit(self.name, self.revision))
 
     def pinned(self) -> Self:
-        """See :class:`SourceSettings`."""
+        """Return the settings with the commit in place of a branch or a tag."""
         return self.model_copy(update={"revision": self.data.commit})
 
     def describe(self) -> Dataset:
-        """Return what the hub's card says: the number of images, not their captions, which the run finds out."""
-        found = self.data
-        return Dataset(found.fingerprint(self.side, self.sizes), found.count(), has_captions=True)
+        """Return the number of images that the hub's card gives; whether there are captions is found by the run."""
+        data = self.data
+        return Dataset(data.fingerprint(self.side, self.sizes), data.count(), has_captions=True)
 
 
 @source("repa", "repa_lab.data.prepared:open_prepared")
@@ -289,6 +302,7 @@ class PreparedSettings(FolderSettings):
     source: Literal["repa"] = "repa"
 
     is_prepared: ClassVar[bool] = True
+    may_have_captions: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _is_fixed(self) -> Self:
@@ -297,7 +311,7 @@ class PreparedSettings(FolderSettings):
         return self
 
     def describe(self) -> Dataset:
-        """See :class:`SourceSettings`."""
+        """Return what is known of the data set; see :class:`SourceSettings`."""
         if self.is_unset:
             return Dataset(UNSET_DATA, None)
         listing = read_listing(self.folder)

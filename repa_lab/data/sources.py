@@ -1,33 +1,49 @@
-"""Image sources: uint8 pixels, class labels, captions where there are any, and the split that keeps images out of training."""
+"""Image sources: uint8 pixels with class labels and captions, mirrored images, and the images that are held out."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
+from repa_lab.data import DataError
 from repa_lab.data.crop import Buckets, Size, crop, framing, opaque
-from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import fingerprint_digits
-from repa_lab.data.settings import Dataset, DigitsSettings, SourceSettings
+from repa_lab.data.huggingface import find_columns, fingerprint_saved, load_hub_rows, load_rows
+from repa_lab.data.listing import caption_notes, fingerprint_content, read_image_folder
+from repa_lab.data.settings import (
+    Dataset,
+    DigitsSettings,
+    HubSettings,
+    ImageFolderSettings,
+    SavedSettings,
+    SourceSettings,
+    fingerprint_digits,
+)
 from repa_lab.files import digest
 
 _SPLIT_SEED = 0
+# Formats of cameras, which note how the camera was held; other formats would have to be decoded to find such a note.
+_ROTATED = ("JPEG", "MPO", "TIFF", "WEBP")
 
 
 class ImageSource(Protocol):
     """A fixed, ordered set of labelled images.
 
+    A source that has latents of its own returns them from ``latents(vae, device)``, as
+    :class:`repa_lab.data.space.Moments`.
+
     Attributes:
-        channels: of the pixels.
+        channels: number of channels of the pixels.
         side: pixels along each side of a square image; images of other aspects have about its area.
-        sizes: every image's height and width ``(n, 2)``.
-        num_classes: of the labels.
-        labels: ``(n,)`` int64 in [0, num_classes).
+        sizes: height and width of every image ``(n, 2)``.
+        num_classes: number of classes.
+        labels: class labels ``(n,)``, int64 in [0, num_classes).
         captions: n texts, or empty.
         notes: what was left out or is missing, a sentence each.
         fingerprint: a key of caches.
@@ -45,19 +61,19 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: Sequence[int]) -> torch.Tensor:
-        """Pixels ``(len(index), channels, height, width)``, uint8, of images of one size."""
+        """Return pixels ``(len(index), channels, height, width)``, uint8, of images of one size."""
         ...
 
     def frames(self, index: Sequence[int]) -> torch.Tensor:
-        """How images were cut, ``(len(index), 6)``: see :attr:`repa_lab.data.crop.Framing.frame`."""
+        """Return how images were cut, ``(len(index), 6)``: see :attr:`repa_lab.data.crop.Framing.frame`."""
         ...
 
 
 class Source:
     """The base of sources of images: a fixed, ordered set of images with labels and captions, if any.
 
-    A subclass has ``__len__``, ``read(index)``, ``sizes`` and ``fingerprint``, as :class:`ImageSource` describes them;
-    the rest is given here for images without labels and captions, and may be set.
+    A subclass has ``__len__``, ``read(index)``, ``sizes`` and ``fingerprint``, as :class:`ImageSource` describes them.
+    The rest is given here for images without labels and captions, and may be set.
 
     Args:
         settings: an instance of ``Settings``.
@@ -76,118 +92,239 @@ class Source:
 
     @classmethod
     def describe(cls, settings: Any) -> Dataset:
-        """Return what is known of the data set; override it where opening the images takes long."""
+        """Return what is known of the data set; override this where opening the images takes long."""
         opened: Any = cls(settings)
         return Dataset(opened.fingerprint, len(opened), opened.num_classes, bool(opened.captions), opened.notes)
 
-    @property
+    @functools.cached_property
     def labels(self) -> torch.Tensor:
         """Class labels ``(n,)``, int64: all 0 unless a subclass says otherwise."""
         return torch.zeros(len(self.sizes), dtype=torch.long)
 
     def frames(self, index: Sequence[int]) -> torch.Tensor:
-        """Return how images were cut, ``(len(index), 6)``: not at all."""
+        """Return the frames ``(len(index), 6)`` of images that are not cut."""
         sizes = self.sizes[torch.as_tensor(index)]
         return torch.cat([sizes, torch.zeros_like(sizes), sizes], dim=1)
 
 
 def groups(sizes: torch.Tensor) -> list[torch.Tensor]:
-    """The images of each size, ascending, those of the smallest first; ``sizes`` is ``(n, 2)``."""
+    """Return the images of each size, ascending, those of the smallest size first; ``sizes`` is ``(n, 2)``."""
     kinds, which = sizes.unique(dim=0, return_inverse=True)
     return [(which == number).nonzero().flatten() for number in range(len(kinds))]
 
 
-def open_digits(settings: DigitsSettings) -> Digits:
-    """Open the digits."""
-    return Digits()
+class Digits(Source):
+    """scikit-learn's 1,797 scans of handwritten digits, 8x8, one channel; grey levels 0..16 become 0..255."""
 
+    num_classes = 10
 
-class Digits:
-    """scikit-learn's 1,797 scans of handwritten digits, 8x8, one channel, ten classes; grey levels 0..16 become 0..255."""
-
-    channels, side, num_classes = 1, 8, 10
-
-    def __init__(self) -> None:
+    def __init__(self, settings: DigitsSettings | None = None) -> None:
         from sklearn.datasets import load_digits  # a sixth of what a worker imports, and no other data needs it
 
+        super().__init__(settings or DigitsSettings())
         bunch = load_digits()
         self._pixels = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
         self.labels = torch.from_numpy(bunch.target).long()
         self.sizes = torch.full((len(self.labels), 2), self.side)
-        self.captions: Sequence[str] = ()
-        self.notes: tuple[str, ...] = ()
         self.fingerprint = fingerprint_digits()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, index: Sequence[int]) -> torch.Tensor:
-        """See :class:`ImageSource`."""
+        """Return pixels; see :class:`ImageSource`."""
         return self._pixels[torch.as_tensor(index)]
 
-    def frames(self, index: Sequence[int]) -> torch.Tensor:
-        """See :class:`ImageSource`."""
-        return torch.tensor([[8, 8, 0, 0, 8, 8]]).expand(len(index), -1)
 
+class CroppedImages:
+    """The base of sources whose images are files of any size, cropped and resized as they are read.
 
-class Pictures:
-    """Images of any size, cropped and resized as they are read: what folders and data sets on disk have in common.
+    A subclass has ``open`` and ``name``, and sets the attributes of :class:`ImageSource` that are not set here.
 
     Args:
-        count: how many there are.
+        count: number of images.
         side: pixels along each side of a square image.
-        buckets: gives each image the size of the nearest aspect; None makes all of them square.
+        buckets: gives each image the size of the nearest aspect; None makes all images square.
     """
 
     channels = 3
     num_classes: int
     labels: torch.Tensor
-    captions: Sequence[str]
+    captions: Sequence[str] = ()
     notes: tuple[str, ...] = ()
     fingerprint: str
+    _field = "path"  # the setting that names the data set, for errors
 
     def __init__(self, count: int, side: int, buckets: Buckets | None) -> None:
         self._count, self.side = count, side
-        chosen = [buckets.choose(self._size(i)) for i in range(count)] if buckets else [(side, side)] * count
+        chosen = [buckets.choose(self._original_size(i)) for i in range(count)] if buckets else [(side, side)] * count
         self.sizes = torch.tensor(chosen)
+
+    def open(self, index: int) -> Image.Image:
+        """Return an image as it is stored; pixels may be loaded later.
+
+        Raises:
+            OSError: the image cannot be read.
+        """
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """Return what to call an image in errors."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return self._count
 
     def read(self, index: Sequence[int]) -> torch.Tensor:
-        """See :class:`ImageSource`."""
+        """Return pixels; see :class:`ImageSource`.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
         return torch.stack([self._pixels(int(i)) for i in index])
 
     def frames(self, index: Sequence[int]) -> torch.Tensor:
-        """See :class:`ImageSource`."""
-        return torch.tensor([framing(self._size(int(i)), self._target(int(i))).frame for i in index])
-
-    def open(self, index: int) -> Image.Image:
-        """One image as it is on disk.
+        """Return how images were cut; see :class:`ImageSource`.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: an image cannot be read.
         """
-        raise NotImplementedError
-
-    def _pixels(self, index: int) -> torch.Tensor:
-        with self.open(index) as image:
-            pixels = np.array(crop(opaque(image), self._target(index)))
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return torch.tensor([framing(self._original_size(int(i)), self._size(int(i))).frame for i in index])
 
     def _size(self, index: int) -> Size:
-        with self.open(index) as image:
-            return image.height, image.width
-
-    def _target(self, index: int) -> Size:
         height, width = self.sizes[index].tolist()
         return height, width
+
+    def _pixels(self, index: int) -> torch.Tensor:
+        try:
+            with self.open(index) as image:
+                pixels = np.array(crop(opaque(image), self._size(index)))
+        except OSError as error:
+            raise self._unreadable(index, error) from None
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def _original_size(self, index: int) -> Size:
+        try:
+            with self.open(index) as image:
+                return image.height, image.width
+        except OSError as error:
+            raise self._unreadable(index, error) from None
+
+    def _unreadable(self, index: int, error: OSError) -> DataError:
+        return DataError(self._field, f"cannot read {self.name(index)}: {error}")
+
+
+def open_image_folder(settings: ImageFolderSettings) -> ImageFolder:
+    """Open a folder of images."""
+    return ImageFolder(settings.folder, settings.side, settings.sizes, settings.caption_column)
+
+
+class ImageFolder(CroppedImages):
+    """Images below a folder: one class for each subfolder, and one for the images directly in the folder.
+
+    See :func:`repa_lab.data.listing.read_image_folder` for what is read and where captions come from.
+
+    Args:
+        folder: the folder.
+        resolution: pixels along each side.
+        buckets: see :class:`CroppedImages`.
+        captions: the column of captions in metadata files.
+
+    Raises:
+        DataError: there is no folder, no image in it, or metadata cannot be used.
+    """
+
+    def __init__(
+        self, folder: Path, resolution: int, buckets: Buckets | None = None, captions: str | None = None
+    ) -> None:
+        images = read_image_folder(folder, captions)
+        self._files = images.files
+        super().__init__(len(images.files), resolution, buckets)
+        numbers = {name: number for number, name in enumerate(sorted(set(images.classes)))}
+        self.num_classes, self.labels = len(numbers), torch.tensor([numbers[name] for name in images.classes])
+        self.captions, self.notes = images.captions, images.notes
+        self.fingerprint = fingerprint_content(images, resolution, buckets)
+
+    def open(self, index: int) -> Image.Image:
+        """Return an image, turned as its camera was held; see :class:`CroppedImages`."""
+        image = Image.open(self._files[index])
+        if image.format in _ROTATED:
+            ImageOps.exif_transpose(image, in_place=True)
+        return image
+
+    def name(self, index: int) -> str:
+        """Return an image's file; see :class:`CroppedImages`."""
+        return f"the image '{self._files[index]}'"
+
+
+class TableImages(CroppedImages):
+    """Images of the rows of a table; see :func:`repa_lab.data.huggingface.find_columns` for the columns that are read.
+
+    A row without a caption has the empty caption.
+
+    Args:
+        rows: a map-style `datasets.Dataset`.
+        place: the name of the data set in messages.
+        fingerprint: see :class:`ImageSource`.
+        resolution: pixels along each side.
+        buckets: see :class:`CroppedImages`.
+        captions: the column of captions.
+        field: the setting that names the table, for errors.
+
+    Raises:
+        DataError: there is no column of images, or no texts in the column of captions.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        place: str,
+        fingerprint: str,
+        resolution: int,
+        buckets: Buckets | None,
+        captions: str | None,
+        field: str = "path",
+    ) -> None:
+        columns = find_columns(rows.features.to_dict(), place, captions, field)
+        self._column, self._field = columns.image, field
+        self._images = rows.select_columns([columns.image]).with_format(None)
+        super().__init__(len(rows), resolution, buckets)
+        self.num_classes = columns.classes
+        self.labels = torch.tensor(rows[columns.label] if columns.label else [0] * len(self)).long()
+        self.captions = [str(text or "") for text in rows[columns.captions]] if columns.captions else ()
+        self.notes = tuple(caption_notes(self.captions))
+        self.fingerprint = fingerprint
+
+    def open(self, index: int) -> Image.Image:
+        """Return the image of a row; see :class:`CroppedImages`."""
+        image: Image.Image | None = self._images[index][self._column]
+        if image is None:
+            raise DataError(self._field, f"row {index} has no image")
+        return image
+
+    def name(self, index: int) -> str:
+        """Return the number of a row; see :class:`CroppedImages`."""
+        return f"the image of row {index}"
+
+
+def open_saved(settings: SavedSettings) -> TableImages:
+    """Open a folder that `Dataset.save_to_disk` wrote, and of several splits ``train``."""
+    folder, side, sizes = settings.folder, settings.side, settings.sizes
+    rows, fingerprint = load_rows(folder), fingerprint_saved(folder, side, sizes)
+    return TableImages(rows, str(folder), fingerprint, side, sizes, settings.caption_column)
+
+
+def open_hub(settings: HubSettings) -> TableImages:
+    """Open a data set of the hub, downloading it unless it is in the cache of `datasets`."""
+    data, side, sizes = settings.data, settings.side, settings.sizes
+    rows, fingerprint = load_hub_rows(data), data.fingerprint(side, sizes)
+    return TableImages(rows, data.name, fingerprint, side, sizes, settings.caption_column, "name")
 
 
 class Flips:
     """A source of n images as one of 2n: image n + i is image i mirrored left to right, with its label and caption.
 
-    What is computed once per image, latents and features, is so computed for both versions.
+    So latents and features are computed once for each of both versions.
 
     Attributes:
         base: the images as they are.
@@ -206,26 +343,26 @@ class Flips:
         return 2 * len(self.base)
 
     def read(self, index: Sequence[int]) -> torch.Tensor:
-        """See :class:`ImageSource`."""
-        wanted, count = torch.as_tensor(index), len(self.base)
-        pixels = self.base.read((wanted % count).tolist())
-        return torch.where((wanted >= count).view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+        """Return pixels, mirrored for the second half; see :class:`ImageSource`."""
+        images, count = torch.as_tensor(index), len(self.base)
+        pixels = self.base.read((images % count).tolist())
+        return torch.where((images >= count).view(-1, 1, 1, 1), pixels.flip(-1), pixels)
 
     def frames(self, index: Sequence[int]) -> torch.Tensor:
-        """See :class:`ImageSource`: as of the images that are mirrored."""
+        """Return the frames of the images that are mirrored; see :class:`ImageSource`."""
         return self.base.frames([int(i) % len(self.base) for i in index])
 
 
 @dataclass(frozen=True)
 class Split:
-    """Indices of a source that are trained on, and those that are held out; both ascending, together all."""
+    """Indices of the images that are trained on and of those that are held out, each ascending."""
 
     train: torch.Tensor
     held_out: torch.Tensor
 
 
 def split(count: int, holdout: int) -> Split:
-    """Hold out ``holdout`` of ``count`` images, the same ones in every run whatever its seed.
+    """Hold out ``holdout`` of ``count`` images, the same in every run whatever its seed.
 
     Raises:
         DataError: nothing would be left to train on.

@@ -1,118 +1,124 @@
-"""The space that is diffused: pixels in [-1, 1], or a VAE's latents scaled to unit variance."""
+"""The space in which diffusion takes place: pixels in [-1, 1], or a VAE's latents scaled to unit variance."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from typing_extensions import override
 
+from repa_lab.data import DataError
 from repa_lab.data.autoencoder import Autoencoder, Rounding, load_autoencoder, to_uint8
 from repa_lab.data.cache import Progress, open_cache
-from repa_lab.data.errors import DataError
-from repa_lab.data.prepared import Prepared
 from repa_lab.data.sources import ImageSource
+from repa_lab.files import digest
 
-_BATCH = 8
+_ENCODED_AT_ONCE = _DECODED_AT_ONCE = 8  # at full resolution an autoencoder takes far more memory than the pixels
 _CPU = torch.device("cpu")
 
 
 class Space(Protocol):
-    """Where diffusion takes place, and the way in and out. Images that are asked for together are of one size."""
+    """The way from images of a source to what is diffused, and back; images of one call are of one size."""
 
     channels: int
 
     def shape(self, index: torch.Tensor) -> tuple[int, int, int]:
-        """(channels, height, width) of one array of the images ``index``."""
+        """Return (channels, height, width) of each of the images ``index``."""
         ...
 
     def draw(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
-        """The randomness of encoding the images ``index``, ``(B, *shape)``; None, and nothing is drawn, where there is none."""
+        """Draw the randomness of encoding the images ``index``, ``(B, *shape)``; None, without a draw, without any."""
         ...
 
     def encode(self, index: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        """Images of the source as float32 ``(B, *shape)``; ``noise`` is what :meth:`draw` gave, None the mean."""
+        """Return images as float32 ``(B, *shape)``; ``noise`` comes from :meth:`draw`, and None gives the mean."""
         ...
 
     def decode(self, x: torch.Tensor, rounding: Rounding = "nearest") -> torch.Tensor | None:
-        """Samples ``(B, channels, h, w)`` as uint8 pixels ``(B, C, H, W)``; None where a pixel would not be finite."""
+        """Return ``x`` ``(B, channels, h, w)`` as uint8 pixels ``(B, C, H, W)``, or None if a pixel is not finite."""
         ...
 
 
 class Moments(Protocol):
-    """Mean and standard deviation ``(2 * c, h, w)`` of every image's latent; those asked for together are of one size."""
+    """Mean and deviation ``(2 * c, h, w)`` of the latents of every image; images of one call are of one size."""
 
     def shape(self, index: torch.Tensor) -> torch.Size:
-        """The shape of one tensor of the images ``index``."""
+        """Return the shape of one tensor of the images ``index``."""
         ...
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        """The tensors ``(n, *shape)`` of the images ``index``."""
+        """Return the tensors ``(n, *shape)`` of the images ``index``."""
         ...
 
 
-class PixelSpace:
-    """Pixels scaled from 0..255 to [-1, 1]; the way out clamps and rounds."""
+class PixelSpace(Space):
+    """Pixels scaled from 0..255 to [-1, 1]; the way back clamps and rounds.
+
+    Args:
+        source: the images.
+    """
 
     def __init__(self, source: ImageSource) -> None:
         self._source = source
         self.channels = source.channels
 
+    @override
     def shape(self, index: torch.Tensor) -> tuple[int, int, int]:
-        """See :class:`Space`."""
         height, width = self._source.sizes[index[0]].tolist()
         return self.channels, height, width
 
+    @override
     def draw(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
-        """See :class:`Space`: None, pixels are no matter of chance."""
         return None
 
+    @override
     def encode(self, index: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        """See :class:`Space`."""
         return self._source.read(index.tolist()).float() / 127.5 - 1
 
+    @override
     def decode(self, x: torch.Tensor, rounding: Rounding = "nearest") -> torch.Tensor | None:
-        """See :class:`Space`."""
         return _levels(x, rounding)
 
 
-class LatentSpace:
-    """Latents of an autoencoder: ``mean + std * noise``, normalised.
+class LatentSpace(Space):
+    """Latents of an autoencoder, ``mean + std * noise``, scaled.
 
     Args:
         vae: the autoencoder.
-        moments: of every image.
+        moments: mean and standard deviation of the latents of every image.
     """
 
     def __init__(self, vae: Autoencoder, moments: Moments) -> None:
         self.vae, self._moments = vae, moments
         self.channels = self.shape(torch.tensor([0]))[0]
 
+    @override
     def shape(self, index: torch.Tensor) -> tuple[int, int, int]:
-        """See :class:`Space`."""
-        return self.vae.scaling.shape(*self._latent(index))
+        return self.vae.scaling.shape(*self._latent_shape(index))
 
+    @override
     def draw(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
-        """See :class:`Space`: standard normal ``(B, c, h, w)``, in the autoencoder's own shape."""
-        return torch.randn((len(index), *self._latent(index)), generator=generator)
+        return torch.randn((len(index), *self._latent_shape(index)), generator=generator)
 
+    @override
     def encode(self, index: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        """See :class:`Space`."""
         mean, std = self._moments[index].chunk(2, dim=1)
         return self.vae.scaling.normalise(mean if noise is None else mean + std * noise)
 
+    @override
     def decode(self, x: torch.Tensor, rounding: Rounding = "nearest") -> torch.Tensor | None:
-        """See :class:`Space`."""
         return _levels(self.vae.decode(x), rounding)
 
-    def _latent(self, index: torch.Tensor) -> tuple[int, int, int]:
+    def _latent_shape(self, index: torch.Tensor) -> tuple[int, int, int]:
         doubled, height, width = self._moments.shape(index)
         return doubled // 2, height, width
 
 
 def _levels(pixels: torch.Tensor, rounding: Rounding) -> torch.Tensor | None:
-    """Return None if a pixel is not finite: clamping would turn NaN into a valid black pixel."""
+    """Return uint8 levels, or None if a pixel is not finite: clamping would turn NaN into a valid black pixel."""
     return to_uint8(pixels, rounding) if bool(pixels.isfinite().all()) else None
 
 
@@ -124,31 +130,82 @@ def latent_space(
     device: torch.device = _CPU,
     shifted: bool = True,
 ) -> LatentSpace:
-    """The latent space of a VAE, a hub id or a local folder, with the moments of all images, computed once and cached.
+    """Open the latent space of a VAE: the latents that a source has of its own, or those that are encoded and cached.
 
     Args:
-        source: the images; if their moments are prepared, these are taken.
-        vae: any autoencoder of diffusers that takes images.
-        cache: where the moments are kept.
-        progress: told how many of how many images are done.
-        device: where moments that are missing are computed.
+        source: the images.
+        vae: an autoencoder of diffusers for images: a hub id or a folder.
+        cache: the folder of all caches.
+        progress: told how many images are encoded, of how many.
+        device: where images are encoded.
         shifted: see :class:`Autoencoder`.
 
     Raises:
-        DataError: the VAE cannot be loaded, does not take images of this many channels or this size, or is not the one
-            that moments were prepared with.
+        DataError: the VAE cannot be loaded, is for other images, or is not that of the source's own latents.
     """
     model = load_autoencoder(vae, "vae", shifted)
     if model.channels not in (source.channels, None):
         raise DataError("vae", f"the VAE takes {model.channels} channels, the images have {source.channels}")
+    if own_latents := getattr(source, "latents", None):
+        return LatentSpace(model, own_latents(model, device))
 
-    if isinstance(source, Prepared):
-        return LatentSpace(model, source.latents(model, device))
-
-    def moments(pixels: torch.Tensor) -> torch.Tensor:
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
         model.model.to(device)
         return model.moments(pixels)
 
     identity = {"kind": "latents/2", "data": source.fingerprint, "vae": model.identity}
     about = {"vae": vae, "resolution": source.side, "crop": "centre", "scaling": asdict(model.scaling)}
-    return LatentSpace(model, open_cache(cache / "latents", identity, source, moments, _BATCH, progress, about=about))
+    moments = open_cache(cache / "latents", identity, source, encode, _ENCODED_AT_ONCE, progress, about=about)
+    return LatentSpace(model, moments)
+
+
+class Reconstructions:
+    """A source whose pixels are decoded from the latents of another, for encoders that look at what the VAE keeps.
+
+    The mean of the posterior is decoded, so the pixels are a function of the image, but for a grey level where the batch
+    decides how a convolution rounds.
+
+    Args:
+        source: the images.
+        space: their latents.
+        decoder: the VAE of the space, or a tiny autoencoder of the same latents.
+        device: where to decode; pixels are returned on the CPU.
+
+    Raises:
+        DataError: the decoder is one of other latents.
+    """
+
+    def __init__(self, source: ImageSource, space: LatentSpace, decoder: Autoencoder, device: torch.device) -> None:
+        if decoder is not space.vae and decoder.latent_channels != space.channels:
+            message = f"'{decoder.field}' decodes latents of {decoder.latent_channels} channels"
+            message += f", but those of the VAE have {space.channels}: it is for another VAE"
+            raise DataError(decoder.field, message)
+        self._source, self._space, self._decoder, self._device = source, space, decoder, device
+        self.channels, self.side, self.num_classes = source.channels, source.side, source.num_classes
+        self.labels, self.sizes, self.captions, self.notes = source.labels, source.sizes, source.captions, source.notes
+        content = {"of": source.fingerprint, "vae": space.vae.identity, "decoder": decoder.identity}
+        self.fingerprint = digest({"source": f"reconstructions/{decoder.field}", **content})
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: Sequence[int]) -> torch.Tensor:
+        """Return decoded pixels; see :class:`ImageSource`.
+
+        Raises:
+            DataError: the decoded images have another size than the originals.
+        """
+        return torch.cat([self._decode(batch) for batch in torch.as_tensor(index).split(_DECODED_AT_ONCE)])
+
+    def frames(self, index: Sequence[int]) -> torch.Tensor:
+        """Return how the originals were cut; see :class:`ImageSource`."""
+        return self._source.frames(index)
+
+    def _decode(self, index: torch.Tensor) -> torch.Tensor:
+        x = self._space.encode(index, None)
+        pixels = to_uint8(self._decoder.decode(x.to(self._device))).cpu()
+        decoded, expected = tuple(pixels.shape[1:]), (self.channels, *self._source.sizes[index[0]].tolist())
+        if decoded != expected:
+            message = f"images of {expected} are given back as {decoded}: it is not for these latents"
+            raise DataError(self._decoder.field, message)
+        return pixels

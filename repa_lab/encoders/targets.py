@@ -12,8 +12,8 @@ import torch
 
 from repa_lab.align.tokens import Grid, Tokens
 from repa_lab.data.cache import ArrayCache, Progress, dtype_name, open_cache
-from repa_lab.data.reconstruct import Reconstructions
 from repa_lab.data.sources import ImageSource, groups
+from repa_lab.data.space import Reconstructions
 from repa_lab.encoders.encoder import Encoder, EncoderOptions, load_encoder, require_patch_tokens
 from repa_lab.encoders.registry import token_identity
 from repa_lab.files import file_digest

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from repa_lab.align.settings import REGULARIZERS, EncoderSettings, Needs
-from repa_lab.data.errors import DataError
-from repa_lab.data.settings import FolderSettings
+from repa_lab.data import DataError
+from repa_lab.data.settings import SOURCES, FolderSettings
 from repa_lab.encoders.registry import grid_problem, weights_problem
 from repa_lab.metrics.protocol import METRICS, goal_of_kind
 from repa_lab.models.families import FAMILIES
@@ -96,7 +96,7 @@ def _model_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]
             "data.vae", "not set; name the VAE whose latents the prepared folder has: it decodes the samples"
         )
     elif arm.config.data.vae is None and side % shape.stride:
-        place = "model.size" if arm.config.data.source == "digits" else "data.resolution"
+        place = "model.size" if arm.config.data.has_one_size else "data.resolution"
         named = f"{family.name} {arm.config.model.size}"
         yield arm.problem(place, f"{side} px is not a multiple of {shape.stride}, the stride of {named}")
 
@@ -141,9 +141,10 @@ def _sampling_problems(arm: Arm, family: Family) -> Iterator[Problem]:
 
 def _caption_problems(arm: Arm, family: Family) -> Iterator[Problem]:
     data, trained = arm.config.data, f"{family.name} is trained with captions"
-    if data.source in ("digits", "repa"):
-        named = "digits" if data.source == "digits" else "prepared folders"
-        yield arm.problem("data.source", f"{trained}, and {named} have none: use imagefolder, datasets or hub")
+    if not data.may_have_captions:
+        *others, last = (name for name, other in SOURCES.items() if other.settings.may_have_captions)
+        message = f"{trained}, and the images of {data.source} have none: use {', '.join(others)} or {last}"
+        yield arm.problem("data.source", message)
 
 
 def _regularizer_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
@@ -245,9 +246,9 @@ def _data_problems(arm: Arm, family: Family, inventory: Inventory) -> Iterator[P
     if dataset.images is None:
         return
     takes_captions = family.pipeline is not None and family.pipeline.num_classes is None
-    if takes_captions and not dataset.has_captions and isinstance(data, FolderSettings) and data.source in _CAPTIONED:
+    if takes_captions and not dataset.has_captions and isinstance(data, FolderSettings) and data.caption_advice:
         has_none = f"{family.name} is trained with captions, and '{data.path}' has none"
-        yield arm.problem("data.path", f"{has_none}: {_CAPTIONED[data.source]}")
+        yield arm.problem("data.path", f"{has_none}: {data.caption_advice}")
     known = num_classes(Path(arm.config.model.pretrained or ""), family)
     if known is not None and dataset.classes > known:
         yield arm.problem("data.path", class_problem(dataset.classes, known))
@@ -265,12 +266,6 @@ def _data_problems(arm: Arm, family: Family, inventory: Inventory) -> Iterator[P
             needed = f"{metric} needs at least {METRICS[metric].least_real} real images"
             left = f"there are {dataset.images - held} training images"
             yield arm.problem(path, f"{needed}, and {left}: give more, or leave it out of metrics")
-
-
-_CAPTIONED = {
-    "imagefolder": "give metadata.jsonl (file_name, text), or a .txt beside each image",
-    "datasets": "give a column of captions (data.caption_column)",
-}
 
 
 def _compared(arm: Arm) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from repa_lab.data.errors import DataError
+from repa_lab.data import DataError
 from repa_lab.metrics.npz import StatisticsError
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.pretrained import skeleton

@@ -306,7 +306,7 @@ def _copy_few_of_folder(source: Path, folder: Path, caption_column: str | None) 
 
 
 def _copy_few_of_dataset(source: Path, folder: Path, caption_column: str | None) -> None:
-    from repa_lab.data.arrow import load_rows
+    from repa_lab.data.huggingface import load_rows
 
     rows = load_rows(source)
     rows.select(range(0, len(rows), max(1, len(rows) // _IMAGES))).save_to_disk(str(folder))

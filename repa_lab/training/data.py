@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from repa_lab.align.settings import EncoderSettings
+from repa_lab.data import DataError
 from repa_lab.data.autoencoder import load_autoencoder
 from repa_lab.data.cache import Embeddings, Progress, TextCache
-from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import fingerprint_files
-from repa_lab.data.reconstruct import Reconstructions
+from repa_lab.data.listing import fingerprint_files
 from repa_lab.data.settings import SOURCES, SourceSettings
 from repa_lab.data.sources import Flips, ImageSource, Split, split
-from repa_lab.data.space import LatentSpace, PixelSpace, Space, latent_space
+from repa_lab.data.space import LatentSpace, PixelSpace, Reconstructions, Space, latent_space
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Family, pipeline_of
 from repa_lab.models.pretrained import text_pipeline

@@ -22,7 +22,7 @@ from torchvision.utils import make_grid
 from repa_lab.align import Tokens
 from repa_lab.align.regularizer import Pair
 from repa_lab.align.tokens import Grid
-from repa_lab.data.errors import DataError
+from repa_lab.data import DataError
 from repa_lab.data.sources import groups
 from repa_lab.encoders.targets import Targets
 from repa_lab.files import digest, file_digest, replace_atomically

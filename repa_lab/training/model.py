@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 
-from repa_lab.data.errors import DataError
+from repa_lab.data import DataError
 from repa_lab.data.space import LatentSpace
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import network_of, pipeline_of

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from repa_lab.align.settings import REGULARIZERS, EncoderSettings, Needs, RegularizerSettings
-from repa_lab.data.fingerprint import fingerprint_files
+from repa_lab.data.listing import fingerprint_files
 from repa_lab.data.settings import SOURCES, Dataset, SourceSettings
 from repa_lab.encoders.registry import ENCODERS, token_identity
 from repa_lab.files import file_digest

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from repa_lab.data.crop import Buckets
-from repa_lab.data.fingerprint import fingerprint_content
-from repa_lab.data.listing import read_image_folder
+from repa_lab.data.listing import fingerprint_content, fingerprint_images, read_image_folder
 
 Make = Callable[..., Path]
 
@@ -24,6 +23,11 @@ def noise_image(seed: int, size: tuple[int, int] = (20, 20), mode: str = "RGB") 
 def content_of(root: Path, resolution: int, buckets: Buckets | None = None) -> str:
     """The fingerprint of a folder's content."""
     return fingerprint_content(read_image_folder(root), resolution, buckets)
+
+
+def listing_of(root: Path, resolution: int, buckets: Buckets | None = None) -> str:
+    """The fingerprint of a folder's names, sizes and captions."""
+    return fingerprint_images(read_image_folder(root), resolution, buckets)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -9,12 +10,11 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from PIL import Image
 
-from repa_lab.data import fingerprint
-from repa_lab.data.arrow import SavedDataset
+from repa_lab.data import DataError, listing
 from repa_lab.data.crop import Buckets
-from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import fingerprint_saved
-from repa_lab.data.folder import ImageFolder
+from repa_lab.data.huggingface import fingerprint_saved
+from repa_lab.data.settings import BucketsConfig, SavedSettings
+from repa_lab.data.sources import ImageFolder, TableImages, open_saved
 from tests.data.conftest import noise_image
 
 SHAPES = [(16, 16), (50, 30), (33, 61), (24, 22)]  # width, height
@@ -38,6 +38,12 @@ def make(first: int = 0, features: dict | None = None, **columns) -> Dataset:
     return Dataset.from_dict(held, features=Features({**COLUMNS, **(features or {})}))
 
 
+def open_dataset(root: Path, side: int, buckets: Buckets | None = None, captions: str | None = None) -> TableImages:
+    """Open a saved data set as a spec does."""
+    sizes = buckets and BucketsConfig(step=buckets.step, max_aspect=buckets.max_aspect)
+    return open_saved(SavedSettings(path=str(root), resolution=side, buckets=sizes, caption_column=captions))
+
+
 @pytest.fixture
 def save(tmp_path):
     def save(data: Dataset | DatasetDict, name: str = "data"):
@@ -49,7 +55,7 @@ def save(tmp_path):
 
 class TestContent:
     def test_labels_captions_and_sizes_are_those_of_the_columns(self, save):
-        source = SavedDataset(save(make()), 16)
+        source = open_dataset(save(make()), 16)
         assert (len(source), source.side, source.channels) == (4, 16, 3)
         assert (source.labels.tolist(), source.labels.dtype, source.num_classes) == ([1, 0, 1, 1], torch.int64, 3)
         assert source.captions == ["a cat", "", "", "ß 🐈"]
@@ -57,7 +63,7 @@ class TestContent:
 
     @pytest.mark.parametrize("buckets", [None, BUCKETS], ids=["square", "buckets"])
     def test_pixels_and_frames_equal_those_of_a_folder_of_the_same_images(self, save, folder, buckets):
-        saved = SavedDataset(save(make()), 16, buckets)
+        saved = open_dataset(save(make()), 16, buckets)
         files = ImageFolder(folder({f"{i}.png": image for i, image in enumerate(pictures())}), 16, buckets)
         assert torch.equal(saved.sizes, files.sizes)
         assert torch.equal(saved.frames(range(4)), files.frames(range(4)))
@@ -71,7 +77,7 @@ class TestContent:
             Image.new("L", (16, 16), 77), Image.new("RGBA", (16, 16), (0, 0, 0, 128)), Image.new("LA", (16, 16), (0, 0)),
             Image.fromarray(np.full((16, 16), 128 * 257, np.uint16)),
         ]  # fmt: skip
-        saved = SavedDataset(save(make(picture=images)), 16)
+        saved = open_dataset(save(make(picture=images)), 16)
         colours = [saved.read([i])[0, :, 0, 0].tolist() for i in range(4)]
         assert colours == [[77] * 3, [127] * 3, [255] * 3, [128] * 3]
         files = ImageFolder(folder({f"{i}.png": image for i, image in enumerate(images)}), 16)
@@ -79,28 +85,28 @@ class TestContent:
 
     def test_the_train_split_is_taken(self, save):
         splits = DatasetDict({"test": make(50), "train": make(), "validation": make(90)})
-        source, alone = SavedDataset(save(splits), 16), SavedDataset(save(make(), "alone"), 16)
+        source, alone = open_dataset(save(splits), 16), open_dataset(save(make(), "alone"), 16)
         assert torch.equal(source.read(range(4)), alone.read(range(4)))
 
     def test_without_classes_all_are_one(self, save):
-        source = SavedDataset(save(make().remove_columns("kind")), 16)
+        source = open_dataset(save(make().remove_columns("kind")), 16)
         assert (source.labels.tolist(), source.num_classes) == ([0] * 4, 1)
 
     def test_the_first_of_several_columns_of_images_and_classes_counts(self, save):
         more = {"mask": [noise_image(9)] * 4, "other": [0] * 4}
         data = make(features={"mask": datasets.Image(), "other": ClassLabel(names=["x"])}, **more)
-        source = SavedDataset(save(data), 16)
+        source = open_dataset(save(data), 16)
         assert source.labels.tolist() == [1, 0, 1, 1]
-        assert torch.equal(source.read([0]), SavedDataset(save(make(), "plain"), 16).read([0]))
+        assert torch.equal(source.read([0]), open_dataset(save(make(), "plain"), 16).read([0]))
 
     def test_rows_that_were_picked_before_saving_are_the_images(self, save):
-        source = SavedDataset(save(make().select([2, 0])), 16)
+        source = open_dataset(save(make().select([2, 0])), 16)
         assert source.captions == ["", "a cat"]
-        assert torch.equal(source.read([1, 0]), SavedDataset(save(make(), "all"), 16).read([0, 2]))
+        assert torch.equal(source.read([1, 0]), open_dataset(save(make(), "all"), 16).read([0, 2]))
 
     def test_a_format_that_was_set_before_saving_changes_nothing(self, save):
-        plain = SavedDataset(save(make(), "plain"), 16)
-        formatted = SavedDataset(save(make().with_format("torch")), 16)
+        plain = open_dataset(save(make(), "plain"), 16)
+        formatted = open_dataset(save(make().with_format("torch")), 16)
         assert torch.equal(formatted.read(range(4)), plain.read(range(4)))
         assert (formatted.captions, formatted.labels.tolist()) == (plain.captions, plain.labels.tolist())
 
@@ -109,21 +115,21 @@ class TestCaptions:
     @pytest.mark.parametrize("name", ["text", "caption", "prompt"])
     def test_are_found_by_the_names_that_are_common(self, save, name):
         data = make() if name == "text" else make().rename_column("text", name)
-        assert SavedDataset(save(data), 16).captions == ["a cat", "", "", "ß 🐈"]
+        assert open_dataset(save(data), 16).captions == ["a cat", "", "", "ß 🐈"]
 
     def test_the_first_name_counts_and_another_may_be_asked_for(self, save):
         more = {"prompt": list("pqrs"), "caption": list("cdef"), "note": ["n"] * 4}
         root = save(make(features={name: Value("string") for name in more}, **more))
-        assert SavedDataset(root, 16).captions == ["a cat", "", "", "ß 🐈"]
-        assert SavedDataset(root, 16, captions="caption").captions == list("cdef")
-        assert SavedDataset(root, 16, captions="note").captions == ["n"] * 4
+        assert open_dataset(root, 16).captions == ["a cat", "", "", "ß 🐈"]
+        assert open_dataset(root, 16, captions="caption").captions == list("cdef")
+        assert open_dataset(root, 16, captions="note").captions == ["n"] * 4
 
     def test_without_such_a_column_there_are_none(self, save):
-        assert list(SavedDataset(save(make().rename_column("text", "sentence")), 16).captions) == []
+        assert list(open_dataset(save(make().rename_column("text", "sentence")), 16).captions) == []
 
     def test_a_column_that_is_not_there_is_refused(self, save):
         with pytest.raises(DataError) as caught:
-            SavedDataset(save(make()), 16, captions="words")
+            open_dataset(save(make()), 16, captions="words")
         assert str(caught.value) == "no column 'words'; there are: text, picture, kind"
         assert caught.value.field == "caption_column"
 
@@ -131,12 +137,12 @@ class TestCaptions:
     def test_a_column_of_something_else_is_no_captions(self, save, name):
         root = save(make(features={"lists": List(Value("string"))}, lists=[["one", "two"]] * 4))
         with pytest.raises(DataError, match=f"column '{name}' holds no texts; of texts there are: text") as caught:
-            SavedDataset(root, 16, captions=name)
+            open_dataset(root, 16, captions=name)
         assert caught.value.field == "caption_column"
 
     def test_a_list_of_captions_is_not_taken_for_one(self, save):
         data = make(features={"caption": List(Value("string"))}, caption=[["one", "two"]] * 4).remove_columns("text")
-        assert list(SavedDataset(save(data), 16).captions) == []
+        assert list(open_dataset(save(data), 16).captions) == []
 
 
 class TestRefusals:
@@ -144,18 +150,18 @@ class TestRefusals:
         images = folder({"1.png": noise_image(0)})
         for root in (tmp_path / "nowhere", images):
             with pytest.raises(DataError, match=f"'{root}' is not what Dataset.save_to_disk writes: ") as caught:
-                SavedDataset(root, 16)
+                open_dataset(root, 16)
             assert caught.value.field == "path"
             assert "\n" not in str(caught.value)
 
     def test_no_images(self, save):
         with pytest.raises(DataError, match=r"no column of images in '.*data'; there are: text, kind") as caught:
-            SavedDataset(save(make().remove_columns("picture")), 16)
+            open_dataset(save(make().remove_columns("picture")), 16)
         assert caught.value.field == "path"
 
     def test_no_split_to_train_on(self, save):
         with pytest.raises(DataError, match=r"no split 'train' in '.*data'; there are: test, validation") as caught:
-            SavedDataset(save(DatasetDict({"test": make(), "validation": make()})), 16)
+            open_dataset(save(DatasetDict({"test": make(), "validation": make()})), 16)
         assert caught.value.field == "path"
 
     @pytest.mark.parametrize("buckets", [None, BUCKETS], ids=["square", "buckets"])
@@ -167,7 +173,7 @@ class TestRefusals:
         images = pictures()
         root = save(make(picture=[*images[:2], value, images[3]]))
         with pytest.raises(DataError, match=message) as caught:
-            SavedDataset(root, 16, buckets).read([0, 2] if buckets is None else [2])
+            open_dataset(root, 16, buckets).read([0, 2] if buckets is None else [2])
         assert caught.value.field == "path"
 
     def test_a_damaged_table(self, save):
@@ -175,7 +181,7 @@ class TestRefusals:
         (table,) = root.glob("data-*.arrow")
         table.write_bytes(b"hello")
         with pytest.raises(DataError, match=r"is not what Dataset\.save_to_disk writes"):
-            SavedDataset(root, 16)
+            open_dataset(root, 16)
 
 
 class TestFingerprint:
@@ -187,8 +193,8 @@ class TestFingerprint:
             == fingerprint_saved(again, 16)
             == fingerprint_saved(tmp_path / "else" / "where", 16)
         )
-        assert SavedDataset(first, 16).fingerprint == fingerprint_saved(first, 16)
-        assert SavedDataset(first, 16, BUCKETS).fingerprint == fingerprint_saved(first, 16, BUCKETS)
+        assert open_dataset(first, 16).fingerprint == fingerprint_saved(first, 16)
+        assert open_dataset(first, 16, BUCKETS).fingerprint == fingerprint_saved(first, 16, BUCKETS)
 
     def test_every_change_shows(self, save):
         one_pixel = pictures()
@@ -218,7 +224,7 @@ class TestFingerprint:
         assert caught.value.field == "path"
 
     def test_of_a_large_file_the_ends_are_read(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(fingerprint, "_END_BYTES", 4)
+        monkeypatch.setattr(listing, "_END_BYTES", 4)
         (tmp_path / "data").mkdir()
 
         def of(content: bytes) -> str:

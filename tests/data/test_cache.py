@@ -17,12 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from repa_lab.data import cache
+from repa_lab.data import DataError, cache
 from repa_lab.data.cache import RECORD, ArrayCache, encode_batches, open_cache
 from repa_lab.data.crop import Buckets
-from repa_lab.data.errors import DataError
-from repa_lab.data.folder import ImageFolder
-from repa_lab.data.sources import groups
+from repa_lab.data.sources import ImageFolder, groups
 from repa_lab.files import digest
 from tests.data.conftest import noise_image
 

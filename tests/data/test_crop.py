@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repa_lab.data import DataError
 from repa_lab.data.crop import Buckets, crop, framing
-from repa_lab.data.errors import DataError
 from tests.data.conftest import noise_image
 
 

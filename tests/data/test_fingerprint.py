@@ -4,12 +4,11 @@ import shutil
 
 import pytest
 
-from repa_lab.data import fingerprint
-from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import fingerprint_digits, fingerprint_folder
+from repa_lab.data import DataError, listing
 from repa_lab.data.listing import read_image_folder
+from repa_lab.data.settings import fingerprint_digits
 from repa_lab.files import digest, file_digest
-from tests.data.conftest import content_of, noise_image
+from tests.data.conftest import content_of, listing_of, noise_image
 
 IMAGES = {"b/1.png": noise_image(1), "a/2.png": noise_image(2), "0.png": noise_image(3)}
 
@@ -55,7 +54,7 @@ def test_a_missing_and_an_empty_folder_are_refused(tmp_path):
 
 def test_the_place_of_the_folder_is_no_part_of_it(images, tmp_path):
     shutil.copytree(images, tmp_path / "elsewhere" / "copy")
-    for kind in (fingerprint_folder, content_of):
+    for kind in (listing_of, content_of):
         assert kind(tmp_path / "elsewhere" / "copy", 8) == kind(images, 8)
 
 
@@ -89,21 +88,21 @@ def uncaptioned(images):
 
 @pytest.mark.parametrize("change", [rename, other_class, replaced, removed, added, recaptioned, uncaptioned])
 def test_every_change_of_the_data_shows(images, change):
-    before = fingerprint_folder(images, 8), content_of(images, 8)
+    before = listing_of(images, 8), content_of(images, 8)
     change(images)
-    assert fingerprint_folder(images, 8) != before[0]
+    assert listing_of(images, 8) != before[0]
     assert content_of(images, 8) != before[1]
 
 
 def test_an_image_of_the_same_size_in_bytes_shows_in_its_content(folder):
     noise = folder({"1.bmp": noise_image(1), "2.bmp": noise_image(2)})
     other = folder({"1.bmp": noise_image(1), "2.bmp": noise_image(3)}, name="other")
-    assert fingerprint_folder(noise, 8) == fingerprint_folder(other, 8)
+    assert listing_of(noise, 8) == listing_of(other, 8)
     assert content_of(noise, 8) != content_of(other, 8)
 
 
 def test_of_many_images_some_from_all_over_are_read(folder, monkeypatch):
-    monkeypatch.setattr(fingerprint, "_CONTENT_SAMPLE", 3)
+    monkeypatch.setattr(listing, "_CONTENT_SAMPLE", 3)
     images = {f"{i}.bmp": noise_image(i) for i in range(7)}
     before = content_of(folder(images), 8)
     seen = [i for i in range(7) if content_of(folder({**images, f"{i}.bmp": noise_image(9)}), 8) != before]
@@ -111,7 +110,7 @@ def test_of_many_images_some_from_all_over_are_read(folder, monkeypatch):
 
 
 def test_the_resolution_is_part_of_it(images):
-    for kind in (fingerprint_folder, content_of):
+    for kind in (listing_of, content_of):
         assert kind(images, 8) != kind(images, 16)
 
 

@@ -8,13 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from repa_lab.data import DataError
 from repa_lab.data.crop import Buckets, crop, opaque
-from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import fingerprint_folder
-from repa_lab.data.folder import ImageFolder
 from repa_lab.data.listing import read_image_folder
-from repa_lab.data.sources import Flips, groups
-from tests.data.conftest import content_of, noise_image
+from repa_lab.data.sources import Flips, ImageFolder, groups
+from tests.data.conftest import content_of, listing_of, noise_image
 
 
 class TestImageFolder:
@@ -125,7 +123,7 @@ class TestCaptionsBeside:
 
     def test_every_change_of_one_shows_in_both_fingerprints(self, root):
         def prints() -> tuple[str, str]:
-            return fingerprint_folder(root, 8), content_of(root, 8)
+            return listing_of(root, 8), content_of(root, 8)
 
         seen = [prints()]
         for path, text in (
@@ -203,7 +201,7 @@ class TestAspects:
     def test_every_part_of_the_buckets_shows_in_both_fingerprints(self, folder, images):
         root = folder(images)
         chosen = [None, self.BUCKETS, Buckets(16, 8, 2.0), Buckets(16, 4, 3.0)]
-        for kind in (fingerprint_folder, content_of):
+        for kind in (listing_of, content_of):
             assert len({kind(root, 16, buckets) for buckets in chosen}) == 4
         assert ImageFolder(root, 16, self.BUCKETS).fingerprint == content_of(root, 16, self.BUCKETS)
 

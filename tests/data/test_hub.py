@@ -16,11 +16,12 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 
-from repa_lab.data import hub as module
-from repa_lab.data.arrow import HubDataset
+from repa_lab.data import DataError
+from repa_lab.data import huggingface as module
 from repa_lab.data.crop import Buckets
-from repa_lab.data.errors import DataError
-from repa_lab.data.hub import HubData, resolve_commit
+from repa_lab.data.huggingface import HubData, resolve_commit
+from repa_lab.data.settings import HubSettings
+from repa_lab.data.sources import TableImages, open_hub
 from repa_lab.orchestration.cost import estimate
 from repa_lab.orchestration.display import sentences
 from repa_lab.orchestration.plan import identify_run, make_plan
@@ -64,8 +65,8 @@ def commits() -> dict[str, dict[str, bytes]]:
 
 def forget() -> None:
     """As a new process would begin."""
-    module._facts.cache_clear()
-    module._ask.cache_clear()
+    module._hub_facts.cache_clear()
+    module._ask_hub.cache_clear()
     fsspec.AbstractFileSystem.clear_instance_cache()
     huggingface_hub.HfFileSystem.clear_instance_cache()
 
@@ -90,8 +91,9 @@ def hub(monkeypatch, tmp_path, commits) -> Iterator[Hub]:
         forget()
 
 
-def opened(split: str = "train", commit: str = OLD, **options) -> HubDataset:
-    return HubDataset(HubData(NAME, None, split, commit), 16, **options)
+def opened(split: str = "train", commit: str = OLD, captions: str | None = None) -> TableImages:
+    settings = HubSettings(name=NAME, split=split, revision=commit, resolution=16, caption_column=captions)
+    return open_hub(settings)
 
 
 def refusal(*args, **options) -> tuple[str, str]:

@@ -9,9 +9,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLLTXVideo
 from torch import nn
 
-from repa_lab.data.autoencoder import Autoencoder, to_uint8
-from repa_lab.data.errors import DataError
-from repa_lab.data.latents import LatentScaling, latent_scaling
+from repa_lab.data import DataError
+from repa_lab.data.autoencoder import Autoencoder, LatentScaling, latent_scaling, to_uint8
 from tests.data.autoencoders import MEAN, STD, dc, flux2, kl, qwen, tiny
 
 MEANS, STDS = np.array(MEAN).reshape(-1, 1, 1), np.array(STD).reshape(-1, 1, 1)

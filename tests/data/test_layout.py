@@ -6,9 +6,8 @@ import shutil
 
 import pytest
 
-from repa_lab.data import layout
-from repa_lab.data.errors import DataError
-from repa_lab.data.layout import IMAGES, LATENTS, fingerprint_prepared, read_listing
+from repa_lab.data import DataError, layout
+from repa_lab.data.layout import IMAGES, LATENTS, read_listing
 from tests.data.conftest import noise_image
 from tests.data.repa_folders import write_repa_folder
 from tests.data.test_space import save_vae
@@ -27,6 +26,10 @@ def written(tmp_path_factory):
 @pytest.fixture
 def data(written, tmp_path):
     return shutil.copytree(written, tmp_path / "data")
+
+
+def fingerprint_prepared(folder, side: int) -> str:
+    return read_listing(folder).fingerprint(side)
 
 
 def refusal(action, *given) -> str:

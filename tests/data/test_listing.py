@@ -13,12 +13,13 @@ import pandas
 import pytest
 from PIL import Image
 
-from repa_lab.data.errors import DataError
-from repa_lab.data.fingerprint import fingerprint_files, fingerprint_folder, fingerprint_saved
-from repa_lab.data.folder import ImageFolder
-from repa_lab.data.layout import fingerprint_prepared
-from repa_lab.data.listing import ImageList, read_image_folder
-from tests.data.conftest import noise_image
+from repa_lab.data import DataError
+from repa_lab.data.huggingface import fingerprint_saved
+from repa_lab.data.layout import read_listing
+from repa_lab.data.listing import ImageList, fingerprint_files, read_image_folder
+from repa_lab.data.sources import ImageFolder
+from tests.data.conftest import listing_of, noise_image
+from tests.data.test_arrow import open_dataset
 
 NAMES = ("1.png", "a/2.png", "a/b/3.png")
 
@@ -204,16 +205,14 @@ class TestCaptionColumn:
         (("text", "caption", "prompt"), "text"), (("prompt", "caption"), "caption"), (("title", "prompt"), "prompt"),
     ])  # fmt: skip
     def test_every_source_has_the_same_rule(self, root, tmp_path, columns, chosen):
-        from repa_lab.data.arrow import SavedDataset
-
         rows = [{"file_name": name, **{column: f"{column} {name}" for column in columns}} for name in NAMES]
         write(root / "metadata.jsonl", rows)
         assert ImageFolder(root, 8).captions == [f"{chosen} {name}" for name in NAMES]
         datasets.load_dataset(
             "imagefolder", data_dir=str(root), split="train", cache_dir=str(tmp_path / "cache")
         ).save_to_disk(tmp_path / "saved")
-        assert SavedDataset(tmp_path / "saved", 8).captions == [f"{chosen} {name}" for name in NAMES]
-        for source in (ImageFolder(root, 8, None, columns[-1]), SavedDataset(tmp_path / "saved", 8, None, columns[-1])):
+        assert open_dataset(tmp_path / "saved", 8).captions == [f"{chosen} {name}" for name in NAMES]
+        for source in (ImageFolder(root, 8, None, columns[-1]), open_dataset(tmp_path / "saved", 8, None, columns[-1])):
             assert source.captions == [f"{columns[-1]} {name}" for name in NAMES]
 
     def test_a_column_that_is_not_there_is_refused(self, root):
@@ -235,9 +234,9 @@ class TestLinks:
         assert [path.relative_to(root).as_posix() for path in images.files] == list(NAMES)
         note = f"1 folder is reached twice through links and read once ('{root}/a/up' is left out)"
         assert images.notes == (note,)
-        before = fingerprint_folder(root, 8), fingerprint_files(root)
+        before = listing_of(root, 8), fingerprint_files(root)
         (root / "a" / "up").unlink()
-        assert (fingerprint_folder(root, 8), fingerprint_files(root)) == before
+        assert (listing_of(root, 8), fingerprint_files(root)) == before
 
     def test_a_folder_with_a_link_to_it_counts_once_by_its_own_name(self, root):
         (root / "0").symlink_to("a")
@@ -262,7 +261,7 @@ class TestLinks:
 
     def test_the_folder_itself_may_be_a_link(self, root, tmp_path):
         (tmp_path / "link").symlink_to(root)
-        assert fingerprint_folder(tmp_path / "link", 8) == fingerprint_folder(root, 8)
+        assert listing_of(tmp_path / "link", 8) == listing_of(root, 8)
 
     @pytest.mark.parametrize("name", ["4.png", "cats", "loop.png"])
     def test_a_link_that_leads_nowhere_is_named(self, root, name):
@@ -280,11 +279,11 @@ class TestLinks:
             (tmp_path / tree / "00000").mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / tree / "00000" / name, "png")
         (tmp_path / "images" / "dataset.json").write_text('{"labels": null}')
-        fingerprint_prepared(tmp_path, 8)
+        read_listing(tmp_path).fingerprint(8)
         (tmp_path / file).unlink()
         (tmp_path / file).symlink_to("gone")
         with pytest.raises(DataError, match=f"cannot read '{tmp_path / file}': .*No such file") as caught:
-            fingerprint_prepared(tmp_path, 8)
+            read_listing(tmp_path).fingerprint(8)
         assert "\n" not in str(caught.value)
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 from repa_lab.cli import app
 from repa_lab.cli.data import spread
-from repa_lab.data.errors import DataError
-from repa_lab.data.folder import ImageFolder
+from repa_lab.data import DataError
 from repa_lab.data.layout import IMAGES, LATENTS, read_listing
-from repa_lab.data.prepare import Part, Preparation, prepare
 from repa_lab.data.prepared import Prepared
+from repa_lab.data.prepared import prepare as prepare_images
+from repa_lab.data.sources import ImageFolder
 from repa_lab.data.space import latent_space
 from tests.data.conftest import noise_image
 from tests.data.test_space import draw, save_vae
@@ -45,21 +45,15 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
-def wanted(root: Path, folder: Path, **changes) -> Preparation:
-    given = {
-        "source": root / "source",
-        "folder": folder,
-        "resolution": SIDE,
-        "vae": str(root / "vae"),
-        "batch_size": BATCH,
-    }
-    return Preparation(**{**given, **changes})
+def prepare(root: Path, folder: Path, **changes) -> int:
+    given = {"source": root / "source", "resolution": SIDE, "vae": str(root / "vae"), "batch_size": BATCH}
+    return prepare_images(folder=folder, device=CPU, **{**given, **changes})
 
 
 @pytest.fixture(scope="module")
 def whole(root) -> Path:
     """The prepared folder, uninterrupted."""
-    assert prepare(wanted(root, root / "whole"), CPU, threads=2) == COUNT
+    assert prepare(root, root / "whole", threads=2) == COUNT
     return root / "whole"
 
 
@@ -147,7 +141,7 @@ class TestGoingOn:
         LATENTS.path(folder, 11).write_bytes(b"")  # as a power cut leaves it
         gone.append(LATENTS.path(folder, 11))
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.is_file()}
-        prepare(wanted(root, folder), CPU)
+        prepare(root, folder)
         assert contents(folder) == contents(whole)
         kept = before.keys() - {*gone, folder / ".lock"}
         assert all(path.stat().st_mtime_ns == before[path] for path in kept) and len(kept) == 2 * COUNT + 2 - 3
@@ -159,11 +153,11 @@ class TestGoingOn:
         monkeypatch.setattr(
             ImageFolder, "open", lambda self, i, real=ImageFolder.open: opened.append(i) or real(self, i)
         )
-        prepare(wanted(root, folder), CPU)
+        prepare(root, folder)
         assert sorted(opened) == [4, 5, 6, 7]  # the batch
 
     def test_parts_are_disjoint_and_complete_whoever_begins(self, root, whole, tmp_path):
-        counts = [prepare(wanted(root, tmp_path / "data"), CPU, Part(rank, 3), threads=2) for rank in (2, 0, 1)]
+        counts = [prepare(root, tmp_path / "data", rank=rank, world=3, threads=2) for rank in (2, 0, 1)]
         assert sum(counts) == COUNT and min(counts) > 10
         assert contents(tmp_path / "data") == contents(whole)
 
@@ -171,7 +165,7 @@ class TestGoingOn:
         before = torch.get_num_threads()
         try:
             torch.set_num_threads(1)
-            prepare(wanted(root, tmp_path / "data"), CPU)
+            prepare(root, tmp_path / "data")
             assert torch.get_num_threads() == 1
         finally:
             torch.set_num_threads(before)
@@ -179,60 +173,60 @@ class TestGoingOn:
 
     def test_progress_is_told(self, root, tmp_path):
         heard = []
-        prepare(wanted(root, tmp_path / "data", batch_size=20), CPU, progress=lambda *now: heard.append(now))
+        prepare(root, tmp_path / "data", batch_size=20, progress=lambda *now: heard.append(now))
         assert heard[-1] == (COUNT, COUNT) and [done for done, _ in heard] == sorted(done for done, _ in heard)
 
     def test_a_moved_vae_is_the_same(self, root, whole, tmp_path):
         shutil.copytree(root / "vae", tmp_path / "moved")
         folder = shutil.copytree(whole, tmp_path / "data")
         LATENTS.path(folder, 3).unlink()
-        prepare(wanted(root, folder, vae=str(tmp_path / "moved")), CPU)
+        prepare(root, folder, vae=str(tmp_path / "moved"))
         assert contents(folder) == contents(whole)
 
 
 class TestRefused:
-    def refusal(self, given: Preparation) -> str:
-        before = contents(given.folder) if given.folder.is_dir() else None
+    def refusal(self, root: Path, folder: Path, **changes) -> str:
+        before = contents(folder) if folder.is_dir() else None
         with pytest.raises(DataError) as caught:
-            prepare(given, CPU)
-        assert (contents(given.folder) if given.folder.is_dir() else None) == before
+            prepare(root, folder, **changes)
+        assert (contents(folder) if folder.is_dir() else None) == before
         return f"{caught.value.field}: {caught.value}"
 
     def test_another_vae(self, root, whole, tmp_path):
         save_vae(tmp_path / "vae", seed=1)
-        told = self.refusal(wanted(root, whole, vae=str(tmp_path / "vae")))
+        told = self.refusal(root, whole, vae=str(tmp_path / "vae"))
         assert told.startswith(f"path: '{whole}' is another preparation: vae_hash is ") and told.endswith(
             "; name a new folder"
         )
 
     def test_another_resolution(self, root, whole):
-        told = self.refusal(wanted(root, whole, resolution=16))
+        told = self.refusal(root, whole, resolution=16)
         assert "is another preparation: resolution is 32, not 16; source is " in told
 
     def test_other_images(self, root, whole, tmp_path):
         shutil.copytree(root / "source", tmp_path / "source")
         noise_image(99).save(tmp_path / "source/ant/99.png")
-        told = self.refusal(wanted(root, whole, source=tmp_path / "source"))
+        told = self.refusal(root, whole, source=tmp_path / "source")
         assert f"another preparation: count is {COUNT}, not {COUNT + 1}; source is " in told
 
     def test_a_folder_of_something_else(self, root, tmp_path):
         (tmp_path / "notes.txt").write_text("mine")
-        assert self.refusal(wanted(root, tmp_path)) == (
+        assert self.refusal(root, tmp_path) == (
             f"path: '{tmp_path}' is not empty, and no preparation was begun there; name a new folder"
         )
 
     def test_a_folder_within_the_images(self, root):
         source, inside = root / "source", root / "source" / "prepared"
-        assert self.refusal(wanted(root, inside)) == f"path: '{inside}' lies in '{source}'; name a folder elsewhere"
+        assert self.refusal(root, inside) == f"path: '{inside}' lies in '{source}'; name a folder elsewhere"
 
     def test_a_damaged_manifest(self, root, whole, tmp_path):
         folder = shutil.copytree(whole, tmp_path / "data")
         (folder / "manifest.json").write_text('{"vae"')
-        assert self.refusal(wanted(root, folder)).startswith(f"path: cannot read '{folder / 'manifest.json'}'")
+        assert self.refusal(root, folder).startswith(f"path: cannot read '{folder / 'manifest.json'}'")
 
     def test_a_vae_of_other_channels(self, root, tmp_path):
         save_vae(tmp_path / "grey", in_channels=1)
-        told = self.refusal(wanted(root, tmp_path / "data", vae=str(tmp_path / "grey")))
+        told = self.refusal(root, tmp_path / "data", vae=str(tmp_path / "grey"))
         assert told == "vae: the VAE takes 1 channels, the images have 3"
 
     def test_an_image_that_cannot_be_read_stops_it_by_name(self, root, tmp_path):
@@ -240,11 +234,11 @@ class TestRefused:
         broken = tmp_path / "source/bee/01.png"
         broken.write_bytes(broken.read_bytes()[:300])
         with pytest.raises(DataError, match=f"cannot read the image '{broken}'"):
-            prepare(wanted(root, tmp_path / "data", source=tmp_path / "source"), CPU)
+            prepare(root, tmp_path / "data", source=tmp_path / "source")
 
     def test_a_begun_folder_cannot_be_trained_on(self, root, whole, tmp_path):
         with pytest.raises(DataError, match="was the preparation interrupted"):
-            prepare(wanted(root, tmp_path / "data"), CPU, Part(0, 2))
+            prepare(root, tmp_path / "data", rank=0, world=2)
             read_listing(tmp_path / "data")
 
 
@@ -253,17 +247,17 @@ def words(root: Path, folder: Path) -> list[str]:
     return [str(word) for word in ("data", "prepare", root / "source", folder, *options)]
 
 
-def prepare_whole(given: Preparation) -> None:
-    prepare(given, CPU, threads=2)
+def prepare_whole(root: Path, folder: Path) -> None:
+    prepare(root, folder, threads=2)
 
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_as_if_it_had_not_been(root, whole, tmp_path):
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["repa_lab.data.prepare", "tests.data.test_prepare", "diffusers"])
+    processes.set_forkserver_preload(["repa_lab.data.prepared", "tests.data.test_prepare", "diffusers"])
     wait, kills = random.Random(0), 0
     for attempt in range(200):
-        process = processes.Process(target=prepare_whole, args=(wanted(root, tmp_path / "data"),))
+        process = processes.Process(target=prepare_whole, args=(root, tmp_path / "data"))
         process.start()
         process.join(wait.uniform(0, 0.02 * attempt))
         kills += process.is_alive()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from repa_lab.data.errors import DataError
+from repa_lab.data import DataError
 from repa_lab.data.layout import IMAGES, LATENTS
 from repa_lab.data.prepared import Prepared
 from repa_lab.data.space import latent_space

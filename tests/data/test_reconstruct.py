@@ -4,12 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from repa_lab.data import DataError
 from repa_lab.data.autoencoder import Autoencoder
-from repa_lab.data.errors import DataError
-from repa_lab.data.folder import ImageFolder
-from repa_lab.data.reconstruct import Reconstructions
-from repa_lab.data.sources import Flips
-from repa_lab.data.space import latent_space
+from repa_lab.data.sources import Flips, ImageFolder
+from repa_lab.data.space import Reconstructions, latent_space
 from tests.data.autoencoders import flux2, kl, tiny
 from tests.data.conftest import noise_image
 

@@ -5,9 +5,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from repa_lab.data.errors import DataError
-from repa_lab.data.folder import ImageFolder
-from repa_lab.data.sources import Digits, Flips, split
+from repa_lab.data import DataError
+from repa_lab.data.sources import Digits, Flips, ImageFolder, split
 from tests.data.conftest import noise_image
 
 

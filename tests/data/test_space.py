@@ -9,13 +9,11 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, UNet2DModel
 from PIL import Image
 
+from repa_lab.data import DataError
 from repa_lab.data.autoencoder import Autoencoder, to_uint8
 from repa_lab.data.crop import Buckets
-from repa_lab.data.errors import DataError
-from repa_lab.data.folder import ImageFolder
-from repa_lab.data.reconstruct import Reconstructions
-from repa_lab.data.sources import Digits, Flips
-from repa_lab.data.space import PixelSpace, Space, latent_space
+from repa_lab.data.sources import Digits, Flips, ImageFolder
+from repa_lab.data.space import PixelSpace, Reconstructions, Space, latent_space
 from tests.data.autoencoders import dc, flux2, qwen, tiny
 from tests.data.conftest import noise_image
 

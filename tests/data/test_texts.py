@@ -6,8 +6,8 @@ import threading
 import pytest
 import torch
 
+from repa_lab.data import DataError
 from repa_lab.data.cache import TextCache
-from repa_lab.data.errors import DataError
 from repa_lab.files import digest
 
 IDENTITY = {"kind": "texts/1", "family": "test", "precision": "fp32"}

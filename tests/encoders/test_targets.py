@@ -10,13 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from repa_lab.align import REPA, UREPA, Tokens
+from repa_lab.data import DataError
 from repa_lab.data.autoencoder import Autoencoder
 from repa_lab.data.crop import Buckets
-from repa_lab.data.errors import DataError
-from repa_lab.data.folder import ImageFolder
-from repa_lab.data.reconstruct import Reconstructions
-from repa_lab.data.sources import Flips
-from repa_lab.data.space import latent_space
+from repa_lab.data.sources import Flips, ImageFolder
+from repa_lab.data.space import Reconstructions, latent_space
 from repa_lab.encoders import targets
 from repa_lab.encoders.encoder import EncoderOptions, load_encoder
 from repa_lab.encoders.registry import ENCODERS

@@ -167,7 +167,7 @@ TUNED_CASES = [
     ),
     (
         ("source: imagefolder, path: images, resolution: 256", "source: digits"),
-        "4:8: data.source: sdxl is trained with captions, and digits have none: use imagefolder, datasets or hub",
+        "4:8: data.source: sdxl is trained with captions, and the images of digits have none: use imagefolder, datasets or hub",
     ),
     (
         ("prompts:", "sampler: {type: sde}, prompts:"),

@@ -115,7 +115,7 @@ def test_captions_are_asked_for_elsewhere(tiny, root, tmp_path):
     spec["model"] = {"family": "sd15", "pretrained": "some/pipeline"}
     spec["regularizer"]["type"] = "urepa"
     message = (
-        "data.source: sd15 is trained with captions, and prepared folders have none: use imagefolder, datasets or hub"
+        "data.source: sd15 is trained with captions, and the images of repa have none: use imagefolder, datasets or hub"
     )
     assert any(line.endswith(message) for line in told(spec, tmp_path))
 

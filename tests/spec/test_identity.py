@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from repa_lab.data.fingerprint import fingerprint_digits
+from repa_lab.data.settings import fingerprint_digits
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.orchestration.plan import identify_arm
 from repa_lab.spec import EncoderSettings, ExtractorConfig, RunConfig, load_spec

@@ -9,8 +9,7 @@ from scipy import stats
 from torch.utils.data import DataLoader
 
 from repa_lab.data.crop import Buckets
-from repa_lab.data.folder import ImageFolder
-from repa_lab.data.sources import Flips, split
+from repa_lab.data.sources import Flips, ImageFolder, split
 from repa_lab.data.space import PixelSpace
 from repa_lab.training.batches import Batch, Order, generator
 from repa_lab.training.data import Images

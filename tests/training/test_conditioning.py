@@ -3,11 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from repa_lab.data import DataError
 from repa_lab.data.cache import TextCache
 from repa_lab.data.crop import Buckets
-from repa_lab.data.errors import DataError
-from repa_lab.data.folder import ImageFolder
-from repa_lab.data.sources import Flips
+from repa_lab.data.sources import Flips, ImageFolder
 from repa_lab.models.families import FAMILIES
 from repa_lab.training.data import Captions, Labels
 from tests.data.conftest import noise_image

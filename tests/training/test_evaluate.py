@@ -13,10 +13,9 @@ from torch import nn
 
 from repa_lab.align import REPA, Tokens
 from repa_lab.align.tokens import flatten_map
+from repa_lab.data import DataError
 from repa_lab.data.crop import Buckets
-from repa_lab.data.errors import DataError
-from repa_lab.data.folder import ImageFolder
-from repa_lab.data.sources import Flips, split
+from repa_lab.data.sources import Flips, ImageFolder, split
 from repa_lab.data.space import PixelSpace
 from repa_lab.encoders.encoder import load_encoder
 from repa_lab.encoders.targets import OnlineTargets

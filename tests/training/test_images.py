@@ -6,9 +6,9 @@ import datasets
 import pytest
 import torch
 
-from repa_lab.data.errors import DataError
-from repa_lab.data.folder import ImageFolder
+from repa_lab.data import DataError
 from repa_lab.data.settings import SOURCES, SourceSettings
+from repa_lab.data.sources import ImageFolder
 from repa_lab.data.space import LatentSpace, PixelSpace
 from repa_lab.spec import EncoderSettings
 from repa_lab.training.data import open_images, pixels_for

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from repa_lab.data.errors import DataError
+from repa_lab.data import DataError
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import pipeline_of
 from repa_lab.models.pretrained import load_denoiser
