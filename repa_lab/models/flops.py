@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from repa_lab.models.family import SIT, SIT_DOWN, UNET, Family, network_of, shape_of, swiglu_width
+from repa_lab.models.family import SIT, SIT_DOWN, UNET, Family, Shape, network_of, shape_of, swiglu_width
 
 TEXT_TOKENS = 256  # of the text in every counted forward pass
 _TIME_FEATURES = 256
@@ -112,9 +112,17 @@ def forward_of(family: Family, size: str | None, tokens: float, channels: int, c
         channels: input channels of a denoiser from scratch.
         classes: classes of a denoiser from scratch, without the null label.
     """
-    if not family.from_scratch:
+    if family.name in COUNTED:
         return COUNTED[family.name].at(tokens, network_of(family).parameters)
+    if not family.from_scratch:
+        return _estimate(network_of(family).parameters, family.shapes[""], tokens)
     return FROM_SCRATCH[family.name](size or "", tokens, channels, classes)
+
+
+def _estimate(parameters: int, shape: Shape, tokens: float) -> Forward:
+    """Return an estimate for a plugin's family: every weight works on every token, and blocks are like SiT's."""
+    kept, adapted = 21 * shape.depth * tokens * shape.width, 8 * shape.depth * shape.width
+    return Forward(2 * parameters * tokens, kept, parameters, kept_frozen=0.5, adapted=adapted)
 
 
 def _sit_forward(size: str, tokens: float, channels: int, classes: int) -> Forward:

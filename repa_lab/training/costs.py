@@ -14,7 +14,7 @@ from repa_lab.data.settings import SourceSettings
 from repa_lab.encoders.registry import encoder_flops, encoder_weights, facts_of, input_size
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Family, Shape, shape_of
-from repa_lab.models.flops import VAE_DECODER, VAE_ENCODER, Forward, forward_of
+from repa_lab.models.flops import COUNTED, VAE_DECODER, VAE_ENCODER, Forward, forward_of
 from repa_lab.runs.files import Row
 from repa_lab.spec import EvaluateConfig, RunConfig, RunOptions
 
@@ -293,7 +293,9 @@ def _rough(config: RunConfig) -> Iterator[str]:
     """Yield sentences on what is estimated or left out."""
     pipeline, pretrained = FAMILIES[config.model.family].pipeline, config.model.pretrained
     counted = pipeline.released if pipeline else pretrained
-    if pretrained not in (None, counted):
+    if pipeline and config.model.family not in COUNTED:
+        yield f"FLOPs and memory of family '{config.model.family}' are estimated from its size, not counted"
+    elif pretrained not in (None, counted):
         yield f"parameters, FLOPs and memory are counted for {counted}; those of {pretrained} may differ"
     for name in dict.fromkeys(encoder.name for _, encoder in config.encoder_paths):
         if encoder_flops(name, 224) is None:

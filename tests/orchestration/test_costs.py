@@ -164,6 +164,19 @@ def test_the_parabola_gives_sizes_that_were_not_counted(name):
     assert (found.flops, found.kept) == (pytest.approx(counted, rel=1e-3), pytest.approx(kept, rel=1e-2))
 
 
+def test_a_plugins_family_has_a_guessed_cost_that_says_so(monkeypatch):
+    """The guess for a family that was counted is within a factor of three of the count."""
+    lora = {"model": {"family": "pixart", "pretrained": "x", "train": "lora"}, "regularizer": {"type": "none"}}
+    spec = spec_of({**REPA, **lora}, {"data.vae": None, "data.resolution": 1024})
+    known = cost_of(spec.arms[0].config, spec.run)
+    monkeypatch.delitem(flops.COUNTED, "pixart")
+    guess = cost_of(spec.arms[0].config, spec.run)
+    assert guess.rough == ("FLOPs and memory of family 'pixart' are estimated from its size, not counted",)
+    assert 1 / 3 < guess.image_flops / known.image_flops < 3
+    assert 1 / 3 < guess.memory.activations / known.memory.activations < 3
+    assert 1 / 3 < guess.trained / known.trained < 3
+
+
 def test_every_pretrained_family_was_counted():
     assert set(flops.COUNTED) == {name for name, family in FAMILIES.items() if not family.from_scratch}
 
