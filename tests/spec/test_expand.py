@@ -191,7 +191,7 @@ class TestExclude:
 
     def test_by_a_default_that_nothing_sets(self):
         axes = {"train.lr": [1e-3, 1e-2], "regularizer.type": ["repa", "none"]}
-        rule = {"regularizer.loss": "cosine", "train.time": "auto", "train.lr": 1e-2}
+        rule = {"regularizer.loss": "cosine", "train.time": None, "train.lr": 1e-2}
         # The baseline has no loss of that kind, so the rule says nothing of it.
         assert labels(axes=axes, exclude=[rule]) == ["lr=0.001, type=repa", "lr=0.001, type=none", "lr=0.01, type=none"]
 
