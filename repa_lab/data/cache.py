@@ -13,8 +13,6 @@ import functools
 import hashlib
 import json
 import math
-import mmap
-import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -132,11 +130,11 @@ class ArrayCache:
     def __init__(self, folder: Path, manifest: Manifest, sizes: torch.Tensor) -> None:
         self._folder, self._manifest, self._sizes = folder, manifest, sizes
         self._file, self._row = torch.empty(len(sizes), dtype=torch.long), torch.empty(len(sizes), dtype=torch.long)
-        self._files = list[torch.Tensor]()
+        self._files, self._shapes = list[np.ndarray](), list[torch.Size]()
         for number, members in enumerate(groups(sizes)):
             size = _size_name(sizes[members[0]])
-            values = _map_values(_values_file(folder, size), manifest.torch_dtype)
-            self._files.append(values.view(len(members), *manifest.shapes[size]))
+            self._files.append(_map_rows(folder, size, len(members)))
+            self._shapes.append(torch.Size(manifest.shapes[size]))
             self._file[members], self._row[members] = number, torch.arange(len(members))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -145,11 +143,12 @@ class ArrayCache:
 
     def shape(self, index: torch.Tensor) -> torch.Size:
         """Return the shape of one tensor of the images ``index`` ``(n,)``, which are of one size."""
-        return self._files[int(self._file[index[0]])].shape[1:]
+        return self._shapes[int(self._file[index[0]])]
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
         """Return the tensors ``(n, *shape)`` of the images ``index`` ``(n,)``, which are of one size."""
-        return self._files[int(self._file[index[0]])].index_select(0, self._row[index])
+        rows = self._files[int(self._file[index[0]])][self._row[index].numpy()]  # NumPy gathers twice as fast as torch
+        return torch.from_numpy(rows).view(self._manifest.torch_dtype).view(len(index), *self.shape(index))
 
 
 def open_cache(
@@ -284,9 +283,10 @@ class _Builder:
             return
         with ThreadPoolExecutor() as pool:
             for size, members in self._members.items():
-                path, row_bytes = _values_file(self._folder, size), self.manifest.row_bytes(size)
-                data = np.memmap(path, np.uint8, "r").reshape(len(members), row_bytes)
-                rows = torch.arange(len(members)).split(_CHECKED_ROWS)
+                data, rows = (
+                    _map_rows(self._folder, size, len(members)),
+                    torch.arange(len(members)).split(_CHECKED_ROWS),
+                )
                 check = functools.partial(self._check_rows, data, members, self.manifest.seed(size))
                 list(pool.map(check, rows))
 
@@ -367,11 +367,9 @@ def _values_file(folder: Path, size: str) -> Path:
     return folder / f"values-{size}.bin"
 
 
-def _map_values(path: Path, dtype: torch.dtype) -> torch.Tensor:
-    """Map a file for reading. A mapping that may be written to would count against the memory of the machine."""
-    with path.open("rb") as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=dtype)
+def _map_rows(folder: Path, size: str, count: int) -> np.ndarray:
+    """Map the file of a size for reading: the bytes of ``count`` tensors ``(count, bytes)``."""
+    return np.asarray(np.memmap(_values_file(folder, size), np.uint8, "r").reshape(count, -1))
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -432,18 +430,17 @@ class TextCache:
         Raises:
             DataError: the embedding of a text is missing or damaged.
         """
-        read = {text: self._read(text) for text in texts}
-        for text, embedding in read.items():
-            if embedding is None:
+        embeddings = dict[str, Embeddings]()
+        for text in dict.fromkeys(texts):
+            if (embedding := self._read(text)) is None:
                 message = f"the cached embedding of {text[:50]!r} is missing or damaged"
                 raise DataError("source", f"{message}; delete '{self._path(text)}' and start again")
-        rows = [read[text] or {} for text in texts]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+            embeddings[text] = embedding
+        return {name: torch.stack([embeddings[text][name] for text in texts]) for name in embeddings[texts[0]]}
 
     def _missing(self, texts: Sequence[str]) -> list[str]:
         """Return the texts without a whole file; where reading all takes long, damage shows when a text is read."""
-        held = sum(path.stat().st_size for path in map(self._path, texts) if path.is_file())
-        if held > _ALWAYS_CHECKED_BYTES:
+        if sum(path.stat().st_size for path in map(self._path, texts) if path.is_file()) > _ALWAYS_CHECKED_BYTES:
             return [text for text in texts if not self._has_header(text)]
         return [text for text in texts if self._read(text) is None]
 

@@ -350,7 +350,7 @@ def _claim(folder: Path, manifest: Mapping[str, Any], labels: Sequence[int]) -> 
 
 
 def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Write a file whole or not at all; the name of the temporary file is fixed, so that a killed process leaves none."""
+    """Write a file whole or not at all, by way of a temporary file whose name every process gives it."""
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")

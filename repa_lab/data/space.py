@@ -162,8 +162,8 @@ def latent_space(
 class Reconstructions:
     """A source whose pixels are decoded from the latents of another, for encoders that look at what the VAE keeps.
 
-    The mean of the posterior is decoded, so the pixels are a function of the image, but for a grey level where the batch
-    decides how a convolution rounds.
+    The mean of the posterior is decoded, so the pixels are a function of the image, except for a grey level where the
+    batch decides how a convolution rounds.
 
     Args:
         source: the images.

@@ -299,22 +299,13 @@ class TestProcesses:
         }
 
     def test_what_is_refused_has_no_bar_and_what_is_done_has_one(self, root, whole, tmp_path):
-        wrong = [
-            "data",
-            "prepare",
-            str(tmp_path / "nowhere"),
-            str(tmp_path / "data"),
-            "--vae",
-            str(root / "vae"),
-            "--device",
-            "cpu",
-        ]
-        refused, done = (
-            subprocess.run([sys.executable, "-m", "repa_lab.cli", *given], capture_output=True, text=True, check=False)
-            for given in (wrong, words(root, whole))
+        options = ["--vae", str(root / "vae"), "--device", "cpu"]
+        refused = CliRunner().invoke(
+            app, ["data", "prepare", str(tmp_path / "nowhere"), str(tmp_path / "data"), *options]
         )
-        assert (refused.returncode, refused.stdout, refused.stderr) == (2, "", f"no folder '{tmp_path / 'nowhere'}'\n")
-        assert done.returncode == 0
+        assert (refused.exit_code, refused.stdout, refused.stderr) == (2, "", f"no folder '{tmp_path / 'nowhere'}'\n")
+        done = CliRunner().invoke(app, words(root, whole))
+        assert done.exit_code == 0
         assert f"{COUNT}/{COUNT}" in done.stdout.splitlines()[0]
 
     def test_what_is_refused_is_one_line(self, root, tmp_path):
