@@ -37,6 +37,12 @@ def photograph(name: str, side: int = 224) -> torch.Tensor:
     ]
 
 
+@pytest.fixture(scope="module")
+def dinov2_28(vits14) -> Encoder:
+    """DINOv2 ViT-S from its file, for square images at 28 px."""
+    return load_encoder("dinov2_vits14", 28, 8, str(vits14[1]))
+
+
 class TestLite0:
     def test_every_tensor_has_its_counterpart_by_name(self):
         # EfficientNet's blocks in both namings: the same layer, the same role, in 296 places.
@@ -127,10 +133,11 @@ class TestPreprocess:
         expected = ((expected - mean) / std).transpose(2, 3, 0, 1)
         np.testing.assert_allclose(encoder.preprocess(pixels).numpy(), expected, rtol=0, atol=2e-5)
 
-    def test_pixels_of_0_and_255_are_the_ends_of_imagenets_range(self, vits14):
-        encoder = load_encoder("dinov2_vits14", 28, 8, str(vits14[1]))
+    def test_pixels_of_0_and_255_are_the_ends_of_imagenets_range(self, dinov2_28):
+        torch.testing.assert_close(dinov2_28.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
+        torch.testing.assert_close(dinov2_28.std.flatten(), torch.tensor([0.229, 0.224, 0.225]))
         flat = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 8, 8)
-        normalised = encoder.preprocess(flat)
+        normalised = dinov2_28.preprocess(flat)
         assert (round(normalised.min().item(), 3), round(normalised.max().item(), 3)) == (-2.118, 2.640)
 
     def test_pixels_in_an_unknown_range_are_refused(self, lite0):
@@ -150,11 +157,6 @@ class TestPreprocess:
         flat = lite0.preprocess(pixels)
         assert flat.shape == (3, 3, 32, 32)
         torch.testing.assert_close(flat[:, 0, 5, 5], torch.tensor([-1.0, 1.0, -0.6]))
-
-    def test_dinov2_has_imagenets_statistics(self, vits14):
-        encoder = load_encoder("dinov2_vits14", 28, 8, str(vits14[1]))
-        torch.testing.assert_close(encoder.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
-        torch.testing.assert_close(encoder.std.flatten(), torch.tensor([0.229, 0.224, 0.225]))
 
 
 class TestDINOv2:
@@ -198,19 +200,16 @@ class TestDINOv2:
         assert tokens.grid == grid
         assert changed.nonzero().flatten().tolist() == [1 * grid[1] + 2]
 
-    def test_one_encoder_takes_images_of_every_shape(self, vits14):
-        encoder = load_encoder("dinov2_vits14", 28, 28, str(vits14[1]))
-        grids = [encoder(torch.zeros(1, 3, *shape, dtype=torch.uint8)).grid for shape in [(16, 64), (64, 16), (9, 9)]]
+    def test_one_encoder_takes_images_of_every_shape(self, dinov2_28):
+        grids = [dinov2_28(torch.zeros(1, 3, *shape, dtype=torch.uint8)).grid for shape in [(16, 64), (64, 16), (9, 9)]]
         assert grids == [(1, 4), (4, 1), (2, 2)]
 
-    def test_the_publishers_file_has_a_mask_token(self, vits14, tmp_path):
+    def test_the_publishers_file_has_a_mask_token(self, dinov2_28, vits14, tmp_path):
         state = {**load_file(vits14[1]), "mask_token": torch.zeros(1, 384)}
         torch.save(state, tmp_path / "dinov2_vits14_pretrain.pth")
         published = load_encoder("dinov2_vits14", 28, 8, str(tmp_path / "dinov2_vits14_pretrain.pth"))
         pixels = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8)
-        assert torch.equal(
-            published(pixels).values, load_encoder("dinov2_vits14", 28, 8, str(vits14[1]))(pixels).values
-        )
+        assert torch.equal(published(pixels).values, dinov2_28(pixels).values)
 
 
 class TestRefusals:

@@ -106,8 +106,9 @@ class TestFiles:
         assert victim.exists()  # the file was dangerous indeed
 
     @pytest.mark.parametrize("content", [b"", b"\x80", b"hello world", b"\0" * 100, b"PK\3\4aaaa"])
-    @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-    @pytest.mark.parametrize("name", ["efficientnet_lite0", "mocov3_vits16"])
+    @pytest.mark.parametrize(
+        "name, suffix", [("efficientnet_lite0", "pth"), ("efficientnet_lite0", "safetensors"), ("mocov3_vits16", "pth")]
+    )
     def test_a_damaged_file(self, tmp_path, content, suffix, name):
         (tmp_path / f"x.{suffix}").write_bytes(content)
         refused(f"does not fit '{name}'", name, tmp_path / f"x.{suffix}")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -30,11 +31,16 @@ def related(count: int, wide: int = 12, narrow: int = 7, seed: int = 0) -> tuple
 
 
 def neighbours_by_loops(x: np.ndarray, k: int) -> list[list[int]]:
+    return [order[:k] for order in orders_by_loops(x.tobytes(), x.shape)]
+
+
+@functools.cache
+def orders_by_loops(values: bytes, shape: tuple[int, int]) -> list[list[int]]:
     """Products rounded once, all items sorted, the lower index first among equals."""
-    found = []
+    x, found = np.frombuffer(values).reshape(shape), []
     for i, item in enumerate(x):
         product = {j: math.fsum(item * other) for j, other in enumerate(x) if j != i}
-        found.append(sorted(product, key=lambda j, product=product: (-product[j], j))[:k])
+        found.append(sorted(product, key=lambda j, product=product: (-product[j], j)))
     return found
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from repa_lab.metrics import frechet_distance, inception_score, kid, precision_recall, statistics
-from repa_lab.metrics.extractor import Extractor
+from repa_lab.metrics.extractor import Extractor, Features
 from repa_lab.metrics.npz import StatisticsError, write_images
 from repa_lab.metrics.protocol import METRICS
 from repa_lab.metrics.reference import FOLDER, RealImages, measure, read_reference, reference
@@ -27,6 +27,18 @@ def everything() -> Extractor:
 @pytest.fixture(scope="module")
 def alone() -> Extractor:
     return make("frechet")
+
+
+@pytest.fixture(scope="module")
+def fid(inception) -> Extractor:
+    """Inception for every metric."""
+    return Extractor("inception", str(inception), CPU, METRICS.names)
+
+
+@pytest.fixture(scope="module")
+def ten(fid) -> Features:
+    """Inception's features of the first ten images."""
+    return fid.features(PIXELS[:10])
 
 
 class Images(RealImages):
@@ -135,26 +147,23 @@ class TestCache:
 
 
 class TestMeasure:
-    def test_every_metric_in_the_order_of_its_names(self, inception, tmp_path):
-        extractor = Extractor("inception", str(inception), CPU, METRICS.names)
-        generated, real = PIXELS[:10] // 2, PIXELS[10:16]
-        against = reference(extractor, Images(pixels=real), tmp_path)
-        found, other = extractor.features(generated), extractor.features(real)
-        measured = {metric: measure(metric, found, against) for metric in METRICS}
+    def test_every_metric_in_the_order_of_its_names(self, fid, ten, tmp_path):
+        real = PIXELS[10:14]
+        against, other = reference(fid, Images(pixels=real), tmp_path), fid.features(real)
+        measured = {metric: measure(metric, ten, against) for metric in METRICS}
         assert {metric: len(values) for metric, values in measured.items()} == {
             metric: len(kinds) for metric, kinds in ((name, METRICS[name].yields) for name in METRICS)
         }
         for metric, layer in (("frechet", "2048"), ("sfid", "spatial")):
-            first, second = statistics(found.layers[layer]), statistics(other.layers[layer])
+            first, second = statistics(ten.layers[layer]), statistics(other.layers[layer])
             assert measured[metric] == (
                 pytest.approx(frechet_distance(first.mu, first.sigma, second.mu, second.sigma), rel=1e-5),
             )
         assert measured["sfid"] != measured["frechet"]
-        x, y = found.layers["2048"], other.layers["2048"]
+        x, y = ten.layers["2048"], other.layers["2048"]
         assert measured["kid"] == (pytest.approx(kid(x, y).value, rel=1e-3),)
-        assert measured["inception_score"] == (inception_score(found.layers["logits_unbiased"]).value,)
-        shares = precision_recall(x, y)
-        assert measured["precision_recall"] == (shares.precision, shares.recall)
+        assert measured["inception_score"] == (inception_score(ten.layers["logits_unbiased"]).value,)
+        assert measured["precision_recall"] == precision_recall(x, y)
 
     def test_what_is_missing_is_named(self, everything, alone, tmp_path):
         against = reference(alone, Images(), tmp_path)
@@ -165,23 +174,18 @@ class TestMeasure:
 
 
 class TestRead:
-    def save(self, path, extractor: Extractor) -> None:
-        """A reference batch of ADM's form: statistics of ten images, and the first four of them."""
-        found = extractor.features(PIXELS[:10])
-        pooled, spatial = (statistics(found.layers[layer]) for layer in ("2048", "spatial"))
+    def test_a_reference_of_adms_serves_every_metric(self, fid, ten, tmp_path):
+        """ADM's form: statistics of ten images, and the first four of them."""
+        pooled, spatial = (statistics(ten.layers[layer]) for layer in ("2048", "spatial"))
         images = PIXELS[:4].permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+        path = tmp_path / "VIRTUAL_x.npz"
         np.savez(path, arr_0=images, mu=pooled.mu, sigma=pooled.sigma, mu_s=spatial.mu, sigma_s=spatial.sigma)
-
-    def test_a_reference_of_adms_serves_every_metric(self, inception, tmp_path):
-        extractor = Extractor("inception", str(inception), CPU, METRICS.names)
-        self.save(tmp_path / "VIRTUAL_x.npz", extractor)
-        found = read_reference(extractor, tmp_path / "VIRTUAL_x.npz")
-        again = extractor.features(PIXELS[:10])
-        assert measure("frechet", again, found)[0] < 1e-6 * np.trace(found.of("frechet").sigma)
-        assert measure("sfid", again, found)[0] < 1e-6 * np.trace(found.of("sfid").sigma)
+        found = read_reference(fid, path)
+        assert measure("frechet", ten, found)[0] < 1e-6 * np.trace(found.of("frechet").sigma)
+        assert measure("sfid", ten, found)[0] < 1e-6 * np.trace(found.of("sfid").sigma)
         assert len(found.of("sfid").mu) == 2023
-        np.testing.assert_allclose(found.features.of("kid"), again.of("kid")[:4], rtol=1e-3, atol=1e-4)
-        assert measure("precision_recall", again, found)[1] == 1
+        np.testing.assert_allclose(found.features.of("kid"), ten.of("kid")[:4], rtol=1e-3, atol=1e-4)
+        assert measure("precision_recall", ten, found)[1] == 1
 
     def test_a_file_of_another_extractors(self, alone, tmp_path):
         held = statistics(np.random.default_rng(0).standard_normal((9, 4)))
