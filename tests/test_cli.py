@@ -1,20 +1,41 @@
-"""The command line as a user meets it: real processes, exit statuses, and no tracebacks."""
+"""The command line as a user meets it: exit statuses, lines, and no tracebacks."""
 
 import json
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from repa_lab.cli import app
 from tests.training.pretrained import write_images
 
 ROOT = Path(__file__).parents[1]
 
 
-def cli(*words, cwd=ROOT):
-    command = [sys.executable, "-m", "repa_lab.cli", *map(str, words)]
+def process(*words, cwd=ROOT):
+    """Run a command in a process of its own."""
+    command = [sys.executable, "-m", "repa_lab", *map(str, words)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def cli(*words, cwd=ROOT):
+    """Run a command in this process, for another one would import torch first; an error that is no line is raised."""
+    with chdir(cwd):
+        done = CliRunner().invoke(app, list(map(str, words)))
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
+
+
+def test_a_process_prints_what_the_command_does_and_ends_with_its_status(tmp_path):
+    (tmp_path / "bad.yaml").write_text("name: bad\n")
+    refused, listed = (process(*words, cwd=tmp_path) for words in (("plan", "bad.yaml"), ("status",)))
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == cli("plan", "bad.yaml", cwd=tmp_path).stderr
+    assert (listed.returncode, listed.stderr, listed.stdout) == (0, "", cli("status", cwd=tmp_path).stdout)
 
 
 @pytest.mark.parametrize("command", ["plan", "sweep", "run"])
@@ -72,11 +93,11 @@ def test_sdxl_is_planned_and_refused_in_one_line(tmp_path):
 
 
 def test_sdxl_without_its_weights_or_captions_is_refused_in_one_line_before_anything_is_made(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
     folder, root = write_images(tmp_path / "images"), tmp_path / "runs"
     data = [f"data={{source: imagefolder, path: {folder}, holdout: 6}}"]
     words = ("sweep", "experiments/sdxl_manifold.yaml", "--root", root, "--set", *data)
-    swept = cli(*words)
+    swept = process(*words)
     assert swept.returncode == 2
     (line,) = swept.stderr.splitlines()
     assert line.startswith(
@@ -84,7 +105,7 @@ def test_sdxl_without_its_weights_or_captions_is_refused_in_one_line_before_anyt
         "in the local cache; pass a folder or go online ("
     )
     (folder / "metadata.jsonl").unlink()
-    swept = cli(*words)
+    swept = process(*words)
     assert swept.returncode == 2
     assert set(swept.stderr.splitlines()) == {
         f"<given>: data.path: sdxl is trained with captions, and '{folder}' has none: give metadata.jsonl (file_name, text), or a "

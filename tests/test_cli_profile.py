@@ -8,9 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner, Result
 
-from repa_lab.cli import app
 from repa_lab.report.profile import load_profile, profile_matrix
 from repa_lab.runs import RunsRoot, RunWriter
 from tests.test_cli import cli
@@ -72,15 +70,10 @@ def test_two_runs_end_to_end(root):
     assert widths[2] > 2.5 * widths[1]
 
 
-def here(*words) -> Result:
-    """The same command in this process: another one would wait for torch."""
-    return CliRunner().invoke(app, ["profile", *map(str, words)])
-
-
 def test_json_is_what_is_stored(root):
     asked = ("--weights", "last", "--samples", 20, "--timesteps", "0.25", "--metrics", "cka")
-    done = here(root.run("aligned").path, *asked, "--json", "--root", root.path)
-    assert done.exit_code == 0, done.stderr
+    done = cli("profile", root.run("aligned").path, *asked, "--json", "--root", root.path)
+    assert done.returncode == 0, done.stderr
     (found,) = json.loads(done.stdout)
     assert found == json.loads((root.run("aligned").path / "profile.json").read_text())
     assert (found["protocol"]["weights"], found["protocol"]["images"], len(found["values"])) == ("last", 20, 4)
@@ -92,8 +85,8 @@ def test_what_cannot_be_compared_is_drawn_alone_and_said(root):
     spec = json.loads((other.path / "spec.json").read_text())
     spec["regularizer"]["encoder"]["standardize"] = True
     (other.path / "spec.json").write_text(json.dumps(spec))
-    done = here("aligned", "other", "--metrics", "cka", "--timesteps", "0.5", "--root", root.path)
-    assert done.exit_code == 0
+    done = cli("profile", "aligned", "other", "--metrics", "cka", "--timesteps", "0.5", "--root", root.path)
+    assert done.returncode == 0
     assert (
         done.stderr == "the profiles of aligned and other cannot be compared: encoder.standardize is False and True\n"
     )
@@ -103,18 +96,18 @@ def test_what_cannot_be_compared_is_drawn_alone_and_said(root):
 def test_a_grid_too_small_for_a_metric_is_said(root):
     run = make_run(**{"model.size": "nano/4"})
     run_to_end(run, root.run("coarse"), root.cache)
-    done = here("coarse", "--metrics", "cka,lds,cds,rmsc", "--timesteps", "0.5", "--root", root.path)
+    done = cli("profile", "coarse", "--metrics", "cka,lds,cds,rmsc", "--timesteps", "0.5", "--root", root.path)
     assert "the grid is too small for lds" in done.stdout.splitlines()
     assert set(load_profile(root.run("coarse"))["metric"]) == {"cka", "cds", "rmsc"}
     assert (
-        here("coarse", "--metrics", "lds", "--root", root.path).stderr
+        cli("profile", "coarse", "--metrics", "lds", "--root", root.path).stderr
         == "no block of run coarse has a grid that is large enough for lds\n"
     )
 
 
 def refused(*words) -> str:
-    done = here(*words)
-    assert (done.exit_code, done.stdout) == (2, "")
+    done = cli("profile", *words)
+    assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     return line
 
@@ -155,5 +148,5 @@ def test_missing_weights_of_an_encoder_are_one_line(root, tmp_path):
 
 @pytest.mark.filterwarnings("error::UserWarning:repa_lab.report.figures")
 def test_a_profile_of_one_time_is_drawn(root):
-    done = here("aligned", "--metrics", "cka", "--timesteps", "0.5", "--root", root.path)
-    assert done.exit_code == 0, done.stderr
+    done = cli("profile", "aligned", "--metrics", "cka", "--timesteps", "0.5", "--root", root.path)
+    assert done.returncode == 0, done.stderr

@@ -1,11 +1,11 @@
-"""The commands that read specs, as a user meets them: real processes and exit statuses."""
+"""The commands that read specs, as a user meets them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.test_cli import cli
 
 ROOT = Path(__file__).parents[1]
 SPEC = """\
@@ -18,11 +18,6 @@ axes: {regularizer.weight: {logspace: [0.1, 1, 3]}}
 include: [{label: baseline, set: {regularizer.type: none}}]
 seeds: 2
 """
-
-
-def cli(*words, cwd):
-    command = [sys.executable, "-m", "repa_lab.cli", *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Commands that look at runs and change where they stand: real processes on real run directories."""
+"""Commands that look at runs and change where they stand, on real run directories."""
 
 from __future__ import annotations
 
@@ -83,13 +83,13 @@ def test_a_run_that_was_killed_does_not_seem_to_go_on(root):
     make(root, "killed", State.RUNNING)
     (row,) = json.loads(cli("status", "--root", root.path, "--json").stdout)
     assert (row["state"], row["step"], row["left"]) == ("resumable", 5, "")
-    command = [sys.executable, "-m", "repa_lab.cli", "status", "--watch", "--root", str(root.path)]
+    command = [sys.executable, "-m", "repa_lab", "status", "--watch", "--root", str(root.path)]
     assert "resumable" in subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
 
 
 def test_status_goes_on_until_all_runs_have_come_to_rest(root):
     run = make(root, "one", State.RUNNING)
-    command = [sys.executable, "-m", "repa_lab.cli", "status", "--watch", "--root", str(root.path)]
+    command = [sys.executable, "-m", "repa_lab", "status", "--watch", "--root", str(root.path)]
     with RunWriter(run) as writer:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout
@@ -152,7 +152,10 @@ def test_gc_deletes_what_it_says_and_keeps_what_is_pinned(root):
     assert checkpoints.steps(root.run("kept").checkpoints) == [5]
     assert cli("pin", "kept", "--off", "--root", root.path).returncode == 0
     assert "kept" in cli("gc", "--root", root.path).stdout
-    assert "nothing more can go: 0 GiB cannot be kept to" in cli("gc", "--root", root.path, "--disk-gib", "0").stdout
+    assert (
+        "cannot free enough space: 0 GiB requested, and nothing more can be deleted"
+        in cli("gc", "--root", root.path, "--disk-gib", "0").stdout
+    )
 
 
 def test_a_disk_that_cannot_be_written_is_one_line(tmp_path):

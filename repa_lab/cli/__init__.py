@@ -1,45 +1,72 @@
-"""The command line: parse, call, print. Exit status 2 means the input was refused and nothing was created."""
+"""The command line: parse, call, print. Exit status 2 means that the input was refused and nothing was created."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from repa_lab.cli import data, models, profile, reproduce, results, specs, sweeps, watch
-from repa_lab.cli.shared import clean_errors
+from repa_lab.cli import models, results, runs, specs, sweeps
 from repa_lab.registry import load_plugins
 
-PluginOption = Annotated[
-    list[Path] | None,
-    typer.Option("--plugin", metavar="FILE", help="Load a plugin, for runs of components that it registers."),
-]
-# In the order in which help lists them.
+# In the order in which --help lists them.
 COMMANDS = (
     sweeps.sweep, sweeps.plan, sweeps.run, sweeps.report,
     specs.schema, specs.explain, specs.diff,
-    watch.status, watch.why, watch.retry, watch.stop, watch.pin, watch.gc,
-    profile.profile,
-    results.leaderboard, results.sync,
-    reproduce.reproduce,
+    runs.status, runs.why, runs.retry, runs.stop, runs.pin, runs.gc,
+    results.profile, results.leaderboard, results.sync,
+    sweeps.reproduce,
     models.families, models.export, models.sample,
 )  # fmt: skip
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+class _Commands(TyperGroup):
+    """All commands; the one place where their errors become a line and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Invoke a command: a user's mistake is exit status 2, work that cannot go on 1, an interruption 130.
+
+        Errors that are not the lab's own are defects, and keep their traceback.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            message, status = "interrupted; run the same command again to go on from the last checkpoints", 130
+        except (ValueError, RuntimeError) as error:
+            if not type(error).__module__.startswith("repa_lab."):
+                raise
+            message, status = str(error), 2 if isinstance(error, ValueError) else 1
+        except BrokenPipeError:  # a reader such as `head` has seen enough
+            raise
+        except OSError as error:  # such as a disk that is full or read-only
+            message, status = f"'{error.filename}': " if error.filename else "", 1
+            message += error.strerror or str(error)
+        typer.echo(message, err=True)
+        raise typer.Exit(status)
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
 
 
 @app.callback()
-def _load(plugin: PluginOption = None) -> None:
-    with clean_errors():
-        load_plugins(plugin or [])
+def _load(
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option("--plugin", metavar="FILE", help="Load a plugin, for runs of components that it registers."),
+    ] = None,
+) -> None:
+    load_plugins(plugin or [])
 
 
 for _command in COMMANDS:
     app.command()(_command)
 app.command("import", context_settings={"ignore_unknown_options": True})(models.import_)
-app.add_typer(data.app, name="data")
+app.add_typer(models.data, name="data")
 
 
 def main() -> None:

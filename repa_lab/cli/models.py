@@ -1,10 +1,15 @@
-"""Denoisers: what there are, and what comes out of a run; settings of another trainer."""
+"""List denoisers, export what a run trained, exchange settings with SimpleTuner, prepare data sets."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,42 +17,44 @@ from repa_lab.cli.shared import (
     JsonOption,
     OutputOption,
     RootOption,
-    clean_errors,
+    RunArgument,
+    UsageError,
+    WeightsOption,
     deliver,
     err,
-    mistake,
     out,
     progress,
+    require_choice,
     table,
 )
 from repa_lab.runs.root import DEFAULT_ROOT
 
-if TYPE_CHECKING:
-    from repa_lab.runs import RunDirectory
-
 EXPORT_FORMATS = ("diffusers", "simpletuner")
+_DEVICES = ("auto", "cpu", "cuda")
+_POLL_S = 0.2
+
+data = typer.Typer(no_args_is_help=True, help="Prepare data sets.")
 
 
 def families(json_: JsonOption = False) -> None:
-    """List the denoisers: which regularizer fits, what can be tapped, and the grid of tokens that is found there."""
-    with clean_errors():
-        from dataclasses import asdict
+    """List the denoisers: which regularizer fits, what can be tapped, and the grid of tokens at the tap."""
+    from dataclasses import asdict
 
-        from repa_lab.models.families import catalogue
+    from repa_lab.models.families import catalogue
 
-        rows = [asdict(entry) for entry in catalogue()]
-        if json_:
-            print(json.dumps(rows))
-            return
-        for row in rows:
-            row |= {"grid": "{}x{}".format(*row["grid"]), "parameters": f"{row['parameters']:,}"}
-        out.print(table("families; the grid is that of a tapped image of so many pixels", rows))
+    rows = [asdict(entry) for entry in catalogue()]
+    if json_:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        row |= {"grid": "{}x{}".format(*row["grid"]), "parameters": f"{row['parameters']:,}"}
+    out.print(table("families; the grid is that of a tapped image of so many pixels", rows))
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's id, or its folder.")],
+    run: RunArgument,
     folder: Annotated[Path | None, typer.Argument(metavar="[FOLDER]", help="A new folder for the model.")] = None,
-    weights: Annotated[str, typer.Option(help="ema (the averages that are measured) or last.")] = "ema",
+    weights: WeightsOption = "ema",
     format_: Annotated[
         str, typer.Option("--format", help="diffusers: the model; simpletuner: the settings.")
     ] = "diffusers",
@@ -55,48 +62,56 @@ def export(
     root: RootOption = DEFAULT_ROOT,
 ) -> None:
     """Write a run's denoiser alone, as diffusers would load it, or its regularizer's settings as SimpleTuner's JSON."""
-    with clean_errors():
-        from repa_lab.runs import RunsRoot
+    from repa_lab.runs import RunsRoot
 
-        target = _target(format_, folder, output)
-        directory = RunsRoot(root).find_run(run)
-        if format_ == "simpletuner" or target is None:
-            _export_settings(directory, target)
-            return
+    require_choice("--format", "format", format_, EXPORT_FORMATS)
+    if folder and output:
+        raise UsageError(f"'{folder}' is named as well; give one of them", "--output")
+    target = folder or output
+    if format_ == "diffusers" and target is None:
+        raise UsageError("name a new folder for the model", "FOLDER")
+    directory = RunsRoot(root).find_run(run)
+    if format_ == "diffusers" and target is not None:
         from repa_lab.training.export import export_model
 
         step = export_model(directory, target, weights)
-        out.print(f"{weights} weights of step {step:,}: {target}", highlight=False, soft_wrap=True)
+        typer.echo(f"{weights} weights of step {step:,}: {target}")
+        return
+    from repa_lab.bridge.exporting import export_settings
+    from repa_lab.spec.identity import Run
+
+    exported = export_settings(Run.read(directory).config)
+    deliver(json.dumps(exported.settings, indent=2) + "\n", target)
+    for lost in exported.lost:
+        typer.echo(lost, err=True)
 
 
 def sample(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's id, or its folder.")],
+    run: RunArgument,
     file: Annotated[Path, typer.Argument(metavar="FILE.npz", help="A new file.")],
     metric: Annotated[
-        str | None, typer.Option(help="Full name of a number; else the first of the dearest protocol.")
+        str | None, typer.Option(help="Full name of a number; else the first of the most expensive protocol.")
     ] = None,
-    weights: Annotated[str, typer.Option(help="ema (the averages that are measured) or last.")] = "ema",
+    weights: WeightsOption = "ema",
     real: Annotated[
-        bool, typer.Option("--real", help="Write instead what they are compared with: training images.")
+        bool, typer.Option("--real", help="Write the training images that the samples are compared with instead.")
     ] = False,
     root: RootOption = DEFAULT_ROOT,
 ) -> None:
     """Draw the samples that a run's number was measured on into one file, as ADM's evaluator takes it."""
-    with clean_errors():
-        from repa_lab.runs import RunsRoot
+    from repa_lab.runs import RunsRoot
 
-        directory = RunsRoot(root).find_run(run)
-        from repa_lab.training.export import write_real, write_samples
+    directory = RunsRoot(root).find_run(run)
+    from repa_lab.training.export import write_real, write_samples  # takes seconds; a mistyped run need not wait
 
-        with progress("images" if real else "samples", err) as show:
-            if real:
-                count = write_real(directory, file, RunsRoot(root).cache, show)
-                out.print(f"{count:,} training images: {file}", highlight=False, soft_wrap=True)
-                return
-            step, name, value = write_samples(directory, file, RunsRoot(root).cache, metric, weights, show)
-        out.print(f"the samples of {name} at step {step:,}, {weights} weights: {file}", highlight=False, soft_wrap=True)
-        measured = "the run has no such number of these weights" if value is None else f"the run measured {value!r}"
-        out.print(measured, highlight=False, soft_wrap=True)
+    with progress("images" if real else "samples", err) as show:
+        if real:
+            count = write_real(directory, file, RunsRoot(root).cache, show)
+            typer.echo(f"{count:,} training images: {file}")
+            return
+        step, name, value = write_samples(directory, file, RunsRoot(root).cache, metric, weights, show)
+    typer.echo(f"the samples of {name} at step {step:,}, {weights} weights: {file}")
+    typer.echo("the run has no such number of these weights" if value is None else f"the run measured {value!r}")
 
 
 def import_(
@@ -105,32 +120,83 @@ def import_(
     ],
     output: OutputOption = None,
 ) -> None:
-    """Turn a SimpleTuner config into a spec, and say what it cannot carry and what means something else here."""
-    with clean_errors():
-        from repa_lab.bridge.importing import import_config
+    """Turn a SimpleTuner config into a spec; say which settings it cannot carry, and which mean something else here."""
+    from repa_lab.bridge.importing import import_config
 
-        imported = import_config(config)
-        deliver(imported.spec, output)
-        for remark in imported.remarks:
-            err.print(remark, highlight=False, markup=False, soft_wrap=True)
-
-
-def _target(format_: str, folder: Path | None, output: Path | None) -> Path | None:
-    """Where an export goes; None is standard output, which takes settings alone."""
-    if format_ not in EXPORT_FORMATS:
-        raise mistake("--format", f"unknown format '{format_}'; allowed: {', '.join(EXPORT_FORMATS)}")
-    if folder and output:
-        raise mistake("--output", f"'{folder}' is named as well; give one of them")
-    if format_ == "diffusers" and not (folder or output):
-        raise mistake("FOLDER", "name a new folder for the model")
-    return folder or output
+    imported = import_config(config)
+    deliver(imported.spec, output)
+    for remark in imported.remarks:
+        typer.echo(remark, err=True)
 
 
-def _export_settings(directory: RunDirectory, output: Path | None) -> None:
-    from repa_lab.bridge.exporting import export_settings
-    from repa_lab.spec.identity import Run
+@data.callback()
+def _data() -> None:
+    """Prepare data sets."""
 
-    exported = export_settings(Run.from_json(directory.run_id, directory.spec).config)
-    deliver(json.dumps(exported.settings, indent=2) + "\n", output)
-    for lost in exported.lost:
-        err.print(lost, highlight=False, markup=False, soft_wrap=True)
+
+@data.command()
+def prepare(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of images, one class per subfolder.")],
+    folder: Annotated[Path, typer.Argument(metavar="DST", help="A new folder, or one to go on with.")],
+    vae: Annotated[str, typer.Option(help="A hub id or a folder; the papers' is stabilityai/sd-vae-ft-mse.")],
+    resolution: Annotated[int, typer.Option(min=1, help="Pixels along each side.")] = 256,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images that are encoded at a time.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes all GPUs there are.")] = "auto",
+) -> None:
+    """Crop images and encode them once, in the layout of REPA's preprocessing. Run it again to go on where it stopped.
+
+    Under torchrun or accelerate launch each process does its share.
+    """
+    require_choice("--device", "device", device, _DEVICES)
+    import torch
+
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cuda" and not gpus:
+        raise UsageError("torch sees no GPU on this machine; use auto or cpu", "--device")
+    options = ["--resolution", str(resolution), "--vae", vae, "--batch-size", str(batch_size), "--device", device]
+    if gpus > 1 and "RANK" not in os.environ:
+        if status := run_in_processes(["data", "prepare", *options, "--", str(source), str(folder)], gpus):
+            raise typer.Exit(status)
+    else:
+        _prepare_share(source, folder, resolution, vae, batch_size, bool(gpus))
+    if "RANK" not in os.environ:  # one of several processes does not know whether all are done
+        typer.echo(f"data: {{source: repa, path: {folder}, resolution: {resolution}, vae: {vae}}}")
+
+
+def run_in_processes(words: Sequence[str], count: int) -> int:
+    """Run a command of `repa-lab` in this many processes, as torchrun would; a process that fails ends the others.
+
+    Returns:
+        The first exit status that is not 0, or 0.
+    """
+    size = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    command = [sys.executable, "-m", "repa_lab", *words]
+    ranks = [{**os.environ, **size, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    processes = [subprocess.Popen(command, env=environment) for environment in ranks]
+
+    def failure() -> int:
+        return next((abs(status) for process in processes if (status := process.poll())), 0)
+
+    try:
+        while any(process.poll() is None for process in processes) and not failure():
+            time.sleep(_POLL_S)
+        return failure()
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+
+
+def _prepare_share(source: Path, folder: Path, resolution: int, vae: str, batch_size: int, on_gpu: bool) -> None:
+    import torch
+
+    from repa_lab.data.prepared import prepare as prepare_data
+
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    task = "images" if world == 1 else f"images (one of {world} equal parts)"
+    with progress(task, out, is_shown=rank == 0) as show:
+        share = {"rank": rank, "world": world, "threads": threads}
+        prepare_data(source, folder, resolution, vae, batch_size, device=device, progress=show, **share)

@@ -1,110 +1,230 @@
-"""Look across sweeps, and hand runs on to W&B."""
+"""Look across sweeps and into runs: profiles of blocks, leaderboards, the upload to W&B."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from repa_lab.cli.shared import JsonOption, RootOption, clean_errors, err, out, table
+from repa_lab.cli.shared import (
+    JsonOption,
+    RootOption,
+    UsageError,
+    WeightsOption,
+    out,
+    require_choice,
+    table,
+)
 from repa_lab.runs.root import DEFAULT_ROOT
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from repa_lab.report.leaderboard import Board
     from repa_lab.runs import RunDirectory, RunsRoot
+    from repa_lab.spec import EncoderSettings
 
-WhatArgument = Annotated[
-    list[Path] | None,
-    typer.Argument(metavar="[RUN|SWEEP]...", help="Ids of runs, names of sweeps, or folders; else all."),
-]
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def profile(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Ids or folders; the others are compared with the first.")
+    ],
+    timesteps: Annotated[str, typer.Option(help="From 0, data, to 1, noise.")] = "0.1,0.3,0.5,0.7,0.9",
+    encoder: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Encoder to compare with, or its settings as in a spec; else the run's own."),
+    ] = None,
+    weights: WeightsOption = "ema",
+    samples: Annotated[int | None, typer.Option(min=1, help="How many of the held-out images; else all.")] = None,
+    metrics: Annotated[str, typer.Option(help="The metrics to measure.")] = "cka,cknna,mutual_knn,lds,cds,rmsc",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16: what the run was trained in.")] = "fp32",
+    root: RootOption = DEFAULT_ROOT,
+    json_: JsonOption = False,
+) -> None:
+    """Measure how well every block of a run agrees with its encoder at several times, and draw it.
+
+    Of several runs the differences from the first are drawn too.
+    """
+    from repa_lab.runs import RunsRoot
+
+    directories = [RunsRoot(root).find_run(run) for run in dict.fromkeys(runs)]
+    from repa_lab.spec import RunOptions  # takes seconds, for torch; a mistyped run need not wait
+    from repa_lab.training.profile import Request, profile_run
+
+    require_choice("--precision", "precision", precision, PRECISIONS)
+    options, names = RunOptions.model_validate({"precision": precision}), _words(metrics)
+    try:
+        times = tuple(sorted(float(word) for word in _words(timesteps)))
+    except ValueError:
+        raise UsageError(f"expected numbers with commas between them, got '{timesteps}'", "--timesteps") from None
+    request = Request(times, tuple(names), weights, samples, _encoder(encoder, directories))
+    profiles = [profile_run(run, request, options, RunsRoot(root).cache) for run in directories]
+    if json_:
+        _draw(directories)
+        print(json.dumps(profiles))
+        return
+    for run in directories:
+        _print_profile(run, names)
+    for path in _draw(directories):
+        typer.echo(path)
 
 
 def leaderboard(
-    place: Annotated[Path | None, typer.Argument(metavar="[ROOT]", help="Where runs live; the same as --root.")] = None,
+    place: Annotated[
+        Path | None, typer.Argument(metavar="[ROOT]", help="The folder of all runs; the same as --root.")
+    ] = None,
     root: RootOption = DEFAULT_ROOT,
     metric: Annotated[
         str | None, typer.Option(metavar="NAME|KIND", help="One metric, or one kind, such as fid.")
     ] = None,
     protocol: Annotated[
-        str, typer.Option(metavar="TEXT", help="What its name must contain, such as @50k/sde250.")
+        str, typer.Option(metavar="TEXT", help="What the metric's name must contain, such as @50k/sde250.")
     ] = "",
     json_: JsonOption = False,
 ) -> None:
     """Show the arms of all sweeps, best first, a table for each protocol."""
-    with clean_errors():
-        from repa_lab.report.leaderboard import leaderboards
+    from repa_lab.report.leaderboard import leaderboards
 
-        boards = leaderboards(place or root, metric, protocol, tell=_tell)
-        if json_:
-            print(json.dumps([_as_json(board) for board in boards]))
-            return
-        for board in boards:
-            out.print(table(_title(board), _rows(board)))
-
-
-def _tell(line: str) -> None:
-    err.print(line, highlight=False, markup=False, soft_wrap=True)
+    boards = leaderboards(place or root, metric, protocol, tell=lambda line: typer.echo(line, err=True))
+    if json_:
+        print(json.dumps([_board_json(board) for board in boards]))
+        return
+    for board in boards:
+        better = "lower is better" if board.goal == "min" else "higher is better"
+        fields = [f"{field}: {json.dumps(value)}" for field, value in board.protocol.items()]
+        out.print(table("\n".join([f"{board.metric} ({better})", *fields]), _board_rows(board)))
 
 
-def _as_json(board: Board) -> dict[str, Any]:
-    rows = json.loads(board.frame.to_json(orient="records"))  # which knows how to write what is not a number
+def sync(
+    names: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN|SWEEP]...", help="Ids of runs, names of sweeps, or folders; else all."),
+    ] = None,
+    root: RootOption = DEFAULT_ROOT,
+) -> None:
+    """Upload what W&B recorded offline, with the key in WANDB_API_KEY."""
+    from repa_lab.runs import RunsRoot
+    from repa_lab.tracking.wandb import offline_folders
+    from repa_lab.tracking.wandb import sync as upload
+
+    runs_root = RunsRoot(root)
+    chosen = [run for name in names for run in _runs_of(runs_root, name)] if names else runs_root.runs()
+    runs = [run for run in {run.path.resolve(): run for run in chosen}.values() if offline_folders(run)]
+    failed = False
+    for run in runs:
+        with out.status(f"uploading {run.run_id}"):
+            result = upload(run)
+        failed |= result.outcome == "failed"
+        typer.echo(": ".join(filter(None, (result.run_id, result.outcome, result.detail))))
+    if not runs:
+        typer.echo(f"W&B recorded nothing offline of these runs in {root}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _encoder(given: str | None, directories: Sequence[RunDirectory]) -> EncoderSettings | None:
+    """Return the named encoder, with the settings under which one of the runs uses it, or else with the defaults."""
+    from repa_lab.spec import EncoderSettings
+    from repa_lab.spec.document import Draft
+    from repa_lab.spec.identity import Run
+    from repa_lab.spec.validate import validate
+    from repa_lab.spec.yaml import parse_scalar
+    from repa_lab.training.profile import known_encoder
+
+    if given is None:
+        return None
+    try:
+        value = parse_scalar(given)
+    except ValueError as error:
+        raise UsageError(str(error), "--encoder") from None
+    if isinstance(value, dict):
+        return validate(EncoderSettings, Draft(value))
+    configs = [Run.read(run).config for run in directories]
+    return known_encoder(configs, given) or EncoderSettings(name=given)
+
+
+def _print_profile(run: RunDirectory, metrics: Sequence[str]) -> None:
+    from repa_lab.report.profile import load_profile, shown_metrics
+
+    frame = load_profile(run)
+    protocol, aligned = frame.attrs["protocol"], frame.attrs["aligned_block"]
+    rows = [_profile_row(frame, timestep, shown_metrics([frame])) for timestep in protocol["timesteps"]]
+    source = f"{protocol['weights']} weights of step {protocol['step']:,}, {protocol['images']:,} held-out images"
+    out.print(table(f"{run.run_id}: {source}, {protocol['encoder']['name']}", rows))
+    typer.echo("not aligned" if aligned is None else f"aligned at block {aligned}")
+    if missing := [metric for metric in metrics if metric not in set(frame["metric"])]:
+        typer.echo(f"the grid is too small for {', '.join(missing)}")
+
+
+def _profile_row(frame: pd.DataFrame, timestep: float, metrics: Sequence[str]) -> dict[str, Any]:
+    """Return, for each metric, the block with the largest value, and the value of the block that the run measures."""
+    row: dict[str, Any] = {"timestep": f"{timestep:g}"}
+    measured = frame.attrs["measured_block"]
+    for metric in metrics:
+        values = frame[(frame["timestep"] == timestep) & (frame["metric"] == metric)].set_index("block")["value"]
+        row[f"{metric}: best block"] = f"{values.idxmax()} ({values.max():.3f})"
+        if measured in values.index:
+            row[f"{metric} at {measured}"] = f"{values[measured]:.3f}"
+    return row
+
+
+def _draw(directories: Sequence[RunDirectory]) -> list[Path]:
+    """Draw each run, and each run beside the first; print why a pair cannot be drawn."""
+    from repa_lab.report.figures import save
+    from repa_lab.report.profile import profile_figure, why_not_comparable
+    from repa_lab.runs.profiles import picture_of
+
+    drawn = [save(profile_figure([run]), picture_of(run)) for run in directories]
+    first, *others = directories
+    for other in others:
+        if reason := why_not_comparable(first, other):
+            typer.echo(reason, err=True)
+        else:
+            drawn.append(save(profile_figure([first, other]), picture_of(other, first)))
+    return drawn
+
+
+def _board_json(board: Board) -> dict[str, Any]:
+    rows = json.loads(board.frame.to_json(orient="records"))  # pandas writes what is not a number as null
     return {"metric": board.metric, "goal": board.goal, "protocol": dict(board.protocol), "arms": rows}
 
 
-def _title(board: Board) -> str:
-    better = "lower is better" if board.goal == "min" else "higher is better"
-    differing = [f"{field}: {json.dumps(value)}" for field, value in board.protocol.items()]
-    return "\n".join([f"{board.metric} ({better})", *differing])
-
-
-def _rows(board: Board) -> list[dict[str, Any]]:
+def _board_rows(board: Board) -> list[dict[str, Any]]:
     from repa_lab.report.tables import decimals, interval
 
-    def row(arm: Any) -> dict[str, Any]:
+    rows = []
+    for arm in board.frame.itertuples():
         places = decimals(arm.mean)
-        spread = "" if arm.low != arm.low else f" {interval(arm.low, arm.high, places)}"
-        return {
-            **{"arm": arm.arm, "sweeps": arm.sweeps, "model": f"{arm.family} {arm.size}".strip()},
-            **{"regularizer": f"{arm.regularizer} {arm.encoder}".strip(), "state": arm.state},
-            **{"mean [95 % interval]": f"{arm.mean:.{places}f}{spread}", "n": f"{arm.n} of {arm.seeds}"},
-            **{"best": f"{arm.best:.{places}f}", "step": arm.step, "images": f"{arm.images:.0f}"},
-        }
-
-    return [row(arm) for arm in board.frame.itertuples()]
-
-
-def sync(what: WhatArgument = None, root: RootOption = DEFAULT_ROOT) -> None:
-    """Upload what W&B recorded offline, with the key in WANDB_API_KEY."""
-    with clean_errors():
-        from repa_lab.runs import RunsRoot
-        from repa_lab.tracking.wandb import offline_folders
-        from repa_lab.tracking.wandb import sync as upload
-
-        runs = [run for run in _chosen(RunsRoot(root), what or []) if offline_folders(run)]
-        failed = False
-        for run in runs:
-            with out.status(f"uploading {run.run_id}"):
-                found = upload(run)
-            failed |= found.outcome == "failed"
-            line = ": ".join(filter(None, (found.run_id, found.outcome, found.detail)))
-            out.print(line, highlight=False, markup=False, soft_wrap=True)
-        if not runs:
-            out.print(
-                f"W&B recorded nothing offline of these runs in {root}", highlight=False, markup=False, soft_wrap=True
-            )
-        if failed:
-            raise typer.Exit(1)
+        has_interval = arm.low == arm.low  # else NaN
+        spread = f" {interval(arm.low, arm.high, places)}" if has_interval else ""
+        rows.append(
+            {
+                "arm": arm.arm,
+                "sweeps": arm.sweeps,
+                "model": f"{arm.family} {arm.size}".strip(),
+                "regularizer": f"{arm.regularizer} {arm.encoder}".strip(),
+                "state": arm.state,
+                "mean [95 % interval]": f"{arm.mean:.{places}f}{spread}",
+                "n": f"{arm.n} of {arm.seeds}",
+                "best": f"{arm.best:.{places}f}",
+                "step": arm.step,
+                "images": f"{arm.images:.0f}",
+            }
+        )
+    return rows
 
 
-def _chosen(root: RunsRoot, names: list[Path]) -> list[RunDirectory]:
-    """The runs of these names, each once; all of the root without any."""
-    found = [run for name in names for run in _named(root, name)] if names else root.runs()
-    return list({run.path.resolve(): run for run in found}.values())
-
-
-def _named(root: RunsRoot, name: Path) -> list[RunDirectory]:
+def _runs_of(root: RunsRoot, name: Path) -> list[RunDirectory]:
+    """Return the runs of a sweep, or the one run of this name."""
     from repa_lab.runs.root import UnknownRunError, UnknownSweepError
 
     try:

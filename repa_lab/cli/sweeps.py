@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -15,18 +16,15 @@ from repa_lab.cli.shared import (
     RootOption,
     SetOption,
     SpecArgument,
-    clean_errors,
-    err,
+    SweepArgument,
+    UsageError,
+    WithOption,
+    WorkersOption,
     out,
     overrides,
     table,
 )
 from repa_lab.runs.root import DEFAULT_ROOT
-
-WithOption = Annotated[
-    list[Path] | None,
-    typer.Option("--with", metavar="FILE", help="Lay a fragment over the spec, under --set; may be given again."),
-]
 
 
 def sweep(
@@ -34,7 +32,7 @@ def sweep(
     root: RootOption = DEFAULT_ROOT,
     set_: SetOption = None,
     with_: WithOption = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="How many runs go on at a time.")] = None,
+    workers: WorkersOption = None,
     max_failures: Annotated[
         int | None, typer.Option("--max-failures", min=1, help="Start no more runs after this many have failed.")
     ] = None,
@@ -46,26 +44,23 @@ def sweep(
     ] = False,
 ) -> None:
     """Train what the question asks for and is not done yet, then report the answer."""
-    with clean_errors():
-        from repa_lab.orchestration.api import sweep as carry_out
-        from repa_lab.report import answer, load_results
+    from repa_lab.orchestration.api import sweep as carry_out
 
-        options = {"run.max_failures": max_failures} if max_failures else {}
-        options |= {"run.share": False} if no_share else {}
-        outcome = carry_out(spec, root, overrides(set_) | options, workers, out, rehearse, with_ or ())
-        diverged = f"{len(outcome.diverged)} diverged, " if outcome.diverged else ""
-        out.print(f"{outcome.trained} runs trained now, {diverged}{len(outcome.failures)} failed", highlight=False)
-        for run_id, reason in outcome.failures.items():
-            err.print(f"run {run_id} failed: {reason}", highlight=False, markup=False)
-        if outcome.stopped:
-            err.print(outcome.stopped, highlight=False, markup=False)
-        if rehearse:
-            out.print("a rehearsal: tiny random models, whose numbers say nothing", highlight=False)
-        for sentence in [] if rehearse else answer(load_results(outcome.path)):
-            out.print(sentence, highlight=False, markup=False, soft_wrap=True)
-        out.print(f"report: {outcome.path / 'report.html'}", highlight=False, soft_wrap=True)
-        if outcome.failures:
-            raise typer.Exit(1)
+    options = {"run.max_failures": max_failures} if max_failures else {}
+    options |= {"run.share": False} if no_share else {}
+    outcome = carry_out(spec, root, overrides(set_) | options, workers, out, rehearse, with_ or ())
+    diverged = f"{len(outcome.diverged)} diverged, " if outcome.diverged else ""
+    typer.echo(f"{outcome.trained} runs trained now, {diverged}{len(outcome.failures)} failed")
+    _print_failures(outcome.failures)
+    if outcome.stopped:
+        typer.echo(outcome.stopped, err=True)
+    if rehearse:
+        typer.echo("a rehearsal: tiny random models, whose numbers say nothing")
+    else:
+        _print_answer(outcome.path)
+    typer.echo(f"report: {outcome.path / 'report.html'}")
+    if outcome.failures:
+        raise typer.Exit(1)
 
 
 def plan(
@@ -77,23 +72,22 @@ def plan(
     json_: JsonOption = False,
 ) -> None:
     """Show a sweep's arms: what is done, what is left, what it takes, and what stands in the way. Creates nothing."""
-    with clean_errors():
-        from repa_lab.orchestration import display
-        from repa_lab.orchestration.api import plan as make_plan
-        from repa_lab.orchestration.cost import estimate
+    from repa_lab.orchestration import display
+    from repa_lab.orchestration.api import plan as make_plan
+    from repa_lab.orchestration.cost import estimate
 
-        planned = make_plan(spec, root, overrides(set_), with_ or ())
-        found = estimate(planned)
-        if json_:
-            print(json.dumps(display.as_json(found)))
-            return
-        rows = display.run_rows(found) if runs else display.arm_rows(found)
-        out.print(table(planned.experiment.question or planned.experiment.name, rows))
-        if planned.orphans:
-            title = "orphaned: asked for by an earlier version of the spec, and kept"
-            out.print(table(title, display.orphan_rows(planned), hidden=("orphaned",)))
-        for line in display.sentences(found) + display.blocked_lines(planned):
-            out.print(line, highlight=False, markup=False, soft_wrap=True)
+    planned = make_plan(spec, root, overrides(set_), with_ or ())
+    estimated = estimate(planned)
+    if json_:
+        print(json.dumps(display.as_json(estimated)))
+        return
+    rows = display.run_rows(estimated) if runs else display.arm_rows(estimated)
+    out.print(table(planned.experiment.question or planned.experiment.name, rows))
+    if planned.orphans:
+        title = "orphaned: asked for by an earlier version of the spec, and kept"
+        out.print(table(title, display.orphan_rows(planned), hidden=("orphaned",)))
+    for line in display.sentences(estimated) + display.blocked_lines(planned):
+        typer.echo(line)
 
 
 def run(
@@ -105,26 +99,65 @@ def run(
     with_: WithOption = None,
 ) -> None:
     """Train one run of a sweep in this process, or in those that torchrun or accelerate launch started for it."""
-    with clean_errors():
-        from repa_lab.orchestration.api import run_one
+    from repa_lab.orchestration.api import run_one
 
-        shown = out if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
-        directory, state = run_one(spec, arm, seed, root, overrides(set_), shown, with_ or ())
-        shown.print(f"{state.value}: {directory.path}", highlight=False, soft_wrap=True)
+    console = out if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
+    directory, state = run_one(spec, arm, seed, root, overrides(set_), console, with_ or ())
+    console.print(f"{state.value}: {directory.path}", highlight=False, soft_wrap=True)
 
 
-def report(
-    sweep: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep's name or folder.")],
-    root: RootOption = DEFAULT_ROOT,
-) -> None:
+def report(sweep: SweepArgument, root: RootOption = DEFAULT_ROOT) -> None:
     """Write a sweep's report again and print its answer."""
-    with clean_errors():
-        from repa_lab.report import answer, load_results, write_report
-        from repa_lab.runs import RunsRoot
+    from repa_lab.report import write_report
+    from repa_lab.runs import RunsRoot
 
-        directory = RunsRoot(root).find_sweep(sweep)
-        paths = write_report(directory)
-        for sentence in answer(load_results(directory.path)):
-            out.print(sentence, highlight=False, markup=False, soft_wrap=True)
-        for path in paths.all:
-            out.print(f"report: {path}", highlight=False, soft_wrap=True)
+    directory = RunsRoot(root).find_sweep(sweep)
+    paths = write_report(directory)
+    _print_answer(directory.path)
+    for path in paths.all:
+        typer.echo(f"report: {path}")
+
+
+def reproduce(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Such as urepa/table8; without it, all are listed.")
+    ] = None,
+    scale: Annotated[str, typer.Option(help="full, or nano: the same arms on digits, in minutes on a CPU.")] = "full",
+    root: RootOption = DEFAULT_ROOT,
+    set_: SetOption = None,
+    workers: WorkersOption = None,
+) -> None:
+    """Train the arms of a paper's table and compare what is measured with what was published."""
+    from repa_lab.orchestration import reproduce as tables
+    from repa_lab.orchestration.api import sweep as carry_out
+    from repa_lab.report.published import table_rows
+
+    if name is None:
+        print("\n".join(tables.names()))
+        return
+    chosen = tables.SCALES.get(scale)
+    if chosen is None:
+        raise UsageError(f"expected full or nano, got '{scale}'", "--scale")
+    experiment = tables.open_table(name, chosen, overrides(set_))
+    outcome = carry_out(experiment, root, workers=workers, console=out)
+    _print_failures(outcome.failures)
+    comparisons = tables.results_of(experiment, outcome.path, chosen)
+    for comparison in comparisons:
+        out.print(table(f"{experiment.name}: {comparison.metric}", table_rows(comparison)))
+    for line in tables.lines_of(experiment, comparisons, chosen):
+        typer.echo(line)
+    typer.echo(f"written: {outcome.path / 'reproduce.md'} and .csv")
+    if outcome.failures:
+        raise typer.Exit(1)
+
+
+def _print_failures(failures: Mapping[str, str]) -> None:
+    for run_id, reason in failures.items():
+        typer.echo(f"run {run_id} failed: {reason}", err=True)
+
+
+def _print_answer(path: Path) -> None:
+    from repa_lab.report import answer, load_results
+
+    for sentence in answer(load_results(path)):
+        typer.echo(sentence)

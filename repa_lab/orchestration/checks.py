@@ -1,4 +1,4 @@
-"""What a spec says against what exists: families, blocks, grids, data, files. No torch, so that `plan` answers at once."""
+"""Check a spec against what exists: families, blocks, grids, data, files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check(experiment: Experiment, inventory: Inventory | None) -> None:
 
 
 def blocked(arm: Arm) -> Problem | None:
-    """Why an arm that is right cannot be trained here yet, or None."""
+    """Return why an arm cannot be trained here yet though it is right; None if it can."""
     if arm.config.data.is_unset:
         return arm.problem("data.path", "not set; give a folder of images with --set data.path=FOLDER")
     return None
@@ -129,12 +129,12 @@ def _size_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
 
 
 def _sampling_problems(arm: Arm, family: Family) -> Iterator[Problem]:
-    dearest_first = [*_tiers(arm)][::-1]  # what both protocols have is the usual one's
-    for sampler, path in {tier.sampler: f"{path}.sampler" for path, tier in dearest_first}.items():
+    reverse = [*_tiers(arm)][::-1]  # a sampler that both protocols have is the problem of the usual one
+    for sampler, path in {tier.sampler: f"{path}.sampler" for path, tier in reverse}.items():
         if (sampler.type, sampler.solver) != ("ode", "euler"):
             message = f"{family.name} is sampled through its own pipeline and scheduler: only {path}.steps can be set"
             yield arm.problem(path, message)
-    for guidance, path in {tier.guidance: f"{path}.guidance" for path, tier in dearest_first}.items():
+    for guidance, path in {tier.guidance: f"{path}.guidance" for path, tier in reverse}.items():
         if (guidance.low, guidance.high) != (0, 1):
             yield arm.problem(path, f"the pipeline of {family.name} guides at all times: leave low and high out")
 
@@ -165,7 +165,7 @@ def _regularizer_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Pr
 
 
 def _depth(arm: Arm, family: Family, shape: Shape) -> int | None:
-    """The number of blocks; None for weights elsewhere that may have others than the released ones: a worker looks."""
+    """Return the number of blocks; None for weights at the hub that may not be the released ones: a worker looks."""
     pretrained = arm.config.model.pretrained
     if pretrained is None or family.pipeline is None or pretrained == family.pipeline.released:
         return shape.depth
@@ -211,17 +211,20 @@ def _encoder_problems(arm: Arm, path: str, encoder: EncoderSettings) -> Iterator
 
 
 def _tiers(arm: Arm) -> Iterator[tuple[str, EvaluateConfig]]:
-    """The protocols that an arm is measured by, each with its place."""
+    """Return the protocols that an arm is measured by, each with its dotted path."""
     return zip(("evaluate", "evaluate.full"), protocols_of(arm.config), strict=False)
 
 
 def _metric_problems(arm: Arm) -> Iterator[Problem]:
     for path, tier in _tiers(arm):
         for metric in tier.metrics:
-            if not any(name for one in tier.extractors for name in names_of_metric(arm.config, tier, metric, one)):
-                names = " and ".join(one.name for one in tier.extractors)
-                message = f"{metric} has no meaning with the features of {names}: leave it out, or add the extractor inception"
-                yield arm.problem(f"{path}.metrics", message)
+            extractors = tier.extractors
+            if not any(
+                name for extractor in extractors for name in names_of_metric(arm.config, tier, metric, extractor)
+            ):
+                names = " and ".join(extractor.name for extractor in extractors)
+                advice = "leave it out, or add the extractor inception"
+                yield arm.problem(f"{path}.metrics", f"{metric} has no meaning with the features of {names}: {advice}")
     for name in itertools.islice(shared_names(arm.config), 1):
         path = f"{[*_tiers(arm)][-1][0]}.extractor"
         twice = f"'{name}' would stand for two numbers, one with other weights or another reference"
@@ -269,14 +272,14 @@ def _data_problems(arm: Arm, family: Family, inventory: Inventory) -> Iterator[P
 
 
 def _compared(arm: Arm) -> Iterator[tuple[str, str]]:
-    """The metrics that compare with training images, each with the place that asks for it."""
+    """Yield the metrics that compare with training images, each with the path that asks for it."""
     for path, tier in _tiers(arm):
         if any(extractor.reference is None for extractor in tier.extractors):
             yield from ((f"{path}.metrics", metric) for metric in tier.metrics)
 
 
 def _vae_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
-    """What the config of a local VAE rules out; one at the hub is looked at by a worker."""
+    """Check the config of a local VAE; a worker checks a VAE at the hub."""
     data, pretrained = arm.config.data, arm.config.model.pretrained
     path, folder = ("data.vae", data.vae) if data.vae else ("model.pretrained", pretrained)
     if folder is None or not Path(folder).is_dir():
@@ -348,12 +351,12 @@ def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
 
 
 def rule_path(experiment: Experiment, index: int) -> KeyPath:
-    """Where the metric of a rule stands in the spec, for a lone rule needs no list."""
+    """Return the path of a rule's metric in the spec, where a single rule need not be a list."""
     is_list = isinstance(experiment.draft.value.get("stop"), list)
     return ("stop", index, "metric") if is_list else ("stop", "metric")
 
 
-def resolve_metric(wanted: str, measured: Sequence[str]) -> str | None:
-    """The measured metric that a spec means: by its full name, or by its kind, ``frechet`` meaning FID as well."""
-    kinds = ("frechet", "fid") if wanted == "frechet" else (wanted,)
-    return next((name for name in measured if name == wanted or name.split(":")[0] in kinds), None)
+def resolve_metric(name: str, measured: Sequence[str]) -> str | None:
+    """Return the measured metric that a spec names in full, or by its kind; ``frechet`` means FID as well."""
+    kinds = ("frechet", "fid") if name == "frechet" else (name,)
+    return next((metric for metric in measured if metric == name or metric.split(":")[0] in kinds), None)

@@ -1,4 +1,4 @@
-"""What is left of a plan in FLOPs, GPU hours and bytes, run by run and in all; and the refusal of a plan over its budget.
+"""What is left of a plan in FLOPs, GPU hours and bytes; and the refusal of a plan over its budget.
 
 Seconds are those measured by runs of the same kind on this machine, or else those of a device at a stated utilisation.
 """
@@ -241,7 +241,7 @@ def rounded(value: float) -> str:
 
 
 def assumed_device(options: RunOptions, folder: Path = GPUS) -> tuple[Device, str]:
-    """Return the device that runs are assumed to be on, and why: this machine's GPU, else an H100, or its CPU if set."""
+    """Return the device that runs are assumed to be on, and why: this machine's GPU, its CPU if set, else an H100."""
     if options.device == "cpu":
         cores = os.cpu_count() or 1
         return Device(f"{cores} CPU cores", _CPU_CORE * cores, _CPU_CORE * cores), ""
@@ -284,7 +284,7 @@ def _seconds_beside_training(directory: RunDirectory, rows: list[Row]) -> float 
 
 
 def _speed_key(config: RunConfig, options: Mapping[str, Any], processes: int) -> Hashable:
-    """Return what decides how many seconds a run takes per image: runs with equal keys are equally fast on one machine."""
+    """Return what decides how many seconds a run takes per image; equal for runs that are equally fast."""
     regularizer = config.regularizer
     data = (config.data.source, config.data.side, config.data.vae, config.data.buckets)
     aligned = (regularizer.type, regularizer.encoders, getattr(regularizer, "projector", None))
@@ -303,7 +303,7 @@ class _MeasuredSpeeds:
     def __init__(self, runs: Iterable[tuple[RunDirectory, RunConfig]], wanted: frozenset[Hashable]) -> None:
         self._wanted = wanted
         self._images: dict[Hashable, list[float]] = {}
-        # Seconds of one device beside training, and the numbers of measurements by the usual protocol and at milestones.
+        # Seconds of one device beside training, and the numbers of usual measurements and of those at milestones.
         self._evaluations: dict[Hashable, list[tuple[float, int, int]]] = {}
         for directory, config in runs:
             self._read(directory, config)
@@ -354,7 +354,7 @@ def _started_runs(plan: Plan) -> Iterator[tuple[RunDirectory, RunConfig]]:
     planned = {entry.run.run_id for entry in plan.runs}
     for directory in [run for run in plan.root.runs() if run.run_id not in planned][-_MAX_OTHER_RUNS:]:
         with suppress(OSError, ValueError):  # of another version of the lab, or damaged
-            yield directory, Run.from_json(directory.run_id, directory.spec).config
+            yield directory, Run.read(directory).config
 
 
 def _share(entry: PlannedRun, fork: Fork | None, cost: Cost, speed: Speed) -> Share:

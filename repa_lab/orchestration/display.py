@@ -96,8 +96,8 @@ def sentences(estimate: Estimate) -> list[str]:
     )
     if sharing.forks:
         lines.append(
-            f"{sharing.asked:,} steps are asked, {sharing.trained:,} have to be trained: {len(sharing.forks)} runs begin "
-            "where another one was (--no-share trains each by itself)"
+            f"{sharing.asked:,} steps are asked, {sharing.trained:,} have to be trained: {len(sharing.forks)} runs "
+            "begin where another one was (--no-share trains each by itself)"
         )
     lines += map(_cache_line, estimate.caches)
     if estimate.caches and total.runs:
@@ -178,7 +178,9 @@ def _cache_line(planned: PlannedCache) -> str:
     if planned.images is None:
         return f"caches: {cache.what}, {short(cache.image_flops, 'FLOPs')} and {kib} KiB an image"
     filling = f"{_hours(planned.gpu_hours)} GPU h once, {_gib(planned.disk_bytes)} GiB"
-    return f"caches: {cache.what}, {planned.images:,} images x {kib} KiB ({'begun already' if planned.is_begun else filling})"
+    if planned.is_begun:
+        filling = "begun already"
+    return f"caches: {cache.what}, {planned.images:,} images x {kib} KiB ({filling})"
 
 
 def _saving(estimate: Estimate) -> str:

@@ -71,7 +71,7 @@ class Orphan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of an experiment, the first seed of all arms first; a search's are its arms before anything is varied."""
+    """The runs of an experiment, the first seed of all arms first; for a search, the arms that it starts from."""
 
     experiment: Experiment
     root: RunsRoot
@@ -116,7 +116,7 @@ class Plan:
 
     @cached_property
     def sharing(self) -> Sharing:
-        """The beginnings that the runs to train share with each other and with finished runs, unless ``run.share`` is off."""
+        """The beginnings that the runs to train share with each other and with finished runs, unless switched off."""
         if self.experiment.search is not None or not self.experiment.run.share:
             asked = sum(entry.steps_left for entry in self.left)
             return Sharing({}, asked, asked)
@@ -128,7 +128,7 @@ class Plan:
         for orphan in self.orphans:
             directory = self.root.run(orphan.run_id)
             with suppress(ValueError, OSError):  # of another version of the lab, or its data is gone
-                run = Run.from_json(orphan.run_id, directory.spec)
+                run = Run.read(directory)
                 if directory.status() is RunStatus.DONE and identify_run(run.config, run.seed, self.inventory) == run:
                     yield run
 

@@ -1,6 +1,7 @@
-"""Fill the caches that all runs of a sweep share before any run starts: latents, encoder features, reference statistics.
+"""Fill the caches that all runs of a sweep share: latents, encoder features, reference statistics.
 
-This is also the preflight: an encoder that gives no patch tokens, or data that cannot be read, is refused here.
+This is also the preflight before any run starts: an encoder that gives no patch tokens, or data that cannot be read, is
+refused here.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class _Preparation:
         return is_new
 
     def _meet_pretrained(self, config: RunConfig, images: Images, blocks: Sequence[BlockIndex | None]) -> None:
-        """Encode captions, and look for the blocks in this very folder's denoiser: sizes of a family differ in depth."""
+        """Encode captions, and look for the blocks in this folder's denoiser: sizes of a family differ in depth."""
         family, folder = FAMILIES[config.model.family], pretrained_folder(config.model)
         process_of(read_json(folder / SCHEDULER / "scheduler_config.json") or {})
         denoiser = skeleton(folder, family)

@@ -153,7 +153,7 @@ def _evaluate(meant: RunConfig) -> dict[str, Any]:
 
 
 def _full(full: FullConfig) -> dict[str, Any]:
-    """Return the protocol of milestones: at the end alone, with the steps of the usual protocol and twice the samples."""
+    """Return the protocol of milestones: at the end alone, with twice the samples of the usual protocol."""
     return {
         "samples": 2 * _SAMPLES,
         "sampler": full.sampler and {**full.sampler.model_dump(mode="json"), "steps": 2},

@@ -1,4 +1,4 @@
-"""A paper's table again: at full scale, or its arms at the nano scale, on digits and a CPU."""
+"""Reproduce a paper's table: at full scale, or its arms at the nano scale, on digits and a CPU."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ NANO_TITLE = "nano scale, on digits: the shape of the effect, not the number"
 
 
 class ReproduceError(ValueError):
-    """There is no such table, or it cannot be had at this scale; the text says what can."""
+    """There is no such table, or none at this scale; the message says which there are."""
 
 
 def names(papers: Path = PAPERS) -> tuple[str, ...]:
-    """The tables that can be reproduced, such as ``urepa/table8``."""
+    """Return the names of the tables that can be reproduced, such as ``urepa/table8``."""
     files = sorted(papers.glob("*/*.yaml"))
     return tuple(f"{file.parent.name}/{file.stem}" for file in files if file.parent.name not in _FRAGMENTS)
 
@@ -40,17 +40,17 @@ def names(papers: Path = PAPERS) -> tuple[str, ...]:
 def open_table(
     name: str, scale: Scale = "full", overrides: Mapping[str, Any] | None = None, papers: Path = PAPERS
 ) -> Experiment:
-    """The experiment of a paper's table.
+    """Return the experiment of a paper's table.
 
     Args:
         name: one of :func:`names`.
-        scale: ``full`` is the spec as it stands; ``nano`` lays ``nano.yaml`` over every arm.
-        overrides: dotted paths to values, laid over all of it.
+        scale: ``full`` is the spec itself; ``nano`` lays ``nano.yaml`` over every arm.
+        overrides: dotted paths to values, laid over everything else.
         papers: the folder of the specs.
 
     Raises:
         ReproduceError: no such table, or its arms cannot be told apart at this scale.
-        SpecError: what was laid over it is wrong.
+        SpecError: an override is wrong.
     """
     known = names(papers)
     if name not in known:
@@ -62,7 +62,7 @@ def open_table(
 
 
 def _at_nano(full: Experiment, file: Path, nano: Path, overrides: Mapping[str, Any], name: str) -> Experiment:
-    """The fragment over what stands around the arms, as ever, and over every arm, axes included."""
+    """Return the experiment with the fragment laid over the spec, as usual, and over every arm, axes included."""
     experiment, fragment = load_spec(file, overrides, [nano]), load_draft(nano)
     arms = tuple(_small_arm(arm, fragment, overrides) for arm in full.arms)
     if len({arm.config for arm in arms}) == 1:
@@ -72,7 +72,7 @@ def _at_nano(full: Experiment, file: Path, nano: Path, overrides: Mapping[str, A
 
 
 def _small_arm(arm: Arm, fragment: Draft, overrides: Mapping[str, Any]) -> Arm:
-    """The arm with the fragment's settings over its own, and its block where it was in its stage."""
+    """Return the arm with the fragment's settings laid over it, and its block at the same place of its stage."""
     draft = arm.draft.copy()
     draft.merge({key: fragment.value[key] for key in SECTIONS if key in fragment.value}, fragment.places)
     block, place = arm.config.regularizer.block_index, arm.draft.place(("regularizer", "block_index"))
@@ -89,10 +89,9 @@ def _shape(config: RunConfig) -> Shape:
 
 
 def scaled_block(block: int, big: Shape, small: Shape) -> int:
-    """The block of ``small`` that stands in its stage where ``block`` stands in its stage of ``big``; one stage without
-    any.
+    """Return the block of ``small`` at the same place of its stage as ``block`` of ``big``.
 
-    A block is taken at its middle: block i of n is at ``(i + 1/2) / n`` of the stage.
+    A block is at its middle: block i of n is at ``(i + 1/2) / n`` of the stage. A shape without stages is one stage.
     """
     above = below = 0
     for large, little in zip(big.stages or (big.depth,), small.stages or (small.depth,), strict=True):
@@ -103,16 +102,15 @@ def scaled_block(block: int, big: Shape, small: Shape) -> int:
 
 
 def results_of(experiment: Experiment, path: Path, scale: Scale) -> tuple[Comparison, ...]:
-    """The comparisons of a sweep that was carried out, written beside its report as ``reproduce.md`` and
-    ``reproduce.csv``.
+    """Compare a finished sweep with the paper, and write ``reproduce.md`` and ``reproduce.csv`` beside its report.
 
     Args:
-        experiment: what :func:`open_table` gave.
+        experiment: the experiment from :func:`open_table`.
         path: the sweep's folder.
-        scale: of the experiment.
+        scale: the experiment's scale.
 
     Raises:
-        SpecError: the spec says of no arm what was published.
+        SpecError: the spec holds no published number.
     """
     from repa_lab.report import load_results
     from repa_lab.report.published import TEXT, VALUES, compare_published
@@ -128,17 +126,17 @@ def results_of(experiment: Experiment, path: Path, scale: Scale) -> tuple[Compar
 
 
 def lines_of(experiment: Experiment, comparisons: Sequence[Comparison], scale: Scale) -> list[str]:
-    """What a reader of the numbers must know, and what they come to."""
+    """Return what a reader of the numbers must know, and the conclusions, a sentence each."""
     from repa_lab.report.published import sentences
 
     published = experiment.published
     assert published is not None
     lines = [NANO_TITLE] if scale == "nano" else []
     lines += [f"published: {published.source}; {published.protocol}"]
-    lines += [f"measured: {metric}" for metric in dict.fromkeys(one.metric for one in comparisons)]
+    lines += [f"measured: {metric}" for metric in dict.fromkeys(comparison.metric for comparison in comparisons)]
     lines += [f"tolerance: {published.basis}"] if scale == "full" and published.basis else []
-    lines += [f"deviation: {one}" for one in published.deviations] if scale == "full" else []
-    lines += [sentence for one in comparisons for sentence in sentences(one)]
+    lines += [f"deviation: {text}" for text in published.deviations] if scale == "full" else []
+    lines += [sentence for comparison in comparisons for sentence in sentences(comparison)]
     labels = {arm.label for arm in experiment.arms}
     return lines + [f"published, and no arm here: {label}" for label in published.arms if label not in labels]
 

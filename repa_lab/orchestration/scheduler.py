@@ -250,7 +250,7 @@ class Scheduler:
         work.finished(run_id, state)
 
     def _kill_hung_runs(self) -> None:
-        """Kill runs that have been silent for too long; their failures then arrive like those of any worker that died."""
+        """Kill runs that have been silent for too long; their failures then arrive like those of dead workers."""
         if self.options.hang_minutes is None:
             return
         for run_id, run in self._running.items():

@@ -107,7 +107,7 @@ class RunList:
         return ()
 
     def finished(self, run_id: str, state: State) -> None:
-        """Take in that a run came to rest; delete a run's kept checkpoints once all runs that begin from them are done."""
+        """Take in that a run came to rest; delete kept checkpoints once all runs that begin from them are done."""
         self._running.discard(run_id)
         self._done += 1
         for parent, children in self._children.items():
@@ -146,7 +146,7 @@ class _Trajectory:
         return common if self.kept is None else max((step for step in self.kept if step <= common), default=0)
 
     def _measures_end_of(self, other: _Trajectory) -> bool:
-        """Whether this run measures all that ``other`` measures at its last step: a fork without a step measures nothing."""
+        """Whether this run measures all that ``other`` measures at its last step, where a fork measures nothing."""
         last, ours, theirs = other.steps, self.run.config, other.run.config
         is_measured = last == self.steps or last % ours.evaluate.every == 0
         return is_measured and (last in ours.milestones or last not in theirs.milestones)

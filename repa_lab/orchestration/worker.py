@@ -60,9 +60,9 @@ class Worker:
         """Do every job in turn."""
         threading.Thread(target=self._read, daemon=True).start()
         import repa_lab.orchestration.prepare
-        import repa_lab.training.loop  # noqa: F401  imported before the first job, while the scheduler does something else
+        import repa_lab.training.loop  # noqa: F401  before the first job, while the scheduler does something else
 
-        gc.freeze()  # half a million objects of the libraries: each full collection, and the end, would go through them all
+        gc.freeze()  # full collections need not visit the half a million objects of the libraries
         self._send(WorkerMessage(MessageKind.READY))
         while (job := self._jobs.get()) is not None:
             self._is_training = job["kind"] == "train"
@@ -184,7 +184,7 @@ def _is_of_step(error: torch.OutOfMemoryError) -> bool:
 
 
 class Heartbeat:
-    """Wraps ``should_stop`` to touch a file in the run directory, for a scheduler on another machine sees files only."""
+    """Wraps ``should_stop`` to touch a file in the run directory, which a scheduler on another machine can see."""
 
     def __init__(self, job: TrainJob, should_stop: ShouldStop) -> None:
         self._path, self._should_stop = job.root.run(job.name).path / HEARTBEAT, should_stop

@@ -128,6 +128,11 @@ class RunDirectory:
         return recorded.status
 
     @property
+    def plugin_files(self) -> list[str]:
+        """Names of the plugin files that the run was trained with, of which the directory holds copies."""
+        return sorted(path.name for path in self.path.glob("plugins/*.py"))
+
+    @property
     def checkpoint_step(self) -> int:
         """The step of the newest checkpoint, from which the run goes on; 0 without one."""
         return max(checkpoints.steps(self.checkpoints), default=0)

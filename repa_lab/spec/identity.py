@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from repa_lab.registry import UnknownComponentError
+from repa_lab.runs import RunDirectory
 from repa_lab.settings import Settings, file_fields, settings_in
 from repa_lab.spec.errors import dotted
 from repa_lab.spec.schema import RunConfig
@@ -22,6 +24,10 @@ class RecordedSpecError(ValueError):
 
     def __init__(self, run_id: str, reason: str) -> None:
         super().__init__(f"the spec.json of run {run_id} is damaged, or of another version of the lab: {reason}")
+
+
+class MissingPluginError(ValueError):
+    """A run was trained with a plugin that this process has not loaded."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,27 @@ class Run:
         return {**self.config.model_dump(mode="json"), "seed": self.seed}
 
     @classmethod
-    def from_json(cls, run_id: str, spec: Mapping[str, Any]) -> Run:
+    def read(cls, directory: RunDirectory) -> Run:
+        """Return the run of a directory.
+
+        Raises:
+            RecordedSpecError: its spec.json cannot be read by this version of the lab.
+            MissingPluginError: the run's component is of a plugin that is not loaded; with the plugin's file name.
+        """
+        return cls.from_json(directory.run_id, directory.spec, directory.plugin_files)
+
+    @classmethod
+    def from_json(cls, run_id: str, spec: Mapping[str, Any], plugins: Iterable[str] = ()) -> Run:
         """Return the run that :meth:`to_json` wrote.
+
+        Args:
+            run_id: the run's id.
+            spec: the plain data.
+            plugins: names of the plugin files that the run was trained with.
 
         Raises:
             RecordedSpecError: the data is not what :meth:`to_json` writes.
+            MissingPluginError: the data names an unknown component, and there are plugins that may register it.
         """
         if not isinstance(spec, Mapping) or not isinstance(spec.get("seed"), int):
             raise RecordedSpecError(run_id, "it has no settings with a seed")
@@ -56,6 +78,10 @@ class Run:
             return cls(run_id, RunConfig.model_validate(settings), spec["seed"])
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
+            if isinstance(first.get("ctx", {}).get("error"), UnknownComponentError) and (files := ", ".join(plugins)):
+                named = f"{dotted(first['loc'])} '{first['input']}'"
+                message = f"run {run_id} was trained with a plugin that is not loaded, {files}, which registers {named}"
+                raise MissingPluginError(f"{message}; name the file with repa-lab --plugin FILE") from None
             raise RecordedSpecError(run_id, f"{dotted(first['loc'])}: {first['msg']}") from None
 
 

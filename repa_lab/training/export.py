@@ -66,7 +66,7 @@ def export_model(directory: RunDirectory, folder: Path, weights: str = "ema") ->
     step, checkpoint = newest_checkpoint(directory, weights)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"'{folder}' is not empty; name a new folder")
-    run = Run.from_json(directory.run_id, directory.spec)
+    run = Run.read(directory)
     given = files.read_json(checkpoint / INPUT_FILE)
     shape = Input(given["channels"], tuple(given["size"]), given["num_classes"]) if given else None
     denoiser = build_denoiser(run.config, shape, run.seed)
@@ -104,7 +104,7 @@ def write_samples(
     """
     _require_new(path)
     step, checkpoint = newest_checkpoint(directory, weights)
-    run = Run.from_json(directory.run_id, directory.spec)
+    run = Run.read(directory)
     by_name = {name: protocol for protocol in protocols_of(run.config) for name in names_of(run.config, protocol)}
     chosen = metric or next(names_of(run.config, protocols_of(run.config)[-1]))
     if chosen not in by_name:
@@ -153,7 +153,7 @@ def write_real(directory: RunDirectory, path: Path, cache: Path, progress: Progr
         DataError: the data is not available any more.
     """
     _require_new(path)
-    config = Run.from_json(directory.run_id, directory.spec).config
+    config = Run.read(directory).config
     real = real_images(open_data(config, cache, pick_device(RunOptions())))
     if real.size is None:
         raise ExportError("the training images have several sizes, and such a file holds images of one size")

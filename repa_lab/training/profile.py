@@ -105,7 +105,7 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
         DataError, EncoderError, PretrainedError, DeviceError: a component is not available.
     """
     step, checkpoint = newest_checkpoint(directory, request.weights)
-    run, device = Run.from_json(directory.run_id, directory.spec), pick_device(options)
+    run, device = Run.read(directory), pick_device(options)
     config = run.config
     encoder = request.encoder or config.alignment_encoder
     if encoder is None:

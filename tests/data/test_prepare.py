@@ -18,7 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from repa_lab.cli import app
-from repa_lab.cli.data import spread
+from repa_lab.cli.models import run_in_processes
 from repa_lab.data import DataError
 from repa_lab.data.layout import IMAGES, LATENTS, read_listing
 from repa_lab.data.prepared import Prepared
@@ -273,7 +273,7 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(root, whole, tmp_p
 class TestProcesses:
     def test_killed_at_any_instant_it_ends_as_if_it_had_not_been(self, root, whole, tmp_path):
         """Killed as one process, ended by two: those of a machine with two GPUs, but for the GPUs."""
-        folder, command = tmp_path / "data", [sys.executable, "-m", "repa_lab.cli", *words(root, tmp_path / "data")]
+        folder, command = tmp_path / "data", [sys.executable, "-m", "repa_lab", *words(root, tmp_path / "data")]
         process, deadline = subprocess.Popen(command, stdout=subprocess.DEVNULL), time.monotonic() + 120
         while len(list(folder.glob("vae-sd/*/*.npy"))) < 2 * BATCH:
             assert process.poll() is None and time.monotonic() < deadline
@@ -283,17 +283,17 @@ class TestProcesses:
         left, before = contents(folder), {path: path.stat().st_mtime_ns for path in folder.glob("[iv]*/*/*.*")}
         assert 2 * BATCH <= sum(name.endswith(".npy") for name in left) < COUNT
         assert all(content == contents(whole)[name] for name, content in left.items() if not name.startswith(".tmp"))
-        assert spread(words(root, folder), 2) == 0
+        assert run_in_processes(words(root, folder), 2) == 0
         assert contents(folder) == contents(whole)
         assert all(path.stat().st_mtime_ns == then for path, then in before.items())
 
     def test_two_processes_of_torchrun_write_what_one_writes(self, root, whole, tmp_path):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "repa_lab.cli"]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "repa_lab"]
         subprocess.run([sys.executable, *launch, *words(root, tmp_path / "data")], capture_output=True, check=True)
         assert contents(tmp_path / "data") == contents(whole)
 
     def test_where_one_is_refused_all_end(self, root, tmp_path, capfd):
-        assert spread([*words(root, tmp_path / "data"), "--device", "tpu"], 2) == 2
+        assert run_in_processes([*words(root, tmp_path / "data"), "--device", "tpu"], 2) == 2
         assert set(capfd.readouterr().err.splitlines()) == {
             "--device: unknown device 'tpu'; allowed: auto, cpu, cuda",
         }

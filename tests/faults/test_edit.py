@@ -26,7 +26,7 @@ def sweep(file):
     command = [
         sys.executable,
         "-m",
-        "repa_lab.cli",
+        "repa_lab",
         "sweep",
         str(file),
         "--root",

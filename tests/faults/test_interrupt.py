@@ -42,7 +42,7 @@ def start(spec):
     command = [
         sys.executable,
         "-m",
-        "repa_lab.cli",
+        "repa_lab",
         "sweep",
         str(spec),
         "--root",
@@ -65,7 +65,7 @@ def wait_for_rows(root, count):
 
 
 def stop_from_another_terminal(spec, process):
-    command = [sys.executable, "-m", "repa_lab.cli", "stop", "tiny", "--root", str(spec.parent / "runs")]
+    command = [sys.executable, "-m", "repa_lab", "stop", "tiny", "--root", str(spec.parent / "runs")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -107,7 +107,7 @@ def test_the_run_in_hand_is_checkpointed_and_taken_up_again(spec, end, status):
 
 
 def shown(command, spec, *options):
-    given = [sys.executable, "-m", "repa_lab.cli", command, *options, "--root", str(spec.parent / "runs")]
+    given = [sys.executable, "-m", "repa_lab", command, *options, "--root", str(spec.parent / "runs")]
     return subprocess.run(given, capture_output=True, text=True, check=True).stdout
 
 

@@ -152,7 +152,7 @@ def test_an_interrupted_sweep_is_checkpointed_and_goes_on(tiny, tmp_path):
     file, root = tmp_path / "spec.yaml", RunsRoot(tmp_path / "runs")
     file.write_text(yaml.safe_dump(question(tiny, 6 * STEPS, executor="ray"), sort_keys=False))
     sweep(question(tiny, 6 * STEPS), tmp_path / "local", workers=1)
-    command = [sys.executable, "-m", "repa_lab.cli", "sweep", str(file), "--root", str(root.path), "--workers", "1"]
+    command = [sys.executable, "-m", "repa_lab", "sweep", str(file), "--root", str(root.path), "--workers", "1"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run = root.run(plan(file, root.path).pending[0].run_id)
     wait_until(lambda: len(steps_of(run)) >= 13, "the run is on its way")

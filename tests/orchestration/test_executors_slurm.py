@@ -183,7 +183,7 @@ class TestRealSlurm:
                 question(tiny, executor="slurm", slurm={"time_min": 30, "cpus_per_task": 1}), sort_keys=False
             )
         )
-        command = [sys.executable, "-m", "repa_lab.cli", "sweep", str(file), "--root", str(tmp_path / "runs")]
+        command = [sys.executable, "-m", "repa_lab", "sweep", str(file), "--root", str(tmp_path / "runs")]
         root = RunsRoot(tmp_path / "runs")
         first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         runs = [root.run(run.run_id) for run in plan(file, root.path).pending]

@@ -64,7 +64,7 @@ def test_a_sweep_trains_on_the_latents_as_on_those_it_would_have_encoded(tiny, r
     spec["compare"] = {"baseline": {"data": "plain"}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
     words = ["sweep", str(tmp_path / "spec.yaml"), "--root", str(tmp_path / "runs"), "--workers", "1"]
-    done = subprocess.run([sys.executable, "-m", "repa_lab.cli", *words], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "repa_lab", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "2 runs trained now, 0 failed" in done.stdout
     runs = {Run.from_json(run.run_id, run.spec).config.data.source: run for run in RunsRoot(tmp_path / "runs").runs()}

@@ -136,7 +136,7 @@ class TestNano:
 
 
 def cli(*words, cwd=ROOT):
-    command = [sys.executable, "-m", "repa_lab.cli", "reproduce", *map(str, words)]
+    command = [sys.executable, "-m", "repa_lab", "reproduce", *map(str, words)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 

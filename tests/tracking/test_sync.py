@@ -40,7 +40,7 @@ def root(tmp_path, monkeypatch) -> RunsRoot:
 
 
 def cli(root: RunsRoot, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "repa_lab.cli", "sync", *map(str, words), "--root", str(root.path)]
+    command = [sys.executable, "-m", "repa_lab", "sync", *map(str, words), "--root", str(root.path)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -78,7 +78,7 @@ class _Process:
 
 @dataclass(eq=False)
 class _Slot:
-    """Processes that train one run at a time; ``devices`` is their ``CUDA_VISIBLE_DEVICES``, None leaves it as it is."""
+    """Processes that train one run at a time; ``devices`` is their ``CUDA_VISIBLE_DEVICES``, None leaves that alone."""
 
     devices: str | None
     job: Job | None = None
@@ -271,7 +271,7 @@ def visible_gpus(environment: Mapping[str, str] = os.environ, dev: Path = Path("
 
 
 def _listed_gpus(listing: str) -> tuple[str, ...]:
-    """Return the GPUs of ``nvidia-smi -L``; a GPU split by MIG is its MIG devices, for the whole cannot be used then."""
+    """Return the GPUs of ``nvidia-smi -L``; of a GPU split by MIG its MIG devices, for the whole cannot be used."""
     gpus: dict[str, list[str]] = {}
     for line in listing.splitlines():
         if match := _GPU.match(line):

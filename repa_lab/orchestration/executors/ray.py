@@ -19,7 +19,7 @@ _CONNECT_PATIENCE_S = 15.0
 
 
 class RayExecutor:
-    """Runs as tasks of a Ray cluster, which is connected to, or started on this machine for as long as the sweep goes on.
+    """Runs as tasks of a Ray cluster: one that exists, or one on this machine for as long as the sweep goes on.
 
     Args:
         options: ``options.ray`` says where the cluster is and what a run takes of it.

@@ -211,7 +211,7 @@ class SlurmExecutor:
         return handle.job_id in self._listed
 
     def _list(self, state: str = "") -> set[str]:
-        """Return our jobs that Slurm has, in this state if one is given; all of them where squeue does not answer now."""
+        """Return our jobs that Slurm has, or those in a state; all of them where squeue does not answer now."""
         if self._cluster == "local":
             return set()
         command = ["squeue", "--me", "--noheader", "--array", "--format=%i", *([f"--states={state}"] if state else [])]
@@ -221,7 +221,7 @@ class SlurmExecutor:
             return set() if state else {queued.handle.job_id for queued in self._queued.values()}
 
     def _adopt(self, job: TrainJob, job_id: str) -> _QueuedJob | None:
-        """Return a job that an earlier scheduler queued, if it is there or has ended well; None if it must be done again."""
+        """Return a job of an earlier scheduler that is queued or has ended well; None if it must be done again."""
         handle = self._engine.job_class(self._shared.path / "slurm", job_id)
         queued = _QueuedJob(job, handle)
         if handle.paths.result_pickle.exists():

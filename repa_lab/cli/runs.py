@@ -1,0 +1,187 @@
+"""Show where runs stand and why, and change it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.live import Live
+
+from repa_lab.cli.shared import JsonOption, RootOption, RunArgument, SweepArgument, UsageError, out, table
+from repa_lab.runs.root import DEFAULT_ROOT
+
+if TYPE_CHECKING:
+    from repa_lab.runs import RunDirectory, RunsRoot
+    from repa_lab.runs.root import SweepDirectory
+
+_REFRESH_S = 2.0
+_GIB = 1 << 30
+
+
+def status(
+    sweep: Annotated[
+        Path | None, typer.Argument(metavar="[SWEEP]", help="A sweep's name or folder; else all runs.")
+    ] = None,
+    root: RootOption = DEFAULT_ROOT,
+    json_: JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it until all runs have come to rest.")] = False,
+) -> None:
+    """Show where runs stand."""
+    from repa_lab.runs import RunsRoot
+
+    runs, title = RunsRoot(root), str(sweep or root)
+    rows = _rows(runs, sweep)
+    if json_:
+        print(json.dumps(rows))
+    elif not watch:
+        out.print(table(title, rows))
+    elif not out.is_terminal:  # a file or a pipe gets another table whenever a run's status changes
+        out.print(table(title, rows))
+        statuses = [row["state"] for row in rows]
+        for later in _later_rows(runs, sweep, rows):
+            if statuses != (statuses := [row["state"] for row in later]):
+                out.print(table(title, later))
+    else:
+        with Live(table(title, rows), console=out, auto_refresh=False) as live:
+            for later in _later_rows(runs, sweep, rows):
+                live.update(table(title, later), refresh=True)
+
+
+def why(run: RunArgument, root: RootOption = DEFAULT_ROOT, json_: JsonOption = False) -> None:
+    """Show what happened to a run: its history, and the reason of a failure."""
+    from repa_lab.runs import RunsRoot
+
+    directory = RunsRoot(root).find_run(run)
+    events = directory.events()
+    if json_:
+        print(json.dumps(events))
+        return
+    rows = []
+    for event in events:
+        facts = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "event"))
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+        rows.append({"time": at, "event": event["event"], "": facts})
+    out.print(table(f"{directory.run_id}: {directory.status().value}", rows))
+    if error := directory.state.error:
+        typer.echo(error)
+
+
+def retry(
+    run: RunArgument,
+    root: RootOption = DEFAULT_ROOT,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Forget its rows, samples and checkpoints.")
+    ] = False,
+) -> None:
+    """Have the next sweep take a run up again: one that was pruned, or, from scratch, any."""
+    from repa_lab.runs import RunsRoot, RunWriter, State
+
+    directory = RunsRoot(root).find_run(run)
+    state = directory.state.state
+    if state is State.DONE and not from_scratch:
+        message = "the run is done, and so would be its rerun; give --from-scratch to train it anew"
+        raise UsageError(message, str(run))
+    if state is State.STOPPED and not from_scratch:
+        message = (
+            "a stop rule ended the run; a sweep without the rule takes it up, or give --from-scratch to train it anew"
+        )
+        raise UsageError(message, str(run))
+    with RunWriter(directory, patience_s=0) as writer:
+        if from_scratch:
+            writer.start_over()
+        writer.state(State.NEW, 0 if from_scratch else directory.state.step)
+    typer.echo(f"{directory.run_id} is taken up by the next sweep that asks for it")
+
+
+def stop(sweep: SweepArgument, root: RootOption = DEFAULT_ROOT) -> None:
+    """Have the process that carries out a sweep checkpoint its runs and end, as Ctrl-C there would."""
+    from repa_lab.runs import RunsRoot
+    from repa_lab.runs.root import SweepDirectory
+
+    # A sweep that still fills its caches is not recorded yet.
+    unrecorded = (directory for path in (sweep, root / sweep) if (directory := SweepDirectory(path)).is_held)
+    directory = next(unrecorded, None) or RunsRoot(root).find_sweep(sweep)
+    if not directory.is_held:
+        raise UsageError("nobody is carrying out this sweep", str(sweep))
+    directory.ask_to_stop()
+    typer.echo(f"{directory.path.name} ends at its runs' next steps; run the sweep again to go on")
+
+
+def pin(
+    run: RunArgument,
+    root: RootOption = DEFAULT_ROOT,
+    off: Annotated[bool, typer.Option("--off", help="Allow deletions again.")] = False,
+) -> None:
+    """Protect a run from garbage collection, even if the disk is full."""
+    from repa_lab.runs import RunsRoot
+    from repa_lab.runs.directory import PIN
+
+    path = RunsRoot(root).find_run(run).path / PIN
+    path.unlink(missing_ok=True) if off else path.touch()
+
+
+def gc(
+    root: RootOption = DEFAULT_ROOT,
+    disk_gib: Annotated[
+        float | None, typer.Option(min=0, help="Delete more that can go, until the root is no larger than this.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing; say what would go.")] = False,
+) -> None:
+    """Delete leftovers of kills and checkpoints of pruned runs; never a run's last good one, nor a pinned run."""
+    from repa_lab.runs import RunsRoot
+    from repa_lab.runs.waste import collect, size_of
+
+    deleted = collect(RunsRoot(root), None if disk_gib is None else int(disk_gib * _GIB), dry_run)
+    if deleted:
+        rows = [{"path": item.path, "MiB": f"{item.size / 2**20:.1f}", "why": item.why} for item in deleted]
+        out.print(table("would go" if dry_run else "gone", rows))
+    freed = sum(item.size for item in deleted) / _GIB
+    left = size_of(root) / _GIB - (freed if dry_run else 0)
+    typer.echo(f"{freed:.2f} GiB {'would be ' if dry_run else ''}freed, {left:.2f} GiB left")
+    if disk_gib is not None and left > disk_gib:
+        typer.echo(f"cannot free enough space: {disk_gib:g} GiB requested, and nothing more can be deleted")
+
+
+def _later_rows(root: RunsRoot, sweep: Path | None, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows again and again until all runs have come to rest, and no sweep is about to start more."""
+    while True:
+        statuses = {row["state"] for row in rows}
+        sweeps = [root.find_sweep(sweep)] if sweep else root.sweeps()
+        if "running" not in statuses and not ("new" in statuses and any(directory.is_held for directory in sweeps)):
+            return
+        time.sleep(_REFRESH_S)
+        rows = _rows(root, sweep)
+        yield rows
+
+
+def _rows(root: RunsRoot, sweep: Path | None) -> list[dict[str, Any]]:
+    if sweep is not None:
+        directory = root.find_sweep(sweep)
+        return [_row(name, directory.root.run(run_id)) for name, run_id in _named_runs(directory)]
+    names: dict[str, str] = {}  # by the first sweep that asks for a run
+    for directory in root.sweeps():
+        with suppress(ValueError, LookupError, TypeError):  # a damaged manifest; its runs are there all the same
+            named = _named_runs(directory)
+            names = {run_id: f"{directory.path.name}: {name}" for name, run_id in named} | names
+    return [_row(names.get(run.run_id, ""), run) for run in root.runs()]
+
+
+def _named_runs(directory: SweepDirectory) -> list[tuple[str, str]]:
+    """Return the names of a sweep's runs, with their ids; arms of the same settings share their runs."""
+    arms = directory.manifest["arms"]
+    return [(f"{arm['label']}, seed {run['seed']}", run["run_id"]) for arm in arms for run in arm["runs"]]
+
+
+def _row(name: str, run: RunDirectory) -> dict[str, Any]:
+    status, last = run.status(), (run.rows() or [{"step": 0}])[-1]
+    left = ""
+    if status == "running" and last["step"]:  # at the pace of its steps so far
+        seconds = int((run.spec["train"]["steps"] - last["step"]) * last["seconds"] / last["step"])
+        left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    row = {"run": name, "run_id": run.run_id, "state": status.value, "step": last["step"]}
+    return {**row, "left": left, "error": run.state.error or ""}
