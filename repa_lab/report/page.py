@@ -158,9 +158,9 @@ def draw_pictures(results: Results, root: RunsRoot, folder: Path) -> tuple[list[
     for draft in drafts:
         link = f"figures/{draft.name}.png"
         try:
-            whole, parts = draft.draw()
+            whole, panels = draft.draw()
             path = figures.save(whole, folder / link)
-            svgs = [figures.to_svg(panel, f"{draft.name}-{place}") for place, panel in enumerate(parts or [whole])]
+            svgs = [figures.to_svg(panel, f"{draft.name}-{place}") for place, panel in enumerate(panels or [whole])]
             pictures.append(Picture(draft.section, draft.title, draft.caption, path, link, tuple(svgs)))
         except Exception as error:  # the rest of the report does not depend on a figure
             reason = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -88,11 +88,11 @@ class Protocols:
                     protocols.setdefault(arm, self.by_run[run][metric])
         first, *others = [*protocols.values()] or [{}]
         fields = sorted({name for other in others for name in differences(first, other)})
-        flat = {arm: dict(dotted({name: one.get(name) for name in fields})) for arm, one in protocols.items()}
+        flat = {arm: dict(dotted({name: protocol.get(name) for name in fields})) for arm, protocol in protocols.items()}
         paths = sorted({path for leaves in flat.values() for path in leaves})
         differing = [path for path in paths if len({_text(leaves.get(path)) for leaves in flat.values()}) > 1]
         suffixes = {
-            arm: ", ".join(f"{path}: {_short(one.get(path))}" for path in differing) for arm, one in flat.items()
+            arm: ", ".join(f"{path}: {_short(leaves.get(path))}" for path in differing) for arm, leaves in flat.items()
         }
         return {arm: f"{metric} ({suffixes[arm]})" if suffixes.get(arm) else metric for arm in arms}
 

@@ -19,8 +19,11 @@ from repa_lab.report.summary import bare_name, goal_of, metric_kind
 NONE = "n/a"
 _EMPTY = (NONE, "", "not reached")
 _NUMBER = re.compile(r"[+<-]?[\d.]")
-_LATEX = {"\\": "textbackslash", "~": "textasciitilde", "^": "textasciicircum"}
-_LATEX |= {"<": "textless", ">": "textgreater", "|": "textbar"}
+_LATEX_NAMES = {"\\": "textbackslash", "~": "textasciitilde", "^": "textasciicircum"}
+_LATEX_NAMES |= {"<": "textless", ">": "textgreater", "|": "textbar"}
+_LATEX = str.maketrans(
+    {"\n": " ", **{c: f"\\{name}{{}}" for c, name in _LATEX_NAMES.items()}, **{c: f"\\{c}" for c in "&%$#_{}"}}
+)
 _MAX_LATEX_COLUMNS = 6
 _MAX_SETTINGS_ARMS = 60
 _SECONDS_PER_HOUR = 3600
@@ -121,12 +124,7 @@ class Table:
 
 def latex(text: str) -> str:
     """Escape text for LaTeX."""
-    text = re.sub(r"[\\~^<>|]|[&%$#_{}]", lambda match: _latex_character(match[0]), text)
-    return text.replace("\n", " ")
-
-
-def _latex_character(character: str) -> str:
-    return rf"\{_LATEX[character]}{{}}" if character in _LATEX else "\\" + character
+    return text.translate(_LATEX)
 
 
 # ---- measurements
