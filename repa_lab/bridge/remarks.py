@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,10 @@ from repa_lab.spec.evaluate import EvaluateConfig
 
 Fields = Mapping[str, Any]  # of the spec, by dotted path
 Remark = tuple[str, str]  # a key or nothing, and the message
-Applies = Callable[[Config, Fields], bool]
 
 _PASSES = 3  # forward passes that a training step costs: a backward pass costs about two
 _FEW_SAMPLES = 2048  # the width of Inception's features
 _CAPTIONS = ("textfile", None)  # caption strategies that repa-lab reads alike
-_DECAY = "regularizer.schedule.decay_steps"
 
 
 def remarks(config: Config, fields: Fields) -> Iterator[Remark]:
@@ -71,100 +69,61 @@ def training_passes(fields: Fields) -> int:
     return int(fields["train.steps"] * fields["train.batch_size"] * _PASSES)
 
 
-def _always(config: Config, fields: Fields) -> bool:
-    return True
-
-
-# Where SimpleTuner computes something else from the same number: key without prefix, condition, message.
-DIFFERENCES: tuple[tuple[str, Applies, str], ...] = (
-    (
-        "enabled",
-        lambda config, fields: config.family is not None and config.family.name in NEVER_ATTACHED,
-        "SimpleTuner never attaches its regularizer to {family}: what it trained there was a baseline; here it "
-        "attaches",
-    ),
-    (
-        "enabled",
-        _always,
+def _differences(config: Config, fields: Fields) -> Iterator[Remark]:
+    """Name where SimpleTuner computes something else from the same number."""
+    prefix, family, schedule = config.prefix, config.family, "regularizer.schedule"
+    if prefix is None:
+        return
+    if family is not None and family.name in NEVER_ATTACHED:
+        never = f"SimpleTuner never attaches its regularizer to {family.name}"
+        yield f"{prefix}_enabled", f"{never}: what it trained there was a baseline; here it attaches"
+    yield (
+        f"{prefix}_enabled",
         "SimpleTuner's target is the encoder's CLS token alone, to which it shrinks the student's grid; here the "
         "targets are the patch tokens, so neither losses nor good weights carry over",
-    ),
-    (
-        "manifold_weight",
-        lambda config, fields: config.prefix == "urepa",
-        "with one target token there, its manifold loss is 0 whatever the weight; here it compares pairs of patches",
-    ),
-    (
-        "block_index",
-        lambda config, fields: config.prefix == "crepa",
-        "counted from 0, as there; the papers count depth from 1, so block_index {block} is their depth {depth}",
-    ),
-    (
-        "use_tae",
-        _always,
-        "SimpleTuner's encoder looks at decoded latents, squashed to a square, not at the images: pixels: {pixels} "
-        "does the same but for the squash (the papers' way is image)",
-    ),
-    (
-        "",
-        lambda config, fields: not config.irepa,
-        "projector: {{type: linear}} is SimpleTuner's LayerNorm + Linear; the papers' is mlp",
-    ),
-    (
-        "",
-        lambda config, fields: "regularizer.resample.side" in fields,
-        "resample.side: {side}, because SimpleTuner shrinks the larger grid{unknown}; the papers resample the student",
-    ),
-    (
-        "decay_steps",
-        lambda config, fields: fields["regularizer.schedule.type"] != "constant",
-        "the step at which the decay ends, counted from 0 and warm-up included, as SimpleTuner computes it; its "
-        "documentation calls it a duration. 0 is the end of training in both",
-    ),
-    (
-        "decay_steps",
-        lambda config, fields: config.value(f"{config.prefix}_decay_steps") != fields[_DECAY],
-        "the decay ends no later than the warm-up, so SimpleTuner drops the weight to its end one step after the "
-        "warm-up: decay_steps: {decay} does the same",
-    ),
-    (
-        "similarity_threshold",
-        lambda config, fields: fields["regularizer.schedule.similarity_threshold"] is not None,
-        "SimpleTuner has no bias correction and no minimum count, judges every step, each process for itself, and acts "
-        "in the step that reaches the threshold, repa-lab from the next one on: similarity_min_count: 1 comes nearest, "
-        "though one spike then ends the regularizer; repa-lab's own default is 100",
-    ),
-    (
-        "",
-        lambda config, fields: config.prefix == "crepa" and CREPA_MODEL.name in config.values,
-        "crepa_model is in SimpleTuner's documentation, but its parser refuses it; it wins over crepa_encoder, and "
-        "export writes crepa_encoder",
-    ),
-    (
-        "",
-        lambda config, fields: config.irepa,
-        "iREPA puts a convolution in the projector's place and normalises the target: projector.type: conv, "
-        "spatial_norm",
-    ),
-)
-
-
-def _differences(config: Config, fields: Fields) -> Iterator[Remark]:
-    if config.prefix is None:
-        return
-    block = fields["regularizer.block_index"]
-    words = {
-        "family": config.family.name if config.family else "",
-        "unknown": "" if config.family else " (unknown without model_family)",
-        "block": block,
-        "depth": block + 1 if isinstance(block, int) else "",
-        "pixels": fields["regularizer.encoder.pixels"],
-        "side": fields.get("regularizer.resample.side"),
-        "decay": fields[_DECAY],
-    }
-    for suffix, applies, message in DIFFERENCES:
-        if applies(config, fields):
-            yield f"{config.prefix}_{suffix}" if suffix else "", message.format(**words)
+    )
+    if prefix == "urepa":
+        message = "with one target token there, its manifold loss is 0 whatever the weight"
+        yield "urepa_manifold_weight", f"{message}; here it compares pairs of patches"
+    else:
+        block = fields["regularizer.block_index"]
+        depth = f"block_index {block} is their depth {block + 1}"
+        yield "crepa_block_index", f"counted from 0, as there; the papers count depth from 1, so {depth}"
+    yield (
+        f"{prefix}_use_tae",
+        "SimpleTuner's encoder looks at decoded latents, squashed to a square, not at the images: pixels: "
+        f"{fields['regularizer.encoder.pixels']} does the same but for the squash (the papers' way is image)",
+    )
+    if not config.irepa:
+        yield "", "projector: {type: linear} is SimpleTuner's LayerNorm + Linear; the papers' is mlp"
+    if side := fields.get("regularizer.resample.side"):
+        larger = "the larger grid" if family else "the larger grid (unknown without model_family)"
+        yield "", f"resample.side: {side}, because SimpleTuner shrinks {larger}; the papers resample the student"
+    if fields[f"{schedule}.type"] != "constant":
+        yield (
+            f"{prefix}_decay_steps",
+            "the step at which the decay ends, counted from 0 and warm-up included, as SimpleTuner computes it; its "
+            "documentation calls it a duration. 0 is the end of training in both",
+        )
+    if config.value(f"{prefix}_decay_steps") != (decay := fields[f"{schedule}.decay_steps"]):
+        yield (
+            f"{prefix}_decay_steps",
+            "the decay ends no later than the warm-up, so SimpleTuner drops the weight to its end one step after the "
+            f"warm-up: decay_steps: {decay} does the same",
+        )
+    if fields[f"{schedule}.similarity_threshold"] is not None:
+        yield (
+            f"{prefix}_similarity_threshold",
+            "SimpleTuner has no bias correction and no minimum count, judges every step, each process for itself, and "
+            "acts in the step that reaches the threshold, repa-lab from the next one on: similarity_min_count: 1 comes "
+            "nearest, though one spike then ends the regularizer; repa-lab's own default is 100",
+        )
+    if prefix == "crepa" and CREPA_MODEL.name in config.values:
+        message = "crepa_model is in SimpleTuner's documentation, but its parser refuses it"
+        yield "", f"{message}; it wins over crepa_encoder, and export writes crepa_encoder"
+    if config.irepa:
+        message = "iREPA puts a convolution in the projector's place and normalises the target"
+        yield "", f"{message}: projector.type: conv, spatial_norm"
 
 
 # Keys of which SimpleTuner replaces 0 by another value, or computes at full cost for nothing.
