@@ -145,6 +145,7 @@ class SiTBase(Denoiser):
 
     name: ClassVar[str]
     blocks: nn.ModuleList
+    grid: Grid
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -153,7 +154,7 @@ class SiTBase(Denoiser):
 
     def grid_of(self, block_index: int) -> Grid:
         """Return the grid of the tokens that leave a block."""
-        raise NotImplementedError
+        return self.grid
 
     def tap(self, block_index: BlockIndex) -> Tap:
         """Tap a block; see :meth:`Denoiser.tap`."""
@@ -192,7 +193,7 @@ class SiT(SiTBase):
     def __init__(self, config: SiTConfig) -> None:
         super().__init__(config)
         height, width = config.input_size
-        self.grid: Grid = (height // config.patch_size, width // config.patch_size)
+        self.grid = (height // config.patch_size, width // config.patch_size)
         self.x_embedder = PatchEmbed(config.input_size, config.patch_size, config.in_channels, config.width)
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = nn.Embedding(config.num_classes + 1, config.width)
@@ -214,10 +215,6 @@ class SiT(SiTBase):
         shape = shape_of(SIT, size)
         side = (input_size, input_size) if isinstance(input_size, int) else input_size
         return cls(SiTConfig(shape.depth, shape.width, shape.heads, shape.stride, in_channels, side, num_classes))
-
-    def grid_of(self, block_index: int) -> Grid:
-        """Return the grid of the tokens that leave a block, the same for all."""
-        return self.grid
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return the velocity ``(B, C, H, W)``.

@@ -105,7 +105,7 @@ class SiTDown(SiTBase):
     def __init__(self, config: SiTDownConfig) -> None:
         super().__init__(config)
         (height, width), patch, dim = config.input_size, config.patch_size, config.width
-        self.grid: Grid = (height // patch, width // patch)
+        self.grid = (height // patch, width // patch)
         self.middle_grid: Grid = (self.grid[0] // 2, self.grid[1] // 2)
         self.x_embedder = PatchEmbed(config.input_size, patch, config.in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)

@@ -44,7 +44,7 @@ LONGCAT_IMAGE = Family(
         output=unpack,
         channels=16,
         parameters=6_270_668_864,
-        # LongCat-Image according to other programs; its 6 billion parameters agree
+        # LongCat-Image according to other programs, which agrees with its 6 billion parameters
         config={"num_layers": 10, "num_single_layers": 20},
         tiny={**TINY, "in_channels": 64},  # the pipeline always draws 16 channels
     ),

@@ -9,87 +9,71 @@ from repa_lab.models.families.shared import encode_prompt, rename, zero_rows
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 
 TIME_IDS = 6  # original height and width, crop top and left, target height and width
-TIME_WIDTH = 256
 
 
-def sized_inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
-    """Return the arguments of a UNet that takes the image's sizes and a pooled text beside the text."""
+def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     added = {"text_embeds": condition["text_embeds"], "time_ids": condition["time_ids"]}
     text = condition["encoder_hidden_states"]
     return {"sample": latents, "timestep": time * 1000, "encoder_hidden_states": text, "added_cond_kwargs": added}
 
 
-def sized_condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of such a UNet's conditioning; a projection of the text, if any, decides the text's width."""
+def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
     pooled = config.projection_class_embeddings_input_dim - TIME_IDS * config.addition_time_embed_dim
-    text = (tokens, config.encoder_hid_dim or config.cross_attention_dim)
+    text = (tokens, config.encoder_hid_dim or config.cross_attention_dim)  # Kolors projects a text of another width
     return {"encoder_hidden_states": text, "text_embeds": (pooled,), "time_ids": (TIME_IDS,)}
 
 
-def sizes(config: Any, frames: Tensor) -> dict[str, Tensor]:
-    """Return the conditioning by size of such a UNet, ``(B, TIME_IDS)``."""
-    return {"time_ids": frames}
-
-
-pooled_prompt = rename(prompt_embeds="encoder_hidden_states", pooled_prompt_embeds="text_embeds")
-RELEASED: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
+_BLOCKS = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
-    "addition_time_embed_dim": TIME_WIDTH,
-    "projection_class_embeddings_input_dim": 1280 + TIME_IDS * TIME_WIDTH,
 }
-TINY: dict[str, Any] = {
-    "sample_size": 16,
-    "block_out_channels": (8, 16, 16),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 4,
-    "cross_attention_dim": 12,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 10 + TIME_IDS * 8,
-}
-
-SDXL = Family(
-    "sdxl",
-    "unet",
-    {"": Shape(1, 1280, 4, "mid")},
-    network=Network(
-        model="UNet2DConditionModel",
-        depths=(),
-        blocks=(Blocks("mid_block", place="map"),),
-        inputs=sized_inputs,
-        condition=sized_condition,
-        parameters=2_567_463_684,
-        config=RELEASED,
-        tiny=TINY,
-    ),
-    pipeline=Pipeline(
-        released="stabilityai/stable-diffusion-xl-base-1.0",
-        classes=("StableDiffusionXLPipeline",),
-        encode=encode_prompt(
-            "encoder_hidden_states", None, "text_embeds", if_empty=zero_rows, do_classifier_free_guidance=False
-        ),
-        prompt=pooled_prompt,
-        sizes=sizes,
-        denoiser="unet",
-        tiny={
-            "vae": kl_autoencoder(4, 0.13025),
-            "tokenizer": CLIP_TOKENIZER,
-            "tokenizer_2": CLIP_TOKENIZER,
-            "text_encoder": clip_text(4),
-            "text_encoder_2": clip_text(8, projection_dim=10),
-            "scheduler": EULER,
-        },
-    ),
+NETWORK = Network(
+    model="UNet2DConditionModel",
+    depths=(),
+    blocks=(Blocks("mid_block", place="map"),),
+    inputs=_inputs,
+    condition=_condition,
+    parameters=2_567_463_684,
+    config={
+        **_BLOCKS,
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 1280 + TIME_IDS * 256,
+    },
+    tiny={
+        **_BLOCKS,
+        "sample_size": 16,
+        "block_out_channels": (8, 16, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 12,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 10 + TIME_IDS * 8,
+    },
 )
+PIPELINE = Pipeline(
+    released="stabilityai/stable-diffusion-xl-base-1.0",
+    classes=("StableDiffusionXLPipeline",),
+    encode=encode_prompt(
+        "encoder_hidden_states", None, "text_embeds", if_empty=zero_rows, do_classifier_free_guidance=False
+    ),
+    prompt=rename(prompt_embeds="encoder_hidden_states", pooled_prompt_embeds="text_embeds"),
+    sizes=lambda config, frames: {"time_ids": frames},
+    denoiser="unet",
+    tiny={
+        "vae": kl_autoencoder(4, 0.13025),
+        "tokenizer": CLIP_TOKENIZER,
+        "tokenizer_2": CLIP_TOKENIZER,
+        "text_encoder": clip_text(4),
+        "text_encoder_2": clip_text(8, projection_dim=10),
+        "scheduler": EULER,
+    },
+)
+SDXL = Family("sdxl", "unet", {"": Shape(1, 1280, 4, "mid")}, network=NETWORK, pipeline=PIPELINE)
