@@ -102,24 +102,21 @@ def _model_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]
 
 
 def _pretrained_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
-    config, pipeline = arm.config, family.pipeline
-    named = config.model.pretrained
-    if pipeline and named is None:  # of a family without a pipeline, `blocked` says that it is not trained
-        yield arm.problem(
-            "model.pretrained", f"{family.name} is trained from a pretrained pipeline: name a hub id or a folder"
-        )
-    elif pipeline and named and (folder := Path(named)).is_dir() and (message := problem_with(folder, family)):
+    data, pretrained, pipeline = arm.config.data, arm.config.model.pretrained, family.pipeline
+    if pipeline and pretrained is None:
+        message = f"{family.name} is trained from a pretrained pipeline: name a hub id or a folder"
         yield arm.problem("model.pretrained", message)
-    yield from _size_problems(arm, family, shape)
-    if pipeline and pipeline.num_classes is None:
-        yield from _caption_problems(arm, family)
-    elif config.evaluate.prompts:
-        yield arm.problem("evaluate.prompts", f"{family.name} is told classes: leave prompts out")
+    elif pipeline and pretrained and Path(pretrained).is_dir() and (problem := problem_with(Path(pretrained), family)):
+        yield arm.problem("model.pretrained", problem)
+    if not _takes_captions(family):
+        if arm.config.evaluate.prompts:
+            yield arm.problem("evaluate.prompts", f"{family.name} is told classes: leave prompts out")
+    elif not data.may_have_captions:
+        *others, last = (name for name, source in SOURCES.items() if source.settings.may_have_captions)
+        reason = f"{family.name} is trained with captions, and the images of {data.source} have none"
+        yield arm.problem("data.source", f"{reason}: use {', '.join(others)} or {last}")
     yield from _sampling_problems(arm, family)
-
-
-def _size_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
-    data, step = arm.config.data, family.latent_stride * shape.stride
+    step = family.latent_stride * shape.stride
     sides = {"data.resolution": data.side} | ({"data.buckets.step": data.buckets.step} if data.buckets else {})
     for path, side in sides.items():
         if side % step:
@@ -129,22 +126,18 @@ def _size_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
 
 
 def _sampling_problems(arm: Arm, family: Family) -> Iterator[Problem]:
-    reverse = [*_tiers(arm)][::-1]  # a sampler that both protocols have is the problem of the usual one
-    for sampler, path in {tier.sampler: f"{path}.sampler" for path, tier in reverse}.items():
+    reverse = [*_protocols(arm)][::-1]  # a sampler that both protocols have is the problem of the usual one
+    for sampler, path in {protocol.sampler: f"{path}.sampler" for path, protocol in reverse}.items():
         if (sampler.type, sampler.solver) != ("ode", "euler"):
             message = f"{family.name} is sampled through its own pipeline and scheduler: only {path}.steps can be set"
             yield arm.problem(path, message)
-    for guidance, path in {tier.guidance: f"{path}.guidance" for path, tier in reverse}.items():
+    for guidance, path in {protocol.guidance: f"{path}.guidance" for path, protocol in reverse}.items():
         if (guidance.low, guidance.high) != (0, 1):
             yield arm.problem(path, f"the pipeline of {family.name} guides at all times: leave low and high out")
 
 
-def _caption_problems(arm: Arm, family: Family) -> Iterator[Problem]:
-    data, trained = arm.config.data, f"{family.name} is trained with captions"
-    if not data.may_have_captions:
-        *others, last = (name for name, other in SOURCES.items() if other.settings.may_have_captions)
-        message = f"{trained}, and the images of {data.source} have none: use {', '.join(others)} or {last}"
-        yield arm.problem("data.source", message)
+def _takes_captions(family: Family) -> bool:
+    return family.pipeline is not None and family.pipeline.num_classes is None
 
 
 def _regularizer_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
@@ -210,23 +203,23 @@ def _encoder_problems(arm: Arm, path: str, encoder: EncoderSettings) -> Iterator
         yield arm.problem(f"{path}.pixels", message)
 
 
-def _tiers(arm: Arm) -> Iterator[tuple[str, EvaluateConfig]]:
+def _protocols(arm: Arm) -> Iterator[tuple[str, EvaluateConfig]]:
     """Return the protocols that an arm is measured by, each with its dotted path."""
     return zip(("evaluate", "evaluate.full"), protocols_of(arm.config), strict=False)
 
 
 def _metric_problems(arm: Arm) -> Iterator[Problem]:
-    for path, tier in _tiers(arm):
-        for metric in tier.metrics:
-            extractors = tier.extractors
+    for path, protocol in _protocols(arm):
+        for metric in protocol.metrics:
+            extractors = protocol.extractors
             if not any(
-                name for extractor in extractors for name in names_of_metric(arm.config, tier, metric, extractor)
+                name for extractor in extractors for name in names_of_metric(arm.config, protocol, metric, extractor)
             ):
                 names = " and ".join(extractor.name for extractor in extractors)
                 advice = "leave it out, or add the extractor inception"
                 yield arm.problem(f"{path}.metrics", f"{metric} has no meaning with the features of {names}: {advice}")
     for name in itertools.islice(shared_names(arm.config), 1):
-        path = f"{[*_tiers(arm)][-1][0]}.extractor"
+        path = f"{[*_protocols(arm)][-1][0]}.extractor"
         twice = f"'{name}' would stand for two numbers, one with other weights or another reference"
         yield arm.problem(path, f"{twice}: leave one out, or measure it in evaluate.full with other samples")
 
@@ -248,34 +241,33 @@ def _data_problems(arm: Arm, family: Family, inventory: Inventory) -> Iterator[P
         return
     if dataset.images is None:
         return
-    takes_captions = family.pipeline is not None and family.pipeline.num_classes is None
-    if takes_captions and not dataset.has_captions and isinstance(data, FolderSettings) and data.caption_advice:
-        has_none = f"{family.name} is trained with captions, and '{data.path}' has none"
-        yield arm.problem("data.path", f"{has_none}: {data.caption_advice}")
+    if (
+        _takes_captions(family)
+        and not dataset.has_captions
+        and isinstance(data, FolderSettings)
+        and data.caption_advice
+    ):
+        reason = f"{family.name} is trained with captions, and '{data.path}' has none"
+        yield arm.problem("data.path", f"{reason}: {data.caption_advice}")
     known = num_classes(Path(arm.config.model.pretrained or ""), family)
     if known is not None and dataset.classes > known:
         yield arm.problem("data.path", class_problem(dataset.classes, known))
-    held, by_default = data.held_out(dataset.images), " by default" if data.holdout is None else ""
-    if held >= dataset.images:
-        yield arm.problem("data.holdout", f"holding out {held} of {dataset.images} images leaves none to train on")
+    holdout, images = data.held_out(dataset.images), dataset.images
+    if holdout >= images:
+        yield arm.problem("data.holdout", f"holding out {holdout} of {images} images leaves none to train on")
         return
-    if arm.config.alignment_encoder and held < MIN_HELD_OUT:
-        few = f"{held} of {dataset.images} are held out{by_default}"
-        yield arm.problem(
-            "data.holdout", f"alignment is measured on held-out images: hold out {MIN_HELD_OUT} or more; {few}"
-        )
-    for path, metric in _compared(arm):
-        if dataset.images - held < METRICS[metric].least_real:
-            needed = f"{metric} needs at least {METRICS[metric].least_real} real images"
-            left = f"there are {dataset.images - held} training images"
-            yield arm.problem(path, f"{needed}, and {left}: give more, or leave it out of metrics")
-
-
-def _compared(arm: Arm) -> Iterator[tuple[str, str]]:
-    """Yield the metrics that compare with training images, each with the path that asks for it."""
-    for path, tier in _tiers(arm):
-        if any(extractor.reference is None for extractor in tier.extractors):
-            yield from ((f"{path}.metrics", metric) for metric in tier.metrics)
+    if arm.config.alignment_encoder and holdout < MIN_HELD_OUT:
+        count = f"{holdout} of {images} are held out{' by default' if data.holdout is None else ''}"
+        advice = f"alignment is measured on held-out images: hold out {MIN_HELD_OUT} or more"
+        yield arm.problem("data.holdout", f"{advice}; {count}")
+    for path, protocol in _protocols(arm):
+        if any(extractor.reference is None for extractor in protocol.extractors):  # training images are the reference
+            for metric in protocol.metrics:
+                if images - holdout < METRICS[metric].least_real:
+                    needed = f"{metric} needs at least {METRICS[metric].least_real} real images"
+                    left = f"there are {images - holdout} training images"
+                    message = f"{needed}, and {left}: give more, or leave it out of metrics"
+                    yield arm.problem(f"{path}.metrics", message)
 
 
 def _vae_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
@@ -288,13 +280,14 @@ def _vae_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
     if vae is None:
         yield arm.problem(path, f"'{folder}' has no VAE: neither config.json nor {VAE}/config.json can be read")
         return
-    taken, given = vae.get("in_channels", vae.get("input_channels")), data.channels
-    if taken not in (given, None):
-        yield arm.problem(path, f"the VAE takes {taken} channels, the images have {given}")
-    own = read_json(Path(pretrained) / VAE / "config.json") or {} if pretrained else {}
-    if data.vae and (lacking := [name for name in SCALING if own.get(name) is not None and vae.get(name, "") is None]):
-        pipelines = "which that of the pipeline's own VAE has and it draws by"
-        yield arm.problem("data.vae", f"the config of '{data.vae}' lacks {', '.join(lacking)}, {pipelines}")
+    channels = vae.get("in_channels", vae.get("input_channels"))
+    if channels not in (data.channels, None):
+        yield arm.problem(path, f"the VAE takes {channels} channels, the images have {data.channels}")
+    released = read_json(Path(pretrained) / VAE / "config.json") or {} if pretrained else {}
+    missing = [name for name in SCALING if released.get(name) is not None and vae.get(name, "") is None]
+    if data.vae and missing:
+        reason = "which the pipeline needs to sample and its own VAE has"
+        yield arm.problem("data.vae", f"the config of '{data.vae}' lacks {', '.join(missing)}, {reason}")
     levels = vae.get("down_block_types")
     if family.from_scratch and isinstance(levels, list):
         step = 2 ** (len(levels) - 1) * shape.stride
@@ -312,48 +305,48 @@ def _file_problems(arm: Arm) -> Iterator[Problem]:
 
 
 def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
+    options = experiment.run
     if experiment.name in RESERVED:
         yield experiment.problem("name", f"'{experiment.name}' is a folder of the runs root; choose another name")
     if experiment.stop and experiment.search:
-        yield experiment.problem(
-            "stop", "a search compares groups at equal progress: leave stop out, and set search.prune"
-        )
-    if experiment.run.precision == "fp16" and experiment.run.device == "cpu":
+        message = "a search compares groups at equal progress: leave stop out, and set search.prune"
+        yield experiment.problem("stop", message)
+    if options.precision == "fp16" and options.device == "cpu":
         yield experiment.problem("run.precision", "fp16 needs a GPU; use bf16 or fp32")
-    if experiment.run.micro_batch == "auto" and experiment.run.gpus_per_run > 1:
+    if options.micro_batch == "auto" and options.gpus_per_run > 1:
         message = "auto works with one process only: several would not agree on a size; give a number"
         yield experiment.problem("run.micro_batch", message)
-    if experiment.run.tensorboard and not tensorboard.is_installed():
+    if options.tensorboard and not tensorboard.is_installed():
         yield experiment.problem("run.tensorboard", "needs TensorBoard: pip install 'repa-lab[tensorboard]'")
-    trained = experiment.run.precision
     for arm in experiment.arms:
-        if arm.config.model.train == "lora" and arm.config.evaluate.precision != "train" and trained != "fp32":
-            message = f"LoRA holds what it leaves alone in run.precision ({trained}): use train, or run.precision: fp32"
-            yield arm.problem("evaluate.precision", message)
-    known = list(dict.fromkeys(name for arm in experiment.arms for name in metric_names(arm.config)))
-    wanted: dict[KeyPath, str] = {("compare", "metric"): experiment.compare.metric}
-    wanted |= {("compare", "targets", metric): metric for metric in experiment.compare.targets}
-    wanted |= {rule_path(experiment, index): rule.metric for index, rule in enumerate(experiment.stop)}
+        is_lora = arm.config.model.train == "lora"
+        if is_lora and arm.config.evaluate.precision != "train" and options.precision != "fp32":
+            frozen = f"LoRA holds the frozen weights in run.precision ({options.precision})"
+            yield arm.problem("evaluate.precision", f"{frozen}: use train, or run.precision: fp32")
     if experiment.search:
-        named = enumerate(experiment.search.objectives)
-        wanted |= {objective_path(experiment.search, i): one.metric for i, one in named if not one.is_cost}
-        yield from search_problems(experiment, lambda arm: _arm_problems(arm, experiment.run, None))
-    goals: dict[KeyPath, str] = {("compare", "metric"): experiment.compare.goal}
-    if experiment.search:
-        goals |= {objective_path(experiment.search, i): one.goal for i, one in enumerate(experiment.search.objectives)}
-    for path, metric in wanted.items():
-        if (name := resolve_metric(metric, known)) is None:
-            yield experiment.problem(path, f"'{metric}' is not measured by this spec; measured: {', '.join(known)}")
-        elif path in goals and goals[path] != (right := goal_of_kind(name.partition(":")[0])):
+        yield from search_problems(experiment, lambda arm: _arm_problems(arm, options, None))
+    yield from _named_metric_problems(experiment)
+
+
+def _named_metric_problems(experiment: Experiment) -> Iterator[Problem]:
+    """Check that every metric that the spec names is measured, and that its goal is the right one."""
+    compare, search = experiment.compare, experiment.search
+    metrics: list[tuple[KeyPath, str, str | None]] = [(("compare", "metric"), compare.metric, compare.goal)]
+    metrics += [(("compare", "targets", metric), metric, None) for metric in compare.targets]
+    is_list = isinstance(experiment.draft.value.get("stop"), list)  # a single rule need not be a list
+    for index, rule in enumerate(experiment.stop):
+        metrics.append((("stop", index, "metric") if is_list else ("stop", "metric"), rule.metric, None))
+    for index, objective in enumerate(search.objectives if search else ()):
+        if search and not objective.is_cost:
+            metrics.append((objective_path(search, index), objective.metric, objective.goal))
+    measured = list(dict.fromkeys(name for arm in experiment.arms for name in metric_names(arm.config)))
+    for path, metric, goal in metrics:
+        if (name := resolve_metric(metric, measured)) is None:
+            yield experiment.problem(path, f"'{metric}' is not measured by this spec; measured: {', '.join(measured)}")
+        elif goal is not None and goal != (right := goal_of_kind(name.partition(":")[0])):
             better = "larger" if right == "max" else "smaller"
-            message = f"must be {right}, for {better} values of {name} are better; got {goals[path]}"
+            message = f"must be {right}, for {better} values of {name} are better; got {goal}"
             yield experiment.problem((*path[:-1], "goal"), message)
-
-
-def rule_path(experiment: Experiment, index: int) -> KeyPath:
-    """Return the path of a rule's metric in the spec, where a single rule need not be a list."""
-    is_list = isinstance(experiment.draft.value.get("stop"), list)
-    return ("stop", index, "metric") if is_list else ("stop", "metric")
 
 
 def resolve_metric(name: str, measured: Sequence[str]) -> str | None:

@@ -293,5 +293,5 @@ def test_frozen_weights_in_half_precision_cannot_be_measured_in_float32(tmp_path
         make_plan(load_spec(spec), RunsRoot(tmp_path))
     except SpecError as error:
         problems = [problem for problem in error.problems if problem.path == "evaluate.precision"]
-    told = "LoRA holds what it leaves alone in run.precision (bf16): use train, or run.precision: fp32"
+    told = "LoRA holds the frozen weights in run.precision (bf16): use train, or run.precision: fp32"
     assert [problem.message for problem in problems] == [told] * is_refused
