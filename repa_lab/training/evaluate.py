@@ -105,7 +105,11 @@ class Evaluator:
         self._config, self._model, self._images, self._targets = config, model, images, targets
         self._device, self._part, self._real = device, part, real_images(images)
         extractors = dict.fromkeys(extractor for protocol in protocols_of(config) for extractor in protocol.extractors)
-        self._extractors = {settings: open_extractor(config, settings, device) for settings in extractors}
+        self._extractors = {}
+        for settings in extractors:
+            content = settings.weights and content_of(settings.weights)
+            metrics = metrics_with(config, settings)
+            self._extractors[settings] = _shared_extractor(settings.name, settings.weights, content, device, metrics)
         self._references = {
             settings: open_reference(settings, extractor, self._real, cache)
             for settings, extractor in self._extractors.items()
@@ -251,20 +255,19 @@ def versions() -> dict[str, str]:
 
 
 def open_extractor(config: RunConfig, extractor: ExtractorConfig, device: torch.device) -> Extractor:
-    """Return an extractor for all metrics that a run computes with it; runs in one process share it.
+    """Return an extractor for all metrics that a run computes with it.
 
     Raises:
         EncoderError: its weights are missing.
     """
-    content = extractor.weights and content_of(extractor.weights)
-    return _load_extractor(extractor.name, extractor.weights, content, device, metrics_with(config, extractor))
+    return Extractor(extractor.name, extractor.weights, device, metrics_with(config, extractor))
 
 
 @functools.lru_cache(maxsize=2)
-def _load_extractor(
+def _shared_extractor(
     name: str, weights: str | None, content: str | None, device: torch.device, metrics: tuple[str, ...]
 ) -> Extractor:
-    """Load an extractor; ``content`` makes another file under the same name another extractor."""
+    """Return an extractor that the runs of a process share; it is loaded anew if the content of its file changes."""
     return Extractor(name, weights, device, metrics)
 
 

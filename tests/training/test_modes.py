@@ -19,7 +19,8 @@ import yaml
 
 from repa_lab.data.sources import Flips
 from repa_lab.encoders.encoder import Encoder
-from repa_lab.runs import RunDirectory, RunsRoot
+from repa_lab.orchestration.api import run_one
+from repa_lab.runs import RunDirectory, RunsRoot, State
 from repa_lab.training.data import open_images
 from repa_lab.training.device import DeviceError, require_equal_parts
 from repa_lab.training.trainer import Trainer
@@ -331,28 +332,48 @@ class TestProcesses:
         "evaluate": {**SPEC["evaluate"], "every": 60},
     }
 
-    def start(self, folder: Path, processes: int, changed: dict[str, Any], **options) -> subprocess.Popen[str]:
-        folder.mkdir(exist_ok=True)
+    def spec(self, folder: Path, changed: dict[str, Any], cache: Path | None, **options) -> Path:
+        """The spec in a folder, whose runs use this cache, or one of their own."""
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        if cache and not (folder / "runs" / "cache").exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            (folder / "runs" / "cache").symlink_to(cache)
         spec = folder / "two.yaml"
-        spec.write_text(
-            yaml.safe_dump({**self.SPEC, **changed, "run": make_options(**options).model_dump(mode="json")})
-        )
+        run = make_options(**options).model_dump(mode="json")
+        spec.write_text(yaml.safe_dump({**self.SPEC, **changed, "run": run}))
+        return spec
+
+    def start(self, spec: Path, processes: int) -> subprocess.Popen[str]:
         started = [sys.executable, "-m"]
         if processes > 1:
             started += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-        command = [*started, "repa_lab", "run", str(spec), "--root", str(folder / "runs")]
+        command = [*started, "repa_lab", "run", str(spec), "--root", str(spec.parent / "runs")]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def run(self, folder: Path, processes: int, changed: dict[str, Any] | None = None, **options) -> RunDirectory:
-        process = self.start(folder, processes, changed or {}, **options)
+    def run(
+        self,
+        folder: Path,
+        processes: int,
+        changed: dict[str, Any] | None = None,
+        cache: Path | None = None,
+        **options,
+    ) -> RunDirectory:
+        """Train the spec's run in so many processes; in one, it is this process."""
+        spec = self.spec(folder, changed or {}, cache, **options)
+        if processes == 1:
+            directory, state = run_one(spec, None, None, folder / "runs")
+            assert state is State.DONE
+            return directory
+        process = self.start(spec, processes)
         output, error = process.communicate(timeout=300)
         assert process.returncode == 0, error[-3000:]
         assert output.count("done:") == 1
         (directory,) = RunsRoot(folder / "runs").runs()
         return directory
 
-    def test_two_processes_train_what_one_does_and_one_of_them_writes(self, tmp_path):
-        first, second = self.run(tmp_path / "alone", 1), self.run(tmp_path / "together", 2, micro_batch=2)
+    def test_two_processes_train_what_one_does_and_one_of_them_writes(self, cache, tmp_path):
+        first = self.run(tmp_path / "alone", 1, cache=cache)
+        second = self.run(tmp_path / "together", 2, micro_batch=2)  # with a cache of their own to fill
         assert first.run_id == second.run_id
         assert [row["step"] for row in rows(second)] == [1, 2, 3, 3, 4, 5, 6, 6]
         for ours, theirs in zip(rows(second), rows(first), strict=True):
@@ -366,11 +387,11 @@ class TestProcesses:
         assert [run.provenance["options"]["micro_batch"] for run in (first, second)] == [None, 2]
 
     @pytest.mark.parametrize("processes", [(2, 1), pytest.param((1, 2), marks=pytest.mark.slow)], ids=str)
-    def test_what_was_killed_goes_on_with_another_number_of_processes(self, tmp_path, processes):
-        whole = self.run(tmp_path / "whole", 1, self.LONGER)
+    def test_what_was_killed_goes_on_with_another_number_of_processes(self, cache, tmp_path, processes):
+        whole = self.run(tmp_path / "whole", 1, self.LONGER, cache)
         before, after = processes
         folder, often = tmp_path / "killed", {"checkpoint_every": 5}
-        process = self.start(folder, before, self.LONGER, **often)
+        process = self.start(self.spec(folder, self.LONGER, cache, **often), before)
         root, deadline = RunsRoot(folder / "runs"), time.monotonic() + 120
         while not any((run.checkpoints / "step-00000010").exists() for run in root.runs()):
             assert process.poll() is None
@@ -381,7 +402,7 @@ class TestProcesses:
         process.communicate()
         (directory,) = root.runs()
         assert directory.state.step < 60
-        resumed = self.run(folder, after, self.LONGER, **often)
+        resumed = self.run(folder, after, self.LONGER, cache, **often)
         assert "resumed" in [event["event"] for event in resumed.events()]
         assert [row["step"] for row in rows(resumed)] == [row["step"] for row in rows(whole)]
         for ours, theirs in zip(rows(resumed), rows(whole), strict=True):

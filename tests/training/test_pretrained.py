@@ -178,7 +178,8 @@ def test_two_processes_train_what_one_does(family, place, tmp_path):
         "evaluate": {**Harness.SPEC["evaluate"], "sampler": {"steps": 2}},
     }
     options = {"gradient_checkpointing": True}
-    one, two = (Harness().run(tmp_path / str(count), count, changed, **options) for count in (1, 2))
+    cache = place / "cache"
+    one, two = (Harness().run(tmp_path / str(count), count, changed, cache, **options) for count in (1, 2))
     assert one.run_id == two.run_id
     assert len(rows(one)) == 4
     for ours, theirs in zip(rows(two)[:3], rows(one)[:3], strict=True):
