@@ -48,8 +48,8 @@ def made(tiny, tmp_path_factory) -> Made:
     search = {"space": space, "objective": {"metric": "frechet", "goal": "min"}, "trials": 2, "sampler": "random"}
     hunt = sweep(tiny(name="hunt", axes={}, seeds=1, search=search), root.path, workers=1)
     assert not done.failures and not hunt.failures
-    for arm in done.directory.manifest["arms"]:
-        run = root.run(arm["runs"][0]["run_id"])
+    for arm in done.directory.manifest.arms:
+        run = root.run(arm.runs[0].run_id)
         profile_run(run, Request((0.2, 0.8), ("cka",), samples=32), RunOptions.model_validate(options), root.cache)
     return Made(root, done.path, hunt.path)
 

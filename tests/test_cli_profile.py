@@ -75,7 +75,7 @@ def test_json_is_what_is_stored(root):
     done = cli("profile", root.run("aligned").path, *asked, "--json", "--root", root.path)
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(done.stdout)
-    assert found == json.loads((root.run("aligned").path / "profile.json").read_text())
+    assert found == root.run("aligned").profile
     assert (found["protocol"]["weights"], found["protocol"]["images"], len(found["values"])) == ("last", 20, 4)
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 from filelock import FileLock
 
-from repa_lab.runs import RunsRoot, RunWriter, State, checkpoints
+from repa_lab.runs import RunsRoot, RunWriter, State, SweepManifest, checkpoints
 from tests.test_cli import cli
 
 
@@ -30,6 +30,10 @@ def make(root, name="abc", state=State.FAILED, error="DivergedError: the loss is
         if state is not State.RUNNING:
             writer.state(state, 7, error if state is State.FAILED else None)
     return run
+
+
+def manifest(name, arms):
+    return SweepManifest(name=name, compare={"metric": "m"}, arms=arms)
 
 
 def test_why_tells_a_runs_history_and_the_reason(root):
@@ -59,7 +63,7 @@ def test_status_of_a_root_calls_runs_as_their_sweeps_do(root):
     arms = [{"label": "weight=0.5", "runs": [{"seed": 3, "run_id": "asked"}, {"seed": 4, "run_id": "shared"}]}]
     for sweep, label in (("a", "weight=0.5"), ("b", "baseline")):
         root.sweep(sweep).record(
-            {"name": sweep, "arms": [{**arms[0], "label": label, "runs": arms[0]["runs"][sweep == "b" :]}]}
+            manifest(sweep, [{**arms[0], "label": label, "runs": arms[0]["runs"][sweep == "b" :]}])
         )
     (root.path / "c").mkdir()
     (root.path / "c/sweep.json").write_text("{")
@@ -72,7 +76,7 @@ def test_status_of_a_root_calls_runs_as_their_sweeps_do(root):
     (row,) = json.loads(cli("status", "b", "--root", root.path, "--json").stdout)
     assert (row["run"], row["run_id"]) == ("baseline, seed 4", "shared")
     twins = [{"label": label, "runs": [{"seed": 0, "run_id": "lone"}]} for label in ("x", "y")]
-    root.sweep("d").record({"name": "d", "arms": twins})
+    root.sweep("d").record(manifest("d", twins))
     assert [row["run"] for row in json.loads(cli("status", "d", "--root", root.path, "--json").stdout)] == [
         "x, seed 0",
         "y, seed 0",
@@ -167,7 +171,7 @@ def test_a_disk_that_cannot_be_written_is_one_line(tmp_path):
 def test_stop_is_for_a_sweep_that_somebody_carries_out(root):
     directory = root.sweep("mine")
     directory.path.mkdir(parents=True)
-    directory.record({"name": "mine", "arms": []})
+    directory.record(manifest("mine", []))
     nobody = cli("stop", "mine", "--root", root.path)
     assert (nobody.returncode, directory.is_asked_to_stop) == (2, False)
     assert "nobody is carrying out this sweep" in nobody.stderr

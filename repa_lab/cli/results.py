@@ -181,15 +181,14 @@ def _draw(directories: Sequence[RunDirectory]) -> list[Path]:
     """Draw each run, and each run beside the first; print why a pair cannot be drawn."""
     from repa_lab.report.figures import save
     from repa_lab.report.profile import profile_figure, why_not_comparable
-    from repa_lab.runs.profiles import picture_of
 
-    drawn = [save(profile_figure([run]), picture_of(run)) for run in directories]
+    drawn = [save(profile_figure([run]), run.profile_picture()) for run in directories]
     first, *others = directories
     for other in others:
         if reason := why_not_comparable(first, other):
             typer.echo(reason, err=True)
         else:
-            drawn.append(save(profile_figure([first, other]), picture_of(other, first)))
+            drawn.append(save(profile_figure([first, other]), other.profile_picture(first)))
     return drawn
 
 
@@ -229,7 +228,7 @@ def _runs_of(root: RunsRoot, name: Path) -> list[RunDirectory]:
 
     try:
         sweep = root.find_sweep(name)
-        return [sweep.root.run(run["run_id"]) for arm in sweep.manifest["arms"] for run in arm["runs"]]
+        return [sweep.root.run(run_id) for run_id in sweep.manifest.run_ids]
     except UnknownSweepError:
         pass
     try:

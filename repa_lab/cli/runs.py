@@ -119,9 +119,8 @@ def pin(
 ) -> None:
     """Protect a run from garbage collection, even if the disk is full."""
     from repa_lab.runs import RunsRoot
-    from repa_lab.runs.directory import PIN
 
-    path = RunsRoot(root).find_run(run).path / PIN
+    path = RunsRoot(root).find_run(run).pin
     path.unlink(missing_ok=True) if off else path.touch()
 
 
@@ -134,7 +133,7 @@ def gc(
 ) -> None:
     """Delete leftovers of kills and checkpoints of pruned runs; never a run's last good one, nor a pinned run."""
     from repa_lab.runs import RunsRoot
-    from repa_lab.runs.waste import collect, size_of
+    from repa_lab.runs.garbage_collection import collect, size_of
 
     deleted = collect(RunsRoot(root), None if disk_gib is None else int(disk_gib * _GIB), dry_run)
     if deleted:
@@ -173,8 +172,7 @@ def _rows(root: RunsRoot, sweep: Path | None) -> list[dict[str, Any]]:
 
 def _named_runs(directory: SweepDirectory) -> list[tuple[str, str]]:
     """Return the names of a sweep's runs, with their ids; arms of the same settings share their runs."""
-    arms = directory.manifest["arms"]
-    return [(f"{arm['label']}, seed {run['seed']}", run["run_id"]) for arm in arms for run in arm["runs"]]
+    return [(f"{arm.label}, seed {run.seed}", run.run_id) for arm in directory.manifest.arms for run in arm.runs]
 
 
 def _row(name: str, run: RunDirectory) -> dict[str, Any]:

@@ -243,7 +243,7 @@ def _carry_out(
         finally:
             if executor:
                 executor.close()
-            if _is_recorded(directory) and log.exists():
+            if directory.is_recorded and log.exists():
                 shutil.copyfile(log, directory.path / "workers.log")
     failures, diverged = scheduler.failures, scheduler.diverged
     trained = work.counts()[0] - done_before - len(failures) - len(diverged) - scheduler.reused
@@ -301,7 +301,7 @@ def _locked(directory: SweepDirectory) -> Iterator[None]:
     try:
         yield
     finally:
-        if not _is_recorded(directory):
+        if not directory.is_recorded:
             directory.ask_to_stop(False)
             directory.lock.unlink(missing_ok=True)
         lock.release()
@@ -313,14 +313,10 @@ def _locked(directory: SweepDirectory) -> Iterator[None]:
 def _is_complete(planned: Plan, directory: SweepDirectory) -> bool:
     if planned.experiment.search is None:
         return not planned.pending
-    if not _is_recorded(directory):
+    if not directory.is_recorded:
         return False
     done, total = _make_work(planned, directory).counts()
     return done >= total
-
-
-def _is_recorded(directory: SweepDirectory) -> bool:
-    return (directory.path / "sweep.json").exists()
 
 
 def _make_work(planned: Plan, directory: SweepDirectory) -> Work:
@@ -329,9 +325,9 @@ def _make_work(planned: Plan, directory: SweepDirectory) -> Work:
     if planned.experiment.search is None:
         directory.record(planned.manifest())
         return RunList(map(_task, planned.left), planned.root, planned.sharing.forks)
-    from repa_lab.orchestration.search.searches import Searches
+    from repa_lab.orchestration.search.search import SearchWork
 
-    return Searches(planned, directory)
+    return SearchWork(planned, directory)
 
 
 def _task(entry: PlannedRun) -> Task:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from repa_lab.orchestration.plan import Plan, PlannedRun
-from repa_lab.orchestration.search.reach import is_searched
+from repa_lab.orchestration.search.problems import is_searched
 from repa_lab.runs import RunDirectory, RunStatus, State
+from repa_lab.runs.checkpoints import Fork
 from repa_lab.runs.files import Row
-from repa_lab.runs.forks import Fork
 from repa_lab.runs.provenance import GPUS, gpu_models
 from repa_lab.spec import RunConfig, RunOptions, SpecError
 from repa_lab.spec.identity import Run
@@ -381,11 +381,11 @@ def _trials(plan: Plan, costs: dict[str, Cost], speeds: dict[str, Speed]) -> dic
     experiment, search, directory = plan.experiment, plan.experiment.search, plan.root.sweep(plan.experiment.name)
     if search is None:
         return {}
-    recorded = directory.manifest["arms"] if (directory.path / "sweep.json").is_file() else []
+    recorded = directory.manifest.arms if directory.is_recorded else ()
     trials = {}
     for arm in experiment.arms:
         if is_searched(arm, search.space):
-            runs = [run["run_id"] for trial in recorded if trial["levels"] == arm.levels for run in trial["runs"]]
+            runs = [run.run_id for trial in recorded if trial.levels == arm.levels for run in trial.runs]
             ended = sum(plan.root.run(run_id).status().is_final for run_id in runs)
             left = max(0, search.trials * len(experiment.seeds) - ended)
             trials[arm.label] = _share_after(0, arm.config, costs[arm.label], speeds[arm.label]) * left

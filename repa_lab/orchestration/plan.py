@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.orchestration.checks import blocked, check, resolve_metric
 from repa_lab.orchestration.sharing import Sharing, share
-from repa_lab.runs import RunsRoot, RunStatus
+from repa_lab.runs import RunsRoot, RunStatus, SweepManifest
+from repa_lab.runs.root import ArmRecord, ComparisonRecord, OrphanRecord, RunRecord, SearchRecord
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, StopRule
 from repa_lab.spec.expand import holds
 from repa_lab.spec.identity import Run, identify, local_files
@@ -96,12 +96,12 @@ class Plan:
         The trials of a search are no orphans: the spec asks for them without naming them.
         """
         directory = self.root.sweep(self.experiment.name)
-        if not (directory.path / "sweep.json").is_file() or directory.manifest.get("search"):
+        if not directory.is_recorded or (manifest := directory.manifest).search:
             return ()
-        manifest, planned = directory.manifest, {entry.run.run_id for entry in self.runs}
-        recorded = [{"label": arm["label"], **run} for arm in manifest["arms"] for run in arm["runs"]]
-        left = {run["run_id"]: run for run in recorded + manifest.get("orphaned", []) if run["run_id"] not in planned}
-        orphans = (Orphan(run["label"], run["seed"], id_, self.root.run(id_).status()) for id_, run in left.items())
+        planned = {entry.run.run_id for entry in self.runs}
+        recorded = [OrphanRecord(label=arm.label, **run.model_dump()) for arm in manifest.arms for run in arm.runs]
+        left = {run.run_id: run for run in (*recorded, *manifest.orphaned) if run.run_id not in planned}
+        orphans = (Orphan(run.label, run.seed, id_, self.root.run(id_).status()) for id_, run in left.items())
         return tuple(orphan for orphan in orphans if orphan.status is not RunStatus.NEW)
 
     @cached_property
@@ -152,36 +152,33 @@ class Plan:
         """Return the full name of a metric that the spec may call by its kind."""
         return resolve_metric(name, self.measured) or name
 
-    def manifest(
-        self, arms: list[dict[str, Any]] | None = None, search: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Return what :meth:`SweepDirectory.record` keeps; a search gives its trials as arms."""
+    def manifest(self, arms: list[ArmRecord] | None = None, search: SearchRecord | None = None) -> SweepManifest:
+        """Return the manifest of the sweep; a search gives its trials as arms."""
         compare, targets = self.experiment.compare, dict[str, list[float]]()
         for metric, values in compare.targets.items():  # a metric may be called by its kind and by its name
             known = targets.setdefault(self.metric(metric), [])
             known += [value for value in values if value not in known]
-        orphaned = [{"label": run.label, "seed": run.seed, "run_id": run.run_id} for run in self.orphans]
-        return {
-            "name": self.experiment.name,
-            "question": self.experiment.question,
-            "seeds": list(self.experiment.seeds),
-            "compare": {"metric": self.metric(compare.metric), "goal": compare.goal, "targets": targets},
-            "arms": arms if arms is not None else self._arms(),
-            "search": search,
-            **({"orphaned": orphaned} if orphaned else {}),
-        }
+        return SweepManifest(
+            name=self.experiment.name,
+            question=self.experiment.question,
+            seeds=self.experiment.seeds,
+            compare=ComparisonRecord(metric=self.metric(compare.metric), goal=compare.goal, targets=targets),
+            arms=tuple(arms if arms is not None else self._arms()),
+            search=search,
+            orphaned=tuple(OrphanRecord(label=run.label, seed=run.seed, run_id=run.run_id) for run in self.orphans),
+        )
 
-    def _arms(self) -> list[dict[str, Any]]:
+    def _arms(self) -> list[ArmRecord]:
         matched, runs = baselines(self.experiment), dict[str, list[Run]]()
         for entry in self.runs:
             runs.setdefault(entry.arm.label, []).append(entry.run)
         return [arm_record(arm, matched[arm.label], runs[arm.label]) for arm in self.experiment.arms]
 
 
-def arm_record(arm: Arm, baseline: str | None, runs: list[Run]) -> dict[str, Any]:
-    """Return an arm as plain data for the sweep's manifest."""
-    identified = [{"seed": run.seed, "run_id": run.run_id} for run in runs]
-    return {"label": arm.label, "levels": dict(arm.levels), "baseline": baseline, "runs": identified}
+def arm_record(arm: Arm, baseline: str | None, runs: Iterable[Run]) -> ArmRecord:
+    """Return an arm as the sweep's manifest has it."""
+    records = tuple(RunRecord(seed=run.seed, run_id=run.run_id) for run in runs)
+    return ArmRecord(label=arm.label, levels=dict(arm.levels), baseline=baseline, runs=records)
 
 
 def make_plan(experiment: Experiment, root: RunsRoot) -> Plan:

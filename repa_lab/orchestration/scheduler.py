@@ -20,8 +20,7 @@ from repa_lab.orchestration.executors import (
 )
 from repa_lab.runs import RunDirectory, RunsRoot, RunWriter, State
 from repa_lab.runs.directory import RunBusyError
-from repa_lab.runs.files import Row
-from repa_lab.runs.tail import RowTail
+from repa_lab.runs.files import JsonlReader, Row
 from repa_lab.spec import Arm, RunConfig, RunOptions, SpecError
 
 _POLL_S = 0.5
@@ -64,7 +63,7 @@ class _WatchedRun:
 
     task: Task
     directory: RunDirectory
-    tail: RowTail
+    rows: JsonlReader
     tries: int = 1
     is_hung: bool = False
     _mark: int | None = None
@@ -185,7 +184,7 @@ class Scheduler:
             if not self._is_any_done and len(reasons) == _EQUAL_FAILURES and len(set(reasons)) == 1:
                 raise SweepBrokenError(f"the first {_EQUAL_FAILURES} runs failed alike: {reasons[0]}")
             directory = self.root.run(task.run.run_id)
-            self._begin(_WatchedRun(task, directory, RowTail(directory)), work)
+            self._begin(_WatchedRun(task, directory, directory.metrics_reader()), work)
 
     def _start_no_more(self, work: Work) -> None:
         if self.stopped is None:
@@ -213,7 +212,7 @@ class Scheduler:
         self.executor.submit(TrainJob(task, self.sweep, self.options, self.root, self.is_rehearsal))
 
     def _pass_rows_on(self, run: _WatchedRun, work: Work) -> None:
-        for row in run.tail.new_rows():
+        for row in run.rows.new_rows():
             self.view.row(run.task.run.run_id, row)
             for pruned in work.heard(run.task.run.run_id, row):
                 self.executor.stop(pruned, State.PRUNED)

@@ -8,14 +8,15 @@ from the earlier run's checkpoint at that step, and ends bit for bit as if it ha
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from repa_lab.align.schedule import Schedule, agreement
 from repa_lab.orchestration.executors import Task
 from repa_lab.runs import RunsRoot, State, checkpoints
+from repa_lab.runs.checkpoints import Fork, forkable_steps
 from repa_lab.runs.files import Row
-from repa_lab.runs.forks import Fork, available, clear
 from repa_lab.spec import RunConfig
 from repa_lab.spec.identity import Run
 
@@ -114,7 +115,7 @@ class RunList:
             if state in (State.DONE, State.STOPPED):
                 children.discard(run_id)
             if not children:
-                clear(self._root.run(parent))
+                shutil.rmtree(self._root.run(parent).forks, ignore_errors=True)
 
     def counts(self) -> tuple[int, int]:
         """Return the number of runs done, and of runs in all."""
@@ -122,7 +123,7 @@ class RunList:
 
     def _is_ready(self, run_id: str) -> bool:
         fork = self._forks.get(run_id)
-        if fork is None or fork.step in available(self._root.run(fork.parent)):
+        if fork is None or fork.step in forkable_steps(self._root.run(fork.parent)):
             return True
         return fork.parent not in self._running and fork.parent not in self._waiting  # the parent failed
 

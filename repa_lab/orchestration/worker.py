@@ -38,7 +38,7 @@ from repa_lab.tracking import Listener
 if TYPE_CHECKING:
     import torch
 
-    from repa_lab.report.statistics import ComparedMetric
+    from repa_lab.runs.root import ComparisonRecord
     from repa_lab.tracking.wandb import WandbRun
 
 ShouldStop = Callable[[], State | None]
@@ -234,15 +234,13 @@ def _wandb_run(job: TrainJob, mode: str) -> WandbRun:
     )
 
 
-def _compared(job: TrainJob) -> ComparedMetric:
+def _compared(job: TrainJob) -> ComparisonRecord:
     """Return what the recorded sweep compares; for a run that belongs to no recorded sweep, what the run measures."""
-    from repa_lab.report.statistics import ComparedMetric
+    from repa_lab.runs.root import ComparisonRecord
     from repa_lab.training.resolve import metric_name
 
     sweep = job.root.sweep(job.sweep)
-    if (sweep.path / "sweep.json").is_file():
-        return ComparedMetric.from_manifest(sweep.manifest)
-    return ComparedMetric(metric_name(job.task.run.config))
+    return sweep.manifest.compare if sweep.is_recorded else ComparisonRecord(metric=metric_name(job.task.run.config))
 
 
 def main() -> None:

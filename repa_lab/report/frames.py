@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,9 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from repa_lab.report.summary import KEYS, dotted
-from repa_lab.runs import RunDirectory, RunsRoot, RunState, RunStatus
+from repa_lab.runs import RunDirectory, RunsRoot, RunState, RunStatus, SweepManifest
+from repa_lab.runs.files import FormatError
+from repa_lab.runs.root import ArmRecord
 
 Numbers = dict[str, float]
 Row = dict[str, Any]
@@ -54,18 +55,17 @@ class RunReader:
     @cached_property
     def spec(self) -> dict[str, Any]:
         """The resolved config and the seed; empty for a run that never started."""
-        return self._mapping("spec.json")
+        return self._read("spec.json", lambda: self.run.spec, {})
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """Code, versions and machine of the run."""
-        return self._mapping("provenance.json")
+        return self._read("provenance.json", lambda: self.run.provenance, {})
 
     @cached_property
     def protocols(self) -> dict[str, dict[str, Any]]:
         """Everything that a metric's values depend on, by metric; empty for runs without a record."""
-        recorded = self._mapping("protocols.json")
-        return {metric: protocol for metric, protocol in recorded.items() if isinstance(protocol, dict)}
+        return self._read("protocols.json", lambda: self.run.protocols, {})
 
     @property
     def processes(self) -> int:
@@ -76,11 +76,13 @@ class RunReader:
     @cached_property
     def rows(self) -> list[Numbers]:
         """The metric rows, oldest first: NaN for null, without values that are no numbers and a torn last line."""
-        path = self.run.path / "metrics.jsonl"
-        content = self._read(path.name, path.read_bytes, b"") if path.exists() else b""
-        lines = enumerate(content.split(b"\n")[:-1], start=1)
-        rows = (self._row(f"metrics.jsonl:{number}", line) for number, line in lines if line.strip())
-        return [row for row in rows if row is not None]
+
+        def leave_out(number: int, reason: str) -> None:
+            self._note(f"metrics.jsonl:{number}", f"{reason}; the line is left out")
+
+        rows: list[Row] = self._read("metrics.jsonl", self.run.metrics_reader(leave_out).new_rows, [])
+        # Nearly every row, of very many, holds only numbers.
+        return [row if all(type(value) in _NUMBERS for value in row.values()) else self._numbers(row) for row in rows]
 
     @cached_property
     def progress(self) -> dict[int, Numbers]:
@@ -125,39 +127,22 @@ class RunReader:
         if fields := ", ".join(self._read("events.jsonl", changed, [])):
             self._note("events.jsonl", f"between two starts its protocols changed in {fields}; earlier values differ")
 
-    def _row(self, where: str, line: bytes) -> Numbers | None:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            self._note(where, "not JSON; the line is left out")
-            return None
-        step = row.get("step") if isinstance(row, dict) else None
-        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-            self._note(where, "no step; the line is left out")
-            return None
-        numbers: Numbers = row
-        if all(type(value) in _NUMBERS for value in row.values()):  # nearly every row, of very many
-            return numbers
-        numbers = {name: math.nan if value is None else value for name, value in row.items()}
+    def _numbers(self, row: Row) -> Numbers:
+        numbers: Numbers = {name: math.nan if value is None else value for name, value in row.items()}
         for name in [name for name, value in numbers.items() if type(value) not in _NUMBERS]:
-            self._note(where, f"{name} is no number; it is left out")
+            self._note("metrics.jsonl", f"{name} at step {row['step']} is no number; it is left out")
             del numbers[name]
         return numbers
-
-    def _mapping(self, name: str) -> dict[str, Any]:
-        path = self.run.path / name
-        content: Any = (
-            self._read(name, lambda: json.loads(path.read_text(encoding="utf-8")), {}) if path.exists() else {}
-        )
-        if not isinstance(content, dict):
-            self._note(name, "not a mapping")
-            return {}
-        return content
 
     def _read(self, name: str, read: Callable[[], T], default: T) -> T:
         try:
             return read()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except FileNotFoundError:
+            return default
+        except FormatError as error:
+            self._note(name, str(error).partition("' ")[2])
+            return default
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self._note(name, f"cannot be read ({type(error).__name__})")
             return default
 
@@ -173,7 +158,7 @@ class RunReader:
 class Member:
     """A run in its place in a sweep: its arm in the manifest, the keys of its rows, and its files."""
 
-    arm: Mapping[str, Any]
+    arm: ArmRecord
     keys: Mapping[str, Any]
     reader: RunReader
 
@@ -183,12 +168,12 @@ class Member:
         return self.reader.run.run_id
 
 
-def members_of(manifest: Mapping[str, Any], root: RunsRoot) -> Iterator[Member]:
+def members_of(manifest: SweepManifest, root: RunsRoot) -> Iterator[Member]:
     """Yield the runs of a sweep, arm by arm."""
-    for arm in manifest["arms"]:
-        for planned in arm["runs"]:
-            run = root.run(planned["run_id"])
-            keys = {"sweep": manifest["name"], "arm": arm["label"], "seed": planned["seed"], "run_id": run.run_id}
+    for arm in manifest.arms:
+        for planned in arm.runs:
+            run = root.run(planned.run_id)
+            keys = {"sweep": manifest.name, "arm": arm.label, "seed": planned.seed, "run_id": run.run_id}
             yield Member(arm, keys, RunReader(run))
 
 
@@ -198,7 +183,7 @@ def runs_frame(members: Sequence[Member]) -> pd.DataFrame:
     configs = [dict(dotted(spec)) for spec in specs]
     fields = {name for config in configs for name in config}
     # A plain axis is named after the field it sets: the value is more precise than the level's name, and has a type.
-    levels = [{axis: name for axis, name in m.arm["levels"].items() if axis not in fields} for m in members]
+    levels = [{axis: name for axis, name in m.arm.levels.items() if axis not in fields} for m in members]
     rows = [{**level, **config, **_run_row(m)} for m, level, config in zip(members, levels, configs, strict=True)]
     frame = pd.DataFrame(rows, columns=None if rows else _RUN_COLUMNS)
     return frame[[*_RUN_COLUMNS, *(column for column in frame.columns if column not in _RUN_COLUMNS)]]
@@ -211,7 +196,7 @@ def _run_row(member: Member) -> Row:
     totals = {name: value for row in reader.rows for name, value in row.items() if is_progress(name)}
     return {
         **member.keys,
-        "baseline": member.arm["baseline"],
+        "baseline": member.arm.baseline,
         "state": status.value if status else UNKNOWN,
         "error": state.error if state else None,
         "step": max(state.step if state else 0, last_step),

@@ -17,7 +17,6 @@ from repa_lab.report.profile import load_profile, profile_figure, shown_profiles
 from repa_lab.report.published import TEXT, VALUES
 from repa_lab.report.results import Results, ResultsError, load_results, root_of
 from repa_lab.report.search import objectives, search_frame
-from repa_lab.runs import profiles
 
 __all__ = ["Drawn", "Profiles", "Reproduced", "alignment", "convergence", "layers", "quality", "reproduction", "search"]
 
@@ -53,7 +52,7 @@ def convergence(results: Results) -> Drawn:
         ResultsError: the metrics of several sweeps improve in opposite directions.
     """
     frame = _combined(results, figures.convergence_frame)
-    goals = {results.only(sweep["name"]).goal for sweep in results.sweeps}
+    goals = {results.only(sweep.name).goal for sweep in results.sweeps}
     if len(goals) > 1:
         raise ResultsError(f"{results.name}: their metrics improve in opposite directions; take one with .only(name)")
     return Drawn(figures.draw_convergence(frame, goals.pop()), frame)
@@ -95,7 +94,7 @@ def layers(path: str | Path) -> Profiles:
     """
     results, root = load_results(path), root_of(path)
     runs = [root.run(run_id) for run_id in results.runs["run_id"].unique()]
-    frames = [load_profile(run) for run in runs if profiles.path_of(run).is_file()]
+    frames = [load_profile(run) for run in runs if run.profile_file.is_file()]
     if not frames:
         hint = f"make some with `repa-lab profile {runs[0].run_id} ...`"
         raise ResultsError(f"no run of {results.name} has a profile; {hint}")
@@ -147,6 +146,6 @@ def _combined(results: Results, make: Callable[[Results], pd.DataFrame]) -> pd.D
     """Return the frame of one sweep, or those of several with the sweep's name before groups and arms."""
     if len(results.sweeps) == 1:
         return make(results)
-    frames = [(sweep["name"], make(results.only(sweep["name"]))) for sweep in results.sweeps]
+    frames = [(sweep.name, make(results.only(sweep.name))) for sweep in results.sweeps]
     named = [frame.assign(**{key: f"{name}, " + frame[key] for key in ("group", "arm")}) for name, frame in frames]
     return pd.concat([frame for frame in named if not frame.empty] or named, ignore_index=True)

@@ -19,7 +19,8 @@ from matplotlib.patches import Rectangle
 
 from repa_lab.report.figures.style import shorten
 from repa_lab.report.results import Results, ResultsError
-from repa_lab.runs import RunDirectory, RunsRoot, profiles
+from repa_lab.runs import RunDirectory, RunsRoot
+from repa_lab.runs.directory import ALIGNMENT_METRICS
 from repa_lab.runs.files import DamagedFileError
 
 COLUMNS = ["run_id", "block", "timestep", "metric", "value"]
@@ -65,7 +66,7 @@ def load_profile(run: str | Path | RunDirectory) -> pd.DataFrame:
     """
     directory = run if isinstance(run, RunDirectory) else RunDirectory(Path(run).resolve())
     try:
-        stored = profiles.read(directory)
+        stored = directory.profile
         frame = pd.DataFrame(stored["values"], columns=COLUMNS[1:])
         frame.insert(0, "run_id", stored["run_id"])
         frame.attrs = {key: stored[key] for key in ("protocol", "measured_block", "aligned_block")}
@@ -74,7 +75,7 @@ def load_profile(run: str | Path | RunDirectory) -> pd.DataFrame:
         hint = f"make one with `repa-lab profile {directory.run_id}`"
         raise ResultsError(f"run {directory.run_id} has no profile; {hint}") from None
     except (DamagedFileError, KeyError, TypeError) as error:
-        raise ResultsError(f"'{profiles.path_of(directory)}' cannot be read as a profile: {error!r}") from error
+        raise ResultsError(f"'{directory.profile_file}' cannot be read as a profile: {error!r}") from error
 
 
 def profile_matrix(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -140,7 +141,7 @@ def why_not_comparable(first: str | Path | RunDirectory, second: str | Path | Ru
 def shown_metrics(frames: Sequence[pd.DataFrame]) -> list[str]:
     """Return the metrics that all profiles have: those of agreement with the encoder, else all."""
     shared = [name for name in frames[0]["metric"].unique() if all(name in set(frame["metric"]) for frame in frames)]
-    return [name for name in shared if name in profiles.ALIGNMENT] or shared
+    return [name for name in shared if name in ALIGNMENT_METRICS] or shared
 
 
 def shown_profiles(results: Results, root: RunsRoot) -> Iterator[tuple[str, list[RunDirectory], list[str] | None]]:
@@ -150,7 +151,7 @@ def shown_profiles(results: Results, root: RunsRoot) -> Iterator[tuple[str, list
     seed for which this holds is shown, else the lowest seed with a profile.
     """
     runs = {(str(row.arm), int(row.seed)): root.run(str(row.run_id)) for row in results.runs.itertuples()}
-    profiled = {key: run for key, run in sorted(runs.items()) if profiles.path_of(run).is_file()}
+    profiled = {key: run for key, run in sorted(runs.items()) if run.profile_file.is_file()}
     seeds = {arm: [seed for label, seed in profiled if label == arm] for arm in results.baselines}
     paired_seeds = {}
     for arm, baseline in results.baselines.items():

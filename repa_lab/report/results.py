@@ -22,9 +22,8 @@ from repa_lab.report.summary import (
     metric_kind,
     summarize,
 )
-from repa_lab.runs import RunDirectory, RunsRoot, SweepDirectory
-
-Manifest = dict[str, Any]
+from repa_lab.runs import RunDirectory, RunsRoot, SweepDirectory, SweepManifest
+from repa_lab.runs.root import ArmRecord, ComparisonRecord, RunRecord
 
 
 class ResultsError(ValueError):
@@ -80,7 +79,7 @@ class Results:
         provenances: code, versions and machine of each run, by run id.
     """
 
-    sweeps: tuple[Manifest, ...]
+    sweeps: tuple[SweepManifest, ...]
     runs: pd.DataFrame
     curves: pd.DataFrame
     summary: pd.DataFrame
@@ -92,15 +91,15 @@ class Results:
     @property
     def name(self) -> str:
         """The sweep's name; several are joined with commas."""
-        return ", ".join(sweep["name"] for sweep in self.sweeps)
+        return ", ".join(sweep.name for sweep in self.sweeps)
 
     @property
     def question(self) -> str:
         """The sweep's question; several have a line each."""
-        return "\n".join(sweep["question"] for sweep in self.sweeps)
+        return "\n".join(sweep.question for sweep in self.sweeps)
 
     @property
-    def sweep(self) -> Manifest:
+    def sweep(self) -> SweepManifest:
         """The manifest of the only sweep.
 
         Raises:
@@ -113,17 +112,17 @@ class Results:
     @property
     def metric(self) -> str:
         """The full name of the metric that the only sweep compares."""
-        return str(self.sweep["compare"]["metric"])
+        return self.sweep.compare.metric
 
     @property
     def goal(self) -> Goal:
         """Whether small or large values of :attr:`metric` are good."""
-        return "max" if self.sweep["compare"]["goal"] == "max" else "min"
+        return self.sweep.compare.goal
 
     @property
     def baselines(self) -> dict[str, str | None]:
         """The matched baseline of every arm of the only sweep, in its order; None for arms without one."""
-        return {arm["label"]: arm["baseline"] for arm in self.sweep["arms"]}
+        return {arm.label: arm.baseline for arm in self.sweep.arms}
 
     def only(self, name: str) -> Results:
         """Return the results of one sweep.
@@ -131,7 +130,7 @@ class Results:
         Raises:
             ResultsError: no sweep has that name.
         """
-        chosen = tuple(sweep for sweep in self.sweeps if sweep["name"] == name)
+        chosen = tuple(sweep for sweep in self.sweeps if sweep.name == name)
         if not chosen:
             raise ResultsError(f"no sweep '{name}' among {self.name}")
         frames = {key: getattr(self, key) for key in ("runs", "curves", "summary", "samples", "troubles")}
@@ -243,19 +242,15 @@ def load_results(path: str | Path) -> Results:
     """
     path = Path(path)
     try:
-        sources = _sources(path)
-        for manifest, _ in sources:
-            _check(manifest)
-        return _collect(sources)
+        return _collect(_sources(path))
     except ResultsError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResultsError(f"'{path}' holds a file that cannot be read as results: {error!r}") from error
 
 
-def _sources(path: Path) -> list[tuple[Manifest, RunsRoot]]:
-    if (path / "sweep.json").is_file():
-        sweep = SweepDirectory(path.absolute())
+def _sources(path: Path) -> list[tuple[SweepManifest, RunsRoot]]:
+    if (sweep := SweepDirectory(path.absolute())).is_recorded:
         return [(sweep.manifest, sweep.root)]
     if (path / "spec.json").is_file():
         return [_single_run(RunDirectory(path.resolve()))]
@@ -266,28 +261,16 @@ def _sources(path: Path) -> list[tuple[Manifest, RunsRoot]]:
     return [(sweep.manifest, sweep.root) for sweep in sweeps]
 
 
-def _single_run(run: RunDirectory) -> tuple[Manifest, RunsRoot]:
+def _single_run(run: RunDirectory) -> tuple[SweepManifest, RunsRoot]:
     """Return a run as a sweep of one arm without a baseline."""
     metric = next((metric for metric in RunReader(run).measurements() if is_protocol(metric)), "")
     seed, name = run.spec["seed"], run.run_id
-    arm: Manifest = {"label": name, "levels": {}, "baseline": None, "runs": [{"seed": seed, "run_id": name}]}
-    compare = {"metric": metric, "goal": goal_of(metric), "targets": {}}
-    manifest = {"name": name, "question": "", "seeds": [seed], "compare": compare, "arms": [arm], "search": None}
-    return manifest, RunsRoot(run.path.parent.parent)
+    arm = ArmRecord(label=name, runs=(RunRecord(seed=seed, run_id=name),))
+    compare = ComparisonRecord(metric=metric, goal=goal_of(metric))
+    return SweepManifest(name=name, seeds=(seed,), compare=compare, arms=(arm,)), RunsRoot(run.path.parent.parent)
 
 
-def _check(manifest: Manifest) -> None:
-    """Validate the manifest now, so that a missing field is an error here rather than halfway through the report."""
-    kinds = {"name": str, "question": str, "compare": dict, "arms": list}
-    wrong = [name for name, kind in kinds.items() if not isinstance(manifest[name], kind)]
-    for arm in manifest["arms"]:
-        wrong += [] if isinstance(arm["label"], str) and isinstance(arm["levels"], dict) else ["arms"]
-        wrong += [] if isinstance(arm["baseline"], str | None) else ["baseline"]
-    if wrong or not isinstance(manifest["compare"]["metric"], str) or manifest["compare"]["goal"] not in ("min", "max"):
-        raise TypeError(f"sweep.json has no sound {', '.join(wrong) or 'compare'}")
-
-
-def _collect(sources: list[tuple[Manifest, RunsRoot]]) -> Results:
+def _collect(sources: list[tuple[SweepManifest, RunsRoot]]) -> Results:
     sweeps = [list(members_of(manifest, root)) for manifest, root in sources]
     members = [member for sweep in sweeps for member in sweep]
     runs = pd.concat([runs_frame(sweep) for sweep in sweeps], ignore_index=True)
@@ -308,6 +291,6 @@ def _collect(sources: list[tuple[Manifest, RunsRoot]]) -> Results:
 def root_of(path: str | Path) -> RunsRoot:
     """Return the runs root that :func:`load_results` reads for a path."""
     path = Path(path)
-    if (path / "sweep.json").is_file():
-        return SweepDirectory(path.absolute()).root
+    if (sweep := SweepDirectory(path.absolute())).is_recorded:
+        return sweep.root
     return RunsRoot(path.resolve().parent.parent if (path / "spec.json").is_file() else path)

@@ -9,42 +9,48 @@ from typing import Any
 import pandas as pd
 
 from repa_lab.report.results import Results
+from repa_lab.runs import RunStatus
+from repa_lab.runs.root import TrialRecord
 
-Trial = dict[str, Any]
 MIN_TRIALS = 10
 _DECADE = 10.0
 _ORDER = {"complete": 0, "pruned": 1}
 
 
-def ordered_trials(results: Results) -> list[Trial]:
-    """Return the trials of one sweep's search: completed trials from the best on, then pruned ones, then the rest."""
-    search = results.sweep.get("search") or {"trials": []}
-    sign = -1.0 if search.get("goal") == "max" else 1.0
+def ordered_trials(results: Results) -> list[TrialRecord]:
+    """Return the trials of one sweep's search: completed trials from the best on, then pruned ones, then the rest.
 
-    def order(trial: Trial) -> tuple[int, float]:
-        value = trial["value"]
-        return _ORDER.get(trial["state"], 2), math.inf if value is None else sign * value
+    A trial with a value waits again if a run of its arm was deleted since, because no run holds the value any more.
+    """
+    search = results.sweep.search
+    lost = set(results.runs.loc[results.runs["state"] == RunStatus.NEW.value, "arm"])
+    sign = -1.0 if search and search.goal == "max" else 1.0
 
-    return sorted(search["trials"], key=order)
+    def order(trial: TrialRecord) -> tuple[int, float]:
+        return _ORDER.get(trial.state, 2), math.inf if trial.value is None else sign * trial.value
+
+    def confirmed(trial: TrialRecord) -> TrialRecord:
+        is_lost = trial.value is not None and trial.arm in lost
+        return TrialRecord(arm=trial.arm, state="waiting", params=trial.params) if is_lost else trial
+
+    return sorted(map(confirmed, search.trials if search else ()), key=order)
 
 
-def best_trial(results: Results) -> Trial | None:
+def best_trial(results: Results) -> TrialRecord | None:
     """Return the completed trial with the best value of one sweep's search; None if there is none."""
-    complete = (trial for trial in ordered_trials(results) if trial["state"] == "complete")
-    return next((trial for trial in complete if trial["value"] is not None), None)
+    complete = (trial for trial in ordered_trials(results) if trial.state == "complete")
+    return next((trial for trial in complete if trial.value is not None), None)
 
 
 def objectives(results: Results) -> list[tuple[str, str]]:
     """Return metric and goal of every objective of one sweep's search; empty without a search."""
-    search = results.sweep.get("search")
-    if not search:
-        return []
-    return [(objective["metric"], objective["goal"]) for objective in search.get("objectives") or [search]]
+    search = results.sweep.search
+    return [(objective.metric, objective.goal) for objective in search.objectives] if search else []
 
 
 def parameters(results: Results) -> list[str]:
     """Return the dotted paths that were searched."""
-    return list(dict.fromkeys(name for trial in ordered_trials(results) for name in trial["params"]))
+    return list(dict.fromkeys(name for trial in ordered_trials(results) for name in trial.params))
 
 
 def search_frame(results: Results) -> pd.DataFrame:
@@ -54,17 +60,16 @@ def search_frame(results: Results) -> pd.DataFrame:
     trial is on the Pareto front), ``value/<objective>`` (NaN without a value) and ``param/<dotted path>`` (JSON text
     for lists and booleans, None where the setting was not searched).
     """
-    search, names = results.sweep.get("search") or {}, parameters(results)
-    front = set(search.get("pareto") or [])
-    numbers = {id(trial): number for number, trial in enumerate(search.get("trials") or [])}
+    search, names = results.sweep.search, parameters(results)
+    front = set(search.pareto if search else ())
+    numbers = {trial.arm: number for number, trial in enumerate(search.trials if search else ())}
     metrics = [metric for metric, _ in objectives(results)]
     rows = []
     for trial in ordered_trials(results):
-        values = trial.get("values") or ({metrics[0]: trial["value"]} if metrics else {})
-        row = {"trial": numbers[id(trial)], "arm": trial["arm"], "state": trial["state"]}
-        row |= {"on_front": trial["arm"] in front}
-        row |= {f"value/{name}": math.nan if values.get(name) is None else float(values[name]) for name in metrics}
-        rows.append(row | {f"param/{name}": _plain(trial["params"].get(name)) for name in names})
+        row = {"trial": numbers[trial.arm], "arm": trial.arm, "state": trial.state}
+        row |= {"on_front": trial.arm in front and trial.value is not None}
+        row |= {f"value/{name}": trial.values.get(name, math.nan) for name in metrics}
+        rows.append(row | {f"param/{name}": _plain(trial.params.get(name)) for name in names})
     return pd.DataFrame(rows)
 
 

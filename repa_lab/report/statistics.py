@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr, stdtr, stdtrit
 
 from repa_lab.runs.files import Row
+from repa_lab.runs.root import ComparisonRecord
 
 Key = TypeVar("Key")
 Goal = Literal["min", "max"]
@@ -320,22 +321,7 @@ def finite(values: Mapping[Key, float]) -> dict[Key, float]:
     return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
-@dataclass(frozen=True)
-class ComparedMetric:
-    """The metric that a sweep compares: its full name, its goal, and by full name the target values of metrics."""
-
-    metric: str
-    goal: Goal = "min"
-    targets: Mapping[str, list[float]] = field(default_factory=dict)
-
-    @classmethod
-    def from_manifest(cls, manifest: Mapping[str, Any]) -> ComparedMetric:
-        """Read the ``compare`` section of a sweep's manifest."""
-        compare = manifest["compare"]
-        return cls(compare["metric"], "max" if compare["goal"] == "max" else "min", compare.get("targets") or {})
-
-
-def headline(compared: ComparedMetric, rows: list[Row]) -> dict[str, Any]:
+def headline(compared: ComparisonRecord, rows: list[Row]) -> dict[str, Any]:
     """Return one run in a few numbers; empty until the compared metric was measured.
 
     Args:

@@ -198,7 +198,7 @@ def _targets(results: Results) -> Iterator[tuple[str, float | None, str]]:
         metric = results.compared_metric(arm)
         if baseline is not None and metric is not None and results.run_ids(arm) != results.run_ids(baseline):
             yield metric, None, arm
-    for metric, targets in (results.sweep["compare"].get("targets") or {}).items():
+    for metric, targets in results.sweep.compare.targets.items():
         measured = [arm for arm in results.baselines if results.seed_curves(arm, metric)]
         # An arm whose own runs were measured differently has no mean.
         arms = [arm for arm in measured if not results.protocols.conflicts(results.run_ids(arm), metric)]
@@ -253,11 +253,11 @@ def trials_table(results: Results) -> Table:
     """Return the trials of a search, the best first, those without a value last."""
     names, rows = parameters(results), []
     for place, trial in enumerate(ordered_trials(results), start=1):
-        value = NONE if trial["value"] is None else f"{trial['value']:.{decimals(trial['value'])}f}"
-        params = [trial["params"].get(name, NONE) for name in names]
+        value = NONE if trial.value is None else f"{trial.value:.{decimals(trial.value)}f}"
+        params = [trial.params.get(name, NONE) for name in names]
         texts = [f"{param:.4g}" if isinstance(param, float) else str(param) for param in params]
-        rows.append([str(place), trial["arm"], trial["state"], value, *texts])
-    metric = (results.sweep.get("search") or {}).get("metric", "value")
+        rows.append([str(place), trial.arm, trial.state, value, *texts])
+    metric = results.sweep.search.metric if results.sweep.search else "value"
     return Table(["rank", "arm", "state", metric, *names], rows)
 
 

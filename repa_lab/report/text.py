@@ -11,11 +11,12 @@ import pandas as pd
 
 from repa_lab.report.frames import UNKNOWN
 from repa_lab.report.results import AXES, Results
-from repa_lab.report.search import Trial, best_trial, ordered_trials
+from repa_lab.report.search import best_trial, ordered_trials
 from repa_lab.report.statistics import MIN_BOOTSTRAP, MIN_SEEDS, speedup
 from repa_lab.report.summary import comparisons, is_protocol, metric_kind
 from repa_lab.report.tables import decimals, interval, listed, p_value, seed_count
 from repa_lab.runs import RunStatus
+from repa_lab.runs.root import TrialRecord
 from repa_lab.spec.schema import EmaConfig
 
 _MAX_TROUBLES = 8
@@ -27,9 +28,9 @@ def answer(results: Results) -> list[str]:
     """Return the answer of every sweep as lines of plain text: the conclusions, then what is incomplete."""
     lines: list[str] = []
     for sweep in results.sweeps:
-        single = results.only(sweep["name"])
+        single = results.only(sweep.name)
         sentences = [*conclusions(single), *(f"Incomplete: {line}" for line in incomplete(single))]
-        prefix = f"{sweep['name']}: " if len(results.sweeps) > 1 else ""
+        prefix = f"{sweep.name}: " if len(results.sweeps) > 1 else ""
         lines += [prefix + line for line in sentences]
     return lines
 
@@ -68,9 +69,9 @@ def lead(results: Results) -> str:
 def conclusions(results: Results) -> list[str]:
     """Return what one sweep found: a line per compared arm, or the arms' values where no arm has a baseline."""
     best = best_trial(results)
-    trials = {trial["arm"] for trial in ordered_trials(results)}
+    trials = {trial.arm for trial in ordered_trials(results)}
     # Every other trial is a step of the search, not a claim; the table of trials lists them.
-    arms = [arm for arm in results.baselines if arm not in trials or (best and arm == best["arm"])]
+    arms = [arm for arm in results.baselines if arm not in trials or (best and arm == best.arm)]
     compared = [arm for arm in arms if results.baselines[arm] is not None]
     lines = [*_protocol_warnings(results), *_search_sentences(results, best)]
     if compared:
@@ -250,22 +251,23 @@ def _protocol_warnings(results: Results) -> Iterator[str]:
             yield f"{named} Such values cannot be compared."
 
 
-def _search_sentences(results: Results, best: Trial | None) -> Iterator[str]:
-    trials, search = ordered_trials(results), results.sweep.get("search")
+def _search_sentences(results: Results, best: TrialRecord | None) -> Iterator[str]:
+    trials, search = ordered_trials(results), results.sweep.search
     if not search:
         return
-    if best is None:
+    if best is None or best.value is None:
         yield f"The search has no completed trial yet ({len(trials)} begun)."
         return
-    counted = f"{sum(trial['state'] == 'complete' for trial in trials)} completed trials ({len(trials)} in all)"
-    if front := search.get("pareto"):
-        goals = " and ".join(f"{objective['metric']} ({objective['goal']})" for objective in search["objectives"])
+    counted = f"{sum(trial.state == 'complete' for trial in trials)} completed trials ({len(trials)} in all)"
+    valued = {trial.arm for trial in trials if trial.value is not None}
+    if front := [label for label in search.pareto if label in valued]:
+        goals = " and ".join(f"{objective.metric} ({objective.goal})" for objective in search.objectives)
         picked = "They were picked on these seeds: confirm them with fresh seeds."
         yield f"Pareto front of {counted} over {goals}: {'; '.join(front)}. {picked}"
         return
-    value = f"{search['metric']} = {best['value']:.{decimals(best['value'])}f}"
+    value = f"{search.metric} = {best.value:.{decimals(best.value)}f}"
     optimistic = "It was picked for its value on these seeds, so the value is optimistic: confirm it with fresh seeds."
-    yield f"Best of {counted}: {best['arm']}, {value}. {optimistic}"
+    yield f"Best of {counted}: {best.arm}, {value}. {optimistic}"
 
 
 # ---- what is left out
@@ -295,7 +297,7 @@ def troubles(results: Results) -> Iterator[str]:
 
 
 def _missing_seeds(results: Results) -> Iterator[str]:
-    planned = set(results.sweep.get("seeds") or [])
+    planned = set(results.sweep.seeds)
     for arm, runs in results.runs.groupby("arm", sort=False):
         if missing := sorted(planned - set(runs["seed"])):
             yield f"{arm}: the sweep names no run for seed {', '.join(map(str, missing))}."
@@ -353,7 +355,7 @@ def _ended_early(results: Results) -> Iterator[str]:
 
 
 def _orphans(results: Results) -> Iterator[str]:
-    if orphans := results.sweep.get("orphaned"):
+    if orphans := results.sweep.orphaned:
         yield f"{len(orphans)} runs that an earlier version of the spec asked for are in no number here."
 
 

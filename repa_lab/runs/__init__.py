@@ -1,7 +1,15 @@
-"""The run directory and nothing else: its layout, states, metric rows and provenance; the one reader and the one writer."""
+"""Run and sweep directories: their layout, states, metric rows and manifests; the one reader and the one writer."""
 
-from repa_lab.runs.directory import RunDirectory, RunWriter
-from repa_lab.runs.root import RunsRoot, SweepDirectory
-from repa_lab.runs.state import RunState, RunStatus, State
+from repa_lab.runs.directory import RunDirectory, RunState, RunStatus, RunWriter, State
+from repa_lab.runs.root import RunsRoot, SweepDirectory, SweepManifest
 
-__all__ = ["RunDirectory", "RunState", "RunStatus", "RunWriter", "RunsRoot", "State", "SweepDirectory"]
+__all__ = [
+    "RunDirectory",
+    "RunState",
+    "RunStatus",
+    "RunWriter",
+    "RunsRoot",
+    "State",
+    "SweepDirectory",
+    "SweepManifest",
+]

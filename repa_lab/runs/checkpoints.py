@@ -1,34 +1,49 @@
-"""Checkpoints as directories that are whole or absent.
+"""Checkpoints as directories that are whole or absent, and runs that begin from another run's checkpoint.
 
-A checkpoint is filled in a temporary folder; a manifest of sizes and SHA-256 is written last; then the folder is
-renamed to `step-00000600`. A reader takes the newest one whose manifest holds and moves a damaged one aside.
+A checkpoint is filled in a temporary folder. A manifest of sizes and SHA-256 digests is written last; then the folder
+is renamed to `step-00000600`. A reader takes the newest checkpoint whose manifest holds and moves a damaged one aside.
+
+Runs whose first steps are the same train them once: the other runs *fork* from a checkpoint of the first.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from repa_lab.files import fsync
 from repa_lab.runs import files
+from repa_lab.runs.files import Row
+
+if TYPE_CHECKING:
+    from repa_lab.runs.directory import RunDirectory, RunWriter
 
 MANIFEST = "manifest.json"
-# The run of a checkpoint, and its metric rows so far.
-SIGNATURE = "run.json"
-_FORMAT = 1
+SIGNATURE = "run.json"  # the run of a checkpoint, and its metric rows so far
+
+
+@dataclass(frozen=True)
+class Fork:
+    """The first ``step`` steps of a run are those of the run ``parent``."""
+
+    parent: str
+    step: int
 
 
 def commit(folder: Path, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
-    """Write the checkpoint of ``step`` with ``write(folder)`` and keep the newest ``keep`` checkpoints.
+    """Write the checkpoint of ``step`` and keep the newest ``keep`` checkpoints.
 
     Args:
         folder: the run's checkpoint folder.
         step: optimizer steps taken.
         write: fills an empty folder with files.
-        keep: how many checkpoints stay, this one included.
+        keep: how many checkpoints stay, including this one.
 
     Returns:
         The checkpoint's folder.
@@ -41,40 +56,42 @@ def commit(folder: Path, step: int, write: Callable[[Path], None], keep: int = 2
     write(temporary)
     for path in temporary.iterdir():
         fsync(path)
-    files.write_json(temporary / MANIFEST, {path.name: _digest(path) for path in sorted(temporary.iterdir())})
-    final = folder / f"step-{step:08d}"
+    digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+    files.write_record(temporary / MANIFEST, {"files": digests})
+    final = path_of(folder, step)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     fsync(folder)
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"step-{old:08d}")
+        shutil.rmtree(path_of(folder, old))
     return final
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of a step."""
+    return folder / f"step-{step:08d}"
+
+
 def steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint, ascending, damaged ones included."""
+    """Return the steps that have a checkpoint, ascending, including damaged checkpoints."""
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
 
 
 def latest(folder: Path, without: Sequence[Path] = ()) -> tuple[int, Path] | None:
-    """Return the newest checkpoint whose manifest holds, and its step; damaged ones are renamed to ``corrupt-...``.
+    """Return step and folder of the newest undamaged checkpoint; rename damaged ones to ``corrupt-...``.
 
     Args:
         folder: the run's checkpoint folder.
         without: checkpoints to pass over.
     """
     for step in reversed(steps(folder)):
-        path = folder / f"step-{step:08d}"
+        path = path_of(folder, step)
         if path in without:
             continue
         if is_whole(path):
             return step, path
         _set_aside(path)
     return None
-
-
-def _set_aside(path: Path) -> None:
-    path.rename(path.with_name(f"corrupt-{path.name}-{uuid.uuid4().hex[:8]}"))
 
 
 def sign(checkpoint: Path, run: Path) -> None:
@@ -88,26 +105,26 @@ def sign(checkpoint: Path, run: Path) -> None:
         if path.exists():
             fsync(path)
     lines = _metric_lines(run)
-    record = {"format": _FORMAT, "run_id": run.name, "rows": len(lines), "rows_sha256": _sha256(lines)}
-    files.write_json(checkpoint / SIGNATURE, record)
+    record = {"run_id": run.name, "rows": len(lines), "rows_sha256": _sha256(lines)}
+    files.write_record(checkpoint / SIGNATURE, record)
 
 
 def resumable(run: Path) -> tuple[int, Path] | None:
-    """Return the newest whole checkpoint whose metric rows are all there, and its step; newer ones are set aside.
+    """Return step and folder of the newest undamaged checkpoint whose metric rows are all there; set newer ones aside.
 
     Args:
         run: the run's directory.
 
     Raises:
-        DamagedFileError: there are whole checkpoints, and none fits the metric rows.
+        DamagedFileError: there are undamaged checkpoints, and none fits the metric rows.
     """
     folder, problem, unfit = run / "checkpoints", "", list[Path]()
     while newest := latest(folder, unfit):
-        if not (found := _mismatch(newest[1], run)):
+        if not (mismatch := _mismatch(newest[1], run)):
             for path in unfit:
                 _set_aside(path)
             return newest
-        problem = problem or found
+        problem = problem or mismatch
         unfit.append(newest[1])
     if problem:
         raise files.DamagedFileError(f"{problem}; restore it, or delete '{run}' to train the run again")
@@ -115,10 +132,10 @@ def resumable(run: Path) -> tuple[int, Path] | None:
 
 
 def _mismatch(checkpoint: Path, run: Path) -> str | None:
-    """Return why a whole checkpoint does not fit its run's metric rows."""
-    signature = checkpoint / SIGNATURE
-    record = files.read_object(signature) if signature.exists() else {}
-    if record.get("format") != _FORMAT:
+    """Return why an undamaged checkpoint does not fit its run's metric rows."""
+    try:
+        record = files.read_record(checkpoint / SIGNATURE)
+    except (FileNotFoundError, files.FormatError):
         return f"'{checkpoint}' is of another version of the lab"
     if record["run_id"] != run.name:
         return f"'{checkpoint}' belongs to run {record['run_id']}"
@@ -129,24 +146,85 @@ def _mismatch(checkpoint: Path, run: Path) -> str | None:
 
 
 def _metric_lines(run: Path) -> list[bytes]:
-    """Return the complete lines of a run's metric rows."""
+    """Return the complete lines of a run's metric rows, as they are on disk, without the header."""
     path = run / files.METRICS
-    return [line for line in path.read_bytes().split(b"\n")[:-1] if line] if path.exists() else []
+    return [line for line in path.read_bytes().split(b"\n")[1:-1] if line] if path.exists() else []
 
 
 def _sha256(lines: list[bytes]) -> str:
     return hashlib.sha256(b"\n".join(lines)).hexdigest()
 
 
+def _set_aside(path: Path) -> None:
+    path.rename(path.with_name(f"corrupt-{path.name}-{uuid.uuid4().hex[:8]}"))
+
+
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint has all that its manifest lists, unchanged."""
+    """Return whether a checkpoint has all files that its manifest lists, unchanged."""
     try:
-        manifest = files.read_json(path / MANIFEST)
-        return all(_digest(path / name) == recorded for name, recorded in manifest.items())
-    except (OSError, ValueError, AttributeError):
+        digests = files.read_record(path / MANIFEST)["files"]
+        return all(_digest(path / name) == recorded for name, recorded in digests.items())
+    except (OSError, ValueError, AttributeError, KeyError):
         return False
+
+
+def forkable_steps(run: RunDirectory) -> list[int]:
+    """Return the steps of a run from which other runs can fork, ascending."""
+    return sorted({*steps(run.forks), *steps(run.checkpoints)})
+
+
+def take_fork(parent: RunDirectory, step: int, child: RunWriter, is_childs: Callable[[Row], bool]) -> bool:
+    """Give a run without a checkpoint the state of another run after ``step``, and the rows and samples up to there.
+
+    Args:
+        parent: the run whose first steps are shared.
+        step: number of shared steps.
+        child: the run that continues from there.
+        is_childs: whether the child would have written a row of the parent, which may log at other steps.
+
+    Returns:
+        False if the parent has no undamaged checkpoint of this step; the child then trains from the start.
+    """
+    folders = (path_of(folder, step) for folder in (parent.forks, parent.checkpoints))
+    source = next((path for path in folders if path.is_dir() and is_whole(path)), None)
+    if source is None:
+        return False
+    rows = [row for row in parent.rows() if row["step"] <= step and is_childs(row)]
+    measured = {row["step"] for row in rows if not _is_of_training(row)}
+    child.run.samples.mkdir(exist_ok=True)
+    for at, grid in parent.sample_grids().items():
+        if at in measured:
+            shutil.copyfile(grid, child.run.samples / grid.name)
+    child.replace_rows(rows)
+    child.event("forked", parent=parent.run_id, step=step)
+    commit(child.run.checkpoints, step, lambda folder: _copy(source, folder, child.run.path))
+    return True
+
+
+def written_by(row: Row, last: int, measure_every: int, save_every: int, log_every: int) -> bool:
+    """Return whether a run of ``last`` steps with these intervals writes a row; see :func:`repa_lab.training.loop.fit`."""
+    step = row["step"]
+    measures = step % measure_every == 0 or step == last
+    return measures or (_is_of_training(row) and (step % save_every == 0 or step % log_every == 0))
 
 
 def _digest(path: Path) -> list[int | str]:
     with path.open("rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _is_of_training(row: Row) -> bool:
+    return "loss/total" in row
+
+
+def _copy(source: Path, folder: Path, child: Path) -> None:
+    """Link the files of a checkpoint, or copy them if the file system cannot link, and sign it for the child run."""
+    for path in source.iterdir():
+        if path.name in (MANIFEST, SIGNATURE):
+            continue
+        try:
+            os.link(path, folder / path.name)
+        except OSError:
+            shutil.copyfile(path, folder / path.name)
+        fsync(folder / path.name)
+    sign(folder, child)

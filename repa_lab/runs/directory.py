@@ -2,15 +2,18 @@
 
 spec.json         the resolved scientific config and the seed
 provenance.json   code, versions, machine
-protocols.json    what each measured number depends on, by its name
+protocols.json    how each metric was measured, by its full name
 state.json        where the run stands
 metrics.jsonl     one row per logged step and per evaluation
-events.jsonl      what happened to the run: started, resumed, failed, ...
+events.jsonl      the run's history: started, resumed, failed, ...
 checkpoints/      step-00000600/ with a manifest (see `checkpoints`)
-forks/            checkpoints that other runs begin from (see `forks`)
+forks/            checkpoints from which other runs begin (see `checkpoints`)
 samples/          step-00000600.png
-profile.json      what every block knew when it was last asked (see `profiles`), and pictures of it
-pinned            if it is there, nothing of the run is ever deleted
+plugins/          copies of the plugin files that the run was trained with
+profile.json      a measurement of every block of the denoiser at several times, and pictures of it
+pinned            if present, nothing of the run is ever deleted
+
+Every JSON file carries a format number; see `files`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -28,46 +33,106 @@ from filelock import FileLock, Timeout
 
 from repa_lab.files import replace_atomically
 from repa_lab.runs import checkpoints, files
-from repa_lab.runs.files import Row
-from repa_lab.runs.state import RunState, RunStatus, State
+from repa_lab.runs.files import DamagedFileError, FormatError, JsonlReader, Row
 
-PIN = "pinned"
+# Metrics of a profile: agreement with the encoder, and differences between the tokens of an image.
+ALIGNMENT_METRICS = ("cka", "cknna", "mutual_knn")
+SPATIAL_METRICS = ("lds", "cds", "rmsc")
 
 
 class RunBusyError(RuntimeError):
     """Another process is training this run."""
 
 
+class State(StrEnum):
+    """What the process that trained a run recorded last; a killed process leaves ``running`` behind."""
+
+    NEW = "new"
+    RUNNING = "running"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    PRUNED = "pruned"
+    DONE = "done"
+
+    @property
+    def status(self) -> RunStatus:
+        """The status of a run with this state that no process trains."""
+        return RunStatus.RESUMABLE if self in (State.RUNNING, State.INTERRUPTED) else RunStatus(self.value)
+
+
+class RunStatus(StrEnum):
+    """Where a run stands, in the words of `plan`, `status` and the report; see :meth:`RunDirectory.status`.
+
+    Attributes:
+        NEW: nothing has been trained.
+        RUNNING: a process trains the run.
+        RESUMABLE: training was interrupted, and continues from the last checkpoint.
+        FAILED: an error ended training, which continues from the last checkpoint.
+        STOPPED: a stop rule ended the run.
+        PRUNED: a search ended the run.
+        DONE: the run was trained to its last step.
+    """
+
+    NEW = "new"
+    RUNNING = "running"
+    RESUMABLE = "resumable"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    PRUNED = "pruned"
+    DONE = "done"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether no sweep trains the run any further."""
+        return self in (RunStatus.DONE, RunStatus.PRUNED)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has ended: final, or ended by a stop rule."""
+        return self.is_final or self is RunStatus.STOPPED
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run's process recorded last.
+
+    Attributes:
+        state: the state.
+        step: the last step that the process reported.
+        error: the reason of a failure in one line.
+        is_diverged: whether the run failed because its loss or its samples were no longer finite.
+    """
+
+    state: State
+    step: int = 0
+    error: str | None = None
+    is_diverged: bool = False
+
+
 class RunDirectory:
-    """Read access to a run; everything that is known of a run stands in this directory."""
+    """Read access to a run; all that is known of a run is in its directory.
+
+    Attributes:
+        path: the directory, which need not exist.
+        run_id: the run's identity, which is the directory's name.
+        checkpoints: folder of the checkpoints.
+        forks: folder of the checkpoints that are kept for other runs.
+        samples: folder of the sample grids.
+        lock: the file that the process that trains the run holds.
+        pin: if this file exists, nothing of the run may be deleted.
+        profile_file: the file of :attr:`profile`, which need not exist.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    @property
-    def run_id(self) -> str:
-        """The run's identity, which is its directory's name."""
-        return self.path.name
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def forks(self) -> Path:
-        """Folder of the checkpoints that are kept for other runs; see :mod:`repa_lab.runs.forks`."""
-        return self.path / "forks"
-
-    @property
-    def samples(self) -> Path:
-        """Folder of the sample grids."""
-        return self.path / "samples"
-
-    @property
-    def lock(self) -> Path:
-        """The file that whoever trains the run holds."""
-        return self.path / ".lock"
+        self.run_id = path.name
+        self.checkpoints = path / "checkpoints"
+        self.forks = path / "forks"
+        self.samples = path / "samples"
+        self.lock = path / ".lock"
+        self.pin = path / "pinned"
+        self.profile_file = path / "profile.json"
 
     @property
     def is_held(self) -> bool:
@@ -75,42 +140,49 @@ class RunDirectory:
         return files.is_locked(self.lock)
 
     @property
-    def is_pinned(self) -> bool:
-        """Whether nothing of it may be deleted."""
-        return (self.path / PIN).exists()
-
-    @property
     def spec(self) -> dict[str, Any]:
-        """The resolved scientific config, as plain data."""
-        return files.read_object(self.path / "spec.json")
+        """The resolved scientific config and the seed, as plain data."""
+        return files.read_record(self.path / "spec.json")
 
     @property
     def provenance(self) -> dict[str, Any]:
         """Code, versions and machine of the first start."""
-        return files.read_object(self.path / "provenance.json")
+        return files.read_record(self.path / "provenance.json")
+
+    @property
+    def profile(self) -> dict[str, Any]:
+        """The profile of the run; see :func:`repa_lab.training.profile.profile_run`.
+
+        Raises:
+            FileNotFoundError: the run has no profile.
+        """
+        return files.read_record(self.profile_file)
 
     @property
     def state(self) -> RunState:
-        """Where the run stands; ``new`` if it never started.
+        """The recorded state; ``new`` if the run never started.
 
         Raises:
-            DamagedFileError: it cannot be read.
+            DamagedFileError: the file cannot be read.
         """
         path = self.path / "state.json"
         if not path.exists():
             return RunState(State.NEW)
         try:
-            return RunState.from_json(files.read_object(path))
+            fields = files.read_record(path)
+            return RunState(State(fields["state"]), fields["step"], fields["error"], fields["is_diverged"])
+        except FormatError:
+            raise
         except (ValueError, KeyError, TypeError):
-            message = f"'{path}' is damaged; delete it, and the run is taken up from its last checkpoint"
-            raise files.DamagedFileError(message) from None
+            message = f"'{path}' is damaged; delete it, and the run continues from its last checkpoint"
+            raise DamagedFileError(message) from None
 
     def status(self, rules: Sequence[Callable[[Row], bool]] | None = None) -> RunStatus:
-        """Where the run stands: by its recorded state, its lock, its checkpoints and its rows.
+        """Return where the run stands: by its recorded state, its lock, its checkpoints and its rows.
 
         Args:
-            rules: the stop rules of the sweep that asks, which decide whether the run is stopped; None takes what is
-                recorded.
+            rules: the stop rules of the sweep that asks, which decide whether the run is stopped; None takes the
+                recorded state.
 
         Raises:
             DamagedFileError: a file cannot be read.
@@ -134,53 +206,71 @@ class RunDirectory:
 
     @property
     def checkpoint_step(self) -> int:
-        """The step of the newest checkpoint, from which the run goes on; 0 without one."""
+        """The step of the newest checkpoint, from which the run continues; 0 without a checkpoint."""
         return max(checkpoints.steps(self.checkpoints), default=0)
 
     @property
     def protocols(self) -> dict[str, dict[str, Any]]:
-        """What each measured number depends on, by its name; nothing for a run of an older version.
+        """How each metric was measured, by its full name; empty if nothing was recorded.
 
         Raises:
-            DamagedFileError: it cannot be read.
+            DamagedFileError: the file cannot be read.
         """
         path = self.path / "protocols.json"
         try:
-            found = files.read_object(path) if path.exists() else {}
-            return {name: dict(protocol) for name, protocol in found.items()}
+            recorded = files.read_record(path) if path.exists() else {}
+            return {name: dict(protocol) for name, protocol in recorded.items()}
+        except FormatError:
+            raise
         except (ValueError, TypeError, AttributeError):
-            message = f"'{path}' is damaged; delete it, and it is written again when the run goes on"
-            raise files.DamagedFileError(message) from None
+            message = f"'{path}' is damaged; delete it, and it is written again when the run continues"
+            raise DamagedFileError(message) from None
+
+    def metrics_reader(self, on_damage: Callable[[int, str], None] | None = None) -> JsonlReader:
+        """Return a reader that yields each metric row once, also while the run is trained; see :class:`JsonlReader`."""
+        return JsonlReader(self.path / files.METRICS, "step", on_damage)
 
     def rows(self) -> list[Row]:
-        """The metric rows, oldest first."""
-        return files.read_lines(self.path / "metrics.jsonl")
+        """Return the metric rows, oldest first.
+
+        Raises:
+            DamagedFileError: a line cannot be read.
+        """
+        return self.metrics_reader().new_rows()
 
     def events(self) -> list[Row]:
-        """The run's history, oldest first."""
-        return files.read_lines(self.path / "events.jsonl")
+        """Return the run's history, oldest first.
+
+        Raises:
+            DamagedFileError: a line cannot be read.
+        """
+        return JsonlReader(self.path / "events.jsonl").new_rows()
+
+    def profile_picture(self, baseline: RunDirectory | None = None) -> Path:
+        """Return the path of the profile's picture, or of the picture of its difference from a baseline's."""
+        return self.path / (f"profile-minus-{baseline.run_id}.png" if baseline else "profile.png")
 
     def sample_grids(self) -> dict[int, Path]:
-        """Sample grids by step."""
+        """Return the sample grids by step."""
         return {int(path.stem.removeprefix("step-")): path for path in sorted(self.samples.glob("step-*.png"))}
 
 
 class RunWriter:
-    """The one writer of a run directory, for the length of a with-statement; a lock keeps a second process out.
+    """The one writer of a run directory, for the length of a with-statement; a lock keeps other processes out.
 
     Args:
-        run: the directory; it is made if need be.
-        patience_s: for how long to wait for another process to let go of the run.
+        run: the directory, which is created if necessary.
+        patience_s: how long to wait for another process to release the run, in seconds.
 
     Raises:
-        RunBusyError: on entry, when another process holds the run.
+        RunBusyError: on entry, if another process holds the run.
     """
 
     def __init__(self, run: RunDirectory, patience_s: float = 10.0) -> None:
         self.run = run
         run.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(run.lock, timeout=patience_s)
-        self._metrics = run.path / "metrics.jsonl"
+        self._metrics = run.path / files.METRICS
         self._events = run.path / "events.jsonl"
 
     def __enter__(self) -> RunWriter:
@@ -188,8 +278,8 @@ class RunWriter:
             self._lock.acquire()
         except Timeout:
             raise RunBusyError(f"run {self.run.run_id} is being trained by another process") from None
-        for log in (self._metrics, self._events):
-            files.drop_torn_line(log)
+        files.drop_torn_row(self._metrics)
+        files.drop_torn_row(self._events)
         return self
 
     def __exit__(
@@ -200,17 +290,17 @@ class RunWriter:
     def describe(self, spec: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
         """Record what the run is, once; a resumed run keeps its first provenance."""
         if not (self.run.path / "spec.json").exists():
-            files.write_json(self.run.path / "provenance.json", dict(provenance))
-            files.write_json(self.run.path / "spec.json", dict(spec))
+            files.write_record(self.run.path / "provenance.json", provenance)
+            files.write_record(self.run.path / "spec.json", spec)
 
     def plugins(self, plugins: Iterable[Path]) -> None:
-        """Keep a copy of the plugin files that the run is trained with; nothing ever loads them from here."""
+        """Copy the plugin files that the run is trained with; nothing ever loads them from here."""
         for file in plugins:
             # As bytes: a plugin may declare an encoding other than UTF-8.
             replace_atomically(self.run.path / "plugins" / file.name, partial(shutil.copyfile, file))
 
     def protocols(self, protocols: Mapping[str, Mapping[str, Any]]) -> None:
-        """Record what each number depends on as of now; what changed since an earlier start stands in the history."""
+        """Record how each metric is measured from now on; the history lists the fields that changed."""
         known = self.run.protocols
         shared = known.keys() & protocols.keys()
         changed = {
@@ -218,41 +308,41 @@ class RunWriter:
         }
         if changed:
             self.event("protocols changed", fields=sorted(changed))
-        files.write_json(self.run.path / "protocols.json", dict(protocols))
+        files.write_record(self.run.path / "protocols.json", protocols)
 
     def start_over(self) -> None:
-        """Forget rows, samples, checkpoints and profiles, as if the run had never begun; its history says so."""
+        """Delete rows, samples, checkpoints and profiles, as if the run had never begun, and note it in the history."""
         for folder in (self.run.checkpoints, self.run.forks, self.run.samples):
             shutil.rmtree(folder, ignore_errors=True)
         for profile in self.run.path.glob("profile*"):
             profile.unlink()
-        files.rewrite_lines(self._metrics, [])
+        self.replace_rows([])
         self.event("started over")
 
     def rewind(self, step: int) -> None:
-        """Forget the rows after ``step``: they will be measured again from the checkpoint of that step."""
+        """Delete the rows after ``step``, which are measured again from the checkpoint of that step."""
         rows = self.run.rows()
         kept = [row for row in rows if row["step"] <= step]
-        files.rewrite_lines(self._metrics, kept)
+        self.replace_rows(kept)
         if len(kept) < len(rows):
             self.event("rewound", step=step, rows_dropped=len(rows) - len(kept))
 
     def replace_rows(self, rows: Sequence[Row]) -> None:
-        """Begin with these rows, whatever was written before."""
-        files.rewrite_lines(self._metrics, list(rows))
+        """Replace all metric rows."""
+        files.rewrite_rows(self._metrics, rows)
 
     def row(self, row: Row) -> None:
-        """Append a metric row; it must carry its ``step``; what is not finite is written as null."""
+        """Append a metric row, which must have a ``step``; write values that are not finite as null."""
         finite = {
             key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()
         }
-        files.append_line(self._metrics, {"step": row["step"], **finite})
+        files.append_row(self._metrics, {"step": row["step"], **finite})
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append to the run's history."""
-        files.append_line(self._events, {"time": round(time.time(), 3), "event": kind, **facts})
+        files.append_row(self._events, {"time": round(time.time(), 3), "event": kind, **facts})
 
     def state(self, state: State, step: int, error: str | None = None, is_diverged: bool = False) -> None:
-        """Change where the run stands and note it in the history."""
+        """Record where the run stands, and note it in the history."""
         self.event(state.value, step=step, **({"error": error} if error else {}))
-        files.write_json(self.run.path / "state.json", RunState(state, step, error, is_diverged).to_json())
+        files.write_record(self.run.path / "state.json", asdict(RunState(state, step, error, is_diverged)))

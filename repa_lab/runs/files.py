@@ -1,10 +1,13 @@
-"""Files that are whole or absent: atomic writes, and JSON lines that survive a torn tail."""
+"""JSON and JSON-lines files that survive a kill, and the format number that each of them carries in a run or a sweep.
+
+The first line of a JSON-lines file is a header with the format number; every other line is one JSON object.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,96 +15,156 @@ from filelock import FileLock, Timeout
 
 from repa_lab.files import replace_atomically
 
+# The layout of run and sweep directories. Raise it when an older version could not read what this one writes.
+FORMAT = 1
+METRICS = "metrics.jsonl"  # the metric rows in a run directory
 Row = dict[str, Any]
-# The metric rows in a run's directory.
-METRICS = "metrics.jsonl"
+_HEADER = json.dumps({"format": FORMAT}) + "\n"
 
 
 class DamagedFileError(ValueError):
     """A file does not hold what was written to it."""
 
 
+class FormatError(DamagedFileError):
+    """A file was written by a version of repa-lab with another format."""
+
+    def __init__(self, path: Path, found: Any) -> None:
+        what = "no format number" if found is None else f"format {found}"
+        does = f"this version of repa-lab reads format {FORMAT}"
+        super().__init__(f"'{path}' has {what}: {does}; use the version that wrote it, or another --root")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
-    replace_atomically(path, lambda temporary: _write(temporary, text))
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    replace_atomically(path, write)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; NaN and infinity are refused rather than written as what no other parser reads."""
+    """Write JSON atomically; refuse NaN and infinity, which other parsers cannot read."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; see :func:`write_json`.
+    """Read a JSON file.
 
     Raises:
-        DamagedFileError: it is no JSON.
+        DamagedFileError: the file is not JSON.
     """
-    return _parse(path.read_bytes(), f"'{path}'")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object.
-
-    Raises:
-        DamagedFileError: it holds none.
-    """
-    return _object(path.read_bytes(), f"'{path}'")
-
-
-def read_lines(path: Path) -> list[Row]:
-    """The complete rows of a JSON-lines file; a last line that a kill tore is left out, a missing file has no rows.
-
-    Raises:
-        DamagedFileError: another line is no JSON object.
-    """
-    if not path.exists():
-        return []
-    complete = path.read_bytes().split(b"\n")[:-1]
-    return [_object(line, f"'{path}' line {number}") for number, line in enumerate(complete, start=1) if line]
-
-
-def append_line(path: Path, row: Row) -> None:
-    """Append one row and hand it to the operating system at once, so that killing this process cannot lose it."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def drop_torn_line(path: Path) -> None:
-    """Cut off a last line that a kill tore, lest the next row be glued to it."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-
-
-def rewrite_lines(path: Path, rows: Iterable[Row]) -> None:
-    """Replace a JSON-lines file atomically."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _parse(content: bytes, where: str) -> Any:
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:  # of Unicode, too
-        raise DamagedFileError(f"{where} is damaged: no JSON ({error})") from None
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # ValueError: also invalid UTF-8
+        raise DamagedFileError(f"'{path}' is damaged: no JSON ({error})") from None
 
 
-def _object(content: bytes, where: str) -> dict[str, Any]:
-    value = _parse(content, where)
-    if not isinstance(value, dict):
-        raise DamagedFileError(f"{where} is damaged: no JSON object")
-    return value
+def write_record(path: Path, fields: Mapping[str, Any]) -> None:
+    """Write a JSON object with the current format number."""
+    write_json(path, {"format": FORMAT, **fields})
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def read_record(path: Path) -> dict[str, Any]:
+    """Read what :func:`write_record` wrote, without the format number.
+
+    Raises:
+        DamagedFileError: the file is not a JSON object.
+        FormatError: the file has another format.
+    """
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise DamagedFileError(f"'{path}' is damaged: no JSON object")
+    if (found := fields.pop("format", None)) != FORMAT:
+        raise FormatError(path, found)
+    return fields
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Append one row and hand it to the operating system at once, so that killing this process cannot lose it."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line if file.tell() else _HEADER + line)
+
+
+def rewrite_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Replace all rows atomically."""
+    write_text(path, _HEADER + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def drop_torn_row(path: Path) -> None:
+    """Cut off a last line that a kill left incomplete, so that the next row starts on a line of its own."""
+    if path.exists():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
+
+
+class JsonlReader:
+    """Reads every row of a file once, also while another process appends to the file.
+
+    Args:
+        path: the file; a missing file has no rows.
+        required: a key under which every row must hold a number of steps.
+        on_damage: called with the line number and the reason for every damaged line, which is then left out; if None,
+            a damaged line is an error.
+    """
+
+    def __init__(
+        self, path: Path, required: str | None = None, on_damage: Callable[[int, str], None] | None = None
+    ) -> None:
+        self._path, self._required, self._on_damage = path, required, on_damage
+        self._inode = self._offset = self._lines = 0
+
+    def new_rows(self) -> list[Row]:
+        """Return the complete rows that were not returned before; read a file that was replaced from its start.
+
+        Raises:
+            DamagedFileError: a line is not a JSON object, or lacks the required key.
+            FormatError: the header has another format.
+        """
+        try:
+            with self._path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode:
+                    self._inode, self._offset, self._lines = inode, 0, 0
+                file.seek(self._offset)
+                content = file.read()
+        except FileNotFoundError:
+            return []
+        complete = content[: content.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        rows = [self._parse(line) for line in complete.split(b"\n")[:-1]]
+        return [row for row in rows if row is not None]
+
+    def _parse(self, line: bytes) -> Row | None:
+        self._lines += 1
+        if not line.strip():
+            return None
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            return self._leave_out("not JSON")
+        if not isinstance(row, dict):
+            return self._leave_out("no JSON object")
+        if self._lines == 1:
+            if row.get("format") != FORMAT:
+                raise FormatError(self._path, row.get("format"))
+            return None
+        step = row.get(self._required) if self._required else 0
+        is_step = isinstance(step, int) and not isinstance(step, bool) and step >= 0
+        return row if is_step else self._leave_out(f"no {self._required}")
+
+    def _leave_out(self, reason: str) -> Row | None:
+        if self._on_damage is None:
+            raise DamagedFileError(f"'{self._path}' line {self._lines} is damaged: {reason}")
+        self._on_damage(self._lines, reason)
+        return None
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds this lock file at the moment."""
+    """Return whether a process holds this lock file at the moment."""
     if not path.exists():
         return False
     try:

@@ -1,17 +1,18 @@
-"""Where runs live.
+"""Where runs and sweeps are stored.
 
 runs/
   by-id/<run_id>/      every run, once, whichever sweeps ask for it
-  <sweep name>/        a sweep: its arms, its report, its search's database, and links to its runs
+  <sweep name>/        a sweep: its manifest, its report, its search's database, and links to its runs
   cache/               encoder features, latents, reference statistics
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from repa_lab.runs import files
 from repa_lab.runs.directory import RunDirectory
@@ -19,32 +20,133 @@ from repa_lab.runs.directory import RunDirectory
 DEFAULT_ROOT = Path("runs")
 RESERVED = ("by-id", "cache")
 _MAX_LABEL = 50
-_STOP = "stop"
 
 
 class UnknownSweepError(ValueError):
-    """There is no such sweep."""
+    """No sweep has this name."""
 
 
 class UnknownRunError(ValueError):
-    """There is no run of this id."""
+    """No run has this id."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunRecord(_Record):
+    """A run of an arm."""
+
+    seed: int
+    run_id: str
+
+
+class ArmRecord(_Record):
+    """An arm of a sweep, or a trial of its search.
+
+    Attributes:
+        label: the arm's name in the report.
+        levels: the arm's level on every axis.
+        baseline: label of the matched baseline; None if there is none.
+        runs: one run per seed.
+    """
+
+    label: str
+    levels: dict[str, str] = {}
+    baseline: str | None = None
+    runs: tuple[RunRecord, ...]
+
+
+class OrphanRecord(_Record):
+    """A run that an earlier version of the spec asked for and the present one does not."""
+
+    label: str
+    seed: int
+    run_id: str
+
+
+class ObjectiveRecord(_Record):
+    """A metric by its full name, or a cost, and whether small or large values are good."""
+
+    metric: str
+    goal: Literal["min", "max"] = "min"
+
+
+class ComparisonRecord(ObjectiveRecord):
+    """What a sweep compares; ``targets`` are values of metrics to reach, by full name."""
+
+    targets: dict[str, list[float]] = {}
+
+
+class TrialRecord(_Record):
+    """A trial of a search.
+
+    Attributes:
+        arm: label of the trial's arm.
+        state: where the trial stands.
+        value: mean of the searched metric over the seeds; None before the trial is complete.
+        params: the searched settings, by dotted path.
+        values: mean of every objective over the seeds; empty before the trial is complete.
+    """
+
+    arm: str
+    state: Literal["waiting", "running", "complete", "pruned", "diverged", "failed"]
+    value: float | None = None
+    params: dict[str, Any]
+    values: dict[str, float] = {}
+
+
+class SearchRecord(ObjectiveRecord):
+    """The search of a sweep.
+
+    Attributes:
+        trials: every setting that was tried or waits, oldest first.
+        objectives: the searched metric and the costs.
+        pareto: with several objectives, labels of the trials on the Pareto front.
+    """
+
+    trials: tuple[TrialRecord, ...]
+    objectives: tuple[ObjectiveRecord, ...]
+    pareto: tuple[str, ...] = ()
+
+
+class SweepManifest(_Record):
+    """What a sweep asks for, as its ``sweep.json`` holds it; a search records its trials as arms."""
+
+    name: str
+    question: str = ""
+    seeds: tuple[int, ...] = ()
+    compare: ComparisonRecord
+    arms: tuple[ArmRecord, ...]
+    search: SearchRecord | None = None
+    orphaned: tuple[OrphanRecord, ...] = ()
+
+    @property
+    def run_ids(self) -> list[str]:
+        """The ids of all runs, arm by arm."""
+        return [run.run_id for arm in self.arms for run in arm.runs]
 
 
 class SweepDirectory:
-    """A sweep's folder: which arms and runs it asked for, and the report on them."""
+    """A sweep's folder: which arms and runs it asks for, and the report on them.
+
+    Attributes:
+        path: the folder, which need not exist.
+        lock: the file that the process that carries out the sweep holds.
+        study: the file of the search's Optuna database.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lock = path / ".lock"
+        self.study = path / "study.db"
+        self._manifest = path / "sweep.json"
+        self._stop = path / "stop"
 
     @property
     def root(self) -> RunsRoot:
-        """The runs root this sweep stands in."""
+        """The runs root that holds this sweep."""
         return RunsRoot(self.path.parent)
-
-    @property
-    def lock(self) -> Path:
-        """The file that whoever carries out the sweep holds."""
-        return self.path / ".lock"
 
     @property
     def is_held(self) -> bool:
@@ -53,46 +155,52 @@ class SweepDirectory:
 
     @property
     def is_asked_to_stop(self) -> bool:
-        """Whether somebody wants whoever carries out the sweep to end."""
-        return (self.path / _STOP).exists()
+        """Whether a graceful stop is requested."""
+        return self._stop.exists()
 
     def ask_to_stop(self, ask: bool = True) -> None:
-        """Want it, or no longer."""
-        (self.path / _STOP).touch() if ask else (self.path / _STOP).unlink(missing_ok=True)
+        """Request a graceful stop, or withdraw the request."""
+        self._stop.touch() if ask else self._stop.unlink(missing_ok=True)
 
     @property
-    def manifest(self) -> dict[str, Any]:
-        """Name, question, comparison and arms with their runs, as :meth:`record` was given.
+    def is_recorded(self) -> bool:
+        """Whether the sweep has a manifest."""
+        return self._manifest.is_file()
+
+    @property
+    def manifest(self) -> SweepManifest:
+        """What the sweep asks for.
 
         Raises:
-            DamagedFileError: it cannot be read.
+            DamagedFileError: the manifest cannot be read.
         """
-        value = files.read_object(self.path / "sweep.json")
-        if not isinstance(value.get("arms"), list):
-            raise files.DamagedFileError(f"'{self.path / 'sweep.json'}' is damaged: it has no arms")
-        return value
+        fields = files.read_record(self._manifest)
+        try:
+            return SweepManifest.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise files.DamagedFileError(f"'{self._manifest}' is damaged: {place}: {first['msg']}") from None
 
-    def record(self, manifest: Mapping[str, Any]) -> None:
-        """Write what the sweep asks for, and a link per run under a name that a person can read."""
-        files.write_json(self.path / "sweep.json", dict(manifest))
+    def record(self, manifest: SweepManifest) -> None:
+        """Write the manifest, and a link to every run under a readable name."""
+        files.write_record(self._manifest, manifest.model_dump(mode="json"))
         links = self.path / "runs"
         links.mkdir(exist_ok=True)
         for old in links.iterdir():
             old.unlink()
-        for arm in manifest["arms"]:
-            for run in arm["runs"]:
-                target = os.path.relpath(self.root.run(run["run_id"]).path, links)
-                link = links / _link_name(arm["label"], run["seed"])
-                if (
-                    link.is_symlink() and str(link.readlink()) != target
-                ):  # labels that differ in what a file name cannot say
-                    link = link.with_name(f"{link.name}-{run['run_id']}")
+        for arm in manifest.arms:
+            for run in arm.runs:
+                target = os.path.relpath(self.root.run(run.run_id).path, links)
+                link = links / _link_name(arm.label, run.seed)
+                if link.is_symlink() and str(link.readlink()) != target:  # two labels give one file name
+                    link = link.with_name(f"{link.name}-{run.run_id}")
                 if not link.is_symlink():
                     link.symlink_to(target)
 
 
 class RunsRoot:
-    """The folder that holds all runs, sweeps and caches; every path below it is made here, and none leads out of it.
+    """The folder that holds all runs, sweeps and caches; no path that it gives leads out of it.
 
     Raises:
         ValueError: for the name of a run or a sweep that is not the name of a folder, such as ``../x``.
@@ -103,18 +211,18 @@ class RunsRoot:
 
     @property
     def cache(self) -> Path:
-        """Folder of what can be computed again."""
+        """Folder of the caches, which can be computed again."""
         return self.path / "cache"
 
     def run(self, run_id: str) -> RunDirectory:
-        """The directory of a run, there or not."""
+        """Return the directory of a run, which need not exist."""
         return RunDirectory(self.path / "by-id" / _folder_name(run_id))
 
     def find_run(self, name: Path) -> RunDirectory:
-        """A described run by its id, or by its folder or a link to it.
+        """Return a described run by its id, its folder, or a link to its folder.
 
         Raises:
-            UnknownRunError: there is no such run.
+            UnknownRunError: no run has this id.
         """
         for path in (name, self.path / "by-id" / name):
             if (path / "spec.json").is_file():
@@ -122,27 +230,27 @@ class RunsRoot:
         raise UnknownRunError(f"no run '{name}' in {self.path}; `repa-lab status` lists them")
 
     def runs(self) -> list[RunDirectory]:
-        """All runs that were ever described."""
+        """Return all runs that were ever described."""
         return [RunDirectory(path.parent) for path in sorted(self.path.glob("by-id/*/spec.json"))]
 
     def sweep(self, name: str) -> SweepDirectory:
-        """The directory of a sweep, there or not."""
+        """Return the directory of a sweep, which need not exist."""
         return SweepDirectory(self.path / _folder_name(name))
 
     def find_sweep(self, name: Path) -> SweepDirectory:
-        """A recorded sweep by its name or by its folder.
+        """Return a recorded sweep by its name or its folder.
 
         Raises:
-            UnknownSweepError: naming the sweeps that there are.
+            UnknownSweepError: no sweep has this name; the text lists the names.
         """
         for path in (name, self.path / name):
-            if (path / "sweep.json").is_file():
-                return SweepDirectory(path)
+            if (sweep := SweepDirectory(path)).is_recorded:
+                return sweep
         known = ", ".join(directory.path.name for directory in self.sweeps()) or "none"
         raise UnknownSweepError(f"no sweep '{name}' in {self.path}; there are: {known}")
 
     def sweeps(self) -> list[SweepDirectory]:
-        """All sweeps that were ever recorded."""
+        """Return all sweeps that were ever recorded."""
         return [SweepDirectory(path.parent) for path in sorted(self.path.glob("*/sweep.json"))]
 
 

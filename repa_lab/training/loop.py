@@ -13,9 +13,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from repa_lab.registry import one_line
-from repa_lab.runs import RunDirectory, RunWriter, State, checkpoints, forks
+from repa_lab.runs import RunDirectory, RunWriter, State, checkpoints
+from repa_lab.runs.checkpoints import Fork
 from repa_lab.runs.files import Row
-from repa_lab.runs.forks import Fork
 from repa_lab.runs.provenance import provenance
 from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
@@ -205,12 +205,12 @@ def _begin_from(fork: Fork, run: Run, writer: RunWriter, options: RunOptions, is
         """Return whether this run would write the row itself; the runs may log at different steps."""
         if at_milestones & row.keys():
             return row["step"] in milestones
-        return forks.written_by(row, last, every, options.checkpoint_every or every, options.log_every)
+        return checkpoints.written_by(row, last, every, options.checkpoint_every or every, options.log_every)
 
     ends = (row["step"] for row in parent.rows() if is_written(row) and is_enough(row))
     last_shared = min([fork.step, *ends])
-    if steps := [step for step in forks.available(parent) if step <= last_shared]:
-        forks.take(parent, max(steps), writer, is_written)
+    if steps := [step for step in checkpoints.forkable_steps(parent) if step <= last_shared]:
+        checkpoints.take_fork(parent, max(steps), writer, is_written)
 
 
 def _agreed(trainer: Trainer, should_stop: ShouldStop, due: bool) -> State | None:

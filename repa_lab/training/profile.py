@@ -15,7 +15,8 @@ from repa_lab.encoders.targets import Targets
 from repa_lab.metrics import cds, cka, cknna, lds, mutual_knn, rmsc
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.models.tap import TapError
-from repa_lab.runs import RunDirectory, profiles
+from repa_lab.runs import RunDirectory, files
+from repa_lab.runs.directory import ALIGNMENT_METRICS, SPATIAL_METRICS
 from repa_lab.runs.files import Row
 from repa_lab.runs.provenance import provenance
 from repa_lab.spec import EncoderSettings, RunConfig, RunOptions
@@ -29,7 +30,7 @@ from repa_lab.training.model import Model, open_trained
 from repa_lab.training.resolve import choose_block, encoder_identity
 
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
-METRICS = (*profiles.ALIGNMENT, *profiles.SPATIAL)
+METRICS = (*ALIGNMENT_METRICS, *SPATIAL_METRICS)
 NEIGHBOURS = 10
 # iREPA's distances are those of a 16x16 grid; larger grids are resampled to that resolution.
 SPATIAL_SIDE = 16
@@ -144,7 +145,7 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
         "protocol": protocol,
         "values": values,
     }
-    profiles.write(directory, profile)
+    files.write_record(directory.profile_file, profile)
     return profile
 
 

@@ -7,7 +7,7 @@ import pytest
 from repa_lab.orchestration.cost import estimate
 from repa_lab.orchestration.display import as_json
 from repa_lab.orchestration.plan import make_plan
-from repa_lab.runs import RunsRoot, State
+from repa_lab.runs import RunsRoot, State, files
 from repa_lab.spec import load_spec
 
 pytestmark = pytest.mark.bench
@@ -49,5 +49,5 @@ def write(root, run):
     """A finished run, its files as small as they can be."""
     directory = root.run(run.run_id)
     directory.path.mkdir(parents=True)
-    (directory.path / "state.json").write_text(f'{{"state": "{State.DONE.value}", "step": 10, "error": null}}')
-    (directory.path / "spec.json").write_text("{}")
+    files.write_record(directory.path / "state.json", {"state": State.DONE, "step": 10, "error": None})
+    files.write_record(directory.path / "spec.json", {})

@@ -1,86 +1,102 @@
-"""Searches whose rows are told by hand: their groups, without any training."""
+"""Searches whose runs are written by hand, without any training."""
 
-from repa_lab.orchestration.plan import identify_arm
-from repa_lab.orchestration.search.group import Aim
-from repa_lab.orchestration.search.study import open_storage, open_study, study_name
-from repa_lab.orchestration.search.trials import Search
-from repa_lab.orchestration.search.work import SearchWork
-from repa_lab.runs import RunsRoot, RunWriter, State
-from repa_lab.spec import load_spec
+import optuna
 
-METRIC = "m"
-DISTANCE = (Aim(METRIC, "min"),)
+from repa_lab import plan
+from repa_lab.orchestration.search.search import SearchWork
+from repa_lab.orchestration.search.study import file_url
+from repa_lab.runs import RunWriter, State
+
+METRIC = "frechet:efficientnet_lite0@16/ode2"
+SPACE = {"regularizer.weight": {"log": [0.1, 1.0]}}
 
 
-def searcher(tiny, folder):
-    """Makes a search over the weight, with its study and its runs in a folder."""
+def searcher(tiny, root):
+    """Makes the work of a search over the weight, with its study and its runs in a root."""
 
-    def make(aims=DISTANCE, seeds=(0, 1), begun=frozenset(), spec=None, **changes):
-        config = {
-            "space": {"regularizer.weight": {"log": [0.1, 1.0]}},
-            "trials": 5,
-            "prune": "median",
-            "sampler": "random",
-        }
-        experiment = load_spec(tiny(axes={}, search={**config, **changes}, **(spec or {})))
-        arm = experiment.arms[0]
-        asked = Search(arm, experiment.search, aims, seeds, identify_arm, RunsRoot(folder))
-        storage = open_storage(None, folder / "study.db")
-        name = study_name("tiny", arm.label, asked.content())
-        return SearchWork(asked, open_study(storage, name, experiment.search, aims, arm.config.train.steps), begun)
+    def make(seeds=2, spec=None, axes=None, **changes):
+        search = {"space": SPACE, "trials": 5, "prune": "median", "sampler": "random", **changes}
+        planned = plan(tiny(axes=axes or {}, search=search, seeds=seeds, **(spec or {})), root)
+        directory = planned.root.sweep("tiny")
+        directory.path.mkdir(parents=True, exist_ok=True)
+        return SearchWork(planned, directory)
 
     return make
 
 
 def take(work):
-    """The tasks of the next group."""
-    first = work.next()
-    return [first, *(work.next() for _ in range(len(work._search.seeds) - 1))]
+    """The tasks of the next trial."""
+    return [work.next() for _ in work._plan.experiment.seeds]
 
 
-def finish(work, value):
-    """Hand out a group, let both its runs measure `value` at steps 3 and 6 of 6, and end them."""
-    tasks = take(work)
+def directory_of(work, task):
+    return work._plan.root.run(task.run.run_id)
+
+
+def measure(work, task, step, value, **more):
+    """Let a run write a row; the runs that are to be pruned for it."""
+    with RunWriter(directory_of(work, task)) as writer:
+        writer.describe(task.run.to_json(), {"time": "2026-01-01T00:00:00Z", "processes": 2})
+        row = {"step": step, METRIC: value, **more}
+        writer.row(row)
+    return list(work.heard(task.run.run_id, row))
+
+
+def end(work, task, state=State.DONE, error=None, is_diverged=False):
+    """Let a run end."""
+    record(work, task, state, error, is_diverged)
+    work.finished(task.run.run_id, state)
+
+
+def record(work, task, state=State.DONE, error=None, is_diverged=False):
+    """Let a run end while no scheduler looks."""
+    with RunWriter(directory_of(work, task)) as writer:
+        writer.describe(task.run.to_json(), {"time": "2026-01-01T00:00:00Z", "processes": 2})
+        writer.state(state, 6, error, is_diverged)
+
+
+def train(work, task, values, state=State.DONE, error=None, is_diverged=False):
+    """Write a run while no scheduler looks: its values by step, and how it ended."""
+    for step, value in values.items():
+        with RunWriter(directory_of(work, task)) as writer:
+            writer.describe(task.run.to_json(), {"time": "2026-01-01T00:00:00Z"})
+            writer.row({"step": step, METRIC: value})
+    record(work, task, state, error, is_diverged)
+
+
+def finish(work, value, tasks=None):
+    """Let all runs of the next trial measure ``value`` at steps 3 and 6 of 6, and end."""
+    tasks = tasks or take(work)
     for step in (3, 6):
         for task in tasks:
-            assert not list(work.heard(task.run.run_id, {"step": step, METRIC: value}))
+            measure(work, task, step, value)
     for task in tasks:
-        work.finished(task.run.run_id, State.DONE)
+        end(work, task)
     return tasks
 
 
-def train(root, task, values, state=State.DONE, error=None, seconds=None, is_diverged=False):
-    """Write a run's directory as training does: its rows by step, and how it ended."""
-    with RunWriter(root.run(task.run.run_id)) as writer:
-        writer.describe(task.run.to_json(), {"time": "2026-01-01T00:00:00Z", "processes": 2})
-        for step, value in values.items():
-            writer.row({"step": step, METRIC: value, **({"seconds": seconds} if seconds else {})})
-        writer.state(state, max(values, default=0), error, is_diverged)
+def trials(work):
+    """The trials as the sweep's manifest has them."""
+    return work._directory.manifest.search.trials
 
 
 def states(work):
-    return [trial.record["state"] for trial in work.trials]
+    return [trial.state for trial in trials(work)]
 
 
 def weights(work):
-    return [trial.record["params"]["regularizer.weight"] for trial in work.trials]
-
-
-def finish_one(work, value):
-    """Hand out a run, let it measure `value` at its last step, and end it."""
-    finish_as(work, work.next(), value)
+    return [trial.params["regularizer.weight"] for trial in trials(work)]
 
 
 def by_value(work):
-    return {trial.record["value"]: trial.record["params"] for trial in work.trials}
+    return {trial.value: trial.params for trial in trials(work)}
 
 
-def finish_as(work, task, value=1.0):
-    """Let a run measure `value` at its last step, and end it."""
-    list(work.heard(task.run.run_id, {"step": 6, METRIC: value}))
-    work.finished(task.run.run_id, State.DONE)
+def study_of(work):
+    """The only study of the sweep, as Optuna reads it."""
+    return optuna.load_study(study_name=None, storage=file_url(work._directory.study))
 
 
-def first_weight(work):
-    """The weight of the first trial."""
-    return work.next().run.config.regularizer.weight
+def forget(work):
+    """Delete the sweep's database."""
+    work._directory.study.unlink()

@@ -21,7 +21,8 @@ from repa_lab.orchestration.cost import (
 )
 from repa_lab.orchestration.display import arm_rows, as_json, sentences, short
 from repa_lab.orchestration.plan import make_plan
-from repa_lab.runs import RunsRoot, RunWriter, State
+from repa_lab.runs import RunsRoot, RunWriter, State, files
+from repa_lab.runs.root import ArmRecord
 from repa_lab.spec import RunOptions, SpecError, load_spec
 from repa_lab.training.costs import measurements
 from tests.data.conftest import noise_image
@@ -72,7 +73,7 @@ class TestSpeed:
         ]
         directory = write_run(tmp_path, run, [row(5, 10.0), measures[0], row(10, 14.0), measures[1]])
         events = [{"time": 100.0, "event": "running", "step": 0}, {"time": 120.0, "event": "done", "step": 10}]
-        (directory.path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        files.rewrite_rows(directory.path / "events.jsonl", events)
         speed = estimate(make_plan(spec, RunsRoot(tmp_path))).speeds["all"]
         assert (speed.evaluation, speed.is_evaluation_measured) == (pytest.approx((20 - 14) / 2), True)
 
@@ -86,7 +87,7 @@ class TestSpeed:
         ]
         directory = write_run(tmp_path, run, [row(5, 10.0), measures[0], row(10, 14.0), *measures[1:]])
         events = [{"time": 100.0, "event": "running", "step": 0}, {"time": 168.0, "event": "done", "step": 10}]
-        (directory.path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        files.rewrite_rows(directory.path / "events.jsonl", events)
         found = estimate(make_plan(spec, RunsRoot(tmp_path)))
         speed = found.speeds["all"]
         assert (speed.evaluation, speed.is_evaluation_measured) == (pytest.approx(54 / 27), True)
@@ -215,9 +216,7 @@ class TestTotals:
         directory = plan.root.sweep("mine")
         directory.path.mkdir()
         runs = [{"seed": seed, "run_id": f"{seed:012x}"} for seed in (0, 1)]
-        directory.record(
-            {"name": "mine", "arms": [{"label": "aligned, weight=0.1", "levels": {"a": "aligned"}, "runs": runs}]}
-        )
+        directory.record(plan.manifest([ArmRecord(label="aligned, weight=0.1", levels={"a": "aligned"}, runs=runs)]))
         with RunWriter(plan.root.run(runs[0]["run_id"])) as writer:
             writer.state(State.PRUNED, 4)
         again = estimate(plan)

@@ -15,7 +15,7 @@ from repa_lab.runs import RunsRoot
 from repa_lab.spec import load_spec
 from repa_lab.orchestration.cost import estimate
 from repa_lab.orchestration.plan import make_plan
-from repa_lab.orchestration.search.searches import Searches
+from repa_lab.orchestration.search.search import SearchWork
 
 data, weights, spec, root, counts = *sys.argv[1:], collections.Counter()
 
@@ -33,7 +33,7 @@ def planned():
     estimate(plan)
     directory = plan.root.sweep("few")
     directory.path.mkdir(parents=True, exist_ok=True)
-    work = Searches(plan, directory)
+    work = SearchWork(plan, directory)
     tasks = [work.next() for _ in range(6)]
     return dict(counts), len({task.run.run_id for task in tasks}), sorted({task.run.config.data.holdout for task in tasks})
 

@@ -30,8 +30,7 @@ def rehearse_file(stem: str, tmp_path: Path, **overrides):
 
 
 def went_through_everything(outcome, root: RunsRoot) -> None:
-    arms = outcome.directory.manifest["arms"]
-    ids = {run["run_id"] for arm in arms for run in arm["runs"]}
+    ids = set(outcome.directory.manifest.run_ids)
     assert {run.run_id for run in root.runs()} == ids
     for run_id in ids:
         run = root.run(run_id)
@@ -55,7 +54,7 @@ def test_every_arm_of_a_shipped_experiment_goes_through_everything(stem, tmp_pat
     outcome, root = rehearse_file(stem, tmp_path)
     went_through_everything(outcome, root)
     asked = load_spec(EXPERIMENTS / f"{stem}.yaml")
-    assert [arm["label"] for arm in outcome.directory.manifest["arms"]] == [arm.label for arm in asked.arms]
+    assert [arm.label for arm in outcome.directory.manifest.arms] == [arm.label for arm in asked.arms]
     assert not (tmp_path / "runs").exists()  # nothing of a rehearsal is among results
     results = load_results(outcome.path)
     assert set(results.summary["arm"]) == {arm.label for arm in asked.arms}
@@ -140,7 +139,7 @@ class TestWhatIsRehearsed:
             "compare": {"baseline": baseline},
         }
         outcome = sweep(rehearsed(tmp_path, **sections), tmp_path / "runs", rehearse=True)
-        baselines = [arm["baseline"] for arm in outcome.directory.manifest["arms"]]
+        baselines = [arm.baseline for arm in outcome.directory.manifest.arms]
         assert baselines == [None, "name=dinov2_vits14"]
 
     @pytest.mark.slow
@@ -148,9 +147,8 @@ class TestWhatIsRehearsed:
         search = {"space": {"regularizer.weight": {"log": [0.1, 1.0]}}, "trials": 40, "objective": {"metric": "fid"}}
         outcome = sweep(rehearsed(tmp_path, search=search), tmp_path / "runs", rehearse=True)
         assert not outcome.failures
-        arms = outcome.directory.manifest["arms"]
-        assert len(arms) == 2
-        specs = [RunsRoot(outcome.path.parent).run(run["run_id"]).spec for arm in arms for run in arm["runs"]]
+        assert len(outcome.directory.manifest.arms) == 2
+        specs = [RunsRoot(outcome.path.parent).run(run_id).spec for run_id in outcome.directory.manifest.run_ids]
         assert {spec["train"]["steps"] for spec in specs} == {4}
         assert len({spec["regularizer"]["weight"] for spec in specs}) == 2
 

@@ -18,9 +18,9 @@ import yaml
 from repa_lab import load_spec, plan, sweep
 from repa_lab.orchestration.plan import make_plan
 from repa_lab.orchestration.rehearsal import rehearse_experiment
-from repa_lab.orchestration.search.searches import Searches
+from repa_lab.orchestration.search.search import SearchWork
 from repa_lab.orchestration.search.study import StorageError, open_storage
-from repa_lab.runs import RunsRoot, State
+from repa_lab.runs import RunsRoot, RunWriter, State
 from repa_lab.spec import SpecError
 
 METRIC = "frechet:efficientnet_lite0@16/ode2"
@@ -37,7 +37,7 @@ def searched(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("searched") / "runs"
     outcome = sweep(spec_of(tiny), root, workers=1)
     assert not outcome.failures
-    return root, outcome.directory.manifest["search"]["trials"]
+    return root, outcome.directory.manifest.search.trials
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def histories(root):
 
 
 def told(trials):
-    return {trial["params"]["regularizer.weight"]: (trial["state"], trial["value"]) for trial in trials}
+    return {trial.params["regularizer.weight"]: (trial.state, trial.value) for trial in trials}
 
 
 def test_a_lost_study_is_rebuilt_and_nothing_is_trained_again(tiny, root, searched):
@@ -62,7 +62,7 @@ def test_a_lost_study_is_rebuilt_and_nothing_is_trained_again(tiny, root, search
     outcome = sweep(spec_of(tiny), root, workers=1)
     assert (outcome.trained, outcome.failures) == (0, {})
     assert histories(root) == before
-    assert told(outcome.directory.manifest["search"]["trials"]) == told(searched[1])
+    assert told(outcome.directory.manifest.search.trials) == told(searched[1])
 
 
 def test_a_lost_folder_is_rebuilt_too_and_a_run_that_was_begun_goes_on(tiny, root, searched):
@@ -72,7 +72,7 @@ def test_a_lost_folder_is_rebuilt_too_and_a_run_that_was_begun_goes_on(tiny, roo
     _interrupt(victim)
     outcome = sweep(spec_of(tiny, prune="none"), root, workers=1)
     assert (outcome.trained, outcome.failures) == (1, {})
-    again = told(outcome.directory.manifest["search"]["trials"])
+    again = told(outcome.directory.manifest.search.trials)
     assert {weight: value for weight, (_, value) in again.items()} == pytest.approx(
         {weight: value for weight, (_, value) in told(searched[1]).items()}
     )
@@ -82,9 +82,9 @@ def test_a_lost_folder_is_rebuilt_too_and_a_run_that_was_begun_goes_on(tiny, roo
 def _interrupt(run):
     """Take a run back to its checkpoint of step 3, as a kill soon after it would have left it."""
     shutil.rmtree(run.checkpoints / "step-00000006")
-    kept = [row for row in run.rows() if row["step"] <= 3]
-    (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-    (run.path / "state.json").write_text(json.dumps({"state": "interrupted", "step": 3, "error": None}))
+    with RunWriter(run) as writer:
+        writer.rewind(3)
+        writer.state(State.INTERRUPTED, 3)
 
 
 def test_a_changed_space_keeps_the_trials_that_fit_and_trains_only_what_is_new(tiny, root, searched):
@@ -94,7 +94,7 @@ def test_a_changed_space_keeps_the_trials_that_fit_and_trains_only_what_is_new(t
     outcome = sweep(changed, root, workers=1)
     assert (outcome.trained, outcome.failures) == (2, {})
     assert {run: text for run, text in histories(root).items() if run in before} == before
-    new = told(outcome.directory.manifest["search"]["trials"])
+    new = told(outcome.directory.manifest.search.trials)
     old = told(searched[1])
     assert len(new) == 3 and {weight: new[weight] for weight in sorted(old)[1:]} == {w: old[w] for w in sorted(old)[1:]}
 
@@ -112,13 +112,13 @@ def test_settings_that_diverge_are_the_worst_of_all_and_no_failures_and_are_not_
     outcome = sweep(spec, tmp_path, workers=1)
     assert (outcome.trained, outcome.failures, outcome.stopped) == (1, {}, None)
     assert ["DivergedError" in reason for reason in outcome.diverged.values()] == [True, True]
-    trials = {trial["params"]["train.lr"]: trial for trial in outcome.directory.manifest["search"]["trials"]}
-    assert {rate: trial["state"] for rate, trial in trials.items()} == {
+    trials = {trial.params["train.lr"]: trial for trial in outcome.directory.manifest.search.trials}
+    assert {rate: trial.state for rate, trial in trials.items()} == {
         1e-3: "complete",
         1e30: "diverged",
         2e30: "diverged",
     }
-    assert (trials[1e30]["value"], trials[2e30]["value"]) == (None, None)
+    assert (trials[1e30].value, trials[2e30].value) == (None, None)
     (study,) = optuna.get_all_study_summaries(f"sqlite:///{outcome.path / 'study.db'}")
     assert study.n_trials == 12 and study.best_trial.params == {"train.lr": 1e-3}
     assert "DivergedError" in (outcome.path / "report.md").read_text()
@@ -134,17 +134,17 @@ def test_distance_against_cost_in_a_database_of_ones_own(tiny, tmp_path):
         tiny, space={"train.batch_size": {"int": [4, 32]}}, objective=objectives, prune="none", storage=url, trials=3
     ) | {"seeds": 1}
     outcome = sweep(spec, tmp_path / "runs", workers=1)
-    search = outcome.directory.manifest["search"]
-    assert search["objectives"] == [{"metric": METRIC, "goal": "min"}, {"metric": "gpu_hours", "goal": "min"}]
+    search = outcome.directory.manifest.search
+    assert [(aim.metric, aim.goal) for aim in search.objectives] == [(METRIC, "min"), ("gpu_hours", "min")]
     points = {}
-    for arm in outcome.directory.manifest["arms"]:
-        last = RunsRoot(tmp_path / "runs").run(arm["runs"][0]["run_id"]).rows()[-1]
-        points[arm["label"]] = (last[METRIC], last["seconds"] / 3600)
-    assert {trial["arm"]: tuple(trial["values"].values()) for trial in search["trials"]} == {
+    for arm in outcome.directory.manifest.arms:
+        last = RunsRoot(tmp_path / "runs").run(arm.runs[0].run_id).rows()[-1]
+        points[arm.label] = (last[METRIC], last["seconds"] / 3600)
+    assert {trial.arm: tuple(trial.values.values()) for trial in search.trials} == {
         arm: pytest.approx(point) for arm, point in points.items()
     }
     front = {a for a, p in points.items() if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points.values())}
-    assert set(search["pareto"]) == front
+    assert set(search.pareto) == front
     assert not (outcome.path / "study.db").exists()
     (study,) = optuna.get_all_study_summaries(url)
     assert study.n_trials == 3 and study.study_name.startswith("tiny, all [")
@@ -156,7 +156,7 @@ def test_a_database_that_cannot_be_opened_is_one_line(tiny, tmp_path):
     file = tmp_path / "spec.yaml"
     file.write_text(yaml.safe_dump(spec_of(tiny, storage=url), sort_keys=False))
     with pytest.raises(SpecError) as caught:
-        Searches(plan(file, tmp_path / "runs"), RunsRoot(tmp_path / "runs").sweep("tiny"))
+        SearchWork(plan(file, tmp_path / "runs"), RunsRoot(tmp_path / "runs").sweep("tiny"))
     (line,) = str(caught.value).splitlines()
     number = 1 + next(i for i, text in enumerate(file.read_text().splitlines()) if "storage:" in text)
     assert line.startswith(f"{file}:{number}:3: search.storage: cannot use sqlite:///") and "unable to open" in line
@@ -190,7 +190,7 @@ def test_a_rehearsed_search_has_two_trials_a_metric_that_is_measured_and_a_study
     assert ([objective.metric for objective in search.objectives], search.trials) == (["seconds", "frechet"], 2)
     folder = root.sweep("tiny-rehearsal")
     folder.path.mkdir(parents=True)
-    Searches(rehearsed, folder)
+    SearchWork(rehearsed, folder)
     assert (folder.path / "study.db").exists() and not Path("results.db").exists()
 
 
@@ -201,8 +201,8 @@ def test_a_rehearsal_goes_through_several_objectives_and_conditions(tiny, tmp_pa
     spec = spec_of(tiny, **REHEARSED) | {"evaluate": {**tiny()["evaluate"], "extractor": {"name": "inception"}}}
     outcome = sweep(spec, tmp_path / "runs", workers=1, rehearse=True)
     assert not outcome.failures
-    trials = outcome.directory.manifest["search"]["trials"]
-    assert trials and all(len(trial["values"]) == 2 for trial in trials)
+    trials = outcome.directory.manifest.search.trials
+    assert trials and all(len(trial.values) == 2 for trial in trials)
     assert not Path("results.db").exists()
 
 
@@ -214,10 +214,10 @@ def test_real_runs_are_pruned_at_a_rung_and_stay_pruned(tiny, tmp_path, prune):
     spec |= {"train": train, "evaluate": {**spec["evaluate"], "every": 2}, "seeds": 1}
     outcome = sweep(spec, tmp_path, workers=1)
     assert not outcome.failures
-    trials = outcome.directory.manifest["search"]["trials"]
+    trials = outcome.directory.manifest.search.trials
     assert len(trials) == 8
-    arms = {arm["label"]: arm["runs"][0]["run_id"] for arm in outcome.directory.manifest["arms"]}
-    pruned = [RunsRoot(tmp_path).run(arms[trial["arm"]]) for trial in trials if trial["state"] == "pruned"]
+    arms = {arm.label: arm.runs[0].run_id for arm in outcome.directory.manifest.arms}
+    pruned = [RunsRoot(tmp_path).run(arms[trial.arm]) for trial in trials if trial.state == "pruned"]
     assert pruned and all(run.state.state is State.PRUNED and run.state.step < 18 for run in pruned)
     assert sweep(spec, tmp_path, workers=1).trained == 0
 
@@ -247,7 +247,7 @@ def test_a_killed_scheduler_loses_nothing(tiny, tmp_path):
     assert all(histories(root.path)[run] == text for run, text in done.items())
     for run in root.runs():
         assert [row["step"] for row in run.rows() if METRIC in row] == [10, 20, 30, 40]
-    assert {trial["state"] for trial in outcome.directory.manifest["search"]["trials"]} == {"complete"}
+    assert {trial.state for trial in outcome.directory.manifest.search.trials} == {"complete"}
 
 
 def _last_begun(root):
@@ -264,7 +264,7 @@ def test_optuna_dashboard_shows_the_study(searched):
         (study,) = _fetch("http://127.0.0.1:8976/api/studies")["study_summaries"]
         assert study["study_name"].startswith("tiny, all [")
         trials = _fetch(f"http://127.0.0.1:8976/api/studies/{study['study_id']}?after=0")["trials"]
-        shown = {float(trial["params"][0]["param_internal_value"]): trial["state"].lower() for trial in trials}
+        shown = {float(trial["params"][0]["param_internal_value"]): trial.state.lower() for trial in trials}
         assert shown == pytest.approx({weight: state for weight, (state, _) in told(searched[1]).items()})
     finally:
         os.kill(server.pid, signal.SIGTERM)

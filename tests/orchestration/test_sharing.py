@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import shutil
 
 import pytest
 
@@ -12,7 +13,7 @@ from repa_lab.align.schedule import agreement
 from repa_lab.orchestration.executors import Task
 from repa_lab.orchestration.sharing import RunList, _schedule, share
 from repa_lab.runs import RunsRoot, State
-from repa_lab.runs.forks import Fork, available, clear, written_by
+from repa_lab.runs.checkpoints import Fork, forkable_steps, written_by
 from repa_lab.spec import StopRule
 from repa_lab.training.loop import train
 from tests.faults.processes import steps_of
@@ -141,7 +142,7 @@ class TestForked:
         alone, shared = RunsRoot(tmp_path / "alone"), RunsRoot(tmp_path / "shared")
         by_itself = [self.directory(alone, run, cache) for run in (parent, child)]
         first = self.directory(shared, parent, cache, kept=frozenset({cut}))
-        assert available(first)[0] == cut
+        assert forkable_steps(first)[0] == cut
         second = self.directory(shared, child, cache, fork=Fork(parent.run_id, cut))
         for ours, theirs in zip((first, second), by_itself, strict=True):
             assert rows(ours) == rows(theirs)
@@ -248,10 +249,10 @@ class TestTheWork:
         for run_id in ("cutNone-0", "cut4-0"):
             work.next()
             work.finished(run_id, State.DONE)
-        assert available(root.run("cutNone-0")) == [4, 8]
+        assert forkable_steps(root.run("cutNone-0")) == [4, 8]
         work.finished("cut8-0", State.DONE)
-        assert available(root.run("cutNone-0")) == []
-        clear(root.run("cutNone-0"))
+        assert forkable_steps(root.run("cutNone-0")) == []
+        shutil.rmtree(root.run("cutNone-0").forks)
 
 
 class TestTheSweep:
@@ -284,8 +285,8 @@ class TestTheSweep:
         assert plan(spec, tmp_path / "shared").sharing.trained == 9 + 1
         sweep(spec, tmp_path / "shared", workers=1)
         alone = sweep({**spec, "run": {**OPTIONS, "share": False}}, tmp_path / "alone", workers=1)
-        for arm in alone.directory.manifest["arms"]:
-            ours, theirs = (RunsRoot(tmp_path / name).run(arm["runs"][0]["run_id"]) for name in ("shared", "alone"))
+        for arm in alone.directory.manifest.arms:
+            ours, theirs = (RunsRoot(tmp_path / name).run(arm.runs[0].run_id) for name in ("shared", "alone"))
             assert rows(ours) == rows(theirs)
             assert (
                 len(
@@ -307,8 +308,8 @@ class TestTheSweep:
         assert (planned.sharing.asked, planned.sharing.trained) == (9, 3)
         sweep(longer, tmp_path / "runs")
         alone = sweep({**longer, "run": {**OPTIONS, "share": False}}, tmp_path / "alone")
-        (arm,) = alone.directory.manifest["arms"]
-        run_id = arm["runs"][0]["run_id"]
+        (arm,) = alone.directory.manifest.arms
+        run_id = arm.runs[0].run_id
         ours, theirs = (RunsRoot(tmp_path / name).run(run_id) for name in ("runs", "alone"))
         assert rows(ours) == rows(theirs)
         assert_same(weights(ours), weights(theirs))

@@ -40,8 +40,7 @@ def test_the_report_states_the_answer_that_the_rows_give(finished):
     outcome, root = finished
     manifest = outcome.directory.manifest
     final = {
-        arm["label"]: [RunsRoot(root).run(run["run_id"]).rows()[-1][METRIC] for run in arm["runs"]]
-        for arm in manifest["arms"]
+        arm.label: [RunsRoot(root).run(run.run_id).rows()[-1][METRIC] for run in arm.runs] for arm in manifest.arms
     }
     difference = sum(a - b for a, b in zip(final["aligned"], final["baseline"], strict=True)) / 2
     row = load_results(outcome.path).summary.query("arm == 'aligned' and metric == @METRIC").iloc[0]
@@ -127,17 +126,17 @@ def test_a_search_prunes_completes_to_its_number_and_is_not_repeated(tiny, tmp_p
     }
     spec = tiny(axes={}, search=search)
     outcome = sweep(spec, tmp_path, workers=2)
-    record = outcome.directory.manifest["search"]
-    assert record["metric"] == METRIC
-    assert len(record["trials"]) == 4 and {trial["state"] for trial in record["trials"]} <= {"complete", "pruned"}
-    arms = {arm["label"]: arm for arm in outcome.directory.manifest["arms"]}
-    for trial in record["trials"]:
-        runs = [RunsRoot(tmp_path).run(run["run_id"]) for run in arms[trial["arm"]]["runs"]]
-        assert [run.spec["regularizer"]["weight"] for run in runs] == [trial["params"]["regularizer.weight"]] * 2
-        if trial["state"] == "complete":
-            assert trial["value"] == pytest.approx(sum(run.rows()[-1][METRIC] for run in runs) / 2)
+    record = outcome.directory.manifest.search
+    assert record.metric == METRIC
+    assert len(record.trials) == 4 and {trial.state for trial in record.trials} <= {"complete", "pruned"}
+    arms = {arm.label: arm for arm in outcome.directory.manifest.arms}
+    for trial in record.trials:
+        runs = [RunsRoot(tmp_path).run(run.run_id) for run in arms[trial.arm].runs]
+        assert [run.spec["regularizer"]["weight"] for run in runs] == [trial.params["regularizer.weight"]] * 2
+        if trial.state == "complete":
+            assert trial.value == pytest.approx(sum(run.rows()[-1][METRIC] for run in runs) / 2)
     again = sweep(spec, tmp_path, workers=2)
-    assert (again.trained, again.directory.manifest["search"]) == (0, record)
+    assert (again.trained, again.directory.manifest.search) == (0, record)
 
 
 def test_what_only_loading_can_show_is_refused_before_anything_is_created(tiny, tmp_path):

@@ -9,8 +9,8 @@ import pytest
 from repa_lab.orchestration.checks import check
 from repa_lab.orchestration.executors import Task, TrainJob
 from repa_lab.orchestration.worker import _compared, open_trackers
-from repa_lab.report.statistics import ComparedMetric
-from repa_lab.runs import RunsRoot
+from repa_lab.runs import RunsRoot, SweepManifest
+from repa_lab.runs.root import ComparisonRecord
 from repa_lab.spec import RunOptions, SpecError, load_spec
 from repa_lab.training.resolve import Inventory, metric_name
 from tests.training.conftest import make_run
@@ -35,12 +35,12 @@ def test_who_listens(tmp_path, options, listeners):
 
 def test_a_headline_is_of_what_the_sweep_compares_or_else_of_what_the_run_measures(tmp_path):
     root = RunsRoot(tmp_path)
-    assert _compared(job(root)) == ComparedMetric(metric_name(make_run().config))
+    assert _compared(job(root)) == ComparisonRecord(metric=metric_name(make_run().config))
     sweep = root.sweep("mine")
     sweep.path.mkdir()
-    compare = {"metric": "fid:x@16/ode2", "goal": "max", "targets": {"fid:x@16/ode2": [2.0]}}
-    sweep.record({"name": "mine", "compare": compare, "arms": []})
-    assert _compared(job(root)) == ComparedMetric("fid:x@16/ode2", "max", {"fid:x@16/ode2": [2.0]})
+    compare = ComparisonRecord(metric="fid:x@16/ode2", goal="max", targets={"fid:x@16/ode2": [2.0]})
+    sweep.record(SweepManifest(name="mine", compare=compare, arms=()))
+    assert _compared(job(root)) == compare
 
 
 def test_tensorboard_that_is_not_installed_is_refused_before_anything_is_made(tiny, monkeypatch):

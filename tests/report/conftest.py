@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repa_lab.runs import RunsRoot, RunWriter, State, SweepDirectory
+from repa_lab.runs import RunsRoot, RunWriter, State, SweepDirectory, SweepManifest
 
 METRIC = "frechet:efficientnet_lite0@500/ode-euler20"
 STEPS = (100, 200, 300, 400, 500, 600)
@@ -71,10 +71,21 @@ def builder(root: RunsRoot) -> Build:
         sweep = root.sweep(name)
         sweep.path.mkdir(parents=True)
         manifest = {"name": name, "question": "Does it help?", "seeds": seeds, "compare": compare, "arms": recorded}
-        sweep.record({**manifest, "search": extra.pop("search", None)})
+        search = extra.pop("search", None)
+        manifest["search"] = _search_record(**search) if search else None
+        sweep.record(SweepManifest.model_validate(manifest))
         return sweep
 
     return build
+
+
+def _search_record(trials: list[dict[str, Any]], metric: str, goal: str = "min", **others: Any) -> dict[str, Any]:
+    """A search's record; one objective is the metric, and the trials' values are those of the metric."""
+    objectives = [{"metric": metric, "goal": goal}]
+    whole = [
+        {"values": {metric: trial["value"]} if trial.get("value") is not None else {}, **trial} for trial in trials
+    ]
+    return {"metric": metric, "goal": goal, "objectives": objectives, "trials": whole, **others}
 
 
 def decay(start: float, end: float, rate: float = 150.0, noise: float = 0.0, seed: int = 0) -> dict[int, float]:

@@ -163,7 +163,7 @@ def test_curves_over_hours_are_at_the_mean_hours_of_the_seeds_and_in_a_unit_that
 ) -> None:
     sweep = build([FakeArm("arm", [FakeRun(s, decay(9, 2 + s), run_id=f"run{s}") for s in range(2)])])
     provenance = root.run("run1").provenance
-    files.write_json(root.run("run1").path / "provenance.json", {**provenance, "processes": 3})
+    files.write_record(root.run("run1").path / "provenance.json", {**provenance, "processes": 3})
     frame = figures.convergence_frame(load_results(sweep.path), HOURS)
     last = frame[frame["step"] == 600]
     assert last["progress"].tolist() == [pytest.approx(60 / 3600), pytest.approx(180 / 3600)]
@@ -241,7 +241,9 @@ def trials(pairs: list[tuple[float, float]], states: str = "") -> dict[str, obje
 
 
 def searched(build: Build, search: dict[str, object]) -> Results:
-    return load_results(build([FakeArm(trial["arm"], [0]) for trial in search["trials"]], search=search).path)
+    return load_results(
+        build([FakeArm(trial["arm"], [FakeRun(0, {100: 1.0})]) for trial in search["trials"]], search=search).path
+    )
 
 
 def test_slices_mark_the_best_completed_trial_of_every_objective(build: Build) -> None:
@@ -302,7 +304,7 @@ def test_what_was_measured_differently_under_one_name_has_a_panel_of_its_own(bui
     )
     for label, encoder in (("a", "dino"), ("b", "mae")):
         for seed in range(2):
-            files.write_json(
+            files.write_record(
                 root.run(f"{label}{seed}").path / "protocols.json", {"heldout/cka": {"encoder": {"name": encoder}}}
             )
     results = load_results(sweep.path)

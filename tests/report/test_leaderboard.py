@@ -237,7 +237,7 @@ def test_a_damaged_record_of_protocols_sets_its_run_apart_and_ends_nothing(build
     shown = cli(root.path)
     assert (shown.returncode, shown.stderr) == (
         0,
-        "b, seed 0 (run b): protocols.json: cannot be read (JSONDecodeError).\n",
+        "b, seed 0 (run b): protocols.json: cannot be read (DamagedFileError).\n",
     )
     boards = json.loads(cli(root.path, "--json").stdout)
     assert {(board["arms"][0]["arm"], len(board["arms"]), board["protocol"].get("data.flip")) for board in boards} == {

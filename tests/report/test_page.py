@@ -134,8 +134,8 @@ def test_what_was_left_out_is_said_and_harmless(troubled: ReportPaths) -> None:
     html = troubled.html.read_text()
     left_out = Outline(html).text.split("Failures and what was left out")[1]
     assert "w|1, seed 1 (run hurt): " in left_out
-    assert "provenance.json: cannot be read (JSONDecodeError)" in left_out
-    assert "metrics.jsonl:13: not JSON; the line is left out" in left_out
+    assert "provenance.json: cannot be read (DamagedFileError)" in left_out
+    assert "metrics.jsonl:14: not JSON; the line is left out" in left_out
     assert "damaged file" in html
     assert "alert(1)" not in html
     assert f"not in the means of {METRIC} at step 100" in troubled.markdown.read_text()

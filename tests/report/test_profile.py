@@ -22,7 +22,7 @@ from repa_lab.report.profile import (
     why_not_comparable,
 )
 from repa_lab.report.results import ResultsError
-from repa_lab.runs import RunDirectory, profiles
+from repa_lab.runs import RunDirectory, files
 
 from .conftest import Build, FakeArm, FakeRun
 
@@ -61,7 +61,7 @@ def store(
         "protocol": {**PROTOCOL, **changed},
         "values": rows,
     }
-    profiles.write(run, profile)
+    files.write_record(run.profile_file, profile)
     return run
 
 
@@ -169,9 +169,9 @@ def test_what_is_no_profile_is_said(tmp_path):
     with pytest.raises(ResultsError, match="run none has no profile; make one with `repa-lab profile none`"):
         load_profile(tmp_path / "none")
     run = store(named(tmp_path, "torn"))
-    text = profiles.path_of(run).read_text()
+    text = run.profile_file.read_text()
     for broken in (text[:100], json.dumps({"run_id": "torn"}), "[]"):
-        profiles.path_of(run).write_text(broken)
+        run.profile_file.write_text(broken)
         with pytest.raises(ResultsError, match="cannot be read as a profile"):
             load_profile(run)
 
@@ -196,7 +196,7 @@ def test_a_sweep_shows_each_arm_that_has_one_beside_its_baseline(build: Build):
         for title, runs, names in shown_profiles(results, sweep.root)
     }
     assert found == {"near, seed 1, and its baseline": 3, "far, seed 1": 1}
-    profiles.path_of(sweep.root.run(ids["near", 1])).unlink()
+    sweep.root.run(ids["near", 1]).profile_file.unlink()
     assert [title for title, *_ in shown_profiles(results, sweep.root)] == [
         "base, seed 1",
         "near, seed 0",
@@ -207,7 +207,7 @@ def test_a_sweep_shows_each_arm_that_has_one_beside_its_baseline(build: Build):
 def test_a_picture_is_small_and_leaves_the_style_alone(tmp_path):
     before = dict(mpl.rcParams)
     runs = [store(named(tmp_path, name), blocks=list(range(28))) for name in ("base", "other")]
-    path = save(profile_figure(runs), profiles.picture_of(runs[1], runs[0]))
+    path = save(profile_figure(runs), runs[1].profile_picture(runs[0]))
     assert dict(mpl.rcParams) == before
     assert path == tmp_path / "other" / "profile-minus-base.png"
     with Image.open(path) as image:

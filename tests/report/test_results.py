@@ -286,7 +286,7 @@ def test_runs_without_a_record_are_compared_by_name(build: Build) -> None:
 def test_progress_is_known_by_steps_images_hours_and_flops(build: Build, root: RunsRoot) -> None:
     sweep = build([FakeArm("arm", [FakeRun(0, {100: 2.0, 200: 1.0}, flops=1e12, run_id="costly")])])
     provenance = root.run("costly").provenance
-    files.write_json(root.run("costly").path / "provenance.json", {**provenance, "processes": 4})
+    files.write_record(root.run("costly").path / "provenance.json", {**provenance, "processes": 4})
     results = load_results(sweep.path)
     assert [axis.name for axis in results.axes] == ["step", "images", "hours", "flops"]
     assert results.seed_curves("arm", METRIC, "flops") == {0: {1e14: 2.0, 2e14: 1.0}}
@@ -316,7 +316,7 @@ def broken(build: Build, root: RunsRoot, line: str) -> Results:
     [
         ('{"step": 600, "frech', "not JSON"),
         ("\x00\x00\x00", "not JSON"),
-        ("[1, 2]", "no step"),
+        ("[1, 2]", "no JSON object"),
         ('{"frechet": 3.0}', "no step"),
         ('{"step": -1}', "no step"),
         ('{"step": true}', "no step"),
@@ -327,7 +327,7 @@ def test_a_damaged_line_is_named_and_never_makes_a_wrong_mean(
 ) -> None:
     results = broken(build, root, line)
     (trouble,) = results.troubles.to_dict("records")
-    assert (trouble["arm"], trouble["seed"], trouble["where"]) == ("arm", 1, "metrics.jsonl:12")
+    assert (trouble["arm"], trouble["seed"], trouble["where"]) == ("arm", 1, "metrics.jsonl:13")
     assert what in trouble["what"]
     # Both seeds are compared where both were measured, not one seed at 600.
     found = row(results, "arm")
@@ -336,7 +336,7 @@ def test_a_damaged_line_is_named_and_never_makes_a_wrong_mean(
 
 def test_a_value_that_is_no_number_is_left_out(build: Build, root: RunsRoot) -> None:
     results = broken(build, root, f'{{"step": 600, "{METRIC}": "12", "heldout/cka": 0.5}}')
-    assert results.troubles["what"].tolist() == [f"{METRIC} is no number; it is left out"]
+    assert results.troubles["what"].tolist() == [f"{METRIC} at step 600 is no number; it is left out"]
     assert row(results, "arm")["step"] == 500
     assert results.seed_curves("arm", "heldout/cka") == {1: {600: 0.5}}
 
@@ -387,15 +387,16 @@ def test_a_protocol_that_changed_while_a_run_went_on_is_named(build: Build, root
     ],
 )
 def test_a_manifest_that_is_not_sound_is_one_error(quickstart: SweepDirectory, what: str, value: object) -> None:
-    files.write_json(quickstart.path / "sweep.json", {**quickstart.manifest, what: value})
-    with pytest.raises(ResultsError, match="cannot be read as results"):
+    manifest = quickstart.manifest.model_dump()
+    files.write_record(quickstart.path / "sweep.json", {**manifest, what: value})
+    with pytest.raises(ResultsError, match=rf"cannot be read as results: .*/sweep\.json' is damaged: {what}"):
         load_results(quickstart.path)
 
 
 def test_a_run_id_leads_nowhere_else(quickstart: SweepDirectory) -> None:
-    manifest = quickstart.manifest
+    manifest = quickstart.manifest.model_dump()
     manifest["arms"][0]["runs"][0]["run_id"] = "../../secret"
-    files.write_json(quickstart.path / "sweep.json", manifest)
+    files.write_record(quickstart.path / "sweep.json", manifest)
     with pytest.raises(ResultsError, match="cannot be the name of a run"):
         load_results(quickstart.path)
 

@@ -7,7 +7,7 @@ from repa_lab.report.results import Results, load_results
 from repa_lab.report.search import MIN_TRIALS, importance_frame, search_frame
 from repa_lab.report.tables import importance_table
 
-from .conftest import METRIC, Build, FakeArm
+from .conftest import METRIC, Build, FakeArm, FakeRun
 
 
 def searched(build: Build, count: int, **fixed: object) -> Results:
@@ -21,7 +21,9 @@ def searched(build: Build, count: int, **fixed: object) -> Results:
         trials.append({"arm": f"t{place}", "state": "complete", "value": value, "params": params})
     trials.append({"arm": "failed", "state": "failed", "value": None, "params": {"weight": 1.0, "loss": "cosine"}})
     search = {"metric": METRIC, "goal": "min", "trials": trials}
-    return load_results(build([FakeArm(trial["arm"], [0]) for trial in trials], search=search).path)
+    return load_results(
+        build([FakeArm(trial["arm"], [FakeRun(0, {100: 1.0})]) for trial in trials], search=search).path
+    )
 
 
 def test_the_setting_that_matters_is_found(build: Build) -> None:

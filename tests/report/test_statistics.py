@@ -8,7 +8,6 @@ from scipy import stats
 
 from repa_lab.report.statistics import (
     MIN_BOOTSTRAP,
-    ComparedMetric,
     band,
     bootstrap_interval,
     headline,
@@ -21,6 +20,7 @@ from repa_lab.report.statistics import (
     steps_to_reach,
     verdict,
 )
+from repa_lab.runs.root import ComparisonRecord
 
 
 def test_mean_interval_by_hand() -> None:
@@ -270,7 +270,7 @@ ROWS = [
 
 
 def test_final_best_and_targets():
-    found = headline(ComparedMetric(FID, "min", {FID: [35.0, 20.0, 10.0], "heldout/cka": [0.5]}), ROWS)
+    found = headline(ComparisonRecord(metric=FID, targets={FID: [35.0, 20.0, 10.0], "heldout/cka": [0.5]}), ROWS)
     # 35 is half-way between 50 at step 100 and 20 at step 200; 10 was never reached.
     assert found == {
         "metric": FID,
@@ -284,7 +284,7 @@ def test_final_best_and_targets():
 
 def test_where_large_values_are_good():
     rows = [{"step": step, "is:inception@10k/ode50": value} for step, value in ((1, 2.0), (2, 6.0), (3, 5.0))]
-    compared = ComparedMetric("is:inception@10k/ode50", "max", {"is:inception@10k/ode50": [4.0]})
+    compared = ComparisonRecord(metric="is:inception@10k/ode50", goal="max", targets={"is:inception@10k/ode50": [4.0]})
     assert headline(compared, rows) == {
         "metric": compared.metric,
         "final": 5.0,
@@ -295,11 +295,5 @@ def test_where_large_values_are_good():
 
 
 def test_nothing_is_said_before_it_was_measured():
-    assert headline(ComparedMetric(FID), ROWS[:1]) == {}
-    assert headline(ComparedMetric("fid:inception@10k/sde250"), ROWS) == {}
-
-
-@pytest.mark.parametrize("goal", ["min", "max"])
-def test_it_is_what_the_manifest_compares(goal):
-    manifest = {"name": "x", "compare": {"metric": FID, "goal": goal, "targets": {FID: [3.0]}}}
-    assert ComparedMetric.from_manifest(manifest) == ComparedMetric(FID, goal, {FID: [3.0]})
+    assert headline(ComparisonRecord(metric=FID), ROWS[:1]) == {}
+    assert headline(ComparisonRecord(metric="fid:inception@10k/sde250"), ROWS) == {}

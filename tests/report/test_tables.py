@@ -89,7 +89,7 @@ def test_samples_stand_side_by_side_at_one_seed(build: Build) -> None:
     sweep = build([FakeArm("base", runs((0, 1))), FakeArm("arm", runs((1, 2)), "base")])
     (sheet,) = sheets(load_results(sweep.path), sweep.path)
     assert (sheet.seed, sheet.steps, list(sheet.rows)) == (1, (200, 300), ["base", "arm"])
-    ids = [run["run_id"] for arm in sweep.manifest["arms"] for run in arm["runs"] if run["seed"] == 1]
+    ids = [run.run_id for arm in sweep.manifest.arms for run in arm.runs if run.seed == 1]
     links = [sample.link for samples in sheet.rows.values() for sample in samples if sample]
     assert links == [f"../by-id/{run_id}/samples/step-00000{step}.png" for run_id in ids for step in (200, 300)]
 
@@ -124,7 +124,7 @@ def test_recorded_protocols_are_listed(build: Build) -> None:
 def test_provenances_that_differ_have_a_row_each(build: Build, root: RunsRoot) -> None:
     sweep = build([FakeArm("arm", [FakeRun(seed, {100: 1.0}, run_id=f"run{seed}") for seed in range(3)])])
     old = root.run("run0").provenance
-    files.write_json(root.run("run0").path / "provenance.json", {**old, "git": None, "packages": {"torch": "2.8.0"}})
+    files.write_record(root.run("run0").path / "provenance.json", {**old, "git": None, "packages": {"torch": "2.8.0"}})
     rows = provenance_table(load_results(sweep.path)).rows
     assert [row for row in rows if row[0] in ("code", "torch")] == [
         ["code", "not from a git checkout", "1"],

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -10,7 +9,7 @@ from repa_lab.report.results import load_results
 from repa_lab.report.search import best_trial
 from repa_lab.report.tables import decimals, p_value, significant
 from repa_lab.report.text import exclusions, incomplete, lead, methods
-from repa_lab.runs import RunsRoot, State, SweepDirectory
+from repa_lab.runs import RunsRoot, State, SweepDirectory, files
 
 from .conftest import METRIC, STEPS, Build, FakeArm, FakeRun, constant_runs
 
@@ -183,7 +182,7 @@ def test_the_best_trial_follows_the_goal(build: Build, goal: str, arm: str) -> N
     recorded = search(("t0", "complete", 3.1), ("t1", "complete", 2.1), ("t2", "complete", None), goal=goal)
     best = best_trial(load_results(searched(build, search=recorded).path))
     assert best is not None
-    assert best["arm"] == arm
+    assert best.arm == arm
 
 
 def test_a_search_with_several_objectives_names_its_front(build: Build) -> None:
@@ -286,7 +285,7 @@ def test_everything_that_is_left_out_is_said(build: Build, root: RunsRoot) -> No
         file.write("{}\n")
     lines = exclusions(load_results(sweep.path))
     assert lines == [
-        "arm, seed 1 (run half): metrics.jsonl:7: no step; the line is left out.",
+        "arm, seed 1 (run half): metrics.jsonl:8: no step; the line is left out.",
         f"arm: not in the means of {METRIC} at step 300: seed 2 never measured; seed 1 not finite; "
         "measurements after step 300 (up to 600).",
         "large: at step 600 it has seen 76,800 images and base 38,400; the summary compares equal steps, the curves over "
@@ -344,7 +343,7 @@ NOTE = "300 images for 1280 features make a covariance singular and bias the dis
 )
 def test_too_few_images_for_the_features_are_told(build: Build, protocol, is_told):
     sweep = build([FakeArm("arm", [FakeRun(0, {600: 1.0}, run_id="run")])])
-    (sweep.root.run("run").path / "protocols.json").write_text(json.dumps({METRIC: protocol}))
+    files.write_record(sweep.root.run("run").path / "protocols.json", {METRIC: protocol})
     (line, *_) = methods(load_results(sweep.path))
     assert line.startswith(METRIC)
     assert line.endswith(NOTE) is is_told

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from repa_lab.runs import RunDirectory, RunWriter, checkpoints
-from repa_lab.runs.files import DamagedFileError, append_line
+from repa_lab.runs.files import DamagedFileError, append_row
 
 
 def content(step: int) -> dict[str, bytes]:
@@ -164,9 +164,9 @@ class TestSignature:
         run.mkdir()
         for step in (10, 20):
             for kind in ("train", "measured"):
-                append_line(run / "metrics.jsonl", {"step": step, "kind": kind, "loss": 0.1 * step})
+                append_row(run / "metrics.jsonl", {"step": step, "kind": kind, "loss": 0.1 * step})
             self.save(run, step)
-        append_line(run / "metrics.jsonl", {"step": 25})
+        append_row(run / "metrics.jsonl", {"step": 25})
         return run
 
     def save(self, run: Path, step: int) -> None:
@@ -181,7 +181,7 @@ class TestSignature:
 
     def test_names_the_run_and_the_rows(self, run):
         signature = json.loads((run / "checkpoints" / "step-00000020" / "run.json").read_text())
-        rows = "".join(self.lines(run)[:4]).rstrip("\n")
+        rows = "".join(self.lines(run)[1:5]).rstrip("\n")
         digest = hashlib.sha256(rows.encode()).hexdigest()
         assert signature == {"format": 1, "run_id": "abc", "rows": 4, "rows_sha256": digest}
         assert checkpoints.resumable(run) == (20, run / "checkpoints" / "step-00000020")
@@ -190,11 +190,11 @@ class TestSignature:
         writer = RunWriter(RunDirectory(run))
         with writer:
             writer.rewind(20)
-        assert len(self.lines(run)) == 4
+        assert len(self.lines(run)) == 5
         assert checkpoints.resumable(run)[0] == 20
 
     def test_where_rows_are_lost_an_older_one_is_taken_and_newer_ones_stay_out_of_the_way(self, run):
-        (run / "metrics.jsonl").write_text("".join(self.lines(run)[:3]))
+        (run / "metrics.jsonl").write_text("".join(self.lines(run)[:4]))
         assert checkpoints.resumable(run)[0] == 10
         assert checkpoints.steps(run / "checkpoints") == [10]
         assert len(list((run / "checkpoints").glob("corrupt-step-00000020-*"))) == 1

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from repa_lab.runs import RunDirectory, RunState, RunWriter, State
+from repa_lab.runs import RunDirectory, RunState, RunStatus, RunWriter, State, checkpoints
 from repa_lab.runs.directory import RunBusyError
-from repa_lab.runs.files import DamagedFileError
+from repa_lab.runs.files import DamagedFileError, FormatError
 
 
 @pytest.fixture
@@ -54,7 +54,15 @@ class TestReading:
         assert run.sample_grids() == {step: run.samples / f"step-{step:08d}.png" for step in (20, 100, 12345678)}
 
     @pytest.mark.parametrize(
-        "content", ["{broken", "[]", "3", '{"fid:inception@16/ode2": 3}', '{"fid:inception@16/ode2": "abc"}', "\x00"]
+        "content",
+        [
+            "{broken",
+            "[]",
+            "3",
+            '{"format": 1, "fid:inception@16/ode2": 3}',
+            '{"format": 1, "fid:x@1/ode2": "abc"}',
+            "\x00",
+        ],
     )
     def test_damaged_protocols_say_what_to_do(self, run, content):
         with RunWriter(run) as writer:
@@ -66,17 +74,31 @@ class TestReading:
             ):
                 writer.protocols({})
 
-    @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"state": "lost", "step": 3, "error": null}', "null"])
+    @pytest.mark.parametrize(
+        "content", ["", "{", "[]", '{"format": 1}', '{"format": 1, "state": "lost", "step": 3, "error": null}', "null"]
+    )
     def test_a_damaged_state_says_what_to_do(self, run, content):
         with RunWriter(run) as writer:
             writer.state(State.RUNNING, 3)
         (run.path / "state.json").write_text(content)
         with pytest.raises(
-            DamagedFileError, match=r"state.json' is damaged; delete it, and the run is taken up from its last"
+            DamagedFileError, match=r"state.json' is damaged; delete it, and the run continues from its last"
         ):
             _ = run.state
         (run.path / "state.json").unlink()
         assert run.state == RunState(State.NEW)
+
+    def test_a_run_of_another_format_is_refused_in_one_line(self, run):
+        run.path.mkdir(parents=True)
+        for name in ("spec", "provenance", "profile", "state", "protocols"):
+            (run.path / f"{name}.json").write_text('{"state": "done", "step": 3, "error": null}')
+            with pytest.raises(FormatError, match=rf"^'{run.path}/{name}.json' has no format number: this version of"):
+                getattr(run, name)
+        for name in ("rows", "events"):
+            file = {"rows": "metrics", "events": "events"}[name]
+            (run.path / f"{file}.jsonl").write_text('{"step": 3}\n')
+            with pytest.raises(FormatError, match=rf"^'{run.path}/{file}.jsonl' has no format number: this version of"):
+                getattr(run, name)()
 
 
 class TestWriting:
@@ -121,7 +143,6 @@ class TestWriting:
         with RunWriter(run) as writer:
             writer.state(state, 42, error)
         assert run.state == RunState(state, 42, error)
-        assert RunState.from_json(run.state.to_json()) == run.state
         assert run.events()[-1].get("error") == error
 
 
@@ -214,6 +235,41 @@ class TestTheLock:
         with RunWriter(run) as writer:
             writer.row({"step": 1})
             assert run.rows() == [{"step": 1}]
+
+
+def test_only_done_and_pruned_are_final():
+    assert {status for status in RunStatus if status.is_final} == {RunStatus.DONE, RunStatus.PRUNED}
+
+
+@pytest.mark.parametrize(
+    ("recorded", "checkpoint", "plain", "ruled", "held"),
+    [
+        (None, 0, "new", "new", "running"),
+        (State.NEW, 0, "new", "new", "running"),
+        (State.NEW, 4, "resumable", "resumable", "running"),  # `repa-lab retry`, or a fork that was taken
+        (State.RUNNING, 0, "resumable", "resumable", "running"),  # killed
+        (State.INTERRUPTED, 4, "resumable", "resumable", "running"),
+        (State.FAILED, 4, "failed", "failed", "running"),
+        (State.STOPPED, 4, "stopped", "resumable", "running"),  # goes on in a sweep without the rule
+        (State.PRUNED, 4, "pruned", "pruned", "pruned"),
+        (State.DONE, 4, "done", "done", "done"),
+    ],
+)
+def test_a_status_is_read_from_record_lock_and_checkpoints(tmp_path, recorded, checkpoint, plain, ruled, held):
+    run = RunDirectory(tmp_path)
+    with RunWriter(run) as writer:
+        if recorded:
+            writer.state(recorded, 4)
+    if checkpoint:
+        checkpoints.commit(run.checkpoints, checkpoint, lambda folder: None)
+    assert (run.status(), run.status(rules=[])) == (plain, ruled)
+    with RunWriter(run) as writer:
+        assert run.status() == held
+        writer.row({"step": 4, "fid": 3.0})
+    assert run.status([lambda row: row.get("fid", 9.0) < 1]) == ruled
+    assert run.status([lambda row: row.get("fid", 9.0) < 4]) == (
+        ruled if recorded and recorded.status.is_final else "stopped"
+    )
 
 
 def test_plugins_are_copied_byte_for_byte(run, tmp_path):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from repa_lab.runs import RunsRoot, RunWriter
+from repa_lab.runs import RunsRoot, RunWriter, SweepManifest
 from repa_lab.runs.files import DamagedFileError
 
 
@@ -13,11 +13,9 @@ def root(tmp_path) -> RunsRoot:
     return RunsRoot(tmp_path / "runs")
 
 
-def manifest(*arms: tuple[str, list[tuple[int, str]]]) -> dict:
-    return {
-        "name": "s",
-        "arms": [{"label": label, "runs": [{"seed": s, "run_id": i} for s, i in runs]} for label, runs in arms],
-    }
+def manifest(*arms: tuple[str, list[tuple[int, str]]]) -> SweepManifest:
+    records = [{"label": label, "runs": [{"seed": s, "run_id": i} for s, i in runs]} for label, runs in arms]
+    return SweepManifest(name="s", compare={"metric": "m"}, arms=records)
 
 
 def links(root: RunsRoot) -> dict[str, str]:
@@ -94,10 +92,24 @@ class TestSweeps:
         assert all("/" not in name for name in links(root))
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"arms": {}}', "null"])
-def test_a_sweep_whose_record_is_none_is_said_to_be_damaged(root, content):
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("[]", "/s/sweep.json' is damaged: no JSON object"),
+        ("null", "/s/sweep.json' is damaged: no JSON object"),
+        ('{"arms": []}', "/s/sweep.json' has no format number: this version of repa-lab reads format 1; use the"),
+        ('{"format": 2, "arms": []}', "/s/sweep.json' has format 2: this version of repa-lab reads format 1; use the"),
+        ('{"format": 1, "name": "s", "compare": {"metric": "m"}}', "/s/sweep.json' is damaged: arms: Field required"),
+        (
+            '{"format": 1, "name": "s", "compare": {"metric": "m", "goal": "up"}, "arms": []}',
+            "/s/sweep.json' is damaged: compare.goal: Input should be 'min' or 'max'",
+        ),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_refused_in_one_line(root, content, what):
     directory = root.sweep("s")
     directory.path.mkdir(parents=True)
     (directory.path / "sweep.json").write_text(content)
-    with pytest.raises(DamagedFileError, match=r"/s/sweep.json' is damaged: (no JSON object|it has no arms)"):
+    with pytest.raises(DamagedFileError) as caught:
         _ = directory.manifest
+    assert what in str(caught.value) and "\n" not in str(caught.value)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from repa_lab.runs import RunDirectory, RunsRoot, RunWriter, State
+from repa_lab.runs import RunDirectory, RunsRoot, RunWriter, State, SweepManifest
 from repa_lab.tracking import Journal
 from repa_lab.tracking.wandb import NoKeyError, SyncResult, WandbListener, WandbRun, offline_folders, sync, sync_command
 
@@ -133,7 +133,7 @@ def test_the_command_line_says_what_became_of_every_run(root, monkeypatch):
             "runs": [{"seed": 0, "run_id": "bbb"}, {"seed": 1, "run_id": "ccc"}],
         }
     ]
-    sweep.record({"name": "mine", "question": "", "seeds": [0, 1], "compare": {}, "arms": arms, "search": None})
+    sweep.record(SweepManifest(name="mine", compare={"metric": "m"}, arms=arms))
     keyless = cli(root)
     assert (keyless.returncode, keyless.stdout) == (2, "")
     (line,) = keyless.stderr.splitlines()

@@ -11,8 +11,9 @@ from functools import partial
 import pytest
 import wandb
 
-from repa_lab.report.statistics import ComparedMetric, headline
+from repa_lab.report.statistics import headline
 from repa_lab.runs import RunDirectory, RunWriter, State
+from repa_lab.runs.root import ComparisonRecord
 from repa_lab.tracking import Journal
 from repa_lab.tracking.wandb import WandbListener, WandbRun, offline_folders, resolve_mode
 from repa_lab.training.loop import train
@@ -205,7 +206,7 @@ def test_its_config_says_what_the_runs_numbers_depend_on(tmp_path, cache, server
     (described,) = [record for record in records(directory) if record.HasField("run")]
     told = config(described)
     assert {name: told[name] for name in run.to_json()} == run.to_json()
-    assert told["protocols"] == json.loads((directory.path / "protocols.json").read_text())
+    assert told["protocols"] == directory.protocols
     measured = {name for row in directory.rows() for name in row if "@" in name or name.startswith("heldout/")}
     assert measured and measured <= told["protocols"].keys()
     assert told["protocols"]["frechet:efficientnet_lite0@16/ode2"]["samples"] == 16
@@ -223,7 +224,7 @@ def test_a_run_that_goes_on_tells_what_its_numbers_depend_on_by_then(tmp_path, s
 
 def test_the_curves_are_the_run_directorys_and_the_summary_has_its_headline(tmp_path, server):
     directory = RunDirectory(tmp_path / "abc")
-    compared = ComparedMetric("fid:inception@16/ode2", "min", {"fid:inception@16/ode2": [25.0, 10.0]})
+    compared = ComparisonRecord(metric="fid:inception@16/ode2", targets={"fid:inception@16/ode2": [25.0, 10.0]})
     told = WandbRun("a", "b", {}, "p", "offline", headline=partial(headline, compared))
     tell(directory, told, ROWS)
     rows, table = history(directory)[:-1], history(directory)[-1]

@@ -16,7 +16,7 @@ from repa_lab.align.tokens import flatten_map
 from repa_lab.data.sources import Split
 from repa_lab.metrics import cka, cknna, lds, mutual_knn, rmsc
 from repa_lab.models.tap import Denoiser, Tap, TapError
-from repa_lab.runs import RunDirectory, RunWriter, profiles
+from repa_lab.runs import RunDirectory, RunWriter
 from repa_lab.spec import EncoderSettings
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.checkpoint import NoWeightsError
@@ -63,7 +63,7 @@ class TestTheRunsOwnNumber:
         assert values(found)[1, 0.3, "cka"] == measured(trained)
         assert (found["measured_block"], found["aligned_block"]) == (1, 1)
         assert len(found["values"]) == 4 * 5 * len(METRICS)
-        assert profiles.read(trained) == found
+        assert trained.profile == found
         last = profile_run(trained, Request(weights="last"), make_options(), cache)
         assert values(last)[1, 0.3, "cka"] != measured(trained)
 

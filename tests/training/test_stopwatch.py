@@ -12,7 +12,7 @@ import torch
 
 from repa_lab.encoders.encoder import Encoder
 from repa_lab.runs import State, checkpoints
-from repa_lab.runs.forks import Fork
+from repa_lab.runs.checkpoints import Fork
 from repa_lab.training.aligner import Stopwatch
 from repa_lab.training.loop import train
 from repa_lab.training.trainer import Trainer

@@ -13,8 +13,8 @@ from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer, TypeAd
 
 from repa_lab.registry import load_planned, loaded_plugins
 from repa_lab.runs import RunsRoot, State
+from repa_lab.runs.checkpoints import Fork
 from repa_lab.runs.files import Row
-from repa_lab.runs.forks import Fork
 from repa_lab.spec import RunConfig, RunOptions, StopRule
 from repa_lab.spec.identity import Run
 from repa_lab.training.resolve import plugins_of

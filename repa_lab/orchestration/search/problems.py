@@ -1,27 +1,31 @@
-"""What is wrong with how a search is asked for; imports no Optuna, so that `plan` answers at once."""
+"""Check how a search is asked for. Imports no Optuna, so that `plan` answers at once."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from repa_lab.orchestration.search.reach import Space, ends, own_value
+from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SearchConfig, SpecError
 from repa_lab.spec.errors import KeyPath
+from repa_lab.spec.expand import value_at
+from repa_lab.spec.identity import identify
+from repa_lab.spec.options import Interval
 from repa_lab.spec.validate import unknown_field
 from repa_lab.training.resolve import metric_name
 
 ArmProblems = Callable[[Arm], Iterable[Problem]]
+Fields = Mapping[str, Interval]
 _SPACE: KeyPath = ("search", "space")
 
 
 def search_problems(experiment: Experiment, arm_problems: ArmProblems) -> Iterator[Problem]:
-    """Problems of an experiment's search, each at its place in the spec.
+    """Yield the problems of an experiment's search, each with its place in the spec.
 
     Args:
-        experiment: one with a search.
-        arm_problems: what is wrong with an arm, files apart.
+        experiment: an experiment with a search.
+        arm_problems: returns the problems of an arm, without those of files.
     """
     assert experiment.search
     refused = list(_condition_problems(experiment, experiment.search.space))
@@ -35,52 +39,67 @@ def search_problems(experiment: Experiment, arm_problems: ArmProblems) -> Iterat
 
 
 def objective_path(search: SearchConfig, index: int) -> KeyPath:
-    """Where the metric of an objective stands."""
+    """Return the path of an objective's metric in the spec."""
     several = isinstance(search.objective, tuple)
     return ("search", "objective", index, "metric") if several else ("search", "objective", "metric")
 
 
-def _condition_problems(experiment: Experiment, space: Space) -> Iterator[Problem]:
-    """A condition speaks of a field that is drawn before, or of the arms' own settings, and can hold."""
+def is_searched(arm: Arm, fields: Fields) -> bool:
+    """Return whether a searched field makes a difference to an arm; a weight makes none without a regularizer."""
+
+    def content(arm: Arm) -> str:
+        """Return a key that is equal for arms with the same runs; files are compared by their names."""
+        return identify(arm.config, 0, PROTOCOL_VERSION, str(arm.config.data), {}).run_id
+
+    own = content(arm)
+    for settings in (settings for dotted in fields for settings in _ends(arm, fields, dotted)):
+        try:
+            if content(arm.with_settings(settings)) != own:
+                return True
+        except SpecError:
+            continue
+    return False
+
+
+def _condition_problems(experiment: Experiment, fields: Fields) -> Iterator[Problem]:
+    """Yield the conditions that cannot hold, or that depend on a field that is drawn later."""
     drawn: set[str] = set()
-    for dotted, interval in space.items():
+    for dotted, interval in fields.items():
         for path, allowed in interval.conditions.items():
-            if message := _condition_problem(experiment, dotted, path, allowed, drawn):
+            if message := _condition_problem(experiment, fields, dotted, path, allowed, drawn):
                 yield experiment.problem((*_SPACE, dotted, "when", path), message)
         drawn.add(dotted)
 
 
 def _condition_problem(
-    experiment: Experiment, dotted: str, path: str, allowed: list[Any], drawn: set[str]
+    experiment: Experiment, fields: Fields, dotted: str, path: str, allowed: list[Any], drawn: set[str]
 ) -> str | None:
-    assert experiment.search
-    space = experiment.search.space
     if message := unknown_field(RunConfig, path):
         return message
     if path == dotted:
         return f"'{dotted}' cannot depend on itself"
-    if path in space and path not in drawn:
+    if path in fields and path not in drawn:
         return f"'{path}' is drawn after '{dotted}': put it before, and let it not depend on '{dotted}'"
-    if path in space and any(space[path].takes(value) for value in allowed):
+    if path in fields and any(fields[path].takes(value) for value in allowed):
         return None
-    # A field that is searched under a condition keeps the arm's own setting elsewhere.
-    if path in space and not space[path].when:
+    # Where its own condition does not hold, a searched field keeps the arm's setting.
+    if path in fields and not fields[path].when:
         return f"the space of '{path}' has none of {allowed}"
-    if not any(own_value(arm, path) in allowed for arm in experiment.arms):
+    if not any(_own_value(arm, path) in allowed for arm in experiment.arms):
         return f"no arm has '{path}' at any of {allowed}, so '{dotted}' would never be searched"
     return None
 
 
-def _end_problems(experiment: Experiment, space: Space, arm_problems: ArmProblems) -> Iterator[Problem]:
-    """Every searched field must exist and take its choices, or the ends of its range, in every arm that searches it."""
-    for dotted in space:
-        found = (_end_problem(arm, space, dotted, arm_problems) for arm in experiment.arms)
-        if message := next((one for one in found if one), None):
+def _end_problems(experiment: Experiment, fields: Fields, arm_problems: ArmProblems) -> Iterator[Problem]:
+    """Yield the fields of which an arm refuses a choice or an end of the range."""
+    for dotted in fields:
+        messages = (_end_problem(arm, fields, dotted, arm_problems) for arm in experiment.arms)
+        if message := next(filter(None, messages), None):
             yield experiment.problem((*_SPACE, dotted), message)
 
 
-def _end_problem(arm: Arm, space: Space, dotted: str, arm_problems: ArmProblems) -> str | None:
-    for settings in ends(arm, space, dotted):
+def _end_problem(arm: Arm, fields: Fields, dotted: str, arm_problems: ArmProblems) -> str | None:
+    for settings in _ends(arm, fields, dotted):
         try:
             tried = arm.with_settings(settings)
         except SpecError as error:
@@ -91,6 +110,38 @@ def _end_problem(arm: Arm, space: Space, dotted: str, arm_problems: ArmProblems)
         if new := [problem for problem in arm_problems(tried) if problem.message not in known]:
             return f"at {settings[dotted]}: {new[0].path}: {new[0].message}"
     return None
+
+
+def _ends(arm: Arm, fields: Fields, dotted: str) -> Iterator[dict[str, Any]]:
+    """Yield settings with a field at each choice, or at both ends of its range, under which the field is drawn.
+
+    Yields nothing if the arm's own settings never meet the field's conditions.
+    """
+    if all(_own_value(arm, path) in allowed for path, allowed in _own_conditions(fields, dotted)):
+        needed = _needed(fields, dotted)
+        yield from ({**needed, dotted: value} for value in fields[dotted].ends)
+
+
+def _own_value(arm: Arm, path: str) -> Any:
+    return value_at(arm.asked.model_dump(mode="json"), tuple(path.split(".")))
+
+
+def _needed(fields: Fields, dotted: str) -> dict[str, Any]:
+    """Return settings of searched fields under which a field is drawn."""
+    settings: dict[str, Any] = {}
+    for path, allowed in fields[dotted].conditions.items():
+        if path in fields and (fitting := [value for value in allowed if fields[path].takes(value)]):
+            settings |= {**_needed(fields, path), path: fitting[0]}
+    return settings
+
+
+def _own_conditions(fields: Fields, dotted: str) -> Iterator[tuple[str, list[Any]]]:
+    """Yield the conditions of a field, and of the fields it depends on, that only the arm's own settings can meet."""
+    for path, allowed in fields[dotted].conditions.items():
+        if path not in fields:
+            yield path, allowed
+        elif any(fields[path].takes(value) for value in allowed):
+            yield from _own_conditions(fields, path)
 
 
 def _objective_problems(experiment: Experiment, search: SearchConfig) -> Iterator[Problem]:
@@ -122,21 +173,19 @@ def _sampler_problems(experiment: Experiment, search: SearchConfig) -> Iterator[
         yield experiment.problem(place, "cmaes needs two or more fields: use tpe for one")
     for dotted, interval in search.space.items():
         if interval.choice is not None:
-            yield experiment.problem(
-                (*_SPACE, dotted), "cmaes takes no choice, only log, uniform and int; use tpe for it"
-            )
+            message = "cmaes takes no choice, only log, uniform and int; use tpe for it"
+            yield experiment.problem((*_SPACE, dotted), message)
         if interval.when:
             yield experiment.problem((*_SPACE, dotted, "when"), "cmaes takes no conditions; use tpe for them")
 
 
 def _storage_problem(url: str) -> str | None:
-    """What can be told of a database without opening it; the URL is not repeated, for it may hold a password."""
+    """Return why a database cannot be used, without opening it and without the URL, which may hold a password."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     try:
-        parsed = make_url(url)
-        parsed.get_dialect().import_dbapi()
+        make_url(url).get_dialect().import_dbapi()
     except ImportError as error:
         return f"needs another package: {error}"
     except ArgumentError as error:

@@ -1,62 +1,21 @@
-"""The space of a search around an arm: drawn field by field, and read back from the specs of runs."""
+"""The searched fields of an arm as Optuna's parameters, and settings read back from the spec of a run."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from repa_lab.spec import Arm, SpecError
+from repa_lab.spec import Arm
 from repa_lab.spec.expand import value_at
 from repa_lab.spec.options import Interval
 
 Settings = dict[str, Any]
 _PLAIN = (str, int, float, bool, type(None))
-
-
-class _MissingError(LookupError):
-    """There is no value for a field that is searched."""
-
-
-@dataclass(frozen=True)
-class _Field:
-    """A searched field; Optuna stores a choice that is a list or a mapping as text."""
-
-    path: str
-    interval: Interval
-
-    @property
-    def distribution(self) -> BaseDistribution:
-        if self.interval.choice is not None:
-            return CategoricalDistribution([self.to_param(choice) for choice in self.interval.choice])
-        low, high = self.interval.ends
-        if self.interval.int_ is not None:
-            return IntDistribution(low, high)
-        return FloatDistribution(low, high, log=self.interval.log is not None)
-
-    def suggest(self, trial: optuna.Trial) -> Any:
-        kind = self.distribution
-        if isinstance(kind, CategoricalDistribution):
-            return self.to_setting(trial.suggest_categorical(self.path, kind.choices))
-        if isinstance(kind, IntDistribution):
-            return trial.suggest_int(self.path, kind.low, kind.high)
-        assert isinstance(kind, FloatDistribution)
-        return trial.suggest_float(self.path, kind.low, kind.high, log=kind.log)
-
-    def to_param(self, setting: Any) -> Any:
-        if self.interval.int_ is not None:
-            return int(setting)
-        if self.interval.choice is None:
-            return float(setting)
-        return setting if isinstance(setting, _PLAIN) else json.dumps(setting, sort_keys=True)
-
-    def to_setting(self, param: Any) -> Any:
-        choices = self.interval.choice
-        return param if choices is None else next((one for one in choices if self.to_param(one) == param), param)
+_MISSING = object()
 
 
 class Space:
@@ -68,99 +27,82 @@ class Space:
     """
 
     def __init__(self, arm: Arm, fields: Mapping[str, Interval]) -> None:
-        self._arm = arm
-        self._own = arm.asked.model_dump(mode="json")
-        self._fields = [_Field(path, interval) for path, interval in fields.items()]
-
-    def suggest(self, trial: optuna.Trial) -> Settings:
-        """Draw the settings of a trial."""
-        return self._walk(lambda field: field.suggest(trial))
-
-    def of_params(self, params: Mapping[str, Any]) -> Settings | None:
-        """The settings that Optuna keeps as ``params``; None if some are missing, because a kill came between two of them."""
-
-        def kept(field: _Field) -> Any:
-            if field.path not in params:
-                raise _MissingError
-            return field.to_setting(params[field.path])
-
-        return self._walk_or_none(kept)
-
-    def of_run(self, spec: Mapping[str, Any]) -> Settings | None:
-        """The settings with which a run's spec may have been made; None if it lies outside the space.
-
-        Only :func:`identify` can tell that the rest of the spec is the arm's.
-        """
-
-        def found(field: _Field) -> Any:
-            return self._recover(field, value_at(spec, tuple(field.path.split("."))))
-
-        return self._walk_or_none(found)
-
-    def params(self, settings: Settings) -> dict[str, Any]:
-        """Settings as Optuna keeps them."""
-        return {field.path: field.to_param(settings[field.path]) for field in self._fields if field.path in settings}
+        self._arm, self._fields = arm, fields
+        self._asked = arm.asked.model_dump(mode="json")
 
     def arm(self, settings: Settings) -> Arm:
-        """The arm with these settings.
+        """Return the arm with these settings.
 
         Raises:
-            SpecError: they do not go together.
+            SpecError: the settings contradict each other.
         """
         return self._arm.with_settings(settings) if settings else self._arm
 
-    def _walk(self, draw: Callable[[_Field], Any]) -> Settings:
+    def suggest(self, trial: optuna.Trial) -> Settings:
+        """Draw the settings of a trial, field by field; fields whose conditions do not hold are left out."""
+
+        def draw(path: str) -> Any:
+            interval = self._fields[path]
+            if interval.choice is not None:
+                params = [_to_param(interval, choice) for choice in interval.choice]
+                return _to_setting(interval, trial.suggest_categorical(path, params))
+            low, high = interval.ends
+            if interval.int_ is not None:
+                return trial.suggest_int(path, low, high)
+            return trial.suggest_float(path, low, high, log=interval.log is not None)
+
+        return self._draw(draw)
+
+    def params(self, settings: Settings) -> dict[str, Any]:
+        """Return settings as Optuna stores them; a choice that is a list or a mapping is stored as text."""
+        return {path: _to_param(self._fields[path], setting) for path, setting in settings.items()}
+
+    def settings(self, params: Mapping[str, Any]) -> Settings | None:
+        """Return the settings that Optuna stores as ``params``; None if fields are missing."""
+        stored = {
+            path: _to_setting(self._fields[path], param) for path, param in params.items() if path in self._fields
+        }
+        return self._complete(stored)
+
+    def candidates(self, spec: Mapping[str, Any]) -> Iterator[Settings]:
+        """Yield the settings of the space from which the spec of a run may have been made.
+
+        Only the run's id tells whether the rest of the spec is the arm's, and which list or mapping was chosen, because
+        a spec holds them with all defaults.
+        """
+        options: list[list[Any]] = []
+        for path, interval in self._fields.items():
+            value = value_at(spec, tuple(path.split(".")))
+            if interval.choice is not None:
+                fitting = [choice for choice in interval.choice if choice == value or not isinstance(choice, _PLAIN)]
+            else:
+                fitting = [_to_param(interval, value)] if interval.takes(value) else []
+            options.append(fitting or [_MISSING])
+        for values in itertools.product(*options):
+            if (settings := self._complete(dict(zip(self._fields, values, strict=True)))) is not None:
+                yield settings
+
+    def _draw(self, draw: Callable[[str], Any]) -> Settings:
         settings: Settings = {}
-        for field in self._fields:
-            if self._is_active(field, settings):
-                settings[field.path] = draw(field)
+        for path, interval in self._fields.items():
+            conditions = interval.conditions.items()
+            if all(self._value(other, settings) in allowed for other, allowed in conditions):
+                settings[path] = draw(path)
         return settings
 
-    def _walk_or_none(self, draw: Callable[[_Field], Any]) -> Settings | None:
-        try:
-            return self._walk(draw)
-        except _MissingError:
-            return None
-
-    def _is_active(self, field: _Field, settings: Settings) -> bool:
-        return all(self._value(path, settings) in allowed for path, allowed in field.interval.conditions.items())
+    def _complete(self, values: Mapping[str, Any]) -> Settings | None:
+        settings = self._draw(lambda path: values.get(path, _MISSING))
+        return None if any(value is _MISSING for value in settings.values()) else settings
 
     def _value(self, path: str, settings: Settings) -> Any:
-        return settings[path] if path in settings else value_at(self._own, tuple(path.split(".")))
-
-    def _recover(self, field: _Field, value: Any) -> Any:
-        if field.interval.choice is None:
-            if not field.interval.takes(value):
-                raise _MissingError
-            return field.to_param(value)
-        inner = self._inside(field.path)
-        for choice in field.interval.choice:
-            if value == choice:
-                return choice
-            if not isinstance(choice, _PLAIN) and _without(value, inner) == _without(
-                self._resolved(field.path, choice), inner
-            ):
-                return choice
-        raise _MissingError
-
-    def _inside(self, path: str) -> list[list[str]]:
-        """The places within a searched field that are searched for themselves, so that a run may have them as no choice has."""
-        fields = (field.path for field in self._fields)
-        return [one.removeprefix(f"{path}.").split(".") for one in fields if one.startswith(f"{path}.")]
-
-    def _resolved(self, path: str, choice: Any) -> Any:
-        """A list or mapping as the spec of a run holds it, defaults included."""
-        try:
-            config = self._arm.with_settings({path: choice}).config
-        except SpecError:
-            return choice
-        return value_at(config.model_dump(mode="json"), tuple(path.split(".")))
+        return settings[path] if path in settings else value_at(self._asked, tuple(path.split(".")))
 
 
-def _without(value: Any, places: Iterable[Sequence[str]]) -> Any:
-    """A mapping but for what stands at some places in it; anything else as it is."""
-    for first, *rest in places:
-        if isinstance(value, Mapping) and first in value:
-            inside = {first: _without(value[first], [rest])} if rest else {}
-            value = {**{name: one for name, one in value.items() if name != first}, **inside}
-    return value
+def _to_param(interval: Interval, setting: Any) -> Any:
+    if interval.choice is None:
+        return int(setting) if interval.int_ is not None else float(setting)
+    return setting if isinstance(setting, _PLAIN) else json.dumps(setting, sort_keys=True)
+
+
+def _to_setting(interval: Interval, param: Any) -> Any:
+    return next((choice for choice in interval.choice or () if _to_param(interval, choice) == param), param)

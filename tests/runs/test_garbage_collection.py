@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from filelock import FileLock
 
-from repa_lab.runs import RunsRoot, RunWriter, State, checkpoints
-from repa_lab.runs.directory import PIN
-from repa_lab.runs.waste import collect, find_waste, size_of
+from repa_lab.runs import RunsRoot, RunWriter, State, SweepManifest, checkpoints
+from repa_lab.runs.garbage_collection import collect, find_garbage, size_of
 
 SIZE = 1000
 
@@ -71,21 +70,21 @@ def test_what_is_of_no_use_goes_at_once(root):
 
 def test_a_pinned_run_and_one_in_training_are_left_alone(root):
     make(root, "pinned", State.PRUNED)
-    (root.run("pinned").path / PIN).touch()
+    root.run("pinned").pin.touch()
     busy = make(root, "busy", State.PRUNED)
     with RunWriter(busy):
-        assert find_waste(root) == []
-    assert len(find_waste(root)) == 2
+        assert find_garbage(root) == []
+    assert len(find_garbage(root)) == 2
 
 
 def test_what_runs_may_begin_from_stays_while_a_sweep_is_carried_out(root):
     run = make(root, "done", State.DONE)
     checkpoints.commit(run.forks, 100, lambda folder: (folder / "weights").write_bytes(b"x") and None)
     root.sweep("s").path.mkdir()
-    root.sweep("s").record({"name": "s", "arms": []})
+    root.sweep("s").record(SweepManifest(name="s", compare={"metric": "m"}, arms=()))
     with FileLock(root.sweep("s").lock):
-        assert paths(find_waste(root)) == {"done/checkpoints/step-00000100"}
-    assert paths(find_waste(root)) == {"done/checkpoints/step-00000100", "by-id/done/forks"}
+        assert paths(find_garbage(root)) == {"done/checkpoints/step-00000100"}
+    assert paths(find_garbage(root)) == {"done/checkpoints/step-00000100", "by-id/done/forks"}
 
 
 def test_a_limit_takes_no_more_than_it_needs(root):

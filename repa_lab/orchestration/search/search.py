@@ -1,0 +1,488 @@
+"""Search with Optuna: ask for a trial, train its runs, tell Optuna what they measured.
+
+A trial is one setting, trained with every seed of the sweep; Optuna is told the mean over the seeds, and prunes all
+seeds together. The run directories are the truth: whatever Optuna's database says, a trial has the result that its runs
+hold, and a lost database is rebuilt from the runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import numpy as np
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from repa_lab.orchestration.checks import resolve_metric
+from repa_lab.orchestration.executors import Task
+from repa_lab.orchestration.plan import Plan, arm_record, identify_arm
+from repa_lab.orchestration.rehearsal import RehearsedArm
+from repa_lab.orchestration.search.problems import is_searched
+from repa_lab.orchestration.search.space import Settings, Space
+from repa_lab.orchestration.search.study import (
+    StorageError,
+    open_storage,
+    open_study,
+    replace_trials,
+    seed_sampler,
+    study_name,
+)
+from repa_lab.runs import RunDirectory, RunsRoot, RunStatus, State, SweepDirectory
+from repa_lab.runs.files import DamagedFileError, Row
+from repa_lab.runs.root import ArmRecord, ObjectiveRecord, SearchRecord, TrialRecord
+from repa_lab.spec import Arm, SpecError
+from repa_lab.spec.identity import Run
+from repa_lab.spec.options import Objective
+from repa_lab.training.resolve import metric_names
+
+Result = tuple[TrialState, list[float] | None]
+_RESTORED = "restored"  # attribute of a study that holds all trials that the run directories tell of
+_MAX_REFUSED = 100
+_SETTLED = (TrialState.COMPLETE, TrialState.PRUNED)
+# If a setting has several trials, the most advanced one is recorded.
+_RANK = {TrialState.FAIL: 0, TrialState.WAITING: 1, TrialState.RUNNING: 2, TrialState.PRUNED: 3, TrialState.COMPLETE: 4}
+
+
+@dataclass(eq=False)
+class TrialRuns:
+    """The runs of one setting, one per seed, and what their directories say.
+
+    Attributes:
+        settings: the searched settings.
+        arm: the arm with these settings.
+        runs: by their ids, in the order of the seeds.
+        objectives: what the search improves, by full names; one is measured, the others are costs.
+        root: the runs root.
+        trials: Optuna's open trials of this setting; several if it was drawn twice.
+        waiting: ids of the runs that were asked for and have not ended.
+        is_stopped: whether the runs were told to stop.
+        reported: the last step that was reported to Optuna, by trial number.
+    """
+
+    settings: Settings
+    arm: Arm
+    runs: dict[str, Run]
+    objectives: tuple[Objective, ...]
+    root: RunsRoot
+    trials: list[optuna.Trial] = field(default_factory=list)
+    waiting: set[str] = field(default_factory=set)
+    is_stopped: bool = False
+    reported: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def metric(self) -> str:
+        """Full name of the objective that is measured."""
+        return next(objective.metric for objective in self.objectives if not objective.is_cost)
+
+    def curves(self) -> list[dict[int, float]]:
+        """Return the measured metric by step, for every seed; NaN where it was not finite."""
+        curves = []
+        for run_id in self.runs:
+            rows = [row for row in self.root.run(run_id).rows() if self.metric in row]
+            curves.append({row["step"]: math.nan if row[self.metric] is None else row[self.metric] for row in rows})
+        return curves
+
+    def means(self) -> dict[int, float]:
+        """Return the mean over the seeds by step, at the steps where every seed has measured a finite value."""
+        curves = self.curves()
+        shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+        means = {step: fmean(curve[step] for curve in curves) for step in shared}
+        return {step: mean for step, mean in means.items() if math.isfinite(mean)}
+
+    def ended(self) -> set[str]:
+        """Return the ids of the runs that are done, pruned or diverged; other failures are tried again."""
+        states = {run_id: self.root.run(run_id).state for run_id in self.runs}
+        return {run_id for run_id, state in states.items() if state.state.status.is_final or state.is_diverged}
+
+    @property
+    def is_diverged(self) -> bool:
+        """Whether a run failed by diverging, or its last measurement is not finite."""
+        last = [curve[max(curve)] for curve in self.curves() if curve]
+        return any(map(math.isnan, last)) or any(self.root.run(run_id).state.is_diverged for run_id in self.runs)
+
+    def result(self) -> Result | None:
+        """Return state and values of the trial; None while a run that is still to be trained may change them.
+
+        A diverged trial is complete, and worse than any measured one.
+        """
+        if self.is_diverged:
+            return TrialState.COMPLETE, [math.inf if goal.goal == "min" else -math.inf for goal in self.objectives]
+        states = {self.root.run(run_id).state.state for run_id in self.runs}
+        if State.PRUNED in states:
+            # Optuna prunes no trials with several objectives: another search pruned this run.
+            return (TrialState.PRUNED if len(self.objectives) == 1 else TrialState.FAIL), None
+        means = self.means()
+        if states != {State.DONE} or not means:
+            return None
+        return TrialState.COMPLETE, [
+            self._cost(objective.metric) if objective.is_cost else means[max(means)] for objective in self.objectives
+        ]
+
+    def should_prune(self) -> bool:
+        """Report the means at new steps to Optuna, and return whether its pruner would end the trial there."""
+        if len(self.objectives) > 1:
+            return False
+        verdict, means = False, self.means()
+        for trial in self.trials:
+            for step in (step for step in means if step > self.reported.get(trial.number, 0)):
+                trial.report(means[step], step)
+                self.reported[trial.number] = step
+                # Asked at every step, because successive halving notes in the trial how far it got.
+                verdict = trial.should_prune() or verdict
+        return verdict
+
+    def _cost(self, name: str) -> float:
+        """Return the mean cost of a run: its seconds of training, or the GPU hours of all its processes."""
+        costs = []
+        for directory in map(self.root.run, self.runs):
+            seconds = [row["seconds"] for row in directory.rows() if row.get("seconds") is not None]
+            costs.append((seconds or [0.0])[-1] * (1 if name == "seconds" else _processes(directory) / 3600))
+        return fmean(costs)
+
+
+class Search:
+    """The search around one arm: ask, run, tell.
+
+    Args:
+        plan: of an experiment with a search.
+        arm: the settings that are not searched.
+        storage: the database of the study.
+        begun: ids of the runs that the sweep began before.
+
+    Raises:
+        SpecError: no setting that is drawn is valid.
+    """
+
+    def __init__(self, plan: Plan, arm: Arm, storage: RDBStorage, begun: Set[str]) -> None:
+        config, self._plan, self._arm, self._storage = plan.experiment.search, plan, arm, storage
+        assert config
+        self._config = config if is_searched(arm, config.space) else config.model_copy(update={"trials": 1})
+        self._space = Space(arm, config.space)
+        self.objectives = tuple(_by_full_name(objective, plan, arm) for objective in config.objectives)
+        self._by_runs: dict[tuple[str, ...], TrialRuns] = {}
+        self._by_settings: dict[str, TrialRuns] = {}
+        self._queue: list[Task] = []
+        name = study_name(plan.experiment.name, arm.label, self._content())
+        self._study = open_study(storage, name, self._config, self.objectives, arm.config.train.steps)
+        self._restore(begun)
+        settled = filter(None, map(self._find, self._trials(*_SETTLED)))
+        self._ended = {run_id for runs in settled for run_id in runs.runs}
+
+    @property
+    def taken(self) -> int:
+        """The number of trials that have a result, have failed, or are open."""
+        return self._closed + sum(len(runs.trials) for runs in self._open)
+
+    def next(self) -> Task | None:
+        """Return the next run to train; ask for new trials as long as there is none."""
+        while not self._queue and self.taken < self._config.trials:
+            self._ask()
+        return self._queue.pop(0) if self._queue else None
+
+    def heard(self, run_id: str, row: Row) -> Iterator[str]:
+        """Yield the ids of the runs to prune after a run wrote a row: all runs of a trial that diverges or falls behind."""
+        for runs in self._open:
+            if runs.is_stopped or run_id not in runs.runs or runs.metric not in row:
+                continue
+            if runs.is_diverged or runs.should_prune():
+                runs.is_stopped = True
+                self._withdraw(runs)
+                yield from sorted(runs.waiting)
+
+    def finished(self, run_id: str) -> None:
+        """Tell Optuna the result of a trial if this was the last of its runs to end."""
+        self._queue = [task for task in self._queue if task.run.run_id != run_id]
+        for runs in self._open:
+            if run_id in runs.runs:
+                self._ended.add(run_id)
+                runs.waiting.discard(run_id)
+                if runs.is_diverged:
+                    self._withdraw(runs)
+                if not runs.waiting:
+                    self._tell(runs)
+
+    def counts(self) -> tuple[int, int]:
+        """Return the number of runs that have ended, and of all runs."""
+        waiting = sum(len(runs.waiting) for runs in self._open)
+        left = max(0, self._config.trials - self.taken)
+        return len(self._ended), len(self._ended) + waiting + left * len(self._plan.experiment.seeds)
+
+    def records(self) -> list[tuple[ArmRecord, TrialRecord]]:
+        """Return every setting that was tried or waits, oldest first, as the sweep's manifest has it."""
+        trials: dict[int, tuple[TrialRuns, FrozenTrial]] = {}
+        for trial in self._trials():
+            if (runs := self._find(trial)) and _RANK[trial.state] >= _RANK[
+                trials.get(id(runs), (runs, trial))[1].state
+            ]:
+                trials[id(runs)] = runs, trial
+        return [self._record(runs, trial) for runs, trial in trials.values()]
+
+    def pareto_front(self) -> list[str]:
+        """Return the labels of the trials of which no other is better in every objective."""
+        best = (self._find(trial) for trial in self._study.best_trials if not _is_diverged(trial))
+        return list(dict.fromkeys(runs.arm.label for runs in best if runs))
+
+    # ---- ask
+
+    def _ask(self) -> None:
+        for _ in range(_MAX_REFUSED):
+            seed_sampler(self._study, self._config, len(self._trials()))
+            trial = self._study.ask()
+            try:
+                return self._take_up(trial, self._runs(self._space.suggest(trial)))
+            except SpecError as error:
+                refusal = error.problems[0]
+                self._study.tell(trial, state=TrialState.FAIL)
+        last = f"{refusal.path}: {refusal.message}"
+        message = f"{_MAX_REFUSED} settings in a row cannot be, the last for {last}; use when, or other bounds"
+        raise SpecError([self._plan.experiment.problem("search.space", message)])
+
+    def _take_up(self, trial: optuna.Trial, runs: TrialRuns) -> None:
+        """Queue the runs of a trial that are left to train; tell Optuna its result at once if there are none."""
+        runs.trials.append(trial)
+        if len(runs.trials) > 1:  # the setting was drawn before, and its runs are being trained
+            return
+        left = set() if runs.result() else runs.runs.keys() - runs.ended()
+        runs.waiting, runs.is_stopped = set(left), False
+        tasks = [Task(run, f"{runs.arm.label}, seed {run.seed}") for run in runs.runs.values() if run.run_id in left]
+        self._queue += tasks
+        if not tasks:
+            self._tell(runs)
+
+    # ---- tell
+
+    def _tell(self, runs: TrialRuns) -> None:
+        runs.should_prune()  # reports what was measured since
+        state, values = runs.result() or (TrialState.FAIL, None)
+        for trial in runs.trials:
+            self._study.tell(trial, values, state=state)
+        # Failed trials count too, or a search whose every run fails would never end; the next session tries them again.
+        self._closed += len(runs.trials)
+        runs.trials.clear()
+
+    def _withdraw(self, runs: TrialRuns) -> None:
+        """Start no more runs of a trial."""
+        queued = {task.run.run_id for task in self._queue if task.run.run_id in runs.runs}
+        self._queue = [task for task in self._queue if task.run.run_id not in queued]
+        runs.waiting -= queued
+
+    # ---- restore
+
+    def _restore(self, begun: Set[str]) -> None:
+        """Make the study agree with the run directories.
+
+        A trial whose runs do not hold its result waits to be trained, under its number and with its settings: it failed,
+        its session was killed, or its runs were deleted. A new study begins with the settings of which the root holds
+        runs. Asking again with the same seeds would not find them all, because the draws of TPE and CMA-ES depend on
+        which trials had ended, and because the space may have changed.
+        """
+        trials = self._trials()
+        confirmed = [found for trial in trials if (found := self._confirmed(trial))]
+        if confirmed != trials:
+            self._study = replace_trials(self._study, self._storage, confirmed)
+        self._closed = len(self._trials(*_SETTLED))
+        if _RESTORED not in self._study.user_attrs:
+            for settings in self._trained_settings(begun):
+                self._study.enqueue_trial(self._space.params(settings))
+            self._study.set_user_attr(_RESTORED, True)
+        while (waiting := self._trials(TrialState.WAITING)) and self.taken < self._config.trials:
+            if not ((runs := self._find(waiting[0])) and runs.result()):
+                break
+            self._ask()  # tells the result at once
+
+    def _confirmed(self, trial: FrozenTrial) -> FrozenTrial | None:
+        """Return a trial if its runs hold its result, and else the trial as one that waits; None if it was never drawn."""
+        if (runs := self._find(trial)) is None:  # refused, or a kill came between the draws of two fields
+            return trial if trial.state.is_finished() else None
+        state, values = runs.result() or (None, None)
+        is_held = state is trial.state and (values is None or np.allclose(values, trial.values, rtol=1e-9, atol=0))
+        if is_held or trial.state is TrialState.WAITING:
+            return trial
+        # CMA-ES notes in a trial which generation it belongs to; notes of pruners are of values that are measured again.
+        notes = {key: note for key, note in trial.system_attrs.items() if not key.startswith("completed_rung")}
+        return create_trial(state=TrialState.WAITING, system_attrs={**notes, "fixed_params": trial.params})
+
+    def _trained_settings(self, begun: Set[str]) -> list[Settings]:
+        """Return the settings of the space of which the root holds runs, those with a result first, in order of time.
+
+        Settings without a result count if this sweep began one of their runs, or if one was interrupted.
+        """
+        known = {id(self._find(trial)) for trial in self._trials()}
+        trained: list[tuple[bool, str, Settings]] = []
+        for directory in self._plan.root.runs():
+            try:
+                spec, time = directory.spec, str(directory.provenance.get("time"))
+            except DamagedFileError:
+                continue
+            for settings in self._space.candidates(spec):
+                try:
+                    runs = self._runs(settings)
+                except SpecError:
+                    continue
+                if directory.run_id in runs.runs and id(runs) not in known:
+                    has_result = runs.result() is not None
+                    if has_result or any(_goes_on(self._plan.root.run(run_id), begun) for run_id in runs.runs):
+                        known.add(id(runs))
+                        trained.append((not has_result, time, settings))
+        return [settings for _, _, settings in sorted(trained, key=lambda entry: entry[:2])]
+
+    # ---- trials and their runs
+
+    @property
+    def _open(self) -> list[TrialRuns]:
+        return [runs for runs in self._by_runs.values() if runs.trials]
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False, states=states or None)
+
+    def _runs(self, settings: Settings) -> TrialRuns:
+        """Return the runs of a setting; settings that differ in nothing that matters share their runs.
+
+        Raises:
+            SpecError: the settings contradict each other.
+        """
+        text = json.dumps(settings, sort_keys=True)
+        if text not in self._by_settings:
+            arm, plan = self._space.arm(settings), self._plan
+            identified = [identify_arm(arm, seed, plan.inventory) for seed in plan.experiment.seeds]
+            runs = {run.run_id: run for run in identified}
+            known = self._by_runs.setdefault(tuple(runs), TrialRuns(settings, arm, runs, self.objectives, plan.root))
+            self._by_settings[text] = known
+        return self._by_settings[text]
+
+    def _find(self, trial: FrozenTrial) -> TrialRuns | None:
+        """Return the runs of a trial; None if its settings were refused or never drawn to the end."""
+        settings = self._space.settings(trial.params or trial.system_attrs.get("fixed_params", {}))
+        try:
+            return None if settings is None else self._runs(settings)
+        except SpecError:
+            return None
+
+    def _record(self, runs: TrialRuns, trial: FrozenTrial) -> tuple[ArmRecord, TrialRecord]:
+        is_measured = trial.state is TrialState.COMPLETE and not _is_diverged(trial)
+        names = [objective.metric for objective in self.objectives]
+        values = dict(zip(names, trial.values, strict=True)) if is_measured else {}
+        state = {TrialState.FAIL: "failed"}.get(trial.state, trial.state.name.lower())
+        record = {
+            "arm": runs.arm.label,
+            "state": "diverged" if _is_diverged(trial) else state,
+            "value": values.get(runs.metric),
+            "params": runs.settings,
+            "values": values,
+        }
+        return arm_record(runs.arm, None, runs.runs.values()), TrialRecord.model_validate(record)
+
+    def _content(self) -> list[object]:
+        """Return all that the trials of a study share, as plain data."""
+        space = {path: interval.model_dump(mode="json") for path, interval in self._config.space.items()}
+        return [
+            list(space.items()),
+            [[objective.metric, objective.goal] for objective in self.objectives],
+            list(self._plan.experiment.seeds),
+            self._arm.config.model_dump(mode="json"),
+            [identify_arm(self._arm, seed, self._plan.inventory).run_id for seed in self._plan.experiment.seeds],
+        ]
+
+
+class SearchWork:
+    """The work of a sweep with a search: one search for every arm of the plan, taken in turn.
+
+    The sweep's manifest shows all trials as arms.
+
+    Args:
+        plan: of an experiment with a search.
+        directory: the sweep's folder, which holds the studies unless the spec names a database.
+
+    Raises:
+        SpecError: the database cannot be used, or no setting that is drawn is valid.
+    """
+
+    is_divergence_a_result = True  # the worst one
+
+    def __init__(self, plan: Plan, directory: SweepDirectory) -> None:
+        self._plan, self._directory = plan, directory
+        assert plan.experiment.search
+        try:
+            # A database of results holds no rehearsals.
+            is_rehearsal = isinstance(plan.experiment.arms[0], RehearsedArm)
+            storage = open_storage(None if is_rehearsal else plan.experiment.search.storage, directory.study)
+        except StorageError as error:
+            raise SpecError([plan.experiment.problem("search.storage", str(error))]) from None
+        begun = frozenset(directory.manifest.run_ids if directory.is_recorded else ())
+        self._searches = [Search(plan, arm, storage, begun) for arm in plan.experiment.arms]
+        self._handed_out: set[str] = set()
+        self._record()
+
+    def next(self) -> Task | None:
+        """Return the next run to train, of the search that has taken up the fewest trials."""
+        for search in sorted(self._searches, key=lambda search: search.taken):
+            taken = search.taken
+            # A run that another search has handed out is trained once, and both searches hear of it.
+            while (task := search.next()) and task.run.run_id in self._handed_out:
+                pass
+            if search.taken != taken:
+                self._record()
+            if task:
+                self._handed_out.add(task.run.run_id)
+                return task
+        return None
+
+    def heard(self, run_id: str, row: Row) -> Iterable[str]:
+        """Return the ids of the runs to prune after a run wrote a row."""
+        return [pruned for search in self._searches for pruned in search.heard(run_id, row)]
+
+    def finished(self, run_id: str, state: State) -> None:
+        """Note that a run has ended; its directory says how."""
+        self._handed_out.discard(run_id)
+        for search in self._searches:
+            search.finished(run_id)
+        self._record()
+
+    def counts(self) -> tuple[int, int]:
+        """Return the number of runs that have ended, and of all runs as far as is known."""
+        counts = [search.counts() for search in self._searches]
+        return sum(ended for ended, _ in counts), sum(total for _, total in counts)
+
+    def _record(self) -> None:
+        records = [record for search in self._searches for record in search.records()]
+        objectives = self._searches[0].objectives
+        measured = next(objective for objective in objectives if not objective.is_cost)
+        is_front = len(objectives) > 1
+        search = SearchRecord(
+            metric=measured.metric,
+            goal=measured.goal,
+            trials=tuple(trial for _, trial in records),
+            objectives=tuple(ObjectiveRecord(metric=each.metric, goal=each.goal) for each in objectives),
+            pareto=tuple(label for each in self._searches for label in each.pareto_front()) if is_front else (),
+        )
+        self._directory.record(self._plan.manifest([arm for arm, _ in records], search))
+
+
+def _by_full_name(objective: Objective, plan: Plan, arm: Arm) -> Objective:
+    """Return an objective under the full name by which the runs of an arm measure it."""
+    if objective.is_cost:
+        return objective
+    name = resolve_metric(objective.metric, metric_names(arm.config)) or plan.metric(objective.metric)
+    return objective.model_copy(update={"metric": name})
+
+
+def _is_diverged(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.COMPLETE and any(math.isinf(value) for value in trial.values)
+
+
+def _goes_on(run: RunDirectory, begun: Set[str]) -> bool:
+    """Return whether a run makes its trial one to complete; a run in training may be another sweep's."""
+    status = run.status()
+    return status in (RunStatus.RESUMABLE, RunStatus.FAILED) or (run.run_id in begun and status is not RunStatus.NEW)
+
+
+def _processes(run: RunDirectory) -> int:
+    try:
+        return int(run.provenance.get("processes", 1))
+    except (OSError, DamagedFileError):
+        return 1
