@@ -153,7 +153,7 @@ def _from_hub(name: str, timm_name: str, options: dict[str, Any]) -> nn.Module:
     try:
         return _create(timm_name, pretrained=True, num_classes=0, **options)
     except Exception as error:  # a network, a full disk or a damaged cache can raise anything
-        message = f"the weights of '{name}' cannot be had from the hub; give weights: FILE"
+        message = f"the weights of '{name}' cannot be downloaded from the hub; give weights: FILE"
         raise EncoderError("weights", f"{message} ({reason(error)})") from None
 
 

@@ -1,4 +1,4 @@
-"""The public API: the names that `repa_lab`, `repa_lab.plugins` and `repa_lab.align` export, and how each is called.
+"""The public API: the names that `repa_lab` and its `align`, `metrics` and `plugins` export, and how each is called.
 
 After an intended change write the list anew: `python -m tests.test_public`.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-MODULES = ("repa_lab", "repa_lab.align", "repa_lab.plugins")
+MODULES = ("repa_lab", "repa_lab.align", "repa_lab.metrics", "repa_lab.plugins")
 FILE = Path(__file__).with_name("public_api.txt")
 
 

@@ -210,7 +210,7 @@ def require_patch_tokens(encoder: Encoder, name: str, pixels: torch.Tensor) -> T
         raise EncoderError("name", f"'{name}' gives one token an image; patch tokens are required, {seen}")
     if tokens.grid != expected:
         wanted = f"{height}x{width} px with patches of {encoder.stride} are {expected[0]}x{expected[1]}"
-        raise EncoderError("name", f"'{name}' gives other tokens than its patches: {wanted}, {seen}")
+        raise EncoderError("name", f"'{name}' gives tokens that do not match its patches: {wanted}, {seen}")
     if not values.isfinite().all():
         raise EncoderError("name", f"'{name}' gives values that are not finite, {seen}")
     if (values - values[:, :1]).abs().max() <= _ROUNDING * values.abs().max():

@@ -188,7 +188,7 @@ def grid_problem(name: str, image_size: int | None, resolution: int) -> str | No
     if size % stride:
         lower = size // stride * stride
         allowed = f"{lower or stride}, {lower + stride}, ..."
-        return f"{name} has patches of {stride}: {size} is no multiple; allowed: {allowed}"
+        return f"{name} has patches of {stride}: {size} is not a multiple; allowed: {allowed}"
     if size < 2 * stride:
         return f"{name} gives one token at {size} px; patch tokens are required: use {2 * stride} px or more"
     return None

@@ -177,7 +177,7 @@ def _channel_moments(features: ArrayCache, source: ImageSource) -> tuple[torch.T
     """Return the mean and standard deviation ``(D,)`` of each channel over all images and places, in float32."""
     dim = features.shape(torch.tensor([0]))[-1]
     total, squares, tokens = torch.zeros(dim).double(), torch.zeros(dim).double(), 0
-    for index in (part for group in groups(source.sizes) for part in group.split(_IMAGES_AT_ONCE)):
+    for index in (batch for group in groups(source.sizes) for batch in group.split(_IMAGES_AT_ONCE)):
         values = features[index].double().flatten(0, 2)
         total, squares, tokens = total + values.sum(0), squares + values.square().sum(0), tokens + len(values)
     mean = total / tokens

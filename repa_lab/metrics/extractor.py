@@ -126,7 +126,9 @@ class Features:
         """
         layer = layer_of(self.extractor, metric)
         if layer not in self.layers:
-            why = f"the extractor was made for {', '.join(self.layers)}" if layer else "it has no meaning there"
+            why = (
+                f"the extractor was made for {', '.join(self.layers)}" if layer else "the metric is not defined for it"
+            )
             raise ValueError(f"no features of {self.extractor} for {metric}: {why}")
         return self.layers[layer]
 
@@ -214,7 +216,7 @@ def _weights_file(name: str, facts: ExtractorFacts, weights: str | None) -> Path
     if weights is None:
         path = None if facts.model else _inception_file(facts.sha256)
     elif not facts.sha256:
-        raise EncoderError("weights", f"the weights of {name} are not had from a file; leave weights out")
+        raise EncoderError("weights", f"the weights of {name} are not loaded from a file; leave weights out")
     else:
         path = Path(weights)
         if not path.is_file():
@@ -234,7 +236,7 @@ def _inception_file(sha256: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=sha256, progress=False)
     except (OSError, RuntimeError) as error:
-        message = "Inception's weights are not on this machine and cannot be fetched; give weights: FILE, or name:"
+        message = "Inception's weights are not on this machine and cannot be downloaded; give weights: FILE, or name:"
         raise EncoderError("weights", f"{message} efficientnet_lite0, which is not FID ({reason(error)})") from None
     return path
 
@@ -253,7 +255,7 @@ def _require_tensors(path: Path) -> None:
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
-        message = f"'{path}' is no file of tensors, or damaged; get it anew ({reason(error)})"
+        message = f"'{path}' is not a file of tensors, or is damaged; download it again ({reason(error)})"
         raise EncoderError("weights", message) from None
 
 
@@ -323,10 +325,10 @@ class DINOv2Extractor(_OneLayer):
         self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs: Any
     ) -> None:
         super().__init__(name, features_list)
-        own_name, facts = next(item for item in EXTRACTORS.items() if item[1].registered == name)
+        extractor, facts = next(item for item in EXTRACTORS.items() if item[1].registered == name)
         assert facts.model is not None
-        shape = skeleton(own_name, facts.model)
-        model: Any = load_model(own_name, facts.model, feature_extractor_weights_path, shape)
+        shape = skeleton(extractor, facts.model)
+        model: Any = load_model(extractor, facts.model, feature_extractor_weights_path, shape)
         model.patch_embed.set_input_size(_DINO_SIDE)
         model.pos_embed = nn.Parameter(resample_positions(model.pos_embed.detach(), _DINO_SIDE // _DINO_PATCH))
         self.model = model

@@ -37,7 +37,7 @@ class Moments:
         if batch.ndim != 2 or (self._count and batch.shape[1] != len(self._mean)):
             raise ValueError(f"need features (n, d), d as before ({len(self._mean)}), got shape {batch.shape}")
         if not np.isfinite(batch).all():
-            raise ValueError("features are not finite: were the images?")
+            raise ValueError("features are not finite; check that the images are")
         if not len(batch):
             return
         # The update of Chan, Golub and LeVeque (1983), which avoids the cancellation of a sum of squares.

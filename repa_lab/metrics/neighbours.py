@@ -172,8 +172,8 @@ def _nearest_of(x: torch.Tensor, rows: torch.Tensor, k: int, rounding: torch.Ten
 def _products(x: torch.Tensor, z: torch.Tensor, rows: torch.Tensor, near: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield ``x_i . z_j`` for each i of ``rows`` and each j in its row of ``near``, each sum in the same order."""
     size = max(1, _GATHERED // (near.shape[1] * x.shape[1]))
-    for part, of_part in zip(rows.split(size), near.split(size), strict=True):
-        yield torch.linalg.vecdot(z[of_part], x[part, None])
+    for items, neighbours in zip(rows.split(size), near.split(size), strict=True):
+        yield torch.linalg.vecdot(z[neighbours], x[items, None])
 
 
 def _pair_codes(near: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,7 @@ def read_statistics(
         raise StatisticsError(f"'{path}' has no {' and no '.join(missing)}: give an npz file with mu and sigma")
     words = {name: str(value) for name, value in {**fields, **(_ADM if is_adm else {})}.items() if name in identity}
     if wrong := [f"{name} {words[name]}, not {identity[name]}" for name in words if words[name] != identity[name]]:
-        fix = "compute them anew, or use the extractor they are of"
+        fix = "compute them again, or use the extractor they are of"
         raise StatisticsError(f"'{path}' has statistics of {' and '.join(wrong)}: {fix}")
     mu, sigma, count = (_real(path, name, fields.get(name, 0)) for name in (*names.values(), "count"))
     if count.size != 1:
@@ -82,13 +82,13 @@ def _fields(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise StatisticsError(f"no file '{path}'")
     if not zipfile.is_zipfile(path):  # NumPy would try to unpickle the file
-        raise StatisticsError(f"'{path}' is no npz file of arrays, or cut short; get it anew")
+        raise StatisticsError(f"'{path}' is not an npz file of arrays, or is cut short; download it again")
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files if name != _IMAGES}
     except Exception as error:  # a damaged file can raise anything
         reason = " ".join(str(error).split())
-        raise StatisticsError(f"'{path}' is no npz file of arrays: {reason}; get it anew") from None
+        raise StatisticsError(f"'{path}' is not an npz file of arrays: {reason}; download it again") from None
 
 
 def _real(path: Path, name: str, value: Any) -> NDArray[np.float64]:
@@ -105,10 +105,10 @@ def _require_mean_and_covariance(path: Path, mu: Any, sigma: Any, width: int | N
         fix = "compute them with this extractor"
         raise StatisticsError(f"'{path}' has {len(mu)} features and the extractor {width}: {fix}")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise StatisticsError(f"'{path}' has statistics that are not finite: compute them anew")
+        raise StatisticsError(f"'{path}' has statistics that are not finite: compute them again")
     if not np.allclose(sigma, sigma.T, rtol=1e-5, atol=1e-6 * np.abs(sigma).max()) or (sigma.diagonal() < 0).any():
         what = "a sigma that is no covariance: it is not symmetric, or has variances below 0"
-        raise StatisticsError(f"'{path}' has {what}; compute it anew")
+        raise StatisticsError(f"'{path}' has {what}; compute it again")
 
 
 def write_images(path: Path, batches: Iterable[torch.Tensor], count: int) -> None:
@@ -147,7 +147,7 @@ def _write_images(path: Path, batches: Iterable[torch.Tensor], count: int) -> No
             file.write(pixels.tobytes())
             written += len(pixels)
     if written != count:
-        raise ValueError(f"{count} images were announced and {written} came")
+        raise ValueError(f"{count} images were announced and {written} arrived")
 
 
 def _channels_last(pixels: torch.Tensor) -> NDArray[np.uint8]:
@@ -193,7 +193,9 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int]]]:
     except StatisticsError:
         raise
     except KeyError:
-        message = f"'{path}' holds no images under arr_0: give a file that has them, as ADM's have"
+        message = f"'{path}' holds no images under arr_0: give a file with images, such as ADM's"
         raise StatisticsError(message) from None
     except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
-        raise StatisticsError(f"'{path}' holds no images under arr_0 that can be read: {error}; get it anew") from None
+        raise StatisticsError(
+            f"'{path}' holds no images under arr_0 that can be read: {error}; download it again"
+        ) from None

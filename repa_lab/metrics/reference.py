@@ -89,14 +89,14 @@ def reference(extractor: Extractor, images: RealImages, cache: Path, keep: int =
             write_statistics(path, moments[layer].statistics, identities[layer])
         for layer, path in of_features.items():
             replace_atomically(path, partial(_save, values=kept.layers[layer]))
-    found = {}
+    by_layer = {}
     for layer, path in of_statistics.items():
         try:
-            found[layer] = read_statistics(path, identities[layer])
+            by_layer[layer] = read_statistics(path, identities[layer])
         except StatisticsError:
             raise _damaged(path) from None
     features = Features(extractor.name, {layer: _load(path, keep) for layer, path in of_features.items()})
-    return Reference(extractor.name, found, features if of_features else None)
+    return Reference(extractor.name, by_layer, features if of_features else None)
 
 
 def _one_pass(extractor: Extractor, images: RealImages, keep: int) -> tuple[dict[str, Moments], Features]:
@@ -113,7 +113,7 @@ def _one_pass(extractor: Extractor, images: RealImages, keep: int) -> tuple[dict
         kept.append(Features(extractor.name, selected))
         start += len(pixels)
     if start != images.count:
-        raise ValueError(f"{images.count} real images were announced and {start} came")
+        raise ValueError(f"{images.count} real images were announced and {start} arrived")
     return moments, Features.cat(kept)
 
 
@@ -132,19 +132,19 @@ def read_reference(extractor: Extractor, path: Path, size: tuple[int, int] | Non
         StatisticsError: the file lacks what the extractor's metrics need, or is of another extractor or image size.
     """
     black = extractor.features(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
-    found = {}
+    by_layer = {}
     for layer in _layers(extractor, "statistics"):
         identity = {**extractor.identity, "layer": layer}
-        found[layer] = read_statistics(path, identity, black.layers[layer].shape[1], layer == SPATIAL)
+        by_layer[layer] = read_statistics(path, identity, black.layers[layer].shape[1], layer == SPATIAL)
     shape = images_shape(path)
     if size and shape and shape[1:] != size:
         sides = " and the run's ".join(f"{height}x{width} px" for height, width in (shape[1:], size))
         raise StatisticsError(f"the images of '{path}' have {sides}: give a reference of the run's size")
     if not (compared := _comparing(extractor, "features")):
-        return Reference(extractor.name, found, None)
+        return Reference(extractor.name, by_layer, None)
     if shape:
         _require_enough(compared, shape[0], f"'{path}'")
-    return Reference(extractor.name, found, Features.cat([extractor.features(batch) for batch in read_images(path)]))
+    return Reference(extractor.name, by_layer, Features.cat([extractor.features(batch) for batch in read_images(path)]))
 
 
 def measure(metric: str, generated: Features, against: Reference) -> tuple[float, ...]:

@@ -281,7 +281,9 @@ class TestPreflight:
 
     def test_a_grid_that_is_not_that_of_the_patches(self, lite0):
         # Stage 2 has stride 8; an encoder that is said to have 16 must not pass with four times the tokens.
-        match = "'it' gives other tokens than its patches: 32x32 px with patches of 16 are 2x2, got 16 on a 4x4 grid"
+        match = (
+            "'it' gives tokens that do not match its patches: 32x32 px with patches of 16 are 2x2, got 16 on a 4x4 grid"
+        )
         self.refused(match, Encoder(lite0.model, 2, 16, 32), torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
 
     def test_tokens_that_are_all_the_same(self):

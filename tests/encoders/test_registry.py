@@ -133,8 +133,13 @@ def test_any_aspect_costs_about_as_many_tokens_and_is_hardly_squeezed(stride, im
         ("dinov2_vits14", None, 256, None),
         ("dinov2_vits14", 518, 1024, None),
         ("dinov2_vits14", 28, 8, None),
-        ("dinov2_vits14", 224 + 1, 256, "dinov2_vits14 has patches of 14: 225 is no multiple; allowed: 224, 238, ..."),
-        ("dinov2_vits14", 13, 256, "dinov2_vits14 has patches of 14: 13 is no multiple; allowed: 14, 14, ..."),
+        (
+            "dinov2_vits14",
+            224 + 1,
+            256,
+            "dinov2_vits14 has patches of 14: 225 is not a multiple; allowed: 224, 238, ...",
+        ),
+        ("dinov2_vits14", 13, 256, "dinov2_vits14 has patches of 14: 13 is not a multiple; allowed: 14, 14, ..."),
         (
             "dinov2_vitg14",
             14,

@@ -116,7 +116,9 @@ def test_unreachable_weights_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nothing listens
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    refused("Inception's weights are not on this machine and cannot be fetched; give weights: FILE", "inception", None)
+    refused(
+        "Inception's weights are not on this machine and cannot be downloaded; give weights: FILE", "inception", None
+    )
 
 
 def vouch(path) -> None:
@@ -138,7 +140,7 @@ def test_damaged_weights_are_refused(tmp_path, content):
         str(tmp_path / "x.pth"),
     )
     vouch(tmp_path / "x.pth")
-    refused("x.pth' is no file of tensors, or damaged; get it anew", "inception", str(tmp_path / "x.pth"))
+    refused("x.pth' is not a file of tensors, or is damaged; download it again", "inception", str(tmp_path / "x.pth"))
 
 
 def test_code_in_a_file_of_weights_is_not_run(hostile):
@@ -146,18 +148,18 @@ def test_code_in_a_file_of_weights_is_not_run(hostile):
     refused("hostile.pth' is not the published file of 'inception'", "inception", str(path))
     assert not victim.exists()
     vouch(path)
-    refused("hostile.pth' is no file of tensors", "inception", str(path))
+    refused("hostile.pth' is not a file of tensors", "inception", str(path))
     assert not victim.exists()
 
 
 def test_weights_that_would_be_ignored_are_refused(tmp_path):
     (tmp_path / "x.pth").touch()
     refused(
-        "the weights of efficientnet_lite0 are not had from a file; leave weights out",
+        "the weights of efficientnet_lite0 are not loaded from a file; leave weights out",
         "efficientnet_lite0",
         str(tmp_path / "x.pth"),
     )
-    refused("are not had from a file; leave weights out", "tiny-dinov2_vits14", str(tmp_path / "x.pth"))
+    refused("are not loaded from a file; leave weights out", "tiny-dinov2_vits14", str(tmp_path / "x.pth"))
 
 
 def test_another_file_than_the_published_one_is_refused(tmp_path, vits14):
@@ -356,7 +358,9 @@ def test_features_of_parts_are_those_of_the_whole(extractor):
     whole = extractor.features(pixels)
     joined = Features.cat([extractor.features(part) for part in pixels.split([1, 4])])
     np.testing.assert_allclose(joined.of("kid"), whole.of("kid"), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="no features of efficientnet_lite0 for sfid: it has no meaning there"):
+    with pytest.raises(
+        ValueError, match="no features of efficientnet_lite0 for sfid: the metric is not defined for it"
+    ):
         whole.of("sfid")
 
 

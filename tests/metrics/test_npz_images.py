@@ -42,8 +42,8 @@ def test_what_others_wrote_is_read(tmp_path, batch_size, save):
 @pytest.mark.parametrize(
     ("batches", "count", "match"),
     [
-        ([PIXELS], 11, "11 images were announced and 10 came"),
-        ([PIXELS, PIXELS], 11, "11 images were announced and 20 came"),
+        ([PIXELS], 11, "11 images were announced and 10 arrived"),
+        ([PIXELS, PIXELS], 11, "11 images were announced and 20 arrived"),
         ([PIXELS, PIXELS[:, :, :5]], 20, "images of one size are needed"),
         ([PIXELS.float()], 10, r"need uint8 pixels \(B, 1 or 3, H, W\), got torch.float32"),
         ([PIXELS.permute(0, 2, 3, 1)], 10, "need uint8 pixels"),
@@ -111,7 +111,7 @@ def test_a_header_that_promises_more_than_there_is_and_none_at_all(tmp_path):
         with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
             archive.writestr("arr_0.npy", content)
         with pytest.raises(
-            StatisticsError, match=r"x\.npz' holds no images under arr_0 that can be read: .*; get it anew"
+            StatisticsError, match=r"x\.npz' holds no images under arr_0 that can be read: .*; download it again"
         ):
             next(read_images(tmp_path / "x.npz"))
 

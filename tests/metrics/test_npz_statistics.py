@@ -64,7 +64,7 @@ def test_statistics_alone_are_taken_on_trust(tmp_path):
 )
 def test_statistics_of_something_else(ours, word, value):
     refused(
-        f"has statistics of {word} {INCEPTION[word]}, not {value}: compute them anew", ours, {**INCEPTION, word: value}
+        f"has statistics of {word} {INCEPTION[word]}, not {value}: compute them again", ours, {**INCEPTION, word: value}
     )
 
 
@@ -113,11 +113,11 @@ def test_spatial_statistics_that_are_not_there(adm, tmp_path):
 def test_no_file_and_a_damaged_one(ours, tmp_path):
     refused("no file", tmp_path / "none.npz")
     (tmp_path / "cut.npz").write_bytes(ours.read_bytes()[:200])
-    refused("is no npz file of arrays, or cut short; get it anew", tmp_path / "cut.npz")
+    refused("is not an npz file of arrays, or is cut short; download it again", tmp_path / "cut.npz")
     # Only the sum over a member tells that a bit of it has turned.
     turned = bytearray(ours.read_bytes())
     turned[ours.read_bytes().index(FOUND.sigma.tobytes()) + 5] ^= 1
     (tmp_path / "turned.npz").write_bytes(turned)
-    refused("is no npz file of arrays: Bad CRC-32 .*; get it anew", tmp_path / "turned.npz")
+    refused("is not an npz file of arrays: Bad CRC-32 .*; download it again", tmp_path / "turned.npz")
     np.savez(tmp_path / "code.npz", mu=np.array([{}], dtype=object), sigma=FOUND.sigma)
-    refused("is no npz file of arrays: .*allow_pickle", tmp_path / "code.npz")
+    refused("is not an npz file of arrays: .*allow_pickle", tmp_path / "code.npz")

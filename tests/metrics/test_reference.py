@@ -113,7 +113,7 @@ class TestCache:
         assert (images.looks, found.statistics, found.features) == ([], {}, None)
 
     def test_images_that_were_not_announced_are_no_reference(self, alone, tmp_path):
-        with pytest.raises(ValueError, match="31 real images were announced and 30 came"):
+        with pytest.raises(ValueError, match="31 real images were announced and 30 arrived"):
             reference(alone, Images(announced=31), tmp_path)
         assert not (tmp_path / FOLDER).exists()
 

@@ -44,7 +44,7 @@ CASES = [
     ),
     (
         ("image_size: 64", "image_size: 70"),
-        "3:63: regularizer.encoder.image_size: efficientnet_lite0 has patches of 16: 70 is no multiple; allowed: 64, 80, ...",
+        "3:63: regularizer.encoder.image_size: efficientnet_lite0 has patches of 16: 70 is not a multiple; allowed: 64, 80, ...",
     ),
     (
         (", image_size: 64", ""),

@@ -256,7 +256,9 @@ class TestHub:
 
     def test_a_hub_without_the_file_says_so(self, hub):
         refused(
-            r"the weights of 'test_vit.r160_in1k' cannot be had from the hub; give weights: FILE \(.*404", TINY, None
+            r"the weights of 'test_vit.r160_in1k' cannot be downloaded from the hub; give weights: FILE \(.*404",
+            TINY,
+            None,
         )
         assert f"HEAD {FILE}" in Hub.asked
 
