@@ -145,27 +145,39 @@ def _markdown(experiment: Experiment, comparisons: Sequence[Comparison], scale: 
     from repa_lab.report.published import table_rows
     from repa_lab.report.tables import Table
 
-    parts = [f"# {experiment.name}", experiment.question]
+    sections = [f"# {experiment.name}", experiment.question]
     for comparison in comparisons:
         rows = table_rows(comparison)
-        parts.append(Table(list(rows[0]), [list(row.values()) for row in rows]).markdown)
-    parts.append("\n".join(f"- {line}" for line in lines_of(experiment, comparisons, scale)))
-    return "\n\n".join(parts) + "\n"
+        sections.append(Table(list(rows[0]), [list(row.values()) for row in rows]).markdown)
+    sections.append("\n".join(f"- {line}" for line in lines_of(experiment, comparisons, scale)))
+    return "\n\n".join(sections) + "\n"
 
 
 def _csv(comparisons: Sequence[Comparison]) -> str:
     import pandas as pd
 
-    rows = [
-        {
-            **{"arm": row.arm, "kind": one.kind, "published": row.published, "metric": one.metric, "n": row.measured.n},
-            **{"measured": row.measured.mean, "low": row.measured.low, "high": row.measured.high},
-            **{"reference": one.reference, "published_difference": row.published_difference},
-            **{"difference": row.difference.difference.mean, "difference_low": row.difference.difference.low},
-            **{"difference_high": row.difference.difference.high, "agrees": row.agrees, "same_sign": row.same_sign},
-        }
-        for one in comparisons
-        for row in one.rows
-    ]
+    rows = []
+    for comparison in comparisons:
+        for row in comparison.rows:
+            measured, difference = row.measured, row.difference.difference
+            rows.append(
+                {
+                    "arm": row.arm,
+                    "kind": comparison.kind,
+                    "published": row.published,
+                    "metric": comparison.metric,
+                    "n": measured.n,
+                    "measured": measured.mean,
+                    "low": measured.low,
+                    "high": measured.high,
+                    "reference": comparison.reference,
+                    "published_difference": row.published_difference,
+                    "difference": difference.mean,
+                    "difference_low": difference.low,
+                    "difference_high": difference.high,
+                    "agrees": row.agrees,
+                    "same_sign": row.same_sign,
+                }
+            )
     text: str = pd.DataFrame(rows).to_csv(index=False)
     return text

@@ -48,6 +48,8 @@ def test_after_so_many_failures_no_run_is_started(tiny, tmp_path):
     outcome = sweep(spec, tmp_path, workers=1)
     assert (outcome.trained, len(outcome.failures)) == (1, 2)
     assert outcome.stopped == "2 runs were not started: run.max_failures is 2"
+    assert all(reason.startswith("DivergedError: the loss is") for reason in outcome.failures.values())
+    assert "DivergedError" in (outcome.path / "report.md").read_text()
     assert [rate for _, rate in begun(RunsRoot(tmp_path))] == [DIVERGING, 1e-3, 2 * DIVERGING]
     again = sweep(diverging(tiny, DIVERGING, 1e-3, 2 * DIVERGING, 2e-3, 3e-3), tmp_path, workers=1)
     assert (again.trained, again.stopped) == (2, None)

@@ -108,14 +108,6 @@ def _kill_the_worker_of(root, run_id):
             continue
 
 
-def test_a_run_that_diverges_does_not_take_the_others_along(tiny, tmp_path):
-    axes = {"train.lr": [1e-3, 1e30]}
-    outcome = sweep(tiny(axes=axes, seeds=1, compare={"baseline": {"train.lr": 1e-3}}), tmp_path, workers=1)
-    assert outcome.trained == 1 and len(outcome.failures) == 1
-    assert "DivergedError: the loss is" in next(iter(outcome.failures.values()))
-    assert "DivergedError" in (outcome.path / "report.md").read_text()
-
-
 def test_a_search_prunes_completes_to_its_number_and_is_not_repeated(tiny, tmp_path):
     search = {
         "space": {"regularizer.weight": {"log": [0.1, 1.0]}},
@@ -152,10 +144,9 @@ def test_what_only_loading_can_show_is_refused_before_anything_is_created(tiny, 
     assert not list((tmp_path / "runs").glob("by-id")) and not list((tmp_path / "runs").glob("tiny"))
 
 
-@pytest.mark.parametrize("ema", [0.9, {"decay": 0.9, "warmup": True}])
-def test_a_run_warns_of_an_average_that_will_hold_initial_weights(tiny, tmp_path, ema):
+def test_a_run_warns_of_an_average_that_will_hold_initial_weights(tiny, tmp_path):
     shown = io.StringIO()
-    spec = tiny(train={**tiny()["train"], "steps": 2, "ema": ema}, evaluate={**tiny()["evaluate"], "encoder": None})
+    spec = tiny(train={**tiny()["train"], "steps": 2, "ema": 0.9}, evaluate={**tiny()["evaluate"], "encoder": None})
     _, state = run_one(spec, "baseline", 0, tmp_path, console=Console(file=shown))
     warning = "train.ema: at decay 0.9 the measured average still holds 81 % of the initial weights after 2 steps;"
-    assert state is State.DONE and shown.getvalue().startswith(warning) is (ema == 0.9)
+    assert state is State.DONE and shown.getvalue().startswith(warning)
