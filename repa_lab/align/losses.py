@@ -78,8 +78,8 @@ def nt_xent_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: floa
     with torch.autocast(student.device.type, enabled=False):
         ours, theirs = _scale_to_unit(student)[0], _scale_to_unit(teacher.detach())[0]
         logits = ours @ theirs.transpose(1, 2) / temperature
-    own = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
-    return functional.cross_entropy(logits.flatten(0, 1), own.flatten())
+    matching = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
+    return functional.cross_entropy(logits.flatten(0, 1), matching.flatten())
 
 
 def manifold_loss(

@@ -84,11 +84,11 @@ def explain(experiment: Experiment, path: str | None = None, arm: str | None = N
     Raises:
         SpecError: there is no such field or arm.
     """
-    labels = [one.label for one in experiment.arms]
+    labels = [candidate.label for candidate in experiment.arms]
     if arm is not None and arm not in labels:
         message = f"no arm '{arm}'; there are: {'; '.join(labels)}{did_you_mean(arm, labels)}"
         raise SpecError([Problem(Place(None), "--arm", message)])
-    arms = [one for one in experiment.arms if arm in (None, one.label)]
+    arms = [candidate for candidate in experiment.arms if arm in (None, candidate.label)]
     draft = experiment.draft
     settings = [
         Setting(dotted(keys), value, _source(draft, draft, keys)) for keys, value in flatten(_outside_arms(experiment))
@@ -124,8 +124,8 @@ def compare_specs(left: Experiment, right: Experiment) -> SpecDifference:
         for difference in _differences(*sides):
             labels.setdefault(difference, []).append(label)
     inside = [
-        Difference(one.path, one.left, one.right, () if len(having) == len(common) else tuple(having))
-        for one, having in labels.items()
+        Difference(field.path, field.left, field.right, () if len(having) == len(common) else tuple(having))
+        for field, having in labels.items()
     ]
     if not common:
         sections = ({key: side.draft.value.get(key, {}) for key in SECTIONS} for side in (left, right))
@@ -181,7 +181,7 @@ def _below(settings: list[Setting], path: str) -> list[Setting]:
         message = f"'{top}' is resolved into the rest: ask for a field that it sets"
         raise SpecError([Problem(Place(None), path, message)])
     while True:
-        if below := [one for one in settings if one.path == known or one.path.startswith(f"{known}.")]:
+        if below := [row for row in settings if row.path == known or row.path.startswith(f"{known}.")]:
             return below
         if unknown := unknown_field(RunConfig if top in SECTIONS else SpecFile, path):
             raise SpecError([Problem(Place(None), path, unknown)])

@@ -31,18 +31,18 @@ _NEVER_MERGED = ("Include",)
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema (2020-12) of a spec, a base or a fragment, for editors."""
     _, schema = models_json_schema([(SpecFile, "validation"), (RunConfig, "validation")], by_alias=True)
-    parts: dict[str, Any] = schema["$defs"]
-    for name, part in parts.items():
-        part["description"] = part["description"].replace("``", "`")
+    definitions: dict[str, Any] = schema["$defs"]
+    for name, definition in definitions.items():
+        definition["description"] = definition["description"].replace("``", "`")
         if name not in _NEVER_MERGED:
-            part.pop("required", None)
-    properties, sections = (parts.pop(name)["properties"] for name in ("SpecFile", "RunConfig"))
+            definition.pop("required", None)
+    properties, sections = (definitions.pop(name)["properties"] for name in ("SpecFile", "RunConfig"))
     choices: dict[str, list[Any]] = {}  # by dotted path; components may differ in a field of one name
-    for path, field in _paths(sections, parts):
+    for path, field in _paths(sections, definitions):
         if field not in choices.setdefault(path, []):
             choices[path].append(field)
     paths = {path: fields[0] if len(fields) == 1 else {"anyOf": fields} for path, fields in choices.items()}
-    parts["Settings"] = {
+    definitions["Settings"] = {
         "type": "object",
         "description": "Settings of an arm by dotted path, such as regularizer.weight.",
         "properties": paths,
@@ -50,7 +50,7 @@ def json_schema() -> dict[str, Any]:
     }
     properties |= {"base": _BASE, "use": _USE}
     properties |= {name: _without_title(sections[name]) for name in SECTIONS}
-    _allow_dotted_paths(properties, parts)
+    _allow_dotted_paths(properties, definitions)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "repa-lab spec",
@@ -58,27 +58,27 @@ def json_schema() -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "properties": properties,
-        "$defs": parts,
+        "$defs": definitions,
     }
 
 
-def _paths(fields: dict[str, Any], parts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _paths(fields: dict[str, Any], definitions: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every dotted path of a run's settings with its schema."""
     for name, field in fields.items():
         yield prefix + name, _without_title(field)
         for choice in field.get("anyOf", [field]):
-            part = parts.get(choice.get("$ref", "").removeprefix(_REF), choice)
-            yield from _paths(part.get("properties", {}), parts, f"{prefix}{name}.")
+            definition = definitions.get(choice.get("$ref", "").removeprefix(_REF), choice)
+            yield from _paths(definition.get("properties", {}), definitions, f"{prefix}{name}.")
 
 
 def _without_title(field: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in field.items() if key != "title"}
 
 
-def _allow_dotted_paths(properties: dict[str, Any], parts: dict[str, Any]) -> None:
+def _allow_dotted_paths(properties: dict[str, Any], definitions: dict[str, Any]) -> None:
     """List the dotted paths wherever they are keys, so that an editor completes them there too."""
     settings, span = {"$ref": f"{_REF}Settings"}, {"$ref": f"{_REF}RangeConfig"}
-    paths = parts["Settings"]["properties"]
+    paths = definitions["Settings"]["properties"]
     lists = {path: {"type": "array", "minItems": 1, "items": field} for path, field in paths.items()}
     levels = {"type": "object", "minProperties": 1, "additionalProperties": {"anyOf": [settings, {"type": "null"}]}}
     properties["axes"] |= {
@@ -89,8 +89,8 @@ def _allow_dotted_paths(properties: dict[str, Any], parts: dict[str, Any]) -> No
         "properties": {path: {"anyOf": [values, span]} for path, values in lists.items()},
         "additionalProperties": False,
     }
-    parts["Include"]["properties"]["set"] = settings
-    parts["SearchConfig"]["properties"]["space"] |= {
+    definitions["Include"]["properties"]["set"] = settings
+    definitions["SearchConfig"]["properties"]["space"] |= {
         "properties": {path: {"$ref": f"{_REF}Interval"} for path in paths},
         "additionalProperties": False,
     }

@@ -257,14 +257,14 @@ class RunConfig(Settings):
     def encoder_paths(self) -> tuple[tuple[str, EncoderSettings], ...]:
         """Every encoder of the run with its dotted path, whether it is a target or measures alignment."""
         sections = {"regularizer": self.regularizer, "evaluate": self.evaluate}
-        found = (pair for name, section in sections.items() for pair in settings_in(section, (name,)))
-        return tuple((dotted(path), value) for path, value in found if isinstance(value, EncoderSettings))
+        settings = (pair for name, section in sections.items() for pair in settings_in(section, (name,)))
+        return tuple((dotted(path), value) for path, value in settings if isinstance(value, EncoderSettings))
 
     @property
     def extractor_paths(self) -> tuple[tuple[str, ExtractorConfig], ...]:
         """Every extractor that measures samples, with its dotted path."""
-        found = settings_in(self.evaluate, ("evaluate",))
-        return tuple((dotted(path), value) for path, value in found if isinstance(value, ExtractorConfig))
+        settings = settings_in(self.evaluate, ("evaluate",))
+        return tuple((dotted(path), value) for path, value in settings if isinstance(value, ExtractorConfig))
 
 
 SECTIONS = tuple(RunConfig.model_fields)
