@@ -202,7 +202,7 @@ def take_fork(parent: RunDirectory, step: int, child: RunWriter, is_childs: Call
 
 
 def written_by(row: Row, last: int, measure_every: int, save_every: int, log_every: int) -> bool:
-    """Return whether a run of ``last`` steps with these intervals writes a row; see :func:`repa_lab.training.loop.fit`."""
+    """Return whether a run of ``last`` steps with these intervals writes a row; see `repa_lab.training.loop.fit`."""
     step = row["step"]
     measures = step % measure_every == 0 or step == last
     return measures or (_is_of_training(row) and (step % save_every == 0 or step % log_every == 0))

@@ -296,3 +296,14 @@ def test_an_arm_that_nothing_searched_makes_a_difference_to_is_trained_once(tiny
     assert Counter(task.run.config.regularizer.type for task in tasks) == {"none": 2, "repa": 3 * 2}
     assert len({task.run.run_id for task in tasks}) == 8
     assert work.counts() == (0, 8)
+
+
+def test_a_root_may_have_any_characters_in_its_path(tiny, tmp_path):
+    """Such as are special in URLs and in format strings."""
+    roots = [tmp_path / name for name in ("what?", "what?x=1", "100%20", "{a}#b", "a b+c")]
+    for root in roots:
+        work = searcher(tiny, root)(trials=1, seeds=1)
+        finish(work, 1.0)
+        assert states(searcher(tiny, root)(trials=1, seeds=1)) == ["complete"]
+        assert sorted(path.name for path in (root / "tiny").iterdir()) == ["runs", "study.db", "sweep.json"]
+    assert sorted(tmp_path.iterdir()) == sorted(roots)

@@ -185,7 +185,7 @@ class Search:
         return self._queue.pop(0) if self._queue else None
 
     def heard(self, run_id: str, row: Row) -> Iterator[str]:
-        """Yield the ids of the runs to prune after a run wrote a row: all runs of a trial that diverges or falls behind."""
+        """Yield the ids of the runs to prune after a row: all runs of a trial that diverges or falls behind."""
         for runs in self._open:
             if runs.is_stopped or run_id not in runs.runs or runs.metric not in row:
                 continue
@@ -276,10 +276,10 @@ class Search:
     def _restore(self, begun: Set[str]) -> None:
         """Make the study agree with the run directories.
 
-        A trial whose runs do not hold its result waits to be trained, under its number and with its settings: it failed,
-        its session was killed, or its runs were deleted. A new study begins with the settings of which the root holds
-        runs. Asking again with the same seeds would not find them all, because the draws of TPE and CMA-ES depend on
-        which trials had ended, and because the space may have changed.
+        A trial whose runs do not hold its result waits to be trained, under its number and with its settings: it
+        failed, its session was killed, or its runs were deleted. A new study begins with the settings of which the root
+        holds runs. Asking again with the same seeds would not find them all, because the draws of TPE and CMA-ES depend
+        on which trials had ended, and because the space may have changed.
         """
         trials = self._trials()
         confirmed = [found for trial in trials if (found := self._confirmed(trial))]
@@ -296,14 +296,14 @@ class Search:
             self._ask()  # tells the result at once
 
     def _confirmed(self, trial: FrozenTrial) -> FrozenTrial | None:
-        """Return a trial if its runs hold its result, and else the trial as one that waits; None if it was never drawn."""
+        """Return a trial if its runs hold its result, else the trial as one that waits; None if it was never drawn."""
         if (runs := self._find(trial)) is None:  # refused, or a kill came between the draws of two fields
             return trial if trial.state.is_finished() else None
         state, values = runs.result() or (None, None)
         is_held = state is trial.state and (values is None or np.allclose(values, trial.values, rtol=1e-9, atol=0))
         if is_held or trial.state is TrialState.WAITING:
             return trial
-        # CMA-ES notes in a trial which generation it belongs to; notes of pruners are of values that are measured again.
+        # CMA-ES notes the generation of a trial; the notes of pruners are about values that are measured again.
         notes = {key: note for key, note in trial.system_attrs.items() if not key.startswith("completed_rung")}
         return create_trial(state=TrialState.WAITING, system_attrs={**notes, "fixed_params": trial.params})
 

@@ -40,8 +40,9 @@ _SAMPLERS: dict[str, Callable[[int, int], optuna.samplers.BaseSampler]] = {
         seed=seed, independent_sampler=optuna.samplers.RandomSampler(seed=of_trial), warn_independent_sampling=False
     ),
 }
-# Pruners by name, given the length of a run in steps. The first third of a run says little about its end, so medians are
-# not compared there. Successive halving keeps a third of the trials at a ninth of a run, and a third of those at a third.
+# Pruners by name, given the length of a run in steps. The first third of a run says little about its end, so medians
+# are not compared there. Successive halving keeps a third of the trials at a ninth of a run, and a third of those at a
+# third of it.
 _PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
     "none": lambda steps: optuna.pruners.NopPruner(),
     "median": lambda steps: optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=steps // 3),
