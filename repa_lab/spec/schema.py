@@ -210,8 +210,8 @@ class TrainConfig(Settings):
     loss_weight: LossWeightSettings = later(LossWeightSettings())
     """The weight of a sample's denoising loss, by the sample's noise."""
     time: Time = None
-    """Distribution of times, a type or `{type, mean, std}`; null is uniform from scratch, as in the papers, else what the
-    model was trained with."""
+    """Distribution of times, a type or `{type, mean, std}`; null is uniform from scratch, as in the papers, else what
+    the model was trained with."""
 
     @property
     def averaging(self) -> EmaConfig:
@@ -220,7 +220,7 @@ class TrainConfig(Settings):
 
     @property
     def times(self) -> TimeSettings | None:
-        """The distribution of times, whichever way ``time`` is written; None is the one that the model was trained with."""
+        """``time`` as a section; None is the distribution that the model was trained with."""
         return TimeSettings(type=self.time) if isinstance(self.time, str) else self.time
 
     def learning_rate(self, step: int) -> float:
