@@ -11,7 +11,7 @@ import repa_lab
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.tiny import write_tiny_pipeline
 from repa_lab.orchestration.plan import make_plan
-from repa_lab.orchestration.prepare import RefusedError, prepare
+from repa_lab.orchestration.prepare import prepare
 from repa_lab.runs import RunsRoot
 from repa_lab.spec import SpecError, load_spec
 from repa_lab.training.resolve import Inventory
@@ -189,8 +189,7 @@ def refusal(experiment):
             config = inventory.resolve(arm.config) if arm.config.data.source == "imagefolder" else arm.config
             prepare([config], experiment.run, Path("cache"), lambda task: lambda done, total: None)
             Trainer(repa_lab.spec.identity.Run("id", config, 0), experiment.run, Path("cache"))
-    error = caught.value
-    return error.message if isinstance(error, RefusedError) else str(error)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(("make", "planned", "refused"), CASES.values(), ids=CASES.keys())
