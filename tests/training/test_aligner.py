@@ -190,6 +190,9 @@ def test_long_work_is_announced(images, tmp_path):
         def read(self, index) -> torch.Tensor:
             return images.source.read(index)
 
+        def frames(self, index) -> torch.Tensor:
+            return images.source.frames(index)
+
     few = replace(images, source=Few())
     open_targets(
         settings, few, make_options(), tmp_path, CPU, lambda task: lambda done, total: heard.append((task, done, total))
