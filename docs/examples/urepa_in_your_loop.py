@@ -2,9 +2,9 @@
 
 python docs/examples/urepa_in_your_loop.py [steps] [folder for the model]
 
-Trains a tiny UNet on scikit-learn's digits, on a CPU in a minute, aligned with an ImageNet EfficientNet-Lite0 whose weights
-came with the installation. For your own model, replace UREPA's 64 by the width of its mid block, the encoder by, say, DINOv2,
-and the 112 by that encoder's width.
+Trains a tiny UNet on scikit-learn's digits, on a CPU in a minute, aligned with an ImageNet EfficientNet-Lite0 whose
+weights came with the installation. For your own model, replace UREPA's 64 by the width of its mid block, the encoder
+by, say, DINOv2, and the 112 by that encoder's width.
 """
 
 import sys
