@@ -1,4 +1,4 @@
-"""Tokens with their grid: no code in the lab infers ``(h, w)`` from ``sqrt(N)``."""
+"""Tokens with their grid: no code in repa-lab infers ``(h, w)`` from ``sqrt(N)``."""
 
 from __future__ import annotations
 

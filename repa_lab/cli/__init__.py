@@ -29,7 +29,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Invoke a command: a user's mistake is exit status 2, work that cannot go on 1, an interruption 130.
 
-        Errors that are not the lab's own are defects, and keep their traceback.
+        Errors that are not repa-lab's own are defects, and keep their traceback.
         """
         try:
             return super().invoke(ctx)

@@ -1,4 +1,4 @@
-"""Taps, which capture the output of a denoiser's block, and the base class of all denoisers that the lab trains."""
+"""Taps, which capture the output of a denoiser's block, and the base class of all denoisers that repa-lab trains."""
 
 from __future__ import annotations
 

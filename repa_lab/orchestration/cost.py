@@ -353,7 +353,7 @@ def _started_runs(plan: Plan) -> Iterator[tuple[RunDirectory, RunConfig]]:
         yield plan.root.run(entry.run.run_id), entry.run.config
     planned = {entry.run.run_id for entry in plan.runs}
     for directory in [run for run in plan.root.runs() if run.run_id not in planned][-_MAX_OTHER_RUNS:]:
-        with suppress(OSError, ValueError):  # of another version of the lab, or damaged
+        with suppress(OSError, ValueError):  # of another version of repa-lab, or damaged
             yield directory, Run.read(directory).config
 
 

@@ -127,7 +127,7 @@ class Plan:
         """Yield finished runs of an earlier version of the spec whose data and weights are unchanged."""
         for orphan in self.orphans:
             directory = self.root.run(orphan.run_id)
-            with suppress(ValueError, OSError):  # of another version of the lab, or its data is gone
+            with suppress(ValueError, OSError):  # of another version of repa-lab, or its data is gone
                 run = Run.read(directory)
                 if directory.status() is RunStatus.DONE and identify_run(run.config, run.seed, self.inventory) == run:
                     yield run

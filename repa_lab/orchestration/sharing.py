@@ -147,7 +147,7 @@ class _Trajectory:
         return common if self.kept is None else max((step for step in self.kept if step <= common), default=0)
 
     def _measures_end_of(self, other: _Trajectory) -> bool:
-        """Whether this run measures all that ``other`` measures at its last step, where a fork measures nothing."""
+        """Return whether this run measures what ``other`` measures at its last step; a fork measures nothing there."""
         last, ours, theirs = other.steps, self.run.config, other.run.config
         is_measured = last == self.steps or last % ours.evaluate.every == 0
         return is_measured and (last in ours.milestones or last not in theirs.milestones)

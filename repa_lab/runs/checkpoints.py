@@ -136,7 +136,7 @@ def _mismatch(checkpoint: Path, run: Path) -> str | None:
     try:
         record = files.read_record(checkpoint / SIGNATURE)
     except (FileNotFoundError, files.FormatError):
-        return f"'{checkpoint}' is of another version of the lab"
+        return f"'{checkpoint}' is of another version of repa-lab"
     if record["run_id"] != run.name:
         return f"'{checkpoint}' belongs to run {record['run_id']}"
     lines = _metric_lines(run)[: record["rows"]]

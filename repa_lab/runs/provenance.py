@@ -28,7 +28,7 @@ def provenance() -> dict[str, Any]:
 
 
 def gpu_models(folder: Path = GPUS) -> list[str]:
-    """The GPUs of this machine as the driver calls them; none where there is no driver."""
+    """Return the GPUs of this machine as the driver names them; none without a driver."""
     return [_model(path) for path in sorted(folder.glob("*/information"))]
 
 

@@ -20,10 +20,10 @@ _ID_LENGTH = 12
 
 
 class RecordedSpecError(ValueError):
-    """This version of the lab cannot read the recorded spec of a run; the message is one line."""
+    """This version of repa-lab cannot read the recorded spec of a run; the message is one line."""
 
     def __init__(self, run_id: str, reason: str) -> None:
-        super().__init__(f"the spec.json of run {run_id} is damaged, or of another version of the lab: {reason}")
+        super().__init__(f"the spec.json of run {run_id} is damaged, or of another version of repa-lab: {reason}")
 
 
 class MissingPluginError(ValueError):
@@ -53,7 +53,7 @@ class Run:
         """Return the run of a directory.
 
         Raises:
-            RecordedSpecError: its spec.json cannot be read by this version of the lab.
+            RecordedSpecError: its spec.json cannot be read by this version of repa-lab.
             MissingPluginError: the run's component is of a plugin that is not loaded; with the plugin's file name.
         """
         return cls.from_json(directory.run_id, directory.spec, directory.plugin_files)

@@ -19,11 +19,6 @@ from repa_lab.runs.files import write_text
 from repa_lab.spec.schema import COMPONENTS, SECTIONS, RunConfig, SpecFile
 
 _REF = "#/$defs/"
-_BASE = {"type": "string", "description": "A spec file under this one, relative to this file."}
-_USE = {
-    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}],
-    "description": "Fragments between the base and this file, relative to this file.",
-}
 # A base or a fragment may give any field, so only sections that are never merged require fields.
 _NEVER_MERGED = ("Include",)
 
@@ -48,7 +43,6 @@ def json_schema() -> dict[str, Any]:
         "properties": paths,
         "additionalProperties": False,
     }
-    properties |= {"base": _BASE, "use": _USE}
     properties |= {name: _without_title(sections[name]) for name in SECTIONS}
     _allow_dotted_paths(properties, definitions)
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from repa_lab.align.schedule import Schedule
 from repa_lab.align.settings import REGULARIZERS, EncoderSettings, NoSettings, RegularizerSettings
@@ -289,10 +289,10 @@ class SpecFile(Settings):
     document is validated.
     """
 
-    base: None = None
+    base: str | None = None
     """A spec file under this one, relative to this file."""
-    use: None = None
-    """A fragment, or a list of them, between the base and this file."""
+    use: str | tuple[str, ...] | None = None
+    """A fragment, or a list of them, between the base and this file; relative to this file."""
     model: dict[str, Any] = Field(default_factory=dict)
     """The denoiser."""
     regularizer: dict[str, Any] = Field(default_factory=dict)
@@ -331,3 +331,9 @@ class SpecFile(Settings):
     """How runs are carried out."""
     published: PublishedConfig | None = None
     """What a paper reports of the arms."""
+
+    @field_validator("base", "use")
+    @classmethod
+    def _is_merged(cls, value: object) -> None:
+        if value is not None:
+            raise ValueError("only a spec file can name other files; give a mapping whole")

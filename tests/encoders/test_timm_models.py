@@ -296,7 +296,7 @@ def test_a_network_that_takes_any_size_anyway_is_not_told_to():
 
 
 def test_timm_alone_leaves_what_a_file_lacks_at_random(tmp_path):
-    # Why the lab tries a file twice: should timm become strict, this fails, and once would be enough.
+    # Why repa-lab tries a file twice: should timm become strict, this fails, and once would be enough.
     save_file({"something.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     overlay = {"file": str(tmp_path / "other.safetensors")}
     assert timm.create_model(TINY, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)

@@ -216,7 +216,7 @@ class TestSignature:
         with pytest.raises(DamagedFileError, match="step-00000020' belongs to run abc; "):
             checkpoints.resumable(other)
         commit(run / "checkpoints", 30, 40)
-        with pytest.raises(DamagedFileError, match="step-00000040' is of another version of the lab; "):
+        with pytest.raises(DamagedFileError, match="step-00000040' is of another version of repa-lab; "):
             checkpoints.resumable(run)
 
     def test_without_any_there_is_nothing_to_resume(self, tmp_path):

@@ -218,7 +218,7 @@ def test_a_record_that_this_version_cannot_read_is_told_in_a_line(change, what):
     with pytest.raises(RecordedSpecError) as caught:
         Run.from_json("0123456789ab", {**run().to_json(), **change})
     assert (
-        str(caught.value) == f"the spec.json of run 0123456789ab is damaged, or of another version of the lab: {what}"
+        str(caught.value) == f"the spec.json of run 0123456789ab is damaged, or of another version of repa-lab: {what}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What leaves the lab: the denoiser as others load it, and the samples behind a number."""
+"""What leaves repa-lab: the denoiser as others load it, and the samples behind a number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family that the lab knows, by name. Imports no torch."""
+"""Every family that repa-lab knows, by name. Imports no torch."""
 
 from __future__ import annotations
 

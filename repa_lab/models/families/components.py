@@ -66,7 +66,7 @@ def _text(width: int, **config: Any) -> dict[str, Any]:
 
 
 def language_model(name: str, width: int, **config: Any) -> Component:
-    """A language model of transformers that reads text alone."""
+    """Return a language model of transformers that reads text alone."""
     return Component(f"transformers.{name}", _text(width, **config))
 
 
@@ -94,7 +94,7 @@ _SMALL_AUTOENCODER = {"block_out_channels": (4,) * 4, "norm_num_groups": 2, "lay
 
 
 def kl_autoencoder(channels: int, scaling: float, shift: float | None = None) -> Component:
-    """The autoencoder of Stable Diffusion and most families after it, which shrinks images eightfold."""
+    """Return the autoencoder of Stable Diffusion and most later families; it shrinks images eightfold."""
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     scale = {"latent_channels": channels, "scaling_factor": scaling, "shift_factor": shift}
     return Component("diffusers.AutoencoderKL", {**_SMALL_AUTOENCODER, **blocks, **scale})
@@ -116,7 +116,7 @@ QWEN_AUTOENCODER = Component(
 
 
 def flow_scheduler(**config: Any) -> Component:
-    """The scheduler of flow matching, with the released settings."""
+    """Return the scheduler of flow matching, with the released settings."""
     return Component("diffusers.FlowMatchEulerDiscreteScheduler", config)
 
 

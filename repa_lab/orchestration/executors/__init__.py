@@ -56,7 +56,7 @@ class Task:
     stop: tuple[StopRule, ...] = ()
 
     def is_enough(self, row: Row) -> bool:
-        """Whether a stop rule ends the run at this measurement."""
+        """Return whether a stop rule ends the run at this measurement."""
         return any(rule.holds(row) for rule in self.stop)
 
 
