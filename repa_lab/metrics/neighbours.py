@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from repa_lab.metrics.alignment import centred, float64, paired_features, require_finite, unit
+from repa_lab.metrics.alignment import centred, float64, full_float32, paired_features, require_finite, unit
 
 DEFINITIONS = ("paper", "platonic")
 _CHUNK = 1024
@@ -142,27 +142,36 @@ def _nearest(x: torch.Tensor, k: int, chunk: int) -> torch.Tensor:
     """Return neighbours ``(n, k)`` of finite float64 features.
 
     The rounding of a matrix product depends on its blocks and could order nearly equal products differently. So it only
-    selects candidates, whose products are then computed one by one. If an item outside the candidates could be nearer
-    than the k-th of them within the rounding, all items that could be are compared.
+    selects candidates, in float32 at first, whose products are then computed one by one in float64. If an item outside
+    the candidates could be nearer than the k-th of them within the rounding, the candidates are selected in float64,
+    and after that all items that could be are compared.
     """
     # Scaling by a power of two changes no digit, and products then neither overflow nor vanish.
     exponent = -math.frexp(x.abs().max().item())[1]
     x = x * math.ldexp(1.0, exponent // 2) * math.ldexp(1.0, exponent - exponent // 2)
-    lengths = x.norm(dim=1)
-    rounding = 4 * (x.shape[1] + 4) * torch.finfo(x.dtype).eps * lengths * lengths.max()
     chunks = torch.arange(len(x), device=x.device).split(chunk)
-    return torch.cat([_nearest_of(x, rows, k, rounding[rows]) for rows in chunks])
+    with full_float32():
+        rounded = x.float()
+        return torch.cat([_nearest_of(x, rounded, rows, k) for rows in chunks])
 
 
-def _nearest_of(x: torch.Tensor, rows: torch.Tensor, k: int, rounding: torch.Tensor) -> torch.Tensor:
-    scores = (x[rows] @ x.T).scatter_(1, rows[:, None], -math.inf)
+def _nearest_of(x: torch.Tensor, rounded: torch.Tensor, rows: torch.Tensor, k: int) -> torch.Tensor:
+    """Return the neighbours ``(r, k)`` of ``rows`` ``(r,)`` of ``x``; ``rounded`` selects the candidates."""
+    scores = (rounded[rows] @ rounded.T).scatter_(1, rows[:, None], -math.inf)
     width = min(k + max(k // 2, _SPARE), len(x) - 1)
     best, candidates = scores.topk(width, dim=1)
     candidates = candidates.sort(dim=1).values
     products = torch.cat(list(_products(x, x, rows, candidates)))
     order = products.argsort(dim=1, descending=True, stable=True)[:, :k]
     nearest, kth = candidates.gather(1, order), products.gather(1, order[:, -1:])[:, 0]
-    for row in (kth <= best[:, -1] + rounding).nonzero().flatten().tolist():
+    precision, lengths = torch.finfo(rounded.dtype), x.norm(dim=1)
+    rounding = 4 * (x.shape[1] + 4) * precision.eps * lengths[rows] * lengths.max() + x.shape[1] * precision.tiny
+    unsure = (kth <= best[:, -1] + rounding).nonzero().flatten()
+    if rounded.dtype != x.dtype:
+        if len(unsure):
+            nearest[unsure] = _nearest_of(x, x, rows[unsure], k)
+        return nearest
+    for row in unsure.tolist():
         possible = (scores[row] >= kth[row] - rounding[row]).nonzero().flatten()
         exact = torch.linalg.vecdot(x[possible], x[rows[row]])
         nearest[row] = possible[exact.argsort(descending=True, stable=True)[:k]]

@@ -100,6 +100,7 @@ FEATURES = {
     "nothing": np.zeros((COUNT, WIDTH)),
     "huge": 1e100 * normal(COUNT, WIDTH),
     "tiny": 1e-100 * normal(COUNT, WIDTH),
+    "items that float32 barely holds": normal(COUNT, WIDTH) * np.where(np.arange(COUNT) % 2, 1e-42, 1)[:, None],
 }
 hard = pytest.mark.parametrize("x", FEATURES.values(), ids=FEATURES.keys())
 
