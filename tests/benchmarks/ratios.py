@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -28,3 +30,18 @@ def ratios(first: Callable[[], object], second: Callable[[], object], rounds: in
 
 def show(name: str, measured: Ratio, note: str = "") -> None:
     print(f"\n{name}: {measured[0]:.3f} (lowest {measured[1]:.3f}, highest {measured[2]:.3f}) {note}")
+
+
+def spent(setup: str, work: str, *arguments: object) -> tuple[float, float]:
+    """CPU seconds of some code in a process of its own, and by how many MiB its peak of memory grew; `setup` is not counted.
+
+    The code finds the arguments as texts in `sys.argv[1:]`.
+    """
+    peak = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024"
+    code = f"import resource, sys, time\n{setup}\nmemory, began = {peak}, time.process_time()\n{work}\n"
+    code += f"print(time.process_time() - began, {peak} - memory)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    seconds, memory = done.stdout.splitlines()[-1].split()
+    return float(seconds), float(memory)
