@@ -87,24 +87,18 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     Raises:
         ValueError: shapes do not fit, or values are not finite.
     """
+    from scipy.linalg.lapack import dpstrf
+
     m1, s1, m2, s2 = (np.asarray(value, dtype=np.float64) for value in (mu1, sigma1, mu2, sigma2))
     width = m1.shape[0] if m1.ndim == 1 else 0
     if not width or m2.shape != m1.shape or not s1.shape == s2.shape == (width, width):
         raise ValueError(f"need (d,), (d, d), (d,), (d, d), got {m1.shape}, {s1.shape}, {m2.shape}, {s2.shape}")
     if not all(np.isfinite(value).all() for value in (m1, s1, m2, s2)):
         raise ValueError("statistics are not finite")
-    first, second = _factor(s1), _factor(s2)
-    lower, other = (first, s2) if first.shape[1] <= second.shape[1] else (second, s1)
-    trace_of_root = np.sqrt(np.linalg.eigvalsh(lower.T @ other @ lower).clip(min=0)).sum()
+    first, second = dpstrf(s1, lower=1), dpstrf(s2, lower=1)
+    (lower, pivots, rank, _), other = (first, s2) if first[2] <= second[2] else (second, s1)
+    factor = np.zeros((width, rank))  # L (d, r)
+    factor[pivots - 1] = np.tril(lower[:, :rank])
+    trace_of_root = np.sqrt(np.linalg.eigvalsh(factor.T @ other @ factor).clip(min=0)).sum()
     shift = m1 - m2
     return float(shift @ shift + np.trace(s1) + np.trace(s2) - 2 * trace_of_root)
-
-
-def _factor(sigma: Array) -> Array:
-    """Return ``L`` ``(d, r)`` with ``sigma = L L^T``, for a positive semi-definite matrix of rank r."""
-    from scipy.linalg.lapack import dpstrf
-
-    decomposed, pivots, rank, _ = dpstrf(sigma, lower=1)
-    factor = np.zeros((len(sigma), rank))
-    factor[pivots - 1] = np.tril(decomposed)[:, :rank]
-    return factor

@@ -249,6 +249,7 @@ def decoder_identity(config: RunConfig) -> dict[str, Any]:
     return {**identity, "scheduler": finite}
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that numbers may depend on."""
     return {name: importlib.metadata.version(name) for name in _LIBRARIES}
