@@ -60,7 +60,7 @@ def execute(name: str, path: Path) -> list[Any]:
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     parameters.source = f"path = {str(path)!r}"
     NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ANALYSIS)}}
+        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(ANALYSIS)}}
     ).execute()
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import threading
 import time
 import zlib
@@ -163,16 +164,18 @@ class TestInterruptions:
         assert rest.asked == list(range(6, COUNT))
 
     def test_a_process_that_is_killed_leaves_a_cache_that_can_be_completed(self, build, tmp_path):
-        def slowly(pixels: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.01)
+        processes = multiprocessing.get_context("fork")
+        is_half_done = processes.Event()
+
+        def until_half(pixels: torch.Tensor) -> torch.Tensor:
+            if pixels.max() >= 100:
+                is_half_done.set()
+                signal.pause()
             return Square()(pixels)
 
-        process = multiprocessing.get_context("fork").Process(target=build, args=(slowly,), kwargs={"count": 200})
+        process = processes.Process(target=build, args=(until_half,), kwargs={"count": 200})
         process.start()
-        while not list(tmp_path.glob("*/values-*")):
-            assert process.is_alive()
-            time.sleep(0.001)
-        time.sleep(0.05)
+        is_half_done.wait()
         process.kill()
         process.join()
         rest = Square()
@@ -448,7 +451,7 @@ def test_a_batch_is_read_while_the_one_before_is_encoded():
 
     def finish(batch, number):
         assert batch == [number]
-        assert all(event.wait(10) for event in read[: number + 2])
+        assert all(event.wait() for event in read[: number + 2])
 
     batches = [[0], [1], [2]]
     assert list(encode_batches(batches, lambda batch: read[batch[0]].set() or batch[0], finish)) == batches

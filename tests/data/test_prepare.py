@@ -274,9 +274,9 @@ class TestProcesses:
     def test_killed_at_any_instant_it_ends_as_if_it_had_not_been(self, root, whole, tmp_path):
         """Killed as one process, ended by two: those of a machine with two GPUs, but for the GPUs."""
         folder, command = tmp_path / "data", [sys.executable, "-m", "repa_lab", *words(root, tmp_path / "data")]
-        process, deadline = subprocess.Popen(command, stdout=subprocess.DEVNULL), time.monotonic() + 120
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while len(list(folder.glob("vae-sd/*/*.npy"))) < 2 * BATCH:
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.poll() is None
             time.sleep(0.001)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()

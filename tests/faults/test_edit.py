@@ -51,7 +51,7 @@ def test_exactly_the_missing_runs_are_trained(tmp_path):
     asked = {entry.run.run_id for entry in plan(file, root.path).runs}
     assert len(asked) == 24
     first = sweep(file)
-    wait_until(lambda: len(in_state(root, State.DONE)) >= DONE_BEFORE, f"{DONE_BEFORE} runs are done")
+    wait_until(lambda: len(in_state(root, State.DONE)) >= DONE_BEFORE)
     os.kill(first.pid, signal.SIGINT)
     first.communicate()
     assert first.returncode == 130

@@ -127,7 +127,7 @@ def test_a_run_whose_scheduler_and_workers_are_killed_has_one_status_everywhere(
     for pid in (first.pid, *workers):
         os.kill(pid, signal.SIGKILL)
     first.communicate(timeout=PATIENCE_S)
-    wait_until(lambda: not run.is_held, "nobody holds the run")
+    wait_until(lambda: not run.is_held)
     assert run.state.state is State.RUNNING  # nobody was left to record anything else
     assert load_results(root.path / "tiny").runs["state"].tolist() == ["resumable"]
     assert "seed 0 is resumable at step" in shown("report", spec, "tiny")
@@ -163,13 +163,13 @@ def test_a_sweep_that_is_told_to_stop_while_it_prepares_ends_at_once_and_can_be_
     root = RunsRoot(spec.parent / "runs")
 
     first = start(spec)
-    wait_until(lambda: root.sweep("tiny").is_held and children_of(first), "the worker is started")
+    wait_until(lambda: root.sweep("tiny").is_held and children_of(first))
     workers = children_of(first)
     stop_from_another_terminal(spec, first)
     assert_ends_at_once(first, workers, root)
 
     second = start(spec)
-    wait_until(lambda: list(root.cache.glob("features/*")), "features are computed")
+    wait_until(lambda: list(root.cache.glob("features/*")))
     workers = children_of(second)
     os.kill(second.pid, signal.SIGINT)
     assert_ends_at_once(second, workers, root)

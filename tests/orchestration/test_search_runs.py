@@ -238,9 +238,8 @@ def test_a_killed_scheduler_loses_nothing(tiny, tmp_path):
     process.wait()
     begun = {run.run_id for run in root.runs()}
     done = {run.run_id: histories(root.path)[run.run_id] for run in root.runs() if run.state.state is State.DONE}
-    deadline = time.monotonic() + 60  # the worker ends by itself, with a checkpoint
-    while any(run.state.state is State.RUNNING for run in root.runs()) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    while any(run.state.state is State.RUNNING for run in root.runs()):
+        time.sleep(0.1)  # the worker ends by itself, with a checkpoint
     outcome = sweep(file, root.path, workers=1)
     assert not outcome.failures and len(root.runs()) == 6
     assert {run.run_id for run in root.runs()} >= begun
@@ -272,10 +271,9 @@ def test_optuna_dashboard_shows_the_study(searched):
 
 
 def _fetch(url):
-    for _ in range(100):
+    while True:
         try:
-            with closing(urllib.request.urlopen(url, timeout=5)) as answer:
+            with closing(urllib.request.urlopen(url)) as answer:
                 return json.load(answer)
-        except OSError:
+        except OSError:  # the server has not come up yet
             time.sleep(0.2)
-    raise TimeoutError(url)

@@ -20,7 +20,7 @@ def run(tmp_path) -> RunDirectory:
 
 
 @contextmanager
-def other_process(run: RunDirectory, then: str = "time.sleep(60)") -> Iterator[subprocess.Popen]:
+def other_process(run: RunDirectory, then: str = "signal.pause()") -> Iterator[subprocess.Popen]:
     """Another process that holds the run; what it does then is given."""
     code = textwrap.dedent(f"""
         import os, signal, sys, time
@@ -103,6 +103,7 @@ class TestReading:
 
 class TestWriting:
     def test_what_is_written_is_read(self, run):
+        before = time.time()
         with RunWriter(run) as writer:
             writer.describe({"seed": 1, "train": {"lr": 1e-4}}, {"python": "3"})
             writer.row({"loss": 0.5, "step": 10})
@@ -116,7 +117,7 @@ class TestWriting:
             ("started", "x", None),
             ("running", None, 10),
         ]
-        assert abs(run.events()[0]["time"] - time.time()) < 60
+        assert round(before, 3) <= run.events()[0]["time"] <= round(time.time(), 3)
         assert run.state == RunState(State.RUNNING, 10)
 
     def test_a_row_without_a_step_is_refused(self, run):
@@ -164,7 +165,7 @@ class TestTornTails:
     def test_rows_of_a_killed_process_are_all_there(self, run):
         then = "[writer.row({'step': step}) for step in range(200)]; os.kill(os.getpid(), signal.SIGKILL)"
         with other_process(run, then) as process:
-            assert process.wait(timeout=30) == -9
+            assert process.wait() == -9
         assert [row["step"] for row in run.rows()] == list(range(200))
 
 
@@ -199,7 +200,7 @@ class TestTheLock:
                 RunWriter(run, patience_s=0.1).__enter__()
             process.stdin.write("\n")
             process.stdin.flush()
-            assert process.wait(timeout=30) == 0
+            assert process.wait() == 0
             with RunWriter(run, patience_s=0.1) as writer:
                 writer.event("in")
         assert [event["event"] for event in run.events()] == ["in"]
@@ -213,7 +214,7 @@ class TestTheLock:
         assert [event["event"] for event in run.events()] == ["in"]
 
     def test_it_waits_for_as_long_as_it_is_told(self, run):
-        with other_process(run, "time.sleep(0.5)"), RunWriter(run, patience_s=30) as writer:
+        with other_process(run, "time.sleep(0.5)"), RunWriter(run, patience_s=3600) as writer:
             writer.event("in")
         assert [event["event"] for event in run.events()] == ["in"]
 

@@ -121,7 +121,9 @@ def one_core() -> Iterator[None]:
 def cache(tmp_path_factory) -> Path:
     """Encoder features and reference statistics, computed by the first test that needs them, in whichever process."""
     root = tmp_path_factory.getbasetemp()
-    return (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "repa-lab-cache"
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "repa-lab-cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -365,7 +365,7 @@ class TestProcesses:
             assert state is State.DONE
             return directory
         process = self.start(spec, processes)
-        output, error = process.communicate(timeout=300)
+        output, error = process.communicate()
         assert process.returncode == 0, error[-3000:]
         assert output.count("done:") == 1
         (directory,) = RunsRoot(folder / "runs").runs()
@@ -392,10 +392,9 @@ class TestProcesses:
         before, after = processes
         folder, often = tmp_path / "killed", {"checkpoint_every": 5}
         process = self.start(self.spec(folder, self.LONGER, cache, **often), before)
-        root, deadline = RunsRoot(folder / "runs"), time.monotonic() + 120
+        root = RunsRoot(folder / "runs")
         while not any((run.checkpoints / "step-00000010").exists() for run in root.runs()):
             assert process.poll() is None
-            assert time.monotonic() < deadline
             time.sleep(0.005)
         for pid in family(process.pid):  # torchrun gives its processes sessions of their own
             os.kill(pid, signal.SIGKILL)

@@ -104,7 +104,7 @@ class TestSteps:
         began = time.perf_counter()
         found = steps(trainer, 2, tmp_path / "saved")
         sizes, seconds = zip(*inside, strict=True)
-        assert 0.01 < sum(seconds) <= found <= time.perf_counter() - began
+        assert 0 < sum(seconds) <= found <= time.perf_counter() - began
         assert list(sizes) == passes
 
     def test_cached_features_take_the_time_of_reading_them(self, cache, tmp_path):
