@@ -108,9 +108,12 @@ def _numbers(values: Any) -> PerChannel:
 
 def _channels(values: PerChannel, like: torch.Tensor) -> torch.Tensor | float:
     """Return one number, or a tensor that is broadcast over the channels of ``like`` ``(B, c, h, w)``."""
-    if len(values) == 1:
-        return values[0]
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+    return values[0] if len(values) == 1 else _on_device(values, like.dtype, like.device)
+
+
+@functools.cache  # a copy to the device waits for it, and every training step would
+def _on_device(values: PerChannel, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
 
 class Autoencoder:

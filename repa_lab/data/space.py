@@ -29,12 +29,20 @@ class Space(Protocol):
         """Return (channels, height, width) of each of the images ``index``."""
         ...
 
-    def draw(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
-        """Draw the randomness of encoding the images ``index``, ``(B, *shape)``; None, without a draw, without any."""
+    def read(self, index: torch.Tensor) -> torch.Tensor:
+        """Return the images ``index`` ``(B,)`` as they are stored, on the CPU: pixels, or moments of latents."""
         ...
 
-    def encode(self, index: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        """Return images as float32 ``(B, *shape)``; ``noise`` comes from :meth:`draw`, and None gives the mean."""
+    def draw(self, stored: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor | None:
+        """Draw the randomness of encoding ``count`` images like ``stored`` ``(b, ...)``, on the generator's device.
+
+        Returns:
+            noise for :meth:`encode`, ``(count, ...)``; None, without a draw, if nothing is left to chance.
+        """
+        ...
+
+    def encode(self, stored: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """Return float32 ``(B, *shape)`` of what :meth:`read` returned, on its device; without noise, the mean."""
         ...
 
     def decode(self, x: torch.Tensor, rounding: Rounding = "nearest") -> torch.Tensor | None:
@@ -71,12 +79,16 @@ class PixelSpace(Space):
         return self.channels, height, width
 
     @override
-    def draw(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
+    def read(self, index: torch.Tensor) -> torch.Tensor:
+        return self._source.read(index.tolist())
+
+    @override
+    def draw(self, stored: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor | None:
         return None
 
     @override
-    def encode(self, index: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        return self._source.read(index.tolist()).float() / 127.5 - 1
+    def encode(self, stored: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        return stored.float() / 127.5 - 1
 
     @override
     def decode(self, x: torch.Tensor, rounding: Rounding = "nearest") -> torch.Tensor | None:
@@ -97,24 +109,26 @@ class LatentSpace(Space):
 
     @override
     def shape(self, index: torch.Tensor) -> tuple[int, int, int]:
-        return self.vae.scaling.shape(*self._latent_shape(index))
+        doubled, height, width = self._moments.shape(index)
+        return self.vae.scaling.shape(doubled // 2, height, width)
 
     @override
-    def draw(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
-        return torch.randn((len(index), *self._latent_shape(index)), generator=generator)
+    def read(self, index: torch.Tensor) -> torch.Tensor:
+        return self._moments[index]
 
     @override
-    def encode(self, index: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        mean, std = self._moments[index].chunk(2, dim=1)
+    def draw(self, stored: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor | None:
+        _, doubled, height, width = stored.shape
+        return torch.randn((count, doubled // 2, height, width), generator=generator, device=generator.device)
+
+    @override
+    def encode(self, stored: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        mean, std = stored.chunk(2, dim=1)
         return self.vae.scaling.normalise(mean if noise is None else mean + std * noise)
 
     @override
     def decode(self, x: torch.Tensor, rounding: Rounding = "nearest") -> torch.Tensor | None:
         return _levels(self.vae.decode(x), rounding)
-
-    def _latent_shape(self, index: torch.Tensor) -> tuple[int, int, int]:
-        doubled, height, width = self._moments.shape(index)
-        return doubled // 2, height, width
 
 
 def _levels(pixels: torch.Tensor, rounding: Rounding) -> torch.Tensor | None:
@@ -202,7 +216,7 @@ class Reconstructions:
         return self._source.frames(index)
 
     def _decode(self, index: torch.Tensor) -> torch.Tensor:
-        x = self._space.encode(index, None)
+        x = self._space.encode(self._space.read(index), None)
         pixels = to_uint8(self._decoder.decode(x.to(self._device))).cpu()
         decoded, expected = tuple(pixels.shape[1:]), (self.channels, *self._source.sizes[index[0]].tolist())
         if decoded != expected:

@@ -3,17 +3,21 @@
 Every draw derives from (seed, stream, images seen). Nothing has to be saved to resume, and neither the number of
 processes nor the micro-batch changes a draw. Arms with one seed are paired: they see the same images in the same order,
 with the same noise, times and dropped labels.
+
+Numbers are drawn where they are used: the choice of images, mirrored or not, and of dropped labels on the CPU; times
+and noise on the device that trains. Another kind of device draws other times and noise.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from repa_lab.data.sources import groups
 from repa_lab.encoders.targets import Reader
@@ -22,6 +26,7 @@ from repa_lab.training.data import Condition, Conditioning, Images
 from repa_lab.training.diffusion import Process
 
 _BLOCK = 1024  # steps whose image sizes are drawn together
+_CPU = torch.device("cpu")
 
 
 def stream_seed(seed: int, stream: str, *counters: int) -> int:
@@ -30,9 +35,9 @@ def stream_seed(seed: int, stream: str, *counters: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def generator(seed: int, stream: str, *counters: int) -> torch.Generator:
-    """Return a CPU generator for a named stream; drawing on the CPU gives every device the same numbers."""
-    return torch.Generator().manual_seed(stream_seed(seed, stream, *counters))
+def generator(seed: int, stream: str, *counters: int, device: torch.device = _CPU) -> torch.Generator:
+    """Return a device's generator for a named stream; drawing on the CPU gives every device the same numbers."""
+    return torch.Generator(device).manual_seed(stream_seed(seed, stream, *counters))
 
 
 @contextmanager
@@ -73,7 +78,8 @@ class BatchOrder:
     """The images of every step, all of one size.
 
     With several sizes, the size of a step is drawn with probabilities proportional to the numbers of images, and the
-    images of each size follow their own :class:`Order`. In the long run every image is seen equally often.
+    images of each size follow their own :class:`Order`. In the long run every image is seen equally often. Only the
+    current block of draws is kept; a step before it starts the count of earlier steps again.
 
     Args:
         members: the images of each size, ``(n,)`` each.
@@ -83,33 +89,63 @@ class BatchOrder:
     def __init__(self, members: Sequence[torch.Tensor], seed: int) -> None:
         streams = ["data"] if len(members) == 1 else [f"data/{number}" for number in range(len(members))]
         self._orders = [Order(index, seed, stream) for index, stream in zip(members, streams, strict=True)]
-        self._shares = torch.tensor([float(len(index)) for index in members])
-        self._seed = seed
-        self._sizes: list[torch.Tensor] = []  # for each block of steps, the number of the size of every step
+        self._shares, self._seed = torch.tensor([float(len(index)) for index in members]), seed
+        self._start_block(0, torch.zeros(len(members), dtype=torch.long))
 
     def take(self, step: int, count: int) -> torch.Tensor:
         """Return the images of a step, ``(count,)``."""
         if len(self._orders) == 1:
             return self._orders[0].take(step * count, count)
         block, offset = divmod(step, _BLOCK)
-        while len(self._sizes) <= block:
-            draw = generator(self._seed, "sizes", len(self._sizes))
-            self._sizes.append(torch.multinomial(self._shares, _BLOCK, replacement=True, generator=draw))
-        size = int(self._sizes[block][offset])
-        before = torch.cat([*self._sizes[:block], self._sizes[block][:offset]])
-        return self._orders[size].take(int((before == size).sum()) * count, count)
+        if block < self._block:
+            self._start_block(0, torch.zeros_like(self._earlier))
+        while block > self._block:
+            self._start_block(self._block + 1, self._earlier + self._sizes.bincount(minlength=len(self._orders)))
+        size = int(self._sizes[offset])
+        earlier = int(self._earlier[size] + (self._sizes[:offset] == size).sum())
+        return self._orders[size].take(earlier * count, count)
+
+    def _start_block(self, block: int, earlier: torch.Tensor) -> None:
+        """Draw the number of the size of every step of a block; ``earlier`` counts the steps of each size before."""
+        draw = generator(self._seed, "sizes", block)
+        self._block, self._earlier = block, earlier
+        self._sizes = torch.multinomial(self._shares, _BLOCK, replacement=True, generator=draw)
+
+
+class HostBatch(NamedTuple):
+    """What is read for a step in the memory of the host, before times and noise are drawn.
+
+    Attributes:
+        step: number of the step.
+        ids: numbers of the images, ``(B,)``; they stay on the CPU.
+        stored: the images as their space stores them, ``(B, ...)``: pixels, or moments of latents.
+        condition: class or caption embeddings, some of them already dropped.
+        loaded: for each encoder, the cached features or pixels that its targets are made from; None if not read ahead.
+    """
+
+    step: int
+    ids: torch.Tensor
+    stored: torch.Tensor
+    condition: Condition
+    loaded: tuple[torch.Tensor | None, ...] = ()
+
+    def to(self, device: torch.device) -> HostBatch:
+        """Return the batch with all tensors but ``ids`` on a device, copied without waiting from pinned memory."""
+        condition = {name: values.to(device, non_blocking=True) for name, values in self.condition.items()}
+        loaded = tuple(None if values is None else values.to(device, non_blocking=True) for values in self.loaded)
+        return HostBatch(self.step, self.ids, self.stored.to(device, non_blocking=True), condition, loaded)
 
 
 class Batch(NamedTuple):
-    """The inputs of one step, drawn on the CPU.
+    """The inputs of one step, on the device that trains except for ``ids``.
 
     Attributes:
         ids: numbers of the images, ``(B,)``.
         x: clean images or latents, ``(B, C, H, W)``.
         noise: ``(B, C, H, W)``.
         t: times from 0 (data) to 1 (noise), ``(B,)``.
-        condition: class or caption embeddings, some of them already dropped.
-        loaded: for each encoder, the cached features or pixels that its targets are made from; None if not read ahead.
+        condition: see :class:`HostBatch`.
+        loaded: see :class:`HostBatch`.
     """
 
     ids: torch.Tensor
@@ -124,12 +160,6 @@ class Batch(NamedTuple):
         step = size or len(self.ids)
         return [self._rows(slice(start, start + step)) for start in range(0, len(self.ids), step)]
 
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch with ``x``, ``noise``, ``t`` and ``condition`` on a device."""
-        x, noise, t = (values.to(device, non_blocking=True) for values in (self.x, self.noise, self.t))
-        condition = {name: values.to(device, non_blocking=True) for name, values in self.condition.items()}
-        return Batch(self.ids, x, noise, t, condition, self.loaded)
-
     def _rows(self, rows: slice) -> Batch:
         ids, x, noise, t = (values[rows] for values in (self.ids, self.x, self.noise, self.t))
         condition = {name: values[rows] for name, values in self.condition.items()}
@@ -137,8 +167,8 @@ class Batch(NamedTuple):
         return Batch(ids, x, noise, t, condition, loaded)
 
 
-class Steps(Dataset[Batch]):
-    """The batch of every step by its number, a function of (config, seed, step) alone.
+class Steps(Dataset[HostBatch]):
+    """The batch of every step by its number, a function of (config, seed, step) and the kind of device alone.
 
     Args:
         config: batch size, label dropout and distribution of times.
@@ -174,20 +204,69 @@ class Steps(Dataset[Batch]):
     def __len__(self) -> int:
         return self._train.steps
 
-    def __getitem__(self, step: int) -> Batch:
-        size, space, part = self._train.batch_size, self._images.space, self._part
+    def __getitem__(self, step: int) -> HostBatch:
+        size, part = self._train.batch_size, self._part
         ids = self._order.take(step, size)
         if self._images.flips:  # image i + base_count is image i mirrored
             is_mirrored = torch.rand(size, generator=generator(self._seed, "flips", step * size)) < 0.5
             ids = ids + self._images.base_count * is_mirrored
-        # Every process draws the randomness of the whole batch, so that their number does not change it.
-        draw = generator(self._seed, "noise", step * size)
-        t = self._process.times(self._train.times, size, draw)
-        dropped = torch.rand(size, generator=draw) < self._train.label_dropout
-        encoding = space.draw(ids, draw)
-        noise = torch.randn((size, *space.shape(ids)), generator=draw)
-        ids = ids[part]
-        x = space.encode(ids, None if encoding is None else encoding[part])
+        ids, dropped = ids[part], self._draw(step, _CPU)[1][part]
         is_read = self._weight is not None and self._weight(step) != 0
         loaded = tuple(read and read(ids) for read in self._readers) if is_read else ()
-        return Batch(ids, x, noise[part], t[part], self._conditioning(ids, dropped[part]), loaded)
+        return HostBatch(step, ids, self._images.space.read(ids), self._conditioning(ids, dropped), loaded)
+
+    def draw(self, host: HostBatch) -> Batch:
+        """Draw the times and the noise of a batch on the device that the batch is on.
+
+        Every process draws the numbers of the whole batch and takes its part, so that their number changes nothing.
+        """
+        size, space, part = self._train.batch_size, self._images.space, self._part
+        t, _, draw = self._draw(host.step, host.stored.device)
+        encoding = space.draw(host.stored, size, draw)
+        x = space.encode(host.stored, None if encoding is None else encoding[part])
+        noise = torch.randn((size, *x.shape[1:]), generator=draw, device=draw.device)
+        return Batch(host.ids, x, noise[part], t[part], host.condition, host.loaded)
+
+    def load(self, steps: Iterable[int], device: torch.device, workers: int) -> Iterator[Batch]:
+        """Yield the batches of some steps on a device.
+
+        Args:
+            steps: numbers of the steps.
+            device: where times and noise are drawn and the step runs.
+            workers: processes that read; 0 reads in this process.
+        """
+        is_gpu = device.type == "cuda"
+        loader = DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, pin_memory=is_gpu)
+        for host in _copied_ahead(loader, device) if is_gpu else loader:
+            yield self.draw(host)
+
+    def _draw(self, step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Generator]:
+        """Return times and dropped labels of a whole batch ``(batch_size,)``, and the generator for its noise."""
+        size = self._train.batch_size
+        draw = generator(self._seed, "noise", step * size, device=device)
+        t = self._process.times(self._train.times, size, draw)
+        dropped = torch.rand(size, generator=draw, device=device) < self._train.label_dropout
+        return t, dropped, draw
+
+
+def _copied_ahead(batches: Iterable[HostBatch], device: torch.device) -> Iterator[HostBatch]:
+    """Copy batches from pinned memory to a GPU on a stream of their own, each while the step before it runs."""
+    stream = torch.cuda.Stream(device)
+    copied = deque[tuple[HostBatch, torch.cuda.Event]]()
+
+    def arrived() -> HostBatch:
+        batch, event = copied.popleft()
+        current = torch.cuda.current_stream(device)
+        current.wait_event(event)
+        for values in (batch.stored, *batch.condition.values(), *batch.loaded):
+            if values is not None:
+                values.record_stream(current)  # else its memory could be reused before the step has read it
+        return batch
+
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            copied.append((batch.to(device), stream.record_event()))
+        if len(copied) > 1:
+            yield arrived()
+    while copied:
+        yield arrived()

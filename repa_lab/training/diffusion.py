@@ -32,7 +32,7 @@ class Flow:
     default: TimeSettings = UNIFORM
 
     def times(self, settings: TimeSettings | None, count: int, draw: torch.Generator) -> torch.Tensor:
-        """Draw training times ``(count,)``, float32; None draws from the default distribution."""
+        """Draw training times ``(count,)`` on the generator's device, float32; None takes the default."""
         t = _unit_times(settings or self.default, count, draw)
         return t if self.shift == 1 else self.shift * t / (1 + (self.shift - 1) * t)
 
@@ -72,7 +72,7 @@ class Diffusion:
         """Draw training times ``(count,)``, uniform over the steps by default; logit-normal times are rounded down."""
         steps = len(self._signal)
         if settings is None or settings.type == "uniform":
-            return torch.randint(steps, (count,), generator=draw) / _STEPS
+            return torch.randint(steps, (count,), generator=draw, device=draw.device) / _STEPS
         return (_unit_times(settings, count, draw) * steps).floor().clamp_max(steps - 1) / _STEPS
 
     def corrupt(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,5 +146,5 @@ def denoising_loss(prediction: torch.Tensor, target: torch.Tensor, weight: torch
 def _unit_times(settings: TimeSettings, count: int, draw: torch.Generator) -> torch.Tensor:
     """Draw times ``(count,)`` between 0 and 1."""
     if settings.type == "uniform":
-        return torch.rand(count, generator=draw)
-    return (settings.mean + settings.std * torch.randn(count, generator=draw)).sigmoid()
+        return torch.rand(count, generator=draw, device=draw.device)
+    return (settings.mean + settings.std * torch.randn(count, generator=draw, device=draw.device)).sigmoid()

@@ -334,7 +334,8 @@ def show(model: Model, images: Images, index: torch.Tensor, timestep: float, dev
         device: where to run.
     """
     draw = generator(MEASURING_SEED, "held-out", int(index[0]))
-    x = images.space.encode(index, images.space.draw(index, draw))
+    stored = images.space.read(index)
+    x = images.space.encode(stored, images.space.draw(stored, len(stored), draw))
     noise = torch.randn(x.shape, generator=draw)
     t = torch.full((len(x),), timestep)
     x_t, _ = model.process.corrupt(x, noise, t)

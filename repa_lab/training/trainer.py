@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
-from torch.utils.data import DataLoader
 
 from repa_lab.align import REPA, Needs, Prediction, Schedule, Shapes, Tokens
 from repa_lab.align.ranks import mean_over_ranks
@@ -124,8 +123,7 @@ class Trainer:
     def batches(self) -> Iterator[Batch]:
         """Return the batches of the remaining steps."""
         remaining = range(self.progress.step, self.config.train.steps)
-        pin, workers = self.device.type == "cuda", self.options.data_workers
-        return iter(DataLoader(self._steps, batch_size=None, sampler=remaining, num_workers=workers, pin_memory=pin))
+        return self._steps.load(remaining, self.device, self.options.data_workers)
 
     def step(self, batch: Batch) -> StepOutcome:
         """Take one optimizer step: noise, forward, tap, regularizer, backward, clip, optimise, EMA."""
@@ -151,8 +149,8 @@ class Trainer:
         is_aligned = aligner is not None and aligner.is_active(step)
         weight = aligner.regularizer.weight_at(step) if aligner else 0.0
         micro_batches, means = batch.split(self._micro_batch.size), dict[str, torch.Tensor]()
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            share, part = len(micro_batch.t) / len(batch.t), micro_batch.to(self.device)
+        for number, part in enumerate(micro_batches, start=1):
+            share = len(part.t) / len(batch.t)
             with self._accumulating(is_last=number == len(micro_batches)):
                 x_t, target = process.corrupt(part.x, part.noise, part.t)
                 ema_tokens = self._ema_tokens(x_t, part) if is_aligned else ()
@@ -283,7 +281,7 @@ class Trainer:
         """Return the token widths at the taps; a pretrained denoiser runs on one image to find them."""
         if self.config.model.pretrained is None:
             return (shape_of_model(self.config).width,) * len(taps)
-        first = self._steps[0].split(1)[0].to(self.device)
+        first = self._steps.draw(self._steps[0].to(self.device)).split(1)[0]
         self.model.denoiser.eval()
         with self.accelerator.autocast():
             self.model.denoiser(first.x, first.t, **first.condition)

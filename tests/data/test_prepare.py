@@ -126,9 +126,9 @@ class TestWhatIsWritten:
         assert torch.equal(prepared.labels, plain.labels) and prepared.num_classes == plain.num_classes
         index = torch.tensor([7, 0, COUNT - 1])
         spaces = [latent_space(source, str(root / "vae"), tmp_path) for source in (prepared, plain)]
-        noise = [space.draw(index, draw(5)) for space in spaces]
+        noise = [space.draw(space.read(index), 3, draw(5)) for space in spaces]
         assert torch.equal(*noise)
-        ours, theirs = (space.encode(index, noise[0]) for space in spaces)
+        ours, theirs = (space.encode(space.read(index), noise[0]) for space in spaces)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)  # batches of 4 and of 8
 
 

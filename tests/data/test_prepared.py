@@ -67,14 +67,16 @@ def test_training_draws_mean_plus_std_times_noise_and_scales(made, tmp_path, sha
     assert np.load(LATENTS.path(folder, 0)).shape == (*shape, 8, 8, 8)
     space = space_of(folder, root / "vae", tmp_path)
     index = torch.tensor([4, 1, 4])
-    noise = space.draw(index, draw(3))
+    noise = space.draw(space.read(index), len(index), draw(3))
     assert noise.shape == (3, 4, 8, 8) and space.shape(index) == (4, 8, 8)
     stored = np.stack([np.load(LATENTS.path(folder, i)).reshape(8, 8, 8) for i in (4, 1, 4)]).astype(np.float64)
     expected = (stored[:, :4] + stored[:, 4:] * noise.double().numpy() - SHIFT) * SCALE
-    encoded = space.encode(index, noise)
+    encoded = space.encode(space.read(index), noise)
     assert encoded.dtype == torch.float32
     np.testing.assert_allclose(encoded.numpy(), expected, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(space.encode(index, None).numpy(), (stored[:, :4] - SHIFT) * SCALE, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        space.encode(space.read(index), None).numpy(), (stored[:, :4] - SHIFT) * SCALE, rtol=0, atol=1e-6
+    )
 
 
 def test_nothing_is_encoded_and_nothing_is_cached(made, data, tmp_path):
@@ -86,7 +88,7 @@ def test_nothing_is_encoded_and_nothing_is_cached(made, data, tmp_path):
 def test_samples_are_decoded_by_the_vae(made, data, tmp_path):
     root, vae = made
     space = space_of(data, root / "vae", tmp_path)
-    x = space.encode(torch.arange(2), None)
+    x = space.encode(space.read(torch.arange(2)), None)
     with torch.no_grad():
         expected = (vae.decode(x / SCALE + SHIFT).sample.clamp(-1, 1) + 1) * 127.5
     assert (space.decode(x) - expected).abs().max() <= 0.501
@@ -119,16 +121,17 @@ class TestTheVae:
                 weight.mul_(1.5)
         vae.save_pretrained(tmp_path / "other")
         index = torch.arange(COUNT)
-        x = space_of(data, tmp_path / "other", tmp_path).encode(index, None)
+        space = space_of(data, tmp_path / "other", tmp_path)
+        x = space.encode(space.read(index), None)
         own = space_of(data, made[0] / "vae", tmp_path)
-        assert torch.equal(x, own.encode(index, None))
+        assert torch.equal(x, own.encode(own.read(index), None))
         assert not torch.equal(space_of(data, tmp_path / "other", tmp_path).decode(x), own.decode(x))
 
     def test_half_precision_will_do(self, made, data, tmp_path):
         for number in range(COUNT):
             path = LATENTS.path(data, number)
             np.save(path, np.load(path).astype(np.float16))
-        assert space_of(data, made[0] / "vae", tmp_path).encode(torch.arange(2), None).dtype == torch.float32
+        assert space_of(data, made[0] / "vae", tmp_path).read(torch.arange(2)).dtype == torch.float32
 
     @pytest.mark.parametrize("number", [0, 2, 4])  # of six images every second is looked at
     def test_latents_of_another_image_are_refused(self, made, data, tmp_path, number):
@@ -148,7 +151,7 @@ class TestDamage:
         path = LATENTS.path(data, 3)
         space = space_of(data, made[0] / "vae", tmp_path)
         path.write_bytes(path.read_bytes()[:-7])
-        assert refusal(space.encode, torch.tensor([1, 3]), None).startswith(f"path: cannot read '{path}': ")
+        assert refusal(space.read, torch.tensor([1, 3])).startswith(f"path: cannot read '{path}': ")
 
     def test_latents_that_are_none(self, made, data, tmp_path):
         np.save(LATENTS.path(data, 0), np.zeros((3, 8, 8), np.float32))
@@ -160,7 +163,7 @@ class TestDamage:
     def test_latents_of_another_shape_than_the_first(self, made, data, tmp_path):
         space = space_of(data, made[0] / "vae", tmp_path)
         np.save(LATENTS.path(data, 5), np.zeros((8, 4, 4), np.float32))
-        assert refusal(space.encode, torch.tensor([5]), None) == (
+        assert refusal(space.read, torch.tensor([5])) == (
             f"path: the latents of one folder must be of one shape: '{LATENTS.path(data, 5)}' is (8, 4, 4), the first is (8, 8, 8)"
         )
 

@@ -70,7 +70,7 @@ def test_a_tiny_autoencoder_decodes_what_the_diffusion_model_sees(source, open_s
 def test_a_tiny_autoencoders_own_scaling_is_undone(source, open_space, vae):
     space, tae = open_space(vae), tiny(scaling_factor=0.5, shift_factor=0.25).eval()
     pixels = Reconstructions(source, space, Autoencoder(tae, "tae"), CPU).read([3])
-    expected = tae.decode(space.encode(torch.tensor([3]), None) / 0.5 + 0.25).sample
+    expected = tae.decode(space.encode(space.read(torch.tensor([3])), None) / 0.5 + 0.25).sample
     assert np.abs(pixels.numpy() - levels(expected)).max() <= 0.501
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from repa_lab.runs.files import Row
 from repa_lab.spec import RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.aligner import Aligner
-from repa_lab.training.batches import Steps
+from repa_lab.training.batches import Batch, Steps
 from repa_lab.training.data import Images, Labels, open_images
 from repa_lab.training.diffusion import Flow
 from repa_lab.training.loop import train
@@ -54,10 +55,20 @@ def make_run(seed: int = 0, **settings: Any) -> Run:
     return Run(f"run{seed}", RunConfig.model_validate(config), seed)
 
 
-def make_steps(images: Images, seed: int = 0, part: tuple[int, int] = (0, 1), **settings: Any) -> Steps:
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a run by their step, as a training step on the CPU gets them."""
+
+    steps: Steps
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.steps.draw(self.steps[step])
+
+
+def make_steps(images: Images, seed: int = 0, part: tuple[int, int] = (0, 1), **settings: Any) -> Batches:
     """The batches of a tiny run on these images, with nothing loaded for targets."""
     labels = Labels(images.source.labels, images.source.num_classes, images.source.num_classes)
-    return Steps(make_run(seed, **settings).config, seed, images, Flow(), labels, part)
+    return Batches(Steps(make_run(seed, **settings).config, seed, images, Flow(), labels, part))
 
 
 def make_regularizer(run: Run, width: int = 64, *dims: int) -> Regularizer:

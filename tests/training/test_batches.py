@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch.utils.data import DataLoader
 
 from repa_lab.data.crop import Buckets
 from repa_lab.data.sources import Flips, ImageFolder, split
@@ -152,13 +151,37 @@ class TestSteps:
 
     def test_loader_processes_change_nothing(self, images):
         steps = make_steps(images)
-        # Spawned, so that the steps are pickled, and so that a worker inherits no threads of the tests before.
-        loader = DataLoader(steps, batch_size=None, sampler=range(1, 4), num_workers=2, multiprocessing_context="spawn")
-        loaded = list(loader)
+        loaded = list(steps.steps.load(range(1, 4), torch.device("cpu"), 2))
         assert len(loaded) == 3
         for i, batch in enumerate(loaded, start=1):
             assert equal(batch, steps[i])
             assert batch._fields == Batch._fields
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestGPU:
+    """Times and noise are drawn on the GPU, from the same streams."""
+
+    GPU = torch.device("cuda", 0)
+
+    def load(self, images, part=(0, 1), workers=0) -> list[Batch]:
+        return list(make_steps(images, part=part).steps.load(range(2, 5), self.GPU, workers))
+
+    def test_what_is_read_is_what_a_cpu_reads_and_all_else_is_on_the_gpu(self, images):
+        on_cpu = make_steps(images)
+        for step, batch in enumerate(self.load(images), start=2):
+            expected = on_cpu[step]
+            assert torch.equal(batch.ids, expected.ids) and torch.equal(batch.x.cpu(), expected.x)
+            assert torch.equal(batch.condition["y"].cpu(), expected.condition["y"])
+            assert {values.device for values in (batch.x, batch.noise, batch.t, batch.condition["y"])} == {self.GPU}
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_neither_processes_nor_workers_change_a_draw(self, images, workers):
+        whole = self.load(images)
+        parts = [self.load(images, (number, 3), workers) for number in range(3)]
+        for step, batch in enumerate(whole):
+            for field in range(4):
+                assert torch.equal(torch.cat([part[step][field] for part in parts]), batch[field])
 
 
 class TestSizes:
@@ -373,6 +396,24 @@ class TestBatchOrder:
             order = BatchOrder(self.MEMBERS, 5)
             for step in asked:
                 assert torch.equal(order.take(step, self.SIZE), taken[step])
+
+    def test_its_memory_does_not_grow_with_the_steps(self):
+        order = BatchOrder(self.MEMBERS, 5)
+        kept = []
+        for step in (1, 200_000):
+            taken = order.take(step, self.SIZE)
+            kept.append(len(pickle.dumps(order)))
+        assert kept[0] == kept[1]
+        # The definition: all draws up to the step, and the images of its size after those of the earlier steps.
+        blocks = [
+            torch.multinomial(order._shares, 1024, replacement=True, generator=generator(5, "sizes", block))
+            for block in range(200_000 // 1024 + 1)
+        ]
+        sizes = torch.cat(blocks)[:200_001]
+        size = int(sizes[-1])
+        before = int((sizes[:-1] == size).sum())
+        expected = Order(self.MEMBERS[size], 5, f"data/{size}").take(before * self.SIZE, self.SIZE)
+        assert torch.equal(taken, expected)
 
     def test_seeds_have_orders_of_their_own(self, taken):
         order = BatchOrder(self.MEMBERS, 6)
