@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from repa_lab.errors import InputError
+
 T = TypeVar("T")
 ENTRY_POINTS = "repa_lab"
 _PACKAGE = __name__.partition(".")[0]
@@ -28,14 +30,14 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
-class UnknownComponentError(ValueError):
+class UnknownComponentError(InputError):
     """No component of a registry has the given name; the message lists the registered names."""
 
     def __init__(self, kind: str, name: str, known: Sequence[str]) -> None:
         super().__init__(f"unknown {kind} '{name}'; allowed: {', '.join(known)}{did_you_mean(name, known)}")
 
 
-class PluginError(ValueError):
+class PluginError(InputError):
     """A mistake in a plugin; the message is one line that begins with the plugin's file and line."""
 
     def __init__(self, file: str | Path, line: int, message: str) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from repa_lab.errors import InputError
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -20,7 +22,7 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _HUB_SECONDS = 5
 
 
-class EncoderError(ValueError):
+class EncoderError(InputError):
     """An encoder cannot be loaded or gives no patch tokens.
 
     Attributes:

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from repa_lab.cli import models, results, runs, specs, sweeps
+from repa_lab.errors import UserError
 from repa_lab.registry import load_plugins
 
 # In the order in which --help lists them.
@@ -27,18 +28,13 @@ class _Commands(TyperGroup):
     """All commands; the one place where their errors become a line and an exit status."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Invoke a command: a user's mistake is exit status 2, work that cannot go on 1, an interruption 130.
-
-        Errors that are not repa-lab's own are defects, and keep their traceback.
-        """
+        """Invoke a command; an interruption is exit status 130. An error of no kind below is a defect: a traceback."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             message, status = "interrupted; run the same command again to go on from the last checkpoints", 130
-        except (ValueError, RuntimeError) as error:
-            if not type(error).__module__.startswith("repa_lab."):
-                raise
-            message, status = str(error), 2 if isinstance(error, ValueError) else 1
+        except UserError as error:
+            message, status = str(error), error.status
         except BrokenPipeError:  # a reader such as `head` has seen enough
             raise
         except OSError as error:  # such as a disk that is full or read-only

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from repa_lab.errors import InputError
+
 _PIPE_WIDTH = 160
 
 
@@ -42,7 +44,7 @@ OutputOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-class UsageError(ValueError):
+class UsageError(InputError):
     """A mistake on the command line itself.
 
     Args:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from repa_lab.errors import InputError
 
-class DataError(ValueError):
+
+class DataError(InputError):
     """Data that cannot be used.
 
     Attributes:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from repa_lab.errors import InputError
 from repa_lab.files import replace_atomically
 from repa_lab.metrics.frechet import Statistics
 
@@ -24,7 +25,7 @@ _SPATIAL = {"mu": "mu_s", "sigma": "sigma_s"}
 _IMAGES = "arr_0"
 
 
-class StatisticsError(ValueError):
+class StatisticsError(InputError):
     """A file lacks the requested statistics or images; the message is one line that names file, problem and fix."""
 
 

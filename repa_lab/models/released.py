@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from repa_lab.errors import InputError
 from repa_lab.models.family import Family, network_of, pipeline_of
 
 INDEX = "model_index.json"
@@ -21,7 +22,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
-class PretrainedError(ValueError):
+class PretrainedError(InputError):
     """A pipeline cannot be loaded or does not fit the family; the setting at fault is ``model.pretrained``."""
 
 

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from repa_lab.align.tokens import Tokens, flatten_map
+from repa_lab.errors import StateError
 from repa_lab.models.family import BlockIndex
 
 # A ``block_index``, or the name of a UNet's stage in diffusers, such as ``down_blocks.0``.
 BlockName = int | str
 
 
-class TapError(RuntimeError):
+class TapError(StateError):
     """A block cannot be tapped, or its tap captured nothing."""
 
 

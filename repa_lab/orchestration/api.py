@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from repa_lab.errors import StateError
 from repa_lab.orchestration.checks import check
 from repa_lab.orchestration.cost import require_budget
 from repa_lab.orchestration.display import ProgressView
@@ -31,7 +32,7 @@ _LOCK_PATIENCE_S = 0.5  # a process that only looks whether a sweep is locked ho
 Source = str | Path | Mapping[str, Any] | Experiment
 
 
-class SweepBusyError(RuntimeError):
+class SweepBusyError(StateError):
     """Another process is carrying out this sweep."""
 
 

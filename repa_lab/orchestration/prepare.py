@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from repa_lab.data import DataError
+from repa_lab.errors import InputError
 from repa_lab.metrics.npz import StatisticsError
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.pretrained import skeleton
@@ -29,7 +30,7 @@ from repa_lab.training.evaluate import metrics_with, open_extractor, open_refere
 from repa_lab.training.resolve import encoders_of, needs_of
 
 
-class RefusedError(ValueError):
+class RefusedError(InputError):
     """Something that a run needs cannot be had.
 
     Attributes:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from repa_lab.errors import InputError
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Shape, shape_of
 from repa_lab.registry import did_you_mean
@@ -27,7 +28,7 @@ _FRAGMENTS = ("presets",)
 NANO_TITLE = "nano scale, on digits: the shape of the effect, not the number"
 
 
-class ReproduceError(ValueError):
+class ReproduceError(InputError):
     """There is no such table, or none at this scale; the message says which there are."""
 
 

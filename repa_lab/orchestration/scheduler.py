@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from repa_lab.errors import StateError
 from repa_lab.orchestration.display import ProgressView
 from repa_lab.orchestration.executors import (
     HEARTBEAT,
@@ -27,7 +28,7 @@ _POLL_S = 0.5
 _EQUAL_FAILURES = 3  # if the first runs all fail for one reason, the others would fail for the same
 
 
-class SweepBrokenError(RuntimeError):
+class SweepBrokenError(StateError):
     """The workers cannot work at all."""
 
 

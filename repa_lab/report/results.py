@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from repa_lab.errors import InputError
 from repa_lab.report.frames import RunReader, curves_frame, members_of, runs_frame, samples_frame, troubles_frame
 from repa_lab.report.statistics import Goal, SeedCurves, pair_curves
 from repa_lab.report.summary import (
@@ -26,7 +27,7 @@ from repa_lab.runs import RunDirectory, RunsRoot, SweepDirectory, SweepManifest
 from repa_lab.runs.root import ArmRecord, ComparisonRecord, RunRecord
 
 
-class ResultsError(ValueError):
+class ResultsError(InputError):
     """A path has no results or they cannot be read; the message says what was looked for."""
 
 

@@ -31,6 +31,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from repa_lab.errors import StateError
 from repa_lab.files import replace_atomically
 from repa_lab.runs import checkpoints, files
 from repa_lab.runs.files import DamagedFileError, FormatError, JsonlReader, Row
@@ -40,7 +41,7 @@ ALIGNMENT_METRICS = ("cka", "cknna", "mutual_knn")
 SPATIAL_METRICS = ("lds", "cds", "rmsc")
 
 
-class RunBusyError(RuntimeError):
+class RunBusyError(StateError):
     """Another process is training this run."""
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from repa_lab.errors import InputError
 from repa_lab.files import replace_atomically
 
 # The layout of run and sweep directories. Raise it when an older version could not read what this one writes.
@@ -22,7 +23,7 @@ Row = dict[str, Any]
 _HEADER = json.dumps({"format": FORMAT}) + "\n"
 
 
-class DamagedFileError(ValueError):
+class DamagedFileError(InputError):
     """A file does not hold what was written to it."""
 
 

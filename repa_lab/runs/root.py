@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from repa_lab.errors import InputError
 from repa_lab.runs import files
 from repa_lab.runs.directory import RunDirectory
 
@@ -22,11 +23,11 @@ RESERVED = ("by-id", "cache")
 _MAX_LABEL = 50
 
 
-class UnknownSweepError(ValueError):
+class UnknownSweepError(InputError):
     """No sweep has this name."""
 
 
-class UnknownRunError(ValueError):
+class UnknownRunError(InputError):
     """No run has this id."""
 
 

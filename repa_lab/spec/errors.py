@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from repa_lab.errors import InputError
+
 KeyPath = tuple[str | int, ...]
 """Keys and list positions from the top of a document to a value."""
 _MAX_SHOWN = 100
@@ -45,10 +47,10 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return ": ".join(text for text in (str(self.place), self.path, self.message) if text)
+        return printable(": ".join(text for text in (str(self.place), self.path, self.message) if text))
 
 
-class SpecError(ValueError):
+class SpecError(InputError):
     """All mistakes in a spec; the text has a line per problem, in the order of the file."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
@@ -56,6 +58,11 @@ class SpecError(ValueError):
             set(problems), key=lambda it: (str(it.place.file), it.place.line, it.place.column, it.path, it.message)
         )
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def printable(text: str) -> str:
+    """Replace characters that would end a line or control a terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def dotted(path: KeyPath) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from repa_lab.errors import InputError
 from repa_lab.registry import UnknownComponentError
 from repa_lab.runs import RunDirectory
 from repa_lab.settings import Settings, file_fields, settings_in
@@ -19,14 +20,14 @@ from repa_lab.spec.schema import RunConfig
 _ID_LENGTH = 12
 
 
-class RecordedSpecError(ValueError):
+class RecordedSpecError(InputError):
     """This version of repa-lab cannot read the recorded spec of a run; the message is one line."""
 
     def __init__(self, run_id: str, reason: str) -> None:
         super().__init__(f"the spec.json of run {run_id} is damaged, or of another version of repa-lab: {reason}")
 
 
-class MissingPluginError(ValueError):
+class MissingPluginError(InputError):
     """A run was trained with a plugin that this process has not loaded."""
 
 

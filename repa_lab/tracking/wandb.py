@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from repa_lab.errors import InputError
 from repa_lab.runs import State, checkpoints
 from repa_lab.runs.directory import RunDirectory
 from repa_lab.runs.files import Row
@@ -155,7 +156,7 @@ def _start(run: RunDirectory, description: WandbRun) -> Any:
 # ---- uploading what was recorded offline, with W&B's own command
 
 
-class NoKeyError(ValueError):
+class NoKeyError(InputError):
     """There is something to upload and no key to upload it with."""
 
 

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from repa_lab.errors import InputError
 from repa_lab.runs import RunDirectory, checkpoints, files
 from repa_lab.runs.files import Row
 from repa_lab.spec.schema import EmaConfig
@@ -32,7 +33,7 @@ WEIGHTS = ("ema", "last")
 _FORMAT = 1
 
 
-class NoWeightsError(ValueError):
+class NoWeightsError(InputError):
     """A run has no weights of the requested kind."""
 
 

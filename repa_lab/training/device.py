@@ -11,12 +11,13 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 
+from repa_lab.errors import InputError
 from repa_lab.spec import EvaluateConfig, RunOptions
 
 PRECISION = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class DeviceError(ValueError):
+class DeviceError(InputError):
     """An option that this machine's devices cannot satisfy.
 
     Attributes:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from repa_lab.errors import InputError
 from repa_lab.models.released import is_flow, noise_problem
 from repa_lab.spec.schema import TimeSettings
 
@@ -15,7 +16,7 @@ UNIFORM, LOGIT_NORMAL = TimeSettings(type="uniform"), TimeSettings(type="logit_n
 _STEPS = 1000  # denoisers are given the step number divided by this
 
 
-class ProcessError(ValueError):
+class ProcessError(InputError):
     """The noise process of a scheduler is not known."""
 
 

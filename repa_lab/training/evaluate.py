@@ -25,6 +25,7 @@ from repa_lab.align.tokens import Grid
 from repa_lab.data import DataError
 from repa_lab.data.sources import groups
 from repa_lab.encoders.targets import Targets
+from repa_lab.errors import StateError
 from repa_lab.files import digest, file_digest, replace_atomically
 from repa_lab.metrics import CosineSums, cka
 from repa_lab.metrics.extractor import Extractor, Features
@@ -60,7 +61,7 @@ _ALIGNMENT = {
 }
 
 
-class DivergedError(RuntimeError):
+class DivergedError(StateError):
     """The loss or the samples are not finite."""
 
 

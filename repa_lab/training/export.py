@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from repa_lab.errors import InputError
 from repa_lab.metrics.npz import write_images
 from repa_lab.models.pretrained import DiffusersDenoiser
 from repa_lab.models.scratch import Input
@@ -25,7 +26,7 @@ from repa_lab.training.sampling import shares
 Progress = Callable[[int, int], None]
 
 
-class ExportError(ValueError):
+class ExportError(InputError):
     """The requested files cannot be written: the place is in use, or the run has no such number or images."""
 
 

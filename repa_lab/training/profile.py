@@ -12,6 +12,7 @@ import torch
 
 from repa_lab.align.tokens import Grid, Tokens
 from repa_lab.encoders.targets import Targets
+from repa_lab.errors import InputError
 from repa_lab.metrics import cds, cka, cknna, lds, mutual_knn, rmsc
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.models.tap import TapError
@@ -48,7 +49,7 @@ _SPATIAL: dict[str, tuple[Callable[[torch.Tensor, Grid], float], int]] = {
 }
 
 
-class ProfileError(ValueError):
+class ProfileError(InputError):
     """The requested profile cannot be measured."""
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer, TypeAdapter
 
+from repa_lab.errors import InputError
 from repa_lab.registry import load_planned, loaded_plugins
 from repa_lab.runs import RunsRoot, State
 from repa_lab.runs.checkpoints import Fork
@@ -202,7 +203,7 @@ def parse_message(value: Mapping[str, Any]) -> WorkerMessage:
     return _messages().validate_python(value)
 
 
-class ExecutorError(ValueError):
+class ExecutorError(InputError):
     """An executor cannot be opened; :attr:`field` is the option at fault, below ``run``."""
 
     def __init__(self, field: str, message: str) -> None:

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
 
+from repa_lab.errors import InputError
 from repa_lab.spec import SearchConfig
 from repa_lab.spec.options import Objective
 
@@ -53,7 +54,7 @@ _PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
 }
 
 
-class StorageError(ValueError):
+class StorageError(InputError):
     """The database of a study cannot be used; the text says why and holds no password."""
 
 
