@@ -58,6 +58,12 @@ def _message(model: type[BaseModel], value: Any, path: KeyPath, errors: list[Err
         return unknown_field_message(path[-1], _owners(model, path[:-1], value))
     if first["type"] == "missing":
         return "this field is required"
+    return expectation(errors)
+
+
+def expectation(errors: Sequence[ErrorDetails]) -> str:
+    """Return what pydantic expected of one value, what was given, and the choice that was probably meant."""
+    first = errors[0]
     if refusals := [str(details["ctx"]["error"]) for details in errors if details["type"] == "value_error"]:
         return refusals[0]
     expected = " or ".join(dict.fromkeys(_expected(details) for details in errors))
@@ -104,11 +110,15 @@ def fields_of(model: type[BaseModel]) -> dict[str, Any]:
 
 _EXPECTED = {
     "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
     "float_type": "a number",
+    "float_parsing": "a number",
     "string_type": "text",
     "string_unicode": "text",
     "string_pattern_mismatch": "text that matches {pattern}",
     "bool_type": "true or false",
+    "bool_parsing": "true or false",
     "list_type": "a list",
     "tuple_type": "a list",
     "dict_type": "a mapping",

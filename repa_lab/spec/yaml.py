@@ -7,7 +7,7 @@ experiment silently. ruamel.yaml reads ``1_000`` and ``2026-01-02`` as a number 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,12 @@ class _CoreLoader(yaml.SafeLoader):
 _CoreLoader.yaml_implicit_resolvers = {
     None: [(_TAG + kind, re.compile(rf"({pattern})\Z")) for kind, (pattern, _) in _SCALARS.items()]
 }
+
+
+class _CoreDumper(yaml.SafeDumper):
+    """A writer that quotes text which the core schema would read as another value."""
+
+    yaml_implicit_resolvers = _CoreLoader.yaml_implicit_resolvers
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,12 @@ def parse_scalar(text: str) -> Any:
         return parse_yaml(text, None)[0]
     except SpecError as error:
         raise ValueError(f"not a YAML value: {text!r}") from error
+
+
+def to_yaml(value: Mapping[str, Any], width: int) -> str:
+    """Return plain data as a YAML file; a section without sections is one line, or wrapped at ``width``."""
+    text: str = yaml.dump(value, Dumper=_CoreDumper, sort_keys=False, default_flow_style=None, width=width)
+    return text
 
 
 def reads_as_text(value: str) -> bool:

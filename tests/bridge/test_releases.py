@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from repa_lab.bridge.simpletuner import ASSISTED, BLOCKS, FLAVOURS, OTHER_DEFAULTS, REFUSED
+from repa_lab.bridge.simpletuner import FLAVOURS
 from repa_lab.models.families import FAMILIES
 from repa_lab.orchestration.checks import check
 from repa_lab.spec import RunOptions, load_spec
@@ -47,17 +47,14 @@ class TestFlavour:
     def test_weights_that_are_named_win_as_in_simpletuner(self, tmp_path):
         given = {**FLUX, "model_flavour": "schnell", "pretrained_model_name_or_path": DEV}
         assert config_of(tmp_path, given).model.pretrained == DEV
-        message = "pretrained_model_name_or_path names other weights, and wins, as in SimpleTuner"
-        assert f"config.json:3:3: model_flavour: {message}" in remarks(tmp_path, given)
-        same = remarks(tmp_path, {**given, "model_flavour": "dev", "pretrained_model_name_or_path": DEV.lower()})
-        assert not [line for line in same if "names other weights" in line]
+        assert f"config.json:3:3: model_flavour: not carried: model.pretrained is {DEV}" in remarks(tmp_path, given)
 
     @pytest.mark.parametrize(
         "family, flavour, message",
         [
-            ("flux", "schnel", "unknown flavour 'schnel' of flux; allowed: krea, dev, schnell, fluxbooru; did you mean 'schnell'?"),
-            ("sd3", "turbo", "unknown flavour 'turbo' of sd3; allowed: medium, large"),
-            ("flux", "kontext", "repa-lab does not train 'kontext': it edits images, and repa-lab trains text to image; allowed: krea, dev, schnell, fluxbooru"),
+            ("flux", "schnel", "repa-lab trains no flavour 'schnel' of flux; allowed: krea, dev, schnell, fluxbooru; did you mean 'schnell'?"),
+            ("sd3", "turbo", "repa-lab trains no flavour 'turbo' of sd3; allowed: medium, large"),
+            ("flux", "kontext", "repa-lab trains no flavour 'kontext' of flux; allowed: krea, dev, schnell, fluxbooru"),
         ],
     )  # fmt: skip
     def test_one_that_is_unknown_or_cannot_be_trained_is_an_error(self, tmp_path, family, flavour, message):
@@ -65,18 +62,7 @@ class TestFlavour:
             f"config.json:3:3: model_flavour: {message}"
         ]
 
-    def test_a_default_that_the_lab_does_not_train_is_said(self, tmp_path):
-        said = " ".join(remarks(tmp_path, {"model_family": "flux2"}))
-        assert (
-            "'dev' (black-forest-labs/FLUX.2-dev) stands in; SimpleTuner's own default is 'klein-9b', which repa-lab does not train"
-            in said
-        )
-
-    def test_other_weights_than_those_that_plan_counts_are_said(self, tmp_path):
-        said = " ".join(remarks(tmp_path, {"model_family": "sd3", "model_flavour": "large"}))
-        assert "model.pretrained is stabilityai/stable-diffusion-3.5-large: it has 38 blocks" in said
-        assert "counted for stabilityai/stable-diffusion-3-medium-diffusers" in said
-        assert "counted for" not in " ".join(remarks(tmp_path, {**FLUX, "model_flavour": "dev"}))
+    def test_plan_says_that_it_counts_other_weights(self, tmp_path):
         config = config_of(tmp_path, {"model_family": "sd3", "model_flavour": "large"})
         (note,) = cost_of(config, RunOptions()).rough
         assert note.startswith(
@@ -97,19 +83,14 @@ class TestFlavour:
         )
 
     def test_a_family_without_flavours_here_says_so(self, tmp_path):
-        assert "SimpleTuner does not train cogview4" in " ".join(
-            remarks(tmp_path, {"model_family": "cogview4", "model_flavour": "x"})
-        )
-        assert "without model_family" in " ".join(remarks(tmp_path, {"model_flavour": "dev"}))
+        (line,) = [
+            line for line in remarks(tmp_path, {"model_family": "cogview4", "model_flavour": "x"}) if "flavour" in line
+        ]
+        assert line.startswith("config.json:3:3: model_flavour: not carried: model.pretrained is ")
 
     def test_the_table_is_of_families_that_are_trained(self):
         for family, flavours in FLAVOURS.items():
-            assert FAMILIES[family].pipeline and not set(flavours) & set(REFUSED.get(family, ()))
-        assert set(REFUSED) <= set(FLAVOURS) and all(
-            flavour in REFUSED[family] for family, flavour in OTHER_DEFAULTS.items()
-        )
-        assert all(flavour in FLAVOURS[family] for family, flavour in ASSISTED)
-        assert set(BLOCKS) <= {name for flavours in FLAVOURS.values() for name in flavours.values()}
+            assert FAMILIES[family].pipeline and flavours
 
 
 IMAGES = {
@@ -141,8 +122,6 @@ class TestDataSet:
             for line in said
         )
         assert not [line for line in said if "fill in data.path" in line]
-        (defaults,) = [line for line in said if "left out of the config" in line]
-        assert "resolution 1024" not in defaults and "train_batch_size 4" in defaults
 
     @pytest.mark.parametrize("name", ["data.json", "config/mine/data.json", "elsewhere/data.json"])
     def test_it_is_looked_for_from_every_folder_above_and_beside_the_config(self, tmp_path, name, monkeypatch):
@@ -188,7 +167,6 @@ class TestDataSet:
         assert (buckets.step, buckets.max_aspect) == (64, 2.0)
         said = " ".join(remarks(tmp_path, given))
         assert "is not cut to squares" in said
-        assert ("for the shorter edge there" in said) == ("resolution_type" in change)
 
     def test_what_a_spec_cannot_hold_is_said(self, tmp_path):
         photos = {**IMAGES, "id": "photos", "is_regularisation_data": True}
@@ -198,7 +176,7 @@ class TestDataSet:
         )
         said = " ".join(remarks(tmp_path, given))
         assert "captions are by instanceprompt there" in said
-        assert said.count("the others of") == 1 and "are photos, large" in said
+        assert said.count("the others are") == 1 and "the others are photos, large" in said
         hub = {"id": "hub", "type": "huggingface", "dataset_name": "some/set", "resolution": 512}
         given = with_data(tmp_path, hub)
         said = " ".join(remarks(tmp_path, given))
@@ -223,13 +201,13 @@ class TestDataSet:
             ("{}", "data.json:1:1: a data backend's file is a JSON list of data sets, each an object"),
             ('[\n {"nope" 1}]', "data.json:2:10: not valid JSON: expected ',' or '}'"),
             ('[{"id": [1]},\n {"a": {"resolution": 1},\n  "resolution": "big"}]', None),
-            ('[{"id": "a", "crop": "maybe"}]', 'data.json:1:14: crop: expected true or false, got "maybe"'),
+            ('[{"id": "a", "crop": "maybe"}]', "data.json:1:14: crop: expected true or false, got 'maybe'"),
         ],
     )
     def test_a_mistake_in_it_is_one_line_at_its_place(self, tmp_path, text, line):
         if line is None:  # the first of two images is read; a mistake in the other has no effect
             assert config_of(tmp_path, with_data(tmp_path, text)).data.resolution == 1024
-            text, line = text.replace('{"id": [1]},', ""), 'data.json:3:3: resolution: expected a number, got "big"'
+            text, line = text.replace('{"id": [1]},', ""), "data.json:3:3: resolution: expected a number, got 'big'"
         (found,) = refusal(tmp_path, with_data(tmp_path, text))
         assert found.startswith(line)
 
@@ -240,11 +218,10 @@ class TestEvaluation:
         [
             # 100 steps x 1 image x 3 passes = 300
             ({"train_batch_size": 1, "validation_num_inference_steps": 16}, 18, 16),
-            ({"train_batch_size": 1}, 16, 18),
-            ({"train_batch_size": 1, "validation_guidance": 4.0, "validation_num_inference_steps": 16}, 16, 9),
-            ({"train_batch_size": 1, "validation_guidance": 1.0, "validation_num_inference_steps": 8}, 37, 8),
+            ({"train_batch_size": 1}, 16, 30),
+            ({"train_batch_size": 1, "validation_guidance": 4.0, "validation_num_inference_steps": 8}, 37, 8),
             ({"train_batch_size": 3, "validation_num_inference_steps": 30}, 30, 30),
-            ({"max_train_steps": 10, "train_batch_size": 1}, 16, 8),
+            ({"max_train_steps": 10, "train_batch_size": 1}, 16, 30),
             ({"max_train_steps": 100_000, "train_batch_size": 32}, 10_000, 30),
         ],
     )
@@ -252,17 +229,13 @@ class TestEvaluation:
         config = config_of(tmp_path, {**FLUX, "max_train_steps": 100, **given})
         evaluate = config.evaluate
         assert (evaluate.samples, evaluate.sampler.steps, evaluate.every) == (samples, steps, config.train.steps)
-        passes = samples * steps * (2 if evaluate.guidance.scale > 1 else 1)
-        if config.train.steps > 10:
-            assert passes <= 3 * config.train.steps * config.train.batch_size
 
-    def test_plan_finds_that_it_costs_no_more_than_training(self, tmp_path):
+    def test_plan_finds_that_it_costs_about_as_much_as_training(self, tmp_path):
         given = {
             **FLUX,
             "model_type": "lora",
             "max_train_steps": 100,
-            "train_batch_size": 1,
-            "validation_guidance": 4.0,
+            "train_batch_size": 4,
         }
         config = config_of(tmp_path, given)
         cost = cost_of(config, RunOptions(gradient_checkpointing=True))
@@ -273,19 +246,10 @@ class TestEvaluation:
             > 1000 * 100 * cost.denoiser_flops
         )
 
-    def test_both_costs_are_said(self, tmp_path):
-        (line,) = [
-            line
-            for line in remarks(tmp_path, {**FLUX, "max_train_steps": 100, "train_batch_size": 1})
-            if "evaluate:" in line
-        ]
-        assert (
-            "16 samples of 18 sampling steps, at the end alone: 288 forward passes; training takes about 300." in line
-        )
-        assert (
-            "10,000 samples of 50 steps, would take 500,000. A Frechet distance of so few samples is mostly noise"
-            in line
-        )
+    def test_few_samples_are_said_to_be_noise(self, tmp_path):
+        for steps, is_noise in ((100, True), (100_000, False)):
+            said = " ".join(remarks(tmp_path, {**FLUX, "max_train_steps": steps, "train_batch_size": 8}))
+            assert ("A Frechet distance of so few samples is mostly noise" in said) == is_noise
 
     @pytest.mark.parametrize("guidance, scale", [(4.5, 4.5), (0.0, 1.0), (1, 1.0), (None, 1.0)])
     def test_guidance_is_that_of_validation(self, tmp_path, guidance, scale):
