@@ -8,7 +8,7 @@ torch-fidelity by this module, and every metric's name says which one was used: 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,84 +23,13 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
 from repa_lab.files import file_digest
-from repa_lab.metrics.protocol import METRICS
-from repa_lab.timm_models import TINY, EncoderError, TimmModel, lite0_model, load_model, reason, skeleton, tiny
+from repa_lab.metrics.protocol import CLS, EXTRACTORS, LITE0_POOLED, SPATIAL, ExtractorFacts, layer_of, layers
+from repa_lab.timm_models import EncoderError, lite0_model, load_model, reason, skeleton
 
-# torch-fidelity's names of Inception's layers, and the names of layers that this module adds.
-POOLED, LOGITS, SPATIAL = "2048", "logits_unbiased", "spatial"
-CLS = "cls"
-LITE0_POOLED = "1280"
 VOUCHED = ".sha256"
 _SHOWN_DIGITS = 8
 _LITE0_SIDE, _DINO_SIDE, _DINO_PATCH = 64, 224, 14
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class ExtractorFacts:
-    """A feature extractor as data.
-
-    Attributes:
-        registered: torch-fidelity's name of the extractor.
-        layers: the layer compared by each metric; a metric that is not defined for this extractor is missing.
-        preprocessing: how pixels become the network's input, as part of a metric's protocol.
-        model: the timm model that computes the features; None for torch-fidelity's Inception.
-        sha256: digest of the publisher's file of weights; empty if the extractor takes no file.
-    """
-
-    registered: str
-    layers: Mapping[str, str]
-    preprocessing: str
-    model: TimmModel | None = None
-    sha256: str = ""
-
-
-def _on(layer: str) -> dict[str, str]:
-    return dict.fromkeys(("frechet", "kid", "precision_recall"), layer)
-
-
-def _dinov2(size: str, timm_size: str, sha256: str) -> ExtractorFacts:
-    """DINOv2 as in dgm-eval, the code of Stein et al. (2306.04675): the CLS token after the final norm at 224 px."""
-    model = TimmModel(f"vit_{timm_size}_patch14_dinov2.lvd142m")
-    return ExtractorFacts(f"dinov2-{size}-cls-224", _on(CLS), "bicubic-antialias-224-imagenet", model, sha256)
-
-
-# Digests: pt_inception-2015-12-05 (torch-fidelity v0.2.0 and pytorch-fid publish the same bytes) and Meta's
-# dinov2_vit?14_pretrain.pth.
-EXTRACTORS: dict[str, ExtractorFacts] = {
-    "inception": ExtractorFacts(
-        "inception-v3-compat",
-        {**_on(POOLED), "sfid": SPATIAL, "inception_score": LOGITS},
-        "tf1-bilinear-299",
-        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-    ),
-    "efficientnet_lite0": ExtractorFacts(
-        "efficientnet-lite0-64",
-        _on(LITE0_POOLED),
-        "bicubic-antialias-64-half",
-        TimmModel("tf_efficientnet_lite0", weights="package"),
-    ),
-    "dinov2_vits14": _dinov2("vits14", "small", "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
-    "dinov2_vitb14": _dinov2("vitb14", "base", "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
-    "dinov2_vitl14": _dinov2("vitl14", "large", "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"),
-    "dinov2_vitg14": _dinov2("vitg14", "giant", "baf8467e50af277596bbbafa06887c177ee899ab46033649c383577d7e9309d3"),
-}
-EXTRACTORS |= {
-    f"{TINY}{name}": replace(facts, registered=f"{TINY}{facts.registered}", model=tiny(facts.model), sha256="")
-    for name, facts in EXTRACTORS.items()
-    if name.startswith("dinov2_") and facts.model
-}
-
-
-def layers(name: str, metrics: Iterable[str]) -> tuple[str, ...]:
-    """Return the layers of an extractor that metrics compare, each once; a metric not defined for it adds none."""
-    return tuple(dict.fromkeys(layer for metric in metrics if (layer := layer_of(name, metric))))
-
-
-def layer_of(name: str, metric: str) -> str:
-    """Return the layer that a metric compares, KID's for a plugin's metric; empty if the metric is not defined."""
-    by_metric = EXTRACTORS[name].layers
-    return by_metric.get(metric, by_metric["kid"] if METRICS[metric].compute else "")
 
 
 @dataclass(frozen=True)

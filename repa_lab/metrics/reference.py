@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from repa_lab.files import digest, replace_atomically
-from repa_lab.metrics.extractor import SPATIAL, Extractor, Features, layer_of, layers
-from repa_lab.metrics.frechet import Moments, Statistics, frechet_distance, statistics
+from repa_lab.metrics.extractor import Extractor, Features
+from repa_lab.metrics.frechet import Moments, Statistics
 from repa_lab.metrics.npz import StatisticsError, images_shape, read_images, read_statistics, write_statistics
-from repa_lab.metrics.protocol import METRICS
-from repa_lab.metrics.quality import inception_score, kid, precision_recall
+from repa_lab.metrics.protocol import METRICS, SPATIAL, layer_of, layers
 
 FOLDER = "reference"
 KEPT = 10_000
@@ -158,22 +158,16 @@ def measure(metric: str, generated: Features, against: Reference) -> tuple[float
     Raises:
         ValueError: too few samples, features that are not finite, or a metric that the extractor was not made for.
     """
-    samples = generated.of(metric)
-    if metric in ("frechet", "sfid"):
-        ours, real = statistics(samples), against.of(metric)
-        return (frechet_distance(ours.mu, ours.sigma, real.mu, real.sigma),)
-    if metric == "inception_score":
-        return (inception_score(samples).value,)
-    if against.features is None:
-        raise ValueError(f"{metric} needs features of real images: name it when the extractor is made")
-    reals = against.features.of(metric)
-    if metric == "kid":
-        return (kid(samples, reals).value,)
-    if metric == "precision_recall":
-        return precision_recall(samples, reals)
-    compute = METRICS[metric].compute
-    assert compute is not None  # a plugin's metric
-    return (float(compute(samples, reals)),)
+    facts = METRICS[metric]
+    arguments: list[Any] = [generated.of(metric)]
+    if facts.compares == "statistics":
+        arguments.append(against.of(metric))
+    elif facts.compares == "features":
+        if against.features is None:
+            raise ValueError(f"{metric} needs features of real images: name it when the extractor is made")
+        arguments.append(against.features.of(metric))
+    values = facts.compute(*arguments)
+    return values if isinstance(values, tuple) else (float(values),)
 
 
 def _require_enough(metrics: Iterable[str], count: int, where: str) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from repa_lab.align.settings import EncoderSettings
-from repa_lab.metrics.protocol import METRICS
+from repa_lab.metrics.protocol import EXTRACTORS, METRICS
 from repa_lab.settings import BlockIndex, Fraction, LocalFile, Positive, Settings, later
 
 
@@ -39,19 +39,10 @@ class GuidanceConfig(Settings):
         return self
 
 
-# `tiny-` marks random weights, for rehearsals.
-ExtractorName = Literal[
-    "inception",
-    "efficientnet_lite0",
-    "dinov2_vits14",
-    "dinov2_vitb14",
-    "dinov2_vitl14",
-    "dinov2_vitg14",
-    "tiny-dinov2_vits14",
-    "tiny-dinov2_vitb14",
-    "tiny-dinov2_vitl14",
-    "tiny-dinov2_vitg14",
-]
+if TYPE_CHECKING:
+    ExtractorName = str
+else:
+    ExtractorName = Literal[tuple(EXTRACTORS)]
 
 
 class ExtractorConfig(Settings):

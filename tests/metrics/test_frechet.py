@@ -9,7 +9,8 @@ from torch.utils.data import Dataset
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from repa_lab.metrics import Moments, frechet_distance, statistics
-from repa_lab.metrics.extractor import EXTRACTORS, Extractor
+from repa_lab.metrics.extractor import Extractor
+from repa_lab.metrics.protocol import EXTRACTORS
 
 
 def features(count: int, dim: int, seed: int) -> np.ndarray:
