@@ -2,7 +2,7 @@
 
 FLOPs are twice the multiply-adds of matrix products, convolutions and attention, as `torch.utils.flop_counter` counts
 them. Those of SiT and SiT-down follow from their shapes. All others were counted on the meta device by
-:mod:`repa_lab.models.counting`, and a test counts them again.
+:mod:`tests.models.counting`, and a test counts them again.
 """
 
 from __future__ import annotations

@@ -14,11 +14,11 @@ from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwa
 from torch import nn
 
 from repa_lab.align import REPA, UREPA, Signals
-from repa_lab.models.counting import meta_condition
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Family, network_of
 from repa_lab.models.pretrained import DiffusersDenoiser, build_net
 from repa_lab.models.tap import TapError
+from tests.models.counting import meta_condition
 
 OURS = [family for family in FAMILIES.values() if family.network]
 families = pytest.mark.parametrize("family", OURS, ids=lambda family: family.name)

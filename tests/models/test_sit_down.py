@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from repa_lab.models.counting import count
 from repa_lab.models.sit_down import SiTDown, SiTDownConfig
 from repa_lab.models.tap import TapError
 from tests.models import reference_sit_down
+from tests.models.counting import count
 
 TINY = SiTDownConfig((2, 3, 2), 32, 2, 2, 3, (8, 12), 5)
 # U-REPA's Table 2: parameters and GMACs; what the reconstruction is off by, in percent.

@@ -11,13 +11,13 @@ from repa_lab.align.projector import Projector
 from repa_lab.align.settings import ProjectorSettings
 from repa_lab.encoders.registry import ENCODERS, encoder_flops, encoder_weights
 from repa_lab.models import flops
-from repa_lab.models.counting import adapted, count, count_family, native_side
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import SIT, SIT_DOWN, UNET, shape_of
 from repa_lab.models.scratch import CLASSES, Input, build
 from repa_lab.models.sit import SiT
 from repa_lab.spec import load_spec
 from repa_lab.training.costs import caches_of, cost_of, projector_size
+from tests.models.counting import adapted, count, count_family, native_side
 
 REPA = {
     "name": "x",

@@ -1,6 +1,6 @@
 """Counts the numbers of :mod:`repa_lab.models.flops` on the meta device; prints its rows for families of diffusers.
 
-Usage: ``python -m repa_lab.models.counting FAMILY ...``
+Usage: ``python -m tests.models.counting FAMILY ...``
 """
 
 from __future__ import annotations
