@@ -51,7 +51,7 @@ def export_settings(config: RunConfig) -> Exported:
         return Exported({f"{prefix}_enabled": False}, () if regularizer.type == "none" else (unknown,))
     settings = _resolved(regularizer, config, family)
     limits = _limits(settings, config, family)
-    lost = [f"regularizer.{path}: {shortened(attrgetter(path)(settings))} {reason}" for path, reason in limits.items()]
+    lost = [f"regularizer.{path}: {_shown(attrgetter(path)(settings))} {reason}" for path, reason in limits.items()]
     if others := [encoder.name for encoder in regularizer.encoders[1:]]:
         lost.append(f"regularizer.encoder: SimpleTuner has one; left out: {', '.join(others)}")
     is_irepa = settings.projector.type == "conv"
@@ -63,6 +63,10 @@ def export_settings(config: RunConfig) -> Exported:
             if value is not None or key.default is not None:
                 exported[key.name] = key.write(value)
     return Exported(exported, tuple(lost))
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else shortened(value)
 
 
 def _resolved(regularizer: REPASettings, config: RunConfig, family: Family) -> REPASettings:

@@ -15,6 +15,8 @@ from repa_lab.spec.options import BudgetConfig, CompareConfig, PublishedConfig, 
 from repa_lab.spec.schema import RunConfig, SpecFile
 from repa_lab.spec.validate import unknown_field, validate
 
+_IGNORED = "x-"  # begins the top-level keys that hold what other parts of a file merge with `<<`
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -79,6 +81,7 @@ def load_spec(
         lay_over(document, Path(fragment))
     for path, value in plain(overrides or {}).items():
         document.set(path, value, Place(None))
+    document.value = {key: value for key, value in document.value.items() if not key.startswith(_IGNORED)}
     _load_plugins(document)
     spec, problems = _validate_outside_arms(document)
     problems += _unknown_conditions(spec, document)

@@ -52,6 +52,7 @@ def json_schema() -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "properties": properties,
+        "patternProperties": {"^x-": {"description": "What other parts of the file share; ignored itself."}},
         "$defs": definitions,
     }
 

@@ -7,7 +7,7 @@ experiment silently. ruamel.yaml reads ``1_000`` and ``2026-01-02`` as a number 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ MAX_NODES = 20_000
 MAX_DEPTH = 40
 MAX_DIGITS = 100
 _TAG = "tag:yaml.org,2002:"
+_MERGE = "<<"
 # The scalars of the YAML 1.2 core schema: the pattern of each, and the function that makes its value.
 _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "null": (r"~|null|Null|NULL|", lambda text: None),
@@ -38,15 +39,13 @@ class _CoreLoader(yaml.SafeLoader):
     """A parser that resolves plain scalars by the core schema."""
 
 
-_CoreLoader.yaml_implicit_resolvers = {
-    None: [(_TAG + kind, re.compile(rf"({pattern})\Z")) for kind, (pattern, _) in _SCALARS.items()]
-}
-
-
 class _CoreDumper(yaml.SafeDumper):
     """A writer that quotes text which the core schema would read as another value."""
 
-    yaml_implicit_resolvers = _CoreLoader.yaml_implicit_resolvers
+
+_CoreLoader.yaml_implicit_resolvers = _CoreDumper.yaml_implicit_resolvers = {
+    None: [(_TAG + kind, re.compile(rf"({pattern})\Z")) for kind, (pattern, _) in _SCALARS.items()]
+}
 
 
 @dataclass(frozen=True)
@@ -82,14 +81,14 @@ def parse_yaml(text: str, file: Path | None) -> tuple[Any, dict[KeyPath, Place]]
     Raises:
         SpecError: the text is not YAML, or has duplicate keys.
     """
+    builder = _Builder(file)
     try:
         node = yaml.compose(text, _CoreLoader)
+        value = builder.build(node, ()) if node else None
     except yaml.YAMLError as error:
         raise SpecError([_syntax_problem(error, file, text)]) from None
     except RecursionError:
         raise SpecError([Problem(Place(file), "", f"nested more than {MAX_DEPTH} levels deep")]) from None
-    builder = _Builder(file)
-    value = builder.build(node, ()) if node else None
     if builder.problems:
         raise SpecError(builder.problems)
     return value, builder.places
@@ -186,9 +185,11 @@ class _Builder:
             return self._scalar(node, kind, path)
         return self._refuse(node, f"not valid YAML: could not determine a constructor for the tag {node.tag!r}")
 
-    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath, known: Collection[str] = ()) -> dict[str, Any]:
+        """Return a mapping and what it merges with ``<<``, without the known keys; its own keys win."""
         value: dict[str, Any] = {}
         seen: dict[str, Place] = {}
+        merged: list[yaml.Node] = []
         for key, inner in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 self._refuse(key, f"a key must be text, got a {key.id}", path)
@@ -198,8 +199,16 @@ class _Builder:
                 self._refuse(key, f"a key must be text, got {name!r}; quote it", path)
             elif (first := seen.setdefault(name, place)) != place:
                 self._refuse(key, f"duplicate key '{name}', first given on line {first.line}", (*path, name))
-            self.places.setdefault((*path, name), place)
-            value[name] = self.build(inner, (*path, name))
+            if name == _MERGE and key.style is None:
+                merged = inner.value if isinstance(inner, yaml.SequenceNode) else [inner]
+            elif name not in known:
+                self.places.setdefault((*path, name), place)
+                value[name] = self.build(inner, (*path, name))
+        for inner in merged:
+            if isinstance(inner, yaml.MappingNode):
+                value = {**self._mapping(inner, path, {*known, *value}), **value}
+            else:
+                self._refuse(inner, f"{_MERGE} takes a mapping, or a list of mappings", path)
         return value
 
     def _scalar(self, node: yaml.ScalarNode, kind: str, path: KeyPath) -> Any:

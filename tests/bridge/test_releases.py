@@ -239,7 +239,7 @@ class TestEvaluation:
         }
         config = config_of(tmp_path, given)
         cost = cost_of(config, RunOptions(gradient_checkpointing=True))
-        assert cost.measuring(config, 0, 100) <= 1.1 * 100 * cost.denoiser_flops
+        assert cost.measuring(config, 0, 100) <= 1.1 * 100 * 4 * cost.denoiser_flops
         by_default = config.model_copy(update={"evaluate": type(config.evaluate)()})
         assert (
             cost_of(by_default, RunOptions(gradient_checkpointing=True)).measuring(by_default, 0, 100)

@@ -28,6 +28,22 @@ class TestLoading:
         assert load_spec(str(tmp_path / "q.yaml")) == of_file
         assert (of_file.question, of_file.run.workers) == ("Does it?", 3)
 
+    def test_arms_share_what_a_key_beginning_with_x_holds(self, tmp_path):
+        text = "x-common: &common {train.lr: 1e-3, train.ema: 0.5}\n"
+        text += "include:\n- {label: a, set: {<<: *common}}\n- {label: b, set: {<<: *common, train.ema: 0.9}}\n"
+        experiment = load_spec(write(tmp_path, HEAD + text))
+        assert experiment == load_spec(
+            mapping(
+                include=[
+                    {"label": "a", "set": {"train.lr": 1e-3, "train.ema": 0.5}},
+                    {"label": "b", "set": {"train.lr": 1e-3, "train.ema": 0.9}},
+                ]
+            )
+        )
+        with pytest.raises(SpecError) as caught:
+            load_spec(write(tmp_path, HEAD + text.replace("1e-3", "fast")))
+        assert str(caught.value) == f"{tmp_path}/q.yaml:5:20: train.lr: expected a number, got 'fast'"
+
     def test_other_mappings_will_do(self):
         assert load_spec(MappingProxyType(OrderedDict(mapping()))) == load_spec(mapping())
 

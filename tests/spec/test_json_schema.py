@@ -34,6 +34,7 @@ def test_every_shipped_file_fits(file):
 SOUND = [
     "{}",
     "base: a.yaml\nuse: b.yaml\n",
+    "x-common: {anything: [1]}\n",
     "use: [a.yaml, b.yaml]\n",
     "axes:\n  train.lr: [1e-3]\n  regularizer.weight: {logspace: [0.1, 1, 5]}\n  t: {a: {train.lr: 1}, b: }\n",
     "axes: {regularizer.encoder: [{name: x}, {image_size: 14}], regularizer.block_index: [3, mid]}\n",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from repa_lab.spec import SpecError
+from repa_lab.spec.errors import printable
 from repa_lab.spec.yaml import parse_scalar, read_yaml
 
 CORE = {
@@ -142,8 +143,37 @@ class TestKeys:
             ":9:6: ok: a key must be text, got '2'; quote it",
         ]
 
-    def test_a_merge_key_is_only_a_key(self, tmp_path):
-        assert read(tmp_path, "x: &x {a: 1}\ny: {<<: *x}\n").value["y"] == {"<<": {"a": 1}}
+    def test_a_mapping_merges_others_and_its_own_keys_win(self, tmp_path):
+        text = "x: &x {a: 1, b: {c: 2}}\ny: &y\n  <<: *x\n  a: 3\nz: {b: 0, <<: [{d: 4, a: 5}, *y]}\n'<<': 6\n"
+        value = read(tmp_path, text).value
+        assert value == {
+            "x": {"a": 1, "b": {"c": 2}},
+            "y": {"a": 3, "b": {"c": 2}},
+            "z": {"a": 5, "b": 0, "d": 4},
+            "<<": 6,
+        }
+        assert list(value["y"]) == ["b", "a"]
+
+    def test_a_merged_value_is_placed_where_it_is_written(self, tmp_path):
+        places = read(tmp_path, "x: &x {a: 1, b: {c: 2}}\ny:\n  <<: *x\n  b: {d: 3}\n").places
+        assert {path[1:]: (p.line, p.column) for path, p in places.items() if path[:1] == ("y",)} == {
+            (): (2, 1),
+            ("a",): (1, 8),
+            ("b",): (4, 3),
+            ("b", "d"): (4, 7),
+        }
+
+    @pytest.mark.parametrize(
+        "text, line",
+        [
+            ("x: {<<: 5}\n", ":1:9: x: << takes a mapping, or a list of mappings"),
+            ("x: &x {a: 1}\ny: {<<: [*x, 2]}\n", ":2:14: y: << takes a mapping, or a list of mappings"),
+            ("x: {<<: {a: 1}, <<: {b: 1}}\n", ":1:17: x.<<: duplicate key '<<', first given on line 1"),
+            ("x: &x {<<: *x}\n", ":1:1: nested more than 40 levels deep"),
+        ],
+    )
+    def test_what_cannot_be_merged(self, tmp_path, text, line):
+        assert refusal(tmp_path, text) == [line]
 
 
 class TestPlaces:
@@ -215,7 +245,7 @@ class TestFiles:
         for file, message in cases.items():
             with pytest.raises(SpecError) as caught:
                 read_yaml(file)
-            assert str(caught.value) == f"{file}:1:1: {message}"
+            assert str(caught.value) == f"{printable(str(file))}:1:1: {message}"
 
 
 class TestBombs:
