@@ -27,7 +27,7 @@ LAYERS = (
 LAYER_OF = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 TORCH_FREE = (
     "repa_lab", "repa_lab.errors", "repa_lab.files", "repa_lab.registry", "repa_lab.timm_models", "repa_lab.settings", "repa_lab.plugins", "repa_lab.runs",
-    "repa_lab.align.settings", "repa_lab.align.schedule", "repa_lab.metrics", "repa_lab.metrics.protocol", "repa_lab.encoders.registry",
+    "repa_lab.align.settings", "repa_lab.metrics", "repa_lab.metrics.protocol", "repa_lab.encoders.registry",
     "repa_lab.models.families", "repa_lab.spec", "repa_lab.bridge.importing", "repa_lab.training.resolve",
     "repa_lab.report",  # the last, for only it may import pandas
 )  # fmt: skip

@@ -182,9 +182,7 @@ class TestSimpleTuner:
             "bad.json:1:49: urepa_manifold_weight: expected a number, got 'abc'",
         ]
         mistyped = cli("import", "bad.json", "--ouput", "x.yaml", cwd=tmp_path)
-        assert (
-            mistyped.returncode == 2 and "expected one file, or flags such as --crepa_lambda=0.5" in mistyped.stderr
-        )
+        assert mistyped.returncode == 2 and "expected one file, or flags such as --crepa_lambda=0.5" in mistyped.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["bad.json"]
 
     def test_no_file_is_written_over(self, tmp_path):

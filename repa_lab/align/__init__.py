@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from repa_lab.align.losses import alignment_loss, manifold_loss, nt_xent_loss
     from repa_lab.align.projector import Projector
     from repa_lab.align.regularizer import REPA, UREPA, Loss, Prediction, Regularizer, Shapes, Signals, SimilarityCutoff
-    from repa_lab.align.schedule import Schedule
     from repa_lab.align.settings import (
         ManifoldSettings,
         Needs,
         ProjectorSettings,
         RegularizerSettings,
+        Schedule,
         ScheduleSettings,
     )
     from repa_lab.align.tokens import Tokens, flatten_map, normalise_over_space, resample_tokens
@@ -49,8 +49,14 @@ _NAMES_BY_MODULE = {
     "losses": ("alignment_loss", "manifold_loss", "nt_xent_loss"),
     "projector": ("Projector",),
     "regularizer": ("REPA", "UREPA", "Loss", "Prediction", "Regularizer", "Shapes", "Signals", "SimilarityCutoff"),
-    "schedule": ("Schedule",),
-    "settings": ("ManifoldSettings", "Needs", "ProjectorSettings", "RegularizerSettings", "ScheduleSettings"),
+    "settings": (
+        "ManifoldSettings",
+        "Needs",
+        "ProjectorSettings",
+        "RegularizerSettings",
+        "Schedule",
+        "ScheduleSettings",
+    ),
     "tokens": ("Tokens", "flatten_map", "normalise_over_space", "resample_tokens"),
 }
 

@@ -14,8 +14,14 @@ from torch import nn
 from repa_lab.align.losses import alignment_loss, manifold_loss, nt_xent_loss, token_cosine
 from repa_lab.align.projector import Projector
 from repa_lab.align.ranks import mean_over_ranks, world_size
-from repa_lab.align.schedule import Schedule
-from repa_lab.align.settings import Needs, RegularizerSettings, REPASettings, ScheduleSettings, UREPASettings
+from repa_lab.align.settings import (
+    Needs,
+    RegularizerSettings,
+    REPASettings,
+    Schedule,
+    ScheduleSettings,
+    UREPASettings,
+)
 from repa_lab.align.tokens import Tokens, normalise_over_space
 
 

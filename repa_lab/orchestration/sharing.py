@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from repa_lab.align.schedule import Schedule, agreement
+from repa_lab.align.settings import Schedule, agreement
 from repa_lab.orchestration.executors import Task
 from repa_lab.runs import RunsRoot, State, checkpoints
 from repa_lab.runs.checkpoints import Fork, forkable_steps

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from repa_lab.align.schedule import Schedule
-from repa_lab.align.settings import REGULARIZERS, EncoderSettings, NoSettings, RegularizerSettings
+from repa_lab.align.settings import REGULARIZERS, EncoderSettings, NoSettings, RegularizerSettings, Schedule
 from repa_lab.data.settings import SOURCES, SourceSettings
 from repa_lab.settings import (
     Count,

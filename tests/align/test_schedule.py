@@ -5,7 +5,7 @@ import random
 import pytest
 
 from repa_lab.align import Schedule
-from repa_lab.align.schedule import agreement
+from repa_lab.align.settings import agreement
 
 # settings, then weights by step; the values of the papers' and the guide's fact lists
 WORKED = [

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from repa_lab.align.schedule import Schedule
+from repa_lab.align.settings import Schedule
 from repa_lab.bridge.exporting import export_settings
 from repa_lab.bridge.importing import import_config
 from repa_lab.bridge.simpletuner import LOST, WITHOUT_EFFECT

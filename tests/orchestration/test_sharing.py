@@ -8,7 +8,7 @@ import random
 import pytest
 
 from repa_lab import plan, sweep
-from repa_lab.align.schedule import agreement
+from repa_lab.align.settings import agreement
 from repa_lab.orchestration.executors import Task
 from repa_lab.orchestration.sharing import RunList, _schedule, share
 from repa_lab.runs import RunsRoot, State
