@@ -12,8 +12,8 @@ from repa_lab.cli import app
 from repa_lab.encoders.registry import ENCODERS
 from repa_lab.models.family import SIT_SHAPES, UNET_SHAPES
 from repa_lab.spec import RunConfig, RunOptions, load_spec
+from repa_lab.spec.document import read_file
 from repa_lab.spec.validate import unknown_field
-from repa_lab.spec.yaml import read_yaml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -87,7 +87,7 @@ def test_the_example_question_is_a_sound_spec(tmp_path):
 def test_every_shipped_experiment_says_what_it_expects_and_costs(file):
     text = file.read_text()
     assert all(f"# {word}:" in text for word in ("Hypothesis", "Source", "Expected", "Cost"))
-    assert read_yaml(file).value["question"].endswith("?")
+    assert read_file(file).value["question"].endswith("?")
 
 
 def run_example(*words, cwd):

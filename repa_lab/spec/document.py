@@ -11,7 +11,7 @@ from typing import Any
 
 from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError, dotted
 from repa_lab.spec.schema import COMPONENTS
-from repa_lab.spec.yaml import MAX_DEPTH, MAX_DIGITS, MAX_NODES, Document, is_text, read_yaml
+from repa_lab.spec.yaml import HALF_PAIR, MAX_DEPTH, MAX_DIGITS, MAX_NODES, parse_yaml, read_text, whole_characters
 
 _NO_FILE = Place(None)
 # In these sections an entry replaces the entry of its name whole; in all others sections merge field by field.
@@ -118,27 +118,26 @@ def plain(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any, path: KeyPath, count: Iterator[int]) -> Any:
+    message = ""
     if len(path) > MAX_DEPTH or next(count) > MAX_NODES:
-        raise _not_plain(path, f"more than {MAX_NODES:,} values or {MAX_DEPTH} levels")
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str) or not is_text(key):
-                raise _not_plain(path, f"a key must be text, got {type(key).__name__}")
-        return {key: _plain(inner, (*path, key), count) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
+        message = f"more than {MAX_NODES:,} values or {MAX_DEPTH} levels"
+    elif isinstance(value, Mapping):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            message = f"a key must be text, got {type(wrong[0]).__name__}"
+        else:
+            return {key: _plain(inner, (*path, key), count) for key, inner in value.items()}
+    elif isinstance(value, list | tuple):
         return [_plain(inner, (*path, index), count) for index, inner in enumerate(value)]
-    if not isinstance(value, (str, int, float, type(None))):
-        name = type(value).__name__
-        raise _not_plain(path, f"expected text, a number, true, false, null, a list or a mapping, got {name}")
-    if isinstance(value, str) and not is_text(value):
-        raise _not_plain(path, "half a surrogate pair is not text")
-    if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
-        raise _not_plain(path, f"a number of more than {MAX_DIGITS} digits")
-    return value
-
-
-def _not_plain(path: KeyPath, message: str) -> SpecError:
-    return SpecError([Problem(_NO_FILE, dotted(path), message)])
+    elif not isinstance(value, str | int | float | None):
+        allowed = "text, a number, true, false, null, a list or a mapping"
+        message = f"expected {allowed}, got {type(value).__name__}"
+    elif isinstance(value, str) and whole_characters(value) is None:
+        message = HALF_PAIR
+    elif isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
+        message = f"a number of more than {MAX_DIGITS} digits"
+    else:
+        return value
+    raise SpecError([Problem(_NO_FILE, dotted(path), message)])
 
 
 def load_draft(file: Path) -> Draft:
@@ -149,7 +148,6 @@ def load_draft(file: Path) -> Draft:
     """
     draft = Draft()
     for document in reversed(list(_lineage(file))):
-        _locate_plugins(document)
         sections = {key: value for key, value in document.value.items() if key not in ("base", "use")}
         draft.merge(sections, document.places)
     for key in ("base", "use"):
@@ -163,22 +161,25 @@ def lay_over(draft: Draft, file: Path) -> None:
     Raises:
         SpecError: the file cannot be read, or names further files.
     """
-    fragment = _fragment(file)
-    _locate_plugins(fragment)
+    fragment = _read_fragment(file)
     draft.merge(fragment.value, fragment.places)
 
 
-def _locate_plugins(document: Document) -> None:
-    """Make the plugins that a file names, relative to itself, absolute."""
-    plugins = document.value.get("plugins")
-    if isinstance(plugins, list):
-        folder = document.file.parent
-        document.value["plugins"] = [
-            str((folder / name).resolve()) if isinstance(name, str) else name for name in plugins
-        ]
+def read_file(file: Path) -> Draft:
+    """Read one YAML file whose top is a mapping; the plugins that it names, relative to itself, become absolute.
+
+    Raises:
+        SpecError: the file is missing, too large, not YAML, or has duplicate keys.
+    """
+    value, places = parse_yaml(read_text(file), file)
+    if not isinstance(value, dict):
+        raise SpecError([Problem(Place(file), "", "a spec must be a mapping of fields, such as 'name: my_question'")])
+    if isinstance(plugins := value.get("plugins"), list):
+        value["plugins"] = [str((file.parent / it).resolve()) if isinstance(it, str) else it for it in plugins]
+    return Draft(value, places)
 
 
-def _lineage(file: Path) -> Iterator[Document]:
+def _lineage(file: Path) -> Iterator[Draft]:
     """Yield a spec file, its fragments from the last to the first, then the same for its base, and so on."""
     seen: list[Path | None] = []
     place, path = _NO_FILE, ""
@@ -189,9 +190,9 @@ def _lineage(file: Path) -> Iterator[Document]:
         if seen and resolved is None:
             raise SpecError([Problem(place, path, f"no file '{file}'; base is relative to the file that names it")])
         seen.append(resolved)
-        document = read_yaml(file)
+        document = read_file(file)
         yield document
-        yield from reversed(list(_fragments(document)))
+        yield from reversed(list(_fragments(document, file.parent)))
         base = document.value.get("base")
         if base is None:
             return
@@ -201,19 +202,18 @@ def _lineage(file: Path) -> Iterator[Document]:
         file = file.parent / base
 
 
-def _fragments(document: Document) -> Iterator[Document]:
+def _fragments(document: Draft, folder: Path) -> Iterator[Draft]:
     """Yield the fragments that a file names with ``use``, in order."""
     names = [] if document.value.get("use") is None else document.value["use"]
     for index, name in enumerate(names if isinstance(names, list) else [names]):
-        if not isinstance(name, str) or _resolve(document.file.parent / name) is None:
-            place = document.places.get(("use", index), document.places[("use",)])
+        if not isinstance(name, str) or _resolve(folder / name) is None:
             message = f"no file {name!r}; use lists files relative to the file that names them"
-            raise SpecError([Problem(place, "use", message)])
-        yield _fragment(document.file.parent / name)
+            raise SpecError([Problem(document.place(("use", index)), "use", message)])
+        yield _read_fragment(folder / name)
 
 
-def _fragment(file: Path) -> Document:
-    fragment = read_yaml(file)
+def _read_fragment(file: Path) -> Draft:
+    fragment = read_file(file)
     names = [key for key in ("base", "use") if key in fragment.value]
     if names:
         raise SpecError([Problem(fragment.places[(key,)], key, "a fragment names no further files") for key in names])

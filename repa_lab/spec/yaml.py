@@ -20,6 +20,7 @@ _MAX_BYTES = 1 << 20
 MAX_NODES = 20_000
 MAX_DEPTH = 40
 MAX_DIGITS = 100
+HALF_PAIR = "half a surrogate pair is not text"
 _TAG = "tag:yaml.org,2002:"
 _MERGE = "<<"
 # The scalars of the YAML 1.2 core schema: the pattern of each, and the function that makes its value.
@@ -46,33 +47,6 @@ class _CoreDumper(yaml.SafeDumper):
 _CoreLoader.yaml_implicit_resolvers = _CoreDumper.yaml_implicit_resolvers = {
     None: [(_TAG + kind, re.compile(rf"({pattern})\Z")) for kind, (pattern, _) in _SCALARS.items()]
 }
-
-
-@dataclass(frozen=True)
-class Document:
-    """A YAML file.
-
-    Attributes:
-        file: the file.
-        value: its content as plain data.
-        places: the place of every value by its path.
-    """
-
-    file: Path
-    value: dict[str, Any]
-    places: dict[KeyPath, Place]
-
-
-def read_yaml(file: Path) -> Document:
-    """Read a YAML file whose top is a mapping.
-
-    Raises:
-        SpecError: the file is missing, too large, not YAML, or has duplicate keys.
-    """
-    value, places = parse_yaml(read_text(file), file)
-    if not isinstance(value, dict):
-        raise SpecError([Problem(Place(file), "", "a spec must be a mapping of fields, such as 'name: my_question'")])
-    return Document(file, value, places)
 
 
 def parse_yaml(text: str, file: Path | None) -> tuple[Any, dict[KeyPath, Place]]:
@@ -120,9 +94,12 @@ def reads_as_text(value: str) -> bool:
         return False
 
 
-def is_text(value: str) -> bool:
-    """Return whether a string can be written to a file; half a surrogate pair, such as ``\\ud800``, cannot."""
-    return not any("\ud800" <= character <= "\udfff" for character in value)
+def whole_characters(text: str) -> str | None:
+    """Join escaped surrogate pairs, with which JSON writes an emoji; return None for half a pair, which is no text."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        return None
 
 
 def read_text(file: Path, kind: str = "spec") -> str:
@@ -145,11 +122,6 @@ def read_text(file: Path, kind: str = "spec") -> str:
     except (OSError, ValueError) as error:
         message = f"cannot read the file: {getattr(error, 'strerror', None) or error}"
     raise SpecError([Problem(Place(file), "", message)])
-
-
-def _joined(text: str) -> str:
-    """Join escaped surrogate pairs, with which JSON writes an emoji."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
 def _syntax_problem(error: yaml.YAMLError, file: Path | None, text: str) -> Problem:
@@ -194,10 +166,11 @@ class _Builder:
             if not isinstance(key, yaml.ScalarNode):
                 self._refuse(key, f"a key must be text, got a {key.id}", path)
                 continue
-            name, place = _joined(key.value), self._place(key)
-            if key.tag != f"{_TAG}str" or not is_text(name):
-                self._refuse(key, f"a key must be text, got {name!r}; quote it", path)
-            elif (first := seen.setdefault(name, place)) != place:
+            name, place = whole_characters(key.value), self._place(key)
+            if key.tag != f"{_TAG}str" or name is None:
+                self._refuse(key, f"a key must be text, got {key.value!r}; quote it", path)
+                continue
+            if (first := seen.setdefault(name, place)) != place:
                 self._refuse(key, f"duplicate key '{name}', first given on line {first.line}", (*path, name))
             if name == _MERGE and key.style is None:
                 merged = inner.value if isinstance(inner, yaml.SequenceNode) else [inner]
@@ -213,9 +186,8 @@ class _Builder:
 
     def _scalar(self, node: yaml.ScalarNode, kind: str, path: KeyPath) -> Any:
         pattern, make = _SCALARS[kind]
-        text = _joined(node.value)
-        if not is_text(text):
-            return self._refuse(node, "half a surrogate pair is not text", path)
+        if (text := whole_characters(node.value)) is None:
+            return self._refuse(node, HALF_PAIR, path)
         if not re.fullmatch(pattern, text):
             return self._refuse(node, f"not valid YAML: {text!r} is not a valid {kind}")
         if kind != "str" and len(text) > MAX_DIGITS:

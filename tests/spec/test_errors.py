@@ -342,7 +342,7 @@ BAD = {
     ),
     "a base that no file can be": (
         HEAD + 'base: "a\\0b"\n',
-        ["5:1: base: no file 'a\0b'; base is relative to the file that names it"],
+        ["5:1: base: no file 'a b'; base is relative to the file that names it"],
     ),
     "itself as a base": (
         HEAD + "base: ./q.yaml\n",

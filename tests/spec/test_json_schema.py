@@ -9,9 +9,10 @@ from typing import Any
 import jsonschema
 import pytest
 
+from repa_lab.spec.document import read_file
 from repa_lab.spec.json_schema import json_schema
 from repa_lab.spec.schema import SpecFile
-from repa_lab.spec.yaml import parse_scalar, read_yaml
+from repa_lab.spec.yaml import parse_scalar
 from tests.spec.examples import HEAD
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ def test_it_is_a_schema_and_plain_json():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_shipped_file_fits(file):
-    assert [error.message for error in VALIDATOR.iter_errors(read_yaml(file).value)] == []
+    assert [error.message for error in VALIDATOR.iter_errors(read_file(file).value)] == []
 
 
 SOUND = [

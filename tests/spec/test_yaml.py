@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from repa_lab.spec import SpecError
+from repa_lab.spec.document import read_file
 from repa_lab.spec.errors import printable
-from repa_lab.spec.yaml import parse_scalar, read_yaml
+from repa_lab.spec.yaml import parse_scalar
 
 CORE = {
     # null
@@ -29,7 +30,7 @@ CORE = {
 def read(tmp_path: Path, text: str):
     file = tmp_path / "q.yaml"
     file.write_bytes(text.encode())
-    return read_yaml(file)
+    return read_file(file)
 
 
 def refusal(tmp_path: Path, text: str) -> list[str]:
@@ -244,7 +245,7 @@ class TestFiles:
         }
         for file, message in cases.items():
             with pytest.raises(SpecError) as caught:
-                read_yaml(file)
+                read_file(file)
             assert str(caught.value) == f"{printable(str(file))}:1:1: {message}"
 
 
