@@ -1,6 +1,8 @@
-"""What the processes of one training exchange."""
+"""What the processes of one training exchange, and how a process reads a number from its device."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import distributed
@@ -35,3 +37,21 @@ def gather(values: torch.Tensor) -> torch.Tensor:
     distributed.all_gather(rows, detached)
     rows[distributed.get_rank()] = detached + world * (values - detached)
     return torch.cat(rows)
+
+
+def start_reading(value: torch.Tensor) -> Callable[[], float]:
+    """Start copying a scalar from its device, and return a function that waits for this copy and returns the number.
+
+    The function waits for nothing that the device was given after the copy, while ``item()`` would wait for all of it.
+    """
+    host = value.detach().to("cpu", non_blocking=True)
+    copied = torch.cuda.Event() if value.is_cuda else None
+    if copied:
+        copied.record()
+
+    def read() -> float:
+        if copied:
+            copied.synchronize()
+        return host.item()
+
+    return read

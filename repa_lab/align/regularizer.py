@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, overload
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from repa_lab.align.losses import alignment_loss, manifold_loss, nt_xent_loss, token_cosine
 from repa_lab.align.projector import Projector
-from repa_lab.align.ranks import mean_over_ranks, world_size
+from repa_lab.align.ranks import mean_over_ranks, start_reading, world_size
 from repa_lab.align.settings import (
     Needs,
     RegularizerSettings,
@@ -102,7 +102,7 @@ class SimilarityCutoff(nn.Module):
             raise ValueError("a similarity cutoff needs a similarity_threshold")
         self.settings, self.threshold = settings, settings.similarity_threshold
         self._sum, self._count, self._is_off_for_good = 0.0, 0, False
-        self._step, self._pending = -1, list[torch.Tensor]()
+        self._step, self._pending = -1, list[Callable[[], float]]()
 
     @property
     def similarity(self) -> float | None:
@@ -120,7 +120,7 @@ class SimilarityCutoff(nn.Module):
         if step != self._step:
             self._count_pending()
         self._step = step
-        self._pending.append(mean_over_ranks(cosine))
+        self._pending.append(start_reading(mean_over_ranks(cosine)))
 
     def retract(self, step: int) -> None:
         """Forget the micro-batches of ``step``, which is about to be taken again."""
@@ -152,8 +152,8 @@ class SimilarityCutoff(nn.Module):
         """Add the last observed step to the average."""
         if not self._pending:
             return
-        # Reading the value waits for the device: done one step late, when the value has long been computed.
-        mean = torch.stack(self._pending).double().mean().item()
+        # One step late, when the device has long copied the values and works on what came after them.
+        mean = torch.tensor([read() for read in self._pending], dtype=torch.float64).mean().item()
         self._pending = []
         if not math.isfinite(mean):  # a step that the gradient scaler of fp16 is about to skip
             return

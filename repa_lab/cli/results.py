@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from repa_lab.runs import RunDirectory, RunsRoot
     from repa_lab.spec import EncoderSettings
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def profile(
@@ -42,7 +42,7 @@ def profile(
     weights: WeightsOption = "ema",
     samples: Annotated[int | None, typer.Option(min=1, help="How many of the held-out images; else all.")] = None,
     metrics: Annotated[str, typer.Option(help="The metrics to measure.")] = "cka,cknna,mutual_knn,lds,cds,rmsc",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16: what the run was trained in.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16; auto is that of the run's training.")] = "auto",
     root: RootOption = DEFAULT_ROOT,
     json_: JsonOption = False,
 ) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from repa_lab.align.tokens import Tokens, flatten_map
 from repa_lab.encoders.registry import ENCODERS, EncoderFacts, Resize, facts_of, input_size
+from repa_lab.kernels import kernels
 from repa_lab.timm_models import TINY, EncoderError, load_model, reason, skeleton
 
 _CNN_STRIDE = 16
@@ -42,7 +43,7 @@ class Encoder(nn.Module):
 
     Preprocessing is the papers' (REPA, released code): pixels / 255, so in [0, 1]; the model's own mean and standard
     deviation; bicubic resize without antialiasing to `input_size`, which keeps the image's aspect. A grey image gets
-    three equal channels. Surrounding autocast has no effect.
+    three equal channels. Surrounding autocast and TF32 have no effect.
 
     Args:
         model: a model with timm's `forward_intermediates` and `pretrained_cfg`.
@@ -115,7 +116,7 @@ class Encoder(nn.Module):
             tokens: float32 ``(B, h*w, D)`` on the grid ``(h, w)``, the input size over the stride.
         """
         batches = pixels.split(self.options.batch_size or max(len(pixels), 1))
-        with torch.autocast(pixels.device.type, enabled=False):
+        with torch.autocast(pixels.device.type, enabled=False), kernels(tf32=False):
             maps = [self._features(self.preprocess(batch).to(self.dtype)) for batch in batches]
         tokens = flatten_map(torch.cat(maps).float())
         return Tokens(tokens.values.contiguous(), tokens.grid)

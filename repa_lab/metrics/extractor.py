@@ -23,6 +23,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
 from repa_lab.files import file_digest
+from repa_lab.kernels import kernels
 from repa_lab.metrics.protocol import CLS, EXTRACTORS, LITE0_POOLED, SPATIAL, ExtractorFacts, layer_of, layers
 from repa_lab.timm_models import EncoderError, lite0_model, load_model, reason, skeleton
 
@@ -114,10 +115,7 @@ class Extractor:
         """
         if pixels.dtype != torch.uint8:
             raise TypeError(f"pixels must be uint8, 0 to 255, got {pixels.dtype}")
-        cudnn = torch.backends.cudnn
-        # By default recent GPUs convolve in TensorFloat-32, which keeps 10 bits of each factor.
-        float32 = cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
-        with torch.autocast(self._device.type, enabled=False), float32:
+        with torch.autocast(self._device.type, enabled=False), kernels(tf32=False):
             return Features.cat([Features(self.name, self._run(batch)) for batch in pixels.split(batch_size)])
 
     def _run(self, batch: torch.Tensor) -> dict[str, NDArray[np.float32]]:

@@ -41,7 +41,8 @@ class DiffusersDenoiser(Denoiser):
         Args:
             latents: noisy latents ``(B, C, H, W)``.
             time: times ``(B,)`` in [0, 1], where 1 is noise.
-            condition: the conditioning that :attr:`Network.condition` names.
+            condition: the conditioning that :attr:`Network.condition` names. Masks may be on the CPU: some families
+                read the lengths of texts from them, and reading from a GPU waits for it.
 
         Raises:
             ValueError: the family takes square images only.
@@ -54,7 +55,11 @@ class DiffusersDenoiser(Denoiser):
         self.grid = (height, width)
         self.text_lengths = network.lengths(condition) if network.lengths else None
         config: Any = net.config
-        output = net(**network.inputs(config, latents, time, condition), return_dict=False)
+        arguments = {
+            name: value.to(latents.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in network.inputs(config, latents, time, condition).items()
+        }
+        output = net(**arguments, return_dict=False)
         return network.output(output[0] if isinstance(output, tuple) else output, latents)
 
     def tap(self, block_index: BlockIndex) -> Tap:
@@ -92,6 +97,10 @@ class DiffusersDenoiser(Denoiser):
         save_file(named, folder / "adapter_model.safetensors")
         _lora_config(self.family, rank).save_pretrained(folder)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the model in place, so that the family's pipeline draws with the compiled one too."""
+        self.net.compile(*args, **kwargs)
+
     def enable_gradient_checkpointing(self) -> None:
         """Keep only the inputs of the blocks for the backward pass, which runs each block again."""
         net: Any = self.net
@@ -119,7 +128,7 @@ class DiffusersDenoiser(Denoiser):
 
 def _after_text(values: torch.Tensor, count: int, lengths: torch.Tensor | None) -> torch.Tensor:
     assert lengths is not None
-    rows = lengths.to(values.device).unsqueeze(1) + torch.arange(count, device=values.device)
+    rows = lengths.to(values.device, non_blocking=True).unsqueeze(1) + torch.arange(count, device=values.device)
     return values.gather(1, rows.unsqueeze(2).expand(-1, -1, values.shape[2]))
 
 

@@ -313,15 +313,13 @@ def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
         yield experiment.problem("stop", message)
     if options.precision == "fp16" and options.device == "cpu":
         yield experiment.problem("run.precision", "fp16 needs a GPU; use bf16 or fp32")
-    if options.micro_batch == "auto" and options.gpus_per_run > 1:
-        message = "auto works with one process only: several would not agree on a size; give a number"
-        yield experiment.problem("run.micro_batch", message)
     if options.tensorboard and not tensorboard.is_installed():
         yield experiment.problem("run.tensorboard", "needs TensorBoard: pip install 'repa-lab[tensorboard]'")
     for arm in experiment.arms:
         is_lora = arm.config.model.train == "lora"
         if is_lora and arm.config.evaluate.precision != "train" and options.precision != "fp32":
-            frozen = f"LoRA holds the frozen weights in run.precision ({options.precision})"
+            precision = "auto, which is bf16 on a GPU" if options.precision == "auto" else options.precision
+            frozen = f"LoRA holds the frozen weights in run.precision ({precision})"
             yield arm.problem("evaluate.precision", f"{frozen}: use train, or run.precision: fp32")
     if experiment.search:
         yield from search_problems(experiment, lambda arm: _arm_problems(arm, options, None))

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from repa_lab.orchestration.plan import Plan, PlannedRun
 from repa_lab.orchestration.search.problems import is_searched
@@ -19,14 +19,16 @@ from repa_lab.runs import RunDirectory, RunStatus, State
 from repa_lab.runs.checkpoints import Fork
 from repa_lab.runs.files import Row
 from repa_lab.runs.provenance import GPUS, gpu_models
-from repa_lab.spec import RunConfig, RunOptions, SpecError
+from repa_lab.spec import Machine, ResolvedOptions, RunConfig, RunOptions, SpecError
 from repa_lab.spec.identity import Run
+from repa_lab.spec.options import cores_here
 from repa_lab.training.costs import Cache, Cost, caches_of, cost_of, measurements
 
 GIB = float(2**30)
 UTILISATION = 0.35
 PUBLISHED = "REPA's own XL/2 run reached 13.5 %"  # 5.4 steps/s on 8 H100s, by FLOPs as they are counted here
 _HOUR = 3600.0
+_NO_GPU = "there is no GPU here; run.device: cpu estimates for this CPU"
 _MAX_RUNS, _MAX_OTHER_RUNS = 300, 500  # started runs, of this and of other sweeps, whose speeds are read
 _RUNS_PER_KIND = 3
 # Options that decide how fast a run is but not what it computes.
@@ -44,15 +46,24 @@ class Device:
         name: with its article.
         half: peak of dense bf16 or fp16 matrix products.
         single: peak of float32 without tensor cores, as torch computes float32 by default.
+        precision: what `run.precision: auto` is on it.
     """
 
     name: str
     half: float
     single: float
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
 
     def peak(self, precision: str) -> float:
         """Return the peak FLOP/s in a precision of :class:`RunOptions`."""
         return (self.single if precision == "fp32" else self.half) * 1e12
+
+    def resolve(self, options: RunOptions) -> ResolvedOptions:
+        """Return what options that are `auto` become on the device; a trainer looks again at its own."""
+        cores = options.slurm.cpus_per_task if options.executor == "slurm" else cores_here()
+        cores = max(cores // (options.slots_per_gpu * options.gpus_per_run), 1)
+        half = None if self.precision == "fp32" else self.precision
+        return options.resolved(Machine(half, cores=cores, processes=options.gpus_per_run))
 
 
 H100 = Device("an H100", 989, 67)
@@ -68,8 +79,8 @@ _DEVICES = {
     "A6000": Device("an RTX A6000", 155, 38.7),
     "4090": Device("an RTX 4090", 165, 82.6),
     "3090": Device("an RTX 3090", 71, 35.6),
-    "V100": Device("a V100", 125, 15.7),
-    "T4": Device("a T4", 65, 8.1),
+    "V100": Device("a V100", 125, 15.7, "fp16"),
+    "T4": Device("a T4", 65, 8.1, "fp16"),
 }
 _CPU_CORE = 0.05  # peak TFLOP/s of a core with AVX2; bf16 is not faster on most
 
@@ -154,6 +165,7 @@ class Estimate:
         saved_hours: GPU hours of training that caches save, less the hours to fill those whose images are known.
         device: the device whose speed is assumed where none was measured.
         reason: why this device.
+        options: the options of the runs on this device.
     """
 
     plan: Plan
@@ -166,6 +178,7 @@ class Estimate:
     saved_hours: float
     device: Device
     reason: str
+    options: ResolvedOptions
 
     @property
     def fixed(self) -> list[str]:
@@ -179,15 +192,17 @@ class Estimate:
         datasets = dict.fromkeys(arm.config.data for arm in self.plan.experiment.arms)
         notes = dict.fromkeys(note for data in datasets for note in self.plan.inventory.dataset(data).notes)
         rough = dict.fromkeys(note for cost in self.costs.values() for note in cost.rough)
-        return [*self.plan.warnings, *notes, *_speed_notes(self), *rough]
+        return [*self.plan.warnings, *notes, *_speed_notes(self), *_option_notes(self), *rough]
 
 
 def estimate(plan: Plan) -> Estimate:
     """Estimate what is left of a plan; reads run directories of the root for their speeds."""
-    options, arms = plan.experiment.run, plan.experiment.arms
+    arms = plan.experiment.arms
+    device, reason = assumed_device(plan.experiment.run)
+    options = device.resolve(plan.experiment.run)
     costs = {arm.label: cost_of(arm.config, options) for arm in arms}
-    device, reason = assumed_device(options)
-    kinds = {arm.label: _speed_key(arm.config, options.model_dump(mode="json"), options.gpus_per_run) for arm in arms}
+    here = (_cpu() if reason == _NO_GPU else device).resolve(plan.experiment.run).model_dump(mode="json")
+    kinds = {arm.label: _speed_key(arm.config, here, options.gpus_per_run) for arm in arms}
     measured = _MeasuredSpeeds(_started_runs(plan), frozenset(kinds.values()))
     speeds = {
         arm.label: measured.speed(arm.config, kinds[arm.label], costs[arm.label])
@@ -199,7 +214,7 @@ def estimate(plan: Plan) -> Estimate:
         _share(entry, forks.get(entry.run.run_id), costs[entry.arm.label], speeds[entry.arm.label])
         for entry in plan.runs
     )
-    caches = tuple(_planned_caches(plan, speeds))
+    caches = tuple(_planned_caches(plan, options, speeds))
     left: dict[str, Share] = {}
     by_id = {entry.run.run_id: (entry.arm.label, share) for entry, share in zip(plan.runs, shares, strict=True)}
     for label, share in by_id.values():
@@ -209,7 +224,8 @@ def estimate(plan: Plan) -> Estimate:
     filling = Share(gpu_hours=sum(c.gpu_hours for c in caches), disk_bytes=sum(c.disk_bytes for c in caches))
     saved = sum(share.images * costs[label].saved_flops / speeds[label].flops / _HOUR for label, share in left.items())
     total = sum(left.values(), filling)
-    return Estimate(plan, costs, speeds, shares, caches, total, trials, saved - filling.gpu_hours, device, reason)
+    saved -= filling.gpu_hours
+    return Estimate(plan, costs, speeds, shares, caches, total, trials, saved, device, reason, options)
 
 
 def require_budget(plan: Plan) -> None:
@@ -243,13 +259,17 @@ def rounded(value: float) -> str:
 def assumed_device(options: RunOptions, folder: Path = GPUS) -> tuple[Device, str]:
     """Return the device that runs are assumed to be on, and why: this machine's GPU, its CPU if set, else an H100."""
     if options.device == "cpu":
-        cores = os.cpu_count() or 1
-        return Device(f"{cores} CPU cores", _CPU_CORE * cores, _CPU_CORE * cores), ""
+        return _cpu(), ""
     models = gpu_models(folder)
     if not models:
-        return H100, "there is no GPU here; run.device: cpu estimates for this CPU"
+        return H100, _NO_GPU
     known = next((device for word, device in _DEVICES.items() if word in models[0]), None)
     return (known, "") if known else (H100, f"{models[0]} is not known")
+
+
+def _cpu() -> Device:
+    cores = os.cpu_count() or 1
+    return Device(f"{cores} CPU cores", _CPU_CORE * cores, _CPU_CORE * cores, "fp32")
 
 
 def assumed_speed(cost: Cost, device: Device, precision: str) -> Speed:
@@ -392,11 +412,11 @@ def _trials(plan: Plan, costs: dict[str, Cost], speeds: dict[str, Speed]) -> dic
     return trials
 
 
-def _planned_caches(plan: Plan, speeds: dict[str, Speed]) -> Iterator[PlannedCache]:
+def _planned_caches(plan: Plan, options: ResolvedOptions, speeds: dict[str, Speed]) -> Iterator[PlannedCache]:
     begun = {entry.arm.label for entry in plan.runs if entry.status is not RunStatus.NEW}
     labels: dict[Cache, list[str]] = {}
     for arm in plan.experiment.arms:
-        for cache in caches_of(arm.config, plan.experiment.run):
+        for cache in caches_of(arm.config, options):
             labels.setdefault(cache, []).append(arm.label)
     for cache, users in labels.items():
         files, is_begun = plan.inventory.dataset(cache.data).images, bool(begun & {*users})
@@ -407,7 +427,7 @@ def _planned_caches(plan: Plan, speeds: dict[str, Speed]) -> Iterator[PlannedCac
 
 
 def _speed_notes(estimate: Estimate) -> Iterator[str]:
-    speeds, precision = estimate.speeds.values(), estimate.plan.experiment.run.precision
+    speeds, precision = estimate.speeds.values(), estimate.options.precision
     if measured := [speed for speed in speeds if speed.runs]:
         kinds = {speed.image: speed for speed in measured}
         rates = sorted(1 / image for image in kinds)
@@ -424,3 +444,15 @@ def _speed_notes(estimate: Estimate) -> Iterator[str]:
         yield "evaluations are sampling and decoding by counted FLOPs; texts and the extractor are not counted"
     exact = "weights, gradients, AdamW and averages exact for the weights that were counted"
     yield f"memory: {exact}, activations rough; micro_batch auto taken as the whole batch"
+
+
+def _option_notes(estimate: Estimate) -> Iterator[str]:
+    """Yield what the options that are `auto` become."""
+    options = estimate.plan.experiment.run
+    devices = [(estimate.device, f"on {estimate.device.name}")]
+    if estimate.reason == _NO_GPU:
+        devices.append((_cpu(), "on this CPU"))
+    for device, where in devices if options.automatic else ():
+        resolved = device.resolve(options).model_dump(mode="json", include=set(options.automatic))
+        values = (f"{name} {str(value).lower()}" for name, value in resolved.items())
+        yield f"run options that are auto, {where}: {', '.join(values)}"

@@ -140,7 +140,8 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
         "budget": experiment.budget.model_dump(mode="json"),
         "assumed": {
             "device": estimate.device.name,
-            "peak_flops": estimate.device.peak(experiment.run.precision),
+            "peak_flops": estimate.device.peak(estimate.options.precision),
+            "options": {name: getattr(estimate.options, name) for name in experiment.run.automatic},
             "utilisation": UTILISATION,
         },
         "notes": [*plan.notes, *estimate.notes],

@@ -20,11 +20,11 @@ from repa_lab.models.pretrained import skeleton
 from repa_lab.models.released import SCHEDULER, PretrainedError, read_json
 from repa_lab.models.tap import TapError
 from repa_lab.settings import BlockIndex
-from repa_lab.spec import EncoderSettings, RunConfig, RunOptions
+from repa_lab.spec import EncoderSettings, ResolvedOptions, RunConfig, RunOptions
 from repa_lab.timm_models import EncoderError
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.data import Announce, Images, encode_captions, open_data, pretrained_folder
-from repa_lab.training.device import DeviceError, pick_device
+from repa_lab.training.device import DeviceError, pick_device, resolved
 from repa_lab.training.diffusion import ProcessError, process_of
 from repa_lab.training.evaluate import metrics_with, open_extractor, open_reference, real_images
 from repa_lab.training.resolve import encoders_of, needs_of
@@ -59,7 +59,7 @@ def prepare(configs: Iterable[RunConfig], options: RunOptions, cache: Path, anno
         device = pick_device(options)
     except DeviceError as error:
         raise RefusedError(0, f"run.{error.field}", str(error)) from error
-    preparation = _Preparation(options, cache, device, announce)
+    preparation = _Preparation(resolved(options, device), cache, device, announce)
     for index, config in enumerate(configs):
         try:
             preparation.meet(config, index)
@@ -77,7 +77,7 @@ def prepare(configs: Iterable[RunConfig], options: RunOptions, cache: Path, anno
 class _Preparation:
     """Meets the needs of settings, each need once; a need is keyed by all settings that it depends on."""
 
-    options: RunOptions
+    options: ResolvedOptions
     cache: Path
     device: torch.device
     announce: Announce

@@ -195,6 +195,7 @@ def _options(options: RunOptions) -> RunOptions:
     disabled = options.wandb.model_copy(update={"mode": "disabled"})
     updates: dict[str, Any] = {"share": False, "log_every": 1, "checkpoint_every": None, "wandb": disabled}
     updates["micro_batch"] = 1 if isinstance(options.micro_batch, int) else options.micro_batch
+    updates |= {name: False for name in ("compile", "encoder_compile") if getattr(options, name) == "auto"}
     if not Path("/dev/nvidia0").exists():
         updates |= {"device": "auto", "compile": False, "encoder_compile": False}
         updates["precision"] = "fp32" if options.precision == "fp16" else options.precision

@@ -5,7 +5,15 @@ from repa_lab.spec.errors import Place, Problem, SpecError
 from repa_lab.spec.evaluate import EvaluateConfig, ExtractorConfig
 from repa_lab.spec.expand import Arm
 from repa_lab.spec.experiment import Experiment, load_spec
-from repa_lab.spec.options import BudgetConfig, CompareConfig, RunOptions, SearchConfig, StopRule
+from repa_lab.spec.options import (
+    BudgetConfig,
+    CompareConfig,
+    Machine,
+    ResolvedOptions,
+    RunOptions,
+    SearchConfig,
+    StopRule,
+)
 from repa_lab.spec.schema import ModelConfig, RunConfig
 
 __all__ = [
@@ -16,10 +24,12 @@ __all__ = [
     "EvaluateConfig",
     "Experiment",
     "ExtractorConfig",
+    "Machine",
     "ModelConfig",
     "Place",
     "Problem",
     "RegularizerSettings",
+    "ResolvedOptions",
     "RunConfig",
     "RunOptions",
     "ScheduleSettings",

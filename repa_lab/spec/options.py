@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -10,6 +12,7 @@ from pydantic import ConfigDict, Field, model_validator
 from repa_lab.settings import Count, NotNegative, Positive, Settings
 
 COSTS = ("seconds", "gpu_hours")
+_MOST_LOADERS = 8  # processes that load images for one process of a run
 
 
 class Interval(Settings):
@@ -221,6 +224,28 @@ class SlurmOptions(Settings):
     """Shell commands before each run."""
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What `auto` among the options of a run depends on.
+
+    Attributes:
+        half: 16-bit precision of the GPU, ``bf16`` or ``fp16``; None without a GPU.
+        compiles: whether `torch.compile` works on the GPU.
+        cores: CPU cores for each process of a run.
+        processes: processes that train a run together.
+    """
+
+    half: Literal["bf16", "fp16"] | None = None
+    compiles: bool = True
+    cores: int = 1
+    processes: int = 1
+
+
+def cores_here() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class RunOptions(Settings):
     """How runs are carried out. Nothing here changes what is computed, so nothing here is part of a run's identity."""
 
@@ -242,20 +267,22 @@ class RunOptions(Settings):
     """A run that is silent for so many minutes is started again, once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where runs are trained."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the denoiser's forward and backward pass; the weights stay float32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the denoiser's forward and backward pass; the weights stay float32. `auto` is bf16 on a GPU (fp16 on
+    one without bf16) and fp32 on a CPU. On a GPU, all but fp32 let products that stay float32 use TF32 in training."""
     share: bool = True
     """Train steps that runs have in common once; `--no-share` on the command line."""
-    micro_batch: Positive | Literal["auto"] | None = None
-    """Images of one forward pass; gradients accumulate over the batch. `auto` halves it if memory runs out."""
+    micro_batch: Positive | Literal["auto"] | None = "auto"
+    """Images of one forward pass; gradients accumulate over the batch. Null is the whole batch. `auto` begins with it,
+    and halves it if memory runs out in a run of one process."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: the same numbers, less memory, more time."""
-    compile: bool = False
-    """Compile the denoiser with `torch.compile`."""
-    encoder_precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of encoders."""
-    encoder_compile: bool = False
-    """Compile encoders with `torch.compile`."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the denoiser with `torch.compile`. `auto` does so on a GPU."""
+    encoder_precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of encoders. `auto` is bf16 on a GPU that has it, else fp32."""
+    encoder_compile: Literal["auto"] | bool = "auto"
+    """Compile encoders with `torch.compile`. `auto` does so on a GPU."""
     encoder_batch_size: Positive | None = None
     """Most images that an encoder sees at a time."""
     encoder_storage: Literal["fp16", "fp32"] = "fp16"
@@ -264,9 +291,37 @@ class RunOptions(Settings):
     """Steps between rows of the training loss."""
     checkpoint_every: Positive | None = None
     """Steps between checkpoints; null is whenever the run is measured."""
-    data_workers: Count = 0
-    """Processes that load images."""
+    data_workers: Count | Literal["auto"] = "auto"
+    """Processes that load images. `auto` is one for each core but one, up to 8, on a GPU, and none on a CPU."""
     wandb: WandbOptions = WandbOptions()
     """Weights & Biases; see [tracking.md](tracking.md)."""
     tensorboard: bool = False
     """Also write TensorBoard's files into each run directory."""
+
+    def resolved(self, machine: Machine) -> ResolvedOptions:
+        """Return the options with every `auto` replaced by what is right on a machine; other values stay."""
+        has_gpu = machine.half is not None
+        auto = {
+            "precision": machine.half or "fp32",
+            "micro_batch": "auto" if machine.processes == 1 else None,  # several would have to agree on a size
+            "compile": has_gpu and machine.compiles,
+            "encoder_precision": "bf16" if machine.half == "bf16" else "fp32",
+            "encoder_compile": has_gpu and machine.compiles,
+            "data_workers": min(machine.cores - 1, _MOST_LOADERS) if has_gpu else 0,
+        }
+        return ResolvedOptions.model_validate({**dict(self), **{name: auto[name] for name in self.automatic}})
+
+    @property
+    def automatic(self) -> tuple[str, ...]:
+        """The names of the options that are `auto`."""
+        return tuple(name for name, value in self if value == "auto" and name != "device")
+
+
+class ResolvedOptions(RunOptions):
+    """The options of a run on its machine; only ``micro_batch`` may still be `auto`."""
+
+    precision: Literal["fp32", "bf16", "fp16"]
+    compile: bool
+    encoder_precision: Literal["fp32", "bf16"]
+    encoder_compile: bool
+    data_workers: Count

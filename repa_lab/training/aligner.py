@@ -19,7 +19,7 @@ from repa_lab.encoders.encoder import EncoderOptions, load_encoder
 from repa_lab.encoders.targets import OnlineTargets, Reader, Targets, cached_targets
 from repa_lab.models.tap import Tap
 from repa_lab.registry import PluginError
-from repa_lab.spec import RunOptions
+from repa_lab.spec import ResolvedOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.batches import Batch, seeded
 from repa_lab.training.data import Announce, Images, pixels_for
@@ -201,7 +201,7 @@ class Aligner:
 def open_targets(
     encoder: EncoderSettings,
     images: Images,
-    options: RunOptions,
+    options: ResolvedOptions,
     cache: Path,
     device: torch.device,
     announce: Announce | None = None,

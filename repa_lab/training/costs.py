@@ -16,7 +16,7 @@ from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Family, Shape, shape_of
 from repa_lab.models.flops import COUNTED, VAE_DECODER, VAE_ENCODER, Forward, forward_of
 from repa_lab.runs.files import Row
-from repa_lab.spec import EvaluateConfig, RunConfig, RunOptions
+from repa_lab.spec import EvaluateConfig, ResolvedOptions, RunConfig
 
 if TYPE_CHECKING:
     from repa_lab.training.checkpoint import Progress
@@ -111,7 +111,7 @@ class Cache:
     image_bytes: float
 
 
-def cost_of(config: RunConfig, options: RunOptions) -> Cost:
+def cost_of(config: RunConfig, options: ResolvedOptions) -> Cost:
     """Return what a run with these settings costs."""
     family = FAMILIES[config.model.family]
     shape = shape_of(family, config.model.size)
@@ -145,7 +145,7 @@ def cost_of(config: RunConfig, options: RunOptions) -> Cost:
     )
 
 
-def costs_so_far(config: RunConfig, options: RunOptions, progress: Progress) -> Row:
+def costs_so_far(config: RunConfig, options: ResolvedOptions, progress: Progress) -> Row:
     """Return the metric row of a run's costs: seconds and FLOPs of training, encoders and measurements.
 
     The seconds of training are in the row already and include those of encoders. All seconds are those of the first
@@ -174,7 +174,7 @@ def active_steps(config: RunConfig, step: int) -> int:
     return 0 if config.regularizer.weight == 0 else min(step, cutoff or step)
 
 
-def caches_of(config: RunConfig, options: RunOptions) -> Iterator[Cache]:
+def caches_of(config: RunConfig, options: ResolvedOptions) -> Iterator[Cache]:
     """Yield the caches that a run's settings require."""
     family, data = FAMILIES[config.model.family], config.data
     shared = data.model_copy(update={"holdout": 1})  # the split does not change what is cached
@@ -266,7 +266,7 @@ def _evaluation_flops(config: RunConfig, protocol: EvaluateConfig, family: Famil
 
 def _memory(
     config: RunConfig,
-    options: RunOptions,
+    options: ResolvedOptions,
     forward: Forward,
     shape: Shape,
     tokens: float,

@@ -31,7 +31,7 @@ from repa_lab.models.released import (
     text_components,
 )
 from repa_lab.models.scratch import Input
-from repa_lab.spec import ModelConfig, RunConfig, RunOptions
+from repa_lab.spec import ModelConfig, ResolvedOptions, RunConfig
 from repa_lab.training.device import PRECISION
 
 _CPU = torch.device("cpu")
@@ -172,7 +172,7 @@ def pretrained_folder(model: ModelConfig) -> Path:
     return folder
 
 
-def text_cache(family: Family, folder: Path, options: RunOptions, cache: Path) -> TextCache:
+def text_cache(family: Family, folder: Path, options: ResolvedOptions, cache: Path) -> TextCache:
     """Return the cache of captions as this pipeline's text encoders encode them."""
     content = {name: fingerprint_files(folder / name) for name in text_components(folder)} | settings(folder)
     identity = {"kind": "texts/1", "family": family.name, "parts": content, "precision": options.encoder_precision}
@@ -184,7 +184,7 @@ def encode_captions(
     folder: Path,
     images: Images,
     prompts: Sequence[str],
-    options: RunOptions,
+    options: ResolvedOptions,
     cache: Path,
     device: torch.device,
     progress: Progress | None = None,

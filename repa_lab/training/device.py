@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -12,7 +14,10 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 
 from repa_lab.errors import InputError
-from repa_lab.spec import EvaluateConfig, RunOptions
+from repa_lab.kernels import kernels
+from repa_lab.runs import RunDirectory
+from repa_lab.spec import EvaluateConfig, Machine, ResolvedOptions, RunOptions
+from repa_lab.spec.options import cores_here
 
 PRECISION = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,6 +51,30 @@ def pick_device(options: RunOptions) -> torch.device:
     return device
 
 
+def resolved(options: RunOptions, device: torch.device) -> ResolvedOptions:
+    """Return the options with every `auto` replaced by what is right for this process on a device."""
+    sharing = options.slots_per_gpu * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    machine = Machine(cores=max(cores_here() // sharing, 1), processes=int(os.environ.get("WORLD_SIZE", "1")))
+    if device.type == "cuda":
+        half: Literal["bf16", "fp16"] = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        has_compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))  # Triton compiles C too
+        is_supported = torch.cuda.get_device_capability(device) >= (7, 0)  # Triton's oldest
+        machine = replace(machine, half=half, compiles=has_compiler and is_supported)
+    return options.resolved(machine)
+
+
+def as_trained(options: RunOptions, directory: RunDirectory) -> ResolvedOptions:
+    """Return the options with `auto` precisions replaced by those that a run was trained in, resolved for this machine.
+
+    Raises:
+        DeviceError: see :func:`pick_device`.
+    """
+    recorded = directory.provenance.get("options", {})
+    names = [name for name in ("precision", "encoder_precision") if getattr(options, name) == "auto"]
+    options = options.model_copy(update={name: recorded[name] for name in names if name in recorded})
+    return resolved(options, pick_device(options))
+
+
 def require_equal_parts(batch_size: int, processes: int) -> None:
     """Refuse a batch that the processes cannot share equally; the mean of their losses would not be the batch's.
 
@@ -71,14 +100,13 @@ def computing_in(module: nn.Module, precision: str, device: torch.device) -> Ite
         precision: a key of ``PRECISION``; bf16 and fp16 use autocast.
         device: of the module.
     """
-    wrapped, allow_tf32 = vars(module).pop("forward", None), torch.backends.cuda.matmul.allow_tf32
+    wrapped = vars(module).pop("forward", None)
     if (dtype := PRECISION[precision]) != torch.float32:
         module.forward = convert_outputs_to_fp32(torch.autocast(device.type, dtype)(module.forward))
-    torch.backends.cuda.matmul.allow_tf32 = allow_tf32 or precision == "tf32"
     try:
-        yield
+        with kernels(tf32=precision == "tf32"):
+            yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         vars(module).pop("forward", None)
         if wrapped is not None:
             module.forward = wrapped
@@ -89,20 +117,12 @@ class MicroBatch:
 
     Args:
         setting: a size, None for the whole batch, or ``auto``: the whole batch, halved whenever memory runs out.
-        processes: number of processes that train the run.
 
     Attributes:
         size: images in a pass; None for the whole batch.
-
-    Raises:
-        DeviceError: ``auto`` with several processes, which would not halve together.
     """
 
-    def __init__(self, setting: int | Literal["auto"] | None, processes: int) -> None:
-        if setting == "auto" and processes > 1:
-            raise DeviceError(
-                "micro_batch", "auto works with one process only: several would not agree on a size; give a number"
-            )
+    def __init__(self, setting: int | Literal["auto"] | None) -> None:
         self._is_auto = setting == "auto"
         self.size = None if setting == "auto" else setting
 

@@ -17,7 +17,7 @@ from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.checkpoint import INPUT_FILE, load_weights, newest_checkpoint
 from repa_lab.training.data import open_data
-from repa_lab.training.device import computing_in, measuring_precision, pick_device
+from repa_lab.training.device import as_trained, computing_in, measuring_precision, pick_device
 from repa_lab.training.evaluate import DivergedError, real_images
 from repa_lab.training.model import build_denoiser, open_trained
 from repa_lab.training.resolve import metric_names, names_of, protocols_of
@@ -118,7 +118,8 @@ def write_samples(
         precision = str(recorded.get("precision", "fp32"))
     else:
         precision = measuring_precision(run.config.evaluate, str(directory.provenance["options"]["precision"]))
-    options = RunOptions.model_validate({"precision": "fp32" if precision == "tf32" else precision})
+    wanted = RunOptions.model_validate({"precision": "fp32" if precision == "tf32" else precision})
+    options = as_trained(wanted, directory)
     device = pick_device(options)
     model = open_trained(run, checkpoint, weights, open_data(run.config, cache, device), options, cache, device)
     sampler = model.sampler(protocol)

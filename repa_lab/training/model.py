@@ -18,7 +18,7 @@ from repa_lab.models.pretrained import DiffusersDenoiser, adapt, load_denoiser
 from repa_lab.models.released import SCHEDULER, class_problem, read_json
 from repa_lab.models.scratch import Input, build
 from repa_lab.models.tap import Denoiser
-from repa_lab.spec import EvaluateConfig, RunConfig, RunOptions
+from repa_lab.spec import EvaluateConfig, ResolvedOptions, RunConfig
 from repa_lab.spec.identity import Run
 from repa_lab.training.batches import seeded
 from repa_lab.training.checkpoint import load_weights
@@ -55,7 +55,7 @@ class Model:
     at_once: int
 
 
-def open_model(run: Run, images: Images, options: RunOptions, cache: Path, device: torch.device) -> Model:
+def open_model(run: Run, images: Images, options: ResolvedOptions, cache: Path, device: torch.device) -> Model:
     """Build the model of a run, initialised from the run's own random stream or pretrained.
 
     Args:
@@ -76,7 +76,13 @@ def open_model(run: Run, images: Images, options: RunOptions, cache: Path, devic
 
 
 def open_trained(
-    run: Run, checkpoint: Path, weights: str, images: Images, options: RunOptions, cache: Path, device: torch.device
+    run: Run,
+    checkpoint: Path,
+    weights: str,
+    images: Images,
+    options: ResolvedOptions,
+    cache: Path,
+    device: torch.device,
 ) -> Model:
     """Build the model of a run with the weights of a checkpoint, in evaluation mode on the device.
 
@@ -134,7 +140,7 @@ def _from_scratch(run: Run, images: Images, device: torch.device) -> Model:
     )
 
 
-def _pretrained(run: Run, images: Images, options: RunOptions, cache: Path, device: torch.device) -> Model:
+def _pretrained(run: Run, images: Images, options: ResolvedOptions, cache: Path, device: torch.device) -> Model:
     config, folder = run.config, pretrained_folder(run.config.model)
     denoiser = build_denoiser(config, None, run.seed, PRECISION[options.precision])
     assert isinstance(denoiser, DiffusersDenoiser)
@@ -150,7 +156,7 @@ def _pretrained(run: Run, images: Images, options: RunOptions, cache: Path, devi
 
 
 def _conditioning(
-    denoiser: DiffusersDenoiser, images: Images, folder: Path, options: RunOptions, cache: Path
+    denoiser: DiffusersDenoiser, images: Images, folder: Path, options: ResolvedOptions, cache: Path
 ) -> Conditioning:
     """Return captions if the family has text encoders, else labels."""
     pipeline = pipeline_of(denoiser.family)

@@ -25,7 +25,7 @@ from repa_lab.spec.identity import Run
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.checkpoint import newest_checkpoint
 from repa_lab.training.data import Images, open_data
-from repa_lab.training.device import pick_device
+from repa_lab.training.device import as_trained, pick_device
 from repa_lab.training.evaluate import MEASURING_SEED, held_out_batches, image_means, noise_protocol, show
 from repa_lab.training.model import Model, open_trained
 from repa_lab.training.resolve import choose_block, encoder_identity
@@ -94,7 +94,7 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
     Args:
         directory: the run.
         request: the profile to measure.
-        options: device and precision.
+        options: device and precision; an `auto` precision is that of the run.
         cache: folder of features, latents and captions.
 
     Returns:
@@ -107,8 +107,8 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
         DataError, EncoderError, PretrainedError, DeviceError: a component is not available.
     """
     step, checkpoint = newest_checkpoint(directory, request.weights)
-    run, device = Run.read(directory), pick_device(options)
-    config = run.config
+    run, options = Run.read(directory), as_trained(options, directory)
+    config, device = run.config, pick_device(options)
     encoder = request.encoder or config.alignment_encoder
     if encoder is None:
         raise ProfileError(f"run {run.run_id} is compared with no encoder; name one")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from torch import nn
 from repa_lab.align import REPA, Needs, Prediction, Schedule, Shapes, Tokens
 from repa_lab.align.ranks import mean_over_ranks
 from repa_lab.encoders.targets import Targets
+from repa_lab.kernels import kernels
+from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import BlockIndex
 from repa_lab.models.tap import Tap
 from repa_lab.runs import files
 from repa_lab.runs.files import Row
-from repa_lab.spec import EncoderSettings, RunOptions
+from repa_lab.spec import EncoderSettings, ResolvedOptions, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.spec.schema import LearningRateSettings
 from repa_lab.training.aligner import Aligner, PrefetchWeight, Stopwatch, open_targets
@@ -36,6 +39,7 @@ from repa_lab.training.device import (
     measuring_precision,
     pick_device,
     require_equal_parts,
+    resolved,
 )
 from repa_lab.training.diffusion import denoising_loss
 from repa_lab.training.evaluate import Evaluator, Match
@@ -84,17 +88,19 @@ class Trainer:
 
     def __init__(self, run: Run, options: RunOptions, cache: Path) -> None:
         config = run.config
-        self.config, self.options, self.progress, self._run = config, options, Progress(), run
-        pick_device(options)  # refuses what accelerate would silently replace
+        device = pick_device(options)  # refuses what accelerate would silently replace
+        self.options = options = resolved(options, device)
+        self.config, self.progress, self._run = config, Progress(), run
         self.accelerator = _accelerator(config.model.pretrained is not None, options)
         self.device: torch.device = self.accelerator.device
         part = (self.accelerator.process_index, self.accelerator.num_processes)
         require_equal_parts(config.train.batch_size, part[1])
-        self._micro_batch = MicroBatch(options.micro_batch, part[1])
+        self._micro_batch = MicroBatch(options.micro_batch)
         images = open_data(config, cache, self.device)
         self.notes = images.base.notes
         self._input = images.input if config.model.pretrained is None else None
         self.model = open_model(run, images, options, cache, self.device)
+        self._is_unet = FAMILIES[config.model.family].kind == "unet"
         if options.gradient_checkpointing:
             denoiser: Any = self.model.denoiser
             denoiser.enable_gradient_checkpointing()
@@ -116,6 +122,8 @@ class Trainer:
         conditioning = self.model.conditioning
         self._steps = Steps(config, run.seed, images, self.model.process, conditioning, part, readers, self._prefetch)
         self.model.denoiser.to(self.device)
+        if self._is_unet and self.device.type == "cuda":
+            self.model.denoiser.to(memory_format=torch.channels_last)  # the layout of cuDNN's tensor core kernels
         self.aligner = self._align(needs, targets) if needs != Needs() else None
         self.state = self._prepare(self.model.denoiser)
         self._stopwatch.take()  # forget what was read to build the components
@@ -129,7 +137,8 @@ class Trainer:
         """Take one optimizer step: noise, forward, tap, regularizer, backward, clip, optimise, EMA."""
         train, step = self.config.train, self.progress.step
         weight = self.aligner.regularizer.weight_at(step) if self.aligner else None
-        values = self._within_memory(batch)  # calls _forward_backward
+        with kernels(self.options.precision != "fp32", self._is_unet):
+            values = self._within_memory(batch)  # calls _forward_backward
         rate = train.learning_rate(step)
         for group in self.state.optimizer.param_groups:
             group["lr"] = rate
@@ -197,7 +206,9 @@ class Trainer:
             due = protocols_of(self.config, self.progress.step)
             (row, samples), *others = (self.evaluator.quality(protocol) for protocol in due)
             tap = self.model.denoiser.tap(block)
-            row |= self.evaluator.alignment(tap, self._match() if block == tapped else None)
+            # Compiled code does not see a tap that is set later.
+            with torch.compiler.set_stance("force_eager") if self.options.compile else nullcontext():
+                row |= self.evaluator.alignment(tap, self._match() if block == tapped else None)
             tap.remove()
         denoiser.train()
         if self.aligner:
@@ -296,16 +307,18 @@ class Trainer:
             modules["regularizer"] = self.aligner.regularizer
             self.aligner.prepare(accelerator)
         self._parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-        kind = getattr(torch.optim, train.optimizer.type)
-        optimizer = kind(self._parameters, lr=train.lr, weight_decay=train.weight_decay, **train.optimizer.arguments)
+        kind, arguments = getattr(torch.optim, train.optimizer.type), train.optimizer.arguments
+        if self.device.type == "cuda" and "fused" in inspect.signature(kind).parameters:
+            arguments = {**arguments, "fused": True}
+        optimizer = kind(self._parameters, lr=train.lr, weight_decay=train.weight_decay, **arguments)
         self._denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
         if self.options.compile:  # after the taps are set: torch.compile does not see later hooks
-            self._denoiser = torch.compile(self._denoiser)
+            denoiser.compile()
         ema = EMA(modules, train.averaging)
         return TrainState(denoiser, modules.get("regularizer"), optimizer, ema, accelerator.scaler)
 
 
-def _accelerator(is_pretrained: bool, options: RunOptions) -> Accelerator:
+def _accelerator(is_pretrained: bool, options: ResolvedOptions) -> Accelerator:
     AcceleratorState._reset_state()  # accelerate keeps the precision of the process's previous run
     # In many pretrained models the text output of the last block is unused; DistributedDataParallel would wait for its
     # gradients.

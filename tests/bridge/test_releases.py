@@ -10,12 +10,14 @@ from PIL import Image
 from repa_lab.bridge.simpletuner import FLAVOURS
 from repa_lab.models.families import FAMILIES
 from repa_lab.orchestration.checks import check
-from repa_lab.spec import RunOptions, load_spec
+from repa_lab.spec import Machine, RunOptions, load_spec
 from repa_lab.training.costs import cost_of
 from repa_lab.training.resolve import Inventory
 from tests.bridge.test_importing import FLUX, config_of, load, read, refusal, remarks
 
 DEV = "black-forest-labs/FLUX.1-dev"
+HERE = RunOptions().resolved(Machine())
+CHECKPOINTED = RunOptions(gradient_checkpointing=True).resolved(Machine())
 
 
 class TestFlavour:
@@ -64,11 +66,11 @@ class TestFlavour:
 
     def test_plan_says_that_it_counts_other_weights(self, tmp_path):
         config = config_of(tmp_path, {"model_family": "sd3", "model_flavour": "large"})
-        (note,) = cost_of(config, RunOptions()).rough
+        (note,) = cost_of(config, HERE).rough
         assert note.startswith(
             "parameters, FLOPs and memory are counted for stabilityai/stable-diffusion-3-medium-diffusers; those of"
         )
-        assert cost_of(config_of(tmp_path, {**FLUX, "model_flavour": "dev"}), RunOptions()).rough == ()
+        assert cost_of(config_of(tmp_path, {**FLUX, "model_flavour": "dev"}), HERE).rough == ()
 
     def test_plan_lets_a_block_through_that_only_a_larger_release_has(self, tmp_path):
         check(
@@ -238,13 +240,10 @@ class TestEvaluation:
             "train_batch_size": 4,
         }
         config = config_of(tmp_path, given)
-        cost = cost_of(config, RunOptions(gradient_checkpointing=True))
+        cost = cost_of(config, CHECKPOINTED)
         assert cost.measuring(config, 0, 100) <= 1.1 * 100 * 4 * cost.denoiser_flops
         by_default = config.model_copy(update={"evaluate": type(config.evaluate)()})
-        assert (
-            cost_of(by_default, RunOptions(gradient_checkpointing=True)).measuring(by_default, 0, 100)
-            > 1000 * 100 * cost.denoiser_flops
-        )
+        assert cost_of(by_default, CHECKPOINTED).measuring(by_default, 0, 100) > 1000 * 100 * cost.denoiser_flops
 
     def test_few_samples_are_said_to_be_noise(self, tmp_path):
         for steps, is_noise in ((100, True), (100_000, False)):

@@ -15,7 +15,7 @@ from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import SIT, SIT_DOWN, UNET, shape_of
 from repa_lab.models.scratch import CLASSES, Input, build
 from repa_lab.models.sit import SiT
-from repa_lab.spec import load_spec
+from repa_lab.spec import Machine, load_spec
 from repa_lab.training.costs import caches_of, cost_of, projector_size
 from tests.models.counting import adapted, count, count_family, native_side
 
@@ -44,7 +44,7 @@ def spec_of(base=REPA, overrides=None, **fields):
 
 def cost(overrides=None, base=REPA):
     spec = spec_of(base, overrides)
-    return cost_of(spec.arms[0].config, spec.run)
+    return cost_of(spec.arms[0].config, spec.run.resolved(Machine()))
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,9 @@ def test_a_plugins_family_has_a_guessed_cost_that_says_so(monkeypatch):
     """The guess for a family that was counted is within a factor of three of the count."""
     lora = {"model": {"family": "pixart", "pretrained": "x", "train": "lora"}, "regularizer": {"type": "none"}}
     spec = spec_of({**REPA, **lora}, {"data.vae": None, "data.resolution": 1024})
-    known = cost_of(spec.arms[0].config, spec.run)
+    known = cost_of(spec.arms[0].config, spec.run.resolved(Machine()))
     monkeypatch.delitem(flops.COUNTED, "pixart")
-    guess = cost_of(spec.arms[0].config, spec.run)
+    guess = cost_of(spec.arms[0].config, spec.run.resolved(Machine()))
     assert guess.rough == ("FLOPs and memory of family 'pixart' are estimated from its size, not counted",)
     assert 1 / 3 < guess.image_flops / known.image_flops < 3
     assert 1 / 3 < guess.memory.activations / known.memory.activations < 3
@@ -264,7 +264,9 @@ class TestTraining:
             "model": {"family": "dit", "pretrained": "x", "train": "lora", "rank": 4},
             "regularizer": {"type": "none"},
         }
-        found = cost_of((spec := spec_of({**REPA, **lora}, {"data.vae": None})).arms[0].config, spec.run)
+        found = cost_of(
+            (spec := spec_of({**REPA, **lora}, {"data.vae": None})).arms[0].config, spec.run.resolved(Machine())
+        )
         assert found.trained == 4 * 258_048
         assert found.image_flops == pytest.approx(2 * 237.334e9 + 6 * 256 * 4 * 258_048, rel=1e-4)
 
@@ -313,7 +315,7 @@ class TestMemory:
     def test_lora_holds_frozen_weights_in_half_precision(self):
         model = {"family": "flux", "pretrained": "x", "train": "lora", "rank": 16}
         spec = spec_of({**REPA, "model": model, "regularizer": {"type": "none"}}, {"data.vae": None})
-        found, trains = cost_of(spec.arms[0].config, spec.run), 16 * 1_634_304
+        found, trains = cost_of(spec.arms[0].config, spec.run.resolved(Machine())), 16 * 1_634_304
         assert (found.trained, found.memory.weights) == (trains, 2 * 11_901_408_320 + 4 * trains)
         assert (found.memory.training, found.memory.copies) == (16 * trains, 0)
 
@@ -323,7 +325,7 @@ class TestMemory:
 
 def test_caches_are_latents_in_float32_and_features_in_half():
     spec = spec_of()
-    latents, features = caches_of(spec.arms[0].config, spec.run)
+    latents, features = caches_of(spec.arms[0].config, spec.run.resolved(Machine()))
     assert (latents.what, latents.image_bytes) == ("latents at 256 px", 2 * 4 * 32 * 32 * 4)
     assert (features.what, features.image_bytes) == (
         "features of dinov2_vitb14 at 224 px",

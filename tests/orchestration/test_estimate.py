@@ -23,7 +23,7 @@ from repa_lab.orchestration.display import arm_rows, as_json, sentences, short
 from repa_lab.orchestration.plan import make_plan
 from repa_lab.runs import RunsRoot, RunWriter, State, files
 from repa_lab.runs.root import ArmRecord
-from repa_lab.spec import RunOptions, SpecError, load_spec
+from repa_lab.spec import Machine, RunOptions, SpecError, load_spec
 from repa_lab.training.costs import measurements
 from tests.data.conftest import noise_image
 from tests.orchestration.test_costs import DIGITS, REPA, cost, spec_of
@@ -34,7 +34,7 @@ def write_run(root, run, rows, state=State.DONE, machine=None, **options):
     directory = RunsRoot(root).run(run.run_id)
     made = {"platform": platform.platform(), "cpus": os.cpu_count(), "processes": 1}
     with RunWriter(directory) as writer:
-        shown = {**RunOptions(device="cpu").model_dump(mode="json"), **options}
+        shown = {**RunOptions(device="cpu").resolved(Machine()).model_dump(mode="json"), **options}
         writer.describe(run.to_json(), {**made, "options": shown, **(machine or {})})
         for row in rows:
             writer.row(row)

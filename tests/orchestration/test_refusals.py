@@ -97,11 +97,6 @@ CASES = {
         "train.batch_size: 2 processes (run.gpus_per_run) cannot share a batch equally",
         None,
     ),
-    "micro-batches of processes": (
-        lambda: scratch(folder(20), run={"gpus_per_run": 2, "micro_batch": "auto"}),
-        "run.micro_batch: auto works with one process only: several would not agree on a size; give a number",
-        None,
-    ),
     "half precision on a CPU": (
         lambda: scratch(folder(20), run={"precision": "fp16", "device": "cpu"}),
         "run.precision: fp16 needs a GPU; use bf16 or fp32",

@@ -178,7 +178,7 @@ class TestMemory:
         return train_run(job, lambda: None)
 
     def test_halves_until_it_fits_and_trains_as_that_size_does(self, limit, cache, tmp_path):
-        job = self.job(tmp_path / "runs")
+        job = self.job(tmp_path / "runs", micro_batch=None)
         assert self.train(job, cache).state is State.DONE
         directory = job.root.run("run0")
         events = [event for event in directory.events() if event["event"] == "out-of-memory"]
@@ -190,7 +190,7 @@ class TestMemory:
     def test_goes_on_from_the_last_checkpoint_with_the_same_randomness(self, limit, cache, tmp_path):
         limit[0] = 6
         run = make_run(**{"train.steps": 6})
-        job = self.job(tmp_path / "runs", run, checkpoint_every=2)
+        job = self.job(tmp_path / "runs", run, checkpoint_every=2, micro_batch=None)
 
         def shrink():
             directory = job.root.run("run0")

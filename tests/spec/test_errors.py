@@ -329,7 +329,7 @@ BAD = {
         HEAD + "run: {device: gpu, precision: bf61, workers: 0, wandb: {mode: on, key: secret}}\n",
         [
             "5:7: run.device: expected one of auto, cpu, cuda, got 'gpu'; did you mean 'cpu'?",
-            "5:20: run.precision: expected one of fp32, bf16, fp16, got 'bf61'; did you mean 'bf16'?",
+            "5:20: run.precision: expected one of auto, fp32, bf16, fp16, got 'bf61'; did you mean 'bf16'?",
             "5:37: run.workers: expected a number of at least 1, got 0",
             "5:57: run.wandb.mode: expected one of auto, online, offline, disabled, got 'on'",
             f"5:67: run.wandb.key: unknown field 'key'; {allowed(WandbOptions)}",

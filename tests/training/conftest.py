@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from repa_lab.align import Regularizer, Shapes
 from repa_lab.runs import RunDirectory, State, checkpoints
 from repa_lab.runs.files import Row
-from repa_lab.spec import RunConfig, RunOptions
+from repa_lab.spec import Machine, ResolvedOptions, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.aligner import Aligner
 from repa_lab.training.batches import Batch, Steps
@@ -76,8 +76,8 @@ def make_regularizer(run: Run, width: int = 64, *dims: int) -> Regularizer:
     return Aligner(run, needs_of(run.config), (), (), Shapes((width,), dims or (12,)), ()).regularizer
 
 
-def make_options(**options: Any) -> RunOptions:
-    return RunOptions.model_validate({**OPTIONS, **options})
+def make_options(**options: Any) -> ResolvedOptions:
+    return RunOptions.model_validate({**OPTIONS, **options}).resolved(Machine())
 
 
 def weights(directory: RunDirectory) -> dict[str, torch.Tensor]:

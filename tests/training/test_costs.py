@@ -7,7 +7,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from repa_lab.align import Tokens
-from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.checkpoint import Progress
 from repa_lab.training.costs import Cost, cost_of, costs_so_far
@@ -24,7 +23,7 @@ def encoders(*sizes: int) -> dict:
 
 
 def cost(run: Run) -> Cost:
-    return cost_of(run.config, RunOptions())
+    return cost_of(run.config, make_options())
 
 
 def counted(run: Run, grids: tuple[int, ...]) -> int:
@@ -78,7 +77,9 @@ ONLINE = {"regularizer.encoder": {"name": "efficientnet_lite0", "image_size": 32
 
 def of(step, **settings):
     config = make_run(**{"train.steps": 100, **settings}).config
-    return costs_so_far(config, RunOptions(), Progress(step, 6 * step, 0.0, 1.5, 0.25)), cost_of(config, RunOptions())
+    return costs_so_far(config, make_options(), Progress(step, 6 * step, 0.0, 1.5, 0.25)), cost_of(
+        config, make_options()
+    )
 
 
 def test_training_and_measuring_grow_with_the_steps():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from repa_lab.training.device import DeviceError, MicroBatch
+from repa_lab.training.device import MicroBatch
 from repa_lab.training.trainer import Trainer
 from tests.training.conftest import UNET, make_options, make_run
 
@@ -27,7 +27,7 @@ UREPA = {**UNET, "regularizer.type": "urepa"}
 
 class TestSize:
     def sizes(self, batch: int) -> list[int | None]:
-        found, micro_batch = [], MicroBatch("auto", 1)
+        found, micro_batch = [], MicroBatch("auto")
         with pytest.raises(torch.OutOfMemoryError) as caught:
             while True:
                 found.append(micro_batch.size)
@@ -43,7 +43,7 @@ class TestSize:
         assert self.sizes(batch) == expected
 
     def test_half_of_what_was_tried_is_tried(self):
-        micro_batch = MicroBatch("auto", 1)
+        micro_batch = MicroBatch("auto")
         micro_batch.shrink(64, FULL)
         assert micro_batch.size == 32
         micro_batch.shrink(4, FULL)  # a batch that is smaller than what went in before
@@ -51,18 +51,11 @@ class TestSize:
 
     @pytest.mark.parametrize("setting", [None, 1, 4])
     def test_what_is_given_stays_and_the_error_is_told(self, setting):
-        micro_batch = MicroBatch(setting, 2)
+        micro_batch = MicroBatch(setting)
         with pytest.raises(torch.OutOfMemoryError) as caught:
             micro_batch.shrink(8, FULL)
         assert caught.value is FULL
         assert micro_batch.size == setting
-
-    @pytest.mark.parametrize("processes", [2, 8])
-    def test_several_processes_must_be_told(self, processes):
-        with pytest.raises(DeviceError, match=r"auto works with one process only: .* give a number") as caught:
-            MicroBatch("auto", processes)
-        assert caught.value.field == "micro_batch"
-        assert MicroBatch(4, processes).size == 4
 
 
 def full() -> torch.OutOfMemoryError:

@@ -14,6 +14,7 @@ from repa_lab.models.families.shared import (
     encode_prompt,
     flatten,
     full_guidance,
+    numbers,
     positions,
     rename,
     shapes,
@@ -27,7 +28,7 @@ _AXES = 4  # of the positions: image, row, column, word
 def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     words = condition["encoder_hidden_states"].shape[1]
     text_positions = latents.new_zeros(words, _AXES)
-    text_positions[:, -1] = latents.new_tensor(range(words))
+    text_positions[:, -1] = numbers(latents, words)
     return {
         "hidden_states": flatten(latents),
         "timestep": time,

@@ -6,7 +6,16 @@ from typing import Any
 
 from repa_lab.models.families.components import QWEN_PROCESSOR, QWEN_TOKENIZER, flow_scheduler, kl_autoencoder, qwen_vl
 from repa_lab.models.families.flux import TINY
-from repa_lab.models.families.shared import JOINT_ATTENTION, encode_prompt, pack, positions, rename, shapes, unpack
+from repa_lab.models.families.shared import (
+    JOINT_ATTENTION,
+    encode_prompt,
+    numbers,
+    pack,
+    positions,
+    rename,
+    shapes,
+    unpack,
+)
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 
 _MOST_TOKENS = 512  # of a text
@@ -16,7 +25,7 @@ def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) ->
     image = positions(latents.float())  # half precision is exact up to 256 only
     image[:, 0], image[:, 1:] = 1, image[:, 1:] + _MOST_TOKENS
     text = image.new_zeros(condition["encoder_hidden_states"].shape[1], 3)
-    text[:, 1:] = image.new_tensor(range(len(text))).unsqueeze(1)
+    text[:, 1:] = numbers(image, len(text)).unsqueeze(1)
     return {"hidden_states": pack(latents), "timestep": time, "img_ids": image, "txt_ids": text, **condition}
 
 

@@ -39,6 +39,11 @@ def unflatten(output: Any, latents: Tensor) -> Tensor:
     return latent
 
 
+def numbers(like: Tensor, count: int) -> Tensor:
+    """Return the numbers from 0 on ``(count,)``, float32, made on the device of a tensor: copying them to a GPU waits for it."""
+    return like.new_ones(count).float().cumsum(0) - 1
+
+
 def positions(latents: Tensor, axes: int = 3, patch: int = 2) -> Tensor:
     """Return rotary positions ``(h*w, axes)``: row and column on the second and third axis, 0 on the others.
 
@@ -49,8 +54,8 @@ def positions(latents: Tensor, axes: int = 3, patch: int = 2) -> Tensor:
     """
     height, width = (side // patch for side in latents.shape[-2:])
     ids = latents.new_zeros(height, width, axes)
-    ids[..., 1] += latents.new_tensor(range(height)).unsqueeze(1)
-    ids[..., 2] += latents.new_tensor(range(width))
+    ids[..., 1] += numbers(latents, height).unsqueeze(1)
+    ids[..., 2] += numbers(latents, width)
     return ids.flatten(0, 1)
 
 
