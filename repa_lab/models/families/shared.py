@@ -40,7 +40,7 @@ def unflatten(output: Any, latents: Tensor) -> Tensor:
 
 
 def numbers(like: Tensor, count: int) -> Tensor:
-    """Return the numbers from 0 on ``(count,)``, float32, made on the device of a tensor: copying them to a GPU waits for it."""
+    """Return the numbers from 0 on ``(count,)``, float32, made on a tensor's device: a copy to a GPU waits."""
     return like.new_ones(count).float().cumsum(0) - 1
 
 
