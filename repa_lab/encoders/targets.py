@@ -70,7 +70,7 @@ class CachedTargets:
         grid: Grid = (features.shape[1], features.shape[2])
         values = features.to(device, non_blocking=True).float().flatten(1, 2)
         if self._moments is not None:
-            mean, std = (moment.to(device) for moment in self._moments)
+            mean, std = self._moments = (self._moments[0].to(device), self._moments[1].to(device))  # copied once
             values = (values - mean) / std
         return Tokens(values, grid)
 

@@ -112,6 +112,8 @@ class Network:
         depths: constructor arguments that set the lengths of the lists in ``blocks``; none for a UNet.
         per_block: constructor arguments that hold one entry per block.
         native: side in pixels of the released model's training images.
+        unused: whether some parameters get no gradient, those of a text stream that nothing reads after the last
+            block; DistributedDataParallel must then look for them in every step.
     """
 
     model: str
@@ -129,6 +131,7 @@ class Network:
     depths: tuple[str, ...] = ("num_layers",)
     per_block: tuple[str, ...] = ()
     native: int = 1024
+    unused: bool = False
 
 
 @dataclass(frozen=True)

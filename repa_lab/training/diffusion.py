@@ -89,7 +89,9 @@ class Diffusion:
     def _at(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the scales of image and noise at times ``t``, ``(B, 1, 1, 1)`` each."""
         step = (t * _STEPS).round().long().clamp_max(len(self._signal) - 1)
-        signal, scale = (values.to(t.device)[step].view(-1, 1, 1, 1) for values in (self._signal, self._noise))
+        if self._signal.device != t.device:  # once: a copy to a GPU in every step would wait for it
+            self._signal, self._noise = self._signal.to(t.device), self._noise.to(t.device)
+        signal, scale = (values[step].view(-1, 1, 1, 1) for values in (self._signal, self._noise))
         return signal, scale
 
 

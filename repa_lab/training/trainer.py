@@ -21,7 +21,7 @@ from repa_lab.align.ranks import mean_over_ranks
 from repa_lab.encoders.targets import Targets
 from repa_lab.kernels import kernels
 from repa_lab.models.families import FAMILIES
-from repa_lab.models.family import BlockIndex
+from repa_lab.models.family import BlockIndex, Family
 from repa_lab.models.tap import Tap
 from repa_lab.runs import files
 from repa_lab.runs.files import Row
@@ -91,7 +91,9 @@ class Trainer:
         device = pick_device(options)  # refuses what accelerate would silently replace
         self.options = options = resolved(options, device)
         self.config, self.progress, self._run = config, Progress(), run
-        self.accelerator = _accelerator(config.model.pretrained is not None, options)
+        family = FAMILIES[config.model.family]
+        self._is_unet = family.kind == "unet"
+        self.accelerator = _accelerator(family, options)
         self.device: torch.device = self.accelerator.device
         part = (self.accelerator.process_index, self.accelerator.num_processes)
         require_equal_parts(config.train.batch_size, part[1])
@@ -100,7 +102,6 @@ class Trainer:
         self.notes = images.base.notes
         self._input = images.input if config.model.pretrained is None else None
         self.model = open_model(run, images, options, cache, self.device)
-        self._is_unet = FAMILIES[config.model.family].kind == "unet"
         if options.gradient_checkpointing:
             denoiser: Any = self.model.denoiser
             denoiser.enable_gradient_checkpointing()
@@ -318,10 +319,9 @@ class Trainer:
         return TrainState(denoiser, modules.get("regularizer"), optimizer, ema, accelerator.scaler)
 
 
-def _accelerator(is_pretrained: bool, options: ResolvedOptions) -> Accelerator:
+def _accelerator(family: Family, options: ResolvedOptions) -> Accelerator:
     AcceleratorState._reset_state()  # accelerate keeps the precision of the process's previous run
-    # In many pretrained models the text output of the last block is unused; DistributedDataParallel would wait for its
-    # gradients.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=is_pretrained)
+    is_partly_unused = family.network is not None and family.network.unused
+    unused = DistributedDataParallelKwargs(find_unused_parameters=is_partly_unused)
     precision = "no" if options.precision == "fp32" else options.precision
     return Accelerator(mixed_precision=precision, cpu=options.device == "cpu", kwargs_handlers=[unused])

@@ -45,6 +45,7 @@ QWEN_IMAGE = Family(
             encoder_hidden_states=("tokens", "joint_attention_dim"), encoder_hidden_states_mask=("tokens",)
         ),
         output=unpack,
+        unused=True,  # the text stream of the last block
         channels=16,
         parameters=20_430_401_088,  # Qwen-Image has the constructor's defaults
         tiny={
