@@ -41,9 +41,8 @@ class Copies(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if self.with_reads and name in ("_local_scalar_dense", "nonzero"):
             self.seen.append(name)
-        if name == "_to_copy" and args[0].device != (kwargs.get("device") or args[0].device):
-            if not kwargs.get("non_blocking"):
-                self.seen.append(f"blocking copy from {args[0].device} to {kwargs['device']}")
+        if name == "_to_copy" and kwargs.get("device") not in (None, args[0].device) and not kwargs.get("non_blocking"):
+            self.seen.append(f"blocking copy from {args[0].device} to {kwargs['device']}")
         if name == "copy_" and args[0].device != args[1].device and not (args[2:] or [kwargs.get("non_blocking")])[0]:
             self.seen.append(f"blocking copy from {args[1].device} to {args[0].device}")
         return func(*args, **kwargs)
