@@ -130,14 +130,20 @@ class HostBatch(NamedTuple):
     loaded: tuple[torch.Tensor | None, ...] = ()
 
     def to(self, device: torch.device) -> HostBatch:
-        """Return the batch with all tensors but ``ids`` on a device, copied without waiting from pinned memory."""
-        condition = {name: values.to(device, non_blocking=True) for name, values in self.condition.items()}
+        """Return the batch on a device, copied without waiting from pinned memory.
+
+        ``ids`` and masks stay on the CPU: families that read the lengths of texts would wait for a GPU.
+        """
+        condition = {
+            name: values if "mask" in name else values.to(device, non_blocking=True)
+            for name, values in self.condition.items()
+        }
         loaded = tuple(None if values is None else values.to(device, non_blocking=True) for values in self.loaded)
         return HostBatch(self.step, self.ids, self.stored.to(device, non_blocking=True), condition, loaded)
 
 
 class Batch(NamedTuple):
-    """The inputs of one step, on the device that trains except for ``ids``.
+    """The inputs of one step, on the device that trains except for ``ids`` and masks.
 
     Attributes:
         ids: numbers of the images, ``(B,)``.
@@ -259,7 +265,7 @@ def _copied_ahead(batches: Iterable[HostBatch], device: torch.device) -> Iterato
         current = torch.cuda.current_stream(device)
         current.wait_event(event)
         for values in (batch.stored, *batch.condition.values(), *batch.loaded):
-            if values is not None:
+            if values is not None and values.is_cuda:
                 values.record_stream(current)  # else its memory could be reused before the step has read it
         return batch
 

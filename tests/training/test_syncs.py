@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from repa_lab.align import regularizer as regularizer_module
 from repa_lab.models.family import network_of
+from repa_lab.training.batches import Batch
 from repa_lab.training.trainer import Trainer
 from tests.models.test_families import blocks_of, families, given, make
 from tests.training.conftest import SIT_DOWN, UNET, make_options, make_run
@@ -117,6 +118,14 @@ def on_meta(monkeypatch) -> None:
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16 if kind == "meta" else dtype_of(kind))
 
 
+def on_device(batch: Batch) -> Batch:
+    """A batch as it arrives on the device: all but its numbers."""
+    condition = {name: values.to(META) for name, values in batch.condition.items()}
+    loaded = tuple(values.to(META) for values in batch.loaded)
+    x, noise, t = (values.to(META) for values in (batch.x, batch.noise, batch.t))
+    return Batch(batch.ids, x, noise, t, condition, loaded)
+
+
 RUNS: dict[str, dict[str, Any]] = {
     "sit": {},
     "plain sit": {"regularizer": {"type": "none"}},
@@ -135,9 +144,9 @@ RUNS: dict[str, dict[str, Any]] = {
 def test_a_step_waits_for_nothing(settings, filled):
     trainer = Trainer(make_run(**settings), make_options(micro_batch=4), filled)
     batches = trainer.batches()
-    trainer.step(next(batches))  # what is copied once
+    trainer.step(on_device(next(batches)))  # what is copied once
     for _ in range(2):
-        batch = next(batches)
+        batch = on_device(next(batches))
         with watched() as seen:
             outcome = trainer.step(batch)
         assert seen == []
@@ -163,7 +172,7 @@ def test_a_similarity_is_read_one_step_after_its_copy_was_begun(filled, monkeypa
     trainer = Trainer(run, make_options(), filled)
     batches = trainer.batches()
     for _ in range(3):
-        trainer.step(next(batches))
+        trainer.step(on_device(next(batches)))
     assert order == ["copy of 0", "read of 0 in 1", "copy of 1", "read of 1 in 2", "copy of 2"]
 
 
