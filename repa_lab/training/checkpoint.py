@@ -174,6 +174,11 @@ class TrainState:
             moments.setdefault(int(number), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        for parameter, entry in self.optimizer.state.items():
+            for key, value in entry.items():
+                # Fused optimizers need the parameter's memory format, which a file does not keep.
+                if value.shape == parameter.shape and value.stride() != parameter.stride():
+                    entry[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state = files.read_json(folder / "state.json")
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

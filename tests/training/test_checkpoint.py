@@ -85,6 +85,22 @@ def test_what_is_loaded_is_what_was_saved_and_goes_on_alike(tmp_path, family, re
     assert_equal(tensors(second), tensors(first))
 
 
+def test_channels_last_comes_back_in_the_moments(tmp_path):
+    first, second = make(0, "unet", False), make(1, "unet", False)
+    for trained in (first, second):
+        trained.denoiser.to(memory_format=torch.channels_last)
+    step(first, 0)
+    first.save(tmp_path, Progress())
+    second.load(tmp_path, Progress())
+    weight = second.denoiser.net.conv_in.weight
+    assert not weight.is_contiguous()
+    for parameter, entry in second.optimizer.state.items():
+        assert entry["exp_avg"].stride() == entry["exp_avg_sq"].stride() == parameter.stride()
+    for trained in (first, second):
+        step(trained, 1)
+    assert_equal(tensors(second), tensors(first))
+
+
 def test_saving_changes_nothing(tmp_path):
     trained = make(0)
     step(trained, 0)
