@@ -23,6 +23,8 @@ else:
 Kind = Literal["transformer", "unet"]
 BlockIndex = int | Literal["mid"]
 Condition = Mapping[str, Tensor]
+# Name of the lengths of the texts ``(B,)`` in the conditioning of families with :attr:`Network.lengths`.
+TEXT_LENGTHS = "text_lengths"
 # Prefix of a size: the same number of blocks or levels, but narrow. A rehearsal trains such a model.
 NARROW = "narrow-"
 _NARROW_WIDTH = 32
@@ -103,8 +105,9 @@ class Network:
         tiny: constructor arguments of a small model that has every kind of block.
         parameters: number of parameters of the released model.
         output: makes the prediction ``(B, C, H, W)`` from the model's output and the latents.
-        lengths: returns the text tokens before the image of each sample ``(B,)`` from the conditioning; needed for
-            the place ``after_text``.
+        lengths: returns the number of text tokens of each sample ``(B,)`` from the conditioning; needed for the place
+            ``after_text``, and by ``inputs`` that cut texts: reading lengths from a GPU waits for it, so that training
+            adds them to the conditioning as :data:`TEXT_LENGTHS`, on the CPU.
         config: constructor arguments of the released model that differ from the defaults.
         channels: number of latent channels.
         square: whether the model takes square images only.

@@ -41,8 +41,8 @@ class DiffusersDenoiser(Denoiser):
         Args:
             latents: noisy latents ``(B, C, H, W)``.
             time: times ``(B,)`` in [0, 1], where 1 is noise.
-            condition: the conditioning that :attr:`Network.condition` names. Masks may be on the CPU: some families
-                read the lengths of texts from them, and reading from a GPU waits for it.
+            condition: the conditioning that :attr:`Network.condition` names.
+                ``text_lengths`` may be among it, on the CPU, for families that read the lengths of texts.
 
         Raises:
             ValueError: the family takes square images only.
@@ -55,11 +55,7 @@ class DiffusersDenoiser(Denoiser):
         self.grid = (height, width)
         self.text_lengths = network.lengths(condition) if network.lengths else None
         config: Any = net.config
-        arguments = {
-            name: value.to(latents.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in network.inputs(config, latents, time, condition).items()
-        }
-        output = net(**arguments, return_dict=False)
+        output = net(**network.inputs(config, latents, time, condition), return_dict=False)
         return network.output(output[0] if isinstance(output, tuple) else output, latents)
 
     def tap(self, block_index: BlockIndex) -> Tap:

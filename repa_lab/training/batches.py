@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from repa_lab.data.sources import groups
 from repa_lab.encoders.targets import Reader
+from repa_lab.models.family import TEXT_LENGTHS
 from repa_lab.spec import RunConfig
 from repa_lab.training.data import Condition, Conditioning, Images
 from repa_lab.training.diffusion import Process
@@ -132,10 +133,10 @@ class HostBatch(NamedTuple):
     def to(self, device: torch.device) -> HostBatch:
         """Return the batch on a device, copied without waiting from pinned memory.
 
-        ``ids`` and masks stay on the CPU: families that read the lengths of texts would wait for a GPU.
+        ``ids`` and the lengths of texts stay on the CPU, where reading them waits for nothing.
         """
         condition = {
-            name: values if "mask" in name else values.to(device, non_blocking=True)
+            name: values if name == TEXT_LENGTHS else values.to(device, non_blocking=True)
             for name, values in self.condition.items()
         }
         loaded = tuple(None if values is None else values.to(device, non_blocking=True) for values in self.loaded)
@@ -143,7 +144,7 @@ class HostBatch(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The inputs of one step, on the device that trains except for ``ids`` and masks.
+    """The inputs of one step, on the device that trains except for ``ids`` and the lengths of texts.
 
     Attributes:
         ids: numbers of the images, ``(B,)``.

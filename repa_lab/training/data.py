@@ -19,7 +19,7 @@ from repa_lab.data.settings import SOURCES, SourceSettings
 from repa_lab.data.sources import Flips, ImageSource, Split, split
 from repa_lab.data.space import LatentSpace, PixelSpace, Reconstructions, Space, latent_space
 from repa_lab.models.families import FAMILIES
-from repa_lab.models.family import Family, pipeline_of
+from repa_lab.models.family import TEXT_LENGTHS, Family, pipeline_of
 from repa_lab.models.pretrained import text_pipeline
 from repa_lab.models.released import (
     SCALING,
@@ -248,15 +248,24 @@ class Captions:
         texts: the encoded captions.
         sizes: returns the family's conditioning on image sizes; None if it has none.
         config: config of the denoiser's diffusers model.
+        lengths: returns the lengths of texts, for a family that reads them; see
+            :attr:`repa_lab.models.family.Network.lengths`.
 
     Attributes:
         kinds: number of captions that samples are drawn for.
     """
 
     def __init__(
-        self, source: ImageSource, train: torch.Tensor, texts: TextCache, sizes: Sizes | None, config: Any
+        self,
+        source: ImageSource,
+        train: torch.Tensor,
+        texts: TextCache,
+        sizes: Sizes | None,
+        config: Any,
+        lengths: Callable[[Condition], torch.Tensor] | None = None,
     ) -> None:
-        self._source, self._train, self._texts, self._sizes, self._config = source, train, texts, sizes, config
+        self._source, self._train, self._texts = source, train, texts
+        self._sizes, self._config, self._lengths = sizes, config, lengths
         self.kinds = len(train)
 
     def __call__(self, index: torch.Tensor, dropped: torch.Tensor) -> Condition:
@@ -264,7 +273,9 @@ class Captions:
         captions = self._source.captions
         texts = ["" if drop else captions[i] for i, drop in zip(index.tolist(), dropped.tolist(), strict=True)]
         sizes = self._sizes(self._config, self._source.frames(index.tolist()).float()) if self._sizes else {}
-        return {**self.of_texts(texts), **sizes}
+        encoded = self.of_texts(texts)
+        lengths = {TEXT_LENGTHS: self._lengths(encoded)} if self._lengths else {}
+        return {**encoded, **sizes, **lengths}
 
     def of_samples(self, kinds: Sequence[int], dropped: bool = False) -> Condition:
         """Return captions for samples by number, or null captions if ``dropped``; the pipeline adds the sizes."""

@@ -20,7 +20,11 @@ LUMINA2 = Family(
     network=Network(
         model="Lumina2Transformer2DModel",
         blocks=(Blocks("layers", place="after_text"),),
-        inputs=lambda config, latents, time, condition: {"hidden_states": latents, "timestep": 1 - time, **condition},
+        inputs=lambda config, latents, time, condition: {
+            "hidden_states": latents,
+            "timestep": 1 - time,
+            **{name: condition[name] for name in MASKED_TEXT},
+        },
         condition=masked_text("cap_feat_dim"),
         output=lambda output, latents: -output,
         lengths=text_lengths,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from repa_lab.models.family import ATTENTION, Condition, Tensor
+from repa_lab.models.family import ATTENTION, TEXT_LENGTHS, Condition, Tensor
 
 # Names of a text and its mask in the conditioning.
 MASKED_TEXT = ("encoder_hidden_states", "encoder_attention_mask")
@@ -126,8 +126,9 @@ masked_prompt = rename(prompt_embeds="encoder_hidden_states", prompt_attention_m
 
 
 def text_lengths(condition: Condition) -> Tensor:
-    """Return the number of tokens of each text ``(B,)`` from its mask; padding is on the right."""
-    return condition["encoder_attention_mask"].sum(dim=1)
+    """Return the number of tokens of each text ``(B,)``, from its mask if need be; padding is on the right."""
+    known = condition.get(TEXT_LENGTHS)
+    return condition["encoder_attention_mask"].sum(dim=1) if known is None else known
 
 
 def longest(text: Tensor, mask: Tensor) -> Tensor:
@@ -136,8 +137,8 @@ def longest(text: Tensor, mask: Tensor) -> Tensor:
 
 
 def longest_text(condition: Condition) -> Tensor:
-    """Return the texts of a conditioning with a mask, cut after the longest of them."""
-    return longest(condition["encoder_hidden_states"], condition["encoder_attention_mask"])
+    """Return the texts of a conditioning, cut after the longest of them."""
+    return condition["encoder_hidden_states"][:, : int(text_lengths(condition).max())]
 
 
 def padded(values: Tensor, length: int) -> Tensor:
