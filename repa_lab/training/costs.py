@@ -31,24 +31,33 @@ _CHECKPOINTS_KEPT = 2
 class Memory:
     """Bytes on the device at the peak of a step; the activations are a rough estimate.
 
+    Gradients are freed after every step, and the backward pass frees activations as it makes them: the larger of the
+    two counts, and not their sum.
+
     Attributes:
         weights: denoiser and projector in float32; the weights that LoRA does not train in the run's precision.
         copies: the copies of the weights in the run's precision that autocast makes.
-        training: gradients, AdamW's two moments and the averages, all in float32.
+        training: AdamW's two moments and the averages, in float32.
+        gradients: in float32.
         activations: of one micro-batch, kept for the backward pass.
+        overlap: gradients that are there while all activations are: those of projectors, which the backward pass
+            reaches first, or all in the second micro-batch of a step.
         encoders: weights of the encoders that run in every step.
     """
 
     weights: float
     copies: float
     training: float
+    gradients: float
     activations: float
+    overlap: float
     encoders: float
 
     @property
     def total(self) -> float:
-        """The sum, in bytes."""
-        return self.weights + self.copies + self.training + self.activations + self.encoders
+        """All of them at the peak, in bytes."""
+        step = max(self.gradients, self.activations + self.overlap)
+        return self.weights + self.copies + self.training + step + self.encoders
 
 
 @dataclass(frozen=True)
@@ -283,8 +292,10 @@ def _memory(
     return Memory(
         weights=(forward.parameters * number if is_lora else 0) + trained * _FLOAT,
         copies=0 if is_lora or number == _FLOAT else _HALF * (trained - projectors),
-        training=4 * _FLOAT * trained,
+        training=3 * _FLOAT * trained,
+        gradients=_FLOAT * trained,
         activations=kept * number * images,
+        overlap=_FLOAT * (projectors if images == share else trained),
         encoders=_FLOAT * sum(encoder_weights(encoder.name) or 0 for encoder in online),
     )
 

@@ -293,10 +293,18 @@ class TestMemory:
         trains = self.PARAMETERS + self.PROJECTOR
         found = cost({"run.micro_batch": 32}).memory
         assert found.weights == 4 * trains
-        assert found.training == 16 * trains  # gradient, two moments, average
+        assert (found.training, found.gradients) == (12 * trains, 4 * trains)  # two moments and the average
+        assert found.overlap == 4 * trains  # of the first micro-batch in the others
         assert found.copies == 2 * self.PARAMETERS
         assert found.activations == 2 * 32 * (21 * 12 + 3) * 256 * 768
-        assert found.total == found.weights + found.training + found.copies + found.activations
+        assert found.total == found.weights + found.training + found.copies + found.activations + found.overlap
+
+    def test_gradients_take_the_place_of_activations(self):
+        whole, small = cost().memory, cost({"train.batch_size": 1}).memory
+        held = whole.weights + whole.training + whole.copies
+        assert whole.overlap == small.overlap == 4 * self.PROJECTOR
+        assert whole.total == held + whole.activations + whole.overlap
+        assert small.total == held + small.gradients > held + small.activations + small.overlap
 
     def test_float32_has_no_copies_and_activations_twice_as_large(self):
         half, single = cost().memory, cost({"run.precision": "fp32"}).memory
@@ -317,7 +325,7 @@ class TestMemory:
         spec = spec_of({**REPA, "model": model, "regularizer": {"type": "none"}}, {"data.vae": None})
         found, trains = cost_of(spec.arms[0].config, spec.run.resolved(Machine())), 16 * 1_634_304
         assert (found.trained, found.memory.weights) == (trains, 2 * 11_901_408_320 + 4 * trains)
-        assert (found.memory.training, found.memory.copies) == (16 * trains, 0)
+        assert (found.memory.training, found.memory.copies) == (12 * trains, 0)
 
     def test_two_checkpoints_hold_weights_averages_and_moments(self):
         assert cost().checkpoint_bytes == 2 * 16 * (self.PARAMETERS + self.PROJECTOR)

@@ -92,7 +92,7 @@ def test_channels_last_comes_back_in_the_moments(tmp_path):
     step(first, 0)
     first.save(tmp_path, Progress())
     second.load(tmp_path, Progress())
-    weight = second.denoiser.net.conv_in.weight
+    weight = second.denoiser.net.down_blocks[0].resnets[0].conv1.weight
     assert not weight.is_contiguous()
     for parameter, entry in second.optimizer.state.items():
         assert entry["exp_avg"].stride() == entry["exp_avg_sq"].stride() == parameter.stride()

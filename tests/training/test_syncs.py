@@ -128,7 +128,7 @@ def filled(cache) -> Path:
 def on_meta(monkeypatch) -> None:
     """The meta device in the place of a GPU."""
     monkeypatch.setattr(Accelerator, "device", META)
-    monkeypatch.setattr(torch, "autocast", lambda kind, *args, **kwargs: nullcontext())  # it knows no meta device
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # it knows no meta device
 
 
 def on_device(batch: Batch) -> Batch:
