@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 
+def examples() -> Path:
+    """Return the folder with ``experiments`` and ``sweeps``: in the installed package, or the checkout around it."""
+    installed = Path(__file__).parent / "examples"
+    return installed if installed.is_dir() else Path(__file__).parents[1]
+
+
 def digest(value: Any) -> str:
     """Return the SHA-256 of a value as canonical JSON: keys sorted, no white space."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

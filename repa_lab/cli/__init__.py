@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,18 +10,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from repa_lab.cli import models, results, runs, specs, sweeps
+from repa_lab.cli import models, results, runs, specs, start, sweeps
 from repa_lab.errors import UserError
 from repa_lab.registry import load_plugins
 
 # In the order in which --help lists them.
 COMMANDS = (
-    sweeps.sweep, sweeps.plan, sweeps.run, sweeps.report,
+    start.new, sweeps.sweep, sweeps.plan, sweeps.run, sweeps.report,
     specs.schema, specs.explain, specs.diff,
     runs.status, runs.why, runs.retry, runs.stop, runs.pin, runs.gc,
     results.profile, results.leaderboard, results.sync,
     sweeps.reproduce,
     models.families, models.export, models.sample,
+    start.doctor,
 )  # fmt: skip
 
 
@@ -44,9 +46,13 @@ class _Commands(TyperGroup):
         raise typer.Exit(status)
 
 
-app = typer.Typer(
-    cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-)
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"repa-lab {importlib.metadata.version('repa-lab')}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -55,6 +61,9 @@ def _load(
         list[Path] | None,
         typer.Option("--plugin", metavar="FILE", help="Load a plugin, for runs of components that it registers."),
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     load_plugins(plugin or [])
 

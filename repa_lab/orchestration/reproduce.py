@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from repa_lab.errors import InputError
+from repa_lab.files import examples
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Shape, shape_of
 from repa_lab.registry import did_you_mean
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 Scale = Literal["full", "nano"]
 SCALES: dict[str, Scale] = {"full": "full", "nano": "nano"}
-PAPERS = Path(__file__).parents[2] / "experiments" / "paper"
+PAPERS = examples() / "experiments" / "paper"
 _NANO = "nano.yaml"
 _FRAGMENTS = ("presets",)
 NANO_TITLE = "nano scale, on digits: the shape of the effect, not the number"
@@ -55,8 +56,7 @@ def open_table(
     """
     known = names(papers)
     if name not in known:
-        listed = ", ".join(known) or f"none: {papers} is not there; install from a checkout with pip install -e"
-        raise ReproduceError(f"no table '{name}'; there are: {listed}{did_you_mean(name, known)}")
+        raise ReproduceError(f"no table '{name}'; there are: {', '.join(known)}{did_you_mean(name, known)}")
     file = papers / f"{name}.yaml"
     full = load_spec(file, overrides)
     return full if scale == "full" else _at_nano(full, file, papers / _NANO, overrides or {}, name)

@@ -19,7 +19,7 @@ def provenance() -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "git": _git(),
+        "git": git_state(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
@@ -37,7 +37,8 @@ def _model(path: Path) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("Model:")), "the GPU")
 
 
-def _git() -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
+    """Return the commit of this checkout and whether it is changed; None if the package is not in a repository."""
     here = Path(__file__).parent
     try:
         _run(["git", "ls-files", "--error-unmatch", Path(__file__).name], here)  # else it is someone else's repository
