@@ -53,9 +53,9 @@ def test_a_wheel_in_an_empty_folder_writes_plans_trains_and_reports(installed, t
     ]
     small += ["--set", "axes.denoiser={sit: {model.size: nano/2}}"]
     planned = json.loads(run("plan", "question.yaml", *small, "--json"))
-    assert [run["arm"] for run in planned["runs"]] == ["sit, baseline", "sit, aligned"]
+    assert [run["arm"] for run in planned["runs"]] == ["baseline, sit", "aligned, sit"]
     run("sweep", "question.yaml", *small, "--workers", "1")
-    assert "sit, aligned" in run("report", "question")
+    assert "aligned, sit" in run("report", "question")
     assert "repa/b2" in run("reproduce")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["question.yaml", "runs"]
 
