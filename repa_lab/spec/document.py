@@ -122,7 +122,7 @@ def _plain(value: Any, path: KeyPath, count: Iterator[int]) -> Any:
     if len(path) > MAX_DEPTH or next(count) > MAX_NODES:
         message = f"more than {MAX_NODES:,} values or {MAX_DEPTH} levels"
     elif isinstance(value, Mapping):
-        if wrong := [key for key in value if not isinstance(key, str)]:
+        if wrong := [key for key in value if not isinstance(key, str) or whole_characters(key) is None]:
             message = f"a key must be text, got {type(wrong[0]).__name__}"
         else:
             return {key: _plain(inner, (*path, key), count) for key, inner in value.items()}
