@@ -1,4 +1,4 @@
-"""Devices and precisions, how many images go through at once, and refusal of what this machine cannot do."""
+"""Devices and precisions, and refusal of what this machine cannot do."""
 
 from __future__ import annotations
 
@@ -110,29 +110,3 @@ def computing_in(module: nn.Module, precision: str, device: torch.device) -> Ite
         vars(module).pop("forward", None)
         if wrapped is not None:
             module.forward = wrapped
-
-
-class MicroBatch:
-    """The number of images in one forward and backward pass.
-
-    Args:
-        setting: a size, None for the whole batch, or ``auto``: the whole batch, halved whenever memory runs out.
-
-    Attributes:
-        size: images in a pass; None for the whole batch.
-    """
-
-    def __init__(self, setting: int | Literal["auto"] | None) -> None:
-        self._is_auto = setting == "auto"
-        self.size = None if setting == "auto" else setting
-
-    def shrink(self, batch: int, error: torch.OutOfMemoryError) -> None:
-        """Halve the size after memory ran out with ``batch`` images in the batch.
-
-        Raises:
-            OutOfMemoryError: the size was given, or a single image does not fit.
-        """
-        tried = min(self.size or batch, batch)
-        if not self._is_auto or tried == 1:
-            raise error
-        self.size = tried // 2

@@ -34,7 +34,6 @@ from repa_lab.training.checkpoint import EMA, INPUT_FILE, PREFIX, Progress, Trai
 from repa_lab.training.costs import costs_so_far
 from repa_lab.training.data import open_data
 from repa_lab.training.device import (
-    MicroBatch,
     computing_in,
     measuring_precision,
     pick_device,
@@ -97,7 +96,7 @@ class Trainer:
         self.device: torch.device = self.accelerator.device
         part = (self.accelerator.process_index, self.accelerator.num_processes)
         require_equal_parts(config.train.batch_size, part[1])
-        self._micro_batch = MicroBatch(options.micro_batch)
+        self._micro_batch = None if options.micro_batch == "auto" else options.micro_batch
         images = open_data(config, cache, self.device)
         self.notes = images.base.notes
         self._input = images.input if config.model.pretrained is None else None
@@ -158,7 +157,7 @@ class Trainer:
         aligner, process, step = self.aligner, self.model.process, self.progress.step
         is_aligned = aligner is not None and aligner.is_active(step)
         weight = aligner.regularizer.weight_at(step) if aligner else 0.0
-        micro_batches, means = batch.split(self._micro_batch.size), dict[str, torch.Tensor]()
+        micro_batches, means = batch.split(self._micro_batch), dict[str, torch.Tensor]()
         for number, part in enumerate(micro_batches, start=1):
             share = len(part.t) / len(batch.t)
             with self._accumulating(is_last=number == len(micro_batches)):
@@ -181,13 +180,20 @@ class Trainer:
         return means
 
     def _within_memory(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Call :meth:`_forward_backward`, again in smaller micro-batches if memory runs out."""
+        """Call :meth:`_forward_backward`; with `micro_batch: auto`, halve the micro-batch while memory runs out.
+
+        Raises:
+            OutOfMemoryError: the size was given, or a single image does not fit.
+        """
         while True:
             try:
                 return self._forward_backward(batch)
-            except torch.OutOfMemoryError as error:
-                self._micro_batch.shrink(len(batch.t), error)
+            except torch.OutOfMemoryError:
+                tried = min(self._micro_batch or len(batch.t), len(batch.t))
+                if self.options.micro_batch != "auto" or tried == 1:
+                    raise
             # Outside the except block, because the error's traceback holds the tensors of the failed pass.
+            self._micro_batch = tried // 2
             self.state.optimizer.zero_grad(set_to_none=True)
             if self.aligner:
                 self.aligner.retract(self.progress.step)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from repa_lab.training.device import MicroBatch
 from repa_lab.training.trainer import Trainer
 from tests.training.conftest import UNET, make_options, make_run
 
@@ -23,39 +22,6 @@ SETTINGS = {
     "train.steps": 9,
 }
 UREPA = {**UNET, "regularizer.type": "urepa"}
-
-
-class TestSize:
-    def sizes(self, batch: int) -> list[int | None]:
-        found, micro_batch = [], MicroBatch("auto")
-        with pytest.raises(torch.OutOfMemoryError) as caught:
-            while True:
-                found.append(micro_batch.size)
-                micro_batch.shrink(batch, FULL)
-        assert caught.value is FULL
-        return found
-
-    @pytest.mark.parametrize("batch, expected", [
-        (8, [None, 4, 2, 1]), (7, [None, 3, 1]), (6, [None, 3, 1]), (2, [None, 1]), (1, [None]),
-        (100, [None, 50, 25, 12, 6, 3, 1]),
-    ])  # fmt: skip
-    def test_begins_with_all_and_halves_down_to_one(self, batch, expected):
-        assert self.sizes(batch) == expected
-
-    def test_half_of_what_was_tried_is_tried(self):
-        micro_batch = MicroBatch("auto")
-        micro_batch.shrink(64, FULL)
-        assert micro_batch.size == 32
-        micro_batch.shrink(4, FULL)  # a batch that is smaller than what went in before
-        assert micro_batch.size == 2
-
-    @pytest.mark.parametrize("setting", [None, 1, 4])
-    def test_what_is_given_stays_and_the_error_is_told(self, setting):
-        micro_batch = MicroBatch(setting)
-        with pytest.raises(torch.OutOfMemoryError) as caught:
-            micro_batch.shrink(8, FULL)
-        assert caught.value is FULL
-        assert micro_batch.size == setting
 
 
 def full() -> torch.OutOfMemoryError:
@@ -232,14 +198,16 @@ class TestStep:
         expected = (cosines[0] + 2 * cosines[1] + 4 * cosines[2]) / 7
         assert found.aligner.regularizer.cutoff.similarity == pytest.approx(expected, abs=1e-6)
 
-    @pytest.mark.parametrize("place", PLACES)
-    def test_a_single_image_that_does_not_fit_ends_the_run(self, place, cache):
-        trainer = make(cache, "auto")
+    @pytest.mark.parametrize(
+        ("place", "sizes"), [*((place, [8, 4, 2, 1]) for place in PLACES), (in_forward, [7, 3, 1]), (in_forward, [1])]
+    )
+    def test_a_single_image_that_does_not_fit_ends_the_run(self, place, sizes, cache):
+        trainer = make(cache, "auto", **{"train.batch_size": sizes[0]})
         seen: list[int] = []
         place(trainer, seen, lambda images: True)
         with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
             train(trainer, 1)
-        assert seen == [8, 4, 2, 1]
+        assert seen == sizes
         assert trainer.progress.step == 0
 
     @pytest.mark.parametrize("micro_batch", [None, 4])

@@ -221,7 +221,7 @@ def test_the_step_is_the_denoising_loss_plus_the_weighted_loss(cache):
 
 def test_micro_batches_have_their_own_part_of_everything(cache):
     trainer = trainer_of(cache)
-    trainer._micro_batch.size = 4
+    trainer._micro_batch = 4
     batch = next(trainer.batches())
     trainer.step(batch)
     first, second = Everything.seen
