@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -73,10 +74,10 @@ def registered() -> Iterator[None]:
     REGULARIZERS.drop(__file__)
 
 
-def trainer_of(cache, kind: str = "everything", ema: float = 0.0, **settings) -> Trainer:
+def trainer_of(cache, kind: str = "everything", ema: float = 0.0, compile: bool = False, **settings) -> Trainer:
     section = {"type": kind, "weight": 0.5, **({"encoder": ENCODER} if kind == "everything" else {})}
     run = make_run(**{"regularizer": section, "train.ema": ema, "train.lr": 1e-2, **settings})
-    trainer = Trainer(run, make_options(), cache)
+    trainer = Trainer(run, make_options(compile=compile), cache)
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():  # a fresh denoiser predicts 0, and its blocks pass on what they are given
         for name, parameter in trainer.model.denoiser.named_parameters():
@@ -139,6 +140,22 @@ def test_taps_and_encoders_come_in_the_order_in_which_they_were_asked_for(cache)
     assert trainer.aligner.regularizer.shapes.taps == (64, 64)
     assert trainer.aligner.regularizer.shapes.encoders == (112,)
     assert trainer.aligner.regularizer.shapes.ema_taps == (64, 64)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_taps_of_a_denoiser_that_is_compiled_in_place_capture_the_same(cache, backend, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    plain, compiled = (trainer_of(cache, ema=0.5, compile=compile) for compile in (False, True))
+    assert list(compiled.state.denoiser.state_dict()) == list(plain.state.denoiser.state_dict())
+    assert compiled.state.denoiser._compiled_call_impl is not None
+    for batch in list(plain.batches())[:3]:
+        expected, found = plain.step(batch).row(), compiled.step(batch).row()
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        theirs, ours = Everything.seen[-2:]
+        for one, other in zip((*ours.taps, *ours.ema_taps), (*theirs.taps, *theirs.ema_taps), strict=True):
+            torch.testing.assert_close(one.values, other.values, rtol=1e-3, atol=1e-4)
+            assert one.values.requires_grad == other.values.requires_grad
 
 
 def test_at_decay_0_the_averaged_models_tokens_are_the_students(cache):
