@@ -59,7 +59,7 @@ def prepare(configs: Iterable[RunConfig], options: RunOptions, cache: Path, anno
         device = pick_device(options)
     except DeviceError as error:
         raise RefusedError(0, f"run.{error.field}", str(error)) from error
-    preparation = _Preparation(resolved(options, device), cache, device, announce)
+    preparation = _Preparation(resolved(options), cache, device, announce)
     for index, config in enumerate(configs):
         try:
             preparation.meet(config, index)

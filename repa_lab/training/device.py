@@ -41,18 +41,23 @@ def pick_device(options: RunOptions) -> torch.device:
         DeviceError: the options ask for a GPU and torch sees none, or for fp16 on a CPU, where accelerate would use
             float32 without a word.
     """
-    is_available = torch.cuda.is_available()
-    if options.device == "cuda" and not is_available:
+    device = _device_of(options)
+    if options.device == "cuda" and device.type == "cpu":
         raise DeviceError("device", "torch sees no GPU on this machine; use auto or cpu")
-    rank = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun starts one process for each GPU
-    device = torch.device("cuda", rank) if is_available and options.device != "cpu" else torch.device("cpu")
     if options.precision == "fp16" and device.type == "cpu":
         raise DeviceError("precision", "fp16 needs a GPU; use bf16 or fp32")
     return device
 
 
-def resolved(options: RunOptions, device: torch.device) -> ResolvedOptions:
-    """Return the options with every `auto` replaced by what is right for this process on a device."""
+def _device_of(options: RunOptions) -> torch.device:
+    rank = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun starts one process for each GPU
+    is_used = torch.cuda.is_available() and options.device != "cpu"
+    return torch.device("cuda", rank) if is_used else torch.device("cpu")
+
+
+def resolved(options: RunOptions) -> ResolvedOptions:
+    """Return the options with every `auto` replaced by what is right for this process on its device."""
+    device = _device_of(options)
     sharing = options.slots_per_gpu * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     machine = Machine(cores=max(cores_here() // sharing, 1), processes=int(os.environ.get("WORLD_SIZE", "1")))
     if device.type == "cuda":
@@ -64,15 +69,11 @@ def resolved(options: RunOptions, device: torch.device) -> ResolvedOptions:
 
 
 def as_trained(options: RunOptions, directory: RunDirectory) -> ResolvedOptions:
-    """Return the options with `auto` precisions replaced by those that a run was trained in, resolved for this machine.
-
-    Raises:
-        DeviceError: see :func:`pick_device`.
-    """
+    """Return the options for this machine, with `auto` precisions replaced by those that a run was trained in."""
     recorded = directory.provenance.get("options", {})
     names = [name for name in ("precision", "encoder_precision") if getattr(options, name) == "auto"]
     options = options.model_copy(update={name: recorded[name] for name in names if name in recorded})
-    return resolved(options, pick_device(options))
+    return resolved(options)
 
 
 def require_equal_parts(batch_size: int, processes: int) -> None:

@@ -21,7 +21,7 @@ from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.tracking import Journal, Listener
 from repa_lab.training.checkpoint import Progress
-from repa_lab.training.device import pick_device, resolved
+from repa_lab.training.device import resolved
 from repa_lab.training.evaluate import DivergedError, write_grid
 from repa_lab.training.resolve import milestone_names, plugins_of
 from repa_lab.training.trainer import Trainer
@@ -105,7 +105,7 @@ def train(
     with RunWriter(directory) as writer:
         if directory.status().is_final:
             return directory.state.state
-        options = resolved(options, pick_device(options))
+        options = resolved(options)
         started_with = {"options": options.model_dump(mode="json"), "processes": PartialState().num_processes}
         writer.describe(run.to_json(), provenance() | started_with)
         writer.plugins(Path(origin.file) for origin in plugins_of(run.config))

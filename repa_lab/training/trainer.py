@@ -87,8 +87,8 @@ class Trainer:
 
     def __init__(self, run: Run, options: RunOptions, cache: Path) -> None:
         config = run.config
-        device = pick_device(options)  # refuses what accelerate would silently replace
-        self.options = options = resolved(options, device)
+        pick_device(options)  # refuses what accelerate would silently replace
+        self.options = options = resolved(options)
         self.config, self.progress, self._run = config, Progress(), run
         family = FAMILIES[config.model.family]
         self._is_unet = family.kind == "unet"
