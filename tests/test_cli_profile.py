@@ -124,7 +124,7 @@ def test_mistakes_are_one_line(root, tmp_path):
     )
     assert (
         refused("aligned", "--precision", "int8", *at)
-        == "--precision: unknown precision 'int8'; allowed: fp32, bf16, fp16"
+        == "--precision: unknown precision 'int8'; allowed: auto, fp32, bf16, fp16"
     )
     assert refused("baseline", *at) == "run baseline is compared with no encoder; name one"
     assert (

@@ -17,7 +17,7 @@ from repa_lab.data.sources import Split
 from repa_lab.metrics import cka, cknna, lds, mutual_knn, rmsc
 from repa_lab.models.tap import Denoiser, Tap, TapError
 from repa_lab.runs import RunDirectory, RunWriter
-from repa_lab.spec import EncoderSettings
+from repa_lab.spec import EncoderSettings, RunOptions
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.checkpoint import NoWeightsError
 from repa_lab.training.data import Images, Labels
@@ -70,7 +70,9 @@ class TestTheRunsOwnNumber:
     def test_of_a_unet_in_bf16(self, cache, fresh):
         run = make_run(**UNET, **{"regularizer.type": "urepa"})
         directory = run_to_end(run, fresh(), cache, precision="bf16")
-        found = values(profile_run(directory, HALF, make_options(precision="bf16"), cache))
+        profile = profile_run(directory, HALF, RunOptions(device="cpu"), cache)  # auto: as the run was trained
+        assert profile["protocol"]["precision"] == "bf16"
+        found = values(profile)
         assert found["mid", 0.5, "cka"] == measured(directory)
         assert values(profile_run(directory, HALF, make_options(), cache))["mid", 0.5, "cka"] != measured(directory)
 
