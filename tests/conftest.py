@@ -7,13 +7,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+# Threads that wait for each other starve on busy cores. NumPy and torch read this when they are imported, here and in
+# the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
-
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # for the processes that tests start: threads that wait for each other starve on busy cores
-)
 
 
 @pytest.fixture(autouse=True)

@@ -44,30 +44,21 @@ def _enter(work: Callable[..., Any], rank: int, folder: Path, settings: dict[str
     distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def context():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.align.test_ranks"])
-    return context
-
-
 @pytest.fixture
-def in_two(context, tmp_path) -> Callable[..., list[Any]]:
+def in_two(tmp_path) -> Callable[..., list[Any]]:
     """Runs a function of this module in two processes that train together; what each of them returned."""
     numbers = itertools.count()
 
     def run(work: Callable[..., Any], **settings: Any) -> list[Any]:
         folder = tmp_path / str(next(numbers))
         folder.mkdir()
+        context = multiprocessing.get_context("fork")  # this process has torch imported
         processes = [context.Process(target=_enter, args=(work, rank, folder, settings)) for rank in range(WORLD)]
         for process in processes:
             process.start()
         for process in processes:
-            process.join(120)
-        ended = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
-        assert ended == [0, 0]
+            process.join()
+        assert [process.exitcode for process in processes] == [0, 0]
         return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
     return run

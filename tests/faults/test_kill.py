@@ -23,23 +23,11 @@ SETTINGS = {
     "regularizer.schedule": {"type": "linear", "warmup_steps": 2, "decay_steps": 12},
 }
 OPTIONS = {"log_every": 2, "checkpoint_every": 3}
+PROCESSES = multiprocessing.get_context("fork")  # of this process, which has torch imported; killing them is real
 
 
-def train_to_end(directory: Path, cache: Path) -> None:
-    import torch
-    from threadpoolctl import threadpool_limits
-
-    torch.set_num_threads(1)
-    with threadpool_limits(1):
-        run_to_end(make_run(**SETTINGS), RunDirectory(directory), cache, **OPTIONS)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """New processes from a server that has torch imported: they start in no time, and killing them is real."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["repa_lab.training.loop", "tests.training.conftest"])
-    return context
+def train_to_end(directory: RunDirectory, cache: Path) -> RunDirectory:
+    return run_to_end(make_run(**SETTINGS), directory, cache, **OPTIONS)
 
 
 def kill_when(process: BaseProcess, reached: Callable[[], bool]) -> bool:
@@ -53,19 +41,10 @@ def kill_when(process: BaseProcess, reached: Callable[[], bool]) -> bool:
     return killed
 
 
-def finish(processes, directory: RunDirectory, cache: Path) -> None:
-    process = processes.Process(target=train_to_end, args=(directory.path, cache))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-
-
 @pytest.fixture(scope="module")
-def whole(processes, cache, tmp_path_factory) -> RunDirectory:
+def whole(cache, tmp_path_factory) -> RunDirectory:
     """The run, uninterrupted."""
-    directory = RunDirectory(tmp_path_factory.mktemp("whole"))
-    finish(processes, directory, cache)
-    return directory
+    return train_to_end(RunDirectory(tmp_path_factory.mktemp("whole")), cache)
 
 
 def assert_nothing_lost(directory: RunDirectory, whole: RunDirectory) -> None:
@@ -93,17 +72,17 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("reached", MOMENTS.values(), ids=MOMENTS.keys())
-def test_killed_at_a_given_moment(processes, whole, cache, tmp_path, reached):
+def test_killed_at_a_given_moment(whole, cache, tmp_path, reached):
     directory, is_killed = RunDirectory(tmp_path / "run"), False
     while not is_killed:  # on a busy machine the moment may pass unseen, and the run end
         shutil.rmtree(directory.path, ignore_errors=True)
-        process = processes.Process(target=train_to_end, args=(directory.path, cache))
+        process = PROCESSES.Process(target=train_to_end, args=(directory, cache))
         is_killed = kill_when(process, lambda: reached(directory)) and directory.state.state is State.RUNNING
-    finish(processes, directory, cache)
+    train_to_end(directory, cache)
     assert_nothing_lost(directory, whole)
 
 
-def test_killed_at_random_again_and_again(processes, whole, cache, tmp_path):
+def test_killed_at_random_again_and_again(whole, cache, tmp_path):
     seed = random.randrange(2**32)
     print(f"the random moments are those of seed {seed}")
     directory, chance, kills = RunDirectory(tmp_path / "run"), random.Random(seed), 0
@@ -117,7 +96,7 @@ def test_killed_at_random_again_and_again(processes, whole, cache, tmp_path):
                 started.append(time.monotonic())
             return bool(started) and time.monotonic() - started[0] >= delay
 
-        kills += kill_when(processes.Process(target=train_to_end, args=(directory.path, cache)), reached)
+        kills += kill_when(PROCESSES.Process(target=train_to_end, args=(directory, cache)), reached)
     assert kills >= 1
-    finish(processes, directory, cache)
+    train_to_end(directory, cache)
     assert_nothing_lost(directory, whole)

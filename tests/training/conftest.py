@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from threadpoolctl import threadpool_limits
 
 from repa_lab.align import Regularizer, Shapes
 from repa_lab.runs import RunDirectory, State, checkpoints
@@ -119,13 +118,6 @@ def run_steps(run: Run, directory: RunDirectory, cache: Path, steps: int = 4, **
     """Train so many steps, with a checkpoint after the last; nothing is measured, which is what takes the time."""
     assert train(run, directory, make_options(**options), cache, should_stop=stop_after(steps)) is State.INTERRUPTED
     return directory
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_core() -> Iterator[None]:
-    """NumPy's linear algebra on one core, as torch's is: the eigenvalues of a Frechet distance are most of a run here."""
-    with threadpool_limits(1):
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
+import multiprocessing
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 import yaml
+from accelerate.state import PartialState
 
 from repa_lab.data.sources import Flips
 from repa_lab.encoders.encoder import Encoder
@@ -299,17 +301,13 @@ def test_the_parts_of_a_batch_are_the_batch(images, processes):
     assert torch.equal(torch.cat([part.condition["y"] for part in parts]), whole.condition["y"])
 
 
-def family(pid: int) -> list[int]:
-    """A process and all that descend from it, the eldest first."""
-    parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended since
-            fields = stat.read_text().rpartition(")")[2].split()
-            parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found = [pid]
-    for one in found:
-        found += parents.get(one, [])
-    return found
+def train_as(rank: int, world: int, port: int, spec: Path) -> None:
+    """Train in a forked process with what torchrun would set."""
+    torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in torchrun.items()})
+    PartialState._reset_state()  # of this process's parent
+    run_one(spec, None, None, spec.parent / "runs")
 
 
 class TestProcesses:
@@ -336,44 +334,33 @@ class TestProcesses:
         """The spec in a folder, whose runs use this cache, or one of their own."""
         (folder / "runs").mkdir(parents=True, exist_ok=True)
         if cache and not (folder / "runs" / "cache").exists():
-            cache.mkdir(parents=True, exist_ok=True)
             (folder / "runs" / "cache").symlink_to(cache)
         spec = folder / "two.yaml"
         run = make_options(**options).model_dump(mode="json")
         spec.write_text(yaml.safe_dump({**self.SPEC, **changed, "run": run}))
         return spec
 
-    def start(self, spec: Path, processes: int) -> subprocess.Popen[str]:
-        started = [sys.executable, "-m"]
-        if processes > 1:
-            started += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-        command = [*started, "repa_lab", "run", str(spec), "--root", str(spec.parent / "runs")]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def run(
-        self,
-        folder: Path,
-        processes: int,
-        changed: dict[str, Any] | None = None,
-        cache: Path | None = None,
-        **options,
-    ) -> RunDirectory:
-        """Train the spec's run in so many processes; in one, it is this process."""
-        spec = self.spec(folder, changed or {}, cache, **options)
-        if processes == 1:
-            directory, state = run_one(spec, None, None, folder / "runs")
-            assert state is State.DONE
-            return directory
-        process = self.start(spec, processes)
-        output, error = process.communicate()
-        assert process.returncode == 0, error[-3000:]
-        assert output.count("done:") == 1
-        (directory,) = RunsRoot(folder / "runs").runs()
-        return directory
+    def start(self, spec: Path, world: int) -> list[BaseProcess]:
+        """Train the spec's run in so many processes, which start in no time as this one has torch imported."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=train_as, args=(rank, world, port, spec)) for rank in range(world)]
+        for process in processes:
+            process.start()
+        return processes
 
     def test_two_processes_train_what_one_does_and_one_of_them_writes(self, cache, tmp_path):
-        first = self.run(tmp_path / "alone", 1, cache=cache)
-        second = self.run(tmp_path / "together", 2, micro_batch=2)  # with a cache of their own to fill
+        first, state = run_one(self.spec(tmp_path / "alone", {}, cache), None, None, tmp_path / "alone" / "runs")
+        assert state is State.DONE
+        spec = self.spec(tmp_path / "together", {}, None, micro_batch=2)  # with a cache of their own to fill
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [*torchrun, "-m", "repa_lab", "run", str(spec), "--root", str(spec.parent / "runs")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("done:") == 1
+        (second,) = RunsRoot(spec.parent / "runs").runs()
         assert first.run_id == second.run_id
         assert [row["step"] for row in rows(second)] == [1, 2, 3, 3, 4, 5, 6, 6]
         for ours, theirs in zip(rows(second), rows(first), strict=True):
@@ -386,24 +373,32 @@ class TestProcesses:
         assert [run.provenance["processes"] for run in (first, second)] == [1, 2]
         assert [run.provenance["options"]["micro_batch"] for run in (first, second)] == [None, 2]
 
-    @pytest.mark.parametrize("processes", [(2, 1), pytest.param((1, 2), marks=pytest.mark.slow)], ids=str)
-    def test_what_was_killed_goes_on_with_another_number_of_processes(self, cache, tmp_path, processes):
-        whole = self.run(tmp_path / "whole", 1, self.LONGER, cache)
-        before, after = processes
-        folder, often = tmp_path / "killed", {"checkpoint_every": 5}
-        process = self.start(self.spec(folder, self.LONGER, cache, **often), before)
-        root = RunsRoot(folder / "runs")
+    @pytest.fixture(scope="class")
+    def whole(self, cache, tmp_path_factory) -> RunDirectory:
+        """The longer run, in one process and uninterrupted."""
+        spec = self.spec(tmp_path_factory.mktemp("whole"), self.LONGER, cache)
+        return run_one(spec, None, None, spec.parent / "runs")[0]
+
+    @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+    def test_what_was_killed_goes_on_with_another_number_of_processes(self, whole, cache, tmp_path, before, after):
+        spec, root = self.spec(tmp_path, self.LONGER, cache, checkpoint_every=5), RunsRoot(tmp_path / "runs")
+        processes = self.start(spec, before)
         while not any((run.checkpoints / "step-00000010").exists() for run in root.runs()):
-            assert process.poll() is None
+            assert processes[0].is_alive()
             time.sleep(0.005)
-        for pid in family(process.pid):  # torchrun gives its processes sessions of their own
-            os.kill(pid, signal.SIGKILL)
-        process.communicate()
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
         (directory,) = root.runs()
-        assert directory.state.step < 60
-        resumed = self.run(folder, after, self.LONGER, cache, **often)
-        assert "resumed" in [event["event"] for event in resumed.events()]
-        assert [row["step"] for row in rows(resumed)] == [row["step"] for row in rows(whole)]
-        for ours, theirs in zip(rows(resumed), rows(whole), strict=True):
+        assert directory.state.state is State.RUNNING
+        resumed = self.start(spec, after)
+        for process in resumed:
+            process.join()
+        assert [process.exitcode for process in resumed] == [0] * after
+        assert directory.state.state is State.DONE
+        assert "resumed" in [event["event"] for event in directory.events()]
+        assert [row["step"] for row in rows(directory)] == [row["step"] for row in rows(whole)]
+        for ours, theirs in zip(rows(directory), rows(whole), strict=True):
             assert ours["step"] > 20 or ours == pytest.approx(theirs, rel=1e-2, abs=1e-3)
-        assert rows(resumed)[-2]["loss/total"] == pytest.approx(rows(whole)[-2]["loss/total"], rel=0.1)
+        assert rows(directory)[-2]["loss/total"] == pytest.approx(rows(whole)[-2]["loss/total"], rel=0.1)
