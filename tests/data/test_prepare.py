@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -30,6 +28,7 @@ from tests.data.test_space import draw, save_vae
 
 COUNT, SIDE, BATCH = 50, 32, 4
 CPU = torch.device("cpu")
+PROCESSES = multiprocessing.get_context("fork")  # of this process, which has torch imported; killing them is real
 Files = dict[str, bytes]
 
 
@@ -253,11 +252,9 @@ def prepare_whole(root: Path, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_as_if_it_had_not_been(root, whole, tmp_path):
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["repa_lab.data.prepared", "tests.data.test_prepare", "diffusers"])
     wait, kills = random.Random(0), 0
     for attempt in range(200):
-        process = processes.Process(target=prepare_whole, args=(root, tmp_path / "data"))
+        process = PROCESSES.Process(target=prepare_whole, args=(root, tmp_path / "data"))
         process.start()
         process.join(wait.uniform(0, 0.02 * attempt))
         kills += process.is_alive()
@@ -273,13 +270,13 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(root, whole, tmp_p
 class TestProcesses:
     def test_killed_at_any_instant_it_ends_as_if_it_had_not_been(self, root, whole, tmp_path):
         """Killed as one process, ended by two: those of a machine with two GPUs, but for the GPUs."""
-        folder, command = tmp_path / "data", [sys.executable, "-m", "repa_lab", *words(root, tmp_path / "data")]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        folder, process = tmp_path / "data", PROCESSES.Process(target=prepare_whole, args=(root, tmp_path / "data"))
+        process.start()
         while len(list(folder.glob("vae-sd/*/*.npy"))) < 2 * BATCH:
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.001)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         left, before = contents(folder), {path: path.stat().st_mtime_ns for path in folder.glob("[iv]*/*/*.*")}
         assert 2 * BATCH <= sum(name.endswith(".npy") for name in left) < COUNT
         assert all(content == contents(whole)[name] for name, content in left.items() if not name.startswith(".tmp"))
@@ -287,6 +284,7 @@ class TestProcesses:
         assert contents(folder) == contents(whole)
         assert all(path.stat().st_mtime_ns == then for path, then in before.items())
 
+    @pytest.mark.slow  # the processes above are told by the same variables who they are
     def test_two_processes_of_torchrun_write_what_one_writes(self, root, whole, tmp_path):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "repa_lab"]
         subprocess.run([sys.executable, *launch, *words(root, tmp_path / "data")], capture_output=True, check=True)

@@ -7,7 +7,7 @@ import sys
 
 import yaml
 
-from repa_lab import plan
+from repa_lab import plan, sweep
 from repa_lab.runs import RunsRoot, State
 from tests.faults.processes import wait_until
 from tests.orchestration.conftest import TINY
@@ -20,21 +20,6 @@ def write(file, weights):
     axes = {"regularizer.weight": weights}
     compare = {"baseline": {"regularizer.weight": weights[1]}}
     file.write_text(yaml.safe_dump({**TINY, "axes": axes, "seeds": 3, "compare": compare}, sort_keys=False))
-
-
-def sweep(file):
-    command = [
-        sys.executable,
-        "-m",
-        "repa_lab",
-        "sweep",
-        str(file),
-        "--root",
-        str(file.parent / "runs"),
-        "--workers",
-        "2",
-    ]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def starts(run):
@@ -50,11 +35,11 @@ def test_exactly_the_missing_runs_are_trained(tmp_path):
     write(file, WEIGHTS)
     asked = {entry.run.run_id for entry in plan(file, root.path).runs}
     assert len(asked) == 24
-    first = sweep(file)
+    command = [sys.executable, "-m", "repa_lab", "sweep", str(file), "--root", str(root.path), "--workers", "2"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until(lambda: len(in_state(root, State.DONE)) >= DONE_BEFORE)
     os.kill(first.pid, signal.SIGINT)
-    first.communicate()
-    assert first.returncode == 130
+    assert first.wait() == 130
     done = in_state(root, State.DONE)
     before = {run.run_id: (starts(run), run.rows()) for run in root.runs() if run.run_id in done}
     assert DONE_BEFORE <= len(done) < 24
@@ -67,15 +52,11 @@ def test_exactly_the_missing_runs_are_trained(tmp_path):
     assert missing == edited - done
     gone = asked - edited
     left = {run.run_id: run.state for run in root.runs() if run.run_id in gone}
-    second = sweep(file)
-    output, error = second.communicate()
-    assert second.returncode == 0, error
-    assert f"{len(missing)} runs trained now, 0 failed" in output
+    second = sweep(file, root.path, workers=2)
+    assert (second.trained, second.failures) == (len(missing), {})
     assert in_state(root, State.DONE) == done | missing
     assert {run_id: (starts(root.run(run_id)), root.run(run_id).rows()) for run_id in done} == before
     assert all(len(starts(root.run(run_id))) <= 2 for run_id in missing)
     assert {run_id: root.run(run_id).state for run_id in left} == left
     assert {orphan.run_id for orphan in plan(file, root.path).orphans} == set(left)
-    third = sweep(file)
-    output, _ = third.communicate()
-    assert "0 runs trained now, 0 failed" in output
+    assert sweep(file, root.path, workers=2).trained == 0

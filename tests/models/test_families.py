@@ -274,7 +274,12 @@ def test_hidream_is_given_what_it_would_make_of_a_map_itself(size):
         torch.testing.assert_close(denoiser(latents, time, **condition), -expected)
 
 
-@families
+# A UNet, a transformer of two lists of blocks, and one that is told classes; the others take a second or more each.
+@pytest.mark.parametrize(
+    "family",
+    [one if one.name in ("sd15", "flux", "dit") else pytest.param(one, marks=pytest.mark.slow) for one in OURS],
+    ids=lambda family: family.name,
+)
 def test_a_tap_set_before_compiling_captures_the_same(family):
     torch.compiler.reset()
     denoiser = make(family)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from repa_lab.spec.identity import Run
 from tests.data.conftest import noise_image
 from tests.data.repa_folders import write_repa_folder
 from tests.data.test_space import save_vae
+from tests.test_cli import cli
 
 SIDE, COUNT = 32, 24
 
@@ -64,7 +63,7 @@ def test_a_sweep_trains_on_the_latents_as_on_those_it_would_have_encoded(tiny, r
     spec["compare"] = {"baseline": {"data": "plain"}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
     words = ["sweep", str(tmp_path / "spec.yaml"), "--root", str(tmp_path / "runs"), "--workers", "1"]
-    done = subprocess.run([sys.executable, "-m", "repa_lab", *words], capture_output=True, text=True, check=False)
+    done = cli(*words)
     assert done.returncode == 0, done.stderr
     assert "2 runs trained now, 0 failed" in done.stdout
     runs = {Run.from_json(run.run_id, run.spec).config.data.source: run for run in RunsRoot(tmp_path / "runs").runs()}

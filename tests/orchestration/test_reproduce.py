@@ -17,6 +17,7 @@ from repa_lab.orchestration.reproduce import ReproduceError, names, open_table, 
 from repa_lab.runs import RunsRoot
 from repa_lab.spec import SpecError
 from repa_lab.training.resolve import Inventory
+from tests.test_cli import cli
 
 ROOT = Path(__file__).parents[2]
 TABLES = names()
@@ -135,23 +136,18 @@ class TestNano:
         ]
 
 
-def cli(*words, cwd=ROOT):
-    command = [sys.executable, "-m", "repa_lab", "reproduce", *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-
-
 def test_an_unknown_table_is_one_line_that_lists_those_there_are(tmp_path):
-    done = cli("urepa/tabel8", "--root", tmp_path / "runs", cwd=tmp_path)
+    done = cli("reproduce", "urepa/tabel8", "--root", tmp_path / "runs", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"no table 'urepa/tabel8'; there are: {', '.join(TABLES)}; did you mean 'urepa/table8'?\n"
-    wrong = cli("urepa/table8", "--scale", "tiny")
+    wrong = cli("reproduce", "urepa/table8", "--scale", "tiny")
     assert (wrong.returncode, wrong.stderr) == (2, "--scale: expected full or nano, got 'tiny'\n")
     assert not list(tmp_path.iterdir())
 
 
 def test_tables_are_listed_without_torch_and_full_scale_asks_for_images(tmp_path):
-    assert tuple(cli().stdout.split()) == TABLES
-    done = cli("urepa/table8", "--root", tmp_path / "runs")
+    assert tuple(cli("reproduce").stdout.split()) == TABLES
+    done = cli("reproduce", "urepa/table8", "--root", tmp_path / "runs")
     assert done.returncode == 2
     assert "data.path: not set; give a folder of images with --set data.path=FOLDER" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -163,6 +159,7 @@ def test_tables_are_listed_without_torch_and_full_scale_asks_for_images(tmp_path
 def test_a_table_is_carried_out_and_written(tmp_path):
     short = ["train.steps=2", "evaluate.every=2", "evaluate.samples=16", "evaluate.sampler.steps=2", "seeds=1"]
     words = [
+        "reproduce",
         "urepa/table6",
         "--scale",
         "nano",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from repa_lab.align.settings import REGULARIZERS
 from repa_lab.registry import drop_plugins, loaded_plugins
 from repa_lab.spec import SpecError
 from tests.spec.examples import write
+from tests.test_cli import cli
 
 # DESIGN's, to the letter.
 MINE = '''\
@@ -78,7 +77,7 @@ def refusal(file: Path) -> list[str]:
 
 
 def run_cli(*words: object, cwd: Path) -> tuple[int, list[str]]:
-    """A real command: its status and what it says, without the folder."""
-    command = [sys.executable, "-m", "repa_lab", *map(str, words)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    """A command that knows no plugin yet: its status and what it says, without the folder."""
+    forget()
+    done = cli(*words, cwd=cwd)
     return done.returncode, (done.stdout + done.stderr).replace(f"{cwd}/", "").splitlines()

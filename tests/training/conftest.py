@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from accelerate.state import PartialState
 from safetensors.torch import load_file
 
 from repa_lab.align import Regularizer, Shapes
+from repa_lab.orchestration.api import run_one
 from repa_lab.runs import RunDirectory, State, checkpoints
 from repa_lab.runs.files import Row
 from repa_lab.spec import Machine, ResolvedOptions, RunConfig, RunOptions
@@ -118,6 +124,36 @@ def run_steps(run: Run, directory: RunDirectory, cache: Path, steps: int = 4, **
     """Train so many steps, with a checkpoint after the last; nothing is measured, which is what takes the time."""
     assert train(run, directory, make_options(**options), cache, should_stop=stop_after(steps)) is State.INTERRUPTED
     return directory
+
+
+def write_spec(folder: Path, spec: dict[str, Any], cache: Path | None = None, **options: Any) -> Path:
+    """Write a spec of one run into a folder, whose root uses this cache, or one of its own."""
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    if cache:
+        (folder / "runs" / "cache").symlink_to(cache)
+    file = folder / "spec.yaml"
+    file.write_text(yaml.safe_dump({**spec, "run": make_options(**options).model_dump(mode="json")}))
+    return file
+
+
+def start_processes(spec: Path, world: int) -> list[BaseProcess]:
+    """Train a spec of :func:`write_spec` in processes forked from this one, as torchrun's would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_train_as, args=(rank, world, port, spec)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _train_as(rank: int, world: int, port: int, spec: Path) -> None:
+    torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in torchrun.items()})
+    PartialState._reset_state()  # of the process that this one was forked from
+    run_one(spec, None, None, spec.parent / "runs")
 
 
 @pytest.fixture(scope="session")

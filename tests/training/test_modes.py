@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
-import os
-import socket
 import subprocess
 import sys
 import time
-from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-import yaml
-from accelerate.state import PartialState
 
 from repa_lab.data.sources import Flips
 from repa_lab.encoders.encoder import Encoder
@@ -39,7 +32,9 @@ from tests.training.conftest import (
     rows,
     run_steps,
     run_to_end,
+    start_processes,
     weights,
+    write_spec,
 )
 
 FAMILIES = {
@@ -241,12 +236,15 @@ class TestFlips:
         other = make_steps(mirrored, **{"train.batch_size": 1700, "regularizer.weight": 0.0})
         assert torch.equal(other[1].ids, steps[1].ids)
 
-    def test_targets_are_those_of_the_mirrored_images(self, cache, fresh):
-        encoder = SETTINGS["regularizer"]["encoder"]
-        run = make_run(**{"data.flip": True})
-        kept = run_steps(run, fresh("kept"), cache, encoder_storage="fp32")
-        online = make_run(**{"data.flip": True, "regularizer.encoder": {**encoder, "cache": False}})
-        for ours, theirs in zip(rows(kept), rows(run_steps(online, fresh("online"), cache)), strict=True):
+    def test_targets_are_those_of_the_mirrored_images(self, tmp_path, fresh):
+        (images := tmp_path / "images").mkdir()
+        for number in range(40):
+            noise_image(number, (8, 8)).save(images / f"{number}.png")
+        data = {"source": "imagefolder", "path": str(images), "resolution": 8, "holdout": 16, "flip": True}
+        encoder = {"regularizer.encoder": {**SETTINGS["regularizer"]["encoder"], "cache": False}}
+        kept = run_steps(make_run(data=data), fresh("kept"), tmp_path / "cache", encoder_storage="fp32")
+        online = run_steps(make_run(data=data, **encoder), fresh("online"), tmp_path / "cache")
+        for ours, theirs in zip(rows(kept), rows(online), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
 
     def test_nothing_is_measured_on_mirrored_images(self, mirrored):
@@ -301,15 +299,6 @@ def test_the_parts_of_a_batch_are_the_batch(images, processes):
     assert torch.equal(torch.cat([part.condition["y"] for part in parts]), whole.condition["y"])
 
 
-def train_as(rank: int, world: int, port: int, spec: Path) -> None:
-    """Train in a forked process with what torchrun would set."""
-    torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in torchrun.items()})
-    PartialState._reset_state()  # of this process's parent
-    run_one(spec, None, None, spec.parent / "runs")
-
-
 class TestProcesses:
     """The README's command for several GPUs, here with two processes on the CPU."""
 
@@ -330,31 +319,15 @@ class TestProcesses:
         "evaluate": {**SPEC["evaluate"], "every": 60},
     }
 
-    def spec(self, folder: Path, changed: dict[str, Any], cache: Path | None, **options) -> Path:
-        """The spec in a folder, whose runs use this cache, or one of their own."""
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-        if cache and not (folder / "runs" / "cache").exists():
-            (folder / "runs" / "cache").symlink_to(cache)
-        spec = folder / "two.yaml"
-        run = make_options(**options).model_dump(mode="json")
-        spec.write_text(yaml.safe_dump({**self.SPEC, **changed, "run": run}))
-        return spec
-
-    def start(self, spec: Path, world: int) -> list[BaseProcess]:
-        """Train the spec's run in so many processes, which start in no time as this one has torch imported."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        context = multiprocessing.get_context("fork")
-        processes = [context.Process(target=train_as, args=(rank, world, port, spec)) for rank in range(world)]
-        for process in processes:
-            process.start()
-        return processes
-
-    def test_two_processes_train_what_one_does_and_one_of_them_writes(self, cache, tmp_path):
-        first, state = run_one(self.spec(tmp_path / "alone", {}, cache), None, None, tmp_path / "alone" / "runs")
+    def test_two_processes_train_what_one_does_and_one_of_them_writes(self, tmp_path):
+        (images := tmp_path / "images").mkdir()
+        for number in range(60):
+            noise_image(number, (8, 8)).save(images / f"{number}.png")
+        data = {"data": {"source": "imagefolder", "path": str(images), "resolution": 8, "holdout": 20}}
+        spec = write_spec(tmp_path / "alone", self.SPEC | data)
+        first, state = run_one(spec, None, None, spec.parent / "runs")
         assert state is State.DONE
-        spec = self.spec(tmp_path / "together", {}, None, micro_batch=2)  # with a cache of their own to fill
+        spec = write_spec(tmp_path / "together", self.SPEC | data, micro_batch=2)  # with a cache of their own to fill
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         command = [*torchrun, "-m", "repa_lab", "run", str(spec), "--root", str(spec.parent / "runs")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -376,13 +349,16 @@ class TestProcesses:
     @pytest.fixture(scope="class")
     def whole(self, cache, tmp_path_factory) -> RunDirectory:
         """The longer run, in one process and uninterrupted."""
-        spec = self.spec(tmp_path_factory.mktemp("whole"), self.LONGER, cache)
+        spec = write_spec(tmp_path_factory.mktemp("whole"), self.SPEC | self.LONGER, cache)
         return run_one(spec, None, None, spec.parent / "runs")[0]
 
     @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
     def test_what_was_killed_goes_on_with_another_number_of_processes(self, whole, cache, tmp_path, before, after):
-        spec, root = self.spec(tmp_path, self.LONGER, cache, checkpoint_every=5), RunsRoot(tmp_path / "runs")
-        processes = self.start(spec, before)
+        spec, root = (
+            write_spec(tmp_path, self.SPEC | self.LONGER, cache, checkpoint_every=5),
+            RunsRoot(tmp_path / "runs"),
+        )
+        processes = start_processes(spec, before)
         while not any((run.checkpoints / "step-00000010").exists() for run in root.runs()):
             assert processes[0].is_alive()
             time.sleep(0.005)
@@ -392,7 +368,7 @@ class TestProcesses:
             process.join()
         (directory,) = root.runs()
         assert directory.state.state is State.RUNNING
-        resumed = self.start(spec, after)
+        resumed = start_processes(spec, after)
         for process in resumed:
             process.join()
         assert [process.exitcode for process in resumed] == [0] * after

@@ -20,7 +20,8 @@ from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import pipeline_of
 from repa_lab.models.pretrained import load_denoiser
 from repa_lab.models.released import PretrainedError, locate, problem_with
-from repa_lab.runs import RunDirectory, checkpoints
+from repa_lab.orchestration.api import run_one
+from repa_lab.runs import RunDirectory, RunsRoot, checkpoints
 from repa_lab.training import sampling
 from repa_lab.training.batches import generator, stream_seed
 from repa_lab.training.data import text_cache
@@ -28,7 +29,16 @@ from repa_lab.training.export import export_model
 from repa_lab.training.loop import train
 from repa_lab.training.model import open_model
 from repa_lab.training.trainer import Trainer
-from tests.training.conftest import assert_same, make_options, rows, run_steps, weights
+from tests.training.conftest import (
+    SETTINGS,
+    assert_same,
+    make_options,
+    rows,
+    run_steps,
+    start_processes,
+    weights,
+    write_spec,
+)
 from tests.training.pretrained import (
     PRETRAINED,
     SIDES,
@@ -37,7 +47,6 @@ from tests.training.pretrained import (
     write_images,
     write_pipeline,
 )
-from tests.training.test_modes import TestProcesses as Harness
 
 CPU = torch.device("cpu")
 families = pytest.mark.parametrize("family", PRETRAINED)
@@ -174,12 +183,19 @@ def test_two_processes_train_what_one_does(family, place, tmp_path):
     run = make_pretrained_run(family, write_pipeline(family, place / family), place / "images")
     changed = {name: section for name, section in run.config.model_dump(mode="json").items() if name != "evaluate"}
     changed |= {
+        "name": "two",
         "train": {**changed["train"], "steps": 3},
-        "evaluate": {**Harness.SPEC["evaluate"], "sampler": {"steps": 2}},
+        "evaluate": {**SETTINGS["evaluate"], "every": 3, "samples": 20, "batch_size": 6},
     }
-    options = {"gradient_checkpointing": True}
-    cache = place / "cache"
-    one, two = (Harness().run(tmp_path / str(count), count, changed, cache, **options) for count in (1, 2))
+    one, two = (
+        write_spec(tmp_path / str(count), changed, place / "cache", gradient_checkpointing=True) for count in (1, 2)
+    )
+    run_one(one, None, None, one.parent / "runs")
+    processes = start_processes(two, 2)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    one, two = (RunsRoot(spec.parent / "runs").runs()[0] for spec in (one, two))
     assert one.run_id == two.run_id
     assert len(rows(one)) == 4
     for ours, theirs in zip(rows(two)[:3], rows(one)[:3], strict=True):
