@@ -10,7 +10,7 @@ quickstart: install  ## a real sweep on real data with a report, on a CPU, in mi
 	$(BIN)/repa-lab sweep experiments/quickstart.yaml
 
 test: install  ## the default tests
-	$(BIN)/python -m pytest -n 2 -m "not slow and not bench"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not bench"
 
 check: install  ## what a change must pass: lint, types, tests
 	$(BIN)/ruff check .

@@ -10,16 +10,18 @@ import yaml
 from repa_lab import plan, sweep
 from repa_lab.runs import RunsRoot, State
 from tests.faults.processes import wait_until
-from tests.orchestration.conftest import TINY
+from tests.orchestration.conftest import tiny
+
+__all__ = ["tiny"]
 
 WEIGHTS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
 DONE_BEFORE = 7  # of 24: seed 0 of most arms
 
 
-def write(file, weights):
+def write(file, tiny, weights):
     axes = {"regularizer.weight": weights}
     compare = {"baseline": {"regularizer.weight": weights[1]}}
-    file.write_text(yaml.safe_dump({**TINY, "axes": axes, "seeds": 3, "compare": compare}, sort_keys=False))
+    file.write_text(yaml.safe_dump(tiny(axes=axes, seeds=3, compare=compare), sort_keys=False))
 
 
 def starts(run):
@@ -30,9 +32,9 @@ def in_state(root, state):
     return {run.run_id for run in root.runs() if run.state.state is state}
 
 
-def test_exactly_the_missing_runs_are_trained(tmp_path):
+def test_exactly_the_missing_runs_are_trained(tiny, tmp_path):
     file, root = tmp_path / "question.yaml", RunsRoot(tmp_path / "runs")
-    write(file, WEIGHTS)
+    write(file, tiny, WEIGHTS)
     asked = {entry.run.run_id for entry in plan(file, root.path).runs}
     assert len(asked) == 24
     command = [sys.executable, "-m", "repa_lab", "sweep", str(file), "--root", str(root.path), "--workers", "2"]
@@ -44,7 +46,7 @@ def test_exactly_the_missing_runs_are_trained(tmp_path):
     before = {run.run_id: (starts(run), run.rows()) for run in root.runs() if run.run_id in done}
     assert DONE_BEFORE <= len(done) < 24
 
-    write(file, [*WEIGHTS[1:], 0.9])  # an arm of which a run is done goes, and another comes
+    write(file, tiny, [*WEIGHTS[1:], 0.9])  # an arm of which a run is done goes, and another comes
     planned = plan(file, root.path)
     missing = {run.run_id for run in planned.pending}
     edited = {entry.run.run_id for entry in planned.runs}

@@ -3,7 +3,10 @@
 import copy
 
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
 
+IMAGES = 80
 TINY = {
     "name": "tiny",
     "question": "Does it run?",
@@ -29,6 +32,12 @@ TINY = {
 
 
 @pytest.fixture(scope="session")
-def tiny():
-    """A fresh copy of the tiny experiment, to be changed at will."""
-    return lambda **changes: {**copy.deepcopy(TINY), **changes}
+def tiny(tmp_path_factory):
+    """A fresh copy of the tiny experiment, to be changed at will; every root computes the features of a few digits only."""
+    folder, digits = tmp_path_factory.mktemp("digits"), load_digits()
+    for number in range(IMAGES):
+        path = folder / f"{digits.target[number]}" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray((digits.images[number] * 15).astype("uint8")).save(path)
+    data = {"source": "imagefolder", "path": str(folder), "resolution": 8, "holdout": 16}
+    return lambda **changes: {**copy.deepcopy(TINY), "data": dict(data), **changes}

@@ -5,6 +5,7 @@ import pytest
 import repa_lab.orchestration.prepare as preparing
 from repa_lab.orchestration.prepare import RefusedError, prepare
 from repa_lab.spec import RunOptions, load_spec
+from tests.orchestration.conftest import IMAGES
 
 CPU = RunOptions(device="cpu")
 
@@ -16,7 +17,7 @@ def configs(spec, **overrides):
 @pytest.mark.parametrize(
     ("overrides", "arm", "path", "message"),
     [
-        ({"data.holdout": 1797}, 0, "data.holdout", "holding out 1797 of 1797 images leaves none to train on"),
+        ({"data.holdout": IMAGES}, 0, "data.holdout", "holding out 80 of 80 images leaves none to train on"),
         (
             {"regularizer.encoder.name": "resnet_nonsense"},
             1,
@@ -62,7 +63,7 @@ def test_what_is_cached_is_not_computed_again(tiny, tmp_path):
         return lambda done, total: told.append((task, done, total))
 
     prepare(configs(tiny()), CPU, tmp_path, announce)
-    assert told[-1] == ("features of efficientnet_lite0", 1797, 1797)
+    assert told[-1] == ("features of efficientnet_lite0", IMAGES, IMAGES)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
     told.clear()
     prepare(configs(tiny()), CPU, tmp_path, announce)
@@ -76,7 +77,7 @@ def test_what_several_arms_need_is_loaded_once_and_what_differs_for_each(tiny, t
     for name in ("open_data", "open_targets", "open_extractor"):
         real = getattr(preparing, name)
         monkeypatch.setattr(preparing, name, lambda *args, real=real, name=name: (loaded.append(name), real(*args))[1])
-    weights = {"regularizer.weight": [0.1, 0.2, 0.3], "data.holdout": [64, 128]}
+    weights = {"regularizer.weight": [0.1, 0.2, 0.3], "data.holdout": [8, 16]}
     prepare(
         configs(tiny(axes=weights, compare={"baseline": {"regularizer.weight": 0.1}})),
         CPU,
