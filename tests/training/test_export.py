@@ -22,6 +22,7 @@ from repa_lab.runs import RunDirectory, State
 from repa_lab.training.checkpoint import NoWeightsError
 from repa_lab.training.export import ExportError, export_model, write_real, write_samples
 from repa_lab.training.loop import train
+from tests.rounding import FRECHET
 from tests.training.conftest import SIT_DOWN, UNET, make_options, make_run, run_steps, run_to_end, stop_after, weights
 
 REGULARIZED = {**UNET, "regularizer.type": "urepa"}
@@ -149,7 +150,7 @@ def test_the_number_can_be_computed_again_from_the_file(run, cache, tmp_path, di
     assert (found, told[-1]) == ((5, expected, value), (count, count))
     pixels = np.load(tmp_path / "a.npz")["arr_0"]
     assert (pixels.shape, pixels.dtype) == ((count, 8, 8, 3), np.uint8)
-    assert distance(tmp_path / "a.npz") == pytest.approx(value, rel=1e-6)
+    assert distance(tmp_path / "a.npz") == pytest.approx(value, rel=FRECHET)
 
 
 def test_the_real_images_are_the_training_images_as_they_are_in_order(run, cache, tmp_path, images):
@@ -204,7 +205,7 @@ def test_a_number_is_drawn_again_in_the_precision_it_was_measured_in(
     assert directory.provenance["options"]["precision"] == "fp32"
     found = write_samples(directory, tmp_path / "a.npz", cache)
     # In float32 it would be off by 1e-4 and more.
-    assert distance(tmp_path / "a.npz") == pytest.approx(found.value, rel=1e-6)
+    assert distance(tmp_path / "a.npz") == pytest.approx(found.value, rel=FRECHET)
 
 
 def test_what_cannot_be_had_is_said_and_nothing_is_written(run, cache, tmp_path):

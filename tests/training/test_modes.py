@@ -9,6 +9,7 @@ import sys
 import time
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from repa_lab.training.device import DeviceError, require_equal_parts
 from repa_lab.training.trainer import Trainer
 from tests.data.conftest import noise_image
 from tests.data.test_space import save_vae
+from tests.rounding import LITE0, rounding
 from tests.training.conftest import (
     SETTINGS,
     SIT_DOWN,
@@ -43,6 +45,8 @@ FAMILIES = {
     "sit_down": {**SIT_DOWN, "regularizer.type": "urepa"},
 }
 families = pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES.keys())
+# The encoder's rounding depends on the batch that it runs in: losses of features are off by as much as these are.
+FEATURES = rounding(np.ones(1), LITE0)
 # Weight 0 before and after: the projector rests, is trained, and rests again.
 SCHEDULED = {"regularizer.schedule": {"type": "linear", "warmup_steps": 1, "decay_steps": 3}, "train.weight_decay": 0.1}
 
@@ -205,7 +209,7 @@ def test_stored_in_float32_features_train_as_fresh_ones_do(trained):
     fresh_ones = trained(**{"regularizer.encoder": {**SETTINGS["regularizer"]["encoder"], "cache": False}})
     kept, halved = (trained(options={"encoder_storage": kind}) for kind in ("fp32", "fp16"))
     for ours, theirs in zip(rows(kept), rows(fresh_ones), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+        assert ours == pytest.approx(theirs, rel=FEATURES, abs=FEATURES)
     for ours, theirs in zip(rows(halved), rows(fresh_ones), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
         assert ours["align/cosine"] != theirs["align/cosine"]
@@ -245,7 +249,7 @@ class TestFlips:
         kept = run_steps(make_run(data=data), fresh("kept"), tmp_path / "cache", encoder_storage="fp32")
         online = run_steps(make_run(data=data, **encoder), fresh("online"), tmp_path / "cache")
         for ours, theirs in zip(rows(kept), rows(online), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+            assert ours == pytest.approx(theirs, rel=FEATURES, abs=FEATURES)
 
     def test_nothing_is_measured_on_mirrored_images(self, mirrored):
         assert isinstance(mirrored.source, Flips)
@@ -279,8 +283,8 @@ class TestPixels:
                 run = make_run(**settings)
                 directory = run_steps(run, fresh(f"{pixels}{cached}"), tmp_path / "cache", encoder_storage="fp32")
                 losses[pixels, cached] = [row["align/cosine"] for row in rows(directory)]
-        assert losses["image", True] == pytest.approx(losses["image", False], abs=1e-5)
-        assert losses["vae", True] == pytest.approx(losses["vae", False], abs=1e-5)
+        assert losses["image", True] == pytest.approx(losses["image", False], abs=FEATURES)
+        assert losses["vae", True] == pytest.approx(losses["vae", False], abs=FEATURES)
         assert losses["vae", True] != pytest.approx(losses["image", True], abs=1e-3)
 
 

@@ -1,0 +1,26 @@
+"""Bounds of rounding errors, derived from the arithmetic and not from what one processor gave."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+UNIT = 2.0**-24  # the largest relative error of one float32 operation
+# Linear layers in a row, and the most terms that one of their sums has.
+LITE0 = (50, 1152)
+INCEPTION = (94, 4032)
+VIT = (48, 1536)  # ViT-S; smaller ones have fewer
+# A Frechet distance is quadratic in features, whose largest errors are about 1e-5 of the largest feature.
+FRECHET = 2e-5
+
+
+def rounding(values: np.ndarray | torch.Tensor, network: tuple[int, int]) -> float:
+    """Return by how much a network's float32 outputs may differ if its sums are taken in another order.
+
+    A sum of n terms is off by about ``sqrt(n)`` units of its terms' size (Higham, Accuracy and Stability of Numerical
+    Algorithms, 2.8), and the errors of layers in a row add up.
+    """
+    layers, terms = network
+    return layers * math.sqrt(terms) * UNIT * float(abs(values).max())
