@@ -179,8 +179,8 @@ def _profile_row(frame: pd.DataFrame, timestep: float, metrics: Sequence[str]) -
 
 def _draw(directories: Sequence[RunDirectory]) -> list[Path]:
     """Draw each run, and each run beside the first; print why a pair cannot be drawn."""
-    from repa_lab.report.figures import save
-    from repa_lab.report.profile import profile_figure, why_not_comparable
+    from repa_lab.report.figures import profile_figure, save
+    from repa_lab.report.profile import why_not_comparable
 
     drawn = [save(profile_figure([run]), run.profile_picture()) for run in directories]
     first, *others = directories

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from repa_lab.report.figures import profile_figure
     from repa_lab.report.leaderboard import leaderboards
     from repa_lab.report.page import ReportPaths, write_report
-    from repa_lab.report.profile import load_profile, profile_figure
+    from repa_lab.report.profile import load_profile
     from repa_lab.report.results import Results, ResultsError, load_results
     from repa_lab.report.text import answer
 
@@ -28,7 +29,7 @@ _MODULES = {
     "write_report": "page",
     "leaderboards": "leaderboard",
     "load_profile": "profile",
-    "profile_figure": "profile",
+    "profile_figure": "figures",
     "Results": "results",
     "ResultsError": "results",
     "load_results": "results",

@@ -1,32 +1,57 @@
-"""The runs of a sweep as data frames. A damaged file is left out and named, so that no number is silently wrong."""
+"""The runs of sweeps as data frames. A damaged file is left out and named, so that no number is silently wrong."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 
 from repa_lab.report.summary import KEYS, dotted
-from repa_lab.runs import RunDirectory, RunsRoot, RunState, RunStatus, SweepManifest
-from repa_lab.runs.files import FormatError
+from repa_lab.runs import RunDirectory, RunsRoot, RunState, SweepManifest
+from repa_lab.runs.files import FormatError, Row
 from repa_lab.runs.root import ArmRecord
 
-Numbers = dict[str, float]
-Row = dict[str, Any]
 T = TypeVar("T")
 UNKNOWN = "unknown"  # the status of a run whose state cannot be read
+_KEYS = [*KEYS, "seed", "run_id"]
 _RUN_COLUMNS = [*KEYS, "baseline", "seed", "run_id", "state", "step", "images", "seconds", "processes", "error"]
-_CURVE_COLUMNS = [*KEYS, "seed", "run_id", "step", "images", "hours", "flops", "metric", "value"]
-_SAMPLE_COLUMNS = [*KEYS, "seed", "run_id", "step", "path"]
-_TROUBLE_COLUMNS = [*KEYS, "seed", "run_id", "where", "what"]
+_CURVE_COLUMNS = [*_KEYS, "step", "images", "hours", "flops", "metric", "value"]
 _NUMBERS = frozenset({int, float})  # and not bool, which is an int
 _SECONDS_PER_HOUR = 3600
+
+
+class Progress(NamedTuple):
+    """How far a run was at a step; NaN where no row records it.
+
+    Attributes:
+        images: images seen.
+        seconds: seconds of training, without evaluations, on each process.
+        flops: FLOPs of the denoiser, projectors and encoders.
+    """
+
+    images: float
+    seconds: float
+    flops: float
+
+
+class History(NamedTuple):
+    """What the metric rows of a run say.
+
+    Attributes:
+        progress: progress by logged step.
+        totals: the last recorded value of every measure of progress and cost.
+        measurements: value by metric and step; if a value was written twice, the last counts.
+    """
+
+    progress: dict[float, Progress]
+    totals: dict[str, float]
+    measurements: dict[str, dict[float, float]]
 
 
 @functools.cache
@@ -53,9 +78,31 @@ class RunReader:
         return self._read("state.json", lambda: self.run.state, None)
 
     @cached_property
+    def status(self) -> str:
+        """Where the run stands; :data:`UNKNOWN` if that cannot be read."""
+        if self.state is None:
+            return UNKNOWN
+        recorded = self.state.state.status
+        return (
+            recorded.value if recorded.is_final else self._read("state.json", lambda: self.run.status().value, UNKNOWN)
+        )
+
+    @cached_property
     def spec(self) -> dict[str, Any]:
         """The resolved config and the seed; empty for a run that never started."""
         return self._read("spec.json", lambda: self.run.spec, {})
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Number of steps that the run was asked for; None if it is not known."""
+        train = self.spec.get("train")
+        steps = train.get("steps") if isinstance(train, dict) else None
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def last_step(self) -> int:
+        """The last step that the run reported or logged."""
+        return int(max(self.state.step if self.state else 0, *self.history.progress, 0))
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -67,6 +114,11 @@ class RunReader:
         """Everything that a metric's values depend on, by metric; empty for runs without a record."""
         return self._read("protocols.json", lambda: self.run.protocols, {})
 
+    @cached_property
+    def grids(self) -> dict[int, Path]:
+        """The sample grids by step."""
+        return self._read("samples", self.run.sample_grids, {})
+
     @property
     def processes(self) -> int:
         """Number of processes that share the run."""
@@ -74,61 +126,67 @@ class RunReader:
         return processes if isinstance(processes, int) and processes > 0 else 1
 
     @cached_property
-    def rows(self) -> list[Numbers]:
-        """The metric rows, oldest first: NaN for null, without values that are no numbers and a torn last line."""
+    def history(self) -> History:
+        """What the metric rows say: NaN for null, without values that are no numbers and a torn last line."""
 
         def leave_out(number: int, reason: str) -> None:
             self._note(f"metrics.jsonl:{number}", f"{reason}; the line is left out")
 
         rows: list[Row] = self._read("metrics.jsonl", self.run.metrics_reader(leave_out).new_rows, [])
-        # Nearly every row, of very many, holds only numbers.
-        return [row if all(type(value) in _NUMBERS for value in row.values()) else self._numbers(row) for row in rows]
+        by_step: dict[float, dict[str, float]] = {}
+        totals: dict[str, float] = {}
+        measurements: dict[str, dict[float, float]] = {}
+        for row in rows:
+            # Nearly every row, of very many, holds only numbers.
+            numbers = row if _NUMBERS.issuperset(map(type, row.values())) else self._numbers(row)
+            progress = {name: value for name, value in numbers.items() if is_progress(name)}
+            by_step.setdefault(row["step"], {}).update(progress)
+            totals |= progress
+            for metric, value in numbers.items():
+                if metric not in progress:
+                    self._measure(measurements.setdefault(metric, {}), metric, row["step"], value)
+        return History({step: _progress(known) for step, known in by_step.items()}, totals, measurements)
+
+    def _measure(self, values: dict[float, float], metric: str, step: float, value: float) -> None:
+        if values.get(step, value) != value and not math.isnan(value):
+            self._note("metrics.jsonl", f"{metric} at step {step} is there twice, differently; the last counts")
+        values[step] = value
+
+    def places(self, axis: str) -> dict[float, float]:
+        """Return the ``step``, ``images``, device ``hours`` or ``flops`` at every logged step; NaN where not known."""
+        progress = self.history.progress
+        if axis == "step":
+            return dict(zip(progress, progress, strict=True))
+        if axis == "hours":
+            devices = self.processes / _SECONDS_PER_HOUR
+            return {step: place.seconds * devices for step, place in progress.items()}
+        return {step: getattr(place, axis) for step, place in progress.items()}
 
     @cached_property
-    def progress(self) -> dict[int, Numbers]:
-        """Progress by logged step; NaN where a row does not record it.
-
-        ``images`` seen; device ``hours`` of training, without evaluations, summed over processes; ``flops`` of the
-        denoiser, projectors and encoders.
-        """
-        merged: dict[int, Numbers] = {}
-        for row in self.rows:
-            merged.setdefault(int(row["step"]), {}).update({name: row[name] for name in row if is_progress(name)})
-        nan, devices = math.nan, self.processes / _SECONDS_PER_HOUR
-        return {
-            step: {
-                "images": row.get("images", nan),
-                "hours": row.get("seconds", nan) * devices,
-                "flops": row.get("cost/train_flops", nan) + row.get("cost/encoder_flops", 0.0),
-            }
-            for step, row in merged.items()
-        }
-
-    def measurements(self) -> dict[str, dict[int, float]]:
-        """Return value by metric and step; if a value was written twice, the last counts and a difference is noted."""
-        measured: dict[str, dict[int, float]] = {}
-        for row in self.rows:
-            step = int(row["step"])
-            for metric in itertools.filterfalse(is_progress, row):
-                value, values = row[metric], measured.setdefault(metric, {})
-                if values.get(step, value) != value and not math.isnan(value):
-                    self._note("metrics.jsonl", f"{metric} at step {step} is there twice, differently; the last counts")
-                values[step] = value
-        return measured
-
-    def note_changed_protocols(self) -> None:
-        """Note the fields of protocols that changed between two starts of the run; library versions may change."""
+    def changed_protocols(self) -> list[str]:
+        """The fields of protocols that changed between two starts of the run; versions of libraries may change."""
 
         def changed() -> list[str]:
             events = self.run.events()
             changes = [event["fields"] for event in events if event.get("event") == "protocols changed"]
             return sorted({str(name) for fields in changes for name in fields} - {"versions"})
 
-        if fields := ", ".join(self._read("events.jsonl", changed, [])):
-            self._note("events.jsonl", f"between two starts its protocols changed in {fields}; earlier values differ")
+        return self._read("events.jsonl", changed, [])
 
-    def _numbers(self, row: Row) -> Numbers:
-        numbers: Numbers = {name: math.nan if value is None else value for name, value in row.items()}
+    def troubles_of_measurements(self) -> list[tuple[str, str]]:
+        """Read the measurements and their protocols, and return everything that could not be used so far."""
+        _ = self.history, self.protocols
+        changed = ", ".join(self.changed_protocols)
+        reason = f"between two starts its protocols changed in {changed}; earlier values differ"
+        return list(dict.fromkeys([*self.troubles, *([("events.jsonl", reason)] if changed else [])]))
+
+    def all_troubles(self) -> list[tuple[str, str]]:
+        """Read every file, and return (file and line, reason) of everything that could not be used."""
+        _ = self.status, self.spec, self.provenance, self.grids
+        return self.troubles_of_measurements()
+
+    def _numbers(self, row: Row) -> dict[str, float]:
+        numbers: dict[str, float] = {name: math.nan if value is None else value for name, value in row.items()}
         for name in [name for name, value in numbers.items() if type(value) not in _NUMBERS]:
             self._note("metrics.jsonl", f"{name} at step {row['step']} is no number; it is left out")
             del numbers[name]
@@ -149,9 +207,10 @@ class RunReader:
     def _note(self, where: str, what: str) -> None:
         self.troubles.append((where, what))
 
-    def status(self) -> RunStatus | None:
-        """Return where the run stands; None if that cannot be read."""
-        return self._read("state.json", self.run.status, None) if self.state else None
+
+def _progress(row: Mapping[str, float]) -> Progress:
+    flops = row.get("cost/train_flops", math.nan) + row.get("cost/encoder_flops", 0.0)
+    return Progress(row.get("images", math.nan), row.get("seconds", math.nan), flops)
 
 
 @dataclass(frozen=True)
@@ -165,71 +224,74 @@ class Member:
     @property
     def run_id(self) -> str:
         """The run's id."""
-        return self.reader.run.run_id
+        return str(self.keys["run_id"])
 
 
 def members_of(manifest: SweepManifest, root: RunsRoot) -> Iterator[Member]:
     """Yield the runs of a sweep, arm by arm."""
     for arm in manifest.arms:
         for planned in arm.runs:
-            run = root.run(planned.run_id)
-            keys = {"sweep": manifest.name, "arm": arm.label, "seed": planned.seed, "run_id": run.run_id}
-            yield Member(arm, keys, RunReader(run))
+            keys = {"sweep": manifest.name, "arm": arm.label, "seed": planned.seed, "run_id": planned.run_id}
+            yield Member(arm, keys, RunReader(root.run(planned.run_id)))
 
 
-def runs_frame(members: Sequence[Member]) -> pd.DataFrame:
-    """Return a row per run of one sweep; for the columns see :class:`repa_lab.report.results.Results`."""
-    specs = ({key: value for key, value in member.reader.spec.items() if key != "seed"} for member in members)
-    configs = [dict(dotted(spec)) for spec in specs]
-    fields = {name for config in configs for name in config}
-    # A plain axis is named after the field it sets: the value is more precise than the level's name, and has a type.
-    levels = [{axis: name for axis, name in m.arm.levels.items() if axis not in fields} for m in members]
-    rows = [{**level, **config, **_run_row(m)} for m, level, config in zip(members, levels, configs, strict=True)]
+def runs_frame(members: Iterable[Member]) -> pd.DataFrame:
+    """Return a row per run; for the columns see :class:`repa_lab.report.results.Results`."""
+    sweeps: dict[str, list[Member]] = {}
+    for member in members:
+        sweeps.setdefault(member.keys["sweep"], []).append(member)
+    rows: list[Row] = []
+    for sweep in sweeps.values():
+        configs = [dotted(member.reader.spec) for member in sweep]
+        fields = {name for config in configs for name in config}
+        # A plain axis is named after the field it sets: the value is more precise than the level's name, and typed.
+        for member, config in zip(sweep, configs, strict=True):
+            levels = {axis: name for axis, name in member.arm.levels.items() if axis not in fields}
+            rows.append({**levels, **config, **_run_row(member)})
     frame = pd.DataFrame(rows, columns=None if rows else _RUN_COLUMNS)
     return frame[[*_RUN_COLUMNS, *(column for column in frame.columns if column not in _RUN_COLUMNS)]]
 
 
 def _run_row(member: Member) -> Row:
     reader = member.reader
-    state, progress, status = reader.state, reader.progress, reader.status()
-    last_step = max(progress, default=0)
-    totals = {name: value for row in reader.rows for name, value in row.items() if is_progress(name)}
+    progress = reader.history.progress
     return {
+        "seconds": None,
+        **reader.history.totals,
         **member.keys,
         "baseline": member.arm.baseline,
-        "state": status.value if status else UNKNOWN,
-        "error": state.error if state else None,
-        "step": max(state.step if state else 0, last_step),
-        "images": progress[last_step]["images"] if progress else None,
-        "seconds": None,
+        "state": reader.status,
+        "error": reader.state.error if reader.state else None,
+        "step": reader.last_step,
+        "images": progress[max(progress)].images if progress else None,
         "processes": reader.processes,
-        **{name: value for name, value in totals.items() if name not in ("step", "images")},
     }
 
 
-def curves_frame(members: Sequence[Member]) -> pd.DataFrame:
+def curves_frame(members: Iterable[Member]) -> pd.DataFrame:
     """Return a row per measurement, made column by column: there may be a million."""
-    frames = []
+    columns: dict[str, list[Any]] = {name: [] for name in _CURVE_COLUMNS}
     for member in members:
-        for metric, values in member.reader.measurements().items():
-            reached = [member.reader.progress[step] for step in values]
-            progress = {name: [place[name] for place in reached] for name in ("images", "hours", "flops")}
-            measured = {"metric": metric, "value": list(map(float, values.values()))}
-            frames.append(pd.DataFrame({**member.keys, "step": list(values), **progress, **measured}))
-    return pd.concat(frames, ignore_index=True)[_CURVE_COLUMNS] if frames else pd.DataFrame(columns=_CURVE_COLUMNS)
+        places = {axis: member.reader.places(axis) for axis in ("images", "hours", "flops")}
+        for metric, values in member.reader.history.measurements.items():
+            for name, key in {**member.keys, "metric": metric}.items():
+                columns[name] += [key] * len(values)
+            columns["step"] += values
+            columns["value"] += values.values()
+            for axis, place in places.items():
+                columns[axis] += [place[step] for step in values]
+    return pd.DataFrame(columns).astype({"value": float})
 
 
-def samples_frame(members: Sequence[Member]) -> pd.DataFrame:
+def samples_frame(members: Iterable[Member]) -> pd.DataFrame:
     """Return a row per grid of samples."""
-    grids = ((member, grid) for member in members for grid in member.reader.run.sample_grids().items())
+    grids = ((member, grid) for member in members for grid in member.reader.grids.items())
     rows = [{**member.keys, "step": step, "path": path} for member, (step, path) in grids]
-    return pd.DataFrame(rows, columns=_SAMPLE_COLUMNS)
+    return pd.DataFrame(rows, columns=[*_KEYS, "step", "path"])
 
 
 def troubles_frame(members: Sequence[Member]) -> pd.DataFrame:
-    """Return a row per thing that could not be used, of everything that was read so far."""
-    rows = []
-    for member in members:
-        member.reader.note_changed_protocols()
-        rows += [{**member.keys, "where": where, "what": what} for where, what in dict.fromkeys(member.reader.troubles)]
-    return pd.DataFrame(rows, columns=_TROUBLE_COLUMNS)
+    """Return a row per thing that could not be used."""
+    troubles = ((member, trouble) for member in members for trouble in member.reader.all_troubles())
+    rows = [{**member.keys, "where": where, "what": what} for member, (where, what) in troubles]
+    return pd.DataFrame(rows, columns=[*_KEYS, "where", "what"])

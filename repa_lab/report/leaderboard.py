@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from repa_lab.metrics.protocol import differences
-from repa_lab.report.results import Results, ResultsError, load_results
-from repa_lab.report.statistics import Goal, mean_interval
-from repa_lab.report.summary import Protocol, goal_of, is_protocol, metric_kind
+from repa_lab.report.frames import Member, RunReader
+from repa_lab.report.results import ResultsError, load_results
+from repa_lab.report.statistics import Goal, finite, mean_interval
+from repa_lab.report.summary import Protocol, common_step, dotted, goal_of, is_protocol, metric_kind
 from repa_lab.report.text import troubles
 
 COLUMNS = [
@@ -41,13 +42,13 @@ class Board:
     frame: pd.DataFrame
 
 
-@dataclass(frozen=True)
-class _Entry:
+@dataclass(frozen=True, eq=False)
+class _Arm:
     """Arms that share runs, merged: a run's id is its whole content, so these arms are one."""
 
-    arms: tuple[str, ...]
-    sweeps: tuple[str, ...]
-    runs: frozenset[str]
+    labels: list[str]
+    sweeps: list[str]
+    readers: dict[str, RunReader]
 
 
 def leaderboards(
@@ -67,22 +68,21 @@ def leaderboards(
         ResultsError: there is no sweep, or no such metric was measured.
     """
     results = load_results(path)
-    # Several arms may share a run: name its troubles once.
-    once = results.troubles.drop_duplicates(["run_id", "where", "what"])
-    for line in troubles(replace(results, troubles=once)):
-        tell(line)
-    entries, facts = _entries(results), results.runs.drop_duplicates("run_id").set_index("run_id")
-    values = results.curves.drop_duplicates(["run_id", "metric", "step"], keep="last")
-    measured = sorted(values["metric"].unique())
-    boards: list[Board] = []
+    runs = {member.run_id: member for member in results.members}
+    for member in runs.values():
+        for line in troubles(member, member.reader.troubles_of_measurements()):
+            tell(line)
+    arms, boards = _merged(results.members), list[Board]()
+    measured = sorted({name for member in runs.values() for name in member.reader.history.measurements})
     for name in (name for name in measured if protocol in name and _is_wanted(name, metric)):
-        rows, goal = values[values["metric"] == name], goal_of(name)
-        protocols = {run: _protocol(results, run, name, facts.loc[run]) for run in rows["run_id"].unique()}
-        groups = _group({run: recorded for run, recorded in protocols.items() if recorded})
+        readers = {run: member.reader for run, member in runs.items() if name in member.reader.history.measurements}
+        groups = _group({run: recorded for run, reader in readers.items() if (recorded := _protocol(reader, name))})
         differing = sorted({field for first, _ in groups for other, _ in groups for field in differences(first, other)})
-        for recorded, runs in groups:
-            frame = _frame(rows[rows["run_id"].isin(runs)], entries, facts, goal)
-            boards.append(Board(name, goal, {field: recorded.get(field) for field in differing}, frame))
+        for recorded, members in groups:
+            rows = [row for arm in arms if (row := _row(arm, name, members)) is not None]
+            frame = pd.DataFrame(rows, columns=COLUMNS)
+            frame = frame.sort_values("mean", ascending=goal_of(name) == "min", kind="stable", ignore_index=True)
+            boards.append(Board(name, goal_of(name), {field: recorded.get(field) for field in differing}, frame))
     if not boards:
         names = ", ".join(filter(is_protocol, measured)) or "nothing"
         raise ResultsError(f"no such metric with a protocol in '{path}'; measured: {names}")
@@ -96,14 +96,12 @@ def _is_wanted(name: str, metric: str | None) -> bool:
     return not is_full_name and is_protocol(name) and metric_kind(name) == metric_kind(metric or name)
 
 
-def _protocol(results: Results, run: str, metric: str, facts: pd.Series) -> Protocol:
+def _protocol(reader: RunReader, metric: str) -> Protocol:
     """Return the recorded protocol; for a run without one, its data settings stand for it, if the name has the rest."""
-    recorded = results.protocols.by_run.get(run, {}).get(metric)
+    recorded = reader.protocols.get(metric)
     if recorded or not is_protocol(metric):
         return recorded or {}
-    data = {name: value for name, value in facts.items() if str(name).startswith("data.") and not pd.isna(value)}
-    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in data.items()}
-    return {"recorded": False, **plain}
+    return {"recorded": False, **dotted({"data": reader.spec.get("data", {})})}
 
 
 def _group(protocols: Mapping[str, Protocol]) -> list[tuple[Protocol, set[str]]]:
@@ -119,33 +117,32 @@ def _group(protocols: Mapping[str, Protocol]) -> list[tuple[Protocol, set[str]]]
     return groups
 
 
-def _entries(results: Results) -> list[_Entry]:
-    entries: list[_Entry] = []
-    for (sweep, arm), rows in results.runs.groupby(["sweep", "arm"], sort=False):
-        entry = _Entry((str(arm),), (str(sweep),), frozenset(rows["run_id"]))
-        for other in [other for other in entries if other.runs & entry.runs]:
-            entries.remove(other)
-            arms, sweeps = (dict.fromkeys(pair) for pair in (other.arms + entry.arms, other.sweeps + entry.sweeps))
-            entry = _Entry(tuple(arms), tuple(sweeps), other.runs | entry.runs)
-        entries.append(entry)
-    return entries
+def _merged(members: Iterable[Member]) -> list[_Arm]:
+    readers: dict[tuple[str, str], dict[str, RunReader]] = {}
+    for member in members:
+        readers.setdefault((member.keys["sweep"], member.arm.label), {})[member.run_id] = member.reader
+    arm_of: dict[str, _Arm] = {}
+    for (sweep, label), own in readers.items():
+        arm = _Arm([], [], {})
+        for other in [*dict.fromkeys(arm_of[run] for run in own if run in arm_of), _Arm([label], [sweep], own)]:
+            arm.labels.extend(name for name in other.labels if name not in arm.labels)
+            arm.sweeps.extend(name for name in other.sweeps if name not in arm.sweeps)
+            arm.readers.update(other.readers)
+        arm_of |= dict.fromkeys(arm.readers, arm)
+    return list(dict.fromkeys(arm_of.values()))
 
 
-def _frame(values: pd.DataFrame, entries: Sequence[_Entry], facts: pd.DataFrame, goal: Goal) -> pd.DataFrame:
-    rows = [row for entry in entries for row in _rows(entry, values[values["run_id"].isin(entry.runs)], facts, goal)]
-    frame = pd.DataFrame(rows, columns=COLUMNS)
-    return frame.sort_values("mean", ascending=goal == "min", na_position="last", kind="stable", ignore_index=True)
-
-
-def _rows(entry: _Entry, values: pd.DataFrame, facts: pd.DataFrame, goal: Goal) -> Iterator[dict[str, Any]]:
-    """Yield the row of an entry at equal progress, if all of its measured runs share a step."""
-    common = values.groupby("step")["run_id"].nunique()
-    steps = common[common == values["run_id"].nunique()].index
-    if not len(steps):
-        return
-    step = steps.max()
-    current, history = values[values["step"] == step], values[values["step"] <= step].groupby("run_id")["value"]
-    mean, settings = mean_interval(current["value"]), facts.loc[values["run_id"].iloc[0]]
+def _row(arm: _Arm, metric: str, runs: set[str]) -> dict[str, Any] | None:
+    """Return the row of an arm at equal progress; None if its measured runs share no step."""
+    readers = [reader for run, reader in arm.readers.items() if run in runs]
+    curves = [reader.history.measurements[metric] for reader in readers]
+    step = common_step(curves)
+    if step is None:
+        return None
+    mean, best = mean_interval(curve[step] for curve in curves), min if goal_of(metric) == "min" else max
+    histories = [[value for at, value in finite(curve).items() if at <= step] for curve in curves]
+    images = [reader.history.progress[step].images for reader in readers]
+    settings = dotted(readers[0].spec)
 
     def setting(name: str) -> str:
         value = settings.get(name)
@@ -155,11 +152,11 @@ def _rows(entry: _Entry, values: pd.DataFrame, facts: pd.DataFrame, goal: Goal) 
 
     regularizer = setting("regularizer.type")
     encoder = setting("regularizer.encoder") or setting("regularizer.encoder.name")
-    yield {
-        "arm": " / ".join(entry.arms),
-        "sweeps": ", ".join(entry.sweeps),
-        "seeds": len(entry.runs),
-        "state": ", ".join(facts.loc[sorted(entry.runs), "state"].unique()),
+    return {
+        "arm": " / ".join(arm.labels),
+        "sweeps": ", ".join(arm.sweeps),
+        "seeds": len(arm.readers),
+        "state": ", ".join(dict.fromkeys(arm.readers[run].status for run in sorted(arm.readers))),
         "family": setting("model.family"),
         "size": setting("model.size") or setting("model.pretrained"),
         "regularizer": regularizer,
@@ -169,6 +166,6 @@ def _rows(entry: _Entry, values: pd.DataFrame, facts: pd.DataFrame, goal: Goal) 
         "low": mean.low,
         "high": mean.high,
         "step": step,
-        "images": current["images"].max(),
-        "best": mean_interval(history.min() if goal == "min" else history.max()).mean,
+        "images": max(filter(math.isfinite, images), default=math.nan),
+        "best": mean_interval(best(history) for history in histories if history).mean,
     }

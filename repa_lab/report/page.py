@@ -1,28 +1,29 @@
-"""The report on a sweep: ``report.md``, ``report.tex``, ``figures/*.png`` and a self-contained ``report.html``."""
+"""The report on a sweep: ``report.md``, ``report.tex``, ``figures/*.svg`` and a self-contained ``report.html``."""
 
 from __future__ import annotations
 
 import base64
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
 from PIL import Image
 
-from repa_lab.report import figures, tables, text
-from repa_lab.report.profile import profile_figure, shown_profiles
+from repa_lab.files import digest, file_digest
+from repa_lab.report import figure_data, tables, text
+from repa_lab.report.profile import load_profile, shown_profiles
 from repa_lab.report.results import Results, ResultsError, load_results
 from repa_lab.report.search import MIN_TRIALS, importance_frame, objectives, ordered_trials, search_frame
-from repa_lab.runs import RunsRoot, RunStatus, SweepDirectory, files
+from repa_lab.report.svg import inline
+from repa_lab.runs import RunStatus, SweepDirectory, files
 
-_SECTIONS = ("differences", "convergence", "alignment", "search", "profiles")
 _MAX_PANELS = 24
 _MAX_ARMS, _MAX_STEPS = 12, 5  # of a sheet of samples
 _MAX_PIXELS, _MAX_PNG_BYTES = 640, 60_000  # of an embedded image
@@ -51,7 +52,7 @@ def write_report(sweep: SweepDirectory) -> ReportPaths:
             be read, and figures that cannot be drawn, are left out and named in the report.
     """
     results = load_results(sweep.path)
-    pictures, failures = draw_pictures(results, sweep.root, sweep.path)
+    pictures, failures = draw_pictures(results, sweep.path)
     content = _content(results, sweep, pictures, failures)
     paths = {kind: sweep.path / f"report.{kind}" for kind in ("md", "tex", "html")}
     for kind, path in paths.items():
@@ -62,9 +63,10 @@ def write_report(sweep: SweepDirectory) -> ReportPaths:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        environment.filters["latex"] = tables.latex
+        environment.filters |= {"latex": tables.latex, "markdown": tables.markdown}
         files.write_text(path, environment.get_template(f"report.{kind}.j2").render(content))
-    return ReportPaths(paths["md"], paths["tex"], paths["html"], tuple(picture.path for picture in pictures))
+    drawn = tuple(sweep.path / link for picture in pictures for link in picture.panels)
+    return ReportPaths(paths["md"], paths["tex"], paths["html"], drawn)
 
 
 def _content(results: Results, sweep: SweepDirectory, pictures: list[Picture], failures: list[str]) -> dict[str, Any]:
@@ -76,7 +78,10 @@ def _content(results: Results, sweep: SweepDirectory, pictures: list[Picture], f
         "conclusions": text.conclusions(results),
         "incomplete": text.incomplete(results),
         "exclusions": [*text.exclusions(results), *failures],
-        "pictures": {name: [picture for picture in pictures if picture.section == name] for name in _SECTIONS},
+        "pictures": {
+            name: [picture for picture in pictures if picture.section == name]
+            for name in ("differences", "convergence", "alignment", "search", "profiles")
+        },
         "summary": tables.summary_tables(results),
         "others": tables.summary_tables(results, compared=False),
         "targets": tables.targets_tables(results),
@@ -108,43 +113,46 @@ def _facts(results: Results) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report.
+    """A figure of the report, which may have several panels.
 
     Attributes:
         section: ``differences``, ``convergence``, ``alignment``, ``search`` or ``profiles``.
         title: what the figure shows.
         caption: explains lines, bands and points.
-        path: the PNG.
-        link: path of the PNG relative to the sweep's folder.
-        panels: the same as ``<svg>`` elements, each to be laid out by itself.
+        panels: an ``<svg>`` element of the page for each panel, by the path of its file relative to the sweep's folder.
     """
 
     section: str
     title: str
     caption: str
-    path: Path
-    link: str
-    panels: tuple[str, ...]
+    panels: dict[str, str]
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A figure to be drawn: ``draw`` returns the whole and its panels; no panels stand for the whole."""
+    """A figure to be drawn.
+
+    Attributes:
+        draw: name of the function in :mod:`repa_lab.report.figures` that draws a panel; the drawing library is imported
+            only if a figure has changed.
+        panels: frame, or list of frames, by the panel's name.
+        options: further arguments of the function.
+    """
 
     section: str
-    name: str
     title: str
     caption: str
-    draw: Callable[[], tuple[Figure, list[Figure]]]
+    draw: str
+    panels: Mapping[str, pd.DataFrame | list[pd.DataFrame]]
+    options: dict[str, Any] = field(default_factory=dict)
 
 
-def draw_pictures(results: Results, root: RunsRoot, folder: Path) -> tuple[list[Picture], list[str]]:
-    """Draw every figure that there is data for.
+def draw_pictures(results: Results, folder: Path) -> tuple[list[Picture], list[str]]:
+    """Draw every figure that there is data for and that the folder does not hold already.
 
     Args:
         results: of one sweep.
-        root: the runs root.
-        folder: the sweep's folder; the PNGs are written to ``figures`` in it.
+        folder: the sweep's folder; the SVG files are written to ``figures`` in it.
 
     Returns:
         The pictures, and a line for every figure that could not be drawn.
@@ -152,46 +160,63 @@ def draw_pictures(results: Results, root: RunsRoot, folder: Path) -> tuple[list[
     pictures, failures = [], []
     drafts = [draft for make in (_differences, _convergence, _alignment, _search) for draft in make(results)]
     try:
-        drafts += _profiles(results, root)
+        drafts += _profiles(results)
     except ResultsError as error:
         failures.append(f"Layer profiles are not shown: {error}.")
     for draft in drafts:
-        link = f"figures/{draft.name}.png"
+        links = {name: f"figures/{name}.svg" for name in draft.panels}
         try:
-            whole, panels = draft.draw()
-            path = figures.save(whole, folder / link)
-            svgs = [figures.to_svg(panel, f"{draft.name}-{place}") for place, panel in enumerate(panels or [whole])]
-            pictures.append(Picture(draft.section, draft.title, draft.caption, path, link, tuple(svgs)))
+            panels = {link: _panel(draft, name, folder / link) for name, link in links.items()}
+            pictures.append(Picture(draft.section, draft.title, draft.caption, panels))
         except Exception as error:  # the rest of the report does not depend on a figure
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             failures.append(f"The figure '{draft.section}: {draft.title}' could not be drawn ({reason}).")
     return pictures, failures
 
 
+def _panel(draft: _Draft, name: str, path: Path) -> str:
+    """Return a panel as an element of the page; draw it anew unless its file ends with the digest of the same data."""
+    data = draft.panels[name]
+    shown = [(frame.to_csv(), frame.attrs) for frame in (data if isinstance(data, list) else [data])]
+    code = [file_digest(file) for file in sorted(Path(__file__).parent.glob("figures/*.py"))]
+    key = f"<!-- {digest([code, version('matplotlib'), draft.draw, repr(draft.options), shown])} -->"
+    drawn = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if not drawn.endswith(key):
+        from repa_lab.report import figures
+
+        drawn = figures.svg(getattr(figures, draft.draw)(data, **draft.options), name) + key
+        files.write_text(path, drawn)
+    return inline(drawn, name)
+
+
 def _differences(results: Results) -> Iterator[_Draft]:
-    frame = figures.differences_frame(results)
+    frame = figure_data.differences_frame(results)
     if len(frame) > 1:  # the difference of a single arm is the answer's sentence
         caption = (
             "Point: mean paired difference. Line: 95 % Student-t interval. Coloured: resolved among all comparisons."
         )
-        draw = partial(_alone, figures.draw_differences, frame, results.goal)
-        yield _Draft("differences", "differences", "Differences to the baseline", caption, draw)
+        title, options = "Differences to the baseline", {"goal": results.goal}
+        yield _Draft("differences", title, caption, "draw_differences", {"differences": frame}, options)
 
 
 def _convergence(results: Results) -> Iterator[_Draft]:
     for axis in results.axes:
-        frame = figures.convergence_frame(results, axis)
-        if not frame["mean"].isna().all():
-            name = "convergence" if axis.name == "step" else f"convergence_{axis.name}"
-            draw = partial(_with_panels, figures.draw_convergence, frame, goal=results.goal, axis=axis)
-            yield _Draft("convergence", name, axis.label, figures.caption(frame), draw)
+        frame = figure_data.convergence_frame(results, axis)
+        if panels := _panels(frame, "convergence" if axis.name == "step" else f"convergence_{axis.name}"):
+            caption, options = figure_data.caption(frame), {"goal": results.goal, "axis": axis}
+            yield _Draft("convergence", axis.label, caption, "draw_convergence", panels, options)
 
 
 def _alignment(results: Results) -> Iterator[_Draft]:
-    frame = figures.alignment_frame(results)
-    if not frame["mean"].isna().all():
-        draw = partial(_with_panels, figures.draw_alignment, frame)
-        yield _Draft("alignment", "alignment", "Alignment on held-out images", figures.caption(frame), draw)
+    frame = figure_data.alignment_frame(results)
+    if panels := _panels(frame, "alignment"):
+        caption = figure_data.caption(frame)
+        yield _Draft("alignment", "Alignment on held-out images", caption, "draw_alignment", panels)
+
+
+def _panels(frame: pd.DataFrame, name: str) -> dict[str, pd.DataFrame]:
+    panels = [panel for panel in figure_data.panels(frame) if panel["mean"].notna().any()][:_MAX_PANELS]
+    return {f"{name}_{place}" if place else name: panel for place, panel in enumerate(panels)}
 
 
 def _search(results: Results) -> Iterator[_Draft]:
@@ -203,28 +228,19 @@ def _search(results: Results) -> Iterator[_Draft]:
     caption = (
         "A point for each trial; faint ones did not complete. Star: the best completed one; line: the best so far."
     )
-    yield _Draft("search", "search", title, caption, partial(_alone, figures.draw_slices, frame, goals))
+    yield _Draft("search", title, caption, "draw_slices", {"search": frame}, {"goals": goals})
     if len(goals) > 1:
         caption = "A point for each trial; joined: the Pareto front."
-        draw = partial(_alone, figures.draw_pareto, frame)
-        yield _Draft("search", "pareto", "Objectives against each other", caption, draw)
+        yield _Draft("search", "Objectives against each other", caption, "draw_pareto", {"pareto": frame})
 
 
-def _profiles(results: Results, root: RunsRoot) -> list[_Draft]:
+def _profiles(results: Results) -> list[_Draft]:
     caption = "Layers by timesteps, as `repa-lab profile` measured them."
     return [
-        _Draft("profiles", f"profile_{place}", title, caption, partial(_alone, profile_figure, runs, names=names))
-        for place, (title, runs, names) in enumerate(shown_profiles(results, root))
+        _Draft("profiles", title, caption, "draw_profiles", {f"profile_{place}": frames}, {"names": names})
+        for place, (title, runs, names) in enumerate(shown_profiles(results))
+        if (frames := [load_profile(run) for run in runs])
     ]
-
-
-def _alone(draw: Callable[..., Figure], *args: Any, **options: Any) -> tuple[Figure, list[Figure]]:
-    return draw(*args, **options), []
-
-
-def _with_panels(draw: Callable[..., Figure], frame: pd.DataFrame, **options: Any) -> tuple[Figure, list[Figure]]:
-    panels = [panel for panel in figures.panels(frame) if panel["mean"].notna().any()][:_MAX_PANELS]
-    return draw(frame, **options), [draw(panel, captioned=False, **options) for panel in panels]
 
 
 # ---- samples
@@ -294,10 +310,7 @@ def sheets(results: Results, folder: Path) -> list[Sheet]:
 
 
 def _sheet(arms: list[str], results: Results, folder: Path) -> Sheet | None:
-    grids: dict[str, dict[int, dict[int, Path]]] = {}  # by arm, seed and step
-    for arm in arms:
-        for _, row in results.samples[results.samples["arm"] == arm].iterrows():
-            grids.setdefault(arm, {}).setdefault(int(row["seed"]), {})[int(row["step"])] = row["path"]
+    grids = {arm: results.grids[arm] for arm in arms if arm in results.grids}
     seeds = sorted({seed for by_seed in grids.values() for seed in by_seed})
     if not seeds:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,15 +13,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from repa_lab.report import figures
-from repa_lab.report.figures.style import short_labels
-from repa_lab.report.profile import load_profile, profile_figure, shown_profiles
+from repa_lab.report.figures.style import STYLE, short_labels
+from repa_lab.report.profile import load_profile, shown_profiles
 from repa_lab.report.published import TEXT, VALUES
-from repa_lab.report.results import Results, ResultsError, load_results, root_of
+from repa_lab.report.results import Results, ResultsError, load_results
 from repa_lab.report.search import objectives, search_frame
+from repa_lab.report.svg import GREY, PALETTE, SOFT
 
 __all__ = ["Drawn", "Profiles", "Reproduced", "alignment", "convergence", "layers", "quality", "reproduction", "search"]
 
-_PUBLISHED, _MEASURED = "#7d848c", "#0b6fb8"
+_CAPTION_CHARACTERS = 14  # per inch
 
 
 class Drawn(NamedTuple):
@@ -55,13 +57,13 @@ def convergence(results: Results) -> Drawn:
     goals = {results.only(sweep.name).goal for sweep in results.sweeps}
     if len(goals) > 1:
         raise ResultsError(f"{results.name}: their metrics improve in opposite directions; take one with .only(name)")
-    return Drawn(figures.draw_convergence(frame, goals.pop()), frame)
+    return Drawn(_explained(figures.draw_convergence(frame, goals.pop()), frame), frame)
 
 
 def alignment(results: Results) -> Drawn:
     """Draw alignment on held-out images over steps; see :func:`repa_lab.report.figures.alignment_frame`."""
     frame = _combined(results, figures.alignment_frame)
-    return Drawn(figures.draw_alignment(frame), frame)
+    return Drawn(_explained(figures.draw_alignment(frame), frame), frame)
 
 
 def quality(results: Results) -> Drawn:
@@ -92,13 +94,13 @@ def layers(path: str | Path) -> Profiles:
     Raises:
         ResultsError: no run of the sweep has a profile.
     """
-    results, root = load_results(path), root_of(path)
-    runs = [root.run(run_id) for run_id in results.runs["run_id"].unique()]
+    results = load_results(path)
+    runs = list({member.run_id: member.reader.run for member in results.members}.values())
     frames = [load_profile(run) for run in runs if run.profile_file.is_file()]
     if not frames:
         hint = f"make some with `repa-lab profile {runs[0].run_id} ...`"
         raise ResultsError(f"no run of {results.name} has a profile; {hint}")
-    drawn = {title: profile_figure(shown, names=names) for title, shown, names in shown_profiles(results, root)}
+    drawn = {title: figures.profile_figure(shown, names=names) for title, shown, names in shown_profiles(results)}
     return Profiles(drawn, pd.concat(frames, ignore_index=True))
 
 
@@ -125,20 +127,28 @@ def _draw_reproduction(frame: pd.DataFrame) -> Figure:
     """Draw published and measured values, each on its own axis: at the nano scale they are different metrics."""
     kinds, names = list(frame["kind"].unique()), short_labels(list(map(str, frame["arm"])))
     heights = [1.2 + 0.35 * int((frame["kind"] == kind).sum()) for kind in kinds]
-    with mpl.rc_context({"text.parse_math": False, "text.usetex": False}):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.5, sum(heights)), layout="constrained")
         panels = figure.subplots(len(kinds), 2, squeeze=False, sharey="row", height_ratios=heights)
         for (left, right), kind in zip(panels, kinds, strict=True):
             rows = frame[frame["kind"] == kind]
             places = np.arange(len(rows))[::-1]
-            left.scatter(rows["published"], places, color=_PUBLISHED, zorder=3)
+            left.scatter(rows["published"], places, color=GREY, zorder=3)
             left.set(title="published", xlabel=kind)
             left.set_yticks(places, [names[str(arm)] for arm in rows["arm"]])
             left.margins(y=0.15)
-            right.hlines(places, rows["low"], rows["high"], color=_MEASURED, lw=2)
-            right.scatter(rows["measured"], places, color=_MEASURED, zorder=3)
+            right.hlines(places, rows["low"], rows["high"], color=PALETTE[0], lw=2)
+            right.scatter(rows["measured"], places, color=PALETTE[0], zorder=3)
             title = f"measured, n = {rows['n'].max()}, 95 % t intervals"
             right.set(title=title, xlabel=rows["metric"].iloc[0])
+    return figure
+
+
+def _explained(figure: Figure, frame: pd.DataFrame) -> Figure:
+    """Write what lines and bands are below the curves."""
+    if not frame.empty:
+        text = textwrap.fill(figures.caption(frame), int(_CAPTION_CHARACTERS * figure.get_figwidth()))
+        figure.supxlabel(text, x=0.012, ha="left", multialignment="left", fontsize=9, color=SOFT)
     return figure
 
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from repa_lab.report.results import Results
@@ -93,10 +92,7 @@ class Comparison:
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Return Spearman's rank correlation, ties at their mean rank; NaN below two values or without spread."""
-    if len(first) < 2 or len(set(first)) == 1 or len(set(second)) == 1:
-        return math.nan
-    ranks = [pd.Series(values).rank().to_numpy() for values in (first, second)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(pd.DataFrame({"first": first, "second": second}).corr(method="spearman").iloc[0, 1])
 
 
 def compare_published(results: Results, published: PublishedConfig, exact: bool) -> tuple[Comparison, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,28 @@ from typing import Any
 import pandas as pd
 
 from repa_lab.errors import InputError
-from repa_lab.report.frames import RunReader, curves_frame, members_of, runs_frame, samples_frame, troubles_frame
-from repa_lab.report.statistics import Goal, SeedCurves, pair_curves
+from repa_lab.report.frames import (
+    Member,
+    RunReader,
+    curves_frame,
+    members_of,
+    runs_frame,
+    samples_frame,
+    troubles_frame,
+)
+from repa_lab.report.statistics import Curve, Goal, SeedCurves, pair_curves
 from repa_lab.report.summary import (
-    Index,
+    SUMMARY_COLUMNS,
+    Curves,
     Protocols,
-    evaluations,
     goal_of,
-    index_curves,
+    is_evaluation,
     is_protocol,
     metric_kind,
     summarize,
 )
 from repa_lab.runs import RunDirectory, RunsRoot, SweepDirectory, SweepManifest
+from repa_lab.runs.files import Row
 from repa_lab.runs.root import ArmRecord, ComparisonRecord, RunRecord
 
 
@@ -62,32 +72,95 @@ FLOPS = Axis("flops", "FLOPs of training", "FLOPs")
 AXES = (STEPS, IMAGES, HOURS, FLOPS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Results:
-    """Everything that one or more sweeps have measured so far.
+    """Everything that one or more sweeps have measured so far; each table is made when it is first asked for.
 
     Attributes:
         sweeps: the manifests, as the sweeps recorded them.
-        runs: a row per arm and seed: where the run stands (``step`` in optimizer steps, ``images`` seen, training
-            ``seconds`` on each of its ``processes``), its costs under ``cost/``, its level on every axis of the sweep,
-            and its resolved config under dotted names. A config field that is itself an axis holds the field's value.
-        curves: a row per measurement: progress (``step``, ``images``, device ``hours`` and ``flops`` of training, NaN
-            where not recorded), ``metric``, ``value`` (NaN where it was not finite).
-        summary: a row per arm and evaluation metric at equal progress; see :func:`repa_lab.report.summary.summarize`.
-        samples: a row per grid of samples: the ``step`` it was drawn at and the ``path`` of its PNG.
-        troubles: a row per thing in a run directory that could not be used: ``where`` and ``what``.
-        protocols: the protocols that the runs recorded.
-        provenances: code, versions and machine of each run, by run id.
+        members: the runs in their places in the sweeps.
     """
 
     sweeps: tuple[SweepManifest, ...]
-    runs: pd.DataFrame
-    curves: pd.DataFrame
-    summary: pd.DataFrame
-    samples: pd.DataFrame
-    troubles: pd.DataFrame
-    protocols: Protocols
-    provenances: Mapping[str, Mapping[str, Any]]
+    members: tuple[Member, ...]
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """A row per arm and seed.
+
+        Columns: where the run stands (``step`` in optimizer steps, ``images`` seen, training ``seconds`` on each of its
+        ``processes``), its costs under ``cost/``, its level on every axis of the sweep, and its resolved config under
+        dotted names. A config field that is itself an axis holds the field's value.
+        """
+        return runs_frame(self.members)
+
+    @cached_property
+    def curves(self) -> pd.DataFrame:
+        """A row per measurement.
+
+        Columns: progress (``step``, ``images``, device ``hours`` and ``flops`` of training, NaN where not recorded),
+        ``metric``, ``value`` (NaN where it was not finite).
+        """
+        return curves_frame(self.members)
+
+    @cached_property
+    def evaluations(self) -> pd.DataFrame:
+        """The rows of :attr:`curves` of evaluation metrics."""
+        names = [name for name in self.curves["metric"].unique() if is_evaluation(name)]
+        return self.curves[self.curves["metric"].isin(names)]
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """A row per arm and evaluation metric at equal progress; see :func:`repa_lab.report.summary.summarize`."""
+        return pd.DataFrame(self.rows, columns=SUMMARY_COLUMNS)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The rows of :attr:`summary`."""
+        return summarize(self.sweeps, self._curves, self.protocols)
+
+    @cached_property
+    def compared_rows(self) -> dict[str, Row]:
+        """The row of :attr:`summary` on the compared metric, by arm of the only sweep."""
+        return {row["arm"]: row for row in self.rows if row["metric"] == self.compared_metrics[row["arm"]]}
+
+    @cached_property
+    def by_arm(self) -> dict[str, list[Member]]:
+        """The runs of every arm of the only sweep, in the order of the seeds."""
+        members: dict[str, list[Member]] = {arm.label: [] for arm in self.sweep.arms}
+        for member in self.members:
+            members[member.arm.label].append(member)
+        return members
+
+    @cached_property
+    def samples(self) -> pd.DataFrame:
+        """A row per grid of samples: the ``step`` it was drawn at and the ``path`` of its PNG."""
+        return samples_frame(self.members)
+
+    @cached_property
+    def grids(self) -> dict[str, dict[int, dict[int, Path]]]:
+        """The sample grids of the only sweep by arm, seed and step."""
+        grids: dict[str, dict[int, dict[int, Path]]] = {}
+        for member in self.members:
+            if member.reader.grids:
+                grids.setdefault(member.arm.label, {})[member.keys["seed"]] = member.reader.grids
+        return grids
+
+    @cached_property
+    def troubles(self) -> pd.DataFrame:
+        """A row per thing in a run directory that could not be used: ``where`` and ``what``."""
+        return troubles_frame(self.members)
+
+    @cached_property
+    def protocols(self) -> Protocols:
+        """The protocols that the runs recorded."""
+        return Protocols({member.run_id: member.reader.protocols for member in self.members})
+
+    @cached_property
+    def provenances(self) -> dict[str, Mapping[str, Any]]:
+        """Code, versions and machine of each run, by run id."""
+        recorded = {member.run_id: member.reader.provenance for member in self.members}
+        return {run_id: provenance for run_id, provenance in recorded.items() if provenance}
 
     @property
     def name(self) -> str:
@@ -120,7 +193,7 @@ class Results:
         """Whether small or large values of :attr:`metric` are good."""
         return self.sweep.compare.goal
 
-    @property
+    @cached_property
     def baselines(self) -> dict[str, str | None]:
         """The matched baseline of every arm of the only sweep, in its order; None for arms without one."""
         return {arm.label: arm.baseline for arm in self.sweep.arms}
@@ -134,14 +207,7 @@ class Results:
         chosen = tuple(sweep for sweep in self.sweeps if sweep.name == name)
         if not chosen:
             raise ResultsError(f"no sweep '{name}' among {self.name}")
-        frames = {key: getattr(self, key) for key in ("runs", "curves", "summary", "samples", "troubles")}
-        rows = {key: frame[frame["sweep"] == name].reset_index(drop=True) for key, frame in frames.items()}
-        return replace(self, sweeps=chosen, **rows)
-
-    @cached_property
-    def evaluations(self) -> pd.DataFrame:
-        """The rows of :attr:`curves` of evaluation metrics."""
-        return evaluations(self.curves)
+        return Results(chosen, tuple(member for member in self.members if member.keys["sweep"] == name))
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
@@ -149,10 +215,23 @@ class Results:
         measured = self.evaluations
         return tuple(axis for axis in AXES if axis is STEPS or (len(measured) and measured[axis.name].notna().all()))
 
-    def metrics(self, arm: str) -> list[str]:
+    @cached_property
+    def _curves(self) -> Curves:
+        curves: dict[tuple[str, str], dict[str, dict[int, Curve]]] = {}
+        for member in self.members:
+            by_metric = curves.setdefault((member.keys["sweep"], member.arm.label), {})
+            for metric, values in member.reader.history.measurements.items():
+                if is_evaluation(metric):
+                    by_metric.setdefault(metric, {})[member.keys["seed"]] = values
+        return curves
+
+    @cached_property
+    def _readers(self) -> dict[tuple[str, int], RunReader]:
+        return {(member.arm.label, member.keys["seed"]): member.reader for member in self.members}
+
+    def metrics(self, arm: str | None) -> list[str]:
         """Return the evaluation metrics that an arm of the only sweep has measured, those with a protocol first."""
-        names = [metric for sweep, label, metric in self._index("step") if (sweep, label) == (self.name, arm)]
-        return sorted(names, key=lambda name: (not is_protocol(name), name))
+        return sorted(self._curves.get((self.name, str(arm)), ()), key=lambda name: (not is_protocol(name), name))
 
     def seed_curves(self, arm: str | None, metric: str | None, axis: str = "step") -> SeedCurves:
         """Return value by progress, by seed; empty if never measured.
@@ -162,7 +241,7 @@ class Results:
             metric: full name of an evaluation metric.
             axis: the measure of progress, a column of :attr:`curves`.
         """
-        return self._index(axis).get((self.name, str(arm), str(metric)), {})
+        return self._along(axis, arm, self._curves.get((self.name, str(arm)), {}).get(str(metric), {}))
 
     def paired_curves(self, arm: str, metric: str, axis: str = "step") -> tuple[SeedCurves, SeedCurves]:
         """Return the curves of an arm and of its baseline, reduced to the points that can be compared.
@@ -172,35 +251,30 @@ class Results:
             metric: full name of an evaluation metric.
             axis: the measure of progress, a column of :attr:`curves`.
         """
-        sides = (arm, self.baselines[arm])
-        places = self._index(f"{axis} by step")
-        return pair_curves(
-            *(self.seed_curves(label, metric, axis) for label in sides),
-            *(places.get((self.name, str(label), metric), {}) for label in sides),
-        )
+        baseline = self.baselines[arm]
+        curves, baseline_curves = pair_curves(self.seed_curves(arm, metric), self.seed_curves(baseline, metric))
+        return self._along(axis, arm, curves), self._along(axis, baseline, baseline_curves)
 
-    def _index(self, axis: str) -> Index:
-        """Return values by an axis; for ``"<axis> by step"``, return the axis by step."""
-        if axis not in self._indices:
-            column, by_step, _ = axis.partition(" by step")
-            measured = self.evaluations
-            curves = measured.assign(value=measured[column]) if by_step else measured
-            self._indices[axis] = index_curves(curves, "step" if by_step else column)
-        return self._indices[axis]
+    def places(self, arm: str | None, seed: int, axis: str) -> dict[float, float]:
+        """Return the progress of a run of the only sweep along an axis, by step; NaN where not known."""
+        return self._readers[str(arm), seed].places(axis)
 
-    @cached_property
-    def _indices(self) -> dict[str, Index]:
-        return {}
+    def _along(self, axis: str, arm: str | None, curves: SeedCurves) -> SeedCurves:
+        """Return the curves of an arm over a measure of progress; values at unknown progress are left out."""
+        along: dict[int, Curve] = {}
+        for seed, curve in curves.items():
+            places = self.places(arm, seed, axis)
+            along[seed] = {places[step]: value for step, value in curve.items() if not math.isnan(places[step])}
+        return along
 
     def run_ids(self, arm: str | None) -> list[str]:
         """Return the run ids of an arm of the only sweep, in the order of the seeds."""
-        return [str(run_id) for run_id in self.runs.loc[self.runs["arm"] == arm, "run_id"]]
+        return [member.run_id for member in self.by_arm.get(str(arm), ())]
 
     def names(self, metric: str) -> dict[str, str]:
         """Return the name of a metric for each arm of the only sweep, one name per protocol; see :class:`Protocols`."""
         if metric not in self._names:
-            runs = self.runs.groupby("arm", sort=False)["run_id"].agg(list).to_dict()
-            self._names[metric] = self.protocols.names(runs, metric)
+            self._names[metric] = self.protocols.names({arm: self.run_ids(arm) for arm in self.baselines}, metric)
         return self._names[metric]
 
     @cached_property
@@ -216,20 +290,21 @@ class Results:
         baseline = self.baselines[arm]
         return [name for name in self.metrics(arm) if baseline is None or name in self.metrics(baseline)]
 
-    def compared_metric(self, arm: str) -> str | None:
-        """Return the metric on which an arm is compared with its baseline, or shown if it has none.
+    @cached_property
+    def compared_metrics(self) -> dict[str, str | None]:
+        """The metric on which each arm of the only sweep is compared with its baseline, or shown if it has none.
 
         This is :attr:`metric` where both measured it, else the one metric of its kind (Frechet distances are one kind)
-        that both measured under one protocol.
-
-        Returns:
-            None if they share none, or only under different protocols: then they cannot be compared.
+        that both measured under one protocol. None if they share none, or only under different protocols: then they
+        cannot be compared.
         """
-        shared = [name for name in self.shared_metrics(arm) if not self.conflicts(arm, name)]
-        if self.metric in shared:
-            return self.metric
-        alike = [name for name in shared if is_protocol(self.metric) and metric_kind(name) == metric_kind(self.metric)]
-        return alike[0] if len(alike) == 1 else None
+        compared: dict[str, str | None] = {}
+        for arm in self.baselines:
+            shared = [name for name in self.shared_metrics(arm) if not self.conflicts(arm, name)]
+            alike = [name for name in shared if is_protocol(name) and metric_kind(name) == metric_kind(self.metric)]
+            alike = [self.metric] if self.metric in shared else alike if is_protocol(self.metric) else []
+            compared[arm] = alike[0] if len(alike) == 1 else None
+        return compared
 
 
 def load_results(path: str | Path) -> Results:
@@ -239,11 +314,13 @@ def load_results(path: str | Path) -> Results:
         path: a sweep's folder (``runs/<name>``), a runs root, or a run's directory.
 
     Raises:
-        ResultsError: the path is none of these, or a file in it cannot be read.
+        ResultsError: the path is none of these, or a manifest in it cannot be read.
     """
     path = Path(path)
     try:
-        return _collect(_sources(path))
+        sources = _sources(path)
+        members = tuple(member for manifest, root in sources for member in members_of(manifest, root))
+        return Results(tuple(manifest for manifest, _ in sources), members)
     except ResultsError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -264,34 +341,8 @@ def _sources(path: Path) -> list[tuple[SweepManifest, RunsRoot]]:
 
 def _single_run(run: RunDirectory) -> tuple[SweepManifest, RunsRoot]:
     """Return a run as a sweep of one arm without a baseline."""
-    metric = next((metric for metric in RunReader(run).measurements() if is_protocol(metric)), "")
+    metric = next(filter(is_protocol, RunReader(run).history.measurements), "")
     seed, name = run.spec["seed"], run.run_id
     arm = ArmRecord(label=name, runs=(RunRecord(seed=seed, run_id=name),))
     compare = ComparisonRecord(metric=metric, goal=goal_of(metric))
     return SweepManifest(name=name, seeds=(seed,), compare=compare, arms=(arm,)), RunsRoot(run.path.parent.parent)
-
-
-def _collect(sources: list[tuple[SweepManifest, RunsRoot]]) -> Results:
-    sweeps = [list(members_of(manifest, root)) for manifest, root in sources]
-    members = [member for sweep in sweeps for member in sweep]
-    runs = pd.concat([runs_frame(sweep) for sweep in sweeps], ignore_index=True)
-    curves = curves_frame(members)
-    protocols = Protocols({member.run_id: member.reader.protocols for member in members})
-    return Results(
-        sweeps=tuple(manifest for manifest, _ in sources),
-        runs=runs,
-        curves=curves,
-        summary=summarize(runs, index_curves(evaluations(curves)), protocols),
-        samples=samples_frame(members),
-        protocols=protocols,
-        provenances={member.run_id: member.reader.provenance for member in members if member.reader.provenance},
-        troubles=troubles_frame(members),  # last: every file that is read may add to them
-    )
-
-
-def root_of(path: str | Path) -> RunsRoot:
-    """Return the runs root that :func:`load_results` reads for a path."""
-    path = Path(path)
-    if (sweep := SweepDirectory(path.absolute())).is_recorded:
-        return sweep.root
-    return RunsRoot(path.resolve().parent.parent if (path / "spec.json").is_file() else path)

@@ -23,7 +23,7 @@ def ordered_trials(results: Results) -> list[TrialRecord]:
     A trial with a value waits again if a run of its arm was deleted since, because no run holds the value any more.
     """
     search = results.sweep.search
-    lost = set(results.runs.loc[results.runs["state"] == RunStatus.NEW.value, "arm"])
+    lost = {member.arm.label for member in results.members if search and member.reader.status == RunStatus.NEW}
     sign = -1.0 if search and search.goal == "max" else 1.0
 
     def order(trial: TrialRecord) -> tuple[int, float]:
@@ -48,11 +48,6 @@ def objectives(results: Results) -> list[tuple[str, str]]:
     return [(objective.metric, objective.goal) for objective in search.objectives] if search else []
 
 
-def parameters(results: Results) -> list[str]:
-    """Return the dotted paths that were searched."""
-    return list(dict.fromkeys(name for trial in ordered_trials(results) for name in trial.params))
-
-
 def search_frame(results: Results) -> pd.DataFrame:
     """Return a row per trial of one sweep's search, in the order of :func:`ordered_trials`.
 
@@ -60,7 +55,8 @@ def search_frame(results: Results) -> pd.DataFrame:
     trial is on the Pareto front), ``value/<objective>`` (NaN without a value) and ``param/<dotted path>`` (JSON text
     for lists and booleans, None where the setting was not searched).
     """
-    search, names = results.sweep.search, parameters(results)
+    search = results.sweep.search
+    names = dict.fromkeys(name for trial in ordered_trials(results) for name in trial.params)
     front = set(search.pareto if search else ())
     numbers = {trial.arm: number for number, trial in enumerate(search.trials if search else ())}
     metrics = [metric for metric, _ in objectives(results)]

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr, stdtr, stdtrit
+from scipy.special import stdtr, stdtrit
 
 from repa_lab.runs.files import Row
 from repa_lab.runs.root import ComparisonRecord
@@ -26,9 +26,7 @@ Curve = Mapping[float, float]  # value by progress
 SeedCurves = Mapping[int, Curve]
 Verdict = Literal["resolved", "not resolved", "insufficient"]
 MIN_SEEDS = 3
-MIN_BOOTSTRAP = 10
 LEVEL = 0.95
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -95,23 +93,22 @@ class Speedup:
     early: int = 0
 
 
-def mean_interval(values: Iterable[float], level: float = LEVEL) -> Estimate:
+def mean_interval(values: Iterable[float]) -> Estimate:
     """Return the mean and its two-sided Student-t interval; values that are not finite are left out.
 
     Args:
         values: one per seed, independent of each other.
-        level: coverage of the interval, between 0 and 1.
     """
     kept = [float(value) for value in values if math.isfinite(value)]
     n = len(kept)
     if n < 2:
         return Estimate(n, kept[0] if kept else math.nan, math.nan, math.nan)
     mean = float(np.mean(kept))
-    half = float(stdtrit(n - 1, 0.5 + level / 2)) * float(np.std(kept, ddof=1)) / math.sqrt(n)
+    half = float(stdtrit(n - 1, 0.5 + LEVEL / 2)) * float(np.std(kept, ddof=1)) / math.sqrt(n)
     return Estimate(n, mean, mean - half, mean + half)
 
 
-def ratio_interval(ratios: Iterable[float], level: float = LEVEL) -> Estimate:
+def ratio_interval(ratios: Iterable[float]) -> Estimate:
     """Return the geometric mean of positive ratios and the Student-t interval of their logarithms, exponentiated.
 
     A t interval of the ratios themselves may reach below 0, and their arithmetic mean favours the numerator: the mean
@@ -119,41 +116,9 @@ def ratio_interval(ratios: Iterable[float], level: float = LEVEL) -> Estimate:
 
     Args:
         ratios: one per seed, independent of each other.
-        level: coverage of the interval, between 0 and 1.
     """
-    log = mean_interval((math.log(ratio) for ratio in ratios), level)
+    log = mean_interval(math.log(ratio) for ratio in ratios)
     return Estimate(log.n, math.exp(log.mean), math.exp(log.low), math.exp(log.high))
-
-
-def bootstrap_interval(values: Iterable[float], level: float = LEVEL, resamples: int = _RESAMPLES) -> Estimate:
-    """Return the mean and its bootstrap interval over seeds, which may be asymmetric; the resamples are fixed.
-
-    The interval is the expanded percentile interval (Hesterberg, The American Statistician 69(4), 2015): plain
-    percentiles are too narrow by ``sqrt((n - 1) / n)`` and by the normal quantile in place of Student's.
-
-    Args:
-        values: one per seed; values that are not finite are left out.
-        level: coverage of the interval, between 0 and 1.
-        resamples: number of means that are drawn.
-
-    Returns:
-        An estimate whose bounds are NaN below :data:`MIN_BOOTSTRAP` values: resamples of few values are too similar.
-    """
-    kept = np.array([value for value in values if math.isfinite(value)], dtype=np.float64)
-    n = len(kept)
-    if n < MIN_BOOTSTRAP:
-        return Estimate(n, float(kept.mean()) if n else math.nan, math.nan, math.nan)
-    drawn = np.random.default_rng(0).integers(0, n, (resamples, n))
-    tail = float(ndtr(-math.sqrt(n / (n - 1)) * float(stdtrit(n - 1, 0.5 + level / 2))))
-    low, high = np.quantile(kept[drawn].mean(axis=1), [tail, 1 - tail])
-    return Estimate(n, float(kept.mean()), float(low), float(high))
-
-
-def band(values: Iterable[float], level: float = LEVEL) -> Estimate:
-    """Return the interval that a curve's band shows: a bootstrap with enough seeds, else Student's t."""
-    values = list(values)
-    bootstrap = bootstrap_interval(values, level)
-    return bootstrap if bootstrap.n >= MIN_BOOTSTRAP else mean_interval(values, level)
 
 
 def paired_difference(
@@ -164,7 +129,6 @@ def paired_difference(
     Args:
         arm: value by seed.
         baseline: value by seed, measured at the same step under the same protocol.
-        level: coverage of the interval.
     """
     seeds = tuple(sorted(finite(arm).keys() & finite(baseline).keys()))
     arm_values, baseline_values = (
@@ -175,7 +139,7 @@ def paired_difference(
     if len(seeds) >= MIN_SEEDS and np.ptp(arm_values) and np.ptp(baseline_values):
         correlation = float(np.corrcoef(arm_values, baseline_values)[0, 1])
     baseline_mean = float(baseline_values.mean()) if seeds else math.nan
-    return PairedDifference(mean_interval(differences, level), baseline_mean, seeds, _p_value(differences), correlation)
+    return PairedDifference(mean_interval(differences), baseline_mean, seeds, _p_value(differences), correlation)
 
 
 def _p_value(differences: NDArray[np.float64]) -> float:
@@ -246,7 +210,6 @@ def speedup(
     baseline: Mapping[int, Curve],
     goal: Goal = "min",
     target: float | None = None,
-    level: float = LEVEL,
 ) -> Speedup | None:
     """Compare, seed by seed, when the arm and when the baseline first reach a value.
 
@@ -258,7 +221,6 @@ def speedup(
         baseline: curve by seed, of the same metric over the same measure.
         goal: whether small or large values are good.
         target: the value; None is the baseline's final value, seed by seed.
-        level: coverage of the interval of the ratio.
 
     Returns:
         None if no seed has both curves.
@@ -277,7 +239,7 @@ def speedup(
         if arm_steps is not None and baseline_steps is not None:
             is_early = arm_steps == min(arm_curve) or baseline_steps == min(baseline_curve)
             reached.append((arm_steps, baseline_steps, is_early))
-    ratio = ratio_interval((baseline_steps / arm_steps for arm_steps, baseline_steps, _ in reached), level)
+    ratio = ratio_interval((baseline_steps / arm_steps for arm_steps, baseline_steps, _ in reached))
     steps = mean_interval(arm_steps for arm_steps, *_ in reached).mean
     return Speedup(ratio, steps, len(reached), len(pairs), sum(is_early for *_, is_early in reached))
 
@@ -296,24 +258,19 @@ def in_common(first: Iterable[float], second: Iterable[float]) -> tuple[set[floa
     )
 
 
-def pair_curves(
-    arm: SeedCurves, baseline: SeedCurves, arm_places: SeedCurves, baseline_places: SeedCurves
-) -> tuple[SeedCurves, SeedCurves]:
-    """Keep, seed by seed, the points of two arms' curves that can be compared; see :func:`in_common`.
+def pair_curves(arm: SeedCurves, baseline: SeedCurves) -> tuple[SeedCurves, SeedCurves]:
+    """Keep, seed by seed, the steps of two arms' curves that can be compared; see :func:`in_common`.
 
     Args:
-        arm: value by progress, by seed.
+        arm: value by step, by seed.
         baseline: the same for the baseline.
-        arm_places: progress by step, by seed, of the arm's curves.
-        baseline_places: the same for the baseline.
     """
-    kept: tuple[dict[int, Curve], dict[int, Curve]] = ({**arm}, {**baseline})
+    kept, baseline_kept = {**arm}, {**baseline}
     for seed in arm.keys() & baseline.keys():
-        places = (arm_places.get(seed, {}), baseline_places.get(seed, {}))
-        for curves, steps, place_of in zip(kept, in_common(*places), places, strict=True):
-            wanted = {place for step, place in place_of.items() if step in steps}
-            curves[seed] = {place: value for place, value in curves[seed].items() if place in wanted}
-    return kept
+        steps, baseline_steps = in_common(arm[seed], baseline[seed])
+        kept[seed] = {step: value for step, value in arm[seed].items() if step in steps}
+        baseline_kept[seed] = {step: value for step, value in baseline[seed].items() if step in baseline_steps}
+    return kept, baseline_kept
 
 
 def finite(values: Mapping[Key, float]) -> dict[Key, float]:

@@ -7,14 +7,15 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
 
 from repa_lab.report.results import IMAGES, Axis, Results
-from repa_lab.report.search import ordered_trials, parameters
+from repa_lab.report.search import search_frame
 from repa_lab.report.statistics import finite, mean_interval, speedup, steps_to_reach
-from repa_lab.report.summary import bare_name, goal_of, metric_kind
+from repa_lab.report.summary import bare_name, dotted, goal_of, metric_kind
 
 NONE = "n/a"
 _EMPTY = (NONE, "", "not reached")
@@ -24,13 +25,15 @@ _LATEX_NAMES |= {"<": "textless", ">": "textgreater", "|": "textbar"}
 _LATEX = str.maketrans(
     {"\n": " ", **{c: f"\\{name}{{}}" for c, name in _LATEX_NAMES.items()}, **{c: f"\\{c}" for c in "&%$#_{}"}}
 )
+# Also inside of words; underscores at the edges of words; what begins entities, links, headings, quotes and lists.
+_MARKDOWN = re.compile(r"[\\`*<~$|]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)|\](?=[(\[:])|^[#>+\[-](?!\d)")
+_MARKDOWN_NUMBER = re.compile(r"^(\d+)([.)] )")
 _MAX_LATEX_COLUMNS = 6
 _MAX_SETTINGS_ARMS = 60
 _SECONDS_PER_HOUR = 3600
 _SECONDS = {"training": "seconds", "encoder": "cost/encoder_seconds", "evaluation": "cost/evaluation_seconds"}
 _HOURS = ("training", "encoder (within training)", "evaluation")  # names of _SECONDS in the table
 _FLOPS = {"training": "cost/train_flops", "encoder": "cost/encoder_flops", "evaluation": "cost/evaluation_flops"}
-_OPTIONS = ("device", "precision", "executor", "compile", "micro_batch", "gradient_checkpointing", "encoder_precision")
 
 
 # ---- formats
@@ -76,12 +79,6 @@ def seed_count(n: int) -> str:
     return f"{n} seed" if n == 1 else f"{n} seeds"
 
 
-def listed(labels: Sequence[str], most: int = 4) -> str:
-    """Join the first ``most`` labels and count the rest."""
-    more = f" and {len(labels) - most} more" if len(labels) > most else ""
-    return " / ".join(labels[:most]) + more
-
-
 @dataclass(frozen=True)
 class Table:
     """Headers and rows of text; a table without rows is false."""
@@ -92,18 +89,18 @@ class Table:
     def __bool__(self) -> bool:
         return bool(self.rows)
 
-    @property
+    @cached_property
     def is_number(self) -> list[bool]:
         """Whether every cell of a column begins with a number, column by column."""
         columns = ([row[place] for row in self.rows if row[place] not in _EMPTY] for place in range(len(self.headers)))
-        return [bool(cells) and all(_NUMBER.match(cell) for cell in cells) for cells in columns]
+        return [bool(cells) and all(map(_NUMBER.match, cells)) for cells in columns]
 
     @property
     def markdown(self) -> str:
         """The table in GitHub's Markdown."""
-        lines = [self.headers, ["---:" if number else "---" for number in self.is_number], *self.rows]
-        cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
-        return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+        head, *body = ([markdown(cell) for cell in line] for line in (self.headers, *self.rows))
+        lines = [head, ["---:" if number else "---" for number in self.is_number], *body]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     @property
     def latex(self) -> str:
@@ -120,6 +117,11 @@ class Table:
         """Drop the columns that are empty in every row."""
         kept = [place for place in range(len(self.headers)) if any(row[place] not in _EMPTY for row in self.rows)]
         return Table([self.headers[place] for place in kept], [[row[place] for place in kept] for row in self.rows])
+
+
+def markdown(text: str) -> str:
+    """Escape text for GitHub's Markdown, where it would be anything but text."""
+    return _MARKDOWN_NUMBER.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\g<0>", " ".join(text.split())))
 
 
 def latex(text: str) -> str:
@@ -140,21 +142,20 @@ def summary_tables(results: Results, compared: bool = True) -> dict[str, Table]:
     headers = ["arm", "step", "n", "mean [95 % interval]", "baseline", "paired difference [95 % interval]", "relative"]
     headers += ["pairing r", "Holm's p", "verdict"]
     kind = metric_kind(results.metric)
-    metrics = [str(name) for name in results.summary["metric"].unique() if (metric_kind(name) == kind) is compared]
     rows: dict[str, list[list[str]]] = {}
-    for metric in _compared_first(results, metrics):
-        for _, row in results.summary[results.summary["metric"] == metric].iterrows():
-            rows.setdefault(results.names(metric)[row["arm"]], []).append(_summary_row(row))
-    return {name: Table(headers, cells) for name, cells in rows.items()}
+    for row in results.rows:
+        if (metric_kind(row["metric"]) == kind) is compared:
+            rows.setdefault(results.names(row["metric"])[row["arm"]], []).append(_summary_row(row))
+    return {name: Table(headers, rows[name]) for name in _compared_first(results, list(rows))}
 
 
 def _compared_first(results: Results, metrics: list[str]) -> list[str]:
     return sorted(metrics, key=lambda metric: bare_name(metric) != results.metric)
 
 
-def _summary_row(row: pd.Series) -> list[str]:
+def _summary_row(row: Mapping[str, Any]) -> list[str]:
     places = max(decimals(row["mean"]), decimals(row["diff"], digits=2))
-    baseline = NONE if pd.isna(row["baseline"]) else row["baseline"]
+    baseline = row["baseline"] or NONE
     if not math.isnan(row["baseline_mean"]):
         baseline = f"{baseline}: {number(row['baseline_mean'], places)}"
     return [
@@ -195,7 +196,7 @@ def targets_tables(results: Results) -> dict[str, Table]:
 def _targets(results: Results) -> Iterator[tuple[str, float | None, str]]:
     """Yield metric, target and arm of every row; a target of None is the baseline's final value, seed by seed."""
     for arm, baseline in results.baselines.items():
-        metric = results.compared_metric(arm)
+        metric = results.compared_metrics[arm]
         if baseline is not None and metric is not None and results.run_ids(arm) != results.run_ids(baseline):
             yield metric, None, arm
     for metric, targets in results.sweep.compare.targets.items():
@@ -238,27 +239,24 @@ def _target_row(results: Results, metric: str, target: float | None, arm: str, r
 
 def runs_table(results: Results) -> Table:
     """Return where every run stands."""
-    rows = [
-        [
-            *(run["arm"], str(run["seed"]), run["run_id"], run["state"], str(run["step"])),
-            NONE if pd.isna(run["seconds"]) else f"{run['seconds']:.0f}",
-            "" if pd.isna(run["error"]) else str(run["error"]),
-        ]
-        for _, run in results.runs.iterrows()
-    ]
+    rows = []
+    for member in results.members:
+        reader, state = member.reader, member.reader.state
+        seconds = reader.history.totals.get("seconds", math.nan)
+        cells = [member.arm.label, str(member.keys["seed"]), member.run_id, reader.status, str(reader.last_step)]
+        rows.append([*cells, number(seconds, 0), (state and state.error) or ""])
     return Table(["arm", "seed", "run", "state", "step", "training seconds", "error"], rows)
 
 
 def trials_table(results: Results) -> Table:
     """Return the trials of a search, the best first, those without a value last."""
-    names, rows = parameters(results), []
-    for place, trial in enumerate(ordered_trials(results), start=1):
-        value = NONE if trial.value is None else f"{trial.value:.{decimals(trial.value)}f}"
-        params = [trial.params.get(name, NONE) for name in names]
-        texts = [f"{param:.4g}" if isinstance(param, float) else str(param) for param in params]
-        rows.append([str(place), trial.arm, trial.state, value, *texts])
-    metric = results.sweep.search.metric if results.sweep.search else "value"
-    return Table(["rank", "arm", "state", metric, *names], rows)
+    frame = search_frame(results)
+    names = [name for name in frame.columns if name.startswith(("value/", "param/"))]
+    rows = []
+    for place, trial in enumerate(frame.to_dict("records"), start=1):
+        cells = [_text(trial[name]) if name.startswith("param/") else significant(trial[name], 4) for name in names]
+        rows.append([str(place), trial["arm"], trial["state"], *cells])
+    return Table(["rank", "arm", "state", *(name.partition("/")[2] for name in names)], rows)
 
 
 def importance_table(frame: pd.DataFrame) -> Table:
@@ -306,30 +304,14 @@ def cost_table(results: Results) -> Table:
 
 
 def provenance_table(results: Results) -> Table:
-    """Return code, versions and machines with the number of runs; a row for each value of a fact."""
-    counts: dict[tuple[str, str], int] = {}
+    """Return code, versions, machines and options with the number of runs; a row for each value of a fact."""
+    counts: dict[str, dict[str, int]] = {}
     for provenance in results.provenances.values():
-        for fact in _facts(provenance):
-            counts[fact] = counts.get(fact, 0) + 1
-    order = list(dict.fromkeys(name for name, _ in counts))
-    rows = sorted(counts.items(), key=lambda item: order.index(item[0][0]))
-    return Table(["what", "value", "runs"], [[name, value, str(count)] for (name, value), count in rows])
-
-
-def _facts(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    git, packages, options = (
-        section if isinstance(section := provenance.get(name), Mapping) else {}
-        for name in ("git", "packages", "options")
-    )
-    dirty = " with uncommitted changes" if git.get("dirty") else ""
-    is_checkout = isinstance(provenance.get("git"), Mapping)
-    yield "code", f"commit {git.get('commit', NONE)}{dirty}" if is_checkout else "not from a git checkout"
-    yield from ((name, str(version)) for name, version in packages.items())
-    yield "Python", str(provenance.get("python", NONE))
-    yield "machine", f"{provenance.get('platform', NONE)}, {provenance.get('cpus', NONE)} CPU cores"
-    hardware = ("gpu", "gpus", "accelerator", "processes")
-    yield from ((name, _text(provenance[name])) for name in hardware if name in provenance)
-    yield from ((f"run.{name}", _text(options[name])) for name in _OPTIONS if name in options)
+        for name, value in dotted(provenance).items():
+            values = counts.setdefault(name, {})
+            values[_text(value)] = values.get(_text(value), 0) + 1
+    rows = [[name, value, str(count)] for name, values in counts.items() for value, count in values.items()]
+    return Table(["what", "value", "runs"], [row for row in rows if row[0] != "time"])
 
 
 def settings_table(results: Results) -> Table:
@@ -358,4 +340,4 @@ def _text(value: Any) -> str:
         return value
     if isinstance(value, list | dict | tuple):
         return json.dumps(value)
-    return NONE if value is None or pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
+    return NONE if value is None or pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-import pandas as pd
-
-from repa_lab.report.frames import UNKNOWN
+from repa_lab.report.frames import UNKNOWN, Member
 from repa_lab.report.results import AXES, Results
 from repa_lab.report.search import best_trial, ordered_trials
-from repa_lab.report.statistics import MIN_BOOTSTRAP, MIN_SEEDS, speedup
-from repa_lab.report.summary import comparisons, is_protocol, metric_kind
-from repa_lab.report.tables import decimals, interval, listed, p_value, seed_count
+from repa_lab.report.statistics import MIN_SEEDS, speedup
+from repa_lab.report.summary import comparisons, is_protocol, listed, metric_kind
+from repa_lab.report.tables import decimals, interval, p_value, seed_count
 from repa_lab.runs import RunStatus
+from repa_lab.runs.files import Row
 from repa_lab.runs.root import TrialRecord
 from repa_lab.spec.schema import EmaConfig
 
 _MAX_TROUBLES = 8
 _PROTOCOL = re.compile(r"(?P<kind>[^:]+):(?P<extractor>[^@]+)@(?P<samples>\d+k?)/(?P<sampler>.+)")
-_EMA_COLUMNS = {"train.ema": "decay", "train.ema.decay": "decay", "train.ema.warmup": "warmup"}
 
 
 def answer(results: Results) -> list[str]:
@@ -44,14 +42,13 @@ def lead(results: Results) -> str:
     best = best_trial(results)
     if best is not None:
         return "".join(_search_sentences(results, best))
-    compared = [comparable_row(results, arm) for arm, baseline in results.baselines.items() if baseline is not None]
-    rows = [row for row in compared if row is not None]
+    rows = [row for arm, row in results.compared_rows.items() if row["n_pairs"] and not _is_same_run(results, arm)]
     if not rows:
         return next(iter(conclusions(results)), "The sweep has no arms.")
     if len(rows) == 1:
         return _difference(results, rows[0])
 
-    def loss(row: pd.Series) -> float:
+    def loss(row: Row) -> float:
         change = row["diff"] if math.isnan(row["relative"]) else row["relative"]
         return float(change if results.goal == "min" else -change)
 
@@ -83,26 +80,29 @@ def conclusions(results: Results) -> list[str]:
 
 def incomplete(results: Results) -> list[str]:
     """Return a line per arm of one sweep with runs that are neither done nor ended early, with the reason if known."""
-    over = [status.value for status in RunStatus if status.is_over]
-    arms = results.runs[~results.runs["state"].isin(over)].groupby("arm", sort=False)
-    return [f"{arm}: {'; '.join(_run_status(run) for _, run in runs.iterrows())}." for arm, runs in arms]
+    over = {status.value for status in RunStatus if status.is_over}
+    lines = []
+    for arm, members in results.by_arm.items():
+        if runs := [_run_status(member) for member in members if member.reader.status not in over]:
+            lines.append(f"{arm}: {'; '.join(runs)}.")
+    return lines
 
 
-def _run_status(run: pd.Series) -> str:
-    if run["state"] == RunStatus.NEW:
-        return f"seed {run['seed']} has not started"
-    is_status = run["state"] in (RunStatus.RUNNING, RunStatus.RESUMABLE)
-    verb = f"is {run['state']}" if is_status else run["state"]
-    verb = "has no readable state; its last row is" if run["state"] == UNKNOWN else verb
-    reason = "" if pd.isna(run["error"]) else f" ({run['error']})"
-    return f"seed {run['seed']} {verb} at step {run['step']}{reason}"
+def _run_status(member: Member) -> str:
+    reader, status = member.reader, member.reader.status
+    if status == RunStatus.NEW:
+        return f"seed {member.keys['seed']} has not started"
+    verb = f"is {status}" if status in (RunStatus.RUNNING, RunStatus.RESUMABLE) else status
+    verb = "has no readable state; its last row is" if status == UNKNOWN else verb
+    reason = f" ({reader.state.error})" if reader.state and reader.state.error else ""
+    return f"seed {member.keys['seed']} {verb} at step {reader.last_step}{reason}"
 
 
 # ---- one arm
 
 
 def _comparison(results: Results, arm: str) -> str:
-    baseline, row = results.baselines[arm], _summary_row(results, arm)
+    baseline, row = results.baselines[arm], results.compared_rows.get(arm)
     if _is_same_run(results, arm):
         return f"{arm}: the same run as {baseline}, setting for setting, so there is no difference to measure."
     if row is None:
@@ -115,7 +115,7 @@ def _comparison(results: Results, arm: str) -> str:
     return _difference(results, row) + left_out + _sooner(results, arm)
 
 
-def _difference(results: Results, row: pd.Series) -> str:
+def _difference(results: Results, row: Row) -> str:
     """Describe a row of the summary: both values, the difference, its interval, n and the verdict."""
     diff, reference = float(row["diff"]), float(row["baseline_mean"])
     places = max(decimals(reference), decimals(diff, digits=2))
@@ -127,7 +127,7 @@ def _difference(results: Results, row: pd.Series) -> str:
     return f"{_subject(results, row)} {values}: {change}."
 
 
-def _verdict(results: Results, row: pd.Series) -> str:
+def _verdict(results: Results, row: Row) -> str:
     if row["n_pairs"] == 1:
         return "insufficient, one seed has no interval and is too few to conclude"
     if row["verdict"] == "insufficient":
@@ -141,23 +141,17 @@ def _verdict(results: Results, row: pd.Series) -> str:
     return f"{direction}, which is {'better' if _is_better(results, row) else 'worse'}; resolved"
 
 
-def _is_better(results: Results, row: pd.Series) -> bool:
+def _is_better(results: Results, row: Row) -> bool:
     return bool((row["diff"] < 0) == (results.goal == "min"))
 
 
-def comparable_row(results: Results, arm: str) -> pd.Series | None:
-    """Return an arm's row of the summary on the compared metric; None without a difference to a baseline."""
-    row = _summary_row(results, arm)
-    return None if row is None or not row["n_pairs"] or _is_same_run(results, arm) else row
-
-
 def _sooner(results: Results, arm: str) -> str:
-    metric, baseline = results.compared_metric(arm), results.baselines[arm]
+    metric, baseline = results.compared_metrics[arm], results.baselines[arm]
     faster = None if metric is None else speedup(*results.paired_curves(arm, metric), results.goal)
     if faster is None:
         return ""
-    states = results.runs.loc[results.runs["arm"] == baseline, "state"]
-    value = f"the baseline's {'final' if (states == RunStatus.DONE).all() else 'latest'} value"
+    is_done = all(member.reader.status == RunStatus.DONE for member in results.by_arm[str(baseline)])
+    value = f"the baseline's {'final' if is_done else 'latest'} value"
     if not faster.reached:
         return f" It did not reach {value} (0 of {seed_count(faster.n)})."
     ratio = faster.ratio
@@ -194,7 +188,7 @@ def _is_same_run(results: Results, arm: str) -> bool:
 
 def _value(results: Results, arm: str) -> str:
     """Describe an arm without a baseline."""
-    row = _summary_row(results, arm)
+    row = results.compared_rows.get(arm)
     if row is None:
         for metric in _alike_metrics(results, arm):
             if conflicts := "; ".join(results.conflicts(arm, metric)):
@@ -207,20 +201,13 @@ def _value(results: Results, arm: str) -> str:
     return f"{_subject(results, row)} {row['mean']:.{places}f}, {spread}n = {seed_count(row['n'])}."
 
 
-def _summary_row(results: Results, arm: str) -> pd.Series | None:
-    metric = results.compared_metric(arm)
-    rows = results.summary[(results.summary["arm"] == arm) & (results.summary["metric"] == metric)]
-    return None if rows.empty else rows.iloc[0]
-
-
-def _subject(results: Results, row: pd.Series) -> str:
+def _subject(results: Results, row: Row) -> str:
     """Name the arm, the metric and the step, with the reason if that is not the last planned step."""
-    runs = results.runs[results.runs["arm"] == row["arm"]]
-    planned = runs["train.steps"].max() if "train.steps" in runs else math.nan
-    is_last = pd.isna(planned) or row["step"] >= planned
+    steps = [member.reader.planned_steps for member in results.by_arm[row["arm"]]]
+    planned = max(filter(None, steps), default=0)
     reason = "the last step that all its measured runs and those of its baseline have"
-    progress = "" if is_last else f" of {planned:.0f} ({reason})"
-    return f"{row['arm']}: {row['metric']} at step {row['step']}{progress} is"
+    progress = "" if row["step"] >= planned else f" of {planned} ({reason})"
+    return f"{row['arm']}: {results.names(row['metric'])[row['arm']]} at step {row['step']}{progress} is"
 
 
 def _alike_metrics(results: Results, arm: str | None) -> list[str]:
@@ -242,13 +229,6 @@ def _protocol_warnings(results: Results) -> Iterator[str]:
     if len(arms) > 1:
         groups = "; ".join(f"{' and '.join(metrics)} for {listed(labels)}" for metrics, labels in arms.items())
         yield f"The arms were not all measured alike ({groups}). Values of different protocols cannot be compared."
-    for metric in dict.fromkeys(metric for metrics in arms for metric in metrics):
-        # An arm that differs from its own baseline has a line that says so.
-        labels = [arm for arm in measured if metric in measured[arm] and not results.conflicts(arm, metric)]
-        if conflicts := results.protocols.conflicts((run for arm in labels for run in results.run_ids(arm)), metric):
-            differing = "; ".join(conflicts)
-            named = f"Under the name {metric} arms were measured differently: {differing}."
-            yield f"{named} Such values cannot be compared."
 
 
 def _search_sentences(results: Results, best: TrialRecord | None) -> Iterator[str]:
@@ -276,11 +256,10 @@ def _search_sentences(results: Results, best: TrialRecord | None) -> Iterator[st
 def exclusions(results: Results) -> list[str]:
     """Return a line on everything of one sweep that is in no mean or in no comparison, and why."""
     return [
-        *troubles(results),
+        *(line for member in results.members for line in troubles(member, member.reader.all_troubles())),
         *_missing_seeds(results),
         *_missing_values(results),
         *_refusals(results),
-        *_missing_protocols(results),
         *_unequal_images(results),
         *_ended_early(results),
         *_orphans(results),
@@ -288,26 +267,25 @@ def exclusions(results: Results) -> list[str]:
     ]
 
 
-def troubles(results: Results) -> Iterator[str]:
-    """Yield a line per run on everything of the run that could not be read."""
-    for (arm, seed, run_id), rows in results.troubles.groupby(["arm", "seed", "run_id"], sort=False):
-        reasons = [f"{where}: {what}" for where, what in zip(rows["where"], rows["what"], strict=True)]
-        more = f"; and {len(reasons) - _MAX_TROUBLES} more" if len(reasons) > _MAX_TROUBLES else ""
-        yield f"{arm}, seed {seed} (run {run_id}): {'; '.join(reasons[:_MAX_TROUBLES])}{more}."
+def troubles(member: Member, found: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Yield a line on what of a run could not be read, if anything."""
+    if found:
+        reasons = "; ".join(f"{where}: {what}" for where, what in found[:_MAX_TROUBLES])
+        more = f"; and {len(found) - _MAX_TROUBLES} more" if len(found) > _MAX_TROUBLES else ""
+        yield f"{member.arm.label}, seed {member.keys['seed']} (run {member.run_id}): {reasons}{more}."
 
 
 def _missing_seeds(results: Results) -> Iterator[str]:
-    planned = set(results.sweep.seeds)
-    for arm, runs in results.runs.groupby("arm", sort=False):
-        if missing := sorted(planned - set(runs["seed"])):
+    for arm, members in results.by_arm.items():
+        if missing := sorted(set(results.sweep.seeds) - {member.keys["seed"] for member in members}):
             yield f"{arm}: the sweep names no run for seed {', '.join(map(str, missing))}."
 
 
 def _missing_values(results: Results) -> Iterator[str]:
     """Name seeds without a finite value at the step that is shown, and measurements beyond that step."""
-    for _, row in results.summary[results.summary["metric"].map(is_protocol).astype(bool)].iterrows():
+    for row in filter(lambda row: is_protocol(row["metric"]), results.rows):
         curves, step = results.seed_curves(row["arm"], row["metric"]), row["step"]
-        planned = sorted(results.runs.loc[results.runs["arm"] == row["arm"], "seed"])
+        planned = sorted(member.keys["seed"] for member in results.by_arm[row["arm"]])
         unmeasured = [str(seed) for seed in planned if seed not in curves]
         infinite = [str(seed) for seed, curve in curves.items() if not math.isfinite(curve[step])]
         last = max(max(curve) for curve in curves.values())
@@ -319,39 +297,33 @@ def _missing_values(results: Results) -> Iterator[str]:
 
 
 def _refusals(results: Results) -> Iterator[str]:
-    for _, row in results.summary[results.summary["conflicts"] != ""].iterrows():
+    for row in filter(lambda row: row["conflicts"], results.rows):
         means = " and has no mean" if math.isnan(row["mean"]) else ""
-        baseline = "" if pd.isna(row["baseline"]) else f" with {row['baseline']}"
+        baseline = f" with {row['baseline']}" if row["baseline"] else ""
         reason = f"because under this one name runs were measured differently: {row['conflicts']}"
         yield f"{row['arm']}: {row['metric']} is not compared{baseline}{means}, {reason}."
 
 
-def _missing_protocols(results: Results) -> Iterator[str]:
-    """Name runs without a recorded protocol beside runs that have one."""
-    for metric, rows in results.evaluations.groupby("metric", sort=False):
-        runs = list(rows["run_id"].unique())
-        missing = results.protocols.missing(runs, str(metric))
-        if is_protocol(str(metric)) and 0 < len(missing) < len(runs):
-            counts = f"{len(missing)} of {len(runs)} runs"
-            yield f"{counts} did not record the protocol of {metric}: they are compared by its name alone."
-
-
 def _unequal_images(results: Results) -> Iterator[str]:
     """Name arms that differ from their baselines in images at equal steps, because batches differ in size."""
-    images = results.evaluations.dropna(subset=["images"]).groupby(["arm", "step"])["images"].first()
-    rows = results.summary[results.summary["metric"] == results.metric].dropna(subset=["baseline", "diff"])
-    for arm, baseline, step in zip(rows["arm"], rows["baseline"], rows["step"], strict=True):
-        seen, baseline_seen = images.get((arm, step)), images.get((baseline, step))
-        if seen is not None and baseline_seen is not None and seen != baseline_seen:
-            counts = f"at step {step:,} it has seen {seen:,.0f} images and {baseline} {baseline_seen:,.0f}"
-            yield f"{arm}: {counts}; the summary compares equal steps, the curves over images show the rest."
+    for row in filter(lambda row: row["metric"] == results.metric and row["n_pairs"], results.rows):
+        seen, baseline_seen = (
+            next(member.reader.places("images").get(row["step"], math.nan) for member in results.by_arm[arm])
+            for arm in (row["arm"], row["baseline"])
+        )
+        if seen != baseline_seen and not math.isnan(seen + baseline_seen):
+            counts = (
+                f"at step {row['step']:,} it has seen {seen:,.0f} images and {row['baseline']} {baseline_seen:,.0f}"
+            )
+            yield f"{row['arm']}: {counts}; the summary compares equal steps, the curves over images show the rest."
 
 
 def _ended_early(results: Results) -> Iterator[str]:
-    reasons = {RunStatus.PRUNED.value: "by the search", RunStatus.STOPPED.value: "by a rule of the sweep"}
-    for state, runs in results.runs[results.runs["state"].isin(reasons)].groupby("state"):
-        arms, count = listed(list(dict.fromkeys(runs["arm"]))), f"{len(runs)} of {len(results.runs)} runs"
-        yield f"{count} were ended early {reasons[str(state)]} ({arms}): they count as far as they got."
+    for status, reason in ((RunStatus.PRUNED, "by the search"), (RunStatus.STOPPED, "by a rule of the sweep")):
+        ended = [member.arm.label for member in results.members if member.reader.status == status]
+        if ended:
+            count, arms = f"{len(ended)} of {len(results.members)} runs", listed(list(dict.fromkeys(ended)))
+            yield f"{count} were ended early {reason} ({arms}): they count as far as they got."
 
 
 def _orphans(results: Results) -> Iterator[str]:
@@ -373,7 +345,7 @@ def _partial_axes(results: Results) -> Iterator[str]:
 
 def methods(results: Results) -> list[str]:
     """Return a line on every protocol in use, on averages over too few steps, and on how arms were compared."""
-    metrics = dict.fromkeys(metric for metric in results.summary["metric"] if is_protocol(metric))
+    metrics = dict.fromkeys(row["metric"] for row in results.rows if is_protocol(row["metric"]))
     protocols = [_protocol(metric) + _bias(results, metric) for metric in metrics]
     return [*protocols, *dict.fromkeys(_averages(results)), *_comparisons(results)]
 
@@ -407,19 +379,19 @@ def _bias(results: Results, metric: str) -> str:
 
 def _averages(results: Results) -> Iterator[str]:
     """Warn of averaged weights that still hold much of the initial ones."""
-    columns = [name for name in ("train.steps", *_EMA_COLUMNS) if name in results.runs]
-    for run in results.runs[columns].to_dict("records"):
-        with suppress(ValueError, TypeError):  # of a damaged spec.json
-            settings = {field: run[name] for name, field in _EMA_COLUMNS.items() if pd.notna(run.get(name))}
-            if settings and (warning := EmaConfig.model_validate(settings).warning(int(run["train.steps"]))):
+    for member in results.members:
+        with suppress(ValueError, TypeError, KeyError):  # of a damaged spec.json
+            train = member.reader.spec["train"]
+            ema = train["ema"] if isinstance(train["ema"], dict) else {"decay": train["ema"]}
+            if warning := EmaConfig.model_validate(ema).warning(int(train["steps"])):
                 yield f"{warning}."
 
 
 def _comparisons(results: Results) -> Iterator[str]:
     yield (
         "An arm and its baseline are compared at equal progress: the last step that all measured runs of both have. "
-        "Intervals are 95 % Student-t intervals over seeds. Differences are taken seed by seed: arms share seeds. "
-        f"Bands of curves are bootstrap intervals from {MIN_BOOTSTRAP} seeds on and Student-t intervals below."
+        "Intervals and bands are 95 % Student-t intervals over seeds. Differences are taken seed by seed: arms share "
+        "seeds."
     )
     yield (
         "Pairing r is the correlation of arm and baseline over the seeds, from three seeds on: near 1, pairing has "
@@ -431,7 +403,7 @@ def _comparisons(results: Results) -> Iterator[str]:
         "itself first reach the baseline's final value, interpolated between evaluations that both have, over the "
         "seeds in which both do: the geometric mean of the ratios, with the Student-t interval of their logarithms."
     )
-    count = comparisons(results.runs).get(results.name, 0)
+    count = comparisons(results.sweep)
     if count > 1:
         yield (
             f"There are {count} comparisons of each metric, those not measured yet included. Holm's p holds for all of "

@@ -117,23 +117,41 @@ class RunDirectory:
     Attributes:
         path: the directory, which need not exist.
         run_id: the run's identity, which is the directory's name.
-        checkpoints: folder of the checkpoints.
-        forks: folder of the checkpoints that are kept for other runs.
-        samples: folder of the sample grids.
-        lock: the file that the process that trains the run holds.
-        pin: if this file exists, nothing of the run may be deleted.
-        profile_file: the file of :attr:`profile`, which need not exist.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.run_id = path.name
-        self.checkpoints = path / "checkpoints"
-        self.forks = path / "forks"
-        self.samples = path / "samples"
-        self.lock = path / ".lock"
-        self.pin = path / "pinned"
-        self.profile_file = path / "profile.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def forks(self) -> Path:
+        """Folder of the checkpoints that are kept for other runs."""
+        return self.path / "forks"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of the sample grids."""
+        return self.path / "samples"
+
+    @property
+    def lock(self) -> Path:
+        """The file that the process that trains the run holds."""
+        return self.path / ".lock"
+
+    @property
+    def pin(self) -> Path:
+        """If this file exists, nothing of the run may be deleted."""
+        return self.path / "pinned"
+
+    @property
+    def profile_file(self) -> Path:
+        """The file of :attr:`profile`, which need not exist."""
+        return self.path / "profile.json"
 
     @property
     def is_held(self) -> bool:
@@ -167,11 +185,11 @@ class RunDirectory:
             DamagedFileError: the file cannot be read.
         """
         path = self.path / "state.json"
-        if not path.exists():
-            return RunState(State.NEW)
         try:
             fields = files.read_record(path)
             return RunState(State(fields["state"]), fields["step"], fields["error"], fields["is_diverged"])
+        except FileNotFoundError:
+            return RunState(State.NEW)
         except FormatError:
             raise
         except (ValueError, KeyError, TypeError):
@@ -219,8 +237,9 @@ class RunDirectory:
         """
         path = self.path / "protocols.json"
         try:
-            recorded = files.read_record(path) if path.exists() else {}
-            return {name: dict(protocol) for name, protocol in recorded.items()}
+            return {name: dict(protocol) for name, protocol in files.read_record(path).items()}
+        except FileNotFoundError:
+            return {}
         except FormatError:
             raise
         except (ValueError, TypeError, AttributeError):

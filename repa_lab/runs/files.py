@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic_core import from_json
 
 from repa_lab.errors import InputError
 from repa_lab.files import replace_atomically
@@ -57,9 +58,18 @@ def read_json(path: Path) -> Any:
         DamagedFileError: the file is not JSON.
     """
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # ValueError: also invalid UTF-8
+        return from_json(_content(path))  # several times as fast as json.loads
+    except ValueError as error:
         raise DamagedFileError(f"'{path}' is damaged: no JSON ({error})") from None
+
+
+def _content(path: Path) -> bytes:
+    """Return the content of a file, in half the system calls of :meth:`Path.read_bytes`: a report reads thousands."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(descriptor, os.fstat(descriptor).st_size)
+    finally:
+        os.close(descriptor)
 
 
 def write_record(path: Path, fields: Mapping[str, Any]) -> None:
@@ -126,14 +136,16 @@ class JsonlReader:
             FormatError: the header has another format.
         """
         try:
-            with self._path.open("rb") as file:
-                inode = os.fstat(file.fileno()).st_ino
-                if inode != self._inode:
-                    self._inode, self._offset, self._lines = inode, 0, 0
-                file.seek(self._offset)
-                content = file.read()
+            descriptor = os.open(self._path, os.O_RDONLY)
         except FileNotFoundError:
             return []
+        try:
+            status = os.fstat(descriptor)
+            if status.st_ino != self._inode:
+                self._inode, self._offset, self._lines = status.st_ino, 0, 0
+            content = os.pread(descriptor, max(status.st_size - self._offset, 0), self._offset)
+        finally:
+            os.close(descriptor)
         complete = content[: content.rfind(b"\n") + 1]
         self._offset += len(complete)
         rows = [self._parse(line) for line in complete.split(b"\n")[:-1]]
@@ -144,8 +156,8 @@ class JsonlReader:
         if not line.strip():
             return None
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = from_json(line)
+        except ValueError:
             return self._leave_out("not JSON")
         if not isinstance(row, dict):
             return self._leave_out("no JSON object")

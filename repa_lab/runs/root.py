@@ -256,7 +256,7 @@ class RunsRoot:
 
 
 def _folder_name(name: str) -> str:
-    if not name or name.startswith(".") or Path(name).name != name or "\0" in name:
+    if not name or name.startswith(".") or "/" in name or "\0" in name:
         raise ValueError(f"{name!r} cannot be the name of a run or a sweep")
     return name
 

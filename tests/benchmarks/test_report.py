@@ -13,7 +13,7 @@ from pathlib import Path
 from repa_lab.report import leaderboards, load_results, write_report
 from repa_lab.runs import RunsRoot
 root = RunsRoot(Path(sys.argv[1]))
-load_results, leaderboards, write_report  # imported on first use
+import matplotlib.backends.backend_svg, repa_lab.report.figures  # imported on first use
 files = sorted(root.path.glob("by-id/*/metrics.jsonl"))
 """
 WORK = {

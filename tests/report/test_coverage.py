@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from repa_lab.report.statistics import MIN_BOOTSTRAP, bootstrap_interval, holm, mean_interval, paired_difference
+from repa_lab.report.statistics import holm, mean_interval, paired_difference
 
 SWEEPS = 2000
 
@@ -57,12 +57,6 @@ def test_at_three_seeds_1_96_standard_errors_cover_four_fifths() -> None:
     values = differences(3, effect=-7.0)
     error = 1.96 * values.std(axis=1, ddof=1) / math.sqrt(3)
     assert within(np.mean(np.abs(values.mean(axis=1) + 7.0) <= error), 0.81)
-
-
-@pytest.mark.parametrize(("seeds", "expected"), [(MIN_BOOTSTRAP, 0.939), (20, 0.943)])
-def test_the_bootstrap_of_bands_is_nearly_students_where_it_is_used(seeds: int, expected: float) -> None:
-    found = [bootstrap_interval(values, resamples=500) for values in differences(seeds, effect=0.0)]
-    assert within(np.mean([one.low <= 0.0 <= one.high for one in found]), expected)
 
 
 def test_pairing_pays_where_seeds_matter() -> None:

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from repa_lab.report import figures
-from repa_lab.report.figures.curves import paired_curves
 from repa_lab.report.results import HOURS, Results, load_results
 from repa_lab.report.search import objectives, search_frame
-from repa_lab.report.statistics import bootstrap_interval, mean_interval
+from repa_lab.report.statistics import mean_interval
+from repa_lab.report.svg import inline
 from repa_lab.runs import RunsRoot, State, SweepDirectory, files
 
 from .conftest import METRIC, STEPS, Build, FakeArm, FakeRun, constant_runs, decay
@@ -74,9 +74,10 @@ def test_two_seeds_are_drawn_one_by_one(build: Build) -> None:
 
 def test_a_seed_that_stopped_does_not_hide_the_others(build: Build) -> None:
     runs = [*(FakeRun(seed, decay(9, 2 + seed)) for seed in range(2)), FakeRun(2, {100: 8.0}, State.FAILED, "no")]
-    figure = figures.draw_convergence(figures.convergence_frame(load_results(build([FakeArm("arm", runs)]).path)))
+    frame = figures.convergence_frame(load_results(build([FakeArm("arm", runs)]).path))
+    figure = figures.draw_convergence(frame)
     assert sorted(len(line.get_xdata()) for line in figure.axes[0].get_lines()) == [1, 1, 6, 6]
-    assert "single seeds" in figure.get_supxlabel()
+    assert "single seeds" in figures.caption(frame)
 
 
 @pytest.mark.parametrize(("end", "scale"), [(100.0, "linear"), (1.0, "log")])
@@ -180,14 +181,6 @@ def test_hours_are_shown_in_what_can_be_read(hours: float, unit: str) -> None:
     assert factor == {"seconds": 3600, "minutes": 60, "hours": 1}[unit]
 
 
-def test_bands_are_bootstraps_from_ten_seeds_on(build: Build) -> None:
-    runs = [FakeRun(seed, decay(9, 2 + 0.1 * seed**2)) for seed in range(10)]
-    frame = figures.convergence_frame(load_results(build([FakeArm("arm", runs)]).path))
-    last = frame[frame["step"] == 600]
-    assert last["high"].iloc[0] == bootstrap_interval(last["value"]).high
-    assert "bootstrap interval" in figures.caption(frame)
-
-
 def test_arms_measured_by_other_protocols_than_their_baseline_are_not_drawn_beside_it(build: Build) -> None:
     arms = [
         FakeArm("base", constant_runs([2.0] * 3, protocol={"reference": "train"})),
@@ -199,11 +192,10 @@ def test_arms_measured_by_other_protocols_than_their_baseline_are_not_drawn_besi
 def test_panels_can_be_drawn_alone_in_the_same_colours(quickstart: SweepDirectory) -> None:
     frame = figures.convergence_frame(load_results(quickstart.path))
     whole = figures.draw_convergence(frame)
-    alone = [figures.draw_convergence(panel, captioned=False) for panel in figures.panels(frame)]
+    alone = [figures.draw_convergence(panel) for panel in figures.panels(frame)]
     assert [axes.get_title(loc="left") for figure in alone for axes in figure.axes] == ["sit", "unet"]
     colors = [[line.get_color() for line in axes.get_lines()] for axes in whole.axes]
     assert [[line.get_color() for line in figure.axes[0].get_lines()] for figure in alone] == colors
-    assert all(figure.get_supxlabel() == "" for figure in alone)
 
 
 def test_differences_are_coloured_where_they_are_resolved(build: Build) -> None:
@@ -279,7 +271,7 @@ def test_the_front_is_joined_in_order(build: Build) -> None:
 def test_svg_takes_the_colours_of_the_page_and_has_ids_of_its_own(quickstart: SweepDirectory) -> None:
     frame = figures.convergence_frame(load_results(quickstart.path))
     one, other = (
-        figures.to_svg(figures.draw_convergence(panel), name)
+        inline(figures.svg(figures.draw_convergence(panel), name), name)
         for panel, name in zip(figures.panels(frame), "ab", strict=True)
     )
     assert one.startswith("<svg")
@@ -321,15 +313,14 @@ def test_what_was_measured_differently_under_one_name_has_a_panel_of_its_own(bui
     assert [axes.get_ylabel() for axes in quality.axes] == [METRIC, METRIC]
 
 
-def test_no_arrow_comes_of_looking_more_often(build: Build) -> None:
+def test_an_arrow_compares_steps_that_both_have(build: Build) -> None:
     # The same curve, looked at five times as often; at its end the arm is a little better in every seed.
     def runs(every: int, better: float) -> list[FakeRun]:
         steps = range(every, 3001, every)
         return [FakeRun(s, {n: 20 + 0.1 * s - better + 400 * math.exp(-n / 300) for n in steps}) for s in range(3)]
 
     arms = [FakeArm("base", runs(1000, 0.0)), FakeArm("arm", runs(200, 0.001), "base")]
-    frame = figures.convergence_frame(load_results(build(arms).path))
-    own, other = paired_curves(frame[frame["arm"] == "arm"], frame[frame["arm"] == "base"])
+    own, other = load_results(build(arms).path).paired_curves("arm", METRIC)
     assert (
         [sorted(curve) for curve in own.values()]
         == [sorted(curve) for curve in other.values()]
@@ -351,7 +342,7 @@ def worded(build: Build, words: list[str] = WORDS) -> Results:
 
 def drawn_texts(figure: Figure, path: Path) -> list[str]:
     """What stands in the SVG of a figure, math rendered as math would be split into glyphs."""
-    svg = figures.to_svg(figure, path.name)
+    svg = figures.svg(figure, path.name)
     figures.save(figure, path)
     return [unescape(re.sub("<[^>]+>", "", text)) for text in re.findall(r"<text[^>]*>(.*?)</text>", svg, re.DOTALL)]
 

@@ -186,18 +186,15 @@ def test_a_sweep_shows_each_arm_that_has_one_beside_its_baseline(build: Build):
     def at(arm: str, seed: int, **changed: Any) -> None:
         store(sweep.root.run(ids[arm, seed]), **changed)
 
-    assert list(shown_profiles(results, sweep.root)) == []
+    assert list(shown_profiles(results)) == []
     at("base", 1, aligned=None)
     at("near", 0)
     at("near", 1)
     at("far", 1, weights="last")
-    found = {
-        title: len(panels(profile_figure(runs, names=names)))
-        for title, runs, names in shown_profiles(results, sweep.root)
-    }
+    found = {title: len(panels(profile_figure(runs, names=names))) for title, runs, names in shown_profiles(results)}
     assert found == {"near, seed 1, and its baseline": 3, "far, seed 1": 1}
     sweep.root.run(ids["near", 1]).profile_file.unlink()
-    assert [title for title, *_ in shown_profiles(results, sweep.root)] == [
+    assert [title for title, *_ in shown_profiles(results)] == [
         "base, seed 1",
         "near, seed 0",
         "far, seed 1",

@@ -118,8 +118,8 @@ def test_protocols_never_meet(build: Build) -> None:
     arms = [FakeArm("base", constant_runs([2.0], metric=other)), FakeArm("arm", constant_runs([1.0]), "base")]
     results = load_results(build(arms).path)
     assert results.summary["diff"].isna().all()
-    assert results.compared_metric("arm") is None
-    assert results.compared_metric("base") == other
+    assert results.compared_metrics["arm"] is None
+    assert results.compared_metrics["base"] == other
 
 
 def test_arms_with_one_run_id_are_read_twice(build: Build) -> None:
@@ -253,7 +253,7 @@ def test_one_name_over_different_protocols_is_refused(build: Build) -> None:
     assert (found["verdict"], found["conflicts"], found["n_pairs"]) == ("refused", "reference (val / train)", 0)
     assert math.isnan(found["diff"])
     assert found["mean"] == 2.0
-    assert results.compared_metric("arm") is None
+    assert results.compared_metrics["arm"] is None
 
 
 def test_seeds_and_versions_may_differ(build: Build) -> None:

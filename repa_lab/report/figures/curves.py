@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,45 +13,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from repa_lab.report.figures.data import ALIGNMENT, means, panels, shared_parts, unique
-from repa_lab.report.figures.style import (
-    FAINT,
-    GREY,
-    INK,
-    PALETTE,
-    SOFT,
-    blend,
-    canvas,
-    legend,
-    log_scale,
-    short_labels,
-    shorten,
-    styled,
-)
+from repa_lab.report.figure_data import ALIGNMENT, MAX_BANDS, means, needs_seeds, panels, shared_parts, unique
+from repa_lab.report.figures.style import blend, canvas, legend, log_scale, short_labels, shorten, styled
 from repa_lab.report.results import STEPS, Axis
-from repa_lab.report.statistics import (
-    MIN_BOOTSTRAP,
-    MIN_SEEDS,
-    Goal,
-    SeedCurves,
-    Speedup,
-    pair_curves,
-    speedup,
-    steps_to_reach,
-)
+from repa_lab.report.statistics import MIN_SEEDS, Goal, steps_to_reach
 from repa_lab.report.summary import bare_name
+from repa_lab.report.svg import FAINT, GREY, INK, PALETTE, SOFT
 
-MAX_BANDS = 3
 _MAX_TITLE = 60
 _MAX_COLUMNS = 3
 _LARGE = 1e7
-_CAPTION_CHARACTERS = 14  # per inch
 _NAMES = {"frechet": "Fr\u00e9chet distance", "fid": "FID"}
 Entries = list[tuple[Artist, str]]  # of a legend
 
 
 @styled
-def draw_convergence(frame: pd.DataFrame, goal: Goal = "min", axis: Axis = STEPS, captioned: bool = True) -> Figure:
+def draw_convergence(frame: pd.DataFrame, goal: Goal = "min", axis: Axis = STEPS) -> Figure:
     """Draw convergence curves, a panel per group of arms that share a baseline.
 
     Lines are means over seeds, bands their 95 % intervals; with two seeds, or seeds that stopped early, every seed has
@@ -63,7 +39,6 @@ def draw_convergence(frame: pd.DataFrame, goal: Goal = "min", axis: Axis = STEPS
         frame: from :func:`repa_lab.report.figures.convergence_frame`.
         goal: whether small or large values are good.
         axis: the measure of progress of the frame.
-        captioned: whether to explain lines and bands below the panels.
     """
     cells = list(panels(frame))
     columns = min(len(cells), _MAX_COLUMNS)
@@ -80,16 +55,15 @@ def draw_convergence(frame: pd.DataFrame, goal: Goal = "min", axis: Axis = STEPS
         _mark_speedup(axes, rows, goal, axis)
     for axes in places[len(cells) :]:
         axes.remove()
-    return _with_caption(figure, frame) if captioned else figure
+    return figure
 
 
 @styled
-def draw_alignment(frame: pd.DataFrame, captioned: bool = True) -> Figure:
+def draw_alignment(frame: pd.DataFrame) -> Figure:
     """Draw held-out alignment over steps: rows of panels for each group of arms, a panel per measure.
 
     Args:
         frame: from :func:`repa_lab.report.figures.alignment_frame`.
-        captioned: whether to explain lines and bands below the panels.
     """
     metrics = {group: unique(frame[frame["group"] == group], "metric") for group in unique(frame, "group")}
     columns = min(max(map(len, metrics.values())), _MAX_COLUMNS)
@@ -104,7 +78,7 @@ def draw_alignment(frame: pd.DataFrame, captioned: bool = True) -> Figure:
         entries = _draw_panel(axes, rows, arm_styles(frame, group), STEPS)
         axes.set_ylabel(_alignment_label(metric))
         legend(axes, entries, "best")
-    return _with_caption(figure, frame) if captioned else figure
+    return figure
 
 
 @styled
@@ -140,26 +114,6 @@ def _title(rows: pd.DataFrame) -> str:
     """Return what the arms of a panel share with the baseline that names the group and may not be among them."""
     labels = dict.fromkeys([*unique(rows, "group"), *unique(rows, "arm")])
     return shorten(", ".join(shared_parts([label for label in labels if label])), _MAX_TITLE)
-
-
-def caption(frame: pd.DataFrame) -> str:
-    """Explain the lines and bands of a figure."""
-    most = int(frame["n"].max())
-    if most <= 1:
-        return "One seed: no interval."
-    is_crowded = frame.groupby(["group", "metric"])["arm"].nunique().max() > MAX_BANDS
-    if is_crowded and most < MIN_SEEDS:
-        return "Line: mean over two seeds, which are too few for a useful interval."
-    kind = "bootstrap" if most >= MIN_BOOTSTRAP else "Student-t"
-    spread = f"Bar: 95 % {kind} interval of the last mean" if is_crowded else f"Band: 95 % {kind} interval of that mean"
-    thin = "; thin: single seeds" if _needs_seeds(frame) and not is_crowded else ""
-    return f"Line: mean over n seeds{thin}. {spread}; by seed (paired), arms may differ clearly where these overlap."
-
-
-def _with_caption(figure: Figure, frame: pd.DataFrame) -> Figure:
-    text = textwrap.fill(caption(frame), int(_CAPTION_CHARACTERS * figure.get_figwidth()))
-    figure.supxlabel(text, x=0.012, ha="left", multialignment="left", fontsize=9, color="#6e7781")
-    return figure
 
 
 # ---- a panel
@@ -219,7 +173,7 @@ def _draw_panel(axes: Axes, rows: pd.DataFrame, styles: list[ArmStyle], axis: Ax
         if len(shown) <= MAX_BANDS:
             alpha = 0.15 if n >= MIN_SEEDS else 0.07
             axes.fill_between(mean["place"], mean["low"], mean["high"], color=color, alpha=alpha, lw=0)
-            for _, run in arm.groupby("seed") if _needs_seeds(arm) else ():
+            for _, run in arm.groupby("seed") if needs_seeds(arm) else ():
                 axes.plot(run["progress"], run["value"], color=color, lw=0.9, alpha=0.8)
         elif n >= MIN_SEEDS and mean.iloc[-1:]["low"].notna().all():
             # Bands of many arms would hide each other: the interval at the last step alone, to the right of it.
@@ -230,11 +184,6 @@ def _draw_panel(axes: Axes, rows: pd.DataFrame, styles: list[ArmStyle], axis: Ax
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     _set_limits(axes, rows)
     return entries
-
-
-def _needs_seeds(rows: pd.DataFrame) -> bool:
-    """Return whether to draw single seeds: the band of two is very wide, and the mean ends where a seed stops."""
-    return rows["n"].max() in range(2, MIN_SEEDS) or bool(rows["mean"].isna().any())
 
 
 def _tick(value: float) -> str:
@@ -263,49 +212,22 @@ def _set_limits(axes: Axes, rows: pd.DataFrame) -> None:
 
 
 def _mark_speedup(axes: Axes, rows: pd.DataFrame, goal: Goal, axis: Axis) -> None:
-    """Draw an arrow from where the baseline reaches its final value to where the arm did, if that is resolved."""
+    """Draw an arrow from where the baseline reaches its final value to where its only arm did, if that is resolved."""
     baseline, arm = rows[rows["is_baseline"].astype(bool)], rows[~rows["is_baseline"].astype(bool)]
-    if baseline.empty or arm["arm"].nunique() != 1 or not arm["resolved"].all():
+    if baseline.empty or arm["arm"].nunique() != 1 or arm["speedup"].iloc[0] is None:
         return
-    faster = _resolved_speedup(arm, baseline, goal)
-    arm_mean, baseline_mean = (
-        dict(zip(mean["place"], mean["mean"], strict=True)) for mean in map(means, (arm, baseline))
-    )
-    if faster is None or not arm_mean or not baseline_mean:
+    ratio, curves = arm["speedup"].iloc[0], [means(arm), means(baseline)]
+    arm_mean, baseline_mean = (dict(zip(curve["place"], curve["mean"], strict=True)) for curve in curves)
+    level = baseline_mean[max(baseline_mean)]
+    places = [steps_to_reach(curve, level, goal) for curve in (arm_mean, baseline_mean)]
+    if None in places:
         return
-    level, factor = baseline_mean[max(baseline_mean)], axis.scale(float(rows["progress"].max()))[0]
-    arm_place, baseline_place = (steps_to_reach(curve, level, goal) for curve in (arm_mean, baseline_mean))
-    if arm_place is None or baseline_place is None:
-        return
+    arm_place, baseline_place = np.array(places) * axis.scale(float(rows["progress"].max()))[0]
     style = {"arrowstyle": "-|>", "color": INK, "lw": 1.3, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", (arm_place * factor, level), (baseline_place * factor, level), arrowprops=style, zorder=5)
+    axes.annotate("", (arm_place, level), (baseline_place, level), arrowprops=style, zorder=5)
     # The note is in the corner that convergence curves leave empty.
-    ratio, corner = faster.ratio, (0.05 if goal == "min" else 0.85)
+    corner = 0.05 if goal == "min" else 0.85
     detail = f"to the baseline\u2019s final value\n95 % interval {ratio.low:.2f} to {ratio.high:.2f}, n = {ratio.n}"
     axes.text(0.04, corner, detail, transform=axes.transAxes, fontsize=9.5, color=SOFT)
     heading = f"{ratio.mean:.2f}\u00d7 sooner"
     axes.text(0.04, corner + 0.115, heading, transform=axes.transAxes, fontsize=12, weight="bold")
-
-
-def _resolved_speedup(arm: pd.DataFrame, baseline: pd.DataFrame, goal: Goal) -> Speedup | None:
-    """Return the speed-up if every seed has one and its interval excludes 1."""
-    faster = speedup(*paired_curves(arm, baseline), goal)
-    if faster is None or faster.reached < faster.n or faster.n < MIN_SEEDS or faster.ratio.low <= 1:
-        return None
-    return faster
-
-
-def paired_curves(arm: pd.DataFrame, baseline: pd.DataFrame) -> tuple[SeedCurves, SeedCurves]:
-    """Return the curves of an arm and its baseline over progress, reduced to the points that can be compared."""
-    sides = (arm, baseline)
-    return pair_curves(
-        *(_by_seed(rows, "progress", "value") for rows in sides),
-        *(_by_seed(rows, "step", "progress") for rows in sides),
-    )
-
-
-def _by_seed(rows: pd.DataFrame, key: str, value: str) -> SeedCurves:
-    return {
-        int(seed): dict(zip(group[key].astype(float), group[value].astype(float), strict=True))
-        for seed, group in rows.groupby("seed", sort=False)
-    }

@@ -20,14 +20,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from repa_lab.files import replace_atomically
+from repa_lab.report.svg import INK, SOFT
 
 P = ParamSpec("P")
 DPI = 150
-PALETTE = ("#0b6fb8", "#d1570a", "#128a5f", "#a83a86", "#8a6d00", "#5b4bb5")
-GREY = "#7d848c"
-FAINT = "#cdd2d8"
-INK = "#24292f"
-SOFT = "#57606a"
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # labels are the user's words: a dollar sign is a dollar sign
     "text.usetex": False,
@@ -52,17 +48,6 @@ STYLE: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
 }
 MAX_LABEL = 36  # characters of an arm's label in a figure
-# Variables of the page's style sheet; other colours, such as mixed greys, are legible on light and dark.
-_VARIABLES = {
-    INK: "--ink",
-    SOFT: "--soft",
-    "#6e7781": "--soft",
-    "#9aa1a9": "--axis",
-    "#e6e8eb": "--grid",
-    FAINT: "--faint",
-    "#ffffff": "--paper",
-    **{hue: f"--series-{place}" for place, hue in enumerate(PALETTE)},
-}
 
 
 def styled(draw: Callable[Concatenate[pd.DataFrame, P], Figure]) -> Callable[Concatenate[pd.DataFrame, P], Figure]:
@@ -132,22 +117,14 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def to_svg(figure: Figure, name: str) -> str:
-    """Return a figure as an ``<svg>`` element with text as text and the page's colours.
+def svg(figure: Figure, name: str) -> str:
+    """Return a figure as an SVG file with text as text; the same figure gives the same file.
 
     Args:
         figure: the figure.
-        name: unique prefix of the element's ids within the page.
+        name: what its ids are made of.
     """
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', lambda match: f"{match[1]}{name}-", svg)
-    svg = re.sub(r"(?<=[:\s])#[0-9a-f]{6}\b", lambda match: _variable(match[0]), svg)
-    return re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2).strip()
-
-
-def _variable(color: str) -> str:
-    return f"var({_VARIABLES[color]})" if color in _VARIABLES else color
+        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})
+    return re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
