@@ -9,9 +9,14 @@ class DataError(InputError):
     """Data that cannot be used.
 
     Attributes:
-        field: the setting at fault: one of ``data``, the encoder's ``tae``, or the run's ``encoder_storage``.
+        field: the setting at fault: one of ``data``, the encoder's ``tae``, or the run's ``encoder_storage`` or
+            ``data_workers``.
     """
 
     def __init__(self, field: str, message: str) -> None:
         self.field = field
         super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[DataError], tuple[str, str]]:
+        """Let the error go from a data loader's process to the one that trains."""
+        return DataError, (self.field, str(self))

@@ -1,86 +1,108 @@
 """Tensors that are computed once and kept on disk: one for every image of a source, and the embeddings of texts.
 
-The cache of a source is a folder named by a digest of everything that decides its content:
+A cache is a folder named by a digest of everything that decides its content. Its tensors lie one after the other in
+files that are memory-mapped, beside a record with a checksum for each image or text. Tensors are checked when the cache
+is opened for building, whole files in threads, and not again when they are read.
 
-- ``manifest.json``: the format, that content, the dtype, and the shape of the tensors of each image size;
-- ``images.bin``: a record for every image (:data:`RECORD`): how it was cut, a checksum, and whether it is done;
-- ``values-HxW.bin``: the tensors of all images of height H and width W, one after the other, to be memory-mapped.
+- the cache of a source: ``manifest.json``, ``images.bin`` (:data:`RECORD`), and ``values-HxW.bin`` with the tensors of
+  all images of height H and width W;
+- the cache of texts: ``manifest.json``, ``texts.bin`` (:data:`TEXT_RECORD`), and ``NAME.bin`` for each named tensor.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import json
-import math
+import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from repa_lab.data import DataError
+from repa_lab.data.rows import (
+    Rows,
+    bytes_of,
+    checksums,
+    dtype_name,
+    is_checked,
+    locked,
+    note_checked,
+    read_manifest,
+    resize,
+    row_bytes,
+    write_manifest,
+    write_rows,
+    writing,
+)
 from repa_lab.data.sources import ImageSource, groups
 from repa_lab.files import digest, replace_atomically
 
 FORMAT = 1
 # `frame` is `crop.Framing.frame`; `crc32` covers what the cache holds, the frame and the tensor.
 RECORD = np.dtype([("frame", "<i4", (6,)), ("crc32", "<u4"), ("done", "?")])
-_MANIFEST, _IMAGES, _CHECKED = "manifest.json", "images.bin", "checked.json"
-_ALWAYS_CHECKED_BYTES = 2 << 30
-_CHECKED_ROWS = 256
+# `text` is the SHA-256 of a text; `crc32` covers it and the text's tensors.
+TEXT_RECORD = np.dtype([("text", "V32"), ("crc32", "<u4")])
+READERS = min(8, os.cpu_count() or 1)
+_IMAGES, _TEXTS = "images.bin", "texts.bin"
 
-T = TypeVar("T")
+A = TypeVar("A")
+B = TypeVar("B")
 Progress = Callable[[int, int], None]
 Embeddings = dict[str, torch.Tensor]
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype in torch, such as ``float16``."""
-    return str(dtype).removeprefix("torch.")
-
-
 def encode_batches(
     batches: Iterable[Sequence[int]],
-    read: Callable[[Sequence[int]], T],
-    finish: Callable[[Sequence[int], T], None],
+    read: Callable[[Sequence[int]], A],
+    encode: Callable[[A], B],
+    write: Callable[[Sequence[int], A, B], None],
     readers: int = 1,
-    encoders: Executor | None = None,
-    ahead: int = 1,
+    encoders: tuple[Executor, int] | None = None,
 ) -> Iterator[Sequence[int]]:
-    """Read batches of images in threads ahead of time, encode and write them, and yield each when it is written.
+    """Read batches of images ahead in threads, encode them, write them behind, and yield each when it is written.
+
+    Pillow decodes and resizes images without Python's lock, so threads read as many at a time as processes would.
 
     Args:
         batches: numbers of images.
         read: loads the pixels of a batch.
-        finish: encodes what ``read`` returned and writes the result.
-        readers: number of threads that read.
-        encoders: where ``finish`` runs; None runs it in this thread.
-        ahead: number of batches that are begun before the first of them is finished.
+        encode: encodes what ``read`` returned.
+        write: writes a batch, what was read and what was encoded.
+        readers: number of threads that read, and of batches that are read ahead.
+        encoders: where ``encode`` runs, and on how many batches at a time; None runs it in this thread.
     """
 
-    def finish_when_read(batch: Sequence[int], reading: Future[T]) -> Sequence[int]:
-        finish(batch, reading.result())
-        return batch
+    def read_batch(batch: Sequence[int]) -> tuple[Sequence[int], A]:
+        return batch, read(batch)
 
-    with ThreadPoolExecutor(readers) as pool:
-        begun = deque[Callable[[], Sequence[int]]]()
-        for batch in batches:
-            task = functools.partial(finish_when_read, batch, pool.submit(read, batch))
-            begun.append(encoders.submit(task).result if encoders else task)
-            if len(begun) > ahead:
-                yield begun.popleft()()
-        while begun:
-            yield begun.popleft()()
+    def encode_batch(loaded: tuple[Sequence[int], A]) -> tuple[Sequence[int], A, B]:
+        return *loaded, encode(loaded[1])
+
+    def write_batch(encoded: tuple[Sequence[int], A, B]) -> Sequence[int]:
+        write(*encoded)
+        return encoded[0]
+
+    with ThreadPoolExecutor(readers) as reading, ThreadPoolExecutor(1) as writing:
+        loaded = _in_order(reading, read_batch, batches, readers)
+        encoded = _in_order(encoders[0], encode_batch, loaded, encoders[1]) if encoders else map(encode_batch, loaded)
+        yield from _in_order(writing, write_batch, encoded, 1)
+
+
+def _in_order(pool: Executor, function: Callable[[A], B], items: Iterable[A], ahead: int) -> Iterator[B]:
+    """Yield the results of a function in order; ``ahead`` items are begun before the first result is waited for."""
+    begun = deque[Future[B]]()
+    for item in items:
+        begun.append(pool.submit(function, item))
+        if len(begun) > ahead:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
 
 
 @dataclass(frozen=True)
@@ -103,16 +125,6 @@ class Manifest:
     about: Mapping[str, Any]
     format: int = FORMAT
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype of the tensors."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
-
-    def row_bytes(self, size: str) -> int:
-        """Return the number of bytes of the tensor of an image of ``size``."""
-        return math.prod(self.shapes[size]) * self.torch_dtype.itemsize
-
     def seed(self, size: str) -> int:
         """Return the start of all checksums of ``size``: tensors of another cache do not pass for those of this one."""
         return zlib.crc32(f"{digest(self.identity)} {self.dtype} {self.shapes[size]}".encode())
@@ -124,31 +136,38 @@ class ArrayCache:
     Args:
         folder: the folder of the cache, which is complete.
         manifest: what the cache holds.
-        sizes: height and width of every image ``(n, 2)``.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, sizes: torch.Tensor) -> None:
-        self._folder, self._manifest, self._sizes = folder, manifest, sizes
-        self._file, self._row = torch.empty(len(sizes), dtype=torch.long), torch.empty(len(sizes), dtype=torch.long)
-        self._files, self._shapes = list[np.ndarray](), list[torch.Size]()
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder, self._manifest = folder, manifest
+        self._frames = np.fromfile(folder / _IMAGES, RECORD)["frame"]
+        sizes = torch.from_numpy(self._frames[:, 4:].copy())
+        self._file, self._row = np.empty(len(sizes), dtype=np.int64), np.empty(len(sizes), dtype=np.int64)
+        self._files = list[Rows]()
         for number, members in enumerate(groups(sizes)):
             size = _size_name(sizes[members[0]])
-            self._files.append(_map_rows(folder, size, len(members)))
-            self._shapes.append(torch.Size(manifest.shapes[size]))
-            self._file[members], self._row[members] = number, torch.arange(len(members))
+            self._files.append(Rows(_values_file(folder, size), len(members), manifest.shapes[size], manifest.dtype))
+            self._file[members], self._row[members] = number, np.arange(len(members))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let another process map the files itself instead of sending it their content."""
-        return ArrayCache, (self._folder, self._manifest, self._sizes)
+        return ArrayCache, (self._folder, self._manifest)
 
     def shape(self, index: torch.Tensor) -> torch.Size:
         """Return the shape of one tensor of the images ``index`` ``(n,)``, which are of one size."""
-        return self._shapes[int(self._file[index[0]])]
+        return self._files[int(self._file[index[0]])].shape
+
+    def frames(self, index: torch.Tensor) -> torch.Tensor:
+        """Return how the images ``index`` ``(n,)`` were cut, ``(n, 6)``; see :meth:`ImageSource.frames`."""
+        return torch.from_numpy(self._frames[index.numpy()]).long()
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        """Return the tensors ``(n, *shape)`` of the images ``index`` ``(n,)``, which are of one size."""
-        rows = self._files[int(self._file[index[0]])][self._row[index].numpy()]  # NumPy gathers twice as fast as torch
-        return torch.from_numpy(rows).view(self._manifest.torch_dtype).view(len(index), *self.shape(index))
+        """Return the tensors ``(n, *shape)`` of the images ``index`` ``(n,)``, which are of one size.
+
+        Raises:
+            DataError: a file has been cut short.
+        """
+        return self._files[int(self._file[index[0]])][self._row[index.numpy()]]
 
 
 def open_cache(
@@ -160,11 +179,12 @@ def open_cache(
     progress: Progress | None = None,
     dtype: torch.dtype | None = None,
     about: Mapping[str, Any] | None = None,
+    readers: int = READERS,
 ) -> ArrayCache:
     """Open the cache of a source, after encoding the images that are missing or damaged.
 
-    Images are encoded in fixed batches, so that interruptions do not change the result; a kill loses one batch.
-    Processes that want the same cache wait for each other. Every tensor is checked here, and none when it is read.
+    Images are encoded in fixed batches, so that interruptions do not change the result; a kill loses the batches that
+    are not written. Processes that want the same cache wait for each other.
 
     Args:
         root: the folder of all caches of one kind.
@@ -175,19 +195,18 @@ def open_cache(
         progress: told how many images are done, of how many.
         dtype: how tensors are stored; None keeps the dtype that ``encode`` returns.
         about: what helps a person to recognise the cache.
+        readers: number of threads that read images.
 
     Raises:
         DataError: the folder holds another cache or cannot be written, or a value is too large for ``dtype``.
     """
     folder = root / digest({"format": FORMAT, **identity})[:16]
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        manifest = _read_manifest(folder, {"format": FORMAT, "count": len(source)}, identity, dtype)
+    with locked(folder):
+        manifest = _matching_manifest(folder, {"format": FORMAT, "count": len(source)}, identity, dtype)
         manifest = manifest or Manifest(identity, len(source), dtype_name(dtype) if dtype else "", {}, about or {})
-        builder = _Builder(folder, manifest, source, encode, dtype)
+        builder = _Builder(folder, manifest, source, encode, dtype, readers)
         builder.complete(batch_size, progress)
-        return ArrayCache(folder, builder.manifest, source.sizes)
+        return ArrayCache(folder, builder.manifest)
 
 
 class _Builder:
@@ -200,9 +219,10 @@ class _Builder:
         source: ImageSource,
         encode: Callable[[torch.Tensor], torch.Tensor],
         dtype: torch.dtype | None,
+        readers: int,
     ) -> None:
         self.manifest = manifest
-        self._folder, self._source, self._encode, self._dtype = folder, source, encode, dtype
+        self._folder, self._source, self._encode, self._dtype, self._readers = folder, source, encode, dtype, readers
         self._members = {_size_name(source.sizes[members[0]]): members for members in groups(source.sizes)}
         self._row = {image: row for members in self._members.values() for row, image in enumerate(members.tolist())}
         self._records = self._read_records()
@@ -214,24 +234,32 @@ class _Builder:
         self._check()
         batches = [batch for members in self._members.values() for batch in members.split(batch_size)]
         self._encode_all([batch for batch in batches if not self._records["done"][batch].all()], progress)
-        if self._is_large:
-            _write_json(self._folder / _CHECKED, self._stamps())
+        note_checked(self._folder, self._files)
 
-    def _encode_all(self, batches: Iterable[torch.Tensor], progress: Progress | None) -> None:
-        for _ in encode_batches([batch.tolist() for batch in batches], self._read, self._finish):
+    @property
+    def _files(self) -> list[Path]:
+        return [self._folder / _IMAGES, *(_values_file(self._folder, size) for size in self._members)]
+
+    def _encode_all(self, batches: Sequence[torch.Tensor], progress: Progress | None) -> None:
+        is_done = self._records["done"].copy()
+        numbers = (batch.tolist() for batch in batches)
+        for batch in encode_batches(numbers, self._read, self._encode_read, self._write, self._readers):
+            is_done[batch] = True
             if progress:
-                progress(int(self._records["done"].sum()), len(self._records))
+                progress(int(is_done.sum()), len(is_done))
 
     def _read(self, batch: Sequence[int]) -> tuple[torch.Tensor, np.ndarray]:
         return self._source.read(batch), self._source.frames(batch).numpy().astype("<i4")
 
-    def _finish(self, batch: Sequence[int], loaded: tuple[torch.Tensor, np.ndarray]) -> None:
-        """Encode a batch and write the tensors that are missing; only then are the images marked as done."""
-        pixels, frames = loaded
-        values, size = _stored(self._encode(pixels), self._dtype), _size_name(self._source.sizes[batch[0]])
-        with _writing(self._folder):
+    def _encode_read(self, loaded: tuple[torch.Tensor, np.ndarray]) -> torch.Tensor:
+        return _stored(self._encode(loaded[0]), self._dtype)
+
+    def _write(self, batch: Sequence[int], loaded: tuple[torch.Tensor, np.ndarray], values: torch.Tensor) -> None:
+        """Write the tensors of a batch that are missing; only then are the images marked as done."""
+        frames, size = loaded[1], _size_name(self._source.sizes[batch[0]])
+        with writing(self._folder):
             self._require_shape(size, values)
-            data, seed = values.reshape(len(batch), -1).view(torch.uint8).numpy(), self.manifest.seed(size)
+            data, seed = bytes_of(values), self.manifest.seed(size)
             missing = [(number, image) for number, image in enumerate(batch) if not self._records["done"][image]]
             with _values_file(self._folder, size).open("r+b") as file:
                 for number, image in missing:
@@ -239,7 +267,8 @@ class _Builder:
                     file.write(data[number])
             with (self._folder / _IMAGES).open("r+b") as file:
                 for number, image in missing:
-                    self._records[image] = frames[number], _checksum(data[number], frames[number], seed), True
+                    checksum = zlib.crc32(data[number].data, zlib.crc32(frames[number].tobytes(), seed))
+                    self._records[image] = frames[number], checksum, True
                     file.seek(image * RECORD.itemsize)
                     file.write(self._records[image].tobytes())
 
@@ -249,26 +278,22 @@ class _Builder:
         if size not in self.manifest.shapes and self.manifest.dtype in ("", dtype):
             shapes = {**self.manifest.shapes, size: shape}
             self.manifest = replace(self.manifest, dtype=dtype, shapes=shapes)
-            content = asdict(self.manifest)
-            _write_json(self._folder / _MANIFEST, {**content, "sha256": digest(content)})
+            write_manifest(self._folder, asdict(self.manifest))
             self._resize(size)
         expected = self.manifest.shapes.get(size, shape), self.manifest.dtype
         if (shape, dtype) != expected:
             message = f"tensors of one cache must be alike: {expected} were stored, now there are {(shape, dtype)}"
             raise DataError("source", message)
 
-    def _resize(self, size: str) -> None:
-        """Give the file of a size its length; what is new in the file is zeros, which no checksum fits."""
-        path, length = _values_file(self._folder, size), len(self._members[size]) * self.manifest.row_bytes(size)
-        if not path.is_file() or path.stat().st_size != length:
-            with path.open("ab") as file:
-                file.truncate(length)
+    def _resize(self, size: str) -> int:
+        row = row_bytes(self.manifest.shapes[size], self.manifest.dtype)
+        return resize(_values_file(self._folder, size), len(self._members[size]) * row)
 
     def _read_records(self) -> np.ndarray:
         """Return the records of all images; an image whose size is not as recorded is not done."""
         path, count = self._folder / _IMAGES, len(self._source)
         if not path.is_file() or path.stat().st_size != count * RECORD.itemsize:
-            with _writing(self._folder):
+            with writing(self._folder):
                 replace_atomically(path, lambda new: new.write_bytes(bytes(count * RECORD.itemsize)))
         records = np.fromfile(path, RECORD)
         records["done"] &= (records["frame"][:, 4:] == self._source.sizes.numpy()).all(1)
@@ -276,56 +301,36 @@ class _Builder:
 
     def _check(self) -> None:
         """Compare every tensor that is done with its checksum, in threads; one that differs is not done."""
-        with _writing(self._folder):
-            for size in self._members:
-                self._resize(size)
-        if self._is_large and self._is_unchanged():
+        with writing(self._folder):
+            total = sum(self._resize(size) for size in self._members)
+        if is_checked(self._folder, self._files, total):
             return
-        with ThreadPoolExecutor() as pool:
-            for size, members in self._members.items():
-                data, rows = (
-                    _map_rows(self._folder, size, len(members)),
-                    torch.arange(len(members)).split(_CHECKED_ROWS),
-                )
-                check = functools.partial(self._check_rows, data, members, self.manifest.seed(size))
-                list(pool.map(check, rows))
-
-    def _check_rows(self, data: np.ndarray, members: torch.Tensor, seed: int, rows: torch.Tensor) -> None:
-        for row, image in zip(rows.tolist(), members[rows].tolist(), strict=True):
-            record = self._records[image]
-            if record["done"]:
-                record["done"] = _checksum(data[row], record["frame"], seed) == record["crc32"]
-
-    @property
-    def _is_large(self) -> bool:
-        sizes = self._members.items()
-        return sum(len(members) * self.manifest.row_bytes(size) for size, members in sizes) > _ALWAYS_CHECKED_BYTES
-
-    def _stamps(self) -> dict[str, list[int]]:
-        files = [self._folder / _IMAGES, *(_values_file(self._folder, size) for size in self._members)]
-        return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-
-    def _is_unchanged(self) -> bool:
-        """Return whether no file has changed since the last check; a large cache is then not read whole again."""
-        try:
-            return bool(json.loads((self._folder / _CHECKED).read_text()) == self._stamps())
-        except (OSError, ValueError):
-            return False
+        for size, members in self._members.items():
+            rows = Rows(_values_file(self._folder, size), len(members), self.manifest.shapes[size], self.manifest.dtype)
+            records, seed = self._records[members.numpy()], self.manifest.seed(size)
+            starts = [zlib.crc32(frame.tobytes(), seed) for frame in records["frame"]]
+            is_whole = records["done"] & (checksums([rows.bytes], starts) == records["crc32"])
+            self._records["done"][members.numpy()] = is_whole
 
 
-def _read_manifest(
+def _size_name(size: torch.Tensor) -> str:
+    return "x".join(map(str, size.tolist()))
+
+
+def _values_file(folder: Path, size: str) -> Path:
+    return folder / f"values-{size}.bin"
+
+
+def _matching_manifest(
     folder: Path, wanted: Mapping[str, Any], identity: Mapping[str, Any], dtype: torch.dtype | None
 ) -> Manifest | None:
-    """Return the manifest of a cache, or None if there is none that is whole.
+    """Return the manifest of a source's cache, or None if there is none that is whole.
 
     Raises:
         DataError: the folder is another cache's.
     """
-    try:
-        content = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        if content.pop("sha256") != digest(content):
-            return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    content = read_manifest(folder)
+    if content is None:
         return None
     expected = {**wanted, **({"dtype": dtype_name(dtype)} if dtype else {}), **identity}
     present = {name: content.get(name) for name in ("format", "count", "dtype")} | dict(content.get("identity", {}))
@@ -344,61 +349,30 @@ def _stored(values: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     Raises:
         DataError: a value is too large for the dtype.
     """
-    if dtype is None:
-        return values.cpu().contiguous()
-    stored = values.to(dtype)
-    lost = values[values.isfinite() & ~stored.isfinite()]
-    if len(lost):
-        largest, limit = lost.abs().max().item(), torch.finfo(dtype).max
-        message = f"a value of {largest:g} is too large to be stored as {dtype_name(dtype)} (up to {limit:g})"
-        raise DataError("encoder_storage", f"{message}; set run.encoder_storage: fp32")
+    stored = values if dtype is None else values.to(dtype)
+    if stored.dtype != values.dtype:
+        lost = values[values.isfinite() & ~stored.isfinite()]
+        if len(lost):
+            name, largest, limit = dtype_name(stored.dtype), lost.abs().max().item(), torch.finfo(stored.dtype).max
+            message = f"a value of {largest:g} is too large to be stored as {name} (up to {limit:g})"
+            raise DataError("encoder_storage", f"{message}; set run.encoder_storage: fp32")
     return stored.cpu().contiguous()
 
 
-def _checksum(values: np.ndarray, frame: np.ndarray, seed: int) -> int:
-    return zlib.crc32(values.data, zlib.crc32(frame.tobytes(), seed))
-
-
-def _size_name(size: torch.Tensor) -> str:
-    return "x".join(map(str, size.tolist()))
-
-
-def _values_file(folder: Path, size: str) -> Path:
-    return folder / f"values-{size}.bin"
-
-
-def _map_rows(folder: Path, size: str, count: int) -> np.ndarray:
-    """Map the file of a size for reading: the bytes of ``count`` tensors ``(count, bytes)``."""
-    return np.asarray(np.memmap(_values_file(folder, size), np.uint8, "r").reshape(count, -1))
-
-
-def _write_json(path: Path, content: Any) -> None:
-    replace_atomically(path, lambda new: new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turn a full disk and the like into one line; what is done is kept."""
-    try:
-        yield
-    except OSError as error:
-        message = f"cannot write the cache '{folder}': {error.strerror or error}"
-        raise DataError("source", f"{message}; mend this and start again, and what is done is kept") from None
-
-
 class TextCache:
-    """Named tensors for every text, in a file each, whichever data sets and runs the text appears in.
-
-    Tensors of one name have one shape.
+    """Named tensors for every text, whichever data sets and runs the text appears in; tensors of a name are alike.
 
     Args:
         root: the folder of all caches of texts.
         identity: everything that decides the content: the text encoders, their weights and precision.
-        about: what helps a person to recognise the cache; written into ``about.json`` beside the identity.
+        about: what helps a person to recognise the cache.
     """
 
     def __init__(self, root: Path, identity: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> None:
-        self._folder, self._about = root / digest(identity)[:16], {**identity, **(about or {})}
+        self._folder = root / digest(identity)[:16]
+        self._manifest: dict[str, Any] = {"identity": identity, "about": about or {}, "format": FORMAT, "tensors": {}}
+        self._tensors = dict[str, Rows]()
+        self._row = dict[bytes, int]()  # by the digest of the text
 
     def build(
         self,
@@ -407,76 +381,91 @@ class TextCache:
         batch_size: int,
         progress: Progress | None = None,
     ) -> None:
-        """Encode the texts that are missing, ``batch_size`` at a time; a kill loses one batch.
+        """Encode the texts that are missing or damaged, ``batch_size`` at a time; a kill loses one batch.
 
         Raises:
-            DataError: an embedding is not finite.
+            DataError: an embedding is not finite, or the folder cannot be written.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._folder / ".lock"):
-            missing = self._missing(tuple(dict.fromkeys(texts)))
-            _write_json(self._folder / "about.json", self._about)
+        with locked(self._folder):
+            self._open(is_building=True)
+            missing = [text for text in dict.fromkeys(texts) if _text_digest(text) not in self._row]
             for start in range(0, len(missing), batch_size):
                 batch = missing[start : start + batch_size]
-                embeddings = encode(batch)
-                for row, text in enumerate(batch):
-                    self._write(text, {name: values[row] for name, values in embeddings.items()})
+                self._append(batch, encode(batch))
                 if progress:
                     progress(start + len(batch), len(missing))
+            self._open(is_building=False)
+            note_checked(self._folder, self._files)
 
     def read(self, texts: Sequence[str]) -> Embeddings:
         """Return the embeddings of texts: for each name a tensor ``(len(texts), ...)``.
 
         Raises:
-            DataError: the embedding of a text is missing or damaged.
+            DataError: the embedding of a text is missing.
         """
-        embeddings = dict[str, Embeddings]()
-        for text in dict.fromkeys(texts):
-            if (embedding := self._read(text)) is None:
-                message = f"the cached embedding of {text[:50]!r} is missing or damaged"
-                raise DataError("source", f"{message}; delete '{self._path(text)}' and start again")
-            embeddings[text] = embedding
-        return {name: torch.stack([embeddings[text][name] for text in texts]) for name in embeddings[texts[0]]}
+        if not self._row:
+            self._open(is_building=False)
+        rows = [self._row.get(_text_digest(text), -1) for text in texts]
+        if -1 in rows:
+            message = f"the embedding of {texts[rows.index(-1)][:50]!r} is not in the cache '{self._folder}'"
+            raise DataError("source", f"{message}; start again, and it is computed")
+        return {name: tensors[np.array(rows)] for name, tensors in self._tensors.items()}
 
-    def _missing(self, texts: Sequence[str]) -> list[str]:
-        """Return the texts without a whole file; where reading all takes long, damage shows when a text is read."""
-        if sum(path.stat().st_size for path in map(self._path, texts) if path.is_file()) > _ALWAYS_CHECKED_BYTES:
-            return [text for text in texts if not self._has_header(text)]
-        return [text for text in texts if self._read(text) is None]
+    @property
+    def _files(self) -> list[Path]:
+        return [self._folder / _TEXTS, *map(self._file, self._manifest["tensors"])]
 
-    def _has_header(self, text: str) -> bool:
-        try:
-            with safe_open(self._path(text), framework="pt") as file:  # the header states the length of the file
-                return "crc32" in (file.metadata() or {})
-        except (OSError, SafetensorError):
-            return False
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}.bin"
 
-    def _path(self, text: str) -> Path:
-        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+    def _open(self, is_building: bool) -> None:
+        """Map the files; to build, mend their lengths and leave out texts whose tensors do not fit their checksum."""
+        manifest, path = read_manifest(self._folder), self._folder / _TEXTS
+        if manifest is None or digest(manifest["identity"]) != digest(self._manifest["identity"]):
+            if is_building:
+                path.unlink(missing_ok=True)  # nobody knows the shapes of what is recorded there
+            return
+        self._manifest = manifest
+        records = np.fromfile(path, TEXT_RECORD) if path.is_file() else np.empty(0, TEXT_RECORD)
+        if not len(records):
+            return
+        names, count, is_whole = manifest["tensors"].items(), len(records), np.ones(len(records), dtype=bool)
+        if is_building:
+            with writing(self._folder):
+                sizes = [resize(self._file(name), count * row_bytes(shape, dtype)) for name, (dtype, shape) in names]
+        self._tensors = {name: Rows(self._file(name), count, shape, dtype) for name, (dtype, shape) in names}
+        if is_building and not is_checked(self._folder, self._files, sum(sizes)):
+            starts = [zlib.crc32(text.tobytes()) for text in records["text"]]
+            is_whole = checksums([rows.bytes for rows in self._tensors.values()], starts) == records["crc32"]
+        self._row = {records["text"][row].tobytes(): int(row) for row in np.flatnonzero(is_whole)}
 
-    def _read(self, text: str) -> Embeddings | None:
-        try:
-            with safe_open(self._path(text), framework="pt") as file:
-                embedding = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-                return embedding if (file.metadata() or {}).get("crc32") == _text_checksum(text, embedding) else None
-        except (OSError, SafetensorError):
-            return None
+    def _append(self, texts: Sequence[str], embeddings: Embeddings) -> None:
+        """Write the tensors of texts after those that are there; only then are the texts recorded."""
+        stored = {name: values.cpu().contiguous() for name, values in embeddings.items()}
+        for name, values in stored.items():
+            if values.is_floating_point() and not values.isfinite().all():
+                broken = next(text for text, row in zip(texts, values, strict=True) if not row.isfinite().all())
+                message = f"{broken[:50]!r} is encoded to what is not finite ({name}); use run.encoder_precision: fp32"
+                raise DataError("source", message)
+        tensors = {name: [dtype_name(values.dtype), list(values.shape[1:])] for name, values in stored.items()}
+        with writing(self._folder):
+            if not self._manifest["tensors"]:
+                self._manifest["tensors"] = tensors
+                write_manifest(self._folder, self._manifest)
+            if tensors != self._manifest["tensors"]:
+                message = f"tensors of all texts must be alike: {self._manifest['tensors']} were stored, not {tensors}"
+                raise DataError("source", message)
+            path, data = self._folder / _TEXTS, {name: bytes_of(values) for name, values in stored.items()}
+            first = path.stat().st_size // TEXT_RECORD.itemsize if path.is_file() else 0
+            for name, rows in data.items():
+                write_rows(self._file(name), first, rows)
+            records, digests = np.empty(len(texts), TEXT_RECORD), [_text_digest(text) for text in texts]
+            records["text"] = np.frombuffer(b"".join(digests), "V32")
+            records["crc32"] = checksums(
+                [data[name] for name in self._manifest["tensors"]], list(map(zlib.crc32, digests))
+            )
+            write_rows(path, first, records.view(np.uint8).reshape(len(texts), -1))
 
-    def _write(self, text: str, embedding: Embeddings) -> None:
-        stored = {name: value.cpu().contiguous().clone() for name, value in embedding.items()}
-        broken = [name for name, value in stored.items() if value.is_floating_point() and not value.isfinite().all()]
-        if broken:
-            message = f"{text[:50]!r} is encoded to what is not finite ({broken[0]}); use run.encoder_precision: fp32"
-            raise DataError("source", message)
-        temporary = self._path(text).with_suffix(".tmp")
-        save_file(stored, temporary, metadata={"crc32": _text_checksum(text, stored)})
-        temporary.replace(self._path(text))
 
-
-def _text_checksum(text: str, embedding: Embeddings) -> str:
-    """Return the CRC-32 of a text and of the names, dtypes, shapes and values of its tensors."""
-    checksum = zlib.crc32(text.encode())
-    for name, value in sorted(embedding.items()):
-        checksum = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), checksum)
-        checksum = zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy().data, checksum)
-    return str(checksum)
+def _text_digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()

@@ -23,7 +23,7 @@ from repa_lab.files import digest
 
 LABELS = "dataset.json"
 MANIFEST = "manifest.json"
-_CONTENT_SAMPLE = 64
+SAMPLE = 64
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Listing:
             DataError: one of these images is not ``side`` pixels wide and high, or a file cannot be read.
         """
         contents = []
-        for index in self.sample(_CONTENT_SAMPLE):
+        for index in self.sample(SAMPLE):
             open_image(self.path(IMAGES, index), side).close()
             files = [self.path(kind, index) for kind in KINDS]
             try:

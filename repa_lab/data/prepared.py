@@ -10,7 +10,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -31,6 +31,7 @@ from repa_lab.data.layout import (
     LABELS,
     LATENTS,
     MANIFEST,
+    SAMPLE,
     Kind,
     Listing,
     open_image,
@@ -38,7 +39,7 @@ from repa_lab.data.layout import (
     read_manifest,
 )
 from repa_lab.data.settings import PreparedSettings
-from repa_lab.data.sources import CroppedImages, ImageFolder
+from repa_lab.data.sources import CroppedImages, ImageFolder, remembered, stamps
 from repa_lab.files import digest
 
 _PROBES = 4
@@ -50,9 +51,9 @@ _LOCK, _TEMPORARY = ".lock", ".tmp"
 _INFORMATIVE = ("vae", "scaling")
 
 
-def open_prepared(settings: PreparedSettings) -> Prepared:
+def open_prepared(settings: PreparedSettings, cache: Path | None = None) -> Prepared:
     """Open a prepared folder."""
-    return Prepared(settings.folder, settings.side)
+    return Prepared(settings.folder, settings.side, cache)
 
 
 class Prepared(CroppedImages):
@@ -61,17 +62,22 @@ class Prepared(CroppedImages):
     Args:
         folder: the folder.
         resolution: pixels along each side of its images.
+        cache: folder of all caches; images that it knows are not opened before their pixels are needed.
 
     Raises:
         DataError: the folder is incomplete, or its images have another size.
     """
 
-    def __init__(self, folder: Path, resolution: int) -> None:
-        self._listing = read_listing(folder)
-        super().__init__(len(self._listing), resolution, None)
+    def __init__(self, folder: Path, resolution: int, cache: Path | None = None) -> None:
+        self._listing, self._cache = read_listing(folder), cache
+        super().__init__(len(self._listing), resolution)
+        self._originals[:] = resolution
         self.labels = torch.tensor(self._listing.labels)
         self.num_classes = int(self.labels.max()) + 1
-        self.fingerprint = self._listing.fingerprint(resolution)
+        listed = [self._listing.numbers, self._listing.labels, resolution]
+        sampled = stamps(self._listing.path(kind, index) for index in self._listing.sample(SAMPLE) for kind in KINDS)
+        key = {"kind": "prepared/1", "of": digest([sampled, listed])}
+        self.fingerprint = remembered(cache, key, lambda: self._listing.fingerprint(resolution))
 
     def open(self, index: int) -> Image.Image:
         """Return an image; see :class:`CroppedImages`."""
@@ -90,12 +96,18 @@ class Prepared(CroppedImages):
         Raises:
             DataError: the latents are of another VAE, or of other images.
         """
-        latents = PreparedLatents(self._listing)
-        vae.model.to(device)
-        for index in self._listing.sample(_PROBES):
-            stored, encoded = latents.read(index), vae.moments(self.read([index])).cpu()[0]
-            if not _are_alike(encoded, stored):
-                raise DataError("vae", self._other_latents(index, encoded, stored))
+        latents = PreparedLatents(self._listing, self.frames)
+
+        def compare() -> bool:
+            vae.model.to(device)
+            for index in self._listing.sample(_PROBES):
+                stored, encoded = latents.read(index), vae.moments(self.read([index])).cpu()[0]
+                if not _are_alike(encoded, stored):
+                    raise DataError("vae", self._other_latents(index, encoded, stored))
+            return True
+
+        key = {"kind": "probes/1", "of": self.fingerprint, "vae": digest(vae.identity)}
+        remembered(self._cache, key, compare)
         return latents
 
     def _other_latents(self, index: int, encoded: torch.Tensor, stored: torch.Tensor) -> str:
@@ -112,13 +124,17 @@ class PreparedLatents:
         DataError: the first file cannot be read.
     """
 
-    def __init__(self, listing: Listing) -> None:
-        self._listing = listing
+    def __init__(self, listing: Listing, frames: Callable[[Sequence[int]], torch.Tensor]) -> None:
+        self._listing, self._frames = listing, frames
         self._shape = _load_latents(listing.path(LATENTS, 0)).shape
 
     def shape(self, index: torch.Tensor) -> torch.Size:
         """Return the shape of all tensors; see :class:`repa_lab.data.space.Moments`."""
         return self._shape
+
+    def frames(self, index: torch.Tensor) -> torch.Tensor:
+        """Return the frames of images that are not cut; see :class:`repa_lab.data.space.Moments`."""
+        return self._frames(index.tolist())
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
         """Return the tensors of the images ``index``; see :class:`repa_lab.data.space.Moments`.
@@ -219,8 +235,9 @@ def prepare(
 
     try:
         _claim(folder, manifest, images.labels.tolist())
-        encoders_at_once = threads if device.type == "cpu" else 1
-        with _FileWriter(folder, sizes, rank, world) as files, _single_core_threads(encoders_at_once) as encoders:
+        at_once = threads if device.type == "cpu" else 1
+        with _FileWriter(folder, sizes, rank, world) as files, _single_core_threads(at_once) as pool:
+            encoders = pool, at_once
 
             def incomplete() -> Iterator[Sequence[int]]:
                 for batch in batches:
@@ -235,11 +252,14 @@ def prepare(
                     files.write_missing(IMAGES, number, image)
                 return pixels
 
-            def finish(batch: Sequence[int], pixels: torch.Tensor) -> None:
-                for number, moments in zip(batch, autoencoder.moments(pixels).cpu().numpy(), strict=True):
-                    files.write_missing(LATENTS, number, moments)
+            def encode(pixels: torch.Tensor) -> np.ndarray:
+                return autoencoder.moments(pixels).cpu().numpy()
 
-            for batch in encode_batches(incomplete(), read, finish, threads, encoders, threads + encoders_at_once):
+            def write(batch: Sequence[int], pixels: torch.Tensor, moments: np.ndarray) -> None:
+                for number, values in zip(batch, moments, strict=True):
+                    files.write_missing(LATENTS, number, values)
+
+            for batch in encode_batches(incomplete(), read, encode, write, threads, encoders):
                 add(batch)
         return total
     except torch.OutOfMemoryError:

@@ -124,10 +124,13 @@ class SourceSettings(Settings):
 
 @dataclass(frozen=True)
 class Component:
-    """A registered source: the class of its settings, and the functions that open and describe a data set by them."""
+    """A registered source: the class of its settings, and the functions that open and describe a data set by them.
+
+    A data set is opened by its settings and the folder of all caches, where what is known of images is noted.
+    """
 
     settings: type[SourceSettings]
-    open: Callable[[Any], ImageSource]
+    open: Callable[[Any, Path | None], ImageSource]
     describe: Callable[[Any], Dataset]
 
 
@@ -152,9 +155,9 @@ def source(name: str, implementation: str | None = None) -> Callable[[C], C]:
         cls: Any = decorated
         if hasattr(cls, "model_fields"):
 
-            def open_source(settings: Any) -> ImageSource:
+            def open_source(settings: Any, cache: Path | None = None) -> ImageSource:
                 module, _, function = str(implementation).partition(":")
-                opened: ImageSource = getattr(importlib.import_module(module), function)(settings)
+                opened: ImageSource = getattr(importlib.import_module(module), function)(settings, cache)
                 return opened
 
             SOURCES.add(name, Component(cls, open_source, cls.describe))
@@ -163,7 +166,7 @@ def source(name: str, implementation: str | None = None) -> Callable[[C], C]:
             raise TypeError(f"the source '{name}' must be a subclass of repa_lab.plugins.Source")
         if lacking := [method for method in ("__len__", "read") if not hasattr(cls, method)]:
             raise TypeError(f"the source '{name}' lacks the method {lacking[0]}")
-        SOURCES.add(name, Component(cls.Settings, cls, cls.describe))
+        SOURCES.add(name, Component(cls.Settings, lambda settings, cache: cls(settings), cls.describe))
         return decorated
 
     return register

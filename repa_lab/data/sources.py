@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -15,7 +19,7 @@ from PIL import Image, ImageOps
 from repa_lab.data import DataError
 from repa_lab.data.crop import Buckets, Size, crop, framing, opaque
 from repa_lab.data.huggingface import find_columns, fingerprint_saved, load_hub_rows, load_rows
-from repa_lab.data.listing import caption_notes, fingerprint_content, read_image_folder
+from repa_lab.data.listing import caption_notes, fingerprint_content, fingerprint_images, read_image_folder
 from repa_lab.data.settings import (
     Dataset,
     DigitsSettings,
@@ -25,7 +29,7 @@ from repa_lab.data.settings import (
     SourceSettings,
     fingerprint_digits,
 )
-from repa_lab.files import digest
+from repa_lab.files import digest, replace_atomically
 
 _SPLIT_SEED = 0
 # Formats of cameras, which note how the camera was held; other formats would have to be decoded to find such a note.
@@ -113,12 +117,44 @@ def groups(sizes: torch.Tensor) -> list[torch.Tensor]:
     return [(which == number).nonzero().flatten() for number in range(len(kinds))]
 
 
+def remembered(folder: Path | None, key: Any, compute: Callable[[], Any]) -> Any:
+    """Return a value that JSON can hold, from a file of a folder that is named by a key, or computed and written there.
+
+    Images that have been looked at once are not opened again, which takes minutes for a million of them.
+
+    Args:
+        folder: the folder; None computes the value.
+        key: everything that decides the value, as JSON.
+        compute: computes the value.
+    """
+    if folder is None:
+        return compute()
+    path = folder / "images" / f"{digest(key)[:16]}.json"
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        if digest(noted["key"]) == digest(key):
+            return noted["value"]
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    content = {"key": key, "value": compute()}
+    try:
+        replace_atomically(path, lambda new: new.write_text(json.dumps(content), encoding="utf-8"))
+    except OSError as error:
+        raise DataError("source", f"cannot write '{path}': {error.strerror or error}") from None
+    return content["value"]
+
+
+def stamps(files: Iterable[Path]) -> str:
+    """Return a digest of the paths, sizes and modification times of files."""
+    return digest([(str(file.absolute()), (status := file.stat()).st_size, status.st_mtime_ns) for file in files])
+
+
 class Digits(Source):
     """scikit-learn's 1,797 scans of handwritten digits, 8x8, one channel; grey levels 0..16 become 0..255."""
 
     num_classes = 10
 
-    def __init__(self, settings: DigitsSettings | None = None) -> None:
+    def __init__(self, settings: DigitsSettings | None = None, cache: Path | None = None) -> None:
         from sklearn.datasets import load_digits  # a sixth of what a worker imports, and no other data needs it
 
         super().__init__(settings or DigitsSettings())
@@ -143,8 +179,7 @@ class CroppedImages:
 
     Args:
         count: number of images.
-        side: pixels along each side of a square image.
-        buckets: gives each image the size of the nearest aspect; None makes all images square.
+        side: pixels along each side; images are square unless :meth:`choose_sizes` is called.
     """
 
     channels = 3
@@ -155,10 +190,25 @@ class CroppedImages:
     fingerprint: str
     _field = "path"  # the setting that names the data set, for errors
 
-    def __init__(self, count: int, side: int, buckets: Buckets | None) -> None:
-        self._count, self.side = count, side
-        chosen = [buckets.choose(self._original_size(i)) for i in range(count)] if buckets else [(side, side)] * count
-        self.sizes = torch.tensor(chosen)
+    def __init__(self, count: int, side: int) -> None:
+        self.side, self.sizes = side, torch.full((count, 2), side)
+        self._originals = np.zeros((count, 2), dtype=np.int32)  # height and width, 0 if not known yet
+
+    def choose_sizes(self, buckets: Buckets, cache: Path | None, content: str) -> None:
+        """Give each image the size of the nearest aspect.
+
+        Args:
+            buckets: the sizes.
+            cache: folder of all caches, where the sizes of the originals are noted; None measures them.
+            content: a digest that differs if the size of an original does.
+        """
+
+        def measure() -> list[Size]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return list(pool.map(self._original_size, range(len(self))))
+
+        self._originals[:] = remembered(cache, {"kind": "sizes/1", "of": content}, measure)
+        self.sizes = torch.tensor([buckets.choose((height, width)) for height, width in self._originals.tolist()])
 
     def open(self, index: int) -> Image.Image:
         """Return an image as it is stored; pixels may be loaded later.
@@ -173,7 +223,7 @@ class CroppedImages:
         raise NotImplementedError
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.sizes)
 
     def read(self, index: Sequence[int]) -> torch.Tensor:
         """Return pixels; see :class:`ImageSource`.
@@ -184,7 +234,7 @@ class CroppedImages:
         return torch.stack([self._pixels(int(i)) for i in index])
 
     def frames(self, index: Sequence[int]) -> torch.Tensor:
-        """Return how images were cut; see :class:`ImageSource`.
+        """Return how images were cut; see :class:`ImageSource`. An image is opened unless its size is known.
 
         Raises:
             DataError: an image cannot be read.
@@ -196,27 +246,30 @@ class CroppedImages:
         return height, width
 
     def _pixels(self, index: int) -> torch.Tensor:
-        try:
-            with self.open(index) as image:
-                pixels = np.array(crop(opaque(image), self._size(index)))
-        except OSError as error:
-            raise self._unreadable(index, error) from None
+        with self._opened(index) as image:
+            pixels = np.array(crop(opaque(image), self._size(index)))
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def _original_size(self, index: int) -> Size:
+        if not self._originals[index].all():
+            with self._opened(index):
+                pass
+        height, width = self._originals[index].tolist()
+        return height, width
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[Image.Image]:
         try:
             with self.open(index) as image:
-                return image.height, image.width
+                self._originals[index] = image.height, image.width
+                yield image
         except OSError as error:
-            raise self._unreadable(index, error) from None
-
-    def _unreadable(self, index: int, error: OSError) -> DataError:
-        return DataError(self._field, f"cannot read {self.name(index)}: {error}")
+            raise DataError(self._field, f"cannot read {self.name(index)}: {error}") from None
 
 
-def open_image_folder(settings: ImageFolderSettings) -> ImageFolder:
+def open_image_folder(settings: ImageFolderSettings, cache: Path | None = None) -> ImageFolder:
     """Open a folder of images."""
-    return ImageFolder(settings.folder, settings.side, settings.sizes, settings.caption_column)
+    return ImageFolder(settings.folder, settings.side, settings.sizes, settings.caption_column, cache)
 
 
 class ImageFolder(CroppedImages):
@@ -227,23 +280,32 @@ class ImageFolder(CroppedImages):
     Args:
         folder: the folder.
         resolution: pixels along each side.
-        buckets: see :class:`CroppedImages`.
+        buckets: gives each image the size of the nearest aspect; None makes all images square.
         captions: the column of captions in metadata files.
+        cache: folder of all caches; images that it knows are not opened before their pixels are needed.
 
     Raises:
         DataError: there is no folder, no image in it, or metadata cannot be used.
     """
 
     def __init__(
-        self, folder: Path, resolution: int, buckets: Buckets | None = None, captions: str | None = None
+        self,
+        folder: Path,
+        resolution: int,
+        buckets: Buckets | None = None,
+        captions: str | None = None,
+        cache: Path | None = None,
     ) -> None:
         images = read_image_folder(folder, captions)
-        self._files = images.files
-        super().__init__(len(images.files), resolution, buckets)
+        self._files, unchanged = images.files, stamps(images.files)
+        super().__init__(len(images.files), resolution)
+        if buckets:
+            self.choose_sizes(buckets, cache, unchanged)
         numbers = {name: number for number, name in enumerate(sorted(set(images.classes)))}
         self.num_classes, self.labels = len(numbers), torch.tensor([numbers[name] for name in images.classes])
         self.captions, self.notes = images.captions, images.notes
-        self.fingerprint = fingerprint_content(images, resolution, buckets)
+        key = {"kind": "content/1", "of": unchanged, "listing": fingerprint_images(images, resolution, buckets)}
+        self.fingerprint = remembered(cache, key, lambda: fingerprint_content(images, resolution, buckets))
 
     def open(self, index: int) -> Image.Image:
         """Return an image, turned as its camera was held; see :class:`CroppedImages`."""
@@ -267,9 +329,10 @@ class TableImages(CroppedImages):
         place: the name of the data set in messages.
         fingerprint: see :class:`ImageSource`.
         resolution: pixels along each side.
-        buckets: see :class:`CroppedImages`.
+        buckets: see :class:`ImageFolder`.
         captions: the column of captions.
         field: the setting that names the table, for errors.
+        cache: see :class:`ImageFolder`.
 
     Raises:
         DataError: there is no column of images, or no texts in the column of captions.
@@ -284,11 +347,14 @@ class TableImages(CroppedImages):
         buckets: Buckets | None,
         captions: str | None,
         field: str = "path",
+        cache: Path | None = None,
     ) -> None:
         columns = find_columns(rows.features.to_dict(), place, captions, field)
         self._column, self._field = columns.image, field
         self._images = rows.select_columns([columns.image]).with_format(None)
-        super().__init__(len(rows), resolution, buckets)
+        super().__init__(len(rows), resolution)
+        if buckets:
+            self.choose_sizes(buckets, cache, fingerprint)
         self.num_classes = columns.classes
         self.labels = torch.tensor(rows[columns.label] if columns.label else [0] * len(self)).long()
         self.captions = [str(text or "") for text in rows[columns.captions]] if columns.captions else ()
@@ -307,18 +373,18 @@ class TableImages(CroppedImages):
         return f"the image of row {index}"
 
 
-def open_saved(settings: SavedSettings) -> TableImages:
+def open_saved(settings: SavedSettings, cache: Path | None = None) -> TableImages:
     """Open a folder that `Dataset.save_to_disk` wrote, and of several splits ``train``."""
     folder, side, sizes = settings.folder, settings.side, settings.sizes
     rows, fingerprint = load_rows(folder), fingerprint_saved(folder, side, sizes)
-    return TableImages(rows, str(folder), fingerprint, side, sizes, settings.caption_column)
+    return TableImages(rows, str(folder), fingerprint, side, sizes, settings.caption_column, cache=cache)
 
 
-def open_hub(settings: HubSettings) -> TableImages:
+def open_hub(settings: HubSettings, cache: Path | None = None) -> TableImages:
     """Open a data set of the hub, downloading it unless it is in the cache of `datasets`."""
     data, side, sizes = settings.data, settings.side, settings.sizes
     rows, fingerprint = load_hub_rows(data), data.fingerprint(side, sizes)
-    return TableImages(rows, data.name, fingerprint, side, sizes, settings.caption_column, "name")
+    return TableImages(rows, data.name, fingerprint, side, sizes, settings.caption_column, "name", cache)
 
 
 class Flips:

@@ -17,6 +17,7 @@ from repa_lab.data.sources import ImageSource
 from repa_lab.files import digest
 
 _ENCODED_AT_ONCE = _DECODED_AT_ONCE = 8  # at full resolution an autoencoder takes far more memory than the pixels
+_LARGE_SIDE = 1024  # pixels along each side of the images that a GPU is taken to encode eight of at once
 _CPU = torch.device("cpu")
 
 
@@ -27,6 +28,10 @@ class Space(Protocol):
 
     def shape(self, index: torch.Tensor) -> tuple[int, int, int]:
         """Return (channels, height, width) of each of the images ``index``."""
+        ...
+
+    def frames(self, index: torch.Tensor) -> torch.Tensor:
+        """Return how the images ``index`` ``(B,)`` were cut, ``(B, 6)``; see :meth:`ImageSource.frames`."""
         ...
 
     def read(self, index: torch.Tensor) -> torch.Tensor:
@@ -57,6 +62,10 @@ class Moments(Protocol):
         """Return the shape of one tensor of the images ``index``."""
         ...
 
+    def frames(self, index: torch.Tensor) -> torch.Tensor:
+        """Return how the images ``index`` were cut, ``(n, 6)``."""
+        ...
+
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
         """Return the tensors ``(n, *shape)`` of the images ``index``."""
         ...
@@ -77,6 +86,10 @@ class PixelSpace(Space):
     def shape(self, index: torch.Tensor) -> tuple[int, int, int]:
         height, width = self._source.sizes[index[0]].tolist()
         return self.channels, height, width
+
+    @override
+    def frames(self, index: torch.Tensor) -> torch.Tensor:
+        return self._source.frames(index.tolist())
 
     @override
     def read(self, index: torch.Tensor) -> torch.Tensor:
@@ -111,6 +124,10 @@ class LatentSpace(Space):
     def shape(self, index: torch.Tensor) -> tuple[int, int, int]:
         doubled, height, width = self._moments.shape(index)
         return self.vae.scaling.shape(doubled // 2, height, width)
+
+    @override
+    def frames(self, index: torch.Tensor) -> torch.Tensor:
+        return self._moments.frames(index)
 
     @override
     def read(self, index: torch.Tensor) -> torch.Tensor:
@@ -169,7 +186,9 @@ def latent_space(
 
     identity = {"kind": "latents/2", "data": source.fingerprint, "vae": model.identity}
     about = {"vae": vae, "resolution": source.side, "crop": "centre", "scaling": asdict(model.scaling)}
-    moments = open_cache(cache / "latents", identity, source, encode, _ENCODED_AT_ONCE, progress, about=about)
+    many = _ENCODED_AT_ONCE * max(1, _LARGE_SIDE // source.side) ** 2
+    at_once = _ENCODED_AT_ONCE if device.type == "cpu" else min(many, 128)
+    moments = open_cache(cache / "latents", identity, source, encode, at_once, progress, about=about)
     return LatentSpace(model, moments)
 
 

@@ -1,4 +1,9 @@
-"""Targets of alignment, the encoder's tokens of a batch of images: read from the cache, or computed online."""
+"""Targets of alignment, the encoder's tokens of a batch of images: read from the cache, or computed online.
+
+The cache holds tokens as float32 (``fp32``), as float16 (``fp16``), or in a byte for each value: ``fp8`` (e4m3) and
+``int8`` divide each token by a scale of its own, so that its largest magnitude is the largest code. The scale follows
+the codes of its token as the four bytes of a float32.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,13 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from repa_lab.align.tokens import Grid, Tokens
-from repa_lab.data.cache import ArrayCache, Progress, dtype_name, open_cache
+from repa_lab.data.cache import READERS, ArrayCache, Progress, open_cache
+from repa_lab.data.rows import dtype_name
 from repa_lab.data.sources import ImageSource, groups
 from repa_lab.data.space import Reconstructions
 from repa_lab.encoders.encoder import Encoder, EncoderOptions, load_encoder, require_patch_tokens
@@ -23,7 +29,34 @@ _MIN_STD = 1e-6
 _IMAGES_AT_ONCE = 64
 _PLAIN = EncoderOptions()
 
+_SCALE_BYTES = 4
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_CODES = {"fp8": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}  # dtype, largest code
+
 Reader = Callable[[torch.Tensor], torch.Tensor]
+Storage = Literal["fp32", "fp16", "fp8", "int8"]
+
+
+def packed(values: torch.Tensor, storage: Storage) -> torch.Tensor:
+    """Return tokens ``(..., D)`` as they are stored; in a byte for each value, uint8 ``(..., D + 4)``.
+
+    A token with a value that is not finite becomes NaN in a byte for each value.
+    """
+    if storage in _DTYPES:
+        return values.to(_DTYPES[storage])
+    dtype, largest = _CODES[storage]
+    scale = values.float().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny * largest) / largest
+    codes = values / scale
+    codes = (codes.round() if dtype == torch.int8 else codes).to(dtype)
+    return torch.cat([codes.view(torch.uint8), scale.view(torch.uint8)], dim=-1)
+
+
+def unpacked(stored: torch.Tensor, storage: Storage) -> torch.Tensor:
+    """Return the tokens ``(..., D)`` in float32 that :func:`packed` stored."""
+    if storage in _DTYPES:
+        return stored.float()
+    codes, scale = stored[..., :-_SCALE_BYTES], stored[..., -_SCALE_BYTES:].contiguous()
+    return codes.view(_CODES[storage][0]).float() * scale.view(torch.float32)
 
 
 class Targets(Protocol):
@@ -56,23 +89,34 @@ class CachedTargets:
         features: the cache of all images.
         source: the images.
         standardize: whether each channel gets mean 0 and standard deviation 1 over all images and places.
+        storage: how the features are stored.
     """
 
-    def __init__(self, features: ArrayCache, source: ImageSource, standardize: bool) -> None:
-        self.dim = features.shape(torch.tensor([0]))[-1]
-        self._moments = _channel_moments(features, source) if standardize else None
+    def __init__(self, features: ArrayCache, source: ImageSource, standardize: bool, storage: Storage) -> None:
+        self.dim = features.shape(torch.tensor([0]))[-1] - (_SCALE_BYTES if storage in _CODES else 0)
+        self._storage: Storage = storage
         self._read: Reader = features.__getitem__
         self.reader: Reader | None = self._read
+        self._moments = self._channel_moments(source) if standardize else None
 
     def __call__(self, index: torch.Tensor, device: torch.device, loaded: torch.Tensor | None = None) -> Tokens:
         """Return the cached tokens; see :meth:`Targets.__call__`."""
         features = self._read(index) if loaded is None else loaded
         grid: Grid = (features.shape[1], features.shape[2])
-        values = features.to(device, non_blocking=True).float().flatten(1, 2)
+        values = unpacked(features.to(device, non_blocking=True), self._storage).flatten(1, 2)
         if self._moments is not None:
             mean, std = self._moments = (self._moments[0].to(device), self._moments[1].to(device))  # copied once
             values = (values - mean) / std
         return Tokens(values, grid)
+
+    def _channel_moments(self, source: ImageSource) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean and standard deviation ``(D,)`` of each channel over all images and places, in float32."""
+        total, squares, tokens = torch.zeros(self.dim).double(), torch.zeros(self.dim).double(), 0
+        for index in (batch for group in groups(source.sizes) for batch in group.split(_IMAGES_AT_ONCE)):
+            values = unpacked(self._read(index), self._storage).double().flatten(0, 2)
+            total, squares, tokens = total + values.sum(0), squares + values.square().sum(0), tokens + len(values)
+        mean = total / tokens
+        return mean.float(), (squares / tokens - mean.square()).clamp_min(_MIN_STD**2).sqrt().float()
 
 
 class OnlineTargets:
@@ -121,7 +165,7 @@ def cached_targets(
     cache: Path,
     device: torch.device,
     progress: Progress | None = None,
-    storage: torch.dtype = torch.float16,
+    storage: Storage = "fp16",
     options: EncoderOptions = _PLAIN,
 ) -> CachedTargets:
     """Return the features of all images from the cache; the encoder is loaded and checked only if some are missing.
@@ -135,7 +179,7 @@ def cached_targets(
         cache: the folder of all caches.
         device: where the encoder runs.
         progress: called with the number of images done and of all images.
-        storage: float16, or float32 for features equal to the encoder's bit for bit.
+        storage: how features are stored; ``fp32`` keeps the encoder's bit for bit.
         options: how the encoder runs; only the precision is part of the cache's identity.
 
     Raises:
@@ -152,7 +196,7 @@ def cached_targets(
     def encode(pixels: torch.Tensor) -> torch.Tensor:
         tokens: Tokens = checked_encoder()(pixels.to(device))
         features: torch.Tensor = tokens.values.unflatten(1, tokens.grid)
-        return features
+        return features if storage in _DTYPES else packed(features, storage)
 
     identity = {
         "kind": "features/2",
@@ -162,23 +206,14 @@ def cached_targets(
         "resolution": source.side,
         "precision": options.precision,
         "weights": None if weights is None else file_digest(Path(weights)),
-        "storage": dtype_name(storage),
+        "storage": dtype_name(_DTYPES[storage]) if storage in _DTYPES else storage,
         **token_identity(name),
     }
-    features = open_cache(cache / "features", identity, source, encode, progress=progress, dtype=storage)
-    return CachedTargets(features, source, standardize)
+    readers = 1 if isinstance(source, Reconstructions) else READERS  # reconstructions are decoded on the device
+    dtype = _DTYPES.get(storage, torch.uint8)
+    features = open_cache(cache / "features", identity, source, encode, progress=progress, dtype=dtype, readers=readers)
+    return CachedTargets(features, source, standardize, storage)
 
 
 def _sample(source: ImageSource) -> torch.Tensor:
     return source.read(groups(source.sizes)[0][:_PREFLIGHT_IMAGES].tolist())
-
-
-def _channel_moments(features: ArrayCache, source: ImageSource) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean and standard deviation ``(D,)`` of each channel over all images and places, in float32."""
-    dim = features.shape(torch.tensor([0]))[-1]
-    total, squares, tokens = torch.zeros(dim).double(), torch.zeros(dim).double(), 0
-    for index in (batch for group in groups(source.sizes) for batch in group.split(_IMAGES_AT_ONCE)):
-        values = features[index].double().flatten(0, 2)
-        total, squares, tokens = total + values.sum(0), squares + values.square().sum(0), tokens + len(values)
-    mean = total / tokens
-    return mean.float(), (squares / tokens - mean.square()).clamp_min(_MIN_STD**2).sqrt().float()

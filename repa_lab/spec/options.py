@@ -285,8 +285,8 @@ class RunOptions(Settings):
     """Compile encoders with `torch.compile`. `auto` does so on a GPU."""
     encoder_batch_size: Positive | None = None
     """Most images that an encoder sees at a time."""
-    encoder_storage: Literal["fp16", "fp32"] = "fp16"
-    """Precision of cached features."""
+    encoder_storage: Literal["fp16", "fp32", "fp8", "int8"] = "fp16"
+    """Precision of cached features; fp8 and int8 have a scale for each token."""
     log_every: Positive = 10
     """Steps between rows of the training loss."""
     checkpoint_every: Positive | None = None

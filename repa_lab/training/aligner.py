@@ -26,7 +26,6 @@ from repa_lab.training.data import Announce, Images, pixels_for
 from repa_lab.training.resolve import resolved_regularizer
 
 _CPU = torch.device("cpu")
-_STORAGE = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 class PrefetchWeight:
@@ -226,6 +225,6 @@ def open_targets(
         cache,
         device,
         announce(f"features of {encoder.name}") if announce else None,
-        storage=_STORAGE[options.encoder_storage],
+        storage=options.encoder_storage,
         options=precision,
     )

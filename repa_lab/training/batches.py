@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from repa_lab.data import DataError
 from repa_lab.data.sources import groups
 from repa_lab.encoders.targets import Reader
 from repa_lab.models.family import TEXT_LENGTHS
@@ -241,10 +242,14 @@ class Steps(Dataset[HostBatch]):
             steps: numbers of the steps.
             device: where times and noise are drawn and the step runs.
             workers: processes that read; 0 reads in this process.
+
+        Raises:
+            DataError: an image or a cache cannot be read, or a process that reads has ended.
         """
         is_gpu = device.type == "cuda"
-        loader = DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, pin_memory=is_gpu)
-        for host in _copied_ahead(loader, device) if is_gpu else loader:
+        loader = DataLoader(_Errors(self), batch_size=None, sampler=steps, num_workers=workers, pin_memory=is_gpu)
+        read = _raising(loader)
+        for host in _copied_ahead(read, device) if is_gpu else read:
             yield self.draw(host)
 
     def _draw(self, step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Generator]:
@@ -254,6 +259,42 @@ class Steps(Dataset[HostBatch]):
         t = self._process.times(self._train.times, size, draw)
         dropped = torch.rand(size, generator=draw, device=device) < self._train.label_dropout
         return t, dropped, draw
+
+
+class _Errors(Dataset[HostBatch | DataError]):
+    """The batches of some steps, or what is wrong with their data; a loader would make tracebacks of such errors."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+
+    def __getitem__(self, step: int) -> HostBatch | DataError:
+        try:
+            return self._steps[step]
+        except DataError as error:
+            return error
+
+
+def _raising(loader: Iterable[HostBatch | DataError]) -> Iterator[HostBatch]:
+    """Yield what a loader yields, and raise what is wrong with the data or with the loader's processes.
+
+    Raises:
+        DataError: see :meth:`Steps.load`.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            advice = "if memory or shared memory (/dev/shm) is short, lower run.data_workers"
+            message = f"a process that loads data has ended ({str(error).splitlines()[0].strip(' .')}): {advice}"
+            raise DataError("data_workers", f"{message}; start again, and the run goes on") from None
+        if batch is None:
+            return
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 def _copied_ahead(batches: Iterable[HostBatch], device: torch.device) -> Iterator[HostBatch]:

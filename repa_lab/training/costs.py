@@ -196,7 +196,8 @@ def caches_of(config: RunConfig, options: ResolvedOptions) -> Iterator[Cache]:
         facts, tokens = facts_of(encoder.name), _encoder_tokens(encoder, data)
         if encoder.cache and facts is not None and tokens is not None:
             what = f"features of {encoder.name} at {_encoder_side(encoder, data)} px"
-            bytes_ = tokens * facts.dim * (_HALF if options.encoder_storage == "fp16" else _FLOAT)
+            token = {"fp32": _FLOAT * facts.dim, "fp16": _HALF * facts.dim}.get(options.encoder_storage)
+            bytes_ = tokens * (token or facts.dim + _FLOAT)  # a byte for each value, and a scale
             yield Cache(what, shared, _encoder_flops(encoder, config), bytes_)
 
 

@@ -125,7 +125,7 @@ def open_images(
     vae = data.vae or vae
     if data.is_unset:
         raise DataError("path", "no folder is given; set data.path")
-    base = SOURCES[data.source].open(data)
+    base = SOURCES[data.source].open(data, cache)
     images = split(len(base), data.held_out(len(base)))
     source = Flips(base) if data.flip else base
     progress = announce("latents") if announce and vae else None
@@ -175,7 +175,7 @@ def pretrained_folder(model: ModelConfig) -> Path:
 def text_cache(family: Family, folder: Path, options: ResolvedOptions, cache: Path) -> TextCache:
     """Return the cache of captions as this pipeline's text encoders encode them."""
     content = {name: fingerprint_files(folder / name) for name in text_components(folder)} | settings(folder)
-    identity = {"kind": "texts/1", "family": family.name, "parts": content, "precision": options.encoder_precision}
+    identity = {"kind": "texts/2", "family": family.name, "parts": content, "precision": options.encoder_precision}
     return TextCache(cache / "texts", identity, about={"pipeline": str(folder)})
 
 
@@ -243,8 +243,7 @@ class Captions:
     """Captions as a denoiser's conditioning, encoded by the family's text encoders; null is the empty caption.
 
     Args:
-        source: the images, with captions.
-        train: numbers of the images whose captions samples are drawn for, ``(n,)``.
+        images: the images, with captions.
         texts: the encoded captions.
         sizes: returns the family's conditioning on image sizes; None if it has none.
         config: config of the denoiser's diffusers model.
@@ -257,22 +256,20 @@ class Captions:
 
     def __init__(
         self,
-        source: ImageSource,
-        train: torch.Tensor,
+        images: Images,
         texts: TextCache,
         sizes: Sizes | None,
         config: Any,
         lengths: Callable[[Condition], torch.Tensor] | None = None,
     ) -> None:
-        self._source, self._train, self._texts = source, train, texts
-        self._sizes, self._config, self._lengths = sizes, config, lengths
-        self.kinds = len(train)
+        self._captions, self._frames, self._train = images.source.captions, images.space.frames, images.split.train
+        self._texts, self._sizes, self._config, self._lengths = texts, sizes, config, lengths
+        self.kinds = len(self._train)
 
     def __call__(self, index: torch.Tensor, dropped: torch.Tensor) -> Condition:
         """Return captions and sizes of the images ``index`` ``(B,)``, null captions where ``dropped`` ``(B,)``."""
-        captions = self._source.captions
-        texts = ["" if drop else captions[i] for i, drop in zip(index.tolist(), dropped.tolist(), strict=True)]
-        sizes = self._sizes(self._config, self._source.frames(index.tolist()).float()) if self._sizes else {}
+        texts = ["" if drop else self._captions[i] for i, drop in zip(index.tolist(), dropped.tolist(), strict=True)]
+        sizes = self._sizes(self._config, self._frames(index).float()) if self._sizes else {}
         encoded = self.of_texts(texts)
         lengths = {TEXT_LENGTHS: self._lengths(encoded)} if self._lengths else {}
         return {**encoded, **sizes, **lengths}
@@ -280,7 +277,7 @@ class Captions:
     def of_samples(self, kinds: Sequence[int], dropped: bool = False) -> Condition:
         """Return captions for samples by number, or null captions if ``dropped``; the pipeline adds the sizes."""
         images = self._train[torch.tensor(kinds)].tolist()
-        return self.of_texts(["" if dropped else self._source.captions[image] for image in images])
+        return self.of_texts(["" if dropped else self._captions[image] for image in images])
 
     def of_texts(self, texts: Sequence[str]) -> Condition:
         """Return texts that were encoded ahead of time, in float32; masks keep their type."""

@@ -168,6 +168,4 @@ def _conditioning(
         (name,) = network_of(denoiser.family).condition(net.config, 0)
         return Labels(images.source.labels, known, images.source.num_classes, name)
     texts = text_cache(denoiser.family, folder, options, cache)
-    return Captions(
-        images.source, images.split.train, texts, pipeline.sizes, net.config, network_of(denoiser.family).lengths
-    )
+    return Captions(images, texts, pipeline.sizes, net.config, network_of(denoiser.family).lengths)

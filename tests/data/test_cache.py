@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from repa_lab.data import DataError, cache
+from repa_lab.data import DataError, cache, rows
 from repa_lab.data.cache import RECORD, ArrayCache, encode_batches, open_cache
 from repa_lab.data.crop import Buckets
 from repa_lab.data.sources import ImageFolder, groups
@@ -203,7 +203,7 @@ class TestInterruptions:
         opened, full = Path.open, [False]
 
         def open_(path, mode="r", *args, **options):
-            if name in path.name and mode != "r" and full[0]:
+            if name in path.name and mode not in ("r", "rb") and full[0]:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return opened(path, mode, *args, **options)
 
@@ -211,18 +211,16 @@ class TestInterruptions:
             patched.setattr(Path, "open", open_)
             encode = Square()
             with pytest.raises(DataError) as caught:
-                build(
-                    lambda pixels: (
-                        full.__setitem__(0, len(encode.asked) >= 3 or name == "manifest.json") or encode(pixels)
-                    )
-                )
+                full[0] = name == "manifest.json"
+                build(encode, progress=lambda done, total: full.__setitem__(0, True))
         (folder,) = tmp_path.iterdir()
         assert str(caught.value) == (
             f"cannot write the cache '{folder}': No space left on device; mend this and start again, and what is done is kept"
         )
         rest = Square()
         assert squares(build(rest)) == EXPECTED
-        assert len(rest.asked) == (COUNT if name == "manifest.json" else COUNT - 3)
+        # The second batch may be written before the first is reported.
+        assert len(rest.asked) in ((COUNT,) if name == "manifest.json" else (COUNT - 3, COUNT - 6))
 
 
 class TestDamage:
@@ -289,22 +287,36 @@ class TestDamage:
         assert squares(build(encode)) == EXPECTED and encode.asked == list(range(COUNT))
 
     def test_a_large_cache_is_checked_whole_only_if_its_files_have_changed(self, build, file, monkeypatch):
-        monkeypatch.setattr(cache, "_ALWAYS_CHECKED_BYTES", 0)
+        monkeypatch.setattr(rows, "_ALWAYS_CHECKED_BYTES", 0)
         build(Square())
-        checked, check = [], cache._checksum
-        monkeypatch.setattr(cache, "_checksum", lambda *args: checked.append(args) or check(*args))
+        checked, check = [], cache.checksums
+        monkeypatch.setattr(cache, "checksums", lambda *args: checked.append(args) or check(*args))
         assert squares(build(Square())) == EXPECTED and checked == []
         flip_bit(file("values-1x1.bin"), 7 * 8)
         encode = Square()
         assert squares(build(encode)) == EXPECTED and encode.asked == [6, 7, 8]
-        assert len(checked) >= COUNT
+        assert len(checked) == 1
         checked.clear()
         build(Square())
         assert checked == []
 
-    def test_reading_checks_nothing(self, build, monkeypatch):
+    def test_reading_checks_nothing_but_the_length_of_the_file(self, build, file):
         opened = build(Square())
-        monkeypatch.setattr(cache, "_checksum", None)
+        path = file("values-1x1.bin")
+        flip_bit(path, 7 * 8 + 4)
+        assert squares(opened) != EXPECTED
+        with path.open("r+b") as mapped:
+            mapped.truncate(5 * 8)
+        with pytest.raises(DataError) as caught:
+            squares(opened)
+        assert str(caught.value) == (
+            f"'{path}' was cut short, from 88 to 40 bytes: start again, and what is missing is computed again"
+        )
+        assert squares(build(Square())) == EXPECTED
+
+    def test_a_file_that_is_deleted_meanwhile_can_still_be_read(self, build, file):
+        opened = build(Square())
+        file("values-1x1.bin").unlink()
         assert squares(opened) == EXPECTED
 
 
@@ -446,12 +458,40 @@ class TestSizes:
         assert [group.tolist() for group in groups(torch.full((3, 2), 8))] == [[0, 1, 2]]
 
 
-def test_a_batch_is_read_while_the_one_before_is_encoded():
-    read = [threading.Event() for _ in range(3)]
+@pytest.mark.parametrize("readers", [1, 2])
+def test_batches_are_read_ahead_and_written_behind(readers):
+    """A batch is encoded only after those after it are read, and written only after the next one is encoded."""
+    batches = [[0], [1], [2], [3], [4]]
+    read, encoded = ([threading.Event() for _ in range(len(batches) + readers)] for _ in range(2))
+    for event in (*read[len(batches) :], *encoded[len(batches) :]):
+        event.set()
 
-    def finish(batch, number):
-        assert batch == [number]
-        assert all(event.wait() for event in read[: number + 2])
+    def encode(number: int) -> int:
+        assert all(event.wait() for event in read[: number + 1 + readers])
+        encoded[number].set()
+        return number**2
 
-    batches = [[0], [1], [2]]
-    assert list(encode_batches(batches, lambda batch: read[batch[0]].set() or batch[0], finish)) == batches
+    def write(batch, number: int, square: int) -> None:
+        assert (batch, square) == ([number], number**2)
+        assert encoded[number + 1].wait()
+
+    assert (
+        list(encode_batches(batches, lambda batch: read[batch[0]].set() or batch[0], encode, write, readers)) == batches
+    )
+
+
+def test_an_error_in_any_stage_ends_the_others():
+    def fail(*_):
+        raise KilledError
+
+    def square(number: int) -> int:
+        return number**2
+
+    for stages in ((fail, square, print), (sum, fail, print), (sum, square, fail)):
+        with pytest.raises(KilledError):
+            list(encode_batches([[0], [1], [2]], *stages, 2))
+
+
+def test_frames_are_those_of_the_source(build):
+    opened = build(Square())
+    assert opened.frames(torch.tensor([4, 0])).tolist() == Numbers().frames([4, 0]).tolist()

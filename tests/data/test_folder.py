@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -303,3 +304,29 @@ def test_a_camera_that_was_held_upright_gives_an_upright_image(tmp_path):
     seen = source.read([0])[0].float()
     assert seen[0, : height // 3].mean() > 200 > 60 > seen[0, -height // 3 :].mean()  # the left has become the top
     assert source.frames([0])[0, :2].tolist() == [32, 16]
+
+
+def test_images_that_are_known_are_not_opened_again(folder, tmp_path, audited):
+    root, buckets = (
+        folder({f"{i}.png": noise_image(i, shape) for i, shape in enumerate([(16, 16), (50, 30), (33, 61)])}),
+        Buckets(16, 4, 2.0),
+    )
+
+    def read() -> tuple[list, str, list[str]]:
+        with audited("open") as opened:
+            source = ImageFolder(root, 16, buckets, cache=tmp_path / "cache")
+            frames = source.frames(range(3)).tolist()
+        return (
+            frames,
+            source.fingerprint,
+            sorted({Path(path).name for path, *_ in opened if str(path).endswith(".png")}),
+        )
+
+    plain = ImageFolder(root, 16, buckets)
+    expected = (plain.frames(range(3)).tolist(), plain.fingerprint)
+    assert read() == (*expected, ["0.png", "1.png", "2.png"])
+    assert read() == (*expected, [])
+    noise_image(7, (30, 50)).save(root / "1.png")
+    frames, fingerprint, opened = read()
+    assert frames[1] != expected[0][1] and frames[0] == expected[0][0] and fingerprint != expected[1]
+    assert opened == ["0.png", "1.png", "2.png"]

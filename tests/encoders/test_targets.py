@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from repa_lab.align import REPA, UREPA, Tokens
+from repa_lab.align import REPA, UREPA, Signals, Tokens
 from repa_lab.data import DataError
 from repa_lab.data.autoencoder import Autoencoder
 from repa_lab.data.crop import Buckets
@@ -18,7 +18,7 @@ from repa_lab.data.space import Reconstructions, latent_space
 from repa_lab.encoders import targets
 from repa_lab.encoders.encoder import EncoderOptions, load_encoder
 from repa_lab.encoders.registry import ENCODERS
-from repa_lab.encoders.targets import CachedTargets, OnlineTargets, cached_targets
+from repa_lab.encoders.targets import CachedTargets, OnlineTargets, cached_targets, packed, unpacked
 from repa_lab.timm_models import EncoderError, lite0_model
 from tests.align.references import align
 from tests.data.autoencoders import kl, tiny
@@ -81,12 +81,12 @@ def stores(tmp_path) -> list[dict]:
 
 
 def test_features_kept_in_float32_are_the_encoders_own_bit_for_bit(cached, online):
-    offline = cached(storage=torch.float32)
+    offline = cached(storage="fp32")
     assert offline.dim == online().dim == 112
     fresh, kept = online()(EVERYTHING, CPU), offline(EVERYTHING, CPU)
     assert fresh.grid == kept.grid == (3, 3)
     assert torch.equal(fresh.values, kept.values)
-    assert torch.equal(cached(storage=torch.float32)(EVERYTHING, CPU).values, kept.values)  # read again from disk
+    assert torch.equal(cached(storage="fp32")(EVERYTHING, CPU).values, kept.values)  # read again from disk
 
 
 def test_features_kept_in_float16_are_the_encoders_own_rounded(cached, online):
@@ -106,8 +106,8 @@ def test_the_loss_on_cached_features_is_that_on_fresh_ones(cached, online, urepa
     def loss(source: CachedTargets | OnlineTargets) -> float:
         return align(regularizer, student, source(EVERYTHING, CPU)).loss.item()
 
-    exact = loss(cached(storage=torch.float32, standardize=standardize))
-    half = loss(cached(storage=torch.float16, standardize=standardize))
+    exact = loss(cached(storage="fp32", standardize=standardize))
+    half = loss(cached(storage="fp16", standardize=standardize))
     assert half == pytest.approx(exact, rel=1e-3)
     assert half != exact
     if not standardize:
@@ -115,7 +115,7 @@ def test_the_loss_on_cached_features_is_that_on_fresh_ones(cached, online, urepa
 
 
 def test_images_are_picked_by_index(cached, online):
-    offline = cached(storage=torch.float32)
+    offline = cached(storage="fp32")
     everything, index = offline(EVERYTHING, CPU).values, torch.tensor([4, 0, 4])
     assert torch.equal(offline(index, CPU).values, everything[index])
     # A convolution's rounding depends on the batch it runs in, hence the tolerance.
@@ -141,6 +141,57 @@ def test_a_constant_channel_becomes_0(cached, source, tmp_path):
     assert tokens.isfinite().all()
     assert tokens[..., 5].abs().max() < 1e-3
     assert tokens[..., 6].std() > 0.9
+
+
+def e4m3(values: np.ndarray) -> np.ndarray:
+    """The nearest numbers with four exponent bits of bias 7 and three mantissa bits, halves to even (2209.05433)."""
+    exponent = np.maximum(np.floor(np.log2(np.maximum(np.abs(values), 2.0**-20))), -6)
+    step = 2.0 ** (exponent - 3)
+    return np.rint(values / step) * step
+
+
+@pytest.mark.parametrize("storage, largest, bound", [("int8", 127, 0.5 / 127), ("fp8", 448, 2.0**-4)])
+def test_a_byte_for_each_value_and_a_scale_for_each_token(cached, tmp_path, storage, largest, bound):
+    exact = cached(storage="fp32")(EVERYTHING, CPU).values.numpy()
+    kept = cached(storage=storage)
+    assert kept.dim == 112
+    assert kept.reader(EVERYTHING).shape == (COUNT, 3, 3, 112 + 4)
+    found = kept(EVERYTHING, CPU).values.numpy()
+    scale = (np.abs(exact).max(-1, keepdims=True) / largest).astype(np.float32)
+    codes = exact.astype(np.float32) / scale
+    expected = scale * (np.rint(codes) if storage == "int8" else e4m3(codes.astype(np.float64))).astype(np.float32)
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
+    of_largest = np.abs(found - exact) / (np.abs(exact) if storage == "fp8" else np.abs(exact).max(-1, keepdims=True))
+    assert of_largest[np.abs(exact) > 2.0**-6 * scale].max() <= bound * (1 + 1e-6)
+    sizes = {json.loads(path.read_text())["identity"]["storage"]: sum(
+        values.stat().st_size for values in path.parent.glob("values-*")
+    ) for path in (tmp_path / "cache" / "features").glob("*/manifest.json")}  # fmt: skip
+    assert sizes == {"float32": COUNT * 9 * 112 * 4, storage: COUNT * 9 * 116}
+
+
+@pytest.mark.parametrize("storage", ["int8", "fp8"])
+def test_an_empty_token_stays_empty_and_a_token_that_is_not_finite_is_nan(storage):
+    tokens = torch.tensor([[0.0, 0.0], [1e-30, -1e-30], [3e38, -1e38], [torch.inf, 1.0], [torch.nan, 1.0]])
+    found = unpacked(packed(tokens, storage), storage)
+    assert found[0].tolist() == [0, 0]
+    torch.testing.assert_close(found[1:3], tokens[1:3], rtol=0.04, atol=0)
+    assert found[3:].isnan().all()
+
+
+@pytest.mark.parametrize("storage", ["int8", "fp8", "fp16"])
+@pytest.mark.parametrize("urepa", [False, True])
+def test_gradients_point_where_those_of_float32_do(cached, storage, urepa):
+    def gradient(kind: str) -> torch.Tensor:
+        torch.manual_seed(1)
+        regularizer = (UREPA if urepa else REPA)(8, 112, weight=1.0, projector={"width": 16})
+        values = torch.randn(COUNT, 9, 8, requires_grad=True)
+        targets = cached(storage=kind, standardize=True)(EVERYTHING, CPU)
+        regularizer(Signals(taps=(Tokens(values, (3, 3)),), encoders=(targets,))).value.backward()
+        return torch.cat([values.grad.flatten(), *(weight.grad.flatten() for weight in regularizer.parameters())])
+
+    exact, found = gradient("fp32").double(), gradient(storage).double()
+    assert torch.cosine_similarity(exact, found, dim=0) > 0.999
+    assert not torch.equal(exact, found)
 
 
 def test_standardizing_shares_the_cache(cached, loads):
@@ -171,12 +222,13 @@ def test_every_part_of_the_identity_is_a_key(cached, tmp_path, loads):
     cached(source=make_source(tmp_path / "others", 3, first=100))
     first = cached(weights=str(tmp_path / "a.safetensors"))
     second = cached(weights=str(tmp_path / "b.safetensors"))
-    cached(storage=torch.float32)
+    cached(storage="fp32")
+    cached(storage="fp8")
     cached(options=EncoderOptions(precision="bf16"))
-    assert len(stores(tmp_path)) == len(loads) == 7
+    assert len(stores(tmp_path)) == len(loads) == 8
     cached(weights=str(tmp_path / "copy.safetensors"))
     cached(options=EncoderOptions(batch_size=2))
-    assert len(stores(tmp_path)) == len(loads) == 7  # the same content under another name, and in other portions
+    assert len(stores(tmp_path)) == len(loads) == 8  # the same content under another name, and in other portions
     assert not torch.equal(first(torch.arange(3), CPU).values, second(torch.arange(3), CPU).values)
 
 
@@ -184,9 +236,9 @@ def test_features_after_the_final_norm_are_never_taken_for_those_before_it(cache
     """A cache that was filled when the encoder's row said otherwise, or nothing."""
     with monkeypatch.context() as patched:
         patched.setitem(ENCODERS._components, "mae_vitb16", replace(ENCODERS["mae_vitb16"], norm=True))
-        normed = cached(name="tiny-mae_vitb16", storage=torch.float32)(EVERYTHING, CPU).values
+        normed = cached(name="tiny-mae_vitb16", storage="fp32")(EVERYTHING, CPU).values
         assert [identity.get("norm") for identity in stores(tmp_path)] == [None]
-    plain = cached(name="tiny-mae_vitb16", storage=torch.float32)(EVERYTHING, CPU).values
+    plain = cached(name="tiny-mae_vitb16", storage="fp32")(EVERYTHING, CPU).values
     assert sorted(identity.get("norm", True) for identity in stores(tmp_path)) == [False, True]
     assert len(loads) == 2
     norm = load_encoder("tiny-mae_vitb16", 48, 16).model.norm
@@ -220,7 +272,7 @@ def test_a_flipped_bit_is_found_and_the_features_computed_again(cached, tmp_path
 
 
 def test_features_of_mirrored_images_are_the_encoders_of_mirrored_pixels(cached, source):
-    kept = cached(source=Flips(source), storage=torch.float32)
+    kept = cached(source=Flips(source), storage="fp32")
     encoder = load_encoder("efficientnet_lite0", 48, 16)
     plain, mirrored = kept(EVERYTHING, CPU).values, kept(EVERYTHING + COUNT, CPU).values
     error, pixels = rounding(plain, LITE0), source.read(range(COUNT))
@@ -237,16 +289,16 @@ def test_features_of_reconstructions_are_the_same_cached_and_online(cached, onli
     space = latent_space(source, str(tmp_path / "vae"), tmp_path / "cache")
     decoder = space.vae if kind == "vae" else Autoencoder(tiny(), "tae")
     made = Reconstructions(source, space, decoder, CPU)
-    kept = cached(source=made, storage=torch.float32)(EVERYTHING, CPU).values
+    kept = cached(source=made, storage="fp32")(EVERYTHING, CPU).values
     assert torch.equal(kept, online(source=made)(EVERYTHING, CPU).values)
-    assert not torch.allclose(kept, cached(storage=torch.float32)(EVERYTHING, CPU).values, atol=0.1)
+    assert not torch.allclose(kept, cached(storage="fp32")(EVERYTHING, CPU).values, atol=0.1)
     assert len(stores(tmp_path)) == 2
 
 
 def test_precision_is_passed_on(cached, online):
-    half = cached(storage=torch.float32, options=EncoderOptions(precision="bf16"))(EVERYTHING, CPU).values
+    half = cached(storage="fp32", options=EncoderOptions(precision="bf16"))(EVERYTHING, CPU).values
     assert torch.equal(half, online(options=EncoderOptions(precision="bf16"))(EVERYTHING, CPU).values)
-    full = cached(storage=torch.float32)(EVERYTHING, CPU).values
+    full = cached(storage="fp32")(EVERYTHING, CPU).values
     assert 1e-3 < (half - full).norm() / full.norm() < 0.1
 
 
@@ -278,7 +330,7 @@ class TestSizes:
     def make(self, mixed, tmp_path, cached=True, size=None, **options) -> CachedTargets | OnlineTargets:
         if not cached:
             return OnlineTargets(load_encoder("efficientnet_lite0", size, 64), "it", mixed, CPU)
-        how = {"standardize": False, "storage": torch.float32, **options}
+        how = {"standardize": False, "storage": "fp32", **options}
         return cached_targets(mixed, "efficientnet_lite0", size, None, cache=tmp_path / "cache", device=CPU, **how)
 
     @pytest.mark.parametrize("cached", [True, False])

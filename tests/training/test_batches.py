@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import pickle
+import re
+import signal
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from repa_lab.data import DataError
 from repa_lab.data.crop import Buckets
-from repa_lab.data.sources import Flips, ImageFolder, split
+from repa_lab.data.sources import Digits, Flips, ImageFolder, split
 from repa_lab.data.space import PixelSpace
 from repa_lab.training.batches import Batch, BatchOrder, Order, generator, seeded, stream_seed
 from repa_lab.training.data import Images
@@ -156,6 +161,51 @@ class TestSteps:
         for i, batch in enumerate(loaded, start=1):
             assert equal(batch, steps[i])
             assert batch._fields == Batch._fields
+
+
+def end_the_process() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse() -> None:
+    raise DataError("path", "cannot read the image 'a.png': it is gone")
+
+
+class Failing(Digits):
+    """Digits whose third batch cannot be read."""
+
+    def __init__(self, fail: Callable[[], None]) -> None:
+        super().__init__()
+        self.fail, self.reads = fail, 0
+
+    def read(self, index) -> torch.Tensor:
+        self.reads += 1
+        if self.reads == 3:
+            self.fail()
+        return super().read(index)
+
+
+class TestFailures:
+    def load(self, fail: Callable[[], None], workers: int) -> DataError:
+        source = Failing(fail)
+        steps = make_steps(Images(source, split(len(source), 97), PixelSpace(source))).steps
+        with pytest.raises(DataError) as caught:
+            list(steps.load(range(9), torch.device("cpu"), workers))
+        return caught.value
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_what_is_wrong_with_the_data_is_the_same_line_in_any_process(self, workers):
+        error = self.load(refuse, workers)
+        assert (error.field, str(error)) == ("path", "cannot read the image 'a.png': it is gone")
+
+    def test_a_process_of_the_loader_that_dies_is_one_line(self):
+        error = self.load(end_the_process, 1)
+        assert error.field == "data_workers"
+        assert re.fullmatch(
+            r"a process that loads data has ended \(DataLoader worker .*\): if memory or shared memory \(/dev/shm\) is "
+            r"short, lower run.data_workers; start again, and the run goes on",
+            str(error),
+        )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -400,7 +450,7 @@ class TestBatchOrder:
     def test_its_memory_does_not_grow_with_the_steps(self):
         order = BatchOrder(self.MEMBERS, 5)
         kept = []
-        for step in (1, 200_000):
+        for step in (5000, 200_000):
             taken = order.take(step, self.SIZE)
             kept.append(len(pickle.dumps(order)))
         assert kept[0] == kept[1]

@@ -12,11 +12,11 @@ from repa_lab.data import DataError
 from repa_lab.data.cache import TextCache
 from repa_lab.data.crop import Buckets
 from repa_lab.data.settings import SOURCES, SourceSettings
-from repa_lab.data.sources import Flips, ImageFolder
+from repa_lab.data.sources import Flips, ImageFolder, Split
 from repa_lab.data.space import LatentSpace, PixelSpace
 from repa_lab.models.families import FAMILIES
 from repa_lab.spec import EncoderSettings
-from repa_lab.training.data import Captions, Labels, open_images, pixels_for
+from repa_lab.training.data import Captions, Images, Labels, open_images, pixels_for
 from repa_lab.training.evaluate import real_images
 from tests.data.autoencoders import tiny
 from tests.data.conftest import noise_image
@@ -251,7 +251,9 @@ class TestCaptions:
         return cache
 
     def make(self, source, texts, sizes=None, train=(0, 2, 3)) -> Captions:
-        return Captions(source, torch.tensor(train), texts, sizes, None)
+        return Captions(
+            Images(source, Split(torch.tensor(train), torch.tensor([])), PixelSpace(source)), texts, sizes, None
+        )
 
     def test_are_those_of_the_images(self, source, texts):
         found = self.make(source, texts)(torch.tensor([2, 0, 3, 2]), kept(0, 0, 0, 0))
@@ -308,7 +310,7 @@ class TestCaptions:
     def test_prompts_are_encoded_ahead_of_time_or_refused(self, source, texts):
         conditioning = self.make(source, texts)
         assert conditioning.of_texts(["a prompt", "a cat"])["encoder_hidden_states"][:, 0, 0].tolist() == [8, 5]
-        with pytest.raises(DataError, match="the cached embedding of 'another' is missing"):
+        with pytest.raises(DataError, match="the embedding of 'another' is not in the cache"):
             conditioning.of_texts(["a prompt", "another"])
 
     def test_a_mirrored_image_has_its_images_caption_and_sizes(self, source, texts):

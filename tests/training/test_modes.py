@@ -274,6 +274,24 @@ class TestPixels:
         }
         return {"data": data, "model.size": "nano/4", "train.batch_size": 4}
 
+    @pytest.mark.parametrize("pixels", ["image", "vae"])
+    def test_a_warm_start_opens_no_image(self, latents, tmp_path, audited, pixels):
+        encoder = {**SETTINGS["regularizer"]["encoder"], "pixels": pixels}
+        run = make_run(**{**latents, "regularizer.encoder": encoder})
+
+        def first_step() -> list[int]:
+            trainer = Trainer(run, make_options(), tmp_path / "cache")
+            batch = next(trainer.batches())
+            trainer.step(batch)
+            return [*batch.ids.tolist(), *trainer._steps._images.space.frames(batch.ids).flatten().tolist()]
+
+        with audited("open") as opened:
+            cold = first_step()
+            assert any(str(path).endswith(".png") for path, *_ in opened)
+            opened.clear()
+            assert first_step() == cold
+            assert not [path for path, *_ in opened if str(path).endswith(".png")]
+
     def test_the_encoder_sees_what_the_spec_says(self, latents, tmp_path, fresh):
         encoder = SETTINGS["regularizer"]["encoder"]
         losses = {}

@@ -1,0 +1,174 @@
+"""Files of equal tensors, one after the other: mapped into memory, with checksums, and written under a lock."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from repa_lab.data import DataError
+from repa_lab.files import digest, replace_atomically
+
+_MANIFEST, _CHECKED = "manifest.json", "checked.json"
+_ALWAYS_CHECKED_BYTES = 2 << 30
+_CHECKED_ROWS = 256
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in torch, such as ``float16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+class Rows:
+    """A memory-mapped file of tensors of one shape, one after the other.
+
+    Args:
+        path: the file.
+        count: number of tensors.
+        shape: shape of a tensor.
+        dtype: name of the tensors' dtype in torch.
+
+    Attributes:
+        bytes: the content ``(count, bytes of a tensor)``.
+    """
+
+    def __init__(self, path: Path, count: int, shape: Sequence[int], dtype: str) -> None:
+        self._arguments = path, count, shape, dtype
+        self.shape, self._dtype = torch.Size(shape), dtype_of(dtype)
+        self._file = path.open("rb")
+        self._length = count * row_bytes(shape, dtype)
+        self._require_length()
+        self.bytes = np.asarray(np.memmap(self._file, np.uint8, "r", shape=(count, row_bytes(shape, dtype))))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let another process map the file itself instead of sending it the content."""
+        return Rows, self._arguments
+
+    def __getitem__(self, rows: np.ndarray) -> torch.Tensor:
+        """Return the tensors ``(n, *shape)`` of the given rows ``(n,)``.
+
+        Raises:
+            DataError: the file has been cut short; reading what is gone would end the process by a signal.
+        """
+        self._require_length()
+        values = torch.from_numpy(self.bytes[rows])  # NumPy gathers twice as fast as torch
+        return values.view(self._dtype).view(len(rows), *self.shape)
+
+    def _require_length(self) -> None:
+        length = os.fstat(self._file.fileno()).st_size
+        if length < self._length:
+            message = f"'{self._arguments[0]}' was cut short, from {self._length:,} to {length:,} bytes"
+            raise DataError("source", f"{message}: start again, and what is missing is computed again")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype of a name; the inverse of :func:`dtype_name`."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def row_bytes(shape: Sequence[int], dtype: str) -> int:
+    """Return the number of bytes of a tensor."""
+    return math.prod(shape) * dtype_of(dtype).itemsize
+
+
+def bytes_of(values: torch.Tensor) -> np.ndarray:
+    """Return the bytes of contiguous tensors ``(n, *shape)``, ``(n, bytes)``."""
+    return values.reshape(len(values), -1).view(torch.uint8).numpy()
+
+
+def resize(path: Path, length: int) -> int:
+    """Give a file its length and return it; what is new in the file is zeros, which no checksum fits."""
+    if not path.is_file() or path.stat().st_size != length:
+        with path.open("ab") as file:
+            file.truncate(length)
+    return length
+
+
+def write_rows(path: Path, first: int, rows: np.ndarray) -> None:
+    """Write rows of bytes ``(n, bytes)`` into a file from row ``first`` on."""
+    with path.open("r+b" if path.is_file() else "wb") as file:
+        file.seek(first * rows.shape[1])
+        file.write(rows.tobytes())
+
+
+def checksums(data: Sequence[np.ndarray], starts: Sequence[int]) -> np.ndarray:
+    """Return the CRC-32 of each row over all arrays of bytes ``(n, bytes)``, from a start for each, in threads."""
+
+    def of_row(row: int) -> int:
+        return functools.reduce(lambda crc, values: zlib.crc32(values[row].data, crc), data, starts[row])
+
+    def of_rows(first: int) -> list[int]:
+        return [of_row(row) for row in range(first, min(first + _CHECKED_ROWS, len(starts)))]
+
+    with ThreadPoolExecutor() as pool:
+        found = itertools.chain.from_iterable(pool.map(of_rows, range(0, len(starts), _CHECKED_ROWS)))
+        return np.fromiter(found, np.uint32, len(starts))
+
+
+def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+def is_checked(folder: Path, files: Iterable[Path], total: int) -> bool:
+    """Return whether a cache of ``total`` bytes is large and unchanged since all of it was last compared."""
+    try:
+        noted = json.loads((folder / _CHECKED).read_text())
+        return total > _ALWAYS_CHECKED_BYTES and bool(noted == _stamps(files))
+    except (OSError, ValueError):
+        return False
+
+
+def note_checked(folder: Path, files: Iterable[Path]) -> None:
+    """Note that the files of a cache are whole as they are now."""
+    with writing(folder):
+        _write_json(folder / _CHECKED, _stamps(files))
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write the manifest of a cache with its digest."""
+    _write_json(folder / _MANIFEST, {**content, "sha256": digest(content)})
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the content of a manifest, or None if it is not there or not whole."""
+    try:
+        content: dict[str, Any] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        return content if content.pop("sha256") == digest(content) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    replace_atomically(path, lambda new: new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder and hold its lock: processes that build one cache wait for each other."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        yield
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a full disk and the like into one line; what is done is kept."""
+    try:
+        yield
+    except OSError as error:
+        message = f"cannot write the cache '{folder}': {error.strerror or error}"
+        raise DataError("source", f"{message}; mend this and start again, and what is done is kept") from None
