@@ -53,45 +53,37 @@ _IMAGES, _TEXTS = "images.bin", "texts.bin"
 
 A = TypeVar("A")
 B = TypeVar("B")
+C = TypeVar("C")
+D = TypeVar("D")
+_Loaded = tuple[list[int], torch.Tensor, np.ndarray]  # numbers of images, their pixels or tensors, their frames
 Progress = Callable[[int, int], None]
 Embeddings = dict[str, torch.Tensor]
 
 
 def encode_batches(
-    batches: Iterable[Sequence[int]],
-    read: Callable[[Sequence[int]], A],
-    encode: Callable[[A], B],
-    write: Callable[[Sequence[int], A, B], None],
+    batches: Iterable[A],
+    read: Callable[[A], B],
+    encode: Callable[[B], C],
+    write: Callable[[C], D],
     readers: int = 1,
     encoders: tuple[Executor, int] | None = None,
-) -> Iterator[Sequence[int]]:
-    """Read batches of images ahead in threads, encode them, write them behind, and yield each when it is written.
+) -> Iterator[D]:
+    """Read batches of images ahead in threads, encode them, write them behind, and yield what ``write`` returns.
 
     Pillow decodes and resizes images without Python's lock, so threads read as many at a time as processes would.
 
     Args:
-        batches: numbers of images.
-        read: loads the pixels of a batch.
+        batches: the numbers of the images of each batch.
+        read: loads the images of a batch.
         encode: encodes what ``read`` returned.
-        write: writes a batch, what was read and what was encoded.
+        write: writes what ``encode`` returned.
         readers: number of threads that read, and of batches that are read ahead.
         encoders: where ``encode`` runs, and on how many batches at a time; None runs it in this thread.
     """
-
-    def read_batch(batch: Sequence[int]) -> tuple[Sequence[int], A]:
-        return batch, read(batch)
-
-    def encode_batch(loaded: tuple[Sequence[int], A]) -> tuple[Sequence[int], A, B]:
-        return *loaded, encode(loaded[1])
-
-    def write_batch(encoded: tuple[Sequence[int], A, B]) -> Sequence[int]:
-        write(*encoded)
-        return encoded[0]
-
     with ThreadPoolExecutor(readers) as reading, ThreadPoolExecutor(1) as writing:
-        loaded = _in_order(reading, read_batch, batches, readers)
-        encoded = _in_order(encoders[0], encode_batch, loaded, encoders[1]) if encoders else map(encode_batch, loaded)
-        yield from _in_order(writing, write_batch, encoded, 1)
+        loaded = _in_order(reading, read, batches, readers)
+        encoded = _in_order(encoders[0], encode, loaded, encoders[1]) if encoders else map(encode, loaded)
+        yield from _in_order(writing, write, encoded, 1)
 
 
 def _in_order(pool: Executor, function: Callable[[A], B], items: Iterable[A], ahead: int) -> Iterator[B]:
@@ -147,7 +139,7 @@ class ArrayCache:
         for number, members in enumerate(groups(sizes)):
             size = _size_name(sizes[members[0]])
             self._files.append(Rows(_values_file(folder, size), len(members), manifest.shapes[size], manifest.dtype))
-            self._file[members], self._row[members] = number, np.arange(len(members))
+            self._file[members.numpy()], self._row[members.numpy()] = number, np.arange(len(members))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let another process map the files itself instead of sending it their content."""
@@ -242,21 +234,23 @@ class _Builder:
 
     def _encode_all(self, batches: Sequence[torch.Tensor], progress: Progress | None) -> None:
         is_done = self._records["done"].copy()
-        numbers = (batch.tolist() for batch in batches)
-        for batch in encode_batches(numbers, self._read, self._encode_read, self._write, self._readers):
+        for batch in encode_batches(batches, self._read, self._encode_read, self._write, self._readers):
             is_done[batch] = True
             if progress:
                 progress(int(is_done.sum()), len(is_done))
 
-    def _read(self, batch: Sequence[int]) -> tuple[torch.Tensor, np.ndarray]:
-        return self._source.read(batch), self._source.frames(batch).numpy().astype("<i4")
+    def _read(self, index: torch.Tensor) -> _Loaded:
+        batch = index.tolist()
+        return batch, self._source.read(batch), self._source.frames(batch).numpy().astype("<i4")
 
-    def _encode_read(self, loaded: tuple[torch.Tensor, np.ndarray]) -> torch.Tensor:
-        return _stored(self._encode(loaded[0]), self._dtype)
+    def _encode_read(self, loaded: _Loaded) -> _Loaded:
+        batch, pixels, frames = loaded
+        return batch, _stored(self._encode(pixels), self._dtype), frames
 
-    def _write(self, batch: Sequence[int], loaded: tuple[torch.Tensor, np.ndarray], values: torch.Tensor) -> None:
+    def _write(self, encoded: _Loaded) -> list[int]:
         """Write the tensors of a batch that are missing; only then are the images marked as done."""
-        frames, size = loaded[1], _size_name(self._source.sizes[batch[0]])
+        batch, values, frames = encoded
+        size = _size_name(self._source.sizes[batch[0]])
         with writing(self._folder):
             self._require_shape(size, values)
             data, seed = bytes_of(values), self.manifest.seed(size)
@@ -271,6 +265,7 @@ class _Builder:
                     self._records[image] = frames[number], checksum, True
                     file.seek(image * RECORD.itemsize)
                     file.write(self._records[image].tobytes())
+        return batch
 
     def _require_shape(self, size: str, values: torch.Tensor) -> None:
         """Note the shape of the first tensors of a size, and refuse those that differ from it."""

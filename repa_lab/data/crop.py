@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -112,7 +113,7 @@ class Buckets:
             around = f"of about the area of {self.side}x{self.side} px with aspects up to {self.max_aspect:g}"
             raise DataError("buckets", f"no size in steps of {self.step} px is {around}; choose a smaller step")
 
-    @property
+    @functools.cached_property
     def sizes(self) -> tuple[Size, ...]:
         """All sizes, from the tallest to the widest."""
         sides = range(self.step, int(self.side * math.sqrt(self.max_aspect)) + 1, self.step)

@@ -246,18 +246,21 @@ def prepare(
                     else:
                         yield batch
 
-            def read(batch: Sequence[int]) -> torch.Tensor:
+            def read(batch: Sequence[int]) -> tuple[Sequence[int], torch.Tensor]:
                 pixels = images.read(batch)
                 for number, image in zip(batch, pixels.numpy(), strict=True):
                     files.write_missing(IMAGES, number, image)
-                return pixels
+                return batch, pixels
 
-            def encode(pixels: torch.Tensor) -> np.ndarray:
-                return autoencoder.moments(pixels).cpu().numpy()
+            def encode(loaded: tuple[Sequence[int], torch.Tensor]) -> tuple[Sequence[int], np.ndarray]:
+                batch, pixels = loaded
+                return batch, autoencoder.moments(pixels).cpu().numpy()
 
-            def write(batch: Sequence[int], pixels: torch.Tensor, moments: np.ndarray) -> None:
+            def write(encoded: tuple[Sequence[int], np.ndarray]) -> Sequence[int]:
+                batch, moments = encoded
                 for number, values in zip(batch, moments, strict=True):
                     files.write_missing(LATENTS, number, values)
+                return batch
 
             for batch in encode_batches(incomplete(), read, encode, write, threads, encoders):
                 add(batch)

@@ -11,6 +11,8 @@ and noise on the device that trains. Another kind of device draws other times an
 from __future__ import annotations
 
 import hashlib
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -280,16 +282,24 @@ def _raising(loader: Iterable[HostBatch | DataError]) -> Iterator[HostBatch]:
     Raises:
         DataError: see :meth:`Steps.load`.
     """
+    handler = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # The loader's handler would raise the end of a worker anywhere in a step, again and again.
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     while True:
+        end = ""
         try:
             batch = next(batches, None)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
+            end = str(error).splitlines()[0].strip(" .")
+        if end:
+            del batches  # ends the other processes
             advice = "if memory or shared memory (/dev/shm) is short, lower run.data_workers"
-            message = f"a process that loads data has ended ({str(error).splitlines()[0].strip(' .')}): {advice}"
-            raise DataError("data_workers", f"{message}; start again, and the run goes on") from None
+            message = f"a process that loads data has ended ({end}): {advice}; start again, and the run goes on"
+            raise DataError("data_workers", message)
         if batch is None:
             return
         if isinstance(batch, DataError):

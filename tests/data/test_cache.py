@@ -461,7 +461,7 @@ class TestSizes:
 @pytest.mark.parametrize("readers", [1, 2])
 def test_batches_are_read_ahead_and_written_behind(readers):
     """A batch is encoded only after those after it are read, and written only after the next one is encoded."""
-    batches = [[0], [1], [2], [3], [4]]
+    batches = range(5)
     read, encoded = ([threading.Event() for _ in range(len(batches) + readers)] for _ in range(2))
     for event in (*read[len(batches) :], *encoded[len(batches) :]):
         event.set()
@@ -469,27 +469,25 @@ def test_batches_are_read_ahead_and_written_behind(readers):
     def encode(number: int) -> int:
         assert all(event.wait() for event in read[: number + 1 + readers])
         encoded[number].set()
-        return number**2
+        return number + 10
 
-    def write(batch, number: int, square: int) -> None:
-        assert (batch, square) == ([number], number**2)
-        assert encoded[number + 1].wait()
+    def write(number: int) -> int:
+        assert encoded[number - 10 + 1].wait()
+        return number + 100
 
-    assert (
-        list(encode_batches(batches, lambda batch: read[batch[0]].set() or batch[0], encode, write, readers)) == batches
-    )
+    found = encode_batches(batches, lambda number: read[number].set() or number, encode, write, readers)
+    assert list(found) == [110, 111, 112, 113, 114]
 
 
-def test_an_error_in_any_stage_ends_the_others():
-    def fail(*_):
+@pytest.mark.parametrize("stage", range(3))
+def test_an_error_in_any_stage_ends_the_others(stage):
+    def fail(number: int) -> int:
         raise KilledError
 
-    def square(number: int) -> int:
-        return number**2
-
-    for stages in ((fail, square, print), (sum, fail, print), (sum, square, fail)):
-        with pytest.raises(KilledError):
-            list(encode_batches([[0], [1], [2]], *stages, 2))
+    stages = [abs, abs, abs]
+    stages[stage] = fail
+    with pytest.raises(KilledError):
+        list(encode_batches(range(3), *stages, 2))
 
 
 def test_frames_are_those_of_the_source(build):
