@@ -118,23 +118,28 @@ def checksums(data: Sequence[np.ndarray], starts: Sequence[int]) -> np.ndarray:
         return np.fromiter(found, np.uint32, len(starts))
 
 
-def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-
-
 def is_checked(folder: Path, files: Iterable[Path], total: int) -> bool:
     """Return whether a cache of ``total`` bytes is large and unchanged since all of it was last compared."""
-    try:
-        noted = json.loads((folder / _CHECKED).read_text())
-        return total > _ALWAYS_CHECKED_BYTES and bool(noted == _stamps(files))
-    except (OSError, ValueError):
-        return False
+    return total > _ALWAYS_CHECKED_BYTES and _noted(folder) == _stamps(files)
 
 
 def note_checked(folder: Path, files: Iterable[Path]) -> None:
     """Note that the files of a cache are whole as they are now."""
-    with writing(folder):
-        _write_json(folder / _CHECKED, _stamps(files))
+    stamps = _stamps(files)
+    if _noted(folder) != stamps:
+        with writing(folder):
+            _write_json(folder / _CHECKED, stamps)
+
+
+def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.is_file()}
+
+
+def _noted(folder: Path) -> Any:
+    try:
+        return json.loads((folder / _CHECKED).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
