@@ -291,10 +291,10 @@ def _raising(loader: Iterable[HostBatch | DataError]) -> Iterator[HostBatch]:
         end = ""
         try:
             batch = next(batches, None)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:  # EOF, because a batch is fetched from its process
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
-            end = str(error).splitlines()[0].strip(" .")
+            end = (str(error) or type(error).__name__).splitlines()[0].strip(" .")
         if end:
             del batches  # ends the other processes
             advice = "if memory or shared memory (/dev/shm) is short, lower run.data_workers"

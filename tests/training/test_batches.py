@@ -202,7 +202,7 @@ class TestFailures:
         error = self.load(end_the_process, 1)
         assert error.field == "data_workers"
         assert re.fullmatch(
-            r"a process that loads data has ended \(DataLoader worker .*\): if memory or shared memory \(/dev/shm\) is "
+            r"a process that loads data has ended \(.+\): if memory or shared memory \(/dev/shm\) is "
             r"short, lower run.data_workers; start again, and the run goes on",
             str(error),
         )
@@ -451,10 +451,10 @@ class TestBatchOrder:
     def test_its_memory_does_not_grow_with_the_steps(self):
         order = BatchOrder(self.MEMBERS, 5)
         kept = []
-        for step in (5000, 200_000):
+        for step in (*range(5000, 5200), 200_000):  # all sizes have come by then
             taken = order.take(step, self.SIZE)
             kept.append(len(pickle.dumps(order)))
-        assert kept[0] == kept[1]
+        assert kept[-1] - kept[-2] < 100  # counters have more digits
         # The definition: all draws up to the step, and the images of its size after those of the earlier steps.
         blocks = [
             torch.multinomial(order._shares, 1024, replacement=True, generator=generator(5, "sizes", block))
