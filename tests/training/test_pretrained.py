@@ -350,7 +350,7 @@ def test_captions_are_encoded_again_for_a_pipeline_that_reads_other_layers(tmp_p
     cache().build(["a cat"], lambda texts: {"text": torch.ones(len(texts), 1)}, 1)
     assert cache().read(["a cat"])["text"].tolist() == [[1.0]]
     (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder_select_layers": [*range(1, 35, 3)]}))
-    with pytest.raises(DataError, match="the cached embedding of 'a cat' is missing"):
+    with pytest.raises(DataError, match="the embedding of 'a cat' is not in the cache"):
         cache().read(["a cat"])
 
 
