@@ -7,10 +7,9 @@ import io
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -246,34 +245,27 @@ def _profiles(results: Results) -> list[_Draft]:
 # ---- samples
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A grid of samples; ``link`` is its path relative to the sweep's folder."""
+class Sample(NamedTuple):
+    """A grid of samples: its path relative to the sweep's folder, and its image as a data URI; None if damaged."""
 
-    path: Path
     link: str
-
-    @cached_property
-    def data(self) -> str | None:
-        """The image as a data URI, no wider than the page has room for; None if the file is damaged."""
-        try:
-            with Image.open(self.path) as image:
-                image.load()
-                return _data_uri(image)
-        except (OSError, ValueError, SyntaxError):  # what Pillow raises for damaged files
-            return None
+    data: str | None
 
 
-def _data_uri(image: Image.Image) -> str:
-    if image.width > _MAX_PIXELS:
-        size = (_MAX_PIXELS, round(image.height * _MAX_PIXELS / image.width))
-        image = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+def _sample(path: Path, folder: Path) -> Sample:
+    link = Path(os.path.relpath(path, folder)).as_posix()
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError):  # what Pillow raises for damaged files
+        return Sample(link, None)
+    image.thumbnail((_MAX_PIXELS, image.height))
     kind, content = "png", io.BytesIO()
     image.save(content, format="PNG")
-    if len(content.getvalue()) > _MAX_PNG_BYTES:
+    if content.tell() > _MAX_PNG_BYTES:
         kind, content = "jpeg", io.BytesIO()
-        image.convert("RGB").save(content, format="JPEG", quality=85)
-    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
+        image.save(content, format="JPEG", quality=85)
+    return Sample(link, f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode('ascii')}")
 
 
 @dataclass(frozen=True)
@@ -320,10 +312,7 @@ def _sheet(arms: list[str], results: Results, folder: Path) -> Sheet | None:
     if len(steps) > _MAX_STEPS:  # evenly, with the first and the last
         steps = [steps[round(place * (len(steps) - 1) / (_MAX_STEPS - 1))] for place in range(_MAX_STEPS)]
     rows = {
-        arm: tuple(
-            Sample(by_step[step], Path(os.path.relpath(by_step[step], folder)).as_posix()) if step in by_step else None
-            for step in steps
-        )
+        arm: tuple(_sample(by_step[step], folder) if step in by_step else None for step in steps)
         for arm, by_step in [*shown.items()][:_MAX_ARMS]
     }
     return Sheet(seed, tuple(steps), rows, len(arms) - len(rows))
