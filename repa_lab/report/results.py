@@ -104,12 +104,6 @@ class Results:
         return curves_frame(self.members)
 
     @cached_property
-    def evaluations(self) -> pd.DataFrame:
-        """The rows of :attr:`curves` of evaluation metrics."""
-        names = [name for name in self.curves["metric"].unique() if is_evaluation(name)]
-        return self.curves[self.curves["metric"].isin(names)]
-
-    @cached_property
     def summary(self) -> pd.DataFrame:
         """A row per arm and evaluation metric at equal progress; see :func:`repa_lab.report.summary.summarize`."""
         return pd.DataFrame(self.rows, columns=SUMMARY_COLUMNS)
@@ -209,11 +203,26 @@ class Results:
             raise ResultsError(f"no sweep '{name}' among {self.name}")
         return Results(chosen, tuple(member for member in self.members if member.keys["sweep"] == name))
 
+    def measured(self, axis: Axis = STEPS) -> list[Member]:
+        """Return the runs that have evaluations, all of them at a known place along an axis."""
+        measured = []
+        for member in self.members:
+            steps = {
+                step
+                for name, curve in member.reader.history.measurements.items()
+                if is_evaluation(name)
+                for step in curve
+            }
+            places = member.reader.places(axis.name)
+            if steps and not any(math.isnan(places[step]) for step in steps):
+                measured.append(member)
+        return measured
+
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
         """The measures of progress that every evaluation records; others would give means over fewer runs."""
-        measured = self.evaluations
-        return tuple(axis for axis in AXES if axis is STEPS or (len(measured) and measured[axis.name].notna().all()))
+        count = len(self.measured())
+        return tuple(axis for axis in AXES if axis is STEPS or (count and len(self.measured(axis)) == count))
 
     @cached_property
     def _curves(self) -> Curves:

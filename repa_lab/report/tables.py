@@ -183,8 +183,9 @@ def targets_tables(results: Results) -> dict[str, Table]:
     both arm and baseline reached it.
     """
     # Images are proportional to steps, and give the same ratios, unless batches differ in size.
-    per_step = (results.curves["images"] / results.curves["step"].where(results.curves["step"] > 0)).dropna()
-    ratio_axes = [axis for axis in results.axes if axis is not IMAGES or per_step.nunique() > 1]
+    places = [item for member in results.members for item in member.reader.history.progress.items()]
+    per_step = {place.images / step for step, place in places if step > 0 and not math.isnan(place.images)}
+    ratio_axes = [axis for axis in results.axes if axis is not IMAGES or len(per_step) > 1]
     headers = ["target", "arm", "reached by", *(axis.unit for axis in results.axes)]
     headers += [f"speed-up in {axis.unit} [95 % interval]" for axis in ratio_axes]
     rows: dict[str, list[list[str]]] = {}

@@ -333,11 +333,10 @@ def _orphans(results: Results) -> Iterator[str]:
 
 def _partial_axes(results: Results) -> Iterator[str]:
     """Name measures of progress that only some runs recorded, so that no curves are drawn over them."""
-    measured = results.evaluations
+    count = len(results.measured())
     for axis in (axis for axis in AXES if axis not in results.axes):
-        missing = measured.loc[measured[axis.name].isna(), "run_id"].nunique()
-        if missing < (known := measured["run_id"].nunique()):
-            yield f"No curves over {axis.label}, which {missing} of {known} measured runs did not record."
+        if known := len(results.measured(axis)):
+            yield f"No curves over {axis.label}, which {count - known} of {count} measured runs did not record."
 
 
 # ---- how numbers were made

@@ -33,8 +33,6 @@ def test_growth_of_reading_and_reporting(tmp_path):
         write_sweep(root, arms, seeds)
         plain = 0.0
         for name, work in WORK.items():
-            if name.startswith("report") and runs > 1000:
-                continue
             seconds, memory = spent(SETUP, work, root.path)
             plain = plain or seconds
             growth = f", {seconds / before[name]:.1f} x the time of a tenth of the runs" if name in before else ""
