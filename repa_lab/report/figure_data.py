@@ -42,7 +42,7 @@ def alignment_frame(results: Results) -> pd.DataFrame:
     """Return held-out alignment of every arm of one sweep over steps; columns as in :func:`convergence_frame`."""
     measured = dict.fromkeys(metric for arm in results.baselines for metric in results.metrics(arm))
     metrics = [*ALIGNMENT, *(metric for metric in measured if not is_protocol(metric) and metric not in ALIGNMENT)]
-    pairs = [(arm, metric) for metric in metrics for arm in results.baselines if not results.conflicts(arm, metric)]
+    pairs = [(arm, metric) for arm in results.baselines for metric in metrics if not results.conflicts(arm, metric)]
     return _frame(results, pairs, STEPS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,45 +41,26 @@ def draw_convergence(frame: pd.DataFrame, goal: Goal = "min", axis: Axis = STEPS
         goal: whether small or large values are good.
         axis: the measure of progress of the frame.
     """
-    cells = list(panels(frame))
-    columns = min(len(cells), _MAX_COLUMNS)
-    size = (5.2 if columns > 1 else 6.2, 4.5)
-    figure, places = canvas(math.ceil(len(cells) / columns), columns, size)
-    for axes, rows in zip(places, cells, strict=False):
-        metric = str(rows["metric"].iloc[0])
-        entries = _draw_panel(axes, rows, arm_styles(frame, str(rows["group"].iloc[0])), axis)
+    better = "lower" if goal == "min" else "higher"
+
+    def label(metric: str) -> str:
         kind = metric.partition(":")[0]
-        better = "lower" if goal == "min" else "higher"
-        label = f"{_NAMES.get(kind, kind)} ({better} is better)\n{metric}"
-        axes.set_ylabel(label, fontsize=min(11.0, 400 / len(metric)))
-        legend(axes, entries, "upper right" if goal == "min" else "lower right")
+        return f"{_NAMES.get(kind, kind)} ({better} is better)\n{metric}"
+
+    figure = _draw_panels(frame, axis, (5.6, 4.5), label, "upper right" if goal == "min" else "lower right")
+    for axes, rows in zip(figure.axes, panels(frame), strict=True):
         _mark_speedup(axes, rows, goal, axis)
-    for axes in places[len(cells) :]:
-        axes.remove()
     return figure
 
 
 @styled
 def draw_alignment(frame: pd.DataFrame) -> Figure:
-    """Draw held-out alignment over steps: rows of panels for each group of arms, a panel per measure.
+    """Draw held-out alignment over steps, a panel for each group of arms and measure.
 
     Args:
         frame: from :func:`repa_lab.report.figures.alignment_frame`.
     """
-    metrics = {group: unique(frame[frame["group"] == group], "metric") for group in unique(frame, "group")}
-    columns = min(max(map(len, metrics.values())), _MAX_COLUMNS)
-    # Every group begins a new row of panels.
-    cells = [(group, name) for group, names in metrics.items() for name in [*names, *[""] * (-len(names) % columns)]]
-    figure, places = canvas(len(cells) // columns, columns, size=(4.4, 3.4) if columns > 1 else (5.4, 3.9))
-    for axes, (group, metric) in zip(places, cells, strict=True):
-        rows = frame[(frame["group"] == group) & (frame["metric"] == metric)]
-        if rows.empty:
-            axes.remove()
-            continue
-        entries = _draw_panel(axes, rows, arm_styles(frame, group), STEPS)
-        axes.set_ylabel(_alignment_label(metric))
-        legend(axes, entries, "best")
-    return figure
+    return _draw_panels(frame, STEPS, (4.6, 3.6), _alignment_label, "best")
 
 
 @styled
@@ -148,6 +130,22 @@ def arm_styles(frame: pd.DataFrame, group: str) -> list[ArmStyle]:
             color = blend(GREY, single, 0.3) if single else GREY
         styles.append(ArmStyle(row.arm, names[str(row.name)], color, bool(row.is_baseline), is_faint))
     return sorted(styles, key=lambda style: not style.is_baseline)
+
+
+def _draw_panels(
+    frame: pd.DataFrame, axis: Axis, size: tuple[float, float], label: Callable[[str], str], place: str
+) -> Figure:
+    cells = list(panels(frame))
+    columns = min(len(cells), _MAX_COLUMNS)
+    figure, places = canvas(math.ceil(len(cells) / columns), columns, size)
+    for axes, rows in zip(places, cells, strict=False):
+        metric = str(rows["metric"].iloc[0])
+        entries = _draw_panel(axes, rows, arm_styles(frame, str(rows["group"].iloc[0])), axis)
+        axes.set_ylabel(label(metric), fontsize=min(11.0, 400 / len(metric)))
+        legend(axes, entries, place)
+    for axes in places[len(cells) :]:
+        axes.remove()
+    return figure
 
 
 def _draw_panel(axes: Axes, rows: pd.DataFrame, styles: list[ArmStyle], axis: Axis) -> Entries:
