@@ -21,6 +21,7 @@ from repa_lab.files import replace_atomically
 FORMAT = 1
 METRICS = "metrics.jsonl"  # the metric rows in a run directory
 Row = dict[str, Any]
+_PART_BYTES = 1 << 18
 _HEADER = json.dumps({"format": FORMAT}) + "\n"
 
 
@@ -67,9 +68,18 @@ def _content(path: Path) -> bytes:
     """Return the content of a file, in half the system calls of :meth:`Path.read_bytes`: a report reads thousands."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return os.read(descriptor, os.fstat(descriptor).st_size)
+        return _rest(descriptor, 0)
     finally:
         os.close(descriptor)
+
+
+def _rest(descriptor: int, offset: int) -> bytes:
+    """Return an open file from an offset on; one read may return less than there is."""
+    parts = []
+    while part := os.pread(descriptor, _PART_BYTES, offset):
+        parts.append(part)
+        offset += len(part)
+    return b"".join(parts)
 
 
 def write_record(path: Path, fields: Mapping[str, Any]) -> None:
@@ -143,7 +153,7 @@ class JsonlReader:
             status = os.fstat(descriptor)
             if status.st_ino != self._inode:
                 self._inode, self._offset, self._lines = status.st_ino, 0, 0
-            content = os.pread(descriptor, max(status.st_size - self._offset, 0), self._offset)
+            content = _rest(descriptor, self._offset)
         finally:
             os.close(descriptor)
         complete = content[: content.rfind(b"\n") + 1]
