@@ -31,7 +31,7 @@ def parent_of(pid: int) -> int:
     return next(int(line.split()[1]) for line in status if line.startswith("PPid:"))
 
 
-def wait_until(true: Callable[[], object], what: str = "") -> None:
+def wait_until(true: Callable[[], object]) -> None:
     """Wait for an event; the suite's time limit is the only one."""
     while not true():
         time.sleep(0.02)
