@@ -34,6 +34,7 @@ def peak_of_step(trainer: Trainer) -> int:
         ({"train.batch_size": 64}, {}),
         ({"train.batch_size": 16, "model.size": "S/2"}, {}),
         ({"train.batch_size": 64}, {"micro_batch": 16}),
+        ({"train.batch_size": 64}, {"gradient_checkpointing": True}),
         ({"train.batch_size": 64, **UNET, **UREPA}, {}),
         ({"train.batch_size": 16, **UNET, **UREPA, "model.size": "S"}, {}),
         ({"train.batch_size": 64, **SIT_DOWN, **UREPA}, {}),
