@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import convert_outputs_to_fp32
 
 from repa_lab.data import DataError
 from repa_lab.data.space import LatentSpace
@@ -86,7 +85,7 @@ def open_trained(
 ) -> Model:
     """Build the model of a run with the weights of a checkpoint, in evaluation mode on the device.
 
-    The denoiser alone computes in the precision of the options, as in training. Missing captions are encoded.
+    Missing captions are encoded. The denoiser computes in float32, or see :func:`device.computing_in`.
 
     Raises:
         PretrainedError: the pretrained pipeline cannot be loaded.
@@ -98,9 +97,6 @@ def open_trained(
     model = open_model(run, images, options, cache, device)
     load_weights(model.denoiser, checkpoint, weights)
     model.denoiser.eval().to(device)
-    if options.precision != "fp32":
-        mixed = torch.autocast(device.type, PRECISION[options.precision])(model.denoiser.forward)
-        model.denoiser.forward = convert_outputs_to_fp32(mixed)
     return model
 
 

@@ -25,7 +25,7 @@ from repa_lab.spec.identity import Run
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.checkpoint import newest_checkpoint
 from repa_lab.training.data import Images, open_data
-from repa_lab.training.device import as_trained, pick_device
+from repa_lab.training.device import as_trained, computing_in, pick_device
 from repa_lab.training.evaluate import MEASURING_SEED, held_out_batches, image_means, noise_protocol, show
 from repa_lab.training.model import Model, open_trained
 from repa_lab.training.resolve import choose_block, encoder_identity
@@ -118,7 +118,8 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
     chosen = choose_images(images, request, run.run_id)
     targets = open_targets(encoder, images, options, cache, device)
     model = open_trained(run, checkpoint, request.weights, images, options, cache, device)
-    values = measure_profile(model, images, targets, request, chosen, device)
+    with computing_in(model.denoiser, options.precision, device):
+        values = measure_profile(model, images, targets, request, chosen, device)
     if not values:
         names = ", ".join(request.metrics)
         raise ProfileError(f"no block of run {run.run_id} has a grid that is large enough for {names}")
