@@ -401,10 +401,17 @@ class TestPrecision:
         assert seen == {(inside, has_tf32)}
         assert {protocol.get("precision") for protocol in trainer.protocols().values()} == {told}
         seen.clear()
-        trainer.step(next(trainer.batches()))  # trains as before
-        assert seen == {(torch.bfloat16, False)}
+        trainer.step(next(trainer.batches()))  # trains as before, with TF32 for what stays float32
+        assert seen == {(torch.bfloat16, True)}
         is_single = {name: row[name] == plain[name] for name in plain if name.startswith("heldout")}
         assert len(is_single) == 3 and set(is_single.values()) == {asked != "train"}
+
+    def test_float32_trains_without_tf32(self, cache):
+        trainer, seen = Trainer(make_run(), make_options(), cache), []
+        layer = trainer.state.denoiser.blocks[0].mlp.fc1
+        layer.register_forward_hook(lambda *_: seen.append(torch.backends.cuda.matmul.allow_tf32))
+        trainer.step(next(trainer.batches()))
+        assert seen == [False]
 
     def test_bf16_keeps_float32_weights(self, cache, trained, fresh):
         full, half = trained(), trained(options={"precision": "bf16"})
