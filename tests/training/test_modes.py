@@ -366,7 +366,7 @@ class TestProcesses:
         assert [event["event"] for event in second.events()] == ["running", "done"]
         assert json.loads((second.path / "state.json").read_text())["step"] == 6
         assert [run.provenance["processes"] for run in (first, second)] == [1, 2]
-        assert [run.provenance["options"]["micro_batch"] for run in (first, second)] == [None, 2]
+        assert [run.provenance["options"]["micro_batch"] for run in (first, second)] == ["auto", 2]
 
     @pytest.fixture(scope="class")
     def whole(self, cache, tmp_path_factory) -> RunDirectory:
