@@ -433,7 +433,7 @@ class TestSizes:
         error = rounding(features, LITE0)
         np.testing.assert_allclose(found.mu, features.mean(0), rtol=0, atol=error)
         expected = np.cov(features, rowvar=False)
-        np.testing.assert_allclose(found.sigma, expected, rtol=0, atol=4 * features.max() * error)
+        np.testing.assert_allclose(found.sigma, expected, rtol=0, atol=4 * features.std(0).max() * error)
 
 
 class TestGrid:
