@@ -64,12 +64,10 @@ def import_config(words: Sequence[str]) -> Imported:
     messages = [config.problem(key, message) for key, message in remarks(config, fields)]
     source = config.file or "flags"
     header = [f"Imported from {source}, a SimpleTuner config, by `repa-lab import`. What there is to know:"]
-    header += [f"- {remark.path}: {remark.message}".replace("- : ", "- ") for remark in messages]
-    text = "".join(f"{line}\n" for paragraph in header for line in _comment(paragraph)) + to_yaml(
-        _nested(fields), _WIDTH
-    )
-    text += _BASELINE if config.family and config.prefix else ""
-    return Imported(text, tuple(map(str, messages)))
+    header += [f"- {remark.path}: {remark.message}" if remark.path else f"- {remark.message}" for remark in messages]
+    comments = "".join(f"{line}\n" for paragraph in header for line in _comment(paragraph))
+    baseline = _BASELINE if config.family and config.prefix else ""
+    return Imported(comments + to_yaml(_nested(fields), _WIDTH) + baseline, tuple(map(str, messages)))
 
 
 def _comment(text: str) -> Iterator[str]:
