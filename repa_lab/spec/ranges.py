@@ -17,9 +17,8 @@ MAX_VALUES = 10_000
 FORMS = ("range", "linspace", "logspace")
 # The forms of a search, which are easily written here by mistake.
 _SEARCH_FORMS = ("log", "uniform", "int", "choice")
-_DIGITS = (
-    6  # digits of a value that is no short decimal, such as 10 ** 0.5; its label is the value, so it can be typed again
-)
+# Digits of a value that is no short decimal, such as 10 ** 0.5; its label is the value, so it can be typed again.
+_DIGITS = 6
 Number = int | float
 
 
