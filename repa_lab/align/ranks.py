@@ -14,13 +14,18 @@ def world_size() -> int:
     return distributed.get_world_size() if in_use else 1
 
 
-def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """Return the mean of a scalar over all processes, detached, the same in each of them."""
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all processes, detached, the same in each of them."""
     if world_size() == 1:
-        return value.detach()
-    total = value.detach().clone()
+        return values.detach()
+    total = values.detach().clone()
     distributed.all_reduce(total)
-    return total / world_size()
+    return total
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return the mean of a tensor over all processes, detached, the same in each of them."""
+    return sum_over_ranks(values) / world_size()
 
 
 def gather(values: torch.Tensor) -> torch.Tensor:

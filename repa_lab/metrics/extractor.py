@@ -7,16 +7,15 @@ torch-fidelity by this module, and every metric's name says which one was used: 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torch_fidelity
-from numpy.typing import NDArray
 from torch import nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -39,16 +38,16 @@ class Features:
 
     Attributes:
         extractor: name of the extractor.
-        layers: float32 ``(n, d)`` by layer, for the same n images in the same order.
+        layers: float32 ``(n, d)`` by layer, for the same n images in the same order, on one device.
     """
 
     extractor: str
-    layers: Mapping[str, NDArray[np.float32]]
+    layers: Mapping[str, torch.Tensor]
 
     def __len__(self) -> int:
         return len(next(iter(self.layers.values())))
 
-    def of(self, metric: str) -> NDArray[np.float32]:
+    def of(self, metric: str) -> torch.Tensor:
         """Return the features ``(n, d)`` that a metric compares.
 
         Raises:
@@ -66,7 +65,7 @@ class Features:
     def cat(cls, batches: Sequence[Features]) -> Features:
         """Return the features of all batches, which one extractor computed for the same metrics."""
         names = batches[0].layers
-        joined = {name: np.concatenate([batch.layers[name] for batch in batches]) for name in names}
+        joined = {name: torch.cat([batch.layers[name] for batch in batches]) for name in names}
         return cls(batches[0].extractor, joined)
 
 
@@ -96,7 +95,7 @@ class Extractor:
             raise ValueError(f"{name} has no features for {', '.join(self.metrics) or 'nothing'}")
         self._weights = _weights_file(name, EXTRACTORS[name], weights)
         self._net = _network(name, self._weights, self.layers).to(device)
-        self._device = device
+        self.device = device
 
     @property
     def identity(self) -> dict[str, str]:
@@ -108,21 +107,29 @@ class Extractor:
 
     @torch.no_grad()
     def features(self, pixels: torch.Tensor, batch_size: int = 64) -> Features:
-        """Return the features of uint8 images ``(n, 1 or 3, H, W)``, in float32 even under autocast or TF32.
+        """Return the features of uint8 images ``(n, 1 or 3, H, W)`` on the extractor's device.
+
+        They are computed in float32 even under autocast or TF32.
 
         Raises:
             TypeError: the pixels are not uint8, so their range is unknown.
         """
         if pixels.dtype != torch.uint8:
             raise TypeError(f"pixels must be uint8, 0 to 255, got {pixels.dtype}")
-        with torch.autocast(self._device.type, enabled=False), kernels(tf32=False):
+        with torch.autocast(self.device.type, enabled=False), kernels(tf32=False):
             return Features.cat([Features(self.name, self._run(batch)) for batch in pixels.split(batch_size)])
 
-    def _run(self, batch: torch.Tensor) -> dict[str, NDArray[np.float32]]:
-        outputs = self._net(batch.to(self._device).expand(-1, 3, -1, -1).contiguous())
+    @functools.cached_property
+    def widths(self) -> dict[str, int]:
+        """The number of features of each layer."""
+        black = self.features(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+        return {layer: values.shape[1] for layer, values in black.layers.items()}
+
+    def _run(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = self._net(batch.to(self.device).expand(-1, 3, -1, -1).contiguous())
         if not isinstance(outputs, dict):
             outputs = dict(zip(self.layers, outputs, strict=True))
-        return {layer: outputs[layer].float().cpu().numpy() for layer in self.layers}
+        return {layer: outputs[layer].float() for layer in self.layers}
 
 
 def _network(name: str, weights: Path | None, wanted: Sequence[str]) -> nn.Module:

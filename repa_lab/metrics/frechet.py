@@ -1,11 +1,15 @@
-"""The Frechet distance between two Gaussians fitted to features, in float64 on the host."""
+"""The Frechet distance between two Gaussians fitted to features, in float64."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+
+from repa_lab.metrics.alignment import float64
 
 Array = NDArray[np.float64]
 
@@ -20,34 +24,49 @@ class Statistics:
 
 
 class Moments:
-    """Mean and covariance of features that arrive in batches, in float64 and O(d^2) memory."""
+    """Mean and covariance of features that arrive in batches, in float64 on their device and O(d^2) memory.
 
-    def __init__(self) -> None:
+    Args:
+        width: number of features, d.
+        device: where the features are.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self._count = 0
-        self._mean: Array = np.zeros(0)
-        self._scatter: Array = np.zeros((0, 0))
+        self._mean = float64(torch.zeros(width, device=device))
+        self._scatter = self._mean.new_zeros(width, width)
 
-    def add(self, features: ArrayLike) -> None:
+    def add(self, features: ArrayLike | torch.Tensor) -> None:
         """Add features ``(n, d)``, n >= 0.
 
         Raises:
-            ValueError: the width differs from that of earlier batches, or values are not finite.
+            ValueError: the width is another one, or values are not finite.
         """
-        batch = np.asarray(features, dtype=np.float64)
-        if batch.ndim != 2 or (self._count and batch.shape[1] != len(self._mean)):
-            raise ValueError(f"need features (n, d), d as before ({len(self._mean)}), got shape {batch.shape}")
-        if not np.isfinite(batch).all():
+        batch = float64(torch.as_tensor(features)).to(self._mean.device)
+        if batch.ndim != 2 or batch.shape[1] != len(self._mean):
+            raise ValueError(f"need features (n, {len(self._mean)}), got shape {tuple(batch.shape)}")
+        if not batch.isfinite().all():
             raise ValueError("features are not finite; check that the images are")
         if not len(batch):
             return
         # The update of Chan, Golub and LeVeque (1983), which avoids the cancellation of a sum of squares.
-        mean = batch.mean(axis=0)
-        if not self._count:
-            self._mean, self._scatter = np.zeros_like(mean), np.zeros((len(mean), len(mean)))
-        total, shift, residual = self._count + len(batch), mean - self._mean, batch - mean
-        self._scatter += residual.T @ residual + np.outer(shift, shift) * (self._count * len(batch) / total)
+        total, mean = self._count + len(batch), batch.mean(dim=0)
+        shift, residual = mean - self._mean, batch - mean
+        self._scatter += residual.T @ residual + torch.outer(shift, shift) * (self._count * len(batch) / total)
         self._mean += shift * (len(batch) / total)
         self._count = total
+
+    def merge(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Add the moments of all other processes; every process must call this.
+
+        Args:
+            total: returns the sum of a tensor over all processes.
+        """
+        counts = total(self._mean.new_tensor([self._count]))
+        mean = total(self._mean * self._count) / counts.clamp_min(1)
+        shift = self._mean - mean
+        self._scatter = total(self._scatter + self._count * torch.outer(shift, shift))
+        self._mean, self._count = mean, int(counts)
 
     @property
     def statistics(self) -> Statistics:
@@ -58,19 +77,19 @@ class Moments:
         """
         if self._count < 2:
             raise ValueError(f"a covariance needs at least two feature vectors (n, d), got {self._count}")
-        return Statistics(self._mean.copy(), self._scatter / (self._count - 1), self._count)
+        return Statistics(self._mean.cpu().numpy(), self._scatter.cpu().numpy() / (self._count - 1), self._count)
 
 
-def statistics(features: ArrayLike) -> Statistics:
+def statistics(features: ArrayLike | torch.Tensor) -> Statistics:
     """Return the mean and covariance of features ``(n, d)``.
 
     Raises:
         ValueError: there are fewer than two vectors, or values are not finite.
     """
-    values = np.asarray(features, dtype=np.float64)
+    values = torch.as_tensor(features)
     if values.ndim != 2 or len(values) < 2:
-        raise ValueError(f"a covariance needs at least two feature vectors (n, d), got shape {values.shape}")
-    moments = Moments()
+        raise ValueError(f"a covariance needs at least two feature vectors (n, d), got shape {tuple(values.shape)}")
+    moments = Moments(values.shape[1], values.device)
     moments.add(values)
     return moments.statistics
 

@@ -36,7 +36,7 @@ class MetricFacts:
         compute: the function.
         goal: whether small or large values are good.
         yields: the kinds of each of its values.
-        compares: what the function takes of the real images.
+        compares: what the function takes of the generated and of the real images.
         least_real: minimum number of real images.
     """
 
@@ -69,7 +69,8 @@ def metric(
         yields: for a function that returns several numbers, or numbers of another kind than ``name``: the kind of each,
             with which its full name begins, with Inception's features and with other features. None if the metric is
             not defined there. Only Inception's distances are called FID and KID.
-        compares: what the function takes of the real images: ``features``, their :class:`Statistics`, or ``nothing``.
+        compares: what the function takes: ``features`` of both, the :class:`Statistics` of both, which are summed while
+            samples are drawn, or features of generated images alone with ``nothing``.
         least_real: minimum number of real images.
 
     Raises:
@@ -85,11 +86,10 @@ def metric(
 
 @metric("sfid", goal="min", yields=(("sfid", None),), compares="statistics")
 @metric("frechet", goal="min", yields=(("fid", "frechet"),), compares="statistics")
-def _frechet(generated: Features, real: Statistics) -> float:
-    from repa_lab.metrics.frechet import frechet_distance, statistics
+def _frechet(generated: Statistics, real: Statistics) -> float:
+    from repa_lab.metrics.frechet import frechet_distance
 
-    ours = statistics(generated)
-    return frechet_distance(ours.mu, ours.sigma, real.mu, real.sigma)
+    return frechet_distance(generated.mu, generated.sigma, real.mu, real.sigma)
 
 
 @metric("kid", goal="min", yields=(("kid", "kernel"),))

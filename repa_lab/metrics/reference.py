@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from repa_lab.metrics.protocol import METRICS, SPATIAL, layer_of, layers
 FOLDER = "reference"
 KEPT = 10_000
 _KEY_LENGTH = 16
+_OF_REAL = ("statistics", "features")
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,14 @@ class RealImages:
 
 
 @dataclass(frozen=True)
-class Reference:
-    """The real side of every metric of an extractor.
+class ComparedImages:
+    """What the metrics of an extractor compare of a set of images, real or generated.
 
     Attributes:
         extractor: name of the extractor.
         statistics: statistics of all images, by layer.
-        features: features of all images, or of evenly spaced ones if there are many; None if no metric needs them.
+        features: features of all images, or of evenly spaced ones if there are many real ones; None if no metric needs
+            them.
     """
 
     extractor: str
@@ -55,11 +56,55 @@ class Reference:
     features: Features | None
 
     def of(self, metric: str) -> Statistics:
-        """Return the statistics that ``frechet`` or ``sfid`` compares with."""
+        """Return the statistics that ``frechet`` or ``sfid`` compares."""
         return self.statistics[layer_of(self.extractor, metric)]
 
 
-def reference(extractor: Extractor, images: RealImages, cache: Path, keep: int = KEPT) -> Reference:
+class Collector:
+    """Collects what metrics compare of images that arrive in batches; only the metrics that need features keep them.
+
+    Args:
+        extractor: computes the features.
+        metrics: the metrics to be measured.
+        compares: the sides of :attr:`MetricFacts.compares` for which features are kept.
+
+    Attributes:
+        moments: of all images, by layer.
+        kept: features on the CPU, with the number of the first image.
+    """
+
+    def __init__(self, extractor: Extractor, metrics: Iterable[str], compares: Container[str]) -> None:
+        metrics, self._name = tuple(metrics), extractor.name
+        self.moments = {
+            layer: Moments(extractor.widths[layer], extractor.device)
+            for layer in _layers(extractor.name, metrics, ("statistics",))
+        }
+        self._kept_layers = _layers(extractor.name, metrics, compares)
+        self.kept: list[tuple[int, Features]] = []
+
+    def add(self, features: Features, start: int, rows: slice | NDArray[np.int64] = slice(None)) -> None:
+        """Add the features of a batch.
+
+        Args:
+            features: of the batch.
+            start: number of its first image.
+            rows: the images whose features are kept.
+        """
+        for layer, moments in self.moments.items():
+            moments.add(features.layers[layer])
+        if self._kept_layers:
+            kept = {layer: features.layers[layer][rows].cpu() for layer in self._kept_layers}
+            self.kept.append((start, Features(self._name, kept)))
+
+    @property
+    def images(self) -> ComparedImages:
+        """What was collected, with features in the order of the images."""
+        statistics = {layer: moments.statistics for layer, moments in self.moments.items()}
+        in_order = [features for _, features in sorted(self.kept, key=lambda batch: batch[0])]
+        return ComparedImages(self._name, statistics, Features.cat(in_order) if in_order else None)
+
+
+def reference(extractor: Extractor, images: RealImages, cache: Path, keep: int = KEPT) -> ComparedImages:
     """Return what the extractor's metrics need of real images, from the cache or by one pass over the images.
 
     Files lie in ``cache/reference``, named by a digest of the images, the extractor's identity and the layer. Where KID
@@ -81,14 +126,16 @@ def reference(extractor: Extractor, images: RealImages, cache: Path, keep: int =
     identities = {layer: extractor.identity | {"layer": layer, "source": images.source} for layer in extractor.layers}
     keys = {layer: digest({**of, "count": images.count})[:_KEY_LENGTH] for layer, of in identities.items()}
     folder = cache / FOLDER
-    of_statistics = {layer: folder / f"{keys[layer]}.npz" for layer in _layers(extractor, "statistics")}
-    of_features = {layer: folder / f"{keys[layer]}-{keep}.npy" for layer in _layers(extractor, "features")}
+    by_statistics, by_features = (_layers(extractor.name, extractor.metrics, (kind,)) for kind in _OF_REAL)
+    of_statistics = {layer: folder / f"{keys[layer]}.npz" for layer in by_statistics}
+    of_features = {layer: folder / f"{keys[layer]}-{keep}.npy" for layer in by_features}
     if not all(path.is_file() for path in (*of_statistics.values(), *of_features.values())):
-        moments, kept = _one_pass(extractor, images, keep)
+        computed = _one_pass(extractor, images, keep)
         for layer, path in of_statistics.items():
-            write_statistics(path, moments[layer].statistics, identities[layer])
+            write_statistics(path, computed.statistics[layer], identities[layer])
         for layer, path in of_features.items():
-            replace_atomically(path, partial(_save, values=kept.layers[layer]))
+            assert computed.features is not None
+            replace_atomically(path, partial(_save, values=computed.features.layers[layer].numpy()))
     by_layer = {}
     for layer, path in of_statistics.items():
         try:
@@ -96,28 +143,23 @@ def reference(extractor: Extractor, images: RealImages, cache: Path, keep: int =
         except StatisticsError:
             raise _damaged(path) from None
     features = Features(extractor.name, {layer: _load(path, keep) for layer, path in of_features.items()})
-    return Reference(extractor.name, by_layer, features if of_features else None)
+    return ComparedImages(extractor.name, by_layer, features if of_features else None)
 
 
-def _one_pass(extractor: Extractor, images: RealImages, keep: int) -> tuple[dict[str, Moments], Features]:
-    """Return the moments of all images by layer, and the features of ``keep`` evenly spaced images."""
-    moments = {layer: Moments() for layer in _layers(extractor, "statistics")}
-    kept, start = [], 0
+def _one_pass(extractor: Extractor, images: RealImages, keep: int) -> ComparedImages:
+    """Return the statistics of all images, and the features of ``keep`` evenly spaced images."""
+    collector, start = Collector(extractor, extractor.metrics, ("features",)), 0
     spaced = np.arange(keep) * images.count // max(keep, 1)
     for pixels in images.batches():
-        features = extractor.features(pixels)
-        for layer, moment in moments.items():
-            moment.add(features.layers[layer])
         rows = spaced[(spaced >= start) & (spaced < start + len(pixels))] - start
-        selected = {layer: features.layers[layer][rows] for layer in _layers(extractor, "features")}
-        kept.append(Features(extractor.name, selected))
+        collector.add(extractor.features(pixels), start, rows)
         start += len(pixels)
     if start != images.count:
         raise ValueError(f"{images.count} real images were announced and {start} arrived")
-    return moments, Features.cat(kept)
+    return collector.images
 
 
-def read_reference(extractor: Extractor, path: Path, size: tuple[int, int] | None = None) -> Reference:
+def read_reference(extractor: Extractor, path: Path, size: tuple[int, int] | None = None) -> ComparedImages:
     """Read a published reference: a file of ADM's (VIRTUAL_*.npz), of pytorch-fid, or one that repa-lab wrote.
 
     ADM's files hold statistics of the whole training set, for FID and sFID, and images, whose features are computed if
@@ -131,43 +173,48 @@ def read_reference(extractor: Extractor, path: Path, size: tuple[int, int] | Non
     Raises:
         StatisticsError: the file lacks what the extractor's metrics need, or is of another extractor or image size.
     """
-    black = extractor.features(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
     by_layer = {}
-    for layer in _layers(extractor, "statistics"):
+    for layer in _layers(extractor.name, extractor.metrics, ("statistics",)):
         identity = {**extractor.identity, "layer": layer}
-        by_layer[layer] = read_statistics(path, identity, black.layers[layer].shape[1], layer == SPATIAL)
+        by_layer[layer] = read_statistics(path, identity, extractor.widths[layer], layer == SPATIAL)
     shape = images_shape(path)
     if size and shape and shape[1:] != size:
         sides = " and the run's ".join(f"{height}x{width} px" for height, width in (shape[1:], size))
         raise StatisticsError(f"the images of '{path}' have {sides}: give a reference of the run's size")
-    if not (compared := _comparing(extractor, "features")):
-        return Reference(extractor.name, by_layer, None)
+    if not (compared := [metric for metric in extractor.metrics if METRICS[metric].compares == "features"]):
+        return ComparedImages(extractor.name, by_layer, None)
     if shape:
         _require_enough(compared, shape[0], f"'{path}'")
-    return Reference(extractor.name, by_layer, Features.cat([extractor.features(batch) for batch in read_images(path)]))
+    features = Features.cat([extractor.features(batch) for batch in read_images(path)])
+    return ComparedImages(extractor.name, by_layer, features)
 
 
-def measure(metric: str, generated: Features, against: Reference) -> tuple[float, ...]:
+def measure(metric: str, generated: ComparedImages, real: ComparedImages) -> tuple[float, ...]:
     """Return the values of a metric, in the order of :data:`repa_lab.metrics.protocol.METRICS`.
 
     Args:
-        metric: one of the metrics that the extractor was made for.
-        generated: features of the samples.
-        against: the same extractor's reference.
+        metric: one of the metrics that were collected.
+        generated: the samples.
+        real: the same extractor's reference.
 
     Raises:
-        ValueError: too few samples, features that are not finite, or a metric that the extractor was not made for.
+        ValueError: too few samples, features that are not finite, or a metric that was not collected.
     """
     facts = METRICS[metric]
-    arguments: list[Any] = [generated.of(metric)]
     if facts.compares == "statistics":
-        arguments.append(against.of(metric))
+        values = facts.compute(generated.of(metric), real.of(metric))
     elif facts.compares == "features":
-        if against.features is None:
-            raise ValueError(f"{metric} needs features of real images: name it when the extractor is made")
-        arguments.append(against.features.of(metric))
-    values = facts.compute(*arguments)
+        values = facts.compute(_features_of(generated, metric, "samples"), _features_of(real, metric, "real images"))
+    else:
+        values = facts.compute(_features_of(generated, metric, "samples"))
     return values if isinstance(values, tuple) else (float(values),)
+
+
+def _features_of(images: ComparedImages, metric: str, name: str) -> NDArray[np.float32]:
+    if images.features is None:
+        raise ValueError(f"{metric} needs features of {name}: name it when the extractor is made")
+    features: NDArray[np.float32] = images.features.of(metric).cpu().numpy()
+    return features
 
 
 def _require_enough(metrics: Iterable[str], count: int, where: str) -> None:
@@ -178,13 +225,9 @@ def _require_enough(metrics: Iterable[str], count: int, where: str) -> None:
             raise StatisticsError(f"{needed}, and there are {count} in {where}: give more, or leave it out of metrics")
 
 
-def _comparing(extractor: Extractor, compared: str) -> tuple[str, ...]:
-    """Return the metrics of an extractor that compare ``statistics`` or ``features``."""
-    return tuple(metric for metric in extractor.metrics if METRICS[metric].compares == compared)
-
-
-def _layers(extractor: Extractor, compared: str) -> tuple[str, ...]:
-    return layers(extractor.name, _comparing(extractor, compared))
+def _layers(extractor: str, metrics: Iterable[str], compares: Container[str]) -> tuple[str, ...]:
+    """Return the layers of an extractor for those of the metrics whose :attr:`MetricFacts.compares` is given."""
+    return layers(extractor, (metric for metric in metrics if METRICS[metric].compares in compares))
 
 
 def _save(path: Path, values: NDArray[np.float32]) -> None:
@@ -192,14 +235,14 @@ def _save(path: Path, values: NDArray[np.float32]) -> None:
         np.save(file, values)
 
 
-def _load(path: Path, count: int) -> NDArray[np.float32]:
+def _load(path: Path, count: int) -> torch.Tensor:
     try:
         values = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise _damaged(path, f" ({error})") from None
     if values.ndim != 2 or len(values) != count or not np.isfinite(values).all():
         raise _damaged(path)
-    return np.asarray(values, dtype=np.float32)
+    return torch.from_numpy(values.astype(np.float32, copy=False))
 
 
 def _damaged(path: Path, reason: str = "") -> StatisticsError:

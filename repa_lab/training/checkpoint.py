@@ -47,6 +47,7 @@ class Progress:
         seconds: spent in training steps.
         evaluation_seconds: spent measuring.
         encoder_seconds: the part of ``seconds`` that encoders took.
+        data_seconds: the part of ``seconds`` in which the step waited for its batch.
     """
 
     step: int = 0
@@ -54,6 +55,7 @@ class Progress:
     seconds: float = 0.0
     evaluation_seconds: float = 0.0
     encoder_seconds: float = 0.0
+    data_seconds: float = 0.0
 
     def row(self) -> Row:
         """Return the fields that every metric row begins with."""

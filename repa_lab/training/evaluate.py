@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torchvision.transforms.functional import resize
 from torchvision.utils import make_grid
 
 from repa_lab.align import Tokens
+from repa_lab.align.ranks import sum_over_ranks, world_size
 from repa_lab.align.regularizer import Pair
 from repa_lab.align.tokens import Grid
 from repa_lab.data import DataError
@@ -28,10 +29,10 @@ from repa_lab.encoders.targets import Targets
 from repa_lab.errors import StateError
 from repa_lab.files import digest, file_digest, replace_atomically
 from repa_lab.metrics import CosineSums, cka
-from repa_lab.metrics.extractor import Extractor, Features
+from repa_lab.metrics.extractor import Extractor
 from repa_lab.metrics.protocol import METRICS
 from repa_lab.metrics.quality import NEIGHBOURS, SPLITS, kid_protocol
-from repa_lab.metrics.reference import RealImages, Reference, measure, read_reference, reference
+from repa_lab.metrics.reference import Collector, ComparedImages, RealImages, measure, read_reference, reference
 from repa_lab.models.family import BlockIndex
 from repa_lab.models.released import SCHEDULER, read_json
 from repa_lab.models.tap import Tap
@@ -41,7 +42,7 @@ from repa_lab.training.batches import generator
 from repa_lab.training.data import Images, pretrained_folder
 from repa_lab.training.model import Model
 from repa_lab.training.resolve import MIN_HELD_OUT, content_of, encoder_identity, names_of_metric, protocols_of
-from repa_lab.training.sampling import Sampler, shares
+from repa_lab.training.sampling import shares
 
 Match = Callable[[Tokens, Tokens], Pair]
 
@@ -49,6 +50,8 @@ Match = Callable[[Tokens, Tokens], Pair]
 MEASURING_SEED = 0
 _DEFAULT_BATCH: int = EvaluateConfig.model_fields["batch_size"].default
 _REFERENCE_BATCH = 512
+# The inception score compares the samples' features with nothing.
+_KEPT_OF_SAMPLES = ("features", "nothing")
 _GRID_SAMPLES = 40
 _GRID_COLUMNS = 10
 _GRID_MIN_PIXELS = 32
@@ -63,14 +66,6 @@ _ALIGNMENT = {
 
 class DivergedError(StateError):
     """The loss or the samples are not finite."""
-
-
-class _Drawn(NamedTuple):
-    """A batch of samples: number of the first one, pixels to show, and features; None if a sample is not finite."""
-
-    start: int
-    shown: torch.Tensor
-    features: list[Features] | None
 
 
 class Evaluator:
@@ -123,21 +118,33 @@ class Evaluator:
             DivergedError: a sample is not finite.
         """
         sampler = self._model.sampler(protocol)
-        batches = shares(protocol.samples, protocol.batch_size, self._part)
-        drawn = gather_object([self._draw(protocol, sampler, index) for index in batches])
-        drawn.sort(key=lambda batch: batch.start)
-        finite = [batch.features for batch in drawn if batch.features is not None]
-        if len(finite) < len(drawn):
+        collectors = {
+            extractor: Collector(self._extractors[extractor], protocol.metrics, _KEPT_OF_SAMPLES)
+            for extractor in protocol.extractors
+        }
+        first: list[tuple[int, torch.Tensor]] = []
+        is_finite = True
+        for index in shares(protocol.samples, protocol.batch_size, self._part):
+            pixels = sampler(index)
+            is_finite = pixels is not None
+            if pixels is None:
+                break
+            for extractor, collector in collectors.items():
+                collector.add(self._extractors[extractor].features(pixels), index.start)
+            if index.start < _GRID_SAMPLES:
+                first.append((index.start, pixels[: _GRID_SAMPLES - index.start].cpu()))
+        if not all(gather_object([is_finite])):
             raise DivergedError("the denoiser draws samples that are not finite")
         row: Row = {}
-        for number, extractor in enumerate(protocol.extractors):
-            features = Features.cat([batch[number] for batch in finite])
+        for extractor, collector in collectors.items():
+            generated = _of_all_processes(collector)
             for metric in protocol.metrics:
                 names = list(names_of_metric(self._config, protocol, metric, extractor))
                 if names:  # some metrics are defined for Inception's features only
-                    row |= dict(zip(names, measure(metric, features, self._references[extractor]), strict=True))
+                    row |= dict(zip(names, measure(metric, generated, self._references[extractor]), strict=True))
+        first = sorted(gather_object(first), key=lambda batch: batch[0])
         shown = sampler.shown() if self._part[0] == 0 else None
-        return row, torch.cat([batch.shown for batch in drawn]) if shown is None else shown
+        return row, torch.cat([pixels for _, pixels in first]) if shown is None else shown
 
     @torch.no_grad()
     def alignment(self, tap: Tap, match: Match | None) -> Row:
@@ -197,13 +204,6 @@ class Evaluator:
         }
         return described | {name: {"metric": metric, **shared} for name, metric in _ALIGNMENT.items()}
 
-    def _draw(self, protocol: EvaluateConfig, sampler: Sampler, index: range) -> _Drawn:
-        pixels = sampler(index)
-        if pixels is None:
-            return _Drawn(index.start, torch.empty(0), None)
-        features = [self._extractors[extractor].features(pixels) for extractor in protocol.extractors]
-        return _Drawn(index.start, pixels[: max(0, _GRID_SAMPLES - index.start)].clone(), features)
-
     def _describe(self, protocol: EvaluateConfig, extractor: ExtractorConfig, metric: str, seed: int) -> dict[str, Any]:
         return {
             "metric": metric,
@@ -221,7 +221,15 @@ class Evaluator:
         }
 
 
-def _metric_details(metric: str, reference: Reference, samples: int) -> dict[str, Any]:
+def _of_all_processes(collector: Collector) -> ComparedImages:
+    """Return what all processes have collected; features travel only if a metric compares them."""
+    for moments in collector.moments.values() if world_size() > 1 else ():
+        moments.merge(sum_over_ranks)
+    collector.kept = gather_object(collector.kept)
+    return collector.images
+
+
+def _metric_details(metric: str, reference: ComparedImages, samples: int) -> dict[str, Any]:
     """Return what a metric depends on beside the samples: the real images and the metric's own parameters."""
     if metric in ("frechet", "sfid"):
         statistics = reference.of(metric)
@@ -279,7 +287,7 @@ def metrics_with(config: RunConfig, extractor: ExtractorConfig) -> tuple[str, ..
     return tuple(dict.fromkeys(metric for protocol in using for metric in protocol.metrics))
 
 
-def open_reference(config: ExtractorConfig, extractor: Extractor, real: RealImages, cache: Path) -> Reference:
+def open_reference(config: ExtractorConfig, extractor: Extractor, real: RealImages, cache: Path) -> ComparedImages:
     """Return the reference of an extractor: a file of statistics, or the training images' features from the cache.
 
     Raises:

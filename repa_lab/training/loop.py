@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 
 import torch
 from accelerate import PartialState
@@ -24,6 +25,7 @@ from repa_lab.training.checkpoint import Progress
 from repa_lab.training.device import resolved
 from repa_lab.training.evaluate import DivergedError, write_grid
 from repa_lab.training.resolve import milestone_names, plugins_of
+from repa_lab.training.speed import SpeedMeter
 from repa_lab.training.trainer import Trainer
 
 ShouldStop = Callable[[], State | None]
@@ -32,21 +34,47 @@ _ALL = 1 << 30
 
 
 class RunRecorder:
-    """Writes the results of a training loop to the run directory; only the first process of a run has one."""
+    """Writes the results of a training loop to the run directory; only the first process of a run has one.
+
+    As a context manager it waits, at the end, for the samples that are being written.
+    """
 
     def __init__(self, directory: RunDirectory, journal: Journal) -> None:
         self._directory, self._journal = directory, journal
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._grid: tuple[int, Path, Future[None]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._thread:
+            self._announce_samples()
 
     def rows(self, rows: Sequence[Row]) -> None:
-        """Append metric rows and pass them to the listeners."""
+        """Append metric rows and pass them to the listeners.
+
+        Raises:
+            OSError: the samples before them could not be written.
+        """
+        self._announce_samples()
         for row in rows:
             self._journal.row(row)
 
     def samples(self, step: int, pixels: torch.Tensor) -> None:
-        """Write samples, uint8 ``(n, C, H, W)``, as one PNG."""
+        """Write samples, uint8 ``(n, C, H, W)``, as one PNG in a thread, while the next steps run.
+
+        A process that is killed meanwhile leaves no PNG of this step, or the whole one.
+        """
         path = self._directory.samples / f"step-{step:08d}.png"
-        write_grid(pixels, path)
-        self._journal.image(step, path)
+        self._grid = step, path, self._thread.submit(write_grid, pixels, path)
+
+    def _announce_samples(self) -> None:
+        """Wait until the last samples are written, and pass them to the listeners."""
+        if self._grid is not None:
+            (step, path, written), self._grid = self._grid, None
+            written.result()
+            self._journal.image(step, path)
 
     def checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
         """Write a checkpoint with ``save(folder)`` and delete all but the newest two."""
@@ -122,9 +150,9 @@ def train(
                 writer.event("resumed", step=progress.step)
             writer.rewind(progress.step)
             journal.state(State.RUNNING, progress.step)
-            recorder = RunRecorder(directory, journal)
             is_over = _is_over(trainer, directory, is_enough)
-            state = State.STOPPED if is_over else fit(trainer, recorder, should_stop, kept, is_enough)
+            with RunRecorder(directory, journal) as recorder:
+                state = State.STOPPED if is_over else fit(trainer, recorder, should_stop, kept, is_enough)
         except Exception as error:
             journal.state(State.FAILED, progress.step, one_line(error), isinstance(error, DivergedError))
             raise
@@ -150,8 +178,8 @@ def fit(
     progress, last = trainer.progress, trainer.config.train.steps
     measure_every = trainer.config.evaluate.every
     save_every = trainer.options.checkpoint_every or measure_every
-    began = time.perf_counter()
-    for batch in trainer.batches():
+    meter = SpeedMeter(trainer.config, trainer.options, progress, trainer.device, trainer.accelerator.num_processes)
+    for batch in meter.waiting_for(trainer.batches()):
         outcome = trainer.step(batch)
         step = progress.step
         measure = step % measure_every == 0 or step == last
@@ -159,11 +187,12 @@ def fit(
         stop = _agreed(trainer, should_stop, due)
         if due or stop or step in kept:
             row = outcome.row()  # waits for the device, so that the seconds are those of finished steps
-            progress.seconds += time.perf_counter() - began
+            trainer.note_encoder_seconds()
+            speed = meter.row()
             if not math.isfinite(row["loss/total"]):
                 raise DivergedError(f"the loss is {row['loss/total']} at step {step}")
             if recorder and due:  # not for a stop alone: the rows of a run do not depend on interruptions
-                recorder.rows([{**progress.row(), **row}])
+                recorder.rows([{**progress.row(), **row, **speed}])
             if measure:
                 rows, samples = trainer.measure()
                 if any(is_enough(measured) for measured in rows):
@@ -175,7 +204,7 @@ def fit(
                 recorder.checkpoint(step, trainer.save)
             if recorder and step in kept:
                 recorder.fork(step, trainer.save)
-            began = time.perf_counter()
+            meter.start()
         if stop and step < last:
             return stop
     return State.DONE

@@ -199,6 +199,10 @@ class Trainer:
                 self.aligner.retract(self.progress.step)
             torch.cuda.empty_cache()  # does nothing without a GPU
 
+    def note_encoder_seconds(self) -> None:
+        """Add the seconds of encoders since the last call to the progress; waits for the device."""
+        self.progress.encoder_seconds += self._stopwatch.take()
+
     def measure(self) -> tuple[list[Row], torch.Tensor]:
         """Measure the averaged weights.
 
@@ -221,7 +225,7 @@ class Trainer:
         if self.aligner:
             self.aligner.clear()
         self.progress.evaluation_seconds += time.perf_counter() - began
-        self.progress.encoder_seconds += self._stopwatch.take()
+        self.note_encoder_seconds()
         row |= costs_so_far(self.config, self.options, self.progress)
         return [{**self.progress.row(), **values} for values in (row, *(other for other, _ in others))], samples
 
@@ -234,7 +238,7 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write everything that is needed to resume, or to export the model, into an empty folder."""
-        self.progress.encoder_seconds += self._stopwatch.take()
+        self.note_encoder_seconds()
         self.state.save(folder, self.progress)
         files.write_json(folder / INPUT_FILE, asdict(self._input) if self._input else None)
 

@@ -282,7 +282,7 @@ class TestInception:
         assert seen == [2, 2, 1]
         shapes = {layer: values.shape for layer, values in found.layers.items()}
         assert shapes == {"2048": (5, 2048), "spatial": (5, 2023), "logits_unbiased": (5, 1008)}
-        assert {values.dtype for values in found.layers.values()} == {np.dtype(np.float32)}
+        assert {values.dtype for values in found.layers.values()} == {torch.float32}
         assert len(found) == 5
 
     def test_spatial_features_are_the_first_channels_of_a_1x1_branch_place_by_place(self, net):

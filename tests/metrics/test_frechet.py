@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from scipy.linalg import sqrtm
 from torch.utils.data import Dataset
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-from repa_lab.metrics import Moments, frechet_distance, statistics
+from repa_lab.metrics import Moments, Statistics, frechet_distance, statistics
 from repa_lab.metrics.extractor import Extractor
 from repa_lab.metrics.protocol import EXTRACTORS
 
@@ -123,7 +126,7 @@ def test_statistics_of_one_feature_are_matrices():
 @pytest.mark.parametrize("offset", [0.0, 1e6])
 def test_statistics_by_batches_are_those_of_the_whole(offset):
     a = features(157, 12, 0) + offset
-    moments = Moments()
+    moments = Moments(12)
     for part in np.split(a, [1, 1, 40, 41, 150]):
         moments.add(part)
     found, expected = moments.statistics, np.cov(a, rowvar=False)
@@ -132,11 +135,37 @@ def test_statistics_by_batches_are_those_of_the_whole(offset):
     np.testing.assert_allclose(found.sigma, expected, atol=1e-9 * np.trace(expected))
 
 
+@pytest.mark.parametrize("counts", [(60, 90, 7), (157, 0, 0), (0, 0, 157)], ids=str)
+def test_statistics_of_several_processes_are_those_of_the_whole(counts):
+    """Three processes that sum in threads, of which some may have drawn nothing."""
+    a = features(157, 12, 0) + 1e3
+    waiting, tensors = Barrier(3), [torch.empty(0)] * 3
+
+    def run(rank: int) -> Statistics:
+        def total(values: torch.Tensor) -> torch.Tensor:
+            tensors[rank] = values
+            waiting.wait()
+            summed = tensors[0] + tensors[1] + tensors[2]
+            waiting.wait()
+            return summed
+
+        moments = Moments(12)
+        moments.add(np.split(a, np.cumsum(counts)[:-1])[rank])
+        moments.merge(total)
+        return moments.statistics
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(run, range(3)))
+    expected = np.cov(a, rowvar=False)
+    for one in found:
+        assert one.count == 157
+        np.testing.assert_allclose(one.mu, a.mean(axis=0), rtol=1e-13)
+        np.testing.assert_allclose(one.sigma, expected, atol=1e-11 * np.trace(expected))
+
+
 def test_batches_of_other_widths_are_refused():
-    moments = Moments()
-    moments.add(np.zeros((2, 3)))
-    with pytest.raises(ValueError, match=r"d as before \(3\), got shape \(2, 4\)"):
-        moments.add(np.zeros((2, 4)))
+    with pytest.raises(ValueError, match=r"need features \(n, 3\), got shape \(2, 4\)"):
+        Moments(3).add(np.zeros((2, 4)))
 
 
 def test_covariances_of_a_few_samples_have_no_more_ranks():

@@ -8,7 +8,7 @@ from repa_lab.metrics import frechet_distance, inception_score, kid, precision_r
 from repa_lab.metrics.extractor import Extractor, Features
 from repa_lab.metrics.npz import StatisticsError, write_images
 from repa_lab.metrics.protocol import METRICS
-from repa_lab.metrics.reference import FOLDER, RealImages, measure, read_reference, reference
+from repa_lab.metrics.reference import FOLDER, Collector, ComparedImages, RealImages, measure, read_reference, reference
 from tests.rounding import FRECHET, INCEPTION, LITE0, rounding
 
 CPU = torch.device("cpu")
@@ -55,6 +55,16 @@ class Images(RealImages):
         return pixels.split(7)
 
 
+def samples_of(extractor: Extractor, features: Features) -> ComparedImages:
+    """Samples with these features for every metric of the extractor, collected in two batches, the later one first."""
+    collector = Collector(extractor, extractor.metrics, ("features", "nothing"))
+    half = len(features) // 2
+    for rows in (slice(half, None), slice(half)):
+        part = {layer: values[rows] for layer, values in features.layers.items()}
+        collector.add(Features(features.extractor, part), rows.start or 0)
+    return collector.images
+
+
 def files(cache) -> set[str]:
     return {path.name for path in (cache / FOLDER).iterdir()}
 
@@ -82,9 +92,9 @@ class TestCache:
         error = rounding(features, LITE0)  # of batches of 7 and of 30
         np.testing.assert_allclose(found.of("frechet").mu, expected.mu, rtol=0, atol=error)
         np.testing.assert_allclose(
-            found.of("frechet").sigma, expected.sigma, rtol=0, atol=4 * features.std(0).max() * error
+            found.of("frechet").sigma, expected.sigma, rtol=0, atol=4 * float(features.std(0).max()) * error
         )
-        assert found.features.of("precision_recall").dtype == np.float32
+        assert found.features.of("precision_recall").dtype == torch.float32
         np.testing.assert_allclose(found.features.of("precision_recall"), features, rtol=0, atol=error)
 
     def test_features_are_kept_only_when_a_metric_needs_them(self, everything, alone, tmp_path):
@@ -155,7 +165,7 @@ class TestMeasure:
     def test_every_metric_in_the_order_of_its_names(self, fid, ten, tmp_path):
         real = PIXELS[10:14]
         against, other = reference(fid, Images(pixels=real), tmp_path), fid.features(real)
-        measured = {metric: measure(metric, ten, against) for metric in METRICS}
+        measured = {metric: measure(metric, samples_of(fid, ten), against) for metric in METRICS}
         assert {metric: len(values) for metric, values in measured.items()} == {
             metric: len(kinds) for metric, kinds in ((name, METRICS[name].yields) for name in METRICS)
         }
@@ -172,10 +182,16 @@ class TestMeasure:
 
     def test_what_is_missing_is_named(self, everything, alone, tmp_path):
         against = reference(alone, Images(), tmp_path)
+        samples = samples_of(everything, everything.features(PIXELS))
         with pytest.raises(ValueError, match="kid needs features of real images: name it when the extractor is made"):
-            measure("kid", everything.features(PIXELS), against)
-        with pytest.raises(ValueError, match="no features of efficientnet_lite0 for sfid"):
-            measure("sfid", everything.features(PIXELS), against)
+            measure("kid", samples, against)
+        with pytest.raises(ValueError, match="no features of efficientnet_lite0 for inception_score"):
+            measure("inception_score", samples, against)
+
+    def test_features_are_kept_for_metrics_that_compare_them(self, alone, everything):
+        assert samples_of(alone, alone.features(PIXELS)).features is None
+        kept, whole = samples_of(everything, everything.features(PIXELS)).features, everything.features(PIXELS)
+        assert kept is not None and torch.equal(kept.of("kid"), whole.of("kid"))
 
 
 class TestRead:
@@ -186,13 +202,13 @@ class TestRead:
         path = tmp_path / "VIRTUAL_x.npz"
         np.savez(path, arr_0=images, mu=pooled.mu, sigma=pooled.sigma, mu_s=spatial.mu, sigma_s=spatial.sigma)
         found = read_reference(fid, path)
-        assert measure("frechet", ten, found)[0] < 1e-6 * np.trace(found.of("frechet").sigma)
-        assert measure("sfid", ten, found)[0] < 1e-6 * np.trace(found.of("sfid").sigma)
+        assert measure("frechet", samples_of(fid, ten), found)[0] < 1e-6 * np.trace(found.of("frechet").sigma)
+        assert measure("sfid", samples_of(fid, ten), found)[0] < 1e-6 * np.trace(found.of("sfid").sigma)
         assert len(found.of("sfid").mu) == 2023
         np.testing.assert_allclose(
             found.features.of("kid"), ten.of("kid")[:4], rtol=0, atol=rounding(ten.of("kid"), INCEPTION)
         )
-        assert measure("precision_recall", ten, found)[1] == 1
+        assert measure("precision_recall", samples_of(fid, ten), found)[1] == 1
 
     def test_a_file_of_another_extractors(self, alone, tmp_path):
         held = statistics(np.random.default_rng(0).standard_normal((9, 4)))

@@ -46,6 +46,7 @@ OPTIONS: dict[str, Any] = {"device": "cpu", "log_every": 1, "wandb": {"mode": "d
 UNET = {"model.family": "unet", "model.size": "nano"}
 SIT_DOWN = {"model.family": "sit_down", "model.size": "nano/2"}
 OFF = {"regularizer": {"type": "none"}}
+MEASURED_SPEED = frozenset({"cost/images_per_second", "cost/flops_utilisation", "cost/peak_memory_gib"})
 
 
 def make_run(seed: int = 0, **settings: Any) -> Run:
@@ -96,8 +97,11 @@ def weights(directory: RunDirectory) -> dict[str, torch.Tensor]:
 
 
 def rows(directory: RunDirectory) -> list[Row]:
-    """The metric rows without the seconds, which no two runs share."""
-    return [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in directory.rows()]
+    """The metric rows without what is measured of time and memory, which no two runs share."""
+    return [
+        {key: value for key, value in row.items() if not key.endswith("seconds") and key not in MEASURED_SPEED}
+        for row in directory.rows()
+    ]
 
 
 def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], *, only: str = "") -> None:

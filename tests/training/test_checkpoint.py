@@ -146,6 +146,7 @@ def test_the_files_are_safetensors_and_json_only(tmp_path):
         "seconds": 0.0,
         "evaluation_seconds": 0.0,
         "encoder_seconds": 0.0,
+        "data_seconds": 0.0,
     }
 
 

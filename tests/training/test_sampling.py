@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from repa_lab.models.sit import SiT
 from repa_lab.spec import EvaluateConfig
 from repa_lab.spec.evaluate import GuidanceConfig, SamplerConfig
 from repa_lab.training.batches import generator
@@ -189,14 +190,18 @@ class TestSDE:
         assert expected_std(s, 250) / s == pytest.approx(1, abs=0.02)
 
 
+passes = pytest.mark.parametrize("is_one_pass", [False, True], ids=["two passes", "one pass"])
+
+
 class TestGuidance:
-    def test_is_affine_in_the_two_velocities(self):
+    @passes
+    def test_is_affine_in_the_two_velocities(self, is_one_pass):
         class ByLabel(nn.Module):
             def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
                 return torch.where(y.view(-1, 1) == 10, 1.0, 5.0 + y.view(-1, 1)) * torch.ones_like(x)
 
         labels = torch.tensor([0, 2])
-        velocity = guided(ByLabel(), labels, 10, GuidanceConfig(scale=1.5))
+        velocity = guided(ByLabel(), labels, 10, GuidanceConfig(scale=1.5), is_one_pass)
         # 1 + 1.5 * (5 - 1) and 1 + 1.5 * (7 - 1)
         assert velocity(torch.zeros(2, 1, dtype=torch.float64), 0.5, 0.5).flatten().tolist() == [7.0, 10.0]
 
@@ -211,17 +216,33 @@ class TestGuidance:
         draw(sampling, field, 2, 2)
         assert len(field.times) == evaluations
 
-    def test_the_ends_of_the_interval_belong_to_it(self):
+    @passes
+    def test_the_ends_of_the_interval_belong_to_it(self, is_one_pass):
         field = Field()
-        velocity = guided(field, torch.tensor([3]), 10, GuidanceConfig(scale=2.0, low=0.25, high=0.5))
+        velocity = guided(field, torch.tensor([3]), 10, GuidanceConfig(scale=2.0, low=0.25, high=0.5), is_one_pass)
         for t in (0.25, 0.5):
             velocity(torch.zeros(1, *SHAPE), 0.1, t)
-        assert field.labels == [[3], [10], [3], [10]]
+        assert field.labels == ([[3, 10], [3, 10]] if is_one_pass else [[3], [10], [3], [10]])
         velocity(torch.zeros(1, *SHAPE), 0.5, 0.5 + 1e-9)
-        assert field.labels[4:] == [[3]]
+        assert field.labels[-1] == [3]
 
+    @pytest.mark.parametrize("count", [1, 5, 7])
+    def test_one_pass_of_a_denoiser_is_two_within_rounding(self, count):
+        torch.manual_seed(0)
+        denoiser = SiT.from_size("nano/2", 1, 8, 10).eval().requires_grad_(False)
+        for parameter in denoiser.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        x, labels = torch.randn(count, 1, 8, 8).double(), torch.arange(count)
+        one, two = (
+            guided(denoiser, labels, 10, GuidanceConfig(scale=2.0), is_one_pass)(x, 0.3, 0.3)
+            for is_one_pass in (True, False)
+        )
+        assert two.abs().max() > 0.1
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+
+    @passes
     @pytest.mark.parametrize(("low", "high"), [(0.0, 0.7), (0.25, 0.5), (0.0, 1.0)])
-    def test_heun_guides_both_evaluations_of_a_step_by_its_start(self, low, high):
+    def test_heun_guides_both_evaluations_of_a_step_by_its_start(self, low, high, is_one_pass):
         """An independent implementation of REPA's sampler in NumPy, on a grid whose points fall between the two rules."""
 
         def field(x, t, y):
@@ -245,10 +266,10 @@ class TestGuidance:
             slope = velocity(x, t)
             ahead = x + slope * (after - t)
             x = ahead if i == steps - 1 else x + (slope + velocity(ahead, after)) / 2 * (after - t)
-            asked += (1 + is_guided) * (1 if i == steps - 1 else 2)
+            asked += (2 if is_guided and not is_one_pass else 1) * (1 if i == steps - 1 else 2)
         net, calls = Net(), []
         net.register_forward_hook(lambda *given: calls.append(1))
-        velocity = guided(net, torch.tensor([3, 4]), 10, GuidanceConfig(scale=scale, low=low, high=high))
+        velocity = guided(net, torch.tensor([3, 4]), 10, GuidanceConfig(scale=scale, low=low, high=high), is_one_pass)
         found = integrate(velocity, lambda: torch.from_numpy(noise), ode("heun", steps))
         np.testing.assert_allclose(found.numpy(), x, rtol=0, atol=1e-6)
         assert len(calls) == asked
