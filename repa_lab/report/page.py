@@ -89,6 +89,7 @@ def _content(results: Results, sweep: SweepDirectory, pictures: list[Picture], f
         "least_trials": MIN_TRIALS,
         "sheets": sheets(results, sweep.path),
         "costs": tables.cost_table(results),
+        "speed": tables.speed_table(results),
         "runs": tables.runs_table(results),
         "settings": tables.settings_table(results),
         "methods": text.methods(results),

@@ -34,6 +34,7 @@ _SECONDS_PER_HOUR = 3600
 _SECONDS = {"training": "seconds", "encoder": "cost/encoder_seconds", "evaluation": "cost/evaluation_seconds"}
 _HOURS = ("training", "encoder (within training)", "evaluation")  # names of _SECONDS in the table
 _FLOPS = {"training": "cost/train_flops", "encoder": "cost/encoder_flops", "evaluation": "cost/evaluation_flops"}
+_SPEED = ("cost/data_seconds", "cost/encoder_seconds", "cost/flops_utilisation", "cost/peak_memory_gib")
 
 
 # ---- formats
@@ -298,6 +299,26 @@ def cost_table(results: Results) -> Table:
         share = measured / (trained + measured) if trained + measured > 0 else math.nan
         share_text = NONE if math.isnan(share) else f"{100 * share:.0f} %"
         rows.append([str(name), str(len(runs)), *map(significant, sums), share_text])
+    return Table(headers, rows).without_empty_columns()
+
+
+def speed_table(results: Results) -> Table:
+    """Return how fast the training steps of each arm were; without rows if no run has recorded it.
+
+    Means over the arm's runs, and the largest peak of memory; utilisation is that of the last logged steps.
+    """
+    headers = ["arm", "runs", "images/s", "waiting for data", "encoder", "FLOPs utilisation", "peak memory, GiB"]
+    runs = results.runs.drop_duplicates("run_id")
+    if "cost/data_seconds" not in runs:
+        return Table(headers, [])
+    rows = []
+    for arm, of_arm in runs.groupby("arm", sort=False):
+        numbers = of_arm.reindex(columns=["images", "seconds", *_SPEED]).astype(float)
+        images, seconds, waiting, encoder, utilisation, peak = (numbers[name] for name in numbers)
+        shares = [(waiting / seconds).mean(), (encoder / seconds).mean(), utilisation.mean()]
+        percent = [NONE if math.isnan(share) else f"{100 * share:.1f} %" for share in shares]
+        speed = significant(float((images / seconds).mean()))
+        rows.append([str(arm), str(len(of_arm)), speed, *percent, significant(float(peak.max()))])
     return Table(headers, rows).without_empty_columns()
 
 

@@ -20,6 +20,7 @@ from repa_lab.report.tables import (
     latex,
     protocols_table,
     provenance_table,
+    speed_table,
     summary_tables,
     targets_tables,
 )
@@ -70,6 +71,21 @@ def test_the_encoders_hours_are_told_apart_within_those_of_training(build: Build
     assert hours["device hours, training"] == "0.00556"
     assert hours["device hours, encoder (within training)"] == "0.00250"
     assert hours["evaluation's share of the hours"] == "33 %"
+
+
+def test_the_speed_of_an_arm_is_the_mean_of_its_runs(build: Build, root: RunsRoot) -> None:
+    runs = [FakeRun(seed, {200: 1.0}, run_id=f"run{seed}") for seed in (0, 1)]
+    sweep = build([FakeArm("a", runs), FakeArm("older", [FakeRun(0, {200: 1.0}, run_id="older")])])
+    assert not speed_table(load_results(sweep.path))  # nothing is recorded yet
+    for seed, (utilisation, peak) in enumerate([(0.5, 2.0), (0.3, 4.0)]):
+        with RunWriter(root.run(f"run{seed}")) as writer:
+            row = {"step": 200, "images": 1600, "seconds": 20.0 + 20 * seed, "cost/data_seconds": 2.0}
+            writer.row({**row, "cost/flops_utilisation": utilisation, "cost/peak_memory_gib": peak})
+    table = speed_table(load_results(sweep.path))
+    assert table.headers == ["arm", "runs", "images/s", "waiting for data", "FLOPs utilisation", "peak memory, GiB"]
+    # 1,600 images in 20 and in 40 s; 2 s of either are waiting.
+    assert table.rows[0] == ["a", "2", "60.0", "7.5 %", "40.0 %", "4.00"]
+    assert table.rows[1][3:] == ["n/a", "n/a", "n/a"]
 
 
 def test_numbers_of_different_protocols_are_in_different_tables(build: Build) -> None:
