@@ -20,7 +20,7 @@ COMMANDS = (
     specs.schema, specs.explain, specs.diff,
     runs.status, runs.why, runs.retry, runs.stop, runs.pin, runs.gc,
     results.profile, results.leaderboard, results.sync,
-    sweeps.reproduce,
+    sweeps.reproduce, sweeps.bench,
     models.families, models.export, models.sample,
     start.doctor,
 )  # fmt: skip

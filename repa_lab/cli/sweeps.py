@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +20,7 @@ from repa_lab.cli.shared import (
     UsageError,
     WithOption,
     WorkersOption,
+    err,
     out,
     overrides,
     table,
@@ -149,6 +150,48 @@ def reproduce(
     typer.echo(f"written: {outcome.path / 'reproduce.md'} and .csv")
     if outcome.failures:
         raise typer.Exit(1)
+
+
+def bench(
+    spec: Annotated[
+        Path | None, typer.Argument(metavar="[SPEC]", help="A spec file; else a tiny model on digits.")
+    ] = None,
+    root: RootOption = DEFAULT_ROOT,
+    set_: SetOption = None,
+    with_: WithOption = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns that every way takes.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a turn.")] = 5,
+    json_: JsonOption = False,
+) -> None:
+    """Measure a training step against other ways to take it, the data path and the evaluation, side by side."""
+    from repa_lab.orchestration.api import bench as measure
+
+    measured = measure(spec, root, overrides(set_), with_ or (), rounds, steps, err)
+    if json_:
+        print(json.dumps(measured))
+        return
+    facts = f"batch {measured['batch_size']}, {measured['options']['precision']}"
+    out.print(table(f"{measured['device']}, {facts}; ratios of {measured['clock']}", _bench_rows(measured)))
+    typer.echo(f"a large matrix product: {measured['matmul_flops'] / 1e12:.3g} TFLOP/s")
+    typer.echo(f"peak memory, all of this together: {measured['peak_memory_gib']:.2f} GiB")
+
+
+def _bench_rows(measured: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the table of :func:`repa_lab.orchestration.api.bench`."""
+    rows = []
+    for way in measured["ways"]:
+        ratio, utilisation = way["ratio"], way.get("flops_utilisation")
+        rows.append(
+            {
+                "": way["name"],
+                "images/s": f"{way['images_per_second']:,.1f}",
+                "ms a step": f"{way['ms_per_step']:,.1f}",
+                "time / plain step": f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})",
+                "FLOPs / plain step": f"{way['flops_ratio']:.3f}" if utilisation is not None else "",
+                "of the ceiling": f"{100 * utilisation:.1f} %" if utilisation is not None else "",
+            }
+        )
+    return rows
 
 
 def _print_failures(failures: Mapping[str, str]) -> None:

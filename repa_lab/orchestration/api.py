@@ -13,13 +13,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from repa_lab.align.settings import REPASettings
 from repa_lab.errors import StateError
 from repa_lab.orchestration.checks import check
 from repa_lab.orchestration.cost import require_budget
 from repa_lab.orchestration.display import ProgressView
 from repa_lab.orchestration.executors import Executor, ExecutorError, Task, TrainJob
 from repa_lab.orchestration.executors.local import LocalExecutor, local_slots
-from repa_lab.orchestration.plan import Plan, PlannedRun, make_plan
+from repa_lab.orchestration.plan import Plan, PlannedRun, identify_arm, make_plan
 from repa_lab.orchestration.scheduler import Scheduler, SweepBrokenError, Work
 from repa_lab.orchestration.sharing import RunList
 from repa_lab.runs import RunDirectory, RunsRoot, State
@@ -184,6 +185,50 @@ def run_one(
         view.started(entry.run.run_id, task.name, train_config.steps)
         listeners = [_ViewListener(view, entry.run.run_id), *trackers]
         return directory, train(entry.run, directory, options, planned.root.cache, listeners, is_enough=task.is_enough)
+
+
+def bench(
+    source: Source | None = None,
+    root: str | Path = DEFAULT_ROOT,
+    overrides: Mapping[str, Any] | None = None,
+    fragments: Sequence[str | Path] = (),
+    rounds: int = 5,
+    steps: int = 5,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measure training steps of a spec's first arm with `repa` or `urepa` against other ways to take them.
+
+    Args:
+        source: a spec as for :func:`sweep`; None measures a tiny model on digits.
+        root: the runs root, whose caches are filled.
+        overrides: dotted paths to values, laid over the spec.
+        fragments: files laid between the spec and the overrides; see `load_spec`.
+        rounds: turns that every way takes.
+        steps: steps of a turn.
+        console: where progress is shown; None shows nothing.
+
+    Returns:
+        What :func:`repa_lab.training.bench.bench` returns.
+
+    Raises:
+        SpecError: the spec is wrong, has no such arm, or asks for what cannot be had.
+    """
+    from repa_lab.orchestration.prepare import RefusedError, prepare
+    from repa_lab.training import bench as bench_module
+
+    experiment = _load(bench_module.TINY if source is None else source, overrides, fragments)
+    arm = next((arm for arm in experiment.arms if isinstance(arm.config.regularizer, REPASettings)), None)
+    if arm is None:
+        raise SpecError([experiment.problem("regularizer.type", "bench needs an arm with `repa` or `urepa`")])
+    cache = RunsRoot(Path(root)).cache
+    with ProgressView(console or Console(quiet=True), experiment.name, 1) as view:
+        announce = lambda activity: lambda done, total: view.progress(activity, done, total)  # noqa: E731
+        try:
+            prepare((config for _, config in bench_module.variants(arm.config)), experiment.run, cache, announce)
+        except RefusedError as error:
+            raise SpecError([arm.problem(error.path, str(error))]) from None
+        run = identify_arm(arm, experiment.seeds[0])
+        return {"arm": arm.label, **bench_module.bench(run, experiment.run, cache, rounds, steps)}
 
 
 class _ViewListener:

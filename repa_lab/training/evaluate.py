@@ -117,6 +117,25 @@ class Evaluator:
         Raises:
             DivergedError: a sample is not finite.
         """
+        collectors, shown = self.draw(protocol)
+        row: Row = {}
+        for extractor, collector in collectors.items():
+            generated = _of_all_processes(collector)
+            for metric in protocol.metrics:
+                names = list(names_of_metric(self._config, protocol, metric, extractor))
+                if names:  # some metrics are defined for Inception's features only
+                    row |= dict(zip(names, measure(metric, generated, self._references[extractor]), strict=True))
+        return row, shown
+
+    def draw(self, protocol: EvaluateConfig) -> tuple[dict[ExtractorConfig, Collector], torch.Tensor]:
+        """Draw this process's samples of a protocol.
+
+        Returns:
+            What the metrics compare of them, by extractor; and the samples to show, of all processes.
+
+        Raises:
+            DivergedError: a sample of any process is not finite.
+        """
         sampler = self._model.sampler(protocol)
         collectors = {
             extractor: Collector(self._extractors[extractor], protocol.metrics, _KEPT_OF_SAMPLES)
@@ -135,16 +154,9 @@ class Evaluator:
                 first.append((index.start, pixels[: _GRID_SAMPLES - index.start].cpu()))
         if not all(gather_object([is_finite])):
             raise DivergedError("the denoiser draws samples that are not finite")
-        row: Row = {}
-        for extractor, collector in collectors.items():
-            generated = _of_all_processes(collector)
-            for metric in protocol.metrics:
-                names = list(names_of_metric(self._config, protocol, metric, extractor))
-                if names:  # some metrics are defined for Inception's features only
-                    row |= dict(zip(names, measure(metric, generated, self._references[extractor]), strict=True))
         first = sorted(gather_object(first), key=lambda batch: batch[0])
         shown = sampler.shown() if self._part[0] == 0 else None
-        return row, torch.cat([pixels for _, pixels in first]) if shown is None else shown
+        return collectors, torch.cat([pixels for _, pixels in first]) if shown is None else shown
 
     @torch.no_grad()
     def alignment(self, tap: Tap, match: Match | None) -> Row:
