@@ -64,7 +64,7 @@ class TestFacts:
 
 
 def pooled(extractor: Extractor, pixels: torch.Tensor, **options: int) -> np.ndarray:
-    return extractor.features(pixels, **options).of("frechet")
+    return extractor.features(pixels, **options).of("frechet").numpy()
 
 
 def test_features_are_lite0s_pooled_ones(extractor):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
-from threading import Event
 
 import pytest
 import torch
@@ -15,9 +13,8 @@ from repa_lab.encoders.encoder import Encoder, load_encoder
 from repa_lab.runs import RunDirectory, RunWriter, State, checkpoints
 from repa_lab.runs import directory as directory_module
 from repa_lab.training import aligner as aligner_module
-from repa_lab.training import loop
 from repa_lab.training.device import DeviceError
-from repa_lab.training.evaluate import DivergedError, write_grid
+from repa_lab.training.evaluate import DivergedError
 from repa_lab.training.loop import train
 from repa_lab.training.sampling import FieldSampler
 from repa_lab.training.trainer import Trainer
@@ -207,30 +204,6 @@ class TestRows:
         assert checkpoints.steps(directory.checkpoints) == [4, 5]
         seconds = [row["seconds"] for row in directory.rows()]
         assert seconds == sorted(seconds)
-
-    def test_steps_do_not_wait_for_the_samples_to_be_written(self, cache, fresh, monkeypatch):
-        """The writer waits for a step that is taken after the measurement."""
-        later, waited = Event(), []
-
-        def write(pixels: torch.Tensor, path: Path) -> None:
-            waited.append(later.wait(60))
-            write_grid(pixels, path)
-
-        monkeypatch.setattr(loop, "write_grid", write)
-        steps = iter(range(1, 100))
-        run, directory = make_run(**OFF, **{"evaluate.every": 2, "train.steps": 3}), fresh()
-        options = make_options(log_every=100)
-        assert train(run, directory, options, cache, should_stop=lambda: next(steps) == 3 and later.set()) is State.DONE
-        assert waited == [True, True]
-        assert sorted(directory.sample_grids()) == [2, 3]
-
-    def test_samples_that_cannot_be_written_fail_the_run(self, cache, fresh):
-        directory = fresh()
-        directory.path.mkdir(parents=True)
-        directory.samples.write_text("not a folder")
-        with pytest.raises(OSError, match="samples"):
-            train(make_run(**OFF), directory, make_options(), cache)
-        assert directory.state.state is State.FAILED
 
     def test_a_baseline_is_measured_with_the_encoder_it_is_given(self, cache, fresh):
         encoder = {"name": "efficientnet_lite0", "image_size": 32}

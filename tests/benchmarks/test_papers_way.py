@@ -1,0 +1,162 @@
+"""What training costs against the way of the papers' code. Prints ratios; asserts nothing of time."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+
+from repa_lab.align import REPA, Signals, Tokens
+from repa_lab.models.sit import SiT
+from repa_lab.models.tap import Tap
+from tests.benchmarks.ratios import ratios, show
+from tests.orchestration.conftest import TINY
+
+pytestmark = pytest.mark.bench
+GRID = (16, 16)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_step_at_b2s_shape(batch):
+    """SiT-B/2 at 256 px with a ViT-B/14 of random weights at 224 px, as REPA has it; cached features are given."""
+    torch.manual_seed(0)
+    encoder = timm.create_model("vit_base_patch14_dinov2", img_size=224, dynamic_img_size=False).eval()
+    encoder.requires_grad_(False)
+    images = torch.randint(0, 256, (batch, 3, 256, 256), dtype=torch.uint8)
+    x, t, y = torch.randn(batch, 4, 32, 32), torch.rand(batch), torch.arange(batch)
+    features = torch.randn(batch, 256, 768).half()  # as the cache keeps them
+
+    def trained(is_papers_way: bool) -> Callable[[], None]:
+        denoiser, regularizer = SiT.from_size("B/2"), REPA(768, 768)
+        tap = Tap(denoiser.blocks[3], lambda output: Tokens(output, GRID))
+        parameters = [p for m in (denoiser, regularizer) for p in m.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        averages = [p.detach().clone() for p in parameters]
+
+        def papers_loss(student: Tokens) -> torch.Tensor:
+            with torch.no_grad():
+                resized = F.interpolate(images.float() / 255, 224, mode="bicubic")
+                teacher = encoder.forward_features((resized - 0.45) / 0.225)[:, 1:]
+            loss = torch.zeros(())
+            for s, z in zip(regularizer.projectors[0].project(student).values, teacher, strict=True):
+                loss = loss - (F.normalize(s, dim=-1) * F.normalize(z, dim=-1)).sum(-1).mean()
+            return loss / batch
+
+        def step() -> None:
+            loss = F.mse_loss(denoiser(x, t, y), x)
+            student = tap.take()
+            if is_papers_way:
+                aligned = papers_loss(student)
+            else:
+                aligned = regularizer(Signals(taps=(student,), encoders=(Tokens(features.float(), GRID),))).value
+            (loss + 0.5 * aligned).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if is_papers_way:
+                for average, parameter in zip(averages, parameters, strict=True):
+                    average.mul_(0.9999).add_(parameter.detach(), alpha=1e-4)
+                loss.item(), aligned.item()
+            else:
+                torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1e-4)
+
+        return step
+
+    # Multiply-adds of an image: the denoiser's and the projector's, forward and backward, and the encoder's forward.
+    denoiser, projector, encoding = 3 * 23.00, 3 * 256 * 7_342_080 / 1e9, 23.16
+    predicted = 1 + encoding / (denoiser + projector)
+    measured = ratios(trained(True), trained(False), rounds=5)
+    show(
+        f"the papers' step / a step with cached features, SiT-B/2 and ViT-B/14, batch {batch}",
+        measured,
+        f"; FLOPs alone predict {predicted:.3f}; the aim is 1.4",
+    )
+
+
+# A run in the papers' way: a process of its own, the encoder in every step, and the extractor loaded and the real images
+# looked at for each measurement. It measures no alignment, as the lab does.
+PAPERS_RUN = """
+import sys, tempfile
+import torch
+torch.set_num_threads(1)
+from repa_lab.orchestration.plan import identify_arm
+from repa_lab.spec import load_spec
+from repa_lab.training.bench import ReferenceLoop
+from repa_lab.training.data import open_data
+from repa_lab.training.evaluate import open_extractor, open_reference, real_images
+from repa_lab.training.trainer import Trainer
+online = {"regularizer.encoder.cache": False, "regularizer.encoder.standardize": False, "evaluate.encoder": None}
+spec = load_spec(Path(sys.argv[1]), online)
+run = identify_arm(spec.arms[int(sys.argv[2])], int(sys.argv[3]))
+trainer = Trainer(run, spec.run, Path(tempfile.mkdtemp()))  # looks at the real images for the first measurement
+step = ReferenceLoop(trainer).step if trainer.aligner else lambda batch: trainer.step(batch).row()
+for number, batch in enumerate(trainer.batches(), start=1):
+    step(batch)
+    if number % run.config.evaluate.every == 0:
+        if number > run.config.evaluate.every:
+            for extractor in run.config.evaluate.extractors:
+                real = real_images(open_data(run.config, Path(tempfile.mkdtemp()), trainer.device))
+                network = open_extractor(run.config, extractor, trainer.device)
+                open_reference(extractor, network, real, Path(tempfile.mkdtemp()))
+        trainer.measure()
+"""
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """CPU time of the processes that some work starts."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    work()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_a_table_of_4_arms_and_3_seeds(tmp_path):
+    """The sweep begins with empty caches, which it fills, and ends with its report."""
+    encoder = {"name": "efficientnet_lite0", "image_size": 64}
+    aligned = {f"weight {weight}": {"regularizer.weight": weight} for weight in (0.25, 0.5, 1.0)}
+    spec = {
+        **TINY,
+        "model": {"family": "sit", "size": "nano/2"},
+        "regularizer": {"type": "repa", "encoder": encoder, "projector": {"type": "linear"}},
+        "train": {"steps": 60, "batch_size": 32, "lr": 2e-3, "ema": 0.99},
+        "evaluate": {**TINY["evaluate"], "every": 30, "samples": 250, "sampler": {"steps": 20}, "encoder": encoder},
+        "axes": {"alignment": {"baseline": {"regularizer.type": "none"}, **aligned}},
+        "seeds": 3,
+    }
+    file = tmp_path / "spec.yaml"
+    file.write_text(yaml.safe_dump(spec, sort_keys=False))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def lab() -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "repa_lab",
+            "sweep",
+            str(file),
+            "--root",
+            str(tmp_path / "runs"),
+            "--workers",
+            "2",
+        ]
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+
+    def papers() -> None:
+        for arm in range(4):
+            for seed in range(3):
+                command = [sys.executable, "-c", PAPERS_RUN, str(file), str(arm), str(seed)]
+                subprocess.run(command, check=True, env=environment, capture_output=True)
+
+    ours, theirs = cpu_seconds(lab), cpu_seconds(papers)
+    print(
+        f"\n12 runs of 60 steps in the papers' way / a sweep with its report, CPU time: {theirs / ours:.2f} "
+        f"({theirs:.0f} s, {ours:.0f} s); the aim is 2"
+    )
