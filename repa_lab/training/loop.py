@@ -81,7 +81,8 @@ class RunRecorder:
         checkpoints.commit(self._directory.checkpoints, step, functools.partial(self._save, save))
 
     def fork(self, step: int, save: Callable[[Path], None]) -> None:
-        """Write a checkpoint that is kept for runs that begin from it."""
+        """Write a checkpoint that is kept for runs that begin from it, after the samples that they copy."""
+        self._announce_samples()
         checkpoints.commit(self._directory.forks, step, functools.partial(self._save, save), keep=_ALL)
 
     def _save(self, save: Callable[[Path], None], folder: Path) -> None:
