@@ -6,8 +6,6 @@ Tensors of any dtype are read as float64 and computed on their device (on the CP
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -113,21 +111,6 @@ def _unbiased_hsic(a: torch.Tensor, b: torch.Tensor) -> float:
 def float64(values: torch.Tensor) -> torch.Tensor:
     """Return a tensor as float64 without its gradient."""
     return values.detach().to("cpu" if values.device.type == "mps" else values.device, torch.float64)
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Let float32 products and convolutions keep all bits of their factors, whatever the training step allows.
-
-    TensorFloat-32, which recent GPUs use by default in convolutions, keeps 10.
-    """
-    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:

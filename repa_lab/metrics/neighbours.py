@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
-from repa_lab.metrics.alignment import centred, float64, full_float32, paired_features, require_finite, unit
+from repa_lab.kernels import kernels
+from repa_lab.metrics.alignment import centred, float64, paired_features, require_finite, unit
 
 DEFINITIONS = ("paper", "platonic")
 _CHUNK = 1024
@@ -150,7 +151,7 @@ def _nearest(x: torch.Tensor, k: int, chunk: int) -> torch.Tensor:
     exponent = -math.frexp(x.abs().max().item())[1]
     x = x * math.ldexp(1.0, exponent // 2) * math.ldexp(1.0, exponent - exponent // 2)
     chunks = torch.arange(len(x), device=x.device).split(chunk)
-    with full_float32():
+    with kernels(tf32=False):  # whose 10 bits would be more than the rounding that is allowed for
         rounded = x.float()
         return torch.cat([_nearest_of(x, rounded, rows, k) for rows in chunks])
 

@@ -11,8 +11,9 @@ from typing import TypeVar
 
 import torch
 
+from repa_lab.kernels import kernels
 from repa_lab.runs.files import Row
-from repa_lab.spec import RunConfig, RunOptions
+from repa_lab.spec import ResolvedOptions, RunConfig
 from repa_lab.training.checkpoint import Progress
 from repa_lab.training.costs import active_steps, cost_of
 from repa_lab.training.device import PRECISION
@@ -29,10 +30,11 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     side = _SIDE.get(device.type, _SIDE["cpu"])
     factor = torch.rand(side, side, device=device, dtype=dtype)
     seconds = []
-    for _ in range(_REPEATS):
-        began = _now(device)
-        factor @ factor
-        seconds.append(_now(device) - began)
+    with kernels(tf32=True):  # as in a training step
+        for _ in range(_REPEATS):
+            began = _now(device)
+            factor @ factor
+            seconds.append(_now(device) - began)
     return 2 * side**3 / min(seconds)
 
 
@@ -56,7 +58,7 @@ class SpeedMeter:
     """
 
     def __init__(
-        self, config: RunConfig, options: RunOptions, progress: Progress, device: torch.device, processes: int
+        self, config: RunConfig, options: ResolvedOptions, progress: Progress, device: torch.device, processes: int
     ) -> None:
         self._config, self._progress, self._device = config, progress, device
         # Activations that are computed again are not the model's FLOPs.
