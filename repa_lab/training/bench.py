@@ -15,6 +15,7 @@ import torch
 from repa_lab.align import REPA, UREPA, alignment_loss, manifold_loss
 from repa_lab.align.regularizer import Pair
 from repa_lab.align.settings import EncoderSettings, NoSettings, REPASettings, ScheduleSettings
+from repa_lab.kernels import kernels
 from repa_lab.spec import RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.batches import Batch
@@ -59,6 +60,10 @@ class ReferenceLoop:
 
     def step(self, batch: Batch) -> tuple[float, float]:
         """Take an optimizer step and return the denoising loss and the alignment loss."""
+        with kernels(tf32=self._trainer.options.precision != "fp32"):
+            return self._step(batch)
+
+    def _step(self, batch: Batch) -> tuple[float, float]:
         trainer, state, step = self._trainer, self._trainer.state, self._trainer.progress.step
         aligner = trainer.aligner
         assert aligner is not None and isinstance(aligner.regularizer, REPA)
