@@ -322,7 +322,9 @@ class Trainer:
         if self.device.type == "cuda" and "fused" in inspect.signature(kind).parameters:
             arguments = {**arguments, "fused": True}
         optimizer = kind(self._parameters, lr=train.lr, weight_decay=train.weight_decay, **arguments)
-        self._denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
+        self._denoiser, scaled_optimizer = accelerator.prepare(denoiser, optimizer)
+        if accelerator.scaler is not None:  # else accelerate's wrapper only adds a millisecond to every step
+            optimizer = scaled_optimizer
         if self.options.compile:  # after the taps are set: torch.compile does not see later hooks
             denoiser.compile()
         ema = EMA(modules, train.averaging)

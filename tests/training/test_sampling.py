@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from repa_lab.models.sit import SiT
 from repa_lab.spec import EvaluateConfig
 from repa_lab.spec.evaluate import GuidanceConfig, SamplerConfig
 from repa_lab.training.batches import generator
+from repa_lab.training.device import computing_in
 from repa_lab.training.sampling import FieldSampler, euler_maruyama, guided, integrate, kinds_of, shares
 
 SHAPE = (1, 2, 3)
@@ -369,3 +371,23 @@ class TestShares:
         assert list(shares(10, 3, (1, 2))) == [range(3, 6), range(9, 10)]
         assert list(shares(10, 3, (3, 4))) == [range(9, 10)]
         assert list(shares(2, 3, (1, 2))) == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_denoiser_is_not_compiled_anew_for_each_measurement(precision):
+    """Training and measuring in turn, with guidance: the graphs of the first measurements serve the later ones."""
+    torch._dynamo.reset()
+    counter, denoiser = CompileCounter(), SiT.from_size("nano/2", 1, 8, 10)
+    denoiser.compile(backend=counter)
+    x, t, y = torch.randn(4, 1, 8, 8), torch.rand(4), torch.arange(4)
+    graphs = []
+    for _ in range(4):
+        denoiser.train()
+        denoiser(x, t, y).sum().backward()
+        denoiser.eval()
+        with torch.no_grad(), computing_in(denoiser, precision, CPU):
+            velocity = guided(denoiser, y, 10, GuidanceConfig(scale=2.0, low=0.5), is_one_pass=True)
+            velocity(x.double(), 0.7, 0.7), velocity(x.double(), 0.3, 0.3)
+        graphs.append(counter.frame_count)
+    assert graphs[0] > 0
+    assert graphs[1] == graphs[2] == graphs[3]
