@@ -85,6 +85,7 @@ def test_a_step_at_b2s_shape(batch):
 # looked at for each measurement. It measures no alignment, as the lab does.
 PAPERS_RUN = """
 import sys, tempfile
+from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from repa_lab.orchestration.plan import identify_arm
