@@ -119,6 +119,7 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+@pytest.mark.timeout(3600)
 def test_a_table_of_4_arms_and_3_seeds(tmp_path):
     """The sweep begins with empty caches, which it fills, and ends with its report."""
     encoder = {"name": "efficientnet_lite0", "image_size": 64}
