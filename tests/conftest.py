@@ -15,6 +15,18 @@ import pytest
 import torch
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """Hide pytest's note of the present test, for a fork server serves sweeps with one environment."""
+    os.environ.pop("PYTEST_CURRENT_TEST", None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call() -> None:
+    """As above, for the test itself."""
+    os.environ.pop("PYTEST_CURRENT_TEST", None)
+
+
 @pytest.fixture(autouse=True)
 def known_randomness() -> Iterator[None]:
     """Seed torch's default generator and give back its state, so that no test depends on the one before it."""

@@ -1,8 +1,9 @@
-"""A worker: a process that trains one run after another, so that libraries are imported once.
+"""A worker: a process that trains one run after another.
 
-A worker reads jobs from standard input and writes messages to standard output, a JSON object a line. When the input
-ends, because the scheduler is gone for whatever reason, the run in hand is checkpointed and the process ends. Workers
-that share a run are started with torchrun's environment variables, and each is given the job.
+A worker reads from standard input and writes messages to standard output, a JSON object a line. The first line has the
+worker's own environment variables and its folder, the others are jobs. When the input ends, because the scheduler is
+gone for whatever reason, the run in hand is checkpointed and the process ends. Workers that share a run have torchrun's
+environment variables, and each is given the job.
 """
 
 from __future__ import annotations
@@ -59,11 +60,6 @@ class Worker:
     def serve(self) -> None:
         """Do every job in turn."""
         threading.Thread(target=self._read, daemon=True).start()
-        import repa_lab.orchestration.prepare
-        import repa_lab.training.loop  # noqa: F401  before the first job, while the scheduler does something else
-
-        gc.freeze()  # full collections need not visit the half a million objects of the libraries
-        self._send(WorkerMessage(MessageKind.READY))
         while (job := self._jobs.get()) is not None:
             self._is_training = job["kind"] == "train"
             self._send(self._carry_out(job))
@@ -87,7 +83,7 @@ class Worker:
             if message["kind"] == "stop":
                 self._stop = State(message["state"])
             else:
-                self._stop = None  # here, in the order of the input: the job may be taken up later, after an import
+                self._stop = None  # here, in the order of the input: the job may be taken up later
                 self._jobs.put(message)
         self._stop = State.INTERRUPTED
         self._jobs.put(None)
@@ -250,6 +246,9 @@ def main() -> None:
     it, and would wait for ever for the lock that the reading thread holds on it.
     """
     jobs, messages = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    start = json.loads(jobs.readline())
+    os.environ.update(start["environment"])
+    os.chdir(start["folder"])
     os.dup2(2, 1)
     sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115  open for as long as the process is
     os.dup2(sys.stdin.fileno(), 0)

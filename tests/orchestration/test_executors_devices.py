@@ -1,15 +1,20 @@
 """Which GPUs there are and which a worker sees: what a machine would say is given as files, the workers are real."""
 
+import json
 import os
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from repa_lab.orchestration.executors import ExecutorError
+from repa_lab.orchestration.executors import ExecutorError, Task, TrainJob, launcher_variables
 from repa_lab.orchestration.executors.local import LocalExecutor, assign, local_slots, visible_gpus
+from repa_lab.registry import drop_plugins, load_plugins
+from repa_lab.runs import RunsRoot
 from repa_lab.spec import RunOptions, SpecError
+from tests.faults.processes import wait_until
+from tests.training.conftest import make_options, make_run
 
 LISTED = "GPU 0: NVIDIA A100 (UUID: GPU-aa)\nGPU 1: NVIDIA A100 (UUID: GPU-bb)\n"
 SPLIT = (
@@ -89,22 +94,49 @@ class TestSlots:
         assert local_slots(RunOptions(), None, 3) == [None] * 3
 
 
-def environments(executor: LocalExecutor) -> list[list[dict[str, str]]]:
-    """Of the worker processes, slot by slot, as the kernel knows them."""
+PLUGIN = """
+import json, os
+from pathlib import Path
+from repa_lab.plugins import Loss, Needs, Regularizer, regularizer
 
-    def environment(pid: int) -> dict[str, str]:
-        until = time.monotonic() + 60
-        while not (
-            block := Path(f"/proc/{pid}/environ").read_bytes()
-        ):  # Popen returns before the kernel has laid it out
-            assert time.monotonic() < until
-            time.sleep(0.001)
-        return dict(entry.split("=", 1) for entry in block.decode().split("\0") if entry)
+mine = Path(__file__).with_name(f"{os.getpid()}.new")
+mine.write_text(json.dumps(dict(os.environ)))
+mine.rename(mine.with_suffix(".json"))
 
-    return [[environment(process.popen.pid) for process in slot.processes] for slot in executor._slots]
+@regularizer("telling")
+class Telling(Regularizer):
+    needs = classmethod(lambda cls, settings: Needs())
+    forward = lambda self, signals, step: Loss(0.0, {})
+"""
 
 
-def test_every_worker_sees_the_gpus_of_its_slot(tmp_path):
+@pytest.fixture
+def environments(tmp_path):
+    """The environments of an executor's workers, slot by slot, as a plugin of their job sees them."""
+    plugin = tmp_path / "telling.py"
+    plugin.write_text(PLUGIN)
+    load_plugins([plugin])
+    yield lambda executor: seen_by_workers(executor, tmp_path)
+    drop_plugins([plugin])
+
+
+def seen_by_workers(executor: LocalExecutor, folder: Path) -> list[list[dict[str, str]]]:
+    run = make_run(**{"train.steps": 1, "regularizer": {"type": "telling"}})
+    for index in range(executor.slots):
+        task = Task(replace(run, run_id=f"telling{index}"), "telling")
+        executor.submit(TrainJob(task, "group", make_options(), RunsRoot(folder / "runs")))
+    pids: list[list[int]] = []
+
+    def have_told() -> bool:
+        executor.poll(0.1)
+        pids[:] = pids or [[process.pid for process in slot.processes] for slot in executor._slots]
+        return all(pids) and all((folder / f"{pid}.json").exists() for slot in pids for pid in slot)
+
+    wait_until(have_told)
+    return [[json.loads((folder / f"{pid}.json").read_text()) for pid in slot] for slot in pids]
+
+
+def test_every_worker_sees_the_gpus_of_its_slot(tmp_path, environments):
     executor = LocalExecutor(["0,1", "2,3"], tmp_path / "log", processes=2)
     try:
         found = environments(executor)
@@ -118,7 +150,9 @@ def test_every_worker_sees_the_gpus_of_its_slot(tmp_path):
         executor.close()
 
 
-def test_workers_hear_of_no_launcher_and_the_rest_of_the_environment_stays_as_it_is(tmp_path, monkeypatch):
+def test_workers_hear_of_no_launcher_and_the_rest_of_the_environment_stays_as_it_is(
+    tmp_path, monkeypatch, environments
+):
     before = {**os.environ, "OMP_NUM_THREADS": "1"}
     launched = {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "head", "TORCHELASTIC_RUN_ID": "x"}
     launched |= {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "OMPI_COMM_WORLD_SIZE": "4", "PMI_SIZE": "4"}
@@ -127,7 +161,8 @@ def test_workers_hear_of_no_launcher_and_the_rest_of_the_environment_stays_as_it
     executor = LocalExecutor([None], tmp_path / "log")
     try:
         ((found,),) = environments(executor)
-        assert found == before
+        assert {name: found[name] for name in before} == before
+        assert not launcher_variables(found)
     finally:
         executor.close()
 

@@ -33,11 +33,11 @@ def test_two_processes_train_as_one_does_but_for_rounding(tiny, tmp_path):
 
 
 def siblings(pid: int) -> list[int]:
-    """Worker processes of the same scheduler."""
+    """Worker processes of the same fork server."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            is_worker = b"repa_lab.orchestration.worker" in (process / "cmdline").read_bytes()
+            is_worker = b"executors.forkserver" in (process / "cmdline").read_bytes()
             if is_worker and int(process.name) != pid and parent_of(int(process.name)) == parent_of(pid):
                 found.append(int(process.name))
     return found

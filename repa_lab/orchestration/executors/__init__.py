@@ -100,7 +100,6 @@ class MessageKind(StrEnum):
     """What a worker says.
 
     Attributes:
-        READY: it can take a job.
         PROGRESS: preparing went on.
         PREPARED: the caches are filled.
         REFUSED: a setting cannot be met.
@@ -109,7 +108,6 @@ class MessageKind(StrEnum):
         BUSY: another process trains the run.
     """
 
-    READY = "ready"
     PROGRESS = "progress"
     PREPARED = "prepared"
     REFUSED = "refused"
@@ -120,7 +118,7 @@ class MessageKind(StrEnum):
     @property
     def ends_job(self) -> bool:
         """Whether the worker is free again."""
-        return self not in (MessageKind.READY, MessageKind.PROGRESS)
+        return self is not MessageKind.PROGRESS
 
 
 @dataclass(frozen=True)

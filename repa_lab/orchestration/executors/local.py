@@ -10,15 +10,13 @@ import os
 import re
 import selectors
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TextIO
+from typing import Any
 
 from repa_lab.orchestration.executors import (
     ExecutorError,
@@ -31,6 +29,7 @@ from repa_lab.orchestration.executors import (
     launcher_variables,
     parse_message,
 )
+from repa_lab.orchestration.executors.forkserver import ForkServer, ForkServerError, WorkerProcess
 from repa_lab.runs import State
 from repa_lab.spec import RunOptions
 
@@ -41,51 +40,30 @@ _MIG_DEVICE = re.compile(r"^\s+MIG .*\(UUID: (MIG-[^)]+)\)")
 
 
 @dataclass(eq=False)
-class _Process:
-    """A worker process; of those that share a slot, the process of rank 0 speaks for all."""
-
-    popen: subprocess.Popen[bytes]
-    slot: _Slot
-    rank: int
-    partial: bytes = b""
-
-    @property
-    def stdin(self) -> IO[bytes]:
-        assert self.popen.stdin
-        return self.popen.stdin
-
-    @property
-    def stdout(self) -> IO[bytes]:
-        assert self.popen.stdout
-        return self.popen.stdout
-
-    def send(self, message: object) -> None:
-        with suppress(BrokenPipeError):  # the process has died; poll reports it
-            self.stdin.write(json.dumps(message).encode() + b"\n")
-            self.stdin.flush()
-
-    def lines(self) -> list[bytes] | None:
-        """Read the complete lines that have arrived; None at the end. A buffered file would hide lines from select."""
-        chunk = os.read(self.stdout.fileno(), 1 << 16)
-        *complete, self.partial = (self.partial + chunk).split(b"\n")
-        return complete if chunk else None
-
-    def kill(self) -> None:
-        """Kill the process and all that it has started, such as data loaders."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.popen.pid, signal.SIGKILL)
-
-
-@dataclass(eq=False)
 class _Slot:
-    """Processes that train one run at a time; ``devices`` is their ``CUDA_VISIBLE_DEVICES``, None leaves that alone."""
+    """Processes that train one run at a time; the first of them, rank 0, speaks for all.
+
+    Attributes:
+        devices: the processes' ``CUDA_VISIBLE_DEVICES``; None leaves the variable alone.
+        job: the job in hand.
+        processes: one for each rank; none until the fork server is ready.
+        inbox: messages that wait for the processes, each with the number of first ranks that it is for.
+    """
 
     devices: str | None
     job: Job | None = None
-    processes: list[_Process] = field(default_factory=list)
+    processes: list[WorkerProcess] = field(default_factory=list)
+    inbox: list[tuple[dict[str, Any], int]] = field(default_factory=list)
 
     def is_training(self, run_id: str | None) -> bool:
         return isinstance(self.job, TrainJob) and self.job.name == run_id
+
+    def send(self, message: dict[str, Any], ranks: int) -> None:
+        """Send a message to the first ranks, or leave it for them if they are not started yet."""
+        if not self.processes:
+            self.inbox.append((message, ranks))
+        for process in self.processes[:ranks]:
+            process.send(message)
 
 
 class LocalExecutor:
@@ -99,12 +77,14 @@ class LocalExecutor:
 
     def __init__(self, devices: Sequence[str | None], log: Path, processes: int = 1) -> None:
         self._count = processes
-        self._threads = max(1, (os.cpu_count() or 1) // (len(devices) * processes))
+        threads = max(1, (os.cpu_count() or 1) // (len(devices) * processes))
+        self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        for name in launcher_variables(self._environment):
+            del self._environment[name]
         self._log = log.open("a", encoding="utf-8")
         self._selector = selectors.DefaultSelector()
         self._slots = [_Slot(name) for name in devices]
-        for slot in self._slots:
-            self._start(slot)
+        self._server = ForkServer.get(self._environment, self._log)
 
     @property
     def slots(self) -> int:
@@ -119,14 +99,13 @@ class LocalExecutor:
         """Give a free slot a job; the slot's first process alone fills caches."""
         slot = next(slot for slot in self._slots if slot.job is None)
         slot.job = job
-        for process in slot.processes[:1] if isinstance(job, PrepareJob) else slot.processes:
-            process.send(dump_job(job))
+        slot.send(dump_job(job), 1 if isinstance(job, PrepareJob) else self._count)
 
     def stop(self, run_id: str, state: State) -> None:
         """Ask for a run to end after its present step, with a checkpoint, in this state."""
         for slot in self._slots:
             if slot.is_training(run_id):
-                slot.processes[0].send({"kind": "stop", "state": state.value})
+                slot.send({"kind": "stop", "state": state.value}, 1)
 
     def kill(self, run_id: str) -> None:
         """End a run at once, whatever it does."""
@@ -140,94 +119,89 @@ class LocalExecutor:
 
     def poll(self, timeout: float) -> list[WorkerMessage]:
         """Return what the workers have said, waiting up to ``timeout`` seconds for a first message."""
+        if waiting := [slot for slot in self._slots if not slot.processes]:
+            try:
+                self._server.wait(timeout)
+                if not self._server.is_ready:
+                    return []
+                for slot in waiting:
+                    self._start(slot)
+            except ForkServerError as error:
+                return [WorkerMessage(MessageKind.BROKEN, error=f"no worker can be started ({error})")]
         messages: list[WorkerMessage] = []
         for key, _ in self._selector.select(timeout):
-            process: _Process = key.data
-            if process not in process.slot.processes:
-                continue  # the process was replaced after another of its slot had died
+            process, slot = key.data
+            if process not in slot.processes:
+                continue  # the process was killed after another of its slot had died
             lines = process.lines()
             if lines is None:
-                messages.append(self._replace_dead(process))
+                messages.append(self._bury(process, slot))
             for line in lines or []:
-                messages += self._take_in(process, parse_message(json.loads(line)))
+                messages += self._take_in(process, slot, parse_message(json.loads(line)))
         return messages
 
     def close(self) -> None:
-        """End all processes; runs in hand are checkpointed first."""
-        processes = [process for slot in self._slots for process in slot.processes]
-        for process in processes:
-            with suppress(BrokenPipeError):
-                process.stdin.close()
-        for process in processes:
-            try:
-                process.popen.wait(_CLOSE_PATIENCE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.popen.wait()
-            process.stdout.close()
+        """End all processes; runs in hand are checkpointed first. Processes without a job end by themselves."""
+        for slot in self._slots:
+            for process in slot.processes:
+                process.dismiss()
+        for slot in self._slots:
+            for process in slot.processes:
+                if slot.job and process.wait(_CLOSE_PATIENCE_S) is None:
+                    process.kill()
+                    process.wait()
+                process.close()
+        if not self._server.is_ready:
+            self._server.close()
         self._selector.close()
         self._log.close()
 
-    def _take_in(self, process: _Process, message: WorkerMessage) -> list[WorkerMessage]:
+    def _take_in(self, process: WorkerProcess, slot: _Slot, message: WorkerMessage) -> list[WorkerMessage]:
         """Return the message if it is news: rank 0 says everything, other ranks only why they failed."""
-        slot = process.slot
-        if process.rank > 0 and not (message.is_failure and slot.is_training(message.run_id)):
+        if process is not slot.processes[0] and not (message.is_failure and slot.is_training(message.run_id)):
             return []
         if message.kind.ends_job:
             slot.job = None
             if message.is_failure and self._count > 1:  # the other ranks may wait for this one for ever
-                self._restart(slot)
+                self._kill(slot)
         return [message]
 
-    def _replace_dead(self, process: _Process) -> WorkerMessage:
-        """Put new processes into the slot of a worker that died, and return the failure of its run."""
-        code = process.popen.wait()
-        job, process.slot.job = process.slot.job, None
-        self._restart(process.slot)
-        cause = f"signal {-code}" if code < 0 else f"exit status {code}"
+    def _bury(self, process: WorkerProcess, slot: _Slot) -> WorkerMessage:
+        """Kill the other processes of a slot in which one has died, and return the failure of its job."""
+        cause, job = process.wait(), slot.job
+        slot.job = None
+        self._kill(slot)
         if isinstance(job, TrainJob):
             return WorkerMessage.failure(job, f"the worker died ({cause})")
         return WorkerMessage(MessageKind.BROKEN, error=f"a worker died ({cause}); see {self._log.name}")
 
-    def _restart(self, slot: _Slot) -> None:
+    def _kill(self, slot: _Slot) -> None:
+        """End the processes of a slot; :meth:`poll` starts new ones."""
         for process in slot.processes:
             process.kill()
-            process.popen.wait()
-            self._selector.unregister(process.stdout)
-            process.stdout.close()
-        self._start(slot)
+            process.wait()
+            self._selector.unregister(process.messages)
+            process.close()
+        slot.processes = []
+        self._server = ForkServer.get(self._environment, self._log)
 
     def _start(self, slot: _Slot) -> None:
-        port = _free_port() if self._count > 1 else 0
-        for rank in range(self._count):
-            popen = _start_worker(self._environment(slot, rank, port), self._log)
-            process = _Process(popen, slot, rank)
-            slot.processes[rank:] = [process]
-            self._selector.register(process.stdout, selectors.EVENT_READ, process)
-
-    def _environment(self, slot: _Slot, rank: int, port: int) -> dict[str, str]:
-        """Return the environment of a worker, which says nothing of a launcher but what the executor says itself."""
-        environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ}
-        for name in launcher_variables(environment):
-            del environment[name]
+        """Fork the processes of a slot, and give them what waits for them."""
+        own = {}
         if slot.devices is not None:  # PCI_BUS_ID numbers GPUs as nvidia-smi does, not by speed
-            environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **environment, "CUDA_VISIBLE_DEVICES": slot.devices}
-        if self._count > 1:  # what torchrun sets
-            size = str(self._count)
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        return environment
-
-
-def _start_worker(environment: dict[str, str], log: TextIO) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "repa_lab.orchestration.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        env=environment,
-        start_new_session=True,  # Ctrl-C is the scheduler's to handle
-    )
+            own = {"CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")}
+            own |= {"CUDA_VISIBLE_DEVICES": slot.devices}
+        port, size = _free_port() if self._count > 1 else 0, str(self._count)
+        for rank in range(self._count):
+            if self._count > 1:  # what torchrun sets
+                own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+                own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            process = self._server.fork(own, self._log)
+            self._selector.register(process.messages, selectors.EVENT_READ, (process, slot))
+            slot.processes.append(process)
+        for message, ranks in slot.inbox:
+            slot.send(message, ranks)
+        slot.inbox = []
 
 
 def _free_port() -> int:

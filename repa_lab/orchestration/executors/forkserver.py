@@ -1,0 +1,221 @@
+"""Warm worker processes: forked from one process that has imported the libraries and has touched no GPU.
+
+Importing torch and its companions takes seconds of CPU; a fork takes milliseconds, and workers share the memory of the
+libraries. The fork server has one thread, opens no file, database or connection, and loads no plugin; a worker does.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, TextIO
+
+_REAP_EVERY_S = 0.05
+_IDLE_S = 300.0  # a notebook that does not sweep for so long gets the memory back
+_READY = b"r"
+
+
+class ForkServerError(RuntimeError):
+    """The fork server has ended; the message says how."""
+
+
+class WorkerProcess:
+    """A worker process, seen from its scheduler."""
+
+    def __init__(self, jobs: int, messages: int, status: int) -> None:
+        self.messages = messages
+        self._jobs, self._status = os.fdopen(jobs, "wb"), os.fdopen(status, "rb")
+        self._partial = b""
+        self.pid = int(self._status.readline() or 0)
+
+    def send(self, message: object) -> None:
+        """Send a job, or a request to stop."""
+        with suppress(BrokenPipeError):  # the process has died; its messages have ended
+            self._jobs.write(json.dumps(message).encode() + b"\n")
+            self._jobs.flush()
+
+    def lines(self) -> list[bytes] | None:
+        """Read the complete lines that have arrived; None at the end. A buffered file would hide lines from select."""
+        chunk = os.read(self.messages, 1 << 16)
+        *complete, self._partial = (self._partial + chunk).split(b"\n")
+        return complete if chunk else None
+
+    def dismiss(self) -> None:
+        """End the process's input, upon which the process ends."""
+        with suppress(BrokenPipeError):
+            self._jobs.close()
+
+    def kill(self) -> None:
+        """Kill the process and all that it has started, such as data loaders."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def wait(self, patience_s: float | None = None) -> str | None:
+        """Return how the process ended; None if it has not within ``patience_s`` seconds."""
+        if not select.select([self._status], [], [], patience_s)[0]:
+            return None
+        status = self._status.readline()  # empty if the fork server itself is gone
+        return _cause(int(status)) if status else "the process that it was forked from is gone"
+
+    def close(self) -> None:
+        """Close the pipes."""
+        self.dismiss()
+        self._status.close()
+        os.close(self.messages)
+
+
+class ForkServer:
+    """The process that workers are forked from, seen from its scheduler.
+
+    Args:
+        environment: the environment of the server and its workers.
+        log: the file to which the server writes its errors.
+
+    Attributes:
+        is_ready: whether the libraries are known to be imported; see :meth:`wait`.
+    """
+
+    def __init__(self, environment: Mapping[str, str], log: TextIO) -> None:
+        self.is_ready = False
+        self._environment = dict(environment)
+        self._requests, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                env=self._environment,
+                start_new_session=True,  # Ctrl-C is the scheduler's to handle
+            )
+
+    @classmethod
+    def get(cls, environment: Mapping[str, str], log: TextIO) -> ForkServer:
+        """Return this process's server, which outlives a sweep; start another one if the environment has changed."""
+        global _server  # noqa: PLW0603
+        if _server is None or _server._environment != environment or _server._process.poll() is not None:
+            if _server is not None:
+                _server.close()
+            _server = cls(environment, log)
+        return _server
+
+    def wait(self, patience_s: float) -> None:
+        """Wait until the libraries are imported, for ``patience_s`` seconds at most.
+
+        Raises:
+            ForkServerError: the server has ended instead.
+        """
+        if not self.is_ready and select.select([self._requests], [], [], patience_s)[0]:
+            if not self._requests.recv(1):
+                raise ForkServerError(_cause(self._process.wait()))
+            self.is_ready = True
+
+    def fork(self, environment: Mapping[str, str], log: TextIO) -> WorkerProcess:
+        """Fork a worker from a server that is ready.
+
+        Args:
+            environment: variables that only this worker has.
+            log: the file to which the worker writes its errors.
+
+        Raises:
+            ForkServerError: the server has ended.
+        """
+        (jobs, ours), (messages, theirs), (status, servers) = os.pipe(), os.pipe(), os.pipe()
+        given = [jobs, theirs, log.fileno(), servers]
+        socket.send_fds(self._requests, [b"f"], given)
+        for descriptor in (jobs, theirs, servers):
+            os.close(descriptor)
+        process = WorkerProcess(ours, messages, status)
+        if not process.pid:
+            raise ForkServerError(_cause(self._process.wait()))
+        process.send({"environment": dict(environment), "folder": str(Path.cwd())})
+        return process
+
+    def close(self) -> None:
+        """Have the server end; its workers go on."""
+        self._requests.close()
+        if not self.is_ready:
+            self._process.kill()
+        self._process.wait()
+
+
+_server: ForkServer | None = None
+
+
+def _cause(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit status {code}"
+
+
+def serve(requests: socket.socket) -> bool:
+    """Fork a worker for every request until the scheduler is gone, or has asked nothing for minutes.
+
+    Returns:
+        True in a worker, whose standard streams are then those of the request; False in the server at its end.
+    """
+    if sys.platform == "linux":  # elsewhere a fork is not safe once libraries are imported; see `main`
+        import repa_lab.orchestration.prepare
+        import repa_lab.training.loop  # noqa: F401
+    gc.freeze()  # collections must not visit, and so copy, the half a million objects of the libraries
+    requests.send(_READY)
+    statuses: dict[int, IO[bytes]] = {}
+    while True:
+        is_asked = bool(select.select([requests], [], [], _REAP_EVERY_S if statuses else _IDLE_S)[0])
+        for pid in list(statuses):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                with suppress(BrokenPipeError), statuses.pop(pid) as pipe:
+                    pipe.write(b"%d\n" % os.waitstatus_to_exitcode(status))
+        if is_asked:
+            message, descriptors, _, _ = socket.recv_fds(requests, 1, 4)
+            if not message:
+                return False
+            if (pid := os.fork()) == 0:
+                requests.close()
+                for pipe in statuses.values():
+                    pipe.close()
+                _take_over(descriptors)
+                return True
+            statuses[pid] = os.fdopen(descriptors.pop(), "wb")
+            for descriptor in descriptors:
+                os.close(descriptor)
+        elif not statuses:
+            return False
+
+
+def _take_over(descriptors: list[int]) -> None:
+    """Make the standard streams of a process of its own from those of a request, and tell the process's id."""
+    os.setsid()
+    for number, descriptor in enumerate(descriptors[:3]):
+        os.dup2(descriptor, number)
+    os.write(descriptors[3], b"%d\n" % os.getpid())
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def main() -> None:
+    """Serve, and in a forked process be a worker: a new one if a library has touched a GPU while it was imported."""
+    if serve(socket.socket(fileno=0)):
+        is_fit = sys.platform == "linux"
+        if is_fit:
+            import torch
+
+            is_fit = not torch.cuda._is_in_bad_fork()
+        if not is_fit:
+            os.execv(sys.executable, [sys.executable, "-m", "repa_lab.orchestration.worker"])
+        from repa_lab.orchestration.worker import main as work
+
+        work()
+    gc.unfreeze()  # else libraries report leaks at the exit
+
+
+if __name__ == "__main__":
+    main()
