@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeV
 from pydantic import Field, model_validator
 
 from repa_lab.data.crop import Buckets
+from repa_lab.data.few import copy_files, copy_prepared, copy_rows
 from repa_lab.data.huggingface import HubData, fingerprint_saved, read_saved, resolve_commit
 from repa_lab.data.layout import read_listing
 from repa_lab.data.listing import fingerprint_images, read_image_folder
@@ -214,6 +215,13 @@ class FolderSettings(SourceSettings):
     path: str | None = None
     """The folder; null has to be set before anything is trained."""
 
+    source_of_copies: ClassVar[str | None] = None
+    """The source that reads what `copy_few` writes; None if a rehearsal generates its images instead."""
+
+    def copy_few(self, target: Path, count: int) -> None:
+        """Copy about ``count`` of the images, without latents, into a new folder."""
+        raise NotImplementedError
+
     @property
     def is_unset(self) -> bool:
         """Whether no folder is named."""
@@ -234,6 +242,11 @@ class ImageFolderSettings(FolderSettings):
     """The column of captions; null is `text`, `caption` or `prompt`, the first there is."""
 
     caption_advice: ClassVar[str | None] = "give metadata.jsonl (file_name, text), or a .txt beside each image"
+    source_of_copies: ClassVar[str | None] = "imagefolder"
+
+    def copy_few(self, target: Path, count: int) -> None:
+        """Copy about ``count`` of the images; see :class:`FolderSettings`."""
+        copy_files(self.folder, target, count, self.caption_column)
 
     def describe(self) -> Dataset:
         """Return what is known of the data set; see :class:`SourceSettings`."""
@@ -253,6 +266,11 @@ class SavedSettings(FolderSettings):
     """The column of captions; null is `text`, `caption` or `prompt`, the first there is."""
 
     caption_advice: ClassVar[str | None] = "give a column of captions (data.caption_column)"
+    source_of_copies: ClassVar[str | None] = "datasets"
+
+    def copy_few(self, target: Path, count: int) -> None:
+        """Copy about ``count`` of the rows; see :class:`FolderSettings`."""
+        copy_rows(self.folder, target, count)
 
     def describe(self) -> Dataset:
         """Return what is known of the data set; see :class:`SourceSettings`."""
@@ -306,6 +324,11 @@ class PreparedSettings(FolderSettings):
 
     is_prepared: ClassVar[bool] = True
     may_have_captions: ClassVar[bool] = False
+    source_of_copies: ClassVar[str | None] = "imagefolder"
+
+    def copy_few(self, target: Path, count: int) -> None:
+        """Copy about ``count`` of the images, whose latents are of another VAE; see :class:`FolderSettings`."""
+        copy_prepared(self.folder, target, count)
 
     @model_validator(mode="after")
     def _is_fixed(self) -> Self:

@@ -20,6 +20,7 @@ from repa_lab.orchestration.cost import require_budget
 from repa_lab.orchestration.display import ProgressView
 from repa_lab.orchestration.executors import Executor, ExecutorError, Task, TrainJob
 from repa_lab.orchestration.executors.local import LocalExecutor, local_slots
+from repa_lab.orchestration.launcher import join_processes
 from repa_lab.orchestration.plan import Plan, PlannedRun, identify_arm, make_plan
 from repa_lab.orchestration.scheduler import Scheduler, SweepBrokenError, Work
 from repa_lab.orchestration.sharing import RunList
@@ -160,11 +161,13 @@ def run_one(
 
     Raises:
         SpecError: the spec is wrong, has no such arm or seed, or asks for what cannot be had.
+        LauncherError: the environment announces other processes of the run, and they do not come.
     """
     planned, console = plan(source, root, overrides, fragments), console or Console(quiet=True)
     entry = _choose(planned, arm, seed)
     if entry.blocked:
         raise SpecError([entry.blocked])
+    join_processes(planned.experiment.run)
     from repa_lab.orchestration.prepare import RefusedError, prepare
     from repa_lab.orchestration.worker import open_trackers
     from repa_lab.training.loop import train

@@ -8,7 +8,6 @@ mean nothing.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from repa_lab.align.settings import REPASettings
-from repa_lab.data.layout import IMAGES, read_listing
-from repa_lab.data.listing import CAPTION_COLUMNS, read_image_folder
+from repa_lab.data.few import write_captions
 from repa_lab.data.settings import FolderSettings, HubSettings, SourceSettings
 from repa_lab.encoders.registry import ENCODERS
 from repa_lab.files import digest
@@ -252,14 +250,17 @@ class TinyAssets:
 
     def images(self, data: SourceSettings) -> dict[str, Any]:
         """Return the fields of ``data`` for a few images: copies of the spec's own if they are here, else generated."""
-        folder = data.folder if isinstance(data, FolderSettings) and not data.is_unset else None
-        if folder is None or not folder.is_dir() or data.source not in _COPY_FEW:
+        if (
+            not isinstance(data, FolderSettings)
+            or data.is_unset
+            or data.source_of_copies is None
+            or not data.folder.is_dir()
+        ):
             return {"source": "imagefolder", "path": str(self._once("images", _generate))}
-        column, copy_few = getattr(data, "caption_column", None), _COPY_FEW[data.source]
-        name = f"images-{digest([str(folder.resolve()), column])[:12]}"
-        path = str(self._once(name, lambda target: copy_few(folder, target, column)))
-        source = "imagefolder" if data.source == "repa" else data.source
-        return {"source": source, "path": path, "caption_column": column}
+        column = getattr(data, "caption_column", None)
+        name = f"images-{digest([str(data.folder.resolve()), column])[:12]}"
+        path = str(self._once(name, lambda target: data.copy_few(target, _IMAGES)))
+        return {"source": data.source_of_copies, "path": path, "caption_column": column}
 
     def _once(self, name: str, write: Callable[[Path], None]) -> Path:
         path = self.folder / name
@@ -285,45 +286,4 @@ def _generate(folder: Path) -> None:
         (folder / kind).mkdir(exist_ok=True)
         image.save(folder / kind / f"{number:02d}.png")
         captions[f"{kind}/{number:02d}.png"] = f"a {colour} {kind}, number {number}"
-    _write_captions(folder, captions, "text")
-
-
-def _write_captions(folder: Path, captions: Mapping[str, str], column: str) -> None:
-    lines = (json.dumps({"file_name": name, column: caption}) + "\n" for name, caption in captions.items())
-    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def _copy_few_of_folder(source: Path, folder: Path, caption_column: str | None) -> None:
-    """Copy evenly spaced images of a folder, so that its classes are among them, with their captions."""
-    images = read_image_folder(source, caption_column)
-    chosen = range(0, len(images.files), max(1, len(images.files) // _IMAGES))[:_IMAGES]
-    names = [images.files[index].relative_to(source).as_posix() for index in chosen]
-    for index, name in zip(chosen, names, strict=True):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(images.files[index], folder / name)
-    if images.captions:
-        captions = [images.captions[index] for index in chosen]
-        _write_captions(folder, dict(zip(names, captions, strict=True)), caption_column or CAPTION_COLUMNS[0])
-
-
-def _copy_few_of_dataset(source: Path, folder: Path, caption_column: str | None) -> None:
-    from repa_lab.data.huggingface import load_rows
-
-    rows = load_rows(source)
-    rows.select(range(0, len(rows), max(1, len(rows) // _IMAGES))).save_to_disk(str(folder))
-
-
-def _copy_few_of_prepared(source: Path, folder: Path, caption_column: str | None) -> None:
-    """Copy images into class folders, without their latents, which are of another VAE than the rehearsal's."""
-    listing = read_listing(source)
-    for index in listing.sample(_IMAGES):
-        target = folder / f"{listing.labels[index]:04d}" / listing.path(IMAGES, index).name
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(listing.path(IMAGES, index), target)
-
-
-_COPY_FEW: dict[str, Callable[[Path, Path, str | None], None]] = {
-    "imagefolder": _copy_few_of_folder,
-    "datasets": _copy_few_of_dataset,
-    "repa": _copy_few_of_prepared,
-}
+    write_captions(folder, captions, "text")

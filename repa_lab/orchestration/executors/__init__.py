@@ -21,15 +21,6 @@ from repa_lab.spec.identity import Run
 from repa_lab.training.resolve import plugins_of
 
 HEARTBEAT = "heartbeat"  # a file in a run directory that the process training the run touches
-# What torchrun, accelerate launch, MPI and Slurm tell the processes that they start.
-_LAUNCHER_VARIABLES = {
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE",
-    "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "FORK_LAUNCHED",
-}  # fmt: skip
-_LAUNCHER_PREFIXES = (
-    "TORCHELASTIC_", "ACCELERATE_", "FSDP_", "SLURM_",
-    "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MV2_COMM_WORLD_", "MPI_LOCAL",
-)  # fmt: skip
 
 _Root = Annotated[
     InstanceOf[RunsRoot],
@@ -244,8 +235,3 @@ class Executor(Protocol):
     def close(self) -> None:
         """Let the slots go; runs in hand are checkpointed first."""
         ...
-
-
-def launcher_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return the names of the variables by which a launcher tells a process that it is one of several."""
-    return [name for name in environment if name in _LAUNCHER_VARIABLES or name.startswith(_LAUNCHER_PREFIXES)]

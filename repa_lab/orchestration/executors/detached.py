@@ -25,9 +25,9 @@ from repa_lab.orchestration.executors import (
     WorkerMessage,
     dump_job,
     dump_message,
-    launcher_variables,
     parse_job,
 )
+from repa_lab.orchestration.launcher import launcher_variables
 from repa_lab.runs import RunsRoot, State
 from repa_lab.runs.files import write_text
 

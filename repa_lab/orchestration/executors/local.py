@@ -26,10 +26,10 @@ from repa_lab.orchestration.executors import (
     TrainJob,
     WorkerMessage,
     dump_job,
-    launcher_variables,
     parse_message,
 )
 from repa_lab.orchestration.executors.forkserver import ForkServer, ForkServerError, WorkerProcess
+from repa_lab.orchestration.launcher import launcher_variables
 from repa_lab.runs import State
 from repa_lab.spec import RunOptions
 
