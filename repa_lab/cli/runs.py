@@ -165,8 +165,8 @@ def _rows(root: RunsRoot, sweep: Path | None) -> list[dict[str, Any]]:
     names: dict[str, str] = {}  # by the first sweep that asks for a run
     for directory in root.sweeps():
         with suppress(ValueError, LookupError, TypeError):  # a damaged manifest; its runs are there all the same
-            named = _named_runs(directory)
-            names = {run_id: f"{directory.path.name}: {name}" for name, run_id in named} | names
+            for name, run_id in _named_runs(directory):
+                names.setdefault(run_id, f"{directory.path.name}: {name}")
     return [_row(names.get(run.run_id, ""), run) for run in root.runs()]
 
 

@@ -28,15 +28,14 @@ _LINE_EVERY_S = 20.0
 def arm_rows(estimate: Estimate) -> list[dict[str, Any]]:
     """Return a row for each arm, with the statuses of its runs; for an arm that is searched around, its trials."""
     experiment, rows = estimate.plan.experiment, []
+    words = {arm.label: Counter[str]() for arm in experiment.arms}
+    shares = dict.fromkeys(words, Share())
+    for entry, share in zip(estimate.plan.runs, estimate.shares, strict=True):
+        words[entry.arm.label][entry.word] += 1
+        shares[entry.arm.label] += share
     for arm in experiment.arms:
-        entries = [
-            (entry, share)
-            for entry, share in zip(estimate.plan.runs, estimate.shares, strict=True)
-            if entry.arm.label == arm.label
-        ]
-        words = Counter(entry.word for entry, _ in entries)
-        runs = ", ".join(f"{words[word]} {word}" for word in _STATUSES if words[word])
-        left, trials = sum((share for _, share in entries), Share()), 1
+        runs = ", ".join(f"{count} {word}" for word in _STATUSES if (count := words[arm.label][word]))
+        left, trials = shares[arm.label], 1
         if experiment.search and arm.label in estimate.trials:
             left, trials = estimate.trials[arm.label], experiment.search.trials
             runs = f"{left.runs} at most"

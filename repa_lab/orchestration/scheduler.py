@@ -167,6 +167,10 @@ class Scheduler:
             self.view.counts(*work.counts())
 
     @property
+    def _has_free_slot(self) -> bool:
+        return len(self._running) < self.executor.slots
+
+    @property
     def _has_too_many_failures(self) -> bool:
         return self.options.max_failures is not None and len(self.failures) >= self.options.max_failures
 
@@ -177,10 +181,10 @@ class Scheduler:
 
     def _fill_slots(self, work: Work) -> None:
         for run_id, run in list(self._trained_elsewhere.items()):
-            if self.executor.free() and not run.directory.is_held:
+            if self._has_free_slot and not run.directory.is_held:
                 del self._trained_elsewhere[run_id]
                 self._begin(run.restarted(), work)
-        while self.executor.free() and (task := work.next()):
+        while self._has_free_slot and (task := work.next()):
             reasons = list(self.failures.values())[:_EQUAL_FAILURES]
             if not self._is_any_done and len(reasons) == _EQUAL_FAILURES and len(set(reasons)) == 1:
                 raise SweepBrokenError(f"the first {_EQUAL_FAILURES} runs failed alike: {reasons[0]}")

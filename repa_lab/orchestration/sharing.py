@@ -86,18 +86,19 @@ class RunList:
         for run_id, fork in self._forks.items():
             self._children.setdefault(fork.parent, set()).add(run_id)
             kept.setdefault(fork.parent, set()).add(fork.step)
-        self._waiting = {
+        waiting = {
             (run_id := task.run.run_id): replace(
                 task, fork=self._forks.get(run_id), kept_steps=tuple(sorted(kept.get(run_id, ())))
             )
             for task in tasks
         }
+        self._waiting = dict(sorted(waiting.items(), key=lambda item: item[0] in self._forks))  # forks wait longest
         self._running: set[str] = set()
         self._total, self._done = len(self._waiting), 0
 
     def next(self) -> Task | None:
         """Return the next task whose beginning is there, or will never be; None if there is none at present."""
-        for run_id in sorted(self._waiting, key=lambda run_id: run_id in self._forks):
+        for run_id in self._waiting:
             if self._is_ready(run_id):
                 self._running.add(run_id)
                 return self._waiting.pop(run_id)

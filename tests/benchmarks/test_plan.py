@@ -1,53 +1,43 @@
-"""How long a plan takes. Prints; asserts nothing about time."""
-
-import time
+"""How planning, looking and collecting garbage grow with the number of runs. Prints; asserts nothing about time."""
 
 import pytest
 
-from repa_lab.orchestration.cost import estimate
-from repa_lab.orchestration.display import as_json
-from repa_lab.orchestration.plan import make_plan
-from repa_lab.runs import RunsRoot, State, files
-from repa_lab.spec import load_spec
+from repa_lab.runs import RunsRoot
+from tests.benchmarks.many_runs import write_sweep
+from tests.benchmarks.ratios import spent
 
-pytestmark = pytest.mark.bench
-SPEC = {
-    "name": "many",
-    "model": {"family": "sit", "size": "nano/2"},
-    "regularizer": {"type": "repa", "encoder": {"name": "efficientnet_lite0", "image_size": 64}},
-    "data": {"source": "digits"},
-    "train": {"steps": 10},
-    "evaluate": {"extractor": {"name": "efficientnet_lite0"}},
+pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
+SETUP = """
+import json
+from pathlib import Path
+from repa_lab.cli.runs import _rows
+from repa_lab.orchestration.cost import estimate
+from repa_lab.orchestration.display import arm_rows, as_json, sentences
+from repa_lab.orchestration.plan import make_plan
+from repa_lab.runs import RunsRoot
+from repa_lab.runs.garbage_collection import find_garbage
+from tests.benchmarks.many_runs import experiment
+root, (arms, seeds) = RunsRoot(Path(sys.argv[1])), map(int, sys.argv[2:])
+files = sorted(root.path.glob("by-id/*/metrics.jsonl"))
+"""
+WORK = {
+    "json.loads": "rows = [json.loads(line) for file in files for line in file.open()]",
+    "plan": "e = estimate(make_plan(experiment(arms, seeds), root)); arm_rows(e), sentences(e), json.dumps(as_json(e))",
+    "plan of as many arms": "e = estimate(make_plan(experiment(arms * seeds, 1, 'new'), root)); arm_rows(e), sentences(e)",
+    "status": "_rows(root, None)",
+    "status of the sweep": "_rows(root, Path('many'))",
+    "gc": "find_garbage(root)",
 }
 
 
-@pytest.mark.parametrize(("arms", "seeds", "started"), [(1000, 10, 0), (10_000, 1, 0), (1000, 10, 10_000)])
-def test_ten_thousand_runs(tmp_path, arms, seeds, started):
-    root, marks = RunsRoot(tmp_path), [time.perf_counter()]
-    spec = load_spec({**SPEC, "axes": {"regularizer.weight": [i / 1000 for i in range(1, arms + 1)]}, "seeds": seeds})
-    if started:
-        for entry in make_plan(spec, root).runs[:started]:
-            write(root, entry.run)
-    marks = [time.perf_counter()]
-    spec = load_spec({**SPEC, "axes": {"regularizer.weight": [i / 1000 for i in range(1, arms + 1)]}, "seeds": seeds})
-    marks.append(time.perf_counter())
-    plan = make_plan(spec, root)
-    marks.append(time.perf_counter())
-    found = estimate(plan)
-    marks.append(time.perf_counter())
-    shown = as_json(found)
-    marks.append(time.perf_counter())
-    assert len(shown["runs"]) == 10_000
-    parts = ", ".join(
-        f"{name} {after - before:.2f} s"
-        for name, before, after in zip(("read", "plan", "estimate", "JSON"), marks, marks[1:], strict=False)
-    )
-    print(f"\n{arms:,} arms x {seeds} seeds, {started:,} done: {marks[-1] - marks[0]:.2f} s in all ({parts})")
-
-
-def write(root, run):
-    """A finished run, its files as small as they can be."""
-    directory = root.run(run.run_id)
-    directory.path.mkdir(parents=True)
-    files.write_record(directory.path / "state.json", {"state": State.DONE, "step": 10, "error": None})
-    files.write_record(directory.path / "spec.json", {})
+def test_growth_of_planning_and_looking(tmp_path):
+    """Imports are not counted. The runs are done; of the plan of as many arms none is begun."""
+    before = {}
+    for arms, seeds in ((5, 2), (10, 10), (10, 100), (100, 100)):
+        runs, root = arms * seeds, RunsRoot(tmp_path / f"{arms * seeds}")
+        write_sweep(root, arms, seeds)
+        for name, work in WORK.items():
+            seconds, memory = spent(SETUP, work, root.path, arms, seeds)
+            growth = f", {seconds / before[name]:.1f} x the time of a tenth of the runs" if name in before else ""
+            print(f"\n{runs:,} runs, {name}: {seconds:.2f} s, {memory:.0f} MiB{growth}", end="")
+            before[name] = seconds

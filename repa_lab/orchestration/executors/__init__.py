@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer, TypeAdapter
 
@@ -200,38 +201,35 @@ class ExecutorError(InputError):
         super().__init__(message)
 
 
-class Executor(Protocol):
-    """Slots that take a job each; :meth:`poll` returns what the workers say."""
+class Executor(ABC):
+    """Takes a job for each slot; :meth:`poll` returns what the workers say.
 
-    @property
-    def slots(self) -> int:
-        """The number of jobs that can be in hand at a time."""
-        ...
+    Attributes:
+        slots: the number of jobs that can be in hand at a time.
+    """
 
-    def free(self) -> int:
-        """Return the number of slots that wait for a job."""
-        ...
+    slots: int
 
+    @abstractmethod
     def submit(self, job: Job) -> None:
         """Give a free slot a job."""
-        ...
 
+    @abstractmethod
     def stop(self, run_id: str, state: State) -> None:
         """Ask for a run to end after its present step, with a checkpoint, in this state."""
-        ...
 
+    @abstractmethod
     def kill(self, run_id: str) -> None:
         """End a run at once, whatever it does; :meth:`poll` then returns its failure."""
-        ...
 
     def withdraw(self) -> list[str]:
-        """Take back the jobs that only wait in a queue; return the ids of their runs."""
-        ...
+        """Take back the jobs that only wait in a queue, if there is one; return the ids of their runs."""
+        return []
 
+    @abstractmethod
     def poll(self, timeout: float) -> list[WorkerMessage]:
         """Return what the workers have said, waiting up to ``timeout`` seconds for a first message."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Let the slots go; runs in hand are checkpointed first."""
-        ...

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from repa_lab.orchestration.executors import (
+    Executor,
     Job,
     MessageKind,
     PrepareJob,
@@ -85,6 +86,22 @@ class SharedFolder:
     def stop_request(self, job: Job) -> StopRequest:
         """Return what looks for :meth:`request_stop`."""
         return StopRequest(self.path / f"{job.name}.stop")
+
+
+class DetachedExecutor(Executor):
+    """An executor whose jobs are asked to stop by a file.
+
+    Args:
+        shared: what the jobs and this process have in common.
+        slots: the number of jobs that can be in hand at a time.
+    """
+
+    def __init__(self, shared: SharedFolder, slots: int) -> None:
+        self._shared, self.slots = shared, slots
+
+    def stop(self, run_id: str, state: State) -> None:
+        """Ask for a run to end after its present step, with a checkpoint, in this state."""
+        self._shared.request_stop(run_id, state)
 
 
 class StopRequest:

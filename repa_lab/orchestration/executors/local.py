@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from repa_lab.orchestration.executors import (
+    Executor,
     ExecutorError,
     Job,
     MessageKind,
@@ -66,7 +67,7 @@ class _Slot:
             process.send(message)
 
 
-class LocalExecutor:
+class LocalExecutor(Executor):
     """Slots of worker processes, each with its share of the cores unless OMP_NUM_THREADS is set.
 
     Args:
@@ -83,17 +84,8 @@ class LocalExecutor:
             del self._environment[name]
         self._log = log.open("a", encoding="utf-8")
         self._selector = selectors.DefaultSelector()
-        self._slots = [_Slot(name) for name in devices]
+        self._slots, self.slots = [_Slot(name) for name in devices], len(devices)
         self._server = ForkServer.get(self._environment, self._log)
-
-    @property
-    def slots(self) -> int:
-        """The number of jobs that can be in hand at a time."""
-        return len(self._slots)
-
-    def free(self) -> int:
-        """Return the number of slots that wait for a job."""
-        return sum(slot.job is None for slot in self._slots)
 
     def submit(self, job: Job) -> None:
         """Give a free slot a job; the slot's first process alone fills caches."""
@@ -112,10 +104,6 @@ class LocalExecutor:
         for slot in self._slots:
             if slot.is_training(run_id):
                 slot.processes[0].kill()
-
-    def withdraw(self) -> list[str]:
-        """Return nothing: no job waits in a queue here."""
-        return []
 
     def poll(self, timeout: float) -> list[WorkerMessage]:
         """Return what the workers have said, waiting up to ``timeout`` seconds for a first message."""

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from repa_lab.orchestration.executors import ExecutorError, Job, TrainJob, WorkerMessage, parse_message
-from repa_lab.orchestration.executors.detached import SharedFolder, carry_out, sharing_problem
+from repa_lab.orchestration.executors.detached import DetachedExecutor, SharedFolder, carry_out, sharing_problem
 from repa_lab.runs import RunsRoot, State
 from repa_lab.spec import RunOptions
 
@@ -18,7 +18,7 @@ _CHECK_PATIENCE_S = 120.0
 _CONNECT_PATIENCE_S = 15.0
 
 
-class RayExecutor:
+class RayExecutor(DetachedExecutor):
     """Runs as tasks of a Ray cluster: one that exists, or one on this machine for as long as the sweep goes on.
 
     Args:
@@ -35,7 +35,7 @@ class RayExecutor:
     def __init__(self, options: RunOptions, root: RunsRoot, sweep: str, workers: int | None) -> None:
         self._ray = _import_ray()
         self._options = options.ray
-        self._shared = SharedFolder.open(root, sweep)
+        super().__init__(SharedFolder.open(root, sweep), workers or 0)
         self._jobs: dict[Any, Job] = {}
         self._is_ours = not self._ray.is_initialized()
         requested = {"CPU": self._options.num_cpus, "GPU": self._options.num_gpus, **self._options.resources}
@@ -47,39 +47,22 @@ class RayExecutor:
         except ExecutorError:
             self._disconnect()
             raise
-        self._slots = workers or sum(map(self._capacity, nodes))
+        self.slots = workers or sum(map(self._capacity, nodes))
         demand = {"num_cpus": self._options.num_cpus, "num_gpus": self._options.num_gpus}
         self._task = self._ray.remote(carry_out).options(
             **demand, resources=dict(self._options.resources), max_retries=self._options.retries
         )
-
-    @property
-    def slots(self) -> int:
-        """The number of jobs that can be in hand at a time."""
-        return self._slots
-
-    def free(self) -> int:
-        """Return the number of slots that wait for a job."""
-        return self._slots - len(self._jobs)
 
     def submit(self, job: Job) -> None:
         """Hand a job to the cluster."""
         self._shared.withdraw_stop(job.name)
         self._jobs[self._task.remote(self._shared, self._shared.dump_job(job))] = job
 
-    def stop(self, run_id: str, state: State) -> None:
-        """Ask for a run to end after its present step, with a checkpoint, in this state."""
-        self._shared.request_stop(run_id, state)
-
     def kill(self, run_id: str) -> None:
         """End a run at once, whatever it does."""
         for task, job in self._jobs.items():
             if job.name == run_id:
                 self._ray.cancel(task, force=True)
-
-    def withdraw(self) -> list[str]:
-        """Return nothing: a task that Ray keeps waiting will be started."""
-        return []
 
     def poll(self, timeout: float) -> list[WorkerMessage]:
         """Return what the workers have said, waiting up to ``timeout`` seconds for a first message."""

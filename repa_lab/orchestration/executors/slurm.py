@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from repa_lab.orchestration.executors import ExecutorError, Job, TrainJob, WorkerMessage, parse_job, parse_message
-from repa_lab.orchestration.executors.detached import SharedFolder, StopRequest, carry_out
+from repa_lab.orchestration.executors.detached import DetachedExecutor, SharedFolder, StopRequest, carry_out
 from repa_lab.runs import RunsRoot, State, files
 from repa_lab.spec import RunOptions
 
@@ -65,7 +65,7 @@ class _QueuedJob:
     missing_since: float | None = None
 
 
-class SlurmExecutor:
+class SlurmExecutor(DetachedExecutor):
     """Runs as jobs in Slurm's queue.
 
     Args:
@@ -83,23 +83,14 @@ class SlurmExecutor:
         self, options: RunOptions, root: RunsRoot, sweep: str, slots: int, cluster: Literal["slurm", "local"] = "slurm"
     ) -> None:
         self._submitit = _import_submitit()
-        self._shared = SharedFolder.open(root, sweep)
-        self._slots, self._cluster = slots, cluster
+        super().__init__(SharedFolder.open(root, sweep), slots)
+        self._cluster = cluster
         self._engine = self._open_engine(options, sweep)
         self._waiting: list[Job] = []
         self._queued: dict[str, _QueuedJob] = {}
         # Jobs of an earlier scheduler that are not asked for again yet, by the id of their run.
         self._left: dict[str, str] = files.read_json(self._record_path) if self._record_path.exists() else {}
         self._listed_at, self._listed = 0.0, set[str]()
-
-    @property
-    def slots(self) -> int:
-        """The number of jobs that can be in hand at a time."""
-        return self._slots
-
-    def free(self) -> int:
-        """Return the number of slots that wait for a job."""
-        return self._slots - len(self._waiting) - len(self._queued)
 
     def submit(self, job: Job) -> None:
         """Take a job; the jobs that are submitted before the next poll become one array."""
@@ -109,10 +100,6 @@ class SlurmExecutor:
             self._queued[job.name] = adopted
         else:
             self._waiting.append(job)
-
-    def stop(self, run_id: str, state: State) -> None:
-        """Ask for a run to end after its present step, with a checkpoint, in this state."""
-        self._shared.request_stop(run_id, state)
 
     def kill(self, run_id: str) -> None:
         """End a run at once, whatever it does."""
