@@ -141,6 +141,26 @@ def test_planning_and_reading_need_no_torch():
     assert done.returncode == 0, done.stderr
 
 
+def test_commands_that_only_read_load_no_torch(tmp_path):
+    """Over a finished sweep; the first command that loads torch is named."""
+    root, spec = ["--root", str(tmp_path)], "experiments/quickstart.yaml"
+    commands = [
+        ["families"], ["schema"], ["explain", spec], ["diff", spec, spec], ["plan", spec, *root], ["plan", "--json", spec, *root],
+        ["status", *root], ["status", "many", *root], ["gc", *root], ["leaderboard", *root], ["report", "many", *root],
+    ]  # fmt: skip
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom repa_lab.cli import app\nfrom repa_lab.runs import RunsRoot\n"
+        "from tests.benchmarks.many_runs import write_sweep\n"
+        f"write_sweep(RunsRoot(Path({str(tmp_path)!r})), 2, 1)\n"
+        f"for command in {commands}:\n"
+        "    try:\n        app(command)\n    except SystemExit as ended:\n        assert not ended.code, command\n"
+        "    loaded = {'torch', 'diffusers', 'timm', 'transformers'} & set(sys.modules)\n"
+        "    assert not loaded, f'{command} imports {sorted(loaded)}'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("folder", ["repa_lab", "tests"])
 def test_no_file_is_long(folder):
     lengths = {str(file): len(file.read_text(encoding="utf-8").splitlines()) for file in (ROOT / folder).rglob("*.py")}

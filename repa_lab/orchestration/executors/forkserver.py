@@ -33,7 +33,7 @@ class WorkerProcess:
 
     def __init__(self, jobs: int, messages: int, status: int) -> None:
         self.messages = messages
-        self._jobs, self._status = os.fdopen(jobs, "wb"), os.fdopen(status, "rb")
+        self._jobs, self._status = os.fdopen(jobs, "wb"), os.fdopen(status, "rb", 0)
         self._partial = b""
         self.pid = int(self._status.readline() or 0)
 
