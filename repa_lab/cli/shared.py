@@ -140,12 +140,11 @@ def progress(task: str, console: Console, is_shown: bool = True) -> Iterator[Cal
         yield show
 
 
-def table(title: str, rows: Sequence[Mapping[str, Any]], hidden: tuple[str, ...] = ()) -> Table:
-    """Return rows as a table, with their keys as columns but for the hidden ones."""
+def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return rows as a table, with their keys as columns."""
     drawn = Table(title=title, title_justify="left")
     for column in (rows or [{"run": ""}])[0]:
-        if column not in hidden:
-            drawn.add_column(column)
+        drawn.add_column(column)
     for row in rows:
-        drawn.add_row(*(str(value) for column, value in row.items() if column not in hidden))
+        drawn.add_row(*map(str, row.values()))
     return drawn

@@ -99,14 +99,14 @@ def _compare_specs(left: str, right: str) -> dict[str, Any]:
 
 def _run_ids(experiment: Experiment) -> set[str]:
     from repa_lab.data import DataError
-    from repa_lab.orchestration.plan import identify_arm
+    from repa_lab.orchestration.plan import identify_run
     from repa_lab.spec import SpecError
     from repa_lab.training.resolve import Inventory
 
     ids, inventory = set(), Inventory()
     for arm in experiment.arms:
         try:
-            ids |= {identify_arm(arm, seed, inventory).run_id for seed in experiment.seeds}
+            ids |= {identify_run(arm.config, seed, inventory).run_id for seed in experiment.seeds}
         except DataError as error:
             raise SpecError([arm.problem(f"data.{error.field}", str(error))]) from None
     return ids

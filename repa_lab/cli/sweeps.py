@@ -86,7 +86,7 @@ def plan(
     out.print(table(planned.experiment.question or planned.experiment.name, rows))
     if planned.orphans:
         title = "orphaned: asked for by an earlier version of the spec, and kept"
-        out.print(table(title, display.orphan_rows(planned), hidden=("orphaned",)))
+        out.print(table(title, display.orphan_rows(planned)))
     for line in display.sentences(estimated) + display.blocked_lines(planned):
         typer.echo(line)
 

@@ -282,9 +282,7 @@ def _carry_out(
                 for note in planned.notes:
                     view.say(note)
                 scheduler.prepare({entry.run.config: entry.arm for entry in planned.runs})
-                work = _make_work(planned, directory)
-                done_before = work.counts()[0]
-                scheduler.run(work)
+                scheduler.run(_make_work(planned, directory))
         except SweepBrokenError as error:
             raise _with_last_line(error, log) from None
         except ExecutorError as error:
@@ -294,9 +292,7 @@ def _carry_out(
                 executor.close()
             if directory.is_recorded and log.exists():
                 shutil.copyfile(log, directory.path / "workers.log")
-    failures, diverged = scheduler.failures, scheduler.diverged
-    trained = work.counts()[0] - done_before - len(failures) - len(diverged) - scheduler.reused
-    return SweepOutcome(directory, trained, failures, diverged, scheduler.stopped or None)
+    return SweepOutcome(directory, scheduler.trained, scheduler.failures, scheduler.diverged, scheduler.stopped or None)
 
 
 def _open_executor(

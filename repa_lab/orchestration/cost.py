@@ -379,7 +379,7 @@ def _started_runs(plan: Plan) -> Iterator[tuple[RunDirectory, RunConfig]]:
 
 def _share(entry: PlannedRun, fork: Fork | None, cost: Cost, speed: Speed) -> Share:
     """Return what is left of a run, which begins after the steps that another run shares with it."""
-    if entry.is_settled:
+    if entry.status.is_over:
         return Share()
     is_begun = entry.step > 0
     left = _share_after(entry.step if is_begun or fork is None else fork.step, entry.run.config, cost, speed)

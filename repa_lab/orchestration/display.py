@@ -73,8 +73,7 @@ def run_rows(estimate: Estimate) -> list[dict[str, Any]]:
 def orphan_rows(plan: Plan) -> list[dict[str, Any]]:
     """Return a row for each run that the spec no longer asks for."""
     return [
-        {"arm": run.label, "seed": run.seed, "run_id": run.run_id, "state": run.status.value, "orphaned": True}
-        for run in plan.orphans
+        {"arm": run.label, "seed": run.seed, "run_id": run.run_id, "state": run.status.value} for run in plan.orphans
     ]
 
 
@@ -122,7 +121,7 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
         "runs": [_run_json(entry, share) for entry, share in zip(plan.runs, estimate.shares, strict=True)],
         "arms": [_arm_json(estimate, arm.label) for arm in experiment.arms],
         "steps": {"asked": plan.sharing.asked, "trained": plan.sharing.trained},
-        "orphaned": orphan_rows(plan),
+        "orphaned": [{**row, "orphaned": True} for row in orphan_rows(plan)],
         "caches": [
             {
                 "what": planned.cache.what,

@@ -43,20 +43,15 @@ class PlannedRun:
     stop: tuple[StopRule, ...] = ()
 
     @property
-    def is_settled(self) -> bool:
-        """Whether nothing is left to train for this sweep."""
-        return self.status.is_over
-
-    @property
     def word(self) -> str:
         """The status, or ``blocked`` for a run that is left to train and cannot be trained here."""
-        is_blocked = self.blocked and not self.is_settled and self.status is not RunStatus.RUNNING
+        is_blocked = self.blocked and not self.status.is_over and self.status is not RunStatus.RUNNING
         return BLOCKED if is_blocked else self.status.value
 
     @property
     def steps_left(self) -> int:
         """Optimizer steps to take from the last checkpoint on, which may lie behind the last row."""
-        return 0 if self.is_settled else self.run.config.train.steps - self.step
+        return 0 if self.status.is_over else self.run.config.train.steps - self.step
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ class Plan:
     @cached_property
     def left(self) -> tuple[PlannedRun, ...]:
         """The runs to train, each once even where two arms ask for it."""
-        return tuple({entry.run.run_id: entry for entry in self.runs if not entry.is_settled}.values())
+        return tuple({entry.run.run_id: entry for entry in self.runs if not entry.status.is_over}.values())
 
     @cached_property
     def pending(self) -> tuple[Run, ...]:
@@ -209,11 +204,6 @@ def _planned_runs(experiment: Experiment, root: RunsRoot, inventory: Inventory) 
             if status.is_over or status is RunStatus.RUNNING:
                 step = max(recorded.step, step)
             yield PlannedRun(arm, run, status, step, recorded.error, obstacles[arm.label], stop)
-
-
-def identify_arm(arm: Arm, seed: int, inventory: Inventory | None = None) -> Run:
-    """Return the run of an arm with a seed."""
-    return identify_run(arm.config, seed, inventory)
 
 
 def identify_run(config: RunConfig, seed: int, inventory: Inventory | None = None) -> Run:

@@ -101,10 +101,10 @@ class Scheduler:
         sweep: the name of the sweep.
         view: where progress is shown.
         is_rehearsal: whether every run is interrupted and resumed once.
+        trained: after :meth:`run`, the number of runs that were trained now and did not fail.
         failures: after :meth:`run`, the one-line reason of every run that failed, by its id.
         diverged: after :meth:`run`, the reasons of diverged runs that count as results, by their ids.
         stopped: after :meth:`run`, why runs were not started; None if none were left out.
-        reused: after :meth:`run`, the number of runs that had been trained elsewhere.
     """
 
     executor: Executor
@@ -113,11 +113,10 @@ class Scheduler:
     sweep: str
     view: ProgressView
     is_rehearsal: bool = False
+    trained: int = 0
     failures: dict[str, str] = field(default_factory=dict)
     diverged: dict[str, str] = field(default_factory=dict)
     stopped: str | None = None
-    reused: int = 0
-    _is_any_done: bool = False
     _running: dict[str, _WatchedRun] = field(default_factory=dict)
     _trained_elsewhere: dict[str, _WatchedRun] = field(
         default_factory=dict
@@ -186,7 +185,7 @@ class Scheduler:
                 self._begin(run.restarted(), work)
         while self._has_free_slot and (task := work.next()):
             reasons = list(self.failures.values())[:_EQUAL_FAILURES]
-            if not self._is_any_done and len(reasons) == _EQUAL_FAILURES and len(set(reasons)) == 1:
+            if not self.trained and len(reasons) == _EQUAL_FAILURES and len(set(reasons)) == 1:
                 raise SweepBrokenError(f"the first {_EQUAL_FAILURES} runs failed alike: {reasons[0]}")
             directory = self.root.run(task.run.run_id)
             self._begin(_WatchedRun(task, directory, directory.metrics_reader()), work)
@@ -206,7 +205,6 @@ class Scheduler:
         task, state = run.task, run.directory.state.state
         if state.status.is_final:  # another arm or sweep trained the run; a search needs its rows all the same
             self._pass_rows_on(run, work)
-            self.reused += 1
             work.finished(task.run.run_id, state)
             return
         self._running[task.run.run_id] = run
@@ -248,7 +246,7 @@ class Scheduler:
             is_result = work.is_divergence_a_result and message.is_diverged
             (self.diverged if is_result else self.failures)[run_id] = error or "failed"
             self._record_failure(run.directory, error)
-        self._is_any_done |= state is not State.FAILED
+        self.trained += state is not State.FAILED
         del self._running[run_id]
         self.view.finished(run_id, state.status, error)
         work.finished(run_id, state)

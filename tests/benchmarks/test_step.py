@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from repa_lab.align import REPA, Signals, Tokens
 from repa_lab.models.sit import SiT
 from repa_lab.models.tap import Tap
-from repa_lab.orchestration.plan import identify_arm
+from repa_lab.orchestration.plan import identify_run
 from repa_lab.spec import RunOptions, load_spec
 from repa_lab.training.batches import Order, generator
 from repa_lab.training.trainer import Trainer
@@ -51,7 +51,7 @@ def test_regularised_step_against_plain_step_with_cached_features():
 def test_lab_loop_against_a_bare_loop(tmp_path):
     """(b) `Trainer` with its streams, EMA, clipping and row-keeping against the shortest loop that computes the same."""
     spec = load_spec(Path(__file__).parents[2] / "experiments/quickstart.yaml", {"train.batch_size": 64})
-    run = identify_arm(spec.arms[0], 0)
+    run = identify_run(spec.arms[0].config, 0)
     trainer = Trainer(run, RunOptions(device="cpu"), tmp_path)
     batches = trainer.batches()
 
@@ -99,7 +99,9 @@ def test_steps_of_weight_0_cost_what_plain_steps_do(tmp_path):
     trainers = []
     for arm, settings in (("sit, aligned", cut), ("sit, baseline", {"evaluate.encoder": None})):
         chosen = next(one for one in load_spec(file).arms if one.label == arm)
-        trainers.append(Trainer(identify_arm(chosen.with_settings(settings), 0), RunOptions(device="cpu"), tmp_path))
+        trainers.append(
+            Trainer(identify_run(chosen.with_settings(settings).config, 0), RunOptions(device="cpu"), tmp_path)
+        )
     batches = [trainer.batches() for trainer in trainers]
     calls: list[int] = []
     forward = Encoder.forward

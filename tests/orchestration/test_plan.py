@@ -9,7 +9,7 @@ import pytest
 
 from repa_lab.orchestration.cost import estimate
 from repa_lab.orchestration.display import arm_rows, run_rows, sentences
-from repa_lab.orchestration.plan import baselines, identify_arm, make_plan
+from repa_lab.orchestration.plan import baselines, identify_run, make_plan
 from repa_lab.runs import RunsRoot, RunStatus, RunWriter, State, checkpoints
 from repa_lab.runs.directory import RunBusyError
 from repa_lab.spec import load_spec
@@ -27,7 +27,7 @@ BASE = {
 
 
 def run_id(overrides=None, seed=0, **fields):
-    return identify_arm(load_spec({**BASE, **fields}, overrides).arms[0], seed).run_id
+    return identify_run(load_spec({**BASE, **fields}, overrides).arms[0].config, seed).run_id
 
 
 def test_identity_is_scientific_content_alone():

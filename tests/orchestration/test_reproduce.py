@@ -12,7 +12,7 @@ import pytest
 
 from repa_lab.models.family import SIT_DOWN_SHAPES, SIT_SHAPES
 from repa_lab.orchestration.checks import check
-from repa_lab.orchestration.plan import identify_arm
+from repa_lab.orchestration.plan import identify_run
 from repa_lab.orchestration.reproduce import ReproduceError, names, open_table, scaled_block
 from repa_lab.runs import RunsRoot
 from repa_lab.spec import SpecError
@@ -72,7 +72,7 @@ def test_published_numbers_are_no_part_of_a_runs_identity():
     with_numbers = open_table("urepa/table8")
     without = open_table("urepa/table8", overrides={"published": None})
     assert without.published is None
-    ids = [[identify_arm(arm, 0).run_id for arm in experiment.arms] for experiment in (with_numbers, without)]
+    ids = [[identify_run(arm.config, 0).run_id for arm in experiment.arms] for experiment in (with_numbers, without)]
     assert ids[0] == ids[1]
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from repa_lab.data.settings import fingerprint_digits
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
-from repa_lab.orchestration.plan import identify_arm
+from repa_lab.orchestration.plan import identify_run
 from repa_lab.spec import EncoderSettings, ExtractorConfig, RunConfig, load_spec
 from repa_lab.spec.identity import RecordedSpecError, Run, identify, local_files
 from repa_lab.training.resolve import Inventory
@@ -263,7 +263,7 @@ class TestFolders:
         encoder = {"name": "e"} | ({"pixels": "tae", "tae": place} if kind == "tae" else {})
         data = {"source": "digits"} | ({"vae": place} if kind == "vae" else {})
         source = mapping(model=model, regularizer={"type": "urepa", "encoder": encoder}, data=data)
-        return identify_arm(load_spec(source).arms[0], 0).run_id
+        return identify_run(load_spec(source).arms[0].config, 0).run_id
 
     @pytest.fixture(params=["pretrained", "vae", "tae"])
     def kind(self, request) -> str:
@@ -304,7 +304,7 @@ class TestFolders:
         source = mapping(model={"family": "sdxl", "pretrained": "a/b"}, data={"source": "digits", "vae": "c/d"})
         arm = load_spec(source).arms[0]
         assert (
-            identify_arm(arm, 0).run_id
+            identify_run(arm.config, 0).run_id
             == identify(Inventory().resolve(arm.config), 0, PROTOCOL_VERSION, fingerprint_digits(), {}).run_id
         )
 

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from repa_lab.orchestration.checks import resolve_metric
 from repa_lab.orchestration.executors import Task
-from repa_lab.orchestration.plan import Plan, arm_record, identify_arm
+from repa_lab.orchestration.plan import Plan, arm_record, identify_run
 from repa_lab.orchestration.rehearsal import RehearsedArm
 from repa_lab.orchestration.search.problems import is_searched
 from repa_lab.orchestration.search.space import Settings, Space
@@ -349,7 +349,7 @@ class Search:
         text = json.dumps(settings, sort_keys=True)
         if text not in self._by_settings:
             arm, plan = self._space.arm(settings), self._plan
-            identified = [identify_arm(arm, seed, plan.inventory) for seed in plan.experiment.seeds]
+            identified = [identify_run(arm.config, seed, plan.inventory) for seed in plan.experiment.seeds]
             runs = {run.run_id: run for run in identified}
             known = self._by_runs.setdefault(tuple(runs), TrialRuns(settings, arm, runs, self.objectives, plan.root))
             self._by_settings[text] = known
@@ -385,7 +385,7 @@ class Search:
             [[objective.metric, objective.goal] for objective in self.objectives],
             list(self._plan.experiment.seeds),
             self._arm.config.model_dump(mode="json"),
-            [identify_arm(self._arm, seed, self._plan.inventory).run_id for seed in self._plan.experiment.seeds],
+            [identify_run(self._arm.config, seed, self._plan.inventory).run_id for seed in self._plan.experiment.seeds],
         ]
 
 
