@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Mapping
 
+from repa_lab.errors import InputError
 from repa_lab.spec import RunOptions
 
 _VARIABLES = {
@@ -23,7 +24,7 @@ _PATIENCE_S = 5.0
 _log = logging.getLogger(__name__)
 
 
-class LauncherError(ValueError):
+class LauncherError(InputError):
     """The processes that the environment announces do not find each other."""
 
 
