@@ -44,8 +44,9 @@ class TestWorkersAreForked:
         parents = set()
         for _ in range(2):
             executor, pids = self.start(tmp_path, 2)
+            parents |= set(map(parent_of, pids))
             executor.close()
-            parents |= {parent_of(pid) for pid in pids if Path(f"/proc/{pid}").exists()}
+            wait_until(lambda pids=pids: not any(Path(f"/proc/{pid}").exists() for pid in pids))
         (server,) = parents
         assert len(list(Path(f"/proc/{server}/task").iterdir())) == 1
         assert "libtorch" in Path(f"/proc/{server}/maps").read_text()

@@ -166,14 +166,17 @@ def serve(requests: socket.socket) -> bool:
         import repa_lab.training.loop  # noqa: F401
     gc.freeze()  # collections must not visit, and so copy, the half a million objects of the libraries
     requests.send(_READY)
-    statuses: dict[int, IO[bytes]] = {}
+    statuses: dict[int, IO[bytes]] = {}  # a pipe for each worker
     while True:
-        is_asked = bool(select.select([requests], [], [], _REAP_EVERY_S if statuses else _IDLE_S)[0])
+        is_idle = not statuses
+        is_asked = bool(select.select([requests], [], [], _IDLE_S if is_idle else _REAP_EVERY_S)[0])
         for pid in list(statuses):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 with suppress(BrokenPipeError), statuses.pop(pid) as pipe:
                     pipe.write(b"%d\n" % os.waitstatus_to_exitcode(status))
+        if not is_asked and is_idle:
+            return False
         if is_asked:
             message, descriptors, _, _ = socket.recv_fds(requests, 1, 4)
             if not message:
@@ -187,8 +190,6 @@ def serve(requests: socket.socket) -> bool:
             statuses[pid] = os.fdopen(descriptors.pop(), "wb")
             for descriptor in descriptors:
                 os.close(descriptor)
-        elif not statuses:
-            return False
 
 
 def _take_over(descriptors: list[int]) -> None:
