@@ -114,7 +114,7 @@ class LocalExecutor(Executor):
                     return []
                 for slot in waiting:
                     self._start(slot)
-            except ForkServerError as error:
+            except (ForkServerError, BrokenPipeError) as error:
                 return [WorkerMessage(MessageKind.BROKEN, error=f"no worker can be started ({error})")]
         messages: list[WorkerMessage] = []
         for key, _ in self._selector.select(timeout):
