@@ -98,15 +98,9 @@ class ForkServer:
                 start_new_session=True,  # Ctrl-C is the scheduler's to handle
             )
 
-    @classmethod
-    def get(cls, environment: Mapping[str, str], log: TextIO) -> ForkServer:
-        """Return this process's server, which outlives a sweep; start another one if the environment has changed."""
-        global _server  # noqa: PLW0603
-        if _server is None or _server._environment != environment or _server._process.poll() is not None:
-            if _server is not None:
-                _server.close()
-            _server = cls(environment, log)
-        return _server
+    def serves(self, environment: Mapping[str, str]) -> bool:
+        """Return whether the server is there and has this environment."""
+        return self._environment == environment and self._process.poll() is None
 
     def wait(self, patience_s: float) -> None:
         """Wait until the libraries are imported, for ``patience_s`` seconds at most.
@@ -141,7 +135,7 @@ class ForkServer:
         return process
 
     def close(self) -> None:
-        """Have the server end; its workers go on."""
+        """End the server; its workers go on."""
         self._requests.close()
         if not self.is_ready:
             self._process.kill()
@@ -149,6 +143,23 @@ class ForkServer:
 
 
 _server: ForkServer | None = None
+
+
+def open_server(environment: Mapping[str, str], log: TextIO) -> ForkServer:
+    """Return this process's server, which outlives a sweep; start another one if the environment has changed."""
+    global _server  # noqa: PLW0603
+    if _server is None or not _server.serves(environment):
+        close_server()
+        _server = ForkServer(environment, log)
+    return _server
+
+
+def close_server() -> None:
+    """End this process's server, if there is one."""
+    global _server  # noqa: PLW0603
+    if _server is not None:
+        _server.close()
+    _server = None
 
 
 def _cause(code: int) -> str:

@@ -29,7 +29,7 @@ from repa_lab.orchestration.executors import (
     dump_job,
     parse_message,
 )
-from repa_lab.orchestration.executors.forkserver import ForkServer, ForkServerError, WorkerProcess
+from repa_lab.orchestration.executors.forkserver import ForkServerError, WorkerProcess, close_server, open_server
 from repa_lab.orchestration.launcher import launcher_variables
 from repa_lab.runs import State
 from repa_lab.spec import RunOptions
@@ -85,7 +85,7 @@ class LocalExecutor(Executor):
         self._log = log.open("a", encoding="utf-8")
         self._selector = selectors.DefaultSelector()
         self._slots, self.slots = [_Slot(name) for name in devices], len(devices)
-        self._server = ForkServer.get(self._environment, self._log)
+        self._server = open_server(self._environment, self._log)
 
     def submit(self, job: Job) -> None:
         """Give a free slot a job; the slot's first process alone fills caches."""
@@ -139,8 +139,8 @@ class LocalExecutor(Executor):
                     process.kill()
                     process.wait()
                 process.close()
-        if not self._server.is_ready:
-            self._server.close()
+        if not self._server.is_ready:  # its imports are for nothing
+            close_server()
         self._selector.close()
         self._log.close()
 
@@ -171,7 +171,7 @@ class LocalExecutor(Executor):
             self._selector.unregister(process.messages)
             process.close()
         slot.processes = []
-        self._server = ForkServer.get(self._environment, self._log)
+        self._server = open_server(self._environment, self._log)
 
     def _start(self, slot: _Slot) -> None:
         """Fork the processes of a slot, and give them what waits for them."""
