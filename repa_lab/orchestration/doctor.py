@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from repa_lab.orchestration.executors import launcher_variables
+from repa_lab.orchestration.launcher import launcher_variables
 from repa_lab.runs.provenance import git_state
 from repa_lab.tracking.wandb import KEY, resolve_mode
 
