@@ -96,13 +96,15 @@ class TestSlots:
 
 
 PLUGIN = """
-import json, os
+import json, os, time
 from pathlib import Path
 from repa_lab.plugins import Loss, Needs, Regularizer, regularizer
 
-mine = Path(__file__).with_name(f"{os.getpid()}.new")
-mine.write_text(json.dumps(dict(os.environ)))
-mine.rename(mine.with_suffix(".json"))
+if os.getpid() != TEST:
+    mine = Path(__file__).with_name(f"{os.getpid()}.new")
+    mine.write_text(json.dumps(dict(os.environ)))
+    mine.rename(mine.with_suffix(".json"))
+    time.sleep(3600)  # until it is killed
 
 @regularizer("telling")
 class Telling(Regularizer):
@@ -115,7 +117,7 @@ class Telling(Regularizer):
 def environments(tmp_path):
     """The environments of an executor's workers, slot by slot, as a plugin of their job sees them."""
     plugin = tmp_path / "telling.py"
-    plugin.write_text(PLUGIN)
+    plugin.write_text(PLUGIN.replace("TEST", str(os.getpid())))
     load_plugins([plugin])
     yield lambda executor: seen_by_workers(executor, tmp_path)
     drop_plugins([plugin])
@@ -134,6 +136,9 @@ def seen_by_workers(executor: LocalExecutor, folder: Path) -> list[list[dict[str
         return all(pids) and all((folder / f"{pid}.json").exists() for slot in pids for pid in slot)
 
     wait_until(have_told)
+    for slot in executor._slots:
+        for process in slot.processes:
+            process.kill()
     return [[json.loads((folder / f"{pid}.json").read_text()) for pid in slot] for slot in pids]
 
 
