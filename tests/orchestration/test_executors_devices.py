@@ -132,7 +132,8 @@ def seen_by_workers(executor: LocalExecutor, folder: Path) -> list[list[dict[str
 
     def have_told() -> bool:
         executor.poll(0.1)
-        pids[:] = pids or [[process.pid for process in slot.processes] for slot in executor._slots]
+        if not any(pids):
+            pids[:] = [[process.pid for process in slot.processes] for slot in executor._slots]
         return all(pids) and all((folder / f"{pid}.json").exists() for slot in pids for pid in slot)
 
     wait_until(have_told)
