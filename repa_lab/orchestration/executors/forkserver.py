@@ -121,16 +121,17 @@ class ForkServer:
             log: the file to which the worker writes its errors.
 
         Raises:
-            ForkServerError: the server has ended.
+            BrokenPipeError: the server has ended.
         """
         (jobs, ours), (messages, theirs), (status, servers) = os.pipe(), os.pipe(), os.pipe()
-        given = [jobs, theirs, log.fileno(), servers]
-        socket.send_fds(self._requests, [b"f"], given)
+        with suppress(BrokenPipeError):
+            socket.send_fds(self._requests, [b"f"], [jobs, theirs, log.fileno(), servers])
         for descriptor in (jobs, theirs, servers):
             os.close(descriptor)
         process = WorkerProcess(ours, messages, status)
         if not process.pid:
-            raise ForkServerError(_cause(self._process.wait()))
+            process.close()
+            raise BrokenPipeError
         process.send({"environment": dict(environment), "folder": str(Path.cwd())})
         return process
 

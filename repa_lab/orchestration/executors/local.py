@@ -109,13 +109,18 @@ class LocalExecutor(Executor):
         """Return what the workers have said, waiting up to ``timeout`` seconds for a first message."""
         if waiting := [slot for slot in self._slots if not slot.processes]:
             try:
+                self._server = open_server(self._environment, self._log)
                 self._server.wait(timeout)
                 if not self._server.is_ready:
                     return []
                 for slot in waiting:
                     self._start(slot)
-            except (ForkServerError, BrokenPipeError) as error:
+            except ForkServerError as error:
                 return [WorkerMessage(MessageKind.BROKEN, error=f"no worker can be started ({error})")]
+            except BrokenPipeError:  # somebody killed the server; the next poll starts another one
+                for slot in waiting:
+                    self._kill(slot)
+                return []
         messages: list[WorkerMessage] = []
         for key, _ in self._selector.select(timeout):
             process, slot = key.data
@@ -171,7 +176,6 @@ class LocalExecutor(Executor):
             self._selector.unregister(process.messages)
             process.close()
         slot.processes = []
-        self._server = open_server(self._environment, self._log)
 
     def _start(self, slot: _Slot) -> None:
         """Fork the processes of a slot, and give them what waits for them."""
