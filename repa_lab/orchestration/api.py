@@ -21,7 +21,7 @@ from repa_lab.orchestration.display import ProgressView
 from repa_lab.orchestration.executors import Executor, ExecutorError, Task, TrainJob
 from repa_lab.orchestration.executors.local import LocalExecutor, local_slots
 from repa_lab.orchestration.launcher import join_processes
-from repa_lab.orchestration.plan import Plan, PlannedRun, identify_arm, make_plan
+from repa_lab.orchestration.plan import Plan, PlannedRun, identify_run, make_plan
 from repa_lab.orchestration.scheduler import Scheduler, SweepBrokenError, Work
 from repa_lab.orchestration.sharing import RunList
 from repa_lab.runs import RunDirectory, RunsRoot, State
@@ -230,7 +230,7 @@ def bench(
             prepare((config for _, config in bench_module.variants(arm.config)), experiment.run, cache, announce)
         except RefusedError as error:
             raise SpecError([arm.problem(error.path, str(error))]) from None
-        run = identify_arm(arm, experiment.seeds[0])
+        run = identify_run(arm.config, experiment.seeds[0])
         return {"arm": arm.label, **bench_module.bench(run, experiment.run, cache, rounds, steps)}
 
 

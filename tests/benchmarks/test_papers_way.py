@@ -88,7 +88,7 @@ import sys, tempfile
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from repa_lab.orchestration.plan import identify_arm
+from repa_lab.orchestration.plan import identify_run
 from repa_lab.spec import load_spec
 from repa_lab.training.bench import ReferenceLoop
 from repa_lab.training.data import open_data
@@ -96,7 +96,7 @@ from repa_lab.training.evaluate import open_extractor, open_reference, real_imag
 from repa_lab.training.trainer import Trainer
 online = {"regularizer.encoder.cache": False, "regularizer.encoder.standardize": False, "evaluate.encoder": None}
 spec = load_spec(Path(sys.argv[1]), online)
-run = identify_arm(spec.arms[int(sys.argv[2])], int(sys.argv[3]))
+run = identify_run(spec.arms[int(sys.argv[2])].config, int(sys.argv[3]))
 trainer = Trainer(run, spec.run, Path(tempfile.mkdtemp()))  # looks at the real images for the first measurement
 step = ReferenceLoop(trainer).step if trainer.aligner else lambda batch: trainer.step(batch).row()
 for number, batch in enumerate(trainer.batches(), start=1):
