@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import datasets
 import pytest
 import torch
@@ -83,9 +81,11 @@ def test_flips_double_the_source_and_leave_the_split_alone(folder, latent, tmp_p
     assert not torch.allclose(latents[0], latents[1], atol=1e-3)
 
 
-def test_mirrored_arms_are_measured_against_the_same_images(folder):
+def test_mirrored_arms_are_measured_against_the_same_images(folder, tmp_path):
     settings = {"source": "imagefolder", "path": str(folder), "resolution": 16, "holdout": 2}
-    plain, flipped = (real_images(open_images(config(**settings, flip=flip), Path("unused"))) for flip in (False, True))
+    plain, flipped = (
+        real_images(open_images(config(**settings, flip=flip), tmp_path / "cache")) for flip in (False, True)
+    )
     assert (flipped.source, flipped.count, flipped.size) == (plain.source, 3, (16, 16))
     assert torch.equal(torch.cat([*flipped.batches()]), torch.cat([*plain.batches()]))
 
