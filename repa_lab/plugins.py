@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from repa_lab.align import Loss, Needs, Prediction, Regularizer, RegularizerSettings, Shapes, Signals, Tokens
+    from repa_lab.align.needs import FrozenModel, Overhead, Sizes, TokenSize, TrainingFacts
+    from repa_lab.align.regularizer import Attention
     from repa_lab.align.settings import EncoderSettings, regularizer
     from repa_lab.data.settings import Dataset, SourceSettings, source
     from repa_lab.data.sources import Source
@@ -16,12 +18,15 @@ if TYPE_CHECKING:
     from repa_lab.models.family import Family, Network, Pipeline, Shape
 
 __all__ = [
+    "Attention",
     "Dataset",
     "EncoderSettings",
     "Family",
+    "FrozenModel",
     "Loss",
     "Needs",
     "Network",
+    "Overhead",
     "Pipeline",
     "Prediction",
     "Regularizer",
@@ -29,9 +34,12 @@ __all__ = [
     "Shape",
     "Shapes",
     "Signals",
+    "Sizes",
     "Source",
     "SourceSettings",
+    "TokenSize",
     "Tokens",
+    "TrainingFacts",
     "encoder",
     "family",
     "metric",
@@ -42,6 +50,8 @@ __all__ = [
 
 _NAMES_BY_MODULE = {
     "align": ("Loss", "Needs", "Prediction", "Regularizer", "RegularizerSettings", "Shapes", "Signals", "Tokens"),
+    "align.needs": ("FrozenModel", "Overhead", "Sizes", "TokenSize", "TrainingFacts"),
+    "align.regularizer": ("Attention",),
     "align.settings": ("EncoderSettings", "regularizer"),
     "data.settings": ("Dataset", "SourceSettings", "source"),
     "data.sources": ("Source",),

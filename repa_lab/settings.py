@@ -109,11 +109,13 @@ class SettingsOf:
         registry: the components.
         key: the field that names the component.
         default: the component of an empty section; None if the section must name one.
+        several: whether a list of sections may stand in place of one.
     """
 
     registry: Registry[Any]
     key: str
     default: str | None
+    several: bool = False
 
     def settings_of(self, section: Mapping[str, Any]) -> type[BaseModel] | None:
         """Return the settings class of the component that a section names; None if there is no such component."""
@@ -132,10 +134,22 @@ class SettingsOf:
         dump = core_schema.plain_serializer_function_ser_schema(
             lambda value, info: value.model_dump(mode=info.mode), info_arg=True
         )
-        return core_schema.no_info_plain_validator_function(self._parse, serialization=dump)
+        section = core_schema.no_info_plain_validator_function(self._parse, serialization=dump)
+        if not self.several:
+            return section
+        # Words that are no field of any section: pydantic adds them to the location of an error.
+        choices: dict[Any, CoreSchema] = {
+            "<section>": section,
+            "<list>": core_schema.tuple_schema([section], variadic_item_index=0, min_length=1, strict=False),
+            "<neither>": core_schema.no_info_plain_validator_function(_refuse),
+        }
+        return core_schema.tagged_union_schema(choices, _form)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"anyOf": [handler(choice.__pydantic_core_schema__) for choice in self.choices]}
+        section: dict[str, Any] = {"anyOf": [handler(choice.__pydantic_core_schema__) for choice in self.choices]}
+        if not self.several:
+            return section
+        return {"anyOf": [*section["anyOf"], {"type": "array", "minItems": 1, "items": section}]}
 
     def _parse(self, value: Any) -> BaseModel:
         if isinstance(value, BaseModel):
@@ -155,3 +169,14 @@ class SettingsOf:
         """Return an error placed at the field that names the component."""
         details = InitErrorDetails(type=kind, loc=(self.key,), input=given, ctx=context)
         return ValidationError.from_exception_data(self.registry.kind, [details])
+
+
+def _form(value: Any) -> str:
+    """Return whether a value is a section, a list of sections, or neither."""
+    if isinstance(value, (list, tuple)):
+        return "<list>"
+    return "<section>" if isinstance(value, (dict, BaseModel)) else "<neither>"
+
+
+def _refuse(value: Any) -> Any:
+    raise ValueError(f"expected a mapping or a list, got {'null' if value is None else repr(value)}")

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from repa_lab.align.losses import alignment_loss, manifold_loss, nt_xent_loss
+    from repa_lab.align.needs import Needs
     from repa_lab.align.projector import Projector
     from repa_lab.align.regularizer import REPA, UREPA, Loss, Prediction, Regularizer, Shapes, Signals, SimilarityCutoff
     from repa_lab.align.settings import (
         ManifoldSettings,
-        Needs,
         ProjectorSettings,
         RegularizerSettings,
         Schedule,
         ScheduleSettings,
     )
     from repa_lab.align.tokens import Tokens, flatten_map, normalise_over_space, resample_tokens
+
+import_module("repa_lab.align.methods.settings")  # registers the methods
 
 __all__ = [
     "REPA",
@@ -47,11 +49,11 @@ __all__ = [
 
 _NAMES_BY_MODULE = {
     "losses": ("alignment_loss", "manifold_loss", "nt_xent_loss"),
+    "needs": ("Needs",),
     "projector": ("Projector",),
     "regularizer": ("REPA", "UREPA", "Loss", "Prediction", "Regularizer", "Shapes", "Signals", "SimilarityCutoff"),
     "settings": (
         "ManifoldSettings",
-        "Needs",
         "ProjectorSettings",
         "RegularizerSettings",
         "Schedule",

@@ -12,17 +12,18 @@ import torch
 from torch import nn
 
 from repa_lab.align.losses import alignment_loss, manifold_loss, nt_xent_loss, token_cosine
+from repa_lab.align.needs import Needs
 from repa_lab.align.projector import Projector
 from repa_lab.align.ranks import mean_over_ranks, start_reading, world_size
 from repa_lab.align.settings import (
-    Needs,
+    EncoderTargetSettings,
     RegularizerSettings,
     REPASettings,
     Schedule,
     ScheduleSettings,
     UREPASettings,
 )
-from repa_lab.align.tokens import Tokens, normalise_over_space
+from repa_lab.align.tokens import Grid, Tokens, normalise_over_space
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,17 @@ class Shapes:
         taps: the denoiser's width D at each tap.
         encoders: the width D of each encoder's tokens.
         ema_taps: the width D at each tap of the averaged model.
+        frozen_taps: the width D at each tap of the frozen model.
+        strides: latent cells (or pixels) for a token along each side, at each tap of the denoiser.
+        latents: channels of the latents, or of the pixels without a VAE.
     """
 
     taps: tuple[int, ...] = ()
     encoders: tuple[int, ...] = ()
     ema_taps: tuple[int, ...] = ()
+    frozen_taps: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    latents: int = 0
 
 
 class Prediction(NamedTuple):
@@ -45,6 +52,27 @@ class Prediction(NamedTuple):
 
     output: torch.Tensor
     target: torch.Tensor
+
+
+class Attention(NamedTuple):
+    """Queries and keys of one block's attention between image tokens, as they enter the product.
+
+    Attributes:
+        query: ``(B, heads, N, D / heads)``.
+        key: ``(B, heads, N, D / heads)``.
+        grid: ``(h, w)`` with N = h * w.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    grid: Grid
+
+    def logits(self) -> torch.Tensor:
+        """Return the scaled products of all queries and keys before the softmax ``(B, heads, N, N)``, in float32."""
+        query, key = self.query.float(), self.key.float()
+        with torch.autocast(query.device.type, enabled=False):
+            logits: torch.Tensor = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+        return logits
 
 
 @dataclass(frozen=True)
@@ -57,6 +85,10 @@ class Signals:
         ema_taps: tokens ``(B, N, D)`` of the averaged model's blocks, without gradient.
         latents: the clean latents ``(B, C, H, W)``, or pixels in [-1, 1] without a VAE.
         prediction: the denoiser's output and its target.
+        attention: queries and keys ``(B, heads, N, D / heads)`` of the blocks.
+        frozen_taps: tokens ``(B, N, D)`` of the frozen model's blocks, without gradient.
+        times: the denoiser's times from 0 (data) to 1 (noise), ``(B,)``; ``(B, 1, h, w)`` on the grid of its input
+            tokens if the run has token times. Always there in training.
     """
 
     taps: tuple[Tokens, ...] = ()
@@ -64,6 +96,9 @@ class Signals:
     ema_taps: tuple[Tokens, ...] = ()
     latents: torch.Tensor | None = None
     prediction: Prediction | None = None
+    attention: tuple[Attention, ...] = ()
+    frozen_taps: tuple[Tokens, ...] = ()
+    times: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -260,11 +295,11 @@ class Pair(NamedTuple):
     teacher: torch.Tensor
 
 
-class REPA(Regularizer):
-    """REPA (2410.06940): raises the cosine of the tap's projected tokens with the encoder's patch tokens.
+class EncoderTarget(Regularizer):
+    """The base of regularizers that match a block's tokens with encoders' patch tokens.
 
-    The trainer builds it from settings and shapes. In a loop of your own, give the widths, and any field of
-    :class:`REPASettings` by keyword: ``REPA(1152, 768, weight=0.5, projector={"type": "linear"})``.
+    The trainer builds it from settings and shapes. In a loop of your own, give the widths, and any field of the
+    settings by keyword: ``REPA(1152, 768, weight=0.5, projector={"type": "linear"})``.
 
     Args:
         in_dim: the denoiser's width at the tap, or the settings.
@@ -275,8 +310,8 @@ class REPA(Regularizer):
         ValidationError: a field is unknown or out of range.
     """
 
-    Settings: ClassVar[type[RegularizerSettings]] = REPASettings
-    settings: REPASettings
+    Settings: ClassVar[type[RegularizerSettings]] = EncoderTargetSettings
+    settings: EncoderTargetSettings
 
     @overload
     def __init__(self, in_dim: RegularizerSettings, out_dim: Shapes) -> None: ...
@@ -308,13 +343,45 @@ class REPA(Regularizer):
         assert isinstance(projector, Projector)
         if self.settings.spatial_norm is not None:
             teacher = normalise_over_space(teacher, self.settings.spatial_norm)
-        if not self.settings.spatial_align:
-            return Pair(projector.project(student).mean().values, teacher.mean().values)
         if resample.side == "teacher":
             return Pair(projector.project(student).values, teacher.resample(student.grid).values)
         if resample.when == "before":
             return Pair(projector.project(student.resample(teacher.grid)).values, teacher.values)
         return Pair(projector.project(student).resample(teacher.grid).values, teacher.values)
+
+    def pairs(self, signals: Signals) -> list[Pair]:
+        """Return the matched tokens of every encoder.
+
+        Raises:
+            ValueError: the signals do not fit together.
+        """
+        (student,) = signals.taps
+        if len(signals.encoders) != len(self.projectors):
+            raise ValueError(f"there are {len(self.projectors)} encoders, got the tokens of {len(signals.encoders)}")
+        return [self.match(student, tokens, number) for number, tokens in enumerate(signals.encoders)]
+
+
+class REPA(EncoderTarget):
+    """REPA (2410.06940): raises the cosine of the tap's projected tokens with the encoder's patch tokens.
+
+    Args as for :class:`EncoderTarget`, with the fields of :class:`REPASettings`.
+    """
+
+    Settings: ClassVar[type[RegularizerSettings]] = REPASettings
+    settings: REPASettings
+
+    def match(self, student: Tokens, teacher: Tokens, encoder: int = 0) -> Pair:
+        """Return projected student tokens and encoder tokens; their means ``(B, 1, D)`` without ``spatial_align``.
+
+        Args and errors as for :meth:`EncoderTarget.match`.
+        """
+        if self.settings.spatial_align:
+            return super().match(student, teacher, encoder)
+        if self.settings.spatial_norm is not None:
+            teacher = normalise_over_space(teacher, self.settings.spatial_norm)
+        projector = self.projectors[encoder]
+        assert isinstance(projector, Projector)
+        return Pair(projector.project(student).mean().values, teacher.mean().values)
 
     def forward(self, signals: Signals, step: int = 0) -> Loss:
         """Return minus the mean cosine, or the NT-Xent loss; the mean cosine is a part.
@@ -331,10 +398,7 @@ class REPA(Regularizer):
 
     def _align(self, signals: Signals) -> tuple[torch.Tensor, torch.Tensor, list[Pair]]:
         """Return the alignment loss, the mean cosine, and the matched tokens of every encoder."""
-        (student,) = signals.taps
-        if len(signals.encoders) != len(self.projectors):
-            raise ValueError(f"there are {len(self.projectors)} encoders, got the tokens of {len(signals.encoders)}")
-        pairs = [self.match(student, tokens, number) for number, tokens in enumerate(signals.encoders)]
+        pairs = self.pairs(signals)
         if self.settings.loss == "cosine":
             value = torch.stack([alignment_loss(*pair) for pair in pairs]).mean()
             return value, -value.detach(), pairs

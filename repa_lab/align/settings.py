@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from repa_lab.align.needs import Needs, Overhead, Sizes, TrainingFacts
 from repa_lab.registry import Registry
 from repa_lab.settings import (
     BlockIndex,
@@ -71,6 +72,16 @@ class ProjectorSettings(Settings):
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, so that tokens keep their places; got {self.kernel}")
         return self
+
+    def size(self, in_dim: int, out_dim: int) -> tuple[int, int]:
+        """Return the parameters of the map and its multiply-adds for one token."""
+        if self.type == "linear":
+            return in_dim * out_dim + out_dim + 2 * in_dim, in_dim * out_dim
+        if self.type == "conv":
+            macs = self.kernel**2 * in_dim * out_dim
+            return macs + out_dim, macs
+        macs = in_dim * self.width + self.width**2 + self.width * out_dim
+        return macs + 2 * self.width + out_dim, macs
 
 
 class ResampleSettings(Settings):
@@ -137,25 +148,6 @@ class ScheduleSettings(Settings):
         return self
 
 
-@dataclass(frozen=True)
-class Needs:
-    """The signals that a regularizer needs; no others are captured or computed.
-
-    Attributes:
-        taps: blocks of the denoiser whose output is captured, 0-based, or ``mid``.
-        encoders: encoders whose patch tokens are the target.
-        ema_taps: blocks of the averaged model, which then also runs on the same noisy images, without gradient.
-        latents: whether the clean latents (or pixels) of the batch are needed.
-        prediction: whether the denoiser's output and its target are needed.
-    """
-
-    taps: tuple[BlockIndex | None, ...] = ()
-    encoders: tuple[EncoderSettings, ...] = ()
-    ema_taps: tuple[BlockIndex | None, ...] = ()
-    latents: bool = False
-    prediction: bool = False
-
-
 class RegularizerSettings(Settings):
     """The settings that every regularizer has."""
 
@@ -167,21 +159,39 @@ class RegularizerSettings(Settings):
     """The weight over steps."""
     block_index: BlockIndex | None = None
     """The block whose output is regularized, 0-based: the papers' depth 8 is 7. Null is the family's suggestion."""
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")] | None = Field(
+        default=None, exclude_if=lambda name: name is None, json_schema_extra={"neutral": True}
+    )
+    """Tells the regularizers of a list apart, in dotted paths and in the log; null is the type."""
 
     kinds: ClassVar[tuple[str, ...]] = ("transformer", "unet")
     """Kinds of denoisers that the regularizer fits."""
+    has_cosine: ClassVar[bool] = True
+    """Whether the loss has a part ``cosine``, which a similarity threshold watches."""
+
+    @model_validator(mode="after")
+    def _name_is_no_field(self) -> Self:
+        if self.name in type(self).model_fields:
+            raise ValueError(f"name '{self.name}' is a field, so a dotted path could mean either: take another name")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What the regularizer is called among several: its name, or else its type."""
+        return self.name or self.type
 
     @property
     def encoders(self) -> tuple[EncoderSettings, ...]:
         """The encoders among the settings, in the order of the fields."""
         return tuple(value for _, value in settings_in(self) if isinstance(value, EncoderSettings))
 
-    def resolved(self, block_index: BlockIndex, total_steps: int) -> Self:
+    def resolved(self, block_index: BlockIndex, total_steps: int, depth: int) -> Self:
         """Return the settings with a block, and with ``decay_steps`` if the weight decays.
 
         Args:
             block_index: the family's suggestion, used if the settings name no block.
             total_steps: the length of the training, where a decay without ``decay_steps`` ends.
+            depth: blocks of the denoiser.
         """
         schedule = self.schedule
         if schedule.type != "constant" and not schedule.decay_steps:
@@ -192,6 +202,16 @@ class RegularizerSettings(Settings):
     def needs(self) -> Needs:
         """Return the default needs of a regularizer: its block and the encoders among its settings."""
         return Needs(taps=(self.block_index,), encoders=self.encoders)
+
+    def overhead(self, sizes: Sizes) -> Overhead | None:
+        """Return what the regularizer adds to a step beside its needs; None if that is not known."""
+        return None
+
+    def problems(self, facts: TrainingFacts) -> Iterator[tuple[str, str]]:
+        """Yield what does not fit a training, for settings that are resolved: a field and a message."""
+        if self.schedule.similarity_threshold is not None and not self.has_cosine:
+            message = f"{self.type} measures no cosine of tokens that could reach a threshold: leave it out"
+            yield "schedule.similarity_threshold", message
 
 
 class Schedule:
@@ -335,33 +355,53 @@ class NoSettings(RegularizerSettings):
         """Return no needs: no block is tapped and no encoder is loaded."""
         return Needs()
 
+    def overhead(self, sizes: Sizes) -> Overhead:
+        """Return nothing."""
+        return Overhead(0, 0)
+
 
 Encoders = Annotated[tuple[EncoderSettings, ...], Field(min_length=1)]
 # `projector: conv` means `projector: {type: conv}`.
-Projector = Annotated[
+ProjectorSection = Annotated[
     ProjectorSettings, BeforeValidator(lambda value: {"type": value} if isinstance(value, str) else value)
 ]
 
 
+class EncoderTargetSettings(RegularizerSettings):
+    """The settings of regularizers that match a block's tokens with encoders' patch tokens."""
+
+    encoder: EncoderSettings | Encoders = EncoderSettings()
+    """The encoder, or a list of encoders: each has its own projector, and the losses are averaged."""
+    projector: ProjectorSection = ProjectorSettings()
+    """The map from the denoiser's width to the encoder's."""
+    spatial_norm: NotNegative | None = None
+    """Normalise the encoder's channels over each image; the value is the share of the mean to subtract (iREPA: 0.6)."""
+    resample: ResampleSettings = ResampleSettings()
+    """How different grids are matched."""
+
+    def overhead(self, sizes: Sizes) -> Overhead:
+        """Return the projectors, one for each encoder; relations between tokens are not counted."""
+        (tap,) = sizes.taps
+        is_resampled = (self.resample.side, self.resample.when) == ("student", "before")
+        parameters, macs = 0, 0.0
+        for encoder in sizes.encoders:
+            weights, token_macs = self.projector.size(tap.dim, encoder.dim)
+            parameters += weights
+            macs += (encoder.number if is_resampled else tap.number) * token_macs
+        return Overhead(parameters, macs)
+
+
 @regularizer("repa", "repa_lab.align.regularizer:REPA")
-class REPASettings(RegularizerSettings):
+class REPASettings(EncoderTargetSettings):
     """REPA (2410.06940): raises the cosine of projected tokens with an encoder's patch tokens."""
 
     type: Literal["repa"] = "repa"
-    encoder: EncoderSettings | Encoders = EncoderSettings()
-    """The encoder, or a list of encoders: each has its own projector, and the losses are averaged."""
-    projector: Projector = ProjectorSettings()
-    """The map from the denoiser's width to the encoder's."""
     loss: Literal["cosine", "nt_xent"] = "cosine"
     """Minus the mean cosine of matching tokens, or the NT-Xent loss over the tokens of each image."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
     """Temperature of `nt_xent`."""
     spatial_align: bool = True
     """Compare token by token; false compares the mean projected token with the mean encoder token."""
-    spatial_norm: NotNegative | None = None
-    """Normalise the encoder's channels over each image; the value is the share of the mean to subtract (iREPA: 0.6)."""
-    resample: ResampleSettings = ResampleSettings()
-    """How different grids are matched."""
 
     kinds: ClassVar[tuple[str, ...]] = ("transformer",)
 

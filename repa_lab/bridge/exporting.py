@@ -44,11 +44,15 @@ def export_settings(config: RunConfig) -> Exported:
     Args:
         config: the run's settings.
     """
-    family, regularizer = FAMILIES[config.model.family], config.regularizer
+    family = FAMILIES[config.model.family]
     prefix: Prefix = "crepa" if family.kind == "transformer" else "urepa"
+    if len(config.regularizers) > 1:
+        types = " and ".join(settings.type for settings in config.regularizers)
+        return Exported({f"{prefix}_enabled": False}, (f"regularizer: {types} together are not one of SimpleTuner's",))
+    regularizer = next(iter(config.regularizers), None)
     if not isinstance(regularizer, REPASettings):
-        unknown = f"regularizer.type: {regularizer.type} is not one of SimpleTuner's"
-        return Exported({f"{prefix}_enabled": False}, () if regularizer.type == "none" else (unknown,))
+        unknown = (f"regularizer.type: {regularizer.type} is not one of SimpleTuner's",) if regularizer else ()
+        return Exported({f"{prefix}_enabled": False}, unknown)
     settings = _resolved(regularizer, config, family)
     limits = _limits(settings, config, family)
     lost = [f"regularizer.{path}: {_shown(attrgetter(path)(settings))} {reason}" for path, reason in limits.items()]

@@ -217,6 +217,8 @@ class Family:
         network: model in diffusers; None for a family that is trained from scratch.
         pipeline: pipeline in diffusers; None for a family that is trained from scratch.
         u_shaped: whether it is a transformer with a stage of fewer tokens.
+        has_attention: whether queries and keys of its blocks can be tapped.
+        has_token_times: whether its denoiser takes a time for every token.
     """
 
     name: str
@@ -226,6 +228,8 @@ class Family:
     network: Network | None = None
     pipeline: Pipeline | None = None
     u_shaped: bool = False
+    has_attention: bool = False
+    has_token_times: bool = False
 
     @property
     def regularizer(self) -> str:
@@ -318,6 +322,6 @@ def swiglu_width(width: int) -> int:
     return -(-(8 * width // 3) // _SWIGLU_MULTIPLE) * _SWIGLU_MULTIPLE
 
 
-SIT = Family("sit", "transformer", SIT_SHAPES, latent_stride=1)
+SIT = Family("sit", "transformer", SIT_SHAPES, latent_stride=1, has_attention=True, has_token_times=True)
 UNET = Family("unet", "unet", UNET_SHAPES, latent_stride=1)
 SIT_DOWN = Family("sit_down", "transformer", SIT_DOWN_SHAPES, latent_stride=1, u_shaped=True)

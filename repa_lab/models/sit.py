@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from repa_lab.align.tokens import Grid, Tokens
 from repa_lab.models.family import SIT, BlockIndex, shape_of
-from repa_lab.models.tap import Denoiser, Tap, TapError
+from repa_lab.models.tap import AttentionTap, Denoiser, Tap, TapError
 
 _FREQUENCIES = 256
 _MAX_PERIOD = 10_000.0
@@ -35,15 +35,20 @@ def sincos_positions(width: int, grid: Grid) -> torch.Tensor:
 
 
 def timestep_features(t: torch.Tensor) -> torch.Tensor:
-    """Return sinusoids ``(B, 256)`` of t in [0, 1], which is not multiplied by 1,000; cosines come before sines."""
+    """Return sinusoids ``(..., 256)`` of t ``(...)`` in [0, 1], not multiplied by 1,000; cosines come before sines."""
     omega = torch.exp(-math.log(_MAX_PERIOD) * torch.arange(_FREQUENCIES // 2, device=t.device) / (_FREQUENCIES // 2))
-    angles = t.float()[:, None] * omega[None]
+    angles = t.float()[..., None] * omega
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Shift and scale tokens ``(B, N, width)`` by vectors ``(B, width)``; zeros change nothing."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    """Shift and scale tokens ``(B, N, width)`` by vectors ``(B, width)`` or ``(B, N, width)``; zeros change nothing."""
+    return x * (1 + for_tokens(scale)) + for_tokens(shift)
+
+
+def for_tokens(vectors: torch.Tensor) -> torch.Tensor:
+    """Return vectors of images ``(B, width)`` as ``(B, 1, width)``; those of tokens ``(B, N, width)`` as they are."""
+    return vectors.unsqueeze(1) if vectors.ndim == 2 else vectors
 
 
 class TimestepEmbedder(nn.Module):
@@ -54,7 +59,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """Return the embedding ``(B, width)`` of t ``(B,)``."""
+        """Return the embedding ``(..., width)`` of t ``(...)``."""
         embedded: torch.Tensor = self.mlp(timestep_features(t).to(next(self.mlp.parameters()).dtype))
         return embedded
 
@@ -71,10 +76,10 @@ class SiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """Transform tokens ``(B, N, width)`` under conditioning ``(B, width)``."""
+        """Transform tokens ``(B, N, width)`` under conditioning ``(B, width)`` or ``(B, N, width)``."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        out: torch.Tensor = x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        x = x + for_tokens(gate_a) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        out: torch.Tensor = x + for_tokens(gate_m) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
         return out
 
 
@@ -158,11 +163,21 @@ class SiTBase(Denoiser):
 
     def tap(self, block_index: BlockIndex) -> Tap:
         """Tap a block; see :meth:`Denoiser.tap`."""
+        block = self.block(block_index)
+        assert isinstance(block_index, int)
+        grid = self.grid_of(block_index)
+        return Tap(block, lambda output: Tokens(output, grid))
+
+    def block(self, block_index: BlockIndex) -> nn.Module:
+        """Return a block.
+
+        Raises:
+            TapError: there is no such block.
+        """
         depth = len(self.blocks)
         if not isinstance(block_index, int) or not 0 <= block_index < depth:
             raise TapError(f"{self.name} has {depth} blocks: block_index must be 0 to {depth - 1}, got {block_index!r}")
-        grid = self.grid_of(block_index)
-        return Tap(self.blocks[block_index], lambda output: Tokens(output, grid))
+        return self.blocks[block_index]
 
     def export(self, folder: Path) -> None:
         """Write ``model.safetensors`` and a ``config.json`` with the fields of the config."""
@@ -200,8 +215,14 @@ class SiT(SiTBase):
         self.pos_embed = nn.Parameter(sincos_positions(config.width, self.grid).unsqueeze(0), requires_grad=False)
         self.blocks = nn.ModuleList([SiTBlock(config.width, config.heads) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config.width, config.patch_size, config.in_channels)
-        self.depth = config.depth
+        self.depth, self.input_grid = config.depth, self.grid
         initialise(self, self.x_embedder, self.t_embedder, self.y_embedder, self.final_layer)
+
+    def tap_attention(self, block_index: BlockIndex) -> AttentionTap:
+        """Tap queries and keys of a block's attention; see :meth:`Denoiser.tap_attention`."""
+        block = self.block(block_index)
+        assert isinstance(block, SiTBlock)
+        return AttentionTap(block.attn.q_norm, block.attn.k_norm, lambda: self.grid)
 
     @classmethod
     def from_size(
@@ -221,11 +242,12 @@ class SiT(SiTBase):
 
         Args:
             x: noisy images ``(B, C, H, W)``.
-            t: times ``(B,)``, from 0 (data) to 1 (noise).
+            t: times ``(B,)``, from 0 (data) to 1 (noise), or ``(B, 1, h, w)`` with a time for every token of the grid.
             y: labels ``(B,)``.
         """
         tokens = self.x_embedder(x) + self.pos_embed
-        condition = self.t_embedder(t) + self.y_embedder(y)
+        labels: torch.Tensor = self.y_embedder(y)
+        condition = self.t_embedder(t) + labels if t.ndim == 1 else self.t_embedder(t.flatten(1)) + for_tokens(labels)
         for block in self.blocks:
             tokens = self._run(block, tokens, condition)
         return unpatchify(self.final_layer(tokens, condition), self.grid, self.config.patch_size)

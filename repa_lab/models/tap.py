@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from repa_lab.align.tokens import Tokens, flatten_map
+from repa_lab.align.regularizer import Attention
+from repa_lab.align.tokens import Grid, Tokens, flatten_map
 from repa_lab.errors import StateError
 from repa_lab.models.family import BlockIndex
 
@@ -70,6 +71,44 @@ class Tap:
         self._handle.remove()
 
 
+class AttentionTap:
+    """Forward hooks on the norms of queries and keys of one block; :meth:`take` returns the latest pass's.
+
+    Args:
+        query: the module whose output is the queries ``(B, heads, N, D / heads)``.
+        key: the module whose output is the keys, of the same shape.
+        grid: returns the grid of the tokens.
+    """
+
+    def __init__(self, query: nn.Module, key: nn.Module, grid: Callable[[], Grid]) -> None:
+        self._grid = grid
+        self._outputs: dict[str, torch.Tensor] = {}
+        self._handles = [
+            module.register_forward_hook(lambda module, inputs, output, name=name: self._outputs.update({name: output}))
+            for name, module in (("query", query), ("key", key))
+        ]
+
+    def take(self) -> Attention:
+        """Return the captured queries and keys, and empty the slot.
+
+        Raises:
+            TapError: the block has not run since the last call.
+        """
+        outputs, self._outputs = self._outputs, {}
+        if len(outputs) < 2:
+            raise TapError("the tapped attention did not run; was the tap set after torch.compile?")
+        return Attention(outputs["query"], outputs["key"], self._grid())
+
+    def clear(self) -> None:
+        """Empty the slot."""
+        self._outputs = {}
+
+    def remove(self) -> None:
+        """Remove the hooks from the block."""
+        for handle in self._handles:
+            handle.remove()
+
+
 @contextmanager
 def capture(block: nn.Module, to_tokens: Callable[[torch.Tensor], Tokens] = flatten_map) -> Iterator[Tap]:
     """Tap a block within a with-statement; by default its output is a map ``(B, C, H, W)``."""
@@ -85,9 +124,11 @@ class Denoiser(nn.Module):
 
     Attributes:
         depth: number of blocks that ``block_index`` counts; 0 for a UNet, which is tapped at ``mid``.
+        input_grid: the grid of the input tokens, if each may have a time of its own; else None.
     """
 
     depth: int = 0
+    input_grid: Grid | None = None
 
     def tap(self, block_index: BlockIndex) -> Tap:
         """Tap a block: its image tokens ``(B, N, D)`` with their grid. Do it before compiling the denoiser.
@@ -99,6 +140,17 @@ class Denoiser(nn.Module):
             TapError: there is no such block.
         """
         raise NotImplementedError
+
+    def tap_attention(self, block_index: BlockIndex) -> AttentionTap:
+        """Tap queries and keys of a block's attention ``(B, heads, N, D / heads)``, before compiling the denoiser.
+
+        Args:
+            block_index: counts from 0.
+
+        Raises:
+            TapError: there is no such block, or its attention cannot be tapped.
+        """
+        raise TapError(f"the attention of {type(self).__name__} cannot be tapped")
 
     def tap_all(self) -> dict[BlockName, Tap]:
         """Tap every block that ``block_index`` counts; for a UNet, ``mid`` and the stages before and after it.

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from repa_lab.align.settings import REGULARIZERS, EncoderSettings, Needs
+from repa_lab.align.needs import Needs, TrainingFacts
+from repa_lab.align.settings import REGULARIZERS, EncoderSettings, RegularizerSettings
 from repa_lab.data import DataError
 from repa_lab.data.settings import SOURCES, FolderSettings
 from repa_lab.encoders.registry import grid_problem, weights_problem
@@ -18,7 +19,7 @@ from repa_lab.orchestration.search.problems import objective_path, search_proble
 from repa_lab.registry import UnknownComponentError, one_line
 from repa_lab.runs.root import RESERVED
 from repa_lab.settings import file_fields, settings_in
-from repa_lab.spec import Arm, EvaluateConfig, Experiment, Problem, RunOptions, SpecError
+from repa_lab.spec import Arm, EvaluateConfig, Experiment, Problem, RunConfig, RunOptions, SpecError
 from repa_lab.spec.errors import KeyPath
 from repa_lab.tracking import tensorboard
 from repa_lab.training.resolve import (
@@ -27,8 +28,9 @@ from repa_lab.training.resolve import (
     encoders_of,
     metric_names,
     names_of_metric,
-    needs_of,
+    needs_of_one,
     protocols_of,
+    resolved_regularizers,
     shared_names,
 )
 
@@ -69,7 +71,7 @@ def _arm_problems(arm: Arm, options: RunOptions, inventory: Inventory | None) ->
         yield arm.problem("model.size", str(error) if config.model.size else f"{family.name} needs a size: {error}")
         return
     yield from _model_problems(arm, family, shape)
-    yield from _regularizer_problems(arm, family, shape)
+    yield from _regularizer_problems(arm, family, shape, options)
     yield from _metric_problems(arm)
     yield from _process_problems(arm, family, options)
     if inventory:
@@ -140,21 +142,47 @@ def _takes_captions(family: Family) -> bool:
     return family.pipeline is not None and family.pipeline.num_classes is None
 
 
-def _regularizer_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
-    chosen = arm.config.regularizer.type
-    if chosen not in ("none", *family.regularizers):
-        kind = "a UNet" if family.kind == "unet" else "a transformer"
-        fits = " or ".join(family.regularizers)
-        yield arm.problem("regularizer.type", f"{family.name} is {kind}: use {fits}, not {chosen}")
-        return
-    try:
-        needs, encoders = needs_of(arm.config), encoders_of(arm.config)
-    except Exception as error:  # whatever a plugin raises
-        yield arm.problem("regularizer.type", f"cannot tell what {chosen} needs: {one_line(error)}")
-        return
-    yield from _block_problems(arm, family, shape, needs)
-    for path, encoder in encoders:
+def _regularizer_problems(arm: Arm, family: Family, shape: Shape, options: RunOptions) -> Iterator[Problem]:
+    depth, config = _depth(arm, family, shape), arm.config
+    measured_at = config.evaluate.block_index
+    if measured_at is not None and (message := _block_problem(family, measured_at, depth)):
+        yield arm.problem("evaluate.block_index", message)
+    facts = TrainingFacts(depth, _images_at_once(config, options), config.model.pretrained is not None)
+    is_known = True
+    for (path, given), settings in zip(config.regularizer_paths, resolved_regularizers(config), strict=True):
+        if given.type not in family.regularizers:
+            kind = "a UNet" if family.kind == "unet" else "a transformer"
+            message = f"{family.name} is {kind}: use {family.regularizer}, not {given.type}"
+            yield arm.problem(f"{path}.type", message)
+            is_known = False
+            continue
+        try:
+            needs = needs_of_one(settings)
+        except Exception as error:  # whatever a plugin raises
+            yield arm.problem(f"{path}.type", f"cannot tell what {given.type} needs: {one_line(error)}")
+            is_known = False
+            continue
+        yield from _block_problems(arm, family, depth, path, given, needs)
+        yield from _signal_problems(arm, family, path, needs)
+        for name, message in settings.problems(facts):
+            yield arm.problem(f"{path}.{name}", message)
+    for path, encoder in encoders_of(config) if is_known else ():
         yield from _encoder_problems(arm, path, encoder)
+
+
+def _images_at_once(config: RunConfig, options: RunOptions) -> int:
+    """Return the images of one forward pass of a process; `auto` begins with the process's whole share."""
+    share = config.train.batch_size // options.gpus_per_run
+    return min(share, options.micro_batch) if isinstance(options.micro_batch, int) else share
+
+
+def _signal_problems(arm: Arm, family: Family, path: str, needs: Needs) -> Iterator[Problem]:
+    fitting = ", ".join(one.name for one in FAMILIES.values() if one.has_attention)
+    if needs.attention and not family.has_attention:
+        yield arm.problem(f"{path}.type", f"the attention of {family.name} cannot be tapped; use {fitting}")
+    fitting = ", ".join(one.name for one in FAMILIES.values() if one.has_token_times)
+    if needs.token_times and not family.has_token_times:
+        yield arm.problem(f"{path}.type", f"{family.name} takes one time for all tokens; use {fitting}")
 
 
 def _depth(arm: Arm, family: Family, shape: Shape) -> int | None:
@@ -165,19 +193,18 @@ def _depth(arm: Arm, family: Family, shape: Shape) -> int | None:
     return depth_of(Path(pretrained), family)
 
 
-def _block_problems(arm: Arm, family: Family, shape: Shape, needs: Needs) -> Iterator[Problem]:
-    depth, chosen = _depth(arm, family, shape), arm.config.regularizer
-    measured_at = arm.config.evaluate.block_index
-    if measured_at is not None and (message := _block_problem(family, measured_at, depth)):
-        yield arm.problem("evaluate.block_index", message)
-    for block in dict.fromkeys((*needs.taps, *needs.ema_taps)):
+def _block_problems(
+    arm: Arm, family: Family, depth: int | None, path: str, chosen: RegularizerSettings, needs: Needs
+) -> Iterator[Problem]:
+    named = {getattr(chosen, name): name for name in type(chosen).model_fields if name.endswith(("_block", "_index"))}
+    for block in dict.fromkeys((*needs.blocks, *needs.attention)):
         if block is None or not (message := _block_problem(family, block, depth)):
             continue
-        if block == chosen.block_index:
-            yield arm.problem("regularizer.block_index", message)
+        if block in named:
+            yield arm.problem(f"{path}.{named[block]}", message)
         else:
             origin = REGULARIZERS.origin(chosen.type)
-            yield arm.problem("regularizer.type", f"{origin.file}:{origin.line}: {message}" if origin else message)
+            yield arm.problem(f"{path}.type", f"{origin.file}:{origin.line}: {message}" if origin else message)
 
 
 def _block_problem(family: Family, block: int | str, depth: int | None) -> str | None:

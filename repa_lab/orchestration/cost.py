@@ -23,6 +23,7 @@ from repa_lab.spec import Machine, ResolvedOptions, RunConfig, RunOptions, SpecE
 from repa_lab.spec.identity import Run
 from repa_lab.spec.options import cores_here
 from repa_lab.training.costs import Cache, Cost, caches_of, cost_of, measurements
+from repa_lab.training.resolve import needs_of
 
 GIB = float(2**30)
 UTILISATION = 0.35
@@ -305,9 +306,11 @@ def _seconds_beside_training(directory: RunDirectory, rows: list[Row]) -> float 
 
 def _speed_key(config: RunConfig, options: Mapping[str, Any], processes: int) -> Hashable:
     """Return what decides how many seconds a run takes per image; equal for runs that are equally fast."""
-    regularizer = config.regularizer
     data = (config.data.source, config.data.side, config.data.vae, config.data.buckets)
-    aligned = (regularizer.type, regularizer.encoders, getattr(regularizer, "projector", None))
+    aligned = tuple(
+        (one.type, one.encoders, getattr(one, "projector", None), needs.extra_passes)
+        for one, needs in zip(config.regularizers, needs_of(config), strict=True)
+    )
     chosen = tuple(options.get(name) for name in _SPEED_OPTIONS)
     return (config.model, data, config.train.batch_size, aligned, chosen, processes)
 

@@ -221,7 +221,7 @@ def _arm_json(estimate: Estimate, label: str) -> dict[str, Any]:
         "parameters": cost.parameters,
         "trained_parameters": cost.trained,
         "flops_per_image": cost.image_flops,
-        "encoder_flops_per_image": cost.active * cost.encoder_flops,
+        "encoder_flops_per_image": sum(one.active * one.encoder_flops for one in cost.regularizers),
         "flops_per_evaluation": cost.evaluation_flops,
         "memory_bytes": {**vars(cost.memory), "total": cost.memory.total},
         "checkpoint_bytes": cost.checkpoint_bytes,
@@ -328,8 +328,8 @@ class ProgressView:
 
     def _say_of(self, run: _ShownRun, event: str) -> None:
         numbers = [f"loss {run.row['loss/total']:.3f}"] if "loss/total" in run.row else []
-        if "align/cosine" in run.row:
-            numbers.append(f"cosine {run.row['align/cosine']:.3f}")
+        if cosine := _cosine_name(run.row):
+            numbers.append(f"cosine {run.row[cosine]:.3f}")
         if run.distance:
             numbers.append(f"{run.distance[0]} {run.distance[1]:.1f}")
         self.say(", ".join([f"{run.name}: {event}", *numbers]))
@@ -340,7 +340,8 @@ class ProgressView:
         for column in ("run", "", "step", "loss", "cosine", "distance", "left"):
             table.add_column(column, justify="left" if column in ("run", "") else "right")
         for run in self._runs.values():
-            numbers = [f"{run.row[key]:.3f}" if key in run.row else "-" for key in ("loss/total", "align/cosine")]
+            keys = ("loss/total", _cosine_name(run.row))
+            numbers = [f"{run.row[key]:.3f}" if key in run.row else "-" for key in keys]
             distance = f"{run.distance[1]:.1f}" if run.distance else "-"
             bar, step = ProgressBar(run.steps, run.step, width=20), f"{run.step}/{run.steps}"
             table.add_row(Text(run.name), bar, step, *numbers, distance, _duration(run.seconds_left()))
@@ -356,6 +357,11 @@ class ProgressView:
             return ""
         typical = sum(self._durations) / max(len(self._durations), 1)
         return f"about {_duration(max(running) + waiting * typical / self._slots)} left in all"
+
+
+def _cosine_name(row: Row) -> str:
+    """Return the name of the mean token cosine in a row, the first one of several regularizers; empty without any."""
+    return next((name for name in row if name.startswith("align/") and name.endswith("cosine")), "")
 
 
 def _duration(seconds: float | None) -> str:

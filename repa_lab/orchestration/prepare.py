@@ -89,8 +89,8 @@ class _Preparation:
         sources = (config.data, config.model)
         if sources not in self._images:
             self._images[sources] = open_data(config, self.cache, self.device, self.announce)
-        images, needs = self._images[sources], needs_of(config)
-        blocks = (*needs.taps, *needs.ema_taps, config.evaluate.block_index)
+        images = self._images[sources]
+        blocks = (*(block for needs in needs_of(config) for block in needs.blocks), config.evaluate.block_index)
         if config.model.pretrained and self._is_new(sources, blocks, config.evaluate.prompts):
             self._meet_pretrained(config, images, blocks)
         for path, encoder in encoders_of(config):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from repa_lab.align.settings import REPASettings
+from repa_lab.align.settings import ProjectorSettings, RegularizerSettings
 from repa_lab.data.few import write_captions
 from repa_lab.data.settings import FolderSettings, HubSettings, SourceSettings
 from repa_lab.encoders.registry import ENCODERS
@@ -103,10 +103,11 @@ def _rehearsed_config(meant: RunConfig, tiny: TinyAssets) -> RunConfig:
         *parents, last = path.split(".")
         section = functools.reduce(lambda section, key: section[_key(section, key)], parents, value)
         section[_key(section, last)] = _encoder(section[_key(section, last)], tiny)
-    if isinstance(meant.regularizer, REPASettings):
-        value["regularizer"]["projector"]["width"] = min(meant.regularizer.projector.width, 32)
-    if meant.regularizer.type != "none":
-        value["regularizer"]["schedule"] |= _schedule(meant)
+    for path, settings in meant.regularizer_paths:
+        section = functools.reduce(lambda section, key: section[_key(section, key)], path.split("."), value)
+        if isinstance(projector := getattr(settings, "projector", None), ProjectorSettings):
+            section["projector"]["width"] = min(projector.width, 32)
+        section["schedule"] |= _schedule(settings, meant.train.steps)
     return RunConfig.model_validate(value)
 
 
@@ -178,10 +179,10 @@ def _encoder(encoder: dict[str, Any], tiny: TinyAssets) -> dict[str, Any]:
     return {**encoder, "name": name, "image_size": encoder["image_size"] and size, "weights": None, "tae": tae}
 
 
-def _schedule(meant: RunConfig) -> dict[str, Any]:
+def _schedule(meant: RegularizerSettings, steps: int) -> dict[str, Any]:
     """Return the schedule over the few steps in the proportions of the many, so that every part of it is used."""
-    shape = meant.regularizer.schedule.model_dump(mode="json")
-    ratio = min(1.0, _STEPS / meant.train.steps)
+    shape = meant.schedule.model_dump(mode="json")
+    ratio = min(1.0, _STEPS / steps)
     scaled = {name: math.ceil(shape[name] * ratio) for name in _STEP_FIELDS if shape[name] is not None}
     if 0 < scaled["decay_steps"] <= scaled["warmup_steps"]:
         scaled["decay_steps"] = scaled["warmup_steps"] + 1

@@ -76,9 +76,11 @@ def _small_arm(arm: Arm, fragment: Draft, overrides: Mapping[str, Any]) -> Arm:
     """Return the arm with the fragment's settings laid over it, and its block at the same place of its stage."""
     draft = arm.draft.copy()
     draft.merge({key: fragment.value[key] for key in SECTIONS if key in fragment.value}, fragment.places)
-    block, place = arm.config.regularizer.block_index, arm.draft.place(("regularizer", "block_index"))
-    if isinstance(block, int):
-        draft.set("regularizer.block_index", scaled_block(block, _shape(arm.config), _shape(config_of(draft))), place)
+    small = _shape(config_of(draft))
+    for path, settings in arm.config.regularizer_paths:
+        if isinstance(block := settings.block_index, int):
+            place = arm.problem(f"{path}.block_index", "").place
+            draft.set(f"{path}.block_index", scaled_block(block, _shape(arm.config), small), place)
     for dotted, value in plain(overrides).items():
         if dotted.split(".")[0] in SECTIONS:
             draft.set(dotted, value, Place(None))

@@ -142,7 +142,9 @@ class _Trajectory:
 
     def shared(self, other: _Trajectory) -> int:
         """Return the number of first steps of ``other`` that this run can give it."""
-        common = agreement(_schedule(self.run.config), _schedule(other.run.config), min(self.steps, other.steps))
+        steps = min(self.steps, other.steps)
+        pairs = zip(_schedules(self.run.config), _schedules(other.run.config), strict=True)
+        common = min((agreement(*pair, steps) for pair in pairs), default=steps)
         if common == other.steps and not self._measures_end_of(other):
             common -= 1
         return common if self.kept is None else max((step for step in self.kept if step <= common), default=0)
@@ -193,15 +195,17 @@ def _group_key(run: Run) -> str:
     The key has the weight in the first two steps: a single step, which all runs that warm up share, is not worth a
     checkpoint.
     """
-    schedule = _schedule(run.config)
+    starts = [schedule(step) for schedule in _schedules(run.config) for step in (0, 1)]
     value = run.config.model_dump(mode="json")
     if not run.config.train.lr_schedule.depends_on_length():
         del value["train"]["steps"]
-    value["regularizer"].pop("weight", None)
-    for name in _SHAPE:
-        value["regularizer"].get("schedule", {}).pop(name, None)
-    return json.dumps([run.seed, value, schedule(0), schedule(1)], sort_keys=True)
+    value["regularizer"] = [settings.model_dump(mode="json") for settings in run.config.regularizers]
+    for section in value["regularizer"]:
+        section.pop("weight", None)
+        for name in _SHAPE:
+            section.get("schedule", {}).pop(name, None)
+    return json.dumps([run.seed, value, starts], sort_keys=True)
 
 
-def _schedule(config: RunConfig) -> Schedule:
-    return Schedule.of(config.regularizer, config.train.steps)
+def _schedules(config: RunConfig) -> list[Schedule]:
+    return [Schedule.of(settings, config.train.steps) for settings in config.regularizers]

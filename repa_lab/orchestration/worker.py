@@ -216,7 +216,8 @@ def _wandb_run(job: TrainJob, mode: str) -> WandbRun:
 
     options, run = job.options.wandb, job.task.run
     config = run.config
-    tags = dict.fromkeys((config.model.family, config.regularizer.type, *options.tags))
+    types = [settings.type for settings in config.regularizers] or ["none"]
+    tags = dict.fromkeys((config.model.family, *types, *options.tags))
     return WandbRun(
         name=job.task.name,
         group=job.sweep,

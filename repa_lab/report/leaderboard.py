@@ -146,12 +146,9 @@ def _row(arm: _Arm, metric: str, runs: set[str]) -> dict[str, Any] | None:
 
     def setting(name: str) -> str:
         value = settings.get(name)
-        if isinstance(value, list):  # of several encoders
-            return " + ".join(encoder["name"] for encoder in value)
         return value if isinstance(value, str) else ""
 
-    regularizer = setting("regularizer.type")
-    encoder = setting("regularizer.encoder") or setting("regularizer.encoder.name")
+    regularizers, encoders = _regularizers(readers[0].spec.get("regularizer"))
     return {
         "arm": " / ".join(arm.labels),
         "sweeps": ", ".join(arm.sweeps),
@@ -159,8 +156,8 @@ def _row(arm: _Arm, metric: str, runs: set[str]) -> dict[str, Any] | None:
         "state": ", ".join(dict.fromkeys(arm.readers[run].status for run in sorted(arm.readers))),
         "family": setting("model.family"),
         "size": setting("model.size") or setting("model.pretrained"),
-        "regularizer": regularizer,
-        "encoder": "" if regularizer == "none" else encoder,
+        "regularizer": " + ".join(regularizers) or "none",
+        "encoder": " + ".join(encoders),
         "n": mean.n,
         "mean": mean.mean,
         "low": mean.low,
@@ -169,3 +166,15 @@ def _row(arm: _Arm, metric: str, runs: set[str]) -> dict[str, Any] | None:
         "images": max(filter(math.isfinite, images), default=math.nan),
         "best": mean_interval(best(history) for history in histories if history).mean,
     }
+
+
+def _regularizers(recorded: Any) -> tuple[list[str], list[str]]:
+    """Return the types of the recorded regularizers, without ``none``, and the names of their encoders, each once."""
+    types, encoders = [], []
+    for member in recorded if isinstance(recorded, list) else [recorded]:
+        if isinstance(member, Mapping) and member.get("type", "none") != "none":
+            types.append(str(member["type"]))
+            given = member.get("encoder")
+            listed = given if isinstance(given, list) else [given]
+            encoders += [str(one["name"]) for one in listed if isinstance(one, Mapping) and "name" in one]
+    return types, list(dict.fromkeys(encoders))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,11 @@ class Draft:
         return Draft(copy.deepcopy(self.value), dict(self.places))
 
     def set(self, dotted: str, value: Any, place: Place) -> None:
-        """Set the value at a dotted path, by the rules of :meth:`merge`.
+        """Set the value at a dotted path, by the rules of :meth:`merge`; see :func:`paths_in` for paths into lists.
 
         Raises:
-            SpecError: the path leads through a value that is not a mapping.
+            SpecError: the path leads through a value that is neither a mapping nor a list of mappings, or to a position
+                that a list does not have.
         """
         path = tuple(dotted.split("."))
         if len(path) == 1:
@@ -56,15 +57,24 @@ class Draft:
         if len(path) == 2 and path[0] in _ENTRIES_REPLACE:
             self.merge({path[0]: {path[1]: value}}, {path: place})
             return
-        target = self.value
+        paths = paths_in(self.value, path)
+        if not paths:
+            raise SpecError([Problem(place, dotted, "the list has no such position; positions begin with 0")])
+        for keys in paths:
+            self._set(keys, value, place)
+
+    def _set(self, path: KeyPath, value: Any, place: Place) -> None:
+        target: Any = self.value
         for depth, key in enumerate(path[:-1], start=1):
-            if key not in target:
-                target[key] = {}
-                self.places[path[:depth]] = place
-            target = target[key]
-            if not isinstance(target, dict):
-                parent = ".".join(path[:depth])
-                raise SpecError([Problem(place, dotted, f"'{parent}' is a value, so it has no field '{path[depth]}'")])
+            if isinstance(target, dict):
+                if key not in target:
+                    self.places[path[:depth]] = place
+                target = target.setdefault(key, {})
+            else:
+                target = target[key]
+            if not isinstance(target, dict) and not isinstance(path[depth], int):
+                message = f"'{dotted(path[:depth])}' is a value, so it has no field '{path[depth]}'"
+                raise SpecError([Problem(place, dotted(path), message)])
         self._assign(target, path, value, place)
 
     def merge(self, other: Mapping[str, Any], places: Mapping[KeyPath, Place]) -> None:
@@ -79,32 +89,86 @@ class Draft:
             self._assign(self.value, (key,), value, places.get((key,), _NO_FILE))
         self.places.update(places)
 
-    def _assign(self, target: dict[str, Any], path: KeyPath, value: Any, place: Place) -> None:
-        key = str(path[-1])
-        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
-            for inner in sorted(value, key=lambda name: (*path, name) not in _NAMING_FIELDS):
-                self._assign(target[key], (*path, inner), value[inner], place)
+    def _assign(self, target: Any, path: KeyPath, value: Any, place: Place) -> None:
+        """Set the last key of a path in ``target``, the mapping or the list of mappings that has it."""
+        key: Any = path[-1]
+        known = target[key] if isinstance(target, list) else target.get(key)
+        if isinstance(value, Mapping) and isinstance(known, dict):
+            for inner in sorted(value, key=lambda name: not _names_component((*path, name))):
+                self._assign(known, (*path, inner), value[inner], place)
             return
-        if path in _NAMING_FIELDS and isinstance(value, str):
-            self._drop_fields_of_former_component(target, str(path[0]), value)
+        if _names_component(path) and isinstance(value, str):
+            self._drop_fields_of_former_component(target, path[:-1], value)
         target[key] = copy.deepcopy(dict(value) if isinstance(value, Mapping) else value)
         self._drop(path)
         self.places[path] = place
 
-    def _drop_fields_of_former_component(self, target: dict[str, Any], section: str, name: str) -> None:
+    def _drop_fields_of_former_component(self, target: dict[str, Any], section: KeyPath, name: str) -> None:
         """Drop the fields that only the component named before has; the section names another component now."""
-        mark = COMPONENTS[section]
+        mark = COMPONENTS[str(section[0])]
         former = mark.settings_of(target) if mark.key in target else None
         new = mark.settings_of({mark.key: name})
         if former is None or new is None:
             return
         for dropped in (former.model_fields.keys() - new.model_fields.keys()) & target.keys():
             del target[dropped]
-            self._drop((section, dropped))
+            self._drop((*section, dropped))
 
     def _drop(self, path: KeyPath) -> None:
         for known in [known for known in self.places if known[: len(path)] == path and known != ()]:
             del self.places[known]
+
+
+def paths_in(value: Any, path: Sequence[str]) -> list[KeyPath]:
+    """Return the paths of the values that a dotted path means, whether or not there are such values yet.
+
+    A step into a list of mappings is a position, or the ``name`` of a member. Any other step means a field of every
+    member: ``regularizer.weight`` is the weight of all regularizers of a list.
+
+    Args:
+        value: the settings as plain data.
+        path: the steps of the dotted path.
+
+    Returns:
+        One path with keys and positions; several for a field of every member; none if a position is not in the list.
+    """
+    if not path:
+        return [()]
+    step, *rest = path
+    if not (isinstance(value, (list, tuple)) and value and all(isinstance(member, Mapping) for member in value)):
+        inner = value.get(step) if isinstance(value, Mapping) else None
+        return [(step, *keys) for keys in paths_in(inner, rest)]
+    positions = [index for index, member in enumerate(value) if step in (str(index), member.get("name"))]
+    if positions or step.isdecimal():
+        return [(index, *keys) for index in positions for keys in paths_in(value[index], rest)]
+    return [(index, *keys) for index, member in enumerate(value) for keys in paths_in(member, path)]
+
+
+def value_at(value: Any, path: Sequence[str]) -> Any:
+    """Return the value at a dotted path's steps; None if there is none, or if members of a list differ in it."""
+    found = [_walk(value, keys) for keys in paths_in(value, path)]
+    return found[0] if found and all(other == found[0] for other in found) else None
+
+
+def names_in(value: Any) -> set[str]:
+    """Return the names by which dotted paths may mean the members of lists."""
+    if isinstance(value, list):
+        names = (member.get("name") for member in value if isinstance(member, Mapping))
+        return {name for name in names if isinstance(name, str)}.union(*map(names_in, value))
+    return set().union(*map(names_in, value.values())) if isinstance(value, Mapping) else set()
+
+
+def _walk(value: Any, path: KeyPath) -> Any:
+    for step in path:
+        if not isinstance(step, int) and not (isinstance(value, Mapping) and step in value):
+            return None
+        value = value[step]
+    return value
+
+
+def _names_component(path: KeyPath) -> bool:
+    """Return whether the value at a path names the component whose settings a section holds."""
+    return tuple(key for key in path if not isinstance(key, int)) in _NAMING_FIELDS
 
 
 def plain(source: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from repa_lab.registry import did_you_mean
-from repa_lab.spec.document import Draft
+from repa_lab.settings import SettingsOf
+from repa_lab.spec.document import Draft, paths_in, value_at
 from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError
+from repa_lab.spec.errors import dotted as dotted_path
 from repa_lab.spec.ranges import RangeConfig
 from repa_lab.spec.schema import COMPONENTS, SECTIONS, RunConfig, SpecFile
 from repa_lab.spec.validate import fields_of, unknown_field_message, validate
@@ -45,9 +47,9 @@ class Arm:
 
     def has(self, dotted: str) -> bool:
         """Return whether the settings have a field at a dotted path; a section's fields depend on its component."""
-        *sections, name = dotted.split(".")
-        section = value_at(self.config.model_dump(), tuple(sections))
-        return isinstance(section, Mapping) and name in section
+        settings, path = self.config.model_dump(), dotted.split(".")
+        parents = (value_at(settings, [str(key) for key in keys[:-1]]) for keys in paths_in(settings, path))
+        return any(isinstance(section, Mapping) and path[-1] in section for section in parents)
 
     def problem(self, dotted: str, message: str) -> Problem:
         """Return a problem with one of the arm's settings, at the place that set it."""
@@ -77,7 +79,7 @@ class _Level:
 
 
 _Cell = tuple[_Level, ...]
-_ComponentNames = Mapping[str, Iterable[str]]  # the names of components by section
+_ComponentNames = Mapping[KeyPath, Iterable[str]]  # the names of components by the path of their section
 
 
 def expand(spec: SpecFile, document: Draft) -> tuple[Arm, ...]:
@@ -145,17 +147,16 @@ def config_of(draft: Draft, components: _ComponentNames | None = None) -> RunCon
         SpecError: every problem.
     """
     draft, problems = draft.copy(), []
-    for name, mark in COMPONENTS.items():
-        section = draft.value.get(name)
-        if not isinstance(section, dict) or mark.key not in section or (settings := mark.settings_of(section)) is None:
+    for path, section, mark in _component_sections(draft):
+        if mark.key not in section or (settings := mark.settings_of(section)) is None:
             continue
-        in_sweep = (mark.settings_of({mark.key: other}) for other in (components or {}).get(name, ()))
+        in_sweep = (mark.settings_of({mark.key: other}) for other in (components or {}).get(path, ()))
         siblings = [settings, *(other for other in in_sweep if other)]
         ignored = siblings if components and section[mark.key] != "none" else mark.choices
         for key in section.keys() - fields_of(settings):
             if not any(key in fields_of(other) for other in ignored):
                 message = unknown_field_message(key, siblings)
-                problems.append(Problem(draft.place((name, key)), f"{name}.{key}", message))
+                problems.append(Problem(draft.place((*path, key)), dotted_path((*path, key)), message))
             del section[key]
     try:
         config = validate(RunConfig, draft)
@@ -177,20 +178,11 @@ def holds(condition: Mapping[str, Any], levels: Mapping[str, str], settings: Map
     """
 
     def entry_holds(key: str, wanted: Any) -> bool:
-        value = value_at(settings, tuple(key.split(".")))
+        value = value_at(settings, key.split("."))
         allowed = [wanted, *wanted] if isinstance(wanted, list) else [wanted]
         return (key in levels and levels[key] in allowed) or any(_agrees(value, choice) for choice in allowed)
 
     return all(entry_holds(key, wanted) for key, wanted in condition.items())
-
-
-def value_at(value: Any, path: KeyPath) -> Any:
-    """Return the value at a path of nested mappings; None if there is no value."""
-    for step in path:
-        if not isinstance(value, Mapping) or step not in value:
-            return None
-        value = value[step]
-    return value
 
 
 def _agrees(value: Any, wanted: Any) -> bool:
@@ -216,20 +208,34 @@ def _value_levels(axis: str, values: list[Any] | RangeConfig, document: Draft, k
     return levels
 
 
+def _component_sections(draft: Draft) -> Iterator[tuple[KeyPath, dict[str, Any], SettingsOf]]:
+    """Yield every section that holds the settings of a component, with its path."""
+    for name, mark in COMPONENTS.items():
+        section = draft.value.get(name)
+        is_list = isinstance(section, list)
+        for index, value in enumerate(section if isinstance(section, list) else [section]):
+            if isinstance(value, dict):
+                yield (name, index) if is_list else (name,), value, mark
+
+
 def _components(spec: SpecFile, base: Draft, levels: Iterable[_Level]) -> _ComponentNames:
-    """Return the components that the arms name or that a search tries, by section."""
-    drafts = [base.value]
-    for level in levels:
-        nested = Draft()
-        for dotted, (value, place) in level.settings.items():
-            nested.set(dotted, value, place)
-        drafts.append(nested.value)
-    components = {}
-    for section, mark in COMPONENTS.items():
-        searched = spec.search.space.get(f"{section}.{mark.key}") if spec.search else None
-        names = [value_at(draft, (section, mark.key)) for draft in drafts]
-        names += (searched and searched.choice) or []
-        components[section] = {name for name in names if isinstance(name, str)}
+    """Return the components that the arms name or that a search tries, by the path of their section."""
+    components: dict[KeyPath, set[str]] = {}
+    for level in (None, *levels):
+        draft = base.copy()
+        try:
+            for dotted, (value, place) in level.settings.items() if level else ():
+                draft.set(dotted, value, place)
+        except SpecError:  # reported when the arms are built
+            continue
+        for path, section, mark in _component_sections(draft):
+            if isinstance(name := section.get(mark.key), str):
+                components.setdefault(path, set()).add(name)
+    for dotted, interval in spec.search.space.items() if spec.search else ():
+        for keys in paths_in(base.value, dotted.split(".")):
+            components.setdefault(keys[:-1], set()).update(
+                name for name in interval.choice or () if isinstance(name, str)
+            )
     return components
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from repa_lab.registry import PluginError, did_you_mean, load_plugins
-from repa_lab.spec.document import Draft, lay_over, load_draft, plain
+from repa_lab.spec.document import Draft, lay_over, load_draft, names_in, plain
 from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError, dotted
 from repa_lab.spec.expand import Arm, expand
 from repa_lab.spec.options import BudgetConfig, CompareConfig, PublishedConfig, RunOptions, SearchConfig, StopRule
@@ -136,12 +136,12 @@ def _validate_outside_arms(document: Draft) -> tuple[SpecFile, list[Problem]]:
 
 def _unknown_conditions(spec: SpecFile, document: Draft) -> Iterator[Problem]:
     """Yield repeated seeds, and search spaces and conditions on fields or levels that do not exist."""
-    seeds = spec.seeds if isinstance(spec.seeds, list) else []
+    seeds, names = spec.seeds if isinstance(spec.seeds, list) else [], names_in(document.value)
     for index, seed in enumerate(seeds):
         if seed in seeds[:index]:
             yield Problem(document.place(("seeds", index)), f"seeds.{index}", f"the seed {seed} is given twice")
     for key in spec.search.space if spec.search else ():
-        if message := unknown_field(RunConfig, key):
+        if message := unknown_field(RunConfig, key, names):
             yield Problem(document.place(("search", "space", key)), f"search.space.{key}", message)
     axes = document.value.get("axes")
     axis_names = axes if isinstance(axes, dict) else {}
@@ -152,7 +152,7 @@ def _unknown_conditions(spec: SpecFile, document: Draft) -> Iterator[Problem]:
             if unknown_levels:
                 hint = did_you_mean(str(unknown_levels[0]), levels)
                 message = f"no level {unknown_levels[0]!r}; there are: {', '.join(levels)}{hint}"
-        elif key not in axis_names and (unknown := unknown_field(RunConfig, key)):
+        elif key not in axis_names and (unknown := unknown_field(RunConfig, key, names)):
             message = unknown + did_you_mean(key, axis_names)
         if message:
             yield Problem(document.place(path), dotted(path), message)
@@ -162,7 +162,7 @@ def _impossible_conditions(spec: SpecFile, document: Draft, arms: tuple[Arm, ...
     """Yield conditions on values that the field cannot have, such as a misspelt choice: they would never hold."""
     for path, wanted in _conditions(spec) if arms else ():
         key = str(path[-1])
-        if key in spec.axes or unknown_field(RunConfig, key):
+        if key in spec.axes or unknown_field(RunConfig, key, names_in(document.value)):
             continue
         arm = next((arm for arm in arms if arm.has(key)), arms[0])  # an arm with another component ignores the field
         for value in wanted if isinstance(wanted, list) else [wanted]:

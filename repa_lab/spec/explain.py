@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from repa_lab.registry import did_you_mean
-from repa_lab.spec.document import Draft
+from repa_lab.spec.document import Draft, names_in, paths_in
 from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError, dotted
 from repa_lab.spec.experiment import Experiment
 from repa_lab.spec.identity import Run
@@ -103,7 +103,7 @@ def explain(experiment: Experiment, path: str | None = None, arm: str | None = N
         for name, sources in variants.items()
         for (text, source), having in sources.items()
     ]
-    return settings if path is None else _below(settings, path)
+    return settings if path is None else _below(settings, path, [draft, *(each.draft for each in arms)])
 
 
 def compare_runs(left: Run, right: Run) -> list[Difference]:
@@ -174,18 +174,20 @@ def _source(draft: Draft, document: Draft, path: KeyPath) -> str:
     return "--set" if place.file is None and document.place(()).file is not None else str(place)
 
 
-def _below(settings: list[Setting], path: str) -> list[Setting]:
+def _below(settings: list[Setting], path: str, drafts: list[Draft]) -> list[Setting]:
     """Return the settings at or below a path; for a field inside a null section, the null."""
-    top, known = path.partition(".")[0], path
+    top = path.partition(".")[0]
+    meant = {dotted(keys) for draft in drafts for keys in paths_in(draft.value, path.split("."))} or {path}
     if top in _RESOLVED:
         message = f"'{top}' is resolved into the rest: ask for a field that it sets"
         raise SpecError([Problem(Place(None), path, message)])
     while True:
-        if below := [row for row in settings if row.path == known or row.path.startswith(f"{known}.")]:
+        if below := [row for row in settings if any(f"{row.path}.".startswith(f"{known}.") for known in meant)]:
             return below
-        if unknown := unknown_field(RunConfig if top in SECTIONS else SpecFile, path):
+        names = {name for draft in drafts for name in names_in(draft.value)}
+        if unknown := unknown_field(RunConfig if top in SECTIONS else SpecFile, path, names):
             raise SpecError([Problem(Place(None), path, unknown)])
-        known = known.rpartition(".")[0]
+        meant = {known.rpartition(".")[0] for known in meant}
 
 
 def _differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Difference]:

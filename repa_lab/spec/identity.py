@@ -10,12 +10,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from repa_lab.align.settings import NoSettings
 from repa_lab.errors import InputError
 from repa_lab.registry import UnknownComponentError
 from repa_lab.runs import RunDirectory
 from repa_lab.settings import Settings, file_fields, settings_in
 from repa_lab.spec.errors import dotted
 from repa_lab.spec.schema import RunConfig
+from repa_lab.spec.validate import path_in
 
 _ID_LENGTH = 12
 
@@ -79,11 +81,12 @@ class Run:
             return cls(run_id, RunConfig.model_validate(settings), spec["seed"])
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
+            path = dotted(path_in(settings, first["loc"], first["type"] == "missing"))
             if isinstance(first.get("ctx", {}).get("error"), UnknownComponentError) and (files := ", ".join(plugins)):
-                named = f"{dotted(first['loc'])} '{first['input']}'"
+                named = f"{path} '{first['input']}'"
                 message = f"run {run_id} was trained with a plugin that is not loaded, {files}, which registers {named}"
                 raise MissingPluginError(f"{message}; name the file with repa-lab --plugin FILE") from None
-            raise RecordedSpecError(run_id, f"{dotted(first['loc'])}: {first['msg']}") from None
+            raise RecordedSpecError(run_id, f"{path}: {first['msg']}") from None
 
 
 def identify(
@@ -105,15 +108,24 @@ def identify(
     settings["data"]["resolution"] = config.data.side
     if config.train.time is None:  # uniform is the default from scratch
         settings["train"]["time"] = "uniform" if config.model.pretrained is None else "auto"
-    for section, key in (("regularizer", "encoder"), ("evaluate", "extractor")):
-        value = settings[section].get(key)
-        if isinstance(value, list) and len(value) == 1:
-            settings[section][key] = value[0]
+    regularizers = _regularizers(config, contents)
+    settings["regularizer"] = regularizers if len(regularizers) > 1 else regularizers[0]
+    for section, key in (*((section, "encoder") for section in regularizers), (settings["evaluate"], "extractor")):
+        if isinstance(value := section.get(key), list) and len(value) == 1:
+            section[key] = value[0]
     hashed = {"protocol": protocol, "data_fingerprint": data, "seed": seed, **settings}
     if digests := sorted(set(plugins)):
         hashed["plugins"] = digests
     text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
     return Run(hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH], config, seed)
+
+
+def _regularizers(config: RunConfig, contents: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the regularizers as plain data; ``none`` only if there is no other, and no name without another."""
+    members = config.regularizers or (NoSettings(),)
+    if len(members) == 1:
+        members = (members[0].model_copy(update={"name": None}),)
+    return [_plain(settings, contents) for settings in members]
 
 
 def local_files(config: RunConfig) -> tuple[str, ...]:

@@ -40,11 +40,11 @@ def json_schema() -> dict[str, Any]:
     definitions["Settings"] = {
         "type": "object",
         "description": "Settings of an arm by dotted path, such as regularizer.weight.",
-        "properties": paths,
+        **_by_path(paths),
         "additionalProperties": False,
     }
     properties |= {name: _without_title(sections[name]) for name in SECTIONS}
-    _allow_dotted_paths(properties, definitions)
+    _allow_dotted_paths(properties, definitions, paths)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "repa-lab spec",
@@ -70,23 +70,33 @@ def _without_title(field: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in field.items() if key != "title"}
 
 
-def _allow_dotted_paths(properties: dict[str, Any], definitions: dict[str, Any]) -> None:
+def _by_path(schemas: dict[str, Any]) -> dict[str, Any]:
+    """Return the properties with these dotted paths; into a section that may be a list also by position and by name."""
+    patterns: dict[str, Any] = {}
+    for section in (name for name, mark in COMPONENTS.items() if mark.several):
+        below = {path.removeprefix(f"{section}."): path for path in schemas if path.startswith(f"{section}.")}
+        fields = "|".join(path for path in below if "." not in path)
+        member = rf"^{section}\.(\d+|(?!({fields})\.)[a-z][a-z0-9_-]*)"
+        patterns |= {rf"{member}\.{re.escape(path)}$": schemas[whole] for path, whole in below.items()}
+    return {"properties": schemas, "patternProperties": patterns}
+
+
+def _allow_dotted_paths(properties: dict[str, Any], definitions: dict[str, Any], paths: dict[str, Any]) -> None:
     """List the dotted paths wherever they are keys, so that an editor completes them there too."""
     settings, span = {"$ref": f"{_REF}Settings"}, {"$ref": f"{_REF}RangeConfig"}
-    paths = definitions["Settings"]["properties"]
     lists = {path: {"type": "array", "minItems": 1, "items": field} for path, field in paths.items()}
     levels = {"type": "object", "minProperties": 1, "additionalProperties": {"anyOf": [settings, {"type": "null"}]}}
     properties["axes"] |= {
-        "properties": {path: {"anyOf": [values, span, levels]} for path, values in lists.items()},
+        **_by_path({path: {"anyOf": [values, span, levels]} for path, values in lists.items()}),
         "additionalProperties": levels,
     }
     properties["one_at_a_time"] |= {
-        "properties": {path: {"anyOf": [values, span]} for path, values in lists.items()},
+        **_by_path({path: {"anyOf": [values, span]} for path, values in lists.items()}),
         "additionalProperties": False,
     }
     definitions["Include"]["properties"]["set"] = settings
     definitions["SearchConfig"]["properties"]["space"] |= {
-        "properties": {path: {"$ref": f"{_REF}Interval"} for path in paths},
+        **_by_path({path: {"$ref": f"{_REF}Interval"} for path in paths}),
         "additionalProperties": False,
     }
 

@@ -26,7 +26,10 @@ from repa_lab.spec.options import BudgetConfig, CompareConfig, PublishedConfig, 
 from repa_lab.spec.ranges import RangeConfig, RangeOrLevels, Values
 
 # The sections whose fields are those of the component that they name.
-COMPONENTS = {"regularizer": SettingsOf(REGULARIZERS, "type", "none"), "data": SettingsOf(SOURCES, "source", None)}
+COMPONENTS = {
+    "regularizer": SettingsOf(REGULARIZERS, "type", "none", several=True),
+    "data": SettingsOf(SOURCES, "source", None),
+}
 
 
 class ModelConfig(Settings):
@@ -236,10 +239,39 @@ class RunConfig(Settings):
     """All settings that decide what a run computes, except its seed."""
 
     model: ModelConfig
-    regularizer: Annotated[RegularizerSettings, COMPONENTS["regularizer"]] = NoSettings()
+    regularizer: Annotated[RegularizerSettings | tuple[RegularizerSettings, ...], COMPONENTS["regularizer"]] = (
+        NoSettings()
+    )
     data: Annotated[SourceSettings, COMPONENTS["data"]]
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @field_validator("regularizer")
+    @classmethod
+    def _names_differ(
+        cls, given: RegularizerSettings | tuple[RegularizerSettings, ...]
+    ) -> RegularizerSettings | tuple[RegularizerSettings, ...]:
+        if isinstance(given, RegularizerSettings):
+            if given.name is not None:
+                raise ValueError(f"name '{given.name}' tells a list's regularizers apart: leave it out, or make a list")
+            return given
+        labels = [member.label for member in given if member.name is not None or member.type != "none"]
+        if twice := next((label for label in labels if labels.count(label) > 1), None):
+            raise ValueError(f"two regularizers of the list are called '{twice}': give each a name of its own")
+        return given
+
+    @property
+    def regularizer_paths(self) -> tuple[tuple[str, RegularizerSettings], ...]:
+        """Every regularizer with its dotted path; ``none`` is left out."""
+        given = self.regularizer
+        members = given if isinstance(given, tuple) else (given,)
+        paths = [f"regularizer.{index}" for index in range(len(given))] if isinstance(given, tuple) else ["regularizer"]
+        return tuple(pair for pair in zip(paths, members, strict=True) if pair[1].type != "none")
+
+    @property
+    def regularizers(self) -> tuple[RegularizerSettings, ...]:
+        """Every regularizer; ``none`` is left out."""
+        return tuple(settings for _, settings in self.regularizer_paths)
 
     @property
     def milestones(self) -> tuple[int, ...]:
@@ -250,7 +282,8 @@ class RunConfig(Settings):
     @property
     def alignment_encoder(self) -> EncoderSettings | None:
         """The encoder that measures alignment; None if alignment is not measured."""
-        return self.evaluate.encoder or next(iter(self.regularizer.encoders), None)
+        targets = (encoder for settings in self.regularizers for encoder in settings.encoders)
+        return self.evaluate.encoder or next(targets, None)
 
     @property
     def encoder_paths(self) -> tuple[tuple[str, EncoderSettings], ...]:
@@ -294,8 +327,8 @@ class SpecFile(Settings):
     """A fragment, or a list of them, between the base and this file; relative to this file."""
     model: dict[str, Any] = Field(default_factory=dict)
     """The denoiser."""
-    regularizer: dict[str, Any] = Field(default_factory=dict)
-    """What is added to the denoising loss."""
+    regularizer: dict[str, Any] | list[dict[str, Any]] = Field(default_factory=dict)
+    """What is added to the denoising loss: a section, or a list of sections."""
     data: dict[str, Any] = Field(default_factory=dict)
     """The images."""
     train: dict[str, Any] = Field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -33,7 +33,7 @@ def validate(model: type[M], draft: Draft) -> M:
 def _problems(model: type[BaseModel], draft: Draft, error: ValidationError) -> Iterator[Problem]:
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for details in error.errors(include_url=False):
-        path = _path_in(draft.value, details["loc"], details["type"] == "missing")
+        path = path_in(draft.value, details["loc"], details["type"] == "missing")
         by_path.setdefault(path, []).append(details)
     for path, errors in by_path.items():
         # An error inside one branch of a union says more than the errors of the branches that do not fit at all.
@@ -41,8 +41,8 @@ def _problems(model: type[BaseModel], draft: Draft, error: ValidationError) -> I
             yield Problem(draft.place(path), dotted(path), _message(model, draft.value, path, errors))
 
 
-def _path_in(value: Any, loc: KeyPath, is_missing: bool) -> KeyPath:
-    """Return pydantic's location without the steps that name the branch of a union and are not in the data."""
+def path_in(value: Any, loc: KeyPath, is_missing: bool) -> KeyPath:
+    """Return where an error of pydantic lies in the data, without the steps that name the branch of a union."""
     path: list[str | int] = []
     for step in loc[:-1] if is_missing else loc:
         inside = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
@@ -77,18 +77,27 @@ def expectation(errors: Sequence[ErrorDetails]) -> str:
     return f"expected {expected}, got {shortened(first['input'])}{hint}"
 
 
-def unknown_field(model: type[BaseModel], dotted: str) -> str | None:
+def unknown_field(model: type[BaseModel], path: str, names: Collection[str] = ()) -> str | None:
     """Return an error message if a dotted path leads to no field of a model, else None.
 
     In a section that holds the settings of a component, the fields of every component count.
+
+    Args:
+        model: the model at the top.
+        path: the dotted path.
+        names: the names of members of lists.
     """
-    path = dotted.split(".")
-    for depth, step in enumerate(path):
-        owners = _owners(model, tuple(path[:depth]))
+    keys: KeyPath = ()
+    for step in path.split("."):
+        owners = _owners(model, keys)
+        if (step.isdecimal() or step in names) and _owners(model, (*keys, 0)):
+            keys = (*keys, 0)
+            continue
         if not owners:
-            return f"'{'.'.join(path[:depth])}' is a value, so it has no field '{step}'"
+            return f"'{dotted(keys)}' is a value, so it has no field '{step}'"
         if not any(step in fields_of(owner) for owner in owners):
             return unknown_field_message(step, owners)
+        keys = (*keys, step)
     return None
 
 
@@ -162,12 +171,16 @@ def _owners(model: type[BaseModel], path: KeyPath, value: Any = None) -> tuple[t
     annotations: tuple[Any, ...] = (model,)
     for step in path:
         annotations = tuple(below for annotation in annotations for below in _below(annotation, step, value))
-        value = value.get(step) if isinstance(value, dict) else None
+        inside = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
+        value = inside.get(step)
     return tuple(dict.fromkeys(owner for annotation in annotations for owner in _models(annotation, value)))
 
 
 def _below(annotation: Any, step: str | int, value: Any) -> Iterator[Any]:
     """Yield the types of the value at ``step`` inside a value of a type."""
+    if isinstance(step, int) and any(mark.several for mark in _component_marks(annotation)):
+        yield annotation
+        return
     models = _models(annotation, value)
     if models and not isinstance(step, int):
         yield from (fields_of(model)[step] for model in models if step in fields_of(model))
@@ -180,11 +193,14 @@ def _below(annotation: Any, step: str | int, value: Any) -> Iterator[Any]:
 
 def _models(annotation: Any, value: Any) -> tuple[type[BaseModel], ...]:
     """Return the models among the members of a type."""
-    for mark in getattr(annotation, "__metadata__", ()):
-        if isinstance(mark, SettingsOf):
-            chosen = mark.settings_of(value) if isinstance(value, dict) else None
-            return (chosen,) if chosen else mark.choices
+    for mark in _component_marks(annotation):
+        chosen = mark.settings_of(value) if isinstance(value, dict) else None
+        return (chosen,) if chosen else mark.choices
     return tuple(part for part in _members(annotation) if isinstance(part, type) and issubclass(part, BaseModel))
+
+
+def _component_marks(annotation: Any) -> list[SettingsOf]:
+    return [mark for mark in getattr(annotation, "__metadata__", ()) if isinstance(mark, SettingsOf)]
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:

@@ -1,29 +1,32 @@
-"""The regularizer of a run with its taps and encoders: collects the signals of a step and returns the loss."""
+"""The regularizers of a run with their taps and encoders: collects the signals of a step and returns the losses."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from repa_lab.align import Loss, Needs, Prediction, Schedule, Shapes, Signals, Tokens
+from repa_lab.align import Loss, Needs, Prediction, Regularizer, Schedule, Shapes, Signals, Tokens
 from repa_lab.align.settings import REGULARIZERS, EncoderSettings
 from repa_lab.encoders.encoder import EncoderOptions, load_encoder
 from repa_lab.encoders.targets import OnlineTargets, Reader, Targets, cached_targets
-from repa_lab.models.tap import Tap
+from repa_lab.models.family import BlockIndex
+from repa_lab.models.tap import AttentionTap, Tap
 from repa_lab.registry import PluginError
 from repa_lab.spec import ResolvedOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.batches import Batch, seeded
 from repa_lab.training.data import Announce, Images, pixels_for
-from repa_lab.training.resolve import resolved_regularizer
+from repa_lab.training.resolve import resolved_regularizers
+from repa_lab.training.teachers import TeacherPass, TeacherTokens, ema_pass
 
 _CPU = torch.device("cpu")
 
@@ -98,92 +101,30 @@ class Stopwatch:
         self._seconds += begin.elapsed_time(end) / 1000
 
 
-class Aligner:
-    """The regularizer of a run with the taps and targets that it needs.
-
-    Args:
-        run: a run whose regularizer is not ``none``.
-        needs: the signals that the regularizer needs.
-        taps: hooks on the denoiser's blocks, set before the denoiser is wrapped or compiled.
-        ema_taps: hooks on the blocks that are also read from the averaged model.
-        shapes: widths of taps and encoders.
-        targets: encoder tokens of the run's images, one for each encoder.
-        prefetch: is told when a similarity cutoff begins or ends.
-        stopwatch: times the encoders.
+@dataclass
+class Term:
+    """One regularizer of a run: a term of the loss.
 
     Attributes:
         regularizer: the module.
+        needs: the signals that it needs, with every block named.
         wrapped: the module as accelerate wraps it.
+        prefetch: is told when a similarity cutoff begins or ends; None without encoders.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        needs: Needs,
-        taps: Sequence[Tap],
-        ema_taps: Sequence[Tap],
-        shapes: Shapes,
-        targets: Sequence[Targets],
-        prefetch: PrefetchWeight | None = None,
-        stopwatch: Stopwatch | None = None,
-    ) -> None:
-        self.needs, self.taps, self.ema_taps, self.targets = needs, taps, ema_taps, targets
-        self._prefetch, self._stopwatch = prefetch, stopwatch or Stopwatch(_CPU)
-        settings = resolved_regularizer(run.config)
-        with seeded(run.seed, "init/projector"):
-            self.regularizer = REGULARIZERS[settings.type].load()(settings, shapes)
-        self.wrapped: nn.Module = self.regularizer
-
-    def prepare(self, accelerator: Accelerator) -> None:
-        """Let accelerate wrap the regularizer.
-
-        It is wrapped apart from the denoiser, so that DistributedDataParallel does not wait for its gradients in steps
-        of weight 0.
-        """
-        self.wrapped = accelerator.prepare(self.regularizer.to(accelerator.device))
-
-    def retract(self, step: int) -> None:
-        """Forget a failed attempt at ``step``, which will be repeated."""
-        self.clear()
-        if self.regularizer.cutoff is not None:
-            self.regularizer.cutoff.retract(step)
-
-    def clear(self) -> None:
-        """Empty the taps."""
-        for tap in (*self.taps, *self.ema_taps):
-            tap.clear()
+    regularizer: Regularizer
+    needs: Needs
+    wrapped: nn.Module
+    prefetch: PrefetchWeight | None = None
 
     def is_active(self, step: int) -> bool:
         """Return whether the regularizer has to be called at ``step``."""
-        if self._prefetch and self.regularizer.cutoff is not None:
-            self._prefetch.note(self.regularizer.cutoff.is_cut(step))
+        if self.prefetch and self.regularizer.cutoff is not None:
+            self.prefetch.note(self.regularizer.cutoff.is_cut(step))
         return self.regularizer.is_active(step)
 
-    def __call__(
-        self, batch: Batch, step: int, device: torch.device, prediction: Prediction, ema_tokens: Sequence[Tokens] = ()
-    ) -> Loss:
-        """Return the unweighted loss of a batch, without gradient if the weight is 0 and a cutoff is probed.
-
-        Args:
-            batch: on the device.
-            step: optimizer steps already taken.
-            device: where encoder tokens are needed.
-            prediction: the denoiser's output and its target.
-            ema_tokens: tokens of the averaged model, one for each of its taps.
-        """
-        for tap in self.ema_taps:
-            tap.clear()  # the trained model's pass went through these hooks too
-        loaded = batch.loaded or (None,) * len(self.targets)
-        with self._stopwatch.running():
-            pairs = zip(self.targets, loaded, strict=True)
-            encoders = tuple(targets(batch.ids, device, values) for targets, values in pairs)
-        signals = Signals(
-            taps=tuple(tap.take() for tap in self.taps),
-            encoders=encoders,
-            ema_taps=tuple(ema_tokens),
-            latents=batch.x if self.needs.latents else None,
-            prediction=prediction if self.needs.prediction else None,
-        )
+    def __call__(self, signals: Signals, step: int) -> Loss:
+        """Return the unweighted loss, without gradient if the weight is 0 and a cutoff is probed."""
         is_weighted = self.regularizer.weight_at(step) > 0
         with torch.set_grad_enabled(is_weighted):
             loss: Any = (self.wrapped if is_weighted else self.regularizer)(signals, step)
@@ -195,6 +136,158 @@ class Aligner:
             raise PluginError(origin.file, origin.line, message) if origin else TypeError(message)
         self.regularizer.observe(step, loss)
         return loss
+
+
+class Aligned(NamedTuple):
+    """The losses of all active regularizers.
+
+    Attributes:
+        value: the sum of the weighted losses, a scalar.
+        is_weighted: whether any weight is above 0.
+        values: scalars to log, by name in the metric row.
+    """
+
+    value: torch.Tensor
+    is_weighted: bool
+    values: dict[str, torch.Tensor]
+
+
+class Aligner:
+    """The regularizers of a run with the taps and targets that they need, each of which is captured or loaded once.
+
+    Args:
+        run: a run with at least one regularizer.
+        needs: the signals that each of them needs, with every block named.
+        shapes: widths of the signals of each of them.
+        taps: hooks on the denoiser's blocks, set before the denoiser is wrapped or compiled.
+        attention: hooks on the attention of blocks.
+        targets: encoder tokens of the run's images, by encoder.
+        prefetch: for each regularizer, told when a similarity cutoff begins or ends; None without encoders.
+        stopwatch: times the encoders.
+
+    Attributes:
+        terms: the regularizers.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        needs: Sequence[Needs],
+        shapes: Sequence[Shapes],
+        taps: Mapping[BlockIndex | None, Tap],
+        targets: Mapping[EncoderSettings, Targets],
+        attention: Mapping[BlockIndex | None, AttentionTap] | None = None,
+        prefetch: Sequence[PrefetchWeight | None] | None = None,
+        stopwatch: Stopwatch | None = None,
+    ) -> None:
+        self.taps, self.attention, self.targets = taps, attention or {}, targets
+        self._stopwatch = stopwatch or Stopwatch(_CPU)
+        self.terms: list[Term] = []
+        for number, settings in enumerate(resolved_regularizers(run.config)):
+            # One stream for all: a regularizer begins with the same weights whatever stands beside it.
+            with seeded(run.seed, "init/projector"):
+                module = REGULARIZERS[settings.type].load()(settings, shapes[number])
+            self.terms.append(Term(module, needs[number], module, prefetch[number] if prefetch else None))
+
+    @property
+    def module(self) -> nn.Module:
+        """The regularizer, or all of them as one module."""
+        modules = [term.regularizer for term in self.terms]
+        return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Let accelerate wrap the regularizers.
+
+        Each is wrapped apart from the denoiser and from the others, so that DistributedDataParallel does not wait for
+        its gradients in steps of weight 0.
+        """
+        for term in self.terms:
+            term.wrapped = accelerator.prepare(term.regularizer.to(accelerator.device))
+
+    def retract(self, step: int) -> None:
+        """Forget a failed attempt at ``step``, which will be repeated."""
+        self.clear()
+        for term in self.terms:
+            if term.regularizer.cutoff is not None:
+                term.regularizer.cutoff.retract(step)
+
+    def clear(self) -> None:
+        """Empty the taps."""
+        for tap in self.taps.values():
+            tap.clear()
+        for attention in self.attention.values():
+            attention.clear()
+
+    def active(self, step: int) -> list[Term]:
+        """Return the regularizers that have to be called at ``step``."""
+        return [term for term in self.terms if term.is_active(step)]
+
+    def weights(self, step: int) -> dict[str, float]:
+        """Return the weights at ``step``, by name in the metric row."""
+        return {f"{self._prefix(term)}/weight": term.regularizer.weight_at(step) for term in self.terms}
+
+    def __call__(
+        self,
+        terms: Sequence[Term],
+        batch: Batch,
+        step: int,
+        device: torch.device,
+        prediction: Prediction,
+        times: torch.Tensor | None = None,
+        teachers: TeacherTokens | None = None,
+    ) -> Aligned:
+        """Return the losses of a batch.
+
+        Args:
+            terms: the regularizers that are active.
+            batch: on the device.
+            step: optimizer steps already taken.
+            device: where encoder tokens are needed.
+            prediction: the denoiser's output and its target.
+            times: the denoiser's times.
+            teachers: tokens of the averaged and of frozen models.
+        """
+        tokens = {block: self.taps[block].take() for block in {b for one in terms for b in one.needs.taps}}
+        attention = {block: self.attention[block].take() for block in {b for one in terms for b in one.needs.attention}}
+        self.clear()  # of what this step's regularizers do not need
+        encoders = self._encoder_tokens(terms, batch, device)
+        aligned, values, is_weighted = list[torch.Tensor](), dict[str, torch.Tensor](), False
+        for term in terms:
+            needs, captured = term.needs, teachers or {}
+            signals = Signals(
+                taps=tuple(tokens[block] for block in needs.taps),
+                encoders=tuple(encoders[encoder] for encoder in needs.encoders),
+                ema_taps=tuple(captured[ema_pass(needs), block] for block in needs.ema_taps),
+                latents=batch.x if needs.latents else None,
+                prediction=prediction if needs.prediction else None,
+                attention=tuple(attention[block] for block in needs.attention),
+                frozen_taps=tuple(captured[TeacherPass(needs.frozen), block] for block in needs.frozen_taps),
+                times=times,
+            )
+            loss, weight, prefix = term(signals, step), term.regularizer.weight_at(step), self._prefix(term)
+            aligned.append(weight * loss.value)
+            is_weighted |= weight > 0
+            values |= {f"{prefix}/{name}": value for name, value in loss.parts.items()}
+            if len(self.terms) > 1:
+                values[f"{prefix}/loss"] = loss.value
+        total = aligned[0] if len(aligned) == 1 else torch.stack(aligned).sum()
+        return Aligned(total, is_weighted, {"loss/aligned": total, **values})
+
+    def _encoder_tokens(
+        self, terms: Sequence[Term], batch: Batch, device: torch.device
+    ) -> dict[EncoderSettings, Tokens]:
+        loaded = batch.loaded or (None,) * len(self.targets)
+        wanted = {encoder for term in terms for encoder in term.needs.encoders}
+        with self._stopwatch.running():
+            return {
+                encoder: targets(batch.ids, device, values)
+                for (encoder, targets), values in zip(self.targets.items(), loaded, strict=True)
+                if encoder in wanted
+            }
+
+    def _prefix(self, term: Term) -> str:
+        """Return what the names of a regularizer's values begin with."""
+        return "align" if len(self.terms) == 1 else f"align/{term.regularizer.settings.label}"
 
 
 def open_targets(

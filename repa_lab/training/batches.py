@@ -14,7 +14,7 @@ import hashlib
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from repa_lab.training.diffusion import Process
 
 _BLOCK = 1024  # steps whose image sizes are drawn together
 _CPU = torch.device("cpu")
+Draw = Callable[[int, torch.Generator], torch.Tensor]
 
 
 def stream_seed(seed: int, stream: str, *counters: int) -> int:
@@ -156,6 +157,7 @@ class Batch(NamedTuple):
         t: times from 0 (data) to 1 (noise), ``(B,)``.
         condition: see :class:`HostBatch`.
         loaded: see :class:`HostBatch`.
+        draws: further random numbers that regularizers need, by name, ``(B, ...)``.
     """
 
     ids: torch.Tensor
@@ -164,6 +166,7 @@ class Batch(NamedTuple):
     t: torch.Tensor
     condition: Condition
     loaded: tuple[torch.Tensor | None, ...] = ()
+    draws: Mapping[str, torch.Tensor] = {}
 
     def split(self, size: int | None) -> list[Batch]:
         """Return micro-batches of at most ``size`` images; None keeps the batch whole."""
@@ -172,9 +175,11 @@ class Batch(NamedTuple):
 
     def _rows(self, rows: slice) -> Batch:
         ids, x, noise, t = (values[rows] for values in (self.ids, self.x, self.noise, self.t))
-        condition = {name: values[rows] for name, values in self.condition.items()}
+        condition, draws = (
+            {name: values[rows] for name, values in named.items()} for named in (self.condition, self.draws)
+        )
         loaded = tuple(None if values is None else values[rows] for values in self.loaded)
-        return Batch(ids, x, noise, t, condition, loaded)
+        return Batch(ids, x, noise, t, condition, loaded, draws)
 
 
 class Steps(Dataset[HostBatch]):
@@ -188,7 +193,8 @@ class Steps(Dataset[HostBatch]):
         conditioning: labels or captions of the images.
         part: which of how many equal parts of each batch belongs to this process.
         readers: load what each encoder's targets are made from; see :class:`repa_lab.encoders.targets.Targets`.
-        weight: the regularizer's weight by step; nothing is read ahead where it is 0.
+        weights: the regularizers' weights by step; nothing is read ahead where all of them are 0.
+        draws: further random numbers by name: functions of the batch size and a random stream of that name.
     """
 
     def __init__(
@@ -200,11 +206,12 @@ class Steps(Dataset[HostBatch]):
         conditioning: Conditioning,
         part: tuple[int, int] = (0, 1),
         readers: Sequence[Reader | None] = (),
-        weight: Callable[[int], float] | None = None,
+        weights: Sequence[Callable[[int], float]] = (),
+        draws: Mapping[str, Draw] | None = None,
     ) -> None:
         self._train, self._seed, self._images = config.train, seed, images
         self._process, self._conditioning = process, conditioning
-        self._readers, self._weight = tuple(readers), weight
+        self._readers, self._weights, self._draws = tuple(readers), tuple(weights), dict(draws or {})
         train = images.split.train
         self._order = BatchOrder([train[group] for group in groups(images.source.sizes[train])], seed)
         number, parts = part
@@ -221,7 +228,7 @@ class Steps(Dataset[HostBatch]):
             is_mirrored = torch.rand(size, generator=generator(self._seed, "flips", step * size)) < 0.5
             ids = ids + self._images.base_count * is_mirrored
         ids, dropped = ids[part], self._draw(step, _CPU)[1][part]
-        is_read = self._weight is not None and self._weight(step) != 0
+        is_read = any(weight(step) != 0 for weight in self._weights)
         loaded = tuple(read and read(ids) for read in self._readers) if is_read else ()
         return HostBatch(step, ids, self._images.space.read(ids), self._conditioning(ids, dropped), loaded)
 
@@ -235,7 +242,11 @@ class Steps(Dataset[HostBatch]):
         encoding = space.draw(host.stored, size, draw)
         x = space.encode(host.stored, None if encoding is None else encoding[part])
         noise = torch.randn((size, *x.shape[1:]), generator=draw, device=draw.device)
-        return Batch(host.ids, x, noise[part], t[part], host.condition, host.loaded)
+        draws = {
+            name: draw_for(size, generator(self._seed, name, host.step * size, device=draw.device))[part]
+            for name, draw_for in self._draws.items()
+        }
+        return Batch(host.ids, x, noise[part], t[part], host.condition, host.loaded, draws)
 
     def load(self, steps: Iterable[int], device: torch.device, workers: int) -> Iterator[Batch]:
         """Yield the batches of some steps on a device.

@@ -104,6 +104,10 @@ class EMA:
         finally:
             self._swap()
 
+    def of(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Return the averages of the module whose names begin with ``prefix``, by their names in the module."""
+        return {name.removeprefix(prefix): value for name, value in self.average.items() if name.startswith(prefix)}
+
     def load(self, average: Mapping[str, torch.Tensor]) -> None:
         """Load saved averages.
 

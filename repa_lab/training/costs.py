@@ -5,11 +5,12 @@ Optimizer steps, data loading, the encoding of texts and the extractors of metri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from repa_lab.align.settings import EncoderSettings, NoSettings, ProjectorSettings, REPASettings
+from repa_lab.align.needs import Overhead, Sizes, TokenSize
+from repa_lab.align.settings import EncoderSettings, RegularizerSettings
 from repa_lab.data.settings import SourceSettings
 from repa_lab.encoders.registry import encoder_flops, encoder_weights, facts_of, input_size
 from repa_lab.models.families import FAMILIES
@@ -17,6 +18,7 @@ from repa_lab.models.family import Family, Shape, shape_of
 from repa_lab.models.flops import COUNTED, VAE_DECODER, VAE_ENCODER, Forward, forward_of
 from repa_lab.runs.files import Row
 from repa_lab.spec import EvaluateConfig, ResolvedOptions, RunConfig
+from repa_lab.training.resolve import needs_of, resolved_regularizers, shape_of_model
 
 if TYPE_CHECKING:
     from repa_lab.training.checkpoint import Progress
@@ -43,6 +45,7 @@ class Memory:
         overlap: gradients that are there while all activations are: those of projectors, which the backward pass
             reaches first, or all in the second micro-batch of a step.
         encoders: weights of the encoders that run in every step.
+        teachers: weights of a frozen earlier model.
     """
 
     weights: float
@@ -52,12 +55,38 @@ class Memory:
     activations: float
     overlap: float
     encoders: float
+    teachers: float
 
     @property
     def total(self) -> float:
         """All of them at the peak, in bytes."""
         step = max(self.gradients, self.activations + self.overlap)
-        return self.weights + self.copies + self.training + step + self.encoders
+        return self.weights + self.copies + self.training + step + self.encoders + self.teachers
+
+
+@dataclass(frozen=True)
+class RegularizerCost:
+    """What a regularizer adds to a run.
+
+    Attributes:
+        active: the share of steps at which its weight is above 0.
+        encoder_flops: of its encoders that are not cached, for one image in such a step; an encoder that several
+            regularizers ask is counted for the one that asks longest.
+        projector_flops: of training its own parameters on one image in such a step.
+        teacher_flops: of the passes of the averaged or a frozen model, for one image in such a step.
+        copied: weights of the frozen model.
+    """
+
+    active: float
+    encoder_flops: float
+    projector_flops: float
+    teacher_flops: float
+    copied: int
+
+    @property
+    def flops(self) -> float:
+        """The FLOPs of one image in a step at which the weight is above 0."""
+        return self.encoder_flops + self.projector_flops + self.teacher_flops
 
 
 @dataclass(frozen=True)
@@ -68,9 +97,7 @@ class Cost:
         parameters: of the denoiser.
         trained: parameters that train, projectors included.
         denoiser_flops: of training the denoiser on one image.
-        encoder_flops: of the encoders that are not cached, for one image in a step that uses them.
-        projector_flops: of training the projectors on one image in such a step.
-        active: the share of steps that use the encoders.
+        regularizers: of each regularizer.
         saved_flops: FLOPs that caches save for one image.
         evaluation_flops: of one measurement by the usual protocol.
         milestone_flops: of one measurement by the milestone protocol; 0 without one.
@@ -82,9 +109,7 @@ class Cost:
     parameters: int
     trained: int
     denoiser_flops: float
-    encoder_flops: float
-    projector_flops: float
-    active: float
+    regularizers: tuple[RegularizerCost, ...]
     saved_flops: float
     evaluation_flops: float
     milestone_flops: float
@@ -94,8 +119,18 @@ class Cost:
 
     @property
     def image_flops(self) -> float:
-        """FLOPs of training on one image, online encoders and projectors included: the mean over all steps."""
-        return self.denoiser_flops + self.active * (self.encoder_flops + self.projector_flops)
+        """FLOPs of training on one image, with all that regularizers add: the mean over all steps."""
+        return self.denoiser_flops + sum(one.active * one.flops for one in self.regularizers)
+
+    @property
+    def encoder_flops(self) -> float:
+        """FLOPs of encoders that are not cached, for one image in a step in which all regularizers are active."""
+        return sum(one.encoder_flops for one in self.regularizers)
+
+    @property
+    def projector_flops(self) -> float:
+        """FLOPs of training the projectors on one image in such a step."""
+        return sum(one.projector_flops for one in self.regularizers)
 
     def measuring(self, config: RunConfig, begin: int, end: int) -> float:
         """Return the FLOPs of all measurements after step ``begin`` up to ``end``."""
@@ -125,30 +160,28 @@ def cost_of(config: RunConfig, options: ResolvedOptions) -> Cost:
     family = FAMILIES[config.model.family]
     shape = shape_of(family, config.model.size)
     tokens, milestone = _tokens(config, family, shape.stride), config.evaluate.milestone
-    channels = _VAE_CHANNELS if config.data.vae else config.data.channels
+    channels = _latent_channels(config, family)
     forward = forward_of(family, config.model.size, tokens, channels, config.data.usual_classes)
-    projectors, projector_flops = _projectors(config, family, shape)
+    overheads = _overheads(config, family, shape)
+    projectors = sum(one.parameters for one in overheads if one)
     is_lora = config.model.train == "lora"
     adapters = config.model.rank * forward.adapted if is_lora else 0
     trained = projectors + (adapters or forward.parameters)
     # A backward pass costs two forward passes, or one if the weights have no gradient.
     passes = (2 if is_lora else 3) + int(options.gradient_checkpointing)
-    active = active_steps(config, config.train.steps) / config.train.steps
-    cached, online = (
-        sum(_encoder_flops(encoder, config) for encoder in config.regularizer.encoders if encoder.cache is kept)
-        for kept in (True, False)
+    regularizers = tuple(_regularizer_costs(config, overheads, forward, adapters or forward.parameters))
+    cached = sum(
+        active * _encoder_flops(encoder, config) for encoder, active in _encoder_shares(config).items() if encoder.cache
     )
     return Cost(
         parameters=forward.parameters,
         trained=trained,
         denoiser_flops=passes * forward.flops + 6.0 * tokens * adapters,
-        encoder_flops=online,
-        projector_flops=projector_flops,
-        active=active,
-        saved_flops=active * cached + (_vae_flops(config, encode=True) if _has_vae(config, family) else 0),
+        regularizers=regularizers,
+        saved_flops=cached + (_vae_flops(config, encode=True) if _has_vae(config, family) else 0),
         evaluation_flops=_evaluation_flops(config, config.evaluate, family, forward),
         milestone_flops=_evaluation_flops(config, milestone, family, forward) if milestone else 0.0,
-        memory=_memory(config, options, forward, shape, tokens, trained, projectors),
+        memory=_memory(config, options, forward, shape, tokens, trained, projectors, regularizers),
         checkpoint_bytes=_CHECKPOINT_NUMBERS * _FLOAT * _CHECKPOINTS_KEPT * trained,
         rough=tuple(_rough(config)),
     )
@@ -160,12 +193,15 @@ def costs_so_far(config: RunConfig, options: ResolvedOptions, progress: Progress
     The seconds of training are in the row already and include those of encoders. All seconds are those of the first
     process. Arrays in caches are not counted, because all runs share them; reading them is part of the encoder seconds.
     """
-    cost, images = cost_of(config, options), config.train.batch_size * active_steps(config, progress.step)
+    cost, batch = cost_of(config, options), config.train.batch_size
+    images = [batch * active_steps(settings, progress.step) for settings in config.regularizers]
+    added = list(zip(images, cost.regularizers, strict=True))
+    trained = sum(count * (one.projector_flops + one.teacher_flops) for count, one in added)
     return {
         "cost/evaluation_seconds": round(progress.evaluation_seconds, 3),
         "cost/encoder_seconds": round(progress.encoder_seconds, 3),
-        "cost/train_flops": progress.images * cost.denoiser_flops + images * cost.projector_flops,
-        "cost/encoder_flops": images * cost.encoder_flops,
+        "cost/train_flops": progress.images * cost.denoiser_flops + trained,
+        "cost/encoder_flops": sum(count * one.encoder_flops for count, one in added),
         "cost/evaluation_flops": cost.measuring(config, 0, progress.step),
     }
 
@@ -177,10 +213,10 @@ def measurements(config: RunConfig, begin: int, end: int) -> tuple[int, int]:
     return usual, sum(begin < step <= end for step in config.milestones)
 
 
-def active_steps(config: RunConfig, step: int) -> int:
-    """Count the steps before ``step`` at which the schedule's weight is above 0, warm-up included."""
-    cutoff = config.regularizer.schedule.cutoff_step
-    return 0 if config.regularizer.weight == 0 else min(step, cutoff or step)
+def active_steps(settings: RegularizerSettings, step: int) -> int:
+    """Count the steps before ``step`` at which a regularizer's weight is above 0, warm-up included."""
+    cutoff = settings.schedule.cutoff_step
+    return 0 if settings.weight == 0 else min(step, cutoff or step)
 
 
 def caches_of(config: RunConfig, options: ResolvedOptions) -> Iterator[Cache]:
@@ -201,16 +237,11 @@ def caches_of(config: RunConfig, options: ResolvedOptions) -> Iterator[Cache]:
             yield Cache(what, shared, _encoder_flops(encoder, config), bytes_)
 
 
-def projector_size(projector: ProjectorSettings, in_dim: int, out_dim: int) -> tuple[int, int]:
-    """Return the parameters of a projector and its multiply-adds for one token."""
-    width = projector.width
-    if projector.type == "linear":
-        return in_dim * out_dim + out_dim + 2 * in_dim, in_dim * out_dim
-    if projector.type == "conv":
-        macs = projector.kernel**2 * in_dim * out_dim
-        return macs + out_dim, macs
-    macs = in_dim * width + width**2 + width * out_dim
-    return macs + 2 * width + out_dim, macs
+def _latent_channels(config: RunConfig, family: Family) -> int:
+    """Return the channels of the latents, or of the images without a VAE."""
+    if family.network:
+        return family.network.channels
+    return _VAE_CHANNELS if config.data.vae else config.data.channels
 
 
 def _tokens(config: RunConfig, family: Family, stride: int) -> float:
@@ -229,21 +260,52 @@ def _vae_flops(config: RunConfig, encode: bool) -> float:
     return counted.at((config.data.side / _VAE_STRIDE) ** 2, 0).flops
 
 
-def _projectors(config: RunConfig, family: Family, shape: Shape) -> tuple[int, float]:
-    """Return the parameters of all projectors, and the FLOPs of training them on one image."""
-    regularizer = config.regularizer
-    if not isinstance(regularizer, REPASettings):
-        return 0, 0.0
-    is_resampled = (regularizer.resample.side, regularizer.resample.when) == ("student", "before")
-    tapped = _tokens(config, family, shape.stride_at(regularizer.block_index))
-    total, macs = 0, 0.0
-    for encoder in regularizer.encoders:
-        facts = facts_of(encoder.name)
-        dim = (facts.dim if facts else 0) or shape.width
-        parameters, token_macs = projector_size(regularizer.projector, shape.width, dim)
-        total += parameters
-        macs += ((_encoder_tokens(encoder, config.data) if is_resampled else None) or tapped) * token_macs
-    return total, 6.0 * macs
+def _active_share(settings: RegularizerSettings, config: RunConfig) -> float:
+    """Return the share of steps at which a regularizer's weight is above 0."""
+    return active_steps(settings, config.train.steps) / config.train.steps
+
+
+def _encoder_shares(config: RunConfig) -> dict[EncoderSettings, float]:
+    """Return the share of steps at which an encoder is asked by any regularizer, by encoder."""
+    shares: dict[EncoderSettings, float] = {}
+    for settings in config.regularizers:
+        for encoder in settings.encoders:
+            shares[encoder] = max(_active_share(settings, config), shares.get(encoder, 0.0))
+    return shares
+
+
+def _regularizer_costs(
+    config: RunConfig, overheads: Sequence[Overhead | None], forward: Forward, trained: int
+) -> Iterator[RegularizerCost]:
+    counted: set[EncoderSettings] = set()
+    shares, costs = _encoder_shares(config), zip(config.regularizers, needs_of(config), overheads, strict=True)
+    for settings, needs, overhead in costs:
+        active = _active_share(settings, config)
+        own = {one for one in settings.encoders if not one.cache and shares[one] == active} - counted
+        counted |= own
+        yield RegularizerCost(
+            active=active,
+            encoder_flops=sum(_encoder_flops(encoder, config) for encoder in own),
+            projector_flops=6.0 * overhead.macs if overhead else 0.0,
+            teacher_flops=needs.extra_passes * forward.flops,
+            copied=trained if needs.frozen_taps else 0,
+        )
+
+
+def _overheads(config: RunConfig, family: Family, shape: Shape) -> list[Overhead | None]:
+    """Return what each regularizer adds beside its needs; None if that is not known."""
+    overheads = []
+    for settings, needs in zip(resolved_regularizers(config), needs_of(config), strict=True):
+        counts = [_tokens(config, family, shape.stride_at(block)) for block in needs.taps]
+        encoders = []
+        for encoder in settings.encoders:
+            facts = facts_of(encoder.name)
+            count = _encoder_tokens(encoder, config.data) or counts[0]
+            encoders.append(TokenSize((facts.dim if facts else 0) or shape.width, count))
+        taps = tuple(TokenSize(shape.width, count) for count in counts)
+        latents = TokenSize(_latent_channels(config, family), _tokens(config, family, 1))
+        overheads.append(settings.overhead(Sizes(taps, tuple(encoders), latents)))
+    return overheads
 
 
 def _encoder_side(encoder: EncoderSettings, data: SourceSettings) -> int:
@@ -282,6 +344,7 @@ def _memory(
     tokens: float,
     trained: int,
     projectors: int,
+    regularizers: Sequence[RegularizerCost],
 ) -> Memory:
     is_lora, number = config.model.train == "lora", _FLOAT if options.precision == "fp32" else _HALF
     kept = forward.kept * (forward.kept_frozen if is_lora else 1)
@@ -289,7 +352,7 @@ def _memory(
         kept = kept / shape.depth + shape.depth * shape.width * tokens if shape.depth > 1 else kept / 2
     share = max(1, config.train.batch_size // options.gpus_per_run)  # `auto` begins with it
     images = min(share, options.micro_batch) if isinstance(options.micro_batch, int) else share
-    online = [encoder for encoder in config.regularizer.encoders if not encoder.cache]
+    online = [encoder for encoder in _encoder_shares(config) if not encoder.cache]
     return Memory(
         weights=(forward.parameters * number if is_lora else 0) + trained * _FLOAT,
         copies=0 if is_lora or number == _FLOAT else _HALF * (trained - projectors),
@@ -298,6 +361,7 @@ def _memory(
         activations=kept * number * images,
         overlap=_FLOAT * (projectors if images == share else trained),
         encoders=_FLOAT * sum(encoder_weights(encoder.name) or 0 for encoder in online),
+        teachers=_FLOAT * max((one.copied for one in regularizers), default=0),
     )
 
 
@@ -312,5 +376,7 @@ def _rough(config: RunConfig) -> Iterator[str]:
     for name in dict.fromkeys(encoder.name for _, encoder in config.encoder_paths):
         if encoder_flops(name, 224) is None:
             yield f"the cost of encoder '{name}' is not known and not counted"
-    if not isinstance(config.regularizer, REPASettings | NoSettings):
-        yield f"the cost of the regularizer '{config.regularizer.type}' is not known and not counted"
+    overheads = _overheads(config, FAMILIES[config.model.family], shape_of_model(config))
+    for settings, overhead in zip(config.regularizers, overheads, strict=True):
+        if overhead is None:
+            yield f"the cost of the regularizer '{settings.type}' is not known and not counted"

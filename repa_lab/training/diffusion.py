@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from repa_lab.errors import InputError
 from repa_lab.models.released import is_flow, noise_problem
@@ -38,17 +39,24 @@ class Flow:
         return t if self.shift == 1 else self.shift * t / (1 + (self.shift - 1) * t)
 
     def corrupt(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the noisy images ``(1 - t) x + t noise`` and the targets ``noise - x``, ``(B, C, H, W)``."""
-        time = t.view(-1, 1, 1, 1)
+        """Return the noisy images ``(1 - t) x + t noise`` and the targets ``noise - x``, ``(B, C, H, W)``.
+
+        Args:
+            x: clean images ``(B, C, H, W)``.
+            noise: ``(B, C, H, W)``.
+            t: times ``(B,)``, or of pixels ``(B, 1, H, W)``.
+        """
+        time = _for_pixels(t)
         return (1 - time) * x + time * noise, noise - x
 
     def min_snr(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
-        """Return the Min-SNR weight (2303.09556) of each sample's squared error at ``t`` ``(B,)``, ``(B, 1, 1, 1)``.
+        """Return the Min-SNR weight (2303.09556) of the squared error at times ``(B,)`` or ``(B, 1, H, W)``.
 
         Min-SNR weights the error of the clean image by ``min(SNR, gamma)``; this is the equal weight for the velocity,
-        whose error times ``t`` is the image's. SNR is ``((1 - t) / t)^2``.
+        whose error times ``t`` is the image's. SNR is ``((1 - t) / t)^2``. The weight is ``(B, 1, 1, 1)`` or
+        ``(B, 1, H, W)``.
         """
-        time = t.view(-1, 1, 1, 1)
+        time = _for_pixels(t)
         return torch.minimum((1 - time).square(), gamma * time.square())
 
 
@@ -87,11 +95,11 @@ class Diffusion:
         return _MIN_SNR[self._prediction](signal.square(), scale.square(), gamma)
 
     def _at(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the scales of image and noise at times ``t``, ``(B, 1, 1, 1)`` each."""
-        step = (t * _STEPS).round().long().clamp_max(len(self._signal) - 1)
+        """Return the scales of image and noise at times ``t``, ``(B, 1, 1, 1)`` or ``(B, 1, H, W)`` each."""
+        step = (_for_pixels(t) * _STEPS).round().long().clamp_max(len(self._signal) - 1)
         if self._signal.device != t.device:  # once: a copy to a GPU in every step would wait for it
             self._signal, self._noise = self._signal.to(t.device), self._noise.to(t.device)
-        signal, scale = (values[step].view(-1, 1, 1, 1) for values in (self._signal, self._noise))
+        signal, scale = (values[step] for values in (self._signal, self._noise))
         return signal, scale
 
 
@@ -134,13 +142,22 @@ def process_of(scheduler: Mapping[str, Any]) -> Process:
     return Diffusion(alphas, scheduler.get("prediction_type", "epsilon"))
 
 
+def over_pixels(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return times of tokens ``(B, 1, h, w)`` as times of the pixels of ``x`` ``(B, 1, H, W)``; ``(B,)`` unchanged."""
+    return t if t.ndim == 1 else functional.interpolate(t, x.shape[-2:], mode="nearest")
+
+
+def _for_pixels(t: torch.Tensor) -> torch.Tensor:
+    return t.view(-1, 1, 1, 1) if t.ndim == 1 else t
+
+
 def denoising_loss(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Return the mean squared error, a float32 scalar.
 
     Args:
         prediction: the denoiser's output, ``(B, C, H, W)``.
         target: the prediction target, ``(B, C, H, W)``.
-        weight: of each sample, ``(B, 1, 1, 1)``; None weights all samples equally.
+        weight: of each sample ``(B, 1, 1, 1)``, or of each pixel ``(B, 1, H, W)``; None weights all samples equally.
     """
     error = (prediction.float() - target).square()
     return error.mean() if weight is None else (weight * error).mean()

@@ -28,7 +28,7 @@ from repa_lab.training.data import Images, open_data
 from repa_lab.training.device import as_trained, computing_in, pick_device
 from repa_lab.training.evaluate import MEASURING_SEED, held_out_batches, image_means, noise_protocol, show
 from repa_lab.training.model import Model, open_trained
-from repa_lab.training.resolve import choose_block, encoder_identity
+from repa_lab.training.resolve import aligned_block, choose_block, encoder_identity
 
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
 METRICS = (*ALIGNMENT_METRICS, *SPATIAL_METRICS)
@@ -123,7 +123,7 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
     if not values:
         names = ", ".join(request.metrics)
         raise ProfileError(f"no block of run {run.run_id} has a grid that is large enough for {names}")
-    aligned = choose_block(config, config.regularizer.block_index) if config.regularizer.encoders else None
+    aligned = aligned_block(config) if any(settings.encoders for settings in config.regularizers) else None
     protocol = {
         "step": step,
         "version": PROTOCOL_VERSION,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from repa_lab.align.settings import REGULARIZERS, EncoderSettings, Needs, RegularizerSettings
+from repa_lab.align.needs import Needs
+from repa_lab.align.settings import REGULARIZERS, EncoderSettings, RegularizerSettings
 from repa_lab.data.listing import fingerprint_files
 from repa_lab.data.settings import SOURCES, Dataset, SourceSettings
 from repa_lab.encoders.registry import ENCODERS, token_identity
@@ -32,36 +33,56 @@ def choose_block(config: RunConfig, *candidates: BlockIndex | None) -> BlockInde
     return next((index for index in candidates if index is not None), shape_of_model(config).block)
 
 
-def resolved_regularizer(config: RunConfig) -> RegularizerSettings:
-    """Return the regularizer's settings with the family's suggested block and a decay that ends with the training."""
-    return config.regularizer.resolved(shape_of_model(config).block, config.train.steps)
+def aligned_block(config: RunConfig) -> BlockIndex:
+    """Return the block of the first regularizer with an encoder, or else of the first; the suggestion without any."""
+    ordered = sorted(config.regularizers, key=lambda settings: not settings.encoders)
+    return choose_block(config, *(settings.block_index for settings in ordered[:1]))
 
 
-def needs_of(config: RunConfig) -> Needs:
-    """Return the signals that a run's regularizer needs.
+def resolved_regularizers(config: RunConfig) -> tuple[RegularizerSettings, ...]:
+    """Return the regularizers' settings with the family's suggested block and a decay that ends with the training."""
+    shape = shape_of_model(config)
+    return tuple(settings.resolved(shape.block, config.train.steps, shape.depth) for settings in config.regularizers)
+
+
+def needs_of(config: RunConfig) -> tuple[Needs, ...]:
+    """Return the signals that each of a run's regularizers needs.
 
     Raises:
         PluginError: the ``needs`` of a plugin returns something else than a Needs.
     """
-    name = config.regularizer.type
-    needs, origin = REGULARIZERS[name].needs(resolved_regularizer(config)), REGULARIZERS.origin(name)
+    return tuple(map(needs_of_one, resolved_regularizers(config)))
+
+
+def needs_of_one(settings: RegularizerSettings) -> Needs:
+    """Return the signals that a regularizer needs, given its resolved settings.
+
+    Raises:
+        PluginError: the ``needs`` of a plugin returns something else than a Needs.
+    """
+    needs, origin = REGULARIZERS[settings.type].needs(settings), REGULARIZERS.origin(settings.type)
     if origin and not isinstance(needs, Needs):
         raise PluginError(origin.file, origin.line, f"needs must return a Needs, got {type(needs).__name__}")
     return needs
 
 
 def encoders_of(config: RunConfig) -> tuple[tuple[str, EncoderSettings], ...]:
-    """Return every encoder of a run with its dotted path; an encoder in no setting has the path `regularizer.type`."""
+    """Return every encoder of a run with its dotted path; an encoder in no setting has its regularizer's `type`."""
     in_settings = config.encoder_paths
     known = {encoder for _, encoder in in_settings}
-    others = (encoder for encoder in needs_of(config).encoders if encoder not in known)
-    return (*in_settings, *(("regularizer.type", encoder) for encoder in others))
+    asked = {
+        encoder: f"{path}.type"
+        for (path, _), needs in zip(config.regularizer_paths, needs_of(config), strict=True)
+        for encoder in needs.encoders
+        if encoder not in known
+    }
+    return (*in_settings, *((path, encoder) for encoder, path in asked.items()))
 
 
 def plugins_of(config: RunConfig) -> Iterator[Origin]:
     """Yield where each plugin component that a run uses was registered."""
     used: list[tuple[Registry[Any], str]] = [
-        (REGULARIZERS, config.regularizer.type),
+        *((REGULARIZERS, settings.type) for settings in config.regularizers),
         (SOURCES, config.data.source),
         (FAMILIES, config.model.family),
         *((ENCODERS, encoder.name) for _, encoder in encoders_of(config)),

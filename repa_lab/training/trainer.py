@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from repa_lab.align import REPA, Needs, Prediction, Schedule, Shapes, Tokens
+from repa_lab.align import REPA, Needs, Prediction, Schedule, Shapes
 from repa_lab.align.ranks import mean_over_ranks
 from repa_lab.encoders.targets import Targets
 from repa_lab.kernels import kernels
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import BlockIndex, Family
-from repa_lab.models.tap import Tap
+from repa_lab.models.tap import AttentionTap, Tap
 from repa_lab.runs import files
 from repa_lab.runs.files import Row
 from repa_lab.spec import EncoderSettings, ResolvedOptions, RunOptions
@@ -30,7 +31,7 @@ from repa_lab.spec.identity import Run
 from repa_lab.spec.schema import LearningRateSettings
 from repa_lab.training.aligner import Aligner, PrefetchWeight, Stopwatch, open_targets
 from repa_lab.training.batches import Batch, Steps
-from repa_lab.training.checkpoint import EMA, INPUT_FILE, PREFIX, Progress, TrainState
+from repa_lab.training.checkpoint import EMA, INPUT_FILE, Progress, TrainState
 from repa_lab.training.costs import costs_so_far
 from repa_lab.training.data import open_data
 from repa_lab.training.device import (
@@ -40,10 +41,11 @@ from repa_lab.training.device import (
     require_equal_parts,
     resolved,
 )
-from repa_lab.training.diffusion import denoising_loss
+from repa_lab.training.diffusion import denoising_loss, over_pixels
 from repa_lab.training.evaluate import Evaluator, Match
 from repa_lab.training.model import open_model
-from repa_lab.training.resolve import choose_block, needs_of, protocols_of, shape_of_model
+from repa_lab.training.resolve import aligned_block, choose_block, needs_of, protocols_of, shape_of_model
+from repa_lab.training.teachers import Teachers, denoiser_times, draws_of
 
 
 @dataclass(frozen=True)
@@ -52,22 +54,20 @@ class StepOutcome:
 
     Attributes:
         values: means over this process's part of the batch, by name in the metric row.
-        weight: the regularizer's weight; None without one.
+        weights: the regularizers' weights, by name in the metric row.
         learning_rate: the learning rate; None if it is constant.
         grad_norm: the norm of the gradient before clipping; None without clipping.
     """
 
     values: dict[str, torch.Tensor]
-    weight: float | None
+    weights: dict[str, float]
     learning_rate: float | None
     grad_norm: torch.Tensor | None
 
     def row(self) -> Row:
         """Return the means over all processes as numbers; every process must call this."""
         means = mean_over_ranks(torch.stack(list(self.values.values()))).tolist()
-        row: Row = dict(zip(self.values, means, strict=True))
-        if self.weight is not None:
-            row["align/weight"] = self.weight
+        row: Row = {**dict(zip(self.values, means, strict=True)), **self.weights}
         if self.learning_rate is not None:
             row["lr"] = self.learning_rate
         if self.grad_norm is not None:
@@ -108,23 +108,32 @@ class Trainer:
         def targets_of(encoder: EncoderSettings) -> Targets:
             return open_targets(encoder, images, options, cache, self.device)
 
-        needs = needs_of(config)
-        by_encoder = {encoder: targets_of(encoder) for encoder in needs.encoders}
+        needs = self._named_blocks()
+        asked = dict.fromkeys(encoder for one in needs for encoder in one.encoders)
+        targets = {encoder: targets_of(encoder) for encoder in asked}
         measuring = config.alignment_encoder
-        measured = (by_encoder.get(measuring) or targets_of(measuring)) if measuring else None
+        measured = (targets.get(measuring) or targets_of(measuring)) if measuring else None
         self.evaluator = Evaluator(config, images, self.model, measured, cache, self.device, part)
         self._stopwatch = Stopwatch(self.device)
-        targets = [by_encoder[encoder] for encoder in needs.encoders]
-        readers = [one.reader for one in targets]
+        readers = [one.reader for one in targets.values()]
         if options.data_workers == 0:  # reading within this process takes its steps time
             readers = [reader and self._stopwatch.timed(reader) for reader in readers]
-        self._prefetch = PrefetchWeight(Schedule.of(config.regularizer, config.train.steps)) if targets else None
-        conditioning = self.model.conditioning
-        self._steps = Steps(config, run.seed, images, self.model.process, conditioning, part, readers, self._prefetch)
+        prefetch = [
+            PrefetchWeight(Schedule.of(settings, config.train.steps)) if one.encoders else None
+            for settings, one in zip(config.regularizers, needs, strict=True)
+        ]
+        process, conditioning = self.model.process, self.model.conditioning
+        weights = [one for one in prefetch if one is not None]
+        draws = draws_of(needs, config.train, process, self.model.denoiser.input_grid)
+        self._steps = Steps(config, run.seed, images, process, conditioning, part, readers, weights, draws)
         self.model.denoiser.to(self.device)
         if self._is_unet and self.device.type == "cuda":
             self.model.denoiser.to(memory_format=torch.channels_last)  # the layout of cuDNN's tensor core kernels
-        self.aligner = self._align(needs, targets) if needs != Needs() else None
+        self._taps: dict[BlockIndex | None, Tap] = {}
+        channels = images.space.channels
+        self.aligner = self._align(needs, targets, prefetch, channels) if needs else None
+        frozen = (one.frozen for one in needs if one.frozen_taps)
+        self._teachers = Teachers(self.model.denoiser, process, conditioning, frozen, self._taps)
         self.state = self._prepare(self.model.denoiser)
         self._stopwatch.take()  # forget what was read to build the components
 
@@ -136,7 +145,7 @@ class Trainer:
     def step(self, batch: Batch) -> StepOutcome:
         """Take one optimizer step: noise, forward, tap, regularizer, backward, clip, optimise, EMA."""
         train, step = self.config.train, self.progress.step
-        weight = self.aligner.regularizer.weight_at(step) if self.aligner else None
+        weights = self.aligner.weights(step) if self.aligner else {}
         with kernels(self.options.precision != "fp32", self._is_unet):
             values = self._within_memory(batch)  # calls _forward_backward
         rate = train.learning_rate(step)
@@ -150,28 +159,29 @@ class Trainer:
         self.progress.step += 1
         self.progress.images += train.batch_size
         is_scheduled = train.lr_schedule != LearningRateSettings()
-        return StepOutcome(values, weight, rate if is_scheduled else None, grad_norm)
+        return StepOutcome(values, weights, rate if is_scheduled else None, grad_norm)
 
     def _forward_backward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Add the gradients of a batch, micro-batch by micro-batch, and return the means for its metric row."""
         aligner, process, step = self.aligner, self.model.process, self.progress.step
-        is_aligned = aligner is not None and aligner.is_active(step)
-        weight = aligner.regularizer.weight_at(step) if aligner else 0.0
+        active = aligner.active(step) if aligner else []
+        needs = [term.needs for term in active]
         micro_batches, means = batch.split(self._micro_batch), dict[str, torch.Tensor]()
         for number, part in enumerate(micro_batches, start=1):
             share = len(part.t) / len(batch.t)
             with self._accumulating(is_last=number == len(micro_batches)):
-                x_t, target = process.corrupt(part.x, part.noise, part.t)
-                ema_tokens = self._ema_tokens(x_t, part) if is_aligned else ()
-                output = self._denoiser(x_t, part.t, **part.condition)
-                total = denoise = denoising_loss(output, target, self._loss_weight(part.t))
+                t = denoiser_times(needs, part)
+                pixel_t = over_pixels(t, part.x)
+                x_t, target = process.corrupt(part.x, part.noise, pixel_t)
+                teachers = self._teachers(needs, part, self.state.ema, self.accelerator.autocast())
+                output = self._denoiser(x_t, t, **part.condition)
+                total = denoise = denoising_loss(output, target, self._loss_weight(pixel_t))
                 values = {"loss/denoise": denoise}
-                if aligner is not None and is_aligned:
-                    loss = aligner(part, step, self.device, Prediction(output, target), ema_tokens)
-                    aligned = weight * loss.value
-                    total = denoise + aligned if weight else denoise
-                    values["loss/aligned"] = aligned
-                    values |= {f"align/{name}": value for name, value in loss.parts.items()}
+                if aligner is not None and active:
+                    prediction = Prediction(output, target)
+                    aligned = aligner(active, part, step, self.device, prediction, t, teachers)
+                    total = denoise + aligned.value if aligned.is_weighted else denoise
+                    values |= aligned.values
                 elif aligner is not None:
                     aligner.clear()
                 self.accelerator.backward(total * share)
@@ -254,68 +264,98 @@ class Trainer:
     def _measured_block(self) -> tuple[BlockIndex, BlockIndex]:
         """Return the block at which alignment is measured, and the block at which the regularizer acts or would act."""
         config = self.config
-        tapped = choose_block(config, config.regularizer.block_index if self.aligner else None)
+        tapped = aligned_block(config)
         return choose_block(config, config.evaluate.block_index, tapped), tapped
 
     def _match(self) -> Match | None:
         """Return how the projector matches tokens with the measuring encoder; None if it is trained for other ones."""
-        encoders, measuring = self.config.regularizer.encoders, self.config.alignment_encoder
-        regularizer = self.aligner and self.aligner.regularizer
-        if not isinstance(regularizer, REPA) or measuring not in encoders:
-            return None
-        number = encoders.index(measuring)
-        return lambda student, teacher: regularizer.match(student, teacher, number)
+        measuring = self.config.alignment_encoder
+        for term in self.aligner.terms if self.aligner else ():
+            regularizer, encoders = term.regularizer, term.needs.encoders
+            if isinstance(regularizer, REPA) and measuring in encoders:
+                return partial(regularizer.match, encoder=encoders.index(measuring))
+        return None
 
     def _loss_weight(self, t: torch.Tensor) -> torch.Tensor | None:
         settings = self.config.train.loss_weight
         return self.model.process.min_snr(t, settings.gamma) if settings.type == "min_snr" else None
-
-    @torch.no_grad()
-    def _ema_tokens(self, x_t: torch.Tensor, part: Batch) -> list[Tokens]:
-        """Return the averaged denoiser's tokens of the same noisy images, one for each of its taps."""
-        if self.aligner is None or not self.aligner.ema_taps:
-            return []
-        average = self.state.ema.average.items()
-        weights = {name.removeprefix(PREFIX): value for name, value in average if name.startswith(PREFIX)}
-        with self.accelerator.autocast():
-            torch.func.functional_call(self.state.denoiser, weights, (x_t, part.t), dict(part.condition))
-        return [tap.take() for tap in self.aligner.ema_taps]
 
     def _accumulating(self, is_last: bool) -> ExitStack:
         """Return a context in which processes exchange gradients only after the last micro-batch."""
         stack = ExitStack()
         if not is_last:
             stack.enter_context(self.accelerator.no_sync(self._denoiser))
-            if self.aligner:
-                stack.enter_context(self.accelerator.no_sync(self.aligner.wrapped))
+            for term in self.aligner.terms if self.aligner else ():
+                stack.enter_context(self.accelerator.no_sync(term.wrapped))
         return stack
 
-    def _align(self, needs: Needs, targets: Sequence[Targets]) -> Aligner:
+    def _named_blocks(self) -> list[Needs]:
+        """Return the needs of the regularizers, with the family's suggestion where they name no block."""
+
+        def named(blocks: tuple[BlockIndex | None, ...]) -> tuple[BlockIndex, ...]:
+            return tuple(choose_block(self.config, block) for block in blocks)
+
+        return [
+            replace(
+                one,
+                taps=named(one.taps),
+                ema_taps=named(one.ema_taps),
+                frozen_taps=named(one.frozen_taps),
+                attention=named(one.attention),
+            )
+            for one in needs_of(self.config)
+        ]
+
+    def _align(
+        self,
+        needs: Sequence[Needs],
+        targets: Mapping[EncoderSettings, Targets],
+        prefetch: Sequence[PrefetchWeight | None],
+        channels: int,
+    ) -> Aligner:
         """Return the aligner; its taps are set before the denoiser is wrapped."""
-        hooks = [self.model.denoiser.tap(choose_block(self.config, block)) for block in (*needs.taps, *needs.ema_taps)]
-        widths, count = self._widths(hooks), len(needs.taps)
-        shapes = Shapes(widths[:count], tuple(one.dim for one in targets), widths[count:])
-        taps, ema_taps = hooks[:count], hooks[count:]
-        return Aligner(self._run, needs, taps, ema_taps, shapes, targets, self._prefetch, self._stopwatch)
+        denoiser = self.model.denoiser
+        blocks = dict.fromkeys(block for one in needs for block in one.blocks if block is not None)
+        self._taps |= {block: denoiser.tap(block) for block in blocks}
+        attended = dict.fromkeys(block for one in needs for block in one.attention if block is not None)
+        attention: dict[BlockIndex | None, AttentionTap] = {block: denoiser.tap_attention(block) for block in attended}
+        places = self._measure_taps()
+        shapes = [
+            Shapes(
+                taps=tuple(places[block][0] for block in one.taps),
+                encoders=tuple(targets[encoder].dim for encoder in one.encoders),
+                ema_taps=tuple(places[block][0] for block in one.ema_taps),
+                frozen_taps=tuple(places[block][0] for block in one.frozen_taps),
+                strides=tuple(places[block][1] for block in one.taps),
+                latents=channels,
+            )
+            for one in needs
+        ]
+        return Aligner(self._run, needs, shapes, self._taps, targets, attention, prefetch, self._stopwatch)
 
     @torch.no_grad()
-    def _widths(self, taps: Sequence[Tap]) -> tuple[int, ...]:
-        """Return the token widths at the taps; a pretrained denoiser runs on one image to find them."""
+    def _measure_taps(self) -> dict[BlockIndex | None, tuple[int, int]]:
+        """Return the token width and the stride in latent cells at each tap.
+
+        A pretrained denoiser runs on one image to find them.
+        """
         if self.config.model.pretrained is None:
-            return (shape_of_model(self.config).width,) * len(taps)
+            shape = shape_of_model(self.config)
+            return {block: (shape.width, shape.stride_at(block)) for block in self._taps}
         first = self._steps.draw(self._steps[0].to(self.device)).split(1)[0]
         self.model.denoiser.eval()
         with self.accelerator.autocast():
             self.model.denoiser(first.x, first.t, **first.condition)
         self.model.denoiser.train()
-        return tuple(tap.take().dim for tap in taps)
+        tokens = {block: tap.take() for block, tap in self._taps.items()}
+        return {block: (one.dim, first.x.shape[-2] // one.grid[0]) for block, one in tokens.items()}
 
     def _prepare(self, denoiser: nn.Module) -> TrainState:
         """Build the optimizer and the averages, and let accelerate wrap what trains."""
         train, accelerator = self.config.train, self.accelerator
         modules: dict[str, nn.Module] = {"denoiser": denoiser}
         if self.aligner:
-            modules["regularizer"] = self.aligner.regularizer
+            modules["regularizer"] = self.aligner.module
             self.aligner.prepare(accelerator)
         self._parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
         kind, arguments = getattr(torch.optim, train.optimizer.type), train.optimizer.arguments

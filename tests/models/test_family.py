@@ -84,11 +84,13 @@ def test_strides_of_pretrained_families_in_pixels():
 
 def test_the_regularizer_that_fits():
     assert {family.regularizer for family in FAMILIES.values() if family.kind == "unet"} == {"urepa"}
-    both = [name for name, family in FAMILIES.items() if family.regularizers == ("urepa", "repa")]
+    both = [name for name, family in FAMILIES.items() if {"urepa", "repa"} <= {*family.regularizers}]
     assert both == ["sit_down"]
-    assert {FAMILIES[name].regularizers for name in FAMILIES.keys() - both if FAMILIES[name].kind == "transformer"} == {
-        ("repa",)
-    }
+    assert FAMILIES["sit_down"].regularizer == "urepa"
+    transformers = [FAMILIES[name] for name in FAMILIES.keys() - both if FAMILIES[name].kind == "transformer"]
+    assert {family.regularizer for family in transformers} == {"repa"}
+    assert not any("layersync" in family.regularizers for family in FAMILIES.values() if family.kind == "unet")
+    assert all("dispersive" in family.regularizers for family in FAMILIES.values())
     for family in FAMILIES.values():
         for shape in family.shapes.values():
             assert shape.block == "mid" if family.kind == "unet" else 0 <= shape.block < shape.depth

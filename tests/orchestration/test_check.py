@@ -22,6 +22,7 @@ train: {steps: 10}
 evaluate: {extractor: {name: efficientnet_lite0}}
 """
 
+ONE = "{type: repa, encoder: {name: efficientnet_lite0, image_size: 64}}"
 CASES = [
     (
         ("family: sit", "family: sitt"),
@@ -74,8 +75,7 @@ CASES = [
     ),
     (
         ("steps: 10}", "steps: 10}\nsearch: {space: {regularizer.wait: {log: [1, 2]}}}"),
-        "6:18: search.space.regularizer.wait: unknown field 'wait'; allowed: block_index, encoder, loss, manifold, "
-        "manifold_weight, projector, resample, schedule, spatial_align, spatial_norm, temperature, type, weight; did you mean 'weight'?",
+        "6:18: search.space.regularizer.wait: unknown field 'wait'; allowed: beta, block_index, encoder, ",
     ),
     (("nano/2}", "nano/2, train: lora}"), "2:36: model.train: sit is trained from scratch: train must be full"),
     (
@@ -111,6 +111,38 @@ CASES = [
         "6:58: evaluate.full.extractor: 'frechet:efficientnet_lite0@10k/ode50' would stand for two numbers",
     ),
     (("name: sound", "name: cache"), "1:1: name: 'cache' is a folder of the runs root; choose another name"),
+    (
+        (ONE, "{type: layersync, block_index: 2, teacher_block: 1}"),
+        "3:47: regularizer.teacher_block: the teacher must come after the student: block_index is 2, teacher_block 1",
+    ),
+    (
+        (ONE, "{type: layersync, teacher_block: 4}"),
+        "3:31: regularizer.teacher_block: sit has 4 blocks: block_index must be 0 to 3, got 4",
+    ),
+    (
+        (ONE, f"[{ONE}, {{type: dispersive}}]\nrun: {{micro_batch: 1}}"),
+        "3:80: regularizer.1.type: dispersive compares the images of one forward pass, and there is only one: raise "
+        "train.batch_size or run.micro_batch, or use fewer processes",
+    ),
+    (
+        (ONE, "{type: self_transcendence}"),
+        "3:14: regularizer.weights: before its first step a denoiser from scratch has learned nothing to teach: train one",
+    ),
+    (
+        (ONE, "{type: self_transcendence, weights: nowhere.safetensors}"),
+        "3:41: regularizer.weights: no file 'nowhere.safetensors'",
+    ),
+    (
+        (ONE, "[{type: sra2}, {type: dispersive, schedule: {similarity_threshold: 0.5}}]"),
+        "3:59: regularizer.1.schedule.similarity_threshold: dispersive measures no cosine of tokens that could reach a threshold",
+    ),
+    (
+        (
+            "{family: sit, size: nano/2}\nregularizer: " + ONE,
+            "{family: unet, size: nano}\nregularizer: [{type: layersync}]",
+        ),
+        "3:16: regularizer.0.type: unet is a UNet: use urepa, not layersync",
+    ),
 ]
 
 

@@ -16,7 +16,7 @@ from repa_lab.models.family import SIT, SIT_DOWN, UNET, shape_of
 from repa_lab.models.scratch import CLASSES, Input, build
 from repa_lab.models.sit import SiT
 from repa_lab.spec import Machine, load_spec
-from repa_lab.training.costs import caches_of, cost_of, projector_size
+from repa_lab.training.costs import caches_of, cost_of
 from tests.models.counting import adapted, count, count_family, native_side
 
 REPA = {
@@ -210,8 +210,8 @@ def test_every_encoder_of_the_registry_has_a_cost_and_others_have_none():
 def test_projectors_are_as_large_as_they_are(kind):
     config = ProjectorSettings(type=kind, width=64, kernel=5)
     real = Projector(48, 32, config)
-    assert projector_size(config, 48, 32)[0] == sum(parameter.numel() for parameter in real.parameters())
-    assert projector_size(ProjectorSettings(), 768, 768) == (7_344_896, 7_340_032)
+    assert config.size(48, 32)[0] == sum(parameter.numel() for parameter in real.parameters())
+    assert ProjectorSettings().size(768, 768) == (7_344_896, 7_340_032)
 
 
 class TestTraining:

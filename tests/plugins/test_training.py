@@ -59,7 +59,7 @@ class TestTraining:
         run = self.runs(file)["all"]
         trainer = Trainer(run, RunOptions(device="cpu"), RunsRoot(home / "runs").cache)
         seen = []
-        trainer.aligner.regularizer.register_forward_hook(lambda module, inputs, loss: seen.append((inputs[0], loss)))
+        trainer.aligner.module.register_forward_hook(lambda module, inputs, loss: seen.append((inputs[0], loss)))
         outcome = trainer.step(next(trainer.batches()))
         ((signals, loss),) = seen
         means = signals.taps[0].values.detach().double().numpy().mean(axis=1)
@@ -155,7 +155,7 @@ class TestDocumentation:
         }
         run = plan(file, root, small).runs[0].run
         trainer, seen = Trainer(run, RunOptions(device="cpu"), RunsRoot(root).cache), []
-        trainer.aligner.regularizer.register_forward_hook(lambda module, inputs, loss: seen.append((inputs[0], loss)))
+        trainer.aligner.module.register_forward_hook(lambda module, inputs, loss: seen.append((inputs[0], loss)))
         row = trainer.step(next(trainer.batches())).row()
         ((signals, loss),) = seen
         return trainer, signals, loss, row

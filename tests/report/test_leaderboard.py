@@ -25,6 +25,8 @@ REPA = {
 }
 TWO = {"regularizer": {"type": "urepa", "encoder": [{"name": "dinov2_vitb14"}, {"name": "clip_vitl14"}]}}
 
+SEVERAL = {"regularizer": [REPA["regularizer"], {"type": "none"}, {"type": "dispersive"}]}
+
 
 def only(path, **wanted):
     (board,) = leaderboards(path, **wanted)
@@ -37,6 +39,7 @@ def test_arms_of_all_sweeps_stand_best_first_with_their_intervals(build: Build, 
         [
             FakeArm("aligned", constant_runs([20.0, 22.0, 27.0]), config=REPA),
             FakeArm("both", constant_runs([25.0]), config=TWO),
+            FakeArm("several", constant_runs([31.0]), config=SEVERAL),
         ],
         name="two",
     )
@@ -44,7 +47,12 @@ def test_arms_of_all_sweeps_stand_best_first_with_their_intervals(build: Build, 
     assert (board.metric, board.goal, dict(board.protocol)) == (METRIC, "min", {})
     frame = board.frame
     assert list(frame.columns) == COLUMNS
-    assert frame[["arm", "sweeps"]].to_numpy().tolist() == [["aligned", "two"], ["both", "two"], ["base", "one"]]
+    assert frame[["arm", "sweeps"]].to_numpy().tolist() == [
+        ["aligned", "two"],
+        ["both", "two"],
+        ["several", "two"],
+        ["base", "one"],
+    ]
     first = frame.iloc[0]
     assert (first["mean"], first["n"], first["seeds"], first["step"], first["images"], first["state"]) == (
         23.0,
@@ -60,6 +68,7 @@ def test_arms_of_all_sweeps_stand_best_first_with_their_intervals(build: Build, 
     assert frame[["family", "size", "regularizer", "encoder"]].to_numpy().tolist() == [
         ["sit", "B/2", "repa", "dinov2_vitb14"],
         ["sit", "", "urepa", "dinov2_vitb14 + clip_vitl14"],
+        ["sit", "", "repa + dispersive", "dinov2_vitb14"],
         ["sit", "B/2", "none", ""],
     ]
 

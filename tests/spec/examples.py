@@ -6,6 +6,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from repa_lab.align.settings import REGULARIZERS
+
+# Every type of regularizer, as messages list them.
+TYPES = ", ".join(REGULARIZERS.names)
 # Four lines that every spec needs; what a test adds starts on line 5.
 HEAD = "name: q\nmodel: {family: sit, size: B/2}\ndata: {source: digits}\ntrain: {steps: 10}\n"
 # A regularizer for what varies its fields; a line of its own.

@@ -11,7 +11,7 @@ from repa_lab.spec import CompareConfig, SpecError, load_spec
 from repa_lab.spec.evaluate import EvaluateConfig
 from repa_lab.spec.options import RunOptions
 from repa_lab.spec.schema import RunConfig, SpecFile, TrainConfig
-from tests.spec.examples import HEAD, write
+from tests.spec.examples import HEAD, TYPES, write
 
 
 def allowed(model) -> str:
@@ -101,13 +101,13 @@ ADDED = {
     "exclude: [{}]": ["5:11: exclude.0: expected 1 or more values, got {}"],
     "exclude: [{train.lr: 1e-4}]": ["5:1: exclude: every arm is excluded"],
     "exclude: [{regularizer.type: ripa}]": [
-        "5:12: exclude.0.regularizer.type: unknown regularizer 'ripa'; allowed: none, repa, urepa; did you mean 'repa'?"
+        f"5:12: exclude.0.regularizer.type: unknown regularizer 'ripa'; allowed: {TYPES}; did you mean 'repa'?"
     ],
     "axes: {teacher: {small: {}, giant: {train.lr: 1}}}\nexclude: [{teacher: [small, gaint]}]": [
         "6:12: exclude.0.teacher: no level 'gaint'; there are: small, giant; did you mean 'giant'?"
     ],
     "compare: {baseline: {regularizer.type: nnone}}": [
-        "5:22: compare.baseline.regularizer.type: unknown regularizer 'nnone'; allowed: none, repa, urepa; did you mean 'none'?"
+        f"5:22: compare.baseline.regularizer.type: unknown regularizer 'nnone'; allowed: {TYPES}; did you mean 'none'?"
     ],
     "include: {label: a, set: {}}": ["5:1: include: expected a list, got {'label': 'a', 'set': {}}"],
     "include: [{label: '', set: {}}]": ["5:12: include.0.label: expected text of 1 or more characters, got ''"],
@@ -157,7 +157,7 @@ ADDED = {
     # types and fields
     "question: [why]": ["5:1: question: expected text, got ['why']"],
     "run: {devices: 2}": [f"5:7: run.devices: unknown field 'devices'; {allowed(RunOptions)}; did you mean 'device'?"],
-    "regularizer: {weight: 0.5}": ["5:1: regularizer: has settings and no type; allowed: none, repa, urepa"],
+    "regularizer: {weight: 0.5}": [f"5:1: regularizer: has settings and no type; allowed: {TYPES}"],
     "regularizer: {type: repa, weight: yes}": ["5:27: regularizer.weight: expected a number, got 'yes'"],
     "regularizer: {type: repa, weight: '0.5'}": ["5:27: regularizer.weight: expected a number, got '0.5'"],
     "regularizer: {type: repa, weight: 1_000}": ["5:27: regularizer.weight: expected a number, got '1_000'"],
@@ -199,7 +199,7 @@ WHOLE = {
         "3:8: data.source: unknown source of images 'digit'; allowed: digits, imagefolder, datasets, hub, repa; did you mean 'digits'?",
         f"4:20: train.stepz: unknown field 'stepz'; {allowed(TrainConfig)}; did you mean 'steps'?",
         "4:30: train.lr: expected a number of more than 0.0, got 0",
-        "5:15: regularizer.type: unknown regularizer 'rep'; allowed: none, repa, urepa; did you mean 'repa'?",
+        f"5:15: regularizer.type: unknown regularizer 'rep'; allowed: {TYPES}; did you mean 'repa'?",
         "6:20: axes.train.ema.range: expected three numbers, [start, stop, step], got [0, 1]",
         "7:1: seeds: expected a number of at least 1 or a list, got 0",
         "8:11: compare.goal: expected one of min, max, got 'mean'",

@@ -67,11 +67,23 @@ def test_every_field_is_explained():
     assert [path for path, _, _, about in ROW.findall(PAGE) if not about.strip()] == []
 
 
-def test_the_tables_are_what_the_settings_classes_say(tmp_path):
-    """If this fails: repa-lab schema --tables docs/spec.md."""
-    page = write(tmp_path, PAGE, "spec.md")
+@pytest.mark.parametrize("name", ["spec.md", "methods.md"])
+def test_the_tables_are_what_the_settings_classes_say(tmp_path, name):
+    """If this fails: repa-lab schema --tables docs/spec.md, or docs/methods.md."""
+    text = FILE.with_name(name).read_text(encoding="utf-8")
+    page = write(tmp_path, text, name)
     write_tables(page)
-    assert page.read_text(encoding="utf-8") == PAGE
+    assert page.read_text(encoding="utf-8") == text
+
+
+def test_every_method_has_a_section_and_a_preset():
+    methods = [*REGULARIZERS.names[3:], "irepa"]  # after none, repa and urepa
+    sections = re.findall(r"^## (.*)$", FILE.with_name("methods.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    presets = FILE.parents[1] / "sweeps" / "methods"
+    assert sorted(sections) == sorted(methods) == sorted(file.stem for file in presets.glob("*.yaml"))
+    for method in methods:
+        (arm,) = load_spec({**parse_scalar(HEAD), "name": "q"}, None, [presets / f"{method}.yaml"]).arms
+        assert arm.config.regularizers[0].type == {"irepa": "repa"}.get(method, method)
 
 
 def test_every_field_has_its_row_and_every_row_its_field():

@@ -12,7 +12,7 @@ from repa_lab.registry import did_you_mean
 from repa_lab.spec import CompareConfig, EncoderSettings, Place, Problem, SpecError, load_spec
 from repa_lab.spec.options import WandbOptions
 from repa_lab.spec.schema import RunConfig, SpecFile, TrainConfig
-from tests.spec.examples import HEAD, write
+from tests.spec.examples import HEAD, TYPES, write
 
 
 def allowed(*models: type[BaseModel]) -> str:
@@ -108,19 +108,19 @@ BAD = {
     ),
     "a type that there is not": (
         HEAD + "regularizer: {type: urep, projector: {type: mpl}}\n",  # whose fields cannot be judged
-        ["5:15: regularizer.type: unknown regularizer 'urep'; allowed: none, repa, urepa; did you mean 'urepa'?"],
+        [f"5:15: regularizer.type: unknown regularizer 'urep'; allowed: {TYPES}; did you mean 'urepa'?"],
     ),
     "a type that is no text": (
         HEAD + "regularizer: {type: 3}\n",
-        ["5:15: regularizer.type: unknown regularizer '3'; allowed: none, repa, urepa"],
+        [f"5:15: regularizer.type: unknown regularizer '3'; allowed: {TYPES}"],
     ),
     "a list of types": (
         HEAD + "regularizer: {type: [repa, none]}\n",
-        ["5:15: regularizer.type: unknown regularizer '['repa', 'none']'; allowed: none, repa, urepa"],
+        [f"5:15: regularizer.type: unknown regularizer '['repa', 'none']'; allowed: {TYPES}"],
     ),
     "a regularizer without a type": (
         HEAD + "regularizer: {weight: high, wieght: 1}\n",
-        ["5:1: regularizer: has settings and no type; allowed: none, repa, urepa"],
+        [f"5:1: regularizer: has settings and no type; allowed: {TYPES}"],
     ),
     "a field of another type": (
         HEAD + "regularizer: {type: repa, manifold_weight: 3}\n",
@@ -258,7 +258,7 @@ BAD = {
     ),
     "included arms": (
         HEAD + "include:\n  - label: a\n    set: {regularizer.type: rep}\n",
-        ["7:11: regularizer.type: unknown regularizer 'rep'; allowed: none, repa, urepa; did you mean 'repa'?"],
+        [f"7:11: regularizer.type: unknown regularizer 'rep'; allowed: {TYPES}; did you mean 'repa'?"],
     ),
     "included arms without shape": (
         HEAD + "include:\n  - {label: b}\n  - {lable: c, set: {}}\n",

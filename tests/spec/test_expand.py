@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from repa_lab.spec import SpecError, load_spec
-from repa_lab.spec.expand import value_at
+from repa_lab.spec.document import value_at
 from tests.spec import examples
 from tests.spec.examples import HEAD, REPA, write
 

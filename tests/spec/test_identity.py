@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from repa_lab.align.settings import RegularizerSettings
 from repa_lab.data.settings import fingerprint_digits
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.orchestration.plan import identify_run
@@ -79,6 +80,7 @@ ELSEWHERE = {
     "train.steps",
     "regularizer.encoder.tae",
     "regularizer.spatial_align",
+    "regularizer.name",
     "train.optimizer.momentum",
 }
 
@@ -91,6 +93,8 @@ def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             inner = EncoderSettings if prefix == "regularizer." else None
         elif name == "extractor":
             inner = ExtractorConfig
+        elif name == "regularizer":
+            inner = RegularizerSettings
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from leaves(inner, f"{prefix}{name}.")
         else:

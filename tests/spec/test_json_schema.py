@@ -18,7 +18,7 @@ from tests.spec.examples import HEAD
 ROOT = Path(__file__).parents[2]
 SCHEMA = json_schema()
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
-FILES = sorted([*ROOT.glob("experiments/**/*.yaml"), *ROOT.glob("sweeps/*.yaml")])
+FILES = sorted([*ROOT.glob("experiments/**/*.yaml"), *ROOT.glob("sweeps/**/*.yaml")])
 
 
 def test_it_is_a_schema_and_plain_json():

@@ -79,7 +79,7 @@ def make_steps(images: Images, seed: int = 0, part: tuple[int, int] = (0, 1), **
 
 def make_regularizer(run: Run, width: int = 64, *dims: int) -> Regularizer:
     """The regularizer that a run trains, for a tap and encoders of these widths."""
-    return Aligner(run, needs_of(run.config), (), (), Shapes((width,), dims or (12,)), ()).regularizer
+    return Aligner(run, needs_of(run.config), [Shapes((width,), dims or (12,))], {}, {}).terms[0].regularizer
 
 
 def make_options(**options: Any) -> ResolvedOptions:

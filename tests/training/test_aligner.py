@@ -40,11 +40,11 @@ def make_aligner(images, **settings):
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-    needs = needs_of(run.config)
-    counting = [CountingTargets() for _ in needs.encoders]
-    taps = [denoiser.tap(block) for block in needs.taps]
-    shapes = Shapes((shape_of_model(run.config).width,), tuple(one.dim for one in counting))
-    return Aligner(run, needs, taps, [], shapes, counting), denoiser, counting
+    (needs,) = needs_of(run.config)
+    targets = {encoder: CountingTargets() for encoder in needs.encoders}
+    taps = {block: denoiser.tap(block) for block in needs.taps}
+    shapes = Shapes((shape_of_model(run.config).width,), tuple(one.dim for one in targets.values()))
+    return Aligner(run, [needs], [shapes], taps, targets), denoiser, [*targets.values()]
 
 
 def batch_of(index: torch.Tensor, loaded: tuple[torch.Tensor | None, ...] = ()) -> Batch:
@@ -63,14 +63,15 @@ def test_aligns_the_tap_with_the_targets_of_these_images(images, settings):
     aligner, denoiser, (counting,) = make_aligner(images, **settings)
     pass_through(denoiser)
     index = torch.tensor([4, 2, 9])
-    alignment = aligner(batch_of(index), 0, CPU, NOTHING)
+    alignment = aligner(aligner.active(0), batch_of(index), 0, CPU, NOTHING)
     assert counting.asked == [[4, 2, 9]]
     pass_through(denoiser)
-    student = aligner.taps[0].take()
+    (tap,) = aligner.taps.values()
+    student = tap.take()
     assert (student.grid, student.dim) == ((4, 4), UNET_SHAPES["nano"].width if settings else 64)
     assert alignment.value.requires_grad
     alignment.value.backward()
-    assert all(parameter.grad is not None for parameter in aligner.regularizer.parameters())
+    assert all(parameter.grad is not None for parameter in aligner.module.parameters())
 
 
 def test_what_was_loaded_ahead_goes_to_its_targets(images):
@@ -78,7 +79,7 @@ def test_what_was_loaded_ahead_goes_to_its_targets(images):
     aligner, denoiser, (first, second) = make_aligner(images, **{"regularizer.encoder": encoders})
     pass_through(denoiser)
     loaded = torch.ones(3)
-    aligner(batch_of(torch.arange(3), (None, loaded)), 0, CPU, NOTHING)
+    aligner(aligner.active(0), batch_of(torch.arange(3), (None, loaded)), 0, CPU, NOTHING)
     assert first.loaded == [None]
     assert second.loaded == [loaded]
 
@@ -86,7 +87,7 @@ def test_what_was_loaded_ahead_goes_to_its_targets(images):
 def test_gradients_reach_the_blocks_up_to_the_tap(images):
     aligner, denoiser, _ = make_aligner(images, **{"regularizer.block_index": 2})
     pass_through(denoiser)
-    aligner(batch_of(torch.arange(3)), 0, CPU, NOTHING).value.backward()
+    aligner(aligner.active(0), batch_of(torch.arange(3)), 0, CPU, NOTHING).value.backward()
     reached = [
         any(p.grad is not None and p.grad.abs().max() > 0 for p in block.parameters()) for block in denoiser.blocks
     ]
@@ -98,13 +99,13 @@ def test_weight_0_asks_no_encoder_and_keeps_no_activations(images):
     aligner, denoiser, (counting,) = make_aligner(images, **{"regularizer.schedule": schedule})
     for step in range(5):
         pass_through(denoiser)
-        assert aligner.is_active(step) == (step < 2)
-        if aligner.is_active(step):
-            aligner(batch_of(torch.arange(3)), step, CPU, NOTHING)
+        assert len(aligner.active(step)) == (step < 2)
+        if active := aligner.active(step):
+            aligner(active, batch_of(torch.arange(3)), step, CPU, NOTHING)
     assert len(counting.asked) == 2
     aligner.clear()
     with pytest.raises(TapError):
-        aligner.taps[0].take()
+        aligner.taps[1].take()
 
 
 def test_the_schedule_counts_steps_already_taken(images):

@@ -131,3 +131,58 @@ def test_a_milestone_has_a_row_of_its_own_and_is_paid_for(cache, tmp_path):
     assert costs == [count * cost.evaluation_flops + cost.milestone_flops for count in (1, 2, 3)]
     seconds = [row["cost/evaluation_seconds"] for row in directory.rows() if METRIC in row]
     assert 0 < seconds[0] < seconds[1] < seconds[2]
+
+
+BLOCKS = {"type": "layersync"}
+TAUGHT = {"type": "self_transcendence", "weights": "model.safetensors", "projector": {"width": 16}}
+
+
+def regularized(*members: dict, **settings) -> Run:
+    return make_run(**{"regularizer": [*members], **settings})
+
+
+def test_what_a_method_computes_anyway_costs_nothing():
+    without = cost(make_run(**OFF))
+    for kind in ("layersync", "dispersive"):
+        found = cost(regularized({"type": kind}))
+        assert (found.image_flops, found.trained, found.rough) == (without.image_flops, without.trained, without.rough)
+
+
+def test_a_frozen_teacher_costs_a_pass_or_two_and_its_weights():
+    without, twice = cost(make_run(**OFF)), cost(regularized(TAUGHT))
+    once = cost(regularized({**TAUGHT, "guidance": 1.0}))
+    forward = without.denoiser_flops / 3  # a backward pass costs two forward passes
+    assert [one.regularizers[0].teacher_flops for one in (once, twice)] == [forward, 2 * forward]
+    assert twice.memory.teachers == 4 * without.parameters
+    assert twice.memory.total - once.memory.total == 0
+    projector = 2 * (WIDTH * 16) + 16**2  # multiply-adds of a token
+    assert once.image_flops == pytest.approx(without.image_flops + forward + 6 * TAPPED**2 * projector)
+
+
+def test_sra2_costs_its_projector():
+    found = cost(regularized({"type": "sra2", "projector": {"width": 16}}))
+    # A token of nano/2 stands for 2x2 pixels of one channel.
+    assert found.projector_flops == 6 * TAPPED**2 * (WIDTH * 16 + 16 * 16 + 16 * 4)
+
+
+def test_several_cost_their_sum_each_for_its_own_steps():
+    repa = make_run().config.regularizer.model_dump(mode="json")
+    taught = {**TAUGHT, "schedule": {"cutoff_step": 25}}
+    settings = {"train.steps": 100}
+    first, second, both = (cost(regularized(*members, **settings)) for members in ((repa,), (taught,), (repa, taught)))
+    off = cost(make_run(**OFF, **settings)).image_flops
+    assert both.image_flops - off == pytest.approx(first.image_flops - off + second.image_flops - off)
+    assert [one.active for one in both.regularizers] == [1.0, 0.25]
+    row, _ = of(50, regularizer=[repa, taught])
+    added = 300 * both.regularizers[0].flops + 150 * both.regularizers[1].flops
+    assert row["cost/train_flops"] == pytest.approx(300 * both.denoiser_flops + added)
+
+
+def test_an_encoder_that_two_ask_for_is_counted_once_for_as_long_as_either_asks():
+    repa = {"type": "repa", "encoder": {"name": "dinov2_vits14", "image_size": 224, "cache": False}}
+    short = {**repa, "type": "relation", "schedule": {"cutoff_step": 25}}
+    for members in ((short, repa), (repa, short)):
+        both, one = cost(regularized(*members, **{"train.steps": 100})), cost(regularized(repa, **{"train.steps": 100}))
+        assert both.encoder_flops == one.encoder_flops > 0
+        assert sum(part.active * part.encoder_flops for part in both.regularizers) == one.encoder_flops
+        assert both.memory.encoders == one.memory.encoders

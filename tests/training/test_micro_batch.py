@@ -55,7 +55,7 @@ def in_backward(trainer: Trainer, seen: list[int], is_full: Callable[[int], bool
 def in_regularizer(trainer: Trainer, seen: list[int], is_full: Callable[[int], bool]) -> None:
     """After the similarity was noted."""
 
-    regularizer = trainer.aligner.regularizer
+    regularizer = trainer.aligner.terms[0].regularizer
     observe = regularizer.observe
 
     def observe_and_fail(step, loss) -> None:
@@ -144,8 +144,8 @@ class TestStep:
         in_forward(found, [], lambda images: images > 2)
         for ours, theirs in zip(train(found, 2), train(whole, 2), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
-        assert found.aligner.regularizer.cutoff.similarity == pytest.approx(
-            whole.aligner.regularizer.cutoff.similarity, abs=1e-5
+        assert found.aligner.terms[0].regularizer.cutoff.similarity == pytest.approx(
+            whole.aligner.terms[0].regularizer.cutoff.similarity, abs=1e-5
         )
 
     @everywhere
@@ -190,13 +190,13 @@ class TestStep:
         in_regularizer(found, [], lambda images: images > 2)
         rows = train(found, 3)
         train(given, 3)
-        ours, theirs = (one.aligner.regularizer.cutoff.get_extra_state() for one in (found, given))
+        ours, theirs = (one.aligner.terms[0].regularizer.cutoff.get_extra_state() for one in (found, given))
         assert torch.equal(ours, theirs)
         assert ours[1].item() == 3
         # By hand: with a decay of 1/2 the mean of three steps has weights 1/7, 2/7 and 4/7.
         cosines = [row["align/cosine"] for row in rows]
         expected = (cosines[0] + 2 * cosines[1] + 4 * cosines[2]) / 7
-        assert found.aligner.regularizer.cutoff.similarity == pytest.approx(expected, abs=1e-6)
+        assert found.aligner.terms[0].regularizer.cutoff.similarity == pytest.approx(expected, abs=1e-6)
 
     @pytest.mark.parametrize(
         ("place", "sizes"), [*((place, [8, 4, 2, 1]) for place in PLACES), (in_forward, [7, 3, 1]), (in_forward, [1])]

@@ -158,7 +158,8 @@ class TestReadingAhead:
         batch = next(trainer.batches())
         (loaded,) = batch.loaded
         assert (loaded.dtype, loaded.shape) == (torch.float16, (6, 2, 2, 112))
-        tokens = trainer.aligner.targets[0](batch.ids, torch.device("cpu"))
+        (targets,) = trainer.aligner.targets.values()
+        tokens = targets(batch.ids, torch.device("cpu"))
         assert torch.equal(loaded.float().flatten(1, 2), tokens.values)
 
     def test_an_online_encoders_pixels_do(self, cache, images):

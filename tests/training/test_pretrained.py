@@ -322,7 +322,8 @@ class TestBuckets:
         seen = set()
         for batch in trainer.batches():
             trainer.model.denoiser(batch.x, batch.t, **batch.condition)
-            student, teacher = trainer.aligner.taps[0].take(), trainer.aligner.targets[0](batch.ids, CPU)
+            (tap,), (targets,) = trainer.aligner.taps.values(), trainer.aligner.targets.values()
+            student, teacher = tap.take(), targets(batch.ids, CPU)
             assert student.grid == (batch.x.shape[-2] // 2, batch.x.shape[-1] // 2)
             assert (student.grid[0] > student.grid[1]) == (teacher.grid[0] > teacher.grid[1])
             seen.add(student.grid)

@@ -137,9 +137,8 @@ def test_taps_and_encoders_come_in_the_order_in_which_they_were_asked_for(cache)
     fresh = load_encoder("efficientnet_lite0", image_size=32, resolution=8)
     images = ((batch.x + 1) * 127.5).round().to(torch.uint8)
     torch.testing.assert_close(teacher.values, fresh(images).values, rtol=2e-3, atol=2e-3)  # kept in float16
-    assert trainer.aligner.regularizer.shapes.taps == (64, 64)
-    assert trainer.aligner.regularizer.shapes.encoders == (112,)
-    assert trainer.aligner.regularizer.shapes.ema_taps == (64, 64)
+    shapes = trainer.aligner.terms[0].regularizer.shapes
+    assert (shapes.taps, shapes.encoders, shapes.ema_taps) == ((64, 64), (112,), (64, 64))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -210,7 +209,7 @@ def test_what_is_not_asked_for_is_not_there(cache, monkeypatch):
 
     monkeypatch.setattr("repa_lab.training.trainer.open_targets", never)
     trainer = trainer_of(cache, "prediction_alone")
-    assert trainer.aligner.taps == trainer.aligner.ema_taps == []
+    assert trainer.aligner.taps == {}
     trainer.step(next(trainer.batches()))
     (signals,) = Everything.seen
     assert (signals.taps, signals.encoders, signals.ema_taps, signals.latents) == ((), (), (), None)
@@ -223,7 +222,7 @@ def test_the_step_is_the_denoising_loss_plus_the_weighted_loss(cache):
         before = bare(trainer.model.denoiser)
         outcome = trainer.step(batch)
         weight = 0.5 * min(step / 2, 1)
-        assert outcome.weight == weight
+        assert outcome.weights == {"align/weight": weight}
         target = batch.noise - batch.x
         x_t, _ = trainer.model.process.corrupt(batch.x, batch.noise, batch.t)
         output = before(x_t, batch.t, **batch.condition).double()
@@ -261,7 +260,7 @@ def test_at_weight_0_nothing_is_computed_and_nothing_is_kept(cache, weight, sche
     active = 1 if weight else 0
     assert len(Everything.seen) == active
     assert len(passes) == 3 + active  # the averaged model runs where it is asked for
-    for tap in (*trainer.aligner.taps, *trainer.aligner.ema_taps):
+    for tap in trainer.aligner.taps.values():
         with pytest.raises(TapError):
             tap.take()
 
@@ -269,6 +268,6 @@ def test_at_weight_0_nothing_is_computed_and_nothing_is_kept(cache, weight, sche
 def test_no_tap_keeps_activations_beyond_its_step(cache):
     trainer = trainer_of(cache)
     trainer.step(next(trainer.batches()))
-    for tap in (*trainer.aligner.taps, *trainer.aligner.ema_taps):
+    for tap in trainer.aligner.taps.values():
         with pytest.raises(TapError):
             tap.take()

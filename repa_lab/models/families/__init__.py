@@ -57,7 +57,7 @@ class Entry:
 
     Attributes:
         family: name in a spec, with the size.
-        regularizer: the regularizers that fit, the suggested one first.
+        regularizer: the suggested one.
         blocks: number of blocks that ``block_index`` counts.
         width: width D of a tapped token.
         block_index: the suggested one.
@@ -98,7 +98,7 @@ def _entry(facts: Family, size: str) -> Entry:
         parameters = forward_of(facts, size, side**2, _SCRATCH_CHANNELS, _SCRATCH_CLASSES).parameters
     return Entry(
         family=f"{facts.name} {size}".strip(),
-        regularizer=", ".join(facts.regularizers),
+        regularizer=facts.regularizer,
         blocks=shape.depth,
         width=shape.width,
         block_index=shape.block,

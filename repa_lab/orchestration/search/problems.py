@@ -8,8 +8,8 @@ from typing import Any
 
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SearchConfig, SpecError
+from repa_lab.spec.document import names_in, value_at
 from repa_lab.spec.errors import KeyPath
-from repa_lab.spec.expand import value_at
 from repa_lab.spec.identity import identify
 from repa_lab.spec.options import Interval
 from repa_lab.spec.validate import unknown_field
@@ -74,7 +74,7 @@ def _condition_problems(experiment: Experiment, fields: Fields) -> Iterator[Prob
 def _condition_problem(
     experiment: Experiment, fields: Fields, dotted: str, path: str, allowed: list[Any], drawn: set[str]
 ) -> str | None:
-    if message := unknown_field(RunConfig, path):
+    if message := unknown_field(RunConfig, path, names_in(experiment.draft.value)):
         return message
     if path == dotted:
         return f"'{dotted}' cannot depend on itself"
@@ -123,7 +123,7 @@ def _ends(arm: Arm, fields: Fields, dotted: str) -> Iterator[dict[str, Any]]:
 
 
 def _own_value(arm: Arm, path: str) -> Any:
-    return value_at(arm.asked.model_dump(mode="json"), tuple(path.split(".")))
+    return value_at(arm.asked.model_dump(mode="json"), path.split("."))
 
 
 def _needed(fields: Fields, dotted: str) -> dict[str, Any]:

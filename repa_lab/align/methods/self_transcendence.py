@@ -1,0 +1,43 @@
+"""Self-Transcendence: an earlier model of the same kind, guided, teaches the new one."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from repa_lab.align.losses import token_cosine
+from repa_lab.align.methods.settings import SelfTranscendenceSettings
+from repa_lab.align.projector import Projector
+from repa_lab.align.regularizer import Loss, Regularizer, Shapes, Signals
+from repa_lab.align.settings import RegularizerSettings
+
+
+class SelfTranscendence(Regularizer):
+    """Self-Transcendence (2601.07773): ``-mean_bn 1[low <= t_b <= high] cos(P(h)_bn, f_bn)``.
+
+    ``h`` are the tokens that leave a block of the model that trains. ``f = u + s (c - u)`` are the guided tokens of a
+    later block of a frozen model with the same input: c are its conditional tokens, u its unconditional ones, and s is
+    the guidance. The mean is over all images; those whose time is out of range count as 0, so that the loss does not
+    depend on the micro-batch.
+    """
+
+    Settings: ClassVar[type[RegularizerSettings]] = SelfTranscendenceSettings
+    settings: SelfTranscendenceSettings
+
+    def __init__(self, settings: SelfTranscendenceSettings, shapes: Shapes) -> None:
+        super().__init__(settings, shapes)
+        (student,), (teacher,) = shapes.taps, shapes.frozen_taps
+        self.projector = Projector(student, teacher, settings.projector)
+
+    def forward(self, signals: Signals, step: int = 0) -> Loss:
+        """Return minus the mean cosine of the images in range; the mean cosine of all images is a part.
+
+        Args:
+            signals: one tap ``(B, N, D)``, one tap of the frozen model ``(B, M, D)``, and the times ``(B,)``.
+            step: optimizer steps already taken.
+        """
+        (student,), (teacher,), times = signals.taps, signals.frozen_taps, signals.times
+        assert times is not None
+        projected = self.projector.project(student).values
+        cosine = token_cosine(projected, teacher.resample(student.grid).values).mean(1)
+        is_used = (times >= self.settings.low) & (times <= self.settings.high)
+        return Loss(-(cosine * is_used).mean(), {"cosine": cosine.detach().mean()})

@@ -1,0 +1,165 @@
+"""The settings of the methods, registered with the places of their modules. Imports no torch: planning is fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from repa_lab.align.needs import FrozenModel, Needs, Overhead, Sizes, TrainingFacts
+from repa_lab.align.settings import (
+    EncoderTargetSettings,
+    ManifoldSettings,
+    ProjectorSection,
+    ProjectorSettings,
+    RegularizerSettings,
+    regularizer,
+)
+from repa_lab.settings import BlockIndex, Fraction, LocalFile, NotNegative
+
+_METHODS = "repa_lab.align.methods"
+
+
+@regularizer("dispersive", f"{_METHODS}.dispersive:Dispersive")
+class DispersiveSettings(RegularizerSettings):
+    """Dispersive loss (2506.09027): drives the images of a batch apart; there is no teacher."""
+
+    type: Literal["dispersive"] = "dispersive"
+    loss: Literal["infonce_l2", "infonce_cosine", "hinge"] = "infonce_l2"
+    """InfoNCE without positive pairs over squared distances or over cosines, or a squared hinge on the distances."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Distances are divided by it: 1 in the released code, 0.5 in the paper; `hinge` has none."""
+    margin: Annotated[float, Field(gt=0)] = 1.0
+    """Distance below which `hinge` repels two images."""
+
+    has_cosine: ClassVar[bool] = False
+
+    def overhead(self, sizes: Sizes) -> Overhead:
+        """Return nothing: the distances between images are few beside a denoiser."""
+        return Overhead(0, 0)
+
+    def problems(self, facts: TrainingFacts) -> Iterator[tuple[str, str]]:
+        """Yield the problems of all regularizers, and a forward pass with a single image."""
+        yield from super().problems(facts)
+        if facts.images < 2:
+            advice = "raise train.batch_size or run.micro_batch, or use fewer processes"
+            yield "type", f"dispersive compares the images of one forward pass, and there is only one: {advice}"
+
+
+class TwoBlockSettings(RegularizerSettings):
+    """The settings of methods in which a later block of the denoiser teaches an earlier one."""
+
+    teacher_block: BlockIndex | None = None
+    """The block that teaches, 0-based, after `block_index`; null is at four sevenths of the depth (15 of XL's 28)."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("transformer",)
+
+    def resolved(self, block_index: BlockIndex, total_steps: int, depth: int) -> Self:
+        """Return the settings with both blocks; see :meth:`RegularizerSettings.resolved`."""
+        settings = super().resolved(block_index, total_steps, depth)
+        student = settings.block_index
+        if settings.teacher_block is not None or not isinstance(student, int):
+            return settings
+        return settings.model_copy(update={"teacher_block": max(round(4 / 7 * depth) - 1, student + 1)})
+
+    def problems(self, facts: TrainingFacts) -> Iterator[tuple[str, str]]:
+        """Yield the problems of all regularizers, and a teacher that does not come after its student."""
+        yield from super().problems(facts)
+        student, teacher = self.block_index, self.teacher_block
+        if isinstance(student, int) and isinstance(teacher, int) and teacher <= student:
+            message = f"the teacher must come after the student: block_index is {student}, teacher_block {teacher}"
+            yield "teacher_block", message
+
+
+@regularizer("layersync", f"{_METHODS}.layersync:LayerSync")
+class LayerSyncSettings(TwoBlockSettings):
+    """LayerSync (2510.12581): raises the cosine of an early block's tokens with a later block's; nothing is trained."""
+
+    type: Literal["layersync"] = "layersync"
+    weight: NotNegative = 0.2
+    """Lambda: the weight after warm-up. At 0 nothing is computed."""
+
+    def needs(self) -> Needs:
+        """Return both blocks, the student first."""
+        return Needs(taps=(self.block_index, self.teacher_block))
+
+    def overhead(self, sizes: Sizes) -> Overhead:
+        """Return nothing: both blocks run anyway."""
+        return Overhead(0, 0)
+
+
+@regularizer("sra2", f"{_METHODS}.sra2:SRA2")
+class SRA2Settings(RegularizerSettings):
+    """SRA2 (2601.17830): predicts the clean latents from a block's tokens."""
+
+    type: Literal["sra2"] = "sra2"
+    weight: NotNegative = 1.0
+    """Lambda: the weight after warm-up. At 0 nothing is computed."""
+    projector: ProjectorSection = ProjectorSettings()
+    """The map from the denoiser's width to the latents of a token."""
+    beta: Annotated[float, Field(gt=0)] = 0.05
+    """Error at which the smooth L1 loss turns from squared to absolute."""
+    normalize: bool = True
+    """Give the latents of every image mean 0 and standard deviation 1, so that the loss has one scale for all VAEs."""
+
+    has_cosine: ClassVar[bool] = False
+
+    def needs(self) -> Needs:
+        """Return the block, the clean latents, and the prediction, whose loss is compared with the regularizer's."""
+        return Needs(taps=(self.block_index,), latents=True, prediction=True)
+
+    def overhead(self, sizes: Sizes) -> Overhead:
+        """Return the projector."""
+        (tap,) = sizes.taps
+        values = round(sizes.latents.dim * sizes.latents.number / tap.number)
+        parameters, macs = self.projector.size(tap.dim, values)
+        return Overhead(parameters, macs * tap.number)
+
+
+@regularizer("relation", f"{_METHODS}.relation:Relation")
+class RelationSettings(EncoderTargetSettings):
+    """Token relations (VideoREPA, 2505.23656; VA-VAE, 2501.01423): matches similarities of tokens, not the tokens."""
+
+    type: Literal["relation"] = "relation"
+    relation: ManifoldSettings = ManifoldSettings(distance="l1_margin")
+    """Which pairs are compared, and how; the default is VideoREPA's."""
+
+    has_cosine: ClassVar[bool] = False
+
+
+@regularizer("self_transcendence", f"{_METHODS}.self_transcendence:SelfTranscendence")
+class SelfTranscendenceSettings(TwoBlockSettings):
+    """Self-Transcendence (2601.07773): an earlier, guided model of the same kind teaches a block of the new one."""
+
+    type: Literal["self_transcendence"] = "self_transcendence"
+    weights: LocalFile | None = None
+    """The teacher's `model.safetensors`, from `repa-lab export`; null is the pretrained model before its first step."""
+    guidance: Annotated[float, Field(ge=0)] = 30.0
+    """Scale of classifier-free guidance of the teacher's tokens; 1 is none, and saves a pass."""
+    low: Fraction = 0.4
+    """Images below this time are left out; 0 is data, 1 is noise."""
+    high: Fraction = 0.7
+    """Images above this time are left out."""
+    projector: ProjectorSection = ProjectorSettings()
+    """The map from the student's tokens to the teacher's."""
+
+    def needs(self) -> Needs:
+        """Return the student's block and the block of the frozen teacher."""
+        frozen = FrozenModel(self.weights, self.guidance)
+        return Needs(taps=(self.block_index,), frozen_taps=(self.teacher_block,), frozen=frozen)
+
+    def overhead(self, sizes: Sizes) -> Overhead:
+        """Return the projector."""
+        (tap,) = sizes.taps
+        parameters, macs = self.projector.size(tap.dim, tap.dim)
+        return Overhead(parameters, macs * tap.number)
+
+    def problems(self, facts: TrainingFacts) -> Iterator[tuple[str, str]]:
+        """Yield the problems of two blocks, a teacher that was never trained, and an empty range of times."""
+        yield from super().problems(facts)
+        if self.weights is None and not facts.is_pretrained:
+            advice = "train one, and name its model.safetensors (repa-lab export)"
+            yield "weights", f"before its first step a denoiser from scratch has learned nothing to teach: {advice}"
+        if self.low > self.high:
+            yield "low", f"low must not be above high, got {self.low} and {self.high}"

@@ -1,0 +1,299 @@
+"""Every method against its formula in NumPy float64, and where its gradients go."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from repa_lab.align import Loss, Prediction, Regularizer, Shapes, Signals, Tokens
+from repa_lab.align.methods.sra2 import latents_of_tokens
+from repa_lab.align.needs import Needs, Sizes, TokenSize, TrainingFacts
+from repa_lab.align.settings import REGULARIZERS
+
+GRID, WIDTH = (4, 4), 6
+FACTS = TrainingFacts(depth=12, images=4, is_pretrained=False)
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens(seed: int = 0, width: int = WIDTH, grid: tuple[int, int] = GRID, images: int = 3) -> Tokens:
+    return Tokens(draw(images, grid[0] * grid[1], width, seed=seed).requires_grad_(), grid)
+
+
+def build(kind: str, shapes: Shapes, **settings) -> Regularizer:
+    component = REGULARIZERS[kind]
+    chosen = component.settings.model_validate({"type": kind, **settings}).resolved(1, 10, 12)
+    torch.manual_seed(3)
+    return component.load()(chosen, shapes)
+
+
+def needs(kind: str, **settings) -> Needs:
+    component = REGULARIZERS[kind]
+    return component.needs(component.settings.model_validate({"type": kind, **settings}).resolved(3, 10, 12))
+
+
+def problems(kind: str, facts: TrainingFacts = FACTS, block: int = 3, **settings) -> list[tuple[str, str]]:
+    chosen = REGULARIZERS[kind].settings.model_validate({"type": kind, **settings})
+    return list(chosen.resolved(block, 10, facts.depth or 12).problems(facts))
+
+
+def numpy(values: torch.Tensor) -> np.ndarray:
+    return values.detach().double().numpy()
+
+
+def cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return (left * right).sum(-1) / (np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1))
+
+
+def linear(projector: nn.Module, values: np.ndarray) -> np.ndarray:
+    """SimpleTuner's LayerNorm + Linear, by hand."""
+    norm, layer = projector.net["layers"]
+    mean, var = values.mean(-1, keepdims=True), values.var(-1, keepdims=True)
+    normed = (values - mean) / np.sqrt(var + norm.eps) * numpy(norm.weight) + numpy(norm.bias)
+    return normed @ numpy(layer.weight).T + numpy(layer.bias)
+
+
+class TestDispersive:
+    SHAPES = Shapes((WIDTH,))
+
+    def loss(self, student: Tokens, **settings) -> Loss:
+        return build("dispersive", self.SHAPES, **settings)(Signals(taps=(student,)))
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.5])
+    def test_infonce_over_squared_distances(self, temperature):
+        student = tokens()
+        z = numpy(student.values).reshape(3, -1)
+        apart = ((z[:, None] - z[None]) ** 2).sum(-1) / z.shape[1]
+        expected = np.log(np.exp(-apart / temperature).mean())  # all 9 pairs, the diagonal too
+        found = self.loss(student, temperature=temperature)
+        assert found.value.item() == pytest.approx(expected, rel=1e-5)
+        assert found.parts["distance"].item() == pytest.approx(apart.sum() / 6, rel=1e-5)
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.5])
+    def test_infonce_over_cosines(self, temperature):
+        student = tokens()
+        z = numpy(student.values).reshape(3, -1)
+        similar = cosines(z[:, None], z[None])
+        expected = np.log(np.exp(similar / temperature).mean())
+        assert self.loss(student, loss="infonce_cosine", temperature=temperature).value.item() == pytest.approx(
+            expected, rel=1e-5
+        )
+
+    def test_hinge(self):
+        student = tokens()
+        z = numpy(student.values).reshape(3, -1)
+        apart = ((z[:, None] - z[None]) ** 2).sum(-1) / z.shape[1]
+        off = apart[~np.eye(3, dtype=bool)]
+        for margin in (1.0, 2.0):
+            expected = (np.maximum(0, margin - off) ** 2).mean()
+            assert self.loss(student, loss="hinge", margin=margin).value.item() == pytest.approx(expected, rel=1e-4)
+
+    @pytest.mark.parametrize("loss", ["infonce_l2", "infonce_cosine", "hinge"])
+    def test_a_step_down_the_gradient_drives_two_images_apart(self, loss):
+        one = draw(1, 16, WIDTH)
+        student = Tokens(torch.cat([one, one + 0.1 * draw(1, 16, WIDTH, seed=1)]).requires_grad_(), GRID)
+        before = self.loss(student, loss=loss)
+        (gradient,) = torch.autograd.grad(before.value, student.values)
+        after = self.loss(Tokens(student.values - gradient, GRID), loss=loss)
+        assert after.parts["distance"] > before.parts["distance"]
+        if loss != "infonce_cosine":  # whose gradients are orthogonal to the images
+            torch.testing.assert_close(gradient[0], -gradient[1], rtol=1e-3, atol=1e-6)
+
+    def test_equal_images_have_a_finite_gradient(self):
+        student = Tokens(draw(1, 16, WIDTH).expand(3, -1, -1).clone().requires_grad_(), GRID)
+        value = self.loss(student).value
+        assert value.item() == pytest.approx(0, abs=1e-6)  # log 1, the most that it can be
+        (gradient,) = torch.autograd.grad(value, student.values)
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+    def test_half_precision_is_computed_in_float32(self):
+        student = tokens()
+        half = Tokens(student.values.detach().bfloat16(), GRID)
+        assert torch.equal(self.loss(half).value, self.loss(Tokens(half.values.float(), GRID)).value)
+
+    def test_one_image_is_refused(self):
+        with pytest.raises(ValueError, match="there is a single one"):
+            self.loss(tokens(images=1))
+        assert [field for field, _ in problems("dispersive", TrainingFacts(12, 1, False))] == ["type"]
+        assert problems("dispersive", TrainingFacts(12, 2, False)) == []
+
+
+class TestLayerSync:
+    SHAPES = Shapes((WIDTH, WIDTH))
+
+    def test_the_formula(self):
+        student, teacher = tokens(), tokens(1)
+        found = build("layersync", self.SHAPES)(Signals(taps=(student, teacher)))
+        expected = cosines(numpy(student.values), numpy(teacher.values)).mean()
+        assert found.value.item() == pytest.approx(-expected, rel=1e-5)
+        assert found.parts["cosine"].item() == pytest.approx(expected, rel=1e-5)
+
+    def test_no_gradient_reaches_the_teacher(self):
+        student, teacher = tokens(), tokens(1)
+        build("layersync", self.SHAPES)(Signals(taps=(student, teacher))).value.backward()
+        assert student.values.grad.abs().min() > 0
+        assert teacher.values.grad is None
+
+    def test_a_smaller_grid_is_resampled(self):
+        student, teacher = tokens(), Tokens(torch.ones(3, 4, WIDTH), (2, 2))
+        found = build("layersync", self.SHAPES)(Signals(taps=(student, teacher)))
+        expected = cosines(numpy(student.values), np.ones(WIDTH)).mean()
+        assert found.value.item() == pytest.approx(-expected, rel=1e-5)
+
+    def test_it_trains_nothing_of_its_own(self):
+        assert list(build("layersync", self.SHAPES).parameters()) == []
+
+    @pytest.mark.parametrize(("depth", "student", "teacher"), [(28, 7, 15), (24, 7, 13), (12, 3, 6), (4, 1, 2)])
+    def test_the_suggested_teacher(self, depth, student, teacher):
+        settings = REGULARIZERS["layersync"].settings().resolved(student, 10, depth)
+        assert settings.needs().taps == (student, teacher)
+
+    def test_blocks_in_the_wrong_order_are_refused(self):
+        for teacher in (2, 3):
+            ((field, message),) = problems("layersync", block_index=3, teacher_block=teacher)
+            assert field == "teacher_block"
+            assert message == f"the teacher must come after the student: block_index is 3, teacher_block {teacher}"
+        assert problems("layersync", teacher_block=2) != []  # after the suggested 3
+        assert problems("layersync", block_index=3, teacher_block=4) == []
+
+
+class TestSRA2:
+    SHAPES = Shapes((WIDTH,), strides=(2,), latents=4)
+
+    def signals(self, latents: torch.Tensor, error: float = 0.5) -> Signals:
+        prediction = Prediction(torch.full((3, 4, 8, 8), error), torch.zeros(3, 4, 8, 8))
+        return Signals(taps=(tokens(),), latents=latents, prediction=prediction)
+
+    def test_a_token_has_the_latents_of_its_cells(self):
+        latents = torch.arange(2 * 4 * 6.0).view(1, 2, 4, 6)
+        found = latents_of_tokens(latents, (2, 3))
+        assert found.grid == (2, 3)
+        # Token 4 is in the second row, second column: cells 2..3 by 2..3 of both channels.
+        assert found.values[0, 4].tolist() == [*latents[0, 0, 2:4, 2:4].flatten(), *latents[0, 1, 2:4, 2:4].flatten()]
+        with pytest.raises(ValueError, match="a grid of 3x3 tokens does not divide latents of 4x6"):
+            latents_of_tokens(latents, (3, 3))
+
+    @pytest.mark.parametrize("normalize", [True, False])
+    def test_the_formula(self, normalize):
+        latents = 60 * draw(3, 4, 8, 8, seed=2) + 7
+        regularizer = build("sra2", self.SHAPES, normalize=normalize, projector="linear")
+        signals = self.signals(latents)
+        found = regularizer(signals)
+        z = numpy(latents)
+        if normalize:
+            z = (z - z.mean((1, 2, 3), keepdims=True)) / z.std((1, 2, 3), keepdims=True)
+        z = z.reshape(3, 4, 4, 2, 4, 2).transpose(0, 2, 4, 1, 3, 5).reshape(3, 16, 16)
+        off = np.abs(linear(regularizer.projector, numpy(signals.taps[0].values)) - z)
+        expected = np.where(off < 0.05, off**2 / 0.1, off - 0.025).mean()
+        assert found.value.item() == pytest.approx(expected, rel=1e-5)
+        assert found.parts["ratio"].item() == pytest.approx(expected / 0.25, rel=1e-5)
+
+    def test_normalized_the_scale_of_the_latents_does_not_matter(self):
+        latents = draw(3, 4, 8, 8, seed=2)
+        regularizer = build("sra2", self.SHAPES)
+        small, large = (regularizer(self.signals(scale * latents + 3)).value for scale in (1.0, 1000.0))
+        assert small.item() == pytest.approx(large.item(), rel=1e-4)
+        raw = build("sra2", self.SHAPES, normalize=False)
+        assert raw(self.signals(1000 * latents)).value > 100 * raw(self.signals(latents)).value
+
+    def test_flat_latents_are_finite(self):
+        assert build("sra2", self.SHAPES)(self.signals(torch.full((3, 4, 8, 8), 2.0))).value.isfinite()
+
+    def test_gradients_reach_the_tap_and_the_projector_but_not_the_prediction(self):
+        signals = self.signals(draw(3, 4, 8, 8))
+        output = signals.prediction.output.requires_grad_()
+        regularizer = build("sra2", self.SHAPES)
+        regularizer(signals).value.backward()
+        assert signals.taps[0].values.grad.abs().max() > 0
+        assert all(parameter.grad is not None for parameter in regularizer.parameters())
+        assert output.grad is None
+
+    def test_the_projector_costs_what_it_is(self):
+        settings = REGULARIZERS["sra2"].settings()
+        overhead = settings.overhead(Sizes((TokenSize(WIDTH, 16),), (), TokenSize(4, 64)))
+        assert overhead.parameters == sum(one.numel() for one in build("sra2", self.SHAPES).parameters())
+
+
+class TestRelation:
+    SHAPES = Shapes((WIDTH,), (5,))
+
+    def test_the_formula_of_trd(self):
+        regularizer = build("relation", self.SHAPES, projector="linear")
+        student, teacher = tokens(), tokens(1, width=5)
+        found = regularizer(Signals(taps=(student,), encoders=(teacher,)))
+        s, y = linear(regularizer.projectors[0], numpy(student.values)), numpy(teacher.values)
+        difference = cosines(s[:, :, None], s[:, None]) - cosines(y[:, :, None], y[:, None])
+        expected = np.maximum(0, np.abs(difference) - 0.1).mean()
+        assert found.value.item() == pytest.approx(expected, rel=1e-5)
+        assert found.parts["relation"].item() == found.value.item()
+
+    def test_a_rotation_of_the_teacher_changes_nothing(self):
+        rotation = torch.linalg.qr(draw(5, 5, seed=4))[0]
+        regularizer, student, teacher = build("relation", self.SHAPES), tokens(), tokens(1, width=5)
+        straight, turned = (
+            regularizer(Signals(taps=(student,), encoders=(Tokens(values, GRID),))).value.item()
+            for values in (teacher.values, teacher.values @ rotation)
+        )
+        assert straight == pytest.approx(turned, rel=1e-4)
+
+    def test_within_the_margin_there_is_no_gradient(self):
+        student = tokens()
+        regularizer = build("relation", self.SHAPES, relation={"distance": "l1_margin", "margin": 2.0})
+        regularizer(Signals(taps=(student,), encoders=(tokens(1, width=5),))).value.backward()
+        assert torch.equal(student.values.grad, torch.zeros_like(student.values))
+
+    def test_a_single_token_is_refused(self):
+        with pytest.raises(ValueError, match="there is a single token"):
+            build("relation", self.SHAPES)(
+                Signals(taps=(tokens(grid=(1, 1)),), encoders=(tokens(1, width=5, grid=(1, 1)),))
+            )
+
+
+class TestSelfTranscendence:
+    SHAPES = Shapes((WIDTH,), frozen_taps=(5,))
+    TIMES = torch.tensor([0.39, 0.4, 0.7])
+
+    def test_the_formula(self):
+        regularizer = build("self_transcendence", self.SHAPES, projector="linear")
+        student, teacher = tokens(), tokens(1, width=5)
+        found = regularizer(Signals(taps=(student,), frozen_taps=(teacher,), times=self.TIMES))
+        s = linear(regularizer.projector, numpy(student.values))
+        cosine = cosines(s, numpy(teacher.values)).mean(1)
+        assert found.value.item() == pytest.approx(-cosine[1:].sum() / 3, rel=1e-5)  # the first image is out of range
+        assert found.parts["cosine"].item() == pytest.approx(cosine.mean(), rel=1e-5)
+
+    def test_images_out_of_range_and_the_teacher_get_no_gradient(self):
+        student, teacher = tokens(), tokens(1, width=5)
+        build("self_transcendence", self.SHAPES)(
+            Signals(taps=(student,), frozen_taps=(teacher,), times=self.TIMES)
+        ).value.backward()
+        reached = student.values.grad.abs().amax((1, 2)) > 0
+        assert reached.tolist() == [False, True, True]
+        assert teacher.values.grad is None
+
+    def test_what_it_needs(self):
+        asked = needs("self_transcendence", weights="model.safetensors", guidance=4.0)
+        assert (asked.taps, asked.frozen_taps) == ((3,), (6,))
+        assert (asked.frozen.weights, asked.frozen.guidance, asked.extra_passes) == ("model.safetensors", 4.0, 2)
+        assert needs("self_transcendence", guidance=1.0).extra_passes == 1
+
+    def test_a_teacher_that_learned_nothing_is_refused(self):
+        ((field, message),) = problems("self_transcendence")
+        assert field == "weights"
+        assert message.startswith("before its first step a denoiser from scratch has learned nothing to teach")
+        assert problems("self_transcendence", TrainingFacts(12, 4, True)) == []
+        assert problems("self_transcendence", weights="model.safetensors") == []
+        ((field, _),) = problems("self_transcendence", TrainingFacts(12, 4, True), low=0.8)
+        assert field == "low"
+
+
+@pytest.mark.parametrize("kind", ["dispersive", "sra2", "relation"])
+def test_a_similarity_threshold_without_a_cosine_is_refused(kind):
+    ((field, message),) = problems(kind, schedule={"similarity_threshold": 0.5})
+    assert field == "schedule.similarity_threshold"
+    assert message == f"{kind} measures no cosine of tokens that could reach a threshold: leave it out"
+    assert problems("layersync", schedule={"similarity_threshold": 0.5}) == []
