@@ -113,20 +113,20 @@ CASES = [
     (("name: sound", "name: cache"), "1:1: name: 'cache' is a folder of the runs root; choose another name"),
     (
         (ONE, "{type: layersync, block_index: 2, teacher_block: 1}"),
-        "3:47: regularizer.teacher_block: the teacher must come after the student: block_index is 2, teacher_block 1",
+        "3:48: regularizer.teacher_block: the teacher must come after the student: block_index is 2, teacher_block 1",
     ),
     (
         (ONE, "{type: layersync, teacher_block: 4}"),
-        "3:31: regularizer.teacher_block: sit has 4 blocks: block_index must be 0 to 3, got 4",
+        "3:32: regularizer.teacher_block: sit has 4 blocks: block_index must be 0 to 3, got 4",
     ),
     (
         (ONE, f"[{ONE}, {{type: dispersive}}]\nrun: {{micro_batch: 1}}"),
-        "3:80: regularizer.1.type: dispersive compares the images of one forward pass, and there is only one: raise "
+        "3:83: regularizer.1.type: dispersive compares the images of one forward pass, and there is only one: raise "
         "train.batch_size or run.micro_batch, or use fewer processes",
     ),
     (
         (ONE, "{type: self_transcendence}"),
-        "3:14: regularizer.weights: before its first step a denoiser from scratch has learned nothing to teach: train one",
+        "3:1: regularizer.weights: before its first step a denoiser from scratch has learned nothing to teach: train one",
     ),
     (
         (ONE, "{type: self_transcendence, weights: nowhere.safetensors}"),
