@@ -10,7 +10,7 @@ import pytest
 from repa_lab import plan, sweep
 from repa_lab.align.settings import agreement
 from repa_lab.orchestration.executors import Task
-from repa_lab.orchestration.sharing import RunList, _schedule, share
+from repa_lab.orchestration.sharing import RunList, _schedules, share
 from repa_lab.runs import RunsRoot, State
 from repa_lab.runs.checkpoints import Fork, forkable_steps, written_by
 from repa_lab.spec import StopRule
@@ -89,7 +89,7 @@ class TestThePlan:
 
     def test_the_one_step_that_a_warmup_from_zero_has_in_common_is_not_worth_a_checkpoint(self, tmp_path):
         pair = [named(str(weight), **{"regularizer.weight": weight, CUT: {"warmup_steps": 3}}) for weight in (0.5, 0.6)]
-        assert agreement(*(_schedule(run.config) for run in pair), 12) == 1
+        assert agreement(*(_schedules(run.config)[0] for run in pair), 12) == 1
         found = share(pair, [], RunsRoot(tmp_path))
         assert (found.forks, found.trained) == ({}, 24)
 
@@ -97,7 +97,9 @@ class TestThePlan:
         shapes = ({"type": "constant"}, {"type": "linear", "decay_steps": 10})
         pair = [named(str(number), **{CUT: {"warmup_steps": 3, **shape}}) for number, shape in enumerate(shapes)]
         found = share(pair, [], RunsRoot(tmp_path))
-        assert [fork.step for fork in found.forks.values()] == [agreement(*(_schedule(run.config) for run in pair), 12)]
+        assert [fork.step for fork in found.forks.values()] == [
+            agreement(*(_schedules(run.config)[0] for run in pair), 12)
+        ]
         assert found.trained < found.asked
 
     def test_the_tree_leaves_the_fewest_steps(self, tmp_path):
