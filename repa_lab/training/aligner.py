@@ -202,7 +202,9 @@ class Aligner:
         its gradients in steps of weight 0.
         """
         for term in self.terms:
-            term.wrapped = accelerator.prepare(term.regularizer.to(accelerator.device))
+            module = term.regularizer.to(accelerator.device)
+            trains = any(parameter.requires_grad for parameter in module.parameters())
+            term.wrapped = accelerator.prepare(module) if trains else module  # nothing to exchange without parameters
 
     def retract(self, step: int) -> None:
         """Forget a failed attempt at ``step``, which will be repeated."""
