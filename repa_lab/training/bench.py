@@ -66,18 +66,19 @@ class ReferenceLoop:
     def _step(self, batch: Batch) -> tuple[float, float]:
         trainer, state, step = self._trainer, self._trainer.state, self._trainer.progress.step
         aligner = trainer.aligner
-        assert aligner is not None and isinstance(aligner.regularizer, REPA)
+        assert aligner is not None and isinstance(regularizer := aligner.module, REPA)
         x_t, target = trainer.model.process.corrupt(batch.x, batch.noise, batch.t)
         denoise = denoising_loss(state.denoiser(x_t, batch.t, **batch.condition), target)
-        student = aligner.taps[0].take()
+        (tap,) = aligner.taps.values()
+        student = tap.take()
         losses = []
-        for number, targets in enumerate(aligner.targets):
+        for number, targets in enumerate(aligner.targets.values()):
             teacher = targets(batch.ids, trainer.device, batch.loaded[number] if batch.loaded else None)
-            pairs = aligner.regularizer.match(student, teacher, number)
+            pairs = regularizer.match(student, teacher, number)
             images = zip(pairs.student.split(1), pairs.teacher.split(1), strict=True)
-            losses.append(torch.stack([_loss(aligner.regularizer, Pair(*image), step) for image in images]).mean())
+            losses.append(torch.stack([_loss(regularizer, Pair(*image), step) for image in images]).mean())
         aligned = torch.stack(losses).mean()
-        trainer.accelerator.backward(denoise + aligner.regularizer.weight_at(step) * aligned)
+        trainer.accelerator.backward(denoise + regularizer.weight_at(step) * aligned)
         if limit := trainer.config.train.grad_clip:
             trainer.accelerator.clip_grad_norm_(list(self._live.values()), limit)
         state.optimizer.step()

@@ -60,8 +60,7 @@ class SpeedMeter:
     ) -> None:
         self._config, self._progress, self._device = config, progress, device
         # Activations that are computed again are not the model's FLOPs.
-        cost = cost_of(config, options.model_copy(update={"gradient_checkpointing": False}))
-        self._denoiser_flops, self._projector_flops = cost.denoiser_flops, cost.projector_flops
+        self._cost = cost_of(config, options.model_copy(update={"gradient_checkpointing": False}))
         self._ceiling = processes * matmul_ceiling(device, PRECISION[options.precision])
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # forget the matrices
@@ -92,8 +91,10 @@ class SpeedMeter:
         progress.seconds += seconds
         progress.data_seconds += self._waited
         steps, batch = progress.step - first, self._config.train.batch_size
-        active = active_steps(self._config, progress.step) - active_steps(self._config, first)
-        flops = batch * (steps * self._denoiser_flops + active * self._projector_flops)
+        flops = batch * steps * self._cost.denoiser_flops
+        for settings, added in zip(self._config.regularizers, self._cost.regularizers, strict=True):
+            active = active_steps(settings, progress.step) - active_steps(settings, first)
+            flops += batch * active * (added.projector_flops + added.teacher_flops)
         self.start()
         return {
             "cost/images_per_second": _rounded(steps * batch / seconds),

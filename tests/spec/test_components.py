@@ -242,6 +242,7 @@ class TestFiles:
         "data.vae": ({}, False),
         "regularizer.encoder.weights": ({"regularizer": {"type": "repa"}}, True),
         "regularizer.encoder.tae": ({"regularizer": {"type": "repa", "encoder": {"pixels": "tae"}}}, False),
+        "regularizer.weights": ({"regularizer": {"type": "self_transcendence"}}, True),
         "evaluate.encoder.weights": ({"evaluate": {"encoder": {"name": "e"}}}, True),
         "evaluate.encoder.tae": ({"evaluate": {"encoder": {"name": "e", "pixels": "tae"}}}, False),
         "evaluate.extractor.weights": ({}, True),

@@ -19,7 +19,7 @@ def allowed(*models: type[BaseModel]) -> str:
     return f"allowed: {', '.join(sorted({name for model in models for name in model.model_fields}))}"
 
 
-ANY_TYPE = allowed(*(REGULARIZERS[name].settings for name in ("none", "repa", "urepa")))
+ANY_TYPE = allowed(*(component.settings for component in REGULARIZERS.values()))
 SECTIONS = "an arm varies fields of model, regularizer, data, train, evaluate"
 
 # name: (what follows the first four lines, or the whole file where it begins with its own name; the lines expected)
