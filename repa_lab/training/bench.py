@@ -66,7 +66,9 @@ class ReferenceLoop:
     def _step(self, batch: Batch) -> tuple[float, float]:
         trainer, state, step = self._trainer, self._trainer.state, self._trainer.progress.step
         aligner = trainer.aligner
-        assert aligner is not None and isinstance(regularizer := aligner.module, REPA)
+        assert aligner is not None
+        regularizer = aligner.module
+        assert isinstance(regularizer, REPA)
         x_t, target = trainer.model.process.corrupt(batch.x, batch.noise, batch.t)
         denoise = denoising_loss(state.denoiser(x_t, batch.t, **batch.condition), target)
         (tap,) = aligner.taps.values()
