@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Images of containers often set this, and then every process compiles torch and diffusers again: 10 s instead of 4.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: quickstart test check bench install clean
 
 quickstart: install  ## a real sweep on real data with a report, on a CPU, in minutes
