@@ -291,6 +291,56 @@ class TestSelfTranscendence:
         assert field == "low"
 
 
+class TestSRA:
+    SHAPES = Shapes((WIDTH,), ema_taps=(5,))
+
+    def test_the_formula(self):
+        regularizer = build("sra", self.SHAPES, projector="linear", beta=0.4)
+        student, teacher = tokens(), tokens(1, width=5)
+        found = regularizer(Signals(taps=(student,), ema_taps=(teacher,)))
+        s, g = linear(regularizer.projector, numpy(student.values)), numpy(teacher.values)
+        off = np.abs(s - g)
+        assert (off < 0.4).any()
+        expected = np.where(off < 0.4, off**2 / 0.8, off - 0.2).mean()
+        assert found.value.item() == pytest.approx(expected, rel=1e-5)
+        assert found.parts["cosine"].item() == pytest.approx(cosines(s, g).mean(), rel=1e-5)
+
+    def test_the_cosine_is_over_the_channels(self):
+        regularizer = build("sra", self.SHAPES, projector="linear", loss="cosine")
+        student, teacher = tokens(), tokens(1, width=5)
+        found = regularizer(Signals(taps=(student,), ema_taps=(teacher,)))
+        s, g = linear(regularizer.projector, numpy(student.values)), numpy(teacher.values)
+        assert found.value.item() == pytest.approx(-cosines(s, g).mean(), rel=1e-5)
+        scaled = Tokens(
+            teacher.values * torch.arange(1.0, 17).view(1, 16, 1), GRID
+        )  # of every token, by another factor
+        again = regularizer(Signals(taps=(student,), ema_taps=(scaled,)))
+        assert again.value.item() == pytest.approx(found.value.item(), rel=1e-5)
+
+    @pytest.mark.parametrize("loss", ["smooth_l1", "cosine"])
+    def test_gradients_reach_the_student_and_the_projector_but_not_the_teacher(self, loss):
+        student, teacher = tokens(), tokens(1, width=5)
+        regularizer = build("sra", self.SHAPES, loss=loss)
+        regularizer(Signals(taps=(student,), ema_taps=(teacher,))).value.backward()
+        assert student.values.grad.abs().amax((0, 2)).min() > 0
+        assert all(parameter.grad.abs().max() > 0 for parameter in regularizer.parameters())
+        assert teacher.values.grad is None
+
+    def test_what_it_needs(self):
+        asked = needs("sra", less_noise=0.3)
+        assert (asked.taps, asked.ema_taps, asked.less_noise) == ((3,), (7,), 0.3)
+        assert (asked.extra_passes, asked.token_times) == (1, 0.0)
+
+    @pytest.mark.parametrize(("depth", "teacher"), [(28, 18), (24, 15), (12, 7)])
+    def test_the_suggested_teacher(self, depth, teacher):
+        assert REGULARIZERS["sra"].settings().resolved(3, 10, depth).needs().ema_taps == (teacher,)
+
+    def test_blocks_in_the_wrong_order_are_refused(self):
+        ((field, _),) = problems("sra", block_index=3, teacher_block=3)
+        assert field == "teacher_block"
+        assert problems("sra", schedule={"similarity_threshold": 0.5}) == []
+
+
 @pytest.mark.parametrize("kind", ["dispersive", "sra2", "relation"])
 def test_a_similarity_threshold_without_a_cosine_is_refused(kind):
     ((field, message),) = problems(kind, schedule={"similarity_threshold": 0.5})

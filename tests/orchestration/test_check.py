@@ -116,6 +116,10 @@ CASES = [
         "3:48: regularizer.teacher_block: the teacher must come after the student: block_index is 2, teacher_block 1",
     ),
     (
+        (ONE, "{type: sra, block_index: 2, teacher_block: 2}"),
+        "3:42: regularizer.teacher_block: the teacher must come after the student: block_index is 2, teacher_block 2",
+    ),
+    (
         (ONE, "{type: layersync, teacher_block: 4}"),
         "3:32: regularizer.teacher_block: sit has 4 blocks: block_index must be 0 to 3, got 4",
     ),

@@ -159,6 +159,16 @@ def test_a_frozen_teacher_costs_a_pass_or_two_and_its_weights():
     assert once.image_flops == pytest.approx(without.image_flops + forward + 6 * TAPPED**2 * projector)
 
 
+@pytest.mark.parametrize("kind", ["sra"])
+def test_an_averaged_teacher_costs_a_pass_and_the_projector(kind):
+    without, found = cost(make_run(**OFF)), cost(regularized({"type": kind, "projector": {"width": 16}}))
+    forward = without.denoiser_flops / 3  # a backward pass costs two forward passes
+    assert found.regularizers[0].teacher_flops == forward
+    assert found.memory.teachers == 0  # the averages are there anyway
+    projector = 2 * (WIDTH * 16) + 16**2  # multiply-adds of a token
+    assert found.image_flops == pytest.approx(without.image_flops + forward + 6 * TAPPED**2 * projector)
+
+
 def test_sra2_costs_its_projector():
     found = cost(regularized({"type": "sra2", "projector": {"width": 16}}))
     # A token of nano/2 stands for 2x2 pixels of one channel.

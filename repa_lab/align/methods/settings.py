@@ -54,6 +54,8 @@ class TwoBlockSettings(RegularizerSettings):
     """The block that teaches, 0-based, after `block_index`; null is at four sevenths of the depth (15 of XL's 28)."""
 
     kinds: ClassVar[tuple[str, ...]] = ("transformer",)
+    teacher_depth: ClassVar[float] = 4 / 7
+    """The suggested place of the teacher, as a share of the depth."""
 
     def resolved(self, block_index: BlockIndex, total_steps: int, depth: int) -> Self:
         """Return the settings with both blocks; see :meth:`RegularizerSettings.resolved`."""
@@ -61,7 +63,7 @@ class TwoBlockSettings(RegularizerSettings):
         student = settings.block_index
         if settings.teacher_block is not None or not isinstance(student, int):
             return settings
-        return settings.model_copy(update={"teacher_block": max(round(4 / 7 * depth) - 1, student + 1)})
+        return settings.model_copy(update={"teacher_block": max(round(self.teacher_depth * depth) - 1, student + 1)})
 
     def problems(self, facts: TrainingFacts) -> Iterator[tuple[str, str]]:
         """Yield the problems of all regularizers, and a teacher that does not come after its student."""
@@ -163,3 +165,39 @@ class SelfTranscendenceSettings(TwoBlockSettings):
             yield "weights", f"before its first step a denoiser from scratch has learned nothing to teach: {advice}"
         if self.low > self.high:
             yield "low", f"low must not be above high, got {self.low} and {self.high}"
+
+
+class AveragedTeacherSettings(TwoBlockSettings):
+    """The settings of methods in which a later block of the averaged model teaches an earlier block."""
+
+    teacher_block: BlockIndex | None = None
+    """The averaged model's block that teaches, 0-based, after `block_index`; null is at two thirds of the depth."""
+    projector: ProjectorSection = ProjectorSettings()
+    """The map from the student's tokens to the teacher's."""
+
+    teacher_depth: ClassVar[float] = 2 / 3
+
+    def overhead(self, sizes: Sizes) -> Overhead:
+        """Return the projector."""
+        (tap,) = sizes.taps
+        parameters, macs = self.projector.size(tap.dim, tap.dim)
+        return Overhead(parameters, macs * tap.number)
+
+
+@regularizer("sra", f"{_METHODS}.sra:SRA")
+class SRASettings(AveragedTeacherSettings):
+    """SRA (2505.02831): a later block of the averaged model, which sees less noise, teaches an earlier block."""
+
+    type: Literal["sra"] = "sra"
+    weight: NotNegative = 0.2
+    """Lambda: the weight after warm-up. At 0 nothing is computed."""
+    less_noise: Fraction = 0.2
+    """The teacher's time is lower than the student's by up to this much, drawn uniformly for each image."""
+    loss: Literal["smooth_l1", "cosine"] = "smooth_l1"
+    """The paper's smooth L1 loss, or minus the cosine as in the later code, which has weight 0.5."""
+    beta: Annotated[float, Field(gt=0)] = 0.05
+    """Error at which `smooth_l1` turns from squared to absolute."""
+
+    def needs(self) -> Needs:
+        """Return the student's block, and the averaged model's at less noise."""
+        return Needs(taps=(self.block_index,), ema_taps=(self.teacher_block,), less_noise=self.less_noise)
