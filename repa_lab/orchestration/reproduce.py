@@ -15,7 +15,7 @@ from repa_lab.registry import did_you_mean
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SpecError, load_spec
 from repa_lab.spec.document import Draft, load_draft, plain
 from repa_lab.spec.errors import Place
-from repa_lab.spec.expand import config_of
+from repa_lab.spec.experiment import config_of
 from repa_lab.spec.schema import SECTIONS
 
 if TYPE_CHECKING:

@@ -3,8 +3,7 @@
 from repa_lab.align.settings import EncoderSettings, RegularizerSettings, ScheduleSettings
 from repa_lab.spec.errors import Place, Problem, SpecError
 from repa_lab.spec.evaluate import EvaluateConfig, ExtractorConfig
-from repa_lab.spec.expand import Arm
-from repa_lab.spec.experiment import Experiment, load_spec
+from repa_lab.spec.experiment import Arm, Experiment, load_spec
 from repa_lab.spec.options import (
     BudgetConfig,
     CompareConfig,

@@ -1,21 +1,77 @@
-"""An experiment: a spec file that was read and validated."""
+"""An experiment: a spec file that was read and validated, and its arms.
+
+The arms are the product of the axes, without what ``exclude`` names, then the ablation star, then the included arms.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+import math
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from repa_lab.registry import PluginError, did_you_mean, load_plugins
-from repa_lab.spec.document import Draft, lay_over, load_draft, names_in, plain
+from repa_lab.settings import SettingsOf
+from repa_lab.spec.conditions import holds, impossible_conditions, unknown_conditions
+from repa_lab.spec.document import Draft, lay_over, load_draft, names_in, paths_in, plain, value_at
 from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError, dotted
-from repa_lab.spec.expand import Arm, expand
 from repa_lab.spec.options import BudgetConfig, CompareConfig, PublishedConfig, RunOptions, SearchConfig, StopRule
-from repa_lab.spec.schema import RunConfig, SpecFile
-from repa_lab.spec.validate import unknown_field, validate
+from repa_lab.spec.ranges import RangeConfig
+from repa_lab.spec.schema import COMPONENTS, SECTIONS, RunConfig, SpecFile
+from repa_lab.spec.validate import fields_of, unknown_field, unknown_field_message, validate
 
 _IGNORED = "x-"  # begins the top-level keys that hold what other parts of a file merge with `<<`
+_MAX_ARMS = 10_000
+_MAX_PROBLEMS = 5  # reported for one value
+_LINE_BREAKS = ("Cc", "Zl", "Zp")  # Unicode's categories of control characters and line separators
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting of the varied fields.
+
+    Attributes:
+        label: the arm's name.
+        levels: the arm's level on every axis, by axis.
+        config: the validated settings, common to all seeds.
+        draft: the settings with their places, for errors that are found later. A search may change a component, so the
+            draft also keeps the fields of other components.
+    """
+
+    label: str
+    levels: Mapping[str, str]
+    config: RunConfig
+    draft: Draft = field(compare=False, repr=False)
+
+    @property
+    def asked(self) -> RunConfig:
+        """The settings of the spec, to which conditions and comparisons refer."""
+        return self.config
+
+    def has(self, path: str) -> bool:
+        """Return whether the settings have a field at a dotted path; a section's fields depend on its component."""
+        settings, steps = self.config.model_dump(), path.split(".")
+        parents = (value_at(settings, [str(key) for key in keys[:-1]]) for keys in paths_in(settings, steps))
+        return any(isinstance(section, Mapping) and steps[-1] in section for section in parents)
+
+    def problem(self, path: str, message: str) -> Problem:
+        """Return a problem with one of the arm's settings, at the place that set it."""
+        keys = tuple(int(step) if step.isdecimal() else step for step in path.split("."))
+        return Problem(self.draft.place(keys), path, message)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Arm:
+        """Return the arm with some dotted paths set, as a search does."""
+        draft = self.draft.copy()
+        for path, value in settings.items():
+            draft.set(path, value, Place(None))
+        names = _short_names(settings)
+        texts = {path: f"{value:.6g}" if isinstance(value, float) else value for path, value in settings.items()}
+        label = [self.label] if self.levels else []
+        label += [f"{names[path]}={text}" for path, text in texts.items()]
+        return Arm(", ".join(label), self.levels, config_of(draft), draft)
 
 
 @dataclass(frozen=True)
@@ -84,13 +140,13 @@ def load_spec(
     document.value = {key: value for key, value in document.value.items() if not key.startswith(_IGNORED)}
     _load_plugins(document)
     spec, problems = _validate_outside_arms(document)
-    problems += _unknown_conditions(spec, document)
+    problems += [*_seeds_and_search(spec, document), *unknown_conditions(spec, document)]
     arms: tuple[Arm, ...] = ()
     try:
-        arms = expand(spec, document)
+        arms = _expand(spec, document)
     except SpecError as error:
         problems += error.problems
-    problems += _impossible_conditions(spec, document, arms)
+    problems += impossible_conditions(spec, document, arms)
     if problems:
         raise SpecError(problems)
     return Experiment(
@@ -134,48 +190,226 @@ def _validate_outside_arms(document: Draft) -> tuple[SpecFile, list[Problem]]:
         return SpecFile.model_validate({"name": "unnamed", **valid}), error.problems
 
 
-def _unknown_conditions(spec: SpecFile, document: Draft) -> Iterator[Problem]:
-    """Yield repeated seeds, and search spaces and conditions on fields or levels that do not exist."""
-    seeds, names = spec.seeds if isinstance(spec.seeds, list) else [], names_in(document.value)
+def _seeds_and_search(spec: SpecFile, document: Draft) -> Iterator[Problem]:
+    """Yield repeated seeds, and searched fields that do not exist."""
+    seeds = spec.seeds if isinstance(spec.seeds, list) else []
     for index, seed in enumerate(seeds):
         if seed in seeds[:index]:
             yield Problem(document.place(("seeds", index)), f"seeds.{index}", f"the seed {seed} is given twice")
     for key in spec.search.space if spec.search else ():
-        if message := unknown_field(RunConfig, key, names):
+        if message := unknown_field(RunConfig, key, names_in(document.value)):
             yield Problem(document.place(("search", "space", key)), f"search.space.{key}", message)
-    axes = document.value.get("axes")
-    axis_names = axes if isinstance(axes, dict) else {}
-    for path, wanted in _conditions(spec):
-        key, message = str(path[-1]), None
-        if isinstance(levels := spec.axes.get(key), dict):
-            unknown_levels = [name for name in (wanted if isinstance(wanted, list) else [wanted]) if name not in levels]
-            if unknown_levels:
-                hint = did_you_mean(str(unknown_levels[0]), levels)
-                message = f"no level {unknown_levels[0]!r}; there are: {', '.join(levels)}{hint}"
-        elif key not in axis_names and (unknown := unknown_field(RunConfig, key, names)):
-            message = unknown + did_you_mean(key, axis_names)
-        if message:
-            yield Problem(document.place(path), dotted(path), message)
 
 
-def _impossible_conditions(spec: SpecFile, document: Draft, arms: tuple[Arm, ...]) -> Iterator[Problem]:
-    """Yield conditions on values that the field cannot have, such as a misspelt choice: they would never hold."""
-    for path, wanted in _conditions(spec) if arms else ():
-        key = str(path[-1])
-        if key in spec.axes or unknown_field(RunConfig, key, names_in(document.value)):
+# ---- arms
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One level of an axis, one value of the star, or one included arm; settings by dotted path, with their places."""
+
+    axis: str
+    name: str
+    settings: Mapping[str, tuple[Any, Place]]
+    place: Place
+
+
+_Cell = tuple[_Level, ...]
+_ComponentNames = Mapping[KeyPath, Iterable[str]]  # the names of components by the path of their section
+
+
+def _expand(spec: SpecFile, document: Draft) -> tuple[Arm, ...]:
+    """Return the arms of a document: the product of the axes, then the star, then the included arms.
+
+    Raises:
+        SpecError: every problem of every arm.
+    """
+    base = Draft({key: document.value[key] for key in SECTIONS if key in document.value}, dict(document.places))
+    names = _short_names(dict.fromkeys([*spec.axes, *spec.one_at_a_time]))
+    axes = [
+        [_named_level(axis, name, value or {}, document, ("axes", axis, name)) for name, value in values.items()]
+        if isinstance(values, dict)
+        else _value_levels(axis, values, document, "axes", names[axis])
+        for axis, values in spec.axes.items()
+    ]
+    extra = [
+        level
+        for axis, values in spec.one_at_a_time.items()
+        for level in _value_levels(axis, values, document, "one_at_a_time", names[axis])
+    ] + [
+        _named_level("include", arm.label, arm.set, document, ("include", index, "set"))
+        for index, arm in enumerate(spec.include)
+    ]
+    if (count := math.prod(map(len, axes)) + len(extra)) > _MAX_ARMS:
+        key = "axes" if axes else "one_at_a_time"
+        raise SpecError([Problem(document.place((key,)), key, f"{count:,} arms; at most {_MAX_ARMS:,}")])
+    levels = [*itertools.chain.from_iterable(axes), *extra]
+    components = _components(spec, base, levels)
+    cells: list[_Cell] = [
+        cell for cell in itertools.product(*axes) if not _is_excluded(cell, base, components, spec.exclude)
+    ]
+    cells += [(level,) for level in extra]
+    problems = [
+        Problem(level.place, level.axis, f"an arm is called by one line of text, got {level.name!r}")
+        for level in levels
+        if any(unicodedata.category(character) in _LINE_BREAKS for character in level.name)
+    ]
+    repeated = [problem for axis in axes for problem in _repeated_labels([(level,) for level in axis])]
+    if not cells:
+        repeated.append(Problem(document.place(("exclude",)), "exclude", "every arm is excluded"))
+    problems += repeated or _repeated_labels(cells)
+    arms = []
+    for cell in cells:
+        try:
+            draft = _apply(base, cell)
+            levels_by_axis = {level.axis: level.name for level in cell}
+            arms.append(Arm(_label(cell), levels_by_axis, config_of(draft, components), draft))
+        except SpecError as error:
+            problems += error.problems
+    if problems:
+        raise SpecError(_limited(problems))
+    return tuple(arms)
+
+
+def config_of(draft: Draft, components: _ComponentNames | None = None) -> RunConfig:
+    """Return an arm's settings without the fields of other components: the arms of a sweep share their sections.
+
+    Args:
+        draft: the settings of the arm.
+        components: the components of the sweep by section, whose fields are ignored; None ignores the fields of every
+            component. ``none`` always ignores the fields of all others, so that any arm can be turned off.
+
+    Raises:
+        SpecError: every problem.
+    """
+    draft, problems = draft.copy(), []
+    for path, section, mark in _component_sections(draft):
+        if mark.key not in section or (settings := mark.settings_of(section)) is None:
             continue
-        arm = next((arm for arm in arms if arm.has(key)), arms[0])  # an arm with another component ignores the field
-        for value in wanted if isinstance(wanted, list) else [wanted]:
-            try:
-                arm.with_settings({key: value})
-            except SpecError as error:
-                for problem in error.problems:
-                    if problem.path == key:
-                        yield Problem(document.place(path), dotted(path), problem.message)
+        in_sweep = (mark.settings_of({mark.key: other}) for other in (components or {}).get(path, ()))
+        siblings = [settings, *(other for other in in_sweep if other)]
+        ignored = siblings if components and section[mark.key] != "none" else mark.choices
+        for key in section.keys() - fields_of(settings):
+            if not any(key in fields_of(other) for other in ignored):
+                message = unknown_field_message(key, siblings)
+                problems.append(Problem(draft.place((*path, key)), dotted((*path, key)), message))
+            del section[key]
+    try:
+        config = validate(RunConfig, draft)
+    except SpecError as error:
+        raise SpecError(problems + error.problems) from None
+    if problems:
+        raise SpecError(problems)
+    return config
 
 
-def _conditions(spec: SpecFile) -> Iterator[tuple[KeyPath, Any]]:
-    """Yield the entries of the rules of ``exclude`` and of the baseline, each with its path."""
-    for index, rule in enumerate(spec.exclude):
-        yield from ((("exclude", index, key), value) for key, value in rule.items())
-    yield from ((("compare", "baseline", key), value) for key, value in spec.compare.baseline.items())
+def _named_level(axis: str, name: str, settings: Mapping[str, Any], document: Draft, path: KeyPath) -> _Level:
+    placed = {setting: (value, document.place((*path, setting))) for setting, value in settings.items()}
+    return _Level(axis, name, placed, document.place(path))
+
+
+def _value_levels(axis: str, values: list[Any] | RangeConfig, document: Draft, key: str, name: str) -> list[_Level]:
+    levels = []
+    form = values.form if isinstance(values, RangeConfig) else None
+    for index, value in enumerate(values.values if isinstance(values, RangeConfig) else values):
+        place = document.place((key, axis, form or index))
+        is_short = isinstance(value, float) and float(f"{value:.4g}") == value
+        levels.append(
+            _Level(axis, f"{name}={value:.4g}" if is_short else f"{name}={value}", {axis: (value, place)}, place)
+        )
+    return levels
+
+
+def _component_sections(draft: Draft) -> Iterator[tuple[KeyPath, dict[str, Any], SettingsOf]]:
+    """Yield every section that holds the settings of a component, with its path."""
+    for name, mark in COMPONENTS.items():
+        section = draft.value.get(name)
+        is_list = isinstance(section, list)
+        for index, value in enumerate(section if isinstance(section, list) else [section]):
+            if isinstance(value, dict):
+                yield (name, index) if is_list else (name,), value, mark
+
+
+def _components(spec: SpecFile, base: Draft, levels: Iterable[_Level]) -> _ComponentNames:
+    """Return the components that the arms name or that a search tries, by the path of their section."""
+    components: dict[KeyPath, set[str]] = {}
+    for level in (None, *levels):
+        draft = base.copy()
+        try:
+            for setting, (value, place) in level.settings.items() if level else ():
+                draft.set(setting, value, place)
+        except SpecError:  # reported when the arms are built
+            continue
+        for path, section, mark in _component_sections(draft):
+            if isinstance(name := section.get(mark.key), str):
+                components.setdefault(path, set()).add(name)
+    for setting, interval in spec.search.space.items() if spec.search else ():
+        for keys in paths_in(base.value, setting.split(".")):
+            components.setdefault(keys[:-1], set()).update(
+                name for name in interval.choice or () if isinstance(name, str)
+            )
+    return components
+
+
+def _apply(base: Draft, cell: _Cell) -> Draft:
+    draft = base.copy()
+    for level in cell:
+        for path, (value, place) in level.settings.items():
+            if (section := path.partition(".")[0]) not in SECTIONS:
+                message = f"an arm varies fields of {', '.join(SECTIONS)}, got '{path}'"
+                raise SpecError([Problem(place, path, message + did_you_mean(section, SECTIONS))])
+            draft.set(path, value, place)
+    return draft
+
+
+def _is_excluded(cell: _Cell, base: Draft, components: _ComponentNames, rules: list[dict[str, Any]]) -> bool:
+    """Return whether a rule of ``exclude`` holds; an invalid arm is judged by the values that are given."""
+    if not rules:
+        return False
+    settings: Mapping[str, Any] = {}
+    try:
+        draft = _apply(base, cell)
+        settings = draft.value
+        settings = config_of(draft, components).model_dump(mode="json")  # lists, as a file has them
+    except SpecError:  # reported when the arms are built
+        pass
+    levels = {level.axis: level.name for level in cell}
+    return any(holds(rule, levels, settings) for rule in rules)
+
+
+def _label(cell: _Cell) -> str:
+    return ", ".join(level.name for level in cell) or "all"
+
+
+def _repeated_labels(cells: Iterable[_Cell]) -> list[Problem]:
+    """Return a problem for every label that an earlier cell has."""
+    seen: set[str] = set()
+    problems = []
+    for cell in cells:
+        if (label := _label(cell)) in seen:
+            problems.append(Problem(cell[-1].place, cell[-1].axis, f"two arms are called '{label}'"))
+        seen.add(label)
+    return problems
+
+
+def _limited(problems: Iterable[Problem]) -> Iterator[Problem]:
+    """Yield the problems; of many problems of one value, such as a range, the first and the number of the others."""
+    groups: dict[tuple[Place, str], list[Problem]] = {}
+    for problem in dict.fromkeys(problems):
+        groups.setdefault((problem.place, problem.path), []).append(problem)
+    for group in groups.values():
+        if len(group) <= _MAX_PROBLEMS:
+            yield from group
+        else:
+            yield replace(group[0], message=f"{group[0].message}; and {len(group) - 1:,} more of the kind here")
+
+
+def _short_names(paths: Iterable[str]) -> dict[str, str]:
+    """Return for every dotted path its last step, or as many of its last steps as tell it apart from the others."""
+    known = list(paths)
+
+    def is_unique(path: str, tail: str) -> bool:
+        return not any(other != path and (other == tail or other.endswith(f".{tail}")) for other in known)
+
+    tails = {path: [path.split(".", start)[-1] for start in range(path.count("."), -1, -1)] for path in known}
+    return {path: next((tail for tail in tails[path] if is_unique(path, tail)), path) for path in known}

@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from repa_lab.runs.files import write_text
 from repa_lab.spec.schema import COMPONENTS, SECTIONS, RunConfig, SpecFile
+from repa_lab.spec.validate import is_model, members
 
 _REF = "#/$defs/"
 # A base or a fragment may give any field, so only sections that are never merged require fields.
@@ -172,23 +173,21 @@ def _default(field: FieldInfo) -> str:
 
 
 def _values(annotation: Any) -> Iterator[str]:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        yield from _values(arguments[0])
-    elif origin in (typing.Union, types.UnionType):
-        for choice in arguments:
-            yield from _values(choice)
-    elif origin is typing.Literal:
-        yield from (f"`{value if isinstance(value, str) else json.dumps(value)}`" for value in arguments)
-    elif origin in (list, tuple):
-        yield "a list"
-    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield "a section"
-    else:
-        yield _TYPES.get(origin or annotation, "any value")
+    for member in members(annotation):
+        origin = typing.get_origin(member)
+        if origin is typing.Literal:
+            choices = typing.get_args(member)
+            yield from (f"`{value if isinstance(value, str) else json.dumps(value)}`" for value in choices)
+        elif origin in (list, tuple):
+            yield "a list"
+        elif is_model(member):
+            yield "a section"
+        else:
+            yield _TYPES.get(origin or member, "any value")
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    if typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType, tuple, list):
-        return list(dict.fromkeys(model for inner in typing.get_args(annotation) for model in _models(inner)))
-    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+    """Return the models among the members of a type, and among the values of its lists."""
+    lists = (member for member in members(annotation) if typing.get_origin(member) in (list, tuple))
+    inside = [model for member in lists for value in typing.get_args(member) for model in _models(value)]
+    return list(dict.fromkeys([*filter(is_model, members(annotation)), *inside]))

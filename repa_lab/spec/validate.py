@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Collection, Iterator, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeGuard, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -38,7 +38,7 @@ def _problems(model: type[BaseModel], draft: Draft, error: ValidationError) -> I
     for path, errors in by_path.items():
         # An error inside one branch of a union says more than the errors of the branches that do not fit at all.
         if not any(other[: len(path)] == path and other != path for other in by_path):
-            yield Problem(draft.place(path), dotted(path), _message(model, draft.value, path, errors))
+            yield Problem(draft.place(path), dotted(path), _message(model, path, errors))
 
 
 def path_in(value: Any, loc: KeyPath, is_missing: bool) -> KeyPath:
@@ -52,10 +52,10 @@ def path_in(value: Any, loc: KeyPath, is_missing: bool) -> KeyPath:
     return (*path, loc[-1]) if is_missing else tuple(path)
 
 
-def _message(model: type[BaseModel], value: Any, path: KeyPath, errors: list[ErrorDetails]) -> str:
+def _message(model: type[BaseModel], path: KeyPath, errors: list[ErrorDetails]) -> str:
     first = errors[0]
     if first["type"] == "extra_forbidden":
-        return unknown_field_message(path[-1], _owners(model, path[:-1], value))
+        return unknown_field_message(path[-1], _owners(model, path[:-1]))
     if first["type"] == "missing":
         return "this field is required"
     return expectation(errors)
@@ -160,51 +160,44 @@ def _literals(expected: str) -> list[str]:
     return [{"False": "false", "True": "true"}.get(word, word.strip("'")) for word in words]
 
 
-def _owners(model: type[BaseModel], path: KeyPath, value: Any = None) -> tuple[type[BaseModel], ...]:
-    """Return the models that may be at a path, through optional, list and mapping fields.
-
-    Args:
-        model: the model at the top.
-        path: field names, keys and positions.
-        value: the data, which decides between components; None allows all components.
-    """
+def _owners(model: type[BaseModel], path: KeyPath) -> tuple[type[BaseModel], ...]:
+    """Return the models that may be at a path of field names, keys and positions; of a component, all there are."""
     annotations: tuple[Any, ...] = (model,)
     for step in path:
-        annotations = tuple(below for annotation in annotations for below in _below(annotation, step, value))
-        inside = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
-        value = inside.get(step)
-    return tuple(dict.fromkeys(owner for annotation in annotations for owner in _models(annotation, value)))
+        annotations = tuple(below for annotation in annotations for below in _below(annotation, step))
+    return tuple(dict.fromkeys(owner for annotation in annotations for owner in _models(annotation)))
 
 
-def _below(annotation: Any, step: str | int, value: Any) -> Iterator[Any]:
+def _below(annotation: Any, step: str | int) -> Iterator[Any]:
     """Yield the types of the value at ``step`` inside a value of a type."""
-    if isinstance(step, int) and any(mark.several for mark in _component_marks(annotation)):
-        yield annotation
-        return
-    models = _models(annotation, value)
-    if models and not isinstance(step, int):
+    if isinstance(step, str) and (models := _models(annotation)):
         yield from (fields_of(model)[step] for model in models if step in fields_of(model))
         return
-    for member in _members(annotation):
+    if (mark := _component(annotation)) and mark.several:
+        yield annotation
+    for member in members(annotation):
         if typing.get_origin(member) in (list, dict, tuple):
             arguments = typing.get_args(member)
             yield arguments[0] if arguments[-1] is Ellipsis else arguments[-1]
 
 
-def _models(annotation: Any, value: Any) -> tuple[type[BaseModel], ...]:
+def _models(annotation: Any) -> tuple[type[BaseModel], ...]:
     """Return the models among the members of a type."""
-    for mark in _component_marks(annotation):
-        chosen = mark.settings_of(value) if isinstance(value, dict) else None
-        return (chosen,) if chosen else mark.choices
-    return tuple(part for part in _members(annotation) if isinstance(part, type) and issubclass(part, BaseModel))
+    mark = _component(annotation)
+    return mark.choices if mark else tuple(filter(is_model, members(annotation)))
 
 
-def _component_marks(annotation: Any) -> list[SettingsOf]:
-    return [mark for mark in getattr(annotation, "__metadata__", ()) if isinstance(mark, SettingsOf)]
+def _component(annotation: Any) -> SettingsOf | None:
+    return next((mark for mark in getattr(annotation, "__metadata__", ()) if isinstance(mark, SettingsOf)), None)
 
 
-def _members(annotation: Any) -> tuple[Any, ...]:
+def is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    """Return whether a type is a model."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
     """Return the members of a union, or the type itself, without metadata."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return tuple(member for choice in typing.get_args(annotation) for member in _members(choice))
-    return _members(typing.get_args(annotation)[0]) if typing.get_origin(annotation) is Annotated else (annotation,)
+        return tuple(member for choice in typing.get_args(annotation) for member in members(choice))
+    return members(typing.get_args(annotation)[0]) if typing.get_origin(annotation) is Annotated else (annotation,)
