@@ -197,7 +197,7 @@ class Heartbeat:
 
 
 def open_trackers(job: TrainJob) -> list[Listener]:
-    """Return the trackers that a run's options ask for; a tracker that fails later is dropped by the journal."""
+    """Return the trackers that a run's options ask for; a tracker that fails later is dropped."""
     from repa_lab.tracking.tensorboard import TensorBoardListener
     from repa_lab.tracking.wandb import WandbListener, resolve_mode
 

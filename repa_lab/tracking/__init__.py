@@ -10,13 +10,13 @@ from typing import Protocol
 from repa_lab.runs import RunWriter, State
 from repa_lab.runs.files import Row
 
-__all__ = ["Journal", "Listener"]
+__all__ = ["Listener", "Listeners"]
 
 log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
-    """Receives a run's rows, sample grids and end. If it raises, the journal continues without it."""
+    """Receives a run's rows, sample grids and end. If it raises, the run continues without it."""
 
     def row(self, row: Row) -> None:
         """Receive a metric row that was written."""
@@ -31,27 +31,24 @@ class Listener(Protocol):
         ...
 
 
-class Journal:
-    """Writes rows to the run directory and passes them to listeners; one that fails is dropped with an event."""
+class Listeners:
+    """Passes what the run directory has to all listeners; one that fails is dropped, with an event in the directory."""
 
     def __init__(self, writer: RunWriter, listeners: Sequence[Listener] = ()) -> None:
-        self.writer = writer
+        self._writer = writer
         self._listeners = list(listeners)
 
     def row(self, row: Row) -> None:
-        """Record a metric row."""
-        self.writer.row(row)
+        """Pass a metric row on."""
         self._notify(lambda listener: listener.row(row))
 
     def image(self, step: int, path: Path) -> None:
-        """Announce a sample grid."""
+        """Pass a sample grid on."""
         self._notify(lambda listener: listener.image(step, path))
 
-    def state(self, state: State, step: int, error: str | None = None, is_diverged: bool = False) -> None:
-        """Record the run's state; any state but running ends the listeners."""
-        self.writer.state(state, step, error, is_diverged)
-        if state is not State.RUNNING:
-            self._notify(lambda listener: listener.finish(state))
+    def finish(self, state: State) -> None:
+        """Tell in which state training ended."""
+        self._notify(lambda listener: listener.finish(state))
 
     def _notify(self, call: Callable[[Listener], None]) -> None:
         for listener in list(self._listeners):
@@ -61,4 +58,4 @@ class Journal:
                 self._listeners.remove(listener)
                 reason = f"{type(error).__name__}: {error}"
                 log.warning("%s stopped listening: %s", type(listener).__name__, reason)
-                self.writer.event("listener-failed", listener=type(listener).__name__, error=reason)
+                self._writer.event("listener-failed", listener=type(listener).__name__, error=reason)

@@ -20,7 +20,7 @@ from repa_lab.runs.files import Row
 from repa_lab.runs.provenance import provenance
 from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
-from repa_lab.tracking import Journal, Listener
+from repa_lab.tracking import Listener, Listeners
 from repa_lab.training.checkpoint import Progress
 from repa_lab.training.device import resolved
 from repa_lab.training.evaluate import DivergedError, write_grid
@@ -39,8 +39,8 @@ class RunRecorder:
     As a context manager it waits, at the end, for the samples that are being written.
     """
 
-    def __init__(self, directory: RunDirectory, journal: Journal) -> None:
-        self._directory, self._journal = directory, journal
+    def __init__(self, writer: RunWriter, listeners: Listeners) -> None:
+        self._directory, self._writer, self._listeners = writer.run, writer, listeners
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._grid: tuple[int, Path, Future[None]] | None = None
 
@@ -59,7 +59,8 @@ class RunRecorder:
         """
         self._announce_samples()
         for row in rows:
-            self._journal.row(row)
+            self._writer.row(row)
+            self._listeners.row(row)
 
     def samples(self, step: int, pixels: torch.Tensor) -> None:
         """Write samples, uint8 ``(n, C, H, W)``, as one PNG in a thread, while the next steps run.
@@ -74,7 +75,7 @@ class RunRecorder:
         if self._grid is not None:
             (step, path, written), self._grid = self._grid, None
             written.result()
-            self._journal.image(step, path)
+            self._listeners.image(step, path)
 
     def checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
         """Write a checkpoint with ``save(folder)`` and delete all but the newest two."""
@@ -138,7 +139,7 @@ def train(
         started_with = {"options": options.model_dump(mode="json"), "processes": PartialState().num_processes}
         writer.describe(run.to_json(), provenance() | started_with)
         writer.plugins(Path(origin.file) for origin in plugins_of(run.config))
-        journal, progress = Journal(writer, listeners), Progress()
+        trackers, progress = Listeners(writer, listeners), Progress()
         try:
             if fork is not None and not checkpoints.steps(directory.checkpoints):
                 _begin_from(fork, run, writer, options, is_enough)
@@ -150,14 +151,16 @@ def train(
             if _resume(trainer, directory):
                 writer.event("resumed", step=progress.step)
             writer.rewind(progress.step)
-            journal.state(State.RUNNING, progress.step)
+            writer.state(State.RUNNING, progress.step)
             is_over = _is_over(trainer, directory, is_enough)
-            with RunRecorder(directory, journal) as recorder:
+            with RunRecorder(writer, trackers) as recorder:
                 state = State.STOPPED if is_over else fit(trainer, recorder, should_stop, kept, is_enough)
         except Exception as error:
-            journal.state(State.FAILED, progress.step, one_line(error), isinstance(error, DivergedError))
+            writer.state(State.FAILED, progress.step, one_line(error), isinstance(error, DivergedError))
+            trackers.finish(State.FAILED)
             raise
-        journal.state(state, progress.step)
+        writer.state(state, progress.step)
+        trackers.finish(state)
         return state
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from repa_lab.runs import RunDirectory, RunsRoot, RunWriter, State, SweepManifest
-from repa_lab.tracking import Journal
+from repa_lab.tracking import Listeners
 from repa_lab.tracking.wandb import NoKeyError, SyncResult, WandbListener, WandbRun, offline_folders, sync, sync_command
 
 from .records import records
@@ -24,10 +24,13 @@ def record(run: RunDirectory, *parts: list[dict], state: State = State.DONE, nam
     with RunWriter(run) as writer:
         writer.describe({"seed": 0}, {})
         for number, rows in enumerate(parts, start=1):
-            journal = Journal(writer, [WandbListener(run, told)])
+            listeners = Listeners(writer, [WandbListener(run, told)])
             for row in rows:
-                journal.row(row)
-            journal.state(state if number == len(parts) else State.INTERRUPTED, rows[-1]["step"])
+                writer.row(row)
+                listeners.row(row)
+            end = state if number == len(parts) else State.INTERRUPTED
+            writer.state(end, rows[-1]["step"])
+            listeners.finish(end)
     records(run)  # waits until they are written
 
 

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from repa_lab.runs import RunDirectory, RunWriter, State
 from repa_lab.runs.files import Row
-from repa_lab.tracking import Journal
+from repa_lab.tracking import Listeners
 from repa_lab.tracking.tensorboard import TensorBoardListener
 
 METRIC = "fid:inception@16/ode2"
@@ -33,12 +33,13 @@ def tell(
 ) -> None:
     listener = listener or TensorBoardListener(run, {"train": {"lr": 0.1}})
     with RunWriter(run) as writer:
-        journal = Journal(writer, [listener])
+        listeners = Listeners(writer, [listener])
         for row in rows:
-            journal.row(row)
+            writer.row(row)
+            listeners.row(row)
         if grid is not None:
-            journal.image(grid, draw(run, grid))
-        journal.state(State.INTERRUPTED, rows[-1]["step"])
+            listeners.image(grid, draw(run, grid))
+        listeners.finish(State.INTERRUPTED)
     assert [event for event in run.events() if event["event"] == "listener-failed"] == []
 
 
@@ -102,5 +103,5 @@ def test_what_a_run_has_from_another_run_is_there_too(run):
 
 def test_a_run_without_rows_leaves_no_files(run):
     with RunWriter(run) as writer:
-        Journal(writer, [TensorBoardListener(run, {})]).state(State.FAILED, 0, "because")
+        Listeners(writer, [TensorBoardListener(run, {})]).finish(State.FAILED)
     assert not (run.path / "tensorboard").exists()

@@ -14,7 +14,7 @@ import wandb
 from repa_lab.report.statistics import headline
 from repa_lab.runs import RunDirectory, RunWriter, State
 from repa_lab.runs.root import ComparisonRecord
-from repa_lab.tracking import Journal
+from repa_lab.tracking import Listeners
 from repa_lab.tracking.wandb import WandbListener, WandbRun, offline_folders, resolve_mode
 from repa_lab.training.loop import train
 from tests.training.conftest import OFF, cache, make_options, make_run, rows, stop_after
@@ -141,10 +141,11 @@ def test_one_that_cannot_start_costs_no_row(tmp_path, server, monkeypatch):
     directory = RunDirectory(tmp_path / "abc")
     listener = WandbListener(directory, WandbRun("n", "g", {}, "a/bad/project?name", "offline"))
     with RunWriter(directory) as writer:
-        journal = Journal(writer, [listener])
+        listeners = Listeners(writer, [listener])
         for step in (1, 2):
-            journal.row({"step": step, "images": step})
-        journal.state(State.DONE, 2)
+            writer.row({"step": step, "images": step})
+            listeners.row({"step": step, "images": step})
+        listeners.finish(State.DONE)
     assert [row["step"] for row in directory.rows()] == [1, 2]
     failed = [event for event in directory.events() if event["event"] == "listener-failed"]
     assert len(failed) == 1
@@ -182,10 +183,12 @@ ROWS = [
 def tell(directory: RunDirectory, told: WandbRun, rows: list[dict], state: State = State.DONE) -> None:
     with RunWriter(directory) as writer:
         writer.describe({"seed": 0}, {})
-        journal = Journal(writer, [WandbListener(directory, told)])
+        listeners = Listeners(writer, [WandbListener(directory, told)])
         for row in rows:
-            journal.row(row)
-        journal.state(state, rows[-1]["step"])
+            writer.row(row)
+            listeners.row(row)
+        writer.state(state, rows[-1]["step"])
+        listeners.finish(state)
     assert [event for event in directory.events() if event["event"] == "listener-failed"] == []
 
 
