@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from pydantic import BaseModel
@@ -59,7 +60,8 @@ def _fields(experiment: Experiment, path: KeyPath, section: dict[str, Any]) -> I
         if isinstance(value, dict) and value and (about or len(lines[0]) > _WIDTH):
             lines = [f"{indent}{_flow(name)}:", *_fields(experiment, (*path, name), value)]
         if about and len(lines[0]) + 4 + len(about) > _WIDTH:
-            yield f"{indent}# {about}"
+            comment = f"{indent}# "
+            yield from wrap(about, _WIDTH, initial_indent=comment, subsequent_indent=comment, break_on_hyphens=False)
         elif about:
             lines[0] += f"  # {about}"
         yield from lines
