@@ -217,7 +217,7 @@ LOST: Mapping[str, tuple[tuple[str, ...], str]] = {
     "crepa_feature_source": (("encoder", "external"), _BACKBONE),
     "crepa_use_backbone_features": (("false",), _BACKBONE),
     "crepa_self_flow": (("false",), _BACKBONE),
-    "layersync_enabled": (("false",), "set regularizer.type: layersync in the spec, or add it to a list of regularizers"),
+    "layersync_enabled": (("false",), "set regularizer.type: layersync in the spec"),
     "lora_type": (("standard",), "repa-lab trains PEFT's LoRA; SimpleTuner's LyCORIS is another adapter"),
 }
 # Keys that do nothing without those above, relate the frames of a video, or save memory where repa-lab uses none.

@@ -41,11 +41,11 @@ def run(tmp_path) -> RunDirectory:
 
 def tell_everything(run: RunDirectory, *listeners: Heard) -> None:
     with RunWriter(run) as writer:
-        told = Listeners(writer, listeners)
+        everyone = Listeners(writer, listeners)
         for row in ROWS:
-            told.row(row)
-        told.image(3, run.samples / "step-00000003.png")
-        told.finish(State.DONE)
+            everyone.row(row)
+        everyone.image(3, run.samples / "step-00000003.png")
+        everyone.finish(State.DONE)
 
 
 def test_all_listeners_hear_everything_in_order(run):
