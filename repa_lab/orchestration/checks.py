@@ -163,7 +163,7 @@ def _regularizer_problems(arm: Arm, family: Family, shape: Shape, options: RunOp
             is_known = False
             continue
         yield from _block_problems(arm, family, depth, path, given, needs)
-        yield from _signal_problems(arm, family, path, needs)
+        yield from _signal_problems(arm, family, path, settings, needs)
         for name, message in settings.problems(facts):
             yield arm.problem(f"{path}.{name}", message)
     for path, encoder in encoders_of(config) if is_known else ():
@@ -176,13 +176,21 @@ def _images_at_once(config: RunConfig, options: RunOptions) -> int:
     return min(share, options.micro_batch) if isinstance(options.micro_batch, int) else share
 
 
-def _signal_problems(arm: Arm, family: Family, path: str, needs: Needs) -> Iterator[Problem]:
+def _signal_problems(
+    arm: Arm, family: Family, path: str, chosen: RegularizerSettings, needs: Needs
+) -> Iterator[Problem]:
     fitting = ", ".join(one.name for one in FAMILIES.values() if one.has_attention)
     if needs.attention and not family.has_attention:
         yield arm.problem(f"{path}.type", f"the attention of {family.name} cannot be tapped; use {fitting}")
     fitting = ", ".join(one.name for one in FAMILIES.values() if one.has_token_times)
     if needs.token_times and not family.has_token_times:
         yield arm.problem(f"{path}.type", f"{family.name} takes one time for all tokens; use {fitting}")
+    schedule = chosen.schedule
+    if needs.token_times and schedule.similarity_threshold is not None and schedule.threshold_mode == "recoverable":
+        message = (
+            f"measuring the cosine of {chosen.type} changes the noise, so weight 0 would not be off: use permanent"
+        )
+        yield arm.problem(f"{path}.schedule.threshold_mode", message)
 
 
 def _depth(arm: Arm, family: Family, shape: Shape) -> int | None:

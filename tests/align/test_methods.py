@@ -266,6 +266,15 @@ class TestSelfTranscendence:
         assert found.value.item() == pytest.approx(-cosine[1:].sum() / 3, rel=1e-5)  # the first image is out of range
         assert found.parts["cosine"].item() == pytest.approx(cosine.mean(), rel=1e-5)
 
+    def test_tokens_with_times_of_their_own_are_judged_by_them(self):
+        student, teacher = tokens(), tokens(1, width=5)
+        regularizer = build("self_transcendence", self.SHAPES, projector="linear")
+        times = torch.rand((3, 1, *GRID), generator=torch.Generator().manual_seed(2))
+        found = regularizer(Signals(taps=(student,), frozen_taps=(teacher,), times=times))
+        t = numpy(times).reshape(3, 16)
+        cosine = cosines(linear(regularizer.projector, numpy(student.values)), numpy(teacher.values))
+        assert found.value.item() == pytest.approx(-np.where((t >= 0.4) & (t <= 0.7), cosine, 0).mean(), rel=1e-5)
+
     def test_images_out_of_range_and_the_teacher_get_no_gradient(self):
         student, teacher = tokens(), tokens(1, width=5)
         build("self_transcendence", self.SHAPES)(
@@ -339,6 +348,40 @@ class TestSRA:
         ((field, _),) = problems("sra", block_index=3, teacher_block=3)
         assert field == "teacher_block"
         assert problems("sra", schedule={"similarity_threshold": 0.5}) == []
+
+
+class TestSelfFlow:
+    SHAPES = Shapes((WIDTH,), ema_taps=(5,))
+
+    def test_the_formula(self):
+        regularizer = build("self_flow", self.SHAPES, projector="linear")
+        student, teacher = tokens(), tokens(1, width=5)
+        found = regularizer(Signals(taps=(student,), ema_taps=(teacher,)))
+        expected = cosines(linear(regularizer.projector, numpy(student.values)), numpy(teacher.values)).mean()
+        assert found.value.item() == pytest.approx(-expected, rel=1e-5)
+        assert found.parts["cosine"].item() == pytest.approx(expected, rel=1e-5)
+
+    def test_gradients_reach_the_student_and_the_projector_but_not_the_teacher(self):
+        student, teacher = tokens(), tokens(1, width=5)
+        regularizer = build("self_flow", self.SHAPES)
+        regularizer(Signals(taps=(student,), ema_taps=(teacher,))).value.backward()
+        assert student.values.grad.abs().amax((0, 2)).min() > 0
+        assert all(parameter.grad.abs().max() > 0 for parameter in regularizer.parameters())
+        assert teacher.values.grad is None
+
+    def test_what_it_needs(self):
+        asked = needs("self_flow", mask_ratio=0.5)
+        assert (asked.taps, asked.ema_taps, asked.token_times) == ((3,), (7,), 0.5)
+        assert (asked.extra_passes, asked.less_noise) == (1, 0.0)
+
+    @pytest.mark.parametrize("ratio", [0.0, 0.6])
+    def test_a_share_that_is_no_case_of_its_own_is_refused(self, ratio):
+        with pytest.raises(ValueError, match="mask_ratio"):
+            needs("self_flow", mask_ratio=ratio)
+
+    def test_blocks_in_the_wrong_order_are_refused(self):
+        ((field, _),) = problems("self_flow", block_index=3, teacher_block=2)
+        assert field == "teacher_block"
 
 
 @pytest.mark.parametrize("kind", ["dispersive", "sra2", "relation"])

@@ -120,6 +120,18 @@ CASES = [
         "3:42: regularizer.teacher_block: the teacher must come after the student: block_index is 2, teacher_block 2",
     ),
     (
+        (ONE, "{type: self_flow, schedule: {similarity_threshold: 0.9, threshold_mode: recoverable}}"),
+        "3:70: regularizer.schedule.threshold_mode: measuring the cosine of self_flow changes the noise, so weight 0 would "
+        "not be off: use permanent",
+    ),
+    (
+        (
+            "{family: sit, size: nano/2}\nregularizer: " + ONE,
+            "{family: sit_down, size: nano/2}\nregularizer: {type: self_flow}",
+        ),
+        "3:15: regularizer.type: sit_down takes one time for all tokens; use sit",
+    ),
+    (
         (ONE, "{type: layersync, teacher_block: 4}"),
         "3:32: regularizer.teacher_block: sit has 4 blocks: block_index must be 0 to 3, got 4",
     ),

@@ -159,7 +159,7 @@ def test_a_frozen_teacher_costs_a_pass_or_two_and_its_weights():
     assert once.image_flops == pytest.approx(without.image_flops + forward + 6 * TAPPED**2 * projector)
 
 
-@pytest.mark.parametrize("kind", ["sra"])
+@pytest.mark.parametrize("kind", ["sra", "self_flow"])
 def test_an_averaged_teacher_costs_a_pass_and_the_projector(kind):
     without, found = cost(make_run(**OFF)), cost(regularized({"type": kind, "projector": {"width": 16}}))
     forward = without.denoiser_flops / 3  # a backward pass costs two forward passes

@@ -312,7 +312,7 @@ class TestSignals:
         with pytest.raises(PretrainedError, match="cannot read the weights of "):
             trainer_of(cache, {**WATCH, "frozen_taps": [2], "weights": str(tmp_path / "none.safetensors")})
 
-    @pytest.mark.parametrize("kind", ["layersync", "sra", "sra2", "dispersive"])
+    @pytest.mark.parametrize("kind", ["layersync", "sra", "self_flow", "sra2", "dispersive"])
     def test_gradient_checkpointing_and_attention_taps_go_together(self, cache, kind):
         given = [{"type": kind}, {**WATCH, "attention": [1]}]
         plain, checkpointed = (

@@ -12,12 +12,12 @@ from repa_lab.align.settings import RegularizerSettings
 
 
 class SelfTranscendence(Regularizer):
-    """Self-Transcendence (2601.07773): ``-mean_bn 1[low <= t_b <= high] cos(P(h)_bn, f_bn)``.
+    """Self-Transcendence (2601.07773): ``-mean_bn 1[low <= t_bn <= high] cos(P(h)_bn, f_bn)``.
 
     ``h`` are the tokens that leave a block of the model that trains. ``f = u + s (c - u)`` are the guided tokens of a
     later block of a frozen model with the same input: c are its conditional tokens, u its unconditional ones, and s is
-    the guidance. The mean is over all images; those whose time is out of range count as 0, so that the loss does not
-    depend on the micro-batch.
+    the guidance. The mean is over all tokens; those whose time is out of range count as 0, so that the loss does not
+    depend on the micro-batch. All tokens of an image have one time, unless another regularizer asks for two.
     """
 
     Settings: ClassVar[type[RegularizerSettings]] = SelfTranscendenceSettings
@@ -29,15 +29,16 @@ class SelfTranscendence(Regularizer):
         self.projector = Projector(student, teacher, settings.projector)
 
     def forward(self, signals: Signals, step: int = 0) -> Loss:
-        """Return minus the mean cosine of the images in range; the mean cosine of all images is a part.
+        """Return minus the mean cosine of the tokens in range; the mean cosine of all tokens is a part.
 
         Args:
-            signals: one tap ``(B, N, D)``, one tap of the frozen model ``(B, M, D)``, and the times ``(B,)``.
+            signals: one tap ``(B, N, D)``, one tap of the frozen model ``(B, M, D)``, and the times
+                ``(B,)``, or ``(B, 1, h, w)`` on the student's grid.
             step: optimizer steps already taken.
         """
         (student,), (teacher,), times = signals.taps, signals.frozen_taps, signals.times
         assert times is not None
         projected = self.projector.project(student).values
-        cosine = token_cosine(projected, teacher.resample(student.grid).values).mean(1)
-        is_used = (times >= self.settings.low) & (times <= self.settings.high)
-        return Loss(-(cosine * is_used).mean(), {"cosine": cosine.detach().mean()})
+        cosine = token_cosine(projected, teacher.resample(student.grid).values)
+        is_used = ((times >= self.settings.low) & (times <= self.settings.high)).reshape(len(times), -1)
+        return Loss(-(cosine * is_used).mean(1).mean(), {"cosine": cosine.detach().mean(1).mean()})

@@ -201,3 +201,16 @@ class SRASettings(AveragedTeacherSettings):
     def needs(self) -> Needs:
         """Return the student's block, and the averaged model's at less noise."""
         return Needs(taps=(self.block_index,), ema_taps=(self.teacher_block,), less_noise=self.less_noise)
+
+
+@regularizer("self_flow", f"{_METHODS}.self_flow:SelfFlow")
+class SelfFlowSettings(AveragedTeacherSettings):
+    """Self-Flow (2603.06507): the denoiser sees two noise levels in an image, its averaged teacher the lower one."""
+
+    type: Literal["self_flow"] = "self_flow"
+    mask_ratio: Annotated[float, Field(gt=0, le=0.5)] = 0.25
+    """Share of an image's tokens at the second time. Both times are drawn alike, so more than half is no other case."""
+
+    def needs(self) -> Needs:
+        """Return the student's block, the averaged model's, and the share of tokens at a second time."""
+        return Needs(taps=(self.block_index,), ema_taps=(self.teacher_block,), token_times=self.mask_ratio)

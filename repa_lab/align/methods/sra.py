@@ -7,13 +7,13 @@ from typing import ClassVar
 from torch.nn import functional
 
 from repa_lab.align.losses import token_cosine
+from repa_lab.align.methods.averaged_teacher import AveragedTeacher
 from repa_lab.align.methods.settings import SRASettings
-from repa_lab.align.projector import Projector
-from repa_lab.align.regularizer import Loss, Regularizer, Shapes, Signals
+from repa_lab.align.regularizer import Loss, Signals
 from repa_lab.align.settings import RegularizerSettings
 
 
-class SRA(Regularizer):
+class SRA(AveragedTeacher):
     """SRA (2505.02831): ``mean_bnk smooth_l1(P(h)_bnk - g_bnk)`` with ``beta`` 0.05.
 
     ``h`` are the tokens that leave a block of the model that trains, at time t. ``g`` are the tokens that leave a later
@@ -27,11 +27,6 @@ class SRA(Regularizer):
     Settings: ClassVar[type[RegularizerSettings]] = SRASettings
     settings: SRASettings
 
-    def __init__(self, settings: SRASettings, shapes: Shapes) -> None:
-        super().__init__(settings, shapes)
-        (student,), (teacher,) = shapes.taps, shapes.ema_taps
-        self.projector = Projector(student, teacher, settings.projector)
-
     def forward(self, signals: Signals, step: int = 0) -> Loss:
         """Return the smooth L1 loss or minus the mean cosine; the mean cosine is a part.
 
@@ -39,11 +34,9 @@ class SRA(Regularizer):
             signals: one tap ``(B, N, D)`` and one tap of the averaged model ``(B, M, D)``.
             step: optimizer steps already taken.
         """
-        (student,), (teacher,) = signals.taps, signals.ema_taps
-        projected = self.projector.project(student).values.float()
-        target = teacher.resample(student.grid).values.detach().float()
-        cosine = token_cosine(projected, target).mean()
+        pair = self.match(signals)
+        cosine = token_cosine(*pair).mean()
         parts = {"cosine": cosine.detach()}
         if self.settings.loss == "cosine":
             return Loss(-cosine, parts)
-        return Loss(functional.smooth_l1_loss(projected, target, beta=self.settings.beta), parts)
+        return Loss(functional.smooth_l1_loss(*pair, beta=self.settings.beta), parts)
