@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from repa_lab.registry import did_you_mean
 from repa_lab.spec.document import Draft, names_in, value_at
-from repa_lab.spec.errors import KeyPath, Problem, SpecError, dotted
+from repa_lab.spec.errors import KeyPath, Problem, SpecError
 from repa_lab.spec.schema import RunConfig, SpecFile
 from repa_lab.spec.validate import unknown_field
 
@@ -53,7 +53,7 @@ def unknown_conditions(spec: SpecFile, document: Draft) -> Iterator[Problem]:
         elif key not in axis_names and (unknown := unknown_field(RunConfig, key, names)):
             message = unknown + did_you_mean(key, axis_names)
         if message:
-            yield Problem(document.place(path), dotted(path), message)
+            yield document.problem(path, message)
 
 
 def impossible_conditions(spec: SpecFile, document: Draft, arms: Sequence[Arm]) -> Iterator[Problem]:
@@ -69,7 +69,7 @@ def impossible_conditions(spec: SpecFile, document: Draft, arms: Sequence[Arm]) 
             except SpecError as error:
                 for problem in error.problems:
                     if problem.path == key:
-                        yield Problem(document.place(path), dotted(path), problem.message)
+                        yield document.problem(path, problem.message)
 
 
 def _conditions(spec: SpecFile) -> Iterator[tuple[KeyPath, Any]]:

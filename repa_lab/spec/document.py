@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,17 @@ class Draft:
         """Return the place that set the value at ``path``, or the nearest value around it."""
         known = (path[:end] for end in range(len(path), -1, -1) if path[:end] in self.places)
         return next((self.places[near] for near in known), _NO_FILE)
+
+    def problem(self, path: str | KeyPath, message: str) -> Problem:
+        """Return a problem with a value, at the place that set the value.
+
+        Args:
+            path: the dotted path, or the keys where a key holds dots itself.
+            message: what is wrong.
+        """
+        if isinstance(path, str):
+            path = tuple(int(step) if step.isdecimal() else step for step in path.split("."))
+        return Problem(self.place(path), dotted(path), message)
 
     def copy(self) -> Draft:
         """Return an independent copy."""
@@ -146,7 +158,7 @@ def paths_in(value: Any, path: Sequence[str]) -> list[KeyPath]:
 
 def value_at(value: Any, path: Sequence[str]) -> Any:
     """Return the value at a dotted path's steps; None if there is none, or if members of a list differ in it."""
-    found = [_walk(value, keys) for keys in paths_in(value, path)]
+    found = [reduce(lambda inner, key: entries(inner).get(key), keys, value) for keys in paths_in(value, path)]
     return found[0] if found and all(other == found[0] for other in found) else None
 
 
@@ -158,12 +170,11 @@ def names_in(value: Any) -> set[str]:
     return set().union(*map(names_in, value.values())) if isinstance(value, Mapping) else set()
 
 
-def _walk(value: Any, path: KeyPath) -> Any:
-    for step in path:
-        if not isinstance(step, int) and not (isinstance(value, Mapping) and step in value):
-            return None
-        value = value[step]
-    return value
+def entries(value: Any) -> Mapping[Any, Any]:
+    """Return the entries of a mapping by key, or of a list by position; a value of another type has none."""
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    return value if isinstance(value, Mapping) else {}
 
 
 def _names_component(path: KeyPath) -> bool:

@@ -17,7 +17,7 @@ from repa_lab.registry import PluginError, did_you_mean, load_plugins
 from repa_lab.settings import SettingsOf
 from repa_lab.spec.conditions import holds, impossible_conditions, unknown_conditions
 from repa_lab.spec.document import Draft, lay_over, load_draft, names_in, paths_in, plain, value_at
-from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError, dotted
+from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError
 from repa_lab.spec.options import BudgetConfig, CompareConfig, PublishedConfig, RunOptions, SearchConfig, StopRule
 from repa_lab.spec.ranges import RangeConfig
 from repa_lab.spec.schema import COMPONENTS, SECTIONS, RunConfig, SpecFile
@@ -59,8 +59,7 @@ class Arm:
 
     def problem(self, path: str, message: str) -> Problem:
         """Return a problem with one of the arm's settings, at the place that set it."""
-        keys = tuple(int(step) if step.isdecimal() else step for step in path.split("."))
-        return Problem(self.draft.place(keys), path, message)
+        return self.draft.problem(path, message)
 
     def with_settings(self, settings: Mapping[str, Any]) -> Arm:
         """Return the arm with some dotted paths set, as a search does."""
@@ -107,14 +106,8 @@ class Experiment:
     draft: Draft = field(compare=False, repr=False)
 
     def problem(self, path: str | KeyPath, message: str) -> Problem:
-        """Return a problem with a field outside the arms, at the place that set it.
-
-        Args:
-            path: the dotted path, or the keys where a key holds dots itself.
-            message: what is wrong.
-        """
-        keys = tuple(path.split(".")) if isinstance(path, str) else path
-        return Problem(self.draft.place(keys), dotted(keys), message)
+        """Return a problem with a field outside the arms, at the place that set it; see :meth:`Draft.problem`."""
+        return self.draft.problem(path, message)
 
 
 def load_spec(
@@ -172,8 +165,7 @@ def _load_plugins(document: Draft) -> None:
         return
     for index, file in enumerate(plugins):
         if not isinstance(file, str) or not Path(file).is_file():
-            problem = Problem(document.place(("plugins", index)), f"plugins.{index}", f"no Python file {file!r}")
-            raise SpecError([problem])
+            raise SpecError([document.problem(("plugins", index), f"no Python file {file!r}")])
     try:
         load_plugins([Path(file) for file in plugins])
     except PluginError as error:
@@ -195,10 +187,10 @@ def _seeds_and_search(spec: SpecFile, document: Draft) -> Iterator[Problem]:
     seeds = spec.seeds if isinstance(spec.seeds, list) else []
     for index, seed in enumerate(seeds):
         if seed in seeds[:index]:
-            yield Problem(document.place(("seeds", index)), f"seeds.{index}", f"the seed {seed} is given twice")
+            yield document.problem(("seeds", index), f"the seed {seed} is given twice")
     for key in spec.search.space if spec.search else ():
         if message := unknown_field(RunConfig, key, names_in(document.value)):
-            yield Problem(document.place(("search", "space", key)), f"search.space.{key}", message)
+            yield document.problem(("search", "space", key), message)
 
 
 # ---- arms
@@ -242,7 +234,7 @@ def _expand(spec: SpecFile, document: Draft) -> tuple[Arm, ...]:
     ]
     if (count := math.prod(map(len, axes)) + len(extra)) > _MAX_ARMS:
         key = "axes" if axes else "one_at_a_time"
-        raise SpecError([Problem(document.place((key,)), key, f"{count:,} arms; at most {_MAX_ARMS:,}")])
+        raise SpecError([document.problem(key, f"{count:,} arms; at most {_MAX_ARMS:,}")])
     levels = [*itertools.chain.from_iterable(axes), *extra]
     components = _components(spec, base, levels)
     cells: list[_Cell] = [
@@ -256,7 +248,7 @@ def _expand(spec: SpecFile, document: Draft) -> tuple[Arm, ...]:
     ]
     repeated = [problem for axis in axes for problem in _repeated_labels([(level,) for level in axis])]
     if not cells:
-        repeated.append(Problem(document.place(("exclude",)), "exclude", "every arm is excluded"))
+        repeated.append(document.problem("exclude", "every arm is excluded"))
     problems += repeated or _repeated_labels(cells)
     arms = []
     for cell in cells:
@@ -291,8 +283,7 @@ def config_of(draft: Draft, components: _ComponentNames | None = None) -> RunCon
         ignored = siblings if components and section[mark.key] != "none" else mark.choices
         for key in section.keys() - fields_of(settings):
             if not any(key in fields_of(other) for other in ignored):
-                message = unknown_field_message(key, siblings)
-                problems.append(Problem(draft.place((*path, key)), dotted((*path, key)), message))
+                problems.append(draft.problem((*path, key), unknown_field_message(key, siblings)))
             del section[key]
     try:
         config = validate(RunConfig, draft)
@@ -333,11 +324,10 @@ def _component_sections(draft: Draft) -> Iterator[tuple[KeyPath, dict[str, Any],
 def _components(spec: SpecFile, base: Draft, levels: Iterable[_Level]) -> _ComponentNames:
     """Return the components that the arms name or that a search tries, by the path of their section."""
     components: dict[KeyPath, set[str]] = {}
-    for level in (None, *levels):
-        draft = base.copy()
+    cells: list[_Cell] = [(), *((level,) for level in levels)]
+    for cell in cells:
         try:
-            for setting, (value, place) in level.settings.items() if level else ():
-                draft.set(setting, value, place)
+            draft = _apply(base, cell)
         except SpecError:  # reported when the arms are built
             continue
         for path, section, mark in _component_sections(draft):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from repa_lab.registry import did_you_mean
-from repa_lab.spec.document import Draft, names_in, paths_in
+from repa_lab.spec.document import Draft, entries, names_in, paths_in
 from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError, dotted
 from repa_lab.spec.experiment import Experiment
 from repa_lab.spec.identity import Run
@@ -166,10 +166,9 @@ def _outside_arms(experiment: Experiment) -> dict[str, Any]:
 def _source(draft: Draft, document: Draft, path: KeyPath) -> str:
     value: Any = draft.value
     for step in path:
-        inside = dict(enumerate(value)) if isinstance(value, list) else value
-        if not isinstance(inside, Mapping) or step not in inside:
+        if step not in entries(value):
             return DEFAULT
-        value = inside[step]
+        value = entries(value)[step]
     place = draft.place(path)
     return "--set" if place.file is None and document.place(()).file is not None else str(place)
 

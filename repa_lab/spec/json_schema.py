@@ -20,8 +20,6 @@ from repa_lab.spec.schema import COMPONENTS, SECTIONS, RunConfig, SpecFile
 from repa_lab.spec.validate import is_model, members
 
 _REF = "#/$defs/"
-# A base or a fragment may give any field, so only sections that are never merged require fields.
-_NEVER_MERGED = ("Include",)
 
 
 def json_schema() -> dict[str, Any]:
@@ -30,7 +28,7 @@ def json_schema() -> dict[str, Any]:
     definitions: dict[str, Any] = schema["$defs"]
     for name, definition in definitions.items():
         definition["description"] = definition["description"].replace("``", "`")
-        if name not in _NEVER_MERGED:
+        if name != "Include":  # a base or a fragment may give any field of a section that is merged
             definition.pop("required", None)
     properties, sections = (definitions.pop(name)["properties"] for name in ("SpecFile", "RunConfig"))
     choices: dict[str, list[Any]] = {}  # by dotted path; components may differ in a field of one name

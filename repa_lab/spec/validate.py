@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from repa_lab.registry import did_you_mean
 from repa_lab.settings import SettingsOf
-from repa_lab.spec.document import Draft
+from repa_lab.spec.document import Draft, entries
 from repa_lab.spec.errors import KeyPath, Problem, SpecError, dotted, shortened
 
 M = TypeVar("M", bound=BaseModel)
@@ -38,16 +38,15 @@ def _problems(model: type[BaseModel], draft: Draft, error: ValidationError) -> I
     for path, errors in by_path.items():
         # An error inside one branch of a union says more than the errors of the branches that do not fit at all.
         if not any(other[: len(path)] == path and other != path for other in by_path):
-            yield Problem(draft.place(path), dotted(path), _message(model, path, errors))
+            yield draft.problem(path, _message(model, path, errors))
 
 
 def path_in(value: Any, loc: KeyPath, is_missing: bool) -> KeyPath:
     """Return where an error of pydantic lies in the data, without the steps that name the branch of a union."""
     path: list[str | int] = []
     for step in loc[:-1] if is_missing else loc:
-        inside = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
-        if step in inside:
-            value = inside[step]
+        if step in entries(value):
+            value = entries(value)[step]
             path.append(step)
     return (*path, loc[-1]) if is_missing else tuple(path)
 
