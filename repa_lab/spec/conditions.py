@@ -39,37 +39,37 @@ def _agrees(value: Any, wanted: Any) -> bool:
     return bool(value == wanted)
 
 
-def unknown_conditions(spec: SpecFile, document: Draft) -> Iterator[Problem]:
-    """Yield conditions on fields or levels that do not exist."""
+def condition_problems(spec: SpecFile, document: Draft, arms: Sequence[Arm]) -> Iterator[Problem]:
+    """Yield conditions that would never hold: on fields, levels or values that do not exist.
+
+    Args:
+        spec: the spec file.
+        document: the spec file with its places.
+        arms: the arms; without any, values are not checked.
+    """
     axes, names = document.value.get("axes"), names_in(document.value)
     axis_names = axes if isinstance(axes, dict) else {}
     for path, wanted in _conditions(spec):
-        key, message = str(path[-1]), None
+        key, values = str(path[-1]), wanted if isinstance(wanted, list) else [wanted]
         if isinstance(levels := spec.axes.get(key), dict):
-            unknown_levels = [name for name in (wanted if isinstance(wanted, list) else [wanted]) if name not in levels]
-            if unknown_levels:
-                hint = did_you_mean(str(unknown_levels[0]), levels)
-                message = f"no level {unknown_levels[0]!r}; there are: {', '.join(levels)}{hint}"
-        elif key not in axis_names and (unknown := unknown_field(RunConfig, key, names)):
-            message = unknown + did_you_mean(key, axis_names)
-        if message:
-            yield document.problem(path, message)
+            for value in [value for value in values if value not in list(levels)][:1]:
+                hint = did_you_mean(str(value), levels)
+                yield document.problem(path, f"no level {value!r}; there are: {', '.join(levels)}{hint}")
+        elif unknown := unknown_field(RunConfig, key, names):
+            if key not in axis_names:
+                yield document.problem(path, unknown + did_you_mean(key, axis_names))
+        elif arms and key not in spec.axes:
+            arm = next((arm for arm in arms if arm.has(key)), arms[0])  # an arm with another component ignores a field
+            for message in (message for value in values for message in _refusals(arm, key, value)):
+                yield document.problem(path, message)
 
 
-def impossible_conditions(spec: SpecFile, document: Draft, arms: Sequence[Arm]) -> Iterator[Problem]:
-    """Yield conditions on values that the field cannot have, such as a misspelt choice: they would never hold."""
-    for path, wanted in _conditions(spec) if arms else ():
-        key = str(path[-1])
-        if key in spec.axes or unknown_field(RunConfig, key, names_in(document.value)):
-            continue
-        arm = next((arm for arm in arms if arm.has(key)), arms[0])  # an arm with another component ignores the field
-        for value in wanted if isinstance(wanted, list) else [wanted]:
-            try:
-                arm.with_settings({key: value})
-            except SpecError as error:
-                for problem in error.problems:
-                    if problem.path == key:
-                        yield document.problem(path, problem.message)
+def _refusals(arm: Arm, path: str, value: Any) -> Iterator[str]:
+    """Yield why a field cannot have a value, such as a misspelt choice."""
+    try:
+        arm.with_settings({path: value})
+    except SpecError as error:
+        yield from (problem.message for problem in error.problems if problem.path == path)
 
 
 def _conditions(spec: SpecFile) -> Iterator[tuple[KeyPath, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from repa_lab.registry import PluginError, did_you_mean, load_plugins
 from repa_lab.settings import SettingsOf
-from repa_lab.spec.conditions import holds, impossible_conditions, unknown_conditions
+from repa_lab.spec.conditions import condition_problems, holds
 from repa_lab.spec.document import Draft, lay_over, load_draft, names_in, paths_in, plain, value_at
 from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError
 from repa_lab.spec.options import BudgetConfig, CompareConfig, PublishedConfig, RunOptions, SearchConfig, StopRule
@@ -133,13 +133,13 @@ def load_spec(
     document.value = {key: value for key, value in document.value.items() if not key.startswith(_IGNORED)}
     _load_plugins(document)
     spec, problems = _validate_outside_arms(document)
-    problems += [*_seeds_and_search(spec, document), *unknown_conditions(spec, document)]
+    problems += _seeds_and_search(spec, document)
     arms: tuple[Arm, ...] = ()
     try:
         arms = _expand(spec, document)
     except SpecError as error:
         problems += error.problems
-    problems += impossible_conditions(spec, document, arms)
+    problems += condition_problems(spec, document, arms)
     if problems:
         raise SpecError(problems)
     return Experiment(

@@ -110,7 +110,7 @@ _TYPES = {
     dict: "a mapping",
     types.NoneType: "`null`",
 }
-_Row = tuple[str, str, str, str]  # path, default, values, description
+_Row = tuple[str, str, str, str]  # path, default, values, docstring
 
 
 def write_tables(page: Path) -> None:
@@ -124,7 +124,7 @@ def write_tables(page: Path) -> None:
 
 
 def _table(name: str) -> str:
-    rows = [f"| `{path}` | {default} | {values} | {about} |\n" for path, default, values, about in _rows(name)]
+    rows = [f"| `{path}` | {default} | {values} | {docstring} |\n" for path, default, values, docstring in _rows(name)]
     return "".join(["| field | default | values | |\n", "|---|---|---|---|\n", *rows])
 
 
@@ -153,10 +153,14 @@ def _fields(model: type[BaseModel], prefix: str, with_subfields: bool = True) ->
 
 def _field(path: str, field: FieldInfo, with_subfields: bool = True) -> Iterator[_Row]:
     models = _models(field.annotation)
-    about = " ".join((field.description or "").split()).replace("``", "`")
-    yield path, _default(field), ", ".join(dict.fromkeys(_values(field.annotation))), about
+    yield path, _default(field), ", ".join(dict.fromkeys(_values(field.annotation))), about(field)
     if with_subfields and len(models) == 1 and not path.startswith("evaluate.encoder"):
         yield from _fields(models[0], f"{path}.")
+
+
+def about(field: FieldInfo) -> str:
+    """Return a field's docstring on one line."""
+    return " ".join((field.description or "").split()).replace("``", "`")
 
 
 def _default(field: FieldInfo) -> str:

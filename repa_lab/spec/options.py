@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, model_validator
 from repa_lab.settings import Count, NotNegative, Positive, Settings
 
 COSTS = ("seconds", "gpu_hours")
+Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
 _MOST_LOADERS = 8  # processes that load images for one process of a run
 
 
@@ -20,9 +21,9 @@ class Interval(Settings):
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 2})
 
-    log: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    log: Bounds | None = None
     """From a to b, both above 0, uniform in the logarithm."""
-    uniform: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    uniform: Bounds | None = None
     """Numbers from a to b."""
     int_: Annotated[list[int], Field(min_length=2, max_length=2)] | None = Field(default=None, alias="int")
     """Integers from a to b."""
@@ -36,9 +37,8 @@ class Interval(Settings):
         given = [form for form in (self.log, self.uniform, self.int_, self.choice) if form is not None]
         if len(given) != 1:
             raise ValueError("give exactly one of log, uniform, int, choice")
-        for bounds in (self.log, self.uniform, self.int_):
-            if bounds is not None and not bounds[0] < bounds[1]:
-                raise ValueError(f"the bounds must ascend, got {bounds}")
+        if self.choice is None and not self.ends[0] < self.ends[1]:
+            raise ValueError(f"the bounds must ascend, got {self.ends}")
         if self.log is not None and self.log[0] <= 0:
             raise ValueError(f"a log range must start above 0, got {self.log}")
         return self

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from repa_lab.spec.errors import KeyPath
 from repa_lab.spec.experiment import Experiment, load_spec
+from repa_lab.spec.json_schema import about
 from repa_lab.spec.schema import SECTIONS, SpecFile
 from repa_lab.spec.yaml import reads_as_text
 
@@ -46,7 +47,7 @@ def _section(experiment: Experiment, name: str, value: Any) -> Iterator[str]:
         yield from _entry("", name, value)
         return
     yield ""
-    yield f"# {_about(SpecFile, name)}"
+    yield f"# {_docstring(SpecFile, name)}"
     yield f"{name}:"
     yield from _fields(experiment, (name,), value)
 
@@ -54,16 +55,16 @@ def _section(experiment: Experiment, name: str, value: Any) -> Iterator[str]:
 def _fields(experiment: Experiment, path: KeyPath, section: dict[str, Any]) -> Iterator[str]:
     indent = "  " * len(path)
     for name, value in section.items():
-        abouts = (_about(type(model), name) for model in _models(experiment, path))
-        about = next(filter(None, abouts), "")
+        docstrings = (_docstring(type(model), name) for model in _models(experiment, path))
+        remark = next(filter(None, docstrings), "")
         lines = list(_entry(indent, name, value))
-        if isinstance(value, dict) and value and (about or len(lines[0]) > _WIDTH):
+        if isinstance(value, dict) and value and (remark or len(lines[0]) > _WIDTH):
             lines = [f"{indent}{_flow(name)}:", *_fields(experiment, (*path, name), value)]
-        if about and len(lines[0]) + 4 + len(about) > _WIDTH:
+        if remark and len(lines[0]) + 4 + len(remark) > _WIDTH:
             comment = f"{indent}# "
-            yield from wrap(about, _WIDTH, initial_indent=comment, subsequent_indent=comment, break_on_hyphens=False)
-        elif about:
-            lines[0] += f"  # {about}"
+            yield from wrap(remark, _WIDTH, initial_indent=comment, subsequent_indent=comment, break_on_hyphens=False)
+        elif remark:
+            lines[0] += f"  # {remark}"
         yield from lines
 
 
@@ -87,11 +88,10 @@ def _models(experiment: Experiment, path: KeyPath) -> Iterator[BaseModel]:
             yield settings
 
 
-def _about(model: type[BaseModel], name: str) -> str:
+def _docstring(model: type[BaseModel], name: str) -> str:
     """Return a field's docstring on one line; empty if the model has no such field."""
     field = model.model_fields.get(name)
-    text = " ".join(((field.description if field else None) or "").split()).replace("``", "`")
-    return _LINK.sub("", text)
+    return _LINK.sub("", about(field)) if field else ""
 
 
 def _flow(value: Any) -> str:

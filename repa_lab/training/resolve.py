@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,25 @@ def resolved_regularizers(config: RunConfig) -> tuple[RegularizerSettings, ...]:
 
 
 def needs_of(config: RunConfig) -> tuple[Needs, ...]:
-    """Return the signals that each of a run's regularizers needs.
+    """Return the signals that each of a run's regularizers needs, with the family's block where it names none.
 
     Raises:
         PluginError: the ``needs`` of a plugin returns something else than a Needs.
     """
-    return tuple(map(needs_of_one, resolved_regularizers(config)))
+
+    def named(blocks: tuple[BlockIndex | None, ...]) -> tuple[BlockIndex, ...]:
+        return tuple(choose_block(config, block) for block in blocks)
+
+    return tuple(
+        replace(
+            needs,
+            taps=named(needs.taps),
+            ema_taps=named(needs.ema_taps),
+            frozen_taps=named(needs.frozen_taps),
+            attention=named(needs.attention),
+        )
+        for needs in map(needs_of_one, resolved_regularizers(config))
+    )
 
 
 def needs_of_one(settings: RegularizerSettings) -> Needs:

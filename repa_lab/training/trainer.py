@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class Trainer:
         def targets_of(encoder: EncoderSettings) -> Targets:
             return open_targets(encoder, images, options, cache, self.device)
 
-        needs = self._named_blocks()
+        needs = needs_of(config)
         asked = dict.fromkeys(encoder for one in needs for encoder in one.encoders)
         targets = {encoder: targets_of(encoder) for encoder in asked}
         measuring = config.alignment_encoder
@@ -288,23 +288,6 @@ class Trainer:
             for term in self.aligner.terms if self.aligner else ():
                 stack.enter_context(self.accelerator.no_sync(term.wrapped))
         return stack
-
-    def _named_blocks(self) -> list[Needs]:
-        """Return the needs of the regularizers, with the family's suggestion where they name no block."""
-
-        def named(blocks: tuple[BlockIndex | None, ...]) -> tuple[BlockIndex, ...]:
-            return tuple(choose_block(self.config, block) for block in blocks)
-
-        return [
-            replace(
-                one,
-                taps=named(one.taps),
-                ema_taps=named(one.ema_taps),
-                frozen_taps=named(one.frozen_taps),
-                attention=named(one.attention),
-            )
-            for one in needs_of(self.config)
-        ]
 
     def _align(
         self,

@@ -103,6 +103,9 @@ ADDED = {
     "exclude: [{regularizer.type: ripa}]": [
         f"5:12: exclude.0.regularizer.type: unknown regularizer 'ripa'; allowed: {TYPES}; did you mean 'repa'?"
     ],
+    "axes: {teacher: {small: {}, giant: {train.lr: 1}}}\nexclude: [{teacher: {train.lr: 1}}]": [
+        "6:12: exclude.0.teacher: no level {'train.lr': 1}; there are: small, giant"
+    ],
     "axes: {teacher: {small: {}, giant: {train.lr: 1}}}\nexclude: [{teacher: [small, gaint]}]": [
         "6:12: exclude.0.teacher: no level 'gaint'; there are: small, giant; did you mean 'giant'?"
     ],
