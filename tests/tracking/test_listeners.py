@@ -8,6 +8,11 @@ import pytest
 from repa_lab.runs import RunDirectory, RunWriter, State
 from repa_lab.runs.files import Row
 from repa_lab.tracking import Listeners
+from repa_lab.training.evaluate import DivergedError
+from repa_lab.training.loop import RunRecorder, train
+from tests.training.conftest import OFF, cache, make_options, make_run, stop_after
+
+__all__ = ["cache"]
 
 ROWS: list[Row] = [{"step": step, "images": 8 * step, "loss/total": 1 / step} for step in (1, 2, 3)]
 
@@ -55,8 +60,6 @@ def test_all_listeners_hear_everything_in_order(run):
 
 
 def test_a_row_is_written_before_a_listener_hears_it(run):
-    from repa_lab.training.loop import RunRecorder
-
     kept: list[int] = []
 
     class Reading(Heard):
@@ -67,6 +70,20 @@ def test_a_row_is_written_before_a_listener_hears_it(run):
         RunRecorder(writer, Listeners(writer, [Reading(), Heard("row")])).rows(ROWS)
     assert kept == [1, 2, 3]
     assert run.rows() == ROWS
+
+
+def test_training_tells_its_rows_and_its_end(run, cache):
+    heard = Heard()
+    train(make_run(**OFF), run, make_options(log_every=1), cache, [heard], stop_after(2, State.PRUNED))
+    assert heard.said == [*run.rows(), State.PRUNED]
+    assert len(run.rows()) == 2
+
+
+def test_a_failure_is_an_end_too(run, cache):
+    heard = Heard()
+    with pytest.raises(DivergedError):
+        train(make_run(**OFF, **{"train.lr": 1e30, "train.grad_clip": None}), run, make_options(), cache, [heard])
+    assert heard.said[-1] is State.FAILED
 
 
 @pytest.mark.parametrize("fails_at, heard", [("row", 0), ("image", 3), ("finish", 4)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from repa_lab.encoders import targets as targets_module
 from repa_lab.encoders.encoder import Encoder, load_encoder
 from repa_lab.runs import RunDirectory, RunWriter, State, checkpoints
 from repa_lab.runs import directory as directory_module
-from repa_lab.runs.files import Row
 from repa_lab.training import aligner as aligner_module
 from repa_lab.training.device import DeviceError
 from repa_lab.training.evaluate import DivergedError
@@ -54,22 +52,6 @@ OFF_ARMS = {
     "sit": ({**OFF}, {"regularizer.weight": 0.0}, {**UREPA, "regularizer.weight": 0.0}),
     "unet": ({**UNET, **OFF}, {**UNET, **UREPA, "regularizer.weight": 0.0}),
 }
-
-
-class Ends:
-    """A listener that keeps the states in which training ended."""
-
-    def __init__(self) -> None:
-        self.states: list[State] = []
-
-    def row(self, row: Row) -> None:
-        pass
-
-    def image(self, step: int, path: Path) -> None:
-        pass
-
-    def finish(self, state: State) -> None:
-        self.states.append(state)
 
 
 def step_rows(directory: RunDirectory) -> list[dict]:
@@ -326,9 +308,10 @@ class TestResuming:
         assert {path: path.stat().st_mtime_ns for path in before} == before
 
     def test_a_pruned_run_stays_pruned(self, cache, fresh):
-        directory, ends = fresh(), Ends()
-        pruned = train(make_run(), directory, make_options(), cache, [ends], stop_after(2, State.PRUNED))
-        assert (pruned, ends.states) == (State.PRUNED, [State.PRUNED])
+        directory = fresh()
+        assert (
+            train(make_run(), directory, make_options(), cache, should_stop=stop_after(2, State.PRUNED)) is State.PRUNED
+        )
         assert train(make_run(), directory, make_options(), cache) is State.PRUNED
         assert directory.state.step == 2
 
@@ -352,10 +335,9 @@ class TestResuming:
 
 class TestFailing:
     def test_a_loss_that_is_no_number_ends_the_run(self, cache, fresh):
-        run, directory, ends = make_run(**OFF, **ABSURD), fresh(), Ends()
+        run, directory = make_run(**OFF, **ABSURD), fresh()
         with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step") as caught:
-            train(run, directory, make_options(checkpoint_every=1), cache, [ends])
-        assert ends.states == [State.FAILED]
+            train(run, directory, make_options(checkpoint_every=1), cache)
         failed_at = int(str(caught.value).split()[-1])
         state = directory.state
         assert (state.state, state.step) == (State.FAILED, failed_at)
