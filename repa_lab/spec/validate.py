@@ -38,7 +38,7 @@ def _problems(model: type[BaseModel], draft: Draft, error: ValidationError) -> I
     for path, errors in by_path.items():
         # An error inside one branch of a union says more than the errors of the branches that do not fit at all.
         if not any(other[: len(path)] == path and other != path for other in by_path):
-            yield draft.problem(path, _message(model, path, errors))
+            yield draft.problem(path, _message(model, draft.value, path, errors))
 
 
 def path_in(value: Any, loc: KeyPath, is_missing: bool) -> KeyPath:
@@ -51,10 +51,10 @@ def path_in(value: Any, loc: KeyPath, is_missing: bool) -> KeyPath:
     return (*path, loc[-1]) if is_missing else tuple(path)
 
 
-def _message(model: type[BaseModel], path: KeyPath, errors: list[ErrorDetails]) -> str:
+def _message(model: type[BaseModel], value: Any, path: KeyPath, errors: list[ErrorDetails]) -> str:
     first = errors[0]
     if first["type"] == "extra_forbidden":
-        return unknown_field_message(path[-1], _owners(model, path[:-1]))
+        return unknown_field_message(path[-1], _owners(model, path[:-1], value))
     if first["type"] == "missing":
         return "this field is required"
     return expectation(errors)
@@ -159,11 +159,19 @@ def _literals(expected: str) -> list[str]:
     return [{"False": "false", "True": "true"}.get(word, word.strip("'")) for word in words]
 
 
-def _owners(model: type[BaseModel], path: KeyPath) -> tuple[type[BaseModel], ...]:
-    """Return the models that may be at a path of field names, keys and positions; of a component, all there are."""
+def _owners(model: type[BaseModel], path: KeyPath, value: Any = None) -> tuple[type[BaseModel], ...]:
+    """Return the models that may be at a path, through optional, list and mapping fields.
+
+    Args:
+        model: the model at the top.
+        path: field names, keys and positions.
+        value: the data, which names the component of a section; without it, every component counts.
+    """
     annotations: tuple[Any, ...] = (model,)
     for step in path:
         annotations = tuple(below for annotation in annotations for below in _below(annotation, step))
+        value = entries(value).get(step)
+        annotations = tuple(_named_component(annotation, value) or annotation for annotation in annotations)
     return tuple(dict.fromkeys(owner for annotation in annotations for owner in _models(annotation)))
 
 
@@ -184,6 +192,11 @@ def _models(annotation: Any) -> tuple[type[BaseModel], ...]:
     """Return the models among the members of a type."""
     mark = _component(annotation)
     return mark.choices if mark else tuple(filter(is_model, members(annotation)))
+
+
+def _named_component(annotation: Any, section: Any) -> type[BaseModel] | None:
+    mark = _component(annotation)
+    return mark.settings_of(section) if mark and isinstance(section, dict) else None
 
 
 def _component(annotation: Any) -> SettingsOf | None:

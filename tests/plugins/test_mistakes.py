@@ -100,6 +100,18 @@ class TestMistakes:
             assert REGULARIZERS.names == before
             assert loaded_plugins() == {}
 
+    def test_an_unknown_field_is_told_the_fields_of_its_own_section(self, tmp_path):
+        plugin = HEAD + (
+            "from repa_lab.settings import Settings\n\n\n"
+            "class Steady(Settings):\n    level: float = 1.0\n\n\n"
+            '@regularizer("mine")\nclass Mine(Regularizer):\n    class Settings(RegularizerSettings):\n'
+            "        resample: Steady = Steady()\n\n" + GOOD
+        )
+        for kind, allowed in (("mine", "level"), ("repa", "side, when")):
+            spec = self.MINE.replace("type: mine", f"type: {kind}, resample: {{nothing: 1}}")
+            found = f"mine.yaml:5:38: regularizer.resample.nothing: unknown field 'nothing'; allowed: {allowed}"
+            assert refusal(spec_of(tmp_path, plugin, spec)) == [found]
+
     def test_a_mended_plugin_is_loaded_at_once(self, tmp_path):
         file = spec_of(tmp_path, BROKEN["raises at import"][0])
         refusal(file)
