@@ -37,6 +37,8 @@ class Needs:
         latents: whether the clean latents (or pixels) of the batch are needed.
         prediction: whether the denoiser's output and its target are needed.
         attention: blocks of the denoiser whose queries and keys are captured.
+        encoder_attention: blocks of every encoder whose queries and keys between patches are captured, as Python's
+            indices: -1 is the last. They are not cached, so the encoders must be asked in every step (`cache: false`).
         less_noise: the averaged model's time is lower than the denoiser's by up to this much, drawn uniformly for each
             image.
         token_times: the share of an image's tokens that the denoiser gets at a second time, drawn like the first; the
@@ -51,6 +53,7 @@ class Needs:
     latents: bool = False
     prediction: bool = False
     attention: tuple[BlockIndex | None, ...] = ()
+    encoder_attention: tuple[int, ...] = ()
     less_noise: float = 0.0
     token_times: float = 0.0
     frozen_taps: tuple[BlockIndex | None, ...] = ()

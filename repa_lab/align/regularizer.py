@@ -23,7 +23,7 @@ from repa_lab.align.settings import (
     ScheduleSettings,
     UREPASettings,
 )
-from repa_lab.align.tokens import Grid, Tokens, normalise_over_space
+from repa_lab.align.tokens import Grid, Tokens, normalise_over_space, resample_tokens
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,16 @@ class Attention(NamedTuple):
             logits: torch.Tensor = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
         return logits
 
+    def resample(self, to: Grid) -> Attention:
+        """Return queries and keys on the grid ``to``; see :func:`repa_lab.align.tokens.resample_tokens`."""
+        query, key = (
+            resample_tokens(heads.transpose(1, 2).flatten(2), self.grid, to)
+            .unflatten(2, (heads.shape[1], -1))
+            .transpose(1, 2)
+            for heads in (self.query, self.key)
+        )
+        return Attention(query, key, to)
+
 
 @dataclass(frozen=True)
 class Signals:
@@ -86,6 +96,7 @@ class Signals:
         latents: the clean latents ``(B, C, H, W)``, or pixels in [-1, 1] without a VAE.
         prediction: the denoiser's output and its target.
         attention: queries and keys ``(B, heads, N, D / heads)`` of the blocks.
+        encoder_attention: queries and keys ``(B, heads, M, E / heads)`` of each encoder's blocks, without gradient.
         frozen_taps: tokens ``(B, N, D)`` of the frozen model's blocks, without gradient.
         times: the denoiser's times from 0 (data) to 1 (noise), ``(B,)``; ``(B, 1, h, w)`` on the grid of its input
             tokens if the run has token times. Always there in training.
@@ -97,6 +108,7 @@ class Signals:
     latents: torch.Tensor | None = None
     prediction: Prediction | None = None
     attention: tuple[Attention, ...] = ()
+    encoder_attention: tuple[tuple[Attention, ...], ...] = ()
     frozen_taps: tuple[Tokens, ...] = ()
     times: torch.Tensor | None = None
 

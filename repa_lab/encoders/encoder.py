@@ -10,10 +10,20 @@ from typing import Any, Literal
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers.attention import Attention as SelfAttention
 from torch import nn
 
-from repa_lab.align.tokens import Tokens, flatten_map
-from repa_lab.encoders.registry import ENCODERS, EncoderFacts, Resize, facts_of, input_size
+from repa_lab.align.regularizer import Attention
+from repa_lab.align.tokens import Grid, Tokens, flatten_map
+from repa_lab.encoders.registry import (
+    ENCODERS,
+    EncoderFacts,
+    Resize,
+    facts_of,
+    input_size,
+    no_attention,
+    too_few_blocks,
+)
 from repa_lab.kernels import kernels
 from repa_lab.timm_models import TINY, EncoderError, load_model, reason, skeleton
 
@@ -31,11 +41,13 @@ class EncoderOptions:
         precision: dtype of its weights and activations; pixels are normalised and tokens returned in float32.
         compile: whether to use `torch.compile`, which is faster after a first call of a minute.
         batch_size: maximum number of images at a time, to save memory; None takes the whole batch.
+        attention: blocks whose queries and keys are kept, as Python's indices; see :meth:`Encoder.attention`.
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     batch_size: int | None = None
+    attention: tuple[int, ...] = ()
 
 
 class Encoder(nn.Module):
@@ -80,6 +92,14 @@ class Encoder(nn.Module):
         self._features: Callable[[torch.Tensor], torch.Tensor] = self._map
         if options.compile:
             self._features = torch.compile(self._map, backend=_COMPILER)
+        self._grid: Grid = (0, 0)
+        self._heads: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for block in options.attention:
+            layer: Any = model.get_submodule("blocks")[block].attn  # type: ignore[index]
+            queries, keys = list[torch.Tensor](), list[torch.Tensor]()
+            self._heads[block] = (queries, keys)
+            layer.q_norm.register_forward_hook(lambda module, inputs, output, kept=queries: kept.append(output))
+            layer.k_norm.register_forward_hook(lambda module, inputs, output, kept=keys: kept.append(output))
         self.eval().requires_grad_(False)
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
@@ -115,11 +135,25 @@ class Encoder(nn.Module):
         Returns:
             tokens: float32 ``(B, h*w, D)`` on the grid ``(h, w)``, the input size over the stride.
         """
+        for heads in self._heads.values():
+            for kept in heads:
+                kept.clear()
         batches = pixels.split(self.options.batch_size or max(len(pixels), 1))
         with torch.autocast(pixels.device.type, enabled=False), kernels(tf32=False):
             maps = [self._features(self.preprocess(batch).to(self.dtype)) for batch in batches]
         tokens = flatten_map(torch.cat(maps).float())
+        self._grid = tokens.grid
         return Tokens(tokens.values.contiguous(), tokens.grid)
+
+    def attention(self, block: int) -> Attention:
+        """Return the queries and keys between patches of a block, of the latest :meth:`forward`.
+
+        Args:
+            block: one of ``EncoderOptions.attention``.
+        """
+        model: Any = self.model
+        query, key = (torch.cat(kept)[:, :, model.num_prefix_tokens :] for kept in self._heads[block])
+        return Attention(query, key, self._grid)
 
     def _map(self, images: torch.Tensor) -> torch.Tensor:
         model: Any = self.model
@@ -147,16 +181,18 @@ def load_encoder(
 
     Raises:
         EncoderError: the name is unknown, the weights are missing or do not fit, the size gives no grid, or the model
-            has no feature maps.
+            has no feature maps or no attention that can be kept.
     """
     facts = facts_of(name) or EncoderFacts(name, 0, 0)
     if facts.build is not None:
+        _require_attention(name, None, options.attention)
         return Encoder(_PluginModel(facts, weights), 0, facts.stride, image_size, options, resize=facts.resize)
     if not timm.is_model(facts.timm_name.split(".")[0]):
         near = difflib.get_close_matches(name, [*ENCODERS, *timm.list_models()], n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise EncoderError("name", f"unknown encoder '{name}'; allowed: {', '.join(ENCODERS)} or a timm model{hint}")
     shape = skeleton(name, facts)
+    _require_attention(name, shape, options.attention)
     stage, stride = feature_stage(name, shape)
     side, _ = input_size(stride, (resolution, resolution), image_size)
     if side < stride or side % stride:
@@ -173,6 +209,14 @@ def has_tiny(name: str) -> bool:
     except (EncoderError, TypeError, RuntimeError):
         return False
     return True
+
+
+def _require_attention(name: str, model: Any, blocks: tuple[int, ...]) -> None:
+    layers = [getattr(block, "attn", None) for block in getattr(model, "blocks", ())]
+    if blocks and not (layers and all(type(layer) is SelfAttention for layer in layers)):
+        raise EncoderError("name", no_attention(name))
+    if message := too_few_blocks(name, len(layers), blocks):
+        raise EncoderError("name", message)
 
 
 class _PluginModel(nn.Module):

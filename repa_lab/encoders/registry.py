@@ -6,7 +6,7 @@ SimpleTuner's names map to timm's models. Any other name is taken as timm's own 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -198,6 +198,35 @@ def weights_problem(name: str, weights: str | None) -> str | None:
     """Return why a registered encoder cannot be loaded without a file of weights; None if it can."""
     facts = facts_of(name)
     return needs_file(name) if facts is not None and facts.weights == "file" and weights is None else None
+
+
+def attention_problem(name: str, blocks: Sequence[int]) -> str | None:
+    """Return why queries and keys of these blocks cannot be captured; None if they can, or if only timm may know.
+
+    Args:
+        name: the encoder's name.
+        blocks: the encoder's blocks as Python's indices: -1 is the last.
+    """
+    facts = facts_of(name)
+    if facts is None:
+        return None
+    # timm's DINOv3 turns queries and keys by their positions after the place where they are captured.
+    if facts.build is not None or not facts.timm_name.startswith("vit_") or "dinov3" in facts.timm_name:
+        return no_attention(name)
+    depth = _DEPTHS.get(facts.dim)
+    return too_few_blocks(name, depth, blocks) if depth else None
+
+
+def no_attention(name: str) -> str:
+    """Return the message for an encoder without attention that can be captured."""
+    return f"the attention of '{name}' cannot be captured: use a vision transformer of timm, such as dinov2_vitb14"
+
+
+def too_few_blocks(name: str, depth: int, blocks: Sequence[int]) -> str | None:
+    """Return the message for blocks that an encoder of this depth lacks; None if it has them."""
+    if all(-depth <= block < depth for block in blocks):
+        return None
+    return f"'{name}' has {depth} blocks, and the attention of {len(blocks)} is asked"
 
 
 # Blocks by width. Each block has 12 D^2 weights, except in the models of _OTHER_WEIGHTS.

@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from repa_lab.align.regularizer import Attention
 from repa_lab.align.tokens import Grid, Tokens
 from repa_lab.data.cache import READERS, ArrayCache, Progress, open_cache
 from repa_lab.data.rows import dtype_name
@@ -23,6 +24,7 @@ from repa_lab.data.space import Reconstructions
 from repa_lab.encoders.encoder import Encoder, EncoderOptions, load_encoder, require_patch_tokens
 from repa_lab.encoders.registry import token_identity
 from repa_lab.files import file_digest
+from repa_lab.timm_models import EncoderError
 
 _PREFLIGHT_IMAGES = 4
 _MIN_STD = 1e-6
@@ -81,6 +83,14 @@ class Targets(Protocol):
         """
         ...
 
+    def attention(self, block: int) -> Attention:
+        """Return the encoder's queries and keys in a block for the images of the latest call; see `Encoder.attention`.
+
+        Raises:
+            EncoderError: the features are cached, and attention is not.
+        """
+        ...
+
 
 class CachedTargets:
     """Features ``(h, w, D)`` per image from the cache, optionally with every channel standardised.
@@ -108,6 +118,10 @@ class CachedTargets:
             mean, std = self._moments = (self._moments[0].to(device), self._moments[1].to(device))  # copied once
             values = (values - mean) / std
         return Tokens(values, grid)
+
+    def attention(self, block: int) -> Attention:
+        """Refuse: the cache holds no attention."""
+        raise EncoderError("cache", "attention is not cached: set cache: false")
 
     def _channel_moments(self, source: ImageSource) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean and standard deviation ``(D,)`` of each channel over all images and places, in float32."""
@@ -144,6 +158,10 @@ class OnlineTargets:
         pixels = self._read(index) if loaded is None else loaded
         tokens: Tokens = self._encoder(pixels.to(device, non_blocking=True))
         return tokens
+
+    def attention(self, block: int) -> Attention:
+        """Return the encoder's queries and keys; see :meth:`Targets.attention`."""
+        return self._encoder.attention(block)
 
 
 @dataclass(frozen=True)

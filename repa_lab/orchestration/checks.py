@@ -10,7 +10,7 @@ from repa_lab.align.needs import Needs, TrainingFacts
 from repa_lab.align.settings import REGULARIZERS, EncoderSettings, RegularizerSettings
 from repa_lab.data import DataError
 from repa_lab.data.settings import SOURCES, FolderSettings
-from repa_lab.encoders.registry import grid_problem, weights_problem
+from repa_lab.encoders.registry import attention_problem, grid_problem, weights_problem
 from repa_lab.metrics.protocol import METRICS, goal_of_kind
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Family, Shape, shape_of
@@ -164,6 +164,8 @@ def _regularizer_problems(arm: Arm, family: Family, shape: Shape, options: RunOp
             continue
         yield from _block_problems(arm, family, depth, path, given, needs)
         yield from _signal_problems(arm, family, path, settings, needs)
+        if needs.encoder_attention:
+            yield from _attention_problems(arm, path, given, needs.encoder_attention)
         for name, message in settings.problems(facts):
             yield arm.problem(f"{path}.{name}", message)
     for path, encoder in encoders_of(config) if is_known else ():
@@ -191,6 +193,19 @@ def _signal_problems(
             f"measuring the cosine of {chosen.type} changes the noise, so weight 0 would not be off: use permanent"
         )
         yield arm.problem(f"{path}.schedule.threshold_mode", message)
+
+
+def _attention_problems(arm: Arm, path: str, chosen: RegularizerSettings, blocks: tuple[int, ...]) -> Iterator[Problem]:
+    for keys, encoder in settings_in(chosen):
+        place = ".".join(map(str, (path, *keys)))
+        if not isinstance(encoder, EncoderSettings):
+            continue
+        if message := attention_problem(encoder.name, blocks):
+            yield arm.problem(f"{place}.name", message)
+        elif encoder.cache:
+            yield arm.problem(
+                f"{place}.cache", f"the attention that {chosen.type} needs is not cached: set cache: false"
+            )
 
 
 def _depth(arm: Arm, family: Family, shape: Shape) -> int | None:

@@ -107,6 +107,8 @@ def _rehearsed_config(meant: RunConfig, tiny: TinyAssets) -> RunConfig:
         section = functools.reduce(lambda section, key: section[_key(section, key)], path.split("."), value)
         if isinstance(projector := getattr(settings, "projector", None), ProjectorSettings):
             section["projector"]["width"] = min(projector.width, 32)
+        if "layers" in section:  # of an encoder; a tiny one has two
+            section["layers"] = 1
         section["schedule"] |= _schedule(settings, meant.train.steps)
     return RunConfig.model_validate(value)
 

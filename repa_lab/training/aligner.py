@@ -263,6 +263,10 @@ class Aligner:
                 latents=batch.x if needs.latents else None,
                 prediction=prediction if needs.prediction else None,
                 attention=tuple(attention[block] for block in needs.attention),
+                encoder_attention=tuple(
+                    tuple(self.targets[encoder].attention(block) for block in needs.encoder_attention)
+                    for encoder in needs.encoders
+                ),
                 frozen_taps=tuple(captured[TeacherPass(needs.frozen), block] for block in needs.frozen_taps),
                 times=times,
             )
@@ -299,15 +303,27 @@ def open_targets(
     cache: Path,
     device: torch.device,
     announce: Announce | None = None,
+    attention: tuple[int, ...] = (),
 ) -> Targets:
     """Return the encoder's tokens of the run's images, from the cache unless the settings say otherwise.
+
+    Args:
+        encoder: its settings.
+        images: the run's images.
+        options: precision, compilation and storage.
+        cache: the folder of all caches.
+        device: where the encoder runs.
+        announce: tells people what is computed for the cache.
+        attention: blocks whose queries and keys are kept; an encoder with a cache has none.
 
     Raises:
         EncoderError: the encoder cannot be loaded or does not return patch tokens.
         DataError: the pixels that the encoder should see are not available.
     """
     source = pixels_for(encoder, images, device)
-    precision = EncoderOptions(options.encoder_precision, options.encoder_compile, options.encoder_batch_size)
+    precision = EncoderOptions(
+        options.encoder_precision, options.encoder_compile, options.encoder_batch_size, attention
+    )
     if not encoder.cache:
         loaded = load_encoder(encoder.name, encoder.image_size, source.side, encoder.weights, precision)
         return OnlineTargets(loaded, encoder.name, source, device)

@@ -106,7 +106,9 @@ class Trainer:
             denoiser.enable_gradient_checkpointing()
 
         def targets_of(encoder: EncoderSettings) -> Targets:
-            return open_targets(encoder, images, options, cache, self.device)
+            attended = [block for one in needs if encoder in one.encoders for block in one.encoder_attention]
+            kept = tuple(dict.fromkeys(attended))
+            return open_targets(encoder, images, options, cache, self.device, attention=kept)
 
         needs = needs_of(config)
         asked = dict.fromkeys(encoder for one in needs for encoder in one.encoders)

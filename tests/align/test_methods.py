@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from repa_lab.align import Loss, Prediction, Regularizer, Shapes, Signals, Tokens
+from repa_lab.align.methods.haste import attention_loss
 from repa_lab.align.methods.sra2 import latents_of_tokens
 from repa_lab.align.needs import Needs, Sizes, TokenSize, TrainingFacts
+from repa_lab.align.regularizer import Attention
 from repa_lab.align.settings import REGULARIZERS
 
 GRID, WIDTH = (4, 4), 6
@@ -251,6 +253,90 @@ class TestRelation:
             build("relation", self.SHAPES)(
                 Signals(taps=(tokens(grid=(1, 1)),), encoders=(tokens(1, width=5, grid=(1, 1)),))
             )
+
+
+class TestHASTE:
+    SHAPES = Shapes((WIDTH,), (5,))
+
+    def heads(self, count: int, seed: int, grid: tuple[int, int] = GRID) -> Attention:
+        query, key = draw(2, 3, count, grid[0] * grid[1], 4, seed=seed).requires_grad_().unbind()
+        return Attention(query, key, grid)
+
+    def signals(self, student: list[Attention], teacher: list[Attention]) -> Signals:
+        return Signals((tokens(),), (tokens(1, width=5),), attention=(*student,), encoder_attention=((*teacher,),))
+
+    def test_the_formula(self):
+        student, teacher = [self.heads(3, seed) for seed in (1, 2)], [self.heads(2, seed) for seed in (3, 4)]
+        regularizer = build("haste", self.SHAPES, projector="linear", attention_weight=3.0)
+        signals = self.signals(student, teacher)
+        found = regularizer(signals)
+
+        def softmax(heads: Attention) -> np.ndarray:
+            products = np.exp(numpy(heads.query)[:, :2] @ numpy(heads.key)[:, :2].swapaxes(2, 3) / 2)
+            return products / products.sum(-1, keepdims=True)
+
+        layers = [-(softmax(t) * np.log(softmax(s))).sum(-1).mean() for s, t in zip(student, teacher, strict=True)]
+        s = linear(regularizer.projectors[0], numpy(signals.taps[0].values))
+        cosine = cosines(s, numpy(signals.encoders[0].values)).mean()
+        assert found.value.item() == pytest.approx(-cosine + 3 * np.mean(layers), rel=1e-5)
+        assert found.parts["attention"].item() == pytest.approx(np.mean(layers), rel=1e-5)
+        assert found.parts["cosine"].item() == pytest.approx(cosine, rel=1e-5)
+
+    def test_gradients_reach_the_heads_that_are_compared_and_no_teacher(self):
+        student, teacher = self.heads(3, 1), self.heads(2, 2)
+        leaves = [heads.detach().clone().requires_grad_() for heads in (*student[:2], *teacher[:2])]
+        query, key, *theirs = leaves
+        attention_loss(Attention(query, key, GRID), Attention(*theirs, GRID)).backward()
+        for own in (query, key):
+            assert (own.grad.abs().amax((0, 2, 3)) > 0).tolist() == [True, True, False]
+        assert all(one.grad is None for one in theirs)
+
+    def test_the_teachers_own_attention_is_the_least(self):
+        teacher = self.heads(2, 1)
+        query = teacher.query.detach().clone().requires_grad_()
+        least = attention_loss(Attention(query, teacher.key.detach(), GRID), teacher)
+        p = teacher.logits().softmax(-1)
+        assert least.item() == pytest.approx(-(p * p.log()).sum(-1).mean().item(), rel=1e-5)  # its entropy
+        (gradient,) = torch.autograd.grad(least, query)
+        assert gradient.abs().max() < 1e-7
+        assert attention_loss(self.heads(2, 2), teacher) > least
+
+    def test_other_grids_are_resampled(self):
+        assert attention_loss(self.heads(2, 1), self.heads(2, 2)) == attention_loss(
+            self.heads(2, 1), self.heads(2, 2).resample(GRID)
+        )
+        one_key = self.heads(2, 2, (1, 1))  # every query sees the same: the same attention to all
+        uniform = attention_loss(self.heads(2, 1), one_key)
+        logs = self.heads(2, 1).logits().log_softmax(-1)
+        assert uniform.item() == pytest.approx(-logs.mean().item(), rel=1e-5)
+
+    def test_what_it_needs(self):
+        asked = needs("haste")
+        assert (asked.taps, asked.attention, asked.encoder_attention) == ((3,), (0, 1, 2, 3), (-4, -3, -2, -1))
+        asked = needs("haste", layers=2)
+        assert (asked.attention, asked.encoder_attention) == ((2, 3), (-2, -1))
+        asked = needs("haste", attention_weight=0.0)
+        assert (asked.attention, asked.encoder_attention) == ((), ())
+        settings = REGULARIZERS["haste"].settings
+        assert settings(block_index=7).resolved(3, 10, 28).needs().attention == (4, 5, 6, 7)
+        assert settings(block_index=1).resolved(3, 10, 28).needs().attention == (0, 1)
+
+    def test_without_attention_it_is_repa(self):
+        signals = Signals((tokens(),), (tokens(1, width=5),))
+        repa, haste = build("repa", self.SHAPES), build("haste", self.SHAPES, attention_weight=0.0)
+        assert torch.equal(repa(signals).value, haste(signals).value)
+        assert haste(signals).parts.keys() == {"cosine"}
+
+    def test_more_layers_than_there_are_is_refused(self):
+        ((field, message),) = problems("haste", layers=5)
+        assert field == "layers"
+        assert message == "there are 4 blocks up to block_index 3: layers must be 1 to 4"
+
+    def test_the_products_cost_what_they_are(self):
+        sizes = Sizes((TokenSize(8, 16),), (TokenSize(6, 16),), TokenSize(4, 64))
+        settings = REGULARIZERS["haste"].settings(layers=2, projector="linear").resolved(3, 10, 12)
+        found = settings.overhead(sizes)
+        assert found.macs == 16 * 8 * 6 + 2 * 16**2 * (8 + 6 / 3)
 
 
 class TestSelfTranscendence:

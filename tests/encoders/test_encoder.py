@@ -23,6 +23,7 @@ from repa_lab.encoders.encoder import (
     load_encoder,
     require_patch_tokens,
 )
+from repa_lab.encoders.registry import attention_problem
 from repa_lab.timm_models import EncoderError, lite0_model
 from tests.rounding import VIT, rounding
 
@@ -380,12 +381,52 @@ class TestOptions:
         encoder(pixels)
         assert len(operations) == traced
 
+    def test_compiling_it_keeps_the_attention(self, small, monkeypatch):
+        monkeypatch.setattr(encoder_module, "_COMPILER", lambda graph, inputs: graph.forward)
+        plain, compiled = (with_options(small, compile=way, attention=(-1,)) for way in (False, True))
+        for pixels in (noise(2, 40, 40), noise(1, 40, 40)):
+            plain(pixels), compiled(pixels)
+            assert torch.equal(plain.attention(-1).query, compiled.attention(-1).query)
+
     @pytest.mark.slow
     def test_inductor_computes_the_same_tokens(self, small):
         pixels = noise(2, 40, 40)
         torch.testing.assert_close(
             with_options(small, compile=True)(pixels).values, small(pixels).values, rtol=1e-4, atol=1e-4
         )
+
+    def test_the_attention_of_its_blocks_is_kept(self, small):
+        encoder, pixels, calls = with_options(small, attention=(-1, 0), batch_size=2), noise(3, 40, 60), []
+        for block in encoder.model.blocks:
+            block.attn.register_forward_hook(lambda layer, inputs, output: calls.append((layer, inputs[0], output)))
+        encoder(noise(2, 40, 40))  # which is forgotten
+        calls.clear()
+        tokens = encoder(pixels)
+        assert torch.equal(tokens.values, with_options(small, batch_size=2)(pixels).values)
+        for block, seen in ((0, calls[::2]), (-1, calls[1::2])):
+            kept = encoder.attention(block)
+            assert (kept.query.shape, kept.grid) == ((3, 6, 15, 64), (3, 5))
+            prefix = encoder.model.num_prefix_tokens
+            heads = [layer.qkv(x).unflatten(2, (3, 6, 64)).permute(2, 0, 3, 1, 4) for layer, x, _ in seen]
+            query, key, value = torch.cat(heads, 1)
+            assert torch.equal(kept.query, query[:, :, prefix:])
+            assert torch.equal(kept.key, key[:, :, prefix:])
+            products = (query @ key.transpose(2, 3) * 64**-0.5).softmax(-1) @ value  # these are what the block computes
+            output = seen[0][0].proj(products.transpose(1, 2).flatten(2))
+            torch.testing.assert_close(output, torch.cat([one for _, _, one in seen]), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("name", "blocks", "message"),
+        [
+            ("efficientnet_lite0", (-1,), "the attention of 'efficientnet_lite0' cannot be captured"),
+            ("tiny-dinov3_vits16", (-1,), "the attention of 'tiny-dinov3_vits16' cannot be captured"),
+            ("tiny-dinov2_vits14", (-3, -2, -1), "has 2 blocks, and the attention of 3 is asked"),
+        ],
+    )
+    def test_attention_that_cannot_be_kept_is_refused(self, name, blocks, message):
+        with pytest.raises(EncoderError, match=message):
+            load_encoder(name, 112, 64, None, EncoderOptions(attention=blocks))
+        assert message in str(attention_problem(name, blocks))  # and planning says so too
 
     def test_they_reach_the_encoder_that_is_loaded(self, vits14):
         encoder = load_encoder("dinov2_vits14", 28, 8, str(vits14[1]), EncoderOptions(precision="bf16", batch_size=1))

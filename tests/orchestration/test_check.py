@@ -132,6 +132,18 @@ CASES = [
         "3:15: regularizer.type: sit_down takes one time for all tokens; use sit",
     ),
     (
+        (ONE, "{type: haste, encoder: {name: efficientnet_lite0, image_size: 64, cache: false}}"),
+        "3:40: regularizer.encoder.name: the attention of 'efficientnet_lite0' cannot be captured: use a vision transformer",
+    ),
+    (
+        (ONE, "{type: haste, encoder: {name: dinov2_vits14, image_size: 28}}"),
+        "3:28: regularizer.encoder.cache: the attention that haste needs is not cached: set cache: false",
+    ),
+    (
+        (ONE, "[{type: haste, layers: 3, encoder: {name: dinov2_vits14, image_size: 28, cache: false}}]"),
+        "3:29: regularizer.0.layers: there are 2 blocks up to block_index 1: layers must be 1 to 2",
+    ),
+    (
         (ONE, "{type: layersync, teacher_block: 4}"),
         "3:32: regularizer.teacher_block: sit has 4 blocks: block_index must be 0 to 3, got 4",
     ),

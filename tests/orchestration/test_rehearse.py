@@ -9,9 +9,11 @@ import pytest
 import yaml
 
 from repa_lab import load_results, load_spec, sweep
+from repa_lab.encoders.registry import attention_problem
 from repa_lab.orchestration.rehearsal import MARK, rehearsal_root, rehearse_experiment
 from repa_lab.runs import RunsRoot, State, checkpoints
 from repa_lab.spec import SpecError
+from repa_lab.training.resolve import needs_of
 from tests.training.pretrained import write_images
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -118,6 +120,15 @@ class TestWhatIsRehearsed:
             "efficientnet_lite0",
         ]
         assert [one.image_size for one in encoders] == [56, 64, 64, 64]
+
+    def test_attention_is_learned_from_as_many_layers_as_a_tiny_encoder_has(self, tmp_path):
+        regularizer = {"type": "haste", "encoder": {"name": "dinov2_vitb14", "cache": False}}
+        spec = rehearsed(tmp_path, model={"family": "sit", "size": "B/2"}, regularizer=regularizer)
+        (arm,) = rehearse_experiment(spec, tmp_path / "root").arms
+        (needs,) = needs_of(arm.config)
+        assert arm.config.regularizer.encoder.name == "tiny-dinov2_vitb14"
+        assert attention_problem("tiny-dinov2_vitb14", needs.encoder_attention) is None
+        assert len(needs.attention) == len(needs.encoder_attention) == 1
 
     def test_the_specs_own_images_are_used_where_they_are(self, tmp_path):
         own = write_images(tmp_path / "own", count=60)

@@ -312,6 +312,31 @@ class TestSignals:
         with pytest.raises(PretrainedError, match="cannot read the weights of "):
             trainer_of(cache, {**WATCH, "frozen_taps": [2], "weights": str(tmp_path / "none.safetensors")})
 
+    HASTE: ClassVar[dict[str, Any]] = {
+        **REPA,
+        "type": "haste",
+        "encoder": {"name": "tiny-dinov2_vits14", "image_size": 56, "cache": False},
+        "schedule": {"cutoff_step": 2},
+    }
+
+    def test_an_encoder_teaches_its_attention_until_it_is_dismissed(self, cache):
+        trainer = trainer_of(cache, self.HASTE)
+        (targets,), calls = trainer.aligner.targets.values(), []
+        targets._encoder.register_forward_hook(lambda module, inputs, output: calls.append(output.grid))
+        rows = [trainer.step(batch).row() for batch in list(trainer.batches())[:3]]
+        assert calls == [(4, 4)] * 2
+        assert ["align/attention" in row for row in rows] == [True, True, False]
+        total = rows[0]["align/attention"] - rows[0]["align/cosine"]
+        assert rows[0]["loss/aligned"] == pytest.approx(0.5 * total, rel=1e-5)
+
+    def test_the_attention_loss_reaches_the_denoisers_queries(self, cache):
+        gradients = []
+        for weight in (0.0, 1.0):
+            trainer = trainer_of(cache, {**self.HASTE, "attention_weight": weight, "layers": 2})
+            trainer.step(next(trainer.batches()))
+            gradients.append(trainer.model.denoiser.blocks[1].attn.qkv.weight.detach().clone())
+        assert not torch.equal(*gradients)
+
     @pytest.mark.parametrize("kind", ["layersync", "sra", "self_flow", "sra2", "dispersive"])
     def test_gradient_checkpointing_and_attention_taps_go_together(self, cache, kind):
         given = [{"type": kind}, {**WATCH, "attention": [1]}]

@@ -14,9 +14,10 @@ from repa_lab.align.settings import (
     ProjectorSection,
     ProjectorSettings,
     RegularizerSettings,
+    REPASettings,
     regularizer,
 )
-from repa_lab.settings import BlockIndex, Fraction, LocalFile, NotNegative
+from repa_lab.settings import BlockIndex, Fraction, LocalFile, NotNegative, Positive
 
 _METHODS = "repa_lab.align.methods"
 
@@ -128,6 +129,55 @@ class RelationSettings(EncoderTargetSettings):
     """Which pairs are compared, and how; the default is VideoREPA's."""
 
     has_cosine: ClassVar[bool] = False
+
+
+@regularizer("haste", f"{_METHODS}.haste:HASTE")
+class HASTESettings(REPASettings):
+    """HASTE (2505.16792): REPA and the encoder's attention, until `schedule.cutoff_step`."""
+
+    type: Literal["haste"] = "haste"  # type: ignore[assignment]
+    attention_weight: NotNegative = 1.0
+    """Weight of the attention loss within the regularizer. At 0 no attention is captured."""
+    layers: Positive | None = None
+    """Blocks that learn attention, up to `block_index`, from as many last blocks of the encoder; null is 4 at most."""
+
+    @property
+    def attention(self) -> range:
+        """The denoiser's blocks that learn attention."""
+        block = self.block_index
+        if not isinstance(block, int) or self.layers is None or not self.attention_weight:
+            return range(0)
+        return range(max(block + 1 - self.layers, 0), block + 1)
+
+    def resolved(self, block_index: BlockIndex, total_steps: int, depth: int) -> Self:
+        """Return the settings with a number of layers; see :meth:`RegularizerSettings.resolved`."""
+        settings = super().resolved(block_index, total_steps, depth)
+        block = settings.block_index
+        if settings.layers is not None or not isinstance(block, int):
+            return settings
+        return settings.model_copy(update={"layers": min(4, block + 1)})
+
+    def needs(self) -> Needs:
+        """Return the block and the encoders, and the attention of as many blocks of both."""
+        taught = tuple(range(-len(self.attention), 0))
+        return Needs((self.block_index,), self.encoders, attention=tuple(self.attention), encoder_attention=taught)
+
+    def overhead(self, sizes: Sizes) -> Overhead:
+        """Return the projectors, and the products of queries and keys on both sides."""
+        projectors, (tap,) = super().overhead(sizes), sizes.taps
+        # The encoder's products have no backward pass, which costs two forward passes.
+        widths = sum(tap.dim + encoder.dim / 3 for encoder in sizes.encoders)
+        return Overhead(projectors.parameters, projectors.macs + len(self.attention) * tap.number**2 * widths)
+
+    def problems(self, facts: TrainingFacts) -> Iterator[tuple[str, str]]:
+        """Yield the problems of all regularizers, and more layers than there are up to the block."""
+        yield from super().problems(facts)
+        if isinstance(self.block_index, int) and self.layers is not None and self.layers > self.block_index + 1:
+            count = self.block_index + 1
+            yield (
+                "layers",
+                f"there are {count} blocks up to block_index {self.block_index}: layers must be 1 to {count}",
+            )
 
 
 @regularizer("self_transcendence", f"{_METHODS}.self_transcendence:SelfTranscendence")
