@@ -26,7 +26,7 @@ def holds(condition: Mapping[str, Any], levels: Mapping[str, str], settings: Map
     """
 
     def entry_holds(key: str, wanted: Any) -> bool:
-        value = value_at(settings, key.split("."))
+        value = value_at(settings, key)
         allowed = [wanted, *wanted] if isinstance(wanted, list) else [wanted]
         return (key in levels and levels[key] in allowed) or any(_agrees(value, choice) for choice in allowed)
 

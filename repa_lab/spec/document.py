@@ -156,9 +156,9 @@ def paths_in(value: Any, path: Sequence[str]) -> list[KeyPath]:
     return [(index, *keys) for index, member in enumerate(value) for keys in paths_in(member, path)]
 
 
-def value_at(value: Any, path: Sequence[str]) -> Any:
-    """Return the value at a dotted path's steps; None if there is none, or if members of a list differ in it."""
-    found = [reduce(lambda inner, key: entries(inner).get(key), keys, value) for keys in paths_in(value, path)]
+def value_at(value: Any, path: str) -> Any:
+    """Return the value at a dotted path; None if there is none, or if members of a list differ in it."""
+    found = [value_of(value, keys) for keys in paths_in(value, path.split("."))]
     return found[0] if found and all(other == found[0] for other in found) else None
 
 
@@ -168,6 +168,11 @@ def names_in(value: Any) -> set[str]:
         names = (member.get("name") for member in value if isinstance(member, Mapping))
         return {name for name in names if isinstance(name, str)}.union(*map(names_in, value))
     return set().union(*map(names_in, value.values())) if isinstance(value, Mapping) else set()
+
+
+def value_of(value: Any, keys: KeyPath) -> Any:
+    """Return the value at keys and positions; None if there is none."""
+    return reduce(lambda inner, key: entries(inner).get(key), keys, value)
 
 
 def entries(value: Any) -> Mapping[Any, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from repa_lab.registry import PluginError, did_you_mean, load_plugins
 from repa_lab.settings import SettingsOf
 from repa_lab.spec.conditions import condition_problems, holds
-from repa_lab.spec.document import Draft, lay_over, load_draft, names_in, paths_in, plain, value_at
+from repa_lab.spec.document import Draft, entries, lay_over, load_draft, names_in, paths_in, plain, value_of
 from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError
 from repa_lab.spec.options import BudgetConfig, CompareConfig, PublishedConfig, RunOptions, SearchConfig, StopRule
 from repa_lab.spec.ranges import RangeConfig
@@ -53,9 +53,8 @@ class Arm:
 
     def has(self, path: str) -> bool:
         """Return whether the settings have a field at a dotted path; a section's fields depend on its component."""
-        settings, steps = self.config.model_dump(), path.split(".")
-        parents = (value_at(settings, [str(key) for key in keys[:-1]]) for keys in paths_in(settings, steps))
-        return any(isinstance(section, Mapping) and steps[-1] in section for section in parents)
+        settings = self.config.model_dump()
+        return any(keys[-1] in entries(value_of(settings, keys[:-1])) for keys in paths_in(settings, path.split(".")))
 
     def problem(self, path: str, message: str) -> Problem:
         """Return a problem with one of the arm's settings, at the place that set it."""

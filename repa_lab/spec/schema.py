@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -24,6 +24,8 @@ from repa_lab.spec.errors import dotted
 from repa_lab.spec.evaluate import EvaluateConfig, ExtractorConfig
 from repa_lab.spec.options import BudgetConfig, CompareConfig, PublishedConfig, RunOptions, SearchConfig, StopRule
 from repa_lab.spec.ranges import RangeConfig, RangeOrLevels, Values
+
+S = TypeVar("S", bound=Settings)
 
 # The sections whose fields are those of the component that they name.
 COMPONENTS = {
@@ -263,10 +265,7 @@ class RunConfig(Settings):
     @property
     def regularizer_paths(self) -> tuple[tuple[str, RegularizerSettings], ...]:
         """Every regularizer with its dotted path; ``none`` is left out."""
-        given = self.regularizer
-        members = given if isinstance(given, tuple) else (given,)
-        paths = [f"regularizer.{index}" for index in range(len(given))] if isinstance(given, tuple) else ["regularizer"]
-        return tuple(pair for pair in zip(paths, members, strict=True) if pair[1].type != "none")
+        return tuple(pair for pair in self._inside(RegularizerSettings, "regularizer") if pair[1].type != "none")
 
     @property
     def regularizers(self) -> tuple[RegularizerSettings, ...]:
@@ -288,15 +287,17 @@ class RunConfig(Settings):
     @property
     def encoder_paths(self) -> tuple[tuple[str, EncoderSettings], ...]:
         """Every encoder of the run with its dotted path, whether it is a target or measures alignment."""
-        sections = {"regularizer": self.regularizer, "evaluate": self.evaluate}
-        settings = (pair for name, section in sections.items() for pair in settings_in(section, (name,)))
-        return tuple((dotted(path), value) for path, value in settings if isinstance(value, EncoderSettings))
+        return self._inside(EncoderSettings, "regularizer", "evaluate")
 
     @property
     def extractor_paths(self) -> tuple[tuple[str, ExtractorConfig], ...]:
         """Every extractor that measures samples, with its dotted path."""
-        settings = settings_in(self.evaluate, ("evaluate",))
-        return tuple((dotted(path), value) for path, value in settings if isinstance(value, ExtractorConfig))
+        return self._inside(ExtractorConfig, "evaluate")
+
+    def _inside(self, kind: type[S], *sections: str) -> tuple[tuple[str, S], ...]:
+        """Return the settings of a kind inside sections, each with its dotted path."""
+        settings = (pair for name in sections for pair in settings_in(getattr(self, name), (name,)))
+        return tuple((dotted(path), value) for path, value in settings if isinstance(value, kind))
 
 
 SECTIONS = tuple(RunConfig.model_fields)

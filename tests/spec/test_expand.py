@@ -270,8 +270,8 @@ class TestArms:
 
 def test_value_at():
     value = {"a": {"b": 0, "c": None}}
-    paths = [("a", "b"), ("a", "c"), ("a", "x"), ("a", "b", "x"), ()]
-    assert [value_at(value, path) for path in paths] == [0, None, None, None, value]
+    paths = ["a.b", "a.c", "a.x", "a.b.x", "a"]
+    assert [value_at(value, path) for path in paths] == [0, None, None, None, value["a"]]
 
 
 @pytest.mark.parametrize("wanted", [[["frechet", "kid"]], ["frechet", "kid"]])

@@ -123,7 +123,7 @@ def _ends(arm: Arm, fields: Fields, dotted: str) -> Iterator[dict[str, Any]]:
 
 
 def _own_value(arm: Arm, path: str) -> Any:
-    return value_at(arm.asked.model_dump(mode="json"), path.split("."))
+    return value_at(arm.asked.model_dump(mode="json"), path)
 
 
 def _needed(fields: Fields, dotted: str) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Space:
         """
         options: list[list[Any]] = []
         for path, interval in self._fields.items():
-            value = value_at(spec, path.split("."))
+            value = value_at(spec, path)
             if interval.choice is not None:
                 fitting = [choice for choice in interval.choice if choice == value or not isinstance(choice, _PLAIN)]
             else:
@@ -95,7 +95,7 @@ class Space:
         return None if any(value is _MISSING for value in settings.values()) else settings
 
     def _value(self, path: str, settings: Settings) -> Any:
-        return settings[path] if path in settings else value_at(self._asked, path.split("."))
+        return settings[path] if path in settings else value_at(self._asked, path)
 
 
 def _to_param(interval: Interval, setting: Any) -> Any:
