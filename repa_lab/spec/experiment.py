@@ -19,7 +19,7 @@ from repa_lab.spec.conditions import condition_problems, holds
 from repa_lab.spec.document import Draft, entries, lay_over, load_draft, names_in, paths_in, plain, value_of
 from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError
 from repa_lab.spec.options import BudgetConfig, CompareConfig, PublishedConfig, RunOptions, SearchConfig, StopRule
-from repa_lab.spec.ranges import RangeConfig
+from repa_lab.spec.ranges import Levels, RangeConfig
 from repa_lab.spec.schema import COMPONENTS, SECTIONS, RunConfig, SpecFile
 from repa_lab.spec.validate import fields_of, unknown_field, unknown_field_message, validate
 
@@ -217,20 +217,13 @@ def _expand(spec: SpecFile, document: Draft) -> tuple[Arm, ...]:
     """
     base = Draft({key: document.value[key] for key in SECTIONS if key in document.value}, dict(document.places))
     names = _short_names(dict.fromkeys([*spec.axes, *spec.one_at_a_time]))
-    axes = [
-        [_named_level(axis, name, value or {}, document, ("axes", axis, name)) for name, value in values.items()]
-        if isinstance(values, dict)
-        else _value_levels(axis, values, document, "axes", names[axis])
-        for axis, values in spec.axes.items()
-    ]
-    extra = [
-        level
-        for axis, values in spec.one_at_a_time.items()
-        for level in _value_levels(axis, values, document, "one_at_a_time", names[axis])
-    ] + [
+    axes = [_levels("axes", axis, values, document, names[axis]) for axis, values in spec.axes.items()]
+    star = (_levels("one_at_a_time", axis, each, document, names[axis]) for axis, each in spec.one_at_a_time.items())
+    included = (
         _named_level("include", arm.label, arm.set, document, ("include", index, "set"))
         for index, arm in enumerate(spec.include)
-    ]
+    )
+    extra = [*itertools.chain.from_iterable(star), *included]
     if (count := math.prod(map(len, axes)) + len(extra)) > _MAX_ARMS:
         key = "axes" if axes else "one_at_a_time"
         raise SpecError([document.problem(key, f"{count:,} arms; at most {_MAX_ARMS:,}")])
@@ -298,15 +291,20 @@ def _named_level(axis: str, name: str, settings: Mapping[str, Any], document: Dr
     return _Level(axis, name, placed, document.place(path))
 
 
-def _value_levels(axis: str, values: list[Any] | RangeConfig, document: Draft, key: str, name: str) -> list[_Level]:
+def _levels(
+    section: str, axis: str, values: RangeConfig | list[Any] | Levels, document: Draft, short_name: str
+) -> list[_Level]:
+    """Return the levels of an entry of ``axes`` or ``one_at_a_time``."""
+    if isinstance(values, dict):
+        named = values.items()
+        return [_named_level(axis, name, given or {}, document, (section, axis, name)) for name, given in named]
     levels = []
     form = values.form if isinstance(values, RangeConfig) else None
     for index, value in enumerate(values.values if isinstance(values, RangeConfig) else values):
-        place = document.place((key, axis, form or index))
+        place = document.place((section, axis, form or index))
         is_short = isinstance(value, float) and float(f"{value:.4g}") == value
-        levels.append(
-            _Level(axis, f"{name}={value:.4g}" if is_short else f"{name}={value}", {axis: (value, place)}, place)
-        )
+        name = f"{short_name}={value:.4g}" if is_short else f"{short_name}={value}"
+        levels.append(_Level(axis, name, {axis: (value, place)}, place))
     return levels
 
 
