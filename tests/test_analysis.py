@@ -50,7 +50,7 @@ def made(tiny, tmp_path_factory) -> Made:
     assert not done.failures and not hunt.failures
     for arm in done.directory.manifest.arms:
         run = root.run(arm.runs[0].run_id)
-        profile_run(run, Request((0.2, 0.8), ("cka",), samples=32), RunOptions.model_validate(options), root.cache)
+        profile_run(run, Request((0.2, 0.8), ("cka",), samples=16), RunOptions.model_validate(options), root.cache)
     return Made(root, done.path, hunt.path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -165,10 +166,29 @@ def test_gc_deletes_what_it_says_and_keeps_what_is_pinned(root):
     )
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "experiments/quickstart.yaml"),
+        ("sweep", "experiments/quickstart.yaml"),
+        ("status",),
+        ("gc",),
+        ("leaderboard",),
+    ],
+)
+def test_a_root_that_is_a_file_is_refused(tmp_path, words):
+    file = tmp_path / "file"
+    file.touch()
+    shown = cli(*words, "--root", file)
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr == f"'{file}' is a file; the root of all runs is a folder\n"
+
+
 def test_a_disk_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "file").touch()
-    shown = cli("sweep", "experiments/quickstart.yaml", "--root", tmp_path / "file")
-    assert (shown.returncode, shown.stderr) == (1, f"'{tmp_path / 'file' / 'quickstart'}': Not a directory\n")
+    (tmp_path / "by-id").touch()
+    shown = cli("sweep", "experiments/quickstart.yaml", "--root", tmp_path)
+    assert shown.returncode == 1
+    assert re.fullmatch(rf"'{tmp_path}/by-id/\w+/state.json': Not a directory\n", shown.stderr)
 
 
 def test_stop_is_for_a_sweep_that_somebody_carries_out(root):

@@ -34,7 +34,7 @@ from repa_lab.report.summary import (
 )
 from repa_lab.runs import RunDirectory, RunsRoot, SweepDirectory, SweepManifest
 from repa_lab.runs.files import Row
-from repa_lab.runs.root import ArmRecord, ComparisonRecord, RunRecord
+from repa_lab.runs.root import ArmRecord, ComparisonRecord, RootError, RunRecord
 
 
 class ResultsError(InputError):
@@ -330,7 +330,7 @@ def load_results(path: str | Path) -> Results:
         sources = _sources(path)
         members = tuple(member for manifest, root in sources for member in members_of(manifest, root))
         return Results(tuple(manifest for manifest, _ in sources), members)
-    except ResultsError:
+    except (ResultsError, RootError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResultsError(f"'{path}' holds a file that cannot be read as results: {error!r}") from error

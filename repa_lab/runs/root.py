@@ -23,6 +23,10 @@ RESERVED = ("by-id", "cache")
 _MAX_LABEL = 50
 
 
+class RootError(InputError):
+    """The root of all runs is not a folder."""
+
+
 class UnknownSweepError(InputError):
     """No sweep has this name."""
 
@@ -204,10 +208,13 @@ class RunsRoot:
     """The folder that holds all runs, sweeps and caches; no path that it gives leads out of it.
 
     Raises:
+        RootError: the path is that of a file.
         ValueError: for the name of a run or a sweep that is not the name of a folder, such as ``../x``.
     """
 
     def __init__(self, path: Path = DEFAULT_ROOT) -> None:
+        if path.exists() and not path.is_dir():
+            raise RootError(f"'{path}' is a file; the root of all runs is a folder")
         self.path = path
 
     @property

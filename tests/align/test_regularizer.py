@@ -306,7 +306,7 @@ def test_a_decay_needs_an_end():
     with pytest.raises(ValueError, match="a cosine schedule needs decay_steps, the step at which it ends"):
         REPA(6, 5, schedule={"type": "cosine"})
     settings = REPASettings(schedule={"type": "cosine"}, block_index=None)
-    assert REPA(settings.resolved(7, 100), Shapes((6,), (5,))).weight_at(50) == pytest.approx(0.25)
+    assert REPA(settings.resolved(7, 100, 12), Shapes((6,), (5,))).weight_at(50) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("kind, settings", [(REPA, REPASettings), (UREPA, UREPASettings)])

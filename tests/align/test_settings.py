@@ -26,32 +26,34 @@ class TestResolved:
 
     @pytest.mark.parametrize("suggested", [0, 7, "mid"])
     def test_a_block_that_is_not_given_is_the_familys(self, suggested):
-        assert UREPASettings().resolved(suggested, 10).block_index == suggested
+        assert UREPASettings().resolved(suggested, 10, 12).block_index == suggested
 
     @pytest.mark.parametrize("given", [0, 3, "mid"])
     def test_a_block_that_is_given_stays(self, given):
-        assert UREPASettings(block_index=given).resolved(7, 10).block_index == given
+        assert UREPASettings(block_index=given).resolved(7, 10, 12).block_index == given
 
     @pytest.mark.parametrize("kind", DECAYS)
     def test_a_decay_without_an_end_ends_with_the_training(self, kind):
-        found = REPASettings(schedule=ScheduleSettings(type=kind, warmup_steps=3)).resolved(7, 1000)
+        found = REPASettings(schedule=ScheduleSettings(type=kind, warmup_steps=3)).resolved(7, 1000, 12)
         assert (found.schedule.decay_steps, found.schedule.warmup_steps, found.schedule.type) == (1000, 3, kind)
 
     @pytest.mark.parametrize("kind", DECAYS)
     def test_an_end_that_is_given_stays(self, kind):
         assert (
-            REPASettings(schedule=ScheduleSettings(type=kind, decay_steps=40)).resolved(7, 1000).schedule.decay_steps
+            REPASettings(schedule=ScheduleSettings(type=kind, decay_steps=40))
+            .resolved(7, 1000, 12)
+            .schedule.decay_steps
             == 40
         )
 
     def test_what_does_not_decay_has_no_end(self):
-        assert REPASettings().resolved(7, 1000).schedule == ScheduleSettings()
+        assert REPASettings().resolved(7, 1000, 12).schedule == ScheduleSettings()
 
     def test_all_else_is_as_it_was(self):
         before = UREPASettings(
             weight=0.1, manifold_weight=2.0, encoder=(EncoderSettings(name="a"), EncoderSettings(name="b"))
         )
-        after = before.resolved("mid", 9)
+        after = before.resolved("mid", 9, 12)
         assert before.block_index is None
         assert type(after) is UREPASettings
         assert after.model_copy(update={"block_index": None}) == before
@@ -59,12 +61,12 @@ class TestResolved:
     @pytest.mark.parametrize("kind", ["constant", *DECAYS])
     def test_the_schedule_is_the_one_that_the_length_of_the_training_gives(self, kind):
         settings = REPASettings(weight=0.7, schedule=ScheduleSettings(type=kind, warmup_steps=5, end=0.2, power=2.0))
-        one, other = Schedule.of(settings, 50), Schedule.of(settings.resolved(7, 50))
+        one, other = Schedule.of(settings, 50), Schedule.of(settings.resolved(7, 50, 12))
         assert [one(step) for step in range(60)] == [other(step) for step in range(60)]
 
     def test_a_weight_that_ends_before_a_decays_start_is_resolved_all_the_same(self):
         """A training of fewer steps than the warm-up: the weight rises, and falls to its end at once."""
-        found = REPASettings(weight=1.0, schedule=ScheduleSettings(type="linear", warmup_steps=10)).resolved(7, 4)
+        found = REPASettings(weight=1.0, schedule=ScheduleSettings(type="linear", warmup_steps=10)).resolved(7, 4, 12)
         schedule = Schedule.of(found)
         assert [schedule(step) for step in (0, 3, 5, 10, 11)] == [0.0, 0.3, 0.5, 1.0, 0.0]
 
@@ -88,7 +90,7 @@ class TestNeeds:
         assert Pair(block_index=1).needs().taps == (1,)
 
     def test_the_baseline_needs_nothing(self):
-        assert NoSettings().needs() == NoSettings().resolved(7, 10).needs() == Needs()
+        assert NoSettings().needs() == NoSettings().resolved(7, 10, 12).needs() == Needs()
         assert NoSettings().encoders == ()
 
 

@@ -193,7 +193,7 @@ class TestFingerprint:
         assert fingerprint_prepared(data, SIDE) != fingerprint_prepared(written, SIDE)
 
     def test_of_many_images_some_from_all_over_are_read(self, written, data, monkeypatch):
-        monkeypatch.setattr(layout, "_CONTENT_SAMPLE", 3)
+        monkeypatch.setattr(layout, "SAMPLE", 3)
         before, seen = fingerprint_prepared(data, SIDE), []
         for number in range(COUNT):
             shutil.copy(LATENTS.path(written, (number + 1) % COUNT), LATENTS.path(data, number))

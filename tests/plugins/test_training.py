@@ -183,7 +183,7 @@ class TestDocumentation:
         around += "evaluate: {extractor: {name: efficientnet_lite0}}\n"
         write(tmp_path, plugin, "mine.py")
         trainer, signals, loss, _ = self.first_step(write(tmp_path, around + part, "readme.yaml"), home / "runs")
-        assert trainer.aligner.needs.taps == (1,)  # of the settings' block, for there is no `needs`
+        assert trainer.aligner.terms[0].needs.taps == (1,)  # of the settings' block, for there is no `needs`
         means = signals.taps[0].values.detach().double().numpy().mean(axis=1)
         distances = [np.linalg.norm(means[i] - means[j]) for i in range(8) for j in range(i)]
         assert loss.value.item() == pytest.approx(np.mean([max(0.5 - one, 0) for one in distances]), rel=1e-5)
