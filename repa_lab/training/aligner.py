@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +15,15 @@ from accelerate import Accelerator
 from torch import nn
 
 from repa_lab.align import Loss, Needs, Prediction, Regularizer, Schedule, Shapes, Signals, Tokens
-from repa_lab.align.settings import REGULARIZERS, EncoderSettings
+from repa_lab.align.settings import REGULARIZERS, EncoderSettings, RegularizerSettings
 from repa_lab.encoders.encoder import EncoderOptions, load_encoder
 from repa_lab.encoders.targets import OnlineTargets, Reader, Targets, cached_targets
 from repa_lab.models.family import BlockIndex
 from repa_lab.models.tap import AttentionTap, Tap
 from repa_lab.registry import PluginError
 from repa_lab.spec import ResolvedOptions
-from repa_lab.spec.identity import Run
 from repa_lab.training.batches import Batch, seeded
 from repa_lab.training.data import Announce, Images, pixels_for
-from repa_lab.training.resolve import resolved_regularizers
 from repa_lab.training.teachers import TeacherPass, TeacherTokens, ema_pass
 
 _CPU = torch.device("cpu")
@@ -108,14 +106,17 @@ class Term:
     Attributes:
         regularizer: the module.
         needs: the signals that it needs, with every block named.
-        wrapped: the module as accelerate wraps it.
         prefetch: is told when a similarity cutoff begins or ends; None without encoders.
+        wrapped: the module as accelerate wraps it.
     """
 
     regularizer: Regularizer
     needs: Needs
-    wrapped: nn.Module
     prefetch: PrefetchWeight | None = None
+    wrapped: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.wrapped = self.regularizer
 
     def is_active(self, step: int) -> bool:
         """Return whether the regularizer has to be called at ``step``."""
@@ -138,6 +139,18 @@ class Term:
         return loss
 
 
+def build_regularizer(settings: RegularizerSettings, shapes: Shapes, seed: int) -> Regularizer:
+    """Return a regularizer with its first weights, which are the same whatever regularizers stand beside it.
+
+    Args:
+        settings: its settings, resolved.
+        shapes: the widths of the signals that it needs.
+        seed: the run's seed.
+    """
+    with seeded(seed, "init/projector"):
+        return REGULARIZERS[settings.type].load()(settings, shapes)
+
+
 class Aligned(NamedTuple):
     """The losses of all active regularizers.
 
@@ -156,38 +169,23 @@ class Aligner:
     """The regularizers of a run with the taps and targets that they need, each of which is captured or loaded once.
 
     Args:
-        run: a run with at least one regularizer.
-        needs: the signals that each of them needs, with every block named.
-        shapes: widths of the signals of each of them.
+        terms: the regularizers, at least one.
         taps: hooks on the denoiser's blocks, set before the denoiser is wrapped or compiled.
-        attention: hooks on the attention of blocks.
         targets: encoder tokens of the run's images, by encoder.
-        prefetch: for each regularizer, told when a similarity cutoff begins or ends; None without encoders.
+        attention: hooks on the attention of blocks.
         stopwatch: times the encoders.
-
-    Attributes:
-        terms: the regularizers.
     """
 
     def __init__(
         self,
-        run: Run,
-        needs: Sequence[Needs],
-        shapes: Sequence[Shapes],
+        terms: Sequence[Term],
         taps: Mapping[BlockIndex | None, Tap],
         targets: Mapping[EncoderSettings, Targets],
         attention: Mapping[BlockIndex | None, AttentionTap] | None = None,
-        prefetch: Sequence[PrefetchWeight | None] | None = None,
         stopwatch: Stopwatch | None = None,
     ) -> None:
-        self.taps, self.attention, self.targets = taps, attention or {}, targets
+        self.terms, self.taps, self.attention, self.targets = terms, taps, attention or {}, targets
         self._stopwatch = stopwatch or Stopwatch(_CPU)
-        self.terms: list[Term] = []
-        for number, settings in enumerate(resolved_regularizers(run.config)):
-            # One stream for all: a regularizer begins with the same weights whatever stands beside it.
-            with seeded(run.seed, "init/projector"):
-                module = REGULARIZERS[settings.type].load()(settings, shapes[number])
-            self.terms.append(Term(module, needs[number], module, prefetch[number] if prefetch else None))
 
     @property
     def module(self) -> nn.Module:

@@ -29,7 +29,7 @@ from repa_lab.runs.files import Row
 from repa_lab.spec import EncoderSettings, ResolvedOptions, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.spec.schema import LearningRateSettings
-from repa_lab.training.aligner import Aligner, PrefetchWeight, Stopwatch, open_targets
+from repa_lab.training.aligner import Aligner, PrefetchWeight, Stopwatch, Term, build_regularizer, open_targets
 from repa_lab.training.batches import Batch, Steps
 from repa_lab.training.checkpoint import EMA, INPUT_FILE, Progress, TrainState
 from repa_lab.training.costs import costs_so_far
@@ -44,7 +44,14 @@ from repa_lab.training.device import (
 from repa_lab.training.diffusion import denoising_loss, over_pixels
 from repa_lab.training.evaluate import Evaluator, Match
 from repa_lab.training.model import open_model
-from repa_lab.training.resolve import aligned_block, choose_block, needs_of, protocols_of, shape_of_model
+from repa_lab.training.resolve import (
+    aligned_block,
+    choose_block,
+    needs_of,
+    protocols_of,
+    resolved_regularizers,
+    shape_of_model,
+)
 from repa_lab.training.teachers import Teachers, denoiser_times, draws_of
 
 
@@ -305,8 +312,9 @@ class Trainer:
         attended = dict.fromkeys(block for one in needs for block in one.attention if block is not None)
         attention: dict[BlockIndex | None, AttentionTap] = {block: denoiser.tap_attention(block) for block in attended}
         places = self._measure_taps()
-        shapes = [
-            Shapes(
+        terms = []
+        for settings, one, weight in zip(resolved_regularizers(self.config), needs, prefetch, strict=True):
+            shapes = Shapes(
                 taps=tuple(places[block][0] for block in one.taps),
                 encoders=tuple(targets[encoder].dim for encoder in one.encoders),
                 ema_taps=tuple(places[block][0] for block in one.ema_taps),
@@ -314,9 +322,8 @@ class Trainer:
                 strides=tuple(places[block][1] for block in one.taps),
                 latents=channels,
             )
-            for one in needs
-        ]
-        return Aligner(self._run, needs, shapes, self._taps, targets, attention, prefetch, self._stopwatch)
+            terms.append(Term(build_regularizer(settings, shapes, self._run.seed), one, weight))
+        return Aligner(terms, self._taps, targets, attention, self._stopwatch)
 
     @torch.no_grad()
     def _measure_taps(self) -> dict[BlockIndex | None, tuple[int, int]]:

@@ -22,12 +22,12 @@ from repa_lab.runs import RunDirectory, State, checkpoints
 from repa_lab.runs.files import Row
 from repa_lab.spec import Machine, ResolvedOptions, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
-from repa_lab.training.aligner import Aligner
+from repa_lab.training.aligner import build_regularizer
 from repa_lab.training.batches import Batch, Steps
 from repa_lab.training.data import Images, Labels, open_images
 from repa_lab.training.diffusion import Flow
 from repa_lab.training.loop import train
-from repa_lab.training.resolve import needs_of
+from repa_lab.training.resolve import resolved_regularizers
 
 ENCODER = {"name": "efficientnet_lite0", "image_size": 32}
 SETTINGS: dict[str, Any] = {
@@ -79,7 +79,8 @@ def make_steps(images: Images, seed: int = 0, part: tuple[int, int] = (0, 1), **
 
 def make_regularizer(run: Run, width: int = 64, *dims: int) -> Regularizer:
     """The regularizer that a run trains, for a tap and encoders of these widths."""
-    return Aligner(run, needs_of(run.config), [Shapes((width,), dims or (12,))], {}, {}).terms[0].regularizer
+    (settings,) = resolved_regularizers(run.config)
+    return build_regularizer(settings, Shapes((width,), dims or (12,)), run.seed)
 
 
 def make_options(**options: Any) -> ResolvedOptions:

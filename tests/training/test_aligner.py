@@ -10,10 +10,10 @@ from repa_lab.encoders.targets import CachedTargets, OnlineTargets
 from repa_lab.models.family import UNET_SHAPES
 from repa_lab.models.tap import TapError
 from repa_lab.timm_models import EncoderError
-from repa_lab.training.aligner import Aligner, open_targets
+from repa_lab.training.aligner import Aligner, Term, build_regularizer, open_targets
 from repa_lab.training.batches import Batch
 from repa_lab.training.model import build_denoiser
-from repa_lab.training.resolve import choose_block, needs_of, shape_of_model
+from repa_lab.training.resolve import choose_block, needs_of, resolved_regularizers, shape_of_model
 from tests.training.conftest import UNET, make_options, make_regularizer, make_run
 
 CPU = torch.device("cpu")
@@ -44,7 +44,9 @@ def make_aligner(images, **settings):
     targets = {encoder: CountingTargets() for encoder in needs.encoders}
     taps = {block: denoiser.tap(block) for block in needs.taps}
     shapes = Shapes((shape_of_model(run.config).width,), tuple(one.dim for one in targets.values()))
-    return Aligner(run, [needs], [shapes], taps, targets), denoiser, [*targets.values()]
+    (settings,) = resolved_regularizers(run.config)
+    term = Term(build_regularizer(settings, shapes, run.seed), needs)
+    return Aligner([term], taps, targets), denoiser, [*targets.values()]
 
 
 def batch_of(index: torch.Tensor, loaded: tuple[torch.Tensor | None, ...] = ()) -> Batch:
