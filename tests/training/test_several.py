@@ -147,8 +147,8 @@ class TestSeveral:
 
         real = module.open_targets
 
-        def counting(encoder, *arguments):
-            targets = real(encoder, *arguments)
+        def counting(encoder, *arguments, **options):
+            targets = real(encoder, *arguments, **options)
             opened.append(encoder.name)
             call = targets.__call__
 
