@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from repa_lab.bridge.simpletuner import (
+    ADDED,
+    ADDED_PREFIXES,
     ALIASES,
     DATA_SET,
     FAMILY_NAMES,
@@ -19,6 +21,7 @@ from repa_lab.bridge.simpletuner import (
     KEYS,
     LOST,
     READABLE,
+    STAGE,
     WITHOUT_EFFECT,
     Key,
     Prefix,
@@ -30,7 +33,8 @@ from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError
 from repa_lab.spec.validate import expectation
 from repa_lab.spec.yaml import parse_yaml, read_text
 
-PREFIXES = ("crepa_", "urepa_", "irepa_")
+PREFIXES = ("crepa_", "urepa_", "irepa_", *ADDED_PREFIXES.values())
+_DISTILLATION, _TRANSCENDENCE = "distillation_config", "self_transcendence"
 REGULARIZERS = {"crepa": "repa", "urepa": "urepa"}
 _NULLS = (None, "None", "null")
 _SAVED = "config"  # the key under which SimpleTuner's web interface saves the settings, beside `_metadata`
@@ -103,10 +107,16 @@ class Config:
         """Whether iREPA is on as well."""
         return bool(self.value("irepa_enabled"))
 
+    @property
+    def added(self) -> tuple[str, ...]:
+        """The types of the regularizers that are on beside that of ``prefix``."""
+        is_on = {"layersync": self.values.get("layersync_enabled"), _TRANSCENDENCE: self.values.get(STAGE.name)}
+        return tuple(kind for kind in ADDED if is_on[kind])
+
     def is_on(self, name: str) -> bool:
         """Return whether a key has an effect in SimpleTuner: its regularizer is on, or it belongs to none."""
-        on = (f"{self.prefix}_", "irepa_" if self.irepa else "")
-        return not name.startswith(PREFIXES) or name[:6] in on or name[6:] == "enabled"
+        on = (f"{self.prefix}_", *(["irepa_"] if self.irepa else []), *(ADDED_PREFIXES[kind] for kind in self.added))
+        return not name.startswith(PREFIXES) or name.startswith(on) or name.endswith("_enabled")
 
     @property
     def pretrained(self) -> str | None:
@@ -141,7 +151,7 @@ def read_config(words: Sequence[str]) -> Config:
     """
     is_file = len(words) == 1 and not words[0].startswith("--")
     file = Path(words[0]) if is_file else None
-    entries = list(_settings(file) if file else _flags(words))
+    entries = _distilled(list(_settings(file) if file else _flags(words)))
     keys = [key for key, *_ in entries]
     problems = [Problem(place, key, "given twice") for n, (key, _, place) in enumerate(entries) if key in keys[:n]]
     given = {key: value for key, value, _ in entries if value not in _NULLS}
@@ -172,6 +182,28 @@ def _settings(file: Path) -> Iterator[_Entry]:
         value, parent = value[_SAVED], (_SAVED,)
     for key, inner in value.items():
         yield _bare(key), inner, places[(*parent, key)]
+        if _bare(key) == _DISTILLATION and isinstance(inner, dict):
+            yield from _inside(inner, (*parent, key), places)
+
+
+def _inside(config: Mapping[str, Any], path: KeyPath, places: Mapping[KeyPath, Place]) -> Iterator[_Entry]:
+    """Yield the entries of a `distillation_config`, or of its `self_transcendence`, as SimpleTuner looks for them."""
+    if isinstance(own := config.get(_TRANSCENDENCE), dict):
+        config, path = own, (*path, _TRANSCENDENCE)
+    for name, value in config.items():
+        yield f"{_DISTILLATION}.{name}", value, places.get((*path, name), Place(None))
+
+
+def _distilled(entries: Sequence[_Entry]) -> list[_Entry]:
+    """Return the entries with those of a distillation that a spec has, else without what is inside it."""
+    values = {key: value.strip().lower() if isinstance(value, str) else value for key, value, _ in entries}
+    if values.get("distillation_method") == _TRANSCENDENCE and values.get(STAGE.name) == "self":
+        return [
+            (key, "self" if key == STAGE.name else value, place)
+            for key, value, place in entries
+            if key not in ("distillation_method", _DISTILLATION)
+        ]
+    return [entry for entry in entries if not entry[0].startswith(f"{_DISTILLATION}.")]
 
 
 def _flags(words: Sequence[str]) -> Iterator[_Entry]:
@@ -183,6 +215,9 @@ def _flags(words: Sequence[str]) -> Iterator[_Entry]:
         if not equals:
             value = waiting.pop(0) if waiting and not waiting[0].startswith("--") else "true"
         yield _bare(flag), value, Place(None)
+        if _bare(flag) == _DISTILLATION:
+            config, _ = parse_yaml(value, None)
+            yield from _inside(config, (), {}) if isinstance(config, dict) else ()
 
 
 def _bare(key: str) -> str:
@@ -224,7 +259,8 @@ def _unknown_keys(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     known = [name for name in (*READABLE, *LOST, *WITHOUT_EFFECT) if name.startswith(PREFIXES)]
     for name in given:
         if name.startswith(PREFIXES) and name not in known:
-            allowed = ", ".join(key for key in known if key.startswith(name[:6]))
+            own = next(prefix for prefix in PREFIXES if name.startswith(prefix))
+            allowed = ", ".join(key for key in known if key.startswith(own))
             yield name, f"SimpleTuner has no such key; allowed: {allowed}{did_you_mean(name, known)}"
 
 
@@ -248,6 +284,14 @@ def _wrong_switches(values: Mapping[str, Any], on: list[Prefix], family: Family 
         kind, other = ("a UNet", "urepa_*") if family.kind == "unet" else ("a transformer", "crepa_*")
         kinds = "transformers" if on[0] == "crepa" else "UNets"
         yield f"{on[0]}_enabled", f"{REGULARIZERS[on[0]]} is for {kinds}; {family.name} is {kind}: use {other}"
+    if values.get("layersync_enabled") and "layersync_student_block" not in values:
+        yield "layersync_enabled", "SimpleTuner needs layersync_student_block as well"
+    for name in ("student_block", "teacher_block") if STAGE.name in values else ():
+        if f"{_DISTILLATION}.{name}" not in values:
+            yield STAGE.name, f"SimpleTuner needs {_DISTILLATION}.{name} as well"
+    for kind, name in (("layersync", "layersync_enabled"), (_TRANSCENDENCE, STAGE.name)):
+        if values.get(name) and family is not None and family.kind == "unet":
+            yield name, f"{kind} is for transformers; {family.name} is a UNet: leave it out"
     if values.get("irepa_enabled") and not on:
         yield "irepa_enabled", "iREPA needs REPA or U-REPA: set crepa_enabled or urepa_enabled as well"
 

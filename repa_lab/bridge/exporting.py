@@ -1,13 +1,17 @@
-"""From a run back to SimpleTuner: its regularizer as SimpleTuner's `crepa_*`, `urepa_*` and `irepa_*` keys."""
+"""From a run back to SimpleTuner: its regularizers as SimpleTuner's `crepa_*`, `urepa_*`, `irepa_*` and other keys."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from repa_lab.align.settings import REPASettings, UREPASettings
+from repa_lab.align.methods.settings import LayerSyncSettings, SelfTranscendenceSettings
+from repa_lab.align.settings import RegularizerSettings, REPASettings, ScheduleSettings, UREPASettings
 from repa_lab.bridge.simpletuner import (
+    ADDED,
+    ADDED_PREFIXES,
     HUB_ENCODERS,
     IREPA,
     KEYS,
@@ -39,34 +43,83 @@ class Exported:
 
 
 def export_settings(config: RunConfig) -> Exported:
-    """Write a run's regularizer as SimpleTuner's keys, those at SimpleTuner's defaults included.
+    """Write a run's regularizers as SimpleTuner's keys, those at SimpleTuner's defaults included.
 
     Args:
         config: the run's settings.
     """
     family = FAMILIES[config.model.family]
     prefix: Prefix = "crepa" if family.kind == "transformer" else "urepa"
-    if len(config.regularizers) > 1:
-        types = " and ".join(settings.type for settings in config.regularizers)
-        return Exported({f"{prefix}_enabled": False}, (f"regularizer: {types} together are not one of SimpleTuner's",))
-    regularizer = next(iter(config.regularizers), None)
-    if not isinstance(regularizer, REPASettings):
-        unknown = (f"regularizer.type: {regularizer.type} is not one of SimpleTuner's",) if regularizer else ()
-        return Exported({f"{prefix}_enabled": False}, unknown)
+    exported, lost, kinds = {f"{prefix}_enabled": False}, list[str](), set[str]()
+    for path, settings in config.regularizer_paths:
+        if type(settings) not in (REPASettings, UREPASettings, LayerSyncSettings, SelfTranscendenceSettings):
+            lost.append(f"{path}.type: {settings.type} is not one of SimpleTuner's")
+            continue
+        kind = prefix if isinstance(settings, REPASettings) else settings.type
+        if kind in kinds:
+            lost.append(f"{path}.type: {settings.type} is there already, and SimpleTuner has one of the kind")
+            continue
+        kinds.add(kind)
+        if isinstance(settings, REPASettings):
+            member = _aligned(path, settings, config, family, prefix)
+        else:
+            member = _added(path, settings, config, family)
+        exported |= member.settings
+        lost += member.lost
+    return Exported(exported, tuple(lost))
+
+
+def _aligned(path: str, regularizer: REPASettings, config: RunConfig, family: Family, prefix: Prefix) -> Exported:
+    """Return the keys of a regularizer that aligns with an encoder."""
     settings = _resolved(regularizer, config, family)
     limits = _limits(settings, config, family)
-    lost = [f"regularizer.{path}: {_shown(attrgetter(path)(settings))} {reason}" for path, reason in limits.items()]
+    lost = _lost(path, settings, limits)
     if others := [encoder.name for encoder in regularizer.encoders[1:]]:
-        lost.append(f"regularizer.encoder: SimpleTuner has one; left out: {', '.join(others)}")
+        lost.append(f"{path}.encoder: SimpleTuner has one; left out: {', '.join(others)}")
     is_irepa = settings.projector.type == "conv"
-    exported = {f"{prefix}_enabled": True} | ({"irepa_enabled": True} if is_irepa else {})
+    exported: dict[str, Any] = {f"{prefix}_enabled": True} | ({"irepa_enabled": True} if is_irepa else {})
     for key in (*KEYS[prefix], *(IREPA if is_irepa else ())):
-        section, _, path = key.field.partition(".")
-        if section == "regularizer" and not (path in _LEFT_OUT and path in limits):
-            value = attrgetter(path)(settings)
+        section, _, name = key.field.partition(".")
+        if section == "regularizer" and not (name in _LEFT_OUT and name in limits):
+            value = attrgetter(name)(settings)
             if value is not None or key.default is not None:
                 exported[key.name] = key.write(value)
     return Exported(exported, tuple(lost))
+
+
+def _added(path: str, regularizer: RegularizerSettings, config: RunConfig, family: Family) -> Exported:
+    """Return the keys of LayerSync or Self-Transcendence, which SimpleTuner adds to any other."""
+    shape = shape_of(family, config.model.size)
+    settings = regularizer.resolved(shape.block, config.train.steps, shape.depth)
+    until_stop = settings.schedule.model_copy(update={"cutoff_step": None})
+    values = {key.name: key.write(attrgetter(key.field.partition(".")[2])(settings)) for key in ADDED[settings.type]}
+    if isinstance(settings, SelfTranscendenceSettings):
+        limits = {
+            "weight": (settings.weight == 0, "it refuses 0: leave the method out"),
+            "schedule": (until_stop != ScheduleSettings(), "its weight is constant until a step"),
+            "guidance": (settings.guidance < 1, "it offers 1 and more"),
+            "low": (settings.low == settings.high, "its least time is below its largest"),
+            "loss": (settings.loss != "mse", "it has the mean squared error"),
+            "weights": (settings.weights is not None, "its teacher is the model before the first step"),
+            "projector.type": (settings.projector.type != "mlp", "it has three layers with SiLU"),
+        }
+        own = {name.removeprefix(ADDED_PREFIXES[settings.type]): value for name, value in values.items()}
+        values = {"distillation_method": settings.type, "distillation_config": {"stage": "self", **own}}
+    else:
+        limits = {
+            "weight": (settings.weight == 0, "it takes 0 for 0.2"),
+            "schedule": (settings.schedule != ScheduleSettings(), "its weight is constant"),
+        }
+        values = {"layersync_enabled": True, **values}
+    return Exported(values, tuple(_lost(path, settings, _beyond(limits))))
+
+
+def _lost(path: str, settings: RegularizerSettings, limits: Mapping[str, str]) -> list[str]:
+    return [f"{path}.{name}: {_shown(attrgetter(name)(settings))} {reason}" for name, reason in limits.items()]
+
+
+def _beyond(limits: Mapping[str, tuple[bool, str]]) -> dict[str, str]:
+    return {path: f"cannot be expressed: {reason}" for path, (is_beyond, reason) in limits.items() if is_beyond}
 
 
 def _shown(value: Any) -> str:
@@ -131,4 +184,4 @@ def _limits(settings: REPASettings, config: RunConfig, family: Family) -> dict[s
             "manifold.distance": (manifold.distance != "l2", _MANIFOLD),
             "spatial_align": (not settings.spatial_align, "its U-REPA always aligns in space"),
         }
-    return {path: f"cannot be expressed: {reason}" for path, (is_beyond, reason) in limits.items() if is_beyond}
+    return _beyond(limits)

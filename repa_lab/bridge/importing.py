@@ -1,4 +1,4 @@
-"""From SimpleTuner to a spec: the `crepa_*`, `urepa_*` and `irepa_*` keys, and the other settings that a spec needs.
+"""From SimpleTuner to a spec: the keys of its regularizers, and the other settings that a spec needs.
 
 Every value that SimpleTuner would use is written, its defaults included. Settings without a field in a spec are named,
 and so are differences between what the two trainers compute from the same number.
@@ -14,6 +14,8 @@ from typing import Any
 from repa_lab.bridge.config import REGULARIZERS, Config, read_config
 from repa_lab.bridge.remarks import Fields, remarks
 from repa_lab.bridge.simpletuner import (
+    ADDED,
+    ADDED_PREFIXES,
     CREPA_MODEL,
     IREPA,
     KEYS,
@@ -21,6 +23,7 @@ from repa_lab.bridge.simpletuner import (
     REST,
     STAND_IN_STEPS,
     TINY_AUTOENCODERS,
+    Prefix,
     is_language_model,
     resample_side,
 )
@@ -59,15 +62,16 @@ def import_config(words: Sequence[str]) -> Imported:
         SpecError: with every problem, each at its key.
     """
     config = read_config(words)
-    fields = {**_regularizer(config), **_rest(config)}
-    _validate(fields, config)
+    members, rest = _regularizers(config), _rest(config)
+    fields = {**members[0], **rest}
+    _validate(members, rest, config)
     messages = [config.problem(key, message) for key, message in remarks(config, fields)]
     source = config.file or "flags"
     header = [f"Imported from {source}, a SimpleTuner config, by `repa-lab import`. What there is to know:"]
     header += [f"- {remark.path}: {remark.message}" if remark.path else f"- {remark.message}" for remark in messages]
     comments = "".join(f"{line}\n" for paragraph in header for line in _comment(paragraph))
-    baseline = _BASELINE if config.family and config.prefix else ""
-    return Imported(comments + to_yaml(_nested(fields), _WIDTH) + baseline, tuple(map(str, messages)))
+    baseline = _BASELINE if config.family and (config.prefix or config.added) else ""
+    return Imported(comments + to_yaml(_document(members, rest), _WIDTH) + baseline, tuple(map(str, messages)))
 
 
 def _comment(text: str) -> Iterator[str]:
@@ -76,11 +80,21 @@ def _comment(text: str) -> Iterator[str]:
     yield from wrapper.wrap(printable(text))
 
 
-def _regularizer(config: Config) -> dict[str, Any]:
-    """Return the fields of the regularizer, in the order in which a person would write them."""
-    prefix, family = config.prefix, config.family
-    if prefix is None:
-        return {"regularizer.type": "none"}
+def _regularizers(config: Config) -> list[dict[str, Any]]:
+    """Return the fields of each regularizer, in the order in which a person would write them."""
+    members = [_aligned(config, config.prefix)] if config.prefix else []
+    for kind in config.added:
+        chosen: dict[str, Any] = {"regularizer.type": kind}
+        chosen |= {key.field: config.value(key.name) for key in ADDED[kind]}
+        if kind == "self_transcendence":
+            chosen |= {"regularizer.projector.type": "mlp", "regularizer.loss": "mse"}
+        members.append(chosen)
+    return members or [{"regularizer.type": "none"}]
+
+
+def _aligned(config: Config, prefix: Prefix) -> dict[str, Any]:
+    """Return the fields of the regularizer that aligns with an encoder."""
+    family = config.family
     fields: dict[str, Any] = {"regularizer.type": REGULARIZERS[prefix], "regularizer.weight": 0.0}
     fields |= {"regularizer.block_index": "mid"}
     fields |= {key.field: config.value(key.name) for key in KEYS[prefix]}
@@ -143,13 +157,14 @@ def _rest(config: Config) -> dict[str, Any]:
     if is_written("validation_num_inference_steps"):
         fields["evaluate.sampler.steps"] = max(config.value("validation_num_inference_steps"), 2)
     if family is not None:
+        types = [*([REGULARIZERS[config.prefix]] if config.prefix else []), *config.added]
         source, steps = config.file.name if config.file else "the flags", fields["train.steps"] or STAND_IN_STEPS
         if family.network and family.network.uncheckpointed:
             fields["run.gradient_checkpointing"] = False
         # One evaluation, at the end, that takes about as many forward passes as the training.
         affordable = steps * fields["train.batch_size"] * _PASSES // fields["evaluate.sampler.steps"]
         fields |= {
-            "name": f"{family.name}_{REGULARIZERS.get(str(config.prefix), 'none')}",
+            "name": "_".join([family.name, *(types or ["none"])]),
             "question": f"What do the settings of {source} do to {family.name}?",
             "model.pretrained": config.pretrained,
             "train.steps": steps,
@@ -157,6 +172,14 @@ def _rest(config: Config) -> dict[str, Any]:
             "evaluate.samples": min(max(affordable, _MIN_SAMPLES), EvaluateConfig().samples),
         }
     return fields
+
+
+def _document(members: Sequence[Fields], rest: Fields) -> dict[str, Any]:
+    """Return the spec, with a list of regularizers if there are several."""
+    document = _nested({**members[0], **rest})
+    if len(members) > 1:
+        document["regularizer"] = [_nested(member)["regularizer"] for member in members]
+    return document
 
 
 def _nested(fields: Fields) -> dict[str, Any]:
@@ -167,10 +190,10 @@ def _nested(fields: Fields) -> dict[str, Any]:
     return {section: value for section, value in draft.value.items() if value != {}}
 
 
-def _validate(fields: Fields, config: Config) -> None:
+def _validate(members: Sequence[Fields], rest: Fields, config: Config) -> None:
     """Validate the spec, and report problems at the keys that caused them."""
     try:
-        load_spec(_nested({**({} if config.family else _REQUIRED), **fields}))
+        load_spec(_document(members, {**({} if config.family else _REQUIRED), **rest}))
     except SpecError as error:
         problems = [config.problem(_key_of(problem, config), problem.message) for problem in error.problems]
         raise SpecError(problems) from None
@@ -178,8 +201,15 @@ def _validate(fields: Fields, config: Config) -> None:
 
 def _key_of(problem: Problem, config: Config) -> str:
     """Return the key that sets the problem's field; else the key inside it that the message mentions first."""
-    given = [READABLE[name] for name in config.values if config.is_on(name)]
-    setting = [key.name for key in given if f"{problem.path}.".startswith(f"{key.field}.")]
-    inside = [key for key in given if key.field.startswith(f"{problem.path}.")]
+    prefixes = [*([f"{config.prefix}_"] if config.prefix else []), *(ADDED_PREFIXES[kind] for kind in config.added)]
+    section, _, place = problem.path.partition(".")
+    number, _, field = place.partition(".")
+    others: tuple[str, ...] = ()
+    path = problem.path
+    if section == "regularizer" and number.isdecimal():  # of several
+        others, path = tuple(prefixes[: int(number)] + prefixes[int(number) + 1 :]), f"{section}.{field}"
+    given = [READABLE[name] for name in config.values if config.is_on(name) and not name.startswith(others)]
+    setting = [key.name for key in given if f"{path}.".startswith(f"{key.field}.")]
+    inside = [key for key in given if key.field.startswith(f"{path}.")]
     places = sorted((problem.message.find(key.field.rpartition(".")[2]), key.name) for key in inside)
     return next(iter([*setting, *(name for place, name in places if place >= 0)]), problem.path)

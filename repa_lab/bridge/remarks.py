@@ -34,7 +34,8 @@ def remarks(config: Config, fields: Fields) -> Iterator[Remark]:
     """
     if config.prefix:
         yield from _differences(config, fields)
-    elif not any(key.name in config.values for key in REST):
+    yield from _added(config)
+    if not config.prefix and not config.added and not any(key.name in config.values for key in REST):
         yield "", "neither crepa_enabled nor urepa_enabled is true: there is no regularizer"
     yield from _not_carried(config, fields)
     if config.family is None:
@@ -93,6 +94,23 @@ def _differences(config: Config, fields: Fields) -> Iterator[Remark]:
         )
     if prefix == "crepa" and CREPA_MODEL.name in config.values:
         yield CREPA_MODEL.name, "SimpleTuner documents this key and refuses it; export writes crepa_encoder"
+
+
+def _added(config: Config) -> Iterator[Remark]:
+    """Name where SimpleTuner computes something else in the regularizers that it adds to others."""
+    if "layersync" in config.added:
+        student, teacher = (config.value(f"layersync_{name}_block") for name in ("student", "teacher"))
+        yield "layersync_student_block", f"counted from 1 there, and from 0 here: block_index is {student}"
+        if teacher is None:
+            message = (
+                "SimpleTuner takes the student for its own teacher, which teaches nothing; here null is a later block"
+            )
+            yield "layersync_teacher_block", message
+        if str(config.given.get("layersync_lambda")) in ("0", "0.0"):
+            yield "layersync_lambda", "SimpleTuner takes 0 for 0.2, and so does the import"
+    if "self_transcendence" in config.added:
+        message = "the mean over the images in range there; here the others count as 0 in the mean over all"
+        yield "distillation_config.weight", message
 
 
 def _not_carried(config: Config, fields: Fields) -> Iterator[Remark]:

@@ -75,6 +75,14 @@ def _or(default: Any) -> Callable[[Any], Any]:
     return lambda value: value or default
 
 
+def _index(depth: int) -> int:
+    return max(depth - 1, 0)
+
+
+def _depth(index: int) -> int:
+    return index + 1
+
+
 # ---- encoders and grids
 
 _ENCODER_NAMES = {
@@ -166,6 +174,27 @@ IREPA = (
     Key("irepa_spatial_norm_alpha", "regularizer.spatial_norm", Number, 0.6),
     Key("irepa_projector_kernel_size", "regularizer.projector.kernel", Whole, 3),
 )
+# LayerSync counts blocks from 1, and takes 0 for the first one too; its weight 0 stands for 0.2.
+LAYERSYNC = (
+    Key("layersync_student_block", "regularizer.block_index", Whole, None, _index, _depth),
+    Key("layersync_teacher_block", "regularizer.teacher_block", Whole, None, _index, _depth),
+    Key("layersync_lambda", "regularizer.weight", Number, 0.2, _or(0.2)),
+)
+# Keys inside `distillation_config`, for the method self_transcendence and its stage self.
+SELF_TRANSCENDENCE = (
+    Key("distillation_config.student_block", "regularizer.block_index", Whole),
+    Key("distillation_config.teacher_block", "regularizer.teacher_block", Whole),
+    Key("distillation_config.weight", "regularizer.weight", Number, 0.5),
+    Key("distillation_config.cfg_scale", "regularizer.guidance", Number, 30.0),
+    Key("distillation_config.timestep_min", "regularizer.low", Number, 0.4),
+    Key("distillation_config.timestep_max", "regularizer.high", Number, 0.7),
+    Key("distillation_config.stop_step", "regularizer.schedule.cutoff_step", Whole, 0, _or(None), _or(0)),
+    Key("distillation_config.projector_hidden_dim", "regularizer.projector.width", Whole, 2048),
+)
+# Regularizers that SimpleTuner adds to any other, by their type in a spec.
+ADDED: Mapping[str, tuple[Key, ...]] = {"layersync": LAYERSYNC, "self_transcendence": SELF_TRANSCENDENCE}
+ADDED_PREFIXES = {"layersync": "layersync_", "self_transcendence": "distillation_config."}
+STAGE = Key("distillation_config.stage", "regularizer.type", Literal["self"])
 # Keys that set one field each of a whole spec.
 REST = (
     Key("pretrained_model_name_or_path", "model.pretrained", Text),
@@ -205,19 +234,30 @@ DATA_SET = (
     Key("crop", "data.buckets", bool, True),
     Key("crop_aspect", "data.buckets", CropAspect, "square"),
 )
-SWITCHES = tuple(Key(f"{prefix}_enabled", "regularizer.type", bool, False) for prefix in ("crepa", "urepa", "irepa"))
+SWITCHES = tuple(
+    Key(f"{prefix}_enabled", "regularizer.type", bool, False) for prefix in ("crepa", "urepa", "irepa", "layersync")
+)
 # SimpleTuner's documentation has this key, its parser refuses it; if it is given, it wins over crepa_encoder.
 CREPA_MODEL = Key("crepa_model", "regularizer.encoder.name", Text, None, _encoder)
 ALIASES = {"checkpointing_steps": "checkpoint_step_interval"}
-READABLE = {key.name: key for key in (*KEYS["crepa"], *KEYS["urepa"], *IREPA, *REST, *PARTS, *SWITCHES, CREPA_MODEL)}
+READABLE = {
+    key.name: key
+    for keys in (*KEYS.values(), IREPA, *ADDED.values(), REST, PARTS, SWITCHES, (CREPA_MODEL, STAGE))
+    for key in keys
+}
 
-_BACKBONE = "repa-lab aligns with a frozen encoder, not with the denoiser's own features"
+_BACKBONE = "repa-lab has no projector between two blocks of one pass; the type layersync is nearest"
+_SELF_FLOW = "the type self_flow needs a time for every token, which this model does not take here"
 # Keys without a field in a spec: the values at which nothing is lost, and what is lost at the others.
 LOST: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "crepa_feature_source": (("encoder", "external"), _BACKBONE),
+    "crepa_feature_source": (("encoder", "external"), f"{_BACKBONE}; {_SELF_FLOW}"),
     "crepa_use_backbone_features": (("false",), _BACKBONE),
-    "crepa_self_flow": (("false",), _BACKBONE),
-    "layersync_enabled": (("false",), "set regularizer.type: layersync in the spec"),
+    "crepa_self_flow": (("false",), _SELF_FLOW),
+    "distillation_method": ((), "of SimpleTuner's distillations, repa-lab has self_transcendence's stage self"),
+    "distillation_config.teacher_adapter_path": (
+        (),
+        "the teacher is the pretrained model; weights names a whole model",
+    ),
     "lora_type": (("standard",), "repa-lab trains PEFT's LoRA; SimpleTuner's LyCORIS is another adapter"),
 }
 # Keys that do nothing without those above, relate the frames of a video, or save memory where repa-lab uses none.

@@ -352,6 +352,15 @@ class TestSelfTranscendence:
         assert found.value.item() == pytest.approx(-cosine[1:].sum() / 3, rel=1e-5)  # the first image is out of range
         assert found.parts["cosine"].item() == pytest.approx(cosine.mean(), rel=1e-5)
 
+    def test_the_squared_error(self):
+        regularizer = build("self_transcendence", self.SHAPES, projector="linear", loss="mse")
+        student, teacher = tokens(), tokens(1, width=5)
+        found = regularizer(Signals(taps=(student,), frozen_taps=(teacher,), times=self.TIMES))
+        off = linear(regularizer.projector, numpy(student.values)) - numpy(teacher.values)
+        assert found.value.item() == pytest.approx((off[1:] ** 2).mean((1, 2)).sum() / 3, rel=1e-5)
+        found.value.backward()
+        assert teacher.values.grad is None
+
     def test_tokens_with_times_of_their_own_are_judged_by_them(self):
         student, teacher = tokens(), tokens(1, width=5)
         regularizer = build("self_transcendence", self.SHAPES, projector="linear")

@@ -10,7 +10,18 @@ import pytest
 
 from repa_lab.align.settings import REGULARIZERS, RegularizerSettings
 from repa_lab.bridge.exporting import export_settings
-from repa_lab.bridge.simpletuner import DATA_SET, FLAVOURS, IREPA, KEYS, LOST, PARTS, REST, SWITCHES, WITHOUT_EFFECT
+from repa_lab.bridge.simpletuner import (
+    ADDED,
+    DATA_SET,
+    FLAVOURS,
+    IREPA,
+    KEYS,
+    LOST,
+    PARTS,
+    REST,
+    SWITCHES,
+    WITHOUT_EFFECT,
+)
 from tests.bridge.test_importing import FLUX, GUIDE, SDXL, config_of, load, read
 
 # Every key that carries a setting of the regularizer, at a value that is not its default.
@@ -218,11 +229,17 @@ class TestDocumentation:
         rows = [row.split("|")[1:4] for row in table.splitlines() if row.startswith("| `")]
         defaults = {}
         for names, values, _ in rows:
-            found, words = re.findall(r"`(\w+)`", names), [word.strip() for word in values.split(",")]
+            found, words = re.findall(r"`([\w.]+)`", names), [word.strip() for word in values.split(",")]
             for name, value in zip(found, words * len(found) if len(words) == 1 else words, strict=False):
                 both = ("crepa", "urepa") if name.startswith("_") else ("",)
                 defaults |= {f"{prefix}{name}": value for prefix in both}
-        for key in (*KEYS["crepa"], *KEYS["urepa"], *IREPA, *SWITCHES):
+        for key in (
+            *KEYS["crepa"],
+            *KEYS["urepa"],
+            *IREPA,
+            *(key for keys in ADDED.values() for key in keys),
+            *SWITCHES,
+        ):
             shown = (
                 {None: "none", True: "true", False: "false"}.get(key.default)
                 if isinstance(key.default, (bool, type(None)))

@@ -408,7 +408,7 @@ class TestWaysToGiveIt:
 
 
 class TestWhatIsSaid:
-    @pytest.mark.parametrize("name", LOST)
+    @pytest.mark.parametrize("name", [name for name in LOST if "." not in name])
     def test_every_key_without_a_place_is_named_with_the_reason(self, tmp_path, name):
         (line,) = [
             line

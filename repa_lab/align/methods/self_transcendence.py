@@ -17,7 +17,8 @@ class SelfTranscendence(Regularizer):
     ``h`` are the tokens that leave a block of the model that trains. ``f = u + s (c - u)`` are the guided tokens of a
     later block of a frozen model with the same input: c are its conditional tokens, u its unconditional ones, and s is
     the guidance. The mean is over all tokens; those whose time is out of range count as 0, so that the loss does not
-    depend on the micro-batch. All tokens of an image have one time, unless another regularizer asks for two.
+    depend on the micro-batch. ``loss: mse`` has the mean squared error over the channels in place of minus the cosine.
+    All tokens of an image have one time, unless another regularizer asks for two.
     """
 
     Settings: ClassVar[type[RegularizerSettings]] = SelfTranscendenceSettings
@@ -29,7 +30,7 @@ class SelfTranscendence(Regularizer):
         self.projector = Projector(student, teacher, settings.projector)
 
     def forward(self, signals: Signals, step: int = 0) -> Loss:
-        """Return minus the mean cosine of the tokens in range; the mean cosine of all tokens is a part.
+        """Return the mean loss of the tokens in range; the mean cosine of all tokens is a part.
 
         Args:
             signals: one tap ``(B, N, D)``, one tap of the frozen model ``(B, M, D)``, and the times
@@ -39,6 +40,8 @@ class SelfTranscendence(Regularizer):
         (student,), (teacher,), times = signals.taps, signals.frozen_taps, signals.times
         assert times is not None
         projected = self.projector.project(student).values
-        cosine = token_cosine(projected, teacher.resample(student.grid).values)
+        target = teacher.resample(student.grid).values.detach()
+        cosine = token_cosine(projected, target)
         is_used = ((times >= self.settings.low) & (times <= self.settings.high)).reshape(len(times), -1)
-        return Loss(-(cosine * is_used).mean(1).mean(), {"cosine": cosine.detach().mean(1).mean()})
+        loss = -cosine if self.settings.loss == "cosine" else (projected.float() - target.float()).square().mean(-1)
+        return Loss((loss * is_used).mean(1).mean(), {"cosine": cosine.detach().mean(1).mean()})

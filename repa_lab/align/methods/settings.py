@@ -17,7 +17,7 @@ from repa_lab.align.settings import (
     REPASettings,
     regularizer,
 )
-from repa_lab.settings import BlockIndex, Fraction, LocalFile, NotNegative, Positive
+from repa_lab.settings import BlockIndex, Fraction, LocalFile, NotNegative, Positive, later
 
 _METHODS = "repa_lab.align.methods"
 
@@ -195,6 +195,8 @@ class SelfTranscendenceSettings(TwoBlockSettings):
     """Images above this time are left out."""
     projector: ProjectorSection = ProjectorSettings()
     """The map from the student's tokens to the teacher's."""
+    loss: Literal["cosine", "mse"] = later("cosine")
+    """Minus the cosine of tokens, or their mean squared error, which is SimpleTuner's."""
 
     def needs(self) -> Needs:
         """Return the student's block and the block of the frozen teacher."""
