@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from repa_lab.registry import did_you_mean
@@ -124,8 +124,8 @@ def compare_specs(left: Experiment, right: Experiment) -> SpecDifference:
         for difference in _differences(*sides):
             labels.setdefault(difference, []).append(label)
     inside = [
-        Difference(field.path, field.left, field.right, () if len(having) == len(common) else tuple(having))
-        for field, having in labels.items()
+        replace(difference, arms=() if len(having) == len(common) else tuple(having))
+        for difference, having in labels.items()
     ]
     if not common:
         sections = ({key: side.draft.value.get(key, {}) for key in SECTIONS} for side in (left, right))
@@ -139,9 +139,8 @@ def compare_specs(left: Experiment, right: Experiment) -> SpecDifference:
 
 def flatten(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """Yield the leaves of nested mappings, and of lists of mappings, by path; other lists are leaves."""
-    inside: Mapping[Any, Any] = value if isinstance(value, Mapping) else {}
-    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-        inside = dict(enumerate(value))
+    is_leaf = isinstance(value, list) and not all(isinstance(item, Mapping) for item in value)
+    inside = {} if is_leaf else entries(value)
     for key, inner in inside.items():
         yield from flatten(inner, (*path, key))
     if not inside:
