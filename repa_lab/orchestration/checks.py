@@ -25,6 +25,7 @@ from repa_lab.tracking import tensorboard
 from repa_lab.training.resolve import (
     MIN_HELD_OUT,
     Inventory,
+    attended_blocks,
     encoders_of,
     metric_names,
     names_of_metric,
@@ -164,12 +165,12 @@ def _regularizer_problems(arm: Arm, family: Family, shape: Shape, options: RunOp
             continue
         yield from _block_problems(arm, family, depth, path, given, needs)
         yield from _signal_problems(arm, family, path, settings, needs)
-        if needs.encoder_attention:
-            yield from _attention_problems(arm, path, given, needs.encoder_attention)
         for name, message in settings.problems(facts):
             yield arm.problem(f"{path}.{name}", message)
     for path, encoder in encoders_of(config) if is_known else ():
         yield from _encoder_problems(arm, path, encoder)
+        if blocks := attended_blocks(config, encoder):
+            yield from _attention_problems(arm, path, encoder, blocks)
 
 
 def _images_at_once(config: RunConfig, options: RunOptions) -> int:
@@ -193,19 +194,6 @@ def _signal_problems(
             f"measuring the cosine of {chosen.type} changes the noise, so weight 0 would not be off: use permanent"
         )
         yield arm.problem(f"{path}.schedule.threshold_mode", message)
-
-
-def _attention_problems(arm: Arm, path: str, chosen: RegularizerSettings, blocks: tuple[int, ...]) -> Iterator[Problem]:
-    for keys, encoder in settings_in(chosen):
-        place = ".".join(map(str, (path, *keys)))
-        if not isinstance(encoder, EncoderSettings):
-            continue
-        if message := attention_problem(encoder.name, blocks):
-            yield arm.problem(f"{place}.name", message)
-        elif encoder.cache:
-            yield arm.problem(
-                f"{place}.cache", f"the attention that {chosen.type} needs is not cached: set cache: false"
-            )
 
 
 def _depth(arm: Arm, family: Family, shape: Shape) -> int | None:
@@ -251,6 +239,13 @@ def _encoder_problems(arm: Arm, path: str, encoder: EncoderSettings) -> Iterator
     if encoder.pixels != "image" and arm.config.data.vae is None and arm.config.model.pretrained is None:
         message = f"{encoder.pixels} decodes latents, and data.vae names no VAE; use image, or set data.vae"
         yield arm.problem(f"{path}.pixels", message)
+
+
+def _attention_problems(arm: Arm, path: str, encoder: EncoderSettings, blocks: tuple[int, ...]) -> Iterator[Problem]:
+    if message := attention_problem(encoder.name, blocks):
+        yield arm.problem(f"{path}.name", message)
+    elif encoder.cache:
+        yield arm.problem(f"{path}.cache", "a regularizer needs the encoder's attention, which has no cache: set false")
 
 
 def _protocols(arm: Arm) -> Iterator[tuple[str, EvaluateConfig]]:

@@ -27,7 +27,7 @@ from repa_lab.training.data import Announce, Images, encode_captions, open_data,
 from repa_lab.training.device import DeviceError, pick_device, resolved
 from repa_lab.training.diffusion import ProcessError, process_of
 from repa_lab.training.evaluate import metrics_with, open_extractor, open_reference, real_images
-from repa_lab.training.resolve import encoders_of, needs_of
+from repa_lab.training.resolve import attended_blocks, encoders_of, needs_of
 
 
 class RefusedError(InputError):
@@ -94,9 +94,10 @@ class _Preparation:
         if config.model.pretrained and self._is_new(sources, blocks, config.evaluate.prompts):
             self._meet_pretrained(config, images, blocks)
         for path, encoder in encoders_of(config):
-            if self._is_new(sources, encoder):
+            attention = attended_blocks(config, encoder)
+            if self._is_new(sources, encoder, attention):
                 try:
-                    open_targets(encoder, images, self.options, self.cache, self.device, self.announce)
+                    open_targets(encoder, images, self.options, self.cache, self.device, self.announce, attention)
                 except EncoderError as error:
                     raise RefusedError(index, f"{path}.{error.field}", str(error)) from error
                 except DataError as error:

@@ -92,6 +92,12 @@ def encoders_of(config: RunConfig) -> tuple[tuple[str, EncoderSettings], ...]:
     return (*in_settings, *((path, encoder) for encoder, path in asked.items()))
 
 
+def attended_blocks(config: RunConfig, encoder: EncoderSettings) -> tuple[int, ...]:
+    """Return the blocks of an encoder whose queries and keys regularizers need, each once."""
+    needs = (one for one in needs_of(config) if encoder in one.encoders)
+    return tuple(dict.fromkeys(block for one in needs for block in one.encoder_attention))
+
+
 def plugins_of(config: RunConfig) -> Iterator[Origin]:
     """Yield where each plugin component that a run uses was registered."""
     used: list[tuple[Registry[Any], str]] = [

@@ -46,6 +46,7 @@ from repa_lab.training.evaluate import Evaluator, Match
 from repa_lab.training.model import open_model
 from repa_lab.training.resolve import (
     aligned_block,
+    attended_blocks,
     choose_block,
     needs_of,
     protocols_of,
@@ -113,9 +114,8 @@ class Trainer:
             denoiser.enable_gradient_checkpointing()
 
         def targets_of(encoder: EncoderSettings) -> Targets:
-            attended = [block for one in needs if encoder in one.encoders for block in one.encoder_attention]
-            kept = tuple(dict.fromkeys(attended))
-            return open_targets(encoder, images, options, cache, self.device, attention=kept)
+            attention = attended_blocks(config, encoder)
+            return open_targets(encoder, images, options, cache, self.device, attention=attention)
 
         needs = needs_of(config)
         asked = dict.fromkeys(encoder for one in needs for encoder in one.encoders)

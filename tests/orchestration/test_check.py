@@ -75,7 +75,7 @@ CASES = [
     ),
     (
         ("steps: 10}", "steps: 10}\nsearch: {space: {regularizer.wait: {log: [1, 2]}}}"),
-        "6:18: search.space.regularizer.wait: unknown field 'wait'; allowed: beta, block_index, encoder, ",
+        "6:18: search.space.regularizer.wait: unknown field 'wait'; allowed: attention_weight, beta, ",
     ),
     (("nano/2}", "nano/2, train: lora}"), "2:36: model.train: sit is trained from scratch: train must be full"),
     (
@@ -133,11 +133,11 @@ CASES = [
     ),
     (
         (ONE, "{type: haste, encoder: {name: efficientnet_lite0, image_size: 64, cache: false}}"),
-        "3:40: regularizer.encoder.name: the attention of 'efficientnet_lite0' cannot be captured: use a vision transformer",
+        "3:38: regularizer.encoder.name: the attention of 'efficientnet_lite0' cannot be captured: use a vision transformer",
     ),
     (
         (ONE, "{type: haste, encoder: {name: dinov2_vits14, image_size: 28}}"),
-        "3:28: regularizer.encoder.cache: the attention that haste needs is not cached: set cache: false",
+        "3:28: regularizer.encoder.cache: a regularizer needs the encoder's attention, which has no cache: set false",
     ),
     (
         (ONE, "[{type: haste, layers: 3, encoder: {name: dinov2_vits14, image_size: 28, cache: false}}]"),
