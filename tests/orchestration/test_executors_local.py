@@ -51,6 +51,17 @@ class TestWorkersAreForked:
         assert len(list(Path(f"/proc/{server}/task").iterdir())) == 1
         assert "libtorch" in Path(f"/proc/{server}/maps").read_text()
 
+    def test_no_temporary_file_is_shared_which_the_first_worker_to_end_would_delete(self, tmp_path, monkeypatch):
+        temporary = tmp_path / "temporary"
+        temporary.mkdir()
+        monkeypatch.setenv("TMPDIR", str(temporary))
+        executor, (pid,) = self.start(tmp_path)
+        try:
+            assert b"TMPDIR=" + bytes(temporary) in Path(f"/proc/{parent_of(pid)}/environ").read_bytes()
+            assert list(temporary.iterdir()) == []
+        finally:
+            executor.close()
+
     def test_a_worker_has_no_pipe_or_log_but_its_own(self, tmp_path):
         """A worker that held another's input would keep it alive when the scheduler is gone."""
         executor, pids = self.start(tmp_path, 2)

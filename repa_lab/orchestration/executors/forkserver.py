@@ -174,8 +174,13 @@ def serve(requests: socket.socket) -> bool:
         True in a worker, whose standard streams are then those of the request; False in the server at its end.
     """
     if sys.platform == "linux":  # elsewhere a fork is not safe once libraries are imported; see `main`
+        # timm imports W&B where it can, and W&B makes a temporary folder at its import. Every worker would delete it at
+        # its end, for all others too; so each worker that needs W&B imports it itself.
+        sys.modules["wandb"] = None  # type: ignore[assignment]
         import repa_lab.orchestration.prepare
         import repa_lab.training.loop  # noqa: F401
+
+        del sys.modules["wandb"]
     gc.freeze()  # collections must not visit, and so copy, the half a million objects of the libraries
     requests.send(_READY)
     statuses: dict[int, IO[bytes]] = {}  # a pipe for each worker
