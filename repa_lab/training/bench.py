@@ -145,9 +145,11 @@ def bench(run: Run, options: RunOptions, cache: Path, rounds: int = 5, steps: in
     online = trainers["online encoder"].config
     reference = Trainer(Run("reference", online, run.seed), uncompiled, cache)
     device, cached = reference.device, trainers["cached features"]
-    ways = [_steps(name, trainer, steps) for name, trainer in trainers.items()]
-    ways.append(_reference_steps(reference, steps))
-    ways += [_reading(cached, steps), _sampling(cached)]
+    ways = [_repeated(name, trainer, steps, trainer.step) for name, trainer in trainers.items()]
+    ways.append(_repeated("the papers' way", reference, steps, ReferenceLoop(reference).step))
+    for way, trainer in zip(ways, (*trainers.values(), reference), strict=True):
+        way.image_flops = cost_of(trainer.config, trainer.options).image_flops
+    ways += [_repeated("data path alone", cached, steps, lambda batch: None), _sampling(cached)]
     for number in range(rounds + 1):
         for way in ways:
             began, wall = _clock(device), time.perf_counter()
@@ -189,38 +191,16 @@ def variants(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         yield name, variant(regularizer.model_copy(update={"encoder": encoder, "schedule": ScheduleSettings()}))
 
 
-def _steps(name: str, trainer: Trainer, steps: int) -> _Way:
+def _repeated(name: str, trainer: Trainer, steps: int, take: Callable[[Batch], object]) -> _Way:
+    """Return the way whose turn reads ``steps`` batches and does ``take`` with each."""
     batches = trainer.batches()
 
     def turn() -> tuple[int, int]:
         for _ in range(steps):
-            outcome = trainer.step(next(batches))
-        outcome.row()  # as at a log point; waits for the device
+            take(next(batches))
         return steps * trainer.config.train.batch_size, steps
 
-    return _Way(name, turn, cost_of(trainer.config, trainer.options).image_flops)
-
-
-def _reference_steps(trainer: Trainer, steps: int) -> _Way:
-    loop, batches = ReferenceLoop(trainer), trainer.batches()
-
-    def turn() -> tuple[int, int]:
-        for _ in range(steps):
-            loop.step(next(batches))
-        return steps * trainer.config.train.batch_size, steps
-
-    return _Way("the papers' way", turn, cost_of(trainer.config, trainer.options).image_flops)
-
-
-def _reading(trainer: Trainer, steps: int) -> _Way:
-    batches = trainer.batches()
-
-    def turn() -> tuple[int, int]:
-        for _ in range(steps):
-            next(batches)
-        return steps * trainer.config.train.batch_size, steps
-
-    return _Way("data path alone", turn)
+    return _Way(name, turn)
 
 
 def _sampling(trainer: Trainer) -> _Way:
