@@ -13,7 +13,7 @@ from repa_lab.orchestration.sharing import Sharing, share
 from repa_lab.runs import RunsRoot, RunStatus, SweepManifest
 from repa_lab.runs.root import ArmRecord, ComparisonRecord, OrphanRecord, RunRecord, SearchRecord
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, StopRule
-from repa_lab.spec.conditions import holds
+from repa_lab.spec.experiment import holds
 from repa_lab.spec.identity import Run, identify, local_files
 from repa_lab.training.resolve import Inventory, metric_names, plugins_of
 

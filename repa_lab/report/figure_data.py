@@ -1,4 +1,7 @@
-"""The data behind the figures as frames: one row per measurement, or per compared arm. Imports no drawing library."""
+"""The data behind the figures as frames, a row per measurement or per compared arm, and the figures' colours.
+
+Imports no drawing library.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,11 @@ ALIGNMENT = {
     "heldout/cosine": "cosine to the encoder",
     "heldout/gap": "matched - mismatched",
 }
+PALETTE = ("#0b6fb8", "#d1570a", "#128a5f", "#a83a86", "#8a6d00", "#5b4bb5")
+GREY = "#7d848c"
+FAINT = "#cdd2d8"
+INK = "#24292f"
+SOFT = "#57606a"
 MAX_BANDS = 3  # arms of a panel that have bands; those of more arms would hide each other
 
 

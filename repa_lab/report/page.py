@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -17,15 +18,27 @@ from PIL import Image
 
 from repa_lab.files import digest, file_digest
 from repa_lab.report import figure_data, tables, text
+from repa_lab.report.figure_data import FAINT, INK, PALETTE, SOFT
 from repa_lab.report.profile import load_profile, shown_profiles
 from repa_lab.report.results import Results, ResultsError, load_results
 from repa_lab.report.search import MIN_TRIALS, importance_frame, objectives, ordered_trials, search_frame
-from repa_lab.report.svg import inline
 from repa_lab.runs import RunStatus, SweepDirectory, files
 
 _MAX_PANELS = 24
 _MAX_ARMS, _MAX_STEPS = 12, 5  # of a sheet of samples
 _MAX_PIXELS, _MAX_PNG_BYTES = 640, 60_000  # of an embedded image
+
+# Variables of the page's style sheet; other colours, such as mixed greys, are legible on light and dark.
+_VARIABLES = {
+    INK: "--ink",
+    SOFT: "--soft",
+    "#6e7781": "--soft",
+    "#9aa1a9": "--axis",
+    "#e6e8eb": "--grid",
+    FAINT: "--faint",
+    "#ffffff": "--paper",
+    **{hue: f"--series-{place}" for place, hue in enumerate(PALETTE)},
+}
 
 
 @dataclass(frozen=True)
@@ -187,6 +200,22 @@ def _panel(draft: _Draft, name: str, path: Path) -> str:
         drawn = figures.svg(getattr(figures, draft.draw)(data, **draft.options), name) + key
         files.write_text(path, drawn)
     return inline(drawn, name)
+
+
+def inline(svg: str, name: str) -> str:
+    """Return an SVG file as an element of a page, with the page's colours.
+
+    Args:
+        svg: the file.
+        name: unique prefix of the element's ids within the page.
+    """
+    svg = re.sub(r'(\bid="|url\(#|href="#)', lambda match: f"{match[1]}{name}-", svg[svg.index("<svg") :])
+    svg = re.sub(
+        r"(?<=[:\s])#[0-9a-f]{6}\b",
+        lambda match: f"var({_VARIABLES[match[0]]})" if match[0] in _VARIABLES else match[0],
+        svg,
+    )
+    return re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2).strip()
 
 
 def _differences(results: Results) -> Iterator[_Draft]:

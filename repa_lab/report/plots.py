@@ -13,12 +13,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from repa_lab.report import figures
+from repa_lab.report.figure_data import GREY, PALETTE, SOFT
 from repa_lab.report.figures.style import STYLE, short_labels
 from repa_lab.report.profile import load_profile, shown_profiles
 from repa_lab.report.published import TEXT, VALUES
 from repa_lab.report.results import Results, ResultsError, load_results
 from repa_lab.report.search import objectives, search_frame
-from repa_lab.report.svg import GREY, PALETTE, SOFT
 
 __all__ = ["Drawn", "Profiles", "Reproduced", "alignment", "convergence", "layers", "quality", "reproduction", "search"]
 

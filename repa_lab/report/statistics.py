@@ -121,9 +121,7 @@ def ratio_interval(ratios: Iterable[float]) -> Estimate:
     return Estimate(log.n, math.exp(log.mean), math.exp(log.low), math.exp(log.high))
 
 
-def paired_difference(
-    arm: Mapping[int, float], baseline: Mapping[int, float], level: float = LEVEL
-) -> PairedDifference:
+def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> PairedDifference:
     """Return arm minus baseline over the seeds that have a finite value in both.
 
     Args:

@@ -52,6 +52,12 @@ _DEFAULT_BATCH: int = EvaluateConfig.model_fields["batch_size"].default
 _REFERENCE_BATCH = 512
 # The inception score compares the samples' features with nothing.
 _KEPT_OF_SAMPLES = ("features", "nothing")
+# The parameters of metrics that compare features, given the numbers of samples and of real images.
+_PARAMETERS: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "kid": lambda samples, real: {"subsets": kid_protocol(samples, real)},
+    "inception_score": lambda samples, real: {"splits": SPLITS},
+    "precision_recall": lambda samples, real: {"neighbours": NEIGHBOURS},
+}
 _GRID_SAMPLES = 40
 _GRID_COLUMNS = 10
 _GRID_MIN_PIXELS = 32
@@ -243,18 +249,13 @@ def _of_all_processes(collector: Collector) -> ComparedImages:
 
 def _metric_details(metric: str, reference: ComparedImages, samples: int) -> dict[str, Any]:
     """Return what a metric depends on beside the samples: the real images and the metric's own parameters."""
-    if metric in ("frechet", "sfid"):
+    compares, origin = METRICS[metric].compares, METRICS.origin(metric)
+    if compares == "statistics":
         statistics = reference.of(metric)
         return {"real": statistics.count, "features": len(statistics.mu)}
-    if metric == "inception_score":
-        return {"splits": SPLITS}
     real = len(reference.features or ())
-    if metric == "kid":
-        return {"real": real, "subsets": kid_protocol(samples, real)}
-    if metric == "precision_recall":
-        return {"real": real, "neighbours": NEIGHBOURS}
-    origin = METRICS.origin(metric)
-    return {"real": real, "plugin": origin and origin.digest}
+    parameters = {"plugin": origin.digest} if origin else _PARAMETERS[metric](samples, real)
+    return parameters if compares == "nothing" else {"real": real, **parameters}
 
 
 def decoder_identity(config: RunConfig) -> dict[str, Any]:

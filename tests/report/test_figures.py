@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from repa_lab.report import figures
+from repa_lab.report.page import inline
 from repa_lab.report.results import HOURS, Results, load_results
 from repa_lab.report.search import objectives, search_frame
 from repa_lab.report.statistics import mean_interval
-from repa_lab.report.svg import inline
 from repa_lab.runs import RunsRoot, State, SweepDirectory, files
 
 from .conftest import METRIC, STEPS, Build, FakeArm, FakeRun, constant_runs, decay

@@ -75,7 +75,7 @@ class TwoBlockSettings(RegularizerSettings):
             yield "teacher_block", message
 
 
-@regularizer("layersync", f"{_METHODS}.layersync:LayerSync")
+@regularizer("layersync", f"{_METHODS}.self_alignment:LayerSync")
 class LayerSyncSettings(TwoBlockSettings):
     """LayerSync (2510.12581): raises the cosine of an early block's tokens with a later block's; nothing is trained."""
 
@@ -180,7 +180,7 @@ class HASTESettings(REPASettings):
             )
 
 
-@regularizer("self_transcendence", f"{_METHODS}.self_transcendence:SelfTranscendence")
+@regularizer("self_transcendence", f"{_METHODS}.self_alignment:SelfTranscendence")
 class SelfTranscendenceSettings(TwoBlockSettings):
     """Self-Transcendence (2601.07773): an earlier, guided model of the same kind teaches a block of the new one."""
 
@@ -236,7 +236,7 @@ class AveragedTeacherSettings(TwoBlockSettings):
         return Overhead(parameters, macs * tap.number)
 
 
-@regularizer("sra", f"{_METHODS}.sra:SRA")
+@regularizer("sra", f"{_METHODS}.self_alignment:SRA")
 class SRASettings(AveragedTeacherSettings):
     """SRA (2505.02831): a later block of the averaged model, which sees less noise, teaches an earlier block."""
 
@@ -255,7 +255,7 @@ class SRASettings(AveragedTeacherSettings):
         return Needs(taps=(self.block_index,), ema_taps=(self.teacher_block,), less_noise=self.less_noise)
 
 
-@regularizer("self_flow", f"{_METHODS}.self_flow:SelfFlow")
+@regularizer("self_flow", f"{_METHODS}.self_alignment:SelfFlow")
 class SelfFlowSettings(AveragedTeacherSettings):
     """Self-Flow (2603.06507): the denoiser sees two noise levels in an image, its averaged teacher the lower one."""
 

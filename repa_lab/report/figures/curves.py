@@ -14,12 +14,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from repa_lab.report.figure_data import ALIGNMENT, MAX_BANDS, means, needs_seeds, panels, shared_parts, unique
+from repa_lab.report.figure_data import (
+    ALIGNMENT,
+    FAINT,
+    GREY,
+    INK,
+    MAX_BANDS,
+    PALETTE,
+    SOFT,
+    means,
+    needs_seeds,
+    panels,
+    shared_parts,
+    unique,
+)
 from repa_lab.report.figures.style import blend, canvas, legend, log_scale, short_labels, shorten, styled
 from repa_lab.report.results import STEPS, Axis
 from repa_lab.report.statistics import MIN_SEEDS, Goal, steps_to_reach
 from repa_lab.report.summary import bare_name
-from repa_lab.report.svg import FAINT, GREY, INK, PALETTE, SOFT
 
 _MAX_TITLE = 60
 _MAX_COLUMNS = 3

@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from repa_lab.report.figure_data import INK, PALETTE
 from repa_lab.report.figures.style import STYLE, shorten
 from repa_lab.report.profile import load_profile, profile_difference, profile_matrix, run_id_of, shown_metrics
-from repa_lab.report.svg import INK, PALETTE
 from repa_lab.runs import RunDirectory
 
 LABELS = {

@@ -12,11 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from repa_lab.report.figure_data import unique
+from repa_lab.report.figure_data import FAINT, GREY, INK, PALETTE, SOFT, unique
 from repa_lab.report.figures.style import canvas, legend, log_scale, short_labels, styled
 from repa_lab.report.search import is_wide
 from repa_lab.report.statistics import Goal
-from repa_lab.report.svg import FAINT, GREY, INK, PALETTE, SOFT
 
 _POINT, _BEST, _BETTER = PALETTE[:3]
 _WORSE = PALETTE[1]

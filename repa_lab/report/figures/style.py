@@ -20,7 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from repa_lab.files import replace_atomically
-from repa_lab.report.svg import INK, SOFT
+from repa_lab.report.figure_data import INK, SOFT
 
 P = ParamSpec("P")
 DPI = 150
