@@ -76,7 +76,7 @@ def nt_xent_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: floa
     _require_same_shape(student, teacher)
     # Autocast would run the product in half precision; similarities must be float32.
     with torch.autocast(student.device.type, enabled=False):
-        ours, theirs = _scale_to_unit(student)[0], _scale_to_unit(teacher.detach())[0]
+        ours, theirs = scale_to_unit(student)[0], scale_to_unit(teacher.detach())[0]
         logits = ours @ theirs.transpose(1, 2) / temperature
     matching = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
     return functional.cross_entropy(logits.flatten(0, 1), matching.flatten())
@@ -191,7 +191,7 @@ class _SumOfDistances(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor, manifold: ManifoldSettings) -> torch.Tensor:
-        (ours, per_norm), (theirs, _) = _scale_to_unit(student), _scale_to_unit(teacher)
+        (ours, per_norm), (theirs, _) = scale_to_unit(student), scale_to_unit(teacher)
         total = ours.new_zeros(())
         gradient = torch.zeros_like(ours) if ctx.needs_input_grad[0] else None
         count, tiles = ours.shape[1], -(-ours.shape[1] // _TILE)
@@ -236,7 +236,7 @@ def _slope(difference: torch.Tensor, manifold: ManifoldSettings) -> torch.Tensor
     return difference.sign() * (difference.abs() > manifold.margin)
 
 
-def _scale_to_unit(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def scale_to_unit(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tokens ``(..., D)`` scaled to length 1, and the factors ``(..., 1)``, in float32.
 
     A vector of length 0 stays 0 and passes no gradient. Dividing by a small epsilon instead would give NaN in half

@@ -118,8 +118,10 @@ class TrainingFacts:
         depth: blocks of the denoiser; None if that is not known yet.
         images: images of one forward pass of one process.
         is_pretrained: whether the denoiser is trained before the first step.
+        frames: frames of a clip in the denoiser; 1 for images.
     """
 
     depth: int | None
     images: int
     is_pretrained: bool
+    frames: int = 1

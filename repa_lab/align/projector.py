@@ -58,5 +58,6 @@ class Projector(nn.Module):
         return flatten_map(self.net["conv"](Tokens(values, grid).to_map())).values
 
     def project(self, tokens: Tokens) -> Tokens:
-        """Project tokens ``(B, N, in_dim)`` to ``(B, N, out_dim)`` on the same grid."""
-        return Tokens(self(tokens.values, tokens.grid), tokens.grid)
+        """Project tokens ``(B, N, in_dim)`` to ``(B, N, out_dim)`` on the same grid, every frame alike."""
+        images = tokens.as_images()
+        return Tokens(self(images.values, tokens.grid), tokens.grid).as_clips(tokens.frames)

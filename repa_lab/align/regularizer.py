@@ -16,6 +16,7 @@ from repa_lab.align.needs import Needs
 from repa_lab.align.projector import Projector
 from repa_lab.align.ranks import mean_over_ranks, start_reading, world_size
 from repa_lab.align.settings import (
+    CosineTargetSettings,
     EncoderTargetSettings,
     RegularizerSettings,
     REPASettings,
@@ -349,8 +350,10 @@ class EncoderTarget(Regularizer):
             encoder: its number among the regularizer's encoders, from 0.
 
         Raises:
-            ValueError: ``spatial_norm`` is applied to a single token.
+            ValueError: the sides have different numbers of frames, or ``spatial_norm`` is applied to a single token.
         """
+        if student.frames != teacher.frames:
+            raise ValueError(f"the block has {student.frames} frames and the encoder {teacher.frames}")
         projector, resample = self.projectors[encoder], self.settings.resample
         assert isinstance(projector, Projector)
         if self.settings.spatial_norm is not None:
@@ -373,17 +376,17 @@ class EncoderTarget(Regularizer):
         return [self.match(student, tokens, number) for number, tokens in enumerate(signals.encoders)]
 
 
-class REPA(EncoderTarget):
-    """REPA (2410.06940): raises the cosine of the tap's projected tokens with the encoder's patch tokens.
+class CosineTarget(EncoderTarget):
+    """The base of regularizers that raise the cosine of the tap's projected tokens with the encoder's patch tokens.
 
-    Args as for :class:`EncoderTarget`, with the fields of :class:`REPASettings`.
+    Args as for :class:`EncoderTarget`, with the fields of :class:`CosineTargetSettings`.
     """
 
-    Settings: ClassVar[type[RegularizerSettings]] = REPASettings
-    settings: REPASettings
+    Settings: ClassVar[type[RegularizerSettings]] = CosineTargetSettings
+    settings: CosineTargetSettings
 
     def match(self, student: Tokens, teacher: Tokens, encoder: int = 0) -> Pair:
-        """Return projected student tokens and encoder tokens; their means ``(B, 1, D)`` without ``spatial_align``.
+        """Return projected student tokens and encoder tokens; without ``spatial_align`` their means over each frame.
 
         Args and errors as for :meth:`EncoderTarget.match`.
         """
@@ -394,6 +397,16 @@ class REPA(EncoderTarget):
         projector = self.projectors[encoder]
         assert isinstance(projector, Projector)
         return Pair(projector.project(student).mean().values, teacher.mean().values)
+
+
+class REPA(CosineTarget):
+    """REPA (2410.06940): raises the cosine of the tap's projected tokens with the encoder's patch tokens.
+
+    Args as for :class:`EncoderTarget`, with the fields of :class:`REPASettings`.
+    """
+
+    Settings: ClassVar[type[RegularizerSettings]] = REPASettings
+    settings: REPASettings
 
     def forward(self, signals: Signals, step: int = 0) -> Loss:
         """Return minus the mean cosine, or the NT-Xent loss; the mean cosine is a part.

@@ -391,8 +391,17 @@ class EncoderTargetSettings(RegularizerSettings):
         return Overhead(parameters, macs)
 
 
+class CosineTargetSettings(EncoderTargetSettings):
+    """The settings of regularizers that raise the cosine of projected tokens with an encoder's patch tokens."""
+
+    spatial_align: bool = True
+    """Compare token by token; false compares the mean projected token with the mean encoder token."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("transformer",)
+
+
 @regularizer("repa", "repa_lab.align.regularizer:REPA")
-class REPASettings(EncoderTargetSettings):
+class REPASettings(CosineTargetSettings):
     """REPA (2410.06940): raises the cosine of projected tokens with an encoder's patch tokens."""
 
     type: Literal["repa"] = "repa"
@@ -400,10 +409,6 @@ class REPASettings(EncoderTargetSettings):
     """Minus the mean cosine of matching tokens, or the NT-Xent loss over the tokens of each image."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
     """Temperature of `nt_xent`."""
-    spatial_align: bool = True
-    """Compare token by token; false compares the mean projected token with the mean encoder token."""
-
-    kinds: ClassVar[tuple[str, ...]] = ("transformer",)
 
 
 @regularizer("urepa", "repa_lab.align.regularizer:UREPA")

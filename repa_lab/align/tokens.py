@@ -13,21 +13,23 @@ _STD_FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class Tokens:
-    """Patch tokens on a grid.
+    """Patch tokens of images on a grid, or of clips on the same grid for every frame.
 
     Attributes:
-        values: ``(B, N, D)``, row by row: token k is at ``(k // w, k % w)``.
-        grid: ``(h, w)`` with N = h * w.
+        values: ``(B, N, D)``, row by row: token k is at ``(k // w, k % w)``. Those of a clip are frame by frame.
+        grid: ``(h, w)`` with N = frames * h * w.
+        frames: frames of a clip; 1 for an image.
 
     Raises:
-        ValueError: ``values`` is not three-dimensional, or N differs from ``h * w``.
+        ValueError: ``values`` is not three-dimensional, or N differs from ``frames * h * w``.
     """
 
     values: torch.Tensor
     grid: Grid
+    frames: int = 1
 
     def __post_init__(self) -> None:
-        _require_grid(self.values, self.grid)
+        _require_grid(self.values, self.grid, self.frames)
 
     @property
     def dim(self) -> int:
@@ -36,32 +38,48 @@ class Tokens:
 
     def resample(self, to: Grid) -> Tokens:
         """Return the tokens on the grid ``to``; see :func:`resample_tokens`."""
-        return Tokens(resample_tokens(self.values, self.grid, to), to)
+        images = self.as_images()
+        return Tokens(resample_tokens(images.values, self.grid, to), to).as_clips(self.frames)
 
     def mean(self) -> Tokens:
-        """Return the mean token ``(B, 1, D)``, in float32, on the grid ``(1, 1)``."""
-        return Tokens(self.values.float().mean(dim=1, keepdim=True), (1, 1))
+        """Return the mean token of every frame ``(B, frames, D)``, in float32, on the grid ``(1, 1)``."""
+        means = self.as_images().values.float().mean(dim=1, keepdim=True)
+        return Tokens(means, (1, 1)).as_clips(self.frames)
 
     def to_map(self) -> torch.Tensor:
-        """Return the tokens as a map ``(B, D, h, w)``."""
+        """Return the tokens of images as a map ``(B, D, h, w)``."""
         feature_map: torch.Tensor = self.values.transpose(1, 2).unflatten(2, self.grid)
         return feature_map
+
+    def as_images(self) -> Tokens:
+        """Return every frame as an image of its own ``(B * frames, h * w, D)``, those of a clip in a row."""
+        if self.frames == 1:
+            return self
+        return Tokens(self.values.reshape(-1, self.grid[0] * self.grid[1], self.dim), self.grid)
+
+    def as_clips(self, frames: int) -> Tokens:
+        """Return images ``(B * frames, N, D)`` as the frames of clips ``(B, frames * N, D)``."""
+        if frames == 1:
+            return self
+        return Tokens(self.values.unflatten(0, (-1, frames)).flatten(1, 2), self.grid, frames)
 
 
 def normalise_over_space(tokens: Tokens, strength: float) -> Tokens:
     """Normalise every channel over the tokens of its image, as iREPA: ``(y - strength * mean) / (std + 1e-6)``.
 
     What remains is how the patches of an image differ rather than what they share. iREPA uses a strength of 0.6 for
-    latents and 0.8 for pixels; 1 is a z-score. Computed in float32, with the unbiased standard deviation.
+    latents and 0.8 for pixels; 1 is a z-score. Computed in float32, with the unbiased standard deviation. Every frame
+    of a clip is an image of its own.
 
     Raises:
         ValueError: there is a single token, which has no deviation.
     """
-    if tokens.values.shape[1] < 2:
+    images = tokens.as_images()
+    if images.values.shape[1] < 2:
         raise ValueError("spatial normalisation compares tokens of one image; there is a single token")
-    values = tokens.values.float()
+    values = images.values.float()
     std, mean = torch.std_mean(values, dim=1, keepdim=True)
-    return Tokens((values - strength * mean) / (std + _STD_FLOOR), tokens.grid)
+    return Tokens((values - strength * mean) / (std + _STD_FLOOR), tokens.grid).as_clips(tokens.frames)
 
 
 def flatten_map(feature_map: torch.Tensor) -> Tokens:
@@ -104,8 +122,9 @@ def resample_tokens(tokens: torch.Tensor, grid: Grid, to: Grid) -> torch.Tensor:
     return resampled.flatten(2).transpose(1, 2).to(tokens.dtype)
 
 
-def _require_grid(tokens: torch.Tensor, grid: Grid) -> None:
+def _require_grid(tokens: torch.Tensor, grid: Grid, frames: int = 1) -> None:
     if tokens.ndim != 3:
         raise ValueError(f"tokens must be (B, N, D), got shape {tuple(tokens.shape)}")
-    if tokens.shape[1] != grid[0] * grid[1]:
-        raise ValueError(f"{tokens.shape[1]} tokens do not fill the grid {grid[0]}x{grid[1]}")
+    if tokens.shape[1] != frames * grid[0] * grid[1]:
+        per_frame = "" if frames == 1 else f" of {frames} frames"
+        raise ValueError(f"{tokens.shape[1]} tokens do not fill the grid {grid[0]}x{grid[1]}{per_frame}")

@@ -15,9 +15,11 @@ from repa_lab.bridge.simpletuner import (
     ADDED,
     ADDED_PREFIXES,
     ALIASES,
+    CUMULATIVE,
     DATA_SET,
     FAMILY_NAMES,
     FLAVOURS,
+    FRAMES,
     KEYS,
     LOST,
     READABLE,
@@ -101,6 +103,18 @@ class Config:
     def problem(self, key: str, message: str) -> Problem:
         """Return a problem, or a remark, at a key's place."""
         return Problem(self.places.get(key, Place(self.file)), key, message)
+
+    @property
+    def is_video(self) -> bool:
+        """Whether clips are trained on; without a family, whether a key relates their frames."""
+        if self.family is not None:
+            return self.family.is_video
+        return any(key.name in self.values for key in (*FRAMES, CUMULATIVE))
+
+    @property
+    def regularizer(self) -> str | None:
+        """The type of the regularizer that is on, or None."""
+        return "crepa" if self.prefix == "crepa" and self.is_video else self.prefix and REGULARIZERS[self.prefix]
 
     @property
     def irepa(self) -> bool:

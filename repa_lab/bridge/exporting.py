@@ -7,11 +7,18 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from repa_lab.align.methods.settings import LayerSyncSettings, SelfTranscendenceSettings
-from repa_lab.align.settings import RegularizerSettings, REPASettings, ScheduleSettings, UREPASettings
+from repa_lab.align.methods.settings import CREPASettings, LayerSyncSettings, SelfTranscendenceSettings
+from repa_lab.align.settings import (
+    CosineTargetSettings,
+    RegularizerSettings,
+    REPASettings,
+    ScheduleSettings,
+    UREPASettings,
+)
 from repa_lab.bridge.simpletuner import (
     ADDED,
     ADDED_PREFIXES,
+    FRAMES,
     HUB_ENCODERS,
     IREPA,
     KEYS,
@@ -27,7 +34,9 @@ from repa_lab.spec.errors import shortened
 from repa_lab.spec.schema import RunConfig
 
 _KERNELS = (1, 3, 5, 7)
+_KINDS = (REPASettings, UREPASettings, CREPASettings, LayerSyncSettings, SelfTranscendenceSettings)
 _MIN_POWER = 0.1
+_MIN_TAU = 0.01
 _MIN_IMAGE_SIZE = 64
 _MANIFOLD = "it compares the tokens of an image, by the mean of squares"
 # Fields whose keys are left out where they cannot be expressed: SimpleTuner would take the value for something else.
@@ -52,15 +61,15 @@ def export_settings(config: RunConfig) -> Exported:
     prefix: Prefix = "crepa" if family.kind == "transformer" else "urepa"
     exported, lost, kinds = {f"{prefix}_enabled": False}, list[str](), set[str]()
     for path, settings in config.regularizer_paths:
-        if type(settings) not in (REPASettings, UREPASettings, LayerSyncSettings, SelfTranscendenceSettings):
+        if type(settings) not in _KINDS:
             lost.append(f"{path}.type: {settings.type} is not one of SimpleTuner's")
             continue
-        kind = prefix if isinstance(settings, REPASettings) else settings.type
+        kind = prefix if isinstance(settings, CosineTargetSettings) else settings.type
         if kind in kinds:
             lost.append(f"{path}.type: {settings.type} is there already, and SimpleTuner has one of the kind")
             continue
         kinds.add(kind)
-        if isinstance(settings, REPASettings):
+        if isinstance(settings, CosineTargetSettings):
             member = _aligned(path, settings, config, family, prefix)
         else:
             member = _added(path, settings, config, family)
@@ -69,7 +78,9 @@ def export_settings(config: RunConfig) -> Exported:
     return Exported(exported, tuple(lost))
 
 
-def _aligned(path: str, regularizer: REPASettings, config: RunConfig, family: Family, prefix: Prefix) -> Exported:
+def _aligned(
+    path: str, regularizer: CosineTargetSettings, config: RunConfig, family: Family, prefix: Prefix
+) -> Exported:
     """Return the keys of a regularizer that aligns with an encoder."""
     settings = _resolved(regularizer, config, family)
     limits = _limits(settings, config, family)
@@ -78,7 +89,8 @@ def _aligned(path: str, regularizer: REPASettings, config: RunConfig, family: Fa
         lost.append(f"{path}.encoder: SimpleTuner has one; left out: {', '.join(others)}")
     is_irepa = settings.projector.type == "conv"
     exported: dict[str, Any] = {f"{prefix}_enabled": True} | ({"irepa_enabled": True} if is_irepa else {})
-    for key in (*KEYS[prefix], *(IREPA if is_irepa else ())):
+    frames = FRAMES if isinstance(settings, CREPASettings) else ()
+    for key in (*KEYS[prefix], *frames, *(IREPA if is_irepa else ())):
         section, _, name = key.field.partition(".")
         if section == "regularizer" and not (name in _LEFT_OUT and name in limits):
             value = attrgetter(name)(settings)
@@ -126,7 +138,7 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else shortened(value)
 
 
-def _resolved(regularizer: REPASettings, config: RunConfig, family: Family) -> REPASettings:
+def _resolved(regularizer: CosineTargetSettings, config: RunConfig, family: Family) -> CosineTargetSettings:
     """Return the regularizer with its first encoder alone, and the numbers that null stands for."""
     encoder, shape = regularizer.encoders[0], shape_of(family, config.model.size)
     side = config.data.side
@@ -136,14 +148,13 @@ def _resolved(regularizer: REPASettings, config: RunConfig, family: Family) -> R
     return regularizer.model_copy(update={"encoder": encoder, "block_index": block})
 
 
-def _limits(settings: REPASettings, config: RunConfig, family: Family) -> dict[str, str]:
+def _limits(settings: CosineTargetSettings, config: RunConfig, family: Family) -> dict[str, str]:
     """Return the fields that SimpleTuner cannot express, with the reason."""
     encoder, schedule, kernel = settings.encoders[0], settings.schedule, settings.projector.kernel
     is_conv, threshold = settings.projector.type == "conv", schedule.similarity_threshold
     grids = (config.data.side, encoder.name, encoder.image_size or 0, config.data.vae is not None)
     shrinks = resample_side(family, config.model.size, *grids) if settings.spatial_align else None
     limits = {
-        "loss": (settings.loss != "cosine", "SimpleTuner has the cosine alone"),
         "projector.type": (settings.projector.type == "mlp", "it has LayerNorm + Linear, or iREPA's convolution"),
         "projector.kernel": (is_conv and kernel not in _KERNELS, f"it offers {', '.join(map(str, _KERNELS))}"),
         "spatial_norm": (
@@ -175,6 +186,13 @@ def _limits(settings: REPASettings, config: RunConfig, family: Family) -> dict[s
             "it looks at every step",
         ),
     }
+    if isinstance(settings, REPASettings):
+        limits |= {"loss": (settings.loss != "cosine", "SimpleTuner has the cosine alone")}
+    if isinstance(settings, CREPASettings):
+        limits |= {
+            "tau": (settings.tau < _MIN_TAU, f"it offers {_MIN_TAU} and more"),
+            "cumulative": (settings.cumulative, "it documents crepa_cumulative_neighbors, and its parser refuses it"),
+        }
     if isinstance(settings, UREPASettings):
         manifold = settings.manifold
         limits |= {

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from repa_lab.bridge.config import REGULARIZERS, Config, read_config
+from repa_lab.bridge.config import Config, read_config
 from repa_lab.bridge.remarks import Fields, remarks
 from repa_lab.bridge.simpletuner import (
     ADDED,
     ADDED_PREFIXES,
     CREPA_MODEL,
+    CUMULATIVE,
+    FRAMES,
     IREPA,
     KEYS,
     READABLE,
@@ -95,9 +97,11 @@ def _regularizers(config: Config) -> list[dict[str, Any]]:
 def _aligned(config: Config, prefix: Prefix) -> dict[str, Any]:
     """Return the fields of the regularizer that aligns with an encoder."""
     family = config.family
-    fields: dict[str, Any] = {"regularizer.type": REGULARIZERS[prefix], "regularizer.weight": 0.0}
+    fields: dict[str, Any] = {"regularizer.type": config.regularizer, "regularizer.weight": 0.0}
     fields |= {"regularizer.block_index": "mid"}
     fields |= {key.field: config.value(key.name) for key in KEYS[prefix]}
+    if config.regularizer == "crepa":
+        fields |= {key.field: config.value(key.name) for key in (*FRAMES, CUMULATIVE)}
     fields |= {"regularizer.projector.type": "conv" if config.irepa else "linear"}
     fields |= {key.field: config.value(key.name) for key in IREPA if config.irepa}
     if prefix == "crepa":
@@ -157,7 +161,7 @@ def _rest(config: Config) -> dict[str, Any]:
     if is_written("validation_num_inference_steps"):
         fields["evaluate.sampler.steps"] = max(config.value("validation_num_inference_steps"), 2)
     if family is not None:
-        types = [*([REGULARIZERS[config.prefix]] if config.prefix else []), *config.added]
+        types = [*([config.regularizer] if config.regularizer else []), *config.added]
         source, steps = config.file.name if config.file else "the flags", fields["train.steps"] or STAND_IN_STEPS
         if family.network and family.network.uncheckpointed:
             fields["run.gradient_checkpointing"] = False

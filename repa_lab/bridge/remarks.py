@@ -8,7 +8,9 @@ from typing import Any
 from repa_lab.bridge.config import PREFIXES, Config
 from repa_lab.bridge.simpletuner import (
     CREPA_MODEL,
+    CUMULATIVE,
     FLAVOURS,
+    FRAMES,
     LOST,
     NEVER_ATTACHED,
     READABLE,
@@ -34,6 +36,8 @@ def remarks(config: Config, fields: Fields) -> Iterator[Remark]:
     """
     if config.prefix:
         yield from _differences(config, fields)
+    if config.regularizer == "crepa":
+        yield from _frames(config, fields)
     yield from _added(config)
     if not config.prefix and not config.added and not any(key.name in config.values for key in REST):
         yield "", "neither crepa_enabled nor urepa_enabled is true: there is no regularizer"
@@ -96,6 +100,17 @@ def _differences(config: Config, fields: Fields) -> Iterator[Remark]:
         yield CREPA_MODEL.name, "SimpleTuner documents this key and refuses it; export writes crepa_encoder"
 
 
+def _frames(config: Config, fields: Fields) -> Iterator[Remark]:
+    """Name where SimpleTuner computes something else from the frames of a clip."""
+    if CUMULATIVE.name in config.values:
+        yield CUMULATIVE.name, "SimpleTuner documents this key and refuses it; export leaves it out"
+    message = "a distance that no two latent frames have is refused here; SimpleTuner shortens it"
+    yield "crepa_adjacent_distance", message
+    if fields["regularizer.schedule.similarity_threshold"] is not None:
+        message = "SimpleTuner adds the neighbours' cosines, which may exceed 1; here each frame's own count alone"
+        yield "crepa_similarity_threshold", message
+
+
 def _added(config: Config) -> Iterator[Remark]:
     """Name where SimpleTuner computes something else in the regularizers that it adds to others."""
     if "layersync" in config.added:
@@ -126,7 +141,9 @@ def _not_carried(config: Config, fields: Fields) -> Iterator[Remark]:
     if config.prefix and config.value(tae) == "tae" and fields["regularizer.encoder.pixels"] == "vae":
         latents = f"for the latents of {config.family.name}" if config.family else "without model_family"
         yield tae, f"not carried: no tiny autoencoder is known {latents}; give pixels: tae and tae: yourself"
-    rest = [name for name in given if name in WITHOUT_EFFECT or not (name in READABLE or name in LOST)]
+    of_frames = () if config.is_video else tuple(key.name for key in (*FRAMES, CUMULATIVE))
+    without_effect = (*WITHOUT_EFFECT, *of_frames)
+    rest = [name for name in given if name in without_effect or not (name in READABLE or name in LOST)]
     if rest:
         yield "", f"not carried, because a spec has no field for them: {', '.join(rest)}"
     off = [name for name in config.values if not config.is_on(name)]

@@ -170,6 +170,13 @@ KEYS: Mapping[Prefix, tuple[Key, ...]] = {
         *_shared("urepa", "urepa_model"),
     ),
 }
+# Keys that relate the frames of a video: crepa_* is the type crepa for families of videos, and repa for others.
+FRAMES = (
+    Key("crepa_adjacent_distance", "regularizer.distance", Whole, 1),
+    Key("crepa_adjacent_tau", "regularizer.tau", Number, 1.0),
+    Key("crepa_normalize_by_frames", "regularizer.normalize_frames", bool, True),
+    Key("crepa_normalize_neighbour_sum", "regularizer.normalize_neighbours", bool, False),
+)
 IREPA = (
     Key("irepa_spatial_norm_alpha", "regularizer.spatial_norm", Number, 0.6),
     Key("irepa_projector_kernel_size", "regularizer.projector.kernel", Whole, 3),
@@ -237,12 +244,22 @@ DATA_SET = (
 SWITCHES = tuple(
     Key(f"{prefix}_enabled", "regularizer.type", bool, False) for prefix in ("crepa", "urepa", "irepa", "layersync")
 )
-# SimpleTuner's documentation has this key, its parser refuses it; if it is given, it wins over crepa_encoder.
+# SimpleTuner's documentation has these keys, its parser refuses them; crepa_model wins over crepa_encoder.
 CREPA_MODEL = Key("crepa_model", "regularizer.encoder.name", Text, None, _encoder)
+CUMULATIVE = Key("crepa_cumulative_neighbors", "regularizer.cumulative", bool, False)
 ALIASES = {"checkpointing_steps": "checkpoint_step_interval"}
 READABLE = {
     key.name: key
-    for keys in (*KEYS.values(), IREPA, *ADDED.values(), REST, PARTS, SWITCHES, (CREPA_MODEL, STAGE))
+    for keys in (
+        *KEYS.values(),
+        FRAMES,
+        IREPA,
+        *ADDED.values(),
+        REST,
+        PARTS,
+        SWITCHES,
+        (CREPA_MODEL, CUMULATIVE, STAGE),
+    )
     for key in keys
 }
 
@@ -260,12 +277,8 @@ LOST: Mapping[str, tuple[tuple[str, ...], str]] = {
     ),
     "lora_type": (("standard",), "repa-lab trains PEFT's LoRA; SimpleTuner's LyCORIS is another adapter"),
 }
-# Keys that do nothing without those above, relate the frames of a video, or save memory where repa-lab uses none.
-WITHOUT_EFFECT = (
-    "crepa_adjacent_distance", "crepa_adjacent_tau", "crepa_cumulative_neighbors", "crepa_drop_vae_encoder",
-    "crepa_normalize_by_frames", "crepa_normalize_neighbour_sum", "crepa_self_flow_mask_ratio",
-    "crepa_teacher_block_index",
-)  # fmt: skip
+# Keys that do nothing without those above, or save memory where repa-lab uses none.
+WITHOUT_EFFECT = ("crepa_drop_vae_encoder", "crepa_self_flow_mask_ratio", "crepa_teacher_block_index")
 STAND_IN_STEPS = 5000  # for a config that counts epochs
 
 

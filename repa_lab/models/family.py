@@ -214,6 +214,7 @@ class Family:
         kind: ``transformer`` or ``unet``.
         shapes: shape of every size; a family whose folder decides has the single key ``""``.
         latent_stride: image pixels per latent cell along each side; 1 for families that take images as they are.
+        frame_stride: frames of a clip per latent frame after the first, which is one frame; 0 for a family of images.
         network: model in diffusers; None for a family that is trained from scratch.
         pipeline: pipeline in diffusers; None for a family that is trained from scratch.
         u_shaped: whether it is a transformer with a stage of fewer tokens.
@@ -225,6 +226,7 @@ class Family:
     kind: Kind
     shapes: Mapping[str, Shape]
     latent_stride: int = 8
+    frame_stride: int = 0
     network: Network | None = None
     pipeline: Pipeline | None = None
     u_shaped: bool = False
@@ -242,6 +244,11 @@ class Family:
         kinds = ("u_shaped", self.kind) if self.u_shaped else (self.kind,)
         fitting = {name: REGULARIZERS[name].settings.kinds for name in REGULARIZERS if name != "none"}
         return tuple(dict.fromkeys(name for kind in kinds for name, fits in fitting.items() if kind in fits))
+
+    @property
+    def is_video(self) -> bool:
+        """Whether the family denoises clips, not images."""
+        return self.frame_stride > 0
 
     @property
     def from_scratch(self) -> bool:

@@ -5,7 +5,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from repa_lab.align import Tokens, alignment_loss, flatten_map, normalise_over_space, resample_tokens
+from repa_lab.align import (
+    Tokens,
+    alignment_loss,
+    flatten_map,
+    normalise_over_space,
+    resample_tokens,
+)
 from tests.align import references
 
 GRIDS = [

@@ -10,6 +10,7 @@ from repa_lab import load_spec
 from repa_lab.align.settings import REGULARIZERS
 from repa_lab.bridge.exporting import export_settings
 from repa_lab.bridge.importing import import_config
+from repa_lab.spec.yaml import parse_yaml
 from tests.bridge.test_importing import FLUX, SDXL, config_of, load, read, refusal, remarks
 
 LAYERSYNC = {
@@ -24,6 +25,11 @@ STAGE_SELF = {
 }  # fmt: skip
 TRANSCENDENCE = {"distillation_method": "self_transcendence", "distillation_config": STAGE_SELF}
 ALL = {**FLUX, "crepa_enabled": True, "crepa_lambda": 0.75, "irepa_enabled": True, **LAYERSYNC, **TRANSCENDENCE}
+ON = {"crepa_enabled": True}
+FRAMES = {
+    "crepa_adjacent_distance": 2, "crepa_adjacent_tau": 0.5, "crepa_normalize_by_frames": False,
+    "crepa_normalize_neighbour_sum": True,
+}  # fmt: skip
 # As a spec has them.
 SYNCED = {"type": "layersync", "block_index": 7, "teacher_block": 15}
 TAUGHT = {"type": "self_transcendence", "block_index": 7, "teacher_block": 15, "loss": "mse"}
@@ -109,6 +115,28 @@ class TestSelfTranscendence:
         assert any(line.startswith("config.json:3:16: distillation_config.teacher_block: ") for line in lines)
         (line,) = refusal(tmp_path, {**SDXL, **TRANSCENDENCE})
         assert "self_transcendence is for transformers; sdxl is a UNet" in line
+
+
+class TestCREPA:
+    def test_the_frames_keys_without_a_family_are_crepas(self):
+        imported = import_config([f"--{name}={json.dumps(value)}" for name, value in {**FRAMES, **ON}.items()])
+        fragment, _ = parse_yaml(imported.spec, None)
+        found = REGULARIZERS["crepa"].settings.model_validate(fragment["regularizer"])
+        assert (found.type, found.distance, found.tau, found.cumulative) == ("crepa", 2, 0.5, False)
+        assert (found.normalize_frames, found.normalize_neighbours) == (False, True)
+        assert (found.projector.type, found.weight, found.spatial_align) == ("linear", 0.5, True)
+
+    def test_they_do_nothing_for_a_family_of_images(self, tmp_path):
+        given = {**FLUX, **ON, **FRAMES}
+        assert config_of(tmp_path, given).regularizer.type == "repa"
+        (line,) = [line for line in remarks(tmp_path, given) if "a spec has no field for them" in line]
+        assert line.endswith(": " + ", ".join(FRAMES))
+
+    def test_a_wrong_value_has_its_place(self, tmp_path):
+        (line,) = refusal(tmp_path, {**ON, **FRAMES, "crepa_adjacent_tau": 0})
+        assert ": crepa_adjacent_tau: " in line
+        (line,) = refusal(tmp_path, {**ON, **FRAMES, "crepa_adjacent_distance": -1})
+        assert ": crepa_adjacent_distance: " in line
 
 
 class TestTogether:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from repa_lab.align.needs import FrozenModel, Needs, Overhead, Sizes, TrainingFacts
 from repa_lab.align.settings import (
+    CosineTargetSettings,
     EncoderTargetSettings,
     ManifoldSettings,
     ProjectorSection,
@@ -17,7 +18,7 @@ from repa_lab.align.settings import (
     REPASettings,
     regularizer,
 )
-from repa_lab.settings import BlockIndex, Fraction, LocalFile, NotNegative, Positive, later
+from repa_lab.settings import BlockIndex, Count, Fraction, LocalFile, NotNegative, Positive, later
 
 _METHODS = "repa_lab.align.methods"
 
@@ -46,6 +47,32 @@ class DispersiveSettings(RegularizerSettings):
         if facts.images < 2:
             advice = "raise train.batch_size or run.micro_batch, or use fewer processes"
             yield "type", f"dispersive compares the images of one forward pass, and there is only one: {advice}"
+
+
+@regularizer("crepa", f"{_METHODS}.crepa:CREPA")
+class CREPASettings(CosineTargetSettings):
+    """CREPA (2506.09229): raises the cosine of a frame's tokens with an encoder's of that frame and its neighbours."""
+
+    type: Literal["crepa"] = "crepa"
+    distance: Count = 1
+    """Latent frames between a frame and its neighbours, one before and one after it; 0 is REPA frame by frame."""
+    tau: Annotated[float, Field(gt=0)] = 1.0
+    """A neighbour at distance d counts exp(-d / tau), the frame itself 1."""
+    cumulative: bool = False
+    """Compare with every neighbour up to `distance`, not with those at it alone."""
+    normalize_neighbours: bool = False
+    """Divide the sum of each frame by the sum of its weights, so that the loss is between -1 and 1."""
+    normalize_frames: bool = True
+    """Average over the frames of a clip; false sums over them, as the paper's formula does."""
+
+    def problems(self, facts: TrainingFacts) -> Iterator[tuple[str, str]]:
+        """Yield the problems of all regularizers, images in place of clips, and neighbours that no frame has."""
+        yield from super().problems(facts)
+        if facts.frames < 2:
+            yield "type", "crepa compares the frames of clips, and the data have one frame each: use repa"
+        elif self.distance >= facts.frames:
+            message = f"a clip has {facts.frames} frames in the denoiser: distance must be 0 to {facts.frames - 1}"
+            yield "distance", f"{message}, got {self.distance}"
 
 
 class TwoBlockSettings(RegularizerSettings):
