@@ -11,7 +11,7 @@ import json
 import re
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from repa_lab.files import digest
 
 _SPLIT = "train"
 _TEXT = ("string", "large_string")
+_LABELS = ("label", "labels")  # columns that look like classes
 _CACHE = "cache-*.arrow"  # what `datasets` leaves beside a data set that it maps or filters
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FIRST_ROWS = re.compile(r"(.+?)\[:(\d+)\]")  # a split's first rows, as `datasets` writes them
@@ -39,12 +40,14 @@ class Columns:
         label: the first column of class labels, or None.
         classes: number of classes, 1 without labels.
         captions: the column of captions, or None.
+        notes: what is not read though its name suggests it, a sentence each.
     """
 
     image: str
     label: str | None
     classes: int
     captions: str | None
+    notes: tuple[str, ...] = ()
 
 
 def find_columns(features: Mapping[str, Any], place: str, captions: str | None, field: str = "path") -> Columns:
@@ -69,7 +72,13 @@ def find_columns(features: Mapping[str, Any], place: str, captions: str | None, 
         message = f"column '{captions}' holds no texts; of texts there are: {', '.join(texts) or 'none'}"
         raise DataError("caption_column", message)
     column = find_caption_column(texts if captions is None else list(features), captions)
-    return Columns(image, label, len(plain[label]["names"]) if label else 1, column)
+    notes = tuple(
+        f"column '{name}' of '{place}' holds {plain[name].get('dtype', kinds[name])} and no ClassLabel, "
+        "so all images are one class: cast it with Dataset.cast_column, or class_encode_column for texts"
+        for name in _LABELS
+        if name in plain and label is None
+    )
+    return Columns(image, label, len(plain[label]["names"]) if label else 1, column, notes)
 
 
 def fingerprint_saved(folder: Path, resolution: int, buckets: Buckets | None = None) -> str:
@@ -106,18 +115,67 @@ def read_saved(folder: Path, captions: str | None = None) -> tuple[int, Columns]
             split = folder / _SPLIT
         features = json.loads((split / "dataset_info.json").read_text(encoding="utf-8"))["features"]
         files = [split / file["filename"] for file in json.loads((split / "state.json").read_bytes())["_data_files"]]
-        return sum(map(_count_rows, files)), find_columns(features, str(folder), captions)
+        columns = find_columns(features, str(folder), captions)
+        if not files:
+            raise _no_rows(str(folder))
+        require_rows(table := _concatenated(files), columns, str(folder))
+        return table.num_rows, columns
     except DataError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _not_saved(folder, type(error).__name__) from None
 
 
-def _count_rows(file: Path) -> int:
+def _concatenated(files: Sequence[Path]) -> Any:
+    """Return the table of some Arrow files, mapped into memory."""
     import pyarrow.ipc  # which `datasets` brings
 
-    with pyarrow.memory_map(str(file)) as mapped:
-        return int(pyarrow.ipc.open_stream(mapped).read_all().num_rows)
+    streams = (pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))) for file in files)
+    return pyarrow.concat_tables([stream.read_all() for stream in streams])
+
+
+def require_rows(table: Any, columns: Columns, place: str, field: str = "path") -> None:
+    """Refuse a table with a row that cannot be trained on: one without an image, or without one of the classes.
+
+    No image is read, so an image that cannot be decoded is found later.
+
+    Args:
+        table: the `pyarrow.Table` of all rows.
+        columns: the columns that are read.
+        place: the name of the table in messages.
+        field: the setting that names the table, for errors.
+
+    Raises:
+        DataError: the table has no rows, or such a row, which the message names.
+    """
+    import pyarrow
+    from pyarrow import compute
+
+    def refuse(column: str, rows: Sequence[int], reason: Callable[[int], str]) -> None:
+        if rows:
+            others = f" ({len(rows):,} such rows)" if len(rows) > 1 else ""
+            raise DataError(field, f"'{place}', row {rows[0]}, column '{column}': {reason(rows[0])}{others}")
+
+    def where(condition: Any) -> list[int]:
+        rows: list[int] = compute.indices_nonzero(condition).to_pylist()
+        return rows
+
+    if not table.num_rows:
+        raise _no_rows(place, field)
+    if pyarrow.types.is_struct(table[columns.image].type):
+        content, path = (compute.struct_field(table[columns.image], name) for name in ("bytes", "path"))
+        is_filled = compute.fill_null(compute.greater(compute.binary_length(content), 0), False)
+        is_file = compute.and_(compute.is_null(content), compute.is_valid(path))
+        refuse(columns.image, where(compute.invert(compute.or_(is_filled, is_file))), lambda row: "no image")
+        files = {row: path[row].as_py() for row in where(is_file)}
+        missing = [row for row, file in files.items() if "://" not in file and not Path(file).is_file()]
+        refuse(columns.image, missing, lambda row: f"no file '{files[row]}'")
+    if columns.label:
+        labels, advice = table[columns.label], "leave such rows out, or remove the column to train without classes"
+        is_class = compute.and_(compute.greater_equal(labels, 0), compute.less(labels, columns.classes))
+        unlabelled = where(compute.invert(compute.fill_null(is_class, False)))
+        known = f"is none of the {columns.classes:,} classes, which are numbered from 0"
+        refuse(columns.label, unlabelled, lambda row: f"{json.dumps(labels[row].as_py())} {known}: {advice}")
 
 
 def load_rows(folder: Path) -> Any:
@@ -131,6 +189,8 @@ def load_rows(folder: Path) -> Any:
 
     try:
         rows = load_from_disk(str(folder))
+    except IndexError:  # there is no file, because there is no row
+        raise _no_rows(str(folder)) from None
     except (OSError, ValueError) as error:
         raise _not_saved(folder, _first_line(error)) from None
     if isinstance(rows, DatasetDict):
@@ -306,6 +366,10 @@ def _datasets_missing() -> DataError:
 
 def _not_saved(folder: Path, reason: str) -> DataError:
     return DataError("path", f"'{folder}' is not what Dataset.save_to_disk writes: {reason}")
+
+
+def _no_rows(place: str, field: str = "path") -> DataError:
+    return DataError(field, f"'{place}' has no rows")
 
 
 def _no_split(folder: Path, splits: Any) -> DataError:

@@ -278,7 +278,7 @@ class SavedSettings(FolderSettings):
             return Dataset(UNSET_DATA, None)
         fingerprint = fingerprint_saved(self.folder, self.side, self.sizes)
         rows, columns = read_saved(self.folder, self.caption_column)
-        return Dataset(fingerprint, rows, columns.classes, columns.captions is not None)
+        return Dataset(fingerprint, rows, columns.classes, columns.captions is not None, columns.notes)
 
 
 @source("hub", "repa_lab.data.sources:open_hub")

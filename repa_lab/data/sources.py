@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from repa_lab.data import DataError
 from repa_lab.data.crop import Buckets, Size, crop, framing, opaque
-from repa_lab.data.huggingface import find_columns, fingerprint_saved, load_hub_rows, load_rows
+from repa_lab.data.huggingface import find_columns, fingerprint_saved, load_hub_rows, load_rows, require_rows
 from repa_lab.data.listing import caption_notes, fingerprint_content, fingerprint_images, read_image_folder
 from repa_lab.data.settings import (
     Dataset,
@@ -32,6 +32,7 @@ from repa_lab.data.settings import (
 from repa_lab.files import digest, replace_atomically
 
 _SPLIT_SEED = 0
+_UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for images that it cannot read
 # Formats of cameras, which note how the camera was held; other formats would have to be decoded to find such a note.
 _ROTATED = ("JPEG", "MPO", "TIFF", "WEBP")
 
@@ -263,8 +264,9 @@ class CroppedImages:
             with self.open(index) as image:
                 self._originals[index] = image.height, image.width
                 yield image
-        except OSError as error:
-            raise DataError(self._field, f"cannot read {self.name(index)}: {error}") from None
+        except _UNREADABLE as error:
+            reason = str(error).partition(" <_io.")[0]  # Pillow names the file, or the object that stands for it
+            raise DataError(self._field, f"cannot read {self.name(index)}: {reason}") from None
 
 
 def open_image_folder(settings: ImageFolderSettings, cache: Path | None = None) -> ImageFolder:
@@ -335,7 +337,7 @@ class TableImages(CroppedImages):
         cache: see :class:`ImageFolder`.
 
     Raises:
-        DataError: there is no column of images, or no texts in the column of captions.
+        DataError: there is no column of images, no texts in the column of captions, or a row that cannot be trained on.
     """
 
     def __init__(
@@ -350,27 +352,30 @@ class TableImages(CroppedImages):
         cache: Path | None = None,
     ) -> None:
         columns = find_columns(rows.features.to_dict(), place, captions, field)
+        table = rows.with_format("arrow")[:]
+        require_rows(table, columns, place, field)
         self._column, self._field = columns.image, field
-        self._images = rows.select_columns([columns.image]).with_format(None)
+        images, feature = rows.with_format(None).select_columns([columns.image]), rows.features[columns.image]
+        self._images = images.cast_column(columns.image, replace(feature, decode=True))
         super().__init__(len(rows), resolution)
         if buckets:
             self.choose_sizes(buckets, cache, fingerprint)
         self.num_classes = columns.classes
-        self.labels = torch.tensor(rows[columns.label] if columns.label else [0] * len(self)).long()
-        self.captions = [str(text or "") for text in rows[columns.captions]] if columns.captions else ()
-        self.notes = tuple(caption_notes(self.captions))
+        self.labels = torch.zeros(len(rows), dtype=torch.long)
+        if columns.label:
+            self.labels = torch.from_numpy(table[columns.label].to_numpy().astype(np.int64))
+        self.captions = [text or "" for text in table[columns.captions].to_pylist()] if columns.captions else ()
+        self.notes = (*columns.notes, *caption_notes(self.captions))
         self.fingerprint = fingerprint
 
     def open(self, index: int) -> Image.Image:
         """Return the image of a row; see :class:`CroppedImages`."""
-        image: Image.Image | None = self._images[index][self._column]
-        if image is None:
-            raise DataError(self._field, f"row {index} has no image")
+        image: Image.Image = self._images[index][self._column]
         return image
 
     def name(self, index: int) -> str:
-        """Return the number of a row; see :class:`CroppedImages`."""
-        return f"the image of row {index}"
+        """Return the number of a row and the column of images; see :class:`CroppedImages`."""
+        return f"row {index}, column '{self._column}'"
 
 
 def open_saved(settings: SavedSettings, cache: Path | None = None) -> TableImages:

@@ -15,6 +15,9 @@ from repa_lab.data.crop import Buckets
 from repa_lab.data.huggingface import fingerprint_saved
 from repa_lab.data.settings import BucketsConfig, SavedSettings
 from repa_lab.data.sources import ImageFolder, TableImages, open_saved
+from repa_lab.orchestration.plan import make_plan
+from repa_lab.runs import RunsRoot
+from repa_lab.spec import SpecError, load_spec
 from tests.data.conftest import noise_image
 
 SHAPES = [(16, 16), (50, 30), (33, 61), (24, 22)]  # width, height
@@ -42,6 +45,18 @@ def open_dataset(root: Path, side: int, buckets: Buckets | None = None, captions
     """Open a saved data set as a spec does."""
     sizes = buckets and BucketsConfig(step=buckets.step, max_aspect=buckets.max_aspect)
     return open_saved(SavedSettings(path=str(root), resolution=side, buckets=sizes, caption_column=captions))
+
+
+def planned(root: Path) -> str:
+    """What `plan` refuses a spec for that names the data set in a folder."""
+    file = root / "spec.yaml"
+    file.write_text(
+        f"name: saved\nmodel: {{family: sit, size: nano/4}}\ndata: {{source: datasets, path: {root / 'data'}, resolution: 16}}\n"
+        "train: {steps: 8}\nevaluate: {every: 4, samples: 16, extractor: {name: efficientnet_lite0}}\n"
+    )
+    with pytest.raises(SpecError) as caught:
+        make_plan(load_spec(file), RunsRoot(root / "runs"))
+    return str(caught.value)
 
 
 @pytest.fixture
@@ -104,11 +119,27 @@ class TestContent:
         assert source.captions == ["", "a cat"]
         assert torch.equal(source.read([1, 0]), open_dataset(save(make(), "all"), 16).read([0, 2]))
 
-    def test_a_format_that_was_set_before_saving_changes_nothing(self, save):
-        plain = open_dataset(save(make(), "plain"), 16)
-        formatted = open_dataset(save(make().with_format("torch")), 16)
-        assert torch.equal(formatted.read(range(4)), plain.read(range(4)))
-        assert (formatted.captions, formatted.labels.tolist()) == (plain.captions, plain.labels.tolist())
+    @pytest.mark.parametrize("changed", [
+        lambda data: data.with_format("torch"), lambda data: data.with_format("numpy"), lambda data: data.with_format("pandas"),
+        lambda data: data.with_format("numpy", columns=["kind"]),
+        lambda data: data.cast_column("picture", datasets.Image(decode=False)),
+        lambda data: data.cast_column("picture", datasets.Image(decode=False)).with_format("torch"),
+    ], ids=["torch", "numpy", "pandas", "one column", "not decoded", "neither"])  # fmt: skip
+    def test_formats_and_decoding_that_were_set_before_saving_change_nothing(self, save, changed):
+        plain, saved = save(make(), "plain"), save(changed(make()))
+        expected, source = open_dataset(plain, 16), open_dataset(saved, 16)
+        assert torch.equal(source.read(range(4)), expected.read(range(4)))
+        assert (source.captions, source.labels.tolist()) == (expected.captions, expected.labels.tolist())
+        assert SavedSettings(path=str(saved), resolution=16).describe().images == 4
+
+    def test_a_label_that_is_no_class_is_told(self, save):
+        numbers = make().cast_column("kind", Value("int64")).rename_column("kind", "label")
+        settings = SavedSettings(path=str(save(numbers)), resolution=16)
+        (note,) = settings.describe().notes
+        assert note.startswith(
+            f"column 'label' of '{settings.path}' holds int64 and no ClassLabel, so all images are one class"
+        )
+        assert note in open_saved(settings).notes and open_saved(settings).num_classes == 1
 
 
 class TestCaptions:
@@ -165,16 +196,55 @@ class TestRefusals:
         assert caught.value.field == "path"
 
     @pytest.mark.parametrize("buckets", [None, BUCKETS], ids=["square", "buckets"])
-    @pytest.mark.parametrize("value, message", [
-        ({"bytes": b"hello", "path": None}, "cannot read the image of row 2: .*cannot identify image file"),
-        (None, "row 2 has no image"),
-    ])  # fmt: skip
-    def test_an_image_that_cannot_be_read_is_named_by_its_row(self, save, buckets, value, message):
+    def test_an_image_that_cannot_be_decoded_is_named_by_its_row_and_column(self, save, buckets):
         images = pictures()
-        root = save(make(picture=[*images[:2], value, images[3]]))
-        with pytest.raises(DataError, match=message) as caught:
+        root = save(make(picture=[*images[:2], {"bytes": b"hello", "path": None}, images[3]]))
+        with pytest.raises(DataError) as caught:
             open_dataset(root, 16, buckets).read([0, 2] if buckets is None else [2])
-        assert caught.value.field == "path"
+        assert (caught.value.field, str(caught.value)) == (
+            "path",
+            "cannot read row 2, column 'picture': cannot identify image file",
+        )
+
+    NO_CLASS = (
+        "is none of the 3 classes, which are numbered from 0: leave such rows out, "
+        "or remove the column to train without classes"
+    )
+
+    @pytest.mark.parametrize("columns, message", [
+        ({"picture": [0, None, 2, None]}, "row 1, column 'picture': no image (2 such rows)"),
+        ({"picture": [0, 1, {"bytes": b"", "path": "3.png"}, 3]}, "row 2, column 'picture': no image"),
+        ({"kind": [0, 1, 2, None]}, f"row 3, column 'kind': null {NO_CLASS}"),
+        ({"kind": [-1, 1, -1, -1]}, f"row 0, column 'kind': -1 {NO_CLASS} (3 such rows)"),
+    ], ids=["null image", "empty image", "null label", "hidden labels"])  # fmt: skip
+    @pytest.mark.parametrize("shards", [1, 3])
+    def test_a_row_that_cannot_be_trained_on_is_one_line_of_plan_too(self, tmp_path, columns, message, shards):
+        images = pictures()
+        columns = {name: [images[value] if name == "picture" and type(value) is int else value for value in values]
+                   for name, values in columns.items()}  # fmt: skip
+        make(**columns).save_to_disk(tmp_path / "data", num_shards=shards)
+        with pytest.raises(DataError) as caught:
+            open_dataset(tmp_path / "data", 16)
+        assert (caught.value.field, str(caught.value)) == ("path", f"'{tmp_path / 'data'}', {message}")
+        assert planned(tmp_path) == f"{tmp_path / 'spec.yaml'}:3:26: data.path: '{tmp_path / 'data'}', {message}"
+
+    def test_no_rows(self, tmp_path):
+        make().select([]).save_to_disk(tmp_path / "data")
+        with pytest.raises(DataError, match=r"^'.*data' has no rows$"):
+            open_dataset(tmp_path / "data", 16)
+        assert planned(tmp_path).endswith(f":3:26: data.path: '{tmp_path / 'data'}' has no rows")
+
+    def test_rows_of_a_table_that_lies_elsewhere(self):
+        """Images by their paths, and the name of a data set of the hub."""
+        gone = make(picture=[*pictures()[:3], {"bytes": None, "path": "/nowhere/4.png"}])
+        for rows, message in (
+            (gone, "'owner/name', row 3, column 'picture': no file '/nowhere/4.png'"),
+            (gone.select([2, 3, 3]), "'owner/name', row 1, column 'picture': no file '/nowhere/4.png' (2 such rows)"),
+            (gone.select([]), "'owner/name' has no rows"),
+        ):
+            with pytest.raises(DataError) as caught:
+                TableImages(rows, "owner/name", "", 16, None, None, field="name")
+            assert (caught.value.field, str(caught.value)) == ("name", message)
 
     def test_a_damaged_table(self, save):
         root = save(make())
