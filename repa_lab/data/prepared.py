@@ -226,50 +226,47 @@ def prepare(
     numbers = range(len(images))
     batches = [numbers[start : start + batch_size] for start in range(0, len(images), batch_size)][rank::world]
     total, done = sum(map(len, batches)), 0
-
-    def add(batch: Sequence[int]) -> None:
-        nonlocal done
-        done += len(batch)
-        if progress:
-            progress(done, total)
-
     try:
         _claim(folder, manifest, images.labels.tolist())
-        at_once = threads if device.type == "cpu" else 1
-        with _FileWriter(folder, sizes, rank, world) as files, _single_core_threads(at_once) as pool:
-            encoders = pool, at_once
-
-            def incomplete() -> Iterator[Sequence[int]]:
-                for batch in batches:
-                    if all(files.is_whole(kind, number) for number in batch for kind in KINDS):
-                        add(batch)
-                    else:
-                        yield batch
-
-            def read(batch: Sequence[int]) -> tuple[Sequence[int], torch.Tensor]:
-                pixels = images.read(batch)
-                for number, image in zip(batch, pixels.numpy(), strict=True):
-                    files.write_missing(IMAGES, number, image)
-                return batch, pixels
-
-            def encode(loaded: tuple[Sequence[int], torch.Tensor]) -> tuple[Sequence[int], np.ndarray]:
-                batch, pixels = loaded
-                return batch, autoencoder.moments(pixels).cpu().numpy()
-
-            def write(encoded: tuple[Sequence[int], np.ndarray]) -> Sequence[int]:
-                batch, moments = encoded
-                for number, values in zip(batch, moments, strict=True):
-                    files.write_missing(LATENTS, number, values)
-                return batch
-
-            for batch in encode_batches(incomplete(), read, encode, write, threads, encoders):
-                add(batch)
+        with _FileWriter(folder, sizes, rank, world) as files:
+            for batch in _written(batches, files, images, autoencoder, threads, threads if device.type == "cpu" else 1):
+                done += len(batch)
+                if progress:
+                    progress(done, total)
         return total
     except torch.OutOfMemoryError:
         message = f"batches of {batch_size} images do not fit in memory: give a smaller --batch-size"
         raise DataError("batch_size", message) from None
     except OSError as error:
         raise DataError("path", f"cannot write to '{folder}': {error.strerror or error}") from None
+
+
+def _written(
+    batches: Sequence[range], files: _FileWriter, images: ImageFolder, vae: Autoencoder, readers: int, encoders: int
+) -> Iterator[range]:
+    """Write the files that batches of images lack, and yield every batch, in order, once its files are there."""
+
+    def read(batch: range) -> tuple[range, torch.Tensor | None]:
+        if all(files.is_whole(kind, number) for number in batch for kind in KINDS):
+            return batch, None
+        pixels = images.read(batch)
+        for number, image in zip(batch, pixels.numpy(), strict=True):
+            files.write_missing(IMAGES, number, image)
+        return batch, pixels
+
+    def encode(loaded: tuple[range, torch.Tensor | None]) -> tuple[range, np.ndarray | None]:
+        batch, pixels = loaded
+        return batch, None if pixels is None else vae.moments(pixels).cpu().numpy()
+
+    def write(encoded: tuple[range, np.ndarray | None]) -> range:
+        batch, moments = encoded
+        if moments is not None:
+            for number, values in zip(batch, moments, strict=True):
+                files.write_missing(LATENTS, number, values)
+        return batch
+
+    with _single_core_threads(encoders) as pool:
+        yield from encode_batches(batches, read, encode, write, readers, (pool, encoders))
 
 
 class _FileWriter:

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 import torch
 
 from repa_lab.align.regularizer import Attention
+from repa_lab.align.settings import EncoderSettings
 from repa_lab.align.tokens import Grid, Tokens
 from repa_lab.data.cache import READERS, ArrayCache, Progress, open_cache
 from repa_lab.data.rows import dtype_name
@@ -176,10 +177,7 @@ class _PixelReader:
 
 def cached_targets(
     source: ImageSource,
-    name: str,
-    image_size: int | None,
-    weights: str | None,
-    standardize: bool,
+    encoder: EncoderSettings,
     cache: Path,
     device: torch.device,
     progress: Progress | None = None,
@@ -190,10 +188,7 @@ def cached_targets(
 
     Args:
         source: the images.
-        name: the encoder's name.
-        image_size: pixels along each side of the encoder's input; None derives it from the images.
-        weights: a local file of weights.
-        standardize: whether each channel gets mean 0 and standard deviation 1.
+        encoder: the encoder's settings.
         cache: the folder of all caches.
         device: where the encoder runs.
         progress: called with the number of images done and of all images.
@@ -207,9 +202,9 @@ def cached_targets(
 
     @functools.cache
     def checked_encoder() -> Encoder:
-        encoder = load_encoder(name, image_size, source.side, weights, options).to(device)
-        require_patch_tokens(encoder, name, _sample(source).to(device))
-        return encoder
+        loaded = load_encoder(encoder.name, encoder.image_size, source.side, encoder.weights, options).to(device)
+        require_patch_tokens(loaded, encoder.name, _sample(source).to(device))
+        return loaded
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
         tokens: Tokens = checked_encoder()(pixels.to(device))
@@ -219,18 +214,18 @@ def cached_targets(
     identity = {
         "kind": "features/2",
         "data": source.fingerprint,
-        "name": name,
-        "image_size": image_size,
+        "name": encoder.name,
+        "image_size": encoder.image_size,
         "resolution": source.side,
         "precision": options.precision,
-        "weights": None if weights is None else file_digest(Path(weights)),
+        "weights": None if encoder.weights is None else file_digest(Path(encoder.weights)),
         "storage": dtype_name(_DTYPES[storage]) if storage in _DTYPES else storage,
-        **token_identity(name),
+        **token_identity(encoder.name),
     }
     readers = 1 if isinstance(source, Reconstructions) else READERS  # reconstructions are decoded on the device
     dtype = _DTYPES.get(storage, torch.uint8)
     features = open_cache(cache / "features", identity, source, encode, progress=progress, dtype=dtype, readers=readers)
-    return CachedTargets(features, source, standardize, storage)
+    return CachedTargets(features, source, encoder.standardize, storage)
 
 
 def _sample(source: ImageSource) -> torch.Tensor:

@@ -6,16 +6,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from repa_lab.metrics.alignment import CosineSums, cka, cosine_gap
+    from repa_lab.metrics.alignment import (
+        CosineSums,
+        cka,
+        cknna,
+        clip_and_normalise,
+        cosine_gap,
+        mutual_knn,
+        nearest_neighbours,
+    )
     from repa_lab.metrics.frechet import Moments, Statistics, frechet_distance, statistics
-    from repa_lab.metrics.neighbours import cknna, clip_and_normalise, mutual_knn, nearest_neighbours
     from repa_lab.metrics.quality import PrecisionRecall, Score, inception_score, kid, kid_protocol, precision_recall
     from repa_lab.metrics.spatial import cds, lds, rmsc
 
 _HOMES = {
-    "alignment": ("CosineSums", "cka", "cosine_gap"),
+    "alignment": (
+        "CosineSums",
+        "cka",
+        "cknna",
+        "clip_and_normalise",
+        "cosine_gap",
+        "mutual_knn",
+        "nearest_neighbours",
+    ),
     "frechet": ("Moments", "Statistics", "frechet_distance", "statistics"),
-    "neighbours": ("cknna", "clip_and_normalise", "mutual_knn", "nearest_neighbours"),
     "quality": ("PrecisionRecall", "Score", "inception_score", "kid", "kid_protocol", "precision_recall"),
     "spatial": ("cds", "lds", "rmsc"),
 }

@@ -65,20 +65,32 @@ class TimestepEmbedder(nn.Module):
 
 
 class SiTBlock(nn.Module):
-    """Attention and MLP, each under adaLN-Zero modulation by the conditioning vector."""
+    """Attention and MLP, each under adaLN-Zero modulation by the conditioning vector.
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
+    Args:
+        width: the width of the tokens.
+        attention: a layer of that width.
+        mlp: a layer of that width.
+    """
+
+    def __init__(self, width: int, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attn = Attention(width, num_heads=heads, qkv_bias=True)
+        self.attn = attention
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=GELUTanh)
+        self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """Transform tokens ``(B, N, width)`` under conditioning ``(B, width)`` or ``(B, N, width)``."""
+    def forward(self, x: torch.Tensor, c: torch.Tensor, *rope: torch.Tensor) -> torch.Tensor:
+        """Transform tokens ``(B, N, width)`` under conditioning ``(B, width)`` or ``(B, N, width)``.
+
+        Args:
+            x: the tokens.
+            c: the conditioning.
+            rope: the rotations ``(N, 2 * width / heads)`` of queries and keys, if the attention takes them.
+        """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + for_tokens(gate_a) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        x = x + for_tokens(gate_a) * self.attn(modulate(self.norm1(x), shift_a, scale_a), *rope)
         out: torch.Tensor = x + for_tokens(gate_m) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
         return out
 
@@ -213,16 +225,20 @@ class SiT(SiTBase):
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = nn.Embedding(config.num_classes + 1, config.width)
         self.pos_embed = nn.Parameter(sincos_positions(config.width, self.grid).unsqueeze(0), requires_grad=False)
-        self.blocks = nn.ModuleList([SiTBlock(config.width, config.heads) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList(self._block() for _ in range(config.depth))
         self.final_layer = FinalLayer(config.width, config.patch_size, config.in_channels)
         self.depth, self.input_grid = config.depth, self.grid
         initialise(self, self.x_embedder, self.t_embedder, self.y_embedder, self.final_layer)
 
+    def _block(self) -> SiTBlock:
+        width = self.config.width
+        attention = Attention(width, num_heads=self.config.heads, qkv_bias=True)
+        return SiTBlock(width, attention, Mlp(width, 4 * width, act_layer=GELUTanh))
+
     def tap_attention(self, block_index: BlockIndex) -> AttentionTap:
         """Tap queries and keys of a block's attention; see :meth:`Denoiser.tap_attention`."""
-        block = self.block(block_index)
-        assert isinstance(block, SiTBlock)
-        return AttentionTap(block.attn.q_norm, block.attn.k_norm, lambda: self.grid)
+        attention: Any = self.block(block_index).attn
+        return AttentionTap(attention.q_norm, attention.k_norm, lambda: self.grid)
 
     @classmethod
     def from_size(

@@ -34,26 +34,7 @@ from torch import nn
 
 from repa_lab.align.tokens import Grid, Tokens, flatten_map
 from repa_lab.models.family import SIT_DOWN, shape_of, swiglu_width
-from repa_lab.models.sit import FinalLayer, SiTBase, TimestepEmbedder, initialise, modulate, unpatchify
-
-
-class SiTDownBlock(nn.Module):
-    """Attention with rotary positions and a SwiGLU, each under adaLN-Zero modulation by the conditioning vector."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attn = AttentionRope(width, num_heads=heads, num_prefix_tokens=0)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = SwiGLU(width, swiglu_width(width))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-
-    def forward(self, x: torch.Tensor, c: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-        """Transform tokens ``(B, N, width)`` under ``c`` ``(B, width)``, with rotations ``(N, 2 * width / heads)``."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a), rope)
-        out: torch.Tensor = x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
-        return out
+from repa_lab.models.sit import FinalLayer, SiTBase, SiTBlock, TimestepEmbedder, initialise, unpatchify
 
 
 class Resize(nn.Module):
@@ -114,7 +95,7 @@ class SiTDown(SiTBase):
             RotaryEmbeddingCat(dim // config.heads, in_pixels=False, feat_shape=list(grid))
             for grid in (self.grid, self.middle_grid)
         )
-        self.blocks = nn.ModuleList([SiTDownBlock(dim, config.heads) for _ in range(sum(config.stages))])
+        self.blocks = nn.ModuleList(self._block() for _ in range(sum(config.stages)))
         self.down = Resize(self.grid, nn.PixelUnshuffle(2), nn.Conv2d(4 * dim, dim, 3, padding=1))
         self.up = Resize(self.middle_grid, nn.Conv2d(dim, 4 * dim, 3, padding=1), nn.PixelShuffle(2))
         self.final_layer = FinalLayer(dim, patch, config.in_channels)
@@ -124,6 +105,11 @@ class SiTDown(SiTBase):
             if isinstance(layer, nn.Conv2d) and layer.bias is not None:
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
+
+    def _block(self) -> SiTBlock:
+        width = self.config.width
+        attention = AttentionRope(width, num_heads=self.config.heads, num_prefix_tokens=0)
+        return SiTBlock(width, attention, SwiGLU(width, swiglu_width(width)))
 
     @classmethod
     def from_size(

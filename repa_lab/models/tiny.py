@@ -24,13 +24,12 @@ from repa_lab.models.pretrained import build_net
 _LETTERS = tuple(string.printable.strip())
 
 
-def write_tiny_pipeline(family: Family, folder: Path, seed: int = 0, config: Mapping[str, Any] | None = None) -> None:
+def write_tiny_pipeline(family: Family, folder: Path, config: Mapping[str, Any] | None = None) -> None:
     """Write a random pipeline of the family's own classes, laid out as a released one.
 
     Args:
         family: a family with a pipeline.
         folder: a new folder.
-        seed: seed of the weights.
         config: arguments of the denoiser that replace those of :attr:`Network.tiny`.
     """
     import diffusers
@@ -39,7 +38,7 @@ def write_tiny_pipeline(family: Family, folder: Path, seed: int = 0, config: Map
     pipeline_class = getattr(diffusers, pipeline.classes[0])
     absent = dict.fromkeys(pipeline_class._optional_components)
     with torch.random.fork_rng(), _quiet():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         components = {name: build_component(component) for name, component in pipeline.tiny.items()}
         net = build_net(family, {**network.tiny, **(config or {})})
         for parameter in net.parameters():

@@ -33,33 +33,30 @@ class ReproduceError(InputError):
     """There is no such table, or none at this scale; the message says which there are."""
 
 
-def names(papers: Path = PAPERS) -> tuple[str, ...]:
+def names() -> tuple[str, ...]:
     """Return the names of the tables that can be reproduced, such as ``urepa/table8``."""
-    files = sorted(papers.glob("*/*.yaml"))
+    files = sorted(PAPERS.glob("*/*.yaml"))
     return tuple(f"{file.parent.name}/{file.stem}" for file in files if file.parent.name not in _FRAGMENTS)
 
 
-def open_table(
-    name: str, scale: Scale = "full", overrides: Mapping[str, Any] | None = None, papers: Path = PAPERS
-) -> Experiment:
+def open_table(name: str, scale: Scale = "full", overrides: Mapping[str, Any] | None = None) -> Experiment:
     """Return the experiment of a paper's table.
 
     Args:
         name: one of :func:`names`.
         scale: ``full`` is the spec itself; ``nano`` lays ``nano.yaml`` over every arm.
         overrides: dotted paths to values, laid over everything else.
-        papers: the folder of the specs.
 
     Raises:
         ReproduceError: no such table, or its arms cannot be told apart at this scale.
         SpecError: an override is wrong.
     """
-    known = names(papers)
+    known = names()
     if name not in known:
         raise ReproduceError(f"no table '{name}'; there are: {', '.join(known)}{did_you_mean(name, known)}")
-    file = papers / f"{name}.yaml"
+    file = PAPERS / f"{name}.yaml"
     full = load_spec(file, overrides)
-    return full if scale == "full" else _at_nano(full, file, papers / _NANO, overrides or {}, name)
+    return full if scale == "full" else _at_nano(full, file, PAPERS / _NANO, overrides or {}, name)
 
 
 def _at_nano(full: Experiment, file: Path, nano: Path, overrides: Mapping[str, Any], name: str) -> Experiment:

@@ -325,15 +325,5 @@ def open_targets(
     if not encoder.cache:
         loaded = load_encoder(encoder.name, encoder.image_size, source.side, encoder.weights, precision)
         return OnlineTargets(loaded, encoder.name, source, device)
-    return cached_targets(
-        source,
-        encoder.name,
-        encoder.image_size,
-        encoder.weights,
-        encoder.standardize,
-        cache,
-        device,
-        announce(f"features of {encoder.name}") if announce else None,
-        storage=options.encoder_storage,
-        options=precision,
-    )
+    progress = announce(f"features of {encoder.name}") if announce else None
+    return cached_targets(source, encoder, cache, device, progress, options.encoder_storage, precision)

@@ -112,12 +112,7 @@ def write_samples(
         raise ExportError(
             f"run {run.run_id} measures no '{chosen}'; it measures: {', '.join(metric_names(run.config))}"
         )
-    protocol, recorded = by_name[chosen], directory.protocols.get(chosen)
-    # The precision in which the number was measured, on whatever device there is.
-    if recorded is not None:
-        precision = str(recorded.get("precision", "fp32"))
-    else:
-        precision = measuring_precision(run.config.evaluate, str(directory.provenance["options"]["precision"]))
+    protocol, precision = by_name[chosen], _precision_of(chosen, run, directory)
     wanted = RunOptions.model_validate({"precision": "fp32" if precision == "tf32" else precision})
     options = as_trained(wanted, directory)
     device = pick_device(options)
@@ -136,6 +131,14 @@ def write_samples(
         write_images(path, batches(), protocol.samples)
     values = [row[chosen] for row in directory.rows() if row["step"] == step and chosen in row]
     return WrittenSamples(step, chosen, values[-1] if values and weights == "ema" else None)
+
+
+def _precision_of(metric: str, run: Run, directory: RunDirectory) -> str:
+    """Return the precision in which a number of a run was measured, or would have been."""
+    recorded = directory.protocols.get(metric)
+    if recorded is not None:
+        return str(recorded.get("precision", "fp32"))
+    return measuring_precision(run.config.evaluate, str(directory.provenance["options"]["precision"]))
 
 
 def write_real(directory: RunDirectory, path: Path, cache: Path, progress: Progress = lambda done, total: None) -> int:

@@ -108,12 +108,7 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
     """
     step, checkpoint = newest_checkpoint(directory, request.weights)
     run, options = Run.read(directory), as_trained(options, directory)
-    config, device = run.config, pick_device(options)
-    encoder = request.encoder or config.alignment_encoder
-    if encoder is None:
-        raise ProfileError(f"run {run.run_id} is compared with no encoder; name one")
-    if encoder.weights is not None and not Path(encoder.weights).is_file():
-        raise ProfileError(f"the weights of '{encoder.name}', '{encoder.weights}', are not a file")
+    config, device, encoder = run.config, pick_device(options), _encoder_of(run, request)
     images = open_data(config, cache, device)
     chosen = choose_images(images, request, run.run_id)
     targets = open_targets(encoder, images, options, cache, device)
@@ -124,31 +119,40 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
         names = ", ".join(request.metrics)
         raise ProfileError(f"no block of run {run.run_id} has a grid that is large enough for {names}")
     aligned = aligned_block(config) if any(settings.encoders for settings in config.regularizers) else None
-    protocol = {
-        "step": step,
-        "version": PROTOCOL_VERSION,
-        "encoder": encoder_identity(encoder),
-        "weights": request.weights,
-        "timesteps": list(request.timesteps),
-        "metrics": list(request.metrics),
-        "images": len(chosen),
-        "data": images.source.fingerprint,
-        "seed": MEASURING_SEED,
-        "k": NEIGHBOURS,
-        "spatial_side": SPATIAL_SIDE,
-        "precision": options.precision,
-        "packages": provenance()["packages"],
-        **noise_protocol(config.evaluate, len(chosen)),
-    }
     profile = {
         "run_id": run.run_id,
         "measured_block": choose_block(config, config.evaluate.block_index, aligned),
         "aligned_block": aligned,
-        "protocol": protocol,
+        "protocol": {
+            "step": step,
+            "version": PROTOCOL_VERSION,
+            "encoder": encoder_identity(encoder),
+            "weights": request.weights,
+            "timesteps": list(request.timesteps),
+            "metrics": list(request.metrics),
+            "images": len(chosen),
+            "data": images.source.fingerprint,
+            "seed": MEASURING_SEED,
+            "k": NEIGHBOURS,
+            "spatial_side": SPATIAL_SIDE,
+            "precision": options.precision,
+            "packages": provenance()["packages"],
+            **noise_protocol(config.evaluate, len(chosen)),
+        },
         "values": values,
     }
     files.write_record(directory.profile_file, profile)
     return profile
+
+
+def _encoder_of(run: Run, request: Request) -> EncoderSettings:
+    """Return the requested encoder, or else the run's own."""
+    encoder = request.encoder or run.config.alignment_encoder
+    if encoder is None:
+        raise ProfileError(f"run {run.run_id} is compared with no encoder; name one")
+    if encoder.weights is not None and not Path(encoder.weights).is_file():
+        raise ProfileError(f"the weights of '{encoder.name}', '{encoder.weights}', are not a file")
+    return encoder
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from repa_lab.align import REPA, Signals, Tokens
+from repa_lab.align.settings import EncoderSettings
 from repa_lab.data.cache import open_cache
 from repa_lab.data.sources import Digits, ImageFolder, split
 from repa_lab.data.space import PixelSpace
@@ -71,7 +72,8 @@ def test_share_of_the_encoder_in_filling_a_cold_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(Encoder, "forward", timed("forward", Encoder.forward))
     monkeypatch.setattr(targets, "load_encoder", timed("load", targets.load_encoder))
     source, began = ImageFolder(tmp_path / "images", 64), time.perf_counter()
-    targets.cached_targets(source, "efficientnet_lite0", 64, None, False, tmp_path / "cache", CPU)
+    encoder = EncoderSettings(name="efficientnet_lite0", image_size=64)
+    targets.cached_targets(source, encoder, tmp_path / "cache", CPU)
     total = time.perf_counter() - began - seconds["load"]
     print(f"\nencoder's share of filling a cache: {seconds['forward'] / total:.3f} of {total:.2f} s; the aim is 0.9")
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from repa_lab.align import REPA, UREPA, Signals, Tokens
+from repa_lab.align.settings import EncoderSettings
 from repa_lab.data import DataError
 from repa_lab.data.autoencoder import Autoencoder
 from repa_lab.data.crop import Buckets
@@ -59,7 +60,8 @@ def loads(monkeypatch):
 @pytest.fixture
 def cached(tmp_path, source):
     def cached(source=source, name="efficientnet_lite0", size=48, weights=None, standardize=False, **options):
-        return cached_targets(source, name, size, weights, standardize, tmp_path / "cache", CPU, **options)
+        encoder = EncoderSettings(name=name, image_size=size, weights=weights, standardize=standardize)
+        return cached_targets(source, encoder, tmp_path / "cache", CPU, **options)
 
     return cached
 
@@ -327,11 +329,11 @@ class TestSizes:
             noise_image(i, shape).save(root / f"{i}.png")
         return ImageFolder(root, 64, Buckets(64, 16, 2.0))
 
-    def make(self, mixed, tmp_path, cached=True, size=None, **options) -> CachedTargets | OnlineTargets:
+    def make(self, mixed, tmp_path, cached=True, size=None, standardize=False, **options):
         if not cached:
             return OnlineTargets(load_encoder("efficientnet_lite0", size, 64), "it", mixed, CPU)
-        how = {"standardize": False, "storage": "fp32", **options}
-        return cached_targets(mixed, "efficientnet_lite0", size, None, cache=tmp_path / "cache", device=CPU, **how)
+        encoder = EncoderSettings(name="efficientnet_lite0", image_size=size, standardize=standardize)
+        return cached_targets(mixed, encoder, tmp_path / "cache", CPU, storage="fp32", **options)
 
     @pytest.mark.parametrize("cached", [True, False])
     def test_every_image_has_the_encoders_own_tokens(self, mixed, tmp_path, cached):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from repa_lab.models.family import UNET_SHAPES
+from repa_lab.models.scratch import UNet
 from repa_lab.models.tap import capture
-from repa_lab.models.unet import UNet
 
 SHAPE = UNET_SHAPES["nano"]
 
