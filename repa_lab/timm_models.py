@@ -103,7 +103,6 @@ def load_model(name: str, model: TimmModel, weights: str | None, shape: nn.Modul
     """Return the network with its weights and without a classifier.
 
     Args:
-        name: the encoder's name, for messages.
         model: the model and the source of its weights.
         weights: a local file, safetensors or written by `torch.save`; None takes the model's own source.
         shape: the model's :func:`skeleton`. A network that can take other input sizes than its training size is built

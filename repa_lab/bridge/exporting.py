@@ -52,11 +52,7 @@ class Exported:
 
 
 def export_settings(config: RunConfig) -> Exported:
-    """Write a run's regularizers as SimpleTuner's keys, those at SimpleTuner's defaults included.
-
-    Args:
-        config: the run's settings.
-    """
+    """Write a run's regularizers as SimpleTuner's keys, those at SimpleTuner's defaults included."""
     family = FAMILIES[config.model.family]
     prefix: Prefix = "crepa" if family.kind == "transformer" else "urepa"
     exported, lost, kinds = {f"{prefix}_enabled": False}, list[str](), set[str]()

@@ -28,12 +28,7 @@ _FEW_SAMPLES = 2048  # the width of Inception's features
 
 
 def remarks(config: Config, fields: Fields) -> Iterator[Remark]:
-    """Yield all remarks, the most important first.
-
-    Args:
-        config: the config.
-        fields: the spec's fields, by dotted path.
-    """
+    """Yield all remarks, the most important first."""
     if config.prefix:
         yield from _differences(config, fields)
     if config.regularizer == "crepa":

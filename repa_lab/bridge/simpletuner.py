@@ -119,10 +119,7 @@ def resample_side(
     """Return SimpleTuner's rule as a ``resample.side``: the larger grid shrinks to the smaller. None for equal grids.
 
     Args:
-        family: the denoiser's family.
         size: of a family that is trained from scratch.
-        pixels: side of the image.
-        encoder: name of the encoder.
         image_size: side of the encoder's input in pixels.
         latents: whether a family without latents of its own is given latents.
     """

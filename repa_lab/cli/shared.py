@@ -48,7 +48,6 @@ class UsageError(InputError):
     """A mistake on the command line itself.
 
     Args:
-        message: what is wrong.
         given: the word or the option at fault; empty where the message names it.
     """
 
@@ -108,11 +107,6 @@ def overrides(given: list[str] | None) -> dict[str, Any]:
 @contextmanager
 def progress(task: str, console: Console, is_shown: bool = True) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar from the first progress on, so that what is refused before shows none.
-
-    Args:
-        task: what is counted.
-        console: where the bar is shown.
-        is_shown: False shows nothing.
 
     Yields:
         A function to call with the number of things done, and of all.

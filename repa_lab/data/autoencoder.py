@@ -123,7 +123,6 @@ class Autoencoder:
     autocast: in half precision SDXL's gives NaN, and others give pixels of a few hundred levels.
 
     Args:
-        model: a diffusers autoencoder.
         field: the setting that names the autoencoder, for errors.
         shifted: whether its latents are shifted where its config says by how much.
 

@@ -74,9 +74,6 @@ def encode_batches(
 
     Args:
         batches: the numbers of the images of each batch.
-        read: loads the images of a batch.
-        encode: encodes what ``read`` returned.
-        write: writes what ``encode`` returned.
         readers: number of threads that read, and of batches that are read ahead.
         encoders: where ``encode`` runs, and on how many batches at a time; None runs it in this thread.
     """
@@ -181,7 +178,6 @@ def open_cache(
     Args:
         root: the folder of all caches of one kind.
         identity: everything that decides the content: fingerprint of the images, model, preprocessing.
-        source: the images.
         encode: maps uint8 pixels ``(b, C, H, W)`` to tensors ``(b, *shape)``; not called if nothing is missing.
         batch_size: images that are encoded at a time.
         progress: told how many images are done, of how many.

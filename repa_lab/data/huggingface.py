@@ -98,7 +98,6 @@ def read_saved(folder: Path, captions: str | None = None) -> tuple[int, Columns]
     """Return the number of rows of a saved data set and its columns; of several splits, those of ``train``.
 
     Args:
-        folder: the data set.
         captions: the column of captions; see :func:`find_columns`.
 
     Raises:
@@ -141,7 +140,6 @@ def require_rows(table: Any, columns: Columns, place: str, field: str = "path") 
 
     Args:
         table: the `pyarrow.Table` of all rows.
-        columns: the columns that are read.
         place: the name of the table in messages.
         field: the setting that names the table, for errors.
 

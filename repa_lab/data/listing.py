@@ -119,7 +119,6 @@ def fingerprint_files(folder: Path, but: str | None = None) -> str:
     It stands for a local folder of weights in a run's identity, wherever the folder lies.
 
     Args:
-        folder: the folder.
         but: a pattern of names of files that are left out.
 
     Raises:

@@ -60,7 +60,6 @@ class Prepared(CroppedImages):
     """Images of a folder in the layout of :mod:`repa_lab.data.layout`, without captions.
 
     Args:
-        folder: the folder.
         resolution: pixels along each side of its images.
         cache: folder of all caches; images that it knows are not opened before their pixels are needed.
 
@@ -196,13 +195,10 @@ def prepare(
 
     Args:
         source: a folder of images, one class per subfolder.
-        folder: the prepared folder.
         resolution: pixels along each side.
         vae: an autoencoder of diffusers: a hub id or a folder.
         batch_size: images that are encoded at a time.
-        device: where to encode.
         rank: number of this process; its share is every ``world``-th batch from the ``rank``-th on.
-        world: number of processes.
         threads: number of threads that read and crop, and on a CPU encode.
         progress: told how many images are done, of how many.
 

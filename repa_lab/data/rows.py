@@ -35,7 +35,6 @@ class Rows:
     """A memory-mapped file of tensors of one shape, one after the other.
 
     Args:
-        path: the file.
         count: number of tensors.
         shape: shape of a tensor.
         dtype: name of the tensors' dtype in torch.

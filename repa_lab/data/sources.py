@@ -126,7 +126,6 @@ def remembered(folder: Path | None, key: Any, compute: Callable[[], Any]) -> Any
     Args:
         folder: the folder; None computes the value.
         key: everything that decides the value, as JSON.
-        compute: computes the value.
     """
     if folder is None:
         return compute()
@@ -199,7 +198,6 @@ class CroppedImages:
         """Give each image the size of the nearest aspect.
 
         Args:
-            buckets: the sizes.
             cache: folder of all caches, where the sizes of the originals are noted; None measures them.
             content: a digest that differs if the size of an original does.
         """
@@ -280,7 +278,6 @@ class ImageFolder(CroppedImages):
     See :func:`repa_lab.data.listing.read_image_folder` for what is read and where captions come from.
 
     Args:
-        folder: the folder.
         resolution: pixels along each side.
         buckets: gives each image the size of the nearest aspect; None makes all images square.
         captions: the column of captions in metadata files.

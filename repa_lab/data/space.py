@@ -72,11 +72,7 @@ class Moments(Protocol):
 
 
 class PixelSpace(Space):
-    """Pixels scaled from 0..255 to [-1, 1]; the way back clamps and rounds.
-
-    Args:
-        source: the images.
-    """
+    """Pixels scaled from 0..255 to [-1, 1]; the way back clamps and rounds."""
 
     def __init__(self, source: ImageSource) -> None:
         self._source = source
@@ -112,7 +108,6 @@ class LatentSpace(Space):
     """Latents of an autoencoder, ``mean + std * noise``, scaled.
 
     Args:
-        vae: the autoencoder.
         moments: mean and standard deviation of the latents of every image.
     """
 
@@ -164,11 +159,8 @@ def latent_space(
     """Open the latent space of a VAE: the latents that a source has of its own, or those that are encoded and cached.
 
     Args:
-        source: the images.
         vae: an autoencoder of diffusers for images: a hub id or a folder.
-        cache: the folder of all caches.
         progress: told how many images are encoded, of how many.
-        device: where images are encoded.
         shifted: see :class:`Autoencoder`.
 
     Raises:
@@ -199,7 +191,6 @@ class Reconstructions:
     batch decides how a convolution rounds.
 
     Args:
-        source: the images.
         space: their latents.
         decoder: the VAE of the space, or a tiny autoencoder of the same latents.
         device: where to decode; pixels are returned on the CPU.

@@ -62,7 +62,6 @@ class Encoder(nn.Module):
         stage: index of the feature map.
         stride: input pixels per token of that map, along each side.
         image_size: pixels along each side of a square input; None derives the size from the image's.
-        options: how the encoder runs.
         norm: whether tokens are taken after the model's final norm, or before it (`EncoderFacts.norm`).
         resize: filter that resizes images to the input size.
     """
@@ -236,8 +235,6 @@ def require_patch_tokens(encoder: Encoder, name: str, pixels: torch.Tensor) -> T
     """Run real images through an encoder and refuse output that is no grid of differing, finite tokens.
 
     Args:
-        encoder: the encoder.
-        name: the encoder's name, for messages.
         pixels: a few images ``(B, C, H, W)``, uint8.
 
     Raises:

@@ -79,7 +79,6 @@ class Targets(Protocol):
 
         Args:
             index: indices of images of one size.
-            device: where the tokens are needed.
             loaded: what ``reader`` returned for ``index``; None reads it now.
         """
         ...
@@ -98,9 +97,7 @@ class CachedTargets:
 
     Args:
         features: the cache of all images.
-        source: the images.
         standardize: whether each channel gets mean 0 and standard deviation 1 over all images and places.
-        storage: how the features are stored.
     """
 
     def __init__(self, features: ArrayCache, source: ImageSource, standardize: bool, storage: Storage) -> None:
@@ -136,12 +133,6 @@ class CachedTargets:
 
 class OnlineTargets:
     """Features computed for every batch, for data sets whose features do not fit on disk.
-
-    Args:
-        encoder: the encoder.
-        name: the encoder's name, for messages.
-        source: the images.
-        device: where the encoder runs.
 
     Raises:
         EncoderError: the encoder does not give patch tokens.
@@ -187,10 +178,6 @@ def cached_targets(
     """Return the features of all images from the cache; the encoder is loaded and checked only if some are missing.
 
     Args:
-        source: the images.
-        encoder: the encoder's settings.
-        cache: the folder of all caches.
-        device: where the encoder runs.
         progress: called with the number of images done and of all images.
         storage: how features are stored; ``fp32`` keeps the encoder's bit for bit.
         options: how the encoder runs; only the precision is part of the cache's identity.

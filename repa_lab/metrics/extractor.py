@@ -79,7 +79,6 @@ class Extractor:
     Args:
         name: a name in :data:`EXTRACTORS`.
         weights: a local file; None takes the file in torch-fidelity's or timm's cache, or downloads it.
-        device: where to run.
         metrics: metrics to be measured; only the layers that they compare are computed.
 
     Raises:
@@ -243,8 +242,6 @@ class DINOv2Extractor(_OneLayer):
     which differs from timm's.
 
     Args:
-        name: torch-fidelity's name of the extractor.
-        features_list: the name of the layer.
         feature_extractor_weights_path: a file of weights; None takes the hub's.
 
     Raises:

@@ -28,7 +28,6 @@ class Moments:
 
     Args:
         width: number of features, d.
-        device: where the features are.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:

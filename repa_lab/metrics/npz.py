@@ -34,7 +34,6 @@ def write_statistics(path: Path, statistics: Statistics, identity: Mapping[str, 
 
     Args:
         path: the file, with any name.
-        statistics: the statistics.
         identity: what was measured: extractor, weights, preprocessing, layer, source.
     """
     fields: dict[str, Any] = {"mu": statistics.mu, "sigma": statistics.sigma, "count": statistics.count, **identity}
@@ -52,7 +51,6 @@ def read_statistics(
     """Read ``mu`` and ``sigma`` from an npz file of repa-lab, ADM, pytorch-fid or torch-fidelity.
 
     Args:
-        path: the file.
         identity: what must have been measured. A word that the file lacks is not checked; ADM's files are Inception's.
         width: the number of features, or None for any.
         spatial: whether to read sFID's statistics, ``mu_s`` and ``sigma_s``, from a file of ADM's.
@@ -118,7 +116,6 @@ def write_images(path: Path, batches: Iterable[torch.Tensor], count: int) -> Non
     Only one batch is in memory at a time.
 
     Args:
-        path: the file.
         batches: uint8 pixels ``(B, 1 or 3, H, W)`` of one size; grey images get three equal channels.
         count: number of images in all batches.
 

@@ -202,9 +202,6 @@ def quality_names(metric: str, extractor: str, samples: int, sampler: str, suffi
     """Return the full names of a metric's values, such as ``fid:inception@10k/ode50``.
 
     Args:
-        metric: a name in :data:`METRICS`.
-        extractor: name of the feature extractor.
-        samples: number of samples.
         sampler: the sampler's name; see :func:`sampler_name`.
         suffix: guidance and labels, where they differ from the default.
     """

@@ -64,8 +64,6 @@ class Collector:
     """Collects what metrics compare of images that arrive in batches; only the metrics that need features keep them.
 
     Args:
-        extractor: computes the features.
-        metrics: the metrics to be measured.
         compares: the sides of :attr:`MetricFacts.compares` for which features are kept.
 
     Attributes:
@@ -112,8 +110,6 @@ def reference(extractor: Extractor, images: RealImages, cache: Path, keep: int =
 
     Args:
         extractor: made for the metrics.
-        images: the real images.
-        cache: the folder of all caches.
         keep: maximum number of images whose features are kept. KID's mean does not depend on it; precision and recall
             do (ADM's evaluator takes 10,000).
 
@@ -167,7 +163,6 @@ def read_reference(extractor: Extractor, path: Path, size: tuple[int, int] | Non
 
     Args:
         extractor: made for the metrics.
-        path: the file.
         size: height and width in pixels that the file's images must have, or None for any.
 
     Raises:
@@ -194,7 +189,6 @@ def measure(metric: str, generated: ComparedImages, real: ComparedImages) -> tup
 
     Args:
         metric: one of the metrics that were collected.
-        generated: the samples.
         real: the same extractor's reference.
 
     Raises:

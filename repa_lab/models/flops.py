@@ -106,7 +106,6 @@ def forward_of(family: Family, size: str | None, tokens: float, channels: int, c
     """Return the forward pass of one image through a family's denoiser.
 
     Args:
-        family: family of the denoiser.
         size: size of a family that is trained from scratch.
         tokens: image tokens at the suggested tap.
         channels: input channels of a denoiser from scratch.

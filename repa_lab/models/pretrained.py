@@ -19,10 +19,6 @@ from repa_lab.models.tap import Denoiser, Tap, TapError
 class DiffusersDenoiser(Denoiser):
     """A model of diffusers as a denoiser.
 
-    Args:
-        net: the model.
-        family: its family.
-
     Attributes:
         grid: grid of the image's tokens in the latest forward pass.
         text_lengths: text tokens before the image of each sample ``(B,)`` in that pass; None where they are not needed.
@@ -147,8 +143,6 @@ def load_denoiser(folder: Path, family: Family, dtype: torch.dtype = torch.float
     """Load the denoiser of a pipeline, in training mode.
 
     Args:
-        folder: folder of the pipeline.
-        family: family of the pipeline.
         dtype: dtype of the weights, except those that the model's class keeps in float32.
 
     Raises:
@@ -203,8 +197,6 @@ def sampling_pipeline(folder: Path, denoiser: DiffusersDenoiser, vae: nn.Module,
     """Load the pipeline around a denoiser in training, without text encoders and without a safety checker.
 
     Args:
-        folder: folder of the pipeline.
-        denoiser: the denoiser.
         vae: decoder of the samples.
         side: height and width of the samples in pixels.
 

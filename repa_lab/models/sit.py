@@ -68,7 +68,6 @@ class SiTBlock(nn.Module):
     """Attention and MLP, each under adaLN-Zero modulation by the conditioning vector.
 
     Args:
-        width: the width of the tokens.
         attention: a layer of that width.
         mlp: a layer of that width.
     """
@@ -85,8 +84,6 @@ class SiTBlock(nn.Module):
         """Transform tokens ``(B, N, width)`` under conditioning ``(B, width)`` or ``(B, N, width)``.
 
         Args:
-            x: the tokens.
-            c: the conditioning.
             rope: the rotations ``(N, 2 * width / heads)`` of queries and keys, if the attention takes them.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)

@@ -31,7 +31,6 @@ class Tap:
     compiling the denoiser.
 
     Args:
-        block: the block.
         to_tokens: makes tokens from the block's output.
     """
 
@@ -143,9 +142,6 @@ class Denoiser(nn.Module):
 
     def tap_attention(self, block_index: BlockIndex) -> AttentionTap:
         """Tap queries and keys of a block's attention ``(B, heads, N, D / heads)``, before compiling the denoiser.
-
-        Args:
-            block_index: counts from 0.
 
         Raises:
             TapError: there is no such block, or its attention cannot be tapped.

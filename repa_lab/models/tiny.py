@@ -28,8 +28,6 @@ def write_tiny_pipeline(family: Family, folder: Path, config: Mapping[str, Any] 
     """Write a random pipeline of the family's own classes, laid out as a released one.
 
     Args:
-        family: a family with a pipeline.
-        folder: a new folder.
         config: arguments of the denoiser that replace those of :attr:`Network.tiny`.
     """
     import diffusers

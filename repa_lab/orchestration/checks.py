@@ -40,7 +40,6 @@ def check(experiment: Experiment, inventory: Inventory | None) -> None:
     """Refuse an experiment that cannot be right, before anything is created.
 
     Args:
-        experiment: what to check.
         inventory: the data sets and weights on this machine; None checks nothing that depends on files.
 
     Raises:

@@ -257,8 +257,6 @@ class ProgressView:
     """Shows running runs: a live table on a terminal, a line per event elsewhere.
 
     Args:
-        console: where to show it.
-        title: the name of the sweep.
         slots: the number of runs that go on at a time, for the time left of the whole.
     """
 

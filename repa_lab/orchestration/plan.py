@@ -210,8 +210,6 @@ def identify_run(config: RunConfig, seed: int, inventory: Inventory | None = Non
     """Return the run of these settings with a seed.
 
     Args:
-        config: the settings.
-        seed: the seed.
         inventory: the data sets and weights on this machine; None reads them anew.
     """
     inventory = inventory or Inventory()

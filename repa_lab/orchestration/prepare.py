@@ -49,7 +49,6 @@ def prepare(configs: Iterable[RunConfig], options: RunOptions, cache: Path, anno
     Args:
         configs: the settings of the runs.
         options: the device and the precision to compute with.
-        cache: the folder of the caches.
         announce: called with a name; returns what to call with the number of images done, and in all.
 
     Raises:

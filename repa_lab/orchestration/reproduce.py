@@ -105,9 +105,7 @@ def results_of(experiment: Experiment, path: Path, scale: Scale) -> tuple[Compar
     """Compare a finished sweep with the paper, and write ``reproduce.md`` and ``reproduce.csv`` beside its report.
 
     Args:
-        experiment: the experiment from :func:`open_table`.
         path: the sweep's folder.
-        scale: the experiment's scale.
 
     Raises:
         SpecError: the spec holds no published number.

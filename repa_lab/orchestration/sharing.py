@@ -43,9 +43,7 @@ def share(left: Iterable[Run], done: Iterable[Run], root: RunsRoot) -> Sharing:
     """Find the beginnings that runs share with each other and with finished runs.
 
     Args:
-        left: the runs to train.
         done: finished runs, of which checkpoints may be left.
-        root: the runs root.
     """
     groups: dict[str, _Group] = {}
     for run in done:
@@ -73,7 +71,6 @@ class RunList:
 
     Args:
         tasks: the runs, in order.
-        root: the runs root.
         forks: where runs begin, by their ids.
     """
 

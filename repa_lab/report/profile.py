@@ -23,9 +23,6 @@ _MAY_DIFFER = ("step", "packages")  # fields of protocols that may differ betwee
 def load_profile(run: str | Path | RunDirectory) -> pd.DataFrame:
     """Read a run's profile as tidy rows.
 
-    Args:
-        run: its directory.
-
     Returns:
         Columns ``run_id``, ``block`` (0-based, or the name of a UNet's stage), ``timestep`` (1 is noise), ``metric``
         and ``value``; blocks in the order of a forward pass. ``attrs`` has ``protocol``, ``measured_block`` and

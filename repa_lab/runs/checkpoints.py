@@ -40,7 +40,6 @@ def commit(folder: Path, step: int, write: Callable[[Path], None], keep: int = 2
     """Write the checkpoint of ``step`` and keep the newest ``keep`` checkpoints.
 
     Args:
-        folder: the run's checkpoint folder.
         step: optimizer steps taken.
         write: fills an empty folder with files.
         keep: how many checkpoints stay, including this one.
@@ -81,7 +80,6 @@ def latest(folder: Path, without: Sequence[Path] = ()) -> tuple[int, Path] | Non
     """Return step and folder of the newest undamaged checkpoint; rename damaged ones to ``corrupt-...``.
 
     Args:
-        folder: the run's checkpoint folder.
         without: checkpoints to pass over.
     """
     for step in reversed(steps(folder)):
@@ -95,12 +93,7 @@ def latest(folder: Path, without: Sequence[Path] = ()) -> tuple[int, Path] | Non
 
 
 def sign(checkpoint: Path, run: Path) -> None:
-    """Sync the metric rows of a run to disk, then write their number and digest and the run's id into a checkpoint.
-
-    Args:
-        checkpoint: the folder that is being filled.
-        run: the run's directory.
-    """
+    """Sync the metric rows of a run to disk, then write their number and digest and the run's id into a checkpoint."""
     for path in (run / files.METRICS, run):
         if path.exists():
             fsync(path)
@@ -111,9 +104,6 @@ def sign(checkpoint: Path, run: Path) -> None:
 
 def resumable(run: Path) -> tuple[int, Path] | None:
     """Return step and folder of the newest undamaged checkpoint whose metric rows are all there; set newer ones aside.
-
-    Args:
-        run: the run's directory.
 
     Raises:
         DamagedFileError: there are undamaged checkpoints, and none fits the metric rows.

@@ -45,7 +45,6 @@ def collect(root: RunsRoot, disk_bytes: int | None = None, dry_run: bool = False
     """Delete useless files, and, if the root is still larger than a limit, more files until it is not.
 
     Args:
-        root: the runs root.
         disk_bytes: the limit; None deletes only useless files.
         dry_run: whether to delete nothing and only return what would be deleted.
 

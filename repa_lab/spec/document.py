@@ -45,7 +45,6 @@ class Draft:
 
         Args:
             path: the dotted path, or the keys where a key holds dots itself.
-            message: what is wrong.
         """
         if isinstance(path, str):
             path = tuple(int(step) if step.isdecimal() else step for step in path.split("."))

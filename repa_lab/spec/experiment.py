@@ -258,7 +258,6 @@ def config_of(draft: Draft, components: _ComponentNames | None = None) -> RunCon
     """Return an arm's settings without the fields of other components: the arms of a sweep share their sections.
 
     Args:
-        draft: the settings of the arm.
         components: the components of the sweep by section, whose fields are ignored; None ignores the fields of every
             component. ``none`` always ignores the fields of all others, so that any arm can be turned off.
 
@@ -410,8 +409,6 @@ def holds(condition: Mapping[str, Any], levels: Mapping[str, str], settings: Map
     Args:
         condition: an axis to a level, or a dotted path to a value. A list holds if any of its values does; a mapping
             compares only the fields that it names.
-        levels: the arm's level on every axis.
-        settings: the arm's settings as plain data.
     """
 
     def entry_holds(key: str, wanted: Any) -> bool:
@@ -432,8 +429,6 @@ def condition_problems(spec: SpecFile, document: Draft, arms: Sequence[Arm]) -> 
     """Yield conditions that would never hold: on fields, levels or values that do not exist.
 
     Args:
-        spec: the spec file.
-        document: the spec file with its places.
         arms: the arms; without any, values are not checked.
     """
     axes, names = document.value.get("axes"), names_in(document.value)

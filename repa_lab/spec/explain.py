@@ -77,7 +77,6 @@ def explain(experiment: Experiment, path: str | None = None, arm: str | None = N
     """Return every resolved value with its source; a value that differs between arms has a row for each variant.
 
     Args:
-        experiment: the experiment.
         path: a dotted path of a field or a section; None for all.
         arm: the label of one arm; None for all.
 

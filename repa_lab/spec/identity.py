@@ -66,8 +66,6 @@ class Run:
         """Return the run that :meth:`to_json` wrote.
 
         Args:
-            run_id: the run's id.
-            spec: the plain data.
             plugins: names of the plugin files that the run was trained with.
 
         Raises:
@@ -95,8 +93,6 @@ def identify(
     """Return the run of a config and a seed, with its id.
 
     Args:
-        config: the settings, resolved.
-        seed: the run's seed.
         protocol: the version of the training and measuring code.
         data: fingerprint of the data set, hashed in place of its path.
         contents: digest of every local file and folder, hashed in place of its path.

@@ -27,7 +27,6 @@ def values_of(form: str, numbers: Sequence[Number]) -> list[Number]:
 
     Args:
         form: ``range`` for [start, stop, step], ``linspace`` or ``logspace`` for [start, stop, count].
-        numbers: the three numbers.
 
     Raises:
         ValueError: the numbers make no range, or a range of too many values.

@@ -26,10 +26,6 @@ _LINK = re.compile(r"[;,]? see \[[^]]*\]\([^)]*\)")
 def template(example: Path, name: str) -> str:
     """Return an example as the text of a spec that stands alone: what it is based on is written out.
 
-    Args:
-        example: a spec file.
-        name: the new sweep's name.
-
     Raises:
         SpecError: the example is wrong.
     """

@@ -80,11 +80,6 @@ def unknown_field(model: type[BaseModel], path: str, names: Collection[str] = ()
     """Return an error message if a dotted path leads to no field of a model, else None.
 
     In a section that holds the settings of a component, the fields of every component count.
-
-    Args:
-        model: the model at the top.
-        path: the dotted path.
-        names: the names of members of lists.
     """
     keys: KeyPath = ()
     for step in path.split("."):
@@ -163,7 +158,6 @@ def _owners(model: type[BaseModel], path: KeyPath, value: Any = None) -> tuple[t
     """Return the models that may be at a path, through optional, list and mapping fields.
 
     Args:
-        model: the model at the top.
         path: field names, keys and positions.
         value: the data, which names the component of a section; without it, every component counts.
     """

@@ -106,7 +106,6 @@ def read_text(file: Path, kind: str = "spec") -> str:
     """Read a small text file.
 
     Args:
-        file: the file.
         kind: the word for the file in error messages.
 
     Raises:

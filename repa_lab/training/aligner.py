@@ -145,7 +145,6 @@ def build_regularizer(settings: RegularizerSettings, shapes: Shapes, seed: int) 
     Args:
         settings: its settings, resolved.
         shapes: the widths of the signals that it needs.
-        seed: the run's seed.
     """
     with seeded(seed, "init/projector"):
         return REGULARIZERS[settings.type].load()(settings, shapes)
@@ -173,7 +172,6 @@ class Aligner:
         taps: hooks on the denoiser's blocks, set before the denoiser is wrapped or compiled.
         targets: encoder tokens of the run's images, by encoder.
         attention: hooks on the attention of blocks.
-        stopwatch: times the encoders.
     """
 
     def __init__(
@@ -239,12 +237,8 @@ class Aligner:
         """Return the losses of a batch.
 
         Args:
-            terms: the regularizers that are active.
             batch: on the device.
             step: optimizer steps already taken.
-            device: where encoder tokens are needed.
-            prediction: the denoiser's output and its target.
-            times: the denoiser's times.
             teachers: tokens of the averaged and of frozen models.
         """
         tokens = {block: self.taps[block].take() for block in {b for one in terms for b in one.needs.taps}}
@@ -306,11 +300,7 @@ def open_targets(
     """Return the encoder's tokens of the run's images, from the cache unless the settings say otherwise.
 
     Args:
-        encoder: its settings.
-        images: the run's images.
         options: precision, compilation and storage.
-        cache: the folder of all caches.
-        device: where the encoder runs.
         announce: tells people what is computed for the cache.
         attention: blocks whose queries and keys are kept; an encoder with a cache has none.
 

@@ -58,7 +58,6 @@ class Order:
 
     Args:
         index: the images to train on, ``(n,)``.
-        seed: the run's seed.
         stream: name of the stream that the permutations are drawn from.
     """
 
@@ -88,7 +87,6 @@ class BatchOrder:
 
     Args:
         members: the images of each size, ``(n,)`` each.
-        seed: the run's seed.
     """
 
     def __init__(self, members: Sequence[torch.Tensor], seed: int) -> None:
@@ -187,8 +185,6 @@ class Steps(Dataset[HostBatch]):
 
     Args:
         config: batch size, label dropout and distribution of times.
-        seed: the run's seed.
-        images: the training data.
         process: the noise process, which draws the times.
         conditioning: labels or captions of the images.
         part: which of how many equal parts of each batch belongs to this process.

@@ -131,7 +131,6 @@ def bench(run: Run, options: RunOptions, cache: Path, rounds: int = 5, steps: in
 
     Args:
         run: a run whose regularizer is ``repa`` or ``urepa``.
-        options: device and precision.
         cache: the folder of all caches, filled for this run.
         rounds: turns of each way that count; one before them does not.
         steps: steps of a turn.

@@ -226,7 +226,6 @@ def newest_checkpoint(directory: RunDirectory, weights: str) -> tuple[int, Path]
     """Return the step and the folder of a run's newest whole checkpoint.
 
     Args:
-        directory: the run.
         weights: ``ema`` for the averaged weights, or ``last`` for those of the last step.
 
     Raises:

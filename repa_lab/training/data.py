@@ -112,10 +112,8 @@ def open_images(
     """Open the images of a run and compute the latents that the cache lacks.
 
     Args:
-        data: the settings.
         cache: folder of the latents.
         announce: told of a long task.
-        device: where latents are computed.
         vae: the autoencoder, or the pipeline with it, if the settings name none.
         shifted: see :class:`repa_lab.data.autoencoder.Autoencoder`.
 
@@ -135,11 +133,6 @@ def open_images(
 
 def pixels_for(encoder: EncoderSettings, images: Images, device: torch.device = _CPU) -> ImageSource:
     """Return what an encoder sees, by its ``pixels``: the images, or reconstructions by the VAE or a tiny autoencoder.
-
-    Args:
-        encoder: the encoder's settings.
-        images: the run's images.
-        device: where latents are decoded.
 
     Raises:
         DataError: there are no latents (field ``vae``), or the tiny autoencoder does not fit them (field ``tae``).
@@ -243,8 +236,6 @@ class Captions:
     """Captions as a denoiser's conditioning, encoded by the family's text encoders; null is the empty caption.
 
     Args:
-        images: the images, with captions.
-        texts: the encoded captions.
         sizes: returns the family's conditioning on image sizes; None if it has none.
         config: config of the denoiser's diffusers model.
         lengths: returns the lengths of texts, for a family that reads them; see

@@ -97,9 +97,7 @@ def computing_in(module: nn.Module, precision: str, device: torch.device) -> Ite
     """Let a module compute in another precision and return float32, in place of any autocast that accelerate added.
 
     Args:
-        module: the module.
         precision: a key of ``PRECISION``; bf16 and fp16 use autocast.
-        device: of the module.
     """
     wrapped = vars(module).pop("forward", None)
     if (dtype := PRECISION[precision]) != torch.float32:

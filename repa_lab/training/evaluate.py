@@ -78,12 +78,9 @@ class Evaluator:
     """Measures a denoiser with its current weights.
 
     Args:
-        config: the run's settings.
         images: the data; its training images are the reference of the samples.
-        model: the model to measure.
         targets: encoder tokens; None measures no alignment.
         cache: folder of reference statistics.
-        device: where to run.
         part: number of this process and number of processes; they share the sampling and all return the same result.
 
     Raises:
@@ -198,7 +195,6 @@ class Evaluator:
         """Return everything that each number depends on, by its name.
 
         Args:
-            seed: the run's seed.
             block: the block at which alignment is measured.
         """
         described = {
@@ -350,10 +346,8 @@ def show(model: Model, images: Images, index: torch.Tensor, timestep: float, dev
 
     Args:
         model: its denoiser is on the device.
-        images: the data.
         index: a batch of :func:`held_out_batches`, ``(b,)``.
         timestep: 0 is data, 1 is noise.
-        device: where to run.
     """
     draw = generator(MEASURING_SEED, "held-out", int(index[0]))
     stored = images.space.read(index)

@@ -53,7 +53,6 @@ def export_model(directory: RunDirectory, folder: Path, weights: str = "ema") ->
     if the pipeline has no such method, a folder for `PeftModel.from_pretrained`.
 
     Args:
-        directory: the run.
         folder: a new or empty folder.
         weights: ``ema`` for the averaged weights, or ``last`` for those of the last step.
 
@@ -91,8 +90,6 @@ def write_samples(
     """Draw the samples that a number is measured on from a run's newest checkpoint, as one npz for ADM's evaluator.
 
     Args:
-        directory: the run.
-        path: a new file.
         cache: folder of latents and captions.
         metric: full name of the number; None takes the first one of the milestone protocol, or else of the usual one.
         weights: ``ema`` for the averaged weights, which are measured, or ``last``.
@@ -145,8 +142,6 @@ def write_real(directory: RunDirectory, path: Path, cache: Path, progress: Progr
     """Write the training images that a run's samples are compared with, in order, as :func:`write_samples` does.
 
     Args:
-        directory: the run.
-        path: a new file.
         cache: folder of latents.
         progress: called with the number of images written and of all images.
 

@@ -105,11 +105,7 @@ def train(
     """Train a run to its end, from its last checkpoint if there is one, and measure it on the way.
 
     Args:
-        run: the run.
-        directory: where it is recorded.
-        options: device, precision, logging.
         cache: folder of encoder features, latents and reference statistics, shared by all runs.
-        listeners: receive the run's rows.
         should_stop: asked after every step (with several processes, in the first one at logged steps); a state ends the
             run there with a checkpoint.
         fork: the run whose first steps this one shares; used if this run has no checkpoint yet.

@@ -58,11 +58,7 @@ def open_model(run: Run, images: Images, options: ResolvedOptions, cache: Path, 
     """Build the model of a run, initialised from the run's own random stream or pretrained.
 
     Args:
-        run: the run.
-        images: the run's data.
-        options: precisions.
         cache: folder of the encoded captions.
-        device: where samples are drawn.
 
     Raises:
         PretrainedError: the pretrained pipeline cannot be loaded, or is of another family.
@@ -104,9 +100,7 @@ def build_denoiser(config: RunConfig, given: Input | None, seed: int, frozen: to
     """Build the denoiser of a run before its first step; it depends on model and seed only, not on the regularizer.
 
     Args:
-        config: the run's settings.
         given: the input that a family from scratch is built for.
-        seed: the run's seed.
         frozen: precision of the weights that LoRA does not train.
     """
     family, size = FAMILIES[config.model.family], config.model.size

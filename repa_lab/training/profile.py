@@ -92,8 +92,6 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
     the run's ``heldout/cka`` of that step, on a CPU bit for bit.
 
     Args:
-        directory: the run.
-        request: the profile to measure.
         options: device and precision; an `auto` precision is that of the run.
         cache: folder of features, latents and captions.
 
@@ -163,11 +161,8 @@ def measure_profile(
 
     Args:
         model: its denoiser is on the device, in evaluation mode.
-        images: the data.
         targets: the encoder's tokens of the images.
-        request: timesteps and metrics.
         chosen: held-out images, ``(n,)``.
-        device: where to run.
 
     Raises:
         ProfileError: the values of a block are not finite.
@@ -218,7 +213,6 @@ class _BlockMeasurement:
 
     Args:
         name: of the block and time, for messages.
-        metrics: names of the metrics.
     """
 
     def __init__(self, name: str, metrics: Sequence[str]) -> None:

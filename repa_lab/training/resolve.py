@@ -116,7 +116,6 @@ def protocols_of(config: RunConfig, step: int | None = None) -> tuple[EvaluateCo
     """Return the usual measuring protocol and, if there is one, that of milestones.
 
     Args:
-        config: the run's settings.
         step: return only the protocols that are due after this step.
     """
     milestone = config.evaluate.milestone

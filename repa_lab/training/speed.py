@@ -48,10 +48,7 @@ class SpeedMeter:
     """Measures the training steps of a run between one metric row and the next; never waits for the device.
 
     Args:
-        config: the run's settings.
-        options: the run's precision.
         progress: is told the seconds of training and of waiting for data.
-        device: where the steps run.
         processes: number of processes that share the run.
     """
 

@@ -55,7 +55,6 @@ def draws_of(needs: Iterable[Needs], train: TrainConfig, process: Process, grid:
     Args:
         needs: of each regularizer.
         train: the distribution of times.
-        process: draws the times.
         grid: of the denoiser's input tokens; None if it takes no token times.
     """
     draws: dict[str, Draw] = {}
@@ -87,7 +86,6 @@ class Teachers:
 
     Args:
         denoiser: the denoiser before its first step; its frozen weights are copied.
-        process: the noise process.
         conditioning: gives the null conditioning.
         frozen: the frozen models that regularizers need.
         taps: hooks on the denoiser, by block.
@@ -120,8 +118,6 @@ class Teachers:
         Args:
             needs: of the regularizers that are active.
             batch: on the device.
-            ema: the averages.
-            autocast: the precision of the passes.
         """
         wanted: dict[TeacherPass, dict[BlockIndex | None, None]] = {}
         for one in needs:

@@ -49,7 +49,6 @@ def positions(latents: Tensor, axes: int = 3, patch: int = 2) -> Tensor:
 
     Args:
         latents: latents ``(B, C, H, W)``.
-        axes: number of axes.
         patch: cells per token along each side.
     """
     height, width = (side // patch for side in latents.shape[-2:])

@@ -24,7 +24,6 @@ class RayExecutor(DetachedExecutor):
     Args:
         options: ``options.ray`` says where the cluster is and what a run takes of it.
         root: the runs root, which every node that can take a run must see.
-        sweep: the name of the sweep.
         workers: the number of runs handed to the cluster at a time; None as many as fit now.
 
     Raises:

@@ -71,7 +71,6 @@ class SlurmExecutor(DetachedExecutor):
     Args:
         options: ``options.slurm`` says what each run asks for.
         root: the runs root, which every machine must see.
-        sweep: the name of the sweep.
         slots: the number of runs handed to Slurm at a time; Slurm itself limits how many of an array go on at once.
         cluster: where submitit takes the jobs; ``local`` is processes on this machine.
 

@@ -121,7 +121,6 @@ def svg(figure: Figure, name: str) -> str:
     """Return a figure as an SVG file with text as text; the same figure gives the same file.
 
     Args:
-        figure: the figure.
         name: what its ids are made of.
     """
     buffer = io.StringIO()
