@@ -17,6 +17,7 @@ from repa_lab.spec.document import Draft, load_draft, plain
 from repa_lab.spec.errors import Place
 from repa_lab.spec.experiment import config_of
 from repa_lab.spec.schema import SECTIONS
+from repa_lab.training.resolve import needs_of
 
 if TYPE_CHECKING:
     from repa_lab.report.published import Comparison
@@ -60,8 +61,12 @@ def open_table(name: str, scale: Scale = "full", overrides: Mapping[str, Any] | 
 
 
 def _at_nano(full: Experiment, file: Path, nano: Path, overrides: Mapping[str, Any], name: str) -> Experiment:
-    """Return the experiment with the fragment laid over the spec, as usual, and over every arm, axes included."""
-    experiment, fragment = load_spec(file, overrides, [nano]), load_draft(nano)
+    """Return the experiment with the fragment laid over the spec and over every arm, axes included."""
+    if any(needs.encoder_attention for arm in full.arms for needs in needs_of(arm.config)):
+        raise ReproduceError(f"{name} aligns attention, and the encoder of the nano scale has none; take --scale full")
+    fragment = load_draft(nano)
+    outside_arms = {key: value for key, value in fragment.value.items() if key not in SECTIONS}
+    experiment = load_spec(file, {**outside_arms, **overrides})
     arms = tuple(_small_arm(arm, fragment, overrides) for arm in full.arms)
     if len({arm.config for arm in arms}) == 1:
         raise ReproduceError(f"the arms of {name} differ in what the nano scale has only one of; take --scale full")
@@ -70,14 +75,15 @@ def _at_nano(full: Experiment, file: Path, nano: Path, overrides: Mapping[str, A
 
 
 def _small_arm(arm: Arm, fragment: Draft, overrides: Mapping[str, Any]) -> Arm:
-    """Return the arm with the fragment's settings laid over it, and its block at the same place of its stage."""
+    """Return the arm with the fragment's settings laid over it, and its blocks at the same places of their stages."""
     draft = arm.draft.copy()
     draft.merge({key: fragment.value[key] for key in SECTIONS if key in fragment.value}, fragment.places)
     small = _shape(config_of(draft))
     for path, settings in arm.config.regularizer_paths:
-        if isinstance(block := settings.block_index, int):
-            place = arm.problem(f"{path}.block_index", "").place
-            draft.set(f"{path}.block_index", scaled_block(block, _shape(arm.config), small), place)
+        for name in ("block_index", "teacher_block"):
+            if isinstance(block := getattr(settings, name, None), int):
+                place = arm.problem(f"{path}.{name}", "").place
+                draft.set(f"{path}.{name}", scaled_block(block, _shape(arm.config), small), place)
     for dotted, value in plain(overrides).items():
         if dotted.split(".")[0] in SECTIONS:
             draft.set(dotted, value, Place(None))

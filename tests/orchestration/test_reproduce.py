@@ -16,17 +16,61 @@ from repa_lab.orchestration.plan import identify_run
 from repa_lab.orchestration.reproduce import ReproduceError, names, open_table, scaled_block
 from repa_lab.runs import RunsRoot
 from repa_lab.spec import SpecError
-from repa_lab.training.resolve import Inventory
+from repa_lab.training.resolve import Inventory, resolved_regularizers
 from tests.test_cli import cli
 
 ROOT = Path(__file__).parents[2]
 TABLES = names()
-AT_NANO = [name for name in TABLES if name != "repa/table2-encoders"]
+AT_NANO = [name for name in TABLES if name != "repa/table2-encoders" and not name.startswith("haste/")]
+
+# What the papers' commands, tables and appendices state, with blocks counted from 0: settings of the regularizer by arm.
+METHODS = {
+    "dispersive/b2": {
+        "paper": {"weight": 0.5, "temperature": 0.5, "block_index": 12 // 4 - 1, "loss": "infonce_l2"},
+        "released code": {"weight": 0.25, "temperature": 1.0, "block_index": 12 - 1, "loss": "infonce_l2"},
+    },
+    "dispersive/variants": {
+        "InfoNCE of distances": {"loss": "infonce_l2", "weight": 0.5, "temperature": 0.5},
+        "InfoNCE of cosines": {"loss": "infonce_cosine", "weight": 0.5, "temperature": 0.5},
+        "hinge": {"loss": "hinge", "weight": 0.5},
+    },
+    "haste/table4-l": {"stop at 250K": {"weight": 0.5, "attention_weight": 1.0, "attention": range(4, 8)}},
+    "haste/table5": {
+        f"weight {weight}": {"weight": 0.5, "attention_weight": weight / 0.5} for weight in (0.5, 1.0, 1.5, 3.0)
+    },
+    "haste/table6": {
+        "layers=2": {"attention": range(6, 8)},
+        "layers=4": {"attention": range(4, 8)},
+        "layers=6": {"attention": range(2, 8)},
+    },
+    "haste/xl2": {
+        "haste, stop at 250K": {"weight": 0.5, "attention_weight": 1.0, "attention": range(4, 8), "block_index": 7},
+        "repa": {"type": "repa", "weight": 0.5, "block_index": 7},
+    },
+    "irepa/table2": {
+        "repa": {"weight": 0.5, "spatial_norm": None},
+        "convolution": {"weight": 0.5, "spatial_norm": None},
+        "normalisation": {"weight": 0.5, "spatial_norm": 0.6},
+        "irepa": {"weight": 0.5, "spatial_norm": 0.6, "block_index": 7},
+    },
+    "irepa/table4": {
+        "DINOv2-B, irepa": {"spatial_norm": 0.6, "block_index": 7},
+        "DINOv3-B, repa": {"spatial_norm": None, "block_index": 7},
+    },
+    "layersync/l2": {"layersync": {"weight": 0.2, "block_index": 7, "teacher_block": 17}},
+    "layersync/xl2": {"layersync": {"weight": 0.2, "block_index": 7, "teacher_block": 15}},
+    "sra/table1": {"sra": {"weight": 0.2, "block_index": 2, "teacher_block": 7, "beta": 0.05, "less_noise": 0.2}},
+    "sra2/table1": {
+        f"block {block}": {"weight": 1.0, "block_index": block - 1, "beta": 0.05, "normalize": False}
+        for block in (2, 6, 8)
+    },
+}
 
 
 def test_the_papers_tables_are_there():
     assert {"repa/b2", "repa/l2", "repa/xl2", "repa/table2-encoders", "repa/table2-depth", "repa/table5"} <= set(TABLES)
     assert {f"urepa/table{table}" for table in ("3-b", "3-l", "3-xl", "4", "6", "7", "8")} <= set(TABLES)
+    assert METHODS.keys() == {name for name in TABLES if not name.startswith(("repa/", "urepa/"))}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -41,7 +85,7 @@ def test_a_table_is_sound_and_its_numbers_are_of_its_arms(name):
     assert all(f"# {word}" in header for word in ("Question:", "Source:", "Cost:"))
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", sorted(set(TABLES) - METHODS.keys()))
 def test_the_papers_settings(name):
     """papers.md 1.5, 1.7 and 2.3."""
     for arm in open_table(name).arms:
@@ -55,6 +99,29 @@ def test_the_papers_settings(name):
         assert train.steps == (100_000 if ablation else 400_000)
         assert (evaluate.sampler.type, evaluate.guidance.scale) == (("ode", 1.8) if ablation else ("sde", 1.0))
     assert open_table(name).run.precision == "fp16"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_settings_of_further_methods(name):
+    """Those of REPA's code, on which theirs is built, but for what each paper states."""
+    experiment = open_table(name)
+    steps = {"haste/xl2": 500_000, "irepa/table2": 100_000}.get(name, 400_000)
+    sampler = ("ode", "heun", 125) if name.startswith(("dispersive", "layersync")) else ("sde", "euler", 250)
+    for arm in experiment.arms:
+        train, evaluate = arm.config.train, arm.config.evaluate
+        assert (train.steps, train.batch_size, train.lr, train.weight_decay, train.ema) == (
+            steps,
+            256,
+            1e-4,
+            0.0,
+            0.9999,
+        )
+        assert (evaluate.samples, evaluate.labels, evaluate.guidance.scale) == (50_000, "random", 1.0)
+        assert (evaluate.sampler.type, evaluate.sampler.solver, evaluate.sampler.steps) == sampler
+        regularizer = resolved_regularizers(arm.config)[0] if arm.config.regularizers else arm.config.regularizer
+        expected = METHODS[name].get(arm.label, {})
+        assert {field: getattr(regularizer, field) for field in expected} == expected
+    assert experiment.run.precision == ("bf16" if name.startswith("irepa") else "fp16")
 
 
 def test_blocks_are_the_papers_depths_less_one():
@@ -99,12 +166,19 @@ class TestNano:
             ours, theirs = small.config.regularizer, big.config.regularizer
             assert small.config.model.family == big.config.model.family
             assert type(ours) is type(theirs)
-            at_nano = {"encoder", "projector", "block_index"}
+            at_nano = {"encoder", "projector", "block_index", "teacher_block"}
             assert ours.model_dump(exclude=at_nano) == theirs.model_dump(exclude=at_nano)
+            if hasattr(ours, "projector"):
+                assert ours.projector.type == theirs.projector.type
 
     def test_what_it_has_only_one_of_is_refused(self):
         with pytest.raises(ReproduceError, match=r"repa/table2-encoders differ in what the nano scale has only one of"):
             open_table("repa/table2-encoders", "nano")
+        for name in set(TABLES) - set(AT_NANO) - {"repa/table2-encoders"}:
+            with pytest.raises(
+                ReproduceError, match=f"{name} aligns attention, and the encoder of the nano scale has none"
+            ):
+                open_table(name, "nano")
 
     def test_values_lie_over_it(self):
         experiment = open_table("urepa/table8", "nano", {"train.steps": 7, "seeds": 1, "evaluate.every": 7})
@@ -123,6 +197,14 @@ class TestNano:
         assert layers == {"L4": 0, "L8": 1, "L12": 2, "L16": 2, "L18": 2, "L20": 3, "L24": 3, "L28": 4, "L32": 5}
         depths = [arm.config.regularizer.block_index for arm in open_table("repa/table2-depth", "nano").arms]
         assert depths == [0, 1, 1, 1, 2, 2]
+        pairs = {
+            name: [
+                (arm.config.regularizer.block_index, arm.config.regularizer.teacher_block)
+                for arm in open_table(name, "nano").arms[1:]
+            ]
+            for name in ("layersync/xl2", "layersync/l2", "sra/table1")
+        }  # blocks 7 and 15 of 28, 7 and 17 of 24, 2 and 7 of 12, each at the same place of 4
+        assert pairs == {"layersync/xl2": [(1, 2)], "layersync/l2": [(1, 2)], "sra/table1": [(0, 2)]}
         large, little = SIT_SHAPES["L/2"], SIT_SHAPES["nano/2"]
         assert [scaled_block(block, large, little) for block in (0, 5, 6, 11, 12, 17, 18, 23)] == [
             0,
