@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from repa_lab.lazy import on_first_use
 
 if TYPE_CHECKING:
     from repa_lab.align import Loss, Needs, Prediction, Regularizer, RegularizerSettings, Shapes, Signals, Tokens
@@ -47,24 +48,18 @@ __all__ = [
     "source",
 ]
 
-
-_NAMES_BY_MODULE = {
-    "align": ("Loss", "Needs", "Prediction", "Regularizer", "RegularizerSettings", "Shapes", "Signals", "Tokens"),
-    "align.needs": ("FrozenModel", "Overhead", "Sizes", "TokenSize", "TrainingFacts"),
-    "align.regularizer": ("Attention",),
-    "align.settings": ("EncoderSettings", "regularizer"),
-    "data.settings": ("Dataset", "SourceSettings", "source"),
-    "data.sources": ("Source",),
-    "encoders.registry": ("encoder",),
-    "metrics.protocol": ("metric",),
-    "models.families": ("family",),
-    "models.family": ("Family", "Network", "Pipeline", "Shape"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use."""
-    for module, names in _NAMES_BY_MODULE.items():
-        if name in names:
-            return getattr(import_module(f"repa_lab.{module}"), name)
-    raise AttributeError(f"module 'repa_lab.plugins' has no attribute {name!r}")
+__getattr__ = on_first_use(
+    __name__,
+    {
+        "align": ("Loss", "Needs", "Prediction", "Regularizer", "RegularizerSettings", "Shapes", "Signals", "Tokens"),
+        "align.needs": ("FrozenModel", "Overhead", "Sizes", "TokenSize", "TrainingFacts"),
+        "align.regularizer": ("Attention",),
+        "align.settings": ("EncoderSettings", "regularizer"),
+        "data.settings": ("Dataset", "SourceSettings", "source"),
+        "data.sources": ("Source",),
+        "encoders.registry": ("encoder",),
+        "metrics.protocol": ("metric",),
+        "models.families": ("family",),
+        "models.family": ("Family", "Network", "Pipeline", "Shape"),
+    },
+)

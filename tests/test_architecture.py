@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "repa_lab"
 # From the bottom to the top.
 LAYERS = (
-    ("errors", "files", "kernels"),
+    ("errors", "files", "kernels", "lazy"),
     ("registry", "timm_models"),
     ("settings",),
     ("align", "metrics", "data", "runs"),

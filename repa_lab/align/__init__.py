@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from repa_lab.lazy import on_first_use
 
 if TYPE_CHECKING:
     from repa_lab.align.losses import alignment_loss, manifold_loss, nt_xent_loss
@@ -46,26 +48,29 @@ __all__ = [
     "resample_tokens",
 ]
 
-
-_NAMES_BY_MODULE = {
-    "losses": ("alignment_loss", "manifold_loss", "nt_xent_loss"),
-    "needs": ("Needs",),
-    "projector": ("Projector",),
-    "regularizer": ("REPA", "UREPA", "Loss", "Prediction", "Regularizer", "Shapes", "Signals", "SimilarityCutoff"),
-    "settings": (
-        "ManifoldSettings",
-        "ProjectorSettings",
-        "RegularizerSettings",
-        "Schedule",
-        "ScheduleSettings",
-    ),
-    "tokens": ("Tokens", "flatten_map", "normalise_over_space", "resample_tokens"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use: planning needs settings and schedules, but no torch."""
-    for module, names in _NAMES_BY_MODULE.items():
-        if name in names:
-            return getattr(import_module(f"repa_lab.align.{module}"), name)
-    raise AttributeError(f"module 'repa_lab.align' has no attribute {name!r}")
+__getattr__ = on_first_use(
+    __name__,
+    {
+        "align.losses": ("alignment_loss", "manifold_loss", "nt_xent_loss"),
+        "align.needs": ("Needs",),
+        "align.projector": ("Projector",),
+        "align.regularizer": (
+            "REPA",
+            "UREPA",
+            "Loss",
+            "Prediction",
+            "Regularizer",
+            "Shapes",
+            "Signals",
+            "SimilarityCutoff",
+        ),
+        "align.settings": (
+            "ManifoldSettings",
+            "ProjectorSettings",
+            "RegularizerSettings",
+            "Schedule",
+            "ScheduleSettings",
+        ),
+        "align.tokens": ("Tokens", "flatten_map", "normalise_over_space", "resample_tokens"),
+    },
+)

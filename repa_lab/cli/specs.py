@@ -25,7 +25,7 @@ from repa_lab.runs.root import DEFAULT_ROOT
 
 if TYPE_CHECKING:
     from repa_lab.spec import Experiment
-    from repa_lab.spec.explain import Difference, Setting
+    from repa_lab.spec.explain import Difference
 
 _ABSENT = "-"
 _MAX_SHOWN = 60
@@ -62,7 +62,11 @@ def explain(
         print(json.dumps([asdict(setting) for setting in settings]))
         return
     total = len(experiment.arms)
-    _print_columns([(one.path, _as_yaml(one.value), one.source, _held_by(one, total)) for one in settings])
+    rows = []
+    for setting in settings:
+        held_by = f"in {len(setting.arms)} of {total} arms: {_listed(setting.arms)}" if setting.arms else ""
+        rows.append((setting.path, _as_yaml(setting.value), setting.source, held_by))
+    _print_columns(rows)
 
 
 def diff(
@@ -141,10 +145,6 @@ def _print_difference(difference: dict[str, Any], left: str, right: str) -> None
     _print_columns([("", left, right, ""), *rows] if rows else [])
     if runs := difference.get("runs"):
         print(f"{runs['a']} and {runs['b']} runs, {runs['shared']} of them shared")
-
-
-def _held_by(setting: Setting, total: int) -> str:
-    return f"in {len(setting.arms)} of {total} arms: {_listed(setting.arms)}" if setting.arms else ""
 
 
 def _listed(labels: Iterable[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from repa_lab.lazy import on_first_use
 
 if TYPE_CHECKING:
     from repa_lab.report.figures import profile_figure
@@ -24,23 +26,14 @@ __all__ = [
     "write_report",
 ]
 
-_MODULES = {
-    "ReportPaths": "page",
-    "write_report": "page",
-    "leaderboards": "leaderboard",
-    "load_profile": "profile",
-    "profile_figure": "figures",
-    "Results": "results",
-    "ResultsError": "results",
-    "load_results": "results",
-    "answer": "text",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import public names on first use: the tables do not wait for the drawing library."""
-    if name not in _MODULES:
-        raise AttributeError(f"module 'repa_lab.report' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"repa_lab.report.{_MODULES[name]}"), name)
+__getattr__ = on_first_use(
+    __name__,  # the tables do not wait for the drawing library
+    {
+        "report.figures": ("profile_figure",),
+        "report.leaderboard": ("leaderboards",),
+        "report.page": ("ReportPaths", "write_report"),
+        "report.profile": ("load_profile",),
+        "report.results": ("Results", "ResultsError", "load_results"),
+        "report.text": ("answer",),
+    },
+)

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from repa_lab.files import digest, file_digest
+from repa_lab.registry import one_line
 from repa_lab.report import figure_data, tables, text
 from repa_lab.report.figure_data import FAINT, INK, PALETTE, SOFT
 from repa_lab.report.profile import load_profile, shown_profiles
@@ -182,8 +183,7 @@ def draw_pictures(results: Results, folder: Path) -> tuple[list[Picture], list[s
             panels = {link: _panel(draft, name, folder / link) for name, link in links.items()}
             pictures.append(Picture(draft.section, draft.title, draft.caption, panels))
         except Exception as error:  # the rest of the report does not depend on a figure
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            failures.append(f"The figure '{draft.section}: {draft.title}' could not be drawn ({reason}).")
+            failures.append(f"The figure '{draft.section}: {draft.title}' could not be drawn ({one_line(error)}).")
     return pictures, failures
 
 
