@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
@@ -16,6 +17,14 @@ Count = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BlockIndex = Annotated[int, Field(ge=0)] | Literal["mid"]
+
+
+@functools.cache
+def _uses(settings: type[Settings]) -> tuple[tuple[str, UsedIf], ...]:
+    """Return the fields that are not always used, each with a condition."""
+    fields = settings.model_fields.items()
+    marks = ((name, mark) for name, field in fields for mark in field_metadata(field.annotation, field.metadata))
+    return tuple((name, mark) for name, mark in marks if isinstance(mark, UsedIf))
 
 
 def _let_tuples_take_lists(schema: Any) -> None:
@@ -44,6 +53,30 @@ class Settings(BaseModel):
         schema = handler(source)
         _let_tuples_take_lists(schema)
         return schema
+
+    def unused_fields(self) -> set[str]:
+        """Return the names of the fields that have no effect at the values of the others; see :class:`UsedIf`."""
+        return {name for name, mark in _uses(type(self)) if not mark.holds(self)}
+
+
+@dataclass(frozen=True)
+class UsedIf:
+    """Marks a field that has an effect only at some values of another field of its section.
+
+    Attributes:
+        field: the other field.
+        values: its values at which the marked field has an effect; empty means all but those in ``but``.
+        but: its values at which the marked field has none.
+    """
+
+    field: str
+    values: tuple[Any, ...] = ()
+    but: tuple[Any, ...] = ()
+
+    def holds(self, settings: Settings) -> bool:
+        """Return whether the marked field of these settings has an effect."""
+        value = getattr(settings, self.field)
+        return value in self.values if self.values else value not in self.but
 
 
 @dataclass(frozen=True)

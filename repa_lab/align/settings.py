@@ -21,6 +21,7 @@ from repa_lab.settings import (
     NotNegative,
     Positive,
     Settings,
+    UsedIf,
     settings_in,
 )
 
@@ -45,7 +46,7 @@ class EncoderSettings(Settings):
     """Compute the features once for all runs and store them."""
     pixels: Literal["image", "vae", "tae"] = "image"
     """The encoder's input: the image, as in the papers, or its reconstruction by the VAE or a tiny autoencoder."""
-    tae: HubOrLocal | None = None
+    tae: Annotated[HubOrLocal | None, UsedIf("pixels", ("tae",))] = None
     """The tiny autoencoder that `pixels: tae` decodes with."""
 
     @model_validator(mode="after")
@@ -62,9 +63,9 @@ class ProjectorSettings(Settings):
 
     type: Literal["mlp", "linear", "conv"] = "mlp"
     """REPA's three layers with SiLU, SimpleTuner's LayerNorm + Linear, or iREPA's convolution over the grid."""
-    width: Positive = 2048
+    width: Annotated[Positive, UsedIf("type", ("mlp",))] = 2048
     """Hidden width of `mlp`."""
-    kernel: Positive = 3
+    kernel: Annotated[Positive, UsedIf("type", ("conv",))] = 3
     """Size of the `conv` kernel; odd."""
 
     @model_validator(mode="after")
@@ -109,10 +110,13 @@ class ManifoldSettings(Settings):
     """Mean over all N*N pairs, their sum, or the mean without pairs of a token with itself; then mean over images."""
     distance: Literal["l2", "l1_margin"] = "l2"
     """The squared difference of two similarities, or the amount by which the absolute difference exceeds `margin`."""
-    margin: NotNegative = 0.1
+    margin: Annotated[NotNegative, UsedIf("distance", ("l1_margin",))] = 0.1
     """Margin of `l1_margin`: 0.1 in VideoREPA's relation loss, 0.25 in VA-VAE's matrix loss."""
-    sample: Annotated[int, Field(ge=2)] = 2048
+    sample: Annotated[int, Field(ge=2), UsedIf("scope", ("batch_tokens",))] = 2048
     """Most tokens that `batch_tokens` compares, drawn anew at every step."""
+
+
+_WithThreshold = UsedIf("similarity_threshold", but=(None,))
 
 
 class ScheduleSettings(Settings):
@@ -122,23 +126,23 @@ class ScheduleSettings(Settings):
     """The shape of the decay."""
     warmup_steps: Count = 0
     """Steps over which the weight rises from exactly 0."""
-    decay_steps: Count = 0
+    decay_steps: Annotated[Count, UsedIf("type", but=("constant",))] = 0
     """The step at which the decay ends, counted from 0, warm-up included; 0 is the end of training."""
-    end: NotNegative = 0.0
+    end: Annotated[NotNegative, UsedIf("type", but=("constant",))] = 0.0
     """The weight at the end of the decay and after it."""
     cutoff_step: Count | None = None
     """The weight is exactly 0 from this step on; null or 0 is no cutoff."""
-    power: NotNegative = 1.0
+    power: Annotated[NotNegative, UsedIf("type", ("polynomial",))] = 1.0
     """The exponent of `polynomial`."""
     similarity_threshold: Annotated[float, Field(ge=-1, le=1)] | None = None
     """The weight is 0 once the smoothed mean cosine of the tokens has reached this value; null is no threshold."""
-    similarity_ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    similarity_ema_decay: Annotated[float, Field(ge=0, lt=1), _WithThreshold] = 0.99
     """Decay of the smoothed cosine; at 0 each step is judged alone."""
-    similarity_min_count: Positive = 100
+    similarity_min_count: Annotated[Positive, _WithThreshold] = 100
     """Steps before the threshold applies, so that an early spike switches nothing off."""
-    threshold_mode: Literal["permanent", "recoverable"] = "permanent"
+    threshold_mode: Annotated[Literal["permanent", "recoverable"], _WithThreshold] = "permanent"
     """Whether the weight stays 0, or returns when the cosine falls below the threshold."""
-    probe_every: Positive = 50
+    probe_every: Annotated[Positive, _WithThreshold, UsedIf("threshold_mode", ("recoverable",))] = 50
     """Steps between measurements of the cosine while a recoverable threshold holds the weight at 0."""
 
     @model_validator(mode="after")
@@ -174,6 +178,11 @@ class RegularizerSettings(Settings):
         if self.name in type(self).model_fields:
             raise ValueError(f"name '{self.name}' is a field, so a dotted path could mean either: take another name")
         return self
+
+    def unused_fields(self) -> set[str]:
+        """Return the names of the fields that have no effect: at weight 0, all but those that say so."""
+        used_at_zero = {"type", "weight", "name"}
+        return {*type(self).model_fields} - used_at_zero if self.weight == 0 else super().unused_fields()
 
     @property
     def label(self) -> str:
@@ -407,7 +416,7 @@ class REPASettings(CosineTargetSettings):
     type: Literal["repa"] = "repa"
     loss: Literal["cosine", "nt_xent"] = "cosine"
     """Minus the mean cosine of matching tokens, or the NT-Xent loss over the tokens of each image."""
-    temperature: Annotated[float, Field(gt=0)] = 0.1
+    temperature: Annotated[float, Field(gt=0), UsedIf("loss", ("nt_xent",))] = 0.1
     """Temperature of `nt_xent`."""
 
 
@@ -418,7 +427,7 @@ class UREPASettings(REPASettings):
     type: Literal["urepa"] = "urepa"  # type: ignore[assignment]
     manifold_weight: NotNegative = 3.0
     """The paper's w, the weight of the manifold loss within the regularizer."""
-    manifold: ManifoldSettings = ManifoldSettings()
+    manifold: Annotated[ManifoldSettings, UsedIf("manifold_weight", but=(0,))] = ManifoldSettings()
     """Which pairs are compared, and how."""
 
     kinds: ClassVar[tuple[str, ...]] = ("unet", "u_shaped")

@@ -87,7 +87,8 @@ def plan(
     if planned.orphans:
         title = "orphaned: asked for by an earlier version of the spec, and kept"
         out.print(table(title, display.orphan_rows(planned)))
-    for line in display.sentences(estimated) + display.blocked_lines(planned):
+    lines = display.baseline_lines(planned) + display.sentences(estimated) + display.blocked_lines(planned)
+    for line in lines:
         typer.echo(line)
 
 

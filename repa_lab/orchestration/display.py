@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from repa_lab.orchestration.cost import GIB, UTILISATION, Estimate, PlannedCache, Share, rounded
-from repa_lab.orchestration.plan import BLOCKED, Plan, PlannedRun
+from repa_lab.orchestration.plan import BLOCKED, Match, Plan, PlannedRun
 from repa_lab.runs import RunStatus
 from repa_lab.runs.files import Row
 
@@ -104,6 +104,22 @@ def sentences(estimate: Estimate) -> list[str]:
     if given := [f"{limit:,.6g} {unit}" for unit, limit in limits.items() if limit is not None]:
         lines.append(f"budget: {', '.join(given)}")
     return [*lines, *plan.notes, *estimate.notes]
+
+
+def baseline_lines(plan: Plan) -> list[str]:
+    """Return sentences on what every arm is compared with, and why with nothing; none for a search."""
+    served: dict[str, list[str]] = {}
+    unmatched: dict[str, list[str]] = {}
+    for label, match in plan.baselines.items():
+        if match.baseline is not None:
+            served.setdefault(match.baseline, []).append(f"'{label}'")
+        elif match.reason:
+            unmatched.setdefault(match.reason, []).append(f"'{label}'")
+    arms_of = {label: ", ".join(arms) for label, arms in served.items()}
+    if len(served) == 1 and len(plan.baselines) > 2 and sum(map(len, served.values())) == len(plan.baselines) - 1:
+        arms_of = dict.fromkeys(served, "every other arm")
+    lines = [f"baseline: '{label}' for {arms}" for label, arms in arms_of.items()]
+    return lines + [f"no baseline for {', '.join(arms)}: {reason}" for reason, arms in unmatched.items()]
 
 
 def blocked_lines(plan: Plan) -> list[str]:
@@ -216,8 +232,11 @@ def _share_json(share: Share) -> dict[str, Any]:
 
 def _arm_json(estimate: Estimate, label: str) -> dict[str, Any]:
     cost, speed = estimate.costs[label], estimate.speeds[label]
+    match = estimate.plan.baselines.get(label, Match())
     return {
         "arm": label,
+        "baseline": match.baseline,
+        "unmatched": match.reason or None,
         "parameters": cost.parameters,
         "trained_parameters": cost.trained,
         "flops_per_image": cost.image_flops,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.orchestration.checks import blocked, check, resolve_metric
@@ -18,6 +20,7 @@ from repa_lab.spec.identity import Run, identify, local_files
 from repa_lab.training.resolve import Inventory, metric_names, plugins_of
 
 BLOCKED = "blocked"
+_MAX_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,19 @@ class PlannedRun:
 
 
 @dataclass(frozen=True)
+class Match:
+    """What an arm is compared with.
+
+    Attributes:
+        baseline: label of the matched baseline; None if there is none.
+        reason: why there is none; empty for a baseline.
+    """
+
+    baseline: str | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Orphan:
     """A run that an earlier version of the spec asked for and this one does not; it is listed and never deleted."""
 
@@ -83,6 +99,11 @@ class Plan:
                 images = self.inventory.dataset(data).images
                 notes[f"{count} of {images} images are held out, for a tenth is less than 256 (data.holdout)"] = None
         return tuple(notes)
+
+    @cached_property
+    def baselines(self) -> dict[str, Match]:
+        """What every arm is compared with, by label; empty for a search, whose trials are compared with each other."""
+        return {} if self.experiment.search else match_baselines(self.experiment)
 
     @cached_property
     def orphans(self) -> tuple[Orphan, ...]:
@@ -164,16 +185,17 @@ class Plan:
         )
 
     def _arms(self) -> list[ArmRecord]:
-        matched, runs = baselines(self.experiment), dict[str, list[Run]]()
+        runs: dict[str, list[Run]] = {}
         for entry in self.runs:
             runs.setdefault(entry.arm.label, []).append(entry.run)
-        return [arm_record(arm, matched[arm.label], runs[arm.label]) for arm in self.experiment.arms]
+        return [arm_record(arm, runs[arm.label], self.baselines[arm.label]) for arm in self.experiment.arms]
 
 
-def arm_record(arm: Arm, baseline: str | None, runs: Iterable[Run]) -> ArmRecord:
+def arm_record(arm: Arm, runs: Iterable[Run], match: Match = Match()) -> ArmRecord:
     """Return an arm as the sweep's manifest has it."""
     records = tuple(RunRecord(seed=run.seed, run_id=run.run_id) for run in runs)
-    return ArmRecord(label=arm.label, levels=dict(arm.levels), baseline=baseline, runs=records)
+    label, levels = arm.label, dict(arm.levels)
+    return ArmRecord(label=label, levels=levels, baseline=match.baseline, unmatched=match.reason, runs=records)
 
 
 def make_plan(experiment: Experiment, root: RunsRoot) -> Plan:
@@ -219,18 +241,50 @@ def identify_run(config: RunConfig, seed: int, inventory: Inventory | None = Non
     return identify(inventory.resolve(config), seed, PROTOCOL_VERSION, fingerprint, contents, plugins)
 
 
-def baselines(experiment: Experiment) -> dict[str, str | None]:
-    """Return the matched baseline of every arm, by label: the baseline that shares the most axis levels with the arm.
+def match_baselines(experiment: Experiment) -> dict[str, Match]:
+    """Return what every arm is compared with, by label: the baseline that shares the most axis levels with the arm.
 
-    A baseline has none, and neither has an arm with which several baselines share equally many levels.
+    A baseline is compared with nothing. Baselines with the same settings are one.
     """
-    condition = experiment.compare.baseline
-    candidates = [arm for arm in experiment.arms if holds(condition, arm.levels, arm.asked.model_dump(mode="json"))]
-    return {arm.label: None if arm in candidates else _nearest(arm, candidates) for arm in experiment.arms}
+    condition, arms = experiment.compare.baseline, experiment.arms
+    candidates = [arm for arm in arms if _is_baseline(arm, condition)]
+    distinct = list({arm.asked: arm for arm in reversed(candidates)}.values())[::-1]
+    none = "" if distinct else _no_candidate(condition, arms)
+    labels = {arm.label for arm in candidates}
+    return {arm.label: Match() if arm.label in labels else _match(arm, distinct, none) for arm in arms}
 
 
-def _nearest(arm: Arm, candidates: list[Arm]) -> str | None:
-    shared = [(len(arm.levels.items() & candidate.levels.items()), candidate.label) for candidate in candidates]
-    most = max(shared, default=(0, ""))[0]
-    nearest = [label for count, label in shared if count == most]
-    return nearest[0] if len(nearest) == 1 else None
+def _is_baseline(arm: Arm, condition: Mapping[str, Any]) -> bool:
+    """Return whether an arm has the values of a condition.
+
+    A value that has no effect in the arm, such as the temperature of another loss, counts only if the arm is at that
+    level of an axis.
+    """
+    on_axes = {key: wanted for key, wanted in condition.items() if key in arm.levels}
+    others = {key: wanted for key, wanted in condition.items() if key not in arm.levels}
+    return holds(on_axes, arm.levels, arm.asked.model_dump(mode="json")) and holds(others, arm.levels, arm.used)
+
+
+def _no_candidate(condition: Mapping[str, Any], arms: Sequence[Arm]) -> str:
+    asked = json.dumps(condition, ensure_ascii=False)
+    alike = [arm.label for arm in arms if holds(condition, arm.levels, arm.asked.model_dump(mode="json"))]
+    unused = f" (in {listed(alike)} it has no effect)" if alike else ""
+    return f"no arm has compare.baseline {asked}{unused}"
+
+
+def _match(arm: Arm, candidates: Sequence[Arm], no_candidate: str) -> Match:
+    if not candidates:
+        return Match(reason=no_candidate)
+    shared = {other.label: len(arm.levels.items() & other.levels.items()) for other in candidates}
+    most = max(shared.values())
+    nearest = [label for label, count in shared.items() if count == most]
+    if len(nearest) == 1:
+        return Match(nearest[0])
+    levels = f"share {most} of its levels each" if most else "share none of its levels"
+    return Match(reason=f"{listed(nearest)} are equally near: they {levels}")
+
+
+def listed(labels: Sequence[str]) -> str:
+    """Return labels in quotation marks, those beyond the tenth as a number."""
+    more = [f"{len(labels) - _MAX_LISTED} more"] if len(labels) > _MAX_LISTED else []
+    return ", ".join([*(f"'{label}'" for label in labels[:_MAX_LISTED]), *more])

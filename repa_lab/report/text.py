@@ -71,10 +71,14 @@ def conclusions(results: Results) -> list[str]:
     arms = [arm for arm in results.baselines if arm not in trials or (best and arm == best.arm)]
     compared = [arm for arm in arms if results.baselines[arm] is not None]
     lines = [*_protocol_warnings(results), *_search_sentences(results, best)]
+    lines += [_comparison(results, arm) for arm in compared]
+    unmatched = {arm.label: arm.unmatched for arm in results.sweep.arms if arm.unmatched}
     if compared:
-        return lines + [_comparison(results, arm) for arm in compared]
+        return lines + [f"{arm}: compared with nothing, because {reason}." for arm, reason in unmatched.items()]
     if best is None:  # a search compares its trials with each other
-        lines.append("No arm has a matched baseline, so nothing is compared.")
+        reasons = "; ".join(dict.fromkeys(unmatched.values()))
+        why = f": {reasons}" if reasons else ""
+        lines.append(f"No arm has a matched baseline, so nothing is compared{why}.")
     return [*lines, *(_value(results, arm) for arm in arms)]
 
 

@@ -53,12 +53,14 @@ class ArmRecord(_Record):
         label: the arm's name in the report.
         levels: the arm's level on every axis.
         baseline: label of the matched baseline; None if there is none.
+        unmatched: why there is none; empty for baselines and trials.
         runs: one run per seed.
     """
 
     label: str
     levels: dict[str, str] = {}
     baseline: str | None = None
+    unmatched: str = ""
     runs: tuple[RunRecord, ...]
 
 

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from repa_lab.align.settings import EncoderSettings
 from repa_lab.metrics.protocol import EXTRACTORS, METRICS
-from repa_lab.settings import BlockIndex, Fraction, LocalFile, Positive, Settings, later
+from repa_lab.settings import BlockIndex, Fraction, LocalFile, Positive, Settings, UsedIf, later
 
 
 class SamplerConfig(Settings):
@@ -16,7 +16,7 @@ class SamplerConfig(Settings):
 
     type: Literal["ode", "sde"] = "ode"
     """`ode` integrates the velocity; `sde` is the papers' Euler-Maruyama."""
-    solver: Literal["euler", "heun"] = "euler"
+    solver: Annotated[Literal["euler", "heun"], UsedIf("type", ("ode",))] = "euler"
     """Solver of `ode`."""
     steps: Annotated[int, Field(ge=2)] = 50
     """Sampling steps."""
@@ -27,9 +27,9 @@ class GuidanceConfig(Settings):
 
     scale: Annotated[float, Field(ge=1)] = 1.0
     """Scale of classifier-free guidance; 1 is none."""
-    low: Fraction = 0.0
+    low: Annotated[Fraction, UsedIf("scale", but=(1,))] = 0.0
     """Guidance acts from this time on; 0 is data, 1 is noise."""
-    high: Fraction = 1.0
+    high: Annotated[Fraction, UsedIf("scale", but=(1,))] = 1.0
     """Guidance acts up to this time."""
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from repa_lab.registry import PluginError, did_you_mean, load_plugins
-from repa_lab.settings import SettingsOf
+from repa_lab.settings import SettingsOf, settings_in
 from repa_lab.spec.document import Draft, entries, lay_over, load_draft, names_in, paths_in, plain, value_at, value_of
 from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError
 from repa_lab.spec.options import BudgetConfig, CompareConfig, PublishedConfig, RunOptions, SearchConfig, StopRule
@@ -49,6 +49,16 @@ class Arm:
     def asked(self) -> RunConfig:
         """The settings of the spec, to which conditions and comparisons refer."""
         return self.config
+
+    @property
+    def used(self) -> dict[str, Any]:
+        """The settings of the spec as plain data, without those that have no effect beside the others."""
+        used = self.asked.model_dump(mode="json")
+        for path, section in settings_in(self.asked):
+            if fields := value_of(used, path):  # None inside a section that was left out
+                for name in section.unused_fields():
+                    fields.pop(name, None)
+        return used
 
     def has(self, path: str) -> bool:
         """Return whether the settings have a field at a dotted path; a section's fields depend on its component."""

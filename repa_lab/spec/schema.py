@@ -17,6 +17,7 @@ from repa_lab.settings import (
     Positive,
     Settings,
     SettingsOf,
+    UsedIf,
     later,
     settings_in,
 )
@@ -45,7 +46,7 @@ class ModelConfig(Settings):
     """For all other families: a hub id or a folder of a diffusers pipeline."""
     train: Literal["full", "lora"] = "full"
     """Train all weights, or a LoRA."""
-    rank: Positive = 16
+    rank: Annotated[Positive, UsedIf("train", ("lora",))] = 16
     """Rank of the LoRA."""
     revision: str | None = later(None)
     """The hub's branch, tag or commit."""
@@ -105,9 +106,9 @@ class LearningRateSettings(Settings):
     """The shape of the decay."""
     warmup_steps: Count = 0
     """Steps over which the rate rises from 0; the first step has the share 1 / (warmup_steps + 1)."""
-    decay_steps: Count = 0
+    decay_steps: Annotated[Count, UsedIf("type", but=("constant",))] = 0
     """The step at which the decay ends, counted from 0, warm-up included; 0 is the end of training."""
-    end: Fraction = 0.0
+    end: Annotated[Fraction, UsedIf("type", but=("constant",))] = 0.0
     """The share of `train.lr` at the end of the decay."""
 
     @model_validator(mode="after")
@@ -126,7 +127,7 @@ class LossWeightSettings(Settings):
 
     type: Literal["none", "min_snr"] = "none"
     """`min_snr` (2303.09556) weights the clean image's error by min(signal-to-noise ratio, `gamma`)."""
-    gamma: Annotated[float, Field(gt=0)] = 5.0
+    gamma: Annotated[float, Field(gt=0), UsedIf("type", ("min_snr",))] = 5.0
     """The largest signal-to-noise ratio that counts."""
 
 
@@ -135,9 +136,9 @@ class TimeSettings(Settings):
 
     type: Literal["uniform", "logit_normal"] = "logit_normal"
     """`logit_normal` draws the logit of the time from a normal distribution (SD3, 2403.03206)."""
-    mean: float = 0.0
+    mean: Annotated[float, UsedIf("type", ("logit_normal",))] = 0.0
     """Mean of the logit of `logit_normal`; above 0 there is more noise."""
-    std: Annotated[float, Field(gt=0)] = 1.0
+    std: Annotated[float, Field(gt=0), UsedIf("type", ("logit_normal",))] = 1.0
     """Standard deviation of the logit of `logit_normal`."""
 
     @model_validator(mode="after")

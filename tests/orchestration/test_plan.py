@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
+from repa_lab.align.settings import REGULARIZERS, Schedule, ScheduleSettings
 from repa_lab.orchestration.cost import estimate
-from repa_lab.orchestration.display import arm_rows, run_rows, sentences
-from repa_lab.orchestration.plan import baselines, identify_run, make_plan
+from repa_lab.orchestration.display import arm_rows, as_json, baseline_lines, run_rows, sentences
+from repa_lab.orchestration.plan import Match, identify_run, make_plan, match_baselines
 from repa_lab.runs import RunsRoot, RunStatus, RunWriter, State, checkpoints
 from repa_lab.runs.directory import RunBusyError
-from repa_lab.spec import load_spec
+from repa_lab.settings import Settings, _uses
+from repa_lab.spec import RunConfig, load_spec
 from tests.data.conftest import noise_image
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -71,6 +74,11 @@ def test_golden_ids_of_the_shipped_experiments():
     assert found == golden
 
 
+def baselines(experiment):
+    """The label of every arm's matched baseline."""
+    return {label: match.baseline for label, match in match_baselines(experiment).items()}
+
+
 def test_every_arm_is_compared_with_the_baseline_that_shares_its_other_levels():
     assert baselines(load_spec(EXPERIMENTS / "quickstart.yaml")) == {
         "sit, baseline": None,
@@ -86,10 +94,94 @@ def test_an_included_baseline_serves_every_arm():
     assert set(matched.values()) == {"baseline"} and len(matched) == 8
 
 
-def test_an_arm_without_a_single_nearest_baseline_has_none():
+def test_an_arm_without_a_single_nearest_baseline_has_none(tmp_path):
     axes = {"regularizer.type": ["none", "repa"], "train.lr": [0.1, 0.2]}
     spec = load_spec({**BASE, "axes": axes, "include": [{"label": "odd", "set": {"train.lr": 0.3}}]})
-    assert baselines(spec)["odd"] is None
+    reason = "'type=none, lr=0.1', 'type=none, lr=0.2' are equally near: they share none of its levels"
+    assert match_baselines(spec)["odd"] == Match(None, reason)
+    assert baseline_lines(make_plan(spec, RunsRoot(tmp_path))) == [
+        "baseline: 'type=none, lr=0.1' for 'type=repa, lr=0.1'",
+        "baseline: 'type=none, lr=0.2' for 'type=repa, lr=0.2'",
+        f"no baseline for 'odd': {reason}",
+    ]
+
+
+def arms_of(**arms):
+    """The arms of BASE with REPA, each with settings of its own."""
+    encoder = {"name": "efficientnet_lite0", "image_size": 64}
+    return {**BASE, "regularizer": {"type": "repa", "encoder": encoder}, "axes": {"arm": arms}}
+
+
+@pytest.mark.parametrize("baseline, arms", [
+    ({"regularizer.weight": 0.5}, {"none": {"regularizer.type": "none"}, "half": {}, "one": {"regularizer.weight": 1.0}}),
+    ({"regularizer.loss": "cosine"}, {"off": {"regularizer.weight": 0}, "half": {}, "other": {"regularizer.loss": "nt_xent"}}),
+    ({"regularizer.temperature": 0.1}, {"off": {}, "half": {"regularizer.loss": "nt_xent"}}),
+    ({"evaluate.sampler.solver": "euler"}, {"sde": {"evaluate.sampler.type": "sde"}, "half": {}}),
+    ({"regularizer.schedule.end": 0}, {"constant": {}, "half": {"regularizer.schedule": {"type": "linear"}}}),
+    ({"regularizer.schedule": {"threshold_mode": "permanent"}}, {"a": {}, "half": {"regularizer.schedule.similarity_threshold": 0.9}}),
+])  # fmt: skip
+def test_a_setting_that_an_arm_does_not_use_does_not_make_it_a_baseline(baseline, arms):
+    found = match_baselines(load_spec({**arms_of(**arms), "compare": {"baseline": baseline}}))
+    assert found == {label: Match() if label == "half" else Match("half") for label in arms}
+
+
+def test_a_level_of_an_axis_counts_though_it_has_no_effect():
+    axes = {"regularizer.weight": [0, 0.5], "regularizer.loss": ["cosine", "nt_xent"]}
+    condition = {"regularizer.weight": 0, "regularizer.loss": "cosine"}
+    found = match_baselines(load_spec({**arms_of(), "axes": axes, "compare": {"baseline": condition}}))
+    assert {match.baseline for match in found.values()} == {None, "weight=0, loss=cosine"}
+    assert [label for label, match in found.items() if match == Match()] == ["weight=0, loss=cosine"]
+
+
+def test_baselines_with_the_same_settings_are_one():
+    off = {"regularizer.type": "none"}
+    assert match_baselines(load_spec(arms_of(a=off, b=off, c={})))["c"] == Match("a")
+
+
+def test_plan_says_why_no_arm_is_a_baseline(tmp_path):
+    spec = {**arms_of(a={}, b={"train.lr": 1e-3}), "compare": {"baseline": {"regularizer.temperature": 0.1}}}
+    planned = make_plan(load_spec(spec), RunsRoot(tmp_path))
+    reason = """no arm has compare.baseline {"regularizer.temperature": 0.1} (in 'a', 'b' it has no effect)"""
+    assert baseline_lines(planned) == [f"no baseline for 'a', 'b': {reason}"]
+    assert [(arm["baseline"], arm["unmatched"]) for arm in as_json(estimate(planned))["arms"]] == [(None, reason)] * 2
+    assert [(arm.baseline, arm.unmatched) for arm in planned.manifest().arms] == [(None, reason)] * 2
+
+
+def test_one_baseline_of_all_arms_is_said_in_a_few_words(tmp_path):
+    planned = make_plan(load_spec(EXPERIMENTS / "sdxl_manifold.yaml"), RunsRoot(tmp_path))
+    assert baseline_lines(planned) == ["baseline: 'baseline' for every other arm"]
+
+
+def test_fields_are_used_by_fields_that_there_are():
+    """What is marked exists, and the weight over steps does not depend on what the schedule leaves unused."""
+    for cls in settings_classes():
+        for name, mark in _uses(cls):
+            others = TypeAdapter(cls.model_fields[mark.field].annotation)
+            assert all(others.validate_python(value) == value for value in mark.values + mark.but), (cls, name)
+    varied = {"decay_steps": 7, "end": 0.3, "power": 2.0, "similarity_ema_decay": 0.5, "probe_every": 3}
+    for kind in ("constant", "linear", "cosine", "polynomial"):
+        plain = ScheduleSettings(type=kind)
+        unused = {name: value for name, value in varied.items() if name in plain.unused_fields()}
+        other = plain.model_copy(update=unused)
+        assert [Schedule(0.5, 10, plain)(step) for step in range(12)] == [
+            Schedule(0.5, 10, other)(step) for step in range(12)
+        ]
+        assert ("power" in unused, "end" in unused) == (kind != "polynomial", kind == "constant")
+
+
+def settings_classes():
+    found, left = set(), [RunConfig, *(REGULARIZERS[name].settings for name in REGULARIZERS)]
+    while left:
+        cls = left.pop()
+        if cls not in found:
+            found.add(cls)
+            left += [inner for field in cls.model_fields.values() for inner in classes_in(field.annotation)]
+    return found
+
+
+def classes_in(annotation):
+    inner = [cls for member in getattr(annotation, "__args__", ()) for cls in classes_in(member)]
+    return inner + [annotation] * (isinstance(annotation, type) and issubclass(annotation, Settings))
 
 
 def test_sdxl_is_planned_and_says_what_is_missing(tmp_path):

@@ -44,6 +44,7 @@ class FakeArm:
     baseline: str | None = None
     levels: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    unmatched: str = ""
 
 
 Build = Callable[..., SweepDirectory]
@@ -135,7 +136,8 @@ def _quickstart_arm(denoiser: str, alignment: str, end: float) -> FakeArm:
 
 def _record(root: RunsRoot, arm: FakeArm) -> dict[str, Any]:
     runs = [_place(root, arm, run) for run in arm.runs]
-    return {"label": arm.label, "levels": dict(arm.levels), "baseline": arm.baseline, "runs": runs}
+    matched = {"baseline": arm.baseline, "unmatched": arm.unmatched}
+    return {"label": arm.label, "levels": dict(arm.levels), **matched, "runs": runs}
 
 
 def _place(root: RunsRoot, arm: FakeArm, run: FakeRun | int) -> dict[str, Any]:

@@ -128,6 +128,15 @@ def test_a_pair_with_its_own_protocol_is_compared_within(build: Build) -> None:
     assert f"{other} at step 600 is 1.100 against 3.000 of sde, base" in sde
 
 
+def test_what_is_compared_with_nothing_is_said_with_its_reason(build: Build) -> None:
+    odd = FakeArm("odd", constant_runs([3.0]), unmatched="'a', 'b' are equally near: they share none of its levels")
+    arms = [FakeArm("a", constant_runs([2.0])), FakeArm("b", constant_runs([2.0]), "a"), odd]
+    assert said(build(arms))[-1] == f"odd: compared with nothing, because {odd.unmatched}."
+    none = "no arm has compare.baseline {}"
+    lines = said(build([FakeArm("a", [0], unmatched=none), FakeArm("b", [0], unmatched=none)], name="none"))
+    assert lines[0] == f"No arm has a matched baseline, so nothing is compared: {none}."
+
+
 def test_a_sweep_without_a_baseline_claims_nothing(build: Build) -> None:
     lines = said(
         build([FakeArm("a", constant_runs([1.0, 2.0, 3.0])), FakeArm("b", constant_runs([2.0])), FakeArm("c", [0])])

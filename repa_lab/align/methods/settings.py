@@ -18,7 +18,7 @@ from repa_lab.align.settings import (
     REPASettings,
     regularizer,
 )
-from repa_lab.settings import BlockIndex, Count, Fraction, LocalFile, NotNegative, Positive, later
+from repa_lab.settings import BlockIndex, Count, Fraction, LocalFile, NotNegative, Positive, UsedIf, later
 
 _METHODS = "repa_lab.align.methods"
 
@@ -30,9 +30,9 @@ class DispersiveSettings(RegularizerSettings):
     type: Literal["dispersive"] = "dispersive"
     loss: Literal["infonce_l2", "infonce_cosine", "hinge"] = "infonce_l2"
     """InfoNCE without positive pairs over squared distances or over cosines, or a squared hinge on the distances."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0), UsedIf("loss", but=("hinge",))] = 1.0
     """Distances are divided by it: 1 in the released code, 0.5 in the paper; `hinge` has none."""
-    margin: Annotated[float, Field(gt=0)] = 1.0
+    margin: Annotated[float, Field(gt=0), UsedIf("loss", ("hinge",))] = 1.0
     """Distance below which `hinge` repels two images."""
 
     has_cosine: ClassVar[bool] = False
@@ -56,9 +56,9 @@ class CREPASettings(CosineTargetSettings):
     type: Literal["crepa"] = "crepa"
     distance: Count = 1
     """Latent frames between a frame and its neighbours, one before and one after it; 0 is REPA frame by frame."""
-    tau: Annotated[float, Field(gt=0)] = 1.0
+    tau: Annotated[float, Field(gt=0), UsedIf("distance", but=(0,))] = 1.0
     """A neighbour at distance d counts exp(-d / tau), the frame itself 1."""
-    cumulative: bool = False
+    cumulative: Annotated[bool, UsedIf("distance", but=(0,))] = False
     """Compare with every neighbour up to `distance`, not with those at it alone."""
     normalize_neighbours: bool = False
     """Divide the sum of each frame by the sum of its weights, so that the loss is between -1 and 1."""
@@ -165,7 +165,7 @@ class HASTESettings(REPASettings):
     type: Literal["haste"] = "haste"  # type: ignore[assignment]
     attention_weight: NotNegative = 1.0
     """Weight of the attention loss within the regularizer. At 0 no attention is captured."""
-    layers: Positive | None = None
+    layers: Annotated[Positive | None, UsedIf("attention_weight", but=(0,))] = None
     """Blocks that learn attention, up to `block_index`, from as many last blocks of the encoder; null is 4 at most."""
 
     @property
@@ -274,7 +274,7 @@ class SRASettings(AveragedTeacherSettings):
     """The teacher's time is lower than the student's by up to this much, drawn uniformly for each image."""
     loss: Literal["smooth_l1", "cosine"] = "smooth_l1"
     """The paper's smooth L1 loss, or minus the cosine as in the later code, which has weight 0.5."""
-    beta: Annotated[float, Field(gt=0)] = 0.05
+    beta: Annotated[float, Field(gt=0), UsedIf("loss", ("smooth_l1",))] = 0.05
     """Error at which `smooth_l1` turns from squared to absolute."""
 
     def needs(self) -> Needs:

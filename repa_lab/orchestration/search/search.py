@@ -375,7 +375,7 @@ class Search:
             "params": runs.settings,
             "values": values,
         }
-        return arm_record(runs.arm, None, runs.runs.values()), TrialRecord.model_validate(record)
+        return arm_record(runs.arm, runs.runs.values()), TrialRecord.model_validate(record)
 
     def _content(self) -> list[object]:
         """Return all that the trials of a study share, as plain data."""
