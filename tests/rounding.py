@@ -12,6 +12,12 @@ UNIT = 2.0**-24  # the largest relative error of one float32 operation
 LITE0 = (50, 1152)
 INCEPTION = (94, 4032)
 VIT = (48, 1536)  # ViT-S; smaller ones have fewer
+# A cosine of tokens of at most 64 values: each of two norms is off by 4 units, and the sum of products by sqrt(64). Means
+# of cosines, and squares of differences of two of them, are off by no more.
+COSINE = 16 * UNIT
+# A regularizer's loss: a projector of three layers with sums of 16 terms, a resampling in two directions with two each, and
+# a cosine, where the terms may cancel to a quarter of their size.
+REGULARIZER = 4 * (3 * 4 + 4 + 16) * UNIT
 # A Frechet distance is quadratic in features, whose largest errors are about 1e-5 of the largest feature.
 FRECHET = 2e-5
 

@@ -12,6 +12,7 @@ from repa_lab.align.needs import TrainingFacts
 from repa_lab.align.regularizer import Pair
 from repa_lab.align.settings import REGULARIZERS
 from tests.align.test_methods import WIDTH, build, cosines, draw, linear, numpy, problems
+from tests.rounding import COSINE, REGULARIZER
 
 
 class TestClips:
@@ -86,43 +87,43 @@ class TestCREPA:
         student, teacher = self.clips(), self.clips(1, width=5)
         found = self.loss(student, teacher, distance=distance, tau=1.5)
         sums = self.by_hand(student, teacher, lambda f: (f - distance, f + distance), 1.5)
-        assert found.value.item() == pytest.approx(-sums.mean(), rel=1e-5)
-        assert found.parts["similarity"].item() == pytest.approx(sums.mean(), rel=1e-5)
+        assert found.value.item() == pytest.approx(-sums.mean(), rel=REGULARIZER)
+        assert found.parts["similarity"].item() == pytest.approx(sums.mean(), rel=REGULARIZER)
         own = self.by_hand(student, teacher, lambda f: (), 1.5)
-        assert found.parts["cosine"].item() == pytest.approx(own.mean(), rel=1e-5)
+        assert found.parts["cosine"].item() == pytest.approx(own.mean(), rel=REGULARIZER)
 
     def test_every_neighbour_up_to_the_distance(self):
         student, teacher = self.clips(), self.clips(1, width=5)
         found = self.loss(student, teacher, distance=2, cumulative=True)
         sums = self.by_hand(student, teacher, lambda f: (f - 2, f - 1, f + 1, f + 2), 1.0)
-        assert found.value.item() == pytest.approx(-sums.mean(), rel=1e-5)
+        assert found.value.item() == pytest.approx(-sums.mean(), rel=REGULARIZER)
 
     def test_the_sum_over_frames_is_the_papers(self):
         student, teacher = self.clips(), self.clips(1, width=5)
         found = self.loss(student, teacher, normalize_frames=False)
         sums = self.by_hand(student, teacher, lambda f: (f - 1, f + 1), 1.0)
-        assert found.value.item() == pytest.approx(-sums.sum(1).mean(), rel=1e-5)
+        assert found.value.item() == pytest.approx(-sums.sum(1).mean(), rel=REGULARIZER)
 
     def test_weights_that_add_up_to_one(self):
         student, teacher = self.clips(), self.clips(1, width=5)
         found = self.loss(student, teacher, distance=2, tau=0.7, cumulative=True, normalize_neighbours=True)
         sums = self.by_hand(student, teacher, lambda f: (f - 2, f - 1, f + 1, f + 2), 0.7, per_weight=True)
-        assert found.value.item() == pytest.approx(-sums.mean(), rel=1e-5)
+        assert found.value.item() == pytest.approx(-sums.mean(), rel=REGULARIZER)
 
     def test_three_equal_frames_by_hand(self):
         settings = REGULARIZERS["crepa"].settings()
         weights = frame_weights(settings, 3, torch.device("cpu"))
         equal = draw(1, 6, 5).repeat(1, 3, 1)
         # With one neighbour 1 + exp(-1), with two 1 + 2 exp(-1).
-        assert weights.sum(1).tolist() == pytest.approx([1.367879, 1.735759, 1.367879], abs=1e-6)
+        assert weights.sum(1).tolist() == pytest.approx([1.367879, 1.735759, 1.367879], abs=COSINE)
         expected = (2 * 1.3678794 + 1.7357589) / 3
-        assert weighted_similarity(Pair(equal, equal), weights).item() == pytest.approx(expected, abs=1e-6)
+        assert weighted_similarity(Pair(equal, equal), weights).item() == pytest.approx(expected, abs=COSINE)
 
     def test_without_neighbours_it_is_repa_frame_by_frame(self):
         student, teacher = self.clips(), self.clips(1, width=5)
         images = Signals(taps=(student.as_images(),), encoders=(teacher.as_images(),))
         expected = build("repa", self.SHAPES, projector="linear")(images).value.item()
-        assert self.loss(student, teacher, distance=0).value.item() == pytest.approx(expected, rel=1e-6)
+        assert self.loss(student, teacher, distance=0).value.item() == pytest.approx(expected, rel=COSINE)
 
     def test_backwards_in_time_it_is_the_same(self):
         student, teacher = self.clips(), self.clips(1, width=5)
@@ -131,7 +132,7 @@ class TestCREPA:
             for one in (student, teacher)
         )
         expected = self.loss(student, teacher, distance=2, cumulative=True).value.item()
-        assert self.loss(*turned, distance=2, cumulative=True).value.item() == pytest.approx(expected, rel=1e-6)
+        assert self.loss(*turned, distance=2, cumulative=True).value.item() == pytest.approx(expected, rel=COSINE)
 
     def test_the_gradient_is_that_of_the_formula(self):
         student, teacher = self.clips(), self.clips(1, width=5)
@@ -170,7 +171,7 @@ class TestCREPA:
         projector = build("crepa", self.SHAPES, projector="linear").projectors[0]
         h = linear(projector, numpy(student.values)).reshape(2, self.FRAMES, 6, 5).mean(2)
         y = numpy(teacher.values).reshape(2, self.FRAMES, 6, 5).mean(2)
-        assert found.value.item() == pytest.approx(-cosines(h, y).mean(), rel=1e-5)
+        assert found.value.item() == pytest.approx(-cosines(h, y).mean(), rel=REGULARIZER)
 
     def test_half_precision_is_computed_in_float32(self):
         pair = Pair(self.clips(width=5).values.detach().bfloat16(), self.clips(1, width=5).values.detach())

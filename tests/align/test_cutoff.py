@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from repa_lab.align import REPA, Loss, ScheduleSettings, Signals, SimilarityCutoff, Tokens
+from tests.rounding import COSINE, REGULARIZER, UNIT
 
 FIELDS = {"ema_decay": "similarity_ema_decay", "min_count": "similarity_min_count", "mode": "threshold_mode"}
 
@@ -52,14 +53,14 @@ def test_the_average_is_corrected_for_its_start():
     for n in range(1, 5):
         feed(cutoff, values[n - 1 : n], start=n)
         weights = 0.9 ** np.arange(n)[::-1]
-        assert cutoff.similarity == pytest.approx(np.average(values[:n], weights=weights), abs=1e-7)
+        assert cutoff.similarity == pytest.approx(np.average(values[:n], weights=weights), abs=UNIT)
 
 
 def test_a_settled_average_moves_by_its_decay():
     cutoff = cutoff_of(0.99, ema_decay=0.5)
     feed(cutoff, [0.5] * 60)
     feed(cutoff, [0.9], start=60)
-    assert cutoff.similarity == pytest.approx(0.7, abs=1e-7)
+    assert cutoff.similarity == pytest.approx(0.7, abs=UNIT)
 
 
 def test_an_early_spike_switches_nothing_off():
@@ -83,7 +84,7 @@ def test_a_step_counts_once_whatever_its_micro_batches():
             assert not parts.is_cut(step)
     assert not whole.is_cut(3)
     assert not parts.is_cut(3)
-    assert parts.similarity == pytest.approx(whole.similarity, abs=1e-7)
+    assert parts.similarity == pytest.approx(whole.similarity, abs=UNIT)
 
 
 def test_a_step_is_judged_by_those_before_it():
@@ -136,7 +137,7 @@ def test_a_regularizer_observes_what_it_aligns_and_then_stops():
         if regularizer.is_active(step):
             look(regularizer, student, teacher, step)
     assert weights == [0.5, 0.5, 0.5, 0.0, 0.0]
-    assert regularizer.cutoff.similarity == pytest.approx(1.0, abs=1e-6)
+    assert regularizer.cutoff.similarity == pytest.approx(1.0, abs=COSINE)
 
 
 # By hand, for a threshold of 0.85 and a decay of 1/2: the averages after these steps are .5, .767, .889, .692, .820 and .911.
@@ -158,7 +159,7 @@ def test_the_weight_is_0_from_the_step_after_the_one_that_reaches_the_threshold(
             loss = regularizer(Signals(taps=(student,), encoders=(teacher,)), step)
             seen.append(regularizer.weight_at(step))
             regularizer.observe(step, loss)
-            assert loss.value.item() == pytest.approx(-cosine, abs=1e-5)
+            assert loss.value.item() == pytest.approx(-cosine, abs=REGULARIZER)
     assert seen == [weight for weight in weights for _ in range(micro_batches)]
 
 

@@ -7,6 +7,7 @@ import torch
 from repa_lab.align import alignment_loss, manifold_loss, nt_xent_loss
 from repa_lab.align.losses import token_cosine
 from tests.align import references
+from tests.rounding import COSINE, UNIT
 
 LOSSES = {
     "alignment": (alignment_loss, references.alignment),
@@ -26,9 +27,9 @@ def test_the_worked_example():
     teacher = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
     student = torch.tensor([[[3.0, 4.0], [0.0, -1.0]]])
     torch.testing.assert_close(token_cosine(student, teacher), torch.tensor([[0.6, -1.0]]))
-    assert alignment_loss(student, teacher).item() == pytest.approx(0.2, abs=1e-7)
+    assert alignment_loss(student, teacher).item() == pytest.approx(0.2, abs=UNIT)
     # Grams: off the diagonal the student's tokens have cosine -0.8, the teacher's 0; two of four entries differ.
-    assert manifold_loss(student, teacher).item() == pytest.approx(2 * 0.8**2 / 4, abs=1e-6)
+    assert manifold_loss(student, teacher).item() == pytest.approx(2 * 0.8**2 / 4, abs=COSINE)
 
 
 @losses
@@ -36,7 +37,7 @@ def test_the_worked_example():
 def test_agrees_with_float64(loss, reference, seed):
     student, teacher = pair(3, 35, 24, seed=seed)
     expected = reference(student.double().numpy(), teacher.double().numpy())
-    assert loss(student, teacher).item() == pytest.approx(expected, abs=1e-6)
+    assert loss(student, teacher).item() == pytest.approx(expected, abs=COSINE)
 
 
 @losses
@@ -45,7 +46,7 @@ def test_half_precision_input_is_computed_in_float32(loss, reference, dtype):
     student, teacher = (tokens.to(dtype) for tokens in pair(2, 16, 64))
     value = loss(student, teacher)
     assert value.dtype == torch.float32
-    assert value.item() == pytest.approx(reference(student.double().numpy(), teacher.double().numpy()), abs=1e-6)
+    assert value.item() == pytest.approx(reference(student.double().numpy(), teacher.double().numpy()), abs=COSINE)
 
 
 @losses
@@ -55,7 +56,7 @@ def test_gradient_agrees_with_central_differences(loss, reference):
     loss(student, teacher).backward()
     expected = references.gradient(reference, student.detach().double().numpy(), teacher.double().numpy())
     assert np.abs(expected).max() > 1e-2
-    np.testing.assert_allclose(student.grad.numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(student.grad.numpy(), expected, atol=COSINE)
 
 
 @losses
@@ -63,8 +64,8 @@ def test_gradient_agrees_with_central_differences(loss, reference):
 def test_positive_scale_of_either_side_changes_nothing(loss, reference, factor):
     student, teacher = pair(2, 9, 8)
     expected = loss(student, teacher).item()
-    assert loss(student * factor, teacher).item() == pytest.approx(expected, abs=1e-6)
-    assert loss(student, teacher * factor).item() == pytest.approx(expected, abs=1e-6)
+    assert loss(student * factor, teacher).item() == pytest.approx(expected, abs=COSINE)
+    assert loss(student, teacher * factor).item() == pytest.approx(expected, abs=COSINE)
 
 
 @losses
@@ -72,8 +73,8 @@ def test_order_and_duplication_of_the_batch_change_nothing(loss, reference):
     student, teacher = pair(4, 9, 8)
     expected = loss(student, teacher).item()
     order = torch.tensor([2, 0, 3, 1])
-    assert loss(student[order], teacher[order]).item() == pytest.approx(expected, abs=1e-6)
-    assert loss(torch.cat([student] * 2), torch.cat([teacher] * 2)).item() == pytest.approx(expected, abs=1e-6)
+    assert loss(student[order], teacher[order]).item() == pytest.approx(expected, abs=COSINE)
+    assert loss(torch.cat([student] * 2), torch.cat([teacher] * 2)).item() == pytest.approx(expected, abs=COSINE)
 
 
 @losses
@@ -87,13 +88,13 @@ def test_no_gradient_reaches_the_teacher(loss, reference):
 @pytest.mark.parametrize("sign, expected", [(1, -1.0), (-1, 1.0)])
 def test_parallel_and_opposite_tokens(sign, expected):
     student, _ = pair(2, 9, 8)
-    assert alignment_loss(student, sign * student).item() == pytest.approx(expected, abs=1e-6)
+    assert alignment_loss(student, sign * student).item() == pytest.approx(expected, abs=COSINE)
 
 
 def test_orthogonal_tokens():
     student, _ = pair(2, 9, 2)
     turned = torch.stack([-student[..., 1], student[..., 0]], dim=-1)
-    assert alignment_loss(student, turned).item() == pytest.approx(0.0, abs=1e-7)
+    assert alignment_loss(student, turned).item() == pytest.approx(0.0, abs=UNIT)
 
 
 @losses
@@ -104,7 +105,7 @@ class TestZeroVectors:
         teacher = torch.randn(2, 6, 8).to(dtype)
         value = loss(student, teacher)
         value.backward()
-        assert value.item() == pytest.approx(reference(np.zeros((2, 6, 8)), teacher.double().numpy()), abs=1e-6)
+        assert value.item() == pytest.approx(reference(np.zeros((2, 6, 8)), teacher.double().numpy()), abs=COSINE)
         assert torch.equal(student.grad, torch.zeros_like(student))
 
     def test_one_zero_token_gets_no_gradient_and_spoils_no_other(self, loss, reference, dtype):
@@ -114,7 +115,7 @@ class TestZeroVectors:
         value = loss(student, teacher)
         value.backward()
         expected = reference(student.detach().double().numpy(), teacher.double().numpy())
-        assert value.item() == pytest.approx(expected, abs=1e-6)
+        assert value.item() == pytest.approx(expected, abs=COSINE)
         assert torch.equal(student.grad[0, 3], torch.zeros(8, dtype=dtype))
         others = torch.ones(2, 6, dtype=torch.bool)
         others[0, 3] = False
@@ -132,7 +133,7 @@ class TestZeroVectors:
 def test_the_smallest_numbers_of_half_precision_have_a_direction():
     tiny = torch.tensor([[[6e-8, 0.0], [0.0, 6e-8]]], dtype=torch.float16)
     assert tiny.abs().max() > 0
-    assert alignment_loss(tiny, torch.eye(2)[None]).item() == pytest.approx(-1.0, abs=1e-6)
+    assert alignment_loss(tiny, torch.eye(2)[None]).item() == pytest.approx(-1.0, abs=COSINE)
 
 
 @losses
@@ -163,7 +164,7 @@ def test_many_tokens_are_worked_off_in_pieces(loss, reference):
     value = loss(student, teacher)
     value.backward()
     assert value.item() == pytest.approx(
-        reference(student.detach().double().numpy(), teacher.double().numpy()), rel=1e-6
+        reference(student.detach().double().numpy(), teacher.double().numpy()), rel=COSINE
     )
     gradient = student.grad.clone()
     student.grad = None
@@ -192,17 +193,17 @@ class TestNtXent:
         teacher = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
         # Cosines: 1 and 0.7071 for the first token, 0 and 0.7071 for the second; temperature 0.5.
         expected = (np.log(1 + np.exp((0.5**0.5 - 1) / 0.5)) + np.log(1 + np.exp(-(0.5**0.5) / 0.5))) / 2
-        assert nt_xent_loss(student, teacher, temperature=0.5).item() == pytest.approx(expected, abs=1e-6)
+        assert nt_xent_loss(student, teacher, temperature=0.5).item() == pytest.approx(expected, abs=COSINE)
 
     @pytest.mark.parametrize("count", [1, 2, 9])
     def test_tokens_that_cannot_be_told_apart_give_ln_n(self, count):
         same = torch.ones(2, count, 4)
-        assert nt_xent_loss(same, same).item() == pytest.approx(np.log(count), abs=1e-6)
+        assert nt_xent_loss(same, same).item() == pytest.approx(np.log(count), abs=COSINE)
 
     def test_images_do_not_see_each_other(self):
         student, teacher = pair(4, 9, 8)
         each = [nt_xent_loss(s[None], t[None]).item() for s, t in zip(student, teacher, strict=True)]
-        assert nt_xent_loss(student, teacher).item() == pytest.approx(np.mean(each), abs=1e-6)
+        assert nt_xent_loss(student, teacher).item() == pytest.approx(np.mean(each), abs=COSINE)
 
     def test_it_falls_as_tokens_find_their_own(self):
         student, teacher = pair(2, 9, 8)

@@ -9,6 +9,7 @@ from repa_lab.align import REPA, UREPA, Shapes, Tokens
 from repa_lab.align.settings import REPASettings, UREPASettings
 from tests.align import references
 from tests.align.references import align
+from tests.rounding import COSINE, REGULARIZER, UNIT
 
 GRID, SMALL = (3, 4), {"width": 8}
 
@@ -28,8 +29,8 @@ def test_the_ends_of_the_scale(weight, turn, cosine):
     target = projected(regularizer, student)
     turned = {"same": target, "opposite": -target, "orthogonal": torch.stack([-target[..., 1], target[..., 0]], -1)}
     outcome = align(regularizer, student, Tokens(turned[turn], GRID))
-    assert outcome.loss.item() == pytest.approx(-weight * cosine, abs=1e-6)
-    assert outcome.cosine.item() == pytest.approx(cosine, abs=1e-6)
+    assert outcome.loss.item() == pytest.approx(-weight * cosine, abs=COSINE)
+    assert outcome.cosine.item() == pytest.approx(cosine, abs=COSINE)
     assert (outcome.weight, outcome.manifold) == (weight, None)
 
 
@@ -49,9 +50,9 @@ def test_the_total_by_hand():
     first, second = u, between * u + (1 - between**2).sqrt() * v
     teacher = torch.stack([0.5 * p[0] + 0.75**0.5 * first, 0.5 * p[1] + 0.75**0.5 * second])
     outcome = align(regularizer, student, Tokens(teacher[None].float(), (1, 2)))
-    assert outcome.cosine.item() == pytest.approx(0.5, abs=1e-6)
-    assert outcome.manifold.item() == pytest.approx(0.1, abs=1e-6)
-    assert outcome.loss.item() == pytest.approx(0.5 * (-0.5 + 3 * 0.1), abs=1e-6)
+    assert outcome.cosine.item() == pytest.approx(0.5, abs=COSINE)
+    assert outcome.manifold.item() == pytest.approx(0.1, abs=COSINE)
+    assert outcome.loss.item() == pytest.approx(0.5 * (-0.5 + 3 * 0.1), abs=COSINE)
 
 
 @pytest.mark.parametrize("weight, manifold_weight", [(0.5, 3.0), (0.5, 0.0), (0.0, 3.0), (1.5, 0.1)])
@@ -64,9 +65,9 @@ def test_the_total_is_weight_times_alignment_plus_manifold(weight, manifold_weig
     outcome = align(regularizer, student, teacher)
     p, t = projected(regularizer, student).double().numpy(), teacher.values.double().numpy()
     alignment, manifold = references.alignment(p, t), references.manifold(p, t)
-    assert outcome.loss.item() == pytest.approx(weight * (alignment + manifold_weight * manifold), abs=1e-6)
-    assert outcome.cosine.item() == pytest.approx(-alignment, abs=1e-6)
-    assert outcome.manifold.item() == pytest.approx(manifold, abs=1e-6)
+    assert outcome.loss.item() == pytest.approx(weight * (alignment + manifold_weight * manifold), abs=COSINE)
+    assert outcome.cosine.item() == pytest.approx(-alignment, abs=COSINE)
+    assert outcome.manifold.item() == pytest.approx(manifold, abs=COSINE)
 
 
 def test_zero_is_a_number():
@@ -89,8 +90,8 @@ def test_the_student_is_projected_and_then_brought_to_the_encoders_grid():
     p = references.bilinear(projected(regularizer, student).double().numpy(), (2, 3), (4, 5))
     outcome = align(regularizer, student, teacher)
     t = teacher.values.double().numpy()
-    assert outcome.cosine.item() == pytest.approx(-references.alignment(p, t), abs=1e-6)
-    assert outcome.manifold.item() == pytest.approx(references.manifold(p, t), abs=1e-6)
+    assert outcome.cosine.item() == pytest.approx(-references.alignment(p, t), abs=COSINE)
+    assert outcome.manifold.item() == pytest.approx(references.manifold(p, t), abs=COSINE)
 
 
 @pytest.mark.parametrize("kind", [REPA, UREPA])
@@ -114,7 +115,7 @@ def test_the_schedule_sets_the_weight_of_a_step_and_leaves_the_parts_unscaled():
     assert {step: outcome.weight for step, outcome in at.items()} == {0: 0.0, 5: 0.5, 10: 1.0, 19: 1.0, 20: 0.0}
     for step, outcome in at.items():
         assert torch.equal(outcome.cosine, at[10].cosine)
-        assert outcome.loss.item() == pytest.approx(-outcome.weight * outcome.cosine.item(), abs=1e-7), step
+        assert outcome.loss.item() == pytest.approx(-outcome.weight * outcome.cosine.item(), abs=UNIT), step
 
 
 def test_autocast_projects_in_half_and_measures_in_float32():
@@ -125,8 +126,8 @@ def test_autocast_projects_in_half_and_measures_in_float32():
     assert p.dtype == torch.bfloat16
     assert outcome.loss.dtype == outcome.cosine.dtype == outcome.manifold.dtype == torch.float32
     p64, t64 = p.detach().double().numpy(), teacher.values.double().numpy()
-    assert outcome.cosine.item() == pytest.approx(-references.alignment(p64, t64), abs=1e-6)
-    assert outcome.manifold.item() == pytest.approx(references.manifold(p64, t64), abs=1e-6)
+    assert outcome.cosine.item() == pytest.approx(-references.alignment(p64, t64), abs=COSINE)
+    assert outcome.manifold.item() == pytest.approx(references.manifold(p64, t64), abs=COSINE)
 
 
 def test_half_precision_hidden_states_are_taken_as_they_come():
@@ -158,9 +159,9 @@ class TestSeveralEncoders:
             p, t = references.bilinear(p, GRID, teacher.grid), teacher.values.double().numpy()
             alignments.append(references.alignment(p, t))
             manifolds.append(references.manifold(p, t))
-        assert outcome.cosine.item() == pytest.approx(-np.mean(alignments), abs=1e-6)
-        assert outcome.manifold.item() == pytest.approx(np.mean(manifolds), abs=1e-6)
-        assert outcome.loss.item() == pytest.approx(0.5 * (np.mean(alignments) + 2 * np.mean(manifolds)), abs=1e-6)
+        assert outcome.cosine.item() == pytest.approx(-np.mean(alignments), abs=COSINE)
+        assert outcome.manifold.item() == pytest.approx(np.mean(manifolds), abs=COSINE)
+        assert outcome.loss.item() == pytest.approx(0.5 * (np.mean(alignments) + 2 * np.mean(manifolds)), abs=COSINE)
 
     def test_the_same_one_twice_is_the_same_as_once(self):
         once, twice = REPA(6, 5, projector=SMALL), REPA(6, [5, 5], projector=SMALL)
@@ -190,7 +191,7 @@ class TestResample:
         resampled = references.bilinear(student.values.double().numpy(), (2, 3), (4, 5))
         p = projected(regularizer, Tokens(torch.from_numpy(resampled).float(), (4, 5))).double().numpy()
         expected = -references.alignment(p, teacher.values.double().numpy())
-        assert align(regularizer, student, teacher).cosine.item() == pytest.approx(expected, abs=1e-6)
+        assert align(regularizer, student, teacher).cosine.item() == pytest.approx(expected, abs=COSINE)
 
     def test_shrinking_the_teacher(self):
         regularizer = UREPA(6, 5, projector=SMALL, resample={"side": "teacher"})
@@ -198,8 +199,8 @@ class TestResample:
         p, t = projected(regularizer, student).double().numpy(), teacher.values.double().numpy()
         shrunk = t.reshape(2, 2, 2, 3, 2, 5).mean(axis=(2, 4)).reshape(2, 6, 5)
         outcome = align(regularizer, student, teacher)
-        assert outcome.cosine.item() == pytest.approx(-references.alignment(p, shrunk), abs=1e-6)
-        assert outcome.manifold.item() == pytest.approx(references.manifold(p, shrunk), abs=1e-6)
+        assert outcome.cosine.item() == pytest.approx(-references.alignment(p, shrunk), abs=COSINE)
+        assert outcome.manifold.item() == pytest.approx(references.manifold(p, shrunk), abs=COSINE)
 
     @pytest.mark.parametrize("when", ["after", "before"])
     def test_equal_grids_are_left_alone(self, when):
@@ -215,7 +216,7 @@ class TestWithoutSpatialAlignment:
         student, teacher = tokens(6, (2, 3)), tokens(5, (4, 5))
         p, t = projected(regularizer, student).double().numpy(), teacher.values.double().numpy()
         expected = references.alignment(p.mean(axis=1, keepdims=True), t.mean(axis=1, keepdims=True))
-        assert align(regularizer, student, teacher).loss.item() == pytest.approx(0.5 * expected, abs=1e-6)
+        assert align(regularizer, student, teacher).loss.item() == pytest.approx(0.5 * expected, abs=COSINE)
 
     def test_every_token_gets_the_same_gradient(self):
         regularizer, teacher = REPA(6, 5, projector="linear", spatial_align=False), tokens(5)
@@ -235,7 +236,7 @@ class TestWithoutSpatialAlignment:
         regularizer = UREPA(6, 5, projector=SMALL, manifold={"scope": "batch_pooled"}, spatial_align=False)
         p, t = projected(regularizer, student).double().numpy(), teacher.values.double().numpy()
         expected = references.manifold(p.mean(axis=1)[None], t.mean(axis=1)[None])
-        assert align(regularizer, student, teacher).manifold.item() == pytest.approx(expected, abs=1e-6)
+        assert align(regularizer, student, teacher).manifold.item() == pytest.approx(expected, abs=COSINE)
 
 
 def test_spatial_norm_is_the_encoders_alone_and_comes_before_resampling():
@@ -243,7 +244,7 @@ def test_spatial_norm_is_the_encoders_alone_and_comes_before_resampling():
     t = teacher.values.double().numpy()
     t = (t - 0.6 * t.mean(axis=1, keepdims=True)) / (t.std(axis=1, ddof=1, keepdims=True) + 1e-6)
     p = references.bilinear(projected(regularizer, student).double().numpy(), (2, 3), (4, 6))
-    assert align(regularizer, student, teacher).cosine.item() == pytest.approx(-references.alignment(p, t), abs=1e-6)
+    assert align(regularizer, student, teacher).cosine.item() == pytest.approx(-references.alignment(p, t), abs=COSINE)
 
 
 def test_nt_xent_replaces_the_alignment_and_the_cosine_is_told_all_the_same():
@@ -251,9 +252,9 @@ def test_nt_xent_replaces_the_alignment_and_the_cosine_is_told_all_the_same():
     student, teacher = tokens(6), tokens(5)
     outcome = align(regularizer, student, teacher)
     p, t = projected(regularizer, student).double().numpy(), teacher.values.double().numpy()
-    assert outcome.cosine.item() == pytest.approx(-references.alignment(p, t), abs=1e-6)
+    assert outcome.cosine.item() == pytest.approx(-references.alignment(p, t), abs=COSINE)
     expected = 0.5 * (references.nt_xent(p, t, 0.3) + 3 * references.manifold(p, t))
-    assert outcome.loss.item() == pytest.approx(expected, abs=1e-5)
+    assert outcome.loss.item() == pytest.approx(expected, abs=REGULARIZER)
 
 
 def test_the_manifold_is_what_was_asked_for():
@@ -261,7 +262,7 @@ def test_the_manifold_is_what_was_asked_for():
     regularizer = UREPA(6, 5, manifold_weight=1.0, projector=SMALL, manifold={"reduction": "sum"})
     p, t = projected(regularizer, student).double().numpy(), teacher.values.double().numpy()
     assert align(regularizer, student, teacher).manifold.item() == pytest.approx(
-        144 * references.manifold(p, t), rel=1e-5
+        144 * references.manifold(p, t), rel=REGULARIZER
     )
 
 
