@@ -95,6 +95,8 @@ def retry(
         if from_scratch:
             writer.start_over()
         writer.state(State.NEW, 0 if from_scratch else directory.state.step)
+    for path in directory.foreign if from_scratch else ():
+        typer.echo(f"left alone, because it is a link or no checkpoint of repa-lab: {path}")
     typer.echo(f"{directory.run_id} is taken up by the next sweep that asks for it")
 
 
@@ -119,9 +121,11 @@ def pin(
 ) -> None:
     """Protect a run from garbage collection, even if the disk is full."""
     from repa_lab.runs import RunsRoot
+    from repa_lab.runs.files import require_no_links
 
-    path = RunsRoot(root).find_run(run).pin
-    path.unlink(missing_ok=True) if off else path.touch()
+    directory = RunsRoot(root).find_run(run)
+    require_no_links(*directory.links)
+    directory.pin.unlink(missing_ok=True) if off else directory.pin.touch()
 
 
 def gc(
@@ -135,10 +139,12 @@ def gc(
     from repa_lab.runs import RunsRoot
     from repa_lab.runs.garbage_collection import collect, size_of
 
-    deleted = collect(RunsRoot(root), None if disk_gib is None else int(disk_gib * _GIB), dry_run)
+    deleted, skipped = collect(RunsRoot(root), None if disk_gib is None else int(disk_gib * _GIB), dry_run)
     if deleted:
         rows = [{"path": item.path, "MiB": f"{item.size / 2**20:.1f}", "why": item.why} for item in deleted]
         out.print(table("would go" if dry_run else "gone", rows))
+    if skipped:
+        out.print(table("left alone", [{"path": item.path, "why": item.why} for item in skipped]))
     freed = sum(item.size for item in deleted) / _GIB
     left = size_of(root) / _GIB - (freed if dry_run else 0)
     typer.echo(f"{freed:.2f} GiB {'would be ' if dry_run else ''}freed, {left:.2f} GiB left")

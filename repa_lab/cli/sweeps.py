@@ -27,6 +27,10 @@ from repa_lab.cli.shared import (
 )
 from repa_lab.runs.root import DEFAULT_ROOT
 
+ReplaceOption = Annotated[
+    bool, typer.Option("--replace", help="Take the place of another sweep of this name; its runs stay.")
+]
+
 
 def sweep(
     spec: SpecArgument,
@@ -43,13 +47,14 @@ def sweep(
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="Go through all of it in minutes on a CPU, with tiny random models.")
     ] = False,
+    replace: ReplaceOption = False,
 ) -> None:
     """Train what the question asks for and is not done yet, then report the answer."""
     from repa_lab.orchestration.api import sweep as carry_out
 
     options = {"run.max_failures": max_failures} if max_failures else {}
     options |= {"run.share": False} if no_share else {}
-    outcome = carry_out(spec, root, overrides(set_) | options, workers, out, rehearse, with_ or ())
+    outcome = carry_out(spec, root, overrides(set_) | options, workers, out, rehearse, with_ or (), replace)
     diverged = f"{len(outcome.diverged)} diverged, " if outcome.diverged else ""
     typer.echo(f"{outcome.trained} runs trained now, {diverged}{len(outcome.failures)} failed")
     _print_failures(outcome.failures)
@@ -128,6 +133,7 @@ def reproduce(
     root: RootOption = DEFAULT_ROOT,
     set_: SetOption = None,
     workers: WorkersOption = None,
+    replace: ReplaceOption = False,
 ) -> None:
     """Train the arms of a paper's table and compare what is measured with what was published."""
     from repa_lab.orchestration import reproduce as tables
@@ -141,7 +147,7 @@ def reproduce(
     if chosen is None:
         raise UsageError(f"expected full or nano, got '{scale}'", "--scale")
     experiment = tables.open_table(name, chosen, overrides(set_))
-    outcome = carry_out(experiment, root, workers=workers, console=out)
+    outcome = carry_out(experiment, root, workers=workers, console=out, replace=replace)
     _print_failures(outcome.failures)
     comparisons = tables.results_of(experiment, outcome.path, chosen)
     for comparison in comparisons:

@@ -25,7 +25,7 @@ from repa_lab.orchestration.plan import Plan, PlannedRun, identify_run, make_pla
 from repa_lab.orchestration.scheduler import Scheduler, SweepBrokenError, Work
 from repa_lab.orchestration.sharing import RunList
 from repa_lab.runs import RunDirectory, RunsRoot, State
-from repa_lab.runs.files import Row
+from repa_lab.runs.files import Row, require_no_links
 from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory
 from repa_lab.spec import Experiment, RunOptions, SpecError, load_spec
 
@@ -90,6 +90,7 @@ def sweep(
     console: Console | None = None,
     rehearse: bool = False,
     fragments: Sequence[str | Path] = (),
+    replace: bool = False,
 ) -> SweepOutcome:
     """Train what a sweep asks for and is not done yet, then write its report.
 
@@ -103,9 +104,10 @@ def sweep(
         rehearse: whether to go through all of the sweep with tiny random models and a few images instead, in a root of
             their own.
         fragments: files laid between the spec and the overrides; see `load_spec`.
+        replace: whether to take the place of another sweep that stands under this name, whose runs stay.
 
     Raises:
-        SpecError: the spec is wrong, or asks for what cannot be had; nothing was created.
+        SpecError: the spec is wrong, asks for what cannot be had, or has another sweep's name; nothing was created.
         SweepBusyError: another process carries out this sweep.
         SweepBrokenError: the workers cannot work at all, or the first runs all failed for the same reason.
     """
@@ -119,12 +121,15 @@ def sweep(
     planned = make_plan(experiment, RunsRoot(Path(root)))
     if planned.blocked:
         raise SpecError([planned.blocked])
+    if planned.other_sweep and not (replace or rehearse):
+        raise SpecError([planned.other_sweep])
     if not rehearse:
         require_budget(planned)
         for warning in planned.warnings:
             console.print(warning, highlight=False, markup=False, soft_wrap=True)
     directory = planned.root.sweep(experiment.name)
     with _locked(directory):
+        planned.root.adopt_copies()
         if _is_complete(planned, directory):
             _make_work(planned, directory)
             outcome = SweepOutcome(directory, 0, {})
@@ -168,6 +173,7 @@ def run_one(
     if entry.blocked:
         raise SpecError([entry.blocked])
     join_processes(planned.experiment.run)
+    planned.root.adopt_copies()
     from repa_lab.orchestration.prepare import RefusedError, prepare
     from repa_lab.orchestration.worker import open_trackers
     from repa_lab.training.loop import train
@@ -335,6 +341,7 @@ def _with_last_line(error: SweepBrokenError, log: Path) -> SweepBrokenError:
 @contextmanager
 def _locked(directory: SweepDirectory) -> Iterator[None]:
     """Hold the sweep's lock, and take away what was made for a sweep that was refused."""
+    require_no_links(directory.path)
     made = [path for path in (directory.path, *directory.path.parents) if not path.exists()]
     directory.path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory.lock, timeout=_LOCK_PATIENCE_S)

@@ -123,9 +123,10 @@ def baseline_lines(plan: Plan) -> list[str]:
 
 
 def blocked_lines(plan: Plan) -> list[str]:
-    """Return every reason why runs cannot be trained here, once."""
-    problems = (entry.blocked for entry in plan.runs if entry.blocked)
-    return list(dict.fromkeys(f"blocked: {problem.path}: {problem.message}" for problem in problems))
+    """Return every reason why runs, or the whole sweep, cannot be trained here, once."""
+    problems = filter(None, (plan.other_sweep, *(entry.blocked for entry in plan.runs)))
+    texts = (": ".join(filter(None, ("blocked", problem.path, problem.message))) for problem in problems)
+    return list(dict.fromkeys(texts))
 
 
 def as_json(estimate: Estimate) -> dict[str, Any]:
@@ -159,6 +160,7 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
             "utilisation": UTILISATION,
         },
         "notes": [*plan.notes, *estimate.notes],
+        "blocked": blocked_lines(plan),
     }
 
 

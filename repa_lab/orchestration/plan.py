@@ -7,14 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.orchestration.checks import blocked, check, resolve_metric
 from repa_lab.orchestration.sharing import Sharing, share
-from repa_lab.runs import RunsRoot, RunStatus, SweepManifest
+from repa_lab.runs import RunDirectory, RunsRoot, RunStatus, SweepManifest
+from repa_lab.runs.files import LinkError, require_no_links
 from repa_lab.runs.root import ArmRecord, ComparisonRecord, OrphanRecord, RunRecord, SearchRecord
-from repa_lab.spec import Arm, Experiment, Problem, RunConfig, StopRule
+from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SpecError, StopRule
+from repa_lab.spec.errors import shortened
 from repa_lab.spec.experiment import holds
 from repa_lab.spec.identity import Run, identify, local_files
 from repa_lab.training.resolve import Inventory, metric_names, plugins_of
@@ -121,6 +124,40 @@ class Plan:
         return tuple(orphan for orphan in orphans if orphan.status is not RunStatus.NEW)
 
     @cached_property
+    def other_sweep(self) -> Problem | None:
+        """Why another sweep than an earlier version of this one stands under its name; None if none does."""
+        directory = self.root.sweep(self.experiment.name)
+        if not directory.is_recorded or self._is_version_of(manifest := directory.manifest):
+            return None
+        known = shortened("; ".join(dict.fromkeys(arm.label for arm in manifest.arms)))
+        message = (
+            f"'{directory.path}' holds another sweep, with none of these runs; its arms: {known}. Give this sweep "
+            "another name, or --replace (in Python: replace=True) to take the place of the other one, whose runs stay"
+        )
+        return self.experiment.problem("name", message)
+
+    def _is_version_of(self, manifest: SweepManifest) -> bool:
+        """Return whether this sweep and a recorded one share a run, or ask one question of arms of one name."""
+        search, recorded = self.experiment.search, {*manifest.run_ids, *(run.run_id for run in manifest.orphaned)}
+        trials = [trial.params for trial in manifest.search.trials] if search and manifest.search else []
+        if manifest.question == self.experiment.question:
+            labels = {arm.label for arm in self.experiment.arms}
+            if any(arm.label in labels for arm in manifest.arms):
+                return True
+            if search and any(path in search.space for params in trials for path in params):
+                return True
+        run_ids = (entry.run.run_id for entry in self.runs)
+        return not recorded or any(run_id in recorded for run_id in chain(run_ids, self._trial_run_ids(trials)))
+
+    def _trial_run_ids(self, trials: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+        """Yield the ids that the runs of a search's trials have in this version of the spec."""
+        for params in trials:
+            for arm in self.experiment.arms:
+                with suppress(SpecError):  # the setting is refused by now
+                    config = arm.with_settings(params).config
+                    yield from (identify_run(config, seed, self.inventory).run_id for seed in self.experiment.seeds)
+
+    @cached_property
     def left(self) -> tuple[PlannedRun, ...]:
         """The runs to train, each once even where two arms ask for it."""
         return tuple({entry.run.run_id: entry for entry in self.runs if not entry.status.is_over}.values())
@@ -225,7 +262,16 @@ def _planned_runs(experiment: Experiment, root: RunsRoot, inventory: Inventory) 
             )
             if status.is_over or status is RunStatus.RUNNING:
                 step = max(recorded.step, step)
-            yield PlannedRun(arm, run, status, step, recorded.error, obstacles[arm.label], stop)
+            obstacle = obstacles[arm.label] or (None if status.is_over else _link_problem(experiment, directory))
+            yield PlannedRun(arm, run, status, step, recorded.error, obstacle, stop)
+
+
+def _link_problem(experiment: Experiment, directory: RunDirectory) -> Problem | None:
+    try:
+        require_no_links(*directory.links)
+    except LinkError as error:
+        return experiment.problem((), str(error))
+    return None
 
 
 def identify_run(config: RunConfig, seed: int, inventory: Inventory | None = None) -> Run:

@@ -21,7 +21,7 @@ from repa_lab.orchestration.executors import (
 )
 from repa_lab.runs import RunDirectory, RunsRoot, RunWriter, State
 from repa_lab.runs.directory import RunBusyError
-from repa_lab.runs.files import JsonlReader, Row
+from repa_lab.runs.files import JsonlReader, LinkError, Row
 from repa_lab.spec import Arm, RunConfig, RunOptions, SpecError
 
 _POLL_S = 0.5
@@ -264,6 +264,7 @@ class Scheduler:
         """Record a failure that a killed worker could not; a run that another process trained to its end stays so."""
         if directory.state.state is State.FAILED:
             return
-        with suppress(RunBusyError), RunWriter(directory) as writer:  # busy: another process has taken the run up
+        # Busy: another process has taken the run up. Behind a link: the directory belongs to someone else.
+        with suppress(RunBusyError, LinkError), RunWriter(directory) as writer:
             if not directory.state.state.status.is_final:
                 writer.state(State.FAILED, directory.state.step, error)

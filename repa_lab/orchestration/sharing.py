@@ -8,7 +8,6 @@ from the earlier run's checkpoint at that step, and ends bit for bit as if it ha
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -113,7 +112,9 @@ class RunList:
             if state in (State.DONE, State.STOPPED):
                 children.discard(run_id)
             if not children:
-                shutil.rmtree(self._root.run(parent).forks, ignore_errors=True)
+                run = self._root.run(parent)
+                if not run.links:
+                    checkpoints.clear(run.forks)
 
     def counts(self) -> tuple[int, int]:
         """Return the number of runs done, and of runs in all."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import pandas as pd
 
 from repa_lab.report.summary import KEYS, dotted
-from repa_lab.runs import RunDirectory, RunsRoot, RunState, SweepManifest
+from repa_lab.runs import RunDirectory, RunState, SweepManifest
 from repa_lab.runs.files import FormatError, Row
 from repa_lab.runs.root import ArmRecord
 
@@ -227,12 +227,12 @@ class Member:
         return str(self.keys["run_id"])
 
 
-def members_of(manifest: SweepManifest, root: RunsRoot) -> Iterator[Member]:
-    """Yield the runs of a sweep, arm by arm."""
+def members_of(manifest: SweepManifest, find: Callable[[str], RunDirectory]) -> Iterator[Member]:
+    """Yield the runs of a sweep, arm by arm; ``find`` returns the directory of a run by its id."""
     for arm in manifest.arms:
         for planned in arm.runs:
             keys = {"sweep": manifest.name, "arm": arm.label, "seed": planned.seed, "run_id": planned.run_id}
-            yield Member(arm, keys, RunReader(root.run(planned.run_id)))
+            yield Member(arm, keys, RunReader(find(planned.run_id)))
 
 
 def runs_frame(members: Iterable[Member]) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from repa_lab.report.results import Results, ResultsError
 from repa_lab.runs import RunDirectory
 from repa_lab.runs.directory import ALIGNMENT_METRICS
 from repa_lab.runs.files import DamagedFileError
+from repa_lab.runs.root import run_at
 
 COLUMNS = ["run_id", "block", "timestep", "metric", "value"]
 _MAY_DIFFER = ("step", "packages")  # fields of protocols that may differ between compared profiles
@@ -31,7 +32,7 @@ def load_profile(run: str | Path | RunDirectory) -> pd.DataFrame:
     Raises:
         ResultsError: the run has no profile, or the profile cannot be read.
     """
-    directory = run if isinstance(run, RunDirectory) else RunDirectory(Path(run).resolve())
+    directory = run if isinstance(run, RunDirectory) else run_at(Path(run))
     try:
         stored = directory.profile
         frame = pd.DataFrame(stored["values"], columns=COLUMNS[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ from repa_lab.report.summary import (
 )
 from repa_lab.runs import RunDirectory, RunsRoot, SweepDirectory, SweepManifest
 from repa_lab.runs.files import Row
-from repa_lab.runs.root import ArmRecord, ComparisonRecord, RootError, RunRecord
+from repa_lab.runs.root import ArmRecord, ComparisonRecord, RootError, RunRecord, run_at
 
 
 class ResultsError(InputError):
@@ -328,7 +328,7 @@ def load_results(path: str | Path) -> Results:
     path = Path(path)
     try:
         sources = _sources(path)
-        members = tuple(member for manifest, root in sources for member in members_of(manifest, root))
+        members = tuple(member for manifest, find in sources for member in members_of(manifest, find))
         return Results(tuple(manifest for manifest, _ in sources), members)
     except (ResultsError, RootError):
         raise
@@ -336,22 +336,24 @@ def load_results(path: str | Path) -> Results:
         raise ResultsError(f"'{path}' holds a file that cannot be read as results: {error!r}") from error
 
 
-def _sources(path: Path) -> list[tuple[SweepManifest, RunsRoot]]:
+def _sources(path: Path) -> list[tuple[SweepManifest, Callable[[str], RunDirectory]]]:
+    """Return the manifests of a path's sweeps, each with what finds a run by its id."""
     if (sweep := SweepDirectory(path.absolute())).is_recorded:
-        return [(sweep.manifest, sweep.root)]
+        return [(sweep.manifest, sweep.root.run)]
     if (path / "spec.json").is_file():
-        return [_single_run(RunDirectory(path.resolve()))]
+        run = run_at(path)
+        return [(_single_run(run), lambda run_id: run)]
     sweeps = RunsRoot(path).sweeps()
     if not sweeps:
         looked = "looked for sweep.json (a sweep), spec.json (a run) and */sweep.json (a runs root) in it"
         raise ResultsError(f"no results at '{path}': {looked if path.is_dir() else 'no such folder'}")
-    return [(sweep.manifest, sweep.root) for sweep in sweeps]
+    return [(sweep.manifest, sweep.root.run) for sweep in sweeps]
 
 
-def _single_run(run: RunDirectory) -> tuple[SweepManifest, RunsRoot]:
+def _single_run(run: RunDirectory) -> SweepManifest:
     """Return a run as a sweep of one arm without a baseline."""
     metric = next(filter(is_protocol, RunReader(run).history.measurements), "")
     seed, name = run.spec["seed"], run.run_id
     arm = ArmRecord(label=name, runs=(RunRecord(seed=seed, run_id=name),))
     compare = ComparisonRecord(metric=metric, goal=goal_of(metric))
-    return SweepManifest(name=name, seeds=(seed,), compare=compare, arms=(arm,)), RunsRoot(run.path.parent.parent)
+    return SweepManifest(name=name, seeds=(seed,), compare=compare, arms=(arm,))

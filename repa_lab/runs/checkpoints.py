@@ -12,7 +12,8 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,7 +50,7 @@ def commit(folder: Path, step: int, write: Callable[[Path], None], keep: int = 2
     """
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".tmp-*"):
-        shutil.rmtree(stale)
+        files.delete(stale)
     temporary = folder / f".tmp-{uuid.uuid4().hex}"
     temporary.mkdir()
     write(temporary)
@@ -57,39 +58,49 @@ def commit(folder: Path, step: int, write: Callable[[Path], None], keep: int = 2
         fsync(path)
     digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
     files.write_record(temporary / MANIFEST, {"files": digests})
-    final = path_of(folder, step)
-    shutil.rmtree(final, ignore_errors=True)
+    final = files.path_of(folder, step)
+    if final.is_symlink() or final.is_file():
+        _set_aside(final)
+    files.delete(final)
     temporary.rename(final)
     fsync(folder)
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(path_of(folder, old))
+        files.delete(files.path_of(folder, old))
     return final
-
-
-def path_of(folder: Path, step: int) -> Path:
-    """Return the folder of the checkpoint of a step."""
-    return folder / f"step-{step:08d}"
 
 
 def steps(folder: Path) -> list[int]:
     """Return the steps that have a checkpoint, ascending, including damaged checkpoints."""
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+    return list(files.by_step(folder))
 
 
-def latest(folder: Path, without: Sequence[Path] = ()) -> tuple[int, Path] | None:
-    """Return step and folder of the newest undamaged checkpoint; rename damaged ones to ``corrupt-...``.
+def latest(folder: Path) -> tuple[int, Path] | None:
+    """Return step and folder of the newest undamaged checkpoint."""
+    saved = files.by_step(folder)
+    return next(((step, saved[step]) for step in reversed(saved) if is_whole(saved[step])), None)
 
-    Args:
-        without: checkpoints to pass over.
-    """
-    for step in reversed(steps(folder)):
-        path = path_of(folder, step)
-        if path in without:
-            continue
-        if is_whole(path):
-            return step, path
-        _set_aside(path)
-    return None
+
+def leftovers(folder: Path) -> list[Path]:
+    """Return the damaged checkpoints that were set aside, and what a kill left unfinished."""
+    return sorted([*folder.glob(".tmp-*"), *folder.glob("corrupt-*")])
+
+
+def foreign(folder: Path) -> Iterator[Path]:
+    """Yield what lies among checkpoints and is not ours: links, and other names."""
+    known = {*files.by_step(folder).values(), *leftovers(folder)}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_symlink() or path not in known:
+            yield path
+
+
+def clear(folder: Path) -> None:
+    """Delete all checkpoints, and the folder unless something foreign is in it; set checkpoints that are links aside."""
+    for path in (*files.by_step(folder).values(), *leftovers(folder)):
+        files.delete(path)
+    for link in files.by_step(folder).values():
+        _set_aside(link)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def sign(checkpoint: Path, run: Path) -> None:
@@ -105,17 +116,23 @@ def sign(checkpoint: Path, run: Path) -> None:
 def resumable(run: Path) -> tuple[int, Path] | None:
     """Return step and folder of the newest undamaged checkpoint whose metric rows are all there; set newer ones aside.
 
+    They, and damaged ones, are renamed to ``corrupt-...``.
+
     Raises:
         DamagedFileError: there are undamaged checkpoints, and none fits the metric rows.
     """
-    folder, problem, unfit = run / "checkpoints", "", list[Path]()
-    while newest := latest(folder, unfit):
-        if not (mismatch := _mismatch(newest[1], run)):
-            for path in unfit:
+    problem, unfit = "", list[Path]()
+    for step, path in reversed(files.by_step(run / "checkpoints").items()):
+        if not is_whole(path):
+            if not path.is_symlink():  # the disk behind a link may be there again tomorrow
                 _set_aside(path)
-            return newest
-        problem = problem or mismatch
-        unfit.append(newest[1])
+        elif mismatch := _mismatch(path, run):
+            problem = problem or mismatch
+            unfit.append(path)
+        else:
+            for newer in unfit:
+                _set_aside(newer)
+            return step, path
     if problem:
         raise files.DamagedFileError(f"{problem}; restore it, or delete '{run}' to train the run again")
     return None
@@ -175,7 +192,7 @@ def take_fork(parent: RunDirectory, step: int, child: RunWriter, is_childs: Call
     Returns:
         False if the parent has no undamaged checkpoint of this step; the child then trains from the start.
     """
-    folders = (path_of(folder, step) for folder in (parent.forks, parent.checkpoints))
+    folders = (files.path_of(folder, step) for folder in (parent.forks, parent.checkpoints))
     source = next((path for path in folders if path.is_dir() and is_whole(path)), None)
     if source is None:
         return False
@@ -209,12 +226,12 @@ def _is_of_training(row: Row) -> bool:
 
 def _copy(source: Path, folder: Path, child: Path) -> None:
     """Link the files of a checkpoint, or copy them if the file system cannot link, and sign it for the child run."""
-    for path in source.iterdir():
-        if path.name in (MANIFEST, SIGNATURE):
+    for name in files.read_record(source / MANIFEST)["files"]:
+        if name == SIGNATURE:
             continue
         try:
-            os.link(path, folder / path.name)
+            os.link(source / name, folder / name)
         except OSError:
-            shutil.copyfile(path, folder / path.name)
-        fsync(folder / path.name)
+            shutil.copyfile(source / name, folder / name)
+        fsync(folder / name)
     sign(folder, child)

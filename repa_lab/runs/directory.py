@@ -39,6 +39,8 @@ from repa_lab.runs.files import DamagedFileError, FormatError, JsonlReader, Row
 # Metrics of a profile: agreement with the encoder, and differences between the tokens of an image.
 ALIGNMENT_METRICS = ("cka", "cknna", "mutual_knn")
 SPATIAL_METRICS = ("lds", "cds", "rmsc")
+# What is changed in place as a run is trained; other files are replaced whole.
+_CHANGED = ("checkpoints", "forks", "samples", "plugins", "tensorboard", "wandb", files.METRICS, "events.jsonl")
 
 
 class RunBusyError(StateError):
@@ -116,12 +118,23 @@ class RunDirectory:
 
     Attributes:
         path: the directory, which need not exist.
-        run_id: the run's identity, which is the directory's name.
+        run_id: the run's identity; None takes the directory's name.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, run_id: str | None = None) -> None:
         self.path = path
-        self.run_id = path.name
+        self.run_id = run_id or path.name
+
+    @property
+    def links(self) -> list[Path]:
+        """The symbolic links behind which the run, or a part of it, lies; nothing behind them is ever changed."""
+        places = (self.path.parent, self.path, *(self.path / name for name in _CHANGED))
+        return [place for place in places if place.is_symlink()]
+
+    @property
+    def foreign(self) -> list[Path]:
+        """What lies among the checkpoints and is not ours: links, and other names."""
+        return [*checkpoints.foreign(self.checkpoints), *checkpoints.foreign(self.forks)]
 
     @property
     def checkpoints(self) -> Path:
@@ -272,7 +285,7 @@ class RunDirectory:
 
     def sample_grids(self) -> dict[int, Path]:
         """Return the sample grids by step."""
-        return {int(path.stem.removeprefix("step-")): path for path in sorted(self.samples.glob("step-*.png"))}
+        return files.by_step(self.samples, ".png")
 
 
 class RunWriter:
@@ -283,10 +296,12 @@ class RunWriter:
         patience_s: how long to wait for another process to release the run, in seconds.
 
     Raises:
+        LinkError: the run, or a part of it, lies behind a symbolic link.
         RunBusyError: on entry, if another process holds the run.
     """
 
     def __init__(self, run: RunDirectory, patience_s: float = 10.0) -> None:
+        files.require_no_links(*run.links)
         self.run = run
         run.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(run.lock, timeout=patience_s)
@@ -331,11 +346,15 @@ class RunWriter:
         files.write_record(self.run.path / "protocols.json", protocols)
 
     def start_over(self) -> None:
-        """Delete rows, samples, checkpoints and profiles, as if the run had never begun, and note it in the history."""
-        for folder in (self.run.checkpoints, self.run.forks, self.run.samples):
-            shutil.rmtree(folder, ignore_errors=True)
-        for profile in self.run.path.glob("profile*"):
-            profile.unlink()
+        """Delete rows, samples, checkpoints and profiles, as if the run had never begun, and note it in the history.
+
+        What is not ours, such as :attr:`RunDirectory.foreign`, stays.
+        """
+        for folder in (self.run.checkpoints, self.run.forks):
+            checkpoints.clear(folder)
+        pictures = (self.run.profile_picture(), *self.run.path.glob("profile-minus-*.png"))
+        for path in (*self.run.sample_grids().values(), self.run.profile_file, *pictures):
+            files.delete(path)
         self.replace_rows([])
         self.event("started over")
 

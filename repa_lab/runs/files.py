@@ -5,8 +5,11 @@ The first line of a JSON-lines file is a header with the format number; every ot
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,52 @@ class FormatError(DamagedFileError):
         what = "no format number" if found is None else f"format {found}"
         does = f"this version of repa-lab reads format {FORMAT}"
         super().__init__(f"'{path}' has {what}: {does}; use the version that wrote it, or another --root")
+
+
+class LinkError(InputError):
+    """What should be changed lies behind a symbolic link."""
+
+
+def require_no_links(*places: Path) -> None:
+    """Refuse to change what lies behind a link, for it may belong to another root.
+
+    Raises:
+        LinkError: with the first link, and where it leads.
+    """
+    for place in places:
+        if place.is_symlink():
+            message = "nothing behind a link is changed; work there, or put a copy in the place of the link"
+            raise LinkError(f"'{place}' is a link to '{place.readlink()}', and {message}")
+
+
+def by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
+    """Return what a folder holds under names such as ``step-00000600``, by step, ascending; other names are not ours.
+
+    Args:
+        folder: the folder, which need not exist.
+        suffix: the end of the names, such as ``.png``.
+    """
+    found: dict[int, Path] = {}
+    for path in folder.glob(f"step-*{suffix}"):
+        number = path.name.removeprefix("step-").removesuffix(suffix)
+        if number.isdecimal() and path == path_of(folder, int(number), suffix):
+            found[int(number)] = path
+    return dict(sorted(found.items()))
+
+
+def path_of(folder: Path, step: int, suffix: str = "") -> Path:
+    """Return the path of what belongs to a step."""
+    return folder / f"step-{step:08d}{suffix}"
+
+
+def delete(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it; leave a link, and what it leads to, alone."""
+    if path.is_symlink():
+        return
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -187,10 +236,20 @@ class JsonlReader:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a process holds this lock file at the moment."""
-    if not path.exists():
+    """Return whether a process holds this lock file at the moment; write nothing, for the root may be read-only."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
         return False
     try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            return True
+    finally:
+        os.close(descriptor)
+    try:  # a file system without such locks, where FileLock makes do with the file itself
         with FileLock(path, timeout=0):
             return False
     except Timeout:

@@ -1,15 +1,25 @@
-"""Delete what a runs root does not need: leftovers of kills, checkpoints of pruned runs, and conveniences."""
+"""Delete what a runs root does not need: leftovers of kills, checkpoints of pruned runs, and conveniences.
+
+Nothing is deleted behind a symbolic link. Links, and names that repa-lab does not give, are left and named.
+"""
 
 from __future__ import annotations
 
-import shutil
+import filecmp
+import os
+import re
+import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from repa_lab.runs import checkpoints
+from repa_lab.runs import checkpoints, files
 from repa_lab.runs.directory import RunDirectory, RunStatus
+from repa_lab.runs.files import DamagedFileError
 from repa_lab.runs.root import RunsRoot
+
+_RUN_ID = re.compile(r"[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -29,19 +39,35 @@ class Garbage:
     is_useless: bool
 
 
-def find_garbage(root: RunsRoot) -> list[Garbage]:
-    """Return all that can be deleted, useless files first.
+@dataclass(frozen=True)
+class Skipped:
+    """A file, folder or link that lies where garbage is looked for, and is left alone.
+
+    Attributes:
+        path: the file, folder or link.
+        why: what keeps it.
+    """
+
+    path: Path
+    why: str
+
+
+def find_garbage(root: RunsRoot) -> tuple[list[Garbage], list[Skipped]]:
+    """Return all that can be deleted, useless files first, and what is left alone because it is not ours.
 
     The newest undamaged checkpoint of a run stays, as does all of a run that is pinned or being trained. While a sweep
     is carried out, the checkpoints that other runs may fork from stay too.
     """
     is_busy = any(sweep.is_held for sweep in root.sweeps())
-    runs = (run for run in root.runs() if not (run.pin.exists() or run.is_held))
-    garbage = [item for run in runs for item in _garbage_of(run, is_busy)]
-    return sorted(garbage, key=lambda item: not item.is_useless)
+    garbage, left = list[Garbage](), list[Skipped]()
+    for item in (*_copies(root), *(item for run in root.runs() for item in _items_of(run, is_busy))):
+        garbage.append(item) if isinstance(item, Garbage) else left.append(item)
+    return sorted(garbage, key=lambda item: not item.is_useless), list(dict.fromkeys(left))
 
 
-def collect(root: RunsRoot, disk_bytes: int | None = None, dry_run: bool = False) -> list[Garbage]:
+def collect(
+    root: RunsRoot, disk_bytes: int | None = None, dry_run: bool = False
+) -> tuple[list[Garbage], list[Skipped]]:
     """Delete useless files, and, if the root is still larger than a limit, more files until it is not.
 
     Args:
@@ -49,43 +75,97 @@ def collect(root: RunsRoot, disk_bytes: int | None = None, dry_run: bool = False
         dry_run: whether to delete nothing and only return what would be deleted.
 
     Returns:
-        What was deleted.
+        What was deleted, and what was left alone because it is not ours or cannot be deleted.
     """
     size, deleted = (size_of(root.path) if disk_bytes is not None else 0), list[Garbage]()
-    for item in find_garbage(root):
+    garbage, left = find_garbage(root)
+    for item in garbage:
         if not item.is_useless and (disk_bytes is None or size <= disk_bytes):
             continue
-        if not dry_run and item.path.is_dir():
-            shutil.rmtree(item.path)
-        elif not dry_run:
-            item.path.unlink(missing_ok=True)
+        try:
+            if not dry_run:
+                files.delete(item.path)
+        except OSError as error:
+            left.append(Skipped(item.path, f"{item.why}: {error.strerror or error}"))
+            continue
         size -= item.size
         deleted.append(item)
-    return deleted
+    return deleted, left
 
 
 def size_of(path: Path) -> int:
     """Return the bytes of a file, or of all files below a folder; count a file with two names once."""
-    if not path.exists():
-        return 0
-    paths = path.rglob("*") if path.is_dir() else [path]
-    stats = [file.lstat() for file in paths if file.is_file() and not file.is_symlink()]
-    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
+    sizes: dict[tuple[int, int], int] = {}
+    inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    for file in inside if path.is_dir() else [path]:
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            status = file.lstat()
+            if stat.S_ISREG(status.st_mode):
+                sizes[status.st_dev, status.st_ino] = status.st_size
+    return sum(sizes.values())
 
 
-def _garbage_of(run: RunDirectory, is_busy: bool) -> Iterator[Garbage]:
+def _copies(root: RunsRoot) -> Iterator[Garbage | Skipped]:
+    """Yield the copies of runs in the folders of sweeps, unless there is only the copy."""
+    for sweep in root.sweeps():
+        try:
+            copies = sweep.copies()
+        except DamagedFileError as error:
+            yield Skipped(sweep.path, str(error))
+            continue
+        for run_id, path in copies.items():
+            original = root.run(run_id).path
+            if original != path and not any(place.is_symlink() for place in (sweep.path, sweep.links)):
+                if _is_copy(path, original):
+                    yield Garbage(path, size_of(path), f"a copy of run {run_id}, in the place of a link", True)
+                else:
+                    yield Skipped(path, f"a copy of run {run_id}, from which it differs")
+
+
+def _is_copy(folder: Path, original: Path) -> bool:
+    """Return whether another folder has all files of a folder, byte for byte."""
+    for path in folder.rglob("*"):
+        same = original / path.relative_to(folder)
+        is_same = same.is_dir() if path.is_dir() else same.is_file() and filecmp.cmp(path, same, shallow=False)
+        if path.is_symlink() or not is_same:
+            return False
+    return True
+
+
+def _items_of(run: RunDirectory, is_busy: bool) -> Iterator[Garbage | Skipped]:
+    """Yield the garbage of a run, unless the run is pinned or being trained, and what is left alone."""
+    if not _RUN_ID.fullmatch(run.run_id):
+        yield Skipped(run.path, "not the name of a run")
+        return
+    if run.links:
+        yield from (Skipped(link, f"a link to {link.readlink()}") for link in run.links)
+        return
+    if run.pin.exists() or run.is_held:
+        return
+    try:
+        status = run.status()
+    except DamagedFileError as error:
+        yield Skipped(run.path, str(error))
+        return
+    for path in run.foreign:
+        why = f"a link to {path.readlink()}" if path.is_symlink() else "not the name of a checkpoint"
+        yield Skipped(path, why)
+    yield from (item for item in _garbage_of(run, status, is_busy) if not item.path.is_symlink())
+
+
+def _garbage_of(run: RunDirectory, status: RunStatus, is_busy: bool) -> Iterator[Garbage]:
     for folder in (run.checkpoints, run.forks):
-        for pattern, why in ((".tmp-*", "left by a kill"), ("corrupt-*", "a damaged checkpoint")):
-            for path in sorted(folder.glob(pattern)):
-                yield Garbage(path, size_of(path), why, True)
-    saved = [checkpoints.path_of(run.checkpoints, step) for step in checkpoints.steps(run.checkpoints)]
-    status = run.status()
+        for path in checkpoints.leftovers(folder):
+            why = "left by a kill" if path.name.startswith(".tmp-") else "a damaged checkpoint"
+            yield Garbage(path, size_of(path), why, True)
+    saved = files.by_step(run.checkpoints).values()
     if status is RunStatus.PRUNED:
         for path in saved:
             yield Garbage(path, size_of(path), "checkpoint of a pruned run", True)
     elif status is RunStatus.DONE:
-        last = next((path for path in reversed(saved) if checkpoints.is_whole(path)), None)
-        for path in (path for path in saved if last is not None and path != last):
+        last = checkpoints.latest(run.checkpoints)
+        for path in (path for path in saved if last is not None and path != last[1]):
             yield Garbage(path, size_of(path), "an older checkpoint of a run that is done", False)
-    if status.is_final and run.forks.exists() and not is_busy:
-        yield Garbage(run.forks, size_of(run.forks), "kept for runs that begin like this one", False)
+    if status.is_final and not is_busy:
+        for path in files.by_step(run.forks).values():
+            yield Garbage(path, size_of(path), "kept for runs that begin like this one", False)

@@ -4,11 +4,18 @@ runs/
   by-id/<run_id>/      every run, once, whichever sweeps ask for it
   <sweep name>/        a sweep: its manifest, its report, its search's database, and links to its runs
   cache/               encoder features, latents, reference statistics
+
+The root and its cache may be symbolic links. Nothing is changed behind any other link: that belongs to someone else.
+A copy that followed the links (``scp -r``, ``rsync -L``, ``zip``) has copies of runs in their place. A run that has no
+directory below ``by-id`` is found there.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +26,8 @@ from repa_lab.runs import files
 from repa_lab.runs.directory import RunDirectory
 
 DEFAULT_ROOT = Path("runs")
-RESERVED = ("by-id", "cache")
+_RUNS = "by-id"
+RESERVED = (_RUNS, "cache")
 _MAX_LABEL = 50
 
 
@@ -133,6 +141,18 @@ class SweepManifest(_Record):
         """The ids of all runs, arm by arm."""
         return [run.run_id for arm in self.arms for run in arm.runs]
 
+    @property
+    def link_names(self) -> dict[str, str]:
+        """The names of the links to the runs, each with the run's id."""
+        names: dict[str, str] = {}
+        for arm in self.arms:
+            for run in arm.runs:
+                name = _link_name(arm.label, run.seed)
+                if names.get(name, run.run_id) != run.run_id:  # two labels give one file name
+                    name = f"{name}-{run.run_id}"
+                names[name] = run.run_id
+        return names
+
 
 class SweepDirectory:
     """A sweep's folder: which arms and runs it asks for, and the report on them.
@@ -141,19 +161,22 @@ class SweepDirectory:
         path: the folder, which need not exist.
         lock: the file that the process that carries out the sweep holds.
         study: the file of the search's Optuna database.
+        links: the folder of the links to the runs.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lock = path / ".lock"
         self.study = path / "study.db"
+        self.links = path / "runs"
         self._manifest = path / "sweep.json"
         self._stop = path / "stop"
 
-    @property
+    @cached_property
     def root(self) -> RunsRoot:
-        """The runs root that holds this sweep."""
-        return RunsRoot(self.path.parent)
+        """The runs root that holds this sweep; where the folder is a link, the root that the link leads to."""
+        is_plain = self.path.name not in ("", "..") and not self.path.is_symlink()
+        return RunsRoot((self.path if is_plain else self.path.resolve()).parent)
 
     @property
     def is_held(self) -> bool:
@@ -190,20 +213,35 @@ class SweepDirectory:
             raise files.DamagedFileError(f"'{self._manifest}' is damaged: {place}: {first['msg']}") from None
 
     def record(self, manifest: SweepManifest) -> None:
-        """Write the manifest, and a link to every run under a readable name."""
+        """Write the manifest, and a link to every run under a readable name, unless a copy of the run has the name.
+
+        Raises:
+            LinkError: the folder, or that of the links, is itself a link.
+        """
+        files.require_no_links(self.path, self.links)
         files.write_record(self._manifest, manifest.model_dump(mode="json"))
-        links = self.path / "runs"
-        links.mkdir(exist_ok=True)
-        for old in links.iterdir():
-            old.unlink()
-        for arm in manifest.arms:
-            for run in arm.runs:
-                target = os.path.relpath(self.root.run(run.run_id).path, links)
-                link = links / _link_name(arm.label, run.seed)
-                if link.is_symlink() and str(link.readlink()) != target:  # two labels give one file name
-                    link = link.with_name(f"{link.name}-{run.run_id}")
-                if not link.is_symlink():
-                    link.symlink_to(target)
+        self.links.mkdir(exist_ok=True)
+        for old in self.links.iterdir():
+            if old.is_symlink():
+                old.unlink()
+        for name, run_id in manifest.link_names.items():
+            if not (link := self.links / name).exists():
+                link.symlink_to(os.path.relpath(self.root.place_of(run_id), self.links))
+
+    def copies(self) -> dict[str, Path]:
+        """Return the copies of runs that stand in the place of links, by the runs' ids.
+
+        Raises:
+            DamagedFileError: there are folders in the place of links, and the manifest cannot be read.
+        """
+        try:
+            with os.scandir(self.links) as entries:
+                folders = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        except OSError:
+            return {}
+        names: Mapping[str, str] = self.manifest.link_names if folders else {}
+        paths = {names[folder]: self.links / folder for folder in folders if folder in names}
+        return {run_id: path for run_id, path in paths.items() if (path / "spec.json").is_file()}
 
 
 class RunsRoot:
@@ -224,9 +262,16 @@ class RunsRoot:
         """Folder of the caches, which can be computed again."""
         return self.path / "cache"
 
+    def place_of(self, run_id: str) -> Path:
+        """Return where a run is trained."""
+        return self.path / _RUNS / _folder_name(run_id)
+
     def run(self, run_id: str) -> RunDirectory:
-        """Return the directory of a run, which need not exist."""
-        return RunDirectory(self.path / "by-id" / _folder_name(run_id))
+        """Return the directory of a run, which need not exist; where it is trained, or else a copy of it."""
+        place = self.place_of(run_id)
+        if not os.path.lexists(place) and run_id in self._copies:
+            return RunDirectory(self._copies[run_id], run_id)
+        return RunDirectory(place)
 
     def find_run(self, name: Path) -> RunDirectory:
         """Return a described run by its id, its folder, or a link to its folder.
@@ -234,14 +279,35 @@ class RunsRoot:
         Raises:
             UnknownRunError: no run has this id.
         """
-        for path in (name, self.path / "by-id" / name):
-            if (path / "spec.json").is_file():
-                return RunDirectory(path.resolve())
+        if (name / "spec.json").is_file():
+            return run_at(name)
+        with suppress(ValueError):
+            if ((run := self.run(str(name))).path / "spec.json").is_file():
+                return run
         raise UnknownRunError(f"no run '{name}' in {self.path}; `repa-lab status` lists them")
 
     def runs(self) -> list[RunDirectory]:
         """Return all runs that were ever described."""
-        return [RunDirectory(path.parent) for path in sorted(self.path.glob("by-id/*/spec.json"))]
+        described = [RunDirectory(path.parent) for path in sorted(self.path.glob(f"{_RUNS}/*/spec.json"))]
+        known = {run.run_id for run in described}
+        return described + [self.run(run_id) for run_id in self._copies if run_id not in known]
+
+    def adopt_copies(self) -> None:
+        """Move the runs of which there are only copies to where they are trained."""
+        for run_id, path in self._copies.items():
+            if not os.path.lexists(place := self.place_of(run_id)):
+                place.parent.mkdir(exist_ok=True)
+                with suppress(FileNotFoundError):  # another sweep has moved it
+                    path.rename(place)
+
+    @cached_property
+    def _copies(self) -> dict[str, Path]:
+        """Copies of runs in the folders of sweeps, by the runs' ids."""
+        copies: dict[str, Path] = {}
+        for sweep in self.sweeps():
+            with suppress(files.DamagedFileError):  # the other sweeps can be read
+                copies = sweep.copies() | copies
+        return copies
 
     def sweep(self, name: str) -> SweepDirectory:
         """Return the directory of a sweep, which need not exist."""
@@ -262,6 +328,19 @@ class RunsRoot:
     def sweeps(self) -> list[SweepDirectory]:
         """Return all sweeps that were ever recorded."""
         return [SweepDirectory(path.parent) for path in sorted(self.path.glob("*/sweep.json"))]
+
+
+def run_at(path: Path) -> RunDirectory:
+    """Return the run whose folder this is, or whose link or copy in the folder of a sweep.
+
+    Raises:
+        DamagedFileError: the path is in the folder of a sweep whose manifest cannot be read.
+    """
+    place = path.absolute()  # not resolved: a link below `by-id` stays one
+    sweep = SweepDirectory(place.parent.parent)
+    if place.parent == sweep.links and sweep.is_recorded and (run_id := sweep.manifest.link_names.get(place.name)):
+        return sweep.root.run(run_id)
+    return RunDirectory(place if place.parent.name == _RUNS else place.resolve())
 
 
 def _folder_name(name: str) -> str:

@@ -103,7 +103,9 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
         NoWeightsError: there is no checkpoint, or the weights are neither ``ema`` nor ``last``.
         ProfileError: there is no encoder, too few images, no grid of sufficient size, or a value is not finite.
         DataError, EncoderError, PretrainedError, DeviceError: a component is not available.
+        LinkError: the run lies behind a symbolic link.
     """
+    files.require_no_links(*directory.links)
     step, checkpoint = newest_checkpoint(directory, request.weights)
     run, options = Run.read(directory), as_trained(options, directory)
     config, device, encoder = run.config, pick_device(options), _encoder_of(run, request)

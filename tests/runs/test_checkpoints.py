@@ -117,26 +117,49 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 }
 
 
+def save(run: Path, step: int) -> None:
+    """Write a checkpoint that is signed for its run."""
+
+    def write(folder: Path) -> None:
+        writer(step)(folder)
+        checkpoints.sign(folder, run)
+
+    checkpoints.commit(run / "checkpoints", step, write)
+
+
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 class TestDamage:
-    def test_it_falls_back_to_the_one_before_and_keeps_the_evidence(self, tmp_path, damage):
-        commit(tmp_path, 10, 20)
-        damage(tmp_path / "step-00000020")
-        assert_latest(tmp_path, 10)
-        assert_latest(tmp_path, 10)
-        assert checkpoints.steps(tmp_path) == [10]
-        (quarantined,) = tmp_path.glob("corrupt-step-00000020-*")
+    @pytest.fixture
+    def run(self, tmp_path) -> Path:
+        for step in (10, 20):
+            save(tmp_path, step)
+        return tmp_path
+
+    def test_a_reader_takes_the_one_before_and_moves_nothing(self, run, damage):
+        folder = run / "checkpoints"
+        damage(folder / "step-00000020")
+        assert checkpoints.latest(folder) == (10, folder / "step-00000010")
+        assert checkpoints.steps(folder) == [10, 20]
+
+    def test_training_falls_back_to_the_one_before_and_keeps_the_evidence(self, run, damage):
+        folder = run / "checkpoints"
+        damage(folder / "step-00000020")
+        for _ in range(2):
+            assert checkpoints.resumable(run) == (10, folder / "step-00000010")
+        assert checkpoints.steps(folder) == [10]
+        (quarantined,) = folder.glob("corrupt-step-00000020-*")
         assert quarantined.is_dir()
-        commit(tmp_path, 20)
-        assert_latest(tmp_path, 20)
+        save(run, 20)
+        assert checkpoints.resumable(run) == (20, folder / "step-00000020")
         assert quarantined.is_dir()
 
-    def test_with_nothing_to_fall_back_to_there_is_none(self, tmp_path, damage):
-        commit(tmp_path, 10, 20)
-        damage(tmp_path / "step-00000010")
-        damage(tmp_path / "step-00000020")
-        assert checkpoints.latest(tmp_path) is None
-        assert len(list(tmp_path.glob("corrupt-*"))) == 2
+    def test_with_nothing_to_fall_back_to_there_is_none(self, run, damage):
+        folder = run / "checkpoints"
+        damage(folder / "step-00000010")
+        damage(folder / "step-00000020")
+        assert checkpoints.latest(folder) is None
+        assert checkpoints.resumable(run) is None
+        assert len(list(folder.glob("corrupt-*"))) == 2
 
 
 def test_no_flipped_bit_anywhere_goes_unseen(tmp_path):
@@ -148,8 +171,6 @@ def test_no_flipped_bit_anywhere_goes_unseen(tmp_path):
         for position in range(0, len(data) * 8, 23):
             flip_bit(original / name, position)
             assert checkpoints.latest(tmp_path) is None, (name, position)
-            (quarantined,) = tmp_path.glob("corrupt-*")
-            quarantined.rename(original)
             (original / name).write_bytes(data)
     assert_latest(tmp_path, 10)
 
@@ -165,16 +186,9 @@ class TestSignature:
         for step in (10, 20):
             for kind in ("train", "measured"):
                 append_row(run / "metrics.jsonl", {"step": step, "kind": kind, "loss": 0.1 * step})
-            self.save(run, step)
+            save(run, step)
         append_row(run / "metrics.jsonl", {"step": 25})
         return run
-
-    def save(self, run: Path, step: int) -> None:
-        def write(folder: Path) -> None:
-            writer(step)(folder)
-            checkpoints.sign(folder, run)
-
-        checkpoints.commit(run / "checkpoints", step, write)
 
     def lines(self, run: Path) -> list[str]:
         return (run / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -221,3 +235,83 @@ class TestSignature:
 
     def test_without_any_there_is_nothing_to_resume(self, tmp_path):
         assert checkpoints.resumable(tmp_path) is None
+
+
+class TestForeign:
+    """Links and odd names among checkpoints are not ours."""
+
+    ODD = (
+        "step-2.bak",
+        "step-00000002-hf",
+        "step-2",
+        "step-000000020",
+        "step-00000020 (1)",
+        "step-²",
+        "notes",
+        "step-",
+    )
+
+    @pytest.fixture
+    def run(self, tmp_path) -> Path:
+        run = tmp_path / "abc"
+        for step in (10, 20):
+            save(run, step)
+        for name in self.ODD:
+            (run / "checkpoints" / name).mkdir()
+            (run / "checkpoints" / name / "mine").write_text(name)
+        return run
+
+    @pytest.fixture
+    def moved(self, run, tmp_path) -> Path:
+        """The checkpoint of step 20, moved to another disk, with a link in its place."""
+        moved = tmp_path / "disk"
+        (run / "checkpoints" / "step-00000020").rename(moved)
+        (run / "checkpoints" / "step-00000020").symlink_to(moved)
+        return moved
+
+    def assert_kept(self, folder: Path) -> None:
+        assert [(folder / name / "mine").read_text() for name in self.ODD] == list(self.ODD)
+
+    def test_odd_names_are_no_checkpoints(self, run):
+        folder = run / "checkpoints"
+        assert checkpoints.steps(folder) == [10, 20]
+        assert checkpoints.resumable(run) == (20, folder / "step-00000020")
+        assert {path.name for path in checkpoints.foreign(folder)} == set(self.ODD)
+        save(run, 30)
+        assert checkpoints.steps(folder) == [20, 30]
+        self.assert_kept(folder)
+
+    def test_a_link_is_read_and_what_it_leads_to_is_never_deleted(self, run, moved):
+        folder, before = run / "checkpoints", read(moved)
+        assert checkpoints.resumable(run) == (20, folder / "step-00000020")
+        assert folder / "step-00000020" in set(checkpoints.foreign(folder))
+        for step in (30, 40, 50):
+            save(run, step)
+        assert checkpoints.steps(folder) == [20, 40, 50]
+        save(run, 20)
+        assert not (folder / "step-00000020").is_symlink()
+        (aside,) = folder.glob("corrupt-step-00000020-*")
+        assert aside.is_symlink()
+        assert read(moved) == before
+
+    def test_a_link_to_a_disk_that_is_not_there_waits_for_it(self, run, moved):
+        moved.rename(moved.with_name("elsewhere"))
+        assert checkpoints.resumable(run)[0] == 10
+        moved.with_name("elsewhere").rename(moved)
+        assert checkpoints.resumable(run)[0] == 20
+
+    def test_a_run_that_starts_over_sees_no_earlier_checkpoint(self, run, moved):
+        before = read(moved)
+        with RunWriter(RunDirectory(run)) as writer:
+            writer.start_over()
+        assert checkpoints.resumable(run) is None
+        assert checkpoints.steps(run / "checkpoints") == []
+        assert read(moved) == before
+        self.assert_kept(run / "checkpoints")
+
+    def test_a_file_with_the_name_of_a_checkpoint_makes_way(self, run):
+        (run / "checkpoints" / "step-00000030").write_text("a note")
+        assert checkpoints.resumable(run)[0] == 20
+        save(run, 30)
+        assert checkpoints.resumable(run)[0] == 30
+        assert [path.read_text() for path in (run / "checkpoints").glob("corrupt-step-00000030-*")] == ["a note"]
