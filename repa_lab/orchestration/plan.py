@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from typing import Any
 
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.orchestration.checks import blocked, check, resolve_metric
@@ -94,8 +93,10 @@ class Plan:
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """What is chosen differently because there are few images."""
+        """What a reader of the plan would not expect: few images, and an earlier version whose runs are all left."""
         notes: dict[str, None] = {}
+        if self._asks_the_same and not self._shares_runs:
+            notes["no run of the sweep's earlier version is asked for any more; its runs stay"] = None
         for entry in self.runs:
             data, count = entry.arm.config.data, entry.run.config.data.holdout
             if data.holdout is None and count != data.held_out(None):
@@ -114,8 +115,7 @@ class Plan:
 
         The trials of a search are no orphans: the spec asks for them without naming them.
         """
-        directory = self.root.sweep(self.experiment.name)
-        if not directory.is_recorded or (manifest := directory.manifest).search:
+        if (manifest := self._recorded) is None or manifest.search:
             return ()
         planned = {entry.run.run_id for entry in self.runs}
         recorded = [OrphanRecord(label=arm.label, **run.model_dump()) for arm in manifest.arms for run in arm.runs]
@@ -126,36 +126,49 @@ class Plan:
     @cached_property
     def other_sweep(self) -> Problem | None:
         """Why another sweep than an earlier version of this one stands under its name; None if none does."""
-        directory = self.root.sweep(self.experiment.name)
-        if not directory.is_recorded or self._is_version_of(manifest := directory.manifest):
+        if self._shares_runs or self._asks_the_same:
             return None
-        known = shortened("; ".join(dict.fromkeys(arm.label for arm in manifest.arms)))
+        assert self._recorded
+        place = self.root.sweep(self.experiment.name).path
+        arms = shortened("; ".join(dict.fromkeys(arm.label for arm in self._recorded.arms)))
         message = (
-            f"'{directory.path}' holds another sweep, with none of these runs; its arms: {known}. Give this sweep "
-            "another name, or --replace (in Python: replace=True) to take the place of the other one, whose runs stay"
+            f"'{place}' holds another sweep, of which this one has no run (its arms: {arms}): give another name, or "
+            "--replace (in Python, replace=True) to take its place; its runs stay"
         )
         return self.experiment.problem("name", message)
 
-    def _is_version_of(self, manifest: SweepManifest) -> bool:
-        """Return whether this sweep and a recorded one share a run, or ask one question of arms of one name."""
-        search, recorded = self.experiment.search, {*manifest.run_ids, *(run.run_id for run in manifest.orphaned)}
-        trials = [trial.params for trial in manifest.search.trials] if search and manifest.search else []
-        if manifest.question == self.experiment.question:
-            labels = {arm.label for arm in self.experiment.arms}
-            if any(arm.label in labels for arm in manifest.arms):
-                return True
-            if search and any(path in search.space for params in trials for path in params):
-                return True
-        run_ids = (entry.run.run_id for entry in self.runs)
-        return not recorded or any(run_id in recorded for run_id in chain(run_ids, self._trial_run_ids(trials)))
+    @cached_property
+    def _recorded(self) -> SweepManifest | None:
+        directory = self.root.sweep(self.experiment.name)
+        return directory.manifest if directory.is_recorded else None
 
-    def _trial_run_ids(self, trials: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-        """Yield the ids that the runs of a search's trials have in this version of the spec."""
-        for params in trials:
+    @cached_property
+    def _shares_runs(self) -> bool:
+        """Whether this sweep has a run of the recorded one, or there is none to share."""
+        if self._recorded is None:
+            return True
+        recorded = {*self._recorded.run_ids, *(run.run_id for run in self._recorded.orphaned)}
+        planned = chain((entry.run.run_id for entry in self.runs), self._recorded_trials())
+        return not recorded or any(run_id in recorded for run_id in planned)
+
+    def _recorded_trials(self) -> Iterator[str]:
+        """Yield the ids that the runs of the recorded search's trials have by this spec."""
+        search = self._recorded and self._recorded.search
+        for trial in search.trials if search and self.experiment.search else ():
             for arm in self.experiment.arms:
-                with suppress(SpecError):  # the setting is refused by now
-                    config = arm.with_settings(params).config
+                with suppress(SpecError):  # the settings are refused by now
+                    config = arm.with_settings(trial.params).config
                     yield from (identify_run(config, seed, self.inventory).run_id for seed in self.experiment.seeds)
+
+    @property
+    def _asks_the_same(self) -> bool:
+        """Whether this sweep has the question of the recorded one, and an arm's name or a searched field in common."""
+        recorded, experiment = self._recorded, self.experiment
+        if recorded is None or recorded.question != experiment.question:
+            return False
+        if recorded.search and experiment.search:
+            return any(path in experiment.search.space for trial in recorded.search.trials for path in trial.params)
+        return not {arm.label for arm in experiment.arms}.isdisjoint(arm.label for arm in recorded.arms)
 
     @cached_property
     def left(self) -> tuple[PlannedRun, ...]:

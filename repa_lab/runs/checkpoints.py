@@ -94,7 +94,7 @@ def foreign(folder: Path) -> Iterator[Path]:
 
 
 def clear(folder: Path) -> None:
-    """Delete all checkpoints, and the folder unless something foreign is in it; set checkpoints that are links aside."""
+    """Delete all checkpoints, and the folder unless something foreign is left; set checkpoints that are links aside."""
     for path in (*files.by_step(folder).values(), *leftovers(folder)):
         files.delete(path)
     for link in files.by_step(folder).values():

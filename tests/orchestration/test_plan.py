@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
+from repa_lab import sweep
 from repa_lab.align.settings import REGULARIZERS, Schedule, ScheduleSettings
 from repa_lab.orchestration.cost import estimate
-from repa_lab.orchestration.display import arm_rows, as_json, baseline_lines, run_rows, sentences
-from repa_lab.orchestration.plan import Match, identify_run, make_plan, match_baselines
+from repa_lab.orchestration.display import arm_rows, as_json, baseline_lines, blocked_lines, run_rows, sentences
+from repa_lab.orchestration.plan import Match, arm_record, identify_run, make_plan, match_baselines
 from repa_lab.runs import RunsRoot, RunStatus, RunWriter, State, checkpoints
 from repa_lab.runs.directory import RunBusyError
+from repa_lab.runs.root import SearchRecord
 from repa_lab.settings import Settings, _uses
-from repa_lab.spec import RunConfig, load_spec
+from repa_lab.spec import RunConfig, SpecError, load_spec
 from tests.data.conftest import noise_image
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -278,6 +280,79 @@ def test_runs_of_an_earlier_version_of_the_spec_are_orphans_and_stay_so(tmp_path
         root.sweep("x").record(second.manifest())
     again = make_plan(load_spec({**BASE, "axes": weights}), root)
     assert again.orphans == () and again.manifest().orphaned == ()
+
+
+FIRST = {**BASE, "question": "Which weight?", "axes": {"regularizer.weight": [0.1, 0.2]}, "seeds": 3}
+
+
+class TestTwoSpecsOfOneName:
+    """What stands under a sweep's name is an earlier version of it, or another sweep."""
+
+    @pytest.fixture
+    def root(self, tmp_path) -> RunsRoot:
+        root = RunsRoot(tmp_path)
+        root.sweep("x").path.mkdir()
+        root.sweep("x").record(make_plan(load_spec(FIRST), root).manifest())
+        return root
+
+    @pytest.mark.parametrize(
+        "edit",
+        [
+            {"seeds": 5},
+            {"axes": {"regularizer.weight": [0.2, 0.9]}},
+            {"axes": {"weight": {"low": {"regularizer.weight": 0.1}}}, "question": "Renamed?"},
+            {"train": {"steps": 20}},
+            {"seeds": [7, 8], "model": {"family": "sit", "size": "nano/4"}},
+        ],
+        ids=["seeds", "an arm added and one taken away", "an arm renamed", "length", "seeds and model"],
+    )
+    def test_an_edited_spec_is_the_same_sweep(self, root, edit):
+        planned = make_plan(load_spec({**FIRST, **edit}), root)
+        assert planned.other_sweep is None
+        note = "no run of the sweep's earlier version is asked for any more; its runs stay"
+        assert (note in planned.notes) == (not {run.run.run_id for run in planned.runs} & self.recorded(root))
+
+    def recorded(self, root) -> set[str]:
+        return set(root.sweep("x").manifest.run_ids)
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"axes": {"train.lr": [1e-3, 1e-4]}, "train": {"steps": 20}},
+            {"question": "Does size matter?", "train": {"steps": 20}},
+            {"question": "", "search": {"space": {"train.lr": {"log": [1e-5, 1e-3]}}}, "axes": {}},
+        ],
+        ids=["other arms", "another question", "a search"],
+    )
+    def test_another_sweep_says_so_and_changes_nothing(self, root, other):
+        spec, before = {**FIRST, **other}, root.sweep("x").manifest
+        planned = make_plan(load_spec(spec), root)
+        text = (
+            f"name: '{root.path}/x' holds another sweep, of which this one has no run (its arms: 'weight=0.1; weight=0.2'"
+            "): give another name, or --replace (in Python, replace=True) to take its place; its runs stay"
+        )
+        assert blocked_lines(planned) == [f"blocked: {text}"]
+        assert as_json(estimate(planned))["blocked"] == [f"blocked: {text}"]
+        with pytest.raises(SpecError) as caught:
+            sweep(spec, root.path)
+        assert str(caught.value) == f"<given>: {text}"
+        assert root.sweep("x").manifest == before
+        assert make_plan(load_spec({**spec, "name": "y"}), root).other_sweep is None
+
+    def test_a_search_is_known_by_its_trials(self, root):
+        space = {"regularizer.weight": {"choice": [0.1, 0.2]}}
+        spec = {**BASE, "question": "Where?", "search": {"space": space}, "name": "s"}
+        first = make_plan(load_spec(spec), root)
+        (arm,) = first.experiment.arms
+        runs = [identify_run(arm.with_settings({"regularizer.weight": 0.2}).config, 0)]
+        trial = {"arm": "weight=0.2", "state": "complete", "params": {"regularizer.weight": 0.2}}
+        record = SearchRecord(metric="m", trials=[trial], objectives=[{"metric": "m"}])
+        root.sweep("s").path.mkdir()
+        root.sweep("s").record(first.manifest([arm_record(arm, None, runs)], record))
+        same = ({"question": "Edited?"}, {"train": {"steps": 20}}, {"search": {"space": space, "trials": 9}})
+        other = {"question": "Other?", "train": {"steps": 20}}
+        planned = [make_plan(load_spec({**spec, **edit}), root).other_sweep for edit in (*same, other)]
+        assert [problem is None for problem in planned] == [True, True, True, False]
 
 
 def test_arms_of_equal_content_are_trained_once():

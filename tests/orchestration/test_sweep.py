@@ -2,18 +2,21 @@
 
 import io
 import os
+import shutil
 import signal
 import threading
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from rich.console import Console
 
 from repa_lab import load_results, plan, sweep
 from repa_lab.orchestration.api import run_one
-from repa_lab.runs import RunsRoot, State
+from repa_lab.runs import RunsRoot, RunWriter, State, SweepManifest
+from repa_lab.runs.files import LinkError
 from repa_lab.spec import SpecError
 
 METRIC = "frechet:efficientnet_lite0@16/ode2"
@@ -73,6 +76,57 @@ def test_another_sweep_shares_runs_of_equal_content(finished, tiny):
     planned = plan(tiny(name="other", seeds=3), root)
     assert len(planned.pending) == 2
     assert {run.seed for run in planned.pending} == {2}
+
+
+def test_another_sweep_takes_the_place_of_one_if_it_is_told_to(finished, tiny, tmp_path):
+    outcome, root = finished
+    copy = RunsRoot(Path(shutil.copytree(root, tmp_path / "runs", symlinks=True)))
+    runs = [{"seed": 0, "run_id": "f" * 12}]
+    other = {"name": "tiny", "question": "?", "compare": {"metric": "m"}, "arms": [{"label": "stranger", "runs": runs}]}
+    copy.sweep("tiny").record(SweepManifest.model_validate(other))
+    with pytest.raises(SpecError, match="holds another sweep, of which this one has no run"):
+        sweep(tiny(), copy.path)
+    again = sweep(tiny(), copy.path, replace=True)
+    assert (again.trained, again.directory.manifest) == (0, outcome.directory.manifest)
+    assert "stranger" not in (again.path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("part", ["the root", "the sweep's folder"])
+def test_a_copy_with_its_links_followed_is_the_same_sweep(finished, tiny, tmp_path, part):
+    outcome, root = finished
+    name = outcome.path.name
+    shutil.copytree(*((root, tmp_path / "runs") if part == "the root" else (outcome.path, tmp_path / "runs" / name)))
+    copy, rows = RunsRoot(tmp_path / "runs"), {run.run_id: run.rows() for run in RunsRoot(root).runs()}
+    links = copy.sweep(name).links
+    assert not any(path.is_symlink() for path in links.iterdir())
+    pd.testing.assert_frame_equal(load_results(copy.sweep(name).path).summary, load_results(outcome.path).summary)
+    assert plan(tiny(), copy.path).pending == ()
+    for _ in range(2):
+        again = sweep(tiny(), copy.path)
+        assert (again.trained, again.failures) == (0, {})
+    assert {run.run_id: run.rows() for run in RunsRoot(copy.path).runs()} == rows
+    assert all((copy.path / "by-id" / run_id / "spec.json").is_file() for run_id in rows)
+    assert {path.resolve().parent.name for path in links.iterdir()} == {"runs" if part == "the root" else "by-id"}
+
+
+def test_a_run_behind_a_link_is_read_and_never_trained(finished, tiny, tmp_path):
+    outcome, root = finished
+    ours, theirs = (Path(shutil.copytree(root, tmp_path / name, symlinks=True)) for name in ("ours", "theirs"))
+    run_id = outcome.directory.manifest.run_ids[0]
+    shutil.rmtree(ours / "by-id" / run_id)
+    (ours / "by-id" / run_id).symlink_to(theirs / "by-id" / run_id)
+    assert plan(tiny(), ours).blocked is None
+    (state,) = theirs.glob(f"by-id/{run_id}/state.json")
+    state.write_text(state.read_text().replace("done", "interrupted"))
+    before = {path: path.read_bytes() for path in theirs.rglob("*") if path.is_file()}
+    match = f"ours/by-id/{run_id}' is a link to '{theirs}/by-id/{run_id}', and nothing behind a link is changed; work"
+    with pytest.raises(SpecError, match=match):
+        sweep(tiny(), ours)
+    with pytest.raises(SpecError, match=match):
+        run_one(tiny(), "baseline", 0, ours)
+    with pytest.raises(LinkError, match=match), RunWriter(RunsRoot(ours).run(run_id)):
+        pass
+    assert {path: path.read_bytes() for path in theirs.rglob("*") if path.is_file()} == before
 
 
 def test_a_worker_that_is_killed_costs_one_run_and_a_rerun_repairs_it(tiny, tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from repa_lab.report.page import write_report
 from repa_lab.report.results import Results, ResultsError, load_results
 from repa_lab.runs import RunsRoot, RunWriter, State, SweepDirectory, files
+from repa_lab.runs.files import LinkError
 
 from .conftest import METRIC, STEPS, Build, FakeArm, FakeRun, constant_runs
 
@@ -171,6 +174,30 @@ def test_a_single_run_even_through_a_link(build: Build, root: RunsRoot) -> None:
         results = load_results(path)
         assert results.runs[["arm", "seed", "run_id"]].to_numpy().tolist() == [["single", 7, "single"]]
         assert results.metric == METRIC
+
+
+def test_a_sweep_copied_with_its_links_followed_has_its_results(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = build([FakeArm("arm", [FakeRun(7, dict.fromkeys(STEPS, 1.0), run_id="single")])])
+    copy = Path(shutil.copytree(sweep.path, tmp_path / "laptop" / "of_mine"))  # as scp -r does
+    assert row(load_results(copy), "arm")["mean"] == row(load_results(sweep.path), "arm")["mean"] == 1.0
+    monkeypatch.chdir(copy)
+    for path in (copy / "runs" / "arm-seed7", "runs/arm-seed7"):
+        assert load_results(path).runs[["arm", "seed", "run_id"]].to_numpy().tolist() == [["single", 7, "single"]]
+    alone = Path(shutil.copytree(copy / "runs" / "arm-seed7", tmp_path / "laptop" / "elsewhere"))
+    results = load_results(alone)
+    assert (results.runs["step"].tolist(), results.metric) == ([STEPS[-1]], METRIC)
+
+
+def test_a_linked_sweep_is_read_with_the_runs_of_its_own_root(build: Build, tmp_path: Path) -> None:
+    sweep = build([FakeArm("arm", constant_runs([1.0, 2.0]))])
+    (tmp_path / "mine").symlink_to(sweep.path)
+    assert row(load_results(tmp_path / "mine"), "arm")["mean"] == 1.5
+    before = sorted(sweep.path.rglob("*"))
+    with pytest.raises(LinkError, match=r"mine' is a link to '.*', and nothing behind a link is changed"):
+        write_report(SweepDirectory(tmp_path / "mine"))
+    assert sorted(sweep.path.rglob("*")) == before
 
 
 def test_a_sweep_that_has_not_started(build: Build) -> None:

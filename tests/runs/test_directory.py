@@ -11,7 +11,7 @@ import pytest
 
 from repa_lab.runs import RunDirectory, RunState, RunStatus, RunWriter, State, checkpoints
 from repa_lab.runs.directory import RunBusyError
-from repa_lab.runs.files import DamagedFileError, FormatError
+from repa_lab.runs.files import DamagedFileError, FormatError, LinkError
 
 
 @pytest.fixture
@@ -50,7 +50,14 @@ class TestReading:
         run.samples.mkdir(parents=True)
         for step in (100, 20, 12345678):
             (run.samples / f"step-{step:08d}.png").touch()
-        (run.samples / "other.png").touch()
+        for odd in (
+            "other.png",
+            "step-00000100 (1).png",
+            "step-00000100.png.part",
+            "step-100.png",
+            "step-00000100-old.png",
+        ):
+            (run.samples / odd).touch()
         assert run.sample_grids() == {step: run.samples / f"step-{step:08d}.png" for step in (20, 100, 12345678)}
 
     @pytest.mark.parametrize(
@@ -279,3 +286,28 @@ def test_plugins_are_copied_byte_for_byte(run, tmp_path):
     with RunWriter(run) as writer:
         writer.plugins([tmp_path / "mine.py"])
     assert (run.path / "plugins" / "mine.py").read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "forks", "samples", "metrics.jsonl", "events.jsonl", "wandb"])
+def test_nothing_is_written_to_a_run_whose_part_lies_behind_a_link(run, tmp_path, name):
+    with RunWriter(run) as writer:
+        writer.describe({"seed": 0}, {})
+    (tmp_path / "disk").mkdir()
+    (run.path / name).unlink(missing_ok=True)
+    (run.path / name).symlink_to(tmp_path / "disk")
+    with pytest.raises(LinkError, match=f"0123456789ab/{name}' is a link to '{tmp_path}/disk', and nothing behind a"):
+        RunWriter(run)
+
+
+def test_starting_over_leaves_what_is_not_ours(run):
+    with RunWriter(run) as writer:
+        for folder in (run.checkpoints, run.samples):
+            folder.mkdir()
+        ours = [run.samples / "step-00000010.png", run.profile_file, run.profile_picture(), run.profile_picture(run)]
+        theirs = [run.samples / "best.png", run.path / "profile-notes.md", run.checkpoints / "step-10.bak"]
+        for path in (*ours, *theirs):
+            path.write_text("x")
+        writer.start_over()
+    assert not any(path.exists() for path in ours)
+    assert all(path.exists() for path in theirs)
+    assert run.foreign == [theirs[-1]]

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from repa_lab.runs import RunsRoot, RunWriter, SweepManifest
 from repa_lab.runs.files import DamagedFileError
+from repa_lab.runs.root import UnknownRunError
 
 
 @pytest.fixture
@@ -90,6 +92,84 @@ class TestSweeps:
         root.sweep("s").record(manifest(("../../../etc", [(0, "aaa")]), ("..", [(0, "bbb")])))
         assert set(links(root).values()) == {"../../by-id/aaa", "../../by-id/bbb"}
         assert all("/" not in name for name in links(root))
+
+
+class TestCopies:
+    """A root, or a sweep's folder, that was copied with its links followed."""
+
+    @pytest.fixture
+    def copied(self, root, tmp_path) -> RunsRoot:
+        for run_id in ("aaa", "bbb"):
+            with RunWriter(root.run(run_id)) as writer:
+                writer.describe({"seed": 0}, {})
+        root.sweep("s").record(manifest(("a b", [(0, "aaa")]), ("a_b", [(0, "bbb")])))
+        return RunsRoot(Path(shutil.copytree(root.path, tmp_path / "copy", symlinks=False)))
+
+    def places(self, root: RunsRoot) -> dict[str, str]:
+        return {run.run_id: str(run.path.relative_to(root.path)) for run in root.runs()}
+
+    def test_a_run_is_where_it_is_trained(self, copied):
+        assert self.places(copied) == {"aaa": "by-id/aaa", "bbb": "by-id/bbb"}
+        copied.adopt_copies()
+        assert self.places(copied) == {"aaa": "by-id/aaa", "bbb": "by-id/bbb"}
+        assert len(list(copied.sweep("s").links.iterdir())) == 2
+
+    def test_or_in_the_place_of_its_link_until_it_is_moved(self, copied):
+        shutil.rmtree(copied.path / "by-id" / "bbb")
+        root = RunsRoot(copied.path)
+        assert self.places(root) == {"aaa": "by-id/aaa", "bbb": "s/runs/a_b-seed0-bbb"}
+        assert root.run("bbb").spec == {"seed": 0}
+        root.adopt_copies()
+        assert self.places(RunsRoot(root.path)) == {"aaa": "by-id/aaa", "bbb": "by-id/bbb"}
+        assert root.run("bbb").path == root.path / "by-id" / "bbb"
+        root.sweep("s").record(root.sweep("s").manifest)
+        assert str((root.sweep("s").links / "a_b-seed0-bbb").readlink()) == "../../by-id/bbb"
+
+    def test_an_unreadable_manifest_hides_its_own_copies_alone(self, copied):
+        shutil.copytree(copied.path / "s", copied.path / "damaged")
+        (copied.path / "damaged" / "sweep.json").write_text("{")
+        shutil.rmtree(copied.path / "by-id")
+        assert self.places(RunsRoot(copied.path)) == {"aaa": "s/runs/a_b-seed0", "bbb": "s/runs/a_b-seed0-bbb"}
+
+    def test_what_is_not_a_run_stays_where_it_is(self, copied):
+        links = copied.sweep("s").links
+        (links / "notes").mkdir()
+        (links / "plot.png").touch()
+        copied.sweep("s").record(manifest())
+        assert {path.name for path in links.iterdir()} == {"a_b-seed0", "a_b-seed0-bbb", "notes", "plot.png"}
+
+
+class TestFindingARun:
+    @pytest.fixture
+    def run(self, root):
+        with RunWriter(root.run("aaa")) as writer:
+            writer.describe({"seed": 0}, {})
+        root.sweep("s").record(manifest(("a", [(0, "aaa")])))
+        return root.run("aaa")
+
+    def test_by_its_id_its_folder_or_a_link_to_it(self, root, run, tmp_path, monkeypatch):
+        (tmp_path / "mine").symlink_to(run.path)
+        monkeypatch.chdir(run.path)
+        for name in ("aaa", run.path, root.sweep("s").links / "a-seed0", tmp_path / "mine", "."):
+            assert (root.find_run(Path(name)).path, root.find_run(Path(name)).run_id) == (run.path, "aaa")
+
+    @pytest.mark.parametrize("name", ["bbb", "../aaa", "s/aaa", ".", ""])
+    def test_what_is_none_is_refused(self, root, run, tmp_path, monkeypatch, name):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UnknownRunError, match=r"no run '.*' in .*; `repa-lab status` lists them"):
+            root.find_run(Path(name))
+
+    def test_a_link_in_the_place_of_a_run_is_not_followed(self, root, run, tmp_path):
+        run.path.rename(tmp_path / "elsewhere")
+        run.path.symlink_to(tmp_path / "elsewhere")
+        for name in (Path("aaa"), run.path, root.sweep("s").links / "a-seed0"):
+            assert root.find_run(name).path == run.path
+
+    def test_a_copy_in_the_place_of_a_link_is_the_run(self, root, run):
+        link = root.sweep("s").links / "a-seed0"
+        link.unlink()
+        shutil.copytree(run.path, link)
+        assert root.find_run(link).path == run.path
 
 
 @pytest.mark.parametrize(
