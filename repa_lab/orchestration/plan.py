@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.orchestration.checks import blocked, check, resolve_metric

@@ -348,7 +348,7 @@ class TestTwoSpecsOfOneName:
         trial = {"arm": "weight=0.2", "state": "complete", "params": {"regularizer.weight": 0.2}}
         record = SearchRecord(metric="m", trials=[trial], objectives=[{"metric": "m"}])
         root.sweep("s").path.mkdir()
-        root.sweep("s").record(first.manifest([arm_record(arm, None, runs)], record))
+        root.sweep("s").record(first.manifest([arm_record(arm, runs)], record))
         same = ({"question": "Edited?"}, {"train": {"steps": 20}}, {"search": {"space": space, "trials": 9}})
         other = {"question": "Other?", "train": {"steps": 20}}
         planned = [make_plan(load_spec({**spec, **edit}), root).other_sweep for edit in (*same, other)]
