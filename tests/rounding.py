@@ -15,6 +15,8 @@ VIT = (48, 1536)  # ViT-S; smaller ones have fewer
 # A cosine of tokens of at most 64 values: each of two norms is off by 4 units, and the sum of products by sqrt(64). Means
 # of cosines, and squares of differences of two of them, are off by no more.
 COSINE = 16 * UNIT
+# A mean of at most 2**14 squares of one sign, which are summed pairwise.
+MEAN = 16 * UNIT
 # A regularizer's loss: a projector of three layers with sums of 16 terms, a resampling in two directions with two each, and
 # a cosine, where the terms may cancel to a quarter of their size.
 REGULARIZER = 4 * (3 * 4 + 4 + 16) * UNIT
@@ -30,3 +32,8 @@ def rounding(values: np.ndarray | torch.Tensor, network: tuple[int, int]) -> flo
     """
     layers, terms = network
     return layers * math.sqrt(terms) * UNIT * float(abs(values).max())
+
+
+def of_products(values: np.ndarray | torch.Tensor, factors: int) -> float:
+    """Return by how much ``values`` times a product of so many float32 factors near 1 may be off."""
+    return math.sqrt(factors) * UNIT * float(abs(values).max())

@@ -12,6 +12,7 @@ from torch import nn
 from repa_lab.data import DataError
 from repa_lab.data.autoencoder import Autoencoder, LatentScaling, latent_scaling, to_uint8
 from tests.data.autoencoders import MEAN, STD, dc, flux2, kl, qwen, tiny
+from tests.rounding import UNIT
 
 MEANS, STDS = np.array(MEAN).reshape(-1, 1, 1), np.array(STD).reshape(-1, 1, 1)
 SCALING = {
@@ -55,7 +56,7 @@ def test_latents_are_scaled_as_the_pipelines_do(name):
     z = latents(2, 4, 6, 10)
     x = latent_scaling(SCALING[name]).normalise(z)
     assert x.dtype == torch.float64
-    np.testing.assert_allclose(x.numpy(), by_hand(name, z.numpy()), rtol=1e-12)
+    np.testing.assert_allclose(x.numpy(), by_hand(name, z.numpy()), rtol=0, atol=4 * UNIT**2)  # in float64
 
 
 def test_batch_norm_is_over_patches_in_the_order_channel_row_column():
@@ -66,7 +67,7 @@ def test_batch_norm_is_over_patches_in_the_order_channel_row_column():
     for channel, row, column in np.ndindex(4, 2, 2):
         at = 4 * channel + 2 * row + column
         expected = (z[:, channel, row::2, column::2].numpy() - mean[at]) / np.sqrt(var[at] + 1e-2)
-        np.testing.assert_allclose(x[:, at], expected, rtol=1e-5, atol=1e-6)  # the statistics are float32
+        np.testing.assert_allclose(x[:, at], expected, rtol=4 * UNIT, atol=4 * UNIT)  # the statistics are float32
 
 
 @FORMS
@@ -115,7 +116,9 @@ def test_statistics_may_be_buffers():
     film.latents_mean.copy_(torch.tensor(MEAN))
     film.latents_std.copy_(torch.tensor(STD))
     z = latents(1, 4, 3, 3)
-    np.testing.assert_allclose(latent_scaling(film).normalise(z).numpy(), (z.numpy() - MEANS) * 2 / STDS, rtol=1e-6)
+    np.testing.assert_allclose(
+        latent_scaling(film).normalise(z).numpy(), (z.numpy() - MEANS) * 2 / STDS, rtol=4 * UNIT, atol=4 * UNIT
+    )
 
 
 def test_one_statistic_without_the_other_is_none():

@@ -12,6 +12,7 @@ import torch
 from repa_lab.spec import SpecError, load_spec
 from repa_lab.spec.schema import OPTIMIZERS, LearningRateSettings, OptimizerSettings, TimeSettings, TrainConfig
 from repa_lab.training.diffusion import Diffusion, Flow, denoising_loss
+from tests.rounding import MEAN
 from tests.spec.examples import mapping
 
 
@@ -122,5 +123,5 @@ def test_the_weighted_loss_is_the_mean_of_weighted_squares():
     weight = torch.tensor([0.0, 1.0, 3.0]).view(3, 1, 1, 1)
     squares = (prediction.double() - target).numpy() ** 2
     expected = np.mean(squares * np.array([0.0, 1.0, 3.0]).reshape(3, 1, 1, 1))
-    assert denoising_loss(prediction, target, weight).item() == pytest.approx(expected, rel=1e-6)
-    assert denoising_loss(prediction, target).item() == pytest.approx(np.mean(squares), rel=1e-6)
+    assert denoising_loss(prediction, target, weight).item() == pytest.approx(expected, rel=MEAN)
+    assert denoising_loss(prediction, target).item() == pytest.approx(np.mean(squares), rel=MEAN)
