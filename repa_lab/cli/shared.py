@@ -71,7 +71,7 @@ def deliver(text: str, output: Path | None) -> None:
     Raises:
         UsageError: the file exists, or cannot be written.
     """
-    from repa_lab.runs.files import write_text
+    from repa_lab.files import write_text
 
     if output is None:
         print(text, end="")

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from repa_lab.data import DataError
-from repa_lab.files import digest, replace_atomically
+from repa_lab.files import digest, write_json
 
 _MANIFEST, _CHECKED = "manifest.json", "checked.json"
 _ALWAYS_CHECKED_BYTES = 2 << 30
@@ -127,7 +127,7 @@ def note_checked(folder: Path, files: Iterable[Path]) -> None:
     stamps = _stamps(files)
     if _noted(folder) != stamps:
         with writing(folder):
-            _write_json(folder / _CHECKED, stamps)
+            write_json(folder / _CHECKED, stamps)
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
@@ -143,7 +143,7 @@ def _noted(folder: Path) -> Any:
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Write the manifest of a cache with its digest."""
-    _write_json(folder / _MANIFEST, {**content, "sha256": digest(content)})
+    write_json(folder / _MANIFEST, {**content, "sha256": digest(content)})
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -153,10 +153,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return content if content.pop("sha256") == digest(content) else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-
-
-def _write_json(path: Path, content: Any) -> None:
-    replace_atomically(path, lambda new: new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from repa_lab.data.settings import (
     SourceSettings,
     fingerprint_digits,
 )
-from repa_lab.files import digest, replace_atomically
+from repa_lab.files import digest, write_text
 
 _SPLIT_SEED = 0
 _UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for images that it cannot read
@@ -138,7 +138,7 @@ def remembered(folder: Path | None, key: Any, compute: Callable[[], Any]) -> Any
         pass
     content = {"key": key, "value": compute()}
     try:
-        replace_atomically(path, lambda new: new.write_text(json.dumps(content), encoding="utf-8"))
+        write_text(path, json.dumps(content))
     except OSError as error:
         raise DataError("source", f"cannot write '{path}': {error.strerror or error}") from None
     return content["value"]

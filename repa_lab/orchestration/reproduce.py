@@ -116,9 +116,9 @@ def results_of(experiment: Experiment, path: Path, scale: Scale) -> tuple[Compar
     Raises:
         SpecError: the spec holds no published number.
     """
+    from repa_lab.files import write_text
     from repa_lab.report import load_results
     from repa_lab.report.published import TEXT, VALUES, compare_published
-    from repa_lab.runs.files import write_text
 
     published = experiment.published
     if published is None or not published.arms:

@@ -16,7 +16,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from repa_lab.files import digest, file_digest
+from repa_lab.files import digest, file_digest, write_text
 from repa_lab.registry import one_line
 from repa_lab.report import figure_data, tables, text
 from repa_lab.report.figure_data import FAINT, INK, PALETTE, SOFT
@@ -79,7 +79,7 @@ def write_report(sweep: SweepDirectory) -> ReportPaths:
             lstrip_blocks=True,
         )
         environment.filters |= {"latex": tables.latex, "markdown": tables.markdown}
-        files.write_text(path, environment.get_template(f"report.{kind}.j2").render(content))
+        write_text(path, environment.get_template(f"report.{kind}.j2").render(content))
     drawn = tuple(sweep.path / link for picture in pictures for link in picture.panels)
     return ReportPaths(paths["md"], paths["tex"], paths["html"], drawn)
 
@@ -200,7 +200,7 @@ def _panel(draft: _Draft, name: str, path: Path) -> str:
         from repa_lab.report import figures
 
         drawn = figures.svg(getattr(figures, draft.draw)(data, **draft.options), name) + key
-        files.write_text(path, drawn)
+        write_text(path, drawn)
     return inline(drawn, name)
 
 

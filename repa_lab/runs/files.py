@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from pydantic_core import from_json
 
 from repa_lab.errors import InputError
-from repa_lab.files import replace_atomically
+from repa_lab.files import write_json, write_text
 
 # The layout of run and sweep directories. Raise it when an older version could not read what this one writes.
 FORMAT = 1
@@ -85,20 +85,6 @@ def delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    replace_atomically(path, write)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; refuse NaN and infinity, which other parsers cannot read."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import models_json_schema
 from pydantic_core import PydanticUndefined
 
-from repa_lab.runs.files import write_text
+from repa_lab.files import write_text
 from repa_lab.spec.schema import COMPONENTS, SECTIONS, RunConfig, SpecFile
 from repa_lab.spec.validate import is_model, members
 

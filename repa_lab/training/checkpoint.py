@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from repa_lab.errors import InputError
+from repa_lab.files import write_json
 from repa_lab.runs import RunDirectory, checkpoints, files
 from repa_lab.runs.files import Row
 from repa_lab.spec.schema import EmaConfig
@@ -162,7 +163,7 @@ class TrainState:
             contiguous = {key: value.detach().contiguous() for key, value in values.items()}
             save_file(contiguous, folder / f"{name}.safetensors")
         scaler = self.scaler.state_dict() if self.scaler is not None else None
-        files.write_json(folder / "state.json", {"format": _FORMAT, "progress": asdict(progress), "scaler": scaler})
+        write_json(folder / "state.json", {"format": _FORMAT, "progress": asdict(progress), "scaler": scaler})
 
     def load(self, folder: Path, progress: Progress) -> None:
         """Load a state that :meth:`save` wrote, and update ``progress`` to it.

@@ -20,11 +20,11 @@ from torch import nn
 from repa_lab.align import REPA, Needs, Prediction, Schedule, Shapes
 from repa_lab.align.ranks import mean_over_ranks
 from repa_lab.encoders.targets import Targets
+from repa_lab.files import write_json
 from repa_lab.kernels import kernels
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import BlockIndex, Family
 from repa_lab.models.tap import AttentionTap, Tap
-from repa_lab.runs import files
 from repa_lab.runs.files import Row
 from repa_lab.spec import EncoderSettings, ResolvedOptions, RunOptions
 from repa_lab.spec.identity import Run
@@ -259,7 +259,7 @@ class Trainer:
         """Write everything that is needed to resume, or to export the model, into an empty folder."""
         self.note_encoder_seconds()
         self.state.save(folder, self.progress)
-        files.write_json(folder / INPUT_FILE, asdict(self._input) if self._input else None)
+        write_json(folder / INPUT_FILE, asdict(self._input) if self._input else None)
 
     def resume(self, folder: Path) -> None:
         """Load what :meth:`save` wrote."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from repa_lab.files import write_text
 from repa_lab.orchestration.executors import (
     Executor,
     Job,
@@ -30,7 +31,6 @@ from repa_lab.orchestration.executors import (
 )
 from repa_lab.orchestration.launcher import launcher_variables
 from repa_lab.runs import RunsRoot, State
-from repa_lab.runs.files import write_text
 
 _ASK_EVERY_S = 1.0
 _BUSY_PATIENCE_S = 300.0  # by then a lost machine's lock of a run has expired on every file system that we know

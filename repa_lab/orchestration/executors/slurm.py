@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from repa_lab.files import write_json
 from repa_lab.orchestration.executors import ExecutorError, Job, TrainJob, WorkerMessage, parse_job, parse_message
 from repa_lab.orchestration.executors.detached import DetachedExecutor, SharedFolder, StopRequest, carry_out
 from repa_lab.runs import RunsRoot, State, files
@@ -221,7 +222,7 @@ class SlurmExecutor(DetachedExecutor):
 
     def _record(self) -> None:
         training = {name: q.handle.job_id for name, q in self._queued.items() if isinstance(q.job, TrainJob)}
-        files.write_json(self._record_path, self._left | training)
+        write_json(self._record_path, self._left | training)
 
 
 def sbatch_parameters(options: RunOptions, sweep: str) -> dict[str, Any]:
