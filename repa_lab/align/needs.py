@@ -91,11 +91,13 @@ class Sizes:
         taps: of each tap.
         encoders: of each encoder.
         latents: of the latents, or of the pixels without a VAE.
+        heads: of the denoiser's attention; 0 if it has none.
     """
 
     taps: tuple[TokenSize, ...]
     encoders: tuple[TokenSize, ...]
     latents: TokenSize
+    heads: int = 0
 
 
 class Overhead(NamedTuple):
@@ -104,10 +106,13 @@ class Overhead(NamedTuple):
     Attributes:
         parameters: trained parameters.
         macs: multiply-adds of the forward pass for one image.
+        kept: float32 numbers that the backward pass needs for one image, where they are many: maps of attention, but
+            not the tokens in a projector.
     """
 
     parameters: int
     macs: float
+    kept: float = 0.0
 
 
 @dataclass(frozen=True)

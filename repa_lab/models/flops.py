@@ -26,6 +26,8 @@ class Forward:
         parameters: number of parameters of the denoiser.
         kept_frozen: share of ``kept`` that remains if the weights are frozen, as with LoRA.
         adapted: sum of the inputs and outputs of the layers that LoRA adapts; rank r adds r times as many weights.
+        second_time_flops: what a second time in an image adds to ``flops``.
+        second_time_kept: what a second time adds to ``kept``.
     """
 
     flops: float
@@ -33,6 +35,8 @@ class Forward:
     parameters: int
     kept_frozen: float = 1.0
     adapted: int = 0
+    second_time_flops: float = 0.0
+    second_time_kept: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -128,14 +132,22 @@ def _sit_forward(size: str, tokens: float, channels: int, classes: int) -> Forwa
     """Return the forward pass of a SiT.
 
     A block has 12 D^2 weights at every token and 6 D^2 at every image, and two products of attention. It keeps 21
-    numbers per token and channel, as counted; the rest of the model keeps 3 more.
+    numbers per token and channel, as counted; the rest of the model keeps 3 more. What depends on the time alone is
+    computed once more for a second time, and chosen for each token.
     """
     shape = shape_of(SIT, size)
     width, depth = shape.width, shape.depth
     macs, parameters = _ends(width, tokens, shape.stride**2 * channels, classes)
     macs += depth * (12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2)
     parameters += int(tokens) * width + depth * (18 * width**2 + 15 * width)
-    return Forward(2 * macs, (21 * depth + 3) * tokens * width, parameters)
+    second_time = 2 * (_TIME_FEATURES * width + (3 + 6 * depth) * width**2)
+    return Forward(
+        2 * macs,
+        (21 * depth + 3) * tokens * width,
+        parameters,
+        second_time_flops=second_time,
+        second_time_kept=8 * depth * tokens * width,
+    )
 
 
 def _sit_down_forward(size: str, tokens: float, channels: int, classes: int) -> Forward:

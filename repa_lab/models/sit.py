@@ -42,13 +42,21 @@ def timestep_features(t: torch.Tensor) -> torch.Tensor:
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Shift and scale tokens ``(B, N, width)`` by vectors ``(B, width)`` or ``(B, N, width)``; zeros change nothing."""
-    return x * (1 + for_tokens(scale)) + for_tokens(shift)
+    """Shift and scale tokens ``(B, N, width)`` by ``(B, 1, width)`` or ``(B, N, width)``; zeros change nothing."""
+    return x * (1 + scale) + shift
 
 
-def for_tokens(vectors: torch.Tensor) -> torch.Tensor:
-    """Return vectors of images ``(B, width)`` as ``(B, 1, width)``; those of tokens ``(B, N, width)`` as they are."""
-    return vectors.unsqueeze(1) if vectors.ndim == 2 else vectors
+def for_tokens(vectors: torch.Tensor, is_second: torch.Tensor | None) -> torch.Tensor:
+    """Return the vectors of images for their tokens.
+
+    Args:
+        vectors: ``(B, width)``, or ``(B, 2, width)`` for the two times of an image.
+        is_second: ``(B, N, 1)``, whether a token has the second time; None if an image has one time.
+
+    Returns:
+        ``(B, 1, width)``, or ``(B, N, width)`` for two times.
+    """
+    return vectors.unsqueeze(1) if is_second is None else torch.where(is_second, vectors[:, 1:], vectors[:, :1])
 
 
 class TimestepEmbedder(nn.Module):
@@ -80,15 +88,21 @@ class SiTBlock(nn.Module):
         self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, *rope: torch.Tensor) -> torch.Tensor:
-        """Transform tokens ``(B, N, width)`` under conditioning ``(B, width)`` or ``(B, N, width)``.
+    def forward(
+        self, x: torch.Tensor, c: torch.Tensor, is_second: torch.Tensor | None, *rope: torch.Tensor
+    ) -> torch.Tensor:
+        """Transform tokens ``(B, N, width)`` under conditioning.
 
         Args:
+            x: the tokens.
+            c: the conditioning ``(B, width)``, or ``(B, 2, width)`` for the two times of an image.
+            is_second: ``(B, N, 1)``, whether a token has the second time; None if an image has one time.
             rope: the rotations ``(N, 2 * width / heads)`` of queries and keys, if the attention takes them.
         """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + for_tokens(gate_a) * self.attn(modulate(self.norm1(x), shift_a, scale_a), *rope)
-        out: torch.Tensor = x + for_tokens(gate_m) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        modulation = for_tokens(self.adaLN_modulation(c), is_second)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
+        x = x + gate_a * self.attn(modulate(self.norm1(x), shift_a, scale_a), *rope)
+        out: torch.Tensor = x + gate_m * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
         return out
 
 
@@ -101,9 +115,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, patch_size**2 * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """Map tokens ``(B, N, width)`` to patches ``(B, N, patch_size**2 * channels)``."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+    def forward(self, x: torch.Tensor, c: torch.Tensor, is_second: torch.Tensor | None = None) -> torch.Tensor:
+        """Map tokens ``(B, N, width)`` to patches ``(B, N, patch_size**2 * channels)``; see :class:`SiTBlock`."""
+        shift, scale = for_tokens(self.adaLN_modulation(c), is_second).chunk(2, dim=-1)
         patches: torch.Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
         return patches
 
@@ -197,7 +211,7 @@ class SiTBase(Denoiser):
         """Keep only the inputs of the blocks for the backward pass, which runs each block again."""
         self._is_checkpointed = True
 
-    def _run(self, block: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    def _run(self, block: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:
         if self._is_checkpointed and torch.is_grad_enabled():
             output: torch.Tensor = checkpoint(block, *inputs, use_reentrant=False)
             return output
@@ -255,12 +269,16 @@ class SiT(SiTBase):
 
         Args:
             x: noisy images ``(B, C, H, W)``.
-            t: times ``(B,)``, from 0 (data) to 1 (noise), or ``(B, 1, h, w)`` with a time for every token of the grid.
+            t: times ``(B,)``, from 0 (data) to 1 (noise), or ``(B, 1, h, w)`` with a time for every token of the grid,
+                of which an image has two at most: the conditioning is computed for the least and the greatest.
             y: labels ``(B,)``.
         """
-        tokens = self.x_embedder(x) + self.pos_embed
-        labels: torch.Tensor = self.y_embedder(y)
-        condition = self.t_embedder(t) + labels if t.ndim == 1 else self.t_embedder(t.flatten(1)) + for_tokens(labels)
+        tokens, labels, is_second = self.x_embedder(x) + self.pos_embed, self.y_embedder(y), None
+        if t.ndim > 1:
+            of_tokens, labels = t.flatten(1), labels.unsqueeze(1)
+            t = torch.stack(of_tokens.aminmax(dim=1), dim=1)
+            is_second = (of_tokens == t[:, 1:]).unsqueeze(-1)
+        condition = self.t_embedder(t) + labels
         for block in self.blocks:
-            tokens = self._run(block, tokens, condition)
-        return unpatchify(self.final_layer(tokens, condition), self.grid, self.config.patch_size)
+            tokens = self._run(block, tokens, condition, is_second)
+        return unpatchify(self.final_layer(tokens, condition, is_second), self.grid, self.config.patch_size)

@@ -144,12 +144,12 @@ class SiTDown(SiTBase):
         before, middle, _ = self.config.stages
         tokens, skips = self.x_embedder(x), []
         for block in self.blocks[:before]:
-            tokens = self._run(block, tokens, condition, rope)
+            tokens = self._run(block, tokens, condition, None, rope)
             skips.append(tokens)
         tokens = self.down(tokens)
         for block in self.blocks[before : before + middle]:
-            tokens = self._run(block, tokens, condition, middle_rope)
+            tokens = self._run(block, tokens, condition, None, middle_rope)
         tokens = self.up(tokens)
         for block in self.blocks[before + middle :]:
-            tokens = self._run(block, tokens + skips.pop(), condition, rope)
+            tokens = self._run(block, tokens + skips.pop(), condition, None, rope)
         return unpatchify(self.final_layer(tokens, condition), self.grid, self.config.patch_size)

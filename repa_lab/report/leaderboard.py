@@ -169,12 +169,15 @@ def _row(arm: _Arm, metric: str, runs: set[str]) -> dict[str, Any] | None:
 
 
 def _regularizers(recorded: Any) -> tuple[list[str], list[str]]:
-    """Return the types of the recorded regularizers, without ``none``, and the names of their encoders, each once."""
-    types, encoders = [], []
+    """Return what the recorded regularizers are called, without ``none``, and the names of their encoders, each once.
+
+    A regularizer is called by its type, and by its own name before that if it has one.
+    """
+    labels, encoders = [], []
     for member in recorded if isinstance(recorded, list) else [recorded]:
         if isinstance(member, Mapping) and member.get("type", "none") != "none":
-            types.append(str(member["type"]))
+            labels.append(f"{member['name']} ({member['type']})" if member.get("name") else str(member["type"]))
             given = member.get("encoder")
             listed = given if isinstance(given, list) else [given]
             encoders += [str(one["name"]) for one in listed if isinstance(one, Mapping) and "name" in one]
-    return types, list(dict.fromkeys(encoders))
+    return labels, list(dict.fromkeys(encoders))

@@ -74,6 +74,7 @@ class RegularizerCost:
             regularizers ask is counted for the one that asks longest.
         projector_flops: of training its own parameters on one image in such a step.
         teacher_flops: of the passes of the averaged or a frozen model, for one image in such a step.
+        second_time_flops: of the denoiser's layers that see the time, where an image has two, in such a step.
         copied: weights of the frozen model.
     """
 
@@ -81,12 +82,13 @@ class RegularizerCost:
     encoder_flops: float
     projector_flops: float
     teacher_flops: float
+    second_time_flops: float
     copied: int
 
     @property
     def flops(self) -> float:
         """The FLOPs of one image in a step at which the weight is above 0."""
-        return self.encoder_flops + self.projector_flops + self.teacher_flops
+        return self.encoder_flops + self.projector_flops + self.teacher_flops + self.second_time_flops
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def cost_of(config: RunConfig, options: ResolvedOptions) -> Cost:
     trained = projectors + (adapters or forward.parameters)
     # A backward pass costs two forward passes, or one if the weights have no gradient.
     passes = (2 if is_lora else 3) + int(options.gradient_checkpointing)
-    regularizers = tuple(_regularizer_costs(config, overheads, forward, adapters or forward.parameters))
+    regularizers = tuple(_regularizer_costs(config, overheads, forward, passes, adapters or forward.parameters))
     cached = sum(
         active * _encoder_flops(encoder, config) for encoder, active in _encoder_shares(config).items() if encoder.cache
     )
@@ -181,7 +183,7 @@ def cost_of(config: RunConfig, options: ResolvedOptions) -> Cost:
         saved_flops=cached + (_vae_flops(config, encode=True) if _has_vae(config, family) else 0),
         evaluation_flops=_evaluation_flops(config, config.evaluate, family, forward),
         milestone_flops=_evaluation_flops(config, milestone, family, forward) if milestone else 0.0,
-        memory=_memory(config, options, forward, shape, tokens, trained, projectors, regularizers),
+        memory=_memory(config, options, forward, shape, tokens, trained, overheads, regularizers),
         checkpoint_bytes=_CHECKPOINT_NUMBERS * _FLOAT * _CHECKPOINTS_KEPT * trained,
         rough=tuple(_rough(config)),
     )
@@ -196,7 +198,7 @@ def costs_so_far(config: RunConfig, options: ResolvedOptions, progress: Progress
     cost, batch = cost_of(config, options), config.train.batch_size
     images = [batch * active_steps(settings, progress.step) for settings in config.regularizers]
     added = list(zip(images, cost.regularizers, strict=True))
-    trained = sum(count * (one.projector_flops + one.teacher_flops) for count, one in added)
+    trained = sum(count * (one.flops - one.encoder_flops) for count, one in added)
     return {
         "cost/evaluation_seconds": round(progress.evaluation_seconds, 3),
         "cost/encoder_seconds": round(progress.encoder_seconds, 3),
@@ -275,19 +277,23 @@ def _encoder_shares(config: RunConfig) -> dict[EncoderSettings, float]:
 
 
 def _regularizer_costs(
-    config: RunConfig, overheads: Sequence[Overhead | None], forward: Forward, trained: int
+    config: RunConfig, overheads: Sequence[Overhead | None], forward: Forward, passes: int, trained: int
 ) -> Iterator[RegularizerCost]:
     counted: set[EncoderSettings] = set()
     shares, costs = _encoder_shares(config), zip(config.regularizers, needs_of(config), overheads, strict=True)
+    has_second_time = False
     for settings, needs, overhead in costs:
         active = _active_share(settings, config)
         own = {one for one in settings.encoders if not one.cache and shares[one] == active} - counted
         counted |= own
+        adds_second_time = needs.token_times > 0 and not has_second_time
+        has_second_time |= adds_second_time
         yield RegularizerCost(
             active=active,
             encoder_flops=sum(_encoder_flops(encoder, config) for encoder in own),
             projector_flops=6.0 * overhead.macs if overhead else 0.0,
             teacher_flops=needs.extra_passes * forward.flops,
+            second_time_flops=passes * forward.second_time_flops if adds_second_time else 0.0,
             copied=trained if needs.frozen_taps else 0,
         )
 
@@ -304,7 +310,7 @@ def _overheads(config: RunConfig, family: Family, shape: Shape) -> list[Overhead
             encoders.append(TokenSize((facts.dim if facts else 0) or shape.width, count))
         taps = tuple(TokenSize(shape.width, count) for count in counts)
         latents = TokenSize(_latent_channels(config, family), _tokens(config, family, 1))
-        overheads.append(settings.overhead(Sizes(taps, tuple(encoders), latents)))
+        overheads.append(settings.overhead(Sizes(taps, tuple(encoders), latents, shape.heads)))
     return overheads
 
 
@@ -343,11 +349,14 @@ def _memory(
     shape: Shape,
     tokens: float,
     trained: int,
-    projectors: int,
+    overheads: Sequence[Overhead | None],
     regularizers: Sequence[RegularizerCost],
 ) -> Memory:
     is_lora, number = config.model.train == "lora", _FLOAT if options.precision == "fp32" else _HALF
+    projectors = sum(one.parameters for one in overheads if one)
     kept = forward.kept * (forward.kept_frozen if is_lora else 1)
+    kept += forward.second_time_kept * any(one.second_time_flops for one in regularizers)
+    maps = _FLOAT * sum(one.kept for one in overheads if one)
     if options.gradient_checkpointing:  # the inputs of all blocks, and one whole block
         kept = kept / shape.depth + shape.depth * shape.width * tokens if shape.depth > 1 else kept / 2
     share = max(1, config.train.batch_size // options.gpus_per_run)  # `auto` begins with it
@@ -358,7 +367,7 @@ def _memory(
         copies=0 if is_lora or number == _FLOAT else _HALF * (trained - projectors),
         training=3 * _FLOAT * trained,
         gradients=_FLOAT * trained,
-        activations=kept * number * images,
+        activations=(kept * number + maps) * images,
         overlap=_FLOAT * (projectors if images == share else trained),
         encoders=_FLOAT * sum(encoder_weights(encoder.name) or 0 for encoder in online),
         teachers=_FLOAT * max((one.copied for one in regularizers), default=0),

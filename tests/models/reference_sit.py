@@ -11,7 +11,10 @@ Array = NDArray[np.float64]
 
 
 def forward(weights: Mapping[str, Array], heads: int, patch: int, x: Array, t: Array, y: NDArray[np.int64]) -> Array:
-    """Velocity ``(B, C, H, W)``; ``weights`` is the state dict in float64, without its position table."""
+    """Velocity ``(B, C, H, W)``; ``weights`` is the state dict in float64, without its position table.
+
+    Times are ``(B,)``, or ``(B, N)`` with one for every token, whose conditioning is then its own.
+    """
     batch, channels, height, width = x.shape
     rows, columns = height // patch, width // patch
     kernel = weights["x_embedder.proj.weight"].reshape(-1, channels * patch * patch)
@@ -22,13 +25,13 @@ def forward(weights: Mapping[str, Array], heads: int, patch: int, x: Array, t: A
             tokens[:, r * columns + c] = (
                 piece @ kernel.T + weights["x_embedder.proj.bias"] + position(r, c, len(kernel))
             )
-    condition = _mlp(weights, "t_embedder.mlp.0", "t_embedder.mlp.2", time_features(t), silu)
-    condition = condition + weights["y_embedder.weight"][y]
+    condition = _mlp(weights, "t_embedder.mlp.0", "t_embedder.mlp.2", time_features(t.reshape(batch, -1)), silu)
+    condition = condition + weights["y_embedder.weight"][y][:, None]
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     for index in range(depth):
         tokens = _block(weights, f"blocks.{index}", heads, tokens, condition)
     shift, scale = np.split(_linear(weights, "final_layer.adaLN_modulation.1", silu(condition)), 2, axis=-1)
-    patches = _linear(weights, "final_layer.linear", norm(tokens) * (1 + scale[:, None]) + shift[:, None])
+    patches = _linear(weights, "final_layer.linear", norm(tokens) * (1 + scale) + shift)
     velocity = np.zeros_like(x)
     for r in range(rows):
         for c in range(columns):
@@ -48,7 +51,7 @@ def position(row: int, column: int, width: int) -> Array:
 def time_features(t: Array) -> Array:
     """128 cosines, then 128 sines, of t in [0, 1] itself."""
     frequencies = np.array([10_000.0 ** (-k / 128) for k in range(128)])
-    return np.concatenate([np.cos(t[:, None] * frequencies), np.sin(t[:, None] * frequencies)], axis=1)
+    return np.concatenate([np.cos(t[..., None] * frequencies), np.sin(t[..., None] * frequencies)], axis=-1)
 
 
 def silu(x: Array) -> Array:
@@ -72,7 +75,7 @@ def _mlp(weights: Mapping[str, Array], first: str, second: str, x: Array, activa
 
 
 def _block(weights: Mapping[str, Array], name: str, heads: int, x: Array, condition: Array) -> Array:
-    parts = np.split(_linear(weights, f"{name}.adaLN_modulation.1", silu(condition))[:, None], 6, axis=-1)
+    parts = np.split(_linear(weights, f"{name}.adaLN_modulation.1", silu(condition)), 6, axis=-1)
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
     x = x + gate_a * _attention(weights, f"{name}.attn", heads, norm(x) * (1 + scale_a) + shift_a)
     hidden = norm(x) * (1 + scale_m) + shift_m

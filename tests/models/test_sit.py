@@ -58,6 +58,19 @@ def test_forward_agrees_with_float64(size_in, patch):
         np.testing.assert_allclose(model(x, t, y).numpy(), expected, atol=1e-5)
 
 
+def test_two_times_in_an_image_agree_with_a_conditioning_for_every_token_in_float64():
+    model, (x, first, y) = awake(), inputs()
+    second, is_second = torch.rand(4), torch.rand(4, 1, 3, 5) < 0.4
+    is_second[3] = False  # an image may have one time as well
+    t = torch.where(is_second, second.view(-1, 1, 1, 1), first.view(-1, 1, 1, 1))
+    weights = {name: p.double().numpy() for name, p in model.state_dict().items() if name != "pos_embed"}
+    given = (x.double().numpy(), t.flatten(1).double().numpy(), y.numpy())
+    expected = reference_sit.forward(weights, TINY.heads, TINY.patch_size, *given)
+    with torch.no_grad():
+        np.testing.assert_allclose(model(x, t, y).numpy(), expected, atol=1e-5)
+        assert not torch.allclose(model(x, t, y), model(x, first, y), atol=1e-2)
+
+
 def test_positions_name_column_then_row():
     table = sincos_positions(16, (3, 5)).double().numpy()
     for row in range(3):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import timm
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from repa_lab.align.methods.haste import attention_loss
 from repa_lab.align.projector import Projector
+from repa_lab.align.regularizer import Attention
 from repa_lab.align.settings import ProjectorSettings
 from repa_lab.encoders.registry import ENCODERS, encoder_flops, encoder_weights
 from repa_lab.models import flops
@@ -74,6 +79,20 @@ def test_sits_formula_is_what_torch_counts(size, channels, side, classes):
     assert found.flops == counted
     assert found.parameters == sum(parameter.numel() for parameter in net.parameters())
     assert found.kept == pytest.approx(kept, rel=0.06)
+
+
+@pytest.mark.parametrize("size", ["nano/2", "XL/2"])
+def test_a_second_time_in_an_image_costs_a_sit_what_torch_counts(size):
+    with torch.device("meta"):
+        net = SiT.from_size(size)
+    x, y = torch.empty(1, 4, 32, 32, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+    (one, one_kept), (two, two_kept) = (
+        count(lambda t=t: net(x, t, y), net)
+        for t in (torch.empty(1, device="meta"), torch.empty(1, 1, 16, 16, device="meta"))
+    )
+    found = flops.forward_of(SIT, size, 256, 4, 1000)
+    assert found.second_time_flops == two - one
+    assert found.second_time_kept == pytest.approx(two_kept - one_kept, rel=0.06)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +258,16 @@ class TestTraining:
             ratio = cost(own).image_flops / cost({**own, "regularizer.type": "none"}).image_flops
             assert 100 * (ratio - 1) == pytest.approx(percent, abs=0.3)
 
+    def test_self_flow_is_the_teachers_pass_the_projector_and_a_second_time(self):
+        """The time embedding, twelve modulations of 6 D^2 and the last of 2 D^2 are computed for both times of an image."""
+        second_time = 2 * (256 * 768 + 768**2 + 12 * 6 * 768**2 + 2 * 768**2)
+        flow, sra = cost({"regularizer.type": "self_flow"}), cost({"regularizer.type": "sra"})
+        assert sra.image_flops == 4 * self.FORWARD + 6 * 256 * 7_340_032
+        assert flow.image_flops - sra.image_flops == 3 * second_time
+        section = {"type": "self_flow"}
+        both = cost({"regularizer": [{**section, "name": "one"}, {**section, "name": "two", "block_index": 5}]})
+        assert both.image_flops - flow.image_flops == self.FORWARD + 6 * 256 * 7_340_032  # the second time is there
+
     def test_checkpointing_is_one_more_forward_pass(self):
         assert cost({"run.gradient_checkpointing": True}).image_flops - cost().image_flops == self.FORWARD
 
@@ -313,6 +342,29 @@ class TestMemory:
     def test_checkpointing_keeps_the_inputs_of_blocks_and_one_block(self):
         found = cost({"run.gradient_checkpointing": True, "run.micro_batch": 1}).memory
         assert found.activations == pytest.approx(2 * 256 * 768 * ((21 * 12 + 3) / 12 + 12))
+
+    def test_haste_keeps_a_map_of_attention_on_each_side(self):
+        """Four layers of 12 heads with 256 x 256 pairs in float32, whatever the precision: 25 MB an image."""
+        online = {"regularizer.encoder.cache": False, "run.micro_batch": 8}
+        maps = 4 * 2 * 12 * 256**2 * 4
+        for precision in ("bf16", "fp32"):
+            repa, haste, without = (
+                cost({**online, "run.precision": precision, "regularizer.type": kind, **more}).memory
+                for kind, more in (("repa", {}), ("haste", {}), ("haste", {"regularizer.attention_weight": 0.0}))
+            )
+            assert haste.activations - repa.activations == 8 * maps
+            assert without == repa
+
+    def test_the_attention_loss_keeps_two_maps(self):
+        heads = nn.ParameterList([torch.empty(1, 12, 256, 64, device="meta") for _ in range(4)])
+        student, teacher = Attention(heads[0], heads[1], (16, 16)), Attention(heads[2], heads[3], (16, 16))
+        with mock.patch.object(Attention, "resample", lambda self, grid: self):
+            _, kept = count(lambda: attention_loss(student, teacher), heads)
+        assert kept == 2 * 12 * 256**2
+
+    def test_self_flow_keeps_the_modulation_of_every_token(self):
+        flow, sra = (cost({"regularizer.type": kind}).memory for kind in ("self_flow", "sra"))
+        assert flow.activations - sra.activations == 256 * 2 * 8 * 12 * 256 * 768
 
     def test_processes_share_the_batch(self):
         assert cost({"run.gpus_per_run": 4}).memory.activations * 4 == cost().memory.activations

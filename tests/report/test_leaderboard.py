@@ -26,6 +26,7 @@ REPA = {
 TWO = {"regularizer": {"type": "urepa", "encoder": [{"name": "dinov2_vitb14"}, {"name": "clip_vitl14"}]}}
 
 SEVERAL = {"regularizer": [REPA["regularizer"], {"type": "none"}, {"type": "dispersive"}]}
+NAMED = {"regularizer": [{"type": "layersync", "name": name} for name in ("early", "late")]}
 
 
 def only(path, **wanted):
@@ -40,6 +41,7 @@ def test_arms_of_all_sweeps_stand_best_first_with_their_intervals(build: Build, 
             FakeArm("aligned", constant_runs([20.0, 22.0, 27.0]), config=REPA),
             FakeArm("both", constant_runs([25.0]), config=TWO),
             FakeArm("several", constant_runs([31.0]), config=SEVERAL),
+            FakeArm("named", constant_runs([31.5]), config=NAMED),
         ],
         name="two",
     )
@@ -51,6 +53,7 @@ def test_arms_of_all_sweeps_stand_best_first_with_their_intervals(build: Build, 
         ["aligned", "two"],
         ["both", "two"],
         ["several", "two"],
+        ["named", "two"],
         ["base", "one"],
     ]
     first = frame.iloc[0]
@@ -69,6 +72,7 @@ def test_arms_of_all_sweeps_stand_best_first_with_their_intervals(build: Build, 
         ["sit", "B/2", "repa", "dinov2_vitb14"],
         ["sit", "", "urepa", "dinov2_vitb14 + clip_vitl14"],
         ["sit", "", "repa + dispersive", "dinov2_vitb14"],
+        ["sit", "", "early (layersync) + late (layersync)", ""],
         ["sit", "B/2", "none", ""],
     ]
 

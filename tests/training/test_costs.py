@@ -166,7 +166,9 @@ def test_an_averaged_teacher_costs_a_pass_and_the_projector(kind):
     assert found.regularizers[0].teacher_flops == forward
     assert found.memory.teachers == 0  # the averages are there anyway
     projector = 2 * (WIDTH * 16) + 16**2  # multiply-adds of a token
-    assert found.image_flops == pytest.approx(without.image_flops + forward + 6 * TAPPED**2 * projector)
+    second_time = found.regularizers[0].second_time_flops
+    assert (second_time > 0) == (kind == "self_flow")
+    assert found.image_flops == pytest.approx(without.image_flops + forward + second_time + 6 * TAPPED**2 * projector)
 
 
 def test_sra2_costs_its_projector():

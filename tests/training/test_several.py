@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -328,6 +329,18 @@ class TestSignals:
         assert ["align/attention" in row for row in rows] == [True, True, False]
         total = rows[0]["align/attention"] - rows[0]["align/cosine"]
         assert rows[0]["loss/aligned"] == pytest.approx(0.5 * total, rel=1e-5)
+
+    @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+    def test_attention_of_a_denoiser_that_is_compiled_is_the_same(self, cache, backend, monkeypatch):
+        torch.compiler.reset()
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+        settings = {**self.HASTE, "schedule": {}}
+        plain, compiled = (trainer_of(cache, settings, {"compile": value}) for value in (False, True))
+        assert compiled.state.denoiser._compiled_call_impl is not None
+        for batch in list(plain.batches())[:3]:
+            expected, found = plain.step(batch).row(), compiled.step(batch).row()
+            assert found["align/attention"] > 0
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
     def test_the_attention_loss_reaches_the_denoisers_queries(self, cache):
         gradients = []

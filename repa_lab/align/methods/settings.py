@@ -190,11 +190,16 @@ class HASTESettings(REPASettings):
         return Needs((self.block_index,), self.encoders, attention=tuple(self.attention), encoder_attention=taught)
 
     def overhead(self, sizes: Sizes) -> Overhead:
-        """Return the projectors, and the products of queries and keys on both sides."""
+        """Return the projectors, the products of queries and keys on both sides, and a map of each.
+
+        The encoder is taken to have as many heads as the denoiser.
+        """
         projectors, (tap,) = super().overhead(sizes), sizes.taps
         # The encoder's products have no backward pass, which costs two forward passes.
         widths = sum(tap.dim + encoder.dim / 3 for encoder in sizes.encoders)
-        return Overhead(projectors.parameters, projectors.macs + len(self.attention) * tap.number**2 * widths)
+        pairs = len(self.attention) * tap.number**2
+        maps = 2 * sizes.heads * len(sizes.encoders)
+        return Overhead(projectors.parameters, projectors.macs + pairs * widths, pairs * maps)
 
     def problems(self, facts: TrainingFacts) -> Iterator[tuple[str, str]]:
         """Yield the problems of all regularizers, and more layers than there are up to the block."""
