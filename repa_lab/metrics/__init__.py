@@ -16,8 +16,18 @@ if TYPE_CHECKING:
         mutual_knn,
         nearest_neighbours,
     )
-    from repa_lab.metrics.frechet import Moments, Statistics, frechet_distance, statistics
-    from repa_lab.metrics.quality import PrecisionRecall, Score, inception_score, kid, kid_protocol, precision_recall
+    from repa_lab.metrics.quality import (
+        Moments,
+        PrecisionRecall,
+        Score,
+        Statistics,
+        frechet_distance,
+        inception_score,
+        kid,
+        kid_protocol,
+        precision_recall,
+        statistics,
+    )
     from repa_lab.metrics.spatial import cds, lds, rmsc
 
 __all__ = [
@@ -55,8 +65,18 @@ __getattr__ = on_first_use(
             "mutual_knn",
             "nearest_neighbours",
         ),
-        "metrics.frechet": ("Moments", "Statistics", "frechet_distance", "statistics"),
-        "metrics.quality": ("PrecisionRecall", "Score", "inception_score", "kid", "kid_protocol", "precision_recall"),
+        "metrics.quality": (
+            "Moments",
+            "PrecisionRecall",
+            "Score",
+            "Statistics",
+            "frechet_distance",
+            "inception_score",
+            "kid",
+            "kid_protocol",
+            "precision_recall",
+            "statistics",
+        ),
         "metrics.spatial": ("cds", "lds", "rmsc"),
     },
 )

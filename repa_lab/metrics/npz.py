@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from repa_lab.errors import InputError
 from repa_lab.files import replace_atomically
-from repa_lab.metrics.frechet import Statistics
+from repa_lab.metrics.quality import Statistics
 
 # The extractor of ADM's reference batches (VIRTUAL_*.npz), and their names for sFID's statistics.
 _ADM = {"extractor": "inception", "preprocessing": "tf1-bilinear-299"}

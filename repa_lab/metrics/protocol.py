@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from repa_lab.metrics.frechet import Statistics
+    from repa_lab.metrics.quality import Statistics
 
     Features = NDArray[np.float32]
 
@@ -87,7 +87,7 @@ def metric(
 @metric("sfid", goal="min", yields=(("sfid", None),), compares="statistics")
 @metric("frechet", goal="min", yields=(("fid", "frechet"),), compares="statistics")
 def _frechet(generated: Statistics, real: Statistics) -> float:
-    from repa_lab.metrics.frechet import frechet_distance
+    from repa_lab.metrics.quality import frechet_distance
 
     return frechet_distance(generated.mu, generated.sigma, real.mu, real.sigma)
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from repa_lab.files import digest, replace_atomically
 from repa_lab.metrics.extractor import Extractor, Features
-from repa_lab.metrics.frechet import Moments, Statistics
 from repa_lab.metrics.npz import StatisticsError, images_shape, read_images, read_statistics, write_statistics
 from repa_lab.metrics.protocol import METRICS, SPATIAL, layer_of, layers
+from repa_lab.metrics.quality import Moments, Statistics
 
 FOLDER = "reference"
 KEPT = 10_000
