@@ -168,8 +168,9 @@ class Batch(NamedTuple):
 
     def split(self, size: int | None) -> list[Batch]:
         """Return micro-batches of at most ``size`` images; None keeps the batch whole."""
-        step = size or len(self.ids)
-        return [self._rows(slice(start, start + step)) for start in range(0, len(self.ids), step)]
+        if size is None or size >= len(self.ids):
+            return [self]
+        return [self._rows(slice(start, start + size)) for start in range(0, len(self.ids), size)]
 
     def _rows(self, rows: slice) -> Batch:
         ids, x, noise, t = (values[rows] for values in (self.ids, self.x, self.noise, self.t))
@@ -256,6 +257,9 @@ class Steps(Dataset[HostBatch]):
             DataError: an image or a cache cannot be read, or a process that reads has ended.
         """
         is_gpu = device.type == "cuda"
+        if workers == 0 and not is_gpu:  # a loader would take longer than reading small images does
+            yield from map(self.draw, map(self.__getitem__, steps))
+            return
         loader = DataLoader(_Errors(self), batch_size=None, sampler=steps, num_workers=workers, pin_memory=is_gpu)
         read = _raising(loader)
         for host in _copied_ahead(read, device) if is_gpu else read:

@@ -78,7 +78,7 @@ class EMA:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], config: EmaConfig) -> None:
-        self._live = {
+        self._live: dict[str, torch.Tensor] = {
             f"{prefix}.{name}": parameter
             for prefix, module in modules.items()
             for name, parameter in trainable(module).items()
@@ -93,8 +93,7 @@ class EMA:
         Args:
             updates: number of earlier updates of the run, those before a resume included.
         """
-        live = [parameter.detach() for parameter in self._live.values()]
-        torch._foreach_lerp_(list(self.average.values()), live, 1 - self._config.decay_at(updates))
+        torch._foreach_lerp_([*self.average.values()], [*self._live.values()], 1 - self._config.decay_at(updates))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

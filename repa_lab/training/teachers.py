@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -125,7 +125,7 @@ class Teachers:
                 if asked:
                     wanted.setdefault(teacher_pass, {}).update(dict.fromkeys(asked))
         captured: dict[tuple[TeacherPass, BlockIndex | None], Tokens] = {}
-        with autocast:
+        with autocast if wanted else nullcontext():
             for teacher_pass, blocks in wanted.items():
                 frozen = teacher_pass.frozen
                 t = denoiser_times(needs, batch) if frozen else _averaged_times(teacher_pass, batch)

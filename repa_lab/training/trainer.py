@@ -161,7 +161,7 @@ class Trainer:
         for group in self.state.optimizer.param_groups:
             group["lr"] = rate
         limit = train.grad_clip
-        grad_norm = self.accelerator.clip_grad_norm_(self._parameters, limit) if limit else None
+        grad_norm = self._clip(limit) if limit else None
         self.state.optimizer.step()
         self.state.optimizer.zero_grad(set_to_none=True)
         self.state.ema.update(step)
@@ -217,6 +217,11 @@ class Trainer:
             if self.aligner:
                 self.aligner.retract(self.progress.step)
             torch.cuda.empty_cache()  # does nothing without a GPU
+
+    def _clip(self, limit: float) -> torch.Tensor:
+        """Clip the gradients, unscaled if a scaler has scaled them, and return their norm before."""
+        self.accelerator.unscale_gradients()
+        return nn.utils.clip_grad_norm_(self._parameters, limit)
 
     def note_encoder_seconds(self) -> None:
         """Add the seconds of encoders since the last call to the progress; waits for the device."""
