@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from repa_lab.files import open_standard_streams
 from repa_lab.lazy import on_first_use
 
 if TYPE_CHECKING:
@@ -18,3 +19,5 @@ __getattr__ = on_first_use(
     __name__,  # so that `import repa_lab.align` costs torch and nothing else
     {"orchestration.api": ("plan", "sweep"), "report.results": ("load_results",), "spec": ("load_spec",)},
 )
+
+open_standard_streams()

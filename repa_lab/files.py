@@ -1,4 +1,4 @@
-"""Atomic writes and content digests of files, for every package. Imports no torch."""
+"""Atomic writes, content digests and standard streams, for every package. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,24 @@ import functools
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def open_standard_streams() -> None:
+    """Open the null device for every standard stream that is closed, as in a daemon.
+
+    A file that the process opens would otherwise take the place of the stream, and whatever prints would write to it.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = Path(os.devnull).open(mode, encoding="utf-8", errors="replace")  # noqa: SIM115  open to the end
+            setattr(sys, name, stream)
 
 
 def examples() -> Path:

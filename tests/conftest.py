@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 # Threads that wait for each other starve on busy cores. NumPy and torch read this when they are imported, here and in
 # the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("OPTUNA_STORAGE", None)  # searches would be kept in the developer's own database
 
 import pytest
 import torch

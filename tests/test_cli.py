@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import textwrap
 from contextlib import chdir
 from pathlib import Path
 
@@ -36,6 +37,49 @@ def test_a_process_prints_what_the_command_does_and_ends_with_its_status(tmp_pat
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == cli("plan", "bad.yaml", cwd=tmp_path).stderr
     assert (listed.returncode, listed.stderr, listed.stdout) == (0, "", cli("status", cwd=tmp_path).stdout)
+
+
+class TestClosedStreams:
+    """Commands of a daemon, or of a shell that closes the standard streams."""
+
+    def closed(self, streams, *words, cwd):
+        """Run a command with some of its standard streams closed."""
+        shell = ["sh", "-c", f'exec "$@" {streams}', "sh", sys.executable]
+        return subprocess.run([*shell, *map(str, words)], cwd=cwd, capture_output=True, text=True, check=False)
+
+    def test_what_is_printed_to_the_others_is_the_same(self, tmp_path):
+        (tmp_path / "bad.yaml").write_text("name: bad\n")
+        refused = self.closed(">&-", "-m", "repa_lab", "plan", "bad.yaml", cwd=tmp_path)
+        assert (refused.returncode, refused.stderr) == (2, cli("plan", "bad.yaml", cwd=tmp_path).stderr)
+        listed = self.closed("2>&-", "-m", "repa_lab", "status", cwd=tmp_path)
+        assert (listed.returncode, listed.stdout) == (0, cli("status", cwd=tmp_path).stdout)
+
+    def test_no_file_takes_the_place_of_a_stream(self, tmp_path):
+        code = """
+            import os, subprocess, sys
+            import repa_lab
+            out = open("out", "w")
+            print("lost")
+            print("lost", file=sys.stderr)
+            subprocess.run(["sh", "-c", "echo lost; echo lost >&2; cat"])
+            out.write(" ".join(os.readlink(f"/proc/self/fd/{number}") for number in range(3)))
+        """
+        done = self.closed("<&- >&- 2>&-", "-c", textwrap.dedent(code), cwd=tmp_path)
+        assert done.returncode == 0
+        assert (tmp_path / "out").read_text() == "/dev/null /dev/null /dev/null"
+
+    def test_a_sweep_without_any_trains_measures_and_reports(self, tmp_path):
+        (tmp_path / "spec.yaml").write_text(
+            "name: tiny\nmodel: {family: sit, size: nano/4}\ndata: {source: digits}\n"
+            "train: {steps: 2, batch_size: 8}\nregularizer: {type: none}\n"
+            "evaluate: {every: 2, samples: 8, sampler: {steps: 1}, extractor: {name: efficientnet_lite0}}\n"
+            "run: {device: cpu, wandb: {mode: disabled}}\n"
+        )
+        done = self.closed("<&- >&- 2>&-", "-m", "repa_lab", "sweep", "spec.yaml", cwd=tmp_path)
+        assert done.returncode == 0, (tmp_path / "runs" / "tiny" / "workers.log").read_text()
+        (run,) = json.loads(cli("status", "--json", cwd=tmp_path).stdout)
+        assert (run["state"], run["step"]) == ("done", 2)
+        assert (tmp_path / "runs" / "tiny" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("command", ["plan", "sweep", "run"])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from repa_lab.spec import load_spec
 from tests.test_cli import cli
 
 ROOT = Path(__file__).parents[1]
@@ -209,3 +210,42 @@ def test_labels_and_questions_are_shown_as_they_are_written(folder):
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith("Does [1] help [/x]?")
     assert "│ a [red]b[/red] :100: │" in shown.stdout
+
+
+class TestPasswords:
+    """A database's password is given to Optuna, and shown by no command."""
+
+    URL = "nosuchdb://me:geheim@host/db"
+
+    @pytest.fixture
+    def searching(self, folder):
+        text = SPEC.replace("axes: {regularizer.weight: {logspace: [0.1, 1, 3]}}\n", "")
+        for name, trials in (("a", 5), ("b", 6)):
+            search = (
+                f"search: {{space: {{train.lr: {{log: [1e-4, 1e-3]}}}}, trials: {trials}, storage: '{self.URL}'}}\n"
+            )
+            (folder / f"{name}.yaml").write_text(text + search)
+        return folder
+
+    def test_they_are_read_as_they_are(self, searching):
+        assert load_spec(searching / "a.yaml").search.storage == self.URL
+
+    @pytest.mark.parametrize(
+        ("words", "status", "shown"),
+        [
+            (("explain", "a.yaml", "search"), 0, "nosuchdb://me:***@host/db"),
+            (("explain", "a.yaml", "search.storage", "--json"), 0, '"value": "nosuchdb://me:***@host/db"'),
+            (("diff", "a.yaml", "b.yaml"), 1, "search.trials"),
+            (("diff", "a.yaml", "one.yaml", "--json"), 1, '"a": "nosuchdb://me:***@host/db"'),
+            (("plan", "a.yaml"), 2, "search.storage: Can't load plugin: sqlalchemy.dialects:nosuchdb"),
+            (("sweep", "a.yaml"), 2, "search.storage: Can't load plugin: sqlalchemy.dialects:nosuchdb"),
+            (("plan", "a.yaml", "--set", f"search.storage=[{URL}]"), 2, "got ['nosuchdb://me:***@host/db']"),
+            (("plan", "a.yaml", "--set", f"search.storage:{URL}"), 2, "me:***@host/db: expected PATH=VALUE"),
+            (("plan", "a.yaml", "--set", "search.storage", URL), 2, "extra argument(s) (nosuchdb://me:***@host/db)"),
+        ],
+    )
+    def test_and_shown_nowhere(self, searching, words, status, shown):
+        done = cli(*words, cwd=searching)
+        assert done.returncode == status
+        assert shown in (done.stderr if status == 2 else done.stdout)
+        assert "geheim" not in done.stdout + done.stderr

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from repa_lab.cli import models, results, runs, specs, start, sweeps
-from repa_lab.errors import UserError
+from repa_lab.errors import UserError, hide_passwords
 from repa_lab.registry import load_plugins
 
 # In the order in which --help lists them.
@@ -42,6 +42,10 @@ class _Commands(TyperGroup):
         except OSError as error:  # such as a disk that is full or read-only
             message, status = f"'{error.filename}': " if error.filename else "", 1
             message += error.strerror or str(error)
+        except Exception as error:
+            if isinstance(text := getattr(error, "message", None), str):  # typer's, about a word on the command line
+                error.message = hide_passwords(text)  # type: ignore[attr-defined]
+            raise
         typer.echo(message, err=True)
         raise typer.Exit(status)
 

@@ -10,8 +10,10 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
+from repa_lab.errors import hide_passwords
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.orchestration.checks import blocked, check, resolve_metric
+from repa_lab.orchestration.search.problems import STORAGE_VARIABLE, storage_url
 from repa_lab.orchestration.sharing import Sharing, share
 from repa_lab.runs import RunDirectory, RunsRoot, RunStatus, SweepManifest
 from repa_lab.runs.files import LinkError, require_no_links
@@ -94,10 +96,8 @@ class Plan:
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the plan would not expect: few images, and an earlier version whose runs are all left."""
+        """What is chosen differently because there are few images."""
         notes: dict[str, None] = {}
-        if self._asks_the_same and not self._shares_runs:
-            notes["no run of the sweep's earlier version is asked for any more; its runs stay"] = None
         for entry in self.runs:
             data, count = entry.arm.config.data, entry.run.config.data.holdout
             if data.holdout is None and count != data.held_out(None):
@@ -206,9 +206,15 @@ class Plan:
 
     @cached_property
     def warnings(self) -> list[str]:
-        """What makes the arms' numbers misleading, each sentence once."""
+        """What a user may not expect: numbers that mislead, runs that are dropped, a study elsewhere; each once."""
         trained = dict.fromkeys(arm.config.train for arm in self.experiment.arms)
-        return list(dict.fromkeys(text for train in trained if (text := train.averaging.warning(train.steps))))
+        texts = [train.averaging.warning(train.steps) for train in trained]
+        if self._asks_the_same and not self._shares_runs:
+            texts.append("no run of the sweep's earlier version is asked for any more; its runs stay")
+        search = self.experiment.search
+        if search and search.storage is None and (url := storage_url(search)):
+            texts.append(f"the study is kept in {hide_passwords(url)}, by {STORAGE_VARIABLE} in the environment")
+        return list(dict.fromkeys(filter(None, texts)))
 
     @property
     def measured(self) -> list[str]:

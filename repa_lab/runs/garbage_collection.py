@@ -46,10 +46,12 @@ class Skipped:
     Attributes:
         path: the file, folder or link.
         why: what keeps it.
+        is_failure: whether it should have been deleted.
     """
 
     path: Path
     why: str
+    is_failure: bool = False
 
 
 def find_garbage(root: RunsRoot) -> tuple[list[Garbage], list[Skipped]]:
@@ -86,7 +88,7 @@ def collect(
             if not dry_run:
                 files.delete(item.path)
         except OSError as error:
-            left.append(Skipped(item.path, f"{item.why}: {error.strerror or error}"))
+            left.append(Skipped(item.path, f"{item.why}: {error.strerror or error}", is_failure=True))
             continue
         size -= item.size
         deleted.append(item)

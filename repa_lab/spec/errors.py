@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repa_lab.errors import InputError
+from repa_lab.errors import InputError, hide_passwords
 
 KeyPath = tuple[str | int, ...]
 """Keys and list positions from the top of a document to a value."""
@@ -71,6 +71,6 @@ def dotted(path: KeyPath) -> str:
 
 
 def shortened(value: Any) -> str:
-    """Return a value as a message shows it, cut after 100 characters."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    """Return a value as a message shows it, without passwords in URLs, cut after 100 characters."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else hide_passwords(repr(value))
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, PlainSerializer, model_validator
 
+from repa_lab.errors import hide_passwords
 from repa_lab.settings import Count, NotNegative, Positive, Settings
 
 COSTS = ("seconds", "gpu_hours")
@@ -91,8 +92,8 @@ class SearchConfig(Settings):
     """Optuna's pruner."""
     seed: int = 0
     """Seed of the sampler."""
-    storage: str | None = None
-    """URL of the study's database; null is a file in the sweep's folder."""
+    storage: Annotated[str, PlainSerializer(hide_passwords, when_used="json")] | None = None
+    """URL of the study's database; null is the URL in `OPTUNA_STORAGE`, or else a file in the sweep's folder."""
 
     @property
     def objectives(self) -> tuple[Objective, ...]:

@@ -1,9 +1,11 @@
 """Trials of several seeds in a search, without any training: run directories are written by hand."""
 
 import math
+import re
 import shutil
 from collections import Counter
 
+import optuna
 import pytest
 
 from repa_lab import plan
@@ -307,3 +309,17 @@ def test_a_root_may_have_any_characters_in_its_path(tiny, tmp_path):
         assert states(searcher(tiny, root)(trials=1, seeds=1)) == ["complete"]
         assert sorted(path.name for path in (root / "tiny").iterdir()) == ["runs", "study.db", "sweep.json"]
     assert sorted(tmp_path.iterdir()) == sorted(roots)
+
+
+def test_the_database_may_be_named_by_optunas_variable(search, tmp_path, monkeypatch):
+    urls = {name: f"sqlite:///{tmp_path}/{name}.db" for name in ("environment", "spec")}
+    monkeypatch.setenv("OPTUNA_STORAGE", urls["environment"])
+    for name, storage in (("environment", None), ("spec", urls["spec"])):
+        work = search(storage=storage)
+        names = optuna.get_all_study_names(urls[name])
+        assert [study.startswith("tiny, all [") for study in names] == [True]
+        assert not work._directory.study.exists()
+        said = "the study is kept in sqlite:///.*/environment.db, by OPTUNA_STORAGE in the environment"
+        assert [bool(re.fullmatch(said, text)) for text in work._plan.warnings] == [True] * (storage is None)
+    monkeypatch.setenv("OPTUNA_STORAGE", "")
+    assert search()._directory.study.is_file()

@@ -183,6 +183,20 @@ def test_a_database_whose_driver_is_missing_is_refused_without_its_password():
     assert lines == ["13:3: search.storage: needs another package: No module named 'psycopg2'"]
 
 
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("journal.log", "not the URL of a database, such as sqlite:///study.db or postgresql://user@host/name"),
+        ("nosuchdb://me:secret@here/x", "Can't load plugin: sqlalchemy.dialects:nosuchdb"),
+    ],
+)
+def test_a_database_of_the_environment_is_checked_like_one_of_the_spec(monkeypatch, url, message):
+    monkeypatch.setenv("OPTUNA_STORAGE", url)
+    (line,) = problems(SOUND)
+    assert line.startswith(f"7:1: search.storage: OPTUNA_STORAGE in the environment: {message}")
+    assert problems(SOUND.replace("prune: none", "storage: sqlite:///study.db")) == []
+
+
 def test_every_problem_is_told_at_once():
     lines = problems(
         SOUND.replace(LOSS, "{choice: [dot]}").replace("metric: frechet", "metric: kid").replace("none", "sha")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from repa_lab.runs import RunsRoot, RunWriter, State, SweepManifest, checkpoints
+from repa_lab.runs import RunsRoot, RunWriter, State, SweepManifest, checkpoints, files
 from repa_lab.runs.garbage_collection import collect, find_garbage, size_of
 
 SIZE = 1000
@@ -112,6 +113,39 @@ def test_a_dry_run_deletes_nothing_and_says_the_same(root):
     would = collect(root, disk_bytes=0, dry_run=True)
     assert size_of(root.path) == before
     assert collect(root, disk_bytes=0) == would
+
+
+def test_a_dry_run_writes_nothing_for_the_root_may_be_read_only(root, audited):
+    for name, state in (("done", State.DONE), ("pruned", State.PRUNED), ("left", State.INTERRUPTED)):
+        make(root, name, state)
+    root.sweep("s").path.mkdir()
+    root.sweep("s").record(SweepManifest(name="s", compare={"metric": "m"}, arms=()))
+    root.sweep("s").lock.touch()
+    with audited("open") as opened:
+        assert len(collect(root, disk_bytes=0, dry_run=True)[0]) == 3
+    paths = [(path, flags) for path, _, flags in opened if str(path).startswith(str(root.path))]
+    assert any(str(path).endswith("s/.lock") for path, _ in paths)
+    assert [path for path, flags in paths if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)] == []
+
+
+def test_what_cannot_be_deleted_is_named_and_the_rest_goes(root, monkeypatch):
+    for name in ("a", "b"):
+        make(root, name, State.PRUNED)
+    kept, delete = root.run(IDS["a"]).checkpoints / "step-00000100", files.delete
+
+    def refuse(path: Path) -> None:
+        """Delete as on a disk where a folder is another user's."""
+        if path == kept:
+            raise PermissionError(13, "Permission denied", str(path))
+        delete(path)
+
+    monkeypatch.setattr(files, "delete", refuse)
+    gone, skipped = collect(root)
+    assert (len(gone), reasons(skipped)) == (
+        3,
+        {"a/checkpoints/step-00000100": "checkpoint of a pruned run: Permission denied"},
+    )
+    assert skipped[0].is_failure and kept.is_dir()
 
 
 def test_a_file_of_two_names_counts_once(tmp_path):

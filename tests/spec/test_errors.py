@@ -8,8 +8,10 @@ import pytest
 from pydantic import BaseModel
 
 from repa_lab.align.settings import REGULARIZERS, REPASettings
+from repa_lab.errors import InputError, StateError, UserError, hide_passwords
 from repa_lab.registry import did_you_mean
 from repa_lab.spec import CompareConfig, EncoderSettings, Place, Problem, SpecError, load_spec
+from repa_lab.spec.errors import shortened
 from repa_lab.spec.options import WandbOptions
 from repa_lab.spec.schema import RunConfig, SpecFile, TrainConfig
 from tests.spec.examples import HEAD, TYPES, write
@@ -385,3 +387,29 @@ def test_problems_are_sorted_by_place_and_told_once():
 def test_did_you_mean():
     assert did_you_mean("wieght", ["weight", "width"]) == "; did you mean 'weight'?"
     assert did_you_mean("zzz", ["weight", "width"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://me:geheim@host/db", "postgresql://me:***@host/db"),
+        ("mysql+pymysql://me:ge:h/ei@m@host:3306/db?charset=utf8", "mysql+pymysql://me:***@host:3306/db?charset=utf8"),
+        ("redis://:geheim@host", "redis://:***@host"),
+        ("postgresql://host/db?user=me&password=geheim&port=5", "postgresql://host/db?user=me&password=***&port=5"),
+        ("postgresql:///db?SSLPassword=geheim", "postgresql:///db?SSLPassword=***"),
+        ("mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3Dgeheim%3BX%3D1", "mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3D***%3BX%3D1"),
+        ("got ['a://me:geheim@b', 'c://you:geheim@d']", "got ['a://me:***@b', 'c://you:***@d']"),
+        ("sqlite:///study.db, postgresql://me@host/db", "sqlite:///study.db, postgresql://me@host/db"),
+        ("http://host:8080/x is down; fid:inception@50k/ode20", "http://host:8080/x is down; fid:inception@50k/ode20"),
+    ],
+)  # fmt: skip
+def test_the_passwords_of_urls_are_shown_nowhere(text, shown):
+    assert hide_passwords(text) == shown
+    for error in (UserError, InputError, StateError):
+        assert str(error(text)) == shown
+    assert str(SpecError([Problem(Place(None), "search.storage", text)])) == f"<given>: search.storage: {shown}"
+
+
+def test_a_password_is_hidden_before_a_value_is_cut():
+    url = f"postgresql://me:{'geheim' * 30}@host/db"
+    assert shortened(url) == "'postgresql://me:***@host/db'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from repa_lab.training.resolve import metric_name
 
 ArmProblems = Callable[[Arm], Iterable[Problem]]
 Fields = Mapping[str, Interval]
+STORAGE_VARIABLE = "OPTUNA_STORAGE"
 _SPACE: KeyPath = ("search", "space")
 
 
@@ -34,8 +36,15 @@ def search_problems(experiment: Experiment, arm_problems: ArmProblems) -> Iterat
         yield from _end_problems(experiment, experiment.search.space, arm_problems)
     yield from _objective_problems(experiment, experiment.search)
     yield from _sampler_problems(experiment, experiment.search)
-    if experiment.search.storage is not None and (message := _storage_problem(experiment.search.storage)):
-        yield experiment.problem(("search", "storage"), message)
+    url = storage_url(experiment.search)
+    if url is not None and (message := _storage_problem(url)):
+        origin = "" if experiment.search.storage else f"{STORAGE_VARIABLE} in the environment: "
+        yield experiment.problem(("search", "storage"), f"{origin}{message}")
+
+
+def storage_url(search: SearchConfig) -> str | None:
+    """Return the URL of a study's database: the spec's, or else Optuna's variable; None is the sweep's own file."""
+    return search.storage or os.environ.get(STORAGE_VARIABLE) or None
 
 
 def objective_path(search: SearchConfig, index: int) -> KeyPath:

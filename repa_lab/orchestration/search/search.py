@@ -22,7 +22,7 @@ from repa_lab.orchestration.checks import resolve_metric
 from repa_lab.orchestration.executors import Task
 from repa_lab.orchestration.plan import Plan, arm_record, identify_run
 from repa_lab.orchestration.rehearsal import RehearsedArm
-from repa_lab.orchestration.search.problems import is_searched
+from repa_lab.orchestration.search.problems import is_searched, storage_url
 from repa_lab.orchestration.search.space import Settings, Space
 from repa_lab.orchestration.search.study import (
     StorageError,
@@ -410,7 +410,7 @@ class SearchWork:
         try:
             # A database of results holds no rehearsals.
             is_rehearsal = isinstance(plan.experiment.arms[0], RehearsedArm)
-            storage = open_storage(None if is_rehearsal else plan.experiment.search.storage, directory.study)
+            storage = open_storage(None if is_rehearsal else storage_url(plan.experiment.search), directory.study)
         except StorageError as error:
             raise SpecError([plan.experiment.problem("search.storage", str(error))]) from None
         begun = frozenset(directory.manifest.run_ids if directory.is_recorded else ())

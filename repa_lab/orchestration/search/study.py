@@ -71,11 +71,7 @@ def open_storage(url: str | None, file: Path) -> RDBStorage:
         is_sqlite = make_url(url).get_backend_name() == "sqlite"
         return RDBStorage(url, engine_kwargs=_SQLITE if is_sqlite else None)
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, RuntimeError, OSError) as error:
-        try:
-            shown = make_url(url).render_as_string(hide_password=True)
-        except SQLAlchemyError:
-            shown = "the database"
-        raise StorageError(f"cannot use {shown}: {_reason(error).replace(url, shown)}") from None
+        raise StorageError(f"cannot use {url}: {_reason(error)}") from None  # shown without the password
 
 
 def file_url(file: Path) -> str:
