@@ -72,11 +72,11 @@ class TestClosedStreams:
         (tmp_path / "spec.yaml").write_text(
             "name: tiny\nmodel: {family: sit, size: nano/4}\ndata: {source: digits}\n"
             "train: {steps: 2, batch_size: 8}\nregularizer: {type: none}\n"
-            "evaluate: {every: 2, samples: 8, sampler: {steps: 1}, extractor: {name: efficientnet_lite0}}\n"
+            "evaluate: {every: 2, samples: 16, sampler: {steps: 2}, extractor: {name: efficientnet_lite0}}\n"
             "run: {device: cpu, wandb: {mode: disabled}}\n"
         )
         done = self.closed("<&- >&- 2>&-", "-m", "repa_lab", "sweep", "spec.yaml", cwd=tmp_path)
-        assert done.returncode == 0, (tmp_path / "runs" / "tiny" / "workers.log").read_text()
+        assert done.returncode == 0
         (run,) = json.loads(cli("status", "--json", cwd=tmp_path).stdout)
         assert (run["state"], run["step"]) == ("done", 2)
         assert (tmp_path / "runs" / "tiny" / "report.html").is_file()

@@ -190,11 +190,12 @@ def test_a_database_whose_driver_is_missing_is_refused_without_its_password():
         ("nosuchdb://me:secret@here/x", "Can't load plugin: sqlalchemy.dialects:nosuchdb"),
     ],
 )
-def test_a_database_of_the_environment_is_checked_like_one_of_the_spec(monkeypatch, url, message):
+def test_a_database_of_the_environment_is_checked_like_one_of_the_spec(tmp_path, monkeypatch, url, message):
     monkeypatch.setenv("OPTUNA_STORAGE", url)
     (line,) = problems(SOUND)
     assert line.startswith(f"7:1: search.storage: OPTUNA_STORAGE in the environment: {message}")
-    assert problems(SOUND.replace("prune: none", "storage: sqlite:///study.db")) == []
+    (file := tmp_path / "spec.yaml").write_text(SOUND.replace("prune: none", "storage: sqlite:///study.db"))
+    assert "OPTUNA_STORAGE" not in "".join(make_plan(load_spec(file), RunsRoot(tmp_path)).warnings)
 
 
 def test_every_problem_is_told_at_once():
