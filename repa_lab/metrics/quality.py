@@ -1,7 +1,7 @@
 """Metrics of generated samples from features: the Frechet distance, KID, inception score, precision and recall.
 
-The Frechet distance is computed in float64. The others are torch-fidelity's functions, in the precision of the features,
-which is float32 from an extractor.
+The Frechet distance is computed in float64. The others are torch-fidelity's functions, in the precision of the
+features, which is float32 from an extractor.
 """
 
 from __future__ import annotations

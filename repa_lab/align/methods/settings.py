@@ -49,7 +49,7 @@ class DispersiveSettings(RegularizerSettings):
             yield "type", f"dispersive compares the images of one forward pass, and there is only one: {advice}"
 
 
-@regularizer("crepa", f"{_METHODS}.crepa:CREPA")
+@regularizer("crepa", f"{_METHODS}.encoder_alignment:CREPA")
 class CREPASettings(CosineTargetSettings):
     """CREPA (2506.09229): raises the cosine of a frame's tokens with an encoder's of that frame and its neighbours."""
 
@@ -147,7 +147,7 @@ class SRA2Settings(RegularizerSettings):
         return Overhead(parameters, macs * tap.number)
 
 
-@regularizer("relation", f"{_METHODS}.relation:Relation")
+@regularizer("relation", f"{_METHODS}.encoder_alignment:Relation")
 class RelationSettings(EncoderTargetSettings):
     """Token relations (VideoREPA, 2505.23656; VA-VAE, 2501.01423): matches similarities of tokens, not the tokens."""
 
@@ -158,7 +158,7 @@ class RelationSettings(EncoderTargetSettings):
     has_cosine: ClassVar[bool] = False
 
 
-@regularizer("haste", f"{_METHODS}.haste:HASTE")
+@regularizer("haste", f"{_METHODS}.encoder_alignment:HASTE")
 class HASTESettings(REPASettings):
     """HASTE (2505.16792): REPA and the encoder's attention, until `schedule.cutoff_step`."""
 

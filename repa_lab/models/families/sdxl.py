@@ -1,4 +1,4 @@
-"""Stable Diffusion XL, a UNet of three levels whose mid block has a quarter of the latent cells along each side; Kolors.
+"""Stable Diffusion XL, a UNet of three levels whose mid block has a quarter of the latent cells of a side; Kolors.
 
 Kolors is the same UNet with the text of a language model, projected to the UNet's width.
 """
