@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 from repa_lab.orchestration.plan import Plan, PlannedRun
 from repa_lab.orchestration.search.problems import is_searched
+from repa_lab.orchestration.search.space import Space
 from repa_lab.runs import RunDirectory, RunStatus, State
 from repa_lab.runs.checkpoints import Fork
 from repa_lab.runs.files import Row
 from repa_lab.runs.provenance import GPUS, gpu_models
-from repa_lab.spec import Machine, ResolvedOptions, RunConfig, RunOptions, SpecError
+from repa_lab.spec import Arm, Machine, ResolvedOptions, RunConfig, RunOptions, SearchConfig, SpecError
 from repa_lab.spec.identity import Run
 from repa_lab.spec.options import cores_here
 from repa_lab.training.costs import Cache, Cost, caches_of, cost_of, measurements
@@ -399,6 +400,12 @@ def _share_after(step: int, config: RunConfig, cost: Cost, speed: Speed) -> Shar
     return Share(1, steps, images, images * cost.image_flops + measuring, seconds / _HOUR, cost.checkpoint_bytes)
 
 
+def trials_at_most(arm: Arm, search: SearchConfig) -> int:
+    """Return how many trials a search has around an arm: as many as are asked, or as the space has settings."""
+    settings = Space(arm, search.space).listed()
+    return search.trials if settings is None else min(search.trials, len(settings))
+
+
 def _trials(plan: Plan, costs: dict[str, Cost], speeds: dict[str, Speed]) -> dict[str, Share]:
     """Return :attr:`Estimate.trials`; an arm's own runs need not be among them."""
     experiment, search, directory = plan.experiment, plan.experiment.search, plan.root.sweep(plan.experiment.name)
@@ -408,9 +415,10 @@ def _trials(plan: Plan, costs: dict[str, Cost], speeds: dict[str, Speed]) -> dic
     trials = {}
     for arm in experiment.arms:
         if is_searched(arm, search.space):
+            most = trials_at_most(arm, search)
             runs = [run.run_id for trial in recorded if trial.levels == arm.levels for run in trial.runs]
             ended = sum(plan.root.run(run_id).status().is_final for run_id in runs)
-            left = max(0, search.trials * len(experiment.seeds) - ended)
+            left = max(0, most * len(experiment.seeds) - ended)
             trials[arm.label] = _share_after(0, arm.config, costs[arm.label], speeds[arm.label]) * left
     return trials
 

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from repa_lab.orchestration.cost import GIB, UTILISATION, Estimate, PlannedCache, Share, rounded
+from repa_lab.orchestration.cost import GIB, UTILISATION, Estimate, PlannedCache, Share, rounded, trials_at_most
 from repa_lab.orchestration.plan import BLOCKED, Match, Plan, PlannedRun
 from repa_lab.runs import RunStatus
 from repa_lab.runs.files import Row
@@ -37,7 +37,7 @@ def arm_rows(estimate: Estimate) -> list[dict[str, Any]]:
         runs = ", ".join(f"{count} {word}" for word in _STATUSES if (count := words[arm.label][word]))
         left, trials = shares[arm.label], 1
         if experiment.search and arm.label in estimate.trials:
-            left, trials = estimate.trials[arm.label], experiment.search.trials
+            left, trials = estimate.trials[arm.label], trials_at_most(arm, experiment.search)
             runs = f"{left.runs} at most"
         cost = estimate.costs[arm.label]
         rows.append(
@@ -85,8 +85,10 @@ def sentences(estimate: Estimate) -> list[str]:
     if search:
         fixed = ", ".join(f"'{label}'" for label in estimate.fixed)
         where = "each arm" + (f" but {fixed}, where that changes nothing" if fixed else "")
-        trials = f"{search.trials} trials with {len(plan.experiment.seeds)} seeds each"
-        lines.append(f"searches {', '.join(search.space)} around {where}: {trials}")
+        counts = [trials_at_most(arm, search) for arm in plan.experiment.arms if arm.label in estimate.trials]
+        number = f"{max(counts, default=1)} trials with {len(plan.experiment.seeds)} seeds each"
+        settings = ", all settings of the space" if max(counts, default=search.trials) < search.trials else ""
+        lines.append(f"searches {', '.join(search.space)} around {where}: {number}{settings}")
     runs, most = "run" if total.runs == 1 else "runs", " at most" if search else ""
     lines.append(
         f"{total.runs} {runs} to train{most}: {total.steps:,} steps, {short(total.images)} images, "

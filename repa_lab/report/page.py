@@ -324,7 +324,7 @@ def sheets(results: Results, folder: Path) -> list[Sheet]:
         results: of one sweep.
         folder: the sweep's folder, to which links are relative.
     """
-    order = {trial.arm: place for place, trial in enumerate(ordered_trials(results))}
+    order = {arm: place for place, arm in enumerate(dict.fromkeys(trial.arm for trial in ordered_trials(results)))}
     groups: dict[str, list[str]] = {}
     for arm, baseline in results.baselines.items():
         is_baseline = arm in results.baselines.values()

@@ -22,18 +22,24 @@ def ordered_trials(results: Results) -> list[TrialRecord]:
 
     A trial with a value waits again if a run of its arm was deleted since, because no run holds the value any more.
     """
+    return [trial for _, trial in _numbered_trials(results)]
+
+
+def _numbered_trials(results: Results) -> list[tuple[int, TrialRecord]]:
+    """Return :func:`ordered_trials`, each with its place in the order in which trials were begun."""
     search = results.sweep.search
     lost = {member.arm.label for member in results.members if search and member.reader.status == RunStatus.NEW}
     sign = -1.0 if search and search.goal == "max" else 1.0
 
-    def order(trial: TrialRecord) -> tuple[int, float]:
+    def order(numbered: tuple[int, TrialRecord]) -> tuple[int, float]:
+        trial = numbered[1]
         return _ORDER.get(trial.state, 2), math.inf if trial.value is None else sign * trial.value
 
     def confirmed(trial: TrialRecord) -> TrialRecord:
         is_lost = trial.value is not None and trial.arm in lost
         return TrialRecord(arm=trial.arm, state="waiting", params=trial.params) if is_lost else trial
 
-    return sorted(map(confirmed, search.trials if search else ()), key=order)
+    return sorted(enumerate(map(confirmed, search.trials if search else ())), key=order)
 
 
 def best_trial(results: Results) -> TrialRecord | None:
@@ -58,11 +64,10 @@ def search_frame(results: Results) -> pd.DataFrame:
     search = results.sweep.search
     names = dict.fromkeys(name for trial in ordered_trials(results) for name in trial.params)
     front = set(search.pareto if search else ())
-    numbers = {trial.arm: number for number, trial in enumerate(search.trials if search else ())}
     metrics = [metric for metric, _ in objectives(results)]
     rows = []
-    for trial in ordered_trials(results):
-        row = {"trial": numbers[trial.arm], "arm": trial.arm, "state": trial.state}
+    for number, trial in _numbered_trials(results):
+        row = {"trial": number, "arm": trial.arm, "state": trial.state}
         row |= {"on_front": trial.arm in front and trial.value is not None}
         row |= {f"value/{name}": trial.values.get(name, math.nan) for name in metrics}
         rows.append(row | {f"param/{name}": _plain(trial.params.get(name)) for name in names})

@@ -239,19 +239,23 @@ def _search_sentences(results: Results, best: TrialRecord | None) -> Iterator[st
     trials, search = ordered_trials(results), results.sweep.search
     if not search:
         return
+    sizes = [f"all {count} settings around {label}" for label, count in search.exhausted.items()]
+    exhausted = f" The space is exhausted: {', '.join(sizes)} were tried." if sizes else ""
     if best is None or best.value is None:
-        yield f"The search has no completed trial yet ({len(trials)} begun)."
+        yield f"The search has no completed trial yet ({len(trials)} begun).{exhausted}"
         return
-    counted = f"{sum(trial.state == 'complete' for trial in trials)} completed trials ({len(trials)} in all)"
+    repeated = sum(trial.state == "repeated" for trial in trials)
+    repeats = f", {repeated} of them a draw of settings that another has" if repeated else ""
+    counted = f"{sum(trial.state == 'complete' for trial in trials)} completed trials ({len(trials)} in all{repeats})"
     valued = {trial.arm for trial in trials if trial.value is not None}
     if front := [label for label in search.pareto if label in valued]:
         goals = " and ".join(f"{objective.metric} ({objective.goal})" for objective in search.objectives)
         picked = "They were picked on these seeds: confirm them with fresh seeds."
-        yield f"Pareto front of {counted} over {goals}: {'; '.join(front)}. {picked}"
+        yield f"Pareto front of {counted} over {goals}: {'; '.join(front)}. {picked}{exhausted}"
         return
     value = f"{search.metric} = {best.value:.{decimals(best.value)}f}"
     optimistic = "It was picked for its value on these seeds, so the value is optimistic: confirm it with fresh seeds."
-    yield f"Best of {counted}: {best.arm}, {value}. {optimistic}"
+    yield f"Best of {counted}: {best.arm}, {value}. {optimistic}{exhausted}"
 
 
 # ---- what is left out

@@ -105,7 +105,7 @@ class TrialRecord(_Record):
     """
 
     arm: str
-    state: Literal["waiting", "running", "complete", "pruned", "diverged", "failed"]
+    state: Literal["waiting", "running", "complete", "pruned", "diverged", "failed", "repeated"]
     value: float | None = None
     params: dict[str, Any]
     values: dict[str, float] = {}
@@ -115,12 +115,14 @@ class SearchRecord(ObjectiveRecord):
     """The search of a sweep.
 
     Attributes:
-        trials: every setting that was tried or waits, oldest first.
+        trials: every setting that was tried or waits, and every draw of one that was tried already, oldest first.
+        exhausted: the number of settings, by label of the arm around which no other setting is left to try.
         objectives: the searched metric and the costs.
         pareto: with several objectives, labels of the trials on the Pareto front.
     """
 
     trials: tuple[TrialRecord, ...]
+    exhausted: dict[str, int] = {}
     objectives: tuple[ObjectiveRecord, ...]
     pareto: tuple[str, ...] = ()
 

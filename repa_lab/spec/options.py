@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -48,6 +48,11 @@ class Interval(Settings):
     def ends(self) -> list[Any]:
         """The choices, or the two ends of the range."""
         return self.choice or self.int_ or self.log or self.uniform or []
+
+    @property
+    def values(self) -> Sequence[Any] | None:
+        """All choices, or all integers of the range; None for a range of real numbers."""
+        return self.choice or (range(self.int_[0], self.int_[1] + 1) if self.int_ else None)
 
     @property
     def conditions(self) -> dict[str, list[Any]]:

@@ -2,10 +2,16 @@
 
 import math
 import shutil
+from collections import Counter
 
 import pytest
 
+from repa_lab.orchestration.cost import estimate
+from repa_lab.orchestration.display import sentences
+from repa_lab.orchestration.plan import make_plan
+from repa_lab.report.page import write_report
 from repa_lab.runs import RunsRoot, State
+from repa_lab.spec import load_spec
 from tests.orchestration.searches import (
     by_value,
     end,
@@ -17,6 +23,8 @@ from tests.orchestration.searches import (
     trials,
     weights,
 )
+
+ENCODER = {"name": "efficientnet_lite0", "image_size": 64}
 
 
 @pytest.fixture
@@ -90,6 +98,135 @@ class TestSamplersAndPruners:
             task = work.next()
             assert not [run for step in (3, 6) for run in measure(work, task, step, 10.0**number)]
             end(work, task)
+
+
+class TestFiniteSpaces:
+    """Every setting is tried once, and then the search says that it is done."""
+
+    NINE = {  # noqa: RUF012
+        "train.batch_size": {"int": [4, 6]},
+        "regularizer.loss": {"choice": ["cosine", "nt_xent"]},
+        "regularizer.temperature": {"choice": [0.05, 0.5], "when": {"regularizer.loss": "nt_xent"}},
+    }
+
+    @pytest.mark.parametrize("sampler, seed", [("tpe", 0), ("random", 0), ("random", 1), ("random", 2), ("qmc", 0)])
+    def test_three_choices_and_three_trials_are_three_settings(self, search, sampler, seed):
+        space = {"regularizer.weight": {"choice": [0.1, 0.5, 1.0]}}
+        work = search(space=space, trials=3, prune="none", sampler=sampler, seed=seed)
+        for value in (3.0, 1.0, 2.0):
+            finish(work, value)
+        assert work.next() is None and sorted(weights(work)) == [0.1, 0.5, 1.0]
+        assert [trial.state.name for trial in study_of(work).trials] == ["COMPLETE"] * 3
+        assert work._directory.manifest.search.exhausted == {"all": 3}
+
+    @pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
+    def test_integers_and_conditions_are_gone_through_too(self, search, sampler):
+        work = search(space=self.NINE, trials=20, prune="none", sampler=sampler, seeds=1)
+        assert work.counts() == (0, 9)
+        for number in range(9):
+            assert work._directory.manifest.search.exhausted == {}
+            finish(work, float(number))
+        assert work.next() is None and work.counts() == (9, 9)
+        drawn = {tuple(trial.params.values()) for trial in trials(work)}
+        assert drawn == {
+            (size, *rest) for size in (4, 5, 6) for rest in (("cosine",), ("nt_xent", 0.05), ("nt_xent", 0.5))
+        }
+        assert len(study_of(work).trials) == len(trials(work)) == 9
+        text = write_report(work._directory).markdown.read_text()
+        assert "Best of 9 completed trials (9 in all)" in text
+        assert "The space is exhausted: all 9 settings around all were tried." in text
+
+    def test_integers_of_cma_es(self, search):
+        space = {"train.batch_size": {"int": [4, 5]}, "train.steps": {"int": [6, 8]}}
+        work = search(space=space, trials=20, prune="none", sampler="cmaes", seeds=1)
+        for number in range(6):
+            finish(work, float(number))
+        assert work.next() is None and len({tuple(trial.params.values()) for trial in trials(work)}) == 6
+
+    @pytest.mark.parametrize("sampler", ["tpe", "qmc"])
+    def test_a_search_that_was_killed_goes_through_the_rest_in_the_same_order(self, search, sampler, tmp_path):
+        how, drawn = {"space": self.NINE, "trials": 9, "prune": "none", "sampler": sampler, "seeds": 1}, []
+        for kills in ((), (0, 4, 8)):
+            work = search(**how)
+            for number in range(9):
+                if number in kills:
+                    work.next()  # and then the scheduler was killed
+                    work = search(**how)
+                finish(work, float(number % 4))
+            drawn.append([trial.params for trial in trials(work)])
+            assert len(study_of(work).trials) == 9
+            forget(work)
+            shutil.rmtree(tmp_path / "by-id")
+        assert drawn[0] == drawn[1]
+
+    def test_more_trials_than_before_take_what_is_left(self, search):
+        first = search(space=self.NINE, trials=4, prune="none", seeds=1)
+        for number in range(4):
+            finish(first, float(number))
+        assert first.next() is None and first._directory.manifest.search.exhausted == {}
+        forget(first)  # the study is rebuilt from the runs
+        more = search(space=self.NINE, trials=100, prune="none", seeds=1)
+        assert more.counts() == (4, 9)
+        for number in range(5):
+            finish(more, float(number))
+        assert more.next() is None and more._directory.manifest.search.exhausted == {"all": 9}
+
+    def test_settings_that_contradict_each_other_are_left_out(self, search):
+        space = {
+            "regularizer.schedule.type": {"choice": ["constant", "cosine"]},
+            "regularizer.schedule.decay_steps": {"int": [1, 3]},
+        }
+        warm = {"regularizer": {"type": "repa", "encoder": ENCODER, "schedule": {"warmup_steps": 2}}}
+        work = search(space=space, trials=20, prune="none", seeds=1, spec=warm)
+        tasks = list(iter(work.next, None))  # a decay that ends after 1 or 2 steps would end within the warm-up
+        shapes = [task.run.config.regularizer.schedule for task in tasks]
+        assert {(shape.type, shape.decay_steps) for shape in shapes} == {
+            ("cosine", 3),
+            *(("constant", end) for end in (1, 2, 3)),
+        }
+        assert len(study_of(work).trials) == len(trials(work)) == len(tasks)
+
+    def test_a_setting_without_effect_is_no_other_setting(self, search):
+        """Without a regularizer there is no weight, so the type is tried once among as many weights as there are."""
+        space = {"regularizer.type": {"choice": ["none", "repa"]}, "regularizer.weight": {"log": [0.1, 1.0]}}
+        work = search(space=space, trials=12, prune="none", seeds=1)
+        tasks = list(iter(work.next, None))
+        kinds = Counter(task.run.config.regularizer.type for task in tasks)
+        assert kinds == {"none": 1, "repa": 11} and len(study_of(work).trials) == 12
+
+    def test_a_draw_that_cannot_but_repeat_is_shown_as_such_and_ends_the_search(self, search):
+        space = {"regularizer.type": {"choice": ["none"]}, "regularizer.weight": {"log": [0.1, 1.0]}}
+        how = {"space": space, "trials": 12, "prune": "none", "seeds": 1}
+        work = search(**how)
+        finish(work, 2.0)
+        for again in (work, search(**how)):
+            assert again.next() is None and again.counts() == (1, 1)
+            assert [(trial.state, trial.value) for trial in trials(again)] == [("complete", 2.0), ("repeated", None)]
+            first, second = study_of(again).trials
+            assert (first.state.name, second.state.name, second.user_attrs) == ("COMPLETE", "FAIL", {"repeats": 0})
+            assert again._directory.manifest.search.exhausted == {"all": 1}
+            assert len(again._directory.manifest.arms) == 1
+        text = write_report(work._directory).markdown.read_text()
+        assert "Best of 1 completed trials (2 in all, 1 of them a draw of settings that another has)" in text
+
+    def test_a_study_that_holds_repeats_from_before_is_cleared_of_them(self, search):
+        space = {"regularizer.weight": {"choice": [0.1, 0.5, 1.0]}}
+        work = search(space=space, trials=3, prune="none", seeds=1)
+        finish(work, 2.0)
+        study = study_of(work)
+        study.add_trial(study.trials[0])
+        again = search(space=space, trials=3, prune="none", seeds=1)
+        assert [trial.value for trial in study_of(again).trials] == [2.0] and again.counts() == (1, 3)
+
+    def test_plan_counts_the_settings_of_the_space(self, tiny, tmp_path):
+        search = {"space": self.NINE, "trials": 20, "sampler": "random"}
+        alone = {"space": {"regularizer.weight": {"log": [0.1, 1.0]}}, "trials": 20}
+        for asked, runs, sentence in (
+            (search, 18, "9 trials with 2 seeds each, all settings of the space"),
+            (alone, 40, "20 trials with 2 seeds each"),
+        ):
+            estimated = estimate(make_plan(load_spec(tiny(axes={}, search=asked)), RunsRoot(tmp_path)))
+            assert estimated.total.runs == runs and sentences(estimated)[0].endswith(f" around each arm: {sentence}")
 
 
 class TestConditions:

@@ -7,11 +7,11 @@ hold, and a lost database is rebuilt from the runs.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass, field
-from statistics import fmean
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import suppress
 
 import numpy as np
 import optuna
@@ -25,124 +25,27 @@ from repa_lab.orchestration.rehearsal import RehearsedArm
 from repa_lab.orchestration.search.problems import is_searched, storage_url
 from repa_lab.orchestration.search.space import Settings, Space
 from repa_lab.orchestration.search.study import (
+    MAX_DRAWS,
+    NewSettingsSampler,
     StorageError,
+    TrialRuns,
+    make_sampler,
     open_storage,
     open_study,
     replace_trials,
-    seed_sampler,
+    shuffled,
     study_name,
 )
-from repa_lab.runs import RunDirectory, RunsRoot, RunStatus, State, SweepDirectory
+from repa_lab.runs import RunDirectory, RunStatus, State, SweepDirectory
 from repa_lab.runs.files import DamagedFileError, Row
 from repa_lab.runs.root import ArmRecord, ObjectiveRecord, SearchRecord, TrialRecord
 from repa_lab.spec import Arm, SpecError
-from repa_lab.spec.identity import Run
 from repa_lab.spec.options import Objective
 from repa_lab.training.resolve import metric_names
 
-Result = tuple[TrialState, list[float] | None]
 _RESTORED = "restored"  # attribute of a study that holds all trials that the run directories tell of
-_MAX_REFUSED = 100
+_REPEATS = "repeats"  # attribute of a trial whose settings another trial has, with the number of that trial
 _SETTLED = (TrialState.COMPLETE, TrialState.PRUNED)
-# If a setting has several trials, the most advanced one is recorded.
-_RANK = {TrialState.FAIL: 0, TrialState.WAITING: 1, TrialState.RUNNING: 2, TrialState.PRUNED: 3, TrialState.COMPLETE: 4}
-
-
-@dataclass(eq=False)
-class TrialRuns:
-    """The runs of one setting, one per seed, and what their directories say.
-
-    Attributes:
-        settings: the searched settings.
-        arm: the arm with these settings.
-        runs: by their ids, in the order of the seeds.
-        objectives: what the search improves, by full names; one is measured, the others are costs.
-        root: the runs root.
-        trials: Optuna's open trials of this setting; several if it was drawn twice.
-        waiting: ids of the runs that were asked for and have not ended.
-        is_stopped: whether the runs were told to stop.
-        reported: the last step that was reported to Optuna, by trial number.
-    """
-
-    settings: Settings
-    arm: Arm
-    runs: dict[str, Run]
-    objectives: tuple[Objective, ...]
-    root: RunsRoot
-    trials: list[optuna.Trial] = field(default_factory=list)
-    waiting: set[str] = field(default_factory=set)
-    is_stopped: bool = False
-    reported: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def metric(self) -> str:
-        """Full name of the objective that is measured."""
-        return next(objective.metric for objective in self.objectives if not objective.is_cost)
-
-    def curves(self) -> list[dict[int, float]]:
-        """Return the measured metric by step, for every seed; NaN where it was not finite."""
-        curves = []
-        for run_id in self.runs:
-            rows = [row for row in self.root.run(run_id).rows() if self.metric in row]
-            curves.append({row["step"]: math.nan if row[self.metric] is None else row[self.metric] for row in rows})
-        return curves
-
-    def means(self) -> dict[int, float]:
-        """Return the mean over the seeds by step, at the steps where every seed has measured a finite value."""
-        curves = self.curves()
-        shared = sorted(set.intersection(*(set(curve) for curve in curves)))
-        means = {step: fmean(curve[step] for curve in curves) for step in shared}
-        return {step: mean for step, mean in means.items() if math.isfinite(mean)}
-
-    def ended(self) -> set[str]:
-        """Return the ids of the runs that are done, pruned or diverged; other failures are tried again."""
-        states = {run_id: self.root.run(run_id).state for run_id in self.runs}
-        return {run_id for run_id, state in states.items() if state.state.status.is_final or state.is_diverged}
-
-    @property
-    def is_diverged(self) -> bool:
-        """Whether a run failed by diverging, or its last measurement is not finite."""
-        last = [curve[max(curve)] for curve in self.curves() if curve]
-        return any(map(math.isnan, last)) or any(self.root.run(run_id).state.is_diverged for run_id in self.runs)
-
-    def result(self) -> Result | None:
-        """Return state and values of the trial; None while a run that is still to be trained may change them.
-
-        A diverged trial is complete, and worse than any measured one.
-        """
-        if self.is_diverged:
-            return TrialState.COMPLETE, [math.inf if goal.goal == "min" else -math.inf for goal in self.objectives]
-        states = {self.root.run(run_id).state.state for run_id in self.runs}
-        if State.PRUNED in states:
-            # Optuna prunes no trials with several objectives: another search pruned this run.
-            return (TrialState.PRUNED if len(self.objectives) == 1 else TrialState.FAIL), None
-        means = self.means()
-        if states != {State.DONE} or not means:
-            return None
-        return TrialState.COMPLETE, [
-            self._cost(objective.metric) if objective.is_cost else means[max(means)] for objective in self.objectives
-        ]
-
-    def should_prune(self) -> bool:
-        """Report the means at new steps to Optuna, and return whether its pruner would end the trial there."""
-        if len(self.objectives) > 1:
-            return False
-        verdict, means = False, self.means()
-        for trial in self.trials:
-            for step in (step for step in means if step > self.reported.get(trial.number, 0)):
-                trial.report(means[step], step)
-                self.reported[trial.number] = step
-                # Asked at every step, because successive halving notes in the trial how far it got.
-                verdict = trial.should_prune() or verdict
-        return verdict
-
-    def _cost(self, name: str) -> float:
-        """Return the mean cost of a run: its seconds of training, or the GPU hours of all its processes."""
-        costs = []
-        for directory in map(self.root.run, self.runs):
-            seconds = [row["seconds"] for row in directory.rows() if row.get("seconds") is not None]
-            costs.append((seconds or [0.0])[-1] * (1 if name == "seconds" else _processes(directory) / 3600))
-        return fmean(costs)
 
 
 class Search:
@@ -161,11 +64,15 @@ class Search:
     def __init__(self, plan: Plan, arm: Arm, storage: RDBStorage, begun: Set[str]) -> None:
         config, self._plan, self._arm, self._storage = plan.experiment.search, plan, arm, storage
         assert config
-        self._config = config if is_searched(arm, config.space) else config.model_copy(update={"trials": 1})
+        self._is_searched = is_searched(arm, config.space)
+        self._config = config if self._is_searched else config.model_copy(update={"trials": 1})
         self._space = Space(arm, config.space)
+        listed = self._space.listed()
+        self._listed = None if listed is None else shuffled(listed, config)
         self.objectives = tuple(_by_full_name(objective, plan, arm) for objective in config.objectives)
         self._by_runs: dict[tuple[str, ...], TrialRuns] = {}
-        self._by_settings: dict[str, TrialRuns] = {}
+        self._by_settings: dict[str, TrialRuns | SpecError] = {}
+        self._tried: dict[TrialRuns, int] = {}  # the number of the trial that has these runs
         self._queue: list[Task] = []
         name = study_name(plan.experiment.name, arm.label, self._content())
         self._study = open_study(storage, name, self._config, self.objectives, arm.config.train.steps)
@@ -175,12 +82,25 @@ class Search:
 
     @property
     def taken(self) -> int:
-        """The number of trials that have a result, have failed, or are open."""
-        return self._closed + sum(len(runs.trials) for runs in self._open)
+        """The number of trials that have a result, have failed, repeat another, or are open."""
+        return self._closed + len(self._open)
+
+    @property
+    def exhausted(self) -> dict[str, int]:
+        """The number of settings that have a trial, by the label of the arm; empty while others are left to try."""
+        if not self._is_searched or not self._tried:
+            return {}
+        if self._listed is None:
+            is_left = not any(_REPEATS in trial.user_attrs for trial in self._trials())
+        else:
+            is_left = next(self._left(), None) is not None
+        return {} if is_left else {self._arm.label: len(self._tried)}
 
     def next(self) -> Task | None:
         """Return the next run to train; ask for new trials as long as there is none."""
         while not self._queue and self.taken < self._config.trials:
+            if self.exhausted and not self._trials(TrialState.WAITING):
+                break
             self._ask()
         return self._queue.pop(0) if self._queue else None
 
@@ -210,17 +130,13 @@ class Search:
         """Return the number of runs that have ended, and of all runs."""
         waiting = sum(len(runs.waiting) for runs in self._open)
         left = max(0, self._config.trials - self.taken)
+        if self._listed is not None or self.exhausted:
+            left = min(left, len(self._trials(TrialState.WAITING)) + len([*itertools.islice(self._left(), left)]))
         return len(self._ended), len(self._ended) + waiting + left * len(self._plan.experiment.seeds)
 
     def records(self) -> list[tuple[ArmRecord, TrialRecord]]:
-        """Return every setting that was tried or waits, oldest first, as the sweep's manifest has it."""
-        trials: dict[int, tuple[TrialRuns, FrozenTrial]] = {}
-        for trial in self._trials():
-            if (runs := self._find(trial)) and _RANK[trial.state] >= _RANK[
-                trials.get(id(runs), (runs, trial))[1].state
-            ]:
-                trials[id(runs)] = runs, trial
-        return [self._record(runs, trial) for runs, trial in trials.values()]
+        """Return every trial whose settings were drawn, oldest first, as the sweep's manifest has it."""
+        return [self._record(runs, trial) for trial in self._trials() if (runs := self._find(trial))]
 
     def pareto_front(self) -> list[str]:
         """Return the labels of the trials of which no other is better in every objective."""
@@ -230,23 +146,39 @@ class Search:
     # ---- ask
 
     def _ask(self) -> None:
-        for _ in range(_MAX_REFUSED):
-            seed_sampler(self._study, self._config, len(self._trials()))
-            trial = self._study.ask()
-            try:
-                return self._take_up(trial, self._runs(self._space.suggest(trial)))
-            except SpecError as error:
-                refusal = error.problems[0]
-                self._study.tell(trial, state=TrialState.FAIL)
-        last = f"{refusal.path}: {refusal.message}"
-        message = f"{_MAX_REFUSED} settings in a row cannot be, the last for {last}; use when, or other bounds"
-        raise SpecError([self._plan.experiment.problem("search.space", message)])
+        sampler = make_sampler(self._config, len(self._trials()))
+        self._study.sampler = NewSettingsSampler(sampler, self._space, self._is_new, self._left())
+        trial = self._study.ask()
+        try:
+            runs = self._runs(self._space.suggest(trial))
+        except SpecError as error:
+            self._study.tell(trial, state=TrialState.FAIL)
+            last = f"{error.problems[0].path}: {error.problems[0].message}"
+            message = f"{MAX_DRAWS} settings in a row cannot be, the last for {last}; use when, or other bounds"
+            raise SpecError([self._plan.experiment.problem("search.space", message)]) from None
+        number = self._tried.setdefault(runs, trial.number)
+        if number == trial.number:
+            self._take_up(trial, runs)
+        else:
+            trial.set_user_attr(_REPEATS, number)
+            self._study.tell(trial, state=TrialState.FAIL)
+            self._closed += 1
+
+    def _is_new(self, settings: Settings) -> bool:
+        return self._runs(settings) not in self._tried
+
+    def _left(self) -> Iterator[Settings]:
+        """Yield the settings of a finite space that no trial has, in the order of the seed; of equal runs the first."""
+        known = set(self._tried)
+        for settings in self._listed or ():
+            with suppress(SpecError):
+                if (runs := self._runs(settings)) not in known:
+                    known.add(runs)
+                    yield settings
 
     def _take_up(self, trial: optuna.Trial, runs: TrialRuns) -> None:
         """Queue the runs of a trial that are left to train; tell Optuna its result at once if there are none."""
-        runs.trials.append(trial)
-        if len(runs.trials) > 1:  # the setting was drawn before, and its runs are being trained
-            return
+        runs.trial, runs.reported = trial, 0
         left = set() if runs.result() else runs.runs.keys() - runs.ended()
         runs.waiting, runs.is_stopped = set(left), False
         tasks = [Task(run, f"{runs.arm.label}, seed {run.seed}") for run in runs.runs.values() if run.run_id in left]
@@ -259,11 +191,11 @@ class Search:
     def _tell(self, runs: TrialRuns) -> None:
         runs.should_prune()  # reports what was measured since
         state, values = runs.result() or (TrialState.FAIL, None)
-        for trial in runs.trials:
-            self._study.tell(trial, values, state=state)
+        if runs.trial:
+            self._study.tell(runs.trial, values, state=state)
         # Failed trials count too, or a search whose every run fails would never end; the next session tries them again.
-        self._closed += len(runs.trials)
-        runs.trials.clear()
+        self._closed += 1
+        runs.trial = None
 
     def _withdraw(self, runs: TrialRuns) -> None:
         """Start no more runs of a trial."""
@@ -281,24 +213,34 @@ class Search:
         holds runs. Asking again with the same seeds would not find them all, because the draws of TPE and CMA-ES depend
         on which trials had ended, and because the space may have changed.
         """
-        trials = self._trials()
-        confirmed = [found for trial in trials if (found := self._confirmed(trial))]
+        trials, numbers = self._trials(), self._numbers()
+        confirmed = [found for trial in trials if (found := self._confirmed(trial, numbers))]
         if confirmed != trials:
             self._study = replace_trials(self._study, self._storage, confirmed)
+        self._tried = self._numbers()
         self._closed = len(self._trials(*_SETTLED))
         if _RESTORED not in self._study.user_attrs:
             for settings in self._trained_settings(begun):
                 self._study.enqueue_trial(self._space.params(settings))
             self._study.set_user_attr(_RESTORED, True)
+            self._tried = self._numbers()
         while (waiting := self._trials(TrialState.WAITING)) and self.taken < self._config.trials:
             if not ((runs := self._find(waiting[0])) and runs.result()):
                 break
             self._ask()  # tells the result at once
 
-    def _confirmed(self, trial: FrozenTrial) -> FrozenTrial | None:
-        """Return a trial if its runs hold its result, else the trial as one that waits; None if it was never drawn."""
+    def _confirmed(self, trial: FrozenTrial, numbers: Mapping[TrialRuns, int]) -> FrozenTrial | None:
+        """Return a trial if its runs hold its result, else the trial as one that waits.
+
+        Returns:
+            None for a trial that was never drawn to the end, or whose settings an earlier one has.
+        """
+        if _REPEATS in trial.user_attrs:
+            return trial
         if (runs := self._find(trial)) is None:  # refused, or a kill came between the draws of two fields
             return trial if trial.state.is_finished() else None
+        if numbers[runs] != trial.number:
+            return None
         state, values = runs.result() or (None, None)
         is_held = state is trial.state and (values is None or np.allclose(values, trial.values, rtol=1e-9, atol=0))
         if is_held or trial.state is TrialState.WAITING:
@@ -312,7 +254,7 @@ class Search:
 
         Settings without a result count if this sweep began one of their runs, or if one was interrupted.
         """
-        known = {id(self._find(trial)) for trial in self._trials()}
+        known = set(self._tried)
         trained: list[tuple[bool, str, Settings]] = []
         for directory in self._plan.root.runs():
             try:
@@ -324,10 +266,10 @@ class Search:
                     runs = self._runs(settings)
                 except SpecError:
                     continue
-                if directory.run_id in runs.runs and id(runs) not in known:
+                if directory.run_id in runs.runs and runs not in known:
                     has_result = runs.result() is not None
                     if has_result or any(_goes_on(self._plan.root.run(run_id), begun) for run_id in runs.runs):
-                        known.add(id(runs))
+                        known.add(runs)
                         trained.append((not has_result, time, settings))
         return [settings for _, _, settings in sorted(trained, key=lambda entry: entry[:2])]
 
@@ -335,7 +277,11 @@ class Search:
 
     @property
     def _open(self) -> list[TrialRuns]:
-        return [runs for runs in self._by_runs.values() if runs.trials]
+        return [runs for runs in self._by_runs.values() if runs.trial]
+
+    def _numbers(self) -> dict[TrialRuns, int]:
+        """Return the numbers of the trials by their runs; of a repeated setting, the first."""
+        return {runs: trial.number for trial in reversed(self._trials()) if (runs := self._find(trial))}
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=states or None)
@@ -348,12 +294,20 @@ class Search:
         """
         text = json.dumps(settings, sort_keys=True)
         if text not in self._by_settings:
-            arm, plan = self._space.arm(settings), self._plan
-            identified = [identify_run(arm.config, seed, plan.inventory) for seed in plan.experiment.seeds]
-            runs = {run.run_id: run for run in identified}
-            known = self._by_runs.setdefault(tuple(runs), TrialRuns(settings, arm, runs, self.objectives, plan.root))
-            self._by_settings[text] = known
-        return self._by_settings[text]
+            self._by_settings[text] = self._identified(settings)
+        if isinstance(found := self._by_settings[text], SpecError):
+            raise found
+        return found
+
+    def _identified(self, settings: Settings) -> TrialRuns | SpecError:
+        plan = self._plan
+        try:
+            arm = self._space.arm(settings)
+        except SpecError as error:
+            return error
+        identified = [identify_run(arm.config, seed, plan.inventory) for seed in plan.experiment.seeds]
+        runs = {run.run_id: run for run in identified}
+        return self._by_runs.setdefault(tuple(runs), TrialRuns(settings, arm, runs, self.objectives, plan.root))
 
     def _find(self, trial: FrozenTrial) -> TrialRuns | None:
         """Return the runs of a trial; None if its settings were refused or never drawn to the end."""
@@ -367,10 +321,9 @@ class Search:
         is_measured = trial.state is TrialState.COMPLETE and not _is_diverged(trial)
         names = [objective.metric for objective in self.objectives]
         values = dict(zip(names, trial.values, strict=True)) if is_measured else {}
-        state = {TrialState.FAIL: "failed"}.get(trial.state, trial.state.name.lower())
         record = {
             "arm": runs.arm.label,
-            "state": "diverged" if _is_diverged(trial) else state,
+            "state": _state(trial),
             "value": values.get(runs.metric),
             "params": runs.settings,
             "values": values,
@@ -457,10 +410,12 @@ class SearchWork:
             metric=measured.metric,
             goal=measured.goal,
             trials=tuple(trial for _, trial in records),
+            exhausted={label: count for each in self._searches for label, count in each.exhausted.items()},
             objectives=tuple(ObjectiveRecord(metric=each.metric, goal=each.goal) for each in objectives),
             pareto=tuple(label for each in self._searches for label in each.pareto_front()) if is_front else (),
         )
-        self._directory.record(self._plan.manifest([arm for arm, _ in records], search))
+        arms = {arm.label: arm for arm, _ in records}  # a repeated setting is one arm
+        self._directory.record(self._plan.manifest([*arms.values()], search))
 
 
 def _by_full_name(objective: Objective, plan: Plan, arm: Arm) -> Objective:
@@ -471,6 +426,15 @@ def _by_full_name(objective: Objective, plan: Plan, arm: Arm) -> Objective:
     return objective.model_copy(update={"metric": name})
 
 
+def _state(trial: FrozenTrial) -> str:
+    """Return the state of a trial as the sweep's manifest has it."""
+    if _REPEATS in trial.user_attrs:
+        return "repeated"
+    if _is_diverged(trial):
+        return "diverged"
+    return "failed" if trial.state is TrialState.FAIL else trial.state.name.lower()
+
+
 def _is_diverged(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.COMPLETE and any(math.isinf(value) for value in trial.values)
 
@@ -479,10 +443,3 @@ def _goes_on(run: RunDirectory, begun: Set[str]) -> bool:
     """Return whether a run makes its trial one to complete; a run in training may be another sweep's."""
     status = run.status()
     return status in (RunStatus.RESUMABLE, RunStatus.FAILED) or (run.run_id in begun and status is not RunStatus.NEW)
-
-
-def _processes(run: RunDirectory) -> int:
-    try:
-        return int(run.provenance.get("processes", 1))
-    except (OSError, DamagedFileError):
-        return 1

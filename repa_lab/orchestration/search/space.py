@@ -1,21 +1,26 @@
-"""The searched fields of an arm as Optuna's parameters, and settings read back from the spec of a run."""
+"""The searched fields of an arm as Optuna's parameters, and settings read back from the spec of a run.
+
+Imports no Optuna, so that `plan` answers at once.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
-
-import optuna
+from typing import TYPE_CHECKING, Any
 
 from repa_lab.spec import Arm
 from repa_lab.spec.document import value_at
 from repa_lab.spec.options import Interval
 
+if TYPE_CHECKING:
+    import optuna
+
 Settings = dict[str, Any]
 _PLAIN = (str, int, float, bool, type(None))
 _MISSING = object()
+_MAX_LISTED = 1000
 
 
 class Space:
@@ -38,20 +43,58 @@ class Space:
         """
         return self._arm.with_settings(settings) if settings else self._arm
 
-    def suggest(self, trial: optuna.Trial) -> Settings:
-        """Draw the settings of a trial, field by field; fields whose conditions do not hold are left out."""
+    def listed(self) -> list[Settings] | None:
+        """Return all settings of a finite space; None if there are infinitely many, or more than a thousand."""
+        settings: list[Settings] = [{}]
+        for path, interval in self._fields.items():
+            extended: list[Settings] = []
+            for known in settings:
+                if not self._applies(interval, known):
+                    extended.append(known)
+                elif interval.values is None or len(extended) + len(interval.values) > _MAX_LISTED:
+                    return None
+                else:
+                    extended += [known | {path: value} for value in interval.values]
+            settings = extended
+        return settings
 
-        def draw(path: str) -> Any:
-            interval = self._fields[path]
+    def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
+        """Return what every field is drawn from, as Optuna's distributions."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        found: dict[str, optuna.distributions.BaseDistribution] = {}
+        for path, interval in self._fields.items():
             if interval.choice is not None:
-                params = [_to_param(interval, choice) for choice in interval.choice]
-                return _to_setting(interval, trial.suggest_categorical(path, params))
+                found[path] = CategoricalDistribution([_to_param(interval, choice) for choice in interval.choice])
+                continue
             low, high = interval.ends
             if interval.int_ is not None:
-                return trial.suggest_int(path, low, high)
-            return trial.suggest_float(path, low, high, log=interval.log is not None)
+                found[path] = IntDistribution(low, high)
+            else:
+                found[path] = FloatDistribution(low, high, log=interval.log is not None)
+        return found
 
-        return self._draw(draw)
+    def draw(self, param: Callable[[str], Any]) -> Settings:
+        """Draw settings field by field; fields whose conditions do not hold are left out.
+
+        Args:
+            param: returns a value of Optuna for a field.
+        """
+        return self._draw(lambda path: _to_setting(self._fields[path], param(path)))
+
+    def suggest(self, trial: optuna.Trial) -> Settings:
+        """Return the settings that a trial draws; see :meth:`draw`."""
+        distributions: dict[str, Any] = self.distributions()
+
+        def suggested(path: str) -> Any:
+            interval, drawn_from = self._fields[path], distributions[path]
+            if interval.choice is not None:
+                return trial.suggest_categorical(path, drawn_from.choices)
+            if interval.int_ is not None:
+                return trial.suggest_int(path, drawn_from.low, drawn_from.high)
+            return trial.suggest_float(path, drawn_from.low, drawn_from.high, log=drawn_from.log)
+
+        return self.draw(suggested)
 
     def params(self, settings: Settings) -> dict[str, Any]:
         """Return settings as Optuna stores them; a choice that is a list or a mapping is stored as text."""
@@ -85,10 +128,12 @@ class Space:
     def _draw(self, draw: Callable[[str], Any]) -> Settings:
         settings: Settings = {}
         for path, interval in self._fields.items():
-            conditions = interval.conditions.items()
-            if all(self._value(other, settings) in allowed for other, allowed in conditions):
+            if self._applies(interval, settings):
                 settings[path] = draw(path)
         return settings
+
+    def _applies(self, interval: Interval, settings: Settings) -> bool:
+        return all(self._value(other, settings) in allowed for other, allowed in interval.conditions.items())
 
     def _complete(self, values: Mapping[str, Any]) -> Settings | None:
         settings = self._draw(lambda path: values.get(path, _MISSING))
