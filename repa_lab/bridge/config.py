@@ -46,7 +46,7 @@ _Entry = tuple[str, Any, Place]  # a key, its value and its place
 
 @dataclass(frozen=True)
 class DataSet:
-    """The first image data set of a data backend's file.
+    """The first data set of images, or of videos, of a data backend's file.
 
     Attributes:
         name: its ``id`` and its file, for messages.
@@ -183,7 +183,8 @@ def read_config(words: Sequence[str]) -> Config:
     problems += [Problem(places[key], key, message) for key, message in mistakes]
     if problems:
         raise SpecError(problems)
-    data_set = _read_data_set(values.get("data_backend_config"), file)
+    kind = "video" if family is not None and family.is_video else "image"
+    data_set = _read_data_set(values.get("data_backend_config"), file, kind)
     return Config(file, given, places, values, on[0] if on else None, family, data_set)
 
 
@@ -310,8 +311,8 @@ def _wrong_switches(values: Mapping[str, Any], on: list[Prefix], family: Family 
         yield "irepa_enabled", "iREPA needs REPA or U-REPA: set crepa_enabled or urepa_enabled as well"
 
 
-def _read_data_set(name: str | None, config: Path | None) -> DataSet | None:
-    """Return the first enabled image data set of the data backend's file; None if there is no such file or data set.
+def _read_data_set(name: str | None, config: Path | None, kind: str) -> DataSet | None:
+    """Return the first enabled data set of a kind in the data backend's file; None if there is no file or data set.
 
     The file is searched as given, beside the config, and under the folders above it, because SimpleTuner is started in
     one of those.
@@ -331,14 +332,17 @@ def _read_data_set(name: str | None, config: Path | None) -> DataSet | None:
     if not isinstance(backends, list) or not all(isinstance(backend, dict) for backend in backends):
         _refuse(file, "a data backend's file is a JSON list of data sets, each an object")
     is_off = [backend.get("disabled") or backend.get("disable") for backend in backends]
-    images = [n for n, it in enumerate(backends) if it.get("dataset_type", "image") == "image" and not is_off[n]]
+    images = [n for n, it in enumerate(backends) if it.get("dataset_type", "image") == kind and not is_off[n]]
     if not images:
         return None
     # Regularisation images only accompany the images that are to be learned.
     number = next((image for image in images if not backends[image].get("is_regularisation_data")), images[0])
     backend, problems = backends[number], list[Problem]()
+    of_video = backend["video"] if isinstance(backend.get("video"), dict) else {}
     own_places = {key: places[number, key] for key in backend}
-    values = _read_keys(DATA_SET, {k: v for k, v in backend.items() if v != ""}, own_places, problems)
+    own_places |= {f"video.{key}": places[number, "video", key] for key in of_video}
+    given = {**backend, **{f"video.{key}": value for key, value in of_video.items()}}
+    values = _read_keys(DATA_SET, {k: v for k, v in given.items() if v != ""}, own_places, problems)
     if problems:
         raise SpecError(problems)
     folder = values.get("instance_data_dir")

@@ -86,6 +86,8 @@ def _aligned(
     is_irepa = settings.projector.type == "conv"
     exported: dict[str, Any] = {f"{prefix}_enabled": True} | ({"irepa_enabled": True} if is_irepa else {})
     frames = FRAMES if isinstance(settings, CREPASettings) else ()
+    if family.is_video and not frames:  # SimpleTuner takes neighbours by default
+        exported |= {"crepa_adjacent_distance": 0}
     for key in (*KEYS[prefix], *frames, *(IREPA if is_irepa else ())):
         section, _, name = key.field.partition(".")
         if section == "regularizer" and not (name in _LEFT_OUT and name in limits):

@@ -141,8 +141,10 @@ def _rest(config: Config) -> dict[str, Any]:
 
     fields: dict[str, Any] = {}
     if family is not None:
-        fields |= {"model.family": family.name, "data.source": "imagefolder", "data.path": None}
+        source = "clips" if family.is_video else "imagefolder"
+        fields |= {"model.family": family.name, "data.source": source, "data.path": None}
     if data_set is not None:
+        fields |= {"data.frames": frames} if (frames := data_set.values.get("video.num_frames")) else {}
         fields |= {"data.path": data_set.folder} if data_set.folder else {}
         fields |= {"data.buckets.step": 64, "data.buckets.max_aspect": 2.0} if data_set.keeps_aspect else {}
     fields |= {key.field: config.value(key.name) for key in REST if is_written(key.name)}

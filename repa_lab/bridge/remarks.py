@@ -151,11 +151,18 @@ def _images(config: Config, fields: Fields) -> Iterator[Remark]:
     """Describe what comes from the data backend's file, or what is missing without it."""
     key, images = "data_backend_config", config.data_set
     if not (images and images.folder):
-        yield "", "fill in data.path, the folder of images (--set data.path=FOLDER)"
+        kind = "clips" if config.is_video else "images"
+        yield "", f"fill in data.path, the folder of {kind} (--set data.path=FOLDER)"
     if images is None:
         if key in config.values:
-            yield key, f"'{config.values[key]}' is not found here or beside the config, or has no image data set"
+            kind = "video" if config.is_video else "image"
+            yield key, f"'{config.values[key]}' is not found here or beside the config, or has no {kind} data set"
         return
+    if config.is_video:
+        message = "here a clip is a subfolder of frames, or a .gif, .webp or .npy: bring the videos into one of them"
+        yield key, f"{images.name}: {message}"
+    if "video.num_frames" in images.values:
+        yield key, f"data.frames is {images.values['video.num_frames']}, from {images.name}"
     if images.folder:
         yield key, f"data.path is '{images.folder}', from {images.name}"
     elif images.kind != "local":

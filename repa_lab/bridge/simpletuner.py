@@ -230,13 +230,14 @@ PARTS = (
     Key("validation_num_inference_steps", "evaluate.sampler.steps", Whole, 30),
     Key("validation_guidance", "evaluate.guidance.scale", Number, None, lambda scale: max(scale, 1.0)),
 )
-# Keys of an image data set in the file that `data_backend_config` names; the first two override those of the config.
+# Keys of a data set in the file that `data_backend_config` names; the first two override those of the config.
 DATA_SET = (
     Key("resolution", "data.resolution", Number),
     Key("resolution_type", "data.resolution", ResolutionType),
     Key("instance_data_dir", "data.path", Text),
     Key("crop", "data.buckets", bool, True),
     Key("crop_aspect", "data.buckets", CropAspect, "square"),
+    Key("video.num_frames", "data.frames", Whole),
 )
 SWITCHES = tuple(
     Key(f"{prefix}_enabled", "regularizer.type", bool, False) for prefix in ("crepa", "urepa", "irepa", "layersync")
@@ -358,6 +359,11 @@ FLAVOURS: Mapping[str, Mapping[str, str]] = {
         "t2i-lite-sft": "kandinskylab/Kandinsky-5.0-T2I-Lite-sft-Diffusers",
         "t2i-lite-pretrain": "kandinskylab/Kandinsky-5.0-T2I-Lite-pretrain-Diffusers",
     },
+    "wan": {
+        "t2v-480p-1.3b-2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "t2v-480p-14b-2.1": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    },
+    "ltxvideo": {"0.9.0": "Lightricks/LTX-Video"},
     "krea2": {"raw": "krea/Krea-2-Raw", "turbo": "krea/Krea-2-Turbo"},
     "ernie_image": {"base": "baidu/ERNIE-Image", "turbo": "baidu/ERNIE-Image-Turbo"},
     "longcat_image": {"final": "meituan-longcat/LongCat-Image", "dev": "meituan-longcat/LongCat-Image-Dev"},

@@ -39,22 +39,27 @@ class LatentScaling:
             message = f"the VAE's latents cannot be scaled by {self.scale}: its config or statistics are broken"
             raise DataError("vae", message)
 
-    def shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
-        """Return the shape of ``x`` for a ``z`` of (channels, height, width).
+    def shape(self, channels: int, *size: int) -> tuple[int, ...]:
+        """Return the shape of ``x`` for a ``z`` of (channels, height, width), or (channels, frames, height, width).
 
         Raises:
             DataError: ``z`` does not divide into patches.
         """
-        rows, columns = self.patch
+        (rows, columns), (*frames, height, width) = self.patch, size
         if height % rows or width % columns:
             message = (
                 f"the VAE's latents measure {height}x{width}, which does not divide into patches of {rows}x{columns}"
             )
             raise DataError("resolution", message)
-        return channels * rows * columns, height // rows, width // columns
+        return channels * rows * columns, *frames, height // rows, width // columns
 
     def normalise(self, z: torch.Tensor) -> torch.Tensor:
-        """Return ``x`` ``(B, c * p * q, h / p, w / q)`` of latents ``(B, c, h, w)`` for patches of ``p`` by ``q``."""
+        """Return ``x`` ``(B, c * p * q, h / p, w / q)`` of latents ``(B, c, h, w)`` for patches of ``p`` by ``q``.
+
+        Every frame of clips ``(B, c, f, h, w)`` is scaled like an image.
+        """
+        if z.ndim == 5:
+            return _of_frames(self.normalise, z)
         rows, columns = self.patch
         batch, channels, height, width = z.shape
         cut = z.reshape(batch, channels, height // rows, rows, width // columns, columns).permute(0, 1, 3, 5, 2, 4)
@@ -63,6 +68,8 @@ class LatentScaling:
 
     def denormalise(self, x: torch.Tensor) -> torch.Tensor:
         """Return the latents of ``x``: the inverse of :meth:`normalise`."""
+        if x.ndim == 5:
+            return _of_frames(self.denormalise, x)
         rows, columns = self.patch
         batch, channels, height, width = x.shape
         patches = x / _channels(self.scale, x) + _channels(self.mean, x)
@@ -106,6 +113,12 @@ def _numbers(values: Any) -> PerChannel:
     return tuple(torch.as_tensor(values, dtype=torch.float64).flatten().tolist())
 
 
+def _of_frames(scale: Callable[[torch.Tensor], torch.Tensor], clips: torch.Tensor) -> torch.Tensor:
+    """Return what a function of images ``(B, c, h, w)`` makes of each frame of clips ``(B, c, f, h, w)``."""
+    frames: torch.Tensor = scale(clips.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(clips), -1))
+    return frames.transpose(1, 2)
+
+
 def _channels(values: PerChannel, like: torch.Tensor) -> torch.Tensor | float:
     """Return one number, or a tensor that is broadcast over the channels of ``like`` ``(B, c, h, w)``."""
     return values[0] if len(values) == 1 else _on_device(values, like.dtype, like.device)
@@ -119,8 +132,9 @@ def _on_device(values: PerChannel, dtype: torch.dtype, device: torch.device) -> 
 class Autoencoder:
     """Encodes pixels and decodes latents, on the device they are on.
 
-    A video autoencoder is given an image as a film of one frame. The model is brought to float32, and decoding ignores
-    autocast: in half precision SDXL's gives NaN, and others give pixels of a few hundred levels.
+    A video autoencoder is given clips ``(B, C, F, H, W)``, or an image as a film of one frame. The model is brought to
+    float32, and decoding ignores autocast: in half precision SDXL's gives NaN, and others give pixels of a few hundred
+    levels.
 
     Args:
         field: the setting that names the autoencoder, for errors.
@@ -161,17 +175,23 @@ class Autoencoder:
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return mean and standard deviation ``(B, 2 * c, h, w)`` of the latents of uint8 pixels ``(B, C, H, W)``.
 
-        The deviation is 0 where the autoencoder leaves nothing to chance.
+        The deviation is 0 where the autoencoder leaves nothing to chance. Those of clips are ``(B, 2 * c, f, h, w)``.
+
+        Raises:
+            DataError: the autoencoder is one of images and the pixels are of clips, or the latents do not fit.
         """
+        is_image = pixels.ndim == 4
+        if not (self._film or is_image):
+            raise DataError(self.field, f"{type(self.model).__name__} encodes images, and the data are clips")
         images = pixels.to(self.model.device).float() / 127.5 - 1
-        encoded = self.model.encode(images.unsqueeze(2) if self._film else images)
+        encoded = self.model.encode(images.unsqueeze(2) if self._film and is_image else images)
         if "latent_dist" in encoded:
             mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
         else:
             (mean,) = encoded.to_tuple()
             std = torch.zeros_like(mean)
         moments = torch.cat([mean, std], dim=1)
-        moments = moments.squeeze(2) if self._film else moments
+        moments = moments.squeeze(2) if self._film and is_image else moments
         self.scaling.shape(
             moments.shape[1] // 2, *moments.shape[2:]
         )  # refuses latents that do not fit, in the first batch
@@ -179,11 +199,14 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Return pixels ``(B, C, H, W)`` in [-1, 1], not clamped; ``x`` is what the diffusion model sees."""
+        """Return pixels ``(B, C, H, W)``, or of clips, in [-1, 1], not clamped; ``x`` is what the denoiser sees."""
         z = self.scaling.denormalise(x)
         decode = self.model.to(x.device).decode
-        pixels: torch.Tensor = decode(z.unsqueeze(2)).sample.squeeze(2) if self._film else decode(z).sample
-        return pixels
+        is_film_of_one = self._film and z.ndim == 4
+        # Later decoders of LTX-Video are told how noisy the latents are.
+        noise = (z.new_zeros(len(z)),) if getattr(self.model.config, "timestep_conditioning", False) else ()
+        pixels: torch.Tensor = decode(z.unsqueeze(2) if is_film_of_one else z, *noise).sample
+        return pixels.squeeze(2) if is_film_of_one else pixels
 
 
 def load_autoencoder(place: str, field: str, shifted: bool = True) -> Autoencoder:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from repa_lab.data.huggingface import load_rows
 from repa_lab.data.layout import IMAGES, read_listing
-from repa_lab.data.listing import CAPTION_COLUMNS, read_image_folder
+from repa_lab.data.listing import CAPTION_COLUMNS, read_clips, read_image_folder
 
 
 def copy_files(source: Path, target: Path, count: int, caption_column: str | None) -> None:
@@ -23,6 +23,19 @@ def copy_files(source: Path, target: Path, count: int, caption_column: str | Non
     if images.captions:
         captions = [images.captions[index] for index in chosen]
         write_captions(target, dict(zip(names, captions, strict=True)), caption_column or CAPTION_COLUMNS[0])
+
+
+def copy_clips(source: Path, target: Path, count: int, frames: int, caption_column: str | None) -> None:
+    """Copy evenly spaced clips of a folder with their captions."""
+    clips = read_clips(source, frames, caption_column)
+    chosen = range(0, len(clips.clips), max(1, len(clips.clips) // count))[:count]
+    for file in (file for index in chosen for file in clips.clips[index].files):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+    if clips.captions:
+        captions = {clips.clips[index].path.relative_to(source).as_posix(): clips.captions[index] for index in chosen}
+        write_captions(target, captions, caption_column or CAPTION_COLUMNS[0])
 
 
 def copy_rows(source: Path, target: Path, count: int) -> None:

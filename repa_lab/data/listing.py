@@ -13,16 +13,21 @@ import json
 import math
 import os
 import posixpath
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+from PIL import Image
+
 from repa_lab.data import DataError
 from repa_lab.data.crop import Buckets
 from repa_lab.files import digest
 
+CLIP_SUFFIXES = (".gif", ".webp", ".npy")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Where captions are looked for if `data.caption_column` names no column, in every source that has columns.
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -43,6 +48,53 @@ class Tree:
 
     files: Sequence[Path]
     repeated: Sequence[Path]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip of a folder.
+
+    Attributes:
+        path: a folder of frames, or an animated file.
+        files: the frames in their order, or the file.
+    """
+
+    path: Path
+    files: Sequence[Path]
+
+    @property
+    def length(self) -> int:
+        """The number of frames."""
+        if self.path.is_dir():
+            return len(self.files)
+        try:
+            if self.path.suffix == ".npy":
+                array = np.load(self.path, mmap_mode="r")
+                if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+                    found = f"{array.dtype} of shape {array.shape}"
+                    raise DataError("path", f"'{self.path}' must be uint8 of (frames, height, width, 3), got {found}")
+                return len(array)
+            with Image.open(self.path) as animation:
+                return getattr(animation, "n_frames", 1)
+        except (OSError, ValueError) as error:
+            raise DataError("path", f"cannot read the clip '{self.path}': {error}") from None
+
+
+@dataclass(frozen=True)
+class ClipList:
+    """The clips of a folder.
+
+    Attributes:
+        folder: the folder.
+        clips: the clips, sorted by their path.
+        captions: a caption for each clip, or empty if no clip has one.
+        notes: what was left out, a sentence each.
+    """
+
+    folder: Path
+    clips: Sequence[Clip]
+    captions: Sequence[str]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -149,9 +201,35 @@ def fingerprint_content(images: ImageList, resolution: int, buckets: Buckets | N
     Caches are found by this digest: uncompressed images of two data sets have the same sizes, and features of one must
     not pass for those of the other. `plan` does not wait for the content to be read.
     """
-    sample = images.files[:: -(-len(images.files) // _CONTENT_SAMPLE)]
-    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sample]
-    return digest({"listing": fingerprint_images(images, resolution, buckets), "contents": contents})
+    listing = fingerprint_images(images, resolution, buckets)
+    return digest({"listing": listing, "contents": _contents(images.files)})
+
+
+def fingerprint_clips(
+    clips: ClipList, resolution: int, buckets: Buckets | None, frames: int, step: int, content: bool = False
+) -> str:
+    """Return a digest of the names and sizes of the frames, their captions, and how they are read.
+
+    Args:
+        clips: the clips.
+        resolution: pixels along each side.
+        buckets: sizes of several aspects.
+        frames: frames that are read of each clip.
+        step: frames from one to the next.
+        content: whether the digest is also of the content of up to 256 files, evenly spaced, as that of caches.
+    """
+    files = [file for clip in clips.clips for file in clip.files]
+    named = [(file.relative_to(clips.folder).as_posix(), file.stat().st_size) for file in files]
+    captions = digest(list(clips.captions)) if clips.captions else None
+    about = {"source": "clips", "files": named, "captions": captions, "resolution": resolution}
+    listing = digest({**about, "frames": frames, "step": step, **({"buckets": asdict(buckets)} if buckets else {})})
+    return digest({"listing": listing, "contents": _contents(files)}) if content else listing
+
+
+def _contents(files: Sequence[Path]) -> list[str]:
+    """Return the digests of the content of up to 256 files, evenly spaced."""
+    sample = files[:: -(-len(files) // _CONTENT_SAMPLE)]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in sample]
 
 
 def find_caption_column(columns: Sequence[str], asked: str | None) -> str | None:
@@ -169,10 +247,10 @@ def find_caption_column(columns: Sequence[str], asked: str | None) -> str | None
     return asked or next((name for name in CAPTION_COLUMNS if name in columns), None)
 
 
-def caption_notes(captions: Sequence[str]) -> list[str]:
-    """Return a sentence on images without a caption, if some have one and some have none."""
+def caption_notes(captions: Sequence[str], kind: str = "images") -> list[str]:
+    """Return a sentence on images (or clips) without a caption, if some have one and some have none."""
     empty = sum(not caption.strip() for caption in captions)
-    note = f"{empty:,} of {len(captions):,} images have no caption: they are trained with the empty one"
+    note = f"{empty:,} of {len(captions):,} {kind} have no caption: they are trained with the empty one"
     return [note] if empty else []
 
 
@@ -193,20 +271,80 @@ def read_image_folder(folder: Path, caption_column: str | None = None) -> ImageL
     images = sorted(path for path in tree.files if path.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
         raise DataError("path", f"no images in '{folder}'; expected {', '.join(IMAGE_SUFFIXES)}")
+    files, captions, unlisted = _captioned(tree, images, "images", caption_column)
+    return ImageList(folder, files, captions, (*_repeated(tree), *unlisted, *caption_notes(captions)))
+
+
+def read_clips(folder: Path, frames: int, caption_column: str | None = None) -> ClipList:
+    """List the clips of a folder with their captions.
+
+    A subfolder with images is a clip: its images are the frames, in the order of their names, where numbers count as
+    numbers. An animated file directly in the folder is a clip too, or an array ``(frames, height, width, 3)`` of uint8.
+    Captions are as in :func:`read_image_folder`, by the name of the subfolder or file.
+
+    Args:
+        folder: the folder.
+        frames: frames that a clip must have.
+        caption_column: the column of captions.
+
+    Raises:
+        DataError: no folder, no clips, a clip that is too short, a link that leads nowhere, or metadata that cannot be
+            used: with file and line.
+    """
+    if not folder.is_dir():
+        raise DataError("path", f"no folder '{folder}'")
+    tree = walk(folder)
+    require_targets(tree.files)
+    of_folders: dict[Path, list[Path]] = {}
+    for path in tree.files:
+        if path.parent != folder and path.suffix.lower() in IMAGE_SUFFIXES:
+            of_folders.setdefault(path.parent, []).append(path)
+    files = [path for path in tree.files if path.parent == folder and path.suffix.lower() in CLIP_SUFFIXES]
+    clips = [
+        *(Clip(path, sorted(inner, key=_natural)) for path, inner in of_folders.items()),
+        *(Clip(p, (p,)) for p in files),
+    ]
+    if not clips:
+        expected = f"expected subfolders of images, or files in it ({', '.join(CLIP_SUFFIXES)})"
+        raise DataError("path", f"no clips in '{folder}'; {expected}")
+    by_path = {clip.path: clip for clip in sorted(clips, key=lambda clip: clip.path)}
+    listed, captions, unlisted = _captioned(tree, list(by_path), "clips", caption_column)
+    for path in listed:
+        if (length := by_path[path].length) < frames:
+            message = f"the clip '{path}' has {length} frames, and {frames} are asked for"
+            raise DataError("frames", f"{message}: lower frames or frame_step, or leave the clip out")
+    notes = (*_repeated(tree), *unlisted, *caption_notes(captions, "clips"))
+    return ClipList(folder, [by_path[path] for path in listed], captions, notes)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Return a key that sorts names with their numbers as numbers: 2.png before 10.png."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+
+
+def _captioned(
+    tree: Tree, items: Sequence[Path], kind: str, caption_column: str | None
+) -> tuple[list[Path], list[str], list[str]]:
+    """Return the items that metadata files list, their captions or nothing, and notes on items that are left out."""
     tables = sorted(path for path in tree.files if path.stem == "metadata" and path.suffix in _READERS)
     rows = _read_tables(tables)
     column = find_caption_column(list(dict.fromkeys(name for row in rows for name in row.values)), caption_column)
-    listed = _listed_images(rows, images, column) if tables else dict.fromkeys(images, "")
-    files = [path for path in images if path in listed]
-    captions = [listed[path] if column else _caption_beside(path) for path in files]
-    captions, notes = captions if any(captions) else [], list[str]()
-    if tree.repeated:
-        count = len(tree.repeated)
-        folders = "1 folder is" if count == 1 else f"{count:,} folders are"
-        notes.append(f"{folders} reached twice through links and read once ('{tree.repeated[0]}' is left out)")
-    if unlisted := len(images) - len(files):
-        notes.append(f"{unlisted:,} of {len(images):,} images have no row in {tables[0].name} and are left out")
-    return ImageList(folder, files, captions, (*notes, *caption_notes(captions)))
+    listed = _listed_images(rows, items, column) if tables else dict.fromkeys(items, "")
+    chosen = [path for path in items if path in listed]
+    captions = [listed[path] if column else _caption_beside(path) for path in chosen]
+    notes = list[str]()
+    if unlisted := len(items) - len(chosen):
+        notes.append(f"{unlisted:,} of {len(items):,} {kind} have no row in {tables[0].name} and are left out")
+    return chosen, captions if any(captions) else [], notes
+
+
+def _repeated(tree: Tree) -> list[str]:
+    """Return a sentence on folders that are reached twice."""
+    if not tree.repeated:
+        return []
+    count = len(tree.repeated)
+    folders = "1 folder is" if count == 1 else f"{count:,} folders are"
+    return [f"{folders} reached twice through links and read once ('{tree.repeated[0]}' is left out)"]
 
 
 @dataclass(frozen=True)
@@ -315,8 +453,8 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
 }
 
 
-def _caption_beside(image: Path) -> str:
-    path = image.with_suffix(".txt")
+def _caption_beside(item: Path) -> str:
+    path = item.with_name(f"{item.name}.txt") if item.is_dir() else item.with_suffix(".txt")
     return _read_text(path).strip() if path.is_file() else ""
 
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeV
 from pydantic import Field, model_validator
 
 from repa_lab.data.crop import Buckets
-from repa_lab.data.few import copy_files, copy_prepared, copy_rows
+from repa_lab.data.few import copy_clips, copy_files, copy_prepared, copy_rows
 from repa_lab.data.huggingface import HubData, fingerprint_saved, read_saved, resolve_commit
 from repa_lab.data.layout import read_listing
-from repa_lab.data.listing import fingerprint_images, read_image_folder
+from repa_lab.data.listing import fingerprint_clips, fingerprint_images, read_clips, read_image_folder
 from repa_lab.files import digest
 from repa_lab.registry import Registry
 from repa_lab.settings import HubOrLocal, Positive, Settings
@@ -76,6 +76,8 @@ class SourceSettings(Settings):
     """Channels of the pixels."""
     is_prepared: ClassVar[bool] = False
     """Whether the source has latents of its own."""
+    has_clips: ClassVar[bool] = False
+    """Whether the source has clips, not images."""
     has_one_size: ClassVar[bool] = False
     """Whether the resolution cannot be chosen."""
     may_have_captions: ClassVar[bool] = True
@@ -84,6 +86,11 @@ class SourceSettings(Settings):
     """How to add captions to a data set that has none; None if only a run finds out whether there are any."""
     usual_classes: ClassVar[int] = 1000
     """Classes that costs are counted for."""
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames of a clip; 0 for a source of images."""
+        return 0
 
     @property
     def side(self) -> int:
@@ -255,6 +262,45 @@ class ImageFolderSettings(FolderSettings):
         images = read_image_folder(self.folder, self.caption_column)
         fingerprint, classes = fingerprint_images(images, self.side, self.sizes), len(set(images.classes))
         return Dataset(fingerprint, len(images.files), classes, bool(images.captions), images.notes)
+
+
+@source("clips", "repa_lab.data.clips:open_clips")
+class ClipsSettings(FolderSettings):
+    """A folder of short clips: subfolders of frames, or animated files (`.gif`, `.webp`, `.npy`)."""
+
+    source: Literal["clips"] = "clips"
+    frames: Positive = 17
+    """Frames of each clip, from its first on: 1 and a multiple of 4 for Wan, of 8 for LTX-Video."""
+    frame_step: Positive = 1
+    """Take every frame, every second, and so on."""
+    caption_column: str | None = None
+    """The column of captions; null is `text`, `caption` or `prompt`, the first there is."""
+
+    has_clips: ClassVar[bool] = True
+    caption_advice: ClassVar[str | None] = "give metadata.jsonl (file_name, text), or a .txt beside each clip"
+    source_of_copies: ClassVar[str | None] = "clips"
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames of a clip."""
+        return self.frames
+
+    @property
+    def needed_frames(self) -> int:
+        """Frames that a clip must have."""
+        return (self.frames - 1) * self.frame_step + 1
+
+    def copy_few(self, target: Path, count: int) -> None:
+        """Copy about ``count`` of the clips; see :class:`FolderSettings`."""
+        copy_clips(self.folder, target, count, self.needed_frames, self.caption_column)
+
+    def describe(self) -> Dataset:
+        """Return what is known of the data set; see :class:`SourceSettings`."""
+        if self.is_unset:
+            return Dataset(UNSET_DATA, None)
+        clips = read_clips(self.folder, self.needed_frames, self.caption_column)
+        fingerprint = fingerprint_clips(clips, self.side, self.sizes, self.frames, self.frame_step)
+        return Dataset(fingerprint, len(clips.clips), 1, bool(clips.captions), clips.notes)
 
 
 @source("datasets", "repa_lab.data.sources:open_saved")

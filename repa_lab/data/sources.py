@@ -45,6 +45,7 @@ class ImageSource(Protocol):
 
     Attributes:
         channels: number of channels of the pixels.
+        clip_frames: frames of a clip; 0 for images. Pixels of clips are ``(n, channels, frames, height, width)``.
         side: pixels along each side of a square image; images of other aspects have about its area.
         sizes: height and width of every image ``(n, 2)``.
         num_classes: number of classes.
@@ -55,6 +56,7 @@ class ImageSource(Protocol):
     """
 
     channels: int
+    clip_frames: int
     side: int
     sizes: torch.Tensor
     num_classes: int
@@ -86,6 +88,7 @@ class Source:
 
     Settings: ClassVar[type[SourceSettings]] = SourceSettings
 
+    clip_frames = 0
     num_classes = 1
     captions: Sequence[str] = ()
     notes: tuple[str, ...] = ()
@@ -183,6 +186,7 @@ class CroppedImages:
     """
 
     channels = 3
+    clip_frames = 0
     num_classes: int
     labels: torch.Tensor
     captions: Sequence[str] = ()
@@ -401,6 +405,7 @@ class Flips:
     def __init__(self, base: ImageSource) -> None:
         self.base = base
         self.channels, self.side, self.num_classes = base.channels, base.side, base.num_classes
+        self.clip_frames = base.clip_frames
         self.labels = torch.cat([base.labels, base.labels])
         self.sizes = torch.cat([base.sizes, base.sizes])
         self.captions: Sequence[str] = [*base.captions, *base.captions]
@@ -414,7 +419,8 @@ class Flips:
         """Return pixels, mirrored for the second half; see :class:`ImageSource`."""
         images, count = torch.as_tensor(index), len(self.base)
         pixels = self.base.read((images % count).tolist())
-        return torch.where((images >= count).view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+        is_mirrored = (images >= count).view(-1, *(1,) * (pixels.ndim - 1))
+        return torch.where(is_mirrored, pixels.flip(-1), pixels)
 
     def frames(self, index: Sequence[int]) -> torch.Tensor:
         """Return the frames of the images that are mirrored; see :class:`ImageSource`."""

@@ -26,8 +26,8 @@ class Space(Protocol):
 
     channels: int
 
-    def shape(self, index: torch.Tensor) -> tuple[int, int, int]:
-        """Return (channels, height, width) of each of the images ``index``."""
+    def shape(self, index: torch.Tensor) -> tuple[int, ...]:
+        """Return (channels, height, width) of each of the images ``index``; clips have their frames after channels."""
         ...
 
     def frames(self, index: torch.Tensor) -> torch.Tensor:
@@ -79,7 +79,7 @@ class PixelSpace(Space):
         self.channels = source.channels
 
     @override
-    def shape(self, index: torch.Tensor) -> tuple[int, int, int]:
+    def shape(self, index: torch.Tensor) -> tuple[int, ...]:
         height, width = self._source.sizes[index[0]].tolist()
         return self.channels, height, width
 
@@ -116,9 +116,9 @@ class LatentSpace(Space):
         self.channels = self.shape(torch.tensor([0]))[0]
 
     @override
-    def shape(self, index: torch.Tensor) -> tuple[int, int, int]:
-        doubled, height, width = self._moments.shape(index)
-        return self.vae.scaling.shape(doubled // 2, height, width)
+    def shape(self, index: torch.Tensor) -> tuple[int, ...]:
+        doubled, *size = self._moments.shape(index)
+        return self.vae.scaling.shape(doubled // 2, *size)
 
     @override
     def frames(self, index: torch.Tensor) -> torch.Tensor:
@@ -130,8 +130,8 @@ class LatentSpace(Space):
 
     @override
     def draw(self, stored: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor | None:
-        _, doubled, height, width = stored.shape
-        return torch.randn((count, doubled // 2, height, width), generator=generator, device=generator.device)
+        _, doubled, *size = stored.shape
+        return torch.randn((count, doubled // 2, *size), generator=generator, device=generator.device)
 
     @override
     def encode(self, stored: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
@@ -180,6 +180,7 @@ def latent_space(
     about = {"vae": vae, "resolution": source.side, "crop": "centre", "scaling": asdict(model.scaling)}
     many = _ENCODED_AT_ONCE * max(1, _LARGE_SIDE // source.side) ** 2
     at_once = _ENCODED_AT_ONCE if device.type == "cpu" else min(many, 128)
+    at_once = max(1, at_once // max(source.clip_frames, 1))
     moments = open_cache(cache / "latents", identity, source, encode, at_once, progress, about=about)
     return LatentSpace(model, moments)
 
@@ -207,6 +208,7 @@ class Reconstructions:
         self._source, self._space, self._decoder, self._device = source, space, decoder, device
         self.channels, self.side, self.num_classes = source.channels, source.side, source.num_classes
         self.labels, self.sizes, self.captions, self.notes = source.labels, source.sizes, source.captions, source.notes
+        self.clip_frames = source.clip_frames
         content = {"of": source.fingerprint, "vae": space.vae.identity, "decoder": decoder.identity}
         self.fingerprint = digest({"source": f"reconstructions/{decoder.field}", **content})
 
@@ -219,7 +221,8 @@ class Reconstructions:
         Raises:
             DataError: the decoded images have another size than the originals.
         """
-        return torch.cat([self._decode(batch) for batch in torch.as_tensor(index).split(_DECODED_AT_ONCE)])
+        at_once = max(1, _DECODED_AT_ONCE // max(self.clip_frames, 1))
+        return torch.cat([self._decode(batch) for batch in torch.as_tensor(index).split(at_once)])
 
     def frames(self, index: Sequence[int]) -> torch.Tensor:
         """Return how the originals were cut; see :class:`ImageSource`."""
@@ -228,7 +231,8 @@ class Reconstructions:
     def _decode(self, index: torch.Tensor) -> torch.Tensor:
         x = self._space.encode(self._space.read(index), None)
         pixels = to_uint8(self._decoder.decode(x.to(self._device))).cpu()
-        decoded, expected = tuple(pixels.shape[1:]), (self.channels, *self._source.sizes[index[0]].tolist())
+        frames = (self.clip_frames,) if self.clip_frames else ()
+        decoded, expected = tuple(pixels.shape[1:]), (self.channels, *frames, *self._source.sizes[index[0]].tolist())
         if decoded != expected:
             message = f"images of {expected} are given back as {decoded}: it is not for these latents"
             raise DataError(self._decoder.field, message)

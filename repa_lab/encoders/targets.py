@@ -8,6 +8,7 @@ the codes of its token as the four bytes of a float32.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ import torch
 
 from repa_lab.align.regularizer import Attention
 from repa_lab.align.settings import EncoderSettings
-from repa_lab.align.tokens import Grid, Tokens
+from repa_lab.align.tokens import Tokens
 from repa_lab.data.cache import READERS, ArrayCache, Progress, open_cache
+from repa_lab.data.clips import LatentFrames, as_images
 from repa_lab.data.rows import dtype_name
 from repa_lab.data.sources import ImageSource, groups
 from repa_lab.data.space import Reconstructions
@@ -30,6 +32,7 @@ from repa_lab.timm_models import EncoderError
 _PREFLIGHT_IMAGES = 4
 _MIN_STD = 1e-6
 _IMAGES_AT_ONCE = 64
+_ENCODED_AT_ONCE = 128
 _PLAIN = EncoderOptions()
 
 _SCALE_BYTES = 4
@@ -93,7 +96,7 @@ class Targets(Protocol):
 
 
 class CachedTargets:
-    """Features ``(h, w, D)`` per image from the cache, optionally with every channel standardised.
+    """Features ``(h, w, D)`` per image, ``(F, h, w, D)`` per clip, from the cache, optionally standardised.
 
     Args:
         features: the cache of all images.
@@ -110,12 +113,12 @@ class CachedTargets:
     def __call__(self, index: torch.Tensor, device: torch.device, loaded: torch.Tensor | None = None) -> Tokens:
         """Return the cached tokens; see :meth:`Targets.__call__`."""
         features = self._read(index) if loaded is None else loaded
-        grid: Grid = (features.shape[1], features.shape[2])
-        values = unpacked(features.to(device, non_blocking=True), self._storage).flatten(1, 2)
+        _, *frames, height, width, _ = features.shape
+        values = unpacked(features.to(device, non_blocking=True), self._storage).flatten(1, -2)
         if self._moments is not None:
             mean, std = self._moments = (self._moments[0].to(device), self._moments[1].to(device))  # copied once
             values = (values - mean) / std
-        return Tokens(values, grid)
+        return Tokens(values, (height, width), math.prod(frames))
 
     def attention(self, block: int) -> Attention:
         """Refuse: the cache holds no attention."""
@@ -125,7 +128,7 @@ class CachedTargets:
         """Return the mean and standard deviation ``(D,)`` of each channel over all images and places, in float32."""
         total, squares, tokens = torch.zeros(self.dim).double(), torch.zeros(self.dim).double(), 0
         for index in (batch for group in groups(source.sizes) for batch in group.split(_IMAGES_AT_ONCE)):
-            values = unpacked(self._read(index), self._storage).double().flatten(0, 2)
+            values = unpacked(self._read(index), self._storage).double().flatten(0, -2)
             total, squares, tokens = total + values.sum(0), squares + values.square().sum(0), tokens + len(values)
         mean = total / tokens
         return mean.float(), (squares / tokens - mean.square()).clamp_min(_MIN_STD**2).sqrt().float()
@@ -143,13 +146,12 @@ class OnlineTargets:
         self.dim = require_patch_tokens(self._encoder, name, _sample(source).to(device)).dim
         self._read: Reader = _PixelReader(source)
         # Reconstructions are decoded on the device, which a data loader's process cannot use.
-        self.reader: Reader | None = None if isinstance(source, Reconstructions) else self._read
+        self.reader: Reader | None = None if _is_decoded(source) else self._read
 
     def __call__(self, index: torch.Tensor, device: torch.device, loaded: torch.Tensor | None = None) -> Tokens:
         """Return the encoder's tokens; see :meth:`Targets.__call__`."""
         pixels = self._read(index) if loaded is None else loaded
-        tokens: Tokens = self._encoder(pixels.to(device, non_blocking=True))
-        return tokens
+        return _encoded(self._encoder, pixels.to(device, non_blocking=True))
 
     def attention(self, block: int) -> Attention:
         """Return the encoder's queries and keys; see :meth:`Targets.attention`."""
@@ -194,8 +196,8 @@ def cached_targets(
         return loaded
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
-        tokens: Tokens = checked_encoder()(pixels.to(device))
-        features: torch.Tensor = tokens.values.unflatten(1, tokens.grid)
+        tokens = _encoded(checked_encoder(), pixels.to(device))
+        features: torch.Tensor = tokens.values.unflatten(1, (*pixels.shape[2:-2], *tokens.grid))
         return features if storage in _DTYPES else packed(features, storage)
 
     identity = {
@@ -209,11 +211,25 @@ def cached_targets(
         "storage": dtype_name(_DTYPES[storage]) if storage in _DTYPES else storage,
         **token_identity(encoder.name),
     }
-    readers = 1 if isinstance(source, Reconstructions) else READERS  # reconstructions are decoded on the device
+    readers = 1 if _is_decoded(source) else READERS  # reconstructions are decoded on the device
     dtype = _DTYPES.get(storage, torch.uint8)
-    features = open_cache(cache / "features", identity, source, encode, progress=progress, dtype=dtype, readers=readers)
+    at_once = max(1, _ENCODED_AT_ONCE // max(source.clip_frames, 1))
+    features = open_cache(
+        cache / "features", identity, source, encode, at_once, progress=progress, dtype=dtype, readers=readers
+    )
     return CachedTargets(features, source, encoder.standardize, storage)
 
 
+def _encoded(encoder: Encoder, pixels: torch.Tensor) -> Tokens:
+    """Return the tokens of images ``(B, C, H, W)``, or of clips ``(B, C, F, H, W)``, frame by frame."""
+    tokens: Tokens = encoder(as_images(pixels))
+    return tokens.as_clips(math.prod(pixels.shape[2:-2]))
+
+
+def _is_decoded(source: ImageSource) -> bool:
+    """Return whether a source is decoded on the device as it is read."""
+    return isinstance(source.source if isinstance(source, LatentFrames) else source, Reconstructions)
+
+
 def _sample(source: ImageSource) -> torch.Tensor:
-    return source.read(groups(source.sizes)[0][:_PREFLIGHT_IMAGES].tolist())
+    return as_images(source.read(groups(source.sizes)[0][:_PREFLIGHT_IMAGES].tolist()))

@@ -215,6 +215,11 @@ def labels_name(labels: str) -> str:
     return "" if labels == "balanced" else f"-{labels}"
 
 
+def frames_name(frames: int) -> str:
+    """Return ``-frames17`` for samples that are clips, all of whose frames are compared as images; empty for images."""
+    return f"-frames{frames}" if frames else ""
+
+
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the fields in which two protocols of one name differ, so that their numbers must not be compared.
 

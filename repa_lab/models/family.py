@@ -250,6 +250,10 @@ class Family:
         """Whether the family denoises clips, not images."""
         return self.frame_stride > 0
 
+    def latent_frames(self, frames: int) -> int:
+        """Return the latent frames of a clip of so many frames; 1 for an image, which has 0."""
+        return 1 + (frames - 1) // self.frame_stride if self.is_video and frames else 1
+
     @property
     def from_scratch(self) -> bool:
         """Whether the family is built by ``size`` rather than loaded from a pretrained folder."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from repa_lab.align.tokens import Grid, Tokens, flatten_map
 from repa_lab.models.family import BlockIndex, Blocks, Family, network_of, pipeline_of
-from repa_lab.models.released import SCHEDULER, VAE, PretrainedError, components, text_components
+from repa_lab.models.released import INDEX, SCHEDULER, VAE, PretrainedError, components, read_json, text_components
 from repa_lab.models.tap import Denoiser, Tap, TapError
 
 
@@ -21,6 +21,7 @@ class DiffusersDenoiser(Denoiser):
 
     Attributes:
         grid: grid of the image's tokens in the latest forward pass.
+        frames: latent frames of a clip in that pass; 1 for images.
         text_lengths: text tokens before the image of each sample ``(B,)`` in that pass; None where they are not needed.
     """
 
@@ -28,14 +29,15 @@ class DiffusersDenoiser(Denoiser):
         super().__init__()
         self.net, self.family = net, family
         self.grid: Grid = (0, 0)
+        self.frames = 1
         self.text_lengths: torch.Tensor | None = None
         self.depth = sum(len(layers) for _, layers in self._lists()) if family.kind == "transformer" else 0
 
     def forward(self, latents: torch.Tensor, time: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
-        """Return the family's prediction ``(B, C, H, W)``.
+        """Return the family's prediction ``(B, C, H, W)``, or ``(B, C, F, H, W)`` for a family of videos.
 
         Args:
-            latents: noisy latents ``(B, C, H, W)``.
+            latents: noisy latents ``(B, C, H, W)``, or of clips ``(B, C, F, H, W)``.
             time: times ``(B,)`` in [0, 1], where 1 is noise.
             condition: the conditioning that :attr:`Network.condition` names.
                 ``text_lengths`` may be among it, on the CPU, for families that read the lengths of texts.
@@ -48,7 +50,7 @@ class DiffusersDenoiser(Denoiser):
         if network.square and height != width:
             message = f"takes square images only, got a grid of {height}x{width} tokens"
             raise ValueError(f"{self.family.name} {message}")
-        self.grid = (height, width)
+        self.grid, self.frames = (height, width), latents.shape[2] if self.family.is_video else 1
         self.text_lengths = network.lengths(condition) if network.lengths else None
         config: Any = net.config
         output = net(**network.inputs(config, latents, time, condition), return_dict=False)
@@ -114,8 +116,8 @@ class DiffusersDenoiser(Denoiser):
         values = values.transpose(0, blocks.samples)
         if blocks.place == "map":
             return flatten_map(values)
-        count = self.grid[0] * self.grid[1]
-        return Tokens(_PLACES[blocks.place](values, count, self.text_lengths), self.grid)
+        count = self.frames * self.grid[0] * self.grid[1]
+        return Tokens(_PLACES[blocks.place](values, count, self.text_lengths), self.grid, self.frames)
 
 
 def _after_text(values: torch.Tensor, count: int, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -227,10 +229,12 @@ def _lora_config(family: Family, rank: int) -> Any:
 
 
 def _load_pipeline(folder: Path, given: dict[str, Any], dtype: torch.dtype) -> Any:
-    from diffusers import DiffusionPipeline
+    import diffusers
 
+    # By the class itself: the base class loads a component that the class may lack, although it is given.
+    pipeline_class: Any = getattr(diffusers, (read_json(folder / INDEX) or {}).get("_class_name", "DiffusionPipeline"))
     try:
-        return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **given)
+        return pipeline_class.from_pretrained(folder, torch_dtype=dtype, **given)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise PretrainedError(f"cannot load the pipeline in '{folder}': {_first_line(error)}") from None
 

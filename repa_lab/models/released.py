@@ -61,6 +61,10 @@ def problem_with(folder: Path, family: Family) -> str | None:
     if config is None:
         return f"'{folder}' has no readable {pipeline.denoiser}/config.json"
     model = config.get("_class_name")
+    twins = [name for name in components(folder) if index[name][1] == network.model and name != pipeline.denoiser]
+    if twins:
+        both = " and ".join((pipeline.denoiser, *twins))
+        return f"'{folder}' has two denoisers, {both}, each for a part of the noise levels: {family.name} trains one"
     if model != network.model:
         return f"the {pipeline.denoiser} in '{folder}' is a {model}, and {family.name} trains a {network.model}"
     if not any(path.suffix in (".safetensors", ".bin") for path in (folder / pipeline.denoiser).iterdir()):

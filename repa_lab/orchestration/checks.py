@@ -70,6 +70,7 @@ def _arm_problems(arm: Arm, options: RunOptions, inventory: Inventory | None) ->
     except UnknownComponentError as error:
         yield arm.problem("model.size", str(error) if config.model.size else f"{family.name} needs a size: {error}")
         return
+    yield from _clip_problems(arm, family)
     yield from _model_problems(arm, family, shape)
     yield from _regularizer_problems(arm, family, shape, options)
     yield from _metric_problems(arm)
@@ -78,6 +79,20 @@ def _arm_problems(arm: Arm, options: RunOptions, inventory: Inventory | None) ->
         yield from _data_problems(arm, family, inventory)
         yield from _file_problems(arm)
         yield from _vae_problems(arm, family, shape)
+
+
+def _clip_problems(arm: Arm, family: Family) -> Iterator[Problem]:
+    data, frames, stride = arm.config.data, arm.config.data.clip_frames, family.frame_stride
+    if family.is_video and not data.has_clips:
+        yield arm.problem("data.source", f"{family.name} is trained on clips, and {data.source} has images: use clips")
+    elif data.has_clips and not family.is_video:
+        videos = ", ".join(name for name, one in FAMILIES.items() if one.is_video)
+        message = f"{family.name} is trained on images, and {data.source} has clips; clips are for {videos}"
+        yield arm.problem("data.source", message)
+    elif data.has_clips and (frames - 1) % stride:
+        lower = frames - (frames - 1) % stride
+        message = f"{family.name} makes a latent frame of the first frame and of every {stride} after it"
+        yield arm.problem("data.frames", f"{message}: use {lower} or {lower + stride}, got {frames}")
 
 
 def _model_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
@@ -113,8 +128,9 @@ def _pretrained_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Pro
     if not _takes_captions(family):
         if arm.config.evaluate.prompts:
             yield arm.problem("evaluate.prompts", f"{family.name} is told classes: leave prompts out")
-    elif not data.may_have_captions:
-        *others, last = (name for name, source in SOURCES.items() if source.settings.may_have_captions)
+    elif not data.may_have_captions and not family.is_video:
+        named = ((name, source.settings) for name, source in SOURCES.items())
+        *others, last = (name for name, settings in named if settings.may_have_captions and not settings.has_clips)
         reason = f"{family.name} is trained with captions, and the images of {data.source} have none"
         yield arm.problem("data.source", f"{reason}: use {', '.join(others)} or {last}")
     yield from _sampling_problems(arm, family)
@@ -147,7 +163,8 @@ def _regularizer_problems(arm: Arm, family: Family, shape: Shape, options: RunOp
     measured_at = config.evaluate.block_index
     if measured_at is not None and (message := _block_problem(family, measured_at, depth)):
         yield arm.problem("evaluate.block_index", message)
-    facts = TrainingFacts(depth, _images_at_once(config, options), config.model.pretrained is not None)
+    frames = family.latent_frames(config.data.clip_frames)
+    facts = TrainingFacts(depth, _images_at_once(config, options), config.model.pretrained is not None, frames)
     is_known = True
     for (path, given), settings in zip(config.regularizer_paths, resolved_regularizers(config), strict=True):
         if given.type not in family.regularizers:

@@ -228,7 +228,7 @@ def caches_of(config: RunConfig, options: ResolvedOptions) -> Iterator[Cache]:
     if _has_vae(config, family) and not data.is_prepared:
         stride = family.latent_stride if family.network else _VAE_STRIDE
         channels = family.network.channels if family.network else _VAE_CHANNELS
-        bytes_ = 2 * channels * (data.side // stride) ** 2 * _FLOAT
+        bytes_ = 2 * channels * (data.side // stride) ** 2 * family.latent_frames(data.clip_frames) * _FLOAT
         yield Cache(f"latents at {data.side} px", shared, _vae_flops(config, encode=True), bytes_)
     for encoder in dict.fromkeys(encoder for _, encoder in config.encoder_paths):
         facts, tokens = facts_of(encoder.name), _encoder_tokens(encoder, data)
@@ -236,6 +236,7 @@ def caches_of(config: RunConfig, options: ResolvedOptions) -> Iterator[Cache]:
             what = f"features of {encoder.name} at {_encoder_side(encoder, data)} px"
             token = {"fp32": _FLOAT * facts.dim, "fp16": _HALF * facts.dim}.get(options.encoder_storage)
             bytes_ = tokens * (token or facts.dim + _FLOAT)  # a byte for each value, and a scale
+            bytes_ *= family.latent_frames(data.clip_frames)
             yield Cache(what, shared, _encoder_flops(encoder, config), bytes_)
 
 
@@ -247,9 +248,10 @@ def _latent_channels(config: RunConfig, family: Family) -> int:
 
 
 def _tokens(config: RunConfig, family: Family, stride: int) -> float:
-    """Return the tokens of an image with one token every ``stride`` latent cells."""
+    """Return the tokens of an image, or of a clip, with one token every ``stride`` latent cells."""
     latent = _VAE_STRIDE if family.from_scratch and config.data.vae else family.latent_stride
-    return max(1, config.data.side // (latent * stride)) ** 2
+    of_frame = max(1, config.data.side // (latent * stride)) ** 2
+    return of_frame * family.latent_frames(config.data.clip_frames)
 
 
 def _has_vae(config: RunConfig, family: Family) -> bool:
@@ -257,9 +259,12 @@ def _has_vae(config: RunConfig, family: Family) -> bool:
 
 
 def _vae_flops(config: RunConfig, encode: bool) -> float:
-    """Return the FLOPs of one image through Stable Diffusion's autoencoder, which is counted for every VAE."""
+    """Return the FLOPs of one image through Stable Diffusion's autoencoder, which is counted for every VAE.
+
+    A clip counts as its frames.
+    """
     counted = VAE_ENCODER if encode else VAE_DECODER
-    return counted.at((config.data.side / _VAE_STRIDE) ** 2, 0).flops
+    return counted.at((config.data.side / _VAE_STRIDE) ** 2, 0).flops * max(config.data.clip_frames, 1)
 
 
 def _active_share(settings: RegularizerSettings, config: RunConfig) -> float:
@@ -306,7 +311,8 @@ def _overheads(config: RunConfig, family: Family, shape: Shape) -> list[Overhead
         encoders = []
         for encoder in settings.encoders:
             facts = facts_of(encoder.name)
-            count = _encoder_tokens(encoder, config.data) or counts[0]
+            of_frame = _encoder_tokens(encoder, config.data)
+            count = of_frame * family.latent_frames(config.data.clip_frames) if of_frame else counts[0]
             encoders.append(TokenSize((facts.dim if facts else 0) or shape.width, count))
         taps = tuple(TokenSize(shape.width, count) for count in counts)
         latents = TokenSize(_latent_channels(config, family), _tokens(config, family, 1))
@@ -327,9 +333,13 @@ def _encoder_tokens(encoder: EncoderSettings, data: SourceSettings) -> int | Non
 
 
 def _encoder_flops(encoder: EncoderSettings, config: RunConfig) -> float:
-    """Return the FLOPs of an encoder for one image, decoding included if it sees reconstructions by the VAE."""
+    """Return the FLOPs of an encoder for one image, decoding included if it sees reconstructions by the VAE.
+
+    Of a clip it sees a frame for every latent frame.
+    """
     decoding = _vae_flops(config, encode=False) if encoder.pixels == "vae" else 0
-    return (encoder_flops(encoder.name, _encoder_side(encoder, config.data)) or 0) + decoding
+    seen = FAMILIES[config.model.family].latent_frames(config.data.clip_frames)
+    return seen * (encoder_flops(encoder.name, _encoder_side(encoder, config.data)) or 0) + decoding
 
 
 def _evaluation_flops(config: RunConfig, protocol: EvaluateConfig, family: Family, forward: Forward) -> float:

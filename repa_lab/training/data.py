@@ -14,6 +14,7 @@ from repa_lab.align.settings import EncoderSettings
 from repa_lab.data import DataError
 from repa_lab.data.autoencoder import load_autoencoder
 from repa_lab.data.cache import Embeddings, Progress, TextCache
+from repa_lab.data.clips import LatentFrames
 from repa_lab.data.listing import fingerprint_files
 from repa_lab.data.settings import SOURCES, SourceSettings
 from repa_lab.data.sources import Flips, ImageSource, Split, split
@@ -70,6 +71,13 @@ class Images:
     def base_count(self) -> int:
         """The number of images without mirrored ones."""
         return len(self.base)
+
+    @property
+    def frame_stride(self) -> int:
+        """Frames of a clip per latent frame after the first, or 1: also of images, and of clips of one frame."""
+        frames = self.source.clip_frames
+        latent = self.space.shape(self.split.train)[1] if frames else 1
+        return (frames - 1) // (latent - 1) if latent > 1 else 1
 
     @property
     def input(self) -> Input:
@@ -134,9 +142,16 @@ def open_images(
 def pixels_for(encoder: EncoderSettings, images: Images, device: torch.device = _CPU) -> ImageSource:
     """Return what an encoder sees, by its ``pixels``: the images, or reconstructions by the VAE or a tiny autoencoder.
 
+    Of clips the encoder sees the frames that stand for the latent ones; see :class:`repa_lab.data.clips.LatentFrames`.
+
     Raises:
         DataError: there are no latents (field ``vae``), or the tiny autoencoder does not fit them (field ``tae``).
     """
+    pixels = _whole_pixels(encoder, images, device)
+    return LatentFrames(pixels, images.frame_stride) if images.frame_stride > 1 else pixels
+
+
+def _whole_pixels(encoder: EncoderSettings, images: Images, device: torch.device) -> ImageSource:
     space = images.space
     if encoder.pixels == "image":
         return images.source

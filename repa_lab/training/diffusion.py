@@ -46,7 +46,7 @@ class Flow:
             noise: ``(B, C, H, W)``.
             t: times ``(B,)``, or of pixels ``(B, 1, H, W)``.
         """
-        time = _for_pixels(t)
+        time = _for_pixels(t, x.ndim)
         return (1 - time) * x + time * noise, noise - x
 
     def min_snr(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -86,7 +86,7 @@ class Diffusion:
 
     def corrupt(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the noisy images and the targets, ``(B, C, H, W)``; other times are rounded to the nearest step."""
-        signal, scale = self._at(t)
+        signal, scale = self._at(t, x.ndim)
         return signal * x + scale * noise, _TARGETS[self._prediction](x, noise, signal, scale)
 
     def min_snr(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -94,9 +94,9 @@ class Diffusion:
         signal, scale = self._at(t)
         return _MIN_SNR[self._prediction](signal.square(), scale.square(), gamma)
 
-    def _at(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _at(self, t: torch.Tensor, ndim: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the scales of image and noise at times ``t``, ``(B, 1, 1, 1)`` or ``(B, 1, H, W)`` each."""
-        step = (_for_pixels(t) * _STEPS).round().long().clamp_max(len(self._signal) - 1)
+        step = (_for_pixels(t, ndim) * _STEPS).round().long().clamp_max(len(self._signal) - 1)
         if self._signal.device != t.device:  # once: a copy to a GPU in every step would wait for it
             self._signal, self._noise = self._signal.to(t.device), self._noise.to(t.device)
         signal, scale = (values[step] for values in (self._signal, self._noise))
@@ -147,8 +147,9 @@ def over_pixels(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return t if t.ndim == 1 else functional.interpolate(t, x.shape[-2:], mode="nearest")
 
 
-def _for_pixels(t: torch.Tensor) -> torch.Tensor:
-    return t.view(-1, 1, 1, 1) if t.ndim == 1 else t
+def _for_pixels(t: torch.Tensor, ndim: int = 4) -> torch.Tensor:
+    """Return times ``(B,)`` with as many dimensions as the images, or clips; those of pixels unchanged."""
+    return t.view(-1, *(1,) * (ndim - 1)) if t.ndim == 1 else t
 
 
 def denoising_loss(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -160,7 +161,9 @@ def denoising_loss(prediction: torch.Tensor, target: torch.Tensor, weight: torch
         weight: of each sample ``(B, 1, 1, 1)``, or of each pixel ``(B, 1, H, W)``; None weights all samples equally.
     """
     error = (prediction.float() - target).square()
-    return error.mean() if weight is None else (weight * error).mean()
+    if weight is None:
+        return error.mean()
+    return (weight.view(*weight.shape, *(1,) * (error.ndim - weight.ndim)) * error).mean()
 
 
 def _unit_times(settings: TimeSettings, count: int, draw: torch.Generator) -> torch.Tensor:

@@ -24,6 +24,7 @@ from repa_lab.align.ranks import sum_over_ranks, world_size
 from repa_lab.align.regularizer import Pair
 from repa_lab.align.tokens import Grid
 from repa_lab.data import DataError
+from repa_lab.data.clips import as_images
 from repa_lab.data.sources import groups
 from repa_lab.encoders.targets import Targets
 from repa_lab.errors import StateError
@@ -152,7 +153,7 @@ class Evaluator:
             if pixels is None:
                 break
             for extractor, collector in collectors.items():
-                collector.add(self._extractors[extractor].features(pixels), index.start)
+                collector.add(self._extractors[extractor].features(as_images(pixels)), index.start)
             if index.start < _GRID_SAMPLES:
                 first.append((index.start, pixels[: _GRID_SAMPLES - index.start].cpu()))
         if not all(gather_object([is_finite])):
@@ -175,8 +176,8 @@ class Evaluator:
         for index in held_out_batches(self._images, self._images.split.held_out, self._model.at_once):
             show(self._model, self._images, index, self._config.evaluate.timestep, self._device)
             student, teacher = tap.take(), self._targets(index, self._device)
-            student = Tokens(student.values.float(), student.grid)
-            teacher = Tokens(teacher.values.float(), teacher.grid)
+            student = Tokens(student.values.float(), student.grid, student.frames)
+            teacher = Tokens(teacher.values.float(), teacher.grid, teacher.frames)
             students.append(image_means(student.values))
             teachers.append(image_means(teacher.values))
             if match is not None:
@@ -219,12 +220,14 @@ class Evaluator:
         return described | {name: {"metric": metric, **shared} for name, metric in _ALIGNMENT.items()}
 
     def _describe(self, protocol: EvaluateConfig, extractor: ExtractorConfig, metric: str, seed: int) -> dict[str, Any]:
+        frames = self._config.data.clip_frames
         return {
             "metric": metric,
             **self._extractors[extractor].identity,
             "reference": file_digest(Path(extractor.reference)) if extractor.reference else self._real.source,
-            **_metric_details(metric, self._references[extractor], protocol.samples),
+            **_metric_details(metric, self._references[extractor], protocol.samples * max(frames, 1)),
             "samples": protocol.samples,
+            **({"frames": frames} if frames else {}),
             "sampler": protocol.sampler.model_dump(mode="json"),
             "guidance": protocol.guidance.model_dump(mode="json"),
             "labels": protocol.labels,
@@ -308,17 +311,19 @@ def open_reference(config: ExtractorConfig, extractor: Extractor, real: RealImag
 
 
 def real_images(images: Images) -> RealImages:
-    """Return the training images as a reference, without mirrored ones."""
+    """Return the training images, or all frames of the clips, as a reference, without mirrored ones."""
     source, train = images.base, images.split.train
+    frames = max(source.clip_frames, 1)
 
     def batches() -> Iterator[torch.Tensor]:
         for group in groups(source.sizes[train]):
-            for index in train[group].split(_REFERENCE_BATCH):
-                yield source.read(index.tolist())
+            for index in train[group].split(max(1, _REFERENCE_BATCH // frames)):
+                yield as_images(source.read(index.tolist()))
 
     sizes = source.sizes[train].unique(dim=0).tolist()
     size = (sizes[0][0], sizes[0][1]) if len(sizes) == 1 else None
-    return RealImages(digest({"data": source.fingerprint, "images": train.tolist()}), len(train), batches, size)
+    content = digest({"data": source.fingerprint, "images": train.tolist()})
+    return RealImages(content, len(train) * frames, batches, size)
 
 
 def held_out_batches(images: Images, chosen: torch.Tensor, at_once: int) -> Iterator[torch.Tensor]:
@@ -360,17 +365,18 @@ def show(model: Model, images: Images, index: torch.Tensor, timestep: float, dev
 
 
 def write_grid(pixels: torch.Tensor, path: Path) -> None:
-    """Write samples ``(n, C, H, W)``, uint8, as one PNG of up to ten columns.
+    """Write samples ``(n, C, H, W)``, uint8, as one PNG of up to ten columns; of clips, a row for each.
 
     Tiny images are enlarged without smoothing; large ones are shrunk until a row fits a screen.
     """
     from PIL import Image
 
-    columns, side = min(len(pixels), _GRID_COLUMNS), pixels.shape[-1]
+    columns = pixels.shape[2] if pixels.ndim == 5 else min(len(pixels), _GRID_COLUMNS)
+    pixels, side = as_images(pixels), pixels.shape[-1]
     scale = max(1, _GRID_MIN_PIXELS // side)
     sized = pixels.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     if columns * side > _GRID_MAX_WIDTH:
         sized = resize(pixels, [_GRID_MAX_WIDTH // columns], antialias=True)
-    grid = make_grid(sized, nrow=_GRID_COLUMNS, padding=2, pad_value=255)
+    grid = make_grid(sized, nrow=columns, padding=2, pad_value=255)
     image = Image.fromarray(grid.permute(1, 2, 0).numpy())
     replace_atomically(path, lambda temporary: image.save(temporary, format="PNG"))

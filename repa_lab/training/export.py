@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from repa_lab.data.clips import as_images
 from repa_lab.errors import InputError
 from repa_lab.metrics.npz import write_images
 from repa_lab.models.pretrained import DiffusersDenoiser
@@ -122,10 +123,10 @@ def write_samples(
             if pixels is None:
                 raise DivergedError("the denoiser draws samples that are not finite")
             progress(index.stop, protocol.samples)
-            yield pixels
+            yield as_images(pixels)
 
     with computing_in(model.denoiser, precision, device):
-        write_images(path, batches(), protocol.samples)
+        write_images(path, batches(), protocol.samples * max(run.config.data.clip_frames, 1))
     values = [row[chosen] for row in directory.rows() if row["step"] == step and chosen in row]
     return WrittenSamples(step, chosen, values[-1] if values and weights == "ema" else None)
 

@@ -136,10 +136,11 @@ def _pretrained(run: Run, images: Images, options: ResolvedOptions, cache: Path,
     assert isinstance(denoiser, DiffusersDenoiser)
     assert isinstance(images.space, LatentSpace)
     conditioning = _conditioning(denoiser, images, folder, options, cache)
-    side, vae, precision = config.data.side, images.space.vae, measuring_precision(config.evaluate, options.precision)
+    side, frames, vae = config.data.side, config.data.clip_frames, images.space.vae
+    precision = measuring_precision(config.evaluate, options.precision)
 
     def sampler(protocol: EvaluateConfig) -> PipelineSampler:
-        return PipelineSampler(folder, denoiser, vae, conditioning, protocol, side, run.seed, device, precision)
+        return PipelineSampler(folder, denoiser, vae, conditioning, protocol, side, frames, run.seed, device, precision)
 
     process = process_of(read_json(folder / SCHEDULER / "scheduler_config.json") or {})
     return Model(denoiser, process, conditioning, sampler, sampler(config.evaluate).at_once)

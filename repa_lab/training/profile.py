@@ -259,7 +259,7 @@ def _coarse(tokens: Tokens) -> Tokens:
     height, width = tokens.grid
     scale = max(1.0, max(tokens.grid) / SPATIAL_SIDE)
     grid = max(1, round(height / scale)), max(1, round(width / scale))
-    return Tokens(tokens.values.float(), tokens.grid).resample(grid)
+    return Tokens(tokens.values.float(), tokens.grid, tokens.frames).resample(grid).as_images()
 
 
 def known_encoder(configs: Sequence[RunConfig], name: str) -> EncoderSettings | None:

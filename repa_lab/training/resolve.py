@@ -13,7 +13,15 @@ from repa_lab.data.listing import fingerprint_files
 from repa_lab.data.settings import SOURCES, Dataset, SourceSettings
 from repa_lab.encoders.registry import ENCODERS, token_identity
 from repa_lab.files import file_digest
-from repa_lab.metrics.protocol import METRICS, guidance_name, labels_name, pipeline_name, quality_names, sampler_name
+from repa_lab.metrics.protocol import (
+    METRICS,
+    frames_name,
+    guidance_name,
+    labels_name,
+    pipeline_name,
+    quality_names,
+    sampler_name,
+)
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import BlockIndex, Shape, shape_of
 from repa_lab.registry import Origin, PluginError, Registry
@@ -149,7 +157,8 @@ def names_of_metric(
     config: RunConfig, protocol: EvaluateConfig, metric: str, extractor: ExtractorConfig
 ) -> Iterator[str]:
     """Yield the full names of the values that a metric yields with an extractor."""
-    sampler, guidance, labels = protocol.sampler, protocol.guidance, labels_name(protocol.labels)
+    sampler, guidance = protocol.sampler, protocol.guidance
+    labels = labels_name(protocol.labels) + frames_name(config.data.clip_frames)
     if config.model.pretrained is not None:
         drawn_by, suffix = pipeline_name(sampler.steps, guidance.scale), labels
     else:

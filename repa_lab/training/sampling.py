@@ -169,6 +169,7 @@ class PipelineSampler:
         conditioning: captions or labels of samples.
         config: sampler steps, guidance, prompts, rounding.
         side: pixels along each side.
+        frames: frames of a clip; 0 for images.
         seed: the run's seed.
         device: where samples are drawn.
         precision: of the denoiser; the scheduler and the autoencoder compute in float32.
@@ -180,12 +181,16 @@ class PipelineSampler:
     conditioning: Captions | Labels
     config: EvaluateConfig
     side: int
+    frames: int
     seed: int
     device: torch.device
     precision: str
 
     def __call__(self, index: range) -> torch.Tensor | None:
-        """Return samples as :meth:`FieldSampler.__call__` does; noise and captions depend on their numbers only."""
+        """Return samples as :meth:`FieldSampler.__call__` does; noise and captions depend on their numbers only.
+
+        Clips are ``(n, C, frames, H, W)``.
+        """
         images = []
         for part in shares(len(index), self.at_once):
             numbers = index[part.start : part.stop]
@@ -212,7 +217,7 @@ class PipelineSampler:
     @property
     def at_once(self) -> int:
         """Images in one pass of the denoiser: an evaluation batch, or fewer if the images are large."""
-        return min(self.config.batch_size, max(1, _PIXELS_AT_ONCE // self.side**2))
+        return min(self.config.batch_size, max(1, _PIXELS_AT_ONCE // (self.side**2 * max(self.frames, 1))))
 
     @torch.no_grad()
     def _draw(self, condition: Condition, null: Condition, stream: str, index: range) -> torch.Tensor | None:
@@ -220,6 +225,8 @@ class PipelineSampler:
         arguments = pipeline_of(self.denoiser.family).call(condition, null, self.config.guidance.scale)
         if "height" in inspect.signature(type(self._pipeline).__call__).parameters:  # class-conditional ones lack it
             arguments = {**arguments, "height": self.side, "width": self.side}
+        if self.frames:
+            arguments = {**arguments, "num_frames": self.frames}
         draws = [generator(self.seed, stream, i, device=self.device) for i in index]
         steps = self.config.sampler.steps
         with computing_in(self.denoiser.net, self.precision, self.device):
@@ -228,7 +235,7 @@ class PipelineSampler:
             )
         if not np.isfinite(images).all():
             return None
-        return quantise(torch.from_numpy(images) * 255, self.config.rounding).permute(0, 3, 1, 2)
+        return quantise(torch.from_numpy(images) * 255, self.config.rounding).movedim(-1, 1)
 
     @functools.cached_property
     def _pipeline(self) -> Any:

@@ -164,7 +164,8 @@ def _averaged_times(teacher_pass: TeacherPass, batch: Batch) -> torch.Tensor:
 def _guide(conditional: Tokens, null: Tokens, scale: float) -> Tokens:
     """Return ``null + scale * (conditional - null)``, in float32."""
     start = null.values.float()
-    return Tokens(start + scale * (conditional.values.float() - start), conditional.grid)
+    guided = start + scale * (conditional.values.float() - start)
+    return Tokens(guided, conditional.grid, conditional.frames)
 
 
 def _weights(denoiser: Denoiser, file: str | None) -> dict[str, torch.Tensor]:

@@ -17,8 +17,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from repa_lab.align import REPA, Needs, Prediction, Schedule, Shapes
+from repa_lab.align import Needs, Prediction, Schedule, Shapes
 from repa_lab.align.ranks import mean_over_ranks
+from repa_lab.align.regularizer import CosineTarget
 from repa_lab.encoders.targets import Targets
 from repa_lab.files import write_json
 from repa_lab.kernels import kernels
@@ -286,7 +287,7 @@ class Trainer:
         measuring = self.config.alignment_encoder
         for term in self.aligner.terms if self.aligner else ():
             regularizer, encoders = term.regularizer, term.needs.encoders
-            if isinstance(regularizer, REPA) and measuring in encoders:
+            if isinstance(regularizer, CosineTarget) and measuring in encoders:
                 return partial(regularizer.match, encoder=encoders.index(measuring))
         return None
 

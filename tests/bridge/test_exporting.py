@@ -12,8 +12,10 @@ from repa_lab.align.settings import REGULARIZERS, RegularizerSettings
 from repa_lab.bridge.exporting import export_settings
 from repa_lab.bridge.simpletuner import (
     ADDED,
+    CUMULATIVE,
     DATA_SET,
     FLAVOURS,
+    FRAMES,
     IREPA,
     KEYS,
     LOST,
@@ -237,6 +239,8 @@ class TestDocumentation:
             *KEYS["crepa"],
             *KEYS["urepa"],
             *IREPA,
+            *FRAMES,
+            CUMULATIVE,
             *(key for keys in ADDED.values() for key in keys),
             *SWITCHES,
         ):

@@ -126,6 +126,59 @@ class TestCREPA:
         assert (found.normalize_frames, found.normalize_neighbours) == (False, True)
         assert (found.projector.type, found.weight, found.spatial_align) == ("linear", 0.5, True)
 
+    @pytest.mark.parametrize("family", ["wan", "ltxvideo"])
+    def test_a_family_of_videos_has_crepa_and_gives_the_keys_back(self, tmp_path, family):
+        config = config_of(tmp_path, {"model_family": family, **ON, **FRAMES, "crepa_lambda": 0.75})
+        found = config.regularizer
+        assert (config.data.source, found.type, found.block_index, found.weight) == ("clips", "crepa", 8, 0.75)
+        exported = export_settings(config)
+        assert exported.lost == ()
+        assert {name: exported.settings[name] for name in (*ON, *FRAMES, "crepa_lambda")} == {
+            **ON, **FRAMES, "crepa_lambda": 0.75,
+        }  # fmt: skip
+        assert config_of(tmp_path, {"model_family": family, **exported.settings}).regularizer == found
+
+    def test_what_simpletuner_refuses_is_read_and_not_written(self, tmp_path):
+        given = {"model_family": "wan", **ON, "crepa_cumulative_neighbors": True}
+        config = config_of(tmp_path, given)
+        assert config.regularizer.cumulative
+        exported = export_settings(config)
+        assert exported.lost == (
+            "regularizer.cumulative: true cannot be expressed: it documents crepa_cumulative_neighbors, and its parser"
+            " refuses it",
+        )
+        assert "crepa_cumulative_neighbors" not in exported.settings
+        assert any(
+            "documents this key and refuses it; export leaves it out" in line for line in remarks(tmp_path, given)
+        )
+
+    def test_repa_on_clips_is_crepa_without_neighbours_there(self, tmp_path):
+        config = config_of(tmp_path, {"model_family": "wan", **ON})
+        repa = REGULARIZERS["repa"].settings.model_validate(
+            {
+                name: getattr(config.regularizer, name)
+                for name in REGULARIZERS["repa"].settings.model_fields
+                if name != "type" and hasattr(config.regularizer, name)
+            }
+        )
+        exported = export_settings(config.model_copy(update={"regularizer": repa}))
+        assert (exported.settings["crepa_adjacent_distance"], exported.lost) == (0, ())
+
+    def test_the_videos_of_the_data_backend_are_clips(self, tmp_path):
+        video = {
+            "id": "v",
+            "dataset_type": "video",
+            "instance_data_dir": "films",
+            "resolution": 480,
+            "video": {"num_frames": 33},
+        }
+        (tmp_path / "data.json").write_text(json.dumps([{"id": "i", "instance_data_dir": "photos"}, video]))
+        given = {"model_family": "wan", **ON, "data_backend_config": "data.json"}
+        data = config_of(tmp_path, given).data
+        assert (data.source, data.path, data.frames, data.resolution) == ("clips", "films", 33, 480)
+        assert any("here a clip is a subfolder of frames, or a .gif" in line for line in remarks(tmp_path, given))
+        assert config_of(tmp_path, {**given, "model_family": "flux"}).data.path == "photos"
+
     def test_they_do_nothing_for_a_family_of_images(self, tmp_path):
         given = {**FLUX, **ON, **FRAMES}
         assert config_of(tmp_path, given).regularizer.type == "repa"

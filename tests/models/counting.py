@@ -58,7 +58,8 @@ def count_family(family: Family, side: int, frozen: bool = False) -> Count:
         net: Any = build_net(family, network.config)
     net.requires_grad_(not frozen)
     denoiser, cells = DiffusersDenoiser(net, family).eval(), side * family.shapes[""].stride
-    latents = torch.empty(1, network.channels, cells, cells, device="meta", requires_grad=True)
+    frames = (1,) if family.is_video else ()  # more of them cost what as many more tokens of one frame cost
+    latents = torch.empty(1, network.channels, *frames, cells, cells, device="meta", requires_grad=True)
     condition = meta_condition(family, net.config, TEXT_TOKENS)
     return count(lambda: denoiser(latents, torch.empty(1, device="meta"), **condition), net)
 

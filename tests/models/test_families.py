@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -24,6 +25,7 @@ OURS = [family for family in FAMILIES.values() if family.network]
 families = pytest.mark.parametrize("family", OURS, ids=lambda family: family.name)
 TOKENS = 7
 GRID = (3, 2)  # of what is tapped: not square
+FRAMES = 2  # of a clip's latents
 # Their classes see padding: the one pools it, the others cannot be masked and see it up to the longest text of a batch.
 SEEING_PADDING = {"hunyuan_dit", "cogview4", "kandinsky5"}
 
@@ -53,7 +55,8 @@ def given(
     """Latents, times and conditioning; where texts are masked, the second is two tokens shorter."""
     stride, config = family.shapes[""].stride, denoiser.net.config
     height, width = grid_of(family)
-    latents = torch.randn(batch, latent_channels(family, denoiser), height * stride, width * stride)
+    frames = (FRAMES,) if family.is_video else ()
+    latents = torch.randn(batch, latent_channels(family, denoiser), *frames, height * stride, width * stride)
     shapes = network_of(family).condition(config, TOKENS)
     condition = {name: torch.randn(batch, *shape) for name, shape in shapes.items()}
     for mask in (name for name in condition if "mask" in name):
@@ -109,6 +112,7 @@ def captured(denoiser: DiffusersDenoiser, latents, time, condition) -> dict[int 
     for tap in taps.values():
         tap.remove()
     assert {tap.grid for tap in tokens.values()} == {grid_of(denoiser.family)}
+    assert {tap.frames for tap in tokens.values()} == {FRAMES if denoiser.family.is_video else 1}
     return {block: tap.values for block, tap in tokens.items()}
 
 
@@ -119,7 +123,7 @@ def test_the_prediction_has_the_latents_shape_and_every_block_the_grids_tokens(f
     with torch.no_grad():
         assert denoiser(latents, time, **condition).shape == latents.shape
     for values in captured(denoiser, latents, time, condition).values():
-        assert values.shape[:2] == (2, grid_of(family)[0] * grid_of(family)[1])
+        assert values.shape[:2] == (2, math.prod(grid_of(family)) * (FRAMES if family.is_video else 1))
         assert values.isfinite().all()
 
 
@@ -130,10 +134,11 @@ def test_a_marked_patch_shows_at_its_own_row(family):
     height, width = grid_of(family)
     with apart():
         before = captured(denoiser, latents, time, condition)
-        for row in range(height * width):
-            y, x = row // width, row % width
+        for row in range(height * width * (FRAMES if family.is_video else 1)):
+            frame, y, x = row // (height * width), row // width % height, row % width
             marked = latents.clone()
-            marked[:, :, y * stride : (y + 1) * stride, x * stride : (x + 1) * stride] += 1.0
+            of_frame = marked[:, :, frame] if family.is_video else marked
+            of_frame[:, :, y * stride : (y + 1) * stride, x * stride : (x + 1) * stride] += 1.0
             for block, after in captured(denoiser, marked, time, condition).items():
                 change = (after - before[block]).norm(dim=-1)
                 assert [sample.nonzero().flatten().tolist() for sample in change] == [[row], [row]], (block, row)
@@ -243,7 +248,7 @@ def test_the_released_model_is_what_the_facts_say(family, monkeypatch):
     if family.kind == "transformer":
         assert len(blocks_of(family, denoiser)) == shape.depth
     side = network.native // family.latent_stride
-    latents = torch.empty(1, network.channels, side, side, device="meta")
+    latents = torch.empty(1, network.channels, *((FRAMES,) if family.is_video else ()), side, side, device="meta")
     condition = meta_condition(family, net.config, 77)
     tap = denoiser.tap(shape.block)
     with torch.no_grad(), apart() if network.lengths else nullcontext():
@@ -306,7 +311,7 @@ def test_one_step_with_its_regularizer_reaches_what_lies_before_the_tap_and_noth
     student = tap.take()
     kind = UREPA if family.regularizer == "urepa" else REPA
     regularizer = kind(student.dim, 5, projector={"width": 8})
-    teacher = type(student)(torch.randn(2, 20, 5), (5, 4))
+    teacher = type(student)(torch.randn(2, 20 * student.frames, 5), (5, 4), student.frames)
     loss = regularizer(Signals(taps=(student,), encoders=(teacher,)), 0)
     loss.value.backward()
     assert loss.value.dtype == torch.float32

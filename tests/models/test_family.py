@@ -40,7 +40,9 @@ def test_every_family_from_scratch_can_be_built_and_no_other():
 def test_every_family_of_the_guide_and_those_beside_it_can_be_trained():
     named = "flux flux2 sd3 chroma sana pixart hidream auraflow lumina2 sdxl sd15 kolors"
     beside = "qwen_image z_image dit hunyuan_dit cogview4 kandinsky5 longcat_image ernie_image krea2 sit sit_down unet"
-    assert set(FAMILIES) == {*named.split(), *beside.split()}
+    videos = "wan ltxvideo"
+    assert set(FAMILIES) == {*named.split(), *beside.split(), *videos.split()}
+    assert {name for name, family in FAMILIES.items() if family.is_video} == set(videos.split())
     assert all(family.from_scratch or (family.network and family.pipeline) for family in FAMILIES.values())
 
 

@@ -27,6 +27,7 @@ families = pytest.mark.parametrize("family", OURS, ids=lambda family: family.nam
 texted = pytest.mark.parametrize("family", [one for one in OURS if one.pipeline.encode], ids=lambda family: family.name)
 CAPTIONS = ["a cat", "a longer caption of a dog, on grass", "Rain"]
 SIZE = (64, 96)  # height and width are not taken for one another
+FRAMES = 9  # three latent frames of Wan, two of LTX-Video
 # Its texts are read with more padding than its pipeline gives them, which rounds otherwise.
 ROUNDED = {"kandinsky5"}
 PADDED_WITHIN = {"krea2"}  # before the end of its template
@@ -100,7 +101,7 @@ def size_of(pipe: Any, family: Family) -> tuple[int, int]:
 def sampled(pipe: Any, family: Family, batch: int = len(CAPTIONS), **arguments: Any) -> torch.Tensor:
     taken = inspect.signature(type(pipe).__call__).parameters
     size = size_of(pipe, family)
-    sizes = {"height": size[0], "width": size[1], "original_size": size}
+    sizes = {"height": size[0], "width": size[1], "original_size": size, "num_frames": FRAMES}
     random = [torch.Generator().manual_seed(seed) for seed in range(batch)]
     given = {name: value for name, value in sizes.items() if name in taken} | arguments
     return pipe(**given, num_inference_steps=2, generator=random, output_type="pt", return_dict=False)[0]
@@ -134,7 +135,14 @@ def first_step(pipe: Any, family: Family, **arguments: Any) -> tuple[torch.Tenso
 
 
 def as_map(values: torch.Tensor, family: Family, size: tuple[int, int]) -> torch.Tensor:
-    """Latents as ``(B, C, H, W)`` from how a pipeline holds them."""
+    """Latents as ``(B, C, H, W)``, or of clips ``(B, C, F, H, W)``, from how a pipeline holds them."""
+    if family.is_video:
+        frames, (height, width) = family.latent_frames(FRAMES), (side // family.latent_stride for side in size)
+        return (
+            values
+            if values.ndim == 5
+            else unflatten(values, values.new_zeros(len(values), values.shape[2], frames, height, width))
+        )
     if values.ndim == 5:  # one frame, channels last
         return values.squeeze(1).movedim(-1, 1)
     if values.ndim == 4:

@@ -20,6 +20,7 @@ from tests.training.conftest import make_options
 
 PRETRAINED = [family.name for family in FAMILIES.values() if family.pipeline]
 SIZES = [(96, 64), (64, 96), (80, 80)]  # width, height
+FRAMES = 9  # of clips
 # Fewest pixels along a side that leave two tokens.
 SIDES = {"sana": 64, "sd15": 128, "dit": 128}
 
@@ -37,6 +38,19 @@ def write_images(folder: Path, count: int = 14) -> Path:
     return folder
 
 
+def write_clips(folder: Path, count: int = 10, frames: int = FRAMES) -> Path:
+    """Captioned clips of noise that moves, each a folder of frames."""
+    draw, rows = np.random.default_rng(1), []
+    for number in range(count):
+        wide = Image.fromarray(draw.integers(0, 256, (8, 8 + frames, 3), dtype=np.uint8))
+        (folder / f"{number:02d}").mkdir(parents=True)
+        for frame in range(frames):
+            wide.crop((frame, 0, frame + 8, 8)).resize((64, 64)).save(folder / f"{number:02d}" / f"{frame}.png")
+        rows.append({"file_name": f"{number:02d}", "text": f"clip {number} of noise"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 def write_pipeline(family: str, folder: Path) -> Path:
     if not folder.exists():
         write_tiny_pipeline(FAMILIES[family], folder)
@@ -44,13 +58,15 @@ def write_pipeline(family: str, folder: Path) -> Path:
 
 
 def make_pretrained_run(family: str, pipeline: Path, images: Path, **settings: Any) -> Run:
-    """A tiny run of a pretrained family; ``settings`` are laid over it by dotted path."""
-    kind = "urepa" if FAMILIES[family].kind == "unet" else "repa"
+    """A tiny run of a pretrained family on images, or clips; ``settings`` are laid over it by dotted path."""
+    is_video = FAMILIES[family].is_video
+    kind = "crepa" if is_video else "urepa" if FAMILIES[family].kind == "unet" else "repa"
+    source = {"source": "clips", "frames": FRAMES} if is_video else {"source": "imagefolder"}
     encoder = {"name": "tiny-dinov2_vitb14", "image_size": 56}
     value: dict[str, Any] = {
         "model": {"family": family, "pretrained": str(pipeline), "train": "lora", "rank": 2},
         "regularizer": {"type": kind, "encoder": encoder, "projector": {"width": 16}},
-        "data": {"source": "imagefolder", "path": str(images), "resolution": SIDES.get(family, 64), "holdout": 6},
+        "data": {**source, "path": str(images), "resolution": SIDES.get(family, 64), "holdout": 6},
         "train": {"steps": 10, "batch_size": 4, "lr": 1e-2, "ema": 0.5},
         "evaluate": {
             "every": 100,

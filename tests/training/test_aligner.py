@@ -184,7 +184,7 @@ def test_long_work_is_announced(images, tmp_path):
     class Few:
         """The first images only: the digits take seconds."""
 
-        channels, side, num_classes, fingerprint = 1, 8, 10, "few"
+        channels, side, num_classes, clip_frames, fingerprint = 1, 8, 10, 0, "few"
         sizes = torch.full((5, 2), 8)
 
         def __len__(self) -> int:

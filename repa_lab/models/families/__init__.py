@@ -14,6 +14,7 @@ from repa_lab.models.families.hidream import HIDREAM
 from repa_lab.models.families.hunyuan_dit import HUNYUAN_DIT
 from repa_lab.models.families.kandinsky5 import KANDINSKY5
 from repa_lab.models.families.krea2 import KREA2
+from repa_lab.models.families.ltxvideo import LTXVIDEO
 from repa_lab.models.families.lumina2 import LUMINA2
 from repa_lab.models.families.pixart import PIXART
 from repa_lab.models.families.qwen_image import QWEN_IMAGE
@@ -21,6 +22,7 @@ from repa_lab.models.families.sana import SANA
 from repa_lab.models.families.sd3 import SD3
 from repa_lab.models.families.sd15 import SD15
 from repa_lab.models.families.sdxl import KOLORS, SDXL
+from repa_lab.models.families.wan import WAN
 from repa_lab.models.families.z_image import Z_IMAGE
 from repa_lab.models.family import SIT, SIT_DOWN, UNET, BlockIndex, Family
 from repa_lab.models.flops import forward_of
@@ -44,6 +46,7 @@ for _facts in (
     *(SD15, SDXL, KOLORS),
     *(FLUX, FLUX2, SD3, CHROMA, SANA, PIXART, HIDREAM, AURAFLOW, LUMINA2, QWEN_IMAGE, Z_IMAGE),
     *(DIT, HUNYUAN_DIT, COGVIEW4, KANDINSKY5, LONGCAT_IMAGE, ERNIE_IMAGE, KREA2),
+    *(WAN, LTXVIDEO),
 ):
     family(_facts)
 

@@ -1,0 +1,74 @@
+"""LTX-Video: blocks over the tokens of all frames of a clip; text by cross-attention. A token is a latent cell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from repa_lab.models.families.components import T5_TOKENIZER, flow_scheduler, t5_text
+from repa_lab.models.families.shared import encode_prompt, flatten, masked_prompt, masked_text, unflatten
+from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape, Tensor
+
+_FRAME_STRIDE, _LATENT_STRIDE = 8, 32
+_FRAMES_PER_SECOND = 25  # of clips, as the pipeline takes them if it is told nothing
+
+_VAE = {
+    "latent_channels": 8,
+    "block_out_channels": (8,) * 4,
+    "decoder_block_out_channels": (8,) * 4,
+    "layers_per_block": (1,) * 5,
+    "decoder_layers_per_block": (1,) * 5,
+}
+_SHIFTS = {"base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05}
+
+
+def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
+    _, _, frames, height, width = latents.shape
+    return {
+        "hidden_states": flatten(latents),
+        "timestep": time * 1000,
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "rope_interpolation_scale": (_FRAME_STRIDE / _FRAMES_PER_SECOND, _LATENT_STRIDE, _LATENT_STRIDE),
+        **condition,
+    }
+
+
+LTXVIDEO = Family(
+    "ltxvideo",
+    "transformer",
+    {"": Shape(28, 2048, 1, 8)},
+    latent_stride=_LATENT_STRIDE,
+    frame_stride=_FRAME_STRIDE,
+    network=Network(
+        model="LTXVideoTransformer3DModel",
+        blocks=(Blocks("transformer_blocks"),),
+        inputs=_inputs,
+        condition=masked_text("caption_channels"),
+        output=unflatten,
+        channels=128,
+        native=512,
+        parameters=1_923_385_472,  # LTX-Video 0.9 has the constructor's defaults
+        tiny={
+            "in_channels": 8,
+            "out_channels": 8,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "cross_attention_dim": 32,
+            "num_layers": 3,
+            "caption_channels": 12,
+        },
+    ),
+    pipeline=Pipeline(
+        released="Lightricks/LTX-Video",
+        classes=("LTXPipeline",),
+        encode=encode_prompt("encoder_hidden_states", "encoder_attention_mask", do_classifier_free_guidance=False),
+        prompt=masked_prompt,
+        tiny={
+            "vae": Component("diffusers.AutoencoderKLLTXVideo", _VAE),
+            "tokenizer": T5_TOKENIZER,
+            "text_encoder": t5_text(12),
+            "scheduler": flow_scheduler(use_dynamic_shifting=True, shift_terminal=0.1, **_SHIFTS),
+        },
+    ),
+)

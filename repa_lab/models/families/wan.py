@@ -1,0 +1,58 @@
+"""Wan 2.1: blocks over the tokens of all frames of a clip; text by cross-attention. A token is 2x2 latent cells."""
+
+from __future__ import annotations
+
+from repa_lab.models.families.components import T5_TOKENIZER, t5_text
+from repa_lab.models.families.shared import encode_prompt, map_inputs, rename, shapes
+from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
+
+_VAE = {
+    "base_dim": 4,
+    "z_dim": 4,
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "latents_mean": (-0.7571, -0.7089, -0.9113, 0.1075),
+    "latents_std": (2.8184, 1.4541, 2.3275, 2.6558),
+}
+_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+WAN = Family(
+    "wan",
+    "transformer",
+    {"": Shape(30, 1536, 2, 8)},
+    frame_stride=4,
+    network=Network(
+        model="WanTransformer3DModel",
+        blocks=(Blocks("blocks"),),
+        inputs=map_inputs(),
+        # There is no mask: the embeddings of the padding are zero.
+        condition=shapes(encoder_hidden_states=("tokens", "text_dim")),
+        channels=16,
+        native=480,
+        parameters=1_418_996_800,
+        config={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},  # Wan2.1-T2V-1.3B
+        tiny={
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 12,
+            "freq_dim": 32,
+            "ffn_dim": 32,
+            "num_layers": 3,
+            "rope_max_seq_len": 64,
+        },
+    ),
+    pipeline=Pipeline(
+        released="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        classes=("WanPipeline",),
+        encode=encode_prompt("encoder_hidden_states", do_classifier_free_guidance=False, max_sequence_length=512),
+        prompt=rename(prompt_embeds="encoder_hidden_states"),
+        tiny={
+            "vae": Component("diffusers.AutoencoderKLWan", _VAE),
+            "tokenizer": T5_TOKENIZER,
+            "text_encoder": t5_text(12, "UMT5EncoderModel"),
+            "scheduler": Component("diffusers.UniPCMultistepScheduler", _FLOW),
+        },
+    ),
+)
