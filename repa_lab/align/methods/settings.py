@@ -23,7 +23,7 @@ from repa_lab.settings import BlockIndex, Count, Fraction, LocalFile, NotNegativ
 _METHODS = "repa_lab.align.methods"
 
 
-@regularizer("dispersive", f"{_METHODS}.dispersive:Dispersive")
+@regularizer("dispersive", f"{_METHODS}.encoder_free:Dispersive")
 class DispersiveSettings(RegularizerSettings):
     """Dispersive loss (2506.09027): drives the images of a batch apart; there is no teacher."""
 
@@ -102,7 +102,7 @@ class TwoBlockSettings(RegularizerSettings):
             yield "teacher_block", message
 
 
-@regularizer("layersync", f"{_METHODS}.self_alignment:LayerSync")
+@regularizer("layersync", f"{_METHODS}.encoder_free:LayerSync")
 class LayerSyncSettings(TwoBlockSettings):
     """LayerSync (2510.12581): raises the cosine of an early block's tokens with a later block's; nothing is trained."""
 
@@ -119,7 +119,7 @@ class LayerSyncSettings(TwoBlockSettings):
         return Overhead(0, 0)
 
 
-@regularizer("sra2", f"{_METHODS}.sra2:SRA2")
+@regularizer("sra2", f"{_METHODS}.encoder_free:SRA2")
 class SRA2Settings(RegularizerSettings):
     """SRA2 (2601.17830): predicts the clean latents from a block's tokens."""
 
@@ -212,7 +212,7 @@ class HASTESettings(REPASettings):
             )
 
 
-@regularizer("self_transcendence", f"{_METHODS}.self_alignment:SelfTranscendence")
+@regularizer("self_transcendence", f"{_METHODS}.encoder_free:SelfTranscendence")
 class SelfTranscendenceSettings(TwoBlockSettings):
     """Self-Transcendence (2601.07773): an earlier, guided model of the same kind teaches a block of the new one."""
 
@@ -268,7 +268,7 @@ class AveragedTeacherSettings(TwoBlockSettings):
         return Overhead(parameters, macs * tap.number)
 
 
-@regularizer("sra", f"{_METHODS}.self_alignment:SRA")
+@regularizer("sra", f"{_METHODS}.encoder_free:SRA")
 class SRASettings(AveragedTeacherSettings):
     """SRA (2505.02831): a later block of the averaged model, which sees less noise, teaches an earlier block."""
 
@@ -287,7 +287,7 @@ class SRASettings(AveragedTeacherSettings):
         return Needs(taps=(self.block_index,), ema_taps=(self.teacher_block,), less_noise=self.less_noise)
 
 
-@regularizer("self_flow", f"{_METHODS}.self_alignment:SelfFlow")
+@regularizer("self_flow", f"{_METHODS}.encoder_free:SelfFlow")
 class SelfFlowSettings(AveragedTeacherSettings):
     """Self-Flow (2603.06507): the denoiser sees two noise levels in an image, its averaged teacher the lower one."""
 

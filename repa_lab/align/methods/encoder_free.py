@@ -1,7 +1,8 @@
-"""Methods in which a later block of the same network teaches an earlier one: LayerSync, SRA, Self-Flow, and more.
+"""Methods without an encoder: the model teaches itself, its latents teach it, or images repel each other.
 
-The teacher is the denoiser itself (LayerSync), its averaged model (SRA, Self-Flow), or a frozen earlier model of its
-kind (Self-Transcendence). Where the blocks' grids differ, the teacher is resampled; no gradient reaches it.
+The teacher is a later block of the denoiser itself (LayerSync), of its averaged model (SRA, Self-Flow), or of a frozen
+earlier model of its kind (Self-Transcendence). Where the blocks' grids differ, the teacher is resampled; no gradient
+reaches it. In SRA2 the clean latents teach. Dispersive has no teacher.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from torch.nn import functional
 from repa_lab.align.losses import alignment_loss, token_cosine
 from repa_lab.align.methods.settings import (
     AveragedTeacherSettings,
+    DispersiveSettings,
     LayerSyncSettings,
     SelfFlowSettings,
     SelfTranscendenceSettings,
+    SRA2Settings,
     SRASettings,
 )
 from repa_lab.align.projector import Projector
+from repa_lab.align.ranks import gather
 from repa_lab.align.regularizer import Loss, Pair, Regularizer, Shapes, Signals
 from repa_lab.align.settings import RegularizerSettings
+from repa_lab.align.tokens import Grid, Tokens, flatten_map
 
 
 class LayerSync(Regularizer):
@@ -146,3 +151,110 @@ class SelfTranscendence(Regularizer):
         is_used = ((times >= self.settings.low) & (times <= self.settings.high)).reshape(len(times), -1)
         loss = -cosine if self.settings.loss == "cosine" else (projected.float() - target.float()).square().mean(-1)
         return Loss((loss * is_used).mean(1).mean(), {"cosine": cosine.detach().mean(1).mean()})
+
+
+class SRA2(Regularizer):
+    """SRA2 (2601.17830): ``mean_bnk smooth_l1(P(h)_bnk - z_bnk)`` with ``beta`` 0.05.
+
+    ``z_bn`` are the latents of the square of cells of token n; ``smooth_l1(d)`` is ``d^2 / (2 beta)`` where
+    ``|d| < beta``, else ``|d| - beta / 2``. With ``normalize`` the latents of every image have mean 0 and standard
+    deviation 1 over all of their values; the paper takes them as the VAE gives them. Users of ports saw a loss of 60
+    beside a denoising loss of 0.06: the part ``ratio`` is the loss over the mean squared error of the prediction.
+    """
+
+    Settings: ClassVar[type[RegularizerSettings]] = SRA2Settings
+    settings: SRA2Settings
+
+    def __init__(self, settings: SRA2Settings, shapes: Shapes) -> None:
+        super().__init__(settings, shapes)
+        (width,), (stride,) = shapes.taps, shapes.strides
+        self.projector = Projector(width, shapes.latents * stride**2, settings.projector)
+
+    def forward(self, signals: Signals, step: int = 0) -> Loss:
+        """Return the smooth L1 loss; its ratio to the denoising loss is a part.
+
+        Args:
+            signals: one tap ``(B, N, D)``, the latents ``(B, C, H, W)`` and the prediction.
+            step: optimizer steps already taken.
+
+        Raises:
+            ValueError: the tokens' grid does not divide the latents.
+        """
+        (student,), latents, prediction = signals.taps, signals.latents, signals.prediction
+        assert latents is not None
+        assert prediction is not None
+        target = latents_of_tokens(_standardize(latents) if self.settings.normalize else latents.float(), student.grid)
+        projected = self.projector.project(student).values.float()
+        value = functional.smooth_l1_loss(projected, target.values, beta=self.settings.beta)
+        with torch.no_grad():
+            denoising = functional.mse_loss(prediction.output.float(), prediction.target.float())
+            ratio = value / denoising.clamp_min(torch.finfo(torch.float32).tiny)
+        return Loss(value, {"ratio": ratio})
+
+
+def latents_of_tokens(latents: torch.Tensor, grid: Grid) -> Tokens:
+    """Return for every token of a grid the latents of its square of cells, ``(B, h * w, C * s * s)``.
+
+    Args:
+        latents: ``(B, C, H, W)``.
+        grid: ``(h, w)`` with H = s * h and W = s * w.
+
+    Raises:
+        ValueError: the grid does not divide the latents.
+    """
+    height, width = latents.shape[-2:]
+    stride = height // grid[0]
+    if (grid[0] * stride, grid[1] * stride) != (height, width):
+        raise ValueError(f"a grid of {grid[0]}x{grid[1]} tokens does not divide latents of {height}x{width}")
+    return flatten_map(functional.pixel_unshuffle(latents, stride))
+
+
+def _standardize(latents: torch.Tensor) -> torch.Tensor:
+    values = latents.float()
+    std, mean = torch.std_mean(values, dim=(1, 2, 3), keepdim=True, correction=0)
+    return (values - mean) / std.clamp_min(1e-6)
+
+
+class Dispersive(Regularizer):
+    """Dispersive loss (2506.09027): a contrastive loss without positive pairs.
+
+    With ``z_i`` all tokens of image i as one vector of n numbers and ``t`` the temperature:
+
+    - ``infonce_l2``: ``log mean_ij exp(-|z_i - z_j|^2 / (n t))``, whose mean is over all B * B pairs, also of an
+      image with itself, as in the released code;
+    - ``infonce_cosine``: ``log mean_ij exp(cos(z_i, z_j) / t)`` over the same pairs;
+    - ``hinge``: ``mean_(i != j) max(0, margin - |z_i - z_j|^2 / n)^2``.
+
+    The pairs are those of one forward pass in all processes: the loss depends on the micro-batch, not on the number of
+    processes. Distances are divided by n as in the released code, so that one temperature serves all widths.
+    """
+
+    Settings: ClassVar[type[RegularizerSettings]] = DispersiveSettings
+    settings: DispersiveSettings
+
+    def forward(self, signals: Signals, step: int = 0) -> Loss:
+        """Return the loss; the mean distance of two different images is a part.
+
+        Args:
+            signals: one tap ``(B, N, D)``.
+            step: optimizer steps already taken.
+
+        Raises:
+            ValueError: there is a single image.
+        """
+        (tokens,) = signals.taps
+        images = gather(tokens.values.float().flatten(1))
+        count = len(images)
+        if count < 2:
+            raise ValueError("dispersive compares the images of one forward pass; there is a single one")
+        is_cosine = self.settings.loss == "infonce_cosine"
+        # Unit vectors are 2 - 2 cos apart, squared.
+        vectors = functional.normalize(images) if is_cosine else images
+        distances = torch.pdist(vectors).square() / (2 if is_cosine else images.shape[1])
+        parts = {"distance": distances.detach().mean()}
+        if self.settings.loss == "hinge":
+            return Loss((self.settings.margin - distances).clamp_min(0).square().mean(), parts)
+        # Every pair twice, and every image with itself at distance 0.
+        similar = 2 * (-distances / self.settings.temperature).exp().sum() + count
+        nearest = 1 / self.settings.temperature if is_cosine else 0.0
+        return Loss((similar / count**2).log() + nearest, parts)
