@@ -1,17 +1,22 @@
 """What a training step costs, as ratios of things measured in turn in one run. Prints; asserts nothing about time."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from repa_lab.align import REPA, Signals, Tokens
 from repa_lab.models.sit import SiT
 from repa_lab.models.tap import Tap
 from repa_lab.orchestration.plan import identify_run
-from repa_lab.spec import RunOptions, load_spec
+from repa_lab.spec import Machine, RunConfig, RunOptions, load_spec
 from repa_lab.training.batches import Order, generator
+from repa_lab.training.costs import cost_of
 from repa_lab.training.trainer import Trainer
 from tests.benchmarks.ratios import ratios, show
 
@@ -129,3 +134,55 @@ def test_steps_of_weight_0_cost_what_plain_steps_do(tmp_path):
         measured,
         f"; encoder passes in {12 * 20} steps after it: {len(calls) - 1}",
     )
+
+
+ENCODER = {"name": "tiny-dinov2_vits14", "image_size": 224}  # 16x16 tokens, as the denoiser's, and hardly any cost
+METHODS = {
+    "repa": {"type": "repa", "encoder": ENCODER},
+    "irepa": {"type": "repa", "encoder": ENCODER, "projector": "conv", "spatial_norm": 0.6},
+    "relation": {"type": "relation", "encoder": ENCODER},
+    "haste": {"type": "haste", "encoder": {**ENCODER, "cache": False}, "layers": 2},  # as many as the tiny encoder has
+    "dispersive": {"type": "dispersive"},
+    "layersync": {"type": "layersync"},
+    "sra": {"type": "sra"},
+    "sra2": {"type": "sra2"},
+    "self_flow": {"type": "self_flow"},
+    "self_transcendence": {"type": "self_transcendence", "weights": "model.safetensors"},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_step_against_the_plain_step(name, tmp_path, monkeypatch):
+    """(d) SiT-S/2 with 256 tokens at batch 2, through `Trainer`; the projectors are REPA's, of width 2,048."""
+    monkeypatch.chdir(tmp_path)
+    options, draw = RunOptions(device="cpu"), np.random.default_rng(0)
+    for number in range(64):
+        folder = tmp_path / "images" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+
+    def config_of(section: Mapping[str, Any]) -> RunConfig:
+        spec = {
+            "name": "methods",
+            "model": {"family": "sit", "size": "S/2"},
+            "regularizer": section,
+            "data": {"source": "imagefolder", "path": "images", "resolution": 32},
+            "train": {"steps": 100, "batch_size": 2},
+            "evaluate": {"every": 100, "samples": 16, "extractor": {"name": "efficientnet_lite0"}},
+        }
+        return load_spec(spec).arms[0].config
+
+    def stepping(trainer: Trainer) -> Callable[[], object]:
+        batches = trainer.batches()
+        return lambda: trainer.step(next(batches))
+
+    def flops_of(config: RunConfig) -> float:
+        return cost_of(config, options.resolved(Machine())).image_flops
+
+    without, config = config_of({"type": "none"}), config_of(METHODS[name])
+    plain = Trainer(identify_run(without, 0), options, tmp_path)
+    plain.model.denoiser.export(tmp_path)
+    trainer = Trainer(identify_run(config, 0), options, tmp_path)
+    measured, predicted = ratios(stepping(trainer), stepping(plain), rounds=7), flops_of(config) / flops_of(without)
+    note = f"; FLOPs predict {predicted:.3f}, so {measured[0] / predicted:.3f} x that; the aim is 1.05"
+    show(f"step with {name} / plain step, SiT-S/2, batch 2", measured, note)
