@@ -17,19 +17,21 @@ from repa_lab.report import leaderboards, plots
 from repa_lab.runs import RunDirectory, RunsRoot
 from repa_lab.spec import RunOptions, load_spec
 from tests.orchestration.conftest import tiny
-from tests.tracking.records import config, history, records, summary
+from tests.tracking.conftest import numbers, without_none
+from tests.tracking.server import KEY, Server, serving
 
 __all__ = ["tiny"]
 
 ANALYSIS = Path(__file__).parents[1] / "analysis"
 METRIC = "frechet:efficientnet_lite0@16/ode2"
-WANDB = {"mode": "offline", "project": "p", "entity": "us", "tags": ["mine"], "artifacts": "final"}
+WANDB = {"mode": "auto", "project": "p", "entity": "us", "tags": ["mine"], "artifacts": "final"}
 
 
 class Made(NamedTuple):
     root: RunsRoot
     sweep: Path
     search: Path
+    server: Server
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,11 @@ def made(tiny, tmp_path_factory) -> Made:
     published = {"source": "a paper's table", "arms": {"baseline": {"fid": 40.0}, "aligned": {"fid": 20.0}}}
     tracked = {**options, "wandb": WANDB, "tensorboard": True}
     experiment = load_spec(tiny(run=tracked, compare={"targets": {"frechet": [1e9]}}, published=published))
-    done = sweep(experiment, root.path, workers=1)
+    with serving() as server, pytest.MonkeyPatch.context() as environment:
+        environment.setenv("WANDB_BASE_URL", server.address)
+        environment.setenv("WANDB_API_KEY", KEY)
+        done = sweep(experiment, root.path, workers=1)
+    assert done.untracked == {}
     results_of(experiment, done.path, "nano")
     space = {"train.lr": {"log": [1e-4, 1e-2]}}
     search = {"space": space, "objective": {"metric": "frechet", "goal": "min"}, "trials": 2, "sampler": "random"}
@@ -51,7 +57,7 @@ def made(tiny, tmp_path_factory) -> Made:
     for arm in done.directory.manifest.arms:
         run = root.run(arm.runs[0].run_id)
         profile_run(run, Request((0.2, 0.8), ("cka",), samples=16), RunOptions.model_validate(options), root.cache)
-    return Made(root, done.path, hunt.path)
+    return Made(root, done.path, hunt.path, server)
 
 
 def execute(name: str, path: Path) -> list[Any]:
@@ -128,15 +134,14 @@ def runs_of(made: Made) -> list[RunDirectory]:
 
 def test_wandb_has_the_rows_of_every_run_and_its_headline(made):
     for run in runs_of(made):
-        *rows, table = history(run)
-        grids = [row for row in rows if "samples/path" in row or "samples" in row]
-        assert [row for row in rows if row not in grids] == [
-            {k: v for k, v in row.items() if v is not None} for row in run.rows()
-        ]
+        assert numbers(made.server, run) == without_none(run.rows())
+        *rows, table = made.server.history(run.run_id)
+        grids = [row for row in rows if "samples" in row]
         assert [row["step"] for row in grids] == [3, 6] and all("images" in row for row in grids)
-        assert table["evaluations/nrows"] == 2
+        assert table["evaluations"]["nrows"] == 2
         curve = {row["step"]: row[METRIC] for row in run.rows() if METRIC in row}
-        found = {key: value for key, value in summary(run).items() if key.startswith("headline/")}
+        summary = made.server.summaries[run.run_id]
+        found = {key: value for key, value in summary.items() if key.startswith("headline/")}
         best = min(curve, key=lambda step: curve[step])
         assert found == {
             **{"headline/metric": METRIC, "headline/final": curve[6], "headline/best": curve[best]},
@@ -146,21 +151,14 @@ def test_wandb_has_the_rows_of_every_run_and_its_headline(made):
 
 def test_wandb_groups_a_sweeps_runs_and_has_their_nested_settings_and_weights(made):
     for run in runs_of(made):
-        found = records(run)
-        (described,) = [record for record in found if record.HasField("run")]
-        aligned = run.spec["regularizer"]["type"]
-        told = described.run
-        assert (told.run_group, told.job_type, told.project, told.entity) == ("tiny", "train", "p", "us")
-        assert (told.display_name, list(told.tags)) == (
-            f"{'baseline' if aligned == 'none' else 'aligned'}, seed {run.spec['seed']}",
-            ["sit", aligned, "mine"],
-        )
-        assert config(described) == {**run.spec, "protocols": run.protocols}
-        named = [record.artifact.name for record in found if record.HasField("artifact")]
-        named += [
-            record.request.log_artifact.artifact.name for record in found if record.request.HasField("log_artifact")
-        ]
-        assert f"{run.run_id}-ema" in named
+        aligned, told = run.spec["regularizer"]["type"], made.server.runs[run.run_id]
+        assert {key: told[key] for key in ("groupName", "jobType", "project", "entity")} == {
+            **{"groupName": "tiny", "jobType": "train", "project": "p", "entity": "us"},
+        }
+        name = f"{'baseline' if aligned == 'none' else 'aligned'}, seed {run.spec['seed']}"
+        assert (told["displayName"], told["tags"]) == (name, ["sit", aligned, "mine"])
+        assert made.server.config(run.run_id) == {**run.spec, "protocols": run.protocols}
+        assert made.server.artifacts[f"{run.run_id}-ema"]["state"] == "COMMITTED"
 
 
 def test_tensorboard_has_the_rows_of_every_run(made):

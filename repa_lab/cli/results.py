@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,13 +19,13 @@ from repa_lab.cli.shared import (
     require_choice,
     table,
 )
-from repa_lab.runs.root import DEFAULT_ROOT
+from repa_lab.runs import RunDirectory, RunsRoot
+from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory, UnknownRunError, UnknownSweepError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from repa_lab.report.leaderboard import Board
-    from repa_lab.runs import RunDirectory, RunsRoot
     from repa_lab.spec import EncoderSettings
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -50,8 +51,6 @@ def profile(
 
     Of several runs the differences from the first are drawn too.
     """
-    from repa_lab.runs import RunsRoot
-
     directories = [RunsRoot(root).find_run(run) for run in dict.fromkeys(runs)]
     from repa_lab.spec import RunOptions  # takes seconds, for torch; a mistyped run need not wait
     from repa_lab.training.profile import Request, profile_run
@@ -107,22 +106,31 @@ def sync(
     ] = None,
     root: RootOption = DEFAULT_ROOT,
 ) -> None:
-    """Upload what W&B recorded offline, with the key in WANDB_API_KEY."""
-    from repa_lab.runs import RunsRoot
-    from repa_lab.tracking.wandb import offline_folders
+    """Send W&B, with the key in WANDB_API_KEY, what run directories hold and its server does not have."""
+    from repa_lab.orchestration.tracking import description_by_itself, descriptions
+    from repa_lab.tracking.server import require_server
     from repa_lab.tracking.wandb import sync as upload
 
-    runs_root = RunsRoot(root)
-    chosen = [run for name in names for run in _runs_of(runs_root, name)] if names else runs_root.runs()
-    runs = [run for run in {run.path.resolve(): run for run in chosen}.values() if offline_folders(run)]
+    runs, sweeps = _runs_and_sweeps(RunsRoot(root), names or [])
+    described = descriptions(sweeps)
+    pairs = [(run, described.get(run.run_id) or description_by_itself(run)) for run in runs if run.rows()]
+    if not names:
+        wanted = [(run, description) for run, description in pairs if description.is_wanted]
+        if unwanted := len(pairs) - len(wanted):
+            typer.echo(
+                f"{unwanted} runs left: their sweeps have run.wandb.mode disabled; name a sweep to send its runs"
+            )
+        pairs = wanted
+    if not pairs:
+        typer.echo(f"no rows to send in {root}")
+        return
+    require_server()
     failed = False
-    for run in runs:
+    for run, description in pairs:
         with out.status(f"uploading {run.run_id}"):
-            result = upload(run)
+            result = upload(run, description)
         failed |= result.outcome == "failed"
         typer.echo(": ".join(filter(None, (result.run_id, result.outcome, result.detail))))
-    if not runs:
-        typer.echo(f"W&B recorded nothing offline of these runs in {root}")
     if failed:
         raise typer.Exit(1)
 
@@ -222,17 +230,30 @@ def _board_rows(board: Board) -> list[dict[str, Any]]:
     return rows
 
 
-def _runs_of(root: RunsRoot, name: Path) -> list[RunDirectory]:
-    """Return the runs of a sweep, or the one run of this name."""
-    from repa_lab.runs.root import UnknownRunError, UnknownSweepError
+def _runs_and_sweeps(root: RunsRoot, names: Sequence[Path]) -> tuple[list[RunDirectory], list[SweepDirectory]]:
+    """Return the runs of sweeps, or the runs, of these names, each once; all runs without names.
 
+    Returns:
+        The runs, and the sweeps that may ask for them, the named ones first.
+    """
+    runs, sweeps = [] if names else root.runs(), list[SweepDirectory]()
+    for name in names:
+        found = _sweep_or_run(root, name)
+        if isinstance(found, SweepDirectory):
+            sweeps.append(found)
+            runs += [found.root.run(run_id) for run_id in found.manifest.run_ids]
+        else:
+            runs.append(found)
+    roots = {run.path.parents[1]: RunsRoot(run.path.parents[1]) for run in runs}
+    sweeps += [sweep for root in roots.values() for sweep in root.sweeps()]
+    return list({run.path.resolve(): run for run in runs}.values()), sweeps
+
+
+def _sweep_or_run(root: RunsRoot, name: Path) -> SweepDirectory | RunDirectory:
+    with suppress(UnknownSweepError):
+        return root.find_sweep(name)
     try:
-        sweep = root.find_sweep(name)
-        return [sweep.root.run(run_id) for run_id in sweep.manifest.run_ids]
-    except UnknownSweepError:
-        pass
-    try:
-        return [root.find_run(name)]
+        return root.find_run(name)
     except UnknownRunError:
         known = ", ".join(sweep.path.name for sweep in root.sweeps()) or "none"
         message = f"no run and no sweep '{name}' in {root.path}; sweeps: {known}; `repa-lab status` lists runs"

@@ -184,10 +184,14 @@ def _named_runs(directory: SweepDirectory) -> list[tuple[str, str]]:
 
 
 def _row(name: str, run: RunDirectory) -> dict[str, Any]:
-    status, last = run.status(), (run.rows() or [{"step": 0}])[-1]
+    from repa_lab.tracking.wandb import WandbRecord
+
+    status, rows, record = run.status(), run.rows(), WandbRecord.read(run)
+    last = (rows or [{"step": 0}])[-1]
     left = ""
     if status == "running" and last["step"]:  # at the pace of its steps so far
         seconds = int((run.spec["train"]["steps"] - last["step"]) * last["seconds"] / last["step"])
         left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
     row = {"run": name, "run_id": run.run_id, "state": status.value, "step": last["step"]}
-    return {**row, "left": left, "error": run.state.error or ""}
+    tracked = f"{record.count(rows)} of {len(rows)} rows" if record else ""
+    return {**row, "left": left, "W&B": tracked, "error": run.state.error or ""}

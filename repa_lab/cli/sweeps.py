@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -26,6 +27,9 @@ from repa_lab.cli.shared import (
     table,
 )
 from repa_lab.runs.root import DEFAULT_ROOT
+
+if TYPE_CHECKING:
+    from repa_lab.orchestration.api import SweepOutcome
 
 ReplaceOption = Annotated[
     bool, typer.Option("--replace", help="Take the place of another sweep of this name; its runs stay.")
@@ -64,6 +68,7 @@ def sweep(
         typer.echo("a rehearsal: tiny random models, whose numbers say nothing")
     else:
         _print_answer(outcome.path)
+    _print_untracked(outcome)
     typer.echo(f"report: {outcome.path / 'report.html'}")
     if outcome.failures:
         raise typer.Exit(1)
@@ -154,6 +159,7 @@ def reproduce(
         out.print(table(f"{experiment.name}: {comparison.metric}", table_rows(comparison)))
     for line in tables.lines_of(experiment, comparisons, chosen):
         typer.echo(line)
+    _print_untracked(outcome)
     typer.echo(f"written: {outcome.path / 'reproduce.md'} and .csv")
     if outcome.failures:
         raise typer.Exit(1)
@@ -204,6 +210,16 @@ def _bench_rows(measured: Mapping[str, Any]) -> list[dict[str, str]]:
 def _print_failures(failures: Mapping[str, str]) -> None:
     for run_id, reason in failures.items():
         typer.echo(f"run {run_id} failed: {reason}", err=True)
+
+
+def _print_untracked(outcome: SweepOutcome) -> None:
+    """Print of how many runs W&B has no complete record, and why."""
+    total, root = len(set(outcome.directory.manifest.run_ids)), outcome.path.parent
+    for reason, count in Counter(outcome.untracked.values()).items():
+        typer.echo(f"W&B has no complete record of {count} of {total} runs: {reason}")
+    if outcome.untracked:
+        where = "" if root == DEFAULT_ROOT else f" --root {root}"
+        typer.echo(f"`repa-lab sync {outcome.path.name}{where}` sends what it lacks")
 
 
 def _print_answer(path: Path) -> None:

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from repa_lab.orchestration.launcher import join_processes
 from repa_lab.orchestration.plan import Plan, PlannedRun, identify_run, make_plan
 from repa_lab.orchestration.scheduler import Scheduler, SweepBrokenError, Work
 from repa_lab.orchestration.sharing import RunList
+from repa_lab.orchestration.tracking import open_trackers, settle_tracking, untracked, why_untracked
 from repa_lab.runs import RunDirectory, RunsRoot, State
 from repa_lab.runs.files import Row, require_no_links
 from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory
@@ -48,6 +49,7 @@ class SweepOutcome:
         failures: the reason of every run that failed now, by its id.
         diverged: the reason of every run of a search that diverged now, by its id; such a run is a result.
         stopped: why runs were not started; None if none were left out.
+        untracked: why W&B lacks a run or some of its rows, by the run's id; empty if W&B is disabled.
     """
 
     directory: SweepDirectory
@@ -55,6 +57,7 @@ class SweepOutcome:
     failures: Mapping[str, str]
     diverged: Mapping[str, str] = field(default_factory=dict)
     stopped: str | None = None
+    untracked: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -126,15 +129,19 @@ def sweep(
     if not rehearse:
         require_budget(planned)
         for warning in planned.warnings:
-            console.print(warning, highlight=False, markup=False, soft_wrap=True)
-    directory = planned.root.sweep(experiment.name)
+            _say(console, warning)
+    directory, unreachable = planned.root.sweep(experiment.name), None
     with _locked(directory):
         planned.root.adopt_copies()
         if _is_complete(planned, directory):
             _make_work(planned, directory)
             outcome = SweepOutcome(directory, 0, {})
         else:
-            outcome = _carry_out(planned, directory, workers, console, rehearse)
+            options, unreachable = settle_tracking(experiment)
+            if unreachable:
+                _say(console, f"{unreachable}; `repa-lab sync {experiment.name}` sends the rows later")
+            outcome = _carry_out(planned, options, directory, workers, console, rehearse)
+        outcome = replace(outcome, untracked=untracked(directory, experiment.run, unreachable))
     from repa_lab.report.page import write_report  # imports pandas and matplotlib, which `plan` does not need
 
     write_report(directory)
@@ -175,12 +182,13 @@ def run_one(
     join_processes(planned.experiment.run)
     planned.root.adopt_copies()
     from repa_lab.orchestration.prepare import RefusedError, prepare
-    from repa_lab.orchestration.worker import open_trackers
     from repa_lab.training.loop import train
 
-    train_config, options = entry.run.config.train, planned.experiment.run
-    if warning := train_config.averaging.warning(train_config.steps):
-        console.print(warning, highlight=False, markup=False, soft_wrap=True)
+    options, unreachable = settle_tracking(planned.experiment)
+    train_config = entry.run.config.train
+    for warning in (unreachable, train_config.averaging.warning(train_config.steps)):
+        if warning:
+            _say(console, warning)
     with ProgressView(console, planned.experiment.name, 1) as view:
         for note in planned.notes:
             view.say(note)
@@ -193,7 +201,10 @@ def run_one(
         trackers = open_trackers(TrainJob(task, planned.experiment.name, options, planned.root))
         view.started(entry.run.run_id, task.name, train_config.steps)
         listeners = [_ViewListener(view, entry.run.run_id), *trackers]
-        return directory, train(entry.run, directory, options, planned.root.cache, listeners, is_enough=task.is_enough)
+        state = train(entry.run, directory, options, planned.root.cache, listeners, is_enough=task.is_enough)
+    if why := why_untracked(directory, planned.experiment.run, unreachable):
+        _say(console, f"W&B lacks the run or some of its rows: {why}; `repa-lab sync {directory.run_id}` sends them")
+    return directory, state
 
 
 def bench(
@@ -271,10 +282,19 @@ def _load(source: Source, overrides: Mapping[str, Any] | None, fragments: Sequen
     return source if isinstance(source, Experiment) else load_spec(source, overrides, fragments)
 
 
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def _carry_out(
-    planned: Plan, directory: SweepDirectory, workers: int | None, console: Console, is_rehearsal: bool
+    planned: Plan,
+    options: RunOptions,
+    directory: SweepDirectory,
+    workers: int | None,
+    console: Console,
+    is_rehearsal: bool,
 ) -> SweepOutcome:
-    experiment, options = planned.experiment, planned.experiment.run
+    experiment = planned.experiment
     if is_rehearsal:  # a rehearsal is for this machine, one process a run
         options = options.model_copy(update={"executor": "local", "gpus_per_run": 1})
     runs = None if experiment.search else len(planned.pending)
@@ -284,7 +304,7 @@ def _carry_out(
         try:
             executor = _open_executor(options, planned.root, experiment.name, runs, workers or options.workers, log)
             with ProgressView(console, experiment.name, executor.slots) as view:
-                scheduler = Scheduler(executor, planned.root, experiment.run, experiment.name, view, is_rehearsal)
+                scheduler = Scheduler(executor, planned.root, options, experiment.name, view, is_rehearsal)
                 for note in planned.notes:
                     view.say(note)
                 scheduler.prepare({entry.run.config: entry.arm for entry in planned.runs})

@@ -22,6 +22,7 @@ from repa_lab.settings import file_fields, settings_in
 from repa_lab.spec import Arm, EvaluateConfig, Experiment, Problem, RunConfig, RunOptions, SpecError
 from repa_lab.spec.errors import KeyPath
 from repa_lab.tracking import tensorboard
+from repa_lab.tracking.server import environment_problems, resolve_mode
 from repa_lab.training.resolve import (
     MIN_HELD_OUT,
     Inventory,
@@ -376,6 +377,8 @@ def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
         yield experiment.problem("run.precision", "fp16 needs a GPU; use bf16 or fp32")
     if options.tensorboard and not tensorboard.is_installed():
         yield experiment.problem("run.tensorboard", "needs TensorBoard: pip install 'repa-lab[tensorboard]'")
+    for problem in environment_problems(resolve_mode(options.wandb.mode)):
+        yield experiment.problem("run.wandb.mode", problem)
     for arm in experiment.arms:
         is_lora = arm.config.model.train == "lora"
         if is_lora and arm.config.evaluate.precision != "train" and options.precision != "fp32":

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from repa_lab.orchestration.launcher import launcher_variables
 from repa_lab.runs.provenance import git_state
-from repa_lab.tracking.wandb import KEY, resolve_mode
+from repa_lab.tracking.server import KEY, resolve_mode
 
 _GIB = float(2**30)
 _PATIENCE_S = 3.0

@@ -15,6 +15,7 @@ from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.orchestration.checks import blocked, check, resolve_metric
 from repa_lab.orchestration.search.problems import STORAGE_VARIABLE, storage_url
 from repa_lab.orchestration.sharing import Sharing, share
+from repa_lab.orchestration.tracking import tracking_record
 from repa_lab.runs import RunDirectory, RunsRoot, RunStatus, SweepManifest
 from repa_lab.runs.files import LinkError, require_no_links
 from repa_lab.runs.root import ArmRecord, ComparisonRecord, OrphanRecord, RunRecord, SearchRecord
@@ -239,6 +240,7 @@ class Plan:
             arms=tuple(arms if arms is not None else self._arms()),
             search=search,
             orphaned=tuple(OrphanRecord(label=run.label, seed=run.seed, run_id=run.run_id) for run in self.orphans),
+            wandb=tracking_record(self.experiment.run.wandb),
         )
 
     def _arms(self) -> list[ArmRecord]:

@@ -17,7 +17,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -30,17 +29,14 @@ from repa_lab.orchestration.executors import (
     dump_message,
     parse_job,
 )
+from repa_lab.orchestration.tracking import open_trackers
 from repa_lab.registry import PluginError, one_line
 from repa_lab.runs import RunWriter, State
 from repa_lab.runs.directory import RunBusyError
 from repa_lab.spec import RunOptions
-from repa_lab.tracking import Listener
 
 if TYPE_CHECKING:
     import torch
-
-    from repa_lab.runs.root import ComparisonRecord
-    from repa_lab.tracking.wandb import WandbRun
 
 ShouldStop = Callable[[], State | None]
 _GRACE_S = 60.0
@@ -194,50 +190,6 @@ class Heartbeat:
             self._path.touch()
             self._last = now
         return self._should_stop()
-
-
-def open_trackers(job: TrainJob) -> list[Listener]:
-    """Return the trackers that a run's options ask for; a tracker that fails later is dropped."""
-    from repa_lab.tracking.tensorboard import TensorBoardListener
-    from repa_lab.tracking.wandb import WandbListener, resolve_mode
-
-    directory, mode = job.root.run(job.name), resolve_mode(job.options.wandb.mode)
-    listeners: list[Listener] = []
-    if mode != "disabled":
-        listeners.append(WandbListener(directory, _wandb_run(job, mode)))
-    if job.options.tensorboard:
-        listeners.append(TensorBoardListener(directory, job.task.run.to_json()))
-    return listeners
-
-
-def _wandb_run(job: TrainJob, mode: str) -> WandbRun:
-    from repa_lab.report.statistics import headline
-    from repa_lab.tracking.wandb import WandbRun
-
-    options, run = job.options.wandb, job.task.run
-    config = run.config
-    types = [settings.type for settings in config.regularizers] or ["none"]
-    tags = dict.fromkeys((config.model.family, *types, *options.tags))
-    return WandbRun(
-        name=job.task.name,
-        group=job.sweep,
-        config=run.to_json(),
-        project=options.project,
-        mode=mode,
-        entity=options.entity,
-        tags=tuple(tags),
-        keeps_weights=options.artifacts == "final",
-        headline=partial(headline, _compared(job)),
-    )
-
-
-def _compared(job: TrainJob) -> ComparisonRecord:
-    """Return what the recorded sweep compares; for a run that belongs to no recorded sweep, what the run measures."""
-    from repa_lab.runs.root import ComparisonRecord
-    from repa_lab.training.resolve import metric_name
-
-    sweep = job.root.sweep(job.sweep)
-    return sweep.manifest.compare if sweep.is_recorded else ComparisonRecord(metric=metric_name(job.task.run.config))
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ events.jsonl      the run's history: started, resumed, failed, ...
 checkpoints/      step-00000600/ with a manifest (see `checkpoints`)
 forks/            checkpoints from which other runs begin (see `checkpoints`)
 samples/          step-00000600.png
+wandb.json        what W&B's server has of the run (see `tracking.wandb`)
 plugins/          copies of the plugin files that the run was trained with
 profile.json      a measurement of every block of the denoiser at several times, and pictures of it
 pinned            if present, nothing of the run is ever deleted
@@ -359,10 +360,12 @@ class RunWriter:
         self.event("started over")
 
     def rewind(self, step: int) -> None:
-        """Delete the rows after ``step``, which are measured again from the checkpoint of that step."""
+        """Delete the rows and samples after ``step``, which are made again from the checkpoint of that step."""
         rows = self.run.rows()
         kept = [row for row in rows if row["step"] <= step]
         self.replace_rows(kept)
+        for later in (path for made, path in self.run.sample_grids().items() if made > step):
+            later.unlink()
         if len(kept) < len(rows):
             self.event("rewound", step=step, rows_dropped=len(rows) - len(kept))
 

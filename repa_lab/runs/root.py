@@ -127,6 +127,16 @@ class SearchRecord(ObjectiveRecord):
     pareto: tuple[str, ...] = ()
 
 
+class TrackingRecord(_Record):
+    """What W&B is told of a sweep's runs; the fields are those of ``run.wandb``, with ``auto`` resolved."""
+
+    mode: str = "offline"
+    project: str = "repa-lab"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+    artifacts: Literal[False, "final"] = False
+
+
 class SweepManifest(_Record):
     """What a sweep asks for, as its ``sweep.json`` holds it; a search records its trials as arms."""
 
@@ -137,6 +147,7 @@ class SweepManifest(_Record):
     arms: tuple[ArmRecord, ...]
     search: SearchRecord | None = None
     orphaned: tuple[OrphanRecord, ...] = ()
+    wandb: TrackingRecord = TrackingRecord()
 
     @property
     def run_ids(self) -> list[str]:

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from repa_lab.errors import hide_passwords
 from repa_lab.settings import Count, NotNegative, Positive, Settings
 
 COSTS = ("seconds", "gpu_hours")
 Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
+_NOT_IN_WANDB_NAMES = "/\\#?%:"
 _MOST_LOADERS = 8  # processes that load images for one process of a run
 
 
@@ -179,14 +180,29 @@ class PublishedConfig(Settings):
     """Label to values by kind: `fid`, `sfid`, `is`, `precision`, `recall`."""
 
 
+def _without_url_characters(name: str) -> str:
+    if refused := sorted(set(name) & set(_NOT_IN_WANDB_NAMES)):
+        raise ValueError(f"W&B takes no name with {' '.join(_NOT_IN_WANDB_NAMES)}, got {' '.join(refused)} in {name!r}")
+    return name
+
+
+def _without_spaces(name: str) -> str:
+    if any(character.isspace() for character in name):
+        raise ValueError(f"W&B takes no user or team with spaces, got {name!r}")
+    return name
+
+
+WandbName = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_without_url_characters)]
+
+
 class WandbOptions(Settings):
     """Weights & Biases."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto` is online with a key in the environment and offline without."""
-    project: str = "repa-lab"
+    project: WandbName = "repa-lab"
     """The W&B project."""
-    entity: str | None = None
+    entity: Annotated[WandbName, AfterValidator(_without_spaces)] | None = None
     """User or team whose project it is; null is the key's own."""
     tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
     """Added to the tags for family and regularizer."""

@@ -1,107 +1,223 @@
-"""A run on Weights & Biases: curves over ``images``, sample grids, a table of evaluations; offline without a key."""
+"""A run on Weights & Biases, told from the run's directory: curves over ``images``, sample grids, evaluations.
+
+Every row and every sample grid has a W&B step that depends on its place in the directory alone, and W&B takes no step
+that a run has passed. So any process can tell a run again, after a kill or once the server is back: it continues where
+the server stands, and nothing is there twice.
+"""
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from repa_lab.errors import InputError
-from repa_lab.runs import State, checkpoints
-from repa_lab.runs.directory import RunDirectory
+from repa_lab.registry import one_line
+from repa_lab.runs import RunDirectory, RunWriter, State, checkpoints, files
+from repa_lab.runs.directory import RunBusyError
 from repa_lab.runs.files import Row
+from repa_lab.tracking.server import ServerError, ask, server_address
 
-KEY = "WANDB_API_KEY"
-
-
-def resolve_mode(mode: str) -> str:
-    """Return a W&B mode; ``auto`` is WANDB_MODE if set, else online with WANDB_API_KEY set and offline without."""
-    if mode != "auto":
-        return mode
-    return os.environ.get("WANDB_MODE") or ("online" if os.environ.get(KEY) else "offline")
+RECORD = "wandb.json"  # what the server has of a run, in the run directory
+_SPACING = 100  # W&B steps for each training step: its rows, then its sample grid and the table of evaluations
+_GRID, _TABLE = 98, 99
+_MAX_NAME, _MAX_TAG = 128, 64
+_START_S = 15.0
+_FINISH_S, _UPLOAD_S = 20.0, 600.0  # to send the last rows of a run in training; a whole run, or weights
+_SETTLE_S = 5.0  # the server counts rows up to seconds after it took them
 
 
 @dataclass(frozen=True)
 class WandbRun:
-    """The description of a run on W&B.
+    """The description of a run on W&B, beside the settings in its directory.
 
     Attributes:
-        name: the run's display name.
-        group: the sweep's name.
-        config: the resolved settings, nested; recorded protocols are added as ``protocols``.
         project: the W&B project.
-        mode: ``online`` or ``offline``.
         entity: the W&B user or team; None is the key's own.
-        tags: labels to filter by.
+        name: the run's display name; None leaves W&B's.
+        group: the sweep's name; None leaves W&B's.
+        tags: labels to filter by, beside the family and the regularizers.
         keeps_weights: whether the averaged weights of a finished run become an artifact.
+        is_wanted: whether the run's sweep wants W&B to be told.
         headline: returns, from all rows, the entries of the run's summary under ``headline/``.
     """
 
-    name: str
-    group: str
-    config: dict[str, Any]
     project: str
-    mode: str
     entity: str | None = None
+    name: str | None = None
+    group: str | None = None
     tags: Sequence[str] = ()
     keeps_weights: bool = False
+    is_wanted: bool = True
     headline: Callable[[list[Row]], dict[str, Any]] = field(default=lambda rows: {})
 
 
-class WandbListener:
-    """Sends a run's rows to W&B; a resumed run continues under the same id.
+@dataclass(frozen=True)
+class WandbRecord:
+    """What W&B's server has of a run, by its own word after the last upload.
 
-    The first row starts W&B, so a run that is already finished, or held by another process, never starts W&B. Rows that
-    the run directory holds before that, such as steps shared with another run, are sent then. W&B only appends: a row
-    that is written again after a kill is there twice, with the same values.
+    Attributes:
+        server: the server's address.
+        project: the W&B project.
+        entity: the W&B user or team.
+        url: the run's page.
+        step: the W&B step of the last row, grid or table that the server has; -1 for none.
+        state: the state of the run that the server was told.
+    """
+
+    server: str
+    project: str
+    entity: str
+    url: str
+    step: int
+    state: State
+
+    @classmethod
+    def read(cls, run: RunDirectory) -> WandbRecord | None:
+        """Return the record in a run directory; None if there is none that can be read."""
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            fields = files.read_record(run.path / RECORD)
+            return cls(**{**fields, "state": State(fields["state"])})
+        return None
+
+    def is_at(self, description: WandbRun) -> bool:
+        """Return whether the record is of the server and the project to which a description leads."""
+        is_same_entity = description.entity in (None, self.entity)
+        return is_same_entity and (self.project, self.server) == (description.project, server_address())
+
+    def count(self, rows: Iterable[Row]) -> int:
+        """Return how many of a run's rows the server has."""
+        steps = accumulate(rows, _row_step, initial=-1)
+        return sum(0 <= step <= self.step for step in steps)
+
+    def covers(self, run: RunDirectory) -> bool:
+        """Return whether the server has all that the run directory holds."""
+        state = run.state.state
+        return self.state is state and self.step >= last_step(run, state)
+
+
+def _row_step(before: int, row: Row) -> int:
+    """Return the W&B step of a row, which follows the row with W&B step ``before``."""
+    step = int(row["step"])
+    return before + 1 if before // _SPACING == step else step * _SPACING
+
+
+class Entry(NamedTuple):
+    """An entry of a run's history on W&B: a metric row, or a sample grid if ``grid`` is given."""
+
+    step: int
+    values: Row
+    grid: Path | None = None
+
+
+class History:
+    """Reads the rows and sample grids of a run directory as entries, in order, also while the run is trained."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run, self._reader = run, run.metrics_reader()
+        self._row, self._step, self._last_grid = Row(), -1, -1
+
+    def new_entries(self) -> Iterator[Entry]:
+        """Yield the entries that were not yielded before."""
+        # Listed before the rows are read: all rows of a step are written before its grid.
+        grids = deque((step, path) for step, path in self._run.sample_grids().items() if step > self._last_grid)
+        for row in self._reader.new_rows():
+            step = _row_step(self._step, row)
+            yield from self._grids(grids, step)
+            self._row, self._step = row, step
+            yield Entry(step, row)
+        yield from self._grids(grids, (self._step // _SPACING + 1) * _SPACING)
+
+    def _grids(self, grids: deque[tuple[int, Path]], before: int) -> Iterator[Entry]:
+        while grids and (place := grids[0][0] * _SPACING + _GRID) < before:
+            self._last_grid, path = grids.popleft()
+            yield Entry(place, {**_progress(self._row), "step": self._last_grid}, path)
+
+
+def _progress(row: Row) -> Row:
+    return {key: row[key] for key in ("step", "images") if key in row}
+
+
+def last_step(run: RunDirectory, state: State) -> int:
+    """Return the W&B step of the last entry of a run in a state; -1 for a run without rows."""
+    steps = [entry.step for entry in History(run).new_entries()]
+    if state is State.DONE and _evaluations(run.rows()):
+        return steps[-1] // _SPACING * _SPACING + _TABLE
+    return max(steps, default=-1)
+
+
+def _evaluations(rows: Iterable[Row]) -> list[Row]:
+    """Return the measurements on averaged weights, without the rows that are logged while training."""
+    return [row for row in rows if any("@" in name or name.startswith("heldout/") for name in row)]
+
+
+class WandbWriter:
+    """The one writer of a W&B run: sends what the run directory holds and the server does not have.
 
     Args:
         run: the run's directory; W&B's own files go to ``wandb/`` in it.
         description: the run's description.
+        finish_s: how long the last rows may take, in seconds.
+
+    Raises:
+        Exception: whatever W&B raises if it cannot start.
     """
 
-    def __init__(self, run: RunDirectory, description: WandbRun) -> None:
-        self._directory, self._description = run, description
-        self._run: Any = None
-        self._progress: Row = {}
+    def __init__(self, run: RunDirectory, description: WandbRun, finish_s: float) -> None:
+        self._directory, self._description, self._history = run, description, History(run)
+        self._wandb = _start(run, description, finish_s)
+        self._next = int(self._wandb.step)  # the first W&B step that the server does not have
 
-    def row(self, row: Row) -> None:
-        """Log the row with its ``step`` and ``images`` as values: W&B drops rows whose own step does not increase."""
-        self._started()
-        self._log(row)
-
-    def image(self, step: int, path: Path) -> None:
-        """Log a sample grid."""
+    def send(self) -> None:
+        """Send the rows and sample grids that the directory has by now."""
         import wandb
 
-        self._started().log({**self._progress, "samples": wandb.Image(str(path)), "step": step})
+        for entry in self._history.new_entries():
+            if entry.step >= self._next:
+                values = {key: value for key, value in entry.values.items() if value is not None}
+                self._log(entry.step, values | ({"samples": wandb.Image(str(entry.grid))} if entry.grid else {}))
 
-    def finish(self, state: State) -> None:
-        """Close the W&B run with its headline; add the table of evaluations and the weights if the run is done."""
-        if self._run is None:
-            return
-        rows = self._directory.rows()
-        entries = self._description.headline(rows)
-        self._run.summary.update({f"headline/{name}": value for name, value in entries.items()})
+    def close(self, state: State) -> str:
+        """Send the headline, and of a finished run the table of evaluations and the weights; record what arrived.
+
+        Returns:
+            The address of the run's page.
+
+        Raises:
+            ServerError: the server does not say that it has everything.
+            Exception: whatever W&B raises.
+        """
+        rows, run = self._directory.rows(), self._wandb
+        run.summary.update({f"headline/{name}": value for name, value in self._description.headline(rows).items()})
         if state is State.DONE:
             self._conclude(rows)
-        self._run.finish(exit_code=0 if state.status.is_over else 1)
+        run.finish(exit_code=0 if state.status.is_over else 1)
+        step = last_step(self._directory, state)
+        held = self._held(step)
+        record = WandbRecord(run.settings.base_url, run.project, run.entity, run.url, held, state)
+        files.write_record(self._directory.path / RECORD, asdict(record))
+        if held < step:
+            raise ServerError(f"{run.settings.base_url} has not taken all rows; `repa-lab sync` sends the others")
+        return str(run.url)
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        self._wandb.log(values, step=step, commit=True)
+        self._next = step + 1
 
     def _conclude(self, rows: list[Row]) -> None:
         import wandb
 
-        # Measurements on averaged weights, without the rows that are logged while training.
-        table = [row for row in rows if any("@" in name or name.startswith("heldout/") for name in row)]
-        if table:
-            columns: list[Any] = list(dict.fromkeys(name for row in table for name in row))
-            data = [[row.get(name) for name in columns] for row in table]
-            self._run.log({**self._progress, "evaluations": wandb.Table(columns=columns, data=data)})
+        step = last_step(self._directory, State.DONE)
+        if (evaluations := _evaluations(rows)) and step >= self._next:
+            columns: list[Any] = list(dict.fromkeys(name for row in evaluations for name in row))
+            data = [[row.get(name) for name in columns] for row in evaluations]
+            self._log(step, {**_progress(rows[-1]), "evaluations": wandb.Table(columns=columns, data=data)})
         if self._description.keeps_weights:
             run_id, newest = self._directory.run_id, checkpoints.latest(self._directory.checkpoints)
             assert newest is not None  # a finished run has a checkpoint of its last step
@@ -110,54 +226,120 @@ class WandbListener:
             # By reference: the last checkpoint of a finished run is never deleted, and a copy would double its size.
             artifact.add_file(str(folder / "ema.safetensors"), policy="immutable")
             artifact.add_file(str(self._directory.path / "spec.json"), policy="immutable")
-            self._run.log_artifact(artifact)
+            self._wandb.log_artifact(artifact)
 
-    def _log(self, row: Row) -> None:
-        self._progress = {key: row[key] for key in ("step", "images") if key in row}
-        self._run.log({key: value for key, value in row.items() if value is not None})
-
-    def _started(self) -> Any:
-        if self._run is None:
-            is_new = not any(self._directory.path.glob(f"wandb/*run-*-{self._directory.run_id}"))
-            self._run = _start(self._directory, self._description)
-            # The last row is the one that is being logged.
-            for row in self._directory.rows()[:-1] if is_new else []:
-                self._log(row)
-        return self._run
+    def _held(self, step: int) -> int:
+        """Return the W&B step up to which the server has the run, after a while if it is not ``step``."""
+        until = time.monotonic() + _SETTLE_S
+        while (held := _step_on_server(self._wandb)) < step and time.monotonic() < until:
+            time.sleep(0.5)
+        return held
 
 
-def _start(run: RunDirectory, description: WandbRun) -> Any:
+def _step_on_server(run: Any) -> int:
+    """Return the W&B step of the last entry that the server has, as it tells a client that resumes the run."""
+    query = """query RunResumeStatus($project: String, $entity: String, $name: String!) {
+        model(name: $project, entityName: $entity) { bucket(name: $name, missingOk: true) { historyTail } }
+    }"""
+    variables = {"project": run.project, "entity": run.entity, "name": run.id}
+    try:
+        model = ask(run.settings.base_url, query, variables).get("model") or {}
+        tail = json.loads((model.get("bucket") or {}).get("historyTail") or "[]")
+        return max((int(json.loads(row)["_step"]) for row in tail), default=-1)
+    except (OSError, ValueError, KeyError) as error:
+        raise ServerError(f"{run.settings.base_url} does not say what it has of the run: {error}") from None
+
+
+def _start(run: RunDirectory, description: WandbRun, finish_s: float) -> Any:
     import wandb  # 1 s
 
-    # W&B would otherwise store the command line, the machine's name and the source tree.
-    quiet: dict[str, Any] = {"console": "off", "silent": True, "host": ""}
-    options: dict[str, Any] = {
-        "id": run.run_id,
-        "project": description.project,
-        "entity": description.entity,
-        "mode": description.mode,
-        "dir": str(run.path),
-        "name": description.name,
-        "group": description.group,
-        # Protocols are recorded before the first row, and so before W&B is started.
-        "config": {**description.config, "protocols": run.protocols},
-        "tags": list(description.tags),
-        "job_type": "train",
-        "resume": "allow",
-        "reinit": "create_new",  # without it, W&B returns an open run of this process if there is one
-        "settings": wandb.Settings(x_disable_stats=True, x_disable_meta=True, disable_git=True, **quiet),
-    }
-    started: Any = wandb.init(**options)
+    wandb.setup(settings=wandb.Settings(silent=True))  # before a run has settings, W&B prints whose key it uses
+    spec = run.spec
+    config = {**spec, "protocols": run.protocols}  # protocols are recorded before the first row
+    regularizers = spec["regularizer"] if isinstance(spec["regularizer"], list) else [spec["regularizer"]]
+    tags = [spec["model"]["family"], *(regularizer["type"] for regularizer in regularizers), *description.tags]
+    started: Any = wandb.init(
+        id=run.run_id,
+        project=description.project,
+        entity=description.entity,
+        mode="online",
+        dir=str(run.path),
+        name=_shortened(description.name),
+        group=description.group,
+        config=config,
+        tags=list(dict.fromkeys(tag[:_MAX_TAG] for tag in tags)),
+        job_type="train",
+        resume="allow",
+        reinit="create_new",  # without it, W&B returns an open run of this process if there is one
+        settings=wandb.Settings(
+            console="off",
+            silent=True,
+            init_timeout=_START_S,
+            finish_timeout=finish_s,
+            finish_timeout_raises=True,
+            # W&B would otherwise store the command line, the machine's name and the source tree.
+            host="",
+            disable_git=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+        ),
+    )
+    started.config.update(config, allow_val_change=True)  # a run that is resumed has its earlier one
     started.define_metric("images")
     started.define_metric("*", step_metric="images")
     return started
 
 
-# ---- uploading what was recorded offline, with W&B's own command
+def _shortened(name: str | None) -> str | None:
+    """Return a name as W&B takes it, with its end, which has the seed."""
+    return name if name is None or len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 23]}...{name[-20:]}"
 
 
-class NoKeyError(InputError):
-    """There is something to upload and no key to upload it with."""
+class WandbListener:
+    """Has a run's rows sent to W&B in a thread: training waits for W&B at its end alone, and there not for long.
+
+    The first row starts W&B, so a run that is already finished, or held by another process, never starts W&B.
+
+    Args:
+        run: the run's directory.
+        description: the run's description.
+    """
+
+    def __init__(self, run: RunDirectory, description: WandbRun) -> None:
+        self._directory, self._description = run, description
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wandb")
+        self._writer: WandbWriter | None = None
+        self._sending: Future[None] | None = None
+
+    def row(self, row: Row) -> None:
+        """Have the row sent, with what the directory holds beside it; raise what has failed since the last call."""
+        if self._sending is None or self._sending.done():
+            if self._sending is not None:
+                self._sending.result()
+            self._sending = self._thread.submit(self._send)
+
+    def image(self, step: int, path: Path) -> None:
+        """Have a sample grid sent."""
+        self.row({})
+
+    def finish(self, state: State) -> None:
+        """Wait until everything is sent, or W&B gives up; see :meth:`WandbWriter.close`."""
+        if self._sending is None:
+            return
+        with self._thread:
+            self._sending.result()
+            self._thread.submit(self._close, state).result()
+
+    def _send(self) -> None:
+        if self._writer is None:
+            finish_s = _UPLOAD_S if self._description.keeps_weights else _FINISH_S
+            self._writer = WandbWriter(self._directory, self._description, finish_s)
+        self._writer.send()
+
+    def _close(self, state: State) -> None:
+        self._send()
+        assert self._writer is not None
+        self._writer.close(state)
 
 
 @dataclass(frozen=True)
@@ -169,48 +351,17 @@ class SyncResult:
     detail: str = ""
 
 
-def offline_folders(run: RunDirectory) -> list[Path]:
-    """Return the folders that W&B recorded offline, one for each start of the run, oldest first."""
-    return sorted(folder for folder in run.path.glob("wandb/offline-run-*") if _records(folder))
-
-
-def is_synced(folder: Path) -> bool:
-    """Return whether W&B has marked all of a folder as uploaded."""
-    return all(record.with_name(f"{record.name}.synced").exists() for record in _records(folder))
-
-
-def _records(folder: Path) -> list[Path]:
-    return sorted(folder.glob("run-*.wandb"))
-
-
-def sync(run: RunDirectory) -> SyncResult:
-    """Upload what was not uploaded yet of a run that W&B recorded offline.
-
-    A run that is being trained is left alone: W&B would mark it as uploaded before it is complete.
-
-    Raises:
-        NoKeyError: WANDB_API_KEY is not in the environment.
-    """
-    waiting = [folder for folder in offline_folders(run) if not is_synced(folder)]
-    if not waiting:
+def sync(run: RunDirectory, description: WandbRun) -> SyncResult:
+    """Send W&B what a run directory holds and the server does not have; a run that is being trained is left alone."""
+    record = WandbRecord.read(run)
+    if record and record.is_at(description) and record.covers(run):
         return SyncResult(run.run_id, "already synced")
-    if run.is_held:
+    try:
+        with RunWriter(run, patience_s=0):
+            writer = WandbWriter(run, description, _UPLOAD_S)
+            writer.send()
+            return SyncResult(run.run_id, "synced", writer.close(run.state.state))
+    except RunBusyError:
         return SyncResult(run.run_id, "left", "it is being trained; sync it when training has ended")
-    if not os.environ.get(KEY):
-        raise NoKeyError(f"no W&B key: set {KEY} to upload run {run.run_id} (keys are read from the environment alone)")
-    with tempfile.TemporaryDirectory(prefix="repa-lab-") as scratch:  # W&B writes a log into the working directory
-        done = subprocess.run(sync_command(waiting), cwd=scratch, capture_output=True, text=True, check=False)
-    output = done.stdout + done.stderr
-    # W&B's command ends with status 0 even if it could not upload; the marks that it leaves are what counts.
-    if all(is_synced(folder) for folder in waiting):
-        addresses = re.findall(r"View run.* at (http\S+)", output)
-        return SyncResult(run.run_id, "synced", addresses[-1] if addresses else "")
-    # The last line that W&B calls an error, or else its last line.
-    lines = [line.removeprefix("wandb: ").strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.lower().startswith("error")] or lines or ["W&B printed nothing"]
-    return SyncResult(run.run_id, "failed", errors[-1].removeprefix("ERROR ").removeprefix("Error: "))
-
-
-def sync_command(folders: list[Path]) -> list[str]:
-    """Return W&B's command that uploads the folders of one run in the order in which they were recorded."""
-    return [sys.executable, "-m", "wandb", "sync", *(str(folder.absolute()) for folder in folders)]
+    except Exception as error:  # whatever W&B raises
+        return SyncResult(run.run_id, "failed", one_line(error))

@@ -1,272 +1,234 @@
-"""With the real W&B client, without a network."""
+"""With the real W&B client and a server of our own."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import sys
-from collections.abc import Iterator
 from functools import partial
-
-import pytest
-import wandb
 
 from repa_lab.report.statistics import headline
 from repa_lab.runs import RunDirectory, RunWriter, State
 from repa_lab.runs.root import ComparisonRecord
-from repa_lab.tracking import Listeners
-from repa_lab.tracking.wandb import WandbListener, WandbRun, offline_folders, resolve_mode
+from repa_lab.tracking import wandb as tracking
+from repa_lab.tracking.wandb import History, WandbListener, WandbRecord, WandbRun, sync
 from repa_lab.training.loop import train
 from tests.training.conftest import OFF, cache, make_options, make_run, rows, stop_after
 
-from .records import config, history, records, summary
+from .conftest import METRIC, ROWS, SPEC, TOLD, draw, numbers, record, without_none
+from .server import KEY
 
 __all__ = ["cache"]
 
-SECRETS = {
-    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
-    "HF_TOKEN": "hf_very_secret_token_of_this_test",
-    "AWS_SECRET_ACCESS_KEY": "another-very-secret-value",
-}
 
-
-@pytest.fixture
-def server(monkeypatch) -> Iterator[socket.socket]:
-    """What W&B is told its server is: it hears every attempt to connect. Every secret is in the environment."""
-    for name, value in SECRETS.items():
-        monkeypatch.setenv(name, value)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        listening.settimeout(0)
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.getsockname()[1]}")
-        yield listening
-
-
-def listen(run: RunDirectory, **config: object) -> WandbListener:
-    run.path.mkdir(parents=True, exist_ok=True)
-    return WandbListener(run, WandbRun("a name", "the-sweep", config, "a-project", "offline"))
-
-
-def recorded(run: RunDirectory) -> list[bytes]:
-    """What W&B wrote for the run, one entry per start, oldest first."""
-    wandb.teardown()  # waits for W&B's own process, which writes the files
-    files = sorted(run.path.glob(f"wandb/offline-run-*-{run.run_id}*/run-{run.run_id}.wandb"))
-    return [path.read_bytes() for path in files]
-
-
-def models(run: RunDirectory) -> list:
-    """The artifacts of weights that W&B was given."""
-    given = [record.request.log_artifact.artifact for record in records(run) if record.request.HasField("log_artifact")]
-    given += [record.artifact for record in records(run) if record.HasField("artifact")]
-    return [artifact for artifact in given if artifact.type == "model"]
-
-
-def test_a_run_is_recorded_offline_and_resumed_under_its_id(tmp_path, cache, server):
-    run, directory = make_run(**OFF), RunDirectory(tmp_path / "by-id" / "abcdef012345")
-    listener = listen(directory, **run.to_json())
-    train(run, directory, make_options(), cache, [listener], stop_after(2))
-    first = recorded(directory)
-    train(run, directory, make_options(), cache, [listen(directory, **run.to_json())])
-    both = recorded(directory)
-    assert (len(first), len(both)) == (1, 2)
-    for content in both:
-        for said in (b"a-project", b"the-sweep", b"a name", b"abcdef012345", b"loss/total", b"label_dropout"):
-            assert said in content
-    # The numbers are those of the run directory; what is measured at the end is there too, and the grid of samples.
-    for row in rows(directory)[:2]:
-        assert repr(row["loss/total"]).encode()[:10] in both[0]
-    assert b"frechet:efficientnet_lite0@16/ode2" in both[1]
-    assert list(directory.path.glob("wandb/offline-run-*/files/media/images/samples*.png"))
-    with pytest.raises(BlockingIOError):
-        server.accept()  # nobody tried to connect
-    assert len(directory.rows()) == 6
-    assert models(directory) == []  # nobody asked for them
-
-
-def test_no_secret_stands_in_any_file_of_a_run(tmp_path, cache, server):
-    run, directory = make_run(**OFF), RunDirectory(tmp_path / "by-id" / "abcdef012345")
-    listener = listen(directory, **run.to_json())
-    train(run, directory, make_options(), cache, [listener])
-    assert recorded(directory)
-    files = [path for path in directory.path.rglob("*") if path.is_file()]
-    assert {path.name for path in files} >= {
-        "spec.json",
-        "provenance.json",
-        "state.json",
-        "metrics.jsonl",
-        "events.jsonl",
-    }
-    for path in files:
-        content = path.read_bytes()
-        for value in SECRETS.values():
-            assert value.encode() not in content, path
-
-
-def test_neither_the_machine_nor_the_command_is_told(tmp_path, server, monkeypatch):
-    monkeypatch.setattr(socket, "gethostname", lambda: "the-name-of-this-machine")
-    monkeypatch.setattr(sys, "argv", ["the-program", "--the-argument"])
-    directory = RunDirectory(tmp_path / "abc")
-    listener = listen(directory)
-    listener.row({"step": 1, "images": 8, "loss/total": 0.5})
-    listener.finish(State.DONE)
-    (content,) = recorded(directory)
-    assert b"loss/total" in content
-    files = [path for path in directory.path.rglob("*") if path.is_file()]
-    assert not {path.name for path in files} & {"wandb-metadata.json", "diff.patch", "output.log"}
-    for path in files:
-        for told in (b"the-name-of-this-machine", b"the-program", b"the-argument"):
-            assert told not in path.read_bytes(), path
-
-
-def test_a_run_that_is_finished_starts_no_wandb(tmp_path, cache, server):
-    run, directory = make_run(**OFF), RunDirectory(tmp_path / "abc")
-    train(run, directory, make_options(), cache, should_stop=stop_after(1, State.PRUNED))
-    assert train(run, directory, make_options(), cache, [listen(directory)]) is State.PRUNED
-    assert not (directory.path / "wandb").exists()
-
-
-def test_every_run_of_a_process_has_its_own(tmp_path, server):
-    # Else the rows of a run go to the run before it, if that was never finished.
-    directories = [RunDirectory(tmp_path / name) for name in ("first", "second")]
-    listeners = [listen(directory) for directory in directories]
-    for listener, name in zip(listeners, ("of_first", "of_second"), strict=True):
-        listener.row({"step": 1, "images": 8, name: 0.5})
-    for listener in reversed(listeners):
-        listener.finish(State.DONE)
-    first, second = (recorded(directory)[0] for directory in directories)
-    assert b"of_first" in first and b"of_second" not in first
-    assert b"of_second" in second and b"of_first" not in second
-
-
-def test_one_that_cannot_start_costs_no_row(tmp_path, server, monkeypatch):
-    directory = RunDirectory(tmp_path / "abc")
-    listener = WandbListener(directory, WandbRun("n", "g", {}, "a/bad/project?name", "offline"))
-    with RunWriter(directory) as writer:
-        listeners = Listeners(writer, [listener])
-        for step in (1, 2):
-            writer.row({"step": step, "images": step})
-            listeners.row({"step": step, "images": step})
-        listeners.finish(State.DONE)
-    assert [row["step"] for row in directory.rows()] == [1, 2]
-    failed = [event for event in directory.events() if event["event"] == "listener-failed"]
-    assert len(failed) == 1
-    assert failed[0]["listener"] == "WandbListener"
-
-
-@pytest.mark.parametrize(
-    "mode, environment, resolved",
-    [
-        ("auto", {}, "offline"),
-        ("auto", {"WANDB_API_KEY": "k"}, "online"),
-        ("auto", {"WANDB_API_KEY": ""}, "offline"),
-        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
-        ("auto", {"WANDB_MODE": "disabled"}, "disabled"),
-        ("online", {"WANDB_MODE": "offline"}, "online"),
-        ("disabled", {"WANDB_API_KEY": "k"}, "disabled"),
-    ],
-)
-def test_the_mode(monkeypatch, mode, environment, resolved):
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert resolve_mode(mode) == resolved
-
-
-ROWS = [
-    {"step": 1, "images": 8, "seconds": 0.1, "loss/total": 0.5},
-    {"step": 2, "images": 16, "seconds": 0.2, "loss/total": None},
-    {"step": 2, "images": 16, "seconds": 0.2, "fid:inception@16/ode2": 30.0, "heldout/cka": None},
-    {"step": 3, "images": 24, "seconds": 0.3, "fid:inception@16/ode2": 20.0, "heldout/cka": 0.25},
-]
-
-
-def tell(directory: RunDirectory, told: WandbRun, rows: list[dict], state: State = State.DONE) -> None:
-    with RunWriter(directory) as writer:
-        writer.describe({"seed": 0}, {})
-        listeners = Listeners(writer, [WandbListener(directory, told)])
-        for row in rows:
+def test_the_wandb_step_of_a_row_and_of_a_grid_depends_on_its_place_in_the_directory(run):
+    history = History(run)
+    with RunWriter(run) as writer:
+        for row in ROWS[:2]:
             writer.row(row)
-            listeners.row(row)
-        writer.state(state, rows[-1]["step"])
-        listeners.finish(state)
-    assert [event for event in directory.events() if event["event"] == "listener-failed"] == []
+        assert [entry.step for entry in history.new_entries()] == [100, 200]
+        writer.row(ROWS[2])
+        two = draw(run, 2)
+        assert [(entry.step, entry.grid) for entry in history.new_entries()] == [(201, None), (298, two)]
+        assert list(history.new_entries()) == []
+        draw(run, 3)  # from before a kill: its step has no row yet
+        assert list(history.new_entries()) == []
+        writer.row(ROWS[3])
+    again = [(entry.step, entry.values) for entry in History(run).new_entries()]
+    grids = [(298, {"step": 2, "images": 16}), (398, {"step": 3, "images": 24})]
+    assert again == [(100, ROWS[0]), (200, ROWS[1]), (201, ROWS[2]), grids[0], (300, ROWS[3]), grids[1]]
+    assert [entry.step for entry in history.new_entries()] == [300, 398]
 
 
-def test_a_run_is_described_by_nested_settings_its_sweep_and_its_tags(tmp_path, server):
-    directory = RunDirectory(tmp_path / "abc")
-    settings = {"train": {"lr": 0.1, "ema": None}, "seed": 3}
-    tell(directory, WandbRun("arm, seed 3", "mine", settings, "p", "offline", "a-team", ("sit", "repa")), ROWS)
-    (described,) = [record for record in records(directory) if record.HasField("run")]
-    run = described.run
-    assert (run.run_id, run.display_name, run.run_group, run.job_type) == ("abc", "arm, seed 3", "mine", "train")
-    assert (run.project, run.entity, list(run.tags)) == ("p", "a-team", ["sit", "repa"])
-    assert config(described) == {**settings, "protocols": {}}
-
-
-def test_its_config_says_what_the_runs_numbers_depend_on(tmp_path, cache, server):
-    run, directory = make_run(**OFF), RunDirectory(tmp_path / "abc")
-    train(run, directory, make_options(), cache, [listen(directory, **run.to_json())])
-    (described,) = [record for record in records(directory) if record.HasField("run")]
-    told = config(described)
-    assert {name: told[name] for name in run.to_json()} == run.to_json()
-    assert told["protocols"] == directory.protocols
-    measured = {name for row in directory.rows() for name in row if "@" in name or name.startswith("heldout/")}
-    assert measured and measured <= told["protocols"].keys()
-    assert told["protocols"]["frechet:efficientnet_lite0@16/ode2"]["samples"] == 16
-
-
-def test_a_run_that_goes_on_tells_what_its_numbers_depend_on_by_then(tmp_path, server):
-    directory = RunDirectory(tmp_path / "abc")
-    for start, images in enumerate((100, 200)):
-        with RunWriter(directory) as writer:
-            writer.protocols({"fid:inception@16/ode2": {"real": images}})
-        tell(directory, WandbRun("a", "b", {"seed": 3}, "p", "offline"), ROWS[start : start + 1], State.INTERRUPTED)
-    told = [config(record)["protocols"] for record in records(directory) if record.HasField("run")]
-    assert [one["fid:inception@16/ode2"]["real"] for one in told] == [100, 200]
-
-
-def test_the_curves_are_the_run_directorys_and_the_summary_has_its_headline(tmp_path, server):
-    directory = RunDirectory(tmp_path / "abc")
-    compared = ComparisonRecord(metric="fid:inception@16/ode2", targets={"fid:inception@16/ode2": [25.0, 10.0]})
-    told = WandbRun("a", "b", {}, "p", "offline", headline=partial(headline, compared))
-    tell(directory, told, ROWS)
-    rows, table = history(directory)[:-1], history(directory)[-1]
-    assert rows == [{key: value for key, value in row.items() if value is not None} for row in directory.rows()]
-    found = summary(directory)
+def test_the_server_has_the_rows_grids_and_settings_of_a_run_its_headline_and_its_evaluations(run, server):
+    compared = ComparisonRecord(metric=METRIC, targets={METRIC: [25.0, 10.0]})
+    draw(run, 2)
+    failures = record(
+        run,
+        ROWS,
+        State.DONE,
+        WandbListener(
+            run, WandbRun("p", "us", "arm, seed 3", "mine", ("slow", "sit"), headline=partial(headline, compared))
+        ),
+    )
+    assert failures == []
+    assert numbers(server, run) == without_none(ROWS)
+    *_, table = server.history(run.run_id)
+    (grid,) = [row for row in server.history(run.run_id) if "samples" in row]
+    assert (grid["step"], grid["images"]) == (2, 16)
+    assert server.files[grid["samples"]["path"]] == (run.samples / "step-00000002.png").read_bytes()
+    assert (table["images"], table["evaluations"]["nrows"]) == (24, 2)
+    assert json.loads(server.files[table["evaluations"]["path"]]) == {
+        "columns": ["step", "images", "seconds", METRIC, "heldout/cka"],
+        "data": [[2, 16, 0.2, 30.0, None], [3, 24, 0.3, 20.0, 0.25]],
+    }
+    found = server.summaries[run.run_id]
     assert {key: value for key, value in found.items() if key.startswith("headline/")} == {
-        "headline/metric": "fid:inception@16/ode2",
+        "headline/metric": METRIC,
         "headline/final": 20,
         "headline/best": 20,
         "headline/best_step": 3,
         "headline/steps_to/25": 2.5,
     }
-    assert (table["images"], table["evaluations/_type"], table["evaluations/nrows"]) == (24, "table-file", 2)
-    (path,) = directory.path.glob("wandb/offline-run-*/files/media/table/evaluations*.json")
-    assert json.loads(path.read_text()) == {
-        "columns": ["step", "images", "seconds", "fid:inception@16/ode2", "heldout/cka"],
-        "data": [[2, 16, 0.2, 30.0, None], [3, 24, 0.3, 20.0, 0.25]],
+    said = server.runs[run.run_id]
+    assert {key: said[key] for key in ("entity", "project", "groupName", "displayName", "jobType", "tags")} == {
+        **{"entity": "us", "project": "p", "groupName": "mine", "displayName": "arm, seed 3", "jobType": "train"},
+        **{"tags": ["sit", "repa", "slow"]},
     }
+    assert server.config(run.run_id) == SPEC
+    assert list(server.artifacts) == [f"run-{run.run_id}-evaluations"]  # nobody asked for weights
 
 
-def test_what_a_run_has_from_another_run_is_told_first_and_once(tmp_path, server):
-    directory = RunDirectory(tmp_path / "abc")
-    with RunWriter(directory) as writer:
+def test_training_is_told_as_it_goes_and_a_resumed_run_continues_under_its_id(run, cache, server):
+    trained = make_run(**OFF)
+    train(trained, run, make_options(), cache, [WandbListener(run, TOLD)], stop_after(2))
+    assert numbers(server, run) == without_none(run.rows())
+    train(trained, run, make_options(), cache, [WandbListener(run, TOLD)])
+    assert len(rows(run)) == 6 and numbers(server, run) == without_none(run.rows())
+    assert [row["step"] for row in server.history(run.run_id) if "samples" in row] == list(run.sample_grids())
+    assert server.config(run.run_id)["protocols"] == run.protocols
+    assert len(server.sessions) == 2
+    assert [event for event in run.events() if event["event"] == "listener-failed"] == []
+    record = WandbRecord.read(run)
+    assert record.covers(run) and record.count(run.rows()) == len(run.rows())
+
+
+def test_a_run_that_goes_on_tells_what_its_numbers_depend_on_by_then(run, server):
+    for start, images in enumerate((100, 200)):
+        with RunWriter(run) as writer:
+            writer.protocols({METRIC: {"real": images}})
+        assert record(run, ROWS[start : start + 1], State.INTERRUPTED, WandbListener(run, TOLD)) == []
+        assert server.config(run.run_id)["protocols"][METRIC]["real"] == images
+
+
+def test_rows_that_are_measured_again_after_a_kill_are_there_once_and_none_is_missing(run, server):
+    """The first process was killed after step 3; its checkpoint is of step 1, and it is resumed with other intervals."""
+    draw(run, 2)
+    record(run, ROWS, State.RUNNING, WandbListener(run, TOLD))
+    with RunWriter(run) as writer:
+        writer.rewind(1)
+    assert list(run.sample_grids()) == []  # drawn again, with the rows of the step
+    again = [{**row, "seconds": 9.0} for row in ROWS if METRIC in row]
+    later = [{"step": step, "images": 8 * step, "loss/total": 0.1} for step in (4, 5)]
+    record(run, again + later, State.INTERRUPTED, WandbListener(run, TOLD))
+    assert numbers(server, run) == without_none([*ROWS, *later])
+
+
+def test_what_a_run_has_from_another_run_is_told_first_and_once(run, server):
+    with RunWriter(run) as writer:
         writer.replace_rows(ROWS[:2])
-    told = WandbRun("a", "b", {}, "p", "offline")
-    tell(directory, told, ROWS[2:3], State.INTERRUPTED)
-    tell(directory, told, ROWS[3:], State.INTERRUPTED)
-    assert [row["step"] for row in history(directory)] == [1, 2, 2, 3]
-    assert len(offline_folders(directory)) == 2
+    record(run, ROWS[2:3], State.INTERRUPTED, WandbListener(run, TOLD))
+    record(run, ROWS[3:], State.INTERRUPTED, WandbListener(run, TOLD))
+    assert numbers(server, run) == without_none(ROWS)
 
 
-def test_final_weights_are_an_artifact_when_asked_for(tmp_path, cache, server):
-    run, directory = make_run(**OFF), RunDirectory(tmp_path / "abc")
-    told = WandbRun("a", "b", run.to_json(), "p", "offline", keeps_weights=True)
-    train(run, directory, make_options(), cache, [WandbListener(directory, told)], stop_after(2))
-    assert models(directory) == []
-    train(run, directory, make_options(), cache, [WandbListener(directory, told)])
-    (artifact,) = models(directory)
-    assert (artifact.name, json.loads(artifact.metadata)) == ("abc-ema", {"run_id": "abc", "step": 5})
-    kept = {entry.path: entry.local_path for entry in artifact.manifest.contents}
-    weights = directory.checkpoints / "step-00000005" / "ema.safetensors"
-    assert kept == {"ema.safetensors": str(weights), "spec.json": str(directory.path / "spec.json")}
+def test_training_does_not_wait_for_a_server_that_is_slow_to_answer(run, server):
+    server.answers.clear()
+    listener = WandbListener(run, TOLD)
+    with RunWriter(run) as writer:
+        writer.describe(SPEC, {})
+        for row in ROWS:
+            writer.row(row)
+            listener.row(row)  # would never return if it waited for the server
+        writer.state(State.INTERRUPTED, 3)
+        assert server.sessions == []
+        server.answers.set()
+        listener.finish(State.INTERRUPTED)
+    assert numbers(server, run) == without_none(ROWS)
+
+
+def test_a_server_that_never_answers_costs_no_row_and_is_an_event(run, server, monkeypatch):
+    monkeypatch.setattr(tracking, "_START_S", 0.5)
+    server.answers.clear()
+    (failure,) = record(run, ROWS, State.DONE, WandbListener(run, TOLD))
+    assert failure["listener"] == "WandbListener" and run.run_id in failure["error"]
+    assert run.rows() == ROWS and WandbRecord.read(run) is None
+
+
+def test_rows_that_the_server_refuses_are_not_taken_for_sent_though_the_client_ends_well(run, server, monkeypatch):
+    monkeypatch.setattr(tracking, "_SETTLE_S", 0.0)
+    server.refuses_rows = True
+    (failure,) = record(run, ROWS, State.DONE, WandbListener(run, TOLD))
+    assert "has not taken all rows" in failure["error"]
+    assert WandbRecord.read(run).count(run.rows()) == 0
+    server.refuses_rows = False
+    assert sync(run, TOLD).outcome == "synced"
+    assert numbers(server, run) == without_none(ROWS)
+
+
+def test_a_run_that_is_finished_starts_no_wandb(run, cache, server):
+    trained = make_run(**OFF)
+    train(trained, run, make_options(), cache, should_stop=stop_after(1, State.PRUNED))
+    assert train(trained, run, make_options(), cache, [WandbListener(run, TOLD)]) is State.PRUNED
+    assert not (run.path / "wandb").exists() and server.bodies == []
+
+
+def test_every_run_of_a_process_has_its_own(tmp_path, server):
+    # Else the rows of a run go to the run before it, if that was never finished.
+    directories = [RunDirectory(tmp_path / name) for name in ("first", "second")]
+    listeners = [WandbListener(directory, TOLD) for directory in directories]
+    for listener, directory in zip(listeners, directories, strict=True):
+        with RunWriter(directory) as writer:
+            writer.describe(SPEC, {})
+            writer.row({"step": 1, "images": 8, directory.run_id: 0.5})
+        listener.row({})
+    for listener in reversed(listeners):
+        listener.finish(State.INTERRUPTED)
+    assert server.history("first") == [{"step": 1, "images": 8, "first": 0.5}]
+    assert server.history("second") == [{"step": 1, "images": 8, "second": 0.5}]
+
+
+def test_final_weights_are_an_artifact_when_asked_for(run, cache, server):
+    trained, told = make_run(**OFF), WandbRun("p", keeps_weights=True)
+    train(trained, run, make_options(), cache, [WandbListener(run, told)], stop_after(2))
+    assert server.artifacts == {}
+    train(trained, run, make_options(), cache, [WandbListener(run, told)])
+    weights = server.artifacts[f"{run.run_id}-ema"]
+    assert (weights["artifactTypeName"], json.loads(weights["metadata"])) == (
+        "model",
+        {"run_id": run.run_id, "step": 5},
+    )
+    assert (weights["state"], sorted(weights["files"])) == ("COMMITTED", ["ema.safetensors", "spec.json"])
+    newest = run.checkpoints / "step-00000005" / "ema.safetensors"
+    assert server.files[f"{run.run_id}-ema/ema.safetensors"] == newest.read_bytes()
+
+
+def test_neither_secrets_nor_the_machine_nor_the_command_are_told_or_written(run, server, monkeypatch):
+    secrets = {"HF_TOKEN": "hf_very_secret_token_of_this_test", "AWS_SECRET_ACCESS_KEY": "another-very-secret-value"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(socket, "gethostname", lambda: "the-name-of-this-machine")
+    monkeypatch.setattr(sys, "argv", ["the-program", "--the-argument"])
+    record(run, ROWS, State.DONE, WandbListener(run, TOLD))
+    files = [path for path in run.path.rglob("*") if path.is_file()]
+    assert not {path.name for path in files} & {"wandb-metadata.json", "diff.patch", "output.log"}
+    told = {**{path.name: path.read_bytes() for path in files}, **dict(enumerate(server.bodies))}
+    assert any(b"loss/total" in content for content in told.values())
+    for place, content in told.items():
+        for kept in (KEY, *secrets.values(), "the-name-of-this-machine", "--the-argument"):
+            assert kept.encode() not in content, place
+
+
+def test_a_name_and_tags_that_are_too_long_for_wandb_are_shortened(run, server):
+    with RunWriter(run) as writer:
+        writer.describe({**SPEC, "regularizer": [{"type": "x" * 70}, {"type": "none"}]}, {})
+    record(run, ROWS, State.DONE, WandbListener(run, WandbRun("p", name=f"{'arm' * 50}, seed 3")))
+    assert len(server.runs[run.run_id]["displayName"]) == 128
+    assert server.runs[run.run_id]["displayName"].endswith("arm, seed 3")
+    assert server.runs[run.run_id]["tags"] == ["sit", "x" * 64, "none"]
+
+
+def test_what_is_told_lies_in_the_run_directory_alone(run, server):
+    """A run directory that was copied to another machine is told there as here."""
+    with RunWriter(run) as writer:
+        writer.describe(SPEC, {})
+        writer.replace_rows(ROWS)
+        writer.state(State.DONE, 3)
+    copy = RunDirectory(run.path.parents[1] / "elsewhere" / run.run_id)
+    shutil.copytree(run.path, copy.path)
+    assert sync(copy, TOLD).outcome == "synced"
+    assert numbers(server, run) == without_none(ROWS)
+    before = list(server.rows[run.run_id])
+    assert sync(run, TOLD).outcome == "synced"  # from here nothing was sent yet, and nothing is missing there
+    assert server.rows[run.run_id] == before

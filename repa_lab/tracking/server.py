@@ -1,0 +1,147 @@
+"""W&B's server and what the environment says of it, checked before anything is trained or sent."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from repa_lab.errors import InputError, StateError
+
+KEY = "WANDB_API_KEY"
+MODES = ("online", "offline", "disabled")
+_FURTHER_MODES = {"run": "online", "shared": "online", "dryrun": "offline"}  # other words that W&B knows
+_ANSWER_S = 5.0
+
+
+class ServerError(StateError):
+    """W&B's server does not answer, or has not taken what it was sent."""
+
+
+class WandbRefusalError(InputError):
+    """W&B refuses what the environment holds, such as the key; the text names the variable."""
+
+
+def resolve_mode(mode: str) -> str:
+    """Return a W&B mode; ``auto`` is WANDB_MODE if set, else online with WANDB_API_KEY set and offline without."""
+    if mode != "auto":
+        return mode
+    if chosen := os.environ.get("WANDB_MODE"):
+        return _FURTHER_MODES.get(chosen, chosen)
+    return "online" if os.environ.get(KEY) else "offline"
+
+
+def environment_problems(mode: str) -> Iterator[str]:
+    """Yield why W&B will refuse what the environment holds; each reason begins with the name of the variable.
+
+    Args:
+        mode: the mode that :func:`resolve_mode` returns.
+    """
+    if mode not in MODES:
+        yield f"WANDB_MODE: expected one of {', '.join((*MODES, *_FURTHER_MODES))}, got {mode!r}"
+    if mode != "online":
+        return
+    if problem := _key_problem(os.environ.get(KEY, "")):
+        yield f"{KEY}: {problem}"
+    import wandb  # 1 s
+    from wandb.errors import UsageError
+
+    for name in os.environ:
+        if name.startswith("WANDB_") and name != KEY:
+            try:
+                wandb.Settings().update_from_env_vars({name: os.environ[name]})
+            except (ValueError, UsageError) as error:
+                yield f"{name}: {_reason(error)}"
+
+
+def _key_problem(key: str) -> str | None:
+    if not key:
+        return "not set; W&B's mode online needs a key, which is read from the environment alone"
+    if re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", key):  # a JSON web token
+        return None
+    secret = key.split("-", 1)[-1]  # the key of a private server has a prefix
+    if not re.fullmatch(r"[\w-]+", secret):
+        return "not a key of W&B, which has only letters, digits and underscores"
+    return f"a key of W&B has 40 or more characters, this one has {len(secret)}" if len(secret) < 40 else None
+
+
+def _reason(error: Exception) -> str:
+    """Return W&B's reason in one line; of a validation error without the value, which may be a secret."""
+    from pydantic import ValidationError
+
+    text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+    return " ".join(text.split())
+
+
+def server_address() -> str:
+    """Return the address of W&B's server, as its client reads it from its settings files and the environment."""
+    import wandb
+
+    settings = wandb.Settings()
+    settings.update_from_system_settings()
+    settings.update_from_env_vars({name: value for name, value in os.environ.items() if name == "WANDB_BASE_URL"})
+    return str(settings.base_url)
+
+
+def require_server() -> None:
+    """Ask W&B's server whether it takes the key; wait for at most 5 s.
+
+    Raises:
+        ServerError: the server does not answer.
+        WandbRefusalError: the key or another variable is wrong, or the server refuses the key.
+    """
+    if problems := list(environment_problems("online")):
+        raise WandbRefusalError("\n".join(problems))
+    address = server_address()
+    answers: SimpleQueue[dict[str, Any] | Exception] = SimpleQueue()
+    # In a thread, because looking up the server's name has no time limit.
+    threading.Thread(target=lambda: answers.put(_viewer(address)), daemon=True).start()
+    try:
+        answer = answers.get(timeout=_ANSWER_S)
+    except Empty:
+        raise ServerError(f"W&B's server {address} does not answer within {_ANSWER_S:g} s") from None
+    if isinstance(answer, urllib.error.HTTPError):
+        if answer.code in (401, 403):
+            raise WandbRefusalError(f"{KEY}: {address} refuses the key (status {answer.code})")
+        raise ServerError(f"{address} answers with status {answer.code}, not as W&B's server does")
+    if isinstance(answer, Exception):
+        reason = getattr(answer, "reason", answer)
+        if not isinstance(reason, ssl.SSLError):  # W&B's client looks for certificates in other places
+            text = (isinstance(reason, OSError) and reason.strerror) or str(reason) or type(reason).__name__
+            raise ServerError(f"W&B's server {address} cannot be reached: {text}")
+    elif answer.get("viewer", address) is None:
+        raise WandbRefusalError(f"{KEY}: {address} does not know the key")
+
+
+def _viewer(address: str) -> dict[str, Any] | Exception:
+    try:
+        return ask(address, "query Viewer { viewer { id } }", {})
+    except (OSError, ValueError) as error:
+        return error
+
+
+def ask(address: str, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer of W&B's server to a GraphQL query that has a name.
+
+    Raises:
+        OSError: there is no answer, or one that refuses (`HTTPError`).
+        ValueError: the answer is no JSON object.
+    """
+    (operation,) = re.findall(r"^query (\w+)", query)
+    body = json.dumps({"operationName": operation, "query": query, "variables": variables})
+    authorization = base64.b64encode(f"api:{os.environ[KEY]}".encode()).decode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Basic {authorization}"}
+    request = urllib.request.Request(f"{address}/graphql", body.encode(), headers)
+    with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
+        content = json.load(answer)
+    if not isinstance(content, dict):
+        raise ValueError(f"{address} answers with no JSON object")
+    return content.get("data") or {}
