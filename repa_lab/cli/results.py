@@ -20,6 +20,7 @@ from repa_lab.cli.shared import (
     table,
 )
 from repa_lab.runs import RunDirectory, RunsRoot
+from repa_lab.runs.files import DamagedFileError
 from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory, UnknownRunError, UnknownSweepError
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def sync(
 
     runs, sweeps = _runs_and_sweeps(RunsRoot(root), names or [])
     described = descriptions(sweeps)
-    pairs = [(run, described.get(run.run_id) or description_by_itself(run)) for run in runs if run.rows()]
+    pairs = [(run, described.get(run.run_id) or description_by_itself(run)) for run in runs if _may_have_rows(run)]
     if not names:
         wanted = [(run, description) for run, description in pairs if description.is_wanted]
         if unwanted := len(pairs) - len(wanted):
@@ -247,6 +248,13 @@ def _runs_and_sweeps(root: RunsRoot, names: Sequence[Path]) -> tuple[list[RunDir
     roots = {run.path.parents[1]: RunsRoot(run.path.parents[1]) for run in runs}
     sweeps += [sweep for root in roots.values() for sweep in root.sweeps()]
     return list({run.path.resolve(): run for run in runs}.values()), sweeps
+
+
+def _may_have_rows(run: RunDirectory) -> bool:
+    try:
+        return bool(run.rows())
+    except DamagedFileError:  # its upload says so
+        return True
 
 
 def _sweep_or_run(root: RunsRoot, name: Path) -> SweepDirectory | RunDirectory:

@@ -194,4 +194,4 @@ def _row(name: str, run: RunDirectory) -> dict[str, Any]:
         left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
     row = {"run": name, "run_id": run.run_id, "state": status.value, "step": last["step"]}
     tracked = f"{record.count(rows)} of {len(rows)} rows" if record else ""
-    return {**row, "left": left, "W&B": tracked, "error": run.state.error or ""}
+    return {**row, "left": left, "wandb": tracked, "error": run.state.error or ""}

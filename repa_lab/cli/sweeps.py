@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -218,7 +219,7 @@ def _print_untracked(outcome: SweepOutcome) -> None:
     for reason, count in Counter(outcome.untracked.values()).items():
         typer.echo(f"W&B has no complete record of {count} of {total} runs: {reason}")
     if outcome.untracked:
-        where = "" if root == DEFAULT_ROOT else f" --root {root}"
+        where = "" if root == DEFAULT_ROOT else f" --root {shlex.quote(str(root))}"
         typer.echo(f"`repa-lab sync {outcome.path.name}{where}` sends what it lacks")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from repa_lab.orchestration.executors import TrainJob
 from repa_lab.runs import RunDirectory
+from repa_lab.runs.files import DamagedFileError
 from repa_lab.runs.root import ComparisonRecord, SweepDirectory, TrackingRecord
 from repa_lab.spec import Experiment, RunOptions, SpecError
 from repa_lab.spec.options import WandbOptions
@@ -122,15 +123,17 @@ def untracked(directory: SweepDirectory, options: RunOptions, unreachable: str |
 
 def why_untracked(run: RunDirectory, options: RunOptions, unreachable: str | None) -> str | None:
     """Return why W&B lacks a run or some of its rows; None if it lacks nothing; see :func:`untracked`."""
-    mode = resolve_mode(options.wandb.mode)
-    record = WandbRecord.read(run)
-    if mode == "disabled" or not run.rows() or (record and record.covers(run)):
-        return None
+    mode, record = resolve_mode(options.wandb.mode), WandbRecord.read(run)
+    try:
+        if mode == "disabled" or not run.rows() or (record and record.covers(run)):
+            return None
+        failures = [event for event in run.events() if event.get("listener") == WandbListener.__name__]
+    except DamagedFileError as error:
+        return str(error)
     if unreachable:
         return unreachable
     if mode == "offline":
         return _why_offline(options.wandb.mode)
-    failures = [event for event in run.events() if event.get("listener") == WandbListener.__name__]
     return str(failures[-1]["error"]) if failures else "not sent during training"
 
 

@@ -30,7 +30,7 @@ _GRID, _TABLE = 98, 99
 _MAX_NAME, _MAX_TAG = 128, 64
 _START_S = 15.0
 _FINISH_S, _UPLOAD_S = 20.0, 600.0  # to send the last rows of a run in training; a whole run, or weights
-_SETTLE_S = 5.0  # the server counts rows up to seconds after it took them
+_SETTLE_S = 10.0  # the server counts rows up to seconds after it took them
 
 
 @dataclass(frozen=True)
@@ -353,15 +353,15 @@ class SyncResult:
 
 def sync(run: RunDirectory, description: WandbRun) -> SyncResult:
     """Send W&B what a run directory holds and the server does not have; a run that is being trained is left alone."""
-    record = WandbRecord.read(run)
-    if record and record.is_at(description) and record.covers(run):
-        return SyncResult(run.run_id, "already synced")
     try:
+        record = WandbRecord.read(run)
+        if record and record.is_at(description) and record.covers(run):
+            return SyncResult(run.run_id, "already synced")
         with RunWriter(run, patience_s=0):
             writer = WandbWriter(run, description, _UPLOAD_S)
             writer.send()
             return SyncResult(run.run_id, "synced", writer.close(run.state.state))
     except RunBusyError:
         return SyncResult(run.run_id, "left", "it is being trained; sync it when training has ended")
-    except Exception as error:  # whatever W&B raises
+    except Exception as error:  # whatever W&B raises, or a file of the run is damaged
         return SyncResult(run.run_id, "failed", one_line(error))

@@ -137,7 +137,7 @@ def test_a_sweep_whose_server_is_away_says_so_once_and_is_sent_later(tiny, tmp_p
     assert [line.split(": ")[1] for line in again.stdout.splitlines()] == ["already synced"] * 2
     assert server.rows == before
     stands = json.loads(cli("status", "tiny", "--root", root, "--json").stdout)
-    assert [run["W&B"] for run in stands] == [f"{len(run.rows())} of {len(run.rows())} rows" for run in runs]
+    assert [run["wandb"] for run in stands] == [f"{len(run.rows())} of {len(run.rows())} rows" for run in runs]
     assert sweep(spec, root).untracked == {}
 
 
