@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def sweep(
             if unreachable:
                 _say(console, f"{unreachable}; `repa-lab sync {experiment.name}` sends the rows later")
             outcome = _carry_out(planned, options, directory, workers, console, rehearse)
-        outcome = replace(outcome, untracked=untracked(directory, experiment.run, unreachable))
+        outcome = dataclasses.replace(outcome, untracked=untracked(directory, experiment.run, unreachable))
     from repa_lab.report.page import write_report  # imports pandas and matplotlib, which `plan` does not need
 
     write_report(directory)
