@@ -106,13 +106,14 @@ class Overhead(NamedTuple):
     Attributes:
         parameters: trained parameters.
         macs: multiply-adds of the forward pass for one image.
-        kept: float32 numbers that the backward pass needs for one image, where they are many: maps of attention, but
-            not the tokens in a projector.
+        hidden: numbers between the layers of projectors that the backward pass needs for one image.
+        maps: float32 numbers in maps of attention that the backward pass needs for one image.
     """
 
     parameters: int
     macs: float
-    kept: float = 0.0
+    hidden: float = 0.0
+    maps: float = 0.0
 
 
 @dataclass(frozen=True)

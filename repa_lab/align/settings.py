@@ -74,15 +74,17 @@ class ProjectorSettings(Settings):
             raise ValueError(f"kernel must be odd, so that tokens keep their places; got {self.kernel}")
         return self
 
-    def size(self, in_dim: int, out_dim: int) -> tuple[int, int]:
-        """Return the parameters of the map and its multiply-adds for one token."""
+    def overhead(self, in_dim: int, out_dim: int, tokens: float) -> Overhead:
+        """Return what the map of so many tokens adds to a step."""
         if self.type == "linear":
-            return in_dim * out_dim + out_dim + 2 * in_dim, in_dim * out_dim
-        if self.type == "conv":
+            parameters, macs, hidden = in_dim * out_dim + out_dim + 2 * in_dim, in_dim * out_dim, in_dim
+        elif self.type == "conv":
             macs = self.kernel**2 * in_dim * out_dim
-            return macs + out_dim, macs
-        macs = in_dim * self.width + self.width**2 + self.width * out_dim
-        return macs + 2 * self.width + out_dim, macs
+            parameters, hidden = macs + out_dim, in_dim
+        else:
+            macs = in_dim * self.width + self.width**2 + self.width * out_dim
+            parameters, hidden = macs + 2 * self.width + out_dim, 4 * self.width  # before and after each SiLU
+        return Overhead(parameters, macs * tokens, hidden * tokens)
 
 
 class ResampleSettings(Settings):
@@ -392,12 +394,11 @@ class EncoderTargetSettings(RegularizerSettings):
         """Return the projectors, one for each encoder; relations between tokens are not counted."""
         (tap,) = sizes.taps
         is_resampled = (self.resample.side, self.resample.when) == ("student", "before")
-        parameters, macs = 0, 0.0
-        for encoder in sizes.encoders:
-            weights, token_macs = self.projector.size(tap.dim, encoder.dim)
-            parameters += weights
-            macs += (encoder.number if is_resampled else tap.number) * token_macs
-        return Overhead(parameters, macs)
+        overheads = [
+            self.projector.overhead(tap.dim, encoder.dim, encoder.number if is_resampled else tap.number)
+            for encoder in sizes.encoders
+        ]
+        return Overhead(*map(sum, zip(*overheads, strict=True)))
 
 
 class CosineTargetSettings(EncoderTargetSettings):

@@ -8,7 +8,7 @@ them. Those of SiT and SiT-down follow from their shapes. All others were counte
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from repa_lab.models.family import SIT, SIT_DOWN, UNET, Family, Shape, network_of, shape_of, swiglu_width
 
@@ -25,6 +25,8 @@ class Forward:
         kept: numbers kept for the backward pass, where attention keeps as few as flash attention.
         parameters: number of parameters of the denoiser.
         kept_frozen: share of ``kept`` that remains if the weights are frozen, as with LoRA.
+        kept_checkpointed: share of ``kept`` that remains with gradient checkpointing: the inputs of all blocks, and
+            what the largest block keeps while the backward pass runs it again; 1 for models that have none.
         adapted: sum of the inputs and outputs of the layers that LoRA adapts; rank r adds r times as many weights.
         second_time_flops: what a second time in an image adds to ``flops``.
         second_time_kept: what a second time adds to ``kept``.
@@ -34,6 +36,7 @@ class Forward:
     kept: float
     parameters: int
     kept_frozen: float = 1.0
+    kept_checkpointed: float = 1.0
     adapted: int = 0
     second_time_flops: float = 0.0
     second_time_kept: float = 0.0
@@ -51,6 +54,7 @@ class Counted:
         gflops: 10^9 FLOPs of a forward pass at the three sizes, with a text of :data:`TEXT_TOKENS`.
         kept: 10^6 numbers kept for the backward pass at the three sizes.
         frozen: share of ``kept`` that remains if the weights are frozen, at the native size.
+        checkpointed: share of ``kept`` that remains with gradient checkpointing, at the native size.
         adapted: sum of the inputs and outputs of the layers that LoRA adapts.
     """
 
@@ -58,48 +62,52 @@ class Counted:
     gflops: tuple[float, float, float]
     kept: tuple[float, float, float]
     frozen: float = 1.0
+    checkpointed: float = 1.0
     adapted: int = 0
 
     def at(self, tokens: float, parameters: int) -> Forward:
         """Return the forward pass of an image of so many tokens."""
         flops, kept = (_parabola(self.tokens, values, tokens) for values in (self.gflops, self.kept))
-        return Forward(flops * 1e9, kept * 1e6, parameters, self.frozen, self.adapted)
+        return Forward(flops * 1e9, kept * 1e6, parameters, self.frozen, self.checkpointed, self.adapted)
 
 
 COUNTED: dict[str, Counted] = {
-    "sd15": Counted(64, (818.41, 189.04, 53.226), (495.04, 128.73, 37.149), 0.79, 199_296),
-    "sdxl": Counted(1024, (6958.3, 1729.6, 554.48), (3677.2, 951.66, 270.28), 0.73, 1_451_520),
-    "kolors": Counted(1024, (6962.6, 1733.9, 558.78), (3678.2, 952.71, 271.33), 0.73, 1_451_520),
-    "sd3": Counted(4096, (8702.3, 1975.2, 728.26), (3385.2, 992.42, 394.21), 0.48, 586_752),
-    "sana": Counted(1024, (2940, 816.04, 285.04), (1736.9, 455.41, 135.04), 0.78, 716_800),
-    "pixart": Counted(4096, (6603.3, 1275.8, 324.46), (3336.4, 848.14, 226.07), 0.48, 516_096),
-    "hidream": Counted(4096, (84591, 27377, 14523), (25975, 9264.2, 5086.5), 0.64, 983_040),
-    "auraflow": Counted(4096, (43968, 11244, 4367.4), (12412, 3667.2, 1481), 0.62, 983_040),
-    "lumina2": Counted(4096, (23829, 5997.8, 2301), (10607, 3117.3, 1245), 0.56, 460_800),
-    "dit": Counted(256, (237.33, 58.157, 14.849), (174.73, 43.982, 11.296), 0.48, 258_048),
-    "hunyuan_dit": Counted(4096, (14366, 2953.5, 764.74), (6471.6, 1665.5, 463.92), 0.63, 870_400),
-    "cogview4": Counted(4096, (57769, 15194, 5903), (11608, 3411.4, 1362.2), 0.52, 917_504),
-    "flux": Counted(4096, (69467, 17686, 6806.8), (17074, 5022.7, 2009.7), 0.51, 1_634_304),
-    "flux2": Counted(4096, (265324, 72659, 28552), (38397, 11294, 4518.5), 0.63, 5_210_112),
-    "chroma": Counted(4096, (69651, 17871, 6991.6), (17121, 5068.9, 2056), 0.51, 1_634_304),
-    "qwen_image": Counted(4096, (73128, 18623, 7170.6), (20111, 5916.9, 2368.4), 0.48, 2_949_120),
-    "z_image": Counted(4096, (58539, 15291, 5928.7), (18057, 5306.7, 2119), 0.53, 1_044_480),
-    "kandinsky5": Counted(4096, (47134, 10490, 2839.4), (18040, 4636, 1285), 0.47, 2_088_960),
-    "longcat_image": Counted(4096, (36565, 9311.2, 3584.9), (9005.8, 2648.9, 1059.7), 0.51, 860_160),
-    "ernie_image": Counted(4096, (79528, 21076, 8202.4), (21358, 6282.3, 2513.4), 0.58, 1_179_648),
-    "wan": Counted(900, (2519.83, 659.669, 202.256), (1533.65, 420.76, 130.586), 0.50, 737_280),
-    "ltxvideo": Counted(256, (998.908, 341.979, 180.39), (519.591, 176.261, 90.4289), 0.48, 917_504),
-    "krea2": Counted(4096, (120010, 33419, 13800), (23177, 7153, 3146.9), 0.56, 1_200_128),
+    "sd15": Counted(64, (818.41, 189.04, 53.226), (495.04, 128.73, 37.149), 0.79, 0.234, 199_296),
+    "sdxl": Counted(1024, (6958.3, 1729.6, 554.48), (3677.2, 951.66, 270.28), 0.73, 0.101, 1_451_520),
+    "kolors": Counted(1024, (6962.6, 1733.9, 558.78), (3678.2, 952.71, 271.33), 0.73, 0.101, 1_451_520),
+    "sd3": Counted(4096, (8702.3, 1975.2, 728.26), (3385.2, 992.42, 394.21), 0.48, 0.093, 586_752),
+    "sana": Counted(1024, (2940, 816.04, 285.04), (1736.9, 455.41, 135.04), 0.78, 0.081, 716_800),
+    "pixart": Counted(4096, (6603.3, 1275.8, 324.46), (3336.4, 848.14, 226.07), 0.48, 0.079, 516_096),
+    "hidream": Counted(4096, (84591, 27377, 14523), (25975, 9264.2, 5086.5), 0.64, 0.046, 983_040),
+    "auraflow": Counted(4096, (43968, 11244, 4367.4), (12412, 3667.2, 1481), 0.62, 0.068, 983_040),
+    "lumina2": Counted(4096, (23829, 5997.8, 2301), (10607, 3117.3, 1245), 0.56, 0.133, 460_800),
+    "dit": Counted(256, (237.33, 58.157, 14.849), (174.73, 43.982, 11.296), 0.48, 0.086, 258_048),
+    "hunyuan_dit": Counted(4096, (14366, 2953.5, 764.74), (6471.6, 1665.5, 463.92), 0.63, 1, 870_400),
+    "cogview4": Counted(4096, (57769, 15194, 5903), (11608, 3411.4, 1362.2), 0.52, 0.082, 917_504),
+    "flux": Counted(4096, (69467, 17686, 6806.8), (17074, 5022.7, 2009.7), 0.51, 0.066, 1_634_304),
+    "flux2": Counted(4096, (265324, 72659, 28552), (38397, 11294, 4518.5), 0.63, 0.061, 5_210_112),
+    "chroma": Counted(4096, (69651, 17871, 6991.6), (17121, 5068.9, 2056), 0.51, 1, 1_634_304),
+    "qwen_image": Counted(4096, (73128, 18623, 7170.6), (20111, 5916.9, 2368.4), 0.48, 0.058, 2_949_120),
+    "z_image": Counted(4096, (58539, 15291, 5928.7), (18057, 5306.7, 2119), 0.53, 0.063, 1_044_480),
+    "kandinsky5": Counted(4096, (47134, 10490, 2839.4), (18040, 4636, 1285), 0.47, 0.05, 2_088_960),
+    "longcat_image": Counted(4096, (36565, 9311.2, 3584.9), (9005.8, 2648.9, 1059.7), 0.51, 0.085, 860_160),
+    "ernie_image": Counted(4096, (79528, 21076, 8202.4), (21358, 6282.3, 2513.4), 0.58, 0.064, 1_179_648),
+    "wan": Counted(900, (2519.83, 659.669, 202.256), (1533.65, 420.76, 130.586), 0.50, 0.064, 737_280),
+    "ltxvideo": Counted(256, (998.908, 341.979, 180.39), (519.591, 176.261, 90.4289), 0.48, 0.073, 917_504),
+    "krea2": Counted(4096, (120010, 33419, 13800), (23177, 7153, 3146.9), 0.56, 0.091, 1_200_128),
 }
 
 # By size: the parameters for 4 channels and 1,000 classes, then the counts at 64x64, 32x32 and 16x16 cells.
 COUNTED_UNETS: dict[str, tuple[int, Counted]] = {
-    "nano": (831_204, Counted(1024, (3.13329, 0.582107, 0.133054), (8.34224, 2.08765, 0.524))),
-    "S": (43_363_588, Counted(256, (64.1027, 14.9098, 3.6615), (53.802, 13.4605, 3.3751))),
-    "B": (263_908_804, Counted(64, (159.375, 38.1901, 9.45869), (84.151, 21.0552, 5.28128))),
-    "narrow-nano": (414_372, Counted(1024, (1.55619, 0.288465, 0.0659046), (5.78634, 1.44867, 0.364256))),
-    "narrow-S": (536_708, Counted(256, (1.46237, 0.283902, 0.065962), (5.75453, 1.44144, 0.363168))),
-    "narrow-B": (659_044, Counted(64, (1.45781, 0.283959, 0.0660685), (5.7473, 1.44035, 0.363616))),
+    "nano": (831_204, Counted(1024, (3.13329, 0.582107, 0.133054), (8.34224, 2.08765, 0.524), checkpointed=0.63)),
+    "S": (43_363_588, Counted(256, (64.1027, 14.9098, 3.6615), (53.802, 13.4605, 3.3751), checkpointed=0.55)),
+    "B": (263_908_804, Counted(64, (159.375, 38.1901, 9.45869), (84.151, 21.0552, 5.28128), checkpointed=0.55)),
+    "narrow-nano": (
+        414_372,
+        Counted(1024, (1.55619, 0.288465, 0.0659046), (5.78634, 1.44867, 0.364256), checkpointed=0.58),
+    ),
+    "narrow-S": (536_708, Counted(256, (1.46237, 0.283902, 0.065962), (5.75453, 1.44144, 0.363168), checkpointed=0.58)),
+    "narrow-B": (659_044, Counted(64, (1.45781, 0.283959, 0.0660685), (5.7473, 1.44035, 0.363616), checkpointed=0.58)),
 }
 _UNET_CHANNELS, _UNET_CLASSES = 4, 1000
 
@@ -126,8 +134,9 @@ def forward_of(family: Family, size: str | None, tokens: float, channels: int, c
 
 def _estimate(parameters: int, shape: Shape, tokens: float) -> Forward:
     """Return an estimate for a plugin's family: every weight works on every token, and blocks are like SiT's."""
-    kept, adapted = 21 * shape.depth * tokens * shape.width, 8 * shape.depth * shape.width
-    return Forward(2 * parameters * tokens, kept, parameters, kept_frozen=0.5, adapted=adapted)
+    depth, width = shape.depth, shape.width
+    kept, checkpointed = 21 * depth * tokens * width, (depth + 21) / (21 * depth)
+    return Forward(2 * parameters * tokens, kept, parameters, 0.5, checkpointed, adapted=8 * depth * width)
 
 
 def _sit_forward(size: str, tokens: float, channels: int, classes: int) -> Forward:
@@ -147,6 +156,7 @@ def _sit_forward(size: str, tokens: float, channels: int, classes: int) -> Forwa
         2 * macs,
         (21 * depth + 3) * tokens * width,
         parameters,
+        kept_checkpointed=(depth + 3 + 21) / (21 * depth + 3),
         second_time_flops=second_time,
         second_time_kept=8 * depth * tokens * width,
     )
@@ -167,9 +177,11 @@ def _sit_down_forward(size: str, tokens: float, channels: int, classes: int) -> 
     macs += tokens * convolutions
     for blocks, count in ((outer, 4 * tokens), (middle, tokens)):
         macs += blocks * (count * weights + 2 * count**2 * width + 6 * width**2)
-    kept = tokens * ((4 * outer + middle) * (15 * width + 4 * hidden) + 20 * width)
-    block = weights + 6 * width**2 + 11 * width + 2 * hidden
-    return Forward(2 * macs, kept, parameters + convolutions + 5 * width + shape.depth * block)
+    in_block, blocks_of_tokens = 15 * width + 4 * hidden, 4 * outer + middle
+    kept = blocks_of_tokens * in_block + 20 * width
+    checkpointed = (blocks_of_tokens * width + 4 * in_block + 20 * width) / kept
+    parameters += convolutions + 5 * width + shape.depth * (weights + 6 * width**2 + 11 * width + 2 * hidden)
+    return Forward(2 * macs, tokens * kept, parameters, kept_checkpointed=checkpointed)
 
 
 def _ends(width: int, tokens: float, pixels: int, classes: int) -> tuple[float, int]:
@@ -187,7 +199,7 @@ def _unet_forward(size: str, tokens: float, channels: int, classes: int) -> Forw
     both = 2 * 9 * first * more  # weights of the first and the last convolution
     parameters += both + more + (classes - _UNET_CLASSES) * 4 * first
     forward = counted.at(tokens, parameters)
-    return Forward(forward.flops + 2 * both * tokens * shape.stride**2, forward.kept, parameters)
+    return replace(forward, flops=forward.flops + 2 * both * tokens * shape.stride**2)
 
 
 FROM_SCRATCH: dict[str, Callable[[str, float, int, int], Forward]] = {

@@ -183,7 +183,7 @@ def cost_of(config: RunConfig, options: ResolvedOptions) -> Cost:
         saved_flops=cached + (_vae_flops(config, encode=True) if _has_vae(config, family) else 0),
         evaluation_flops=_evaluation_flops(config, config.evaluate, family, forward),
         milestone_flops=_evaluation_flops(config, milestone, family, forward) if milestone else 0.0,
-        memory=_memory(config, options, forward, shape, tokens, trained, overheads, regularizers),
+        memory=_memory(config, options, forward, trained, overheads, regularizers),
         checkpoint_bytes=_CHECKPOINT_NUMBERS * _FLOAT * _CHECKPOINTS_KEPT * trained,
         rough=tuple(_rough(config)),
     )
@@ -356,19 +356,19 @@ def _memory(
     config: RunConfig,
     options: ResolvedOptions,
     forward: Forward,
-    shape: Shape,
-    tokens: float,
     trained: int,
     overheads: Sequence[Overhead | None],
     regularizers: Sequence[RegularizerCost],
 ) -> Memory:
     is_lora, number = config.model.train == "lora", _FLOAT if options.precision == "fp32" else _HALF
     projectors = sum(one.parameters for one in overheads if one)
-    kept = forward.kept * (forward.kept_frozen if is_lora else 1)
-    kept += forward.second_time_kept * any(one.second_time_flops for one in regularizers)
-    maps = _FLOAT * sum(one.kept for one in overheads if one)
-    if options.gradient_checkpointing:  # the inputs of all blocks, and one whole block
-        kept = kept / shape.depth + shape.depth * shape.width * tokens if shape.depth > 1 else kept / 2
+    kept = forward.kept + forward.second_time_kept * any(one.second_time_flops for one in regularizers)
+    if options.gradient_checkpointing:
+        kept *= forward.kept_checkpointed
+    elif is_lora:
+        kept *= forward.kept_frozen
+    kept += sum(one.hidden for one in overheads if one)
+    maps = _FLOAT * sum(one.maps for one in overheads if one)
     share = max(1, config.train.batch_size // options.gpus_per_run)  # `auto` begins with it
     images = min(share, options.micro_batch) if isinstance(options.micro_batch, int) else share
     online = [encoder for encoder in _encoder_shares(config) if not encoder.cache]

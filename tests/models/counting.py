@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from repa_lab.models.families import FAMILIES
@@ -35,33 +36,88 @@ class _FlashAttention(torch.autograd.Function):
         return out
 
 
-def count(forward: Callable[[], Any], module: nn.Module) -> Count:
-    """Return the FLOPs of a forward pass, and how many numbers it keeps for backward beside the module's own."""
-    own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
-    kept: dict[int, torch.Tensor] = {}
+class _Kept:
+    """The tensors that are kept for backward beside the module's own, each storage once."""
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_floating_point() and (key := tensor.untyped_storage()._cdata) not in own:
-            kept[key] = tensor  # the reference keeps the storage's address from being used again
+    def __init__(self, module: nn.Module) -> None:
+        self._own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
+        self._kept: dict[int, torch.Tensor] = {}  # the references keep the storages' addresses from being used again
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() and (key := tensor.untyped_storage()._cdata) not in self._own:
+            self._kept[key] = tensor
         return tensor
 
-    keeping = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with _on_meta(), FlopCounterMode(display=False) as counter, keeping:
+    def by(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """Return a context whose operations keep their tensors here."""
+        return torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
+
+    def numbers(self, beside: _Kept | None = None) -> int:
+        """Return how many numbers there are, without those that others keep too."""
+        kept = (tensor for key, tensor in self._kept.items() if beside is None or key not in beside._kept)
+        return sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in kept)
+
+
+def count(forward: Callable[[], Any], module: nn.Module) -> Count:
+    """Return the FLOPs of a forward pass, and how many numbers it keeps for backward beside the module's own."""
+    kept = _Kept(module)
+    with _on_meta(), FlopCounterMode(display=False) as counter, kept.by():
         forward()
-    return counter.get_total_flops(), sum(t.untyped_storage().nbytes() // t.element_size() for t in kept.values())
+    return counter.get_total_flops(), kept.numbers()
+
+
+def count_checkpointed(forward: Callable[[], Any], denoiser: Any) -> int:
+    """Return the numbers at the peak of a backward pass with gradient checkpointing, which is turned on.
+
+    They are what is kept outside of the blocks, the blocks' inputs, and all that the largest block keeps.
+    """
+    kept, blocks = _Kept(denoiser), [_Kept(denoiser)]
+
+    def checkpoint(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        for tensor in tree_leaves(inputs):
+            if isinstance(tensor, torch.Tensor):
+                kept.add(tensor)
+        blocks.append(_Kept(denoiser))
+        with blocks[-1].by():
+            return function(*inputs)
+
+    with (
+        mock.patch("torch.utils.checkpoint.checkpoint", checkpoint),
+        mock.patch("repa_lab.models.sit.checkpoint", checkpoint),
+        _on_meta(),
+        kept.by(),
+    ):
+        denoiser.enable_gradient_checkpointing()
+        forward()
+    return kept.numbers() + max(block.numbers(beside=kept) for block in blocks)
 
 
 def count_family(family: Family, side: int, frozen: bool = False) -> Count:
     """Count a released model for an image of ``side`` tokens along each side, with its weights trained or frozen."""
+    denoiser, forward = _on_one_image(family, side)
+    denoiser.requires_grad_(not frozen)
+    return count(forward, denoiser)
+
+
+def checkpointed_share(family: Family) -> float:
+    """Return the share of kept numbers that remains with gradient checkpointing, at the released model's native size."""
+    denoiser, forward = _on_one_image(family, native_side(family))
+    if denoiser.uncheckpointed:
+        return 1.0
+    kept = count(forward, denoiser)[1]
+    return count_checkpointed(forward, denoiser) / kept
+
+
+def _on_one_image(family: Family, side: int) -> tuple[DiffusersDenoiser, Callable[[], Any]]:
+    """Return a released model on the meta device, and its forward pass on ``side`` tokens along each side."""
     network = network_of(family)
     with torch.device("meta"):
         net: Any = build_net(family, network.config)
-    net.requires_grad_(not frozen)
     denoiser, cells = DiffusersDenoiser(net, family).eval(), side * family.shapes[""].stride
     frames = (1,) if family.is_video else ()  # more of them cost what as many more tokens of one frame cost
     latents = torch.empty(1, network.channels, *frames, cells, cells, device="meta", requires_grad=True)
     condition = meta_condition(family, net.config, TEXT_TOKENS)
-    return count(lambda: denoiser(latents, torch.empty(1, device="meta"), **condition), net)
+    return denoiser, lambda: denoiser(latents, torch.empty(1, device="meta"), **condition)
 
 
 def meta_condition(family: Family, config: Any, tokens: int) -> dict[str, torch.Tensor]:
@@ -99,7 +155,8 @@ def row(name: str) -> str:
     gflops = ", ".join(f"{flops / 1e9:.6g}" for flops, _ in counts)
     kept = ", ".join(f"{numbers / 1e6:.6g}" for _, numbers in counts)
     share = count_family(family, side, frozen=True)[1] / counts[0][1]
-    return f'    "{name}": Counted({side**2}, ({gflops}), ({kept}), {share:.2f}, {adapted(family):_}),'
+    shares = f"{share:.2f}, {checkpointed_share(family):.3g}"
+    return f'    "{name}": Counted({side**2}, ({gflops}), ({kept}), {shares}, {adapted(family):_}),'
 
 
 @contextmanager

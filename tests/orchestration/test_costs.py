@@ -22,7 +22,7 @@ from repa_lab.models.scratch import CLASSES, Input, build
 from repa_lab.models.sit import SiT
 from repa_lab.spec import Machine, load_spec
 from repa_lab.training.costs import caches_of, cost_of
-from tests.models.counting import adapted, count, count_family, native_side
+from tests.models.counting import adapted, checkpointed_share, count, count_checkpointed, count_family, native_side
 
 REPA = {
     "name": "x",
@@ -79,6 +79,8 @@ def test_sits_formula_is_what_torch_counts(size, channels, side, classes):
     assert found.flops == counted
     assert found.parameters == sum(parameter.numel() for parameter in net.parameters())
     assert found.kept == pytest.approx(kept, rel=0.06)
+    checkpointed = count_checkpointed(lambda: net(x, t, y), net)
+    assert found.kept * found.kept_checkpointed == pytest.approx(checkpointed, rel=0.12)
 
 
 @pytest.mark.parametrize("size", ["nano/2", "XL/2"])
@@ -113,6 +115,8 @@ def test_sit_downs_formula_is_what_torch_counts(size, channels, side, classes):
     assert found.flops == counted
     assert found.parameters == sum(parameter.numel() for parameter in net.parameters())
     assert found.kept == pytest.approx(kept, rel=0.06)
+    checkpointed = count_checkpointed(lambda: net(x, t, y), net)
+    assert found.kept * found.kept_checkpointed == pytest.approx(checkpointed, rel=0.12)
 
 
 def test_every_family_from_scratch_has_a_cost():
@@ -145,9 +149,12 @@ def test_unets_from_scratch_are_as_counted_at_any_size(size, channels, side, cla
         torch.empty(1, device="meta"),
         torch.zeros(1, dtype=torch.long, device="meta"),
     )
-    counted, _ = count(lambda: net(x, t, y), net)
+    counted, kept = count(lambda: net(x, t, y), net)
     found = flops.forward_of(UNET, size, (side // shape.stride) ** 2, channels, classes)
     assert found.flops == pytest.approx(counted, rel=1e-4)
+    assert found.kept_checkpointed == pytest.approx(
+        count_checkpointed(lambda: net(x, t, y), net) / kept, rel=0.02
+    )  # it differs by up to 1 % from one side to another
     assert found.parameters == sum(parameter.numel() for parameter in net.parameters())
 
 
@@ -166,6 +173,7 @@ def recount(name: str, divisor: int) -> None:
 def test_a_pretrained_family_is_as_counted(name):
     recount(name, 4)
     assert flops.COUNTED[name].adapted == adapted(FAMILIES[name])
+    assert flops.COUNTED[name].checkpointed == pytest.approx(checkpointed_share(FAMILIES[name]), abs=5e-4)  # as printed
 
 
 @pytest.mark.slow
@@ -173,6 +181,8 @@ def test_a_pretrained_family_is_as_counted(name):
 @pytest.mark.parametrize("name", flops.COUNTED)
 def test_every_pretrained_family_is_as_counted(name, divisor):
     recount(name, divisor)
+    if divisor == 1:
+        assert flops.COUNTED[name].checkpointed == pytest.approx(checkpointed_share(FAMILIES[name]), abs=5e-4)
 
 
 @pytest.mark.parametrize("name", ["sd15", "dit"])
@@ -229,8 +239,15 @@ def test_every_encoder_of_the_registry_has_a_cost_and_others_have_none():
 def test_projectors_are_as_large_as_they_are(kind):
     config = ProjectorSettings(type=kind, width=64, kernel=5)
     real = Projector(48, 32, config)
-    assert config.size(48, 32)[0] == sum(parameter.numel() for parameter in real.parameters())
-    assert ProjectorSettings().size(768, 768) == (7_344_896, 7_340_032)
+    found = config.overhead(48, 32, 16)
+    assert found.parameters == sum(parameter.numel() for parameter in real.parameters())
+    tokens = torch.empty(1, 16, 48, device="meta", requires_grad=True)
+    real.to("meta")
+    kept = count(lambda: real(tokens, (4, 4)), real)[1]
+    assert (
+        found.hidden <= kept <= found.hidden + 16 * 48 + 16 * 2
+    )  # with its input, and a mean and a deviation of a token
+    assert ProjectorSettings().overhead(768, 768, 1) == (7_344_896, 7_340_032, 8192, 0)
 
 
 class TestTraining:
@@ -325,7 +342,7 @@ class TestMemory:
         assert (found.training, found.gradients) == (12 * trains, 4 * trains)  # two moments and the average
         assert found.overlap == 4 * trains  # of the first micro-batch in the others
         assert found.copies == 2 * self.PARAMETERS
-        assert found.activations == 2 * 32 * (21 * 12 + 3) * 256 * 768
+        assert found.activations == 2 * 32 * 256 * (768 * (21 * 12 + 3) + 4 * 2048)  # and between a projector's layers
         assert found.total == found.weights + found.training + found.copies + found.activations + found.overlap
 
     def test_gradients_take_the_place_of_activations(self):
@@ -341,7 +358,7 @@ class TestMemory:
 
     def test_checkpointing_keeps_the_inputs_of_blocks_and_one_block(self):
         found = cost({"run.gradient_checkpointing": True, "run.micro_batch": 1}).memory
-        assert found.activations == pytest.approx(2 * 256 * 768 * ((21 * 12 + 3) / 12 + 12))
+        assert found.activations == pytest.approx(2 * 256 * (768 * (12 + 21 + 3) + 4 * 2048))  # and the projector's
 
     def test_haste_keeps_a_map_of_attention_on_each_side(self):
         """Four layers of 12 heads with 256 x 256 pairs in float32, whatever the precision: 25 MB an image."""

@@ -13,6 +13,7 @@ from repa_lab.training.trainer import Trainer
 from tests.training.conftest import SIT_DOWN, UNET, make_options, make_run
 
 UREPA = {"regularizer.type": "urepa"}
+WIDE = {"regularizer.projector": {"width": 2048}}
 
 
 def peak_of_step(trainer: Trainer) -> int:
@@ -39,6 +40,11 @@ def peak_of_step(trainer: Trainer) -> int:
         ({"train.batch_size": 16, **UNET, **UREPA, "model.size": "S"}, {}),
         ({"train.batch_size": 64, **SIT_DOWN, **UREPA}, {}),
         ({"train.batch_size": 64, **SIT_DOWN, **UREPA}, {"precision": "bf16"}),
+        ({"train.batch_size": 64, **WIDE}, {}),
+        ({"train.batch_size": 64, **WIDE}, {"precision": "bf16"}),
+        ({"train.batch_size": 64, **SIT_DOWN, **UREPA, **WIDE}, {}),
+        ({"train.batch_size": 64, **UNET, **UREPA}, {"gradient_checkpointing": True}),
+        ({"train.batch_size": 64, **SIT_DOWN, **UREPA}, {"gradient_checkpointing": True}),
     ],
 )
 def test_the_estimate_is_within_15_percent_of_a_real_step(settings, options, cache: Path):

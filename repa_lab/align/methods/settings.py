@@ -143,8 +143,7 @@ class SRA2Settings(RegularizerSettings):
         """Return the projector."""
         (tap,) = sizes.taps
         values = round(sizes.latents.dim * sizes.latents.number / tap.number)
-        parameters, macs = self.projector.size(tap.dim, values)
-        return Overhead(parameters, macs * tap.number)
+        return self.projector.overhead(tap.dim, values, tap.number)
 
 
 @regularizer("relation", f"{_METHODS}.encoder_alignment:Relation")
@@ -199,7 +198,7 @@ class HASTESettings(REPASettings):
         widths = sum(tap.dim + encoder.dim / 3 for encoder in sizes.encoders)
         pairs = len(self.attention) * tap.number**2
         maps = 2 * sizes.heads * len(sizes.encoders)
-        return Overhead(projectors.parameters, projectors.macs + pairs * widths, pairs * maps)
+        return projectors._replace(macs=projectors.macs + pairs * widths, maps=pairs * maps)
 
     def problems(self, facts: TrainingFacts) -> Iterator[tuple[str, str]]:
         """Yield the problems of all regularizers, and more layers than there are up to the block."""
@@ -238,8 +237,7 @@ class SelfTranscendenceSettings(TwoBlockSettings):
     def overhead(self, sizes: Sizes) -> Overhead:
         """Return the projector."""
         (tap,) = sizes.taps
-        parameters, macs = self.projector.size(tap.dim, tap.dim)
-        return Overhead(parameters, macs * tap.number)
+        return self.projector.overhead(tap.dim, tap.dim, tap.number)
 
     def problems(self, facts: TrainingFacts) -> Iterator[tuple[str, str]]:
         """Yield the problems of two blocks, a teacher that was never trained, and an empty range of times."""
@@ -264,8 +262,7 @@ class AveragedTeacherSettings(TwoBlockSettings):
     def overhead(self, sizes: Sizes) -> Overhead:
         """Return the projector."""
         (tap,) = sizes.taps
-        parameters, macs = self.projector.size(tap.dim, tap.dim)
-        return Overhead(parameters, macs * tap.number)
+        return self.projector.overhead(tap.dim, tap.dim, tap.number)
 
 
 @regularizer("sra", f"{_METHODS}.encoder_free:SRA")
