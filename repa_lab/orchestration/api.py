@@ -362,7 +362,7 @@ def _with_last_line(error: SweepBrokenError, log: Path) -> SweepBrokenError:
 @contextmanager
 def _locked(directory: SweepDirectory) -> Iterator[None]:
     """Hold the sweep's lock, and take away what was made for a sweep that was refused."""
-    require_no_links(directory.path)
+    require_no_links(directory.path, directory.links)
     made = [path for path in (directory.path, *directory.path.parents) if not path.exists()]
     directory.path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory.lock, timeout=_LOCK_PATIENCE_S)

@@ -63,9 +63,9 @@ def write_report(sweep: SweepDirectory) -> ReportPaths:
     Raises:
         ResultsError: the sweep was never recorded, or its ``sweep.json`` cannot be read. Files of its runs that cannot
             be read, and figures that cannot be drawn, are left out and named in the report.
-        LinkError: the sweep's folder is a symbolic link.
+        LinkError: the sweep's folder, or that of its figures, is a symbolic link.
     """
-    files.require_no_links(sweep.path)
+    files.require_no_links(sweep.path, sweep.path / "figures")
     results = load_results(sweep.path)
     pictures, failures = draw_pictures(results, sweep.path)
     content = _content(results, sweep, pictures, failures)

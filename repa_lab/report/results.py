@@ -347,7 +347,8 @@ def _sources(path: Path) -> list[tuple[SweepManifest, Callable[[str], RunDirecto
     if not sweeps:
         looked = "looked for sweep.json (a sweep), spec.json (a run) and */sweep.json (a runs root) in it"
         raise ResultsError(f"no results at '{path}': {looked if path.is_dir() else 'no such folder'}")
-    return [(sweep.manifest, sweep.root.run) for sweep in sweeps]
+    # By the names of their folders: a copy of a sweep beside it has the manifest of the original.
+    return [(sweep.manifest.model_copy(update={"name": sweep.path.name}), sweep.root.run) for sweep in sweeps]
 
 
 def _single_run(run: RunDirectory) -> SweepManifest:

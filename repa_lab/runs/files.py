@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from pydantic_core import from_json
 
 from repa_lab.errors import InputError
-from repa_lab.files import write_json, write_text
+from repa_lab.files import replace_atomically, write_json, write_text
 
 # The layout of run and sweep directories. Raise it when an older version could not read what this one writes.
 FORMAT = 1
@@ -150,11 +150,17 @@ def rewrite_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def drop_torn_row(path: Path) -> None:
-    """Cut off a last line that a kill left incomplete, so that the next row starts on a line of its own."""
+    """Cut off a last line that a kill left incomplete, so that the next row starts on a line of its own.
+
+    A file with a second name, in a copy of hard links (``cp -al``), is replaced: the copy keeps what it has.
+    """
     if path.exists():
         content = path.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)
+        complete = content[: content.rfind(b"\n") + 1]
+        if path.stat().st_nlink > 1:
+            replace_atomically(path, lambda temporary: temporary.write_bytes(complete))
+        elif complete != content:
+            os.truncate(path, len(complete))
 
 
 class JsonlReader:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from repa_lab.report.leaderboard import leaderboards
 from repa_lab.report.page import write_report
 from repa_lab.report.results import Results, ResultsError, load_results
 from repa_lab.runs import RunsRoot, RunWriter, State, SweepDirectory, files
@@ -166,6 +167,18 @@ def test_a_runs_root_holds_all_its_sweeps(build: Build, root: RunsRoot) -> None:
         _ = both.sweep
     with pytest.raises(ResultsError, match="no sweep 'three'"):
         both.only("three")
+
+
+def test_a_copy_of_a_sweep_beside_it_is_another_sweep_of_the_same_runs(build: Build, root: RunsRoot) -> None:
+    sweep = build([FakeArm("a", constant_runs([1.0, 2.0]))])
+    shutil.copytree(sweep.path, root.path / "backup", symlinks=True)
+    both = load_results(root.path)
+    assert [manifest.name for manifest in both.sweeps] == ["backup", "trial"]
+    for name in ("backup", "trial"):
+        assert row(both.only(name), "a")["mean"] == 1.5
+        assert both.only(name).runs["seed"].tolist() == [0, 1]
+    (board,) = leaderboards(root.path, METRIC)
+    assert board.frame[["arm", "sweeps", "seeds"]].to_numpy().tolist() == [["a", "backup, trial", 2]]
 
 
 def test_a_single_run_even_through_a_link(build: Build, root: RunsRoot) -> None:

@@ -196,6 +196,18 @@ class TestLines:
         files.drop_torn_row(tmp_path / "missing")
         assert not (tmp_path / "missing").exists()
 
+    def test_a_copy_of_hard_links_keeps_what_it_has(self, tmp_path):
+        path, snapshot = tmp_path / "m.jsonl", tmp_path / "snapshot.jsonl"
+        self.fill(path)
+        with path.open("ab") as file:
+            file.write(b'{"torn')
+        snapshot.hardlink_to(path)
+        before = snapshot.read_bytes()
+        files.drop_torn_row(path)
+        files.append_row(path, {"step": 9})
+        assert snapshot.read_bytes() == before
+        assert files.JsonlReader(path).new_rows() == [*self.ROWS, {"step": 9}]
+
     def test_a_row_is_with_the_operating_system_at_once(self, tmp_path):
         path = tmp_path / "m.jsonl"
         code = (
