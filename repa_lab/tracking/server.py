@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from queue import Empty, SimpleQueue
 from typing import Any
+from urllib.parse import urlsplit
 
 from repa_lab.errors import InputError, StateError
 
@@ -140,7 +141,10 @@ def ask(address: str, query: str, variables: dict[str, Any]) -> dict[str, Any]:
     authorization = base64.b64encode(f"api:{os.environ[KEY]}".encode()).decode()
     headers = {"Content-Type": "application/json", "Authorization": f"Basic {authorization}"}
     request = urllib.request.Request(f"{address}/graphql", body.encode(), headers)
-    with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
+    # No proxy to this machine, as W&B's client has it; the environment's proxies to all others.
+    is_here = urlsplit(address).hostname in ("localhost", "127.0.0.1", "::1")
+    proxies = urllib.request.ProxyHandler({} if is_here else None)
+    with urllib.request.build_opener(proxies).open(request, timeout=_ANSWER_S) as answer:
         content = json.load(answer)
     if not isinstance(content, dict):
         raise ValueError(f"{address} answers with no JSON object")

@@ -28,7 +28,7 @@ RECORD = "wandb.json"  # what the server has of a run, in the run directory
 _SPACING = 100  # W&B steps for each training step: its rows, then its sample grid and the table of evaluations
 _GRID, _TABLE = 98, 99
 _MAX_NAME, _MAX_TAG = 128, 64
-_START_S = 15.0
+_START_S = 20.0
 _FINISH_S, _UPLOAD_S = 20.0, 600.0  # to send the last rows of a run in training; a whole run, or weights
 _SETTLE_S = 10.0  # the server counts rows up to seconds after it took them
 
@@ -362,6 +362,6 @@ def sync(run: RunDirectory, description: WandbRun) -> SyncResult:
             writer.send()
             return SyncResult(run.run_id, "synced", writer.close(run.state.state))
     except RunBusyError:
-        return SyncResult(run.run_id, "left", "it is being trained; sync it when training has ended")
+        return SyncResult(run.run_id, "left", "another process trains or sends it; sync it afterwards")
     except Exception as error:  # whatever W&B raises, or a file of the run is damaged
         return SyncResult(run.run_id, "failed", one_line(error))
