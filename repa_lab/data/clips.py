@@ -13,8 +13,7 @@ from PIL import Image
 from repa_lab.data.crop import crop, opaque
 from repa_lab.data.listing import fingerprint_clips, read_clips
 from repa_lab.data.settings import ClipsSettings
-from repa_lab.data.sources import CroppedImages, ImageSource, remembered, stamps
-from repa_lab.files import digest
+from repa_lab.data.sources import CroppedImages, DerivedSource, ImageSource, remembered, stamps
 
 
 def open_clips(settings: ClipsSettings, cache: Path | None = None) -> Clips:
@@ -88,7 +87,7 @@ def as_images(pixels: torch.Tensor) -> torch.Tensor:
     return pixels if pixels.ndim == 4 else pixels.transpose(1, 2).flatten(0, 1)
 
 
-class LatentFrames:
+class LatentFrames(DerivedSource):
     """The frames of clips that stand for the denoiser's: of a clip, every ``stride``-th frame from the first on.
 
     A causal autoencoder makes a latent frame of the first frame alone, and one of every ``stride`` frames after it.
@@ -97,25 +96,12 @@ class LatentFrames:
     Args:
         source: the clips.
         stride: frames of a clip per latent frame.
-
-    Attributes:
-        source: the clips with all of their frames.
     """
 
     def __init__(self, source: ImageSource, stride: int) -> None:
-        self.source, self._stride = source, stride
-        self.channels, self.side, self.num_classes = source.channels, source.side, source.num_classes
-        self.labels, self.sizes, self.captions, self.notes = source.labels, source.sizes, source.captions, source.notes
-        self.clip_frames = -(-source.clip_frames // stride)
-        self.fingerprint = digest({"source": "latent frames", "of": source.fingerprint, "stride": stride})
-
-    def __len__(self) -> int:
-        return len(self.source)
+        super().__init__(source, "latent frames", stride=stride)
+        self.clip_frames, self._stride = -(-source.clip_frames // stride), stride
 
     def read(self, index: Sequence[int]) -> torch.Tensor:
         """Return pixels ``(n, C, latent frames, H, W)``; see :class:`repa_lab.data.sources.ImageSource`."""
-        return self.source.read(index)[:, :, :: self._stride]
-
-    def frames(self, index: Sequence[int]) -> torch.Tensor:
-        """Return how the clips were cut; see :class:`repa_lab.data.sources.ImageSource`."""
-        return self.source.frames(index)
+        return self.base.read(index)[:, :, :: self._stride]

@@ -393,27 +393,45 @@ def open_hub(settings: HubSettings, cache: Path | None = None) -> TableImages:
     return TableImages(rows, data.name, fingerprint, side, sizes, settings.caption_column, "name", cache)
 
 
-class Flips:
+class DerivedSource:
+    """A source whose images are made from those of another, with their labels, captions and frames.
+
+    A subclass has ``read``, as :class:`ImageSource` describes it.
+
+    Args:
+        kind: a name of what is made, for the fingerprint.
+        decided_by: what decides it beside the other source, as JSON.
+
+    Attributes:
+        base: the other source.
+    """
+
+    def __init__(self, base: ImageSource, kind: str, **decided_by: Any) -> None:
+        self.base = base
+        self.channels, self.clip_frames, self.side = base.channels, base.clip_frames, base.side
+        self.num_classes, self.labels, self.sizes = base.num_classes, base.labels, base.sizes
+        self.captions, self.notes = base.captions, base.notes
+        self.fingerprint = digest({"source": kind, "of": base.fingerprint, **decided_by})
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def frames(self, index: Sequence[int]) -> torch.Tensor:
+        """Return the frames of the images that others are made from; see :class:`ImageSource`."""
+        return self.base.frames([int(i) % len(self.base) for i in index])
+
+
+class Flips(DerivedSource):
     """A source of n images as one of 2n: image n + i is image i mirrored left to right, with its label and caption.
 
     So latents and features are computed once for each of both versions.
-
-    Attributes:
-        base: the images as they are.
     """
 
     def __init__(self, base: ImageSource) -> None:
-        self.base = base
-        self.channels, self.side, self.num_classes = base.channels, base.side, base.num_classes
-        self.clip_frames = base.clip_frames
+        super().__init__(base, "flips")
         self.labels = torch.cat([base.labels, base.labels])
         self.sizes = torch.cat([base.sizes, base.sizes])
-        self.captions: Sequence[str] = [*base.captions, *base.captions]
-        self.notes = base.notes
-        self.fingerprint = digest({"source": "flips", "of": base.fingerprint})
-
-    def __len__(self) -> int:
-        return 2 * len(self.base)
+        self.captions = [*base.captions, *base.captions]
 
     def read(self, index: Sequence[int]) -> torch.Tensor:
         """Return pixels, mirrored for the second half; see :class:`ImageSource`."""
@@ -421,10 +439,6 @@ class Flips:
         pixels = self.base.read((images % count).tolist())
         is_mirrored = (images >= count).view(-1, *(1,) * (pixels.ndim - 1))
         return torch.where(is_mirrored, pixels.flip(-1), pixels)
-
-    def frames(self, index: Sequence[int]) -> torch.Tensor:
-        """Return the frames of the images that are mirrored; see :class:`ImageSource`."""
-        return self.base.frames([int(i) % len(self.base) for i in index])
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from typing_extensions import override
 from repa_lab.data import DataError
 from repa_lab.data.autoencoder import Autoencoder, Rounding, load_autoencoder, to_uint8
 from repa_lab.data.cache import Progress, open_cache
-from repa_lab.data.sources import ImageSource
-from repa_lab.files import digest
+from repa_lab.data.sources import DerivedSource, ImageSource
 
 _ENCODED_AT_ONCE = _DECODED_AT_ONCE = 8  # at full resolution an autoencoder takes far more memory than the pixels
 _LARGE_SIDE = 1024  # pixels along each side of the images that a GPU is taken to encode eight of at once
@@ -185,7 +184,7 @@ def latent_space(
     return LatentSpace(model, moments)
 
 
-class Reconstructions:
+class Reconstructions(DerivedSource):
     """A source whose pixels are decoded from the latents of another, for encoders that look at what the VAE keeps.
 
     The mean of the posterior is decoded, so the pixels are a function of the image, except for a grey level where the
@@ -205,15 +204,9 @@ class Reconstructions:
             message = f"'{decoder.field}' decodes latents of {decoder.latent_channels} channels"
             message += f", but those of the VAE have {space.channels}: it is for another VAE"
             raise DataError(decoder.field, message)
-        self._source, self._space, self._decoder, self._device = source, space, decoder, device
-        self.channels, self.side, self.num_classes = source.channels, source.side, source.num_classes
-        self.labels, self.sizes, self.captions, self.notes = source.labels, source.sizes, source.captions, source.notes
-        self.clip_frames = source.clip_frames
-        content = {"of": source.fingerprint, "vae": space.vae.identity, "decoder": decoder.identity}
-        self.fingerprint = digest({"source": f"reconstructions/{decoder.field}", **content})
-
-    def __len__(self) -> int:
-        return len(self._source)
+        kind = f"reconstructions/{decoder.field}"
+        super().__init__(source, kind, vae=space.vae.identity, decoder=decoder.identity)
+        self._space, self._decoder, self._device = space, decoder, device
 
     def read(self, index: Sequence[int]) -> torch.Tensor:
         """Return decoded pixels; see :class:`ImageSource`.
@@ -224,15 +217,11 @@ class Reconstructions:
         at_once = max(1, _DECODED_AT_ONCE // max(self.clip_frames, 1))
         return torch.cat([self._decode(batch) for batch in torch.as_tensor(index).split(at_once)])
 
-    def frames(self, index: Sequence[int]) -> torch.Tensor:
-        """Return how the originals were cut; see :class:`ImageSource`."""
-        return self._source.frames(index)
-
     def _decode(self, index: torch.Tensor) -> torch.Tensor:
         x = self._space.encode(self._space.read(index), None)
         pixels = to_uint8(self._decoder.decode(x.to(self._device))).cpu()
         frames = (self.clip_frames,) if self.clip_frames else ()
-        decoded, expected = tuple(pixels.shape[1:]), (self.channels, *frames, *self._source.sizes[index[0]].tolist())
+        decoded, expected = tuple(pixels.shape[1:]), (self.channels, *frames, *self.sizes[index[0]].tolist())
         if decoded != expected:
             message = f"images of {expected} are given back as {decoded}: it is not for these latents"
             raise DataError(self._decoder.field, message)

@@ -228,7 +228,7 @@ def _encoded(encoder: Encoder, pixels: torch.Tensor) -> Tokens:
 
 def _is_decoded(source: ImageSource) -> bool:
     """Return whether a source is decoded on the device as it is read."""
-    return isinstance(source.source if isinstance(source, LatentFrames) else source, Reconstructions)
+    return isinstance(source.base if isinstance(source, LatentFrames) else source, Reconstructions)
 
 
 def _sample(source: ImageSource) -> torch.Tensor:
