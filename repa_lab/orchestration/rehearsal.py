@@ -17,7 +17,7 @@ from typing import Any
 
 from repa_lab.align.settings import ProjectorSettings, RegularizerSettings
 from repa_lab.data.few import write_captions
-from repa_lab.data.settings import FolderSettings, HubSettings, SourceSettings
+from repa_lab.data.settings import ClipsSettings, FolderSettings, HubSettings, SourceSettings
 from repa_lab.encoders.registry import ENCODERS
 from repa_lab.files import digest
 from repa_lab.metrics.protocol import quality_names
@@ -252,18 +252,26 @@ class TinyAssets:
         return self._once("tae", write)
 
     def images(self, data: SourceSettings) -> dict[str, Any]:
-        """Return the fields of ``data`` for a few images: copies of the spec's own if they are here, else generated."""
+        """Return the fields of ``data`` for a few images, or clips: copies of the spec's own, else generated."""
+        frames = {}
+        if isinstance(data, ClipsSettings):
+            frames = {"frames": data.frames, "frame_step": data.frame_step}
         if (
             not isinstance(data, FolderSettings)
             or data.is_unset
             or data.source_of_copies is None
             or not data.folder.is_dir()
         ):
+            if isinstance(data, ClipsSettings):
+                path = self._once(
+                    f"clips-{data.needed_frames}", functools.partial(_generate_clips, frames=data.needed_frames)
+                )
+                return {"source": "clips", "path": str(path), **frames}
             return {"source": "imagefolder", "path": str(self._once("images", _generate))}
         column = getattr(data, "caption_column", None)
-        name = f"images-{digest([str(data.folder.resolve()), column])[:12]}"
-        path = str(self._once(name, lambda target: data.copy_few(target, _IMAGES)))
-        return {"source": data.source_of_copies, "path": path, "caption_column": column}
+        name = f"images-{digest([str(data.folder.resolve()), column, *frames.values()])[:12]}"
+        path = self._once(name, lambda target: data.copy_few(target, _IMAGES))
+        return {"source": data.source_of_copies, "path": str(path), "caption_column": column, **frames}
 
     def _once(self, name: str, write: Callable[[Path], None]) -> Path:
         path = self.folder / name
@@ -274,6 +282,22 @@ class TinyAssets:
             write(temporary)
             temporary.rename(path)
         return path.resolve()
+
+
+def _generate_clips(folder: Path, frames: int) -> None:
+    """Draw captioned clips of a circle that moves."""
+    from PIL import Image, ImageDraw
+
+    captions = {}
+    for number in range(_IMAGES):
+        name, colour = f"{number:02d}", _COLOURS[number % 6]
+        (folder / name).mkdir()
+        for frame in range(frames):
+            image, left = Image.new("RGB", (96, 96), "white"), 4 + 40 * frame / frames + number
+            ImageDraw.Draw(image).ellipse((left, 30, left + 24, 54), fill=colour)
+            image.save(folder / name / f"{frame}.png")
+        captions[name] = f"a {colour} circle that moves, number {number}"
+    write_captions(folder, captions, "text")
 
 
 def _generate(folder: Path) -> None:

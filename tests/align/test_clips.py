@@ -8,6 +8,7 @@ import torch
 
 from repa_lab.align import Loss, Projector, ProjectorSettings, Shapes, Signals, Tokens, normalise_over_space
 from repa_lab.align.methods.encoder_alignment import frame_weights, weighted_similarity
+from repa_lab.align.methods.encoder_free import latents_of_tokens
 from repa_lab.align.needs import TrainingFacts
 from repa_lab.align.regularizer import Pair
 from repa_lab.align.settings import REGULARIZERS
@@ -50,6 +51,14 @@ class TestClips:
         before, after = projector.project(clips).values, projector.project(other).values
         assert torch.equal(before[:, :16], after[:, :16])
         assert not torch.equal(before[:, 16:], after[:, 16:])
+
+    def test_a_token_has_the_latents_of_its_cells_in_its_own_frame(self):
+        latents = torch.arange(2 * 3 * 4 * 6.0).view(1, 2, 3, 4, 6)
+        found = latents_of_tokens(latents, (2, 3))
+        assert (found.frames, found.values.shape) == (3, (1, 18, 8))
+        # Token 4 of the second frame is in the second row, second column: cells 2..3 by 2..3 of both channels.
+        own = [*latents[0, 0, 1, 2:4, 2:4].flatten(), *latents[0, 1, 1, 2:4, 2:4].flatten()]
+        assert found.values[0, 6 + 4].tolist() == own
 
     def test_a_wrong_number_of_tokens_is_refused(self):
         with pytest.raises(ValueError, match="16 tokens do not fill the grid 2x4 of 3 frames"):

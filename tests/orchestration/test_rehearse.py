@@ -9,12 +9,13 @@ import pytest
 import yaml
 
 from repa_lab import load_results, load_spec, sweep
+from repa_lab.data.clips import open_clips
 from repa_lab.encoders.registry import attention_problem
 from repa_lab.orchestration.rehearsal import MARK, rehearsal_root, rehearse_experiment
 from repa_lab.runs import RunsRoot, State, checkpoints
 from repa_lab.spec import SpecError
 from repa_lab.training.resolve import needs_of
-from tests.training.pretrained import write_images
+from tests.training.pretrained import write_clips, write_images
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 PRETRAINED = sorted(
@@ -141,6 +142,22 @@ class TestWhatIsRehearsed:
         captions = (few / "metadata.jsonl").read_text().splitlines()
         assert len(captions) == 24
         assert set(captions) <= set((own / "metadata.jsonl").read_text().splitlines())
+
+    def test_clips_keep_their_frames_and_are_the_specs_own_or_generated(self, tmp_path):
+        own = write_clips(tmp_path / "own", count=30, frames=9)
+        for path, first in ((own, "clip 0 of noise"), (tmp_path / "nowhere", "a red circle that moves, number 0")):
+            (arm,) = rehearse_experiment(
+                rehearsed(
+                    tmp_path,
+                    model={"family": "wan", "pretrained": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "train": "lora"},
+                    data={"source": "clips", "path": str(path), "frames": 5, "frame_step": 2, "resolution": 480},
+                ),
+                tmp_path / "root",
+            ).arms
+            assert (arm.config.data.frames, arm.config.data.frame_step) == (5, 2)
+            clips = open_clips(arm.config.data)
+            assert (len(clips), clips.captions[0]) == (24, first)
+            assert clips.read([0]).shape == (1, 3, 5, 64, 64)
 
     @pytest.mark.slow
     def test_a_comparison_speaks_of_the_settings_that_are_meant(self, tmp_path):

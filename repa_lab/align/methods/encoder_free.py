@@ -174,7 +174,7 @@ class SRA2(Regularizer):
         """Return the smooth L1 loss; its ratio to the denoising loss is a part.
 
         Args:
-            signals: one tap ``(B, N, D)``, the latents ``(B, C, H, W)`` and the prediction.
+            signals: one tap ``(B, N, D)``, the latents ``(B, C, H, W)``, or of clips, and the prediction.
             step: optimizer steps already taken.
 
         Raises:
@@ -193,15 +193,17 @@ class SRA2(Regularizer):
 
 
 def latents_of_tokens(latents: torch.Tensor, grid: Grid) -> Tokens:
-    """Return for every token of a grid the latents of its square of cells, ``(B, h * w, C * s * s)``.
+    """Return for every token of a grid the latents of its square of cells, ``(B, h * w, C * s * s)``; clips by frame.
 
     Args:
-        latents: ``(B, C, H, W)``.
+        latents: ``(B, C, H, W)``, or of clips ``(B, C, F, H, W)``.
         grid: ``(h, w)`` with H = s * h and W = s * w.
 
     Raises:
         ValueError: the grid does not divide the latents.
     """
+    if latents.ndim == 5:
+        return latents_of_tokens(latents.transpose(1, 2).flatten(0, 1), grid).as_clips(latents.shape[2])
     height, width = latents.shape[-2:]
     stride = height // grid[0]
     if (grid[0] * stride, grid[1] * stride) != (height, width):
@@ -211,7 +213,7 @@ def latents_of_tokens(latents: torch.Tensor, grid: Grid) -> Tokens:
 
 def _standardize(latents: torch.Tensor) -> torch.Tensor:
     values = latents.float()
-    std, mean = torch.std_mean(values, dim=(1, 2, 3), keepdim=True, correction=0)
+    std, mean = torch.std_mean(values, dim=tuple(range(1, values.ndim)), keepdim=True, correction=0)
     return (values - mean) / std.clamp_min(1e-6)
 
 
