@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from repa_lab.align import Loss, Projector, ProjectorSettings, Shapes, Signals, Tokens, normalise_over_space
-from repa_lab.align.methods.encoder_alignment import frame_weights, weighted_similarity
-from repa_lab.align.methods.encoder_free import latents_of_tokens
+from repa_lab.align.methods.crepa import frame_weights, weighted_similarity
+from repa_lab.align.methods.sra2 import latents_of_tokens
 from repa_lab.align.needs import TrainingFacts
 from repa_lab.align.regularizer import Pair
 from repa_lab.align.settings import REGULARIZERS

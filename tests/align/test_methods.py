@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from repa_lab.align import Loss, Prediction, Regularizer, Shapes, Signals, Tokens
-from repa_lab.align.methods.encoder_alignment import attention_loss
-from repa_lab.align.methods.encoder_free import latents_of_tokens
+from repa_lab.align.methods.haste import attention_loss
+from repa_lab.align.methods.sra2 import latents_of_tokens
 from repa_lab.align.needs import Needs, Sizes, TokenSize, TrainingFacts
 from repa_lab.align.regularizer import Attention
 from repa_lab.align.settings import REGULARIZERS

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from repa_lab.align.methods.encoder_alignment import attention_loss
+from repa_lab.align.methods.haste import attention_loss
 from repa_lab.align.projector import Projector
 from repa_lab.align.regularizer import Attention
 from repa_lab.align.settings import ProjectorSettings

@@ -23,7 +23,7 @@ from repa_lab.settings import BlockIndex, Count, Fraction, LocalFile, NotNegativ
 _METHODS = "repa_lab.align.methods"
 
 
-@regularizer("dispersive", f"{_METHODS}.encoder_free:Dispersive")
+@regularizer("dispersive", f"{_METHODS}.dispersive:Dispersive")
 class DispersiveSettings(RegularizerSettings):
     """Dispersive loss (2506.09027): drives the images of a batch apart; there is no teacher."""
 
@@ -49,7 +49,7 @@ class DispersiveSettings(RegularizerSettings):
             yield "type", f"dispersive compares the images of one forward pass, and there is only one: {advice}"
 
 
-@regularizer("crepa", f"{_METHODS}.encoder_alignment:CREPA")
+@regularizer("crepa", f"{_METHODS}.crepa:CREPA")
 class CREPASettings(CosineTargetSettings):
     """CREPA (2506.09229): raises the cosine of a frame's tokens with an encoder's of that frame and its neighbours."""
 
@@ -102,7 +102,7 @@ class TwoBlockSettings(RegularizerSettings):
             yield "teacher_block", message
 
 
-@regularizer("layersync", f"{_METHODS}.encoder_free:LayerSync")
+@regularizer("layersync", f"{_METHODS}.layersync:LayerSync")
 class LayerSyncSettings(TwoBlockSettings):
     """LayerSync (2510.12581): raises the cosine of an early block's tokens with a later block's; nothing is trained."""
 
@@ -119,7 +119,7 @@ class LayerSyncSettings(TwoBlockSettings):
         return Overhead(0, 0)
 
 
-@regularizer("sra2", f"{_METHODS}.encoder_free:SRA2")
+@regularizer("sra2", f"{_METHODS}.sra2:SRA2")
 class SRA2Settings(RegularizerSettings):
     """SRA2 (2601.17830): predicts the clean latents from a block's tokens."""
 
@@ -146,7 +146,7 @@ class SRA2Settings(RegularizerSettings):
         return self.projector.overhead(tap.dim, values, tap.number)
 
 
-@regularizer("relation", f"{_METHODS}.encoder_alignment:Relation")
+@regularizer("relation", f"{_METHODS}.relation:Relation")
 class RelationSettings(EncoderTargetSettings):
     """Token relations (VideoREPA, 2505.23656; VA-VAE, 2501.01423): matches similarities of tokens, not the tokens."""
 
@@ -157,7 +157,7 @@ class RelationSettings(EncoderTargetSettings):
     has_cosine: ClassVar[bool] = False
 
 
-@regularizer("haste", f"{_METHODS}.encoder_alignment:HASTE")
+@regularizer("haste", f"{_METHODS}.haste:HASTE")
 class HASTESettings(REPASettings):
     """HASTE (2505.16792): REPA and the encoder's attention, until `schedule.cutoff_step`."""
 
@@ -211,7 +211,7 @@ class HASTESettings(REPASettings):
             )
 
 
-@regularizer("self_transcendence", f"{_METHODS}.encoder_free:SelfTranscendence")
+@regularizer("self_transcendence", f"{_METHODS}.self_transcendence:SelfTranscendence")
 class SelfTranscendenceSettings(TwoBlockSettings):
     """Self-Transcendence (2601.07773): an earlier, guided model of the same kind teaches a block of the new one."""
 
@@ -265,7 +265,7 @@ class AveragedTeacherSettings(TwoBlockSettings):
         return self.projector.overhead(tap.dim, tap.dim, tap.number)
 
 
-@regularizer("sra", f"{_METHODS}.encoder_free:SRA")
+@regularizer("sra", f"{_METHODS}.sra:SRA")
 class SRASettings(AveragedTeacherSettings):
     """SRA (2505.02831): a later block of the averaged model, which sees less noise, teaches an earlier block."""
 
@@ -284,7 +284,7 @@ class SRASettings(AveragedTeacherSettings):
         return Needs(taps=(self.block_index,), ema_taps=(self.teacher_block,), less_noise=self.less_noise)
 
 
-@regularizer("self_flow", f"{_METHODS}.encoder_free:SelfFlow")
+@regularizer("self_flow", f"{_METHODS}.self_flow:SelfFlow")
 class SelfFlowSettings(AveragedTeacherSettings):
     """Self-Flow (2603.06507): the denoiser sees two noise levels in an image, its averaged teacher the lower one."""
 
