@@ -239,6 +239,13 @@ class FolderSettings(SourceSettings):
         """The folder."""
         return Path(self.path or "")
 
+    def describe(self) -> Dataset:
+        """Return what is known of the data set; see :class:`SourceSettings`."""
+        return Dataset(UNSET_DATA, None) if self.is_unset else self._describe_folder()
+
+    def _describe_folder(self) -> Dataset:
+        raise NotImplementedError
+
 
 @source("imagefolder", "repa_lab.data.sources:open_image_folder")
 class ImageFolderSettings(FolderSettings):
@@ -255,10 +262,7 @@ class ImageFolderSettings(FolderSettings):
         """Copy about ``count`` of the images; see :class:`FolderSettings`."""
         copy_files(self.folder, target, count, self.caption_column)
 
-    def describe(self) -> Dataset:
-        """Return what is known of the data set; see :class:`SourceSettings`."""
-        if self.is_unset:
-            return Dataset(UNSET_DATA, None)
+    def _describe_folder(self) -> Dataset:
         images = read_image_folder(self.folder, self.caption_column)
         fingerprint, classes = fingerprint_images(images, self.side, self.sizes), len(set(images.classes))
         return Dataset(fingerprint, len(images.files), classes, bool(images.captions), images.notes)
@@ -294,10 +298,7 @@ class ClipsSettings(FolderSettings):
         """Copy about ``count`` of the clips; see :class:`FolderSettings`."""
         copy_clips(self.folder, target, count, self.needed_frames, self.caption_column)
 
-    def describe(self) -> Dataset:
-        """Return what is known of the data set; see :class:`SourceSettings`."""
-        if self.is_unset:
-            return Dataset(UNSET_DATA, None)
+    def _describe_folder(self) -> Dataset:
         clips = read_clips(self.folder, self.needed_frames, self.caption_column)
         fingerprint = fingerprint_clips(clips, self.side, self.sizes, self.frames, self.frame_step)
         return Dataset(fingerprint, len(clips.clips), 1, bool(clips.captions), clips.notes)
@@ -318,10 +319,7 @@ class SavedSettings(FolderSettings):
         """Copy about ``count`` of the rows; see :class:`FolderSettings`."""
         copy_rows(self.folder, target, count)
 
-    def describe(self) -> Dataset:
-        """Return what is known of the data set; see :class:`SourceSettings`."""
-        if self.is_unset:
-            return Dataset(UNSET_DATA, None)
+    def _describe_folder(self) -> Dataset:
         fingerprint = fingerprint_saved(self.folder, self.side, self.sizes)
         rows, columns = read_saved(self.folder, self.caption_column)
         return Dataset(fingerprint, rows, columns.classes, columns.captions is not None, columns.notes)
@@ -382,9 +380,6 @@ class PreparedSettings(FolderSettings):
             raise ValueError("prepared latents are of square images, none of them mirrored: leave flip and buckets out")
         return self
 
-    def describe(self) -> Dataset:
-        """Return what is known of the data set; see :class:`SourceSettings`."""
-        if self.is_unset:
-            return Dataset(UNSET_DATA, None)
+    def _describe_folder(self) -> Dataset:
         listing = read_listing(self.folder)
         return Dataset(listing.fingerprint(self.side), len(listing), max(listing.labels) + 1)
