@@ -217,7 +217,9 @@ def bench(
     steps: int = 5,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measure training steps of a spec's first arm with `repa` or `urepa` against other ways to take them.
+    """Measure training steps of a spec's arm against other ways to take them.
+
+    The arm is the first with `repa` or `urepa`, else the first with another regularizer, else the first.
 
     Args:
         source: a spec as for :func:`sweep`; None measures a tiny model on digits.
@@ -238,9 +240,10 @@ def bench(
     from repa_lab.training import bench as bench_module
 
     experiment = _load(bench_module.TINY if source is None else source, overrides, fragments)
-    arm = next((arm for arm in experiment.arms if isinstance(arm.config.regularizer, REPASettings)), None)
-    if arm is None:
-        raise SpecError([experiment.problem("regularizer.type", "bench needs an arm with `repa` or `urepa`")])
+    arm = max(  # the first of the best
+        experiment.arms,
+        key=lambda arm: (isinstance(arm.config.regularizer, REPASettings), bool(arm.config.regularizers)),
+    )
     cache = RunsRoot(Path(root)).cache
     with ProgressView(console or Console(quiet=True), experiment.name, 1) as view:
         announce = lambda activity: lambda done, total: view.progress(activity, done, total)  # noqa: E731

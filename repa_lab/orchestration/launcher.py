@@ -42,6 +42,8 @@ def join_processes(options: RunOptions) -> None:
     from accelerate import PartialState
     from accelerate.utils.environment import get_cpu_distributed_information
 
+    from repa_lab.training.device import is_on_cpu
+
     names = ", ".join(name for name in launcher_variables(os.environ) if name.endswith(_DECISIVE))
     try:
         place = get_cpu_distributed_information()
@@ -52,7 +54,7 @@ def join_processes(options: RunOptions) -> None:
         waiting.daemon = True
         waiting.start()
         try:
-            PartialState(cpu=options.device == "cpu")
+            PartialState(cpu=is_on_cpu(options))
         finally:
             waiting.cancel()
     except (ValueError, RuntimeError) as error:

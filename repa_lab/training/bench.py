@@ -126,11 +126,12 @@ class _Way:
 def bench(run: Run, options: RunOptions, cache: Path, rounds: int = 5, steps: int = 5) -> dict[str, Any]:
     """Measure the steps of a run, the data path and the evaluation, each in turn.
 
-    The ways are a plain step, one with cached features, one with an online encoder, and the papers' way
-    (:class:`ReferenceLoop`). All of them are in memory at the same time.
+    The ways are a plain step; for ``repa`` and ``urepa`` one with cached features, one with an online encoder, and the
+    papers' way (:class:`ReferenceLoop`); and for other regularizers the run's own step. All of them are in memory at
+    the same time.
 
     Args:
-        run: a run whose regularizer is ``repa`` or ``urepa``.
+        run: the run.
         cache: the folder of all caches, filled for this run.
         rounds: turns of each way that count; one before them does not.
         steps: steps of a turn.
@@ -140,15 +141,16 @@ def bench(run: Run, options: RunOptions, cache: Path, rounds: int = 5, steps: in
         rounds, the lowest and the highest. On a CPU the ratios are of CPU time, which other programs do not add to.
     """
     trainers = {name: Trainer(Run(name, config, run.seed), options, cache) for name, config in variants(run.config)}
-    uncompiled = options.model_copy(update={"compile": False, "encoder_compile": False})
-    online = trainers["online encoder"].config
-    reference = Trainer(Run("reference", online, run.seed), uncompiled, cache)
-    device, cached = reference.device, trainers["cached features"]
     ways = [_repeated(name, trainer, steps, trainer.step) for name, trainer in trainers.items()]
-    ways.append(_repeated("the papers' way", reference, steps, ReferenceLoop(reference).step))
-    for way, trainer in zip(ways, (*trainers.values(), reference), strict=True):
+    if online := trainers.get("online encoder"):
+        uncompiled = options.model_copy(update={"compile": False, "encoder_compile": False})
+        reference = trainers["the papers' way"] = Trainer(Run("reference", online.config, run.seed), uncompiled, cache)
+        ways.append(_repeated("the papers' way", reference, steps, ReferenceLoop(reference).step))
+    for way, trainer in zip(ways, trainers.values(), strict=True):
         way.image_flops = cost_of(trainer.config, trainer.options).image_flops
-    ways += [_repeated("data path alone", cached, steps, lambda batch: None), _sampling(cached)]
+    lab = trainers.get("cached features") or list(trainers.values())[-1]
+    device = lab.device
+    ways += [_repeated("data path alone", lab, steps, lambda batch: None), _sampling(lab)]
     for number in range(rounds + 1):
         for way in ways:
             began, wall = _clock(device), time.perf_counter()
@@ -156,14 +158,14 @@ def bench(run: Run, options: RunOptions, cache: Path, rounds: int = 5, steps: in
             if number:
                 way.seconds.append(_clock(device) - began)
                 way.wall.append(time.perf_counter() - wall)
-    ceiling = matmul_ceiling(device, PRECISION[cached.options.precision])
+    ceiling = matmul_ceiling(device, PRECISION[lab.options.precision])
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "clock": "elapsed time" if device.type == "cuda" else "CPU time of the process",
         "batch_size": run.config.train.batch_size,
-        "options": cached.options.model_dump(mode="json", include={"precision", "compile", "encoder_precision"}),
+        "options": lab.options.model_dump(mode="json", include={"precision", "compile", "encoder_precision"}),
         "matmul_flops": ceiling,
         "peak_memory_gib": peak_memory(device) / GIB,
         "ways": [_measured(way, ways[0], ceiling) for way in ways],
@@ -171,9 +173,8 @@ def bench(run: Run, options: RunOptions, cache: Path, rounds: int = 5, steps: in
 
 
 def variants(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """Yield the settings of the plain step, of cached features and of an online encoder, by name."""
+    """Yield the settings of the plain step, and of those with the run's regularizer, by name."""
     regularizer = config.regularizer
-    assert isinstance(regularizer, REPASettings)
     evaluate = config.evaluate.model_copy(update={"encoder": None, "full": None})
     train = config.train.model_copy(update={"steps": _STEPS})
 
@@ -184,6 +185,10 @@ def variants(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         return encoder.model_copy(update={"cache": is_cached, "standardize": False})
 
     yield "plain step", variant(NoSettings())
+    if not isinstance(regularizer, REPASettings):
+        if config.regularizers:
+            yield "regularized step", variant(regularizer)
+        return
     for name, is_cached in (("cached features", True), ("online encoder", False)):
         encoders = tuple(cached(encoder, is_cached) for encoder in regularizer.encoders)
         encoder = encoders if isinstance(regularizer.encoder, tuple) else encoders[0]

@@ -49,6 +49,11 @@ def pick_device(options: RunOptions) -> torch.device:
     return device
 
 
+def is_on_cpu(options: RunOptions) -> bool:
+    """Return whether the run trains on a CPU, where accelerate heeds a launcher only if it is told so."""
+    return _device_of(options).type == "cpu"
+
+
 def _device_of(options: RunOptions) -> torch.device:
     rank = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun starts one process for each GPU
     is_used = torch.cuda.is_available() and options.device != "cpu"

@@ -22,7 +22,7 @@ from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.tracking import Listener, Listeners
 from repa_lab.training.checkpoint import Progress
-from repa_lab.training.device import resolved
+from repa_lab.training.device import is_on_cpu, resolved
 from repa_lab.training.evaluate import DivergedError, write_grid
 from repa_lab.training.resolve import milestone_names, plugins_of
 from repa_lab.training.speed import SpeedMeter
@@ -120,7 +120,7 @@ def train(
         DivergedError: the loss or a sample is not finite.
         DamagedFileError: no checkpoint fits the metric rows.
     """
-    if not PartialState(cpu=options.device == "cpu").is_main_process:
+    if not PartialState(cpu=is_on_cpu(options)).is_main_process:
         if directory.status().is_final:
             return directory.state.state
         trainer = Trainer(run, options, cache)

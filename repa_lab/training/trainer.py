@@ -37,6 +37,7 @@ from repa_lab.training.costs import costs_so_far
 from repa_lab.training.data import open_data
 from repa_lab.training.device import (
     computing_in,
+    is_on_cpu,
     measuring_precision,
     pick_device,
     require_equal_parts,
@@ -374,4 +375,4 @@ def _accelerator(family: Family, options: ResolvedOptions) -> Accelerator:
     is_partly_unused = family.network is not None and family.network.unused
     unused = DistributedDataParallelKwargs(find_unused_parameters=is_partly_unused)
     precision = "no" if options.precision == "fp32" else options.precision
-    return Accelerator(mixed_precision=precision, cpu=options.device == "cpu", kwargs_handlers=[unused])
+    return Accelerator(mixed_precision=precision, cpu=is_on_cpu(options), kwargs_handlers=[unused])

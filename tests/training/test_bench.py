@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from repa_lab.orchestration.api import bench as bench_spec
-from repa_lab.spec import SpecError
 from repa_lab.training.bench import ReferenceLoop, bench, variants
 from repa_lab.training.costs import cost_of
 from repa_lab.training.trainer import Trainer
@@ -60,8 +59,13 @@ def test_numbers_are_of_the_same_images(cache):
     assert "flops_ratio" not in ways["data path alone"]
 
 
-def test_a_spec_without_alignment_has_nothing_to_measure(tmp_path):
-    spec = {**SETTINGS, "name": "plain", **OFF}
-    with pytest.raises(SpecError, match=r"regularizer.type: bench needs an arm with `repa` or `urepa`"):
-        bench_spec(spec, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [(OFF, ["plain step"]), ({"regularizer": {"type": "dispersive"}}, ["plain step", "regularized step"])],
+    ids=["none", "dispersive"],
+)
+def test_a_spec_without_alignment_is_measured_in_the_ways_that_it_has(tmp_path, cache, settings, steps):
+    (tmp_path / "cache").symlink_to(cache)
+    spec = {**SETTINGS, "name": "plain", **settings, "run": make_options().model_dump(mode="json")}
+    measured = bench_spec(spec, tmp_path, rounds=1, steps=1)
+    assert [way["name"] for way in measured["ways"]] == [*steps, "data path alone", "evaluation"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -350,10 +351,11 @@ class TestProcesses:
         spec = write_spec(tmp_path / "alone", self.SPEC | data)
         first, state = run_one(spec, None, None, spec.parent / "runs")
         assert state is State.DONE
-        spec = write_spec(tmp_path / "together", self.SPEC | data, micro_batch=2)  # with a cache of their own to fill
+        spec = write_spec(tmp_path / "together", self.SPEC | data, device="auto", micro_batch=2)  # with a cache to fill
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         command = [*torchrun, "-m", "repa_lab", "run", str(spec), "--root", str(spec.parent / "runs")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        no_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=no_gpu)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("done:") == 1
         (second,) = RunsRoot(spec.parent / "runs").runs()
