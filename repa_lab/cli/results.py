@@ -242,7 +242,7 @@ def _runs_and_sweeps(root: RunsRoot, names: Sequence[Path]) -> tuple[list[RunDir
         found = _sweep_or_run(root, name)
         if isinstance(found, SweepDirectory):
             sweeps.append(found)
-            runs += [found.root.run(run_id) for run_id in found.manifest.run_ids]
+            runs += [found.run(run_id) for run_id in found.manifest.run_ids]
         else:
             runs.append(found)
     roots = {run.path.parents[1]: RunsRoot(run.path.parents[1]) for run in runs}

@@ -169,7 +169,7 @@ def _later_rows(root: RunsRoot, sweep: Path | None, rows: list[dict[str, Any]]) 
 def _rows(root: RunsRoot, sweep: Path | None) -> list[dict[str, Any]]:
     if sweep is not None:
         directory = root.find_sweep(sweep)
-        return [_row(name, directory.root.run(run_id)) for name, run_id in _named_runs(directory)]
+        return [_row(name, directory.run(run_id)) for name, run_id in _named_runs(directory)]
     names: dict[str, str] = {}  # by the first sweep that asks for a run
     for directory in root.sweeps():
         with suppress(ValueError, LookupError, TypeError):  # a damaged manifest; its runs are there all the same

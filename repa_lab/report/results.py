@@ -339,7 +339,7 @@ def load_results(path: str | Path) -> Results:
 def _sources(path: Path) -> list[tuple[SweepManifest, Callable[[str], RunDirectory]]]:
     """Return the manifests of a path's sweeps, each with what finds a run by its id."""
     if (sweep := SweepDirectory(path.absolute())).is_recorded:
-        return [(sweep.manifest, sweep.root.run)]
+        return [(sweep.manifest, sweep.run)]
     if (path / "spec.json").is_file():
         run = run_at(path)
         return [(_single_run(run), lambda run_id: run)]
@@ -348,7 +348,7 @@ def _sources(path: Path) -> list[tuple[SweepManifest, Callable[[str], RunDirecto
         looked = "looked for sweep.json (a sweep), spec.json (a run) and */sweep.json (a runs root) in it"
         raise ResultsError(f"no results at '{path}': {looked if path.is_dir() else 'no such folder'}")
     # By the names of their folders: a copy of a sweep beside it has the manifest of the original.
-    return [(sweep.manifest.model_copy(update={"name": sweep.path.name}), sweep.root.run) for sweep in sweeps]
+    return [(sweep.manifest.model_copy(update={"name": sweep.path.name}), sweep.run) for sweep in sweeps]
 
 
 def _single_run(run: RunDirectory) -> SweepManifest:

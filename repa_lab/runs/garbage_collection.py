@@ -111,17 +111,21 @@ def _copies(root: RunsRoot) -> Iterator[Garbage | Skipped]:
     """Yield the copies of runs in the folders of sweeps, unless there is only the copy."""
     for sweep in root.sweeps():
         try:
-            copies = sweep.copies()
+            is_backup = bool(sweep.copies) and sweep.manifest.name != sweep.path.name
         except DamagedFileError as error:
             yield Skipped(sweep.path, str(error))
             continue
-        for run_id, path in copies.items():
+        if is_backup:
+            yield Skipped(sweep.path, f"a copy of sweep {sweep.manifest.name}, with copies of its runs")
+            continue
+        for run_id, path in sweep.copies.items():
             original = root.run(run_id).path
-            if original != path and not any(place.is_symlink() for place in (sweep.path, sweep.links)):
-                if _is_copy(path, original):
-                    yield Garbage(path, size_of(path), f"a copy of run {run_id}, in the place of a link", True)
-                else:
-                    yield Skipped(path, f"a copy of run {run_id}, from which it differs")
+            if original == path:
+                continue
+            if _is_copy(path, original):
+                yield Garbage(path, size_of(path), f"a copy of run {run_id}, in the place of a link", True)
+            else:
+                yield Skipped(path, f"a copy of run {run_id}, from which it differs")
 
 
 def _is_copy(folder: Path, original: Path) -> bool:

@@ -241,18 +241,25 @@ class SweepDirectory:
             if not (link := self.links / name).exists():
                 link.symlink_to(os.path.relpath(self.root.place_of(run_id), self.links))
 
+    def run(self, run_id: str) -> RunDirectory:
+        """Return the directory of a run, as :meth:`RunsRoot.run`, or else a copy in this folder."""
+        run = self.root.run(run_id)
+        if not os.path.lexists(run.path) and run_id in self.copies:
+            return RunDirectory(self.copies[run_id], run_id)
+        return run
+
+    @cached_property
     def copies(self) -> dict[str, Path]:
-        """Return the copies of runs that stand in the place of links, by the runs' ids.
+        """The copies of runs that stand in the place of links, by the runs' ids; none behind a link.
 
         Raises:
             DamagedFileError: there are folders in the place of links, and the manifest cannot be read.
         """
-        try:
-            with os.scandir(self.links) as entries:
-                folders = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
-        except OSError:
+        if self.path.is_symlink() or self.links.is_symlink() or not self.links.is_dir():
             return {}
-        names: Mapping[str, str] = self.manifest.link_names if folders else {}
+        with os.scandir(self.links) as entries:
+            folders = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        names: Mapping[str, str] = self.manifest.link_names if folders and self.is_recorded else {}
         paths = {names[folder]: self.links / folder for folder in folders if folder in names}
         return {run_id: path for run_id, path in paths.items() if (path / "spec.json").is_file()}
 
@@ -315,11 +322,12 @@ class RunsRoot:
 
     @cached_property
     def _copies(self) -> dict[str, Path]:
-        """Copies of runs in the folders of sweeps, by the runs' ids."""
+        """Copies of runs in the folders of sweeps, by the runs' ids; a folder of another name is somebody's backup."""
         copies: dict[str, Path] = {}
         for sweep in self.sweeps():
             with suppress(files.DamagedFileError):  # the other sweeps can be read
-                copies = sweep.copies() | copies
+                if sweep.copies and sweep.manifest.name == sweep.path.name:
+                    copies = sweep.copies | copies
         return copies
 
     def sweep(self, name: str) -> SweepDirectory:
@@ -352,7 +360,7 @@ def run_at(path: Path) -> RunDirectory:
     place = path.absolute()  # not resolved: a link below `by-id` stays one
     sweep = SweepDirectory(place.parent.parent)
     if place.parent == sweep.links and sweep.is_recorded and (run_id := sweep.manifest.link_names.get(place.name)):
-        return sweep.root.run(run_id)
+        return sweep.run(run_id)
     return RunDirectory(place if place.parent.name == _RUNS else place.resolve())
 
 

@@ -256,6 +256,15 @@ def test_copies_in_the_place_of_links_are_collected_if_they_are_equal(copied):
     assert not (links / "left-seed0").is_symlink() and (links / "left-seed0" / "spec.json").is_file()
 
 
+def test_a_backup_of_a_sweep_is_left_whole(copied):
+    (copied.path / "s").rename(copied.path / "backup")
+    gone, skipped = collect(copied, disk_bytes=0)
+    assert paths(gone) == {"done/checkpoints/step-00000100"}
+    assert [(item.path.name, item.why) for item in skipped] == [
+        ("backup", "a copy of sweep s, with copies of its runs")
+    ]
+
+
 def test_the_only_copy_of_a_run_is_the_run(copied):
     shutil.rmtree(copied.path / "by-id")
     copy = RunsRoot(copied.path)

@@ -126,10 +126,29 @@ class TestCopies:
         assert str((root.sweep("s").links / "a_b-seed0-bbb").readlink()) == "../../by-id/bbb"
 
     def test_an_unreadable_manifest_hides_its_own_copies_alone(self, copied):
-        shutil.copytree(copied.path / "s", copied.path / "damaged")
+        shutil.copytree(copied.path / "s", copied.path / "damaged")  # before "s"
         (copied.path / "damaged" / "sweep.json").write_text("{")
         shutil.rmtree(copied.path / "by-id")
         assert self.places(RunsRoot(copied.path)) == {"aaa": "s/runs/a_b-seed0", "bbb": "s/runs/a_b-seed0-bbb"}
+
+    def test_a_backup_of_a_sweep_is_read_by_its_name_alone(self, copied):
+        (copied.path / "s").rename(copied.path / "backup")
+        shutil.rmtree(copied.path / "by-id")
+        root = RunsRoot(copied.path)
+        assert root.runs() == []  # a run that was deleted is trained again
+        root.adopt_copies()
+        backup = root.find_sweep(Path("backup"))
+        assert backup.run("bbb").spec == root.find_run(backup.links / "a_b-seed0-bbb").spec == {"seed": 0}
+
+    def test_nothing_is_moved_out_of_a_linked_sweep(self, copied, tmp_path):
+        shutil.rmtree(copied.path / "by-id")
+        (tmp_path / "ours").mkdir()
+        (tmp_path / "ours" / "s").symlink_to(copied.path / "s")
+        ours = RunsRoot(tmp_path / "ours")
+        ours.adopt_copies()
+        assert len(list((copied.path / "s" / "runs").iterdir())) == 2
+        assert ours.runs() == []
+        assert ours.sweep("s").run("aaa").spec == {"seed": 0}
 
     def test_what_is_not_a_run_stays_where_it_is(self, copied):
         links = copied.sweep("s").links
