@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from repa_lab.models.families.auraflow import AURAFLOW
+from repa_lab.models.families.chroma import CHROMA
 from repa_lab.models.families.cogview4 import COGVIEW4
 from repa_lab.models.families.dit import DIT
 from repa_lab.models.families.ernie_image import ERNIE_IMAGE
-from repa_lab.models.families.flux import CHROMA, FLUX, LONGCAT_IMAGE
+from repa_lab.models.families.flux import FLUX
 from repa_lab.models.families.flux2 import FLUX2
 from repa_lab.models.families.hidream import HIDREAM
 from repa_lab.models.families.hunyuan_dit import HUNYUAN_DIT
 from repa_lab.models.families.kandinsky5 import KANDINSKY5
+from repa_lab.models.families.kolors import KOLORS
 from repa_lab.models.families.krea2 import KREA2
+from repa_lab.models.families.longcat_image import LONGCAT_IMAGE
 from repa_lab.models.families.ltxvideo import LTXVIDEO
 from repa_lab.models.families.lumina2 import LUMINA2
 from repa_lab.models.families.pixart import PIXART
@@ -21,7 +24,7 @@ from repa_lab.models.families.qwen_image import QWEN_IMAGE
 from repa_lab.models.families.sana import SANA
 from repa_lab.models.families.sd3 import SD3
 from repa_lab.models.families.sd15 import SD15
-from repa_lab.models.families.sdxl import KOLORS, SDXL
+from repa_lab.models.families.sdxl import SDXL
 from repa_lab.models.families.wan import WAN
 from repa_lab.models.families.z_image import Z_IMAGE
 from repa_lab.models.family import SIT, SIT_DOWN, UNET, BlockIndex, Family
