@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from repa_lab.runs import RunsRoot
+from tests.benchmarks.many_runs import write_sweep
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "repa_lab"
 # From the bottom to the top.
@@ -144,18 +147,29 @@ def test_planning_and_reading_need_no_torch():
 def test_commands_that_only_read_load_no_torch(tmp_path):
     """Over a finished sweep; the first command that loads torch is named."""
     root, spec = ["--root", str(tmp_path)], "experiments/quickstart.yaml"
+    runs = write_sweep(RunsRoot(tmp_path), 2, 1).manifest.run_ids
     commands = [
-        ["families"], ["schema"], ["explain", spec], ["diff", spec, spec], ["plan", spec, *root], ["plan", "--json", spec, *root],
-        ["status", *root], ["status", "many", *root], ["gc", *root], ["leaderboard", *root], ["report", "many", *root],
+        ["--version"], ["--help"], ["families"], ["schema"], ["explain", spec], ["diff", spec, spec], ["diff", *runs, *root],
+        ["new", str(tmp_path / "new.yaml")], ["import", "--model_type=lora", "--model_family=flux"], ["reproduce"], ["doctor", *root],
+        ["plan", spec, *root], ["plan", "--json", spec, *root], ["plan", "experiments/quickstart_search.yaml", *root],
+        ["status", *root], ["status", "many", *root], ["why", runs[0], *root], ["gc", *root], ["pin", runs[0], *root],
+        ["retry", runs[0], "--from-scratch", *root], ["sync", *root], ["leaderboard", *root], ["report", "many", *root],
+        ["export", runs[1], "--format", "simpletuner", *root],
     ]  # fmt: skip
     code = (
-        "import sys\nfrom pathlib import Path\nfrom repa_lab.cli import app\nfrom repa_lab.runs import RunsRoot\n"
-        "from tests.benchmarks.many_runs import write_sweep\n"
-        f"write_sweep(RunsRoot(Path({str(tmp_path)!r})), 2, 1)\n"
-        f"for command in {commands}:\n"
-        "    try:\n        app(command)\n    except SystemExit as ended:\n        assert not ended.code, command\n"
+        "import sys, repa_lab\nfrom pathlib import Path\nfrom repa_lab.cli import app\n"
+        "def require_nothing_slow(what):\n"
         "    loaded = {'torch', 'diffusers', 'timm', 'transformers'} & set(sys.modules)\n"
-        "    assert not loaded, f'{command} imports {sorted(loaded)}'\n"
+        "    assert not loaded, f'{what} imports {sorted(loaded)}'\n"
+        f"results = repa_lab.load_results({str(tmp_path)!r})\n"
+        "results.runs, results.curves, results.summary, results.samples, results.troubles\n"
+        "require_nothing_slow('load_results')\n"
+        f"repa_lab.plan({spec!r}, {str(tmp_path)!r}), repa_lab.load_spec({spec!r})\n"
+        "require_nothing_slow('plan and load_spec')\n"
+        f"for command in {commands}:\n"
+        "    try:\n        app(command)\n    except SystemExit as ended:\n"
+        "        assert not ended.code or command[:1] == ['diff'], command\n"
+        "    require_nothing_slow(command)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -88,6 +88,13 @@ def test_doctor_tells_whether_secrets_are_set_and_never_what_they_are(tmp_path):
     assert not (tmp_path / "not").exists()
 
 
+def test_doctor_tells_that_torch_is_broken(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[1]}")
+    reason = "torch cannot be used: OSError: libcudart.so.13: cannot open shared object file"
+    assert diagnose(tmp_path)["devices"] == {"unknown": reason}
+
+
 def test_doctor_prints_its_facts_as_text_and_as_json(tmp_path):
     facts = json.loads(cli("doctor", "--json", cwd=tmp_path).stdout)
     lines = cli("doctor", cwd=tmp_path).stdout.splitlines()

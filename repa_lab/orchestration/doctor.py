@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from repa_lab.tracking.server import KEY, resolve_mode
 
 _GIB = float(2**30)
 _PATIENCE_S = 3.0
+_TORCH_PATIENCE_S = 120.0
 _DEVELOPMENT = re.compile(r"extra == .dev")
 _WANDB_URL = "https://api.wandb.ai"
 
@@ -70,6 +74,22 @@ def _machine(root: Path) -> dict[str, str]:
 
 
 def _devices() -> dict[str, str]:
+    """Return the devices that torch finds, asked in another process, because torch or a driver may be broken."""
+    code = f"import json; from {__name__} import devices_of_torch; print(json.dumps(devices_of_torch()))"
+    try:
+        command, patience = [sys.executable, "-c", code], _TORCH_PATIENCE_S
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=patience, check=False)
+        found: dict[str, str] = json.loads(asked.stdout.splitlines()[-1])
+        return found
+    except subprocess.TimeoutExpired:
+        return {"unknown": f"torch does not answer within {_TORCH_PATIENCE_S:g} s"}
+    except (ValueError, IndexError):
+        lines = asked.stderr.splitlines() or [f"exit status {asked.returncode}"]
+        return {"unknown": f"torch cannot be used: {lines[-1]}"}
+
+
+def devices_of_torch() -> dict[str, str]:
+    """Return a line of facts for each device that torch finds in this process."""
     import torch
 
     if not torch.cuda.is_available():

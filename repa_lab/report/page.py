@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import os
 import re
@@ -193,8 +194,7 @@ def _panel(draft: _Draft, name: str, path: Path) -> str:
     """Return a panel as an element of the page; draw it anew unless its file ends with the digest of the same data."""
     data = draft.panels[name]
     shown = [(frame.to_csv(), frame.attrs) for frame in (data if isinstance(data, list) else [data])]
-    code = [file_digest(file) for file in sorted(Path(__file__).parent.glob("figures/*.py"))]
-    key = f"<!-- {digest([code, version('matplotlib'), draft.draw, repr(draft.options), shown])} -->"
+    key = f"<!-- {digest([*_drawing_code(), draft.draw, repr(draft.options), shown])} -->"
     drawn = path.read_text(encoding="utf-8") if path.is_file() else ""
     if not drawn.endswith(key):
         from repa_lab.report import figures
@@ -202,6 +202,12 @@ def _panel(draft: _Draft, name: str, path: Path) -> str:
         drawn = figures.svg(getattr(figures, draft.draw)(data, **draft.options), name) + key
         write_text(path, drawn)
     return inline(drawn, name)
+
+
+@functools.cache
+def _drawing_code() -> tuple[list[str], str]:
+    """Return the digests of the code that draws, and the version of the drawing library."""
+    return [file_digest(file) for file in sorted(Path(__file__).parent.glob("figures/*.py"))], version("matplotlib")
 
 
 def inline(svg: str, name: str) -> str:

@@ -16,7 +16,6 @@ from repa_lab.report.tables import decimals, interval, p_value, seed_count
 from repa_lab.runs import RunStatus
 from repa_lab.runs.files import Row
 from repa_lab.runs.root import TrialRecord
-from repa_lab.spec.schema import EmaConfig
 
 _MAX_TROUBLES = 8
 _PROTOCOL = re.compile(r"(?P<kind>[^:]+):(?P<extractor>[^@]+)@(?P<samples>\d+k?)/(?P<sampler>.+)")
@@ -386,6 +385,8 @@ def _bias(results: Results, metric: str) -> str:
 
 def _averages(results: Results) -> Iterator[str]:
     """Warn of averaged weights that still hold much of the initial ones."""
+    from repa_lab.spec.schema import EmaConfig  # takes a quarter of a second, which a leaderboard need not wait for
+
     for member in results.members:
         with suppress(ValueError, TypeError, KeyError):  # of a damaged spec.json
             train = member.reader.spec["train"]

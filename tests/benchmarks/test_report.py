@@ -24,6 +24,12 @@ WORK = {
     "leaderboard": ("", "boards = leaderboards(root.path)"),
     "load_results, summary": ("", "summary = load_results(root.sweep('many').path).summary"),
     "load_results, runs and curves": ("", "results = load_results(root.path); results.runs, results.curves"),
+    "status": ("from repa_lab.cli.runs import _rows", "_rows(root, None)"),
+    "what a report reads": (
+        "",
+        "results = load_results(root.sweep('many').path)\n"
+        "results.rows, results.troubles, results.provenances, results.grids, results.protocols",
+    ),
     "report": (DRAWING, "write_report(root.sweep('many'))"),
     "report without news": (DRAWING, "write_report(root.sweep('many'))"),
 }
