@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from tests.tracking.server import KEY, Server, serving
 
 __all__ = ["tiny"]
 
-ANALYSIS = Path(__file__).parents[1] / "analysis"
+ROOT = Path(__file__).parents[1]
+ANALYSIS = ROOT / "analysis"
 METRIC = "frechet:efficientnet_lite0@16/ode2"
 WANDB = {"mode": "auto", "project": "p", "entity": "us", "tags": ["mine"], "artifacts": "final"}
 
@@ -125,6 +127,33 @@ def test_a_papers_table_beside_ours(made):
     assert frame["published"].to_dict() == {"baseline": 40.0, "aligned": 20.0}
     expected = load_results(made.sweep).summary.query("metric == @METRIC").set_index("arm")
     assert frame["measured"].to_dict() == pytest.approx(expected["mean"].to_dict())
+
+
+def test_a_sweep_in_a_notebook_shows_one_bar_that_is_rewritten(tiny, tmp_path):
+    """Every state of the bar has the same place in the output; the time left is there from the first run on."""
+    spec, messages = tiny(), []
+    source = f"from repa_lab import sweep\noutcome = sweep({spec!r}, {str(tmp_path)!r}, workers=1)\noutcome.trained"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+
+    class Client(NotebookClient):
+        def process_message(self, message, cell, cell_index):
+            messages.append(message)
+            return super().process_message(message, cell, cell_index)
+
+    Client(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    bar, result = notebook.cells[0].outputs
+    assert (bar.output_type, result.data["text/plain"]) == ("display_data", "4")
+    assert re.fullmatch(r"█{24} tiny: 4 of 4 runs done in \d+:\d\d", bar.data["text/plain"])
+    assert bar.data["text/html"].startswith('<div><progress value="1.0000"')
+    shown = [
+        message["content"] for message in messages if message["msg_type"] in ("display_data", "update_display_data")
+    ]
+    assert len({content["transient"]["display_id"] for content in shown}) == 1
+    texts = [content["data"]["text/plain"] for content in shown]
+    assert any(re.search(r" tiny: features of efficientnet_lite0 .*: \d+ of 80 images$", text) for text in texts)
+    counts = [int(found[1]) for text in texts if (found := re.search(r"tiny: (\d) of 4 runs done", text))]
+    assert counts == sorted(counts) and counts[-1] == 4
+    assert any(re.search(r"tiny: [123] of 4 runs done, about \d+:\d\d left in all$", text) for text in texts)
 
 
 def runs_of(made: Made) -> list[RunDirectory]:

@@ -18,7 +18,7 @@ from repa_lab.align.settings import REPASettings
 from repa_lab.errors import StateError
 from repa_lab.orchestration.checks import check
 from repa_lab.orchestration.cost import require_budget
-from repa_lab.orchestration.display import ProgressView
+from repa_lab.orchestration.display import ProgressView, default_console
 from repa_lab.orchestration.executors import Executor, ExecutorError, Task, TrainJob
 from repa_lab.orchestration.executors.local import LocalExecutor, local_slots
 from repa_lab.orchestration.launcher import join_processes
@@ -104,7 +104,7 @@ def sweep(
         overrides: dotted paths to values, laid over the spec.
         workers: the number of runs that go on at a time; None takes ``run.workers``, else one for each GPU slot, one
             for each core without a GPU, or as many as the cluster has room for.
-        console: where progress is shown; None shows nothing.
+        console: where progress is shown; None is a bar in a notebook, and nothing elsewhere.
         rehearse: whether to go through all of the sweep with tiny random models and a few images instead, in a root of
             their own.
         fragments: files laid between the spec and the overrides; see `load_spec`.
@@ -115,7 +115,7 @@ def sweep(
         SweepBusyError: another process carries out this sweep.
         SweepBrokenError: the workers cannot work at all, or the first runs all failed for the same reason.
     """
-    experiment, console = _load(source, overrides, fragments), console or Console(quiet=True)
+    experiment, console = _load(source, overrides, fragments), console or default_console()
     if rehearse:
         from repa_lab.orchestration.rehearsal import rehearsal_root, rehearse_experiment
 
@@ -166,7 +166,7 @@ def run_one(
         seed: one of the experiment's seeds; None takes the first.
         root: the runs root.
         overrides: dotted paths to values, laid over the spec.
-        console: where progress is shown; None shows nothing.
+        console: where progress is shown; None is a bar in a notebook, and nothing elsewhere.
         fragments: files laid between the spec and the overrides; see `load_spec`.
 
     Returns:
@@ -176,7 +176,7 @@ def run_one(
         SpecError: the spec is wrong, has no such arm or seed, or asks for what cannot be had.
         LauncherError: the environment announces other processes of the run, and they do not come.
     """
-    planned, console = plan(source, root, overrides, fragments), console or Console(quiet=True)
+    planned, console = plan(source, root, overrides, fragments), console or default_console()
     entry = _choose(planned, arm, seed)
     if entry.blocked:
         raise SpecError([entry.blocked])
@@ -228,7 +228,7 @@ def bench(
         fragments: files laid between the spec and the overrides; see `load_spec`.
         rounds: turns that every way takes.
         steps: steps of a turn.
-        console: where progress is shown; None shows nothing.
+        console: where progress is shown; None is a bar in a notebook, and nothing elsewhere.
 
     Returns:
         What :func:`repa_lab.training.bench.bench` returns.
@@ -245,7 +245,7 @@ def bench(
         key=lambda arm: (isinstance(arm.config.regularizer, REPASettings), bool(arm.config.regularizers)),
     )
     cache = RunsRoot(Path(root)).cache
-    with ProgressView(console or Console(quiet=True), experiment.name, 1) as view:
+    with ProgressView(console or default_console(), experiment.name, 1) as view:
         announce = lambda activity: lambda done, total: view.progress(activity, done, total)  # noqa: E731
         try:
             prepare((config for _, config in bench_module.variants(arm.config)), experiment.run, cache, announce)

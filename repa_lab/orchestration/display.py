@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from repa_lab.runs.files import Row
 _STATUSES = (*(status.value for status in reversed(RunStatus)), BLOCKED)  # what is over first
 _SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
 _REFRESH_PER_S = 4
+_BAR_WIDTH = 24
 _LINE_EVERY_S = 20.0
 
 
@@ -276,8 +278,36 @@ class _ShownRun:
         return (time.monotonic() - self.begun) / done * (self.steps - self.step)
 
 
+class _NotebookBar:
+    """A bar with a line of text in the output of a notebook's cell; every update takes the place of the last one."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def show(self, share: float, text: str) -> None:
+        """Show what share of the work is done, from 0 to 1, beside a text."""
+        from IPython.display import display  # a notebook has it
+
+        filled = round(share * _BAR_WIDTH)
+        bar = f'<progress value="{share:.4f}" style="width: {_BAR_WIDTH}em"></progress>'
+        content = {
+            "text/plain": f"{'█' * filled}{'░' * (_BAR_WIDTH - filled)} {text}",
+            "text/html": f"<div>{bar} {html.escape(text)}</div>",
+        }
+        if self._handle is None:
+            self._handle = display(content, raw=True, display_id=True)
+        else:
+            self._handle.update(content, raw=True)
+
+
+def default_console() -> Console:
+    """Return the console of a notebook's cell, or elsewhere one that shows nothing."""
+    console = Console()
+    return console if console.is_jupyter else Console(quiet=True)
+
+
 class ProgressView:
-    """Shows running runs: a live table on a terminal, a line per event elsewhere.
+    """Shows running runs: a live table on a terminal, a bar in a notebook, a line per event elsewhere.
 
     Args:
         slots: the number of runs that go on at a time, for the time left of the whole.
@@ -289,6 +319,7 @@ class ProgressView:
         self._durations: list[float] = []
         self._activity: tuple[str, int, int] | None = None
         self._counts = (0, 0)
+        self._begun, self._bar = time.monotonic(), _NotebookBar() if console.is_jupyter else None
         self._live = Live(
             console=console, get_renderable=self._render, refresh_per_second=_REFRESH_PER_S, transient=True
         )
@@ -302,12 +333,16 @@ class ProgressView:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._live.stop()
+        if self._bar and self._counts[1]:
+            self._bar.show(self._share(), f"{self._headline()} in {_duration(time.monotonic() - self._begun)}")
 
     def progress(self, activity: str, done: int, total: int) -> None:
         """Show how far the filling of a cache is."""
-        if done == total:
+        if done == total and not self._bar:
             self.say(f"{activity}: {total:,} images cached")
         self._activity = (activity, done, total) if done < total else None
+        if self._bar:
+            self._bar.show(done / max(total, 1), f"{self._title}: {activity}: {done:,} of {total:,} images")
 
     def started(self, run_id: str, name: str, steps: int) -> None:
         """Show a run that was given to a worker."""
@@ -325,7 +360,7 @@ class ProgressView:
             if name.startswith(("fid:", "frechet:")) and value is not None:
                 run.distance = (name, value)
         now = time.monotonic()
-        if not self._console.is_terminal and now - run.last_line > _LINE_EVERY_S:
+        if not self._console.is_terminal and not self._bar and now - run.last_line > _LINE_EVERY_S:
             run.last_line = now
             self._say_of(run, f"step {run.step}/{run.steps}")
 
@@ -333,7 +368,8 @@ class ProgressView:
         """Say how a run came to rest."""
         run = self._runs.pop(run_id)
         self._durations.append(time.monotonic() - run.begun)
-        self._say_of(run, status.value + (f": {error}" if error else ""))
+        if error or not self._bar:
+            self._say_of(run, status.value + (f": {error}" if error else ""))
 
     def withdrawn(self, run_id: str) -> None:
         """Forget a run that was taken back before it began."""
@@ -346,6 +382,8 @@ class ProgressView:
     def counts(self, done: int, total: int) -> None:
         """Show how many runs are done, and how many there are in all."""
         self._counts = (done, total)
+        if self._bar:
+            self._bar.show(self._share(), ", ".join(filter(None, (self._headline(), self._footer()))))
 
     def _say_of(self, run: _ShownRun, event: str) -> None:
         numbers = [f"loss {run.row['loss/total']:.3f}"] if "loss/total" in run.row else []
@@ -355,9 +393,16 @@ class ProgressView:
             numbers.append(f"{run.distance[0]} {run.distance[1]:.1f}")
         self.say(", ".join([f"{run.name}: {event}", *numbers]))
 
-    def _render(self) -> Group:
+    def _share(self) -> float:
+        """Return the share of the runs that is done; a run that goes on counts by its steps."""
         done, total = self._counts
-        table = Table(title=f"{self._title}: {done} of {total} runs done", title_justify="left")
+        return min((done + sum(run.step / run.steps for run in self._runs.values())) / max(total, 1), 1.0)
+
+    def _headline(self) -> str:
+        return "{}: {} of {} runs done".format(self._title, *self._counts)
+
+    def _render(self) -> Group:
+        table = Table(title=self._headline(), title_justify="left")
         for column in ("run", "", "step", "loss", "cosine", "distance", "left"):
             table.add_column(column, justify="left" if column in ("run", "") else "right")
         for run in self._runs.values():
@@ -373,11 +418,12 @@ class ProgressView:
             return "{}: {:,} of {:,} images".format(*self._activity)
         done, total = self._counts
         waiting = max(total - done - len(self._runs), 0)
-        running = [seconds for run in self._runs.values() if (seconds := run.seconds_left()) is not None]
-        if not running or (waiting and not self._durations):
+        typical = sum(self._durations) / len(self._durations) if self._durations else None
+        lefts = [run.seconds_left() for run in self._runs.values()]
+        running = [seconds for left in lefts if (seconds := typical if left is None else left) is not None]
+        if not running or (waiting and typical is None):
             return ""
-        typical = sum(self._durations) / max(len(self._durations), 1)
-        return f"about {_duration(max(running) + waiting * typical / self._slots)} left in all"
+        return f"about {_duration(max(running) + waiting * (typical or 0) / self._slots)} left in all"
 
 
 def _cosine_name(row: Row) -> str:
