@@ -150,7 +150,7 @@ def test_a_sweep_in_a_notebook_shows_one_bar_that_is_rewritten(tiny, tmp_path):
     ]
     assert len({content["transient"]["display_id"] for content in shown}) == 1
     texts = [content["data"]["text/plain"] for content in shown]
-    assert any(re.search(r" tiny: features of efficientnet_lite0 .*: \d+ of 80 images$", text) for text in texts)
+    assert any(re.search(r" tiny: features.*: \d+ of \d+ images$", text) for text in texts)
     counts = [int(found[1]) for text in texts if (found := re.search(r"tiny: (\d) of 4 runs done", text))]
     assert counts == sorted(counts) and counts[-1] == 4
     assert any(re.search(r"tiny: [123] of 4 runs done, about \d+:\d\d left in all$", text) for text in texts)

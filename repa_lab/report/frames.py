@@ -54,10 +54,15 @@ class History(NamedTuple):
     measurements: dict[str, dict[float, float]]
 
 
-@functools.cache
 def is_progress(name: str) -> bool:
     """Return whether an entry of a metric row is progress or cost, rather than a measurement."""
     return name in ("step", "images", "seconds") or name.startswith("cost/")
+
+
+@functools.lru_cache(maxsize=1024)
+def _split(names: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Return the entries of a metric row that are progress, and those that are measurements; rows have few forms."""
+    return [name for name in names if is_progress(name)], [name for name in names if not is_progress(name)]
 
 
 @dataclass
@@ -139,16 +144,16 @@ class RunReader:
         for row in rows:
             # Nearly every row, of very many, holds only numbers.
             numbers = row if _NUMBERS.issuperset(map(type, row.values())) else self._numbers(row)
-            progress = {name: value for name, value in numbers.items() if is_progress(name)}
-            by_step.setdefault(row["step"], {}).update(progress)
-            totals |= progress
-            for metric, value in numbers.items():
-                if metric not in progress:
-                    self._measure(measurements.setdefault(metric, {}), metric, row["step"], value)
+            step, (progress_names, metrics) = row["step"], _split(tuple(numbers))
+            known = by_step.setdefault(step, {})
+            for name in progress_names:
+                known[name] = totals[name] = numbers[name]
+            for metric in metrics:
+                self._measure(measurements.setdefault(metric, {}), metric, step, numbers[metric])
         return History({step: _progress(known) for step, known in by_step.items()}, totals, measurements)
 
     def _measure(self, values: dict[float, float], metric: str, step: float, value: float) -> None:
-        if values.get(step, value) != value and not math.isnan(value):
+        if step in values and values[step] != value and not math.isnan(value):
             self._note("metrics.jsonl", f"{metric} at step {step} is there twice, differently; the last counts")
         values[step] = value
 

@@ -64,17 +64,25 @@ def by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
         folder: the folder, which need not exist.
         suffix: the end of the names, such as ``.png``.
     """
+    try:
+        paths = [*folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return {}
     found: dict[int, Path] = {}
-    for path in folder.glob(f"step-*{suffix}"):
+    for path in paths:
         number = path.name.removeprefix("step-").removesuffix(suffix)
-        if number.isdecimal() and path == path_of(folder, int(number), suffix):
+        if number.isdecimal() and path.name == _name_of(int(number), suffix):
             found[int(number)] = path
     return dict(sorted(found.items()))
 
 
 def path_of(folder: Path, step: int, suffix: str = "") -> Path:
     """Return the path of what belongs to a step."""
-    return folder / f"step-{step:08d}{suffix}"
+    return folder / _name_of(step, suffix)
+
+
+def _name_of(step: int, suffix: str) -> str:
+    return f"step-{step:08d}{suffix}"
 
 
 def delete(path: Path) -> None:
@@ -87,7 +95,7 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path | str) -> Any:
     """Read a JSON file.
 
     Raises:
@@ -99,7 +107,7 @@ def read_json(path: Path) -> Any:
         raise DamagedFileError(f"'{path}' is damaged: no JSON ({error})") from None
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path | str) -> bytes:
     """Return the content of a file, in half the system calls of :meth:`Path.read_bytes`: a report reads thousands."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -122,7 +130,7 @@ def write_record(path: Path, fields: Mapping[str, Any]) -> None:
     write_json(path, {"format": FORMAT, **fields})
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path | str) -> dict[str, Any]:
     """Read what :func:`write_record` wrote, without the format number.
 
     Raises:
@@ -174,7 +182,7 @@ class JsonlReader:
     """
 
     def __init__(
-        self, path: Path, required: str | None = None, on_damage: Callable[[int, str], None] | None = None
+        self, path: Path | str, required: str | None = None, on_damage: Callable[[int, str], None] | None = None
     ) -> None:
         self._path, self._required, self._on_damage = path, required, on_damage
         self._inode = self._offset = self._lines = 0
