@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -286,7 +287,7 @@ class _NotebookBar:
 
     def show(self, share: float, text: str) -> None:
         """Show what share of the work is done, from 0 to 1, beside a text."""
-        from IPython.display import display  # a notebook has it
+        from IPython import display  # a notebook has it
 
         filled = round(share * _BAR_WIDTH)
         bar = f'<progress value="{share:.4f}" style="width: {_BAR_WIDTH}em"></progress>'
@@ -295,7 +296,8 @@ class _NotebookBar:
             "text/html": f"<div>{bar} {html.escape(text)}</div>",
         }
         if self._handle is None:
-            self._handle = display(content, raw=True, display_id=True)
+            show: Callable[..., Any] = display.display
+            self._handle = show(content, raw=True, display_id=True)
         else:
             self._handle.update(content, raw=True)
 

@@ -35,7 +35,7 @@ class DamagedFileError(InputError):
 class FormatError(DamagedFileError):
     """A file was written by a version of repa-lab with another format."""
 
-    def __init__(self, path: Path, found: Any) -> None:
+    def __init__(self, path: Path | str, found: Any) -> None:
         what = "no format number" if found is None else f"format {found}"
         does = f"this version of repa-lab reads format {FORMAT}"
         super().__init__(f"'{path}' has {what}: {does}; use the version that wrote it, or another --root")
