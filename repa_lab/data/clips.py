@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from repa_lab.data.crop import crop, opaque
-from repa_lab.data.listing import fingerprint_clips, read_clips
+from repa_lab.data.listing import Clip, fingerprint_clips, read_clips
 from repa_lab.data.settings import ClipsSettings
-from repa_lab.data.sources import CroppedImages, DerivedSource, ImageSource, remembered, stamps
+from repa_lab.data.sources import CroppedImages, DerivedSource, ImageSource, open_upright, remembered, stamps
 
 
 def open_clips(settings: ClipsSettings, cache: Path | None = None) -> Clips:
@@ -51,8 +51,8 @@ class Clips(CroppedImages):
 
     def open(self, index: int) -> Image.Image:
         """Return the first frame of a clip; see :class:`CroppedImages`."""
-        first, *_ = self._clips[index].files
-        return Image.fromarray(np.load(first, mmap_mode="r")[0]) if first.suffix == ".npy" else Image.open(first)
+        (first,) = _read_frames(self._clips[index], [0])
+        return first
 
     def name(self, index: int) -> str:
         """Return a clip's folder or file; see :class:`CroppedImages`."""
@@ -62,20 +62,19 @@ class Clips(CroppedImages):
         """Return the frames of a clip, ``(3, frames, H, W)``."""
         chosen, size = range(0, self.clip_frames * self._step, self._step), self._size(index)
         with self._opened(index):  # notes the size of the original
-            frames = [np.array(crop(opaque(frame), size)) for frame in _read_frames(self._clips[index].files, chosen)]
+            frames = [np.array(crop(opaque(frame), size)) for frame in _read_frames(self._clips[index], chosen)]
         return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)
 
 
-def _read_frames(files: Sequence[Path], chosen: Sequence[int]) -> list[Image.Image]:
+def _read_frames(clip: Clip, chosen: Sequence[int]) -> list[Image.Image]:
     """Return frames of a clip by number: of its images, or of the one animated file or array that it is."""
-    first = files[0]
-    if len(files) > 1:
-        return [Image.open(files[number]) for number in chosen]
-    if first.suffix == ".npy":
-        array = np.load(first, mmap_mode="r")
+    if clip.path.is_dir():
+        return [open_upright(clip.files[number]) for number in chosen]
+    if clip.path.suffix == ".npy":
+        array = np.load(clip.path, mmap_mode="r")
         return [Image.fromarray(array[number]) for number in chosen]
-    with Image.open(first) as animation:
-        frames = []
+    frames = []
+    with Image.open(clip.path) as animation:
         for number in chosen:
             animation.seek(number)
             frames.append(animation.copy())

@@ -271,6 +271,14 @@ class CroppedImages:
             raise DataError(self._field, f"cannot read {self.name(index)}: {reason}") from None
 
 
+def open_upright(file: Path) -> Image.Image:
+    """Return the image of a file, turned as its camera was held; pixels may be loaded later."""
+    image = Image.open(file)
+    if image.format in _ROTATED:
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
 def open_image_folder(settings: ImageFolderSettings, cache: Path | None = None) -> ImageFolder:
     """Open a folder of images."""
     return ImageFolder(settings.folder, settings.side, settings.sizes, settings.caption_column, cache)
@@ -311,11 +319,8 @@ class ImageFolder(CroppedImages):
         self.fingerprint = remembered(cache, key, lambda: fingerprint_content(images, resolution, buckets))
 
     def open(self, index: int) -> Image.Image:
-        """Return an image, turned as its camera was held; see :class:`CroppedImages`."""
-        image = Image.open(self._files[index])
-        if image.format in _ROTATED:
-            ImageOps.exif_transpose(image, in_place=True)
-        return image
+        """Return an image; see :class:`CroppedImages`."""
+        return open_upright(self._files[index])
 
     def name(self, index: int) -> str:
         """Return an image's file; see :class:`CroppedImages`."""

@@ -61,6 +61,16 @@ class TestFrames:
         assert levels(opened(folder, frames=5).read(range(4))) == [LEVELS[:5]] * 4
         assert levels(opened(folder, frames=4, frame_step=3).read(range(4))) == [LEVELS[:10:3]] * 4
 
+    def test_frames_are_turned_as_the_camera_was_held(self, tmp_path):
+        (tmp_path / "held").mkdir()
+        left = Image.fromarray(np.repeat([[[0] * 3] * 8 + [[255] * 3] * 8], 16, 0).astype(np.uint8))  # dark on the left
+        noted = Image.Exif()
+        noted[0x0112] = 6  # to be turned clockwise
+        for number in range(2):
+            left.save(tmp_path / "held" / f"{number}.jpg", exif=noted, quality=95)
+        first = opened(tmp_path, frames=2).read([0])[0, 0]
+        assert (first[:, 2] < 40).all() and (first[:, -3] > 215).all()  # dark above, in both frames
+
     def test_a_clip_that_is_too_short_is_refused_by_name(self, folder):
         with pytest.raises(DataError, match=r"moving.gif' has 12 frames, and 13 are asked for: lower frames") as caught:
             opened(folder, frames=13)
@@ -90,6 +100,16 @@ class TestFrames:
         (tmp_path / "a.npy").write_bytes(b"no array")
         with pytest.raises(DataError, match=r"cannot read the clip '.*a.npy'"):
             opened(tmp_path, frames=2)
+
+    def test_a_damaged_clip_is_named(self, folder):
+        (folder / "numbers" / "1.png").write_bytes(b"no image")
+        clips = opened(folder, frames=3)
+        with pytest.raises(DataError, match=r"cannot read the clip '.*numbers'"):
+            clips.read([1])
+        content = (folder / "moving.gif").read_bytes()
+        (folder / "moving.gif").write_bytes(content[: len(content) // 2])
+        with pytest.raises(DataError, match=r"moving.gif"):
+            opened(folder, frames=12).read([0])
 
     def test_a_folder_of_images_alone_has_no_clips(self, tmp_path):
         grey(0).save(tmp_path / "0.png")
