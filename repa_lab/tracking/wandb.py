@@ -8,6 +8,7 @@ the server stands, and nothing is there twice.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -161,7 +162,7 @@ class WandbWriter:
     """The one writer of a W&B run: sends what the run directory holds and the server does not have.
 
     Args:
-        run: the run's directory; W&B's own files go to ``wandb/`` in it.
+        run: the run's directory; W&B's own files lie in ``wandb/`` in it until the server has everything.
         description: the run's description.
         finish_s: how long the last rows may take, in seconds.
 
@@ -204,6 +205,7 @@ class WandbWriter:
         files.write_record(self._directory.path / RECORD, asdict(record))
         if held < step:
             raise ServerError(f"{run.settings.base_url} has not taken all rows; `repa-lab sync` sends the others")
+        shutil.rmtree(self._directory.path / "wandb", ignore_errors=True)  # W&B's copies of what is here and there
         return str(run.url)
 
     def _log(self, step: int, values: dict[str, Any]) -> None:

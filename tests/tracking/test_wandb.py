@@ -152,8 +152,10 @@ def test_rows_that_the_server_refuses_are_not_taken_for_sent_though_the_client_e
     (failure,) = record(run, ROWS, State.DONE, WandbListener(run, TOLD))
     assert "has not taken all rows" in failure["error"]
     assert WandbRecord.read(run).count(run.rows()) == 0
+    assert list(run.path.glob("wandb/run-*/logs/*.log"))  # to find out why
     server.refuses_rows = False
     assert sync(run, TOLD).outcome == "synced"
+    assert not (run.path / "wandb").exists()
     assert numbers(server, run) == without_none(ROWS)
 
 
@@ -195,16 +197,19 @@ def test_final_weights_are_an_artifact_when_asked_for(run, cache, server):
 
 
 def test_neither_secrets_nor_the_machine_nor_the_command_are_told_or_written(run, server, monkeypatch):
+    monkeypatch.setattr(tracking, "_SETTLE_S", 0.0)
     secrets = {"HF_TOKEN": "hf_very_secret_token_of_this_test", "AWS_SECRET_ACCESS_KEY": "another-very-secret-value"}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(socket, "gethostname", lambda: "the-name-of-this-machine")
     monkeypatch.setattr(sys, "argv", ["the-program", "--the-argument"])
+    server.refuses_rows = True  # so that W&B's own files stay
     record(run, ROWS, State.DONE, WandbListener(run, TOLD))
     files = [path for path in run.path.rglob("*") if path.is_file()]
     assert not {path.name for path in files} & {"wandb-metadata.json", "diff.patch", "output.log"}
     told = {**{path.name: path.read_bytes() for path in files}, **dict(enumerate(server.bodies))}
-    assert any(b"loss/total" in content for content in told.values())
+    assert any(b"loss/total" in content for place, content in told.items() if isinstance(place, int))
+    assert any(b"loss/total" in told[path.name] for path in files if path.suffix == ".wandb")
     for place, content in told.items():
         for kept in (KEY, *secrets.values(), "the-name-of-this-machine", "--the-argument"):
             assert kept.encode() not in content, place
