@@ -296,7 +296,7 @@ def tokens_by_hand(few, denoiser, block: int, timestep: float, batch_size: int) 
         tokens = denoiser.x_embedder(x_t) + denoiser.pos_embed
         condition = denoiser.t_embedder(t) + denoiser.y_embedder(null)
         for number in range(block + 1):
-            tokens = denoiser.blocks[number](tokens, condition)
+            tokens = denoiser.blocks[number](tokens, condition, None)
         found.append(tokens)
     return torch.cat(found)
 
