@@ -153,7 +153,7 @@ def test_commands_that_only_read_load_no_torch(tmp_path):
         ["new", str(tmp_path / "new.yaml")], ["import", "--model_type=lora", "--model_family=flux"], ["reproduce"], ["doctor", *root],
         ["plan", spec, *root], ["plan", "--json", spec, *root], ["plan", "experiments/quickstart_search.yaml", *root],
         ["status", *root], ["status", "many", *root], ["why", runs[0], *root], ["gc", *root], ["pin", runs[0], *root],
-        ["retry", runs[0], "--from-scratch", *root], ["sync", *root], ["leaderboard", *root], ["report", "many", *root],
+        ["retry", runs[0], "--from-scratch", *root], ["leaderboard", *root], ["report", "many", *root],
         ["export", runs[1], "--format", "simpletuner", *root],
     ]  # fmt: skip
     code = (
