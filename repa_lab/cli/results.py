@@ -107,7 +107,7 @@ def sync(
     ] = None,
     root: RootOption = DEFAULT_ROOT,
 ) -> None:
-    """Send W&B, with the key in WANDB_API_KEY, what run directories hold and its server does not have."""
+    """Send W&B what run directories hold and its server does not have."""
     from repa_lab.orchestration.tracking import description_by_itself, descriptions
     from repa_lab.tracking.server import require_server
     from repa_lab.tracking.wandb import sync as upload

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from repa_lab.orchestration.launcher import launcher_variables
 from repa_lab.runs.provenance import git_state
-from repa_lab.tracking.server import KEY, resolve_mode
+from repa_lab.tracking.server import api_key, resolve_mode
 
 _GIB = float(2**30)
 _PATIENCE_S = 3.0
@@ -108,7 +108,7 @@ def _services(environment: Mapping[str, str]) -> dict[str, str]:
     from huggingface_hub import constants, get_token
 
     hub = "offline by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else _reach(constants.ENDPOINT)
-    wandb = f"{_reach(environment.get('WANDB_BASE_URL', _WANDB_URL))}, {_presence(environment.get(KEY), 'key')}"
+    wandb = f"{_reach(environment.get('WANDB_BASE_URL', _WANDB_URL))}, {_presence(api_key(), 'key')}"
     ray = "installed" if _version("ray") != "not installed" else "not installed"
     if "RAY_ADDRESS" in environment:
         ray += ", RAY_ADDRESS is set"

@@ -141,4 +141,4 @@ def _why_offline(mode: str) -> str:
     if mode == "offline":
         return "run.wandb.mode is offline"
     chosen = os.environ.get("WANDB_MODE")
-    return f"WANDB_MODE is {chosen}" if chosen else f"{KEY} is not set"
+    return f"WANDB_MODE is {chosen}" if chosen else f"{KEY} is not set, and `wandb login` has stored no key"

@@ -11,6 +11,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,12 +33,28 @@ class WandbRefusalError(InputError):
 
 
 def resolve_mode(mode: str) -> str:
-    """Return a W&B mode; ``auto`` is WANDB_MODE if set, else online with WANDB_API_KEY set and offline without."""
+    """Return a W&B mode; ``auto`` is WANDB_MODE if set, else online with a key and offline without."""
     if mode != "auto":
         return mode
     if chosen := os.environ.get("WANDB_MODE"):
         return _FURTHER_MODES.get(chosen, chosen)
-    return "online" if os.environ.get(KEY) else "offline"
+    return "online" if api_key() else "offline"
+
+
+def api_key() -> str | None:
+    """Return WANDB_API_KEY, or else the key that `wandb login` has stored for the server; None if there is neither."""
+    if key := os.environ.get(KEY):
+        return key
+    stored = [os.environ.get("NETRC") or "~/.netrc", "~/_netrc"]
+    if not any(Path(file).expanduser().is_file() for file in stored):
+        return None
+    from wandb.errors import AuthenticationError, UsageError
+    from wandb.sdk.lib.wbauth import read_netrc_auth  # as the client that sends the rows
+
+    try:
+        return read_netrc_auth(host=server_address())
+    except (AuthenticationError, ValueError, UsageError):  # malformed
+        return None
 
 
 def environment_problems(mode: str) -> Iterator[str]:
@@ -50,7 +67,7 @@ def environment_problems(mode: str) -> Iterator[str]:
         yield f"WANDB_MODE: expected one of {', '.join((*MODES, *_FURTHER_MODES))}, got {mode!r}"
     if mode != "online":
         return
-    if problem := _key_problem(os.environ.get(KEY, "")):
+    if problem := _key_problem(api_key() or ""):
         yield f"{KEY}: {problem}"
     import wandb  # 1 s
     from wandb.errors import UsageError
@@ -65,7 +82,7 @@ def environment_problems(mode: str) -> Iterator[str]:
 
 def _key_problem(key: str) -> str | None:
     if not key:
-        return "not set; W&B's mode online needs a key, which is read from the environment alone"
+        return "not set, and `wandb login` has stored no key; W&B's mode online needs one"
     if re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", key):  # a JSON web token
         return None
     secret = key.split("-", 1)[-1]  # the key of a private server has a prefix
@@ -138,7 +155,7 @@ def ask(address: str, query: str, variables: dict[str, Any]) -> dict[str, Any]:
     """
     (operation,) = re.findall(r"^query (\w+)", query)
     body = json.dumps({"operationName": operation, "query": query, "variables": variables})
-    authorization = base64.b64encode(f"api:{os.environ[KEY]}".encode()).decode()
+    authorization = base64.b64encode(f"api:{api_key()}".encode()).decode()
     headers = {"Content-Type": "application/json", "Authorization": f"Basic {authorization}"}
     request = urllib.request.Request(f"{address}/graphql", body.encode(), headers)
     # No proxy to this machine, as W&B's client has it; the environment's proxies to all others.

@@ -83,7 +83,7 @@ def cli(*words: object) -> subprocess.CompletedProcess[str]:
     [
         ({"project": "a/b"}, {}, "    project: a/b", "run.wandb.project: W&B takes no name with / \\ # ? % :, got / in 'a/b'"),
         ({"entity": "my team"}, {}, "    entity: my team", "run.wandb.entity: W&B takes no user or team with spaces, got 'my team'"),
-        ({"mode": "online"}, {}, "    mode: online", "run.wandb.mode: WANDB_API_KEY: not set; W&B's mode online needs a key, which is read from the environment alone"),
+        ({"mode": "online"}, {}, "    mode: online", "run.wandb.mode: WANDB_API_KEY: not set, and `wandb login` has stored no key; W&B's mode online needs one"),
         ({"mode": "auto"}, {"WANDB_API_KEY": "short"}, "    mode: auto", "run.wandb.mode: WANDB_API_KEY: a key of W&B has 40 or more characters, this one has 5"),
         ({"mode": "auto"}, {"WANDB_MODE": "onlin"}, "    mode: auto", "run.wandb.mode: WANDB_MODE: expected one of online, offline, disabled, run, shared, dryrun, got 'onlin'"),
         ({"mode": "auto"}, {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "https://wandb.ai"}, "    mode: auto", "run.wandb.mode: WANDB_BASE_URL: "),
@@ -147,7 +147,7 @@ def test_the_last_lines_of_a_sweep_say_of_how_many_runs_wandb_has_no_record_and_
     spec, root = spec_file(tmp_path, tiny(run=options, train=train, evaluate=evaluate, seeds=1)), tmp_path / "runs"
     lines = cli("sweep", spec, "--root", root).stdout.splitlines()
     assert lines[-3:] == [
-        "W&B has no complete record of 2 of 2 runs: WANDB_API_KEY is not set",
+        "W&B has no complete record of 2 of 2 runs: WANDB_API_KEY is not set, and `wandb login` has stored no key",
         f"`repa-lab sync tiny --root {root}` sends what it lacks",
         f"report: {root / 'tiny' / 'report.html'}",
     ]

@@ -28,7 +28,7 @@ def clean(tmp_path, monkeypatch) -> Iterator[None]:
     """Neither settings of W&B nor a client from before; W&B's client reads its environment once in a process."""
     import wandb
 
-    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     wandb.teardown()

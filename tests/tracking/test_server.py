@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import socket
 
 import pytest
@@ -11,7 +12,14 @@ from wandb.sdk.lib.wbauth.validation import check_api_key
 
 from repa_lab.spec import SpecError, load_spec
 from repa_lab.tracking import server as tracking
-from repa_lab.tracking.server import ServerError, WandbRefusalError, environment_problems, require_server, resolve_mode
+from repa_lab.tracking.server import (
+    ServerError,
+    WandbRefusalError,
+    api_key,
+    environment_problems,
+    require_server,
+    resolve_mode,
+)
 from tests.orchestration.conftest import tiny
 
 from .server import KEY, serving
@@ -79,6 +87,41 @@ def test_the_mode(clean, monkeypatch, mode, environment, resolved):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert resolve_mode(mode) == resolved
+
+
+@pytest.mark.parametrize(
+    "machine, mode",
+    [("127.0.0.1:8080", "online"), ("127.0.0.1", "offline"), ("example.org", "offline")],
+)
+def test_a_stored_key_counts_for_its_server_alone(clean, tmp_path, monkeypatch, machine, mode):
+    """A key of one server is never sent to another."""
+    file = tmp_path / "home" / ".netrc"
+    file.parent.mkdir()
+    file.write_text(f"machine {machine}\n  login user\n  password {KEY}\n")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:8080")
+    assert api_key() == (KEY if mode == "online" else None)
+    assert resolve_mode("auto") == mode
+    assert bool(list(environment_problems("online"))) == (mode == "offline")
+    monkeypatch.setenv("WANDB_API_KEY", LONG)
+    assert api_key() == LONG
+
+
+@pytest.mark.parametrize("text", ["machine", f"machine 127.0.0.1:8080 login user password {KEY[:8]}", ""])
+def test_a_file_of_keys_that_cannot_be_read_holds_none(clean, tmp_path, monkeypatch, text):
+    monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:8080")
+    (tmp_path / "keys").write_text(text)
+    assert api_key() is None and resolve_mode("auto") == "offline"
+
+
+def test_the_server_is_asked_with_a_stored_key(clean, tmp_path, monkeypatch):
+    with serving() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
+        machine = server.address.removeprefix("http://")
+        (tmp_path / "keys").write_text(f"machine {machine}\n  login user\n  password {KEY}\n")
+        require_server()
+    assert server.keys == {"Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()}
 
 
 def taken_by_wandb(**settings: object) -> bool:

@@ -151,7 +151,7 @@ def test_the_command_line_says_what_became_of_every_run(tmp_path, server, monkey
 @pytest.mark.parametrize(
     "variables, status, said",
     [
-        ({"WANDB_API_KEY": ""}, 2, "WANDB_API_KEY: not set; W&B's mode online needs a key, which is read from the environment alone"),
+        ({"WANDB_API_KEY": ""}, 2, "WANDB_API_KEY: not set, and `wandb login` has stored no key; W&B's mode online needs one"),
         ({"WANDB_API_KEY": "short"}, 2, "WANDB_API_KEY: a key of W&B has 40 or more characters, this one has 5"),
         ({"WANDB_BASE_URL": "http://127.0.0.1:9"}, 1, "W&B's server http://127.0.0.1:9 cannot be reached: Connection refused"),
     ],
