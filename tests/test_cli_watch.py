@@ -148,18 +148,19 @@ def test_a_run_in_training_is_not_touched(root):
 
 
 def test_gc_deletes_what_it_says_and_keeps_what_is_pinned(root):
-    make(root, "pruned", State.PRUNED)
-    make(root, "kept", State.PRUNED)
-    assert cli("pin", "kept", "--root", root.path).returncode == 0
+    pruned, kept = "0123456789ab", "ba9876543210"
+    make(root, pruned, State.PRUNED)
+    make(root, kept, State.PRUNED)
+    assert cli("pin", kept, "--root", root.path).returncode == 0
     dry = cli("gc", "--dry-run", "--root", root.path)
-    assert "would go" in dry.stdout and "pruned" in dry.stdout and "kept" not in dry.stdout
-    assert checkpoints.steps(root.run("pruned").checkpoints) == [5]
+    assert "would go" in dry.stdout and pruned in dry.stdout and kept not in dry.stdout
+    assert checkpoints.steps(root.run(pruned).checkpoints) == [5]
     done = cli("gc", "--root", root.path)
     assert done.returncode == 0 and "0.00 GiB freed" in done.stdout
-    assert checkpoints.steps(root.run("pruned").checkpoints) == []
-    assert checkpoints.steps(root.run("kept").checkpoints) == [5]
-    assert cli("pin", "kept", "--off", "--root", root.path).returncode == 0
-    assert "kept" in cli("gc", "--root", root.path).stdout
+    assert checkpoints.steps(root.run(pruned).checkpoints) == []
+    assert checkpoints.steps(root.run(kept).checkpoints) == [5]
+    assert cli("pin", kept, "--off", "--root", root.path).returncode == 0
+    assert kept in cli("gc", "--root", root.path).stdout
     assert (
         "cannot free enough space: 0 GiB requested, and nothing more can be deleted"
         in cli("gc", "--root", root.path, "--disk-gib", "0").stdout

@@ -58,10 +58,13 @@ class EncoderSettings(Settings):
         return self
 
 
+ProjectorType = Literal["mlp", "linear", "conv"]
+
+
 class ProjectorSettings(Settings):
     """The trainable map from the denoiser's width to the encoder's."""
 
-    type: Literal["mlp", "linear", "conv"] = "mlp"
+    type: ProjectorType = "mlp"
     """REPA's three layers with SiLU, SimpleTuner's LayerNorm + Linear, or iREPA's convolution over the grid."""
     width: Annotated[Positive, UsedIf("type", ("mlp",))] = 2048
     """Hidden width of `mlp`."""
@@ -374,7 +377,11 @@ class NoSettings(RegularizerSettings):
 Encoders = Annotated[tuple[EncoderSettings, ...], Field(min_length=1)]
 # `projector: conv` means `projector: {type: conv}`.
 ProjectorSection = Annotated[
-    ProjectorSettings, BeforeValidator(lambda value: {"type": value} if isinstance(value, str) else value)
+    ProjectorSettings,
+    BeforeValidator(
+        lambda value: {"type": value} if isinstance(value, str) else value,
+        json_schema_input_type=ProjectorType | ProjectorSettings,
+    ),
 ]
 
 

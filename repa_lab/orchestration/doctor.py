@@ -18,13 +18,12 @@ from urllib.parse import urlsplit
 
 from repa_lab.orchestration.launcher import launcher_variables
 from repa_lab.runs.provenance import git_state
-from repa_lab.tracking.server import api_key, resolve_mode
+from repa_lab.tracking.server import KEY, api_key, resolve_mode, server_address
 
 _GIB = float(2**30)
 _PATIENCE_S = 3.0
 _TORCH_PATIENCE_S = 120.0
 _DEVELOPMENT = re.compile(r"extra == .dev")
-_WANDB_URL = "https://api.wandb.ai"
 
 
 def diagnose(root: Path, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -108,7 +107,8 @@ def _services(environment: Mapping[str, str]) -> dict[str, str]:
     from huggingface_hub import constants, get_token
 
     hub = "offline by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else _reach(constants.ENDPOINT)
-    wandb = f"{_reach(environment.get('WANDB_BASE_URL', _WANDB_URL))}, {_presence(api_key(), 'key')}"
+    address = environment.get("WANDB_BASE_URL") or server_address()
+    wandb = f"{_reach(address)}, {_presence(environment.get(KEY) or api_key(), 'key')}"
     ray = "installed" if _version("ray") != "not installed" else "not installed"
     if "RAY_ADDRESS" in environment:
         ray += ", RAY_ADDRESS is set"

@@ -115,7 +115,9 @@ class TestBadInput:
         assert line.endswith(f"; did you mean '{meant}'?")
 
     def test_everything_that_is_wrong_is_said_at_once(self, tmp_path):
-        lines = refusal(tmp_path, {"crepa_enabled": "perhaps", "crepa_lambda": [], "crepa_x": 1, "model_family": "wan"})
+        lines = refusal(
+            tmp_path, {"crepa_enabled": "perhaps", "crepa_lambda": [], "crepa_x": 1, "model_family": "wann"}
+        )
         assert [line.split(": ")[1] for line in lines] == ["crepa_enabled", "crepa_lambda", "crepa_x", "model_family"]
 
     def test_no_file_and_no_text_are_one_line(self, tmp_path):

@@ -189,7 +189,7 @@ def test_the_papers_depth_is_the_block_index_plus_one():
     tokens = denoiser.x_embedder(x) + denoiser.pos_embed
     condition = denoiser.t_embedder(t) + denoiser.y_embedder(y)
     for number, block in enumerate(denoiser.blocks, start=1):
-        tokens = block(tokens, condition)
+        tokens = block(tokens, condition, None)
         if number == 4:
             break
     assert torch.equal(tap.take().values, tokens)

@@ -272,6 +272,7 @@ class TestTotals:
             "question",
             "runs",
             "arms",
+            "blocked",
             "steps",
             "orphaned",
             "caches",

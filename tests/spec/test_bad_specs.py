@@ -199,7 +199,7 @@ WHOLE = {
     "regularizer: {type: rep, encoder: {name: 3}}\naxes: {train.ema: {range: [0, 1]}}\nseeds: 0\ncompare: {goal: mean, base: {}}\n": [
         f"1:1: nmae: unknown field 'nmae'; {allowed(SpecFile)}; did you mean 'name'?",
         "1:1: name: this field is required",
-        "3:8: data.source: unknown source of images 'digit'; allowed: digits, imagefolder, datasets, hub, repa; did you mean 'digits'?",
+        "3:8: data.source: unknown source of images 'digit'; allowed: digits, imagefolder, clips, datasets, hub, repa; did you mean 'digits'?",
         f"4:20: train.stepz: unknown field 'stepz'; {allowed(TrainConfig)}; did you mean 'steps'?",
         "4:30: train.lr: expected a number of more than 0.0, got 0",
         f"5:15: regularizer.type: unknown regularizer 'rep'; allowed: {TYPES}; did you mean 'repa'?",

@@ -66,7 +66,7 @@ BAD = {
         "name: q\nmodel: [sit]\ndata: {source: 8, holdout: 2.5}\ntrain: {steps: '10', batch_size: 1e2, lr: true}\n",
         [
             "2:1: model: expected a mapping, got ['sit']",
-            "3:8: data.source: unknown source of images '8'; allowed: digits, imagefolder, datasets, hub, repa",  # whose other fields cannot be judged
+            "3:8: data.source: unknown source of images '8'; allowed: digits, imagefolder, clips, datasets, hub, repa",  # whose other fields cannot be judged
             "4:9: train.steps: expected an integer, got '10'",
             "4:22: train.batch_size: expected an integer, got 100.0",
             "4:39: train.lr: expected a number, got true",
@@ -101,7 +101,7 @@ BAD = {
         "regularizer: {type: repa, projector: {type: mpl}, schedule: {type: cosin}}\n",
         [
             "2:22: model.train: expected one of full, lora, got 'lorra'; did you mean 'lora'?",
-            "3:8: data.source: unknown source of images 'digit'; allowed: digits, imagefolder, datasets, hub, repa; did you mean 'digits'?",
+            "3:8: data.source: unknown source of images 'digit'; allowed: digits, imagefolder, clips, datasets, hub, repa; did you mean 'digits'?",
             "4:19: train.time: expected one of uniform, logit_normal or a mapping, got 'logit'",
             "5:39: regularizer.projector.type: expected one of mlp, linear, conv, got 'mpl'; did you mean 'mlp'?",
             "5:62: regularizer.schedule.type: expected one of constant, linear, cosine, polynomial, got 'cosin'; "

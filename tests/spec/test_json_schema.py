@@ -45,6 +45,7 @@ SOUND = [
     "include: [{label: a, set: {regularizer.schedule.type: cosine}}]\nexclude: [{t: a, train.lr: [1, 2]}]\n",
     "search: {space: {train.lr: {log: [0.1, 1]}}, trials: 4}\nseeds: [3, 1]\n",
     "regularizer: {encoder: [{name: x}, {name: y}]}\n",
+    "regularizer: {type: repa, projector: conv}\n",
 ]
 WRONG = [
     "nmae: q\n",
