@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -210,22 +211,21 @@ def _board_rows(board: Board) -> list[dict[str, Any]]:
     from repa_lab.report.tables import decimals, interval
 
     rows = []
-    for arm in board.frame.itertuples():
-        places = decimals(arm.mean)
-        has_interval = arm.low == arm.low  # else NaN
-        spread = f" {interval(arm.low, arm.high, places)}" if has_interval else ""
+    for arm in board.rows:
+        places = decimals(arm["mean"])
+        spread = "" if math.isnan(arm["low"]) else f" {interval(arm['low'], arm['high'], places)}"
         rows.append(
             {
-                "arm": arm.arm,
-                "sweeps": arm.sweeps,
-                "model": f"{arm.family} {arm.size}".strip(),
-                "regularizer": f"{arm.regularizer} {arm.encoder}".strip(),
-                "state": arm.state,
-                "mean [95 % interval]": f"{arm.mean:.{places}f}{spread}",
-                "n": f"{arm.n} of {arm.seeds}",
-                "best": f"{arm.best:.{places}f}",
-                "step": arm.step,
-                "images": f"{arm.images:.0f}",
+                "arm": arm["arm"],
+                "sweeps": arm["sweeps"],
+                "model": f"{arm['family']} {arm['size']}".strip(),
+                "regularizer": f"{arm['regularizer']} {arm['encoder']}".strip(),
+                "state": arm["state"],
+                "mean [95 % interval]": f"{arm['mean']:.{places}f}{spread}",
+                "n": f"{arm['n']} of {arm['seeds']}",
+                "best": f"{arm['best']:.{places}f}",
+                "step": arm["step"],
+                "images": f"{arm['images']:.0f}",
             }
         )
     return rows

@@ -167,15 +167,24 @@ def _later_rows(root: RunsRoot, sweep: Path | None, rows: list[dict[str, Any]]) 
 
 
 def _rows(root: RunsRoot, sweep: Path | None) -> list[dict[str, Any]]:
-    if sweep is not None:
-        directory = root.find_sweep(sweep)
-        return [_row(name, directory.run(run_id)) for name, run_id in _named_runs(directory)]
-    names: dict[str, str] = {}  # by the first sweep that asks for a run
+    from repa_lab.runs.files import garbage_collection_paused
+
+    with garbage_collection_paused():
+        if sweep is not None:
+            directory = root.find_sweep(sweep)
+            return [_row(name, directory.run(run_id)) for name, run_id in _named_runs(directory)]
+        names = _names(root)
+        return [_row(names.get(run.run_id, ""), run) for run in root.runs()]
+
+
+def _names(root: RunsRoot) -> dict[str, str]:
+    """Return the names of runs, by their ids, in the first sweep that asks for them."""
+    names: dict[str, str] = {}
     for directory in root.sweeps():
         with suppress(ValueError, LookupError, TypeError):  # a damaged manifest; its runs are there all the same
             for name, run_id in _named_runs(directory):
                 names.setdefault(run_id, f"{directory.path.name}: {name}")
-    return [_row(names.get(run.run_id, ""), run) for run in root.runs()]
+    return names
 
 
 def _named_runs(directory: SweepDirectory) -> list[tuple[str, str]]:
@@ -186,7 +195,8 @@ def _named_runs(directory: SweepDirectory) -> list[tuple[str, str]]:
 def _row(name: str, run: RunDirectory) -> dict[str, Any]:
     from repa_lab.tracking.wandb import WandbRecord
 
-    status, rows, record = run.status(), run.rows(), WandbRecord.read(run)
+    state, rows, record = run.state, run.rows(), WandbRecord.read(run)
+    status = run.status(state=state)
     last = (rows or [{"step": 0}])[-1]
     left = ""
     if status == "running" and last["step"]:  # at the pace of its steps so far
@@ -194,4 +204,4 @@ def _row(name: str, run: RunDirectory) -> dict[str, Any]:
         left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
     row = {"run": name, "run_id": run.run_id, "state": status.value, "step": last["step"]}
     tracked = f"{record.count(rows)} of {len(rows)} rows" if record else ""
-    return {**row, "left": left, "wandb": tracked, "error": run.state.error or ""}
+    return {**row, "left": left, "wandb": tracked, "error": state.error or ""}

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from repa_lab.report.summary import KEYS, dotted
 from repa_lab.runs import RunDirectory, RunState, SweepManifest
 from repa_lab.runs.files import FormatError, Row
 from repa_lab.runs.root import ArmRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 T = TypeVar("T")
 UNKNOWN = "unknown"  # the status of a run whose state cannot be read
@@ -88,9 +89,9 @@ class RunReader:
         if self.state is None:
             return UNKNOWN
         recorded = self.state.state.status
-        return (
-            recorded.value if recorded.is_final else self._read("state.json", lambda: self.run.status().value, UNKNOWN)
-        )
+        if recorded.is_final:
+            return recorded.value
+        return self._read("state.json", lambda: self.run.status(state=self.state).value, UNKNOWN)
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -145,17 +146,15 @@ class RunReader:
             # Nearly every row, of very many, holds only numbers.
             numbers = row if _NUMBERS.issuperset(map(type, row.values())) else self._numbers(row)
             step, (progress_names, metrics) = row["step"], _split(tuple(numbers))
-            known = by_step.setdefault(step, {})
-            for name in progress_names:
-                known[name] = totals[name] = numbers[name]
+            progress = {name: numbers[name] for name in progress_names}
+            by_step.setdefault(step, {}).update(progress)
+            totals.update(progress)
             for metric in metrics:
-                self._measure(measurements.setdefault(metric, {}), metric, step, numbers[metric])
+                values, value = measurements.setdefault(metric, {}), numbers[metric]
+                if step in values and values[step] != value and not math.isnan(value):
+                    self._note("metrics.jsonl", f"{metric} at step {step} is there twice, differently; the last counts")
+                values[step] = value
         return History({step: _progress(known) for step, known in by_step.items()}, totals, measurements)
-
-    def _measure(self, values: dict[float, float], metric: str, step: float, value: float) -> None:
-        if step in values and values[step] != value and not math.isnan(value):
-            self._note("metrics.jsonl", f"{metric} at step {step} is there twice, differently; the last counts")
-        values[step] = value
 
     def places(self, axis: str) -> dict[float, float]:
         """Return the ``step``, ``images``, device ``hours`` or ``flops`` at every logged step; NaN where not known."""
@@ -242,6 +241,8 @@ def members_of(manifest: SweepManifest, find: Callable[[str], RunDirectory]) -> 
 
 def runs_frame(members: Iterable[Member]) -> pd.DataFrame:
     """Return a row per run; for the columns see :class:`repa_lab.report.results.Results`."""
+    import pandas as pd
+
     sweeps: dict[str, list[Member]] = {}
     for member in members:
         sweeps.setdefault(member.keys["sweep"], []).append(member)
@@ -275,6 +276,8 @@ def _run_row(member: Member) -> Row:
 
 def curves_frame(members: Iterable[Member]) -> pd.DataFrame:
     """Return a row per measurement, made column by column: there may be a million."""
+    import pandas as pd
+
     columns: dict[str, list[Any]] = {name: [] for name in _CURVE_COLUMNS}
     for member in members:
         places = {axis: member.reader.places(axis) for axis in ("images", "hours", "flops")}
@@ -290,6 +293,8 @@ def curves_frame(members: Iterable[Member]) -> pd.DataFrame:
 
 def samples_frame(members: Iterable[Member]) -> pd.DataFrame:
     """Return a row per grid of samples."""
+    import pandas as pd
+
     grids = ((member, grid) for member in members for grid in member.reader.grids.items())
     rows = [{**member.keys, "step": step, "path": path} for member, (step, path) in grids]
     return pd.DataFrame(rows, columns=[*_KEYS, "step", "path"])
@@ -297,6 +302,8 @@ def samples_frame(members: Iterable[Member]) -> pd.DataFrame:
 
 def troubles_frame(members: Sequence[Member]) -> pd.DataFrame:
     """Return a row per thing that could not be used."""
+    import pandas as pd
+
     troubles = ((member, trouble) for member in members for trouble in member.reader.all_troubles())
     rows = [{**member.keys, "where": where, "what": what} for member, (where, what) in troubles]
     return pd.DataFrame(rows, columns=[*_KEYS, "where", "what"])

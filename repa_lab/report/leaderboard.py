@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from repa_lab.metrics.protocol import differences
 from repa_lab.report.frames import Member, RunReader
 from repa_lab.report.results import ResultsError, load_results
 from repa_lab.report.statistics import Goal, finite, mean_interval
-from repa_lab.report.summary import Protocol, common_step, dotted, goal_of, is_protocol, metric_kind
+from repa_lab.report.summary import Protocol, common_step, dotted, goal_of, grouped, is_protocol, metric_kind
 from repa_lab.report.text import troubles
+from repa_lab.runs.files import Row, garbage_collection_paused
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = [
     *("arm", "sweeps", "family", "size", "regularizer", "encoder", "state", "seeds"),
@@ -31,7 +34,7 @@ class Board:
         metric: the full name.
         goal: whether small or large values are good; the best arm is first.
         protocol: the fields, with values, in which this board's protocol differs from other boards of the same name.
-        frame: a row per arm with :data:`COLUMNS`. ``mean`` with its 95 % t interval ``low`` to ``high`` is over the
+        rows: an entry per arm with :data:`COLUMNS`. ``mean`` with its 95 % t interval ``low`` to ``high`` is over the
             ``n`` of ``seeds`` runs that have a finite value at ``step``, the last step that all measured runs have;
             ``best`` is the mean of each run's best value up to that step.
     """
@@ -39,7 +42,14 @@ class Board:
     metric: str
     goal: Goal
     protocol: Protocol
-    frame: pd.DataFrame
+    rows: tuple[Row, ...]
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """:attr:`rows` as a data frame."""
+        import pandas as pd  # takes a third of a second, which a table need not wait for
+
+        return pd.DataFrame(self.rows, columns=COLUMNS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +61,7 @@ class _Arm:
     readers: dict[str, RunReader]
 
 
+@garbage_collection_paused()
 def leaderboards(
     path: str | Path, metric: str | None = None, protocol: str = "", tell: Callable[[str], None] = lambda line: None
 ) -> list[Board]:
@@ -76,13 +87,13 @@ def leaderboards(
     measured = sorted({name for member in runs.values() for name in member.reader.history.measurements})
     for name in (name for name in measured if protocol in name and _is_wanted(name, metric)):
         readers = {run: member.reader for run, member in runs.items() if name in member.reader.history.measurements}
-        groups = _group({run: recorded for run, reader in readers.items() if (recorded := _protocol(reader, name))})
+        groups = grouped({run: recorded for run, reader in readers.items() if (recorded := _protocol(reader, name))})
         differing = sorted({field for first, _ in groups for other, _ in groups for field in differences(first, other)})
         for recorded, members in groups:
             rows = [row for arm in arms if (row := _row(arm, name, members)) is not None]
-            frame = pd.DataFrame(rows, columns=COLUMNS)
-            frame = frame.sort_values("mean", ascending=goal_of(name) == "min", kind="stable", ignore_index=True)
-            boards.append(Board(name, goal_of(name), {field: recorded.get(field) for field in differing}, frame))
+            sign = 1 if goal_of(name) == "min" else -1
+            rows.sort(key=lambda row: (math.isnan(row["mean"]), sign * row["mean"]))
+            boards.append(Board(name, goal_of(name), {field: recorded.get(field) for field in differing}, tuple(rows)))
     if not boards:
         names = ", ".join(filter(is_protocol, measured)) or "nothing"
         raise ResultsError(f"no such metric with a protocol in '{path}'; measured: {names}")
@@ -104,19 +115,6 @@ def _protocol(reader: RunReader, metric: str) -> Protocol:
     return {"recorded": False, **dotted({"data": reader.spec.get("data", {})})}
 
 
-def _group(protocols: Mapping[str, Protocol]) -> list[tuple[Protocol, set[str]]]:
-    """Group runs whose protocols do not differ, each group with the protocol of one of its runs."""
-    groups: list[tuple[Protocol, set[str]]] = []
-    for run, protocol in protocols.items():
-        for first, runs in groups:
-            if not differences(first, protocol):
-                runs.add(run)
-                break
-        else:
-            groups.append((protocol, {run}))
-    return groups
-
-
 def _merged(members: Iterable[Member]) -> list[_Arm]:
     readers: dict[tuple[str, str], dict[str, RunReader]] = {}
     for member in members:
@@ -132,7 +130,7 @@ def _merged(members: Iterable[Member]) -> list[_Arm]:
     return list(dict.fromkeys(arm_of.values()))
 
 
-def _row(arm: _Arm, metric: str, runs: set[str]) -> dict[str, Any] | None:
+def _row(arm: _Arm, metric: str, runs: set[str]) -> Row | None:
     """Return the row of an arm at equal progress; None if its measured runs share no step."""
     readers = [reader for run, reader in arm.readers.items() if run in runs]
     curves = [reader.history.measurements[metric] for reader in readers]

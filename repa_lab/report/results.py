@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from repa_lab.errors import InputError
 from repa_lab.report.frames import (
@@ -33,8 +31,11 @@ from repa_lab.report.summary import (
     summarize,
 )
 from repa_lab.runs import RunDirectory, RunsRoot, SweepDirectory, SweepManifest
-from repa_lab.runs.files import Row
+from repa_lab.runs.files import Row, garbage_collection_paused
 from repa_lab.runs.root import ArmRecord, ComparisonRecord, RootError, RunRecord, run_at
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class ResultsError(InputError):
@@ -85,6 +86,7 @@ class Results:
     members: tuple[Member, ...]
 
     @cached_property
+    @garbage_collection_paused()
     def runs(self) -> pd.DataFrame:
         """A row per arm and seed.
 
@@ -95,6 +97,7 @@ class Results:
         return runs_frame(self.members)
 
     @cached_property
+    @garbage_collection_paused()
     def curves(self) -> pd.DataFrame:
         """A row per measurement.
 
@@ -106,9 +109,12 @@ class Results:
     @cached_property
     def summary(self) -> pd.DataFrame:
         """A row per arm and evaluation metric at equal progress; see :func:`repa_lab.report.summary.summarize`."""
+        import pandas as pd
+
         return pd.DataFrame(self.rows, columns=SUMMARY_COLUMNS)
 
     @cached_property
+    @garbage_collection_paused()
     def rows(self) -> list[Row]:
         """The rows of :attr:`summary`."""
         return summarize(self.sweeps, self._curves, self.protocols)
@@ -132,6 +138,7 @@ class Results:
         return samples_frame(self.members)
 
     @cached_property
+    @garbage_collection_paused()
     def grids(self) -> dict[str, dict[int, dict[int, Path]]]:
         """The sample grids of the only sweep by arm, seed and step."""
         grids: dict[str, dict[int, dict[int, Path]]] = {}
@@ -141,16 +148,19 @@ class Results:
         return grids
 
     @cached_property
+    @garbage_collection_paused()
     def troubles(self) -> pd.DataFrame:
         """A row per thing in a run directory that could not be used: ``where`` and ``what``."""
         return troubles_frame(self.members)
 
     @cached_property
+    @garbage_collection_paused()
     def protocols(self) -> Protocols:
         """The protocols that the runs recorded."""
         return Protocols({member.run_id: member.reader.protocols for member in self.members})
 
     @cached_property
+    @garbage_collection_paused()
     def provenances(self) -> dict[str, Mapping[str, Any]]:
         """Code, versions and machine of each run, by run id."""
         recorded = {member.run_id: member.reader.provenance for member in self.members}

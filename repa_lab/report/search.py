@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from repa_lab.report.results import Results
 from repa_lab.runs import RunStatus
 from repa_lab.runs.root import TrialRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MIN_TRIALS = 10
 _DECADE = 10.0
@@ -61,6 +62,8 @@ def search_frame(results: Results) -> pd.DataFrame:
     trial is on the Pareto front), ``value/<objective>`` (NaN without a value) and ``param/<dotted path>`` (JSON text
     for lists and booleans, None where the setting was not searched).
     """
+    import pandas as pd
+
     search = results.sweep.search
     names = dict.fromkeys(name for trial in ordered_trials(results) for name in trial.params)
     front = set(search.pareto if search else ())
@@ -87,6 +90,8 @@ def importance_frame(results: Results) -> pd.DataFrame:
     Columns: ``objective``, ``param``, ``importance`` (sums to 1 over the settings of an objective). Empty below
     :data:`MIN_TRIALS` completed trials or two settings.
     """
+    import pandas as pd
+
     frame, columns = search_frame(results), ["objective", "param", "importance"]
     done = frame[frame["state"] == "complete"] if len(frame) else frame
     params = [name for name in done.columns if name.startswith("param/")]
@@ -103,6 +108,7 @@ def importance_frame(results: Results) -> pd.DataFrame:
 
 def _importance(done: pd.DataFrame, value: str, names: list[str]) -> dict[str, float]:
     import optuna
+    import pandas as pd
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -129,6 +135,8 @@ def _importance(done: pd.DataFrame, value: str, names: list[str]) -> dict[str, f
 
 def is_wide(values: pd.Series) -> bool:
     """Return whether positive numbers span more than a decade, so that a logarithmic axis suits them."""
+    import pandas as pd
+
     if not pd.api.types.is_numeric_dtype(values):
         return False
     known = values.dropna()

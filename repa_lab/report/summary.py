@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ def is_protocol(metric: str) -> bool:
     return "@" in metric
 
 
+@functools.lru_cache(maxsize=1024)
 def is_evaluation(metric: str) -> bool:
     """Return whether a metric is measured on averaged weights at evaluations, rather than logged while training."""
     return is_protocol(metric) or metric.startswith("heldout/")
@@ -65,12 +67,21 @@ class Protocols:
             runs: run ids; runs without a recorded protocol are left out.
             metric: full name.
         """
-        protocols = [self.by_run[run][metric] for run in dict.fromkeys(runs) if metric in self.by_run.get(run, {})]
+        if metric not in self._distinct:
+            recorded = {run: known[metric] for run, known in self.by_run.items() if metric in known}
+            self._distinct[metric] = {run: first for first, group in grouped(recorded) for run in group}
+        by_run = self._distinct[metric]
+        protocols = [*{id(by_run[run]): by_run[run] for run in runs if run in by_run}.values()]
         fields = sorted({name for protocol in protocols[1:] for name in differences(protocols[0], protocol)})
         return [
             f"{name} ({listed(list(dict.fromkeys(_text(protocol.get(name)) for protocol in protocols)))})"
             for name in fields
         ]
+
+    @functools.cached_property
+    def _distinct(self) -> dict[str, dict[str, Protocol]]:
+        """For each metric that was asked for, the first protocol that does not differ from a run's, by run id."""
+        return {}
 
     def names(self, arms: Mapping[str, Iterable[str]], metric: str) -> dict[str, str]:
         """Return the name of a metric for each arm, so that one name stands for one protocol.
@@ -102,20 +113,41 @@ class Protocols:
         return {arm: f"{metric} ({suffix[arm]})" if suffix.get(arm) else metric for arm in arms}
 
 
+def grouped(protocols: Mapping[str, Protocol]) -> list[tuple[Protocol, set[str]]]:
+    """Group runs whose protocols do not differ, each group with the protocol of its first run.
+
+    Args:
+        protocols: protocols of one metric, by run id.
+    """
+    groups: list[tuple[Protocol, set[str]]] = []
+    for run, protocol in protocols.items():
+        for first, runs in groups:
+            if not differences(first, protocol):
+                runs.add(run)
+                break
+        else:
+            groups.append((protocol, {run}))
+    return groups
+
+
 def bare_name(name: str) -> str:
     """Return the metric's own name from a name that :meth:`Protocols.names` gave."""
     return name.partition(" (")[0]
 
 
-def dotted(fields: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+def dotted(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the leaves of nested mappings by their dotted names."""
     leaves: dict[str, Any] = {}
+    _add_leaves(leaves, fields, "")
+    return leaves
+
+
+def _add_leaves(leaves: dict[str, Any], fields: Mapping[str, Any], prefix: str) -> None:
     for key, value in fields.items():
         if isinstance(value, dict):
-            leaves |= dotted(value, f"{path}{key}.")
+            _add_leaves(leaves, value, f"{prefix}{key}.")
         else:
-            leaves[f"{path}{key}"] = value
-    return leaves
+            leaves[prefix + key] = value
 
 
 def listed(labels: Sequence[str]) -> str:

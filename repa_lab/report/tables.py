@@ -8,14 +8,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from repa_lab.report.results import IMAGES, Axis, Results
 from repa_lab.report.search import search_frame
 from repa_lab.report.statistics import finite, mean_interval, speedup, steps_to_reach
 from repa_lab.report.summary import bare_name, dotted, goal_of, metric_kind
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NONE = "n/a"
 _EMPTY = (NONE, "", "not reached")
@@ -274,6 +275,8 @@ def cost_frame(results: Results) -> pd.DataFrame:
     Columns: ``arm``, ``run_id``; ``hours/<phase>`` in device hours and ``flops/<phase>`` for ``training``, ``encoder``
     (its hours are part of the training hours, its FLOPs are not) and ``evaluation``; NaN where a run has no record.
     """
+    import pandas as pd
+
     runs = results.runs.drop_duplicates("run_id")
     nan = pd.Series(math.nan, index=runs.index)
     frame = runs[["arm", "run_id"]].copy()
@@ -362,4 +365,6 @@ def _text(value: Any) -> str:
         return value
     if isinstance(value, list | dict | tuple):
         return json.dumps(value)
-    return NONE if value is None or pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return NONE if math.isnan(value) else f"{value:.4g}"
+    return NONE if value is None else str(value)

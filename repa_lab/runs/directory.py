@@ -214,17 +214,18 @@ class RunDirectory:
             message = f"'{path}' is damaged; delete it, and the run continues from its last checkpoint"
             raise DamagedFileError(message) from None
 
-    def status(self, rules: Sequence[Callable[[Row], bool]] | None = None) -> RunStatus:
+    def status(self, rules: Sequence[Callable[[Row], bool]] | None = None, state: RunState | None = None) -> RunStatus:
         """Return where the run stands: by its recorded state, its lock, its checkpoints and its rows.
 
         Args:
             rules: the stop rules of the sweep that asks, which decide whether the run is stopped; None takes the
                 recorded state.
+            state: :attr:`state`, where it is read already.
 
         Raises:
             DamagedFileError: a file cannot be read.
         """
-        recorded = self.state.state
+        recorded = (state or self.state).state
         if recorded.status.is_final:
             return recorded.status
         if rules and any(holds(row) for row in self.rows() for holds in rules):

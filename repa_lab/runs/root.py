@@ -276,6 +276,7 @@ class RunsRoot:
         if path.exists() and not path.is_dir():
             raise RootError(f"'{path}' is a file; the root of all runs is a folder")
         self.path = path
+        self._runs = path / _RUNS
 
     @property
     def cache(self) -> Path:
@@ -284,7 +285,7 @@ class RunsRoot:
 
     def place_of(self, run_id: str) -> Path:
         """Return where a run is trained."""
-        return self.path / _RUNS / _folder_name(run_id)
+        return self._runs / _folder_name(run_id)
 
     def run(self, run_id: str) -> RunDirectory:
         """Return the directory of a run, which need not exist; where it is trained, or else a copy of it."""
@@ -308,7 +309,7 @@ class RunsRoot:
 
     def runs(self) -> list[RunDirectory]:
         """Return all runs that were ever described."""
-        described = [RunDirectory(path.parent) for path in sorted(self.path.glob(f"{_RUNS}/*/spec.json"))]
+        described = [RunDirectory(self._runs / name) for name in _folders_with("spec.json", self._runs)]
         known = {run.run_id for run in described}
         return described + [self.run(run_id) for run_id in self._copies if run_id not in known]
 
@@ -348,7 +349,7 @@ class RunsRoot:
 
     def sweeps(self) -> list[SweepDirectory]:
         """Return all sweeps that were ever recorded."""
-        return [SweepDirectory(path.parent) for path in sorted(self.path.glob("*/sweep.json"))]
+        return [SweepDirectory(self.path / name) for name in _folders_with("sweep.json", self.path)]
 
 
 def run_at(path: Path) -> RunDirectory:
@@ -362,6 +363,15 @@ def run_at(path: Path) -> RunDirectory:
     if place.parent == sweep.links and sweep.is_recorded and (run_id := sweep.manifest.link_names.get(place.name)):
         return sweep.run(run_id)
     return RunDirectory(place if place.parent.name == _RUNS else place.resolve())
+
+
+def _folders_with(file: str, parent: Path) -> list[str]:
+    """Return the names of the folders in a folder, which need not exist, that hold a file of this name; sorted."""
+    try:
+        names = sorted(os.listdir(parent))  # noqa: PTH208  paths of thousands of names would take as long as reading
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
+    return [name for name in names if os.path.exists(f"{parent}/{name}/{file}")]  # noqa: PTH110
 
 
 def _folder_name(name: str) -> str:

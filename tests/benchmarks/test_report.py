@@ -22,11 +22,14 @@ from repa_lab.report import write_report
 WORK = {
     "json.loads": ("", "rows = [json.loads(line) for file in files for line in file.open()]"),
     "leaderboard": ("", "boards = leaderboards(root.path)"),
-    "load_results, summary": ("", "summary = load_results(root.sweep('many').path).summary"),
-    "load_results, runs and curves": ("", "results = load_results(root.path); results.runs, results.curves"),
+    "load_results, summary": ("import pandas", "summary = load_results(root.sweep('many').path).summary"),
+    "load_results, runs and curves": (
+        "import pandas",
+        "results = load_results(root.path); results.runs, results.curves",
+    ),
     "status": ("from repa_lab.cli.runs import _rows", "_rows(root, None)"),
     "what a report reads": (
-        "",
+        "import pandas",
         "results = load_results(root.sweep('many').path)\n"
         "results.rows, results.troubles, results.provenances, results.grids, results.protocols",
     ),
