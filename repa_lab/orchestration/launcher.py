@@ -6,9 +6,12 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from repa_lab.errors import InputError
-from repa_lab.spec import RunOptions
+
+if TYPE_CHECKING:
+    from repa_lab.spec import RunOptions
 
 _VARIABLES = {
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE",

@@ -22,7 +22,7 @@ T = TypeVar("T")
 UNKNOWN = "unknown"  # the status of a run whose state cannot be read
 _KEYS = [*KEYS, "seed", "run_id"]
 _RUN_COLUMNS = [*KEYS, "baseline", "seed", "run_id", "state", "step", "images", "seconds", "processes", "error"]
-_CURVE_COLUMNS = [*_KEYS, "step", "images", "hours", "flops", "metric", "value"]
+_AXES = ("step", "images", "hours", "flops")
 _NUMBERS = frozenset({int, float})  # and not bool, which is an int
 _SECONDS_PER_HOUR = 3600
 
@@ -275,20 +275,24 @@ def _run_row(member: Member) -> Row:
 
 
 def curves_frame(members: Iterable[Member]) -> pd.DataFrame:
-    """Return a row per measurement, made column by column: there may be a million."""
+    """Return a row per measurement, taken from a row per logged step: there may be a million."""
     import pandas as pd
 
-    columns: dict[str, list[Any]] = {name: [] for name in _CURVE_COLUMNS}
+    steps: dict[str, list[Any]] = {name: [] for name in (*_KEYS, *_AXES)}
+    places, metrics, values = list[int](), list[str](), list[float]()
     for member in members:
-        places = {axis: member.reader.places(axis) for axis in ("images", "hours", "flops")}
-        for metric, values in member.reader.history.measurements.items():
-            for name, key in {**member.keys, "metric": metric}.items():
-                columns[name] += [key] * len(values)
-            columns["step"] += values
-            columns["value"] += values.values()
-            for axis, place in places.items():
-                columns[axis] += [place[step] for step in values]
-    return pd.DataFrame(columns).astype({"value": float})
+        first, progress = len(steps["step"]), member.reader.history.progress
+        place_of = {step: first + place for place, step in enumerate(progress)}
+        for name, key in member.keys.items():
+            steps[name] += [key] * len(progress)
+        for axis in _AXES:
+            steps[axis] += member.reader.places(axis).values()
+        for metric, curve in member.reader.history.measurements.items():
+            places += [place_of[step] for step in curve]
+            metrics += [metric] * len(curve)
+            values += curve.values()
+    frame = pd.DataFrame(steps).take(places).reset_index(drop=True)
+    return frame.assign(metric=metrics, value=pd.Series(values, dtype=float))
 
 
 def samples_frame(members: Iterable[Member]) -> pd.DataFrame:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from typing import Any
 
 from repa_lab.report.frames import UNKNOWN, Member
 from repa_lab.report.results import AXES, Results
@@ -387,11 +389,15 @@ def _averages(results: Results) -> Iterator[str]:
     """Warn of averaged weights that still hold much of the initial ones."""
     from repa_lab.spec.schema import EmaConfig  # takes a quarter of a second, which a leaderboard need not wait for
 
+    averages: dict[str, tuple[Any, Any]] = {}  # by their JSON: nearly all runs have the same
     for member in results.members:
-        with suppress(ValueError, TypeError, KeyError):  # of a damaged spec.json
+        with suppress(TypeError, KeyError):  # of a damaged spec.json
             train = member.reader.spec["train"]
-            ema = train["ema"] if isinstance(train["ema"], dict) else {"decay": train["ema"]}
-            if warning := EmaConfig.model_validate(ema).warning(int(train["steps"])):
+            averages[json.dumps([train["ema"], train["steps"]])] = train["ema"], train["steps"]
+    for ema, steps in averages.values():
+        with suppress(ValueError, TypeError):
+            section = ema if isinstance(ema, dict) else {"decay": ema}
+            if warning := EmaConfig.model_validate(section).warning(int(steps)):
                 yield f"{warning}."
 
 

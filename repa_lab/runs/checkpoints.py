@@ -82,7 +82,7 @@ def latest(folder: Path) -> tuple[int, Path] | None:
 
 def leftovers(folder: Path) -> list[Path]:
     """Return the damaged checkpoints that were set aside, and what a kill left unfinished."""
-    return sorted([*folder.glob(".tmp-*"), *folder.glob("corrupt-*")])
+    return [folder / name for name in files.names_in(folder) if name.startswith((".tmp-", "corrupt-"))]
 
 
 def foreign(folder: Path) -> Iterator[Path]:

@@ -19,9 +19,11 @@ Every JSON file carries a format number; see `files`.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
@@ -133,8 +135,11 @@ class RunDirectory:
     @property
     def links(self) -> list[Path]:
         """The symbolic links behind which the run, or a part of it, lies; nothing behind them is ever changed."""
-        places = (self.path.parent, self.path, *(self.path / name for name in _CHANGED))
-        return [place for place in places if place.is_symlink()]
+        links = [place for place in (self.path.parent, self.path) if place.is_symlink()]
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path) as entries:
+            linked = {entry.name for entry in entries if entry.is_symlink()}
+            links += [self.path / name for name in _CHANGED if name in linked]
+        return links
 
     @property
     def foreign(self) -> list[Path]:

@@ -65,16 +65,23 @@ def by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
         folder: the folder, which need not exist.
         suffix: the end of the names, such as ``.png``.
     """
-    try:
-        paths = [*folder.iterdir()]
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return {}
     found: dict[int, Path] = {}
-    for path in paths:
-        number = path.name.removeprefix("step-").removesuffix(suffix)
-        if number.isdecimal() and path.name == _name_of(int(number), suffix):
-            found[int(number)] = path
+    for name in names_in(folder):
+        number = name.removeprefix("step-").removesuffix(suffix)
+        if number.isdecimal() and name == _name_of(int(number), suffix):
+            found[int(number)] = folder / name
     return dict(sorted(found.items()))
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names in a folder, sorted; none for a folder that is not there or cannot be read.
+
+    Names, because making paths of thousands of them would take as long as reading what they lead to.
+    """
+    try:
+        return sorted(os.listdir(folder))  # noqa: PTH208
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
 
 
 def path_of(folder: Path, step: int, suffix: str = "") -> Path:

@@ -98,10 +98,10 @@ def collect(
 def size_of(path: Path) -> int:
     """Return the bytes of a file, or of all files below a folder; count a file with two names once."""
     sizes: dict[tuple[int, int], int] = {}
-    inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    inside = (f"{folder}/{name}" for folder, _, names in os.walk(path) for name in names)
     for file in inside if path.is_dir() else [path]:
         with suppress(FileNotFoundError):  # deleted meanwhile
-            status = file.lstat()
+            status = os.lstat(file)
             if stat.S_ISREG(status.st_mode):
                 sizes[status.st_dev, status.st_ino] = status.st_size
     return sum(sizes.values())

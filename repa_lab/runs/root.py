@@ -367,11 +367,7 @@ def run_at(path: Path) -> RunDirectory:
 
 def _folders_with(file: str, parent: Path) -> list[str]:
     """Return the names of the folders in a folder, which need not exist, that hold a file of this name; sorted."""
-    try:
-        names = sorted(os.listdir(parent))  # noqa: PTH208  paths of thousands of names would take as long as reading
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return []
-    return [name for name in names if os.path.exists(f"{parent}/{name}/{file}")]  # noqa: PTH110
+    return [name for name in files.names_in(parent) if os.path.exists(f"{parent}/{name}/{file}")]  # noqa: PTH110
 
 
 def _folder_name(name: str) -> str:
