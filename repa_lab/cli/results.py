@@ -21,7 +21,7 @@ from repa_lab.cli.shared import (
     table,
 )
 from repa_lab.runs import RunDirectory, RunsRoot
-from repa_lab.runs.files import DamagedFileError
+from repa_lab.runs.files import DamagedFileError, garbage_collection_paused
 from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory, UnknownRunError, UnknownSweepError
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def profile(
         typer.echo(path)
 
 
+@garbage_collection_paused()
 def leaderboard(
     place: Annotated[
         Path | None, typer.Argument(metavar="[ROOT]", help="The folder of all runs; the same as --root.")

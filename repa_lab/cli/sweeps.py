@@ -27,6 +27,7 @@ from repa_lab.cli.shared import (
     overrides,
     table,
 )
+from repa_lab.runs.files import garbage_collection_paused
 from repa_lab.runs.root import DEFAULT_ROOT
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def run(
     console.print(f"{state.value}: {directory.path}", highlight=False, soft_wrap=True)
 
 
+@garbage_collection_paused()
 def report(sweep: SweepArgument, root: RootOption = DEFAULT_ROOT) -> None:
     """Write a sweep's report again and print its answer."""
     from repa_lab.report import write_report

@@ -136,8 +136,8 @@ def _read(descriptor: int, start: int, end: int) -> bytes:
 def garbage_collection_paused() -> Iterator[None]:
     """Pause Python's search for reference cycles while thousands of files are read.
 
-    Rows and records hold no cycles, but their number makes Python look through all objects of all imported libraries
-    again and again, which takes a third of the time of reading.
+    Rows, records and imported modules are no garbage, but their number makes Python look through all objects again and
+    again, which takes a third of the time of reading.
     """
     is_enabled = gc.isenabled()
     gc.disable()

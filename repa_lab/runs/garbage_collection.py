@@ -12,6 +12,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from repa_lab.runs import checkpoints, files
@@ -28,15 +29,18 @@ class Garbage:
 
     Attributes:
         path: the file or folder.
-        size: bytes.
         why: what it is.
         is_useless: whether nobody needs it; the rest is deleted only if disk space is short.
     """
 
     path: Path
-    size: int
     why: str
     is_useless: bool
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes, as they were when first asked for: ask before deleting."""
+        return size_of(self.path)
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,14 @@ def collect(
     for item in garbage:
         if not item.is_useless and (disk_bytes is None or size <= disk_bytes):
             continue
+        freed = item.size
         try:
             if not dry_run:
                 files.delete(item.path)
         except OSError as error:
             left.append(Skipped(item.path, f"{item.why}: {error.strerror or error}", is_failure=True))
             continue
-        size -= item.size
+        size -= freed
         deleted.append(item)
     return deleted, left
 
@@ -123,7 +128,7 @@ def _copies(root: RunsRoot) -> Iterator[Garbage | Skipped]:
             if original == path:
                 continue
             if _is_copy(path, original):
-                yield Garbage(path, size_of(path), f"a copy of run {run_id}, in the place of a link", True)
+                yield Garbage(path, f"a copy of run {run_id}, in the place of a link", True)
             else:
                 yield Skipped(path, f"a copy of run {run_id}, from which it differs")
 
@@ -163,15 +168,15 @@ def _garbage_of(run: RunDirectory, status: RunStatus, is_busy: bool) -> Iterator
     for folder in (run.checkpoints, run.forks):
         for path in checkpoints.leftovers(folder):
             why = "left by a kill" if path.name.startswith(".tmp-") else "a damaged checkpoint"
-            yield Garbage(path, size_of(path), why, True)
+            yield Garbage(path, why, True)
     saved = files.by_step(run.checkpoints).values()
     if status is RunStatus.PRUNED:
         for path in saved:
-            yield Garbage(path, size_of(path), "checkpoint of a pruned run", True)
+            yield Garbage(path, "checkpoint of a pruned run", True)
     elif status is RunStatus.DONE:
         last = checkpoints.latest(run.checkpoints)
         for path in (path for path in saved if last is not None and path != last[1]):
-            yield Garbage(path, size_of(path), "an older checkpoint of a run that is done", False)
+            yield Garbage(path, "an older checkpoint of a run that is done", False)
     if status.is_final and not is_busy:
         for path in files.by_step(run.forks).values():
-            yield Garbage(path, size_of(path), "kept for runs that begin like this one", False)
+            yield Garbage(path, "kept for runs that begin like this one", False)
