@@ -181,6 +181,14 @@ class Batch(NamedTuple):
         return Batch(ids, x, noise, t, condition, loaded, draws)
 
 
+class _Drawn(NamedTuple):
+    """Random numbers of a whole batch: times and dropped labels, ``(batch_size,)``, and the generator for its noise."""
+
+    t: torch.Tensor
+    dropped: torch.Tensor
+    draw: torch.Generator
+
+
 class Steps(Dataset[HostBatch]):
     """The batch of every step by its number, a function of (config, seed, step) and the kind of device alone.
 
@@ -219,23 +227,29 @@ class Steps(Dataset[HostBatch]):
         return self._train.steps
 
     def __getitem__(self, step: int) -> HostBatch:
-        size, part = self._train.batch_size, self._part
-        ids = self._order.take(step, size)
-        if self._images.flips:  # image i + base_count is image i mirrored
-            is_mirrored = torch.rand(size, generator=generator(self._seed, "flips", step * size)) < 0.5
-            ids = ids + self._images.base_count * is_mirrored
-        ids, dropped = ids[part], self._draw(step, _CPU)[1][part]
-        is_read = any(weight(step) != 0 for weight in self._weights)
-        loaded = tuple(read and read(ids) for read in self._readers) if is_read else ()
-        return HostBatch(step, ids, self._images.space.read(ids), self._conditioning(ids, dropped), loaded)
+        return self._read(step, self._draw(step, _CPU))
 
     def draw(self, host: HostBatch) -> Batch:
         """Draw the times and the noise of a batch on the device that the batch is on.
 
         Every process draws the numbers of the whole batch and takes its part, so that their number changes nothing.
         """
+        return self._noised(host, self._draw(host.step, host.stored.device))
+
+    def _read(self, step: int, drawn: _Drawn) -> HostBatch:
+        size, part = self._train.batch_size, self._part
+        ids = self._order.take(step, size)
+        if self._images.flips:  # image i + base_count is image i mirrored
+            is_mirrored = torch.rand(size, generator=generator(self._seed, "flips", step * size)) < 0.5
+            ids = ids + self._images.base_count * is_mirrored
+        ids, dropped = ids[part], drawn.dropped[part]
+        is_read = any(weight(step) != 0 for weight in self._weights)
+        loaded = tuple(read and read(ids) for read in self._readers) if is_read else ()
+        return HostBatch(step, ids, self._images.space.read(ids), self._conditioning(ids, dropped), loaded)
+
+    def _noised(self, host: HostBatch, drawn: _Drawn) -> Batch:
         size, space, part = self._train.batch_size, self._images.space, self._part
-        t, _, draw = self._draw(host.step, host.stored.device)
+        t, _, draw = drawn
         encoding = space.draw(host.stored, size, draw)
         x = space.encode(host.stored, None if encoding is None else encoding[part])
         noise = torch.randn((size, *x.shape[1:]), generator=draw, device=draw.device)
@@ -258,20 +272,21 @@ class Steps(Dataset[HostBatch]):
         """
         is_gpu = device.type == "cuda"
         if workers == 0 and not is_gpu:  # a loader would take longer than reading small images does
-            yield from map(self.draw, map(self.__getitem__, steps))
+            for step in steps:
+                drawn = self._draw(step, _CPU)
+                yield self._noised(self._read(step, drawn), drawn)
             return
         loader = DataLoader(_Errors(self), batch_size=None, sampler=steps, num_workers=workers, pin_memory=is_gpu)
         read = _raising(loader)
         for host in _copied_ahead(read, device) if is_gpu else read:
             yield self.draw(host)
 
-    def _draw(self, step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Generator]:
-        """Return times and dropped labels of a whole batch ``(batch_size,)``, and the generator for its noise."""
+    def _draw(self, step: int, device: torch.device) -> _Drawn:
         size = self._train.batch_size
         draw = generator(self._seed, "noise", step * size, device=device)
         t = self._process.times(self._train.times, size, draw)
         dropped = torch.rand(size, generator=draw, device=device) < self._train.label_dropout
-        return t, dropped, draw
+        return _Drawn(t, dropped, draw)
 
 
 class _Errors(Dataset[HostBatch | DataError]):

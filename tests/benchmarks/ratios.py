@@ -7,26 +7,37 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 Ratio = tuple[float, float, float]
 
 
-def ratios(first: Callable[[], object], second: Callable[[], object], rounds: int) -> Ratio:
-    """CPU time of `first` over that of `second`, in turn, after one uncounted round of each: median, lowest, highest.
+def in_turn(first: Callable[[], object], second: Callable[[], object], rounds: int) -> list[tuple[float, float]]:
+    """CPU seconds of `first` and of `second` in every round, in turn, after one uncounted round of each.
 
     CPU time, on the one thread that the tests run on: what other programs take of the machine is not counted.
     """
     first(), second()
-    pairs = []
+    seconds = []
     for _ in range(rounds):
         spent = []
         for work in (first, second):
             began = time.process_time()
             work()
             spent.append(time.process_time() - began)
-        pairs.append(spent[0] / spent[1])
-    return statistics.median(pairs), min(pairs), max(pairs)
+        seconds.append((spent[0], spent[1]))
+    return seconds
+
+
+def ratios(first: Callable[[], object], second: Callable[[], object], rounds: int) -> Ratio:
+    """CPU time of `first` over that of `second`, measured by :func:`in_turn`."""
+    return spread(one / other for one, other in in_turn(first, second, rounds))
+
+
+def spread(values: Iterable[float]) -> Ratio:
+    """Median, lowest and highest."""
+    found = list(values)
+    return statistics.median(found), min(found), max(found)
 
 
 def show(name: str, measured: Ratio, note: str = "") -> None:
