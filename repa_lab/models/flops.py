@@ -143,8 +143,9 @@ def _sit_forward(size: str, tokens: float, channels: int, classes: int) -> Forwa
     """Return the forward pass of a SiT.
 
     A block has 12 D^2 weights at every token and 6 D^2 at every image, and two products of attention. It keeps 21
-    numbers per token and channel, as counted; the rest of the model keeps 3 more. What depends on the time alone is
-    computed once more for a second time, and chosen for each token.
+    numbers per token and channel, its input among them; the rest of the model keeps 3 more. What is kept for an image
+    as a whole is left out. What depends on the time alone is computed once more for a second time, and chosen for each
+    token.
     """
     shape = shape_of(SIT, size)
     width, depth = shape.width, shape.depth
@@ -156,7 +157,7 @@ def _sit_forward(size: str, tokens: float, channels: int, classes: int) -> Forwa
         2 * macs,
         (21 * depth + 3) * tokens * width,
         parameters,
-        kept_checkpointed=(depth + 3 + 21) / (21 * depth + 3),
+        kept_checkpointed=(depth + 3 + 20) / (21 * depth + 3),
         second_time_flops=second_time,
         second_time_kept=8 * depth * tokens * width,
     )
