@@ -25,7 +25,7 @@ from repa_lab.encoders.encoder import (
 )
 from repa_lab.encoders.registry import attention_problem
 from repa_lab.timm_models import EncoderError, lite0_model
-from tests.rounding import VIT, rounding
+from tests.rounding import UNIT, VIT, rounding
 
 
 def packaged() -> dict[str, torch.Tensor]:
@@ -107,11 +107,11 @@ def cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
 
-def resized(rows: np.ndarray, count: int) -> np.ndarray:
+def resized(rows: np.ndarray, count: int, stretch: float = 1.0) -> np.ndarray:
     """PyTorch's bicubic along the first axis: four neighbours, edges repeated, never widened when it shrinks."""
     out = []
     for i in range(count):
-        center = (i + 0.5) * len(rows) / count - 0.5
+        center = (i + 0.5) * len(rows) / count * stretch - 0.5
         places = math.floor(center) + np.arange(-1, 3)
         out.append(np.tensordot(cubic(center - places), rows[np.clip(places, 0, len(rows) - 1)], axes=1))
     return np.stack(out)
@@ -131,9 +131,16 @@ class TestPreprocess:
         encoder = Encoder(lite0.model, 3, 16, image_size)
         lite0.model.pretrained_cfg |= {"mean": (0.5,) * 3, "std": (0.5,) * 3}
         images = np.broadcast_to(pixels.double().numpy() / 255, (2, 3, *shape)).transpose(2, 3, 0, 1)
-        expected = resized(resized(images, size[0]).swapaxes(0, 1), size[1]).swapaxes(0, 1)
-        expected = ((expected - mean) / std).transpose(2, 3, 0, 1)
-        np.testing.assert_allclose(encoder.preprocess(pixels).numpy(), expected, rtol=0, atol=2e-5)
+
+        def preprocessed(stretch: float = 1.0) -> np.ndarray:
+            rows = resized(images, size[0], stretch).swapaxes(0, 1)
+            return ((resized(rows, size[1], stretch).swapaxes(0, 1) - mean) / std).transpose(2, 3, 0, 1)
+
+        expected = preprocessed()
+        # The step, its product and a difference are rounded to float32: a place is off by three units of itself.
+        moved = 0.0 if size == shape else np.abs(preprocessed(1 + 3 * UNIT) - expected).max()
+        error = moved + rounding(expected, (4, 4))
+        np.testing.assert_allclose(encoder.preprocess(pixels).numpy(), expected, rtol=0, atol=error)
 
     def test_pixels_of_0_and_255_are_the_ends_of_imagenets_range(self, dinov2_28):
         torch.testing.assert_close(dinov2_28.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
@@ -173,7 +180,8 @@ class TestDINOv2:
         assert everything.shape == (2, 257, 384)
         assert torch.equal(tokens.values, everything[:, 1:])
         # After the final LayerNorm (weight 1, bias 0 here) every token has mean 0 and standard deviation 1.
-        assert tokens.values.mean(-1).abs().max() < 1e-5
+        assert tokens.values.mean(-1).abs().max() < rounding(tokens.values, (2, 384))
+        # The norm adds 1e-6 to a variance, which takes 0.1 % from a deviation of 0.02 and less from larger ones.
         torch.testing.assert_close(tokens.values.std(-1, correction=0), torch.ones(2, 256), rtol=0, atol=1e-3)
 
     def test_registers_are_no_patches(self, vits14_reg):
