@@ -12,6 +12,11 @@ UNIT = 2.0**-24  # the largest relative error of one float32 operation
 LITE0 = (50, 1152)
 INCEPTION = (94, 4032)
 VIT = (48, 1536)  # ViT-S; smaller ones have fewer
+TINY_VIT = (30, 768)  # two blocks of ViT-S, or timm's test_vit
+SIT = (40, 256)  # five blocks of five linear layers and two products of attention, at width 64
+SIT_DOWN = (61, 128)  # seven blocks at width 32; two convolutions have nine times the terms and count as three layers
+DENOISER = (60, 1600)  # a tiny network of any family: some have more layers, of far fewer terms
+TINY_VAE = (20, 144)
 # A cosine of tokens of at most 64 values: each of two norms is off by 4 units, and the sum of products by sqrt(64). Means
 # of cosines, and squares of differences of two of them, are off by no more.
 COSINE = 16 * UNIT

@@ -112,7 +112,8 @@ class TestPixels:
         assert to_uint8(x, "truncate").tolist() == repa.tolist()
         inside = x.abs() < 1
         darker = to_uint8(x).double()[inside].mean() - to_uint8(x, "truncate").double()[inside].mean()
-        assert darker.item() == pytest.approx(0.5, abs=0.01)
+        standard_error = 0.5 / inside.sum().item() ** 0.5  # a value is darker by a level or is not, as a coin falls
+        assert darker.item() == pytest.approx(0.5, abs=4 * standard_error)
 
 
 class TestLatents:
@@ -333,7 +334,8 @@ class TestSizes:
             with torch.no_grad():
                 posterior = vae.encode(mixed.read(index).float() / 127.5 - 1).latent_dist
             expected = (posterior.mean + posterior.std * noise - SHIFT) * SCALE
-            torch.testing.assert_close(space.encode(space.read(wanted), noise), expected, rtol=0, atol=1e-5)
+            encoded = space.encode(space.read(wanted), noise)
+            torch.testing.assert_close(encoded, expected, rtol=0, atol=rounding(expected, ENDS))
             assert space.decode(space.encode(space.read(wanted), None)).shape == mixed.read(index).shape
 
     def test_latents_of_a_patched_autoencoder(self, vae_path, mixed, cache):

@@ -9,6 +9,7 @@ from torch import nn
 
 from repa_lab.encoders.encoder import Encoder, EncoderOptions, load_encoder, require_patch_tokens
 from repa_lab.encoders.registry import ENCODERS, EncoderFacts
+from tests.rounding import rounding
 
 # The smallest of each family: its tokens that are no patches come first in the sequence.
 PREFIX = {
@@ -94,7 +95,7 @@ def test_the_final_norm_is_applied_by_the_encoders_row(name):
     nn.init.constant_(encoder.model.norm.weight, 3.0)
     nn.init.constant_(encoder.model.norm.bias, 5.0)
     expected = before if name.removeprefix("tiny-") in BEFORE_NORM else before * 3 + 5
-    torch.testing.assert_close(encoder(pixels).values, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(encoder(pixels).values, expected, rtol=0, atol=rounding(expected, (8, 1)))
 
 
 @pytest.mark.parametrize("name", AFTER_NORM)
@@ -103,7 +104,7 @@ def test_normed_tokens_have_mean_0_and_deviation_1(name):
     norm = encoder.model.norm
     values = encoder(noise(1, 3, 32, 32)).values
     plain = (values - norm.bias) / norm.weight
-    assert plain.mean(-1).abs().max() < 1e-2
+    assert plain.mean(-1).abs().max() < 1e-2  # the norm adds its epsilon to the variance of tiny tokens
     torch.testing.assert_close(plain.std(-1, correction=0), torch.ones(1, 4), rtol=0, atol=1e-2)
 
 

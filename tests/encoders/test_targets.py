@@ -110,7 +110,7 @@ def test_the_loss_on_cached_features_is_that_on_fresh_ones(cached, online, urepa
 
     exact = loss(cached(storage="fp32", standardize=standardize))
     half = loss(cached(storage="fp16", standardize=standardize))
-    assert half == pytest.approx(exact, rel=1e-3)
+    assert half == pytest.approx(exact, rel=2 * 2.0**-11)  # float16 is off by 2**-11 at most
     assert half != exact
     if not standardize:
         assert loss(online()) == exact
@@ -128,9 +128,11 @@ def test_standardized_channels_have_mean_0_and_std_1(cached):
     plain = cached()(torch.arange(COUNT), CPU).values.double().flatten(0, 1)
     scaled = cached(standardize=True)(torch.arange(COUNT), CPU).values.double().flatten(0, 1)
     assert plain.mean(0).abs().max() > 1
-    assert scaled.mean(0).abs().max() < 1e-5
-    np.testing.assert_allclose(scaled.std(0, correction=0), 1, atol=1e-5)
-    np.testing.assert_allclose(scaled, (plain - plain.mean(0)) / plain.std(0, correction=0), atol=1e-5)
+    error = rounding(plain / plain.std(0, correction=0), (4, 1))  # float32 moments of a float32 feature
+    assert scaled.mean(0).abs().max() < error
+    np.testing.assert_allclose(scaled.std(0, correction=0), 1, rtol=0, atol=error)
+    expected = (plain - plain.mean(0)) / plain.std(0, correction=0)
+    np.testing.assert_allclose(scaled, expected, rtol=0, atol=error)
 
 
 def test_a_constant_channel_becomes_0(cached, source, tmp_path):
@@ -176,7 +178,7 @@ def test_an_empty_token_stays_empty_and_a_token_that_is_not_finite_is_nan(storag
     tokens = torch.tensor([[0.0, 0.0], [1e-30, -1e-30], [3e38, -1e38], [torch.inf, 1.0], [torch.nan, 1.0]])
     found = unpacked(packed(tokens, storage), storage)
     assert found[0].tolist() == [0, 0]
-    torch.testing.assert_close(found[1:3], tokens[1:3], rtol=0.04, atol=0)
+    torch.testing.assert_close(found[1:3], tokens[1:3], rtol=0.04, atol=0)  # fp8 keeps 448 / 3 = 149.3 as 144
     assert found[3:].isnan().all()
 
 
@@ -360,7 +362,8 @@ class TestSizes:
         assert tokens.shape == (2 * 16 + 3 * 15, 112)
         for index in indices:
             expected = (plain(index, CPU).values.double().numpy() - tokens.mean(0)) / tokens.std(0)
-            np.testing.assert_allclose(scaled(index, CPU).values, expected, atol=1e-5)
+            error = rounding(tokens / tokens.std(0), (4, 1))
+            np.testing.assert_allclose(scaled(index, CPU).values, expected, rtol=0, atol=error)
 
     def test_the_progress_is_over_all_sizes(self, mixed, tmp_path):
         heard: list[tuple[int, int]] = []

@@ -20,6 +20,7 @@ from repa_lab.models.family import Family, network_of
 from repa_lab.models.pretrained import DiffusersDenoiser, build_net
 from repa_lab.models.tap import TapError
 from tests.models.counting import meta_condition
+from tests.rounding import DENOISER, rounding
 
 OURS = [family for family in FAMILIES.values() if family.network]
 families = pytest.mark.parametrize("family", OURS, ids=lambda family: family.name)
@@ -297,7 +298,7 @@ def test_a_tap_set_before_compiling_captures_the_same(family):
             *(tap.take().values for tap in taps),
         )
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one, other, rtol=0, atol=rounding(other, DENOISER))
 
 
 @families

@@ -21,6 +21,7 @@ from repa_lab.models.families.shared import unflatten, unpack
 from repa_lab.models.family import Family, network_of, pipeline_of
 from repa_lab.models.pretrained import DiffusersDenoiser, build_net
 from repa_lab.models.tiny import write_tiny_pipeline
+from tests.rounding import DENOISER, rounding
 
 OURS = [family for family in FAMILIES.values() if family.pipeline]
 families = pytest.mark.parametrize("family", OURS, ids=lambda family: family.name)
@@ -161,7 +162,8 @@ def check_prediction(pipe: Any, family: Family) -> None:
     times = time.float().expand(len(CAPTIONS))
     with torch.no_grad():
         predicted = DiffusersDenoiser(net, family)(as_map(latents, family, size), times, **condition, **sizes)
-    torch.testing.assert_close(predicted, as_map(output, family, size), rtol=1e-4, atol=1e-5)
+    expected = as_map(output, family, size)
+    torch.testing.assert_close(predicted, expected, rtol=0, atol=rounding(expected, DENOISER))
 
 
 @texted

@@ -9,7 +9,7 @@ from torch import nn
 
 from repa_lab.models.sit import SiT, SiTConfig, sincos_positions, timestep_features
 from tests.models import reference_sit
-from tests.rounding import UNIT
+from tests.rounding import SIT, UNIT, rounding
 
 # depth, width, heads, patch, channels, (height, width), classes
 TINY = SiTConfig(3, 32, 4, 2, 3, (6, 10), 5)
@@ -55,7 +55,7 @@ def test_forward_agrees_with_float64(size_in, patch):
     expected = reference_sit.forward(weights, config.heads, patch, x.double().numpy(), t.double().numpy(), y.numpy())
     assert np.abs(expected).mean() > 0.1
     with torch.no_grad():
-        np.testing.assert_allclose(model(x, t, y).numpy(), expected, atol=1e-5)
+        np.testing.assert_allclose(model(x, t, y).numpy(), expected, rtol=0, atol=rounding(expected, SIT))
 
 
 def test_two_times_in_an_image_agree_with_a_conditioning_for_every_token_in_float64():
@@ -67,7 +67,7 @@ def test_two_times_in_an_image_agree_with_a_conditioning_for_every_token_in_floa
     given = (x.double().numpy(), t.flatten(1).double().numpy(), y.numpy())
     expected = reference_sit.forward(weights, TINY.heads, TINY.patch_size, *given)
     with torch.no_grad():
-        np.testing.assert_allclose(model(x, t, y).numpy(), expected, atol=1e-5)
+        np.testing.assert_allclose(model(x, t, y).numpy(), expected, rtol=0, atol=rounding(expected, SIT))
         assert not torch.allclose(model(x, t, y), model(x, first, y), atol=1e-2)
 
 
