@@ -99,15 +99,18 @@ COUNTED: dict[str, Counted] = {
 
 # By size: the parameters for 4 channels and 1,000 classes, then the counts at 64x64, 32x32 and 16x16 cells.
 COUNTED_UNETS: dict[str, tuple[int, Counted]] = {
-    "nano": (831_204, Counted(1024, (3.13329, 0.582107, 0.133054), (8.34224, 2.08765, 0.524), checkpointed=0.63)),
-    "S": (43_363_588, Counted(256, (64.1027, 14.9098, 3.6615), (53.802, 13.4605, 3.3751), checkpointed=0.55)),
-    "B": (263_908_804, Counted(64, (159.375, 38.1901, 9.45869), (84.151, 21.0552, 5.28128), checkpointed=0.55)),
+    "nano": (831_204, Counted(1024, (3.13329, 0.582107, 0.133054), (8.34224, 2.08765, 0.524), checkpointed=0.638)),
+    "S": (43_363_588, Counted(256, (64.1027, 14.9098, 3.6615), (53.802, 13.4605, 3.3751), checkpointed=0.556)),
+    "B": (263_908_804, Counted(64, (159.375, 38.1901, 9.45869), (84.151, 21.0552, 5.28128), checkpointed=0.556)),
     "narrow-nano": (
         414_372,
-        Counted(1024, (1.55619, 0.288465, 0.0659046), (5.78634, 1.44867, 0.364256), checkpointed=0.58),
+        Counted(1024, (1.55619, 0.288465, 0.0659046), (5.78634, 1.44867, 0.364256), checkpointed=0.592),
     ),
-    "narrow-S": (536_708, Counted(256, (1.46237, 0.283902, 0.065962), (5.75453, 1.44144, 0.363168), checkpointed=0.58)),
-    "narrow-B": (659_044, Counted(64, (1.45781, 0.283959, 0.0660685), (5.7473, 1.44035, 0.363616), checkpointed=0.58)),
+    "narrow-S": (
+        536_708,
+        Counted(256, (1.46237, 0.283902, 0.065962), (5.75453, 1.44144, 0.363168), checkpointed=0.584),
+    ),
+    "narrow-B": (659_044, Counted(64, (1.45781, 0.283959, 0.0660685), (5.7473, 1.44035, 0.363616), checkpointed=0.582)),
 }
 _UNET_CHANNELS, _UNET_CLASSES = 4, 1000
 
@@ -168,7 +171,8 @@ def _sit_down_forward(size: str, tokens: float, channels: int, classes: int) -> 
 
     A block has 4 D^2 weights of attention and 3 D H of SwiGLU at every token, and 6 D^2 at every image. The two 3x3
     convolutions have 36 D^2 weights each, over the tokens of the middle. A block keeps 15 numbers per token and channel
-    and 4 per hidden channel, as counted; the rest of the model keeps 5 more per channel.
+    and 4 per hidden channel, its input among them. The rest of the model keeps 3 per channel of the outer tokens, and
+    the inputs of both convolutions; what is kept for an image as a whole is left out.
     """
     shape = shape_of(SIT_DOWN, size)
     width, (before, middle, after) = shape.width, shape.stages
@@ -179,8 +183,8 @@ def _sit_down_forward(size: str, tokens: float, channels: int, classes: int) -> 
     for blocks, count in ((outer, 4 * tokens), (middle, tokens)):
         macs += blocks * (count * weights + 2 * count**2 * width + 6 * width**2)
     in_block, blocks_of_tokens = 15 * width + 4 * hidden, 4 * outer + middle
-    kept = blocks_of_tokens * in_block + 20 * width
-    checkpointed = (blocks_of_tokens * width + 4 * in_block + 20 * width) / kept
+    kept = blocks_of_tokens * in_block + 17 * width
+    checkpointed = (blocks_of_tokens * width + 4 * (in_block - width) + 17 * width) / kept
     parameters += convolutions + 5 * width + shape.depth * (weights + 6 * width**2 + 11 * width + 2 * hidden)
     return Forward(2 * macs, tokens * kept, parameters, kept_checkpointed=checkpointed)
 
