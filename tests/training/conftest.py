@@ -28,6 +28,7 @@ from repa_lab.training.data import Images, Labels, open_images
 from repa_lab.training.diffusion import Flow
 from repa_lab.training.loop import train
 from repa_lab.training.resolve import resolved_regularizers
+from tests.rounding import DENOISER, rounding
 
 ENCODER = {"name": "efficientnet_lite0", "image_size": 32}
 SETTINGS: dict[str, Any] = {
@@ -46,6 +47,10 @@ OPTIONS: dict[str, Any] = {"device": "cpu", "log_every": 1, "wandb": {"mode": "d
 UNET = {"model.family": "unet", "model.size": "nano"}
 SIT_DOWN = {"model.family": "sit_down", "model.size": "nano/2"}
 OFF = {"regularizer": {"type": "none"}}
+# A step of Adam's first direction is of size lr whatever the gradient, so it shows rounding and not what is computed.
+PLAIN_DESCENT = {"train.optimizer": {"type": "SGD"}, "train.lr": 0.05}
+# What a forward pass in another order is off by; a few steps of plain descent add less.
+PASS = rounding(torch.ones(1), DENOISER)
 MEASURED_SPEED = frozenset({"cost/images_per_second", "cost/flops_utilisation", "cost/peak_memory_gib"})
 
 

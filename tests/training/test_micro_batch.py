@@ -10,7 +10,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from repa_lab.training.trainer import Trainer
-from tests.training.conftest import UNET, make_options, make_run
+from tests.training.conftest import PASS, PLAIN_DESCENT, UNET, make_options, make_run
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 CUTOFF = {"similarity_threshold": 0.99, "similarity_ema_decay": 0.5, "similarity_min_count": 2}
@@ -140,12 +140,12 @@ class TestStep:
         assert_same(found, rest)
 
     def test_it_trains_as_the_whole_batch_does_but_for_rounding(self, cache):
-        found, whole = make(cache, "auto"), make(cache, None)
+        found, whole = make(cache, "auto", **PLAIN_DESCENT), make(cache, None, **PLAIN_DESCENT)
         in_forward(found, [], lambda images: images > 2)
         for ours, theirs in zip(train(found, 2), train(whole, 2), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+            assert ours == pytest.approx(theirs, rel=PASS, abs=PASS)
         assert found.aligner.terms[0].regularizer.cutoff.similarity == pytest.approx(
-            whole.aligner.terms[0].regularizer.cutoff.similarity, abs=1e-5
+            whole.aligner.terms[0].regularizer.cutoff.similarity, abs=PASS
         )
 
     @everywhere

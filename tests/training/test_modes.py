@@ -25,6 +25,8 @@ from tests.data.conftest import noise_image
 from tests.data.test_space import save_vae
 from tests.rounding import LITE0, rounding
 from tests.training.conftest import (
+    PASS,
+    PLAIN_DESCENT,
     SETTINGS,
     SIT_DOWN,
     UNET,
@@ -55,9 +57,10 @@ SCHEDULED = {"regularizer.schedule": {"type": "linear", "warmup_steps": 1, "deca
 @families
 @pytest.mark.parametrize("size", [1, 4])
 def test_micro_batches_train_as_the_batch_does(settings, size, trained):
-    parts, whole = trained(options={"micro_batch": size}, **settings, **SCHEDULED), trained(**settings, **SCHEDULED)
+    settings = {**settings, **SCHEDULED, **PLAIN_DESCENT}
+    parts, whole = trained(options={"micro_batch": size}, **settings), trained(**settings)
     for ours, theirs in zip(rows(parts), rows(whole), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+        assert ours == pytest.approx(theirs, rel=PASS, abs=PASS)
 
 
 @families
@@ -111,11 +114,12 @@ def test_checkpointing_gradients_runs_blocks_again(settings, cache):
 def test_compiling_trains_alike_and_measures(settings, backend, cache, fresh, monkeypatch):
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    run = make_run(**settings, **SCHEDULED, **{"train.steps": 4})
+    run = make_run(**settings, **SCHEDULED, **PLAIN_DESCENT, **{"train.steps": 4})
     plain, compiled = run_to_end(run, fresh("plain"), cache), run_to_end(run, fresh("compiled"), cache, compile=True)
     measured = rows(compiled)[-1]
     assert {"heldout/cka", "heldout/cosine"} <= measured.keys()
     for ours, theirs in zip(rows(compiled), rows(plain), strict=True):
+        # Of a distance of samples, in which a pixel may have fallen to the next grey level; the losses are far nearer.
         assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-4)
 
 

@@ -19,7 +19,7 @@ from repa_lab.models.released import PretrainedError
 from repa_lab.training.batches import Batch, generator
 from repa_lab.training.trainer import Trainer
 from tests.rounding import SIT, rounding
-from tests.training.conftest import ENCODER, OFF, make_options, make_run
+from tests.training.conftest import ENCODER, OFF, PASS, PLAIN_DESCENT, make_options, make_run
 
 REPA: dict[str, Any] = {"type": "repa", "encoder": ENCODER, "projector": {"width": 16}}
 WATCH: dict[str, Any] = {"type": "watch"}
@@ -339,12 +339,12 @@ class TestSignals:
         torch.compiler.reset()
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
         settings = {**self.HASTE, "schedule": {}}
-        plain, compiled = (trainer_of(cache, settings, {"compile": value}) for value in (False, True))
+        plain, compiled = (trainer_of(cache, settings, {"compile": value}, **PLAIN_DESCENT) for value in (False, True))
         assert compiled.state.denoiser._compiled_call_impl is not None
         for batch in list(plain.batches())[:3]:
             expected, found = plain.step(batch).row(), compiled.step(batch).row()
             assert found["align/attention"] > 0
-            assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+            assert found == pytest.approx(expected, rel=PASS, abs=PASS)
 
     def test_the_attention_loss_reaches_the_denoisers_queries(self, cache):
         gradients = []

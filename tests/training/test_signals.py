@@ -19,7 +19,7 @@ from repa_lab.training.batches import Batch
 from repa_lab.training.checkpoint import PREFIX
 from repa_lab.training.trainer import Trainer
 from tests.rounding import LITE0, MEAN, SIT, rounding
-from tests.training.conftest import ENCODER, make_options, make_run
+from tests.training.conftest import ENCODER, PASS, PLAIN_DESCENT, make_options, make_run
 
 TAPPED, AVERAGED = (2, 0), (0, 3)
 
@@ -147,15 +147,16 @@ def test_taps_and_encoders_come_in_the_order_in_which_they_were_asked_for(cache)
 def test_taps_of_a_denoiser_that_is_compiled_in_place_capture_the_same(cache, backend, monkeypatch):
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    plain, compiled = (trainer_of(cache, ema=0.5, compile=compile) for compile in (False, True))
+    plain, compiled = (trainer_of(cache, ema=0.5, compile=compile, **PLAIN_DESCENT) for compile in (False, True))
     assert list(compiled.state.denoiser.state_dict()) == list(plain.state.denoiser.state_dict())
     assert compiled.state.denoiser._compiled_call_impl is not None
     for batch in list(plain.batches())[:3]:
         expected, found = plain.step(batch).row(), compiled.step(batch).row()
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert found == pytest.approx(expected, rel=PASS, abs=PASS)
         theirs, ours = Everything.seen[-2:]
         for one, other in zip((*ours.taps, *ours.ema_taps), (*theirs.taps, *theirs.ema_taps), strict=True):
-            torch.testing.assert_close(one.values, other.values, rtol=1e-3, atol=1e-4)
+            error = rounding(other.values.detach(), SIT)
+            torch.testing.assert_close(one.values, other.values, rtol=0, atol=error)
             assert one.values.requires_grad == other.values.requires_grad
 
 
