@@ -210,7 +210,7 @@ def test_differences_are_coloured_where_they_are_resolved(build: Build) -> None:
     assert frame["verdict"].tolist() == ["resolved", "resolved", "not resolved", "insufficient"]
     (axes,) = figures.draw_differences(frame).axes
     dots = [line for line in axes.get_lines() if line.get_marker() == "o"]
-    assert [float(dot.get_xdata()[0]) for dot in dots] == pytest.approx([-4.99667, 5.00333, 0.33333, -9.0], abs=1e-4)
+    assert [float(dot.get_xdata()[0]) for dot in dots] == pytest.approx([-4.99667, 5.00333, 0.33333, -9.0], abs=5e-6)
     assert dots[2].get_color() == dots[3].get_color()
     assert len({dot.get_color() for dot in dots}) == 3
     assert [label.get_text() for label in axes.get_yticklabels()][3] == "single  (n = 1)"
