@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 # Part of every run's identity. Raise it when a change of code changes what a measurement or a training step means.
 PROTOCOL_VERSION = 2
 _NOT_COMPARED = {"seed", "versions"}
+_NEGLIGIBLE_SHARE = 0.05
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -246,3 +249,28 @@ def pipeline_name(steps: int, guidance: float) -> str:
 def guidance_name(scale: float, low: float, high: float) -> str:
     """Return ``-cfg1.8[0,0.7]``, or an empty string without guidance."""
     return "" if scale == 1 else f"-cfg{scale:g}[{low:g},{high:g}]"
+
+
+# ---- the averaged weights that are measured
+
+
+def average_decay(decay: float, warmup: bool, updates: int) -> float:
+    """Return the decay of the update of the average that follows ``updates`` earlier ones."""
+    return min(decay, (1 + updates) / (10 + updates)) if warmup else decay
+
+
+def initial_share(decay: float, warmup: bool, steps: int) -> float:
+    """Return the share of the initial weights in the average after ``steps`` updates: the product of the decays."""
+    return math.prod(average_decay(decay, warmup, n) for n in range(steps)) if warmup else decay**steps
+
+
+@functools.lru_cache  # a report asks for every run, and warm-up takes a product over all steps
+def average_warning(decay: float, warmup: bool, steps: int) -> str | None:
+    """Return a warning if more than 5 % of the average after ``steps`` updates are initial weights, else None."""
+    share = initial_share(decay, warmup, steps)
+    if share <= _NEGLIGIBLE_SHARE:
+        return None
+    return (
+        f"train.ema: at decay {decay:g} the measured average still holds {100 * share:.0f} % of the initial weights "
+        f"after {steps:,} steps; set train.ema.warmup, or lower the decay"
+    )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any
 
+from repa_lab.metrics.protocol import average_warning
 from repa_lab.report.frames import UNKNOWN, Member
 from repa_lab.report.results import AXES, Results
 from repa_lab.report.search import best_trial, ordered_trials
@@ -387,17 +386,11 @@ def _bias(results: Results, metric: str) -> str:
 
 def _averages(results: Results) -> Iterator[str]:
     """Warn of averaged weights that still hold much of the initial ones."""
-    from repa_lab.spec.schema import EmaConfig  # takes a quarter of a second, which a leaderboard need not wait for
-
-    averages: dict[str, tuple[Any, Any]] = {}  # by their JSON: nearly all runs have the same
     for member in results.members:
-        with suppress(TypeError, KeyError):  # of a damaged spec.json
+        with suppress(TypeError, KeyError, ValueError, ArithmeticError):  # of a damaged spec.json
             train = member.reader.spec["train"]
-            averages[json.dumps([train["ema"], train["steps"]])] = train["ema"], train["steps"]
-    for ema, steps in averages.values():
-        with suppress(ValueError, TypeError):
-            section = ema if isinstance(ema, dict) else {"decay": ema}
-            if warning := EmaConfig.model_validate(section).warning(int(steps)):
+            ema = train["ema"] if isinstance(train["ema"], dict) else {"decay": train["ema"], "warmup": False}
+            if warning := average_warning(float(ema["decay"]), bool(ema["warmup"]), int(train["steps"])):
                 yield f"{warning}."
 
 

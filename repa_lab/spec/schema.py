@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from repa_lab.align.settings import REGULARIZERS, EncoderSettings, NoSettings, RegularizerSettings, Schedule
 from repa_lab.data.settings import SOURCES, SourceSettings
+from repa_lab.metrics.protocol import average_decay, average_warning, initial_share
 from repa_lab.settings import (
     Count,
     Fraction,
@@ -67,7 +67,6 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "Adafactor": (),
 }
 Decay = Annotated[float, Field(ge=0, lt=1)]
-_NEGLIGIBLE_SHARE = 0.05
 
 
 class OptimizerSettings(Settings):
@@ -166,21 +165,15 @@ class EmaConfig(Settings):
 
     def decay_at(self, updates: int) -> float:
         """Return the decay of the update that follows ``updates`` earlier ones."""
-        return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
+        return average_decay(self.decay, self.warmup, updates)
 
     def initial_share(self, steps: int) -> float:
         """Return the share of the initial weights in the average after ``steps`` updates: the product of the decays."""
-        return math.prod(self.decay_at(n) for n in range(steps)) if self.warmup else self.decay**steps
+        return initial_share(self.decay, self.warmup, steps)
 
     def warning(self, steps: int) -> str | None:
         """Return a warning if more than 5 % of the average after ``steps`` updates are initial weights, else None."""
-        share = self.initial_share(steps)
-        if share <= _NEGLIGIBLE_SHARE:
-            return None
-        return (
-            f"train.ema: at decay {self.decay:g} the measured average still holds {100 * share:.0f} % of the initial "
-            f"weights after {steps:,} steps; set train.ema.warmup, or lower the decay"
-        )
+        return average_warning(self.decay, self.warmup, steps)
 
 
 def _without_section(ema: float | EmaConfig) -> float | EmaConfig:

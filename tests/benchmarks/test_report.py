@@ -27,6 +27,10 @@ WORK = {
         "import pandas",
         "results = load_results(root.path); results.runs, results.curves",
     ),
+    "gc --dry-run": (
+        "from repa_lab.runs.garbage_collection import collect, size_of",
+        "collect(root, dry_run=True), size_of(root.path)",
+    ),
     "status": ("from repa_lab.cli.runs import _rows", "_rows(root, None)"),
     "what a report reads": (
         "import pandas",
