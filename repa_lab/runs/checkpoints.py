@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from repa_lab.runs.directory import RunDirectory, RunWriter
 
 MANIFEST = "manifest.json"
+_LEFTOVERS = (".tmp-", "corrupt-")
 SIGNATURE = "run.json"  # the run of a checkpoint, and its metric rows so far
 
 
@@ -82,14 +83,14 @@ def latest(folder: Path) -> tuple[int, Path] | None:
 
 def leftovers(folder: Path) -> list[Path]:
     """Return the damaged checkpoints that were set aside, and what a kill left unfinished."""
-    return [folder / name for name in files.names_in(folder) if name.startswith((".tmp-", "corrupt-"))]
+    return [folder / name for name in files.names_in(folder) if name.startswith(_LEFTOVERS)]
 
 
 def foreign(folder: Path) -> Iterator[Path]:
     """Yield what lies among checkpoints and is not ours: links, and other names."""
-    known = {*files.by_step(folder).values(), *leftovers(folder)}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.is_symlink() or path not in known:
+        is_ours = path.name.startswith(_LEFTOVERS) or files.step_of(path.name) is not None
+        if path.is_symlink() or not is_ours:
             yield path
 
 

@@ -67,10 +67,15 @@ def by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
     """
     found: dict[int, Path] = {}
     for name in names_in(folder):
-        number = name.removeprefix("step-").removesuffix(suffix)
-        if number.isdecimal() and name == _name_of(int(number), suffix):
-            found[int(number)] = folder / name
+        if (step := step_of(name, suffix)) is not None:
+            found[step] = folder / name
     return dict(sorted(found.items()))
+
+
+def step_of(name: str, suffix: str = "") -> int | None:
+    """Return the step in a name such as ``step-00000600``; None for other names."""
+    number = name.removeprefix("step-").removesuffix(suffix)
+    return int(number) if number.isdecimal() and name == _name_of(int(number), suffix) else None
 
 
 def names_in(folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -275,3 +276,14 @@ def test_what_could_not_be_read_is_said_once_a_run_beside_the_tables(build: Buil
     assert {arm["arm"]: arm["mean"] for arm in board["arms"]} == {"whole": 1.0, "cut": 2.0}
     nothing = cli(root.path, "--protocol", "@50k")
     assert nothing.stderr == f"{line}no such metric with a protocol in '{root.path}'; measured: {METRIC}\n"
+
+
+def test_a_leaderboard_waits_neither_for_pandas_nor_for_the_settings_of_specs(build: Build, root: RunsRoot):
+    build([FakeArm("base", constant_runs([30.0, 32.0]), config=SIT)])
+    code = """
+import sys
+from repa_lab.report import leaderboards
+print([row["mean"] for row in leaderboards(sys.argv[1])[0].rows], sys.modules.keys() & {"pandas", "repa_lab.spec"})
+"""
+    command = [sys.executable, "-c", code, str(root.path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[31.0] set()\n"

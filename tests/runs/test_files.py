@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import math
 import subprocess
@@ -225,3 +226,18 @@ class TestLines:
         assert rows_of(path) == self.ROWS[:1]
         assert path.stat().st_ino != before
         assert [json.loads(line) for line in path.read_text().splitlines()] == [{"format": 1}, *self.ROWS[:1]]
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_garbage_collection_is_as_before_after_a_pause_also_a_nested_or_failed_one(was_enabled):
+    before = gc.isenabled()
+    try:
+        gc.enable() if was_enabled else gc.disable()
+        with pytest.raises(files.DamagedFileError), files.garbage_collection_paused():
+            with files.garbage_collection_paused():
+                assert not gc.isenabled()
+            assert not gc.isenabled()
+            raise files.DamagedFileError("here")
+        assert gc.isenabled() is was_enabled
+    finally:
+        gc.enable() if before else gc.disable()
