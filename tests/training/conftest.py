@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate.state import PartialState
 from safetensors.torch import load_file
 
 from repa_lab.align import Regularizer, Shapes
@@ -140,6 +139,7 @@ def write_spec(folder: Path, spec: dict[str, Any], cache: Path | None = None, **
     """Write a spec of one run into a folder, whose root uses this cache, or one of its own."""
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     if cache:
+        cache.mkdir(parents=True, exist_ok=True)
         (folder / "runs" / "cache").symlink_to(cache)
     file = folder / "spec.yaml"
     file.write_text(yaml.safe_dump({**spec, "run": make_options(**options).model_dump(mode="json")}))
@@ -147,11 +147,16 @@ def write_spec(folder: Path, spec: dict[str, Any], cache: Path | None = None, **
 
 
 def start_processes(spec: Path, world: int) -> list[BaseProcess]:
-    """Train a spec of :func:`write_spec` in processes forked from this one, as torchrun's would."""
+    """Train a spec of :func:`write_spec` in processes as torchrun's would.
+
+    They are forked from a server that has torch imported. This process may have started threads of autograd, with which
+    a fork of it could not train.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["repa_lab.training.loop", "diffusers"])
     processes = [context.Process(target=_train_as, args=(rank, world, port, spec)) for rank in range(world)]
     for process in processes:
         process.start()
@@ -162,7 +167,6 @@ def _train_as(rank: int, world: int, port: int, spec: Path) -> None:
     torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in torchrun.items()})
-    PartialState._reset_state()  # of the process that this one was forked from
     run_one(spec, None, None, spec.parent / "runs")
 
 
