@@ -102,17 +102,17 @@ def kl_autoencoder(channels: int, scaling: float, shift: float | None = None) ->
 
 FLUX_AUTOENCODER = kl_autoencoder(4, 0.3611, 0.1159)
 FLUX2_AUTOENCODER = Component("diffusers.AutoencoderKLFlux2", {**_SMALL_AUTOENCODER, "latent_channels": 2})
-QWEN_AUTOENCODER = Component(
-    "diffusers.AutoencoderKLQwenImage",
-    {
-        "base_dim": 4,
-        "z_dim": 4,
-        "dim_mult": [1, 1, 1, 1],
-        "num_res_blocks": 1,
-        "latents_mean": (-0.7571, -0.7089, -0.9113, 0.1075),
-        "latents_std": (2.8184, 1.4541, 2.3275, 2.6558),
-    },
-)
+# Qwen-Image took Wan's autoencoder, for single images.
+_WAN_SETTINGS = {
+    "base_dim": 4,
+    "z_dim": 4,
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "latents_mean": (-0.7571, -0.7089, -0.9113, 0.1075),
+    "latents_std": (2.8184, 1.4541, 2.3275, 2.6558),
+}
+WAN_AUTOENCODER = Component("diffusers.AutoencoderKLWan", _WAN_SETTINGS)
+QWEN_AUTOENCODER = Component("diffusers.AutoencoderKLQwenImage", _WAN_SETTINGS)
 
 
 def flow_scheduler(**config: Any) -> Component:

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from repa_lab.models.families.components import T5_TOKENIZER, t5_text
+from repa_lab.models.families.components import T5_TOKENIZER, WAN_AUTOENCODER, t5_text
 from repa_lab.models.families.shared import encode_prompt, map_inputs, rename, shapes
 from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
 
-_VAE = {
-    "base_dim": 4,
-    "z_dim": 4,
-    "dim_mult": [1, 1, 1, 1],
-    "num_res_blocks": 1,
-    "latents_mean": (-0.7571, -0.7089, -0.9113, 0.1075),
-    "latents_std": (2.8184, 1.4541, 2.3275, 2.6558),
-}
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 WAN = Family(
@@ -49,7 +41,7 @@ WAN = Family(
         encode=encode_prompt("encoder_hidden_states", do_classifier_free_guidance=False, max_sequence_length=512),
         prompt=rename(prompt_embeds="encoder_hidden_states"),
         tiny={
-            "vae": Component("diffusers.AutoencoderKLWan", _VAE),
+            "vae": WAN_AUTOENCODER,
             "tokenizer": T5_TOKENIZER,
             "text_encoder": t5_text(12, "UMT5EncoderModel"),
             "scheduler": Component("diffusers.UniPCMultistepScheduler", _FLOW),
