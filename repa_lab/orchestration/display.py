@@ -421,11 +421,11 @@ class ProgressView:
         done, total = self._counts
         waiting = max(total - done - len(self._runs), 0)
         typical = sum(self._durations) / len(self._durations) if self._durations else None
-        lefts = [run.seconds_left() for run in self._runs.values()]
-        running = [seconds for left in lefts if (seconds := typical if left is None else left) is not None]
-        if not running or (waiting and typical is None):
+        running = [typical if (left := run.seconds_left()) is None else left for run in self._runs.values()]
+        known = [seconds for seconds in running if seconds is not None]
+        if (waiting and typical is None) or not (known or waiting):
             return ""
-        return f"about {_duration(max(running) + waiting * (typical or 0) / self._slots)} left in all"
+        return f"about {_duration(max(known, default=0.0) + waiting * (typical or 0.0) / self._slots)} left in all"
 
 
 def _cosine_name(row: Row) -> str:

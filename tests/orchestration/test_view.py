@@ -31,3 +31,19 @@ def test_the_live_table_shows_it_too():
     view.started("abc", NAME, 6)
     console.print(view._render())
     assert NAME in seen.getvalue()
+
+
+def test_the_time_left_is_shown_between_two_runs_and_not_after_the_last():
+    view = ProgressView(Console(quiet=True), "tiny", 2)
+    view.counts(0, 5)
+    assert view._footer() == ""
+    view.started("abc", NAME, 6)
+    view._runs["abc"].begun -= 100
+    view.finished("abc", State.DONE, None)
+    view.counts(1, 5)
+    assert view._footer() == "about 3:20 left in all"  # 4 runs of 100 s in 2 slots
+    view.started("def", NAME, 6)
+    assert view._footer() == "about 4:10 left in all"  # one that has told nothing, and 3 that wait
+    view.counts(5, 5)
+    view.withdrawn("def")
+    assert view._footer() == ""
