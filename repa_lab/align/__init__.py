@@ -10,7 +10,6 @@ from repa_lab.lazy import on_first_use
 if TYPE_CHECKING:
     from repa_lab.align.losses import alignment_loss, manifold_loss, nt_xent_loss
     from repa_lab.align.needs import Needs
-    from repa_lab.align.projector import Projector
     from repa_lab.align.regularizer import REPA, UREPA, Loss, Prediction, Regularizer, Shapes, Signals, SimilarityCutoff
     from repa_lab.align.settings import (
         ManifoldSettings,
@@ -19,9 +18,9 @@ if TYPE_CHECKING:
         Schedule,
         ScheduleSettings,
     )
-    from repa_lab.align.tokens import Tokens, flatten_map, normalise_over_space, resample_tokens
+    from repa_lab.align.tokens import Projector, Tokens, flatten_map, normalise_over_space, resample_tokens
 
-import_module("repa_lab.align.methods.settings")  # registers the methods
+import_module("repa_lab.align.methods")  # registers the methods
 
 __all__ = [
     "REPA",
@@ -53,7 +52,6 @@ __getattr__ = on_first_use(
     {
         "align.losses": ("alignment_loss", "manifold_loss", "nt_xent_loss"),
         "align.needs": ("Needs",),
-        "align.projector": ("Projector",),
         "align.regularizer": (
             "REPA",
             "UREPA",
@@ -71,6 +69,6 @@ __getattr__ = on_first_use(
             "Schedule",
             "ScheduleSettings",
         ),
-        "align.tokens": ("Tokens", "flatten_map", "normalise_over_space", "resample_tokens"),
+        "align.tokens": ("Projector", "Tokens", "flatten_map", "normalise_over_space", "resample_tokens"),
     },
 )

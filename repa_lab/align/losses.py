@@ -1,16 +1,19 @@
-"""The losses, in float32 for inputs of any dtype: REPA's cosine and NT-Xent, and U-REPA's manifold loss."""
+"""The losses, in float32 for inputs of any dtype: REPA's cosine and NT-Xent, and U-REPA's manifold loss.
+
+The first part is what the processes of one training exchange.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import distributed
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from repa_lab.align.ranks import gather
 from repa_lab.align.settings import ManifoldSettings
 
 _ZERO_NORM = 1e-12
@@ -21,15 +24,62 @@ _TILE = 512
 _PAPER = ManifoldSettings()
 
 
+def world_size() -> int:
+    """Return the number of processes that train together; 1 without torch.distributed."""
+    in_use = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if in_use else 1
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all processes, detached, the same in each of them."""
+    if world_size() == 1:
+        return values.detach()
+    total = values.detach().clone()
+    distributed.all_reduce(total)
+    return total
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return the mean of a tensor over all processes, detached, the same in each of them."""
+    return sum_over_ranks(values) / world_size()
+
+
+def gather(values: torch.Tensor) -> torch.Tensor:
+    """Return the rows ``(n, ...)`` of all processes as ``(n * world size, ...)``, in the order of their ranks.
+
+    Gradients reach this process's own rows, multiplied by the world size: DistributedDataParallel averages the
+    gradients of the processes, but a loss over all rows needs their sum.
+    """
+    world = world_size()
+    if world == 1:
+        return values
+    detached = values.detach().contiguous()
+    rows = [torch.empty_like(detached) for _ in range(world)]
+    distributed.all_gather(rows, detached)
+    rows[distributed.get_rank()] = detached + world * (values - detached)
+    return torch.cat(rows)
+
+
+def start_reading(value: torch.Tensor) -> Callable[[], float]:
+    """Start copying a scalar from its device, and return a function that waits for this copy and returns the number.
+
+    The function waits for nothing that the device was given after the copy, while ``item()`` would wait for all of it.
+    """
+    host = value.detach().to("cpu", non_blocking=True)
+    copied = torch.cuda.Event() if value.is_cuda else None
+    if copied:
+        copied.record()
+
+    def read() -> float:
+        if copied:
+            copied.synchronize()
+        return host.item()
+
+    return read
+
+
 def token_cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Return the cosine of matching tokens, in float32; no gradient reaches the teacher.
-
-    Args:
-        student: ``(B, N, D)``.
-        teacher: ``(B, N, D)``.
-
-    Returns:
-        ``(B, N)`` in [-1, 1].
+    """Return the cosines ``(B, N)`` of matching tokens ``(B, N, D)``, in float32; no gradient reaches the teacher.
 
     Raises:
         ValueError: the shapes differ.
@@ -202,9 +252,13 @@ class _SumOfDistances(torch.autograd.Function):
             on_diagonal = rows == columns
             if on_diagonal and manifold.reduction == "offdiag_mean":
                 difference.diagonal(dim1=1, dim2=2).zero_()
-            total += _distance(difference, manifold).sum() * (1 if on_diagonal else 2)
+            if manifold.distance == "l2":
+                distance, slope = difference.square(), 2 * difference
+            else:
+                excess = difference.abs() - manifold.margin
+                distance, slope = excess.clamp_min(0), difference.sign() * (excess > 0)
+            total += distance.sum() * (1 if on_diagonal else 2)
             if gradient is not None:
-                slope = _slope(difference, manifold)
                 gradient[:, rows] += 2 * torch.bmm(slope, ours[:, columns])
                 if not on_diagonal:
                     gradient[:, columns] += 2 * torch.bmm(slope.transpose(1, 2), ours[:, rows])
@@ -221,19 +275,6 @@ class _SumOfDistances(torch.autograd.Function):
     def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return (outer * gradient).to(ctx.dtype), None, None
-
-
-def _distance(difference: torch.Tensor, manifold: ManifoldSettings) -> torch.Tensor:
-    if manifold.distance == "l2":
-        return difference.square()
-    return (difference.abs() - manifold.margin).clamp_min(0)
-
-
-def _slope(difference: torch.Tensor, manifold: ManifoldSettings) -> torch.Tensor:
-    """Return the derivative of the distance."""
-    if manifold.distance == "l2":
-        return 2 * difference
-    return difference.sign() * (difference.abs() > manifold.margin)
 
 
 def scale_to_unit(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

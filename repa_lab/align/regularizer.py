@@ -11,20 +11,27 @@ from typing import Any, ClassVar, NamedTuple, overload
 import torch
 from torch import nn
 
-from repa_lab.align.losses import alignment_loss, manifold_loss, nt_xent_loss, token_cosine
+from repa_lab.align.losses import (
+    alignment_loss,
+    manifold_loss,
+    mean_over_ranks,
+    nt_xent_loss,
+    start_reading,
+    token_cosine,
+    world_size,
+)
 from repa_lab.align.needs import Needs
-from repa_lab.align.projector import Projector
-from repa_lab.align.ranks import mean_over_ranks, start_reading, world_size
 from repa_lab.align.settings import (
     CosineTargetSettings,
     EncoderTargetSettings,
+    ManifoldSettings,
     RegularizerSettings,
     REPASettings,
     Schedule,
     ScheduleSettings,
     UREPASettings,
 )
-from repa_lab.align.tokens import Grid, Tokens, normalise_over_space, resample_tokens
+from repa_lab.align.tokens import Grid, Projector, Tokens, normalise_over_space, resample_tokens
 
 
 @dataclass(frozen=True)
@@ -77,13 +84,13 @@ class Attention(NamedTuple):
 
     def resample(self, to: Grid) -> Attention:
         """Return queries and keys on the grid ``to``; see :func:`repa_lab.align.tokens.resample_tokens`."""
-        query, key = (
-            resample_tokens(heads.transpose(1, 2).flatten(2), self.grid, to)
-            .unflatten(2, (heads.shape[1], -1))
-            .transpose(1, 2)
-            for heads in (self.query, self.key)
-        )
-        return Attention(query, key, to)
+
+        def resampled(heads: torch.Tensor) -> torch.Tensor:
+            tokens = resample_tokens(heads.transpose(1, 2).flatten(2), self.grid, to)
+            split: torch.Tensor = tokens.unflatten(2, (heads.shape[1], -1))
+            return split.transpose(1, 2)
+
+        return Attention(resampled(self.query), resampled(self.key), to)
 
 
 @dataclass(frozen=True)
@@ -137,11 +144,8 @@ class SimilarityCutoff(nn.Module):
     its own mean is not known before its last micro-batch, and reading it would wait for the device. The state is part
     of the regularizer's ``state_dict``.
 
-    Args:
-        settings: ``similarity_threshold`` and the fields that belong to it.
-
     Raises:
-        ValueError: there is no threshold.
+        ValueError: the settings have no ``similarity_threshold``.
     """
 
     def __init__(self, settings: ScheduleSettings) -> None:
@@ -159,12 +163,7 @@ class SimilarityCutoff(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the state is Python's
     def observe(self, step: int, cosine: torch.Tensor) -> None:
-        """Note the mean cosine of one micro-batch; every process must call this equally often.
-
-        Args:
-            step: optimizer steps already taken.
-            cosine: a scalar.
-        """
+        """Note the mean cosine of one micro-batch of ``step``; every process must call this equally often."""
         if step != self._step:
             self._count_pending()
         self._step = step
@@ -221,11 +220,8 @@ class Regularizer(nn.Module):
 
     A subclass implements ``forward(signals, step) -> Loss``, declares its settings in an inner class ``Settings``, and
     overrides ``needs(settings) -> Needs`` if it needs more than one tap and the encoders among its settings. Its
-    parameters are trained and checkpointed, but are not part of the exported model.
-
-    Args:
-        settings: an instance of ``Settings``.
-        shapes: the widths of the signals that it needs.
+    parameters are trained and checkpointed, but are not part of the exported model. ``step`` is always the number of
+    optimizer steps already taken.
 
     Raises:
         ValueError: a decay has no end.
@@ -258,12 +254,7 @@ class Regularizer(nn.Module):
         return None
 
     def forward(self, signals: Signals, step: int) -> Loss:
-        """Return the unweighted loss of one batch.
-
-        Args:
-            signals: the signals of the step.
-            step: optimizer steps already taken.
-        """
+        """Return the unweighted loss of one batch."""
         raise NotImplementedError
 
     def weight_at(self, step: int) -> float:
@@ -272,22 +263,14 @@ class Regularizer(nn.Module):
         return 0.0 if scheduled and self.cutoff and self.cutoff.is_cut(step) else scheduled
 
     def is_active(self, step: int) -> bool:
-        """Return whether the regularizer has to be called at ``step``.
-
-        That is where the weight is above 0, and where a recoverable similarity cutoff measures whether it still holds.
-        """
-        if self.weight_at(step) > 0:
-            return True
-        return self.cutoff is not None and self.schedule(step) > 0 and self.cutoff.probes(step)
+        """Return whether the weight is above 0, or a recoverable similarity cutoff measures whether it still holds."""
+        probes = self.cutoff is not None and self.schedule(step) > 0 and self.cutoff.probes(step)
+        return self.weight_at(step) > 0 or probes
 
     def observe(self, step: int, loss: Loss) -> None:
         """Pass the loss of one micro-batch to the similarity cutoff, if there is one.
 
         The trainer does so. In a loop of your own, call it after every micro-batch if a similarity threshold is set.
-
-        Args:
-            step: optimizer steps already taken.
-            loss: the loss that ``forward`` returned.
 
         Raises:
             ValueError: the loss has no part ``cosine``.
@@ -312,7 +295,9 @@ class EncoderTarget(Regularizer):
     """The base of regularizers that match a block's tokens with encoders' patch tokens.
 
     The trainer builds it from settings and shapes. In a loop of your own, give the widths, and any field of the
-    settings by keyword: ``REPA(1152, 768, weight=0.5, projector={"type": "linear"})``.
+    settings by keyword: ``REPA(1152, 768, weight=0.5, projector={"type": "linear"})``. Their forward takes one tap
+    ``(B, N, in_dim)`` and the tokens ``(B, M, out_dim)`` of every encoder; it raises a ValueError if they do not fit
+    together.
 
     Args:
         in_dim: the denoiser's width at the tap, or the settings.
@@ -323,7 +308,6 @@ class EncoderTarget(Regularizer):
         ValidationError: a field is unknown or out of range.
     """
 
-    Settings: ClassVar[type[RegularizerSettings]] = EncoderTargetSettings
     settings: EncoderTargetSettings
 
     @overload
@@ -358,6 +342,8 @@ class EncoderTarget(Regularizer):
         assert isinstance(projector, Projector)
         if self.settings.spatial_norm is not None:
             teacher = normalise_over_space(teacher, self.settings.spatial_norm)
+        if isinstance(self.settings, CosineTargetSettings) and not self.settings.spatial_align:
+            return Pair(projector.project(student).mean().values, teacher.mean().values)
         if resample.side == "teacher":
             return Pair(projector.project(student).values, teacher.resample(student.grid).values)
         if resample.when == "before":
@@ -375,28 +361,19 @@ class EncoderTarget(Regularizer):
             raise ValueError(f"there are {len(self.projectors)} encoders, got the tokens of {len(signals.encoders)}")
         return [self.match(student, tokens, number) for number, tokens in enumerate(signals.encoders)]
 
+    def require_relations(self, pair: Pair, manifold: ManifoldSettings) -> None:
+        """Raise a ValueError if a single token or image leaves no two to compare by :func:`manifold_loss`."""
+        images, tokens = pair.teacher.shape[:2]
+        if manifold.scope == "intra" and tokens < 2:
+            raise ValueError(f"{self.settings.type} compares tokens of one image; there is a single token")
+        if manifold.scope == "batch_pooled" and images * world_size() < 2:
+            raise ValueError(f"{self.settings.type} with scope batch_pooled compares images; there is a single one")
+
 
 class CosineTarget(EncoderTarget):
-    """The base of regularizers that raise the cosine of the tap's projected tokens with the encoder's patch tokens.
+    """The base of regularizers that raise the cosine of the tap's projected tokens with the encoder's patch tokens."""
 
-    Args as for :class:`EncoderTarget`, with the fields of :class:`CosineTargetSettings`.
-    """
-
-    Settings: ClassVar[type[RegularizerSettings]] = CosineTargetSettings
     settings: CosineTargetSettings
-
-    def match(self, student: Tokens, teacher: Tokens, encoder: int = 0) -> Pair:
-        """Return projected student tokens and encoder tokens; without ``spatial_align`` their means over each frame.
-
-        Args and errors as for :meth:`EncoderTarget.match`.
-        """
-        if self.settings.spatial_align:
-            return super().match(student, teacher, encoder)
-        if self.settings.spatial_norm is not None:
-            teacher = normalise_over_space(teacher, self.settings.spatial_norm)
-        projector = self.projectors[encoder]
-        assert isinstance(projector, Projector)
-        return Pair(projector.project(student).mean().values, teacher.mean().values)
 
 
 class REPA(CosineTarget):
@@ -409,35 +386,26 @@ class REPA(CosineTarget):
     settings: REPASettings
 
     def forward(self, signals: Signals, step: int = 0) -> Loss:
-        """Return minus the mean cosine, or the NT-Xent loss; the mean cosine is a part.
-
-        Args:
-            signals: one tap ``(B, N, in_dim)`` and the tokens ``(B, M, out_dim)`` of every encoder.
-            step: optimizer steps already taken.
-
-        Raises:
-            ValueError: the signals do not fit together.
-        """
-        value, cosine, _ = self._align(signals)
+        """Return minus the mean cosine, or the NT-Xent loss; the mean cosine is a part."""
+        value, cosine = self.align(self.pairs(signals))
         return Loss(value, {"cosine": cosine})
 
-    def _align(self, signals: Signals) -> tuple[torch.Tensor, torch.Tensor, list[Pair]]:
-        """Return the alignment loss, the mean cosine, and the matched tokens of every encoder."""
-        pairs = self.pairs(signals)
+    def align(self, pairs: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean alignment loss over the encoders, and the mean cosine."""
         if self.settings.loss == "cosine":
             value = torch.stack([alignment_loss(*pair) for pair in pairs]).mean()
-            return value, -value.detach(), pairs
+            return value, -value.detach()
         value = torch.stack([nt_xent_loss(*pair, self.settings.temperature) for pair in pairs]).mean()
-        return value, torch.stack([token_cosine(*pair).detach().mean() for pair in pairs]).mean(), pairs
+        return value, torch.stack([token_cosine(*pair).detach().mean() for pair in pairs]).mean()
 
 
 class UREPA(REPA):
     """U-REPA (2503.18414), Eq. 5: ``alignment + manifold_weight * manifold`` at the middle of a U-shaped denoiser.
 
-    Args as for :class:`REPA`, with the fields of :class:`UREPASettings`.
+    Args as for :class:`EncoderTarget`, with the fields of :class:`UREPASettings`.
     """
 
-    Settings: ClassVar[type[RegularizerSettings]] = UREPASettings
+    Settings = UREPASettings
     settings: UREPASettings
 
     def forward(self, signals: Signals, step: int = 0) -> Loss:
@@ -446,13 +414,10 @@ class UREPA(REPA):
         Raises:
             ValueError: the signals do not fit together, or a single token or image leaves no pair to compare.
         """
-        alignment, cosine, pairs = self._align(signals)
-        scope, (images, tokens) = self.settings.manifold.scope, pairs[0].teacher.shape[:2]
-        has_weight = self.settings.manifold_weight > 0
-        if has_weight and scope == "intra" and tokens < 2:
-            raise ValueError("the manifold loss compares tokens of one image; there is a single token")
-        if has_weight and scope == "batch_pooled" and images * world_size() < 2:
-            raise ValueError("the manifold loss with scope batch_pooled compares images; there is a single one")
+        pairs = self.pairs(signals)
+        alignment, cosine = self.align(pairs)
+        if self.settings.manifold_weight:
+            self.require_relations(pairs[0], self.settings.manifold)
         manifold = torch.stack([manifold_loss(*pair, self.settings.manifold, step) for pair in pairs]).mean()
         value = alignment + self.settings.manifold_weight * manifold
         return Loss(value, {"cosine": cosine, "manifold": manifold.detach()})

@@ -1,14 +1,18 @@
-"""Tokens with their grid: no code in repa-lab infers ``(h, w)`` from ``sqrt(N)``."""
+"""Tokens with their grid, and the projector that maps them: no code in repa-lab infers ``(h, w)`` from ``sqrt(N)``."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn import functional
 
+from repa_lab.align.settings import ProjectorSettings
+
 Grid = tuple[int, int]
-_STD_FLOOR = 1e-6
+_MLP = ProjectorSettings()
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def normalise_over_space(tokens: Tokens, strength: float) -> Tokens:
         raise ValueError("spatial normalisation compares tokens of one image; there is a single token")
     values = images.values.float()
     std, mean = torch.std_mean(values, dim=1, keepdim=True)
-    return Tokens((values - strength * mean) / (std + _STD_FLOOR), tokens.grid).as_clips(tokens.frames)
+    return Tokens((values - strength * mean) / (std + 1e-6), tokens.grid).as_clips(tokens.frames)
 
 
 def flatten_map(feature_map: torch.Tensor) -> Tokens:
@@ -128,3 +132,47 @@ def _require_grid(tokens: torch.Tensor, grid: Grid, frames: int = 1) -> None:
     if tokens.shape[1] != frames * grid[0] * grid[1]:
         per_frame = "" if frames == 1 else f" of {frames} frames"
         raise ValueError(f"{tokens.shape[1]} tokens do not fill the grid {grid[0]}x{grid[1]}{per_frame}")
+
+
+class Projector(nn.Module):
+    """Maps tokens ``(B, N, in_dim)`` to ``(B, N, out_dim)`` on the same grid.
+
+    - ``mlp`` is REPA's: three linear layers of ``width`` with SiLU between and Xavier-uniform init, token by token (as
+      in the papers' code; 7,344,896 parameters for 768 to 768).
+    - ``linear`` is SimpleTuner's LayerNorm + Linear, with torch's init.
+    - ``conv`` is iREPA's convolution over the grid, zero-padded, with torch's init.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, settings: ProjectorSettings = _MLP) -> None:
+        super().__init__()
+        self.net = nn.ModuleDict()
+        if settings.type == "conv":
+            self.net["conv"] = nn.Conv2d(in_dim, out_dim, settings.kernel, padding=settings.kernel // 2)
+        elif settings.type == "linear":
+            self.net["layers"] = nn.Sequential(nn.LayerNorm(in_dim), nn.Linear(in_dim, out_dim))
+        else:
+            widths = (in_dim, settings.width, settings.width, out_dim)
+            first, second, third = (nn.Linear(*pair) for pair in itertools.pairwise(widths))
+            for layer in (first, second, third):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+            self.net["layers"] = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
+
+    def forward(self, values: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
+        """Project ``(B, N, in_dim)`` to ``(B, N, out_dim)``, in the dtype of the projector's parameters.
+
+        Raises:
+            ValueError: ``conv`` is used without the grid.
+        """
+        values = values.to(next(self.net.parameters()).dtype)
+        if "conv" not in self.net:
+            projected: torch.Tensor = self.net["layers"](values)
+            return projected
+        if grid is None:
+            raise ValueError("a conv projector needs the grid of its tokens")
+        return flatten_map(self.net["conv"](Tokens(values, grid).to_map())).values
+
+    def project(self, tokens: Tokens) -> Tokens:
+        """Project tokens ``(B, N, in_dim)`` to ``(B, N, out_dim)`` on the same grid, every frame alike."""
+        images = tokens.as_images()
+        return Tokens(self(images.values, tokens.grid), tokens.grid).as_clips(tokens.frames)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from repa_lab.align.methods.settings import CREPASettings, LayerSyncSettings, SelfTranscendenceSettings
+from repa_lab.align.methods import CREPASettings, LayerSyncSettings, SelfTranscendenceSettings
 from repa_lab.align.settings import (
     CosineTargetSettings,
     RegularizerSettings,

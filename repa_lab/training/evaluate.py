@@ -20,7 +20,7 @@ from torchvision.transforms.functional import resize
 from torchvision.utils import make_grid
 
 from repa_lab.align import Tokens
-from repa_lab.align.ranks import sum_over_ranks, world_size
+from repa_lab.align.losses import sum_over_ranks, world_size
 from repa_lab.align.regularizer import Pair
 from repa_lab.align.tokens import Grid
 from repa_lab.data import DataError

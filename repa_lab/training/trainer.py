@@ -18,7 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from repa_lab.align import Needs, Prediction, Schedule, Shapes
-from repa_lab.align.ranks import mean_over_ranks
+from repa_lab.align.losses import mean_over_ranks
 from repa_lab.align.regularizer import CosineTarget
 from repa_lab.encoders.targets import Targets
 from repa_lab.files import write_json

@@ -23,7 +23,7 @@ from repa_lab.align import (
     Tokens,
     manifold_loss,
 )
-from repa_lab.align.ranks import gather, mean_over_ranks
+from repa_lab.align.losses import gather, mean_over_ranks
 from repa_lab.models.tap import Tap
 
 WORLD = 2

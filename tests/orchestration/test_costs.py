@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from repa_lab.align.methods.haste import attention_loss
-from repa_lab.align.projector import Projector
 from repa_lab.align.regularizer import Attention
 from repa_lab.align.settings import ProjectorSettings
+from repa_lab.align.tokens import Projector
 from repa_lab.encoders.registry import ENCODERS, encoder_flops, encoder_weights
 from repa_lab.models import flops
 from repa_lab.models.families import FAMILIES

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
 from repa_lab.align.losses import scale_to_unit, token_cosine
-from repa_lab.align.methods.settings import CREPASettings
+from repa_lab.align.methods import CREPASettings
 from repa_lab.align.regularizer import CosineTarget, Loss, Pair, Signals
-from repa_lab.align.settings import RegularizerSettings
 
 
 class CREPA(CosineTarget):
@@ -19,23 +16,13 @@ class CREPA(CosineTarget):
     frame k at the same places, and K are the frames ``f - distance`` and ``f + distance`` that the clip has. With
     ``cumulative`` K are all frames up to that distance. The paper sums over f where ``normalize_frames`` is false.
     Frames are the denoiser's: where an autoencoder joins several frames of a clip into one, the encoder sees the last.
-
-    Args as for :class:`EncoderTarget`, with the fields of :class:`CREPASettings`.
     """
 
-    Settings: ClassVar[type[RegularizerSettings]] = CREPASettings
+    Settings = CREPASettings
     settings: CREPASettings
 
     def forward(self, signals: Signals, step: int = 0) -> Loss:
-        """Return minus the weighted cosines; their mean, and the mean cosine of frames with themselves, are parts.
-
-        Args:
-            signals: one tap ``(B, frames * N, in_dim)`` and the tokens ``(B, frames * M, out_dim)`` of every encoder.
-            step: optimizer steps already taken.
-
-        Raises:
-            ValueError: the signals do not fit together.
-        """
+        """Return minus the weighted cosines; their mean, and the mean cosine of frames with themselves, are parts."""
         (student,) = signals.taps
         pairs = self.pairs(signals)
         weights = frame_weights(self.settings, student.frames, student.values.device)
@@ -57,9 +44,7 @@ def frame_weights(settings: CREPASettings, frames: int, device: torch.device) ->
 def weighted_similarity(pair: Pair, weights: torch.Tensor) -> torch.Tensor:
     """Return ``mean_bfn sum_k weights_fk cos(student_bfn, teacher_bkn)``, in float32; no gradient reaches the teacher.
 
-    Args:
-        pair: student and teacher, ``(B, frames * N, D)`` each.
-        weights: ``(frames, frames)``.
+    Both sides are ``(B, frames * N, D)``, and the weights ``(frames, frames)``.
     """
     # Autocast would run the product in half precision; similarities must be float32.
     with torch.autocast(pair.student.device.type, enabled=False):

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch.nn import functional
 
-from repa_lab.align.methods.settings import (
-    DispersiveSettings,
-)
-from repa_lab.align.ranks import gather
+from repa_lab.align.losses import gather
+from repa_lab.align.methods import DispersiveSettings
 from repa_lab.align.regularizer import Loss, Regularizer, Signals
-from repa_lab.align.settings import RegularizerSettings
 
 
 class Dispersive(Regularizer):
@@ -29,15 +24,11 @@ class Dispersive(Regularizer):
     processes. Distances are divided by n as in the released code, so that one temperature serves all widths.
     """
 
-    Settings: ClassVar[type[RegularizerSettings]] = DispersiveSettings
+    Settings = DispersiveSettings
     settings: DispersiveSettings
 
     def forward(self, signals: Signals, step: int = 0) -> Loss:
-        """Return the loss; the mean distance of two different images is a part.
-
-        Args:
-            signals: one tap ``(B, N, D)``.
-            step: optimizer steps already taken.
+        """Return the loss of one tap ``(B, N, D)``; the mean distance of two different images is a part.
 
         Raises:
             ValueError: there is a single image.

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch.nn import functional
 
-from repa_lab.align.methods.settings import HASTESettings
+from repa_lab.align.methods import HASTESettings
 from repa_lab.align.regularizer import REPA, Attention, Loss, Signals
-from repa_lab.align.settings import RegularizerSettings
 
 
 class HASTE(REPA):
@@ -20,25 +17,17 @@ class HASTE(REPA):
     = -sum p log q`` is the cross-entropy and w is ``attention_weight``. Where one side has more heads, its first are
     taken. Where the grids differ, the encoder's queries and keys are resampled. The paper's termination, which drops
     both terms at a step, is ``schedule.cutoff_step``: from then on neither the encoder nor the taps are asked.
-
-    Args as for :class:`REPA`, with the fields of :class:`HASTESettings`.
     """
 
-    Settings: ClassVar[type[RegularizerSettings]] = HASTESettings
+    Settings = HASTESettings
     settings: HASTESettings
 
     def forward(self, signals: Signals, step: int = 0) -> Loss:
         """Return the alignment loss plus the weighted attention loss; the mean cosine and the latter are parts.
 
-        Args:
-            signals: one tap ``(B, N, in_dim)``, the tokens ``(B, M, out_dim)`` of every encoder, and the attention of
-                as many blocks of the denoiser and of every encoder.
-            step: optimizer steps already taken.
-
-        Raises:
-            ValueError: the signals do not fit together.
+        The signals have the attention of as many blocks of the denoiser and of every encoder.
         """
-        alignment, cosine, _ = self._align(signals)
+        alignment, cosine = self.align(self.pairs(signals))
         if not self.settings.attention_weight:
             return Loss(alignment, {"cosine": cosine})
         pairs = [pair for taught in signals.encoder_attention for pair in zip(signals.attention, taught, strict=True)]

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from repa_lab.align.losses import alignment_loss
-from repa_lab.align.methods.settings import (
-    LayerSyncSettings,
-)
+from repa_lab.align.methods import LayerSyncSettings
 from repa_lab.align.regularizer import Loss, Regularizer, Signals
-from repa_lab.align.settings import RegularizerSettings
 
 
 class LayerSync(Regularizer):
@@ -19,16 +14,11 @@ class LayerSync(Regularizer):
     gradient reaches the later block through them (sg). Where the blocks' grids differ, the teacher is resampled.
     """
 
-    Settings: ClassVar[type[RegularizerSettings]] = LayerSyncSettings
+    Settings = LayerSyncSettings
     settings: LayerSyncSettings
 
     def forward(self, signals: Signals, step: int = 0) -> Loss:
-        """Return minus the mean cosine, which is a part.
-
-        Args:
-            signals: the student's and the teacher's tokens, ``(B, N, D)`` and ``(B, M, D)``.
-            step: optimizer steps already taken.
-        """
+        """Return minus the mean cosine of student ``(B, N, D)`` and teacher ``(B, M, D)``, which is a part."""
         student, teacher = signals.taps
         value = alignment_loss(student.values, teacher.resample(student.grid).values)
         return Loss(value, {"cosine": -value.detach()})

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from repa_lab.align.methods.settings import (
-    SelfFlowSettings,
-)
-from repa_lab.align.methods.sra import AveragedTeacher
-from repa_lab.align.settings import RegularizerSettings
+from repa_lab.align.methods import SelfFlowSettings
+from repa_lab.align.methods.sra import ProjectedTeacher
 
 
-class SelfFlow(AveragedTeacher):
+class SelfFlow(ProjectedTeacher):
     """Self-Flow (2603.06507): ``-mean_bn cos(P(h)_bn, g_bn)``.
 
     Each image has two times t and s, drawn alike, and a mask that takes every token with probability ``mask_ratio``.
@@ -20,4 +15,4 @@ class SelfFlow(AveragedTeacher):
     model, which gets the whole image at ``min(t, s)``. The mean is over all tokens, masked or not.
     """
 
-    Settings: ClassVar[type[RegularizerSettings]] = SelfFlowSettings
+    Settings = SelfFlowSettings

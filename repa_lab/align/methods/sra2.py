@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch.nn import functional
 
-from repa_lab.align.methods.settings import (
-    SRA2Settings,
-)
-from repa_lab.align.projector import Projector
+from repa_lab.align.methods import SRA2Settings
 from repa_lab.align.regularizer import Loss, Regularizer, Shapes, Signals
-from repa_lab.align.settings import RegularizerSettings
-from repa_lab.align.tokens import Grid, Tokens, flatten_map
+from repa_lab.align.tokens import Grid, Projector, Tokens, flatten_map
 
 
 class SRA2(Regularizer):
@@ -25,7 +19,7 @@ class SRA2(Regularizer):
     beside a denoising loss of 0.06: the part ``ratio`` is the loss over the mean squared error of the prediction.
     """
 
-    Settings: ClassVar[type[RegularizerSettings]] = SRA2Settings
+    Settings = SRA2Settings
     settings: SRA2Settings
 
     def __init__(self, settings: SRA2Settings, shapes: Shapes) -> None:
@@ -34,11 +28,7 @@ class SRA2(Regularizer):
         self.projector = Projector(width, shapes.latents * stride**2, settings.projector)
 
     def forward(self, signals: Signals, step: int = 0) -> Loss:
-        """Return the smooth L1 loss; its ratio to the denoising loss is a part.
-
-        Args:
-            signals: one tap ``(B, N, D)``, the latents ``(B, C, H, W)``, or of clips, and the prediction.
-            step: optimizer steps already taken.
+        """Return the smooth L1 loss of one tap ``(B, N, D)``; its ratio to the denoising loss is a part.
 
         Raises:
             ValueError: the tokens' grid does not divide the latents.
@@ -46,7 +36,11 @@ class SRA2(Regularizer):
         (student,), latents, prediction = signals.taps, signals.latents, signals.prediction
         assert latents is not None
         assert prediction is not None
-        target = latents_of_tokens(_standardize(latents) if self.settings.normalize else latents.float(), student.grid)
+        latents = latents.float()
+        if self.settings.normalize:
+            std, mean = torch.std_mean(latents, dim=tuple(range(1, latents.ndim)), keepdim=True, correction=0)
+            latents = (latents - mean) / std.clamp_min(1e-6)
+        target = latents_of_tokens(latents, student.grid)
         projected = self.projector.project(student).values.float()
         value = functional.smooth_l1_loss(projected, target.values, beta=self.settings.beta)
         with torch.no_grad():
@@ -58,9 +52,7 @@ class SRA2(Regularizer):
 def latents_of_tokens(latents: torch.Tensor, grid: Grid) -> Tokens:
     """Return for every token of a grid the latents of its square of cells, ``(B, h * w, C * s * s)``; clips by frame.
 
-    Args:
-        latents: ``(B, C, H, W)``, or of clips ``(B, C, F, H, W)``.
-        grid: ``(h, w)`` with H = s * h and W = s * w.
+    The latents are ``(B, C, s * h, s * w)``, or of clips ``(B, C, F, s * h, s * w)``.
 
     Raises:
         ValueError: the grid does not divide the latents.
@@ -72,9 +64,3 @@ def latents_of_tokens(latents: torch.Tensor, grid: Grid) -> Tokens:
     if (grid[0] * stride, grid[1] * stride) != (height, width):
         raise ValueError(f"a grid of {grid[0]}x{grid[1]} tokens does not divide latents of {height}x{width}")
     return flatten_map(functional.pixel_unshuffle(latents, stride))
-
-
-def _standardize(latents: torch.Tensor) -> torch.Tensor:
-    values = latents.float()
-    std, mean = torch.std_mean(values, dim=tuple(range(1, values.ndim)), keepdim=True, correction=0)
-    return (values - mean) / std.clamp_min(1e-6)
