@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
-
-from repa_lab.lazy import on_first_use
 
 if TYPE_CHECKING:
     from repa_lab.metrics.alignment import (
         CosineSums,
+        cds,
         cka,
         cknna,
         clip_and_normalise,
         cosine_gap,
+        lds,
         mutual_knn,
         nearest_neighbours,
+        rmsc,
     )
     from repa_lab.metrics.quality import (
         Moments,
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
         precision_recall,
         statistics,
     )
-    from repa_lab.metrics.spatial import cds, lds, rmsc
 
 __all__ = [
     "CosineSums",
@@ -53,30 +54,10 @@ __all__ = [
     "statistics",
 ]
 
-__getattr__ = on_first_use(
-    __name__,
-    {
-        "metrics.alignment": (
-            "CosineSums",
-            "cka",
-            "cknna",
-            "clip_and_normalise",
-            "cosine_gap",
-            "mutual_knn",
-            "nearest_neighbours",
-        ),
-        "metrics.quality": (
-            "Moments",
-            "PrecisionRecall",
-            "Score",
-            "Statistics",
-            "frechet_distance",
-            "inception_score",
-            "kid",
-            "kid_protocol",
-            "precision_recall",
-            "statistics",
-        ),
-        "metrics.spatial": ("cds", "lds", "rmsc"),
-    },
-)
+
+def __getattr__(name: str) -> object:
+    """Import a metric on first use, and torch with it."""
+    for module in ("alignment", "quality") if name in __all__ else ():
+        if hasattr(home := import_module(f"{__name__}.{module}"), name):
+            return getattr(home, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,23 +1,27 @@
-"""Agreement of two sets of features of the same images: cosine of tokens, linear CKA, mutual kNN and CKNNA.
+"""Metrics of representations: agreement of two sets of features of the same images, and iREPA's spatial structure.
 
 Tensors of any dtype are read as float64 and computed on their device (on the CPU for Apple's GPUs, which lack float64).
 Mutual kNN and CKNNA need no n x n matrix. Both order neighbours by inner product, as the kernels in their definitions
 do. For neighbours by cosine, scale features to length 1 first: the papers do not say so, platonic-rep's code does
 (:func:`clip_and_normalise`).
+
+Spatial structure is defined by iREPA's code. Cosines are between two tokens of one image; distances are Manhattan
+distances on the token grid. A token of length 0 has cosine 0 with every other. The grid is explicit and may be
+non-square; iREPA measures on 16 x 16.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
 from repa_lab.kernels import kernels
 
+Grid = tuple[int, int]
 DEFINITIONS = ("paper", "platonic")
-_CHUNK = 1024
+_CHUNK = 1024  # items whose products with all others are in memory at a time
 _SPARE = 6  # candidates beyond k; enough that a row rarely needs a second pass
 _GATHERED = 2**20  # numbers copied at a time by _products
 _FLOOR = 1e-6  # platonic-rep's term in the denominator
@@ -29,8 +33,7 @@ class CosineSums:
     def __init__(self) -> None:
         self.images = 0
         self._matched = 0.0
-        # Sums over images of unit tokens (N, D): the student's and the teacher's.
-        self._student, self._teacher = torch.zeros(0, 0).double(), torch.zeros(0, 0).double()
+        self._student = self._teacher = torch.zeros(())  # sums over images of unit tokens, (N, D)
 
     def add(self, student: torch.Tensor, teacher: torch.Tensor) -> None:
         """Add tokens ``(B, N, D)`` of the same images and places.
@@ -45,8 +48,6 @@ class CosineSums:
         if self.images and s.shape[1:] != self._student.shape:
             before = tuple(self._student.shape)
             raise ValueError(f"need tokens (B, N, D) with (N, D) = {before} as before, got {tuple(s.shape)}")
-        if not self.images:
-            self._student, self._teacher = torch.zeros_like(s[0]), torch.zeros_like(t[0])
         self.images += len(s)
         self._matched += (s * t).sum().item()
         self._student, self._teacher = self._student + s.sum(0), self._teacher + t.sum(0)
@@ -100,7 +101,7 @@ def cka(x: torch.Tensor, y: torch.Tensor, unbiased: bool = True) -> float:
     Raises:
         ValueError: item counts differ, there are fewer than 4 items, or values are not finite.
     """
-    a, b = (centred(side) for side in paired_features(x, y, least=4))
+    a, b = (_centred(side) for side in _paired(x, y, least=4))
     hsic = _unbiased_hsic if unbiased else _biased_hsic
     norm = hsic(a, a) * hsic(b, b)
     return hsic(a, b) / math.sqrt(norm) if norm > 0 else 0.0
@@ -123,29 +124,20 @@ def _unbiased_hsic(a: torch.Tensor, b: torch.Tensor) -> float:
 # ---- nearest neighbours
 
 
-def nearest_neighbours(x: torch.Tensor, k: int = 10, chunk: int = _CHUNK) -> torch.Tensor:
+def nearest_neighbours(x: torch.Tensor, k: int = 10) -> torch.Tensor:
     """Return the k items of largest inner product with each item of ``x`` ``(n, d)``, the item itself excluded.
 
-    O(n^2 d) time and O(chunk n) memory. The result does not depend on ``chunk``: inner products of candidates are
-    computed one by one, always in the same order of summation.
-
-    Args:
-        x: features of any dtype.
-        k: neighbours per item, 1 <= k < n.
-        chunk: items processed at a time.
-
-    Returns:
-        Indices ``(n, k)``, nearest first; equal products are ordered by index.
+    Indices ``(n, k)``, nearest first; equal products are ordered by index. O(n^2 d) time and O(n) memory.
 
     Raises:
-        ValueError: ``x`` is not ``(n, d)`` or not finite, or k is out of range.
+        ValueError: ``x`` is not ``(n, d)`` or not finite, or k is not in 1 <= k < n.
     """
-    features = _features(x, least=2)
+    features = checked_features(float64(x), "x", least=2)
     _require_k(k, len(features))
-    return _nearest(features, k, chunk)
+    return _nearest(features, k)
 
 
-def mutual_knn(x: torch.Tensor, y: torch.Tensor, k: int = 10, chunk: int = _CHUNK) -> float:
+def mutual_knn(x: torch.Tensor, y: torch.Tensor, k: int = 10) -> float:
     """Return the mean share of an item's k nearest neighbours in ``x`` ``(n, d1)`` that are among those in ``y``.
 
     Independent features give k / (n - 1). 2405.07987, Appendix A; neighbours as in :func:`nearest_neighbours`.
@@ -153,13 +145,13 @@ def mutual_knn(x: torch.Tensor, y: torch.Tensor, k: int = 10, chunk: int = _CHUN
     Raises:
         ValueError: item counts differ, values are not finite, or k is out of range.
     """
-    a, b = paired_features(x, y, least=2)
-    _require_k(k, len(a))
-    pairs = [_pair_codes(_nearest(side, k, chunk)) for side in (a, b)]
-    return int(torch.isin(*pairs).sum()) / (len(a) * k)
+    sides = _paired(x, y, least=2)
+    _require_k(k, len(x))
+    a, b = (_nearest(side, k) for side in sides)
+    return int((a[:, :, None] == b[:, None]).sum()) / (len(x) * k)
 
 
-def cknna(x: torch.Tensor, y: torch.Tensor, k: int = 10, definition: str = "paper", chunk: int = _CHUNK) -> float:
+def cknna(x: torch.Tensor, y: torch.Tensor, k: int = 10, definition: str = "paper") -> float:
     """Return the centred kernel nearest-neighbour alignment of features ``x`` and ``y`` of the same n items.
 
     Two definitions are in use and give different numbers: name the one you report. With linear kernels K and L, and
@@ -175,14 +167,13 @@ def cknna(x: torch.Tensor, y: torch.Tensor, k: int = 10, definition: str = "pape
 
     Where the paper is silent: neighbours are ordered by inner product, as K is; ``mean_l`` includes i itself; equal
     products are ordered by index; features are taken as given. platonic-rep prepares them with
-    :func:`clip_and_normalise`, so its neighbours are those by cosine. O(n^2 d) time, O(chunk n + n k) memory.
+    :func:`clip_and_normalise`, so its neighbours are those by cosine. O(n^2 d) time, O(n k) memory.
 
     Args:
         x: features ``(n, d1)`` of any dtype, for example a denoiser's tokens averaged over an image.
         y: features ``(n, d2)`` of the same items, for example the encoder's.
         k: neighbours per item, k < n; at least 1 for ``paper``, 2 for ``platonic``. 10 in the papers.
         definition: ``paper`` or ``platonic``.
-        chunk: items processed at a time; the value does not depend on it.
 
     Returns:
         1 for identical features (``paper``); 0 if one side is constant.
@@ -193,11 +184,11 @@ def cknna(x: torch.Tensor, y: torch.Tensor, k: int = 10, definition: str = "pape
     """
     if definition not in DEFINITIONS:
         raise ValueError(f"unknown definition {definition!r}; allowed: {', '.join(DEFINITIONS)}")
-    sides = paired_features(x, y, least=4)
+    sides = _paired(x, y, least=4)
     _require_k(k, len(x), 1 if definition == "paper" else 2)
-    neighbours = [_nearest(side, k, chunk) for side in sides]
+    neighbours = [_nearest(side, k) for side in sides]
     if definition == "paper":
-        kernel, other = (_kernel(side, centred(side), near) for side, near in zip(sides, neighbours, strict=True))
+        kernel, other = (_kernel(side, _centred(side), near) for side, near in zip(sides, neighbours, strict=True))
         norm = math.sqrt(_dot(kernel, kernel)) * math.sqrt(_dot(other, other))
         return _dot(kernel, other) / norm if norm > 0 else 0.0
     kernel, other = (_kernel(side, side, near) for side, near in zip(sides, neighbours, strict=True))
@@ -220,20 +211,11 @@ def clip_and_normalise(x: torch.Tensor, quantile: float = 0.95) -> torch.Tensor:
     """
     if not 0 < quantile <= 1:
         raise ValueError(f"the quantile must lie in (0, 1], got {quantile}")
-    features = _features(x, least=1)
+    features = checked_features(float64(x), "x", least=1)
     if quantile < 1:
         bound = features.abs().flatten().kthvalue(int(quantile * features.numel()) + 1).values
         features = features.clamp(-bound, bound)
     return unit(features)
-
-
-def _features(x: torch.Tensor, least: int) -> torch.Tensor:
-    features = float64(x)
-    if features.ndim != 2 or len(features) < least or features.shape[1] == 0:
-        need = f"need features x of shape (n >= {least}, d), one pooled vector an item"
-        raise ValueError(f"{need}, got {tuple(features.shape)}")
-    require_finite(features, "x")
-    return features
 
 
 def _require_k(k: int, count: int, least: int = 1) -> None:
@@ -241,8 +223,8 @@ def _require_k(k: int, count: int, least: int = 1) -> None:
         raise ValueError(f"k = {k} neighbours of {count} items: give {least} <= k <= {count - 1}, or more items")
 
 
-def _nearest(x: torch.Tensor, k: int, chunk: int) -> torch.Tensor:
-    """Return neighbours ``(n, k)`` of finite float64 features.
+def _nearest(x: torch.Tensor, k: int) -> torch.Tensor:
+    """Return neighbours ``(n, k)`` of finite float64 features; the chunks do not change them.
 
     The rounding of a matrix product depends on its blocks and could order nearly equal products differently. So it only
     selects candidates, in float32 at first, whose products are then computed one by one in float64. If an item outside
@@ -252,7 +234,7 @@ def _nearest(x: torch.Tensor, k: int, chunk: int) -> torch.Tensor:
     # Scaling by a power of two changes no digit, and products then neither overflow nor vanish.
     exponent = -math.frexp(x.abs().max().item())[1]
     x = x * math.ldexp(1.0, exponent // 2) * math.ldexp(1.0, exponent - exponent // 2)
-    chunks = torch.arange(len(x), device=x.device).split(chunk)
+    chunks = torch.arange(len(x), device=x.device).split(_CHUNK)
     with kernels(tf32=False):  # whose 10 bits would be more than the rounding that is allowed for
         rounded = x.float()
         return torch.cat([_nearest_of(x, rounded, rows, k) for rows in chunks])
@@ -264,7 +246,7 @@ def _nearest_of(x: torch.Tensor, rounded: torch.Tensor, rows: torch.Tensor, k: i
     width = min(k + max(k // 2, _SPARE), len(x) - 1)
     best, candidates = scores.topk(width, dim=1)
     candidates = candidates.sort(dim=1).values
-    products = torch.cat(list(_products(x, x, rows, candidates)))
+    products = _products(x, x, rows, candidates)
     order = products.argsort(dim=1, descending=True, stable=True)[:, :k]
     nearest, kth = candidates.gather(1, order), products.gather(1, order[:, -1:])[:, 0]
     precision, lengths = torch.finfo(rounded.dtype), x.norm(dim=1)
@@ -281,21 +263,16 @@ def _nearest_of(x: torch.Tensor, rounded: torch.Tensor, rows: torch.Tensor, k: i
     return nearest
 
 
-def _products(x: torch.Tensor, z: torch.Tensor, rows: torch.Tensor, near: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield ``x_i . z_j`` for each i of ``rows`` and each j in its row of ``near``, each sum in the same order."""
+def _products(x: torch.Tensor, z: torch.Tensor, rows: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+    """Return ``x_i . z_j`` ``(r, k)`` for each i of ``rows`` and each j in its row of ``near``, summed in one order."""
     size = max(1, _GATHERED // (near.shape[1] * x.shape[1]))
-    for items, neighbours in zip(rows.split(size), near.split(size), strict=True):
-        yield torch.linalg.vecdot(z[neighbours], x[items, None])
-
-
-def _pair_codes(near: torch.Tensor) -> torch.Tensor:
-    """Return every pair (i, j) of neighbours as the number ``i n + j``."""
-    return (torch.arange(len(near), device=near.device)[:, None] * len(near) + near).flatten()
+    parts = zip(rows.split(size), near.split(size), strict=True)
+    return torch.cat([torch.linalg.vecdot(z[neighbours], x[items, None]) for items, neighbours in parts])
 
 
 def _kernel(x: torch.Tensor, z: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
     """Return the sparse n x n matrix of ``x_i . z_j`` where j is a neighbour of i."""
-    return _sparse(near, torch.cat(list(_products(x, z, torch.arange(len(x), device=x.device), near))))
+    return _sparse(near, _products(x, z, torch.arange(len(x), device=x.device), near))
 
 
 def _sparse(near: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -318,6 +295,82 @@ def _sparse_hsic(kernel: torch.Tensor, other: torch.Tensor) -> float:
     return float(_dot(kernel, other.T.coalesce()) + total - 2 * paths / (n - 2)) / (n * (n - 3))
 
 
+# ---- spatial structure of an image's tokens
+
+
+def lds(tokens: torch.Tensor, grid: Grid, far: int = 6) -> float:
+    """Return the local-to-distant similarity: mean cosine at distance 1 minus mean cosine at distance ``far`` or more.
+
+    The mean over images of tokens ``(B, h * w, D)``, row-major, without class or register tokens. iREPA's text speaks
+    of a near radius; its code, as here, takes the four neighbours.
+
+    Raises:
+        ValueError: the tokens do not fill the grid ``(h, w)`` or are not finite, or not 2 <= far <= h + w - 2.
+    """
+    cosines, distance = _mean_cosines(tokens, grid)
+    farthest = grid[0] + grid[1] - 2
+    if not 2 <= far <= farthest:
+        allowed = f"give 2 <= far <= {farthest}, got {far}"
+        raise ValueError(f"tokens on the grid {grid[0]}x{grid[1]} are at most {farthest} apart: {allowed}")
+    return float(cosines[distance == 1].mean() - cosines[distance >= far].mean())
+
+
+def cds(tokens: torch.Tensor, grid: Grid, farthest: int = 8) -> float:
+    """Return the correlation decay slope: minus the slope of mean cosine over the distances 1 to ``farthest``.
+
+    The mean over images of tokens ``(B, h * w, D)``, row-major, without class or register tokens; in cosine per token,
+    0 for a constant map. iREPA's code: a least-squares line in which each distance counts once, however many pairs it
+    has; a smaller grid is fitted over the distances that it has.
+
+    Raises:
+        ValueError: the tokens do not fill the grid ``(h, w)`` or are not finite, or there are fewer than two distances.
+    """
+    cosines, distance = _mean_cosines(tokens, grid)
+    steps = range(1, min(farthest, int(distance.max())) + 1)
+    if len(steps) < 2:
+        allowed = f"give farthest >= 2 and h + w >= 4, got {farthest} and the grid {grid}"
+        raise ValueError(f"a slope needs two distances: {allowed}")
+    means = torch.stack([cosines[distance == step].mean() for step in steps])
+    offsets = torch.tensor(steps).to(means) - sum(steps) / len(steps)
+    return float(-(offsets @ means) / (offsets @ offsets))
+
+
+def rmsc(tokens: torch.Tensor, grid: Grid) -> float:
+    """Return iREPA's RMS spatial contrast: root mean squared distance of an image's unit tokens from their mean.
+
+    The mean over images of tokens ``(B, h * w, D)``, in any order; between 0, for a constant map, and 1. ``grid``
+    ``(h, w)`` checks that there are no class or register tokens among them.
+
+    Raises:
+        ValueError: the tokens do not fill the grid or are not finite.
+    """
+    tokens = _unit_tokens(tokens, grid)
+    contrast = tokens - tokens.mean(1, keepdim=True)
+    return float(contrast.square().sum(-1).mean(-1).sqrt().mean())
+
+
+def _unit_tokens(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+    tokens = float64(tokens)
+    if tokens.ndim != 3 or 0 in tokens.shape:
+        raise ValueError(f"need tokens (B, N, D), got {tuple(tokens.shape)}")
+    if tokens.shape[1] != grid[0] * grid[1] or min(grid) < 1:
+        fix = "give the (h, w) of the patches, and leave class and register tokens out"
+        raise ValueError(f"{tokens.shape[1]} tokens do not fill the grid {grid[0]}x{grid[1]}: {fix}")
+    _require_finite(tokens, "tokens")
+    return unit(tokens)
+
+
+def _mean_cosines(tokens: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cosines ``(N, N)`` of all pairs of places, averaged over images, and their distances ``(N, N)``."""
+    unit_tokens = _unit_tokens(tokens, grid)
+    # The sum over images is a sum over channels too, so one product does both.
+    flat = unit_tokens.transpose(0, 1).flatten(1)
+    place = torch.arange(grid[0] * grid[1], device=flat.device)
+    row, column = place // grid[1], place % grid[1]
+    distance = (row[:, None] - row).abs() + (column[:, None] - column).abs()
+    return flat @ flat.T / len(unit_tokens), distance
+
+
 # ---- features of any dtype
 
 
@@ -331,33 +384,34 @@ def unit(vectors: torch.Tensor) -> torch.Tensor:
     return F.normalize(vectors, dim=-1, eps=1e-12)
 
 
-def centred(features: torch.Tensor) -> torch.Tensor:
+def _centred(features: torch.Tensor) -> torch.Tensor:
     """Return features ``(n, d)`` minus their mean over items; a constant column becomes exactly 0."""
     return torch.where(features.amax(0) > features.amin(0), features - features.mean(0), 0.0)
 
 
-def paired_features(x: torch.Tensor, y: torch.Tensor, least: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return features ``(n, d1)`` and ``(n, d2)`` as float64 on the device of ``x``.
+def _paired(x: torch.Tensor, y: torch.Tensor, least: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return features ``(n, d1)`` and ``(n, d2)`` of ``least`` or more items as float64 on the device of ``x``."""
+    a, b = checked_features(float64(x), "x", least), checked_features(float64(y), "y", least)
+    if len(a) != len(b):
+        raise ValueError(f"need features of the same items, got {len(a)} and {len(b)}")
+    return a, b.to(a.device)
+
+
+def checked_features(features: torch.Tensor, name: str, least: int) -> torch.Tensor:
+    """Return features ``(n, d)`` as they are.
 
     Raises:
-        ValueError: other shapes, different or fewer than ``least`` items, or values that are not finite.
+        ValueError: another shape, fewer than ``least`` items, or values that are not finite.
     """
-    a = float64(x)
-    b = float64(y).to(a.device)
-    if a.ndim != 2 or b.ndim != 2 or len(a) != len(b) or len(a) < least or 0 in (*a.shape, *b.shape):
-        need = f"need features (n >= {least}, d1) and (n, d2) of the same items, one pooled vector an item"
-        raise ValueError(f"{need}, got {tuple(a.shape)} and {tuple(b.shape)}")
-    require_finite(a, "x")
-    require_finite(b, "y")
-    return a, b
+    if features.ndim != 2 or len(features) < least or features.shape[1] == 0:
+        need = f"need features (n >= {least}, d), one pooled vector an item"
+        raise ValueError(f"{name}: {need}, got {tuple(features.shape)}")
+    _require_finite(features, name)
+    return features
 
 
-def require_finite(values: torch.Tensor, name: str) -> None:
-    """Refuse items with NaN or infinity.
-
-    Raises:
-        ValueError: with the number of such items and the index of the first.
-    """
+def _require_finite(values: torch.Tensor, name: str) -> None:
+    """Refuse items with NaN or infinity; give their number and the index of the first."""
     bad = (~values.isfinite().flatten(1).all(1)).nonzero().flatten()
     if len(bad):
         where = f"{len(bad)} of {len(values)} items, the first at index {int(bad[0])}"

@@ -8,8 +8,7 @@ torch-fidelity by this module, and every metric's name says which one was used: 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +19,17 @@ from torch import nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
+from torchvision.transforms.functional import normalize
 
 from repa_lab.files import file_digest
 from repa_lab.kernels import kernels
-from repa_lab.metrics.protocol import CLS, EXTRACTORS, LITE0_POOLED, SPATIAL, ExtractorFacts, layer_of, layers
+from repa_lab.metrics.protocol import CLS, EXTRACTORS, LITE0_POOLED, SPATIAL, layers
 from repa_lab.timm_models import EncoderError, lite0_model, load_model, reason, skeleton
 
 VOUCHED = ".sha256"
 _SHOWN_DIGITS = 8
 _LITE0_SIDE, _DINO_SIDE, _DINO_PATCH = 64, 224, 14
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class Features:
-    """Features of images from one pass through an extractor.
-
-    Attributes:
-        extractor: name of the extractor.
-        layers: float32 ``(n, d)`` by layer, for the same n images in the same order, on one device.
-    """
-
-    extractor: str
-    layers: Mapping[str, torch.Tensor]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.layers.values())))
-
-    def of(self, metric: str) -> torch.Tensor:
-        """Return the features ``(n, d)`` that a metric compares.
-
-        Raises:
-            ValueError: the metric is not defined for this extractor, or the extractor was made for other metrics.
-        """
-        layer = layer_of(self.extractor, metric)
-        if layer not in self.layers:
-            why = (
-                f"the extractor was made for {', '.join(self.layers)}" if layer else "the metric is not defined for it"
-            )
-            raise ValueError(f"no features of {self.extractor} for {metric}: {why}")
-        return self.layers[layer]
-
-    @classmethod
-    def cat(cls, batches: Sequence[Features]) -> Features:
-        """Return the features of all batches, which one extractor computed for the same metrics."""
-        names = batches[0].layers
-        joined = {name: torch.cat([batch.layers[name] for batch in batches]) for name in names}
-        return cls(batches[0].extractor, joined)
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation
 
 
 class Extractor:
@@ -92,7 +55,7 @@ class Extractor:
         self.layers = layers(name, self.metrics)
         if not self.layers:
             raise ValueError(f"{name} has no features for {', '.join(self.metrics) or 'nothing'}")
-        self._weights = _weights_file(name, EXTRACTORS[name], weights)
+        self._weights = _weights_file(name, weights)
         self._net = _network(name, self._weights, self.layers).to(device)
         self.device = device
 
@@ -105,8 +68,8 @@ class Extractor:
         return {"extractor": self.name, "weights": weights, "preprocessing": facts.preprocessing}
 
     @torch.no_grad()
-    def features(self, pixels: torch.Tensor, batch_size: int = 64) -> Features:
-        """Return the features of uint8 images ``(n, 1 or 3, H, W)`` on the extractor's device.
+    def features(self, pixels: torch.Tensor, batch_size: int = 64) -> dict[str, torch.Tensor]:
+        """Return the features, float32 ``(n, d)`` by layer, of uint8 images ``(n, 1 or 3, H, W)``, on its device.
 
         They are computed in float32 even under autocast or TF32.
 
@@ -115,20 +78,19 @@ class Extractor:
         """
         if pixels.dtype != torch.uint8:
             raise TypeError(f"pixels must be uint8, 0 to 255, got {pixels.dtype}")
+        batches: list[dict[str, torch.Tensor]] = []
         with torch.autocast(self.device.type, enabled=False), kernels(tf32=False):
-            return Features.cat([Features(self.name, self._run(batch)) for batch in pixels.split(batch_size)])
+            for batch in pixels.split(batch_size):
+                outputs = self._net(batch.to(self.device).expand(-1, 3, -1, -1).contiguous())
+                by_layer = outputs if isinstance(outputs, dict) else dict(zip(self.layers, outputs, strict=True))
+                batches.append({layer: by_layer[layer].float() for layer in self.layers})
+        return {layer: torch.cat([batch[layer] for batch in batches]) for layer in self.layers}
 
     @functools.cached_property
     def widths(self) -> dict[str, int]:
         """The number of features of each layer."""
         black = self.features(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
-        return {layer: values.shape[1] for layer, values in black.layers.items()}
-
-    def _run(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        outputs = self._net(batch.to(self.device).expand(-1, 3, -1, -1).contiguous())
-        if not isinstance(outputs, dict):
-            outputs = dict(zip(self.layers, outputs, strict=True))
-        return {layer: outputs[layer].float() for layer in self.layers}
+        return {layer: values.shape[1] for layer, values in black.items()}
 
 
 def _network(name: str, weights: Path | None, wanted: Sequence[str]) -> nn.Module:
@@ -144,20 +106,28 @@ def _network(name: str, weights: Path | None, wanted: Sequence[str]) -> nn.Modul
     return SpatialInception(net) if SPATIAL in wanted else net
 
 
-def _weights_file(name: str, facts: ExtractorFacts, weights: str | None) -> Path | None:
+def _weights_file(name: str, weights: str | None) -> Path | None:
     """Return the file to load, checked; None if the weights come from a package or timm's hub, or are random."""
-    if weights is None:
-        path = None if facts.model else _inception_file(facts.sha256)
-    elif not facts.sha256:
+    facts = EXTRACTORS[name]
+    if weights is None and facts.model:
+        return None
+    if weights and not facts.sha256:
         raise EncoderError("weights", f"the weights of {name} are not loaded from a file; leave weights out")
-    else:
-        path = Path(weights)
-        if not path.is_file():
-            raise EncoderError("weights", f"no file '{weights}'")
-    if path is not None:
-        _require_published(path, name, facts.sha256)
-        if not facts.model:
-            _require_tensors(path)
+    path = Path(weights) if weights else _inception_file(facts.sha256)
+    if not path.is_file():
+        raise EncoderError("weights", f"no file '{weights}'")
+    actual, note = file_digest(path), Path(f"{path}{VOUCHED}")
+    vouched = note.read_text(encoding="utf-8", errors="replace").split()[:1] if note.is_file() else []
+    if actual != facts.sha256 and vouched != [actual]:
+        seen = f"its SHA-256 begins with {actual[:_SHOWN_DIGITS]}, not {facts.sha256[:_SHOWN_DIGITS]}"
+        allowed = f"get that file, or vouch for this one: sha256sum FILE > FILE{VOUCHED}"
+        raise EncoderError("weights", f"'{path}' is not the published file of '{name}': {seen}; {allowed}")
+    if not facts.model:
+        try:  # torch-fidelity unpickles the file, which can run code: torch's restricted reader must take it first
+            torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can raise anything
+            message = f"'{path}' is not a file of tensors, or is damaged; download it again ({reason(error)})"
+            raise EncoderError("weights", message) from None
     return path
 
 
@@ -174,29 +144,10 @@ def _inception_file(sha256: str) -> Path:
     return path
 
 
-def _require_published(path: Path, name: str, sha256: str) -> None:
-    actual, note = file_digest(path), Path(f"{path}{VOUCHED}")
-    vouched = note.read_text(encoding="utf-8", errors="replace").split()[:1] if note.is_file() else []
-    if actual != sha256 and vouched != [actual]:
-        seen = f"its SHA-256 begins with {actual[:_SHOWN_DIGITS]}, not {sha256[:_SHOWN_DIGITS]}"
-        allowed = f"get that file, or vouch for this one: sha256sum FILE > FILE{VOUCHED}"
-        raise EncoderError("weights", f"'{path}' is not the published file of '{name}': {seen}; {allowed}")
-
-
-def _require_tensors(path: Path) -> None:
-    """Refuse a file that torch's restricted reader refuses: torch-fidelity unpickles it, which can run code."""
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise anything
-        message = f"'{path}' is not a file of tensors, or is damaged; download it again ({reason(error)})"
-        raise EncoderError("weights", message) from None
-
-
 class _OneLayer(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity has no types
-    """A torch-fidelity extractor with one layer, which serves every metric."""
+    """A torch-fidelity extractor with one layer, which serves every metric, and is not compiled."""
 
     layer: str
-    side: int
 
     @classmethod
     def get_provided_features_list(cls) -> tuple[str]:
@@ -213,16 +164,11 @@ class _OneLayer(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity h
         """Return False: compilation is untested."""
         return False
 
-    @classmethod
-    def get_dummy_input_for_compile(cls) -> torch.Tensor:
-        """Return a black image, uint8 ``(1, 3, side, side)``."""
-        return torch.zeros(1, 3, cls.side, cls.side, dtype=torch.uint8)
-
 
 class Lite0Extractor(_OneLayer):
     """Pooled features ``(B, 1280)`` of EfficientNet-Lite0 for images resized to 64 px, bicubic, mean and std 0.5."""
 
-    layer, side = LITE0_POOLED, _LITE0_SIDE
+    layer = LITE0_POOLED
 
     def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
         super().__init__(name, features_list)
@@ -248,9 +194,7 @@ class DINOv2Extractor(_OneLayer):
         EncoderError: the weights are missing or do not fit.
     """
 
-    layer, side = CLS, _DINO_SIDE
-    mean: torch.Tensor
-    std: torch.Tensor
+    layer = CLS
 
     def __init__(
         self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs: Any
@@ -263,13 +207,11 @@ class DINOv2Extractor(_OneLayer):
         model.patch_embed.set_input_size(_DINO_SIDE)
         model.pos_embed = nn.Parameter(resample_positions(model.pos_embed.detach(), _DINO_SIDE // _DINO_PATCH))
         self.model = model
-        self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1))
 
     def forward(self, input: torch.Tensor) -> tuple[torch.Tensor]:
         """Return the features of uint8 images ``(B, 3, H, W)``."""
         images = resize_like_pillow(input, _DINO_SIDE) / 255
-        return (self.model((images - self.mean) / self.std),)
+        return (self.model(normalize(images, *_IMAGENET)),)
 
 
 def resize_like_pillow(pixels: torch.Tensor, side: int) -> torch.Tensor:
@@ -304,10 +246,7 @@ class SpatialInception(nn.Module):
     numbers. By torch-fidelity's table of the two networks' weights ``mixed_6/conv`` is ``Mixed_6d.branch1x1``, whose
     192 channels come first in the output of ``Mixed_6d``; guided-diffusion's issue #109 found the same by comparing
     values. The TensorFlow graph itself was not run here: that ``:0`` of the scope is the value after its ReLU is taken
-    from there.
-
-    Args:
-        net: torch-fidelity's network, made for the wanted layers except the spatial one.
+    from there. ``net`` is torch-fidelity's network, made for the wanted layers except the spatial one.
     """
 
     def __init__(self, net: Any) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
+from repa_lab import metrics
 from repa_lab.registry import Registry
 from repa_lab.timm_models import TINY, TimmModel, tiny
 
@@ -15,17 +14,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from repa_lab.metrics.quality import Statistics
+    from repa_lab.metrics import Statistics
 
     Features = NDArray[np.float32]
 
 # Part of every run's identity. Raise it when a change of code changes what a measurement or a training step means.
 PROTOCOL_VERSION = 2
 _NOT_COMPARED = {"seed", "versions"}
-_NEGLIGIBLE_SHARE = 0.05
 F = TypeVar("F", bound=Callable[..., Any])
-
-
 Goal = Literal["min", "max"]
 Compared = Literal["statistics", "features", "nothing"]
 Kinds = tuple[str, str | None]
@@ -87,34 +83,27 @@ def metric(
     return register
 
 
+# The functions of `repa_lab.metrics` are imported as they are called, for they cost torch.
 @metric("sfid", goal="min", yields=(("sfid", None),), compares="statistics")
 @metric("frechet", goal="min", yields=(("fid", "frechet"),), compares="statistics")
 def _frechet(generated: Statistics, real: Statistics) -> float:
-    from repa_lab.metrics.quality import frechet_distance
-
-    return frechet_distance(generated.mu, generated.sigma, real.mu, real.sigma)
+    return metrics.frechet_distance(generated.mu, generated.sigma, real.mu, real.sigma)
 
 
 @metric("kid", goal="min", yields=(("kid", "kernel"),))
 def _kid(generated: Features, real: Features) -> float:
-    from repa_lab.metrics.quality import kid
-
-    return kid(generated, real).value
+    return metrics.kid(generated, real).value
 
 
 @metric("inception_score", goal="max", yields=(("is", None),), compares="nothing", least_real=0)
 def _inception_score(generated: Features) -> float:
-    from repa_lab.metrics.quality import inception_score
-
-    return inception_score(generated).value
+    return metrics.inception_score(generated).value
 
 
 # The third nearest neighbour decides.
 @metric("precision_recall", goal="max", yields=(("precision",) * 2, ("recall",) * 2), least_real=4)
 def _precision_recall(generated: Features, real: Features) -> tuple[float, ...]:
-    from repa_lab.metrics.quality import precision_recall
-
-    return precision_recall(generated, real)
+    return metrics.precision_recall(generated, real)
 
 
 # ---- feature extractors
@@ -181,9 +170,14 @@ EXTRACTORS |= {
 }
 
 
-def layers(name: str, metrics: Iterable[str]) -> tuple[str, ...]:
-    """Return the layers of an extractor that metrics compare, each once; a metric not defined for it adds none."""
-    return tuple(dict.fromkeys(layer for metric in metrics if (layer := layer_of(name, metric))))
+def layers(name: str, metrics: Iterable[str], compares: Container[str] = get_args(Compared)) -> tuple[str, ...]:
+    """Return the layers of an extractor that metrics compare, each once; a metric not defined for it adds none.
+
+    Args:
+        compares: the metrics with such a :attr:`MetricFacts.compares` are meant.
+    """
+    found = (layer_of(name, metric) for metric in metrics if METRICS[metric].compares in compares)
+    return tuple(dict.fromkeys(layer for layer in found if layer))
 
 
 def layer_of(name: str, metric: str) -> str:
@@ -249,28 +243,3 @@ def pipeline_name(steps: int, guidance: float) -> str:
 def guidance_name(scale: float, low: float, high: float) -> str:
     """Return ``-cfg1.8[0,0.7]``, or an empty string without guidance."""
     return "" if scale == 1 else f"-cfg{scale:g}[{low:g},{high:g}]"
-
-
-# ---- the averaged weights that are measured
-
-
-def average_decay(decay: float, warmup: bool, updates: int) -> float:
-    """Return the decay of the update of the average that follows ``updates`` earlier ones."""
-    return min(decay, (1 + updates) / (10 + updates)) if warmup else decay
-
-
-def initial_share(decay: float, warmup: bool, steps: int) -> float:
-    """Return the share of the initial weights in the average after ``steps`` updates: the product of the decays."""
-    return math.prod(average_decay(decay, warmup, n) for n in range(steps)) if warmup else decay**steps
-
-
-@functools.lru_cache  # a report asks for every run, and warm-up takes a product over all steps
-def average_warning(decay: float, warmup: bool, steps: int) -> str | None:
-    """Return a warning if more than 5 % of the average after ``steps`` updates are initial weights, else None."""
-    share = initial_share(decay, warmup, steps)
-    if share <= _NEGLIGIBLE_SHARE:
-        return None
-    return (
-        f"train.ema: at decay {decay:g} the measured average still holds {100 * share:.0f} % of the initial weights "
-        f"after {steps:,} steps; set train.ema.warmup, or lower the decay"
-    )

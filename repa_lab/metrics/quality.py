@@ -17,7 +17,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, i
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from repa_lab.metrics.alignment import float64, require_finite
+from repa_lab.metrics.alignment import checked_features, float64
 
 SUBSETS, SUBSET_SIZE = 100, 1000
 SPLITS = 10
@@ -36,11 +36,7 @@ class Statistics:
 
 
 class Moments:
-    """Mean and covariance of features that arrive in batches, in float64 on their device and O(d^2) memory.
-
-    Args:
-        width: number of features, d.
-    """
+    """Mean and covariance of d features that arrive in batches, in float64 on their device and O(d^2) memory."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self._count = 0
@@ -97,9 +93,7 @@ def statistics(features: ArrayLike | torch.Tensor) -> Statistics:
     Raises:
         ValueError: there are fewer than two vectors, or values are not finite.
     """
-    values = torch.as_tensor(features)
-    if values.ndim != 2 or len(values) < 2:
-        raise ValueError(f"a covariance needs at least two feature vectors (n, d), got shape {tuple(values.shape)}")
+    values = checked_features(torch.as_tensor(features), "features", least=2)
     moments = Moments(values.shape[1], values.device)
     moments.add(values)
     return moments.statistics
@@ -159,12 +153,8 @@ def kid(generated: ArrayLike, real: ArrayLike) -> Score:
     The mean over 100 random subsets of 1000 samples, or of all samples of the smaller side (:func:`kid_protocol`). It
     can be below 0; its expectation does not depend on the number of samples.
 
-    Args:
-        generated: features ``(n, d)``, n >= 2.
-        real: features ``(m, d)``, m >= 2.
-
     Raises:
-        ValueError: widths differ, there are too few vectors, or values are not finite.
+        ValueError: not features ``(n, d)`` and ``(m, d)`` with n, m >= 2, or values are not finite.
     """
     x, y = _two_sides(generated, real, least=2)
     size = min(SUBSET_SIZE, len(x), len(y))
@@ -175,13 +165,11 @@ def kid(generated: ArrayLike, real: ArrayLike) -> Score:
 def inception_score(logits: ArrayLike) -> Score:
     """Return the inception score (1606.03498): ``exp E_x KL(p(y|x) || p(y))``, the mean over 10 splits after a shuffle.
 
-    Args:
-        logits: logits of generated samples ``(n, classes)``, n >= 10; Inception's without bias, as in its first code.
-
     Raises:
-        ValueError: there are fewer samples than splits, or values are not finite.
+        ValueError: not logits ``(n >= 10, classes)``, which are Inception's without bias, or values are not finite.
     """
-    scores = isc_features_to_metric(_features(logits, "logits", SPLITS), splits=SPLITS, shuffle=True, rng_seed=_SEED)
+    features = checked_features(torch.as_tensor(logits), "logits", SPLITS)
+    scores = isc_features_to_metric(features, splits=SPLITS, shuffle=True, rng_seed=_SEED)
     return Score(scores[KEY_METRIC_ISC_MEAN], scores[KEY_METRIC_ISC_STD])
 
 
@@ -191,12 +179,8 @@ def precision_recall(generated: ArrayLike, real: ArrayLike) -> PrecisionRecall:
     A sample counts if its distance to some vector of the other side is at most that vector's distance to its third
     nearest neighbour on its own side. Both numbers depend on n and m, which must be alike where numbers are compared.
 
-    Args:
-        generated: features ``(n, d)``, n >= 4.
-        real: features ``(m, d)``, m >= 4.
-
     Raises:
-        ValueError: widths differ, there are too few vectors, or values are not finite.
+        ValueError: not features ``(n, d)`` and ``(m, d)`` with n, m >= 4, or values are not finite.
     """
     x, y = _two_sides(generated, real, least=NEIGHBOURS + 1)
     # Distances in blocks: all at once, 50k against 50k would take 30 GB.
@@ -205,16 +189,9 @@ def precision_recall(generated: ArrayLike, real: ArrayLike) -> PrecisionRecall:
 
 
 def _two_sides(generated: ArrayLike, real: ArrayLike, least: int) -> tuple[torch.Tensor, torch.Tensor]:
-    x, y = _features(generated, "generated", least), _features(real, "real", least)
+    x = checked_features(torch.as_tensor(generated), "generated", least)
+    y = checked_features(torch.as_tensor(real), "real", least)
     if x.shape[1] != y.shape[1]:
         widths = f"{x.shape[1]} and {y.shape[1]}"
         raise ValueError(f"generated and real samples have {widths} features: use one extractor for both")
     return x, y
-
-
-def _features(values: ArrayLike, name: str, least: int) -> torch.Tensor:
-    features = torch.as_tensor(values)
-    if features.ndim != 2 or len(features) < least:
-        raise ValueError(f"{name}: need features of at least {least} samples (n, d), got shape {tuple(features.shape)}")
-    require_finite(features, name)
-    return features

@@ -1,26 +1,42 @@
-"""The real images that samples are compared with: their statistics and features, computed once and cached."""
+"""The real images that samples are compared with: their statistics and features, computed once and cached.
+
+Statistics and images are npz files, as published by pytorch-fid and ADM's evaluator (guided-diffusion).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+import zipfile
+import zlib
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from repa_lab.errors import InputError
 from repa_lab.files import digest, replace_atomically
-from repa_lab.metrics.extractor import Extractor, Features
-from repa_lab.metrics.npz import StatisticsError, images_shape, read_images, read_statistics, write_statistics
+from repa_lab.metrics.extractor import Extractor
 from repa_lab.metrics.protocol import METRICS, SPATIAL, layer_of, layers
 from repa_lab.metrics.quality import Moments, Statistics
+
+if TYPE_CHECKING:
+    from repa_lab.metrics.protocol import Features
 
 FOLDER = "reference"
 KEPT = 10_000
 _KEY_LENGTH = 16
-_OF_REAL = ("statistics", "features")
+# The extractor of ADM's reference batches (VIRTUAL_*.npz).
+_ADM = {"extractor": "inception", "preprocessing": "tf1-bilinear-299"}
+_IMAGES = "arr_0"
+
+
+class StatisticsError(InputError):
+    """A file lacks the requested statistics or images; the message is one line that names file, problem and fix."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +63,25 @@ class ComparedImages:
     Attributes:
         extractor: name of the extractor.
         statistics: statistics of all images, by layer.
-        features: features of all images, or of evenly spaced ones if there are many real ones; None if no metric needs
-            them.
+        features: features of all images, or of evenly spaced ones if there are many real ones, by layer; only of layers
+            that a metric needs.
     """
 
     extractor: str
     statistics: Mapping[str, Statistics]
-    features: Features | None
+    features: Mapping[str, Features]
 
-    def of(self, metric: str) -> Statistics:
-        """Return the statistics that ``frechet`` or ``sfid`` compares."""
-        return self.statistics[layer_of(self.extractor, metric)]
+    def of(self, metric: str) -> Any:
+        """Return the :class:`Statistics` or the features, float32 ``(n, d)``, that a metric compares.
+
+        Raises:
+            ValueError: they were not collected, or the metric is not defined for the extractor.
+        """
+        layer, compares = layer_of(self.extractor, metric), METRICS[metric].compares
+        collected: Mapping[str, Any] = self.statistics if compares == "statistics" else self.features
+        if layer not in collected:
+            raise ValueError(f"no features of {self.extractor} for {metric}: name it when the extractor is made")
+        return collected[layer]
 
 
 class Collector:
@@ -68,38 +92,39 @@ class Collector:
 
     Attributes:
         moments: of all images, by layer.
-        kept: features on the CPU, with the number of the first image.
+        kept: features of batches by layer, on the CPU, each with the number of its first image.
     """
 
     def __init__(self, extractor: Extractor, metrics: Iterable[str], compares: Container[str]) -> None:
         metrics, self._name = tuple(metrics), extractor.name
         self.moments = {
             layer: Moments(extractor.widths[layer], extractor.device)
-            for layer in _layers(extractor.name, metrics, ("statistics",))
+            for layer in layers(extractor.name, metrics, ("statistics",))
         }
-        self._kept_layers = _layers(extractor.name, metrics, compares)
-        self.kept: list[tuple[int, Features]] = []
+        self._kept_layers = layers(extractor.name, metrics, compares)
+        self.kept: list[tuple[int, dict[str, Features]]] = []
 
-    def add(self, features: Features, start: int, rows: slice | NDArray[np.int64] = slice(None)) -> None:
-        """Add the features of a batch.
+    def add(
+        self, features: Mapping[str, torch.Tensor], start: int, rows: slice | NDArray[np.int64] = slice(None)
+    ) -> None:
+        """Add the features of a batch by layer.
 
         Args:
-            features: of the batch.
-            start: number of its first image.
+            start: number of the batch's first image.
             rows: the images whose features are kept.
         """
         for layer, moments in self.moments.items():
-            moments.add(features.layers[layer])
+            moments.add(features[layer])
         if self._kept_layers:
-            kept = {layer: features.layers[layer][rows].cpu() for layer in self._kept_layers}
-            self.kept.append((start, Features(self._name, kept)))
+            self.kept.append((start, {layer: features[layer][rows].cpu().numpy() for layer in self._kept_layers}))
 
     @property
     def images(self) -> ComparedImages:
         """What was collected, with features in the order of the images."""
         statistics = {layer: moments.statistics for layer, moments in self.moments.items()}
-        in_order = [features for _, features in sorted(self.kept, key=lambda batch: batch[0])]
-        return ComparedImages(self._name, statistics, Features.cat(in_order) if in_order else None)
+        batches = [features for _, features in sorted(self.kept, key=lambda batch: batch[0])]
+        joined = {layer: np.concatenate([batch[layer] for batch in batches]) for layer in self._kept_layers}
+        return ComparedImages(self._name, statistics, joined)
 
 
 def reference(extractor: Extractor, images: RealImages, cache: Path, keep: int = KEPT) -> ComparedImages:
@@ -120,26 +145,26 @@ def reference(extractor: Extractor, images: RealImages, cache: Path, keep: int =
     _require_enough(extractor.metrics, images.count, "the training images")
     keep = min(keep, images.count)
     identities = {layer: extractor.identity | {"layer": layer, "source": images.source} for layer in extractor.layers}
-    keys = {layer: digest({**of, "count": images.count})[:_KEY_LENGTH] for layer, of in identities.items()}
-    folder = cache / FOLDER
-    by_statistics, by_features = (_layers(extractor.name, extractor.metrics, (kind,)) for kind in _OF_REAL)
-    of_statistics = {layer: folder / f"{keys[layer]}.npz" for layer in by_statistics}
-    of_features = {layer: folder / f"{keys[layer]}-{keep}.npy" for layer in by_features}
+
+    def files(compares: str, ending: str) -> dict[str, Path]:
+        keys = {layer: identities[layer] for layer in layers(extractor.name, extractor.metrics, (compares,))}
+        names = {layer: digest({**key, "count": images.count})[:_KEY_LENGTH] for layer, key in keys.items()}
+        return {layer: cache / FOLDER / f"{name}{ending}" for layer, name in names.items()}
+
+    of_statistics, of_features = files("statistics", ".npz"), files("features", f"-{keep}.npy")
     if not all(path.is_file() for path in (*of_statistics.values(), *of_features.values())):
         computed = _one_pass(extractor, images, keep)
         for layer, path in of_statistics.items():
             write_statistics(path, computed.statistics[layer], identities[layer])
         for layer, path in of_features.items():
-            assert computed.features is not None
-            replace_atomically(path, partial(_save, values=computed.features.layers[layer].numpy()))
+            _write(path, partial(np.save, arr=computed.features[layer]))
     by_layer = {}
     for layer, path in of_statistics.items():
         try:
             by_layer[layer] = read_statistics(path, identities[layer])
         except StatisticsError:
             raise _damaged(path) from None
-    features = Features(extractor.name, {layer: _load(path, keep) for layer, path in of_features.items()})
-    return ComparedImages(extractor.name, by_layer, features if of_features else None)
+    return ComparedImages(extractor.name, by_layer, {layer: _load(path, keep) for layer, path in of_features.items()})
 
 
 def _one_pass(extractor: Extractor, images: RealImages, keep: int) -> ComparedImages:
@@ -153,6 +178,20 @@ def _one_pass(extractor: Extractor, images: RealImages, keep: int) -> ComparedIm
     if start != images.count:
         raise ValueError(f"{images.count} real images were announced and {start} arrived")
     return collector.images
+
+
+def _load(path: Path, count: int) -> Features:
+    try:
+        values: Features = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, f" ({error})") from None
+    if values.ndim != 2 or len(values) != count or not np.isfinite(values).all():
+        raise _damaged(path)
+    return values.astype(np.float32, copy=False)
+
+
+def _damaged(path: Path, reason: str = "") -> StatisticsError:
+    return StatisticsError(f"the cache file '{path}' is damaged{reason}; delete it, and it is computed again")
 
 
 def read_reference(extractor: Extractor, path: Path, size: tuple[int, int] | None = None) -> ComparedImages:
@@ -169,7 +208,7 @@ def read_reference(extractor: Extractor, path: Path, size: tuple[int, int] | Non
         StatisticsError: the file lacks what the extractor's metrics need, or is of another extractor or image size.
     """
     by_layer = {}
-    for layer in _layers(extractor.name, extractor.metrics, ("statistics",)):
+    for layer in layers(extractor.name, extractor.metrics, ("statistics",)):
         identity = {**extractor.identity, "layer": layer}
         by_layer[layer] = read_statistics(path, identity, extractor.widths[layer], layer == SPATIAL)
     shape = images_shape(path)
@@ -177,38 +216,13 @@ def read_reference(extractor: Extractor, path: Path, size: tuple[int, int] | Non
         sides = " and the run's ".join(f"{height}x{width} px" for height, width in (shape[1:], size))
         raise StatisticsError(f"the images of '{path}' have {sides}: give a reference of the run's size")
     if not (compared := [metric for metric in extractor.metrics if METRICS[metric].compares == "features"]):
-        return ComparedImages(extractor.name, by_layer, None)
+        return ComparedImages(extractor.name, by_layer, {})
     if shape:
         _require_enough(compared, shape[0], f"'{path}'")
-    features = Features.cat([extractor.features(batch) for batch in read_images(path)])
-    return ComparedImages(extractor.name, by_layer, features)
-
-
-def measure(metric: str, generated: ComparedImages, real: ComparedImages) -> tuple[float, ...]:
-    """Return the values of a metric, in the order of :data:`repa_lab.metrics.protocol.METRICS`.
-
-    Args:
-        metric: one of the metrics that were collected.
-        real: the same extractor's reference.
-
-    Raises:
-        ValueError: too few samples, features that are not finite, or a metric that was not collected.
-    """
-    facts = METRICS[metric]
-    if facts.compares == "statistics":
-        values = facts.compute(generated.of(metric), real.of(metric))
-    elif facts.compares == "features":
-        values = facts.compute(_features_of(generated, metric, "samples"), _features_of(real, metric, "real images"))
-    else:
-        values = facts.compute(_features_of(generated, metric, "samples"))
-    return values if isinstance(values, tuple) else (float(values),)
-
-
-def _features_of(images: ComparedImages, metric: str, name: str) -> NDArray[np.float32]:
-    if images.features is None:
-        raise ValueError(f"{metric} needs features of {name}: name it when the extractor is made")
-    features: NDArray[np.float32] = images.features.of(metric).cpu().numpy()
-    return features
+    collector = Collector(extractor, compared, ("features",))
+    for number, batch in enumerate(read_images(path)):
+        collector.add(extractor.features(batch), number)
+    return ComparedImages(extractor.name, by_layer, collector.images.features)
 
 
 def _require_enough(metrics: Iterable[str], count: int, where: str) -> None:
@@ -219,25 +233,172 @@ def _require_enough(metrics: Iterable[str], count: int, where: str) -> None:
             raise StatisticsError(f"{needed}, and there are {count} in {where}: give more, or leave it out of metrics")
 
 
-def _layers(extractor: str, metrics: Iterable[str], compares: Container[str]) -> tuple[str, ...]:
-    """Return the layers of an extractor for those of the metrics whose :attr:`MetricFacts.compares` is given."""
-    return layers(extractor, (metric for metric in metrics if METRICS[metric].compares in compares))
+def measure(metric: str, generated: ComparedImages, real: ComparedImages) -> tuple[float, ...]:
+    """Return the values of a metric, in the order of :data:`repa_lab.metrics.protocol.METRICS`.
+
+    Args:
+        real: the same extractor's reference.
+
+    Raises:
+        ValueError: too few samples, features that are not finite, or a metric that was not collected.
+    """
+    facts = METRICS[metric]
+    sides = (generated,) if facts.compares == "nothing" else (generated, real)
+    values = facts.compute(*(side.of(metric) for side in sides))
+    return values if isinstance(values, tuple) else (float(values),)
 
 
-def _save(path: Path, values: NDArray[np.float32]) -> None:
-    with path.open("wb") as file:  # np.save appends .npy to a path
-        np.save(file, values)
+# ---- npz files
 
 
-def _load(path: Path, count: int) -> torch.Tensor:
+def _write(path: Path, save: Callable[[IO[bytes]], object]) -> None:
+    """Fill a file atomically; NumPy adds an ending to a path, but none to an open file."""
+
+    def fill(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            save(file)
+
+    replace_atomically(path, fill)
+
+
+def write_statistics(path: Path, statistics: Statistics, identity: Mapping[str, str]) -> None:
+    """Write statistics atomically as npz, with what was measured: extractor, weights, preprocessing, layer, source."""
+    fields: dict[str, Any] = {"mu": statistics.mu, "sigma": statistics.sigma, "count": statistics.count, **identity}
+    _write(path, lambda file: np.savez(file, **fields))
+
+
+def read_statistics(
+    path: Path, identity: Mapping[str, str], width: int | None = None, spatial: bool = False
+) -> Statistics:
+    """Read ``mu`` and ``sigma`` from an npz file of repa-lab, ADM, pytorch-fid or torch-fidelity.
+
+    Args:
+        identity: what must have been measured. A word that the file lacks is not checked; ADM's files are Inception's.
+        width: the number of features, or None for any.
+        spatial: whether to read sFID's statistics, ``mu_s`` and ``sigma_s``, from a file of ADM's.
+
+    Raises:
+        StatisticsError: the file is missing or damaged, or holds no statistics or those of something else.
+    """
+    fields = _fields(path)
+    is_adm = "mu_s" in fields
+    names = ("mu_s", "sigma_s") if is_adm and spatial else ("mu", "sigma")
+    if missing := [name for name in names if name not in fields]:
+        raise StatisticsError(f"'{path}' has no {' and no '.join(missing)}: give an npz file with mu and sigma")
+    found = {name: str(value) for name, value in {**fields, **(_ADM if is_adm else {})}.items() if name in identity}
+    if wrong := [f"{name} {value}, not {identity[name]}" for name, value in found.items() if value != identity[name]]:
+        fix = "compute them again, or use the extractor they are of"
+        raise StatisticsError(f"'{path}' has statistics of {' and '.join(wrong)}: {fix}")
+    mu, sigma, count = (_real(path, name, fields.get(name, 0)) for name in (*names, "count"))
+    if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
+        raise StatisticsError(f"'{path}' has mu {mu.shape} and sigma {sigma.shape}; allowed: (d,) and (d, d)")
+    if count.size != 1 or ("count" in fields and count.item() < 2):
+        raise StatisticsError(f"'{path}' has statistics of {fields['count']} images: compute them of two or more")
+    if width not in (None, len(mu)):
+        fix = "compute them with this extractor"
+        raise StatisticsError(f"'{path}' has {len(mu)} features and the extractor {width}: {fix}")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise StatisticsError(f"'{path}' has statistics that are not finite: compute them again")
+    if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max() or (sigma.diagonal() < 0).any():
+        what = "a sigma that is no covariance: it is not symmetric, or has variances below 0"
+        raise StatisticsError(f"'{path}' has {what}; compute it again")
+    return Statistics(mu, sigma, int(count.item()))
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """Return the arrays of an npz file except its images, which can be gigabytes."""
+    if not path.is_file():
+        raise StatisticsError(f"no file '{path}'")
+    if not zipfile.is_zipfile(path):  # NumPy would try to unpickle the file
+        raise StatisticsError(f"'{path}' is not an npz file of arrays, or is cut short; download it again")
     try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise _damaged(path, f" ({error})") from None
-    if values.ndim != 2 or len(values) != count or not np.isfinite(values).all():
-        raise _damaged(path)
-    return torch.from_numpy(values.astype(np.float32, copy=False))
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files if name != _IMAGES}
+    except Exception as error:  # a damaged file can raise anything
+        reason = " ".join(str(error).split())
+        raise StatisticsError(f"'{path}' is not an npz file of arrays: {reason}; download it again") from None
 
 
-def _damaged(path: Path, reason: str = "") -> StatisticsError:
-    return StatisticsError(f"the cache file '{path}' is damaged{reason}; delete it, and it is computed again")
+def _real(path: Path, name: str, value: Any) -> NDArray[np.float64]:
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu":
+        raise StatisticsError(f"'{path}' has {name} of {array.dtype}: give real numbers")
+    return array.astype(np.float64)
+
+
+def write_images(path: Path, batches: Iterable[torch.Tensor], count: int) -> None:
+    """Write images atomically as ``arr_0``, uint8 ``(N, H, W, 3)``, as ADM's evaluator reads them.
+
+    Only one batch is in memory at a time.
+
+    Args:
+        batches: uint8 pixels ``(B, 1 or 3, H, W)`` of one size; grey images get three equal channels.
+        count: number of images in all batches.
+
+    Raises:
+        ValueError: there are no images or not ``count``, they differ in size, or are not uint8.
+    """
+
+    def save(file: IO[bytes]) -> None:
+        size, written = None, 0
+        with (
+            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+            archive.open(f"{_IMAGES}.npy", "w", force_zip64=True) as member,
+        ):
+            for pixels in batches:
+                if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+                    got = f"{pixels.dtype} {tuple(pixels.shape)}"
+                    raise ValueError(f"need uint8 pixels (B, 1 or 3, H, W), got {got}")
+                array = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+                if size is None:
+                    size = array.shape[1:]
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *size)}
+                    np.lib.format.write_array_header_1_0(member, header)
+                if array.shape[1:] != size:
+                    raise ValueError(f"images of one size are needed, got {size} and {array.shape[1:]}")
+                member.write(array.tobytes())
+                written += len(array)
+        if not written or written != count:
+            raise ValueError(f"{count} images were announced and {written} arrived")
+
+    _write(path, save)
+
+
+def read_images(path: Path, batch_size: int = 64) -> Iterator[torch.Tensor]:
+    """Read the images of an npz file in batches, uint8 ``(B, 3, H, W)``.
+
+    Raises:
+        StatisticsError: the file is missing or damaged, or holds no uint8 images ``(N, H, W, 3)``.
+    """
+    with _opened(path) as (file, (count, height, width)):
+        for start in range(0, count, batch_size):
+            size = min(batch_size, count - start)
+            values = np.frombuffer(file.read(size * height * width * 3), np.uint8)
+            yield torch.tensor(values.reshape(size, height, width, 3)).permute(0, 3, 1, 2).contiguous()
+
+
+def images_shape(path: Path) -> tuple[int, int, int] | None:
+    """Return the number, height and width of the images of an npz file without reading them; None if it has none."""
+    try:
+        with _opened(path) as (_, shape):
+            return shape
+    except StatisticsError:
+        return None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int]]]:
+    """Open the images of an npz file behind their header; yield the file and the images' number, height and width."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{_IMAGES}.npy") as file:
+            is_version_1 = np.lib.format.read_magic(file) == (1, 0)
+            read = np.lib.format.read_array_header_1_0 if is_version_1 else np.lib.format.read_array_header_2_0
+            shape, is_fortran, dtype = read(file)
+            if is_fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+                raise StatisticsError(f"'{path}' holds {dtype} {shape} under arr_0; allowed: uint8 (N, H, W, 3)")
+            yield file, shape[:3]
+    except StatisticsError:
+        raise
+    except (OSError, EOFError, KeyError, ValueError, zlib.error, zipfile.BadZipFile) as error:
+        fix = "give a file with images, such as ADM's, or download it again"
+        raise StatisticsError(f"'{path}' holds no images under arr_0 that can be read ({error}): {fix}") from None

@@ -14,7 +14,7 @@ import torch
 
 from repa_lab.data import DataError
 from repa_lab.errors import InputError
-from repa_lab.metrics.npz import StatisticsError
+from repa_lab.metrics.reference import StatisticsError
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.pretrained import skeleton
 from repa_lab.models.released import SCHEDULER, PretrainedError, read_json

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from repa_lab.metrics.protocol import average_warning
 from repa_lab.report.frames import UNKNOWN, Member
 from repa_lab.report.results import AXES, Results
 from repa_lab.report.search import best_trial, ordered_trials
@@ -386,11 +385,13 @@ def _bias(results: Results, metric: str) -> str:
 
 def _averages(results: Results) -> Iterator[str]:
     """Warn of averaged weights that still hold much of the initial ones."""
+    from repa_lab.spec.schema import EmaConfig
+
     for member in results.members:
         with suppress(TypeError, KeyError, ValueError, ArithmeticError):  # of a damaged spec.json
             train = member.reader.spec["train"]
-            ema = train["ema"] if isinstance(train["ema"], dict) else {"decay": train["ema"], "warmup": False}
-            if warning := average_warning(float(ema["decay"]), bool(ema["warmup"]), int(train["steps"])):
+            ema = EmaConfig.model_validate(train["ema"] if isinstance(train["ema"], dict) else {"decay": train["ema"]})
+            if warning := ema.warning(int(train["steps"])):
                 yield f"{warning}."
 
 

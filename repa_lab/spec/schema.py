@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from repa_lab.align.settings import REGULARIZERS, EncoderSettings, NoSettings, RegularizerSettings, Schedule
 from repa_lab.data.settings import SOURCES, SourceSettings
-from repa_lab.metrics.protocol import average_decay, average_warning, initial_share
 from repa_lab.settings import (
     Count,
     Fraction,
@@ -155,6 +156,9 @@ def _shortest(time: str | TimeSettings | None) -> str | TimeSettings | None:
 Time = Annotated[Literal["uniform", "logit_normal"] | TimeSettings | None, AfterValidator(_shortest)]
 
 
+_NEGLIGIBLE_SHARE = 0.05  # of initial weights in an average
+
+
 class EmaConfig(Settings):
     """The moving average of the weights: ``decay * average + (1 - decay) * weights`` after every step."""
 
@@ -165,15 +169,25 @@ class EmaConfig(Settings):
 
     def decay_at(self, updates: int) -> float:
         """Return the decay of the update that follows ``updates`` earlier ones."""
-        return average_decay(self.decay, self.warmup, updates)
+        return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
 
     def initial_share(self, steps: int) -> float:
         """Return the share of the initial weights in the average after ``steps`` updates: the product of the decays."""
-        return initial_share(self.decay, self.warmup, steps)
+        return _initial_share(self, steps)
 
     def warning(self, steps: int) -> str | None:
         """Return a warning if more than 5 % of the average after ``steps`` updates are initial weights, else None."""
-        return average_warning(self.decay, self.warmup, steps)
+        if (share := self.initial_share(steps)) <= _NEGLIGIBLE_SHARE:
+            return None
+        return (
+            f"train.ema: at decay {self.decay:g} the measured average still holds {100 * share:.0f} % of the initial "
+            f"weights after {steps:,} steps; set train.ema.warmup, or lower the decay"
+        )
+
+
+@functools.lru_cache  # a report asks for every run, and warm-up takes a product over all steps
+def _initial_share(ema: EmaConfig, steps: int) -> float:
+    return math.prod(map(ema.decay_at, range(steps))) if ema.warmup else ema.decay**steps
 
 
 def _without_section(ema: float | EmaConfig) -> float | EmaConfig:

@@ -252,7 +252,7 @@ def _metric_details(metric: str, reference: ComparedImages, samples: int) -> dic
     if compares == "statistics":
         statistics = reference.of(metric)
         return {"real": statistics.count, "features": len(statistics.mu)}
-    real = len(reference.features or ())
+    real = 0 if compares == "nothing" else len(reference.of(metric))
     parameters = {"plugin": origin.digest} if origin else _PARAMETERS[metric](samples, real)
     return parameters if compares == "nothing" else {"real": real, **parameters}
 

@@ -10,7 +10,7 @@ import torch
 
 from repa_lab.data.clips import as_images
 from repa_lab.errors import InputError
-from repa_lab.metrics.npz import write_images
+from repa_lab.metrics.reference import write_images
 from repa_lab.models.pretrained import DiffusersDenoiser
 from repa_lab.models.scratch import Input
 from repa_lab.runs import RunDirectory, files

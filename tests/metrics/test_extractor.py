@@ -18,7 +18,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from repa_lab.encoders.registry import facts_of
 from repa_lab.metrics import frechet_distance, inception_score, kid, precision_recall, statistics
-from repa_lab.metrics.extractor import Extractor, Features, resample_positions, resize_like_pillow
+from repa_lab.metrics.extractor import Extractor, resample_positions, resize_like_pillow
 from repa_lab.metrics.protocol import EXTRACTORS, METRICS, layers
 from repa_lab.timm_models import EncoderError, TimmModel, lite0_model
 from tests.rounding import LITE0, UNIT, rounding
@@ -64,7 +64,7 @@ class TestFacts:
 
 
 def pooled(extractor: Extractor, pixels: torch.Tensor, **options: int) -> np.ndarray:
-    return extractor.features(pixels, **options).of("frechet").numpy()
+    return extractor.features(pixels, **options)["1280"].numpy()
 
 
 def test_features_are_lite0s_pooled_ones(extractor):
@@ -233,12 +233,9 @@ def test_lite0s_metrics_are_torch_fidelitys_of_the_same_images(digits):
     generated, real = pixels[:50] // 2 + 30, pixels[50:]
     extractor = Extractor("efficientnet_lite0", None, CPU, ("frechet", "kid", "precision_recall"))
     theirs = by_torch_fidelity(generated, real, EXTRACTORS["efficientnet_lite0"].registered, kid_subset_size=50)
-    x, y = extractor.features(generated), extractor.features(real)
-    first, second = statistics(x.of("frechet")), statistics(y.of("frechet"))
-    distance, shares = (
-        kid(x.of("kid"), y.of("kid")),
-        precision_recall(x.of("precision_recall"), y.of("precision_recall")),
-    )
+    x, y = (extractor.features(side)["1280"] for side in (generated, real))
+    first, second = statistics(x), statistics(y)
+    distance, shares = kid(x, y), precision_recall(x, y)
     found = {
         "frechet_inception_distance": frechet_distance(first.mu, first.sigma, second.mu, second.sigma),
         "kernel_inception_distance_mean": distance.value,
@@ -263,8 +260,8 @@ class TestInception:
         options = {"isc": True, "fid": False, "kid_subset_size": 4, "feature_extractor_weights_path": str(inception)}
         theirs = by_torch_fidelity(generated, real, "inception-v3-compat", **options)
         x, y = net.features(generated), net.features(real)
-        distance, score = kid(x.of("kid"), y.of("kid")), inception_score(x.of("inception_score"))
-        shares = precision_recall(x.of("precision_recall"), y.of("precision_recall"))
+        distance, score = kid(x["2048"], y["2048"]), inception_score(x["logits_unbiased"])
+        shares = precision_recall(x["2048"], y["2048"])
         found = {"inception_score_mean": score.value, "inception_score_std": score.std, "precision": shares.precision}
         found |= {
             "recall": shares.recall,
@@ -280,10 +277,9 @@ class TestInception:
         found = net.features(noise(5, 8), batch_size=2)
         hooks[0].remove()
         assert seen == [2, 2, 1]
-        shapes = {layer: values.shape for layer, values in found.layers.items()}
+        shapes = {layer: values.shape for layer, values in found.items()}
         assert shapes == {"2048": (5, 2048), "spatial": (5, 2023), "logits_unbiased": (5, 1008)}
-        assert {values.dtype for values in found.layers.values()} == {torch.float32}
-        assert len(found) == 5
+        assert {values.dtype for values in found.values()} == {torch.float32}
 
     def test_spatial_features_are_the_first_channels_of_a_1x1_branch_place_by_place(self, net):
         """By the network's own modules up to the sixth block's branch that TensorFlow calls ``mixed_6/conv``."""
@@ -305,7 +301,7 @@ class TestInception:
             for name in (*before, *blocks):
                 x = getattr(inner, name)(x)
             branch = inner.Mixed_6d.branch1x1(x)
-        found = net.features(pixels).of("sfid").reshape(2, 17, 17, 7)
+        found = net.features(pixels)["spatial"].reshape(2, 17, 17, 7)
         for channel in range(7):
             np.testing.assert_allclose(found[..., channel], branch[:, channel].numpy(), rtol=1e-5, atol=1e-6)
         assert (found >= 0).all() and found.std() > 0
@@ -316,22 +312,17 @@ class TestInception:
         for name in ("Mixed_6e", "Mixed_7a", "fc"):
             getattr(alone._net.net, name).register_forward_hook(lambda *args, name=name: seen.append(name))
         found = alone.features(noise(1, 8))
-        assert list(found.layers) == ["spatial"]
+        assert list(found) == ["spatial"]
         assert set(seen) <= {"Mixed_6e"}
         pooled = Extractor("inception", str(inception), CPU)
         assert isinstance(pooled._net, FeatureExtractorInceptionV3)
-        assert list(pooled.features(noise(1, 8)).layers) == ["2048"]
-
-    def test_a_layer_that_was_not_asked_for_is_named(self, inception):
-        found = Extractor("inception", str(inception), CPU).features(noise(1, 8))
-        with pytest.raises(ValueError, match="no features of inception for sfid: the extractor was made for 2048"):
-            found.of("sfid")
+        assert list(pooled.features(noise(1, 8))) == ["2048"]
 
     def test_autocast_around_it_changes_nothing(self, net):
         pixels = noise(1, 8)
         with torch.autocast("cpu", torch.bfloat16):
             cast = net.features(pixels)
-        assert all(np.array_equal(values, cast.layers[layer]) for layer, values in net.features(pixels).layers.items())
+        assert all(np.array_equal(values, cast[layer]) for layer, values in net.features(pixels).items())
 
     def test_convolutions_are_not_cut_to_tensorfloat32(self, net):
         seen = []
@@ -347,17 +338,6 @@ class TestInception:
         for name in (inception, inception.with_name("random.pth.sha256")):
             shutil.copy(name, tmp_path / name.name)
         assert Extractor("inception", str(tmp_path / "random.pth"), CPU).identity == net.identity
-
-
-def test_features_of_parts_are_those_of_the_whole(extractor):
-    pixels = noise(5, 8)
-    whole = extractor.features(pixels)
-    joined = Features.cat([extractor.features(part) for part in pixels.split([1, 4])])
-    np.testing.assert_allclose(joined.of("kid"), whole.of("kid"), rtol=0, atol=rounding(whole.of("kid"), LITE0))
-    with pytest.raises(
-        ValueError, match="no features of efficientnet_lite0 for sfid: the metric is not defined for it"
-    ):
-        whole.of("sfid")
 
 
 def bicubic_1d(values: np.ndarray, count: int, step: float) -> np.ndarray:
@@ -431,7 +411,7 @@ class TestDINOv2:
         images = (resize_like_pillow(pixels, 224) / 255 - mean) / std
         with torch.no_grad():
             expected, timms = plain.forward_features(images)[:, 0].numpy(), model(images).numpy()
-        found = net.features(pixels).layers
+        found = net.features(pixels)
         assert {layer: values.shape for layer, values in found.items()} == {"cls": (3, 384)}
         np.testing.assert_allclose(found["cls"], expected, rtol=1e-3, atol=1e-4)
         assert np.abs(expected[0] - expected[1]).max() > 1e-2
@@ -441,7 +421,7 @@ class TestDINOv2:
         wide = F.pad(noise(1, 32), (0, 32))
         squashed = resize_like_pillow(wide, 224).byte()
         assert squashed.shape == (1, 3, 224, 224)
-        assert np.array_equal(net.features(wide).of("kid"), net.features(squashed).of("kid"))
+        assert np.array_equal(net.features(wide)["cls"], net.features(squashed)["cls"])
 
     def test_its_identity_names_the_file(self, net, vouched):
         digest = hashlib.sha256(vouched[1].read_bytes()).hexdigest()
@@ -466,6 +446,6 @@ class TestDINOv2:
     def test_a_tiny_one_needs_nothing_and_is_the_same_everywhere(self, name):
         first, second = (Extractor(name, None, CPU, EVERYTHING) for _ in range(2))
         pixels = noise(2, 8)
-        assert first.features(pixels).of("kid").shape == (2, 48)
-        assert np.array_equal(first.features(pixels).of("kid"), second.features(pixels).of("kid"))
+        assert first.features(pixels)["cls"].shape == (2, 48)
+        assert np.array_equal(first.features(pixels)["cls"], second.features(pixels)["cls"])
         assert first.identity["weights"].startswith("none:vit_")

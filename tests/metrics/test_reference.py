@@ -5,10 +5,19 @@ import pytest
 import torch
 
 from repa_lab.metrics import frechet_distance, inception_score, kid, precision_recall, statistics
-from repa_lab.metrics.extractor import Extractor, Features
-from repa_lab.metrics.npz import StatisticsError, write_images
+from repa_lab.metrics.extractor import Extractor
 from repa_lab.metrics.protocol import METRICS
-from repa_lab.metrics.reference import FOLDER, Collector, ComparedImages, RealImages, measure, read_reference, reference
+from repa_lab.metrics.reference import (
+    FOLDER,
+    Collector,
+    ComparedImages,
+    RealImages,
+    StatisticsError,
+    measure,
+    read_reference,
+    reference,
+    write_images,
+)
 from tests.rounding import FRECHET, INCEPTION, LITE0, rounding
 
 CPU = torch.device("cpu")
@@ -37,7 +46,7 @@ def fid(inception) -> Extractor:
 
 
 @pytest.fixture(scope="module")
-def ten(fid) -> Features:
+def ten(fid) -> dict[str, torch.Tensor]:
     """Inception's features of the first ten images."""
     return fid.features(PIXELS[:10])
 
@@ -55,13 +64,12 @@ class Images(RealImages):
         return pixels.split(7)
 
 
-def samples_of(extractor: Extractor, features: Features) -> ComparedImages:
+def samples_of(extractor: Extractor, features: dict[str, torch.Tensor]) -> ComparedImages:
     """Samples with these features for every metric of the extractor, collected in two batches, the later one first."""
     collector = Collector(extractor, extractor.metrics, ("features", "nothing"))
-    half = len(features) // 2
+    half = len(next(iter(features.values()))) // 2
     for rows in (slice(half, None), slice(half)):
-        part = {layer: values[rows] for layer, values in features.layers.items()}
-        collector.add(Features(features.extractor, part), rows.start or 0)
+        collector.add({layer: values[rows] for layer, values in features.items()}, rows.start or 0)
     return collector.images
 
 
@@ -76,7 +84,7 @@ class TestCache:
         again = reference(everything, images, tmp_path)
         assert images.looks == [COUNT]
         assert np.array_equal(first.of("frechet").sigma, again.of("frechet").sigma)
-        assert np.array_equal(first.features.of("kid"), again.features.of("kid"))
+        assert np.array_equal(first.of("kid"), again.of("kid"))
 
     def test_another_process_with_another_extractor_object_finds_it(self, alone, tmp_path):
         reference(alone, Images(), tmp_path)
@@ -86,7 +94,7 @@ class TestCache:
 
     def test_is_the_statistics_of_all_images_and_their_features(self, everything, tmp_path):
         found = reference(everything, Images(), tmp_path)
-        features = everything.features(PIXELS).of("frechet")
+        features = everything.features(PIXELS)["1280"]
         expected = statistics(features)
         assert found.of("frechet").count == COUNT
         error = rounding(features, LITE0)  # of batches of 7 and of 30
@@ -94,11 +102,11 @@ class TestCache:
         np.testing.assert_allclose(
             found.of("frechet").sigma, expected.sigma, rtol=0, atol=4 * float(features.std(0).max()) * error
         )
-        assert found.features.of("precision_recall").dtype == torch.float32
-        np.testing.assert_allclose(found.features.of("precision_recall"), features, rtol=0, atol=error)
+        assert found.of("precision_recall").dtype == torch.float32
+        np.testing.assert_allclose(found.of("precision_recall"), features, rtol=0, atol=error)
 
     def test_features_are_kept_only_when_a_metric_needs_them(self, everything, alone, tmp_path):
-        assert reference(alone, Images(), tmp_path).features is None
+        assert reference(alone, Images(), tmp_path).features == {}
         assert [name[-4:] for name in files(tmp_path)] == [".npz"]
         images = Images()
         reference(everything, images, tmp_path)
@@ -107,9 +115,9 @@ class TestCache:
 
     @pytest.mark.parametrize("keep", [1, 7, 10, 29, 30, 1000])
     def test_of_many_images_evenly_spaced_ones_are_kept(self, everything, tmp_path, keep):
-        found = reference(everything, Images(), tmp_path, keep).features.of("kid")
+        found = reference(everything, Images(), tmp_path, keep).of("kid")
         kept = min(keep, COUNT)
-        whole = everything.features(PIXELS).of("kid")
+        whole = everything.features(PIXELS)["1280"]
         expected = whole[[i * COUNT // kept for i in range(kept)]]
         np.testing.assert_allclose(found, expected, rtol=0, atol=rounding(whole, LITE0))
         assert np.abs(whole[0] - whole[1]).max() > 1e-2
@@ -125,7 +133,7 @@ class TestCache:
         images = Images()
         extractor = Extractor("inception", str(inception), CPU, ("inception_score",))
         found = reference(extractor, images, tmp_path)
-        assert (images.looks, found.statistics, found.features) == ([], {}, None)
+        assert (images.looks, found.statistics, found.features) == ([], {}, {})
 
     def test_images_that_were_not_announced_are_no_reference(self, alone, tmp_path):
         with pytest.raises(ValueError, match="31 real images were announced and 30 arrived"):
@@ -170,34 +178,36 @@ class TestMeasure:
             metric: len(kinds) for metric, kinds in ((name, METRICS[name].yields) for name in METRICS)
         }
         for metric, layer in (("frechet", "2048"), ("sfid", "spatial")):
-            first, second = statistics(ten.layers[layer]), statistics(other.layers[layer])
+            first, second = statistics(ten[layer]), statistics(other[layer])
             assert measured[metric] == (
                 pytest.approx(frechet_distance(first.mu, first.sigma, second.mu, second.sigma), rel=FRECHET),
             )
         assert measured["sfid"] != measured["frechet"]
-        x, y = ten.layers["2048"], other.layers["2048"]
+        x, y = ten["2048"], other["2048"]
         assert measured["kid"] == (pytest.approx(kid(x, y).value, rel=1e-3),)
-        assert measured["inception_score"] == (inception_score(ten.layers["logits_unbiased"]).value,)
+        assert measured["inception_score"] == (inception_score(ten["logits_unbiased"]).value,)
         assert measured["precision_recall"] == precision_recall(x, y)
 
     def test_what_is_missing_is_named(self, everything, alone, tmp_path):
         against = reference(alone, Images(), tmp_path)
         samples = samples_of(everything, everything.features(PIXELS))
-        with pytest.raises(ValueError, match="kid needs features of real images: name it when the extractor is made"):
+        with pytest.raises(
+            ValueError, match="no features of efficientnet_lite0 for kid: name it when the extractor is made"
+        ):
             measure("kid", samples, against)
         with pytest.raises(ValueError, match="no features of efficientnet_lite0 for inception_score"):
             measure("inception_score", samples, against)
 
     def test_features_are_kept_for_metrics_that_compare_them(self, alone, everything):
-        assert samples_of(alone, alone.features(PIXELS)).features is None
-        kept, whole = samples_of(everything, everything.features(PIXELS)).features, everything.features(PIXELS)
-        assert kept is not None and torch.equal(kept.of("kid"), whole.of("kid"))
+        assert samples_of(alone, alone.features(PIXELS)).features == {}
+        whole = everything.features(PIXELS)
+        assert np.array_equal(samples_of(everything, whole).of("kid"), whole["1280"])
 
 
 class TestRead:
     def test_a_reference_of_adms_serves_every_metric(self, fid, ten, tmp_path):
         """ADM's form: statistics of ten images, and the first four of them."""
-        pooled, spatial = (statistics(ten.layers[layer]) for layer in ("2048", "spatial"))
+        pooled, spatial = (statistics(ten[layer]) for layer in ("2048", "spatial"))
         images = PIXELS[:4].permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
         path = tmp_path / "VIRTUAL_x.npz"
         np.savez(path, arr_0=images, mu=pooled.mu, sigma=pooled.sigma, mu_s=spatial.mu, sigma_s=spatial.sigma)
@@ -205,9 +215,7 @@ class TestRead:
         assert measure("frechet", samples_of(fid, ten), found)[0] < 1e-6 * np.trace(found.of("frechet").sigma)
         assert measure("sfid", samples_of(fid, ten), found)[0] < 1e-6 * np.trace(found.of("sfid").sigma)
         assert len(found.of("sfid").mu) == 2023
-        np.testing.assert_allclose(
-            found.features.of("kid"), ten.of("kid")[:4], rtol=0, atol=rounding(ten.of("kid"), INCEPTION)
-        )
+        np.testing.assert_allclose(found.of("kid"), ten["2048"][:4], rtol=0, atol=rounding(ten["2048"], INCEPTION))
         assert measure("precision_recall", samples_of(fid, ten), found)[1] == 1
 
     def test_a_file_of_another_extractors(self, alone, tmp_path):
@@ -234,7 +242,7 @@ class TestRead:
             read_reference(everything, next((tmp_path / FOLDER).iterdir()))
 
     def test_a_reference_of_another_size_or_of_too_few_images_is_refused(self, everything, alone, tmp_path):
-        found = statistics(alone.features(PIXELS).of("frechet"))
+        found = statistics(alone.features(PIXELS)["1280"])
         height, width = PIXELS.shape[2:]
         for name, shape in (("few", (3, height, width, 3)), ("large", (9, 2 * height, width, 3))):
             np.savez(tmp_path / name, arr_0=np.zeros(shape, np.uint8), mu=found.mu, sigma=found.sigma)
@@ -245,14 +253,14 @@ class TestRead:
         told = f"large.npz' have {2 * height}x{width} px and the run's {height}x{width} px: give a reference of the run's size"
         with pytest.raises(StatisticsError, match=told):
             read_reference(alone, tmp_path / "large.npz", (height, width))
-        assert read_reference(alone, tmp_path / "large.npz").features is None
+        assert read_reference(alone, tmp_path / "large.npz").features == {}
 
     def test_exported_samples_are_measured_alike(self, everything, tmp_path):
         """What is exported for audit gives the same features as the pixels it was made of."""
         write_images(tmp_path / "samples.npz", PIXELS.split(8), COUNT)
-        found = statistics(everything.features(PIXELS).of("frechet"))
+        found = statistics(everything.features(PIXELS)["1280"])
         with np.load(tmp_path / "samples.npz") as stored:
             np.savez(tmp_path / "with.npz", arr_0=stored["arr_0"], mu=found.mu, sigma=found.sigma)
-        read = read_reference(everything, tmp_path / "with.npz").features.of("kid")
-        expected = everything.features(PIXELS).of("kid")
+        read = read_reference(everything, tmp_path / "with.npz").of("kid")
+        expected = everything.features(PIXELS)["1280"]
         np.testing.assert_allclose(read, expected, rtol=0, atol=rounding(expected, LITE0))

@@ -160,7 +160,7 @@ class TestMeasuring:
         for pixels in (clips, real):
             frames = torch.cat([clip[:, number] for clip in pixels for number in range(FRAMES)]).view(-1, 3, 64, 64)
             assert torch.equal(frames, as_images(pixels))
-            (layer,) = extractor.features(frames).layers.values()
+            (layer,) = extractor.features(frames).values()
             one = Moments(layer.shape[1], CPU)
             one.add(layer)
             moments.append(one.statistics)

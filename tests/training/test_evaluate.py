@@ -89,8 +89,8 @@ class TestQuality:
         config = make_run().config.evaluate
         row, shown = quality(few, cache, denoiser)
         drawn = FieldSampler(denoiser, few.space, (1, 8, 8), 10, config, 0, CPU)(range(16))
-        samples = statistics(extractor.features(drawn).of("frechet"))
-        real = statistics(extractor.features(few.source.read(few.split.train.tolist())).of("frechet"))
+        samples = statistics(extractor.features(drawn)["1280"])
+        real = statistics(extractor.features(few.source.read(few.split.train.tolist()))["1280"])
         expected = frechet_distance(samples.mu, samples.sigma, real.mu, real.sigma)
         assert row == {"frechet:efficientnet_lite0@16/ode2": pytest.approx(expected, rel=FRECHET)}
         assert torch.equal(shown, drawn)
@@ -136,7 +136,7 @@ class TestReference:
         vectors = rng.normal(size=(3000, 1280))
         np.savez(tmp_path / "theirs.npz", mu=vectors.mean(axis=0), sigma=np.cov(vectors, rowvar=False))
         row, shown = quality(few, cache, denoiser, **{"extractor.reference": str(tmp_path / "theirs.npz")})
-        samples = statistics(Extractor("efficientnet_lite0", None, CPU).features(shown).of("frechet"))
+        samples = statistics(Extractor("efficientnet_lite0", None, CPU).features(shown)["1280"])
         expected = frechet_distance(samples.mu, samples.sigma, vectors.mean(axis=0), np.cov(vectors, rowvar=False))
         assert row == {"frechet:efficientnet_lite0@16/ode2": pytest.approx(expected, rel=FRECHET)}
 
@@ -157,8 +157,8 @@ class TestProtocols:
         )
         assert seen == [20]
         found, real = (
-            extractor.features(shown).layers["1280"],
-            extractor.features(few.source.read(few.split.train.tolist())).layers["1280"],
+            extractor.features(shown)["1280"],
+            extractor.features(few.source.read(few.split.train.tolist()))["1280"],
         )
         at = "efficientnet_lite0@20/ode2"
         assert list(row) == [f"frechet:{at}", f"kernel:{at}", f"precision:{at}", f"recall:{at}"]
@@ -427,7 +427,7 @@ class TestSizes:
         _, _, images, _ = self.make(tmp_path, self.SHAPES, 14)
         found = reference(extractor, real_images(images), tmp_path / "other").of("frechet")
         features = np.concatenate(
-            [extractor.features(images.source.read([i])).of("frechet") for i in images.split.train.tolist()]
+            [extractor.features(images.source.read([i]))["1280"] for i in images.split.train.tolist()]
         )
         assert found.count == 6
         error = rounding(features, LITE0)

@@ -127,7 +127,7 @@ def distance(run, cache, tmp_path_factory):
 
     def of(path):
         pixels = torch.from_numpy(np.load(path)["arr_0"].transpose(0, 3, 1, 2).copy())
-        return statistics(extractor.features(pixels).of("frechet"))
+        return statistics(extractor.features(pixels)["1280"])
 
     path = tmp_path_factory.mktemp("real") / "real.npz"
     assert write_real(run, path, cache) == 1700

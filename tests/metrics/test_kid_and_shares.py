@@ -125,14 +125,14 @@ class TestRefusals:
     @pytest.mark.parametrize(("measure", "least"), [(kid, 2), (precision_recall, 4)])
     def test_too_few_samples(self, measure, least):
         measure(features(least), features(least))
-        with pytest.raises(ValueError, match=f"generated: need features of at least {least} samples"):
+        with pytest.raises(ValueError, match=rf"generated: need features \(n >= {least}, d\)"):
             measure(features(least - 1), features(10))
-        with pytest.raises(ValueError, match=f"real: need features of at least {least} samples"):
+        with pytest.raises(ValueError, match=rf"real: need features \(n >= {least}, d\)"):
             measure(features(10), features(least - 1))
 
     def test_too_few_samples_for_ten_parts(self):
         with pytest.raises(
-            ValueError, match=r"logits: need features of at least 10 samples \(n, d\), got shape \(9, 3\)"
+            ValueError, match=r"logits: need features \(n >= 10, d\), one pooled vector an item, got \(9, 3\)"
         ):
             inception_score(features(9, 3))
 
