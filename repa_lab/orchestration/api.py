@@ -18,11 +18,11 @@ from repa_lab.align.settings import REPASettings
 from repa_lab.errors import StateError
 from repa_lab.orchestration.checks import check
 from repa_lab.orchestration.cost import require_budget
-from repa_lab.orchestration.display import ProgressView, default_console
 from repa_lab.orchestration.executors import Executor, ExecutorError, Task, TrainJob
 from repa_lab.orchestration.executors.local import LocalExecutor, local_slots
 from repa_lab.orchestration.launcher import join_processes
 from repa_lab.orchestration.plan import Plan, PlannedRun, identify_run, make_plan
+from repa_lab.orchestration.progress import ProgressView, default_console
 from repa_lab.orchestration.scheduler import Scheduler, SweepBrokenError, Work
 from repa_lab.orchestration.sharing import RunList
 from repa_lab.orchestration.tracking import open_trackers, settle_tracking, untracked, why_untracked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from repa_lab.align.needs import Needs, TrainingFacts
@@ -36,6 +36,8 @@ from repa_lab.training.resolve import (
     shared_names,
 )
 
+Found = Iterator[tuple[str, str]]  # messages, each with the dotted path of the value at fault
+
 
 def check(experiment: Experiment, inventory: Inventory | None) -> None:
     """Refuse an experiment that cannot be right, before anything is created.
@@ -52,318 +54,269 @@ def check(experiment: Experiment, inventory: Inventory | None) -> None:
         raise SpecError(problems)
 
 
-def blocked(arm: Arm) -> Problem | None:
-    """Return why an arm cannot be trained here yet though it is right; None if it can."""
-    if arm.config.data.is_unset:
-        return arm.problem("data.path", "not set; give a folder of images with --set data.path=FOLDER")
-    return None
-
-
 def _arm_problems(arm: Arm, options: RunOptions, inventory: Inventory | None) -> Iterator[Problem]:
-    config = arm.config
+    for path, message in _config_problems(arm.config, options, inventory):
+        yield arm.problem(path, message)
+
+
+def _config_problems(config: RunConfig, options: RunOptions, inventory: Inventory | None) -> Found:
     try:
         family = FAMILIES[config.model.family]
     except UnknownComponentError as error:
-        yield arm.problem("model.family", str(error))
+        yield "model.family", str(error)
         return
     try:
         shape = shape_of(family, config.model.size)
     except UnknownComponentError as error:
-        yield arm.problem("model.size", str(error) if config.model.size else f"{family.name} needs a size: {error}")
+        yield "model.size", str(error) if config.model.size else f"{family.name} needs a size: {error}"
         return
-    yield from _clip_problems(arm, family)
-    yield from _model_problems(arm, family, shape)
-    yield from _regularizer_problems(arm, family, shape, options)
-    yield from _metric_problems(arm)
-    yield from _process_problems(arm, family, options)
+    yield from _clip_problems(config, family)
+    yield from (_scratch_problems if family.from_scratch else _pretrained_problems)(config, family, shape)
+    if config.evaluate.prompts and not _takes_captions(family):
+        yield "evaluate.prompts", f"{family.name} is told classes: leave prompts out"
+    yield from _regularizer_problems(config, family, shape, options)
+    yield from _metric_problems(config)
+    if config.train.batch_size % options.gpus_per_run:
+        yield "train.batch_size", f"{options.gpus_per_run} processes (run.gpus_per_run) cannot share a batch equally"
+    if options.gradient_checkpointing and family.network and (why := family.network.uncheckpointed):
+        yield "model.family", f"{family.name} cannot be checkpointed (run.gradient_checkpointing): {why}"
+    if config.model.train == "lora" and config.evaluate.precision != "train" and options.precision != "fp32":
+        precision = "auto, which is bf16 on a GPU" if options.precision == "auto" else options.precision
+        frozen = f"LoRA holds the frozen weights in run.precision ({precision})"
+        yield "evaluate.precision", f"{frozen}: use train, or run.precision: fp32"
     if inventory:
-        yield from _data_problems(arm, family, inventory)
-        yield from _file_problems(arm)
-        yield from _vae_problems(arm, family, shape)
+        yield from _data_problems(config, family, inventory)
+        for keys, section in settings_in(config):
+            for name, file, mark in file_fields(section):
+                if mark.required and not Path(file).is_file():
+                    yield ".".join(map(str, (*keys, name))), f"no file '{file}'"
+        yield from _vae_problems(config, family, shape)
 
 
-def _clip_problems(arm: Arm, family: Family) -> Iterator[Problem]:
-    data, frames, stride = arm.config.data, arm.config.data.clip_frames, family.frame_stride
+def _clip_problems(config: RunConfig, family: Family) -> Found:
+    data, frames, stride = config.data, config.data.clip_frames, family.frame_stride
     if family.is_video and not data.has_clips:
-        yield arm.problem("data.source", f"{family.name} is trained on clips, and {data.source} has images: use clips")
+        yield "data.source", f"{family.name} is trained on clips, and {data.source} has images: use clips"
     elif data.has_clips and not family.is_video:
-        videos = ", ".join(name for name, one in FAMILIES.items() if one.is_video)
-        message = f"{family.name} is trained on images, and {data.source} has clips; clips are for {videos}"
-        yield arm.problem("data.source", message)
+        videos = _names(one for one in FAMILIES.values() if one.is_video)
+        yield "data.source", f"{family.name} is trained on images, and {data.source} has clips; clips are for {videos}"
     elif data.has_clips and (frames - 1) % stride:
         lower = frames - (frames - 1) % stride
         message = f"{family.name} makes a latent frame of the first frame and of every {stride} after it"
-        yield arm.problem("data.frames", f"{message}: use {lower} or {lower + stride}, got {frames}")
+        yield "data.frames", f"{message}: use {lower} or {lower + stride}, got {frames}"
 
 
-def _model_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
-    if family.from_scratch and arm.config.model.pretrained is not None:
-        yield arm.problem("model.pretrained", f"{family.name} is trained from scratch: leave pretrained out")
-    if family.from_scratch and arm.config.model.train == "lora":
-        yield arm.problem("model.train", f"{family.name} is trained from scratch: train must be full")
-    if not family.from_scratch:
-        yield from _pretrained_problems(arm, family, shape)
-        return
-    side = arm.config.data.side
-    if arm.config.data.buckets is not None:
-        yield arm.problem("data.buckets", f"{family.name} is built for one size: leave buckets out")
-    if arm.config.evaluate.prompts:
-        yield arm.problem("evaluate.prompts", f"{family.name} is told classes: leave prompts out")
-    if arm.config.data.is_prepared and arm.config.data.vae is None:
-        yield arm.problem(
-            "data.vae", "not set; name the VAE whose latents the prepared folder has: it decodes the samples"
-        )
-    elif arm.config.data.vae is None and side % shape.stride:
-        place = "model.size" if arm.config.data.has_one_size else "data.resolution"
-        named = f"{family.name} {arm.config.model.size}"
-        yield arm.problem(place, f"{side} px is not a multiple of {shape.stride}, the stride of {named}")
+def _scratch_problems(config: RunConfig, family: Family, shape: Shape) -> Found:
+    data = config.data
+    if config.model.pretrained is not None:
+        yield "model.pretrained", f"{family.name} is trained from scratch: leave pretrained out"
+    if config.model.train == "lora":
+        yield "model.train", f"{family.name} is trained from scratch: train must be full"
+    if data.buckets is not None:
+        yield "data.buckets", f"{family.name} is built for one size: leave buckets out"
+    if data.is_prepared and data.vae is None:
+        yield "data.vae", "not set; name the VAE whose latents the prepared folder has: it decodes the samples"
+    elif data.vae is None and data.side % shape.stride:
+        named = f"{family.name} {config.model.size}"
+        message = f"{data.side} px is not a multiple of {shape.stride}, the stride of {named}"
+        yield "model.size" if data.has_one_size else "data.resolution", message
 
 
-def _pretrained_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
-    data, pretrained, pipeline = arm.config.data, arm.config.model.pretrained, family.pipeline
+def _pretrained_problems(config: RunConfig, family: Family, shape: Shape) -> Found:
+    data, pretrained, pipeline = config.data, config.model.pretrained, family.pipeline
     if pipeline and pretrained is None:
-        message = f"{family.name} is trained from a pretrained pipeline: name a hub id or a folder"
-        yield arm.problem("model.pretrained", message)
+        yield "model.pretrained", f"{family.name} is trained from a pretrained pipeline: name a hub id or a folder"
     elif pipeline and pretrained and Path(pretrained).is_dir() and (problem := problem_with(Path(pretrained), family)):
-        yield arm.problem("model.pretrained", problem)
-    if not _takes_captions(family):
-        if arm.config.evaluate.prompts:
-            yield arm.problem("evaluate.prompts", f"{family.name} is told classes: leave prompts out")
-    elif not data.may_have_captions and not family.is_video:
+        yield "model.pretrained", problem
+    if _takes_captions(family) and not data.may_have_captions and not family.is_video:
         named = ((name, source.settings) for name, source in SOURCES.items())
         *others, last = (name for name, settings in named if settings.may_have_captions and not settings.has_clips)
         reason = f"{family.name} is trained with captions, and the images of {data.source} have none"
-        yield arm.problem("data.source", f"{reason}: use {', '.join(others)} or {last}")
-    yield from _sampling_problems(arm, family)
+        yield "data.source", f"{reason}: use {', '.join(others)} or {last}"
+    reverse = [*_protocols(config)][::-1]  # a sampler that both protocols have is the problem of the usual one
+    for sampler, path in {protocol.sampler: f"{path}.sampler" for path, protocol in reverse}.items():
+        if (sampler.type, sampler.solver) != ("ode", "euler"):
+            yield path, f"{family.name} is sampled through its own pipeline and scheduler: only {path}.steps can be set"
+    for guidance, path in {protocol.guidance: f"{path}.guidance" for path, protocol in reverse}.items():
+        if (guidance.low, guidance.high) != (0, 1):
+            yield path, f"the pipeline of {family.name} guides at all times: leave low and high out"
     step = family.latent_stride * shape.stride
     sides = {"data.resolution": data.side} | ({"data.buckets.step": data.buckets.step} if data.buckets else {})
     for path, side in sides.items():
         if side % step:
-            yield arm.problem(path, f"{side} px is not a multiple of {step}, the pixels of a token of {family.name}")
+            yield path, f"{side} px is not a multiple of {step}, the pixels of a token of {family.name}"
     if data.buckets and family.network and family.network.square:
-        yield arm.problem("data.buckets", f"{family.name} takes square images only: leave buckets out")
-
-
-def _sampling_problems(arm: Arm, family: Family) -> Iterator[Problem]:
-    reverse = [*_protocols(arm)][::-1]  # a sampler that both protocols have is the problem of the usual one
-    for sampler, path in {protocol.sampler: f"{path}.sampler" for path, protocol in reverse}.items():
-        if (sampler.type, sampler.solver) != ("ode", "euler"):
-            message = f"{family.name} is sampled through its own pipeline and scheduler: only {path}.steps can be set"
-            yield arm.problem(path, message)
-    for guidance, path in {protocol.guidance: f"{path}.guidance" for path, protocol in reverse}.items():
-        if (guidance.low, guidance.high) != (0, 1):
-            yield arm.problem(path, f"the pipeline of {family.name} guides at all times: leave low and high out")
+        yield "data.buckets", f"{family.name} takes square images only: leave buckets out"
 
 
 def _takes_captions(family: Family) -> bool:
     return family.pipeline is not None and family.pipeline.num_classes is None
 
 
-def _regularizer_problems(arm: Arm, family: Family, shape: Shape, options: RunOptions) -> Iterator[Problem]:
-    depth, config = _depth(arm, family, shape), arm.config
-    measured_at = config.evaluate.block_index
+def _names(families: Iterable[Family]) -> str:
+    return ", ".join(family.name for family in families)
+
+
+def _regularizer_problems(config: RunConfig, family: Family, shape: Shape, options: RunOptions) -> Found:
+    depth, measured_at = _depth(config, family, shape), config.evaluate.block_index
     if measured_at is not None and (message := _block_problem(family, measured_at, depth)):
-        yield arm.problem("evaluate.block_index", message)
+        yield "evaluate.block_index", message
+    images = config.train.batch_size // options.gpus_per_run  # of one forward pass; `auto` begins with the whole share
+    images = min(images, options.micro_batch) if isinstance(options.micro_batch, int) else images
     frames = family.latent_frames(config.data.clip_frames)
-    facts = TrainingFacts(depth, _images_at_once(config, options), config.model.pretrained is not None, frames)
+    facts = TrainingFacts(depth, images, config.model.pretrained is not None, frames)
     is_known = True
     for (path, given), settings in zip(config.regularizer_paths, resolved_regularizers(config), strict=True):
         if given.type not in family.regularizers:
             kind = "a UNet" if family.kind == "unet" else "a transformer"
-            message = f"{family.name} is {kind}: use {family.regularizer}, not {given.type}"
-            yield arm.problem(f"{path}.type", message)
+            yield f"{path}.type", f"{family.name} is {kind}: use {family.regularizer}, not {given.type}"
             is_known = False
             continue
         try:
             needs = needs_of_one(settings)
         except Exception as error:  # whatever a plugin raises
-            yield arm.problem(f"{path}.type", f"cannot tell what {given.type} needs: {one_line(error)}")
+            yield f"{path}.type", f"cannot tell what {given.type} needs: {one_line(error)}"
             is_known = False
             continue
-        yield from _block_problems(arm, family, depth, path, given, needs)
-        yield from _signal_problems(arm, family, path, settings, needs)
-        for name, message in settings.problems(facts):
-            yield arm.problem(f"{path}.{name}", message)
+        problems = (_block_problems(family, depth, given, needs), _signal_problems(family, settings, needs))
+        for name, message in itertools.chain(*problems, settings.problems(facts)):
+            yield f"{path}.{name}", message
     for path, encoder in encoders_of(config) if is_known else ():
-        yield from _encoder_problems(arm, path, encoder)
-        if blocks := attended_blocks(config, encoder):
-            yield from _attention_problems(arm, path, encoder, blocks)
+        for name, message in _encoder_problems(config, encoder):
+            yield f"{path}.{name}", message
 
 
-def _images_at_once(config: RunConfig, options: RunOptions) -> int:
-    """Return the images of one forward pass of a process; `auto` begins with the process's whole share."""
-    share = config.train.batch_size // options.gpus_per_run
-    return min(share, options.micro_batch) if isinstance(options.micro_batch, int) else share
-
-
-def _signal_problems(
-    arm: Arm, family: Family, path: str, chosen: RegularizerSettings, needs: Needs
-) -> Iterator[Problem]:
-    fitting = ", ".join(one.name for one in FAMILIES.values() if one.has_attention)
+def _signal_problems(family: Family, settings: RegularizerSettings, needs: Needs) -> Found:
     if needs.attention and not family.has_attention:
-        yield arm.problem(f"{path}.type", f"the attention of {family.name} cannot be tapped; use {fitting}")
-    fitting = ", ".join(one.name for one in FAMILIES.values() if one.has_token_times)
+        fitting = _names(one for one in FAMILIES.values() if one.has_attention)
+        yield "type", f"the attention of {family.name} cannot be tapped; use {fitting}"
     if needs.token_times and not family.has_token_times:
-        yield arm.problem(f"{path}.type", f"{family.name} takes one time for all tokens; use {fitting}")
-    schedule = chosen.schedule
+        fitting = _names(one for one in FAMILIES.values() if one.has_token_times)
+        yield "type", f"{family.name} takes one time for all tokens; use {fitting}"
+    schedule = settings.schedule
     if needs.token_times and schedule.similarity_threshold is not None and schedule.threshold_mode == "recoverable":
-        message = (
-            f"measuring the cosine of {chosen.type} changes the noise, so weight 0 would not be off: use permanent"
-        )
-        yield arm.problem(f"{path}.schedule.threshold_mode", message)
+        reason = f"measuring the cosine of {settings.type} changes the noise, so weight 0 would not be off"
+        yield "schedule.threshold_mode", f"{reason}: use permanent"
 
 
-def _depth(arm: Arm, family: Family, shape: Shape) -> int | None:
+def _depth(config: RunConfig, family: Family, shape: Shape) -> int | None:
     """Return the number of blocks; None for weights at the hub that may not be the released ones: a worker looks."""
-    pretrained = arm.config.model.pretrained
+    pretrained = config.model.pretrained
     if pretrained is None or family.pipeline is None or pretrained == family.pipeline.released:
         return shape.depth
     return depth_of(Path(pretrained), family)
 
 
-def _block_problems(
-    arm: Arm, family: Family, depth: int | None, path: str, chosen: RegularizerSettings, needs: Needs
-) -> Iterator[Problem]:
-    named = {getattr(chosen, name): name for name in type(chosen).model_fields if name.endswith(("_block", "_index"))}
+def _block_problems(family: Family, depth: int | None, given: RegularizerSettings, needs: Needs) -> Found:
+    named = {getattr(given, name): name for name in type(given).model_fields if name.endswith(("_block", "_index"))}
     for block in dict.fromkeys((*needs.blocks, *needs.attention)):
-        if block is None or not (message := _block_problem(family, block, depth)):
-            continue
-        if block in named:
-            yield arm.problem(f"{path}.{named[block]}", message)
-        else:
-            origin = REGULARIZERS.origin(chosen.type)
-            yield arm.problem(f"{path}.type", f"{origin.file}:{origin.line}: {message}" if origin else message)
+        if block is not None and (message := _block_problem(family, block, depth)):
+            origin = None if block in named else REGULARIZERS.origin(given.type)
+            yield named.get(block, "type"), f"{origin.file}:{origin.line}: {message}" if origin else message
 
 
 def _block_problem(family: Family, block: int | str, depth: int | None) -> str | None:
     if family.kind == "unet":
-        return (
-            None
-            if block == "mid"
-            else f"{family.name} is tapped at its mid block: block_index must be mid, got {block}"
-        )
+        is_right = block == "mid"
+        return None if is_right else f"{family.name} is tapped at its mid block: block_index must be mid, got {block}"
     if not isinstance(block, int) or (depth is not None and block >= depth):
         known = depth or family.shapes[""].depth
         return f"{family.name} has {known} blocks: block_index must be 0 to {known - 1}, got {block}"
     return None
 
 
-def _encoder_problems(arm: Arm, path: str, encoder: EncoderSettings) -> Iterator[Problem]:
-    if message := grid_problem(encoder.name, encoder.image_size, arm.config.data.side):
-        yield arm.problem(f"{path}.image_size", message)
+def _encoder_problems(config: RunConfig, encoder: EncoderSettings) -> Found:
+    if message := grid_problem(encoder.name, encoder.image_size, config.data.side):
+        yield "image_size", message
     if message := weights_problem(encoder.name, encoder.weights):
-        yield arm.problem(f"{path}.weights", message)
-    if encoder.pixels != "image" and arm.config.data.vae is None and arm.config.model.pretrained is None:
-        message = f"{encoder.pixels} decodes latents, and data.vae names no VAE; use image, or set data.vae"
-        yield arm.problem(f"{path}.pixels", message)
+        yield "weights", message
+    if encoder.pixels != "image" and config.data.vae is None and config.model.pretrained is None:
+        yield "pixels", f"{encoder.pixels} decodes latents, and data.vae names no VAE; use image, or set data.vae"
+    if blocks := attended_blocks(config, encoder):
+        if message := attention_problem(encoder.name, blocks):
+            yield "name", message
+        elif encoder.cache:
+            yield "cache", "a regularizer needs the encoder's attention, which has no cache: set false"
 
 
-def _attention_problems(arm: Arm, path: str, encoder: EncoderSettings, blocks: tuple[int, ...]) -> Iterator[Problem]:
-    if message := attention_problem(encoder.name, blocks):
-        yield arm.problem(f"{path}.name", message)
-    elif encoder.cache:
-        yield arm.problem(f"{path}.cache", "a regularizer needs the encoder's attention, which has no cache: set false")
+def _protocols(config: RunConfig) -> Iterator[tuple[str, EvaluateConfig]]:
+    """Return the protocols that a run is measured by, each with its dotted path."""
+    return zip(("evaluate", "evaluate.full"), protocols_of(config), strict=False)
 
 
-def _protocols(arm: Arm) -> Iterator[tuple[str, EvaluateConfig]]:
-    """Return the protocols that an arm is measured by, each with its dotted path."""
-    return zip(("evaluate", "evaluate.full"), protocols_of(arm.config), strict=False)
-
-
-def _metric_problems(arm: Arm) -> Iterator[Problem]:
-    for path, protocol in _protocols(arm):
+def _metric_problems(config: RunConfig) -> Found:
+    for path, protocol in _protocols(config):
         for metric in protocol.metrics:
-            extractors = protocol.extractors
-            if not any(
-                name for extractor in extractors for name in names_of_metric(arm.config, protocol, metric, extractor)
-            ):
-                names = " and ".join(extractor.name for extractor in extractors)
+            if not any(any(names_of_metric(config, protocol, metric, one)) for one in protocol.extractors):
+                names = " and ".join(extractor.name for extractor in protocol.extractors)
                 advice = "leave it out, or add the extractor inception"
-                yield arm.problem(f"{path}.metrics", f"{metric} has no meaning with the features of {names}: {advice}")
-    for name in itertools.islice(shared_names(arm.config), 1):
-        path = f"{[*_protocols(arm)][-1][0]}.extractor"
+                yield f"{path}.metrics", f"{metric} has no meaning with the features of {names}: {advice}"
+    for name in itertools.islice(shared_names(config), 1):
         twice = f"'{name}' would stand for two numbers, one with other weights or another reference"
-        yield arm.problem(path, f"{twice}: leave one out, or measure it in evaluate.full with other samples")
+        path = f"{[*_protocols(config)][-1][0]}.extractor"
+        yield path, f"{twice}: leave one out, or measure it in evaluate.full with other samples"
 
 
-def _process_problems(arm: Arm, family: Family, options: RunOptions) -> Iterator[Problem]:
-    if arm.config.train.batch_size % options.gpus_per_run:
-        message = f"{options.gpus_per_run} processes (run.gpus_per_run) cannot share a batch equally"
-        yield arm.problem("train.batch_size", message)
-    if options.gradient_checkpointing and family.network and (why := family.network.uncheckpointed):
-        yield arm.problem("model.family", f"{family.name} cannot be checkpointed (run.gradient_checkpointing): {why}")
-
-
-def _data_problems(arm: Arm, family: Family, inventory: Inventory) -> Iterator[Problem]:
-    data = arm.config.data
+def _data_problems(config: RunConfig, family: Family, inventory: Inventory) -> Found:
+    data = config.data
     try:
         dataset = inventory.dataset(data)
     except DataError as error:
-        yield arm.problem(f"data.{error.field}", str(error))
+        yield f"data.{error.field}", str(error)
         return
-    if dataset.images is None:
+    if (images := dataset.images) is None:
         return
-    if (
-        _takes_captions(family)
-        and not dataset.has_captions
-        and isinstance(data, FolderSettings)
-        and data.caption_advice
-    ):
+    has_captions = dataset.has_captions or not _takes_captions(family)
+    if not has_captions and isinstance(data, FolderSettings) and data.caption_advice:
         reason = f"{family.name} is trained with captions, and '{data.path}' has none"
-        yield arm.problem("data.path", f"{reason}: {data.caption_advice}")
-    known = num_classes(Path(arm.config.model.pretrained or ""), family)
+        yield "data.path", f"{reason}: {data.caption_advice}"
+    known = num_classes(Path(config.model.pretrained or ""), family)
     if known is not None and dataset.classes > known:
-        yield arm.problem("data.path", class_problem(dataset.classes, known))
-    holdout, images = data.held_out(dataset.images), dataset.images
+        yield "data.path", class_problem(dataset.classes, known)
+    holdout = data.held_out(images)
     if holdout >= images:
-        yield arm.problem("data.holdout", f"holding out {holdout} of {images} images leaves none to train on")
+        yield "data.holdout", f"holding out {holdout} of {images} images leaves none to train on"
         return
-    if arm.config.alignment_encoder and holdout < MIN_HELD_OUT:
+    if config.alignment_encoder and holdout < MIN_HELD_OUT:
         count = f"{holdout} of {images} are held out{' by default' if data.holdout is None else ''}"
-        advice = f"alignment is measured on held-out images: hold out {MIN_HELD_OUT} or more"
-        yield arm.problem("data.holdout", f"{advice}; {count}")
-    for path, protocol in _protocols(arm):
-        if any(extractor.reference is None for extractor in protocol.extractors):  # training images are the reference
-            for metric in protocol.metrics:
-                if images - holdout < METRICS[metric].least_real:
-                    needed = f"{metric} needs at least {METRICS[metric].least_real} real images"
-                    left = f"there are {images - holdout} training images"
-                    message = f"{needed}, and {left}: give more, or leave it out of metrics"
-                    yield arm.problem(f"{path}.metrics", message)
+        yield "data.holdout", f"alignment is measured on held-out images: hold out {MIN_HELD_OUT} or more; {count}"
+    for path, protocol in _protocols(config):
+        if all(
+            extractor.reference is not None for extractor in protocol.extractors
+        ):  # else training images are the reference
+            continue
+        for metric in protocol.metrics:
+            if images - holdout < (least := METRICS[metric].least_real):
+                needed = (
+                    f"{metric} needs at least {least} real images, and there are {images - holdout} training images"
+                )
+                yield f"{path}.metrics", f"{needed}: give more, or leave it out of metrics"
 
 
-def _vae_problems(arm: Arm, family: Family, shape: Shape) -> Iterator[Problem]:
+def _vae_problems(config: RunConfig, family: Family, shape: Shape) -> Found:
     """Check the config of a local VAE; a worker checks a VAE at the hub."""
-    data, pretrained = arm.config.data, arm.config.model.pretrained
+    data, pretrained = config.data, config.model.pretrained
     path, folder = ("data.vae", data.vae) if data.vae else ("model.pretrained", pretrained)
     if folder is None or not Path(folder).is_dir():
         return
     vae = read_json(Path(folder) / "config.json") or read_json(Path(folder) / VAE / "config.json")
     if vae is None:
-        yield arm.problem(path, f"'{folder}' has no VAE: neither config.json nor {VAE}/config.json can be read")
+        yield path, f"'{folder}' has no VAE: neither config.json nor {VAE}/config.json can be read"
         return
     channels = vae.get("in_channels", vae.get("input_channels"))
     if channels not in (data.channels, None):
-        yield arm.problem(path, f"the VAE takes {channels} channels, the images have {data.channels}")
+        yield path, f"the VAE takes {channels} channels, the images have {data.channels}"
     released = read_json(Path(pretrained) / VAE / "config.json") or {} if pretrained else {}
     missing = [name for name in SCALING if released.get(name) is not None and vae.get(name, "") is None]
     if data.vae and missing:
         reason = "which the pipeline needs to sample and its own VAE has"
-        yield arm.problem("data.vae", f"the config of '{data.vae}' lacks {', '.join(missing)}, {reason}")
+        yield "data.vae", f"the config of '{data.vae}' lacks {', '.join(missing)}, {reason}"
     levels = vae.get("down_block_types")
     if family.from_scratch and isinstance(levels, list):
         step = 2 ** (len(levels) - 1) * shape.stride
         if data.side % step:
-            named = f"{family.name} {arm.config.model.size} in the latents of '{folder}'"
-            message = f"{data.side} px is not a multiple of {step}, the pixels of a token of {named}"
-            yield arm.problem("data.resolution", message)
-
-
-def _file_problems(arm: Arm) -> Iterator[Problem]:
-    for path, section in settings_in(arm.config):
-        for name, file, mark in file_fields(section):
-            if mark.required and not Path(file).is_file():
-                yield arm.problem(".".join(map(str, (*path, name))), f"no file '{file}'")
+            named = f"{family.name} {config.model.size} in the latents of '{folder}'"
+            yield "data.resolution", f"{data.side} px is not a multiple of {step}, the pixels of a token of {named}"
 
 
 def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
@@ -379,12 +332,6 @@ def _experiment_problems(experiment: Experiment) -> Iterator[Problem]:
         yield experiment.problem("run.tensorboard", "needs TensorBoard: pip install 'repa-lab[tensorboard]'")
     for problem in environment_problems(resolve_mode(options.wandb.mode)):
         yield experiment.problem("run.wandb.mode", problem)
-    for arm in experiment.arms:
-        is_lora = arm.config.model.train == "lora"
-        if is_lora and arm.config.evaluate.precision != "train" and options.precision != "fp32":
-            precision = "auto, which is bf16 on a GPU" if options.precision == "auto" else options.precision
-            frozen = f"LoRA holds the frozen weights in run.precision ({precision})"
-            yield arm.problem("evaluate.precision", f"{frozen}: use train, or run.precision: fp32")
     if experiment.search:
         yield from search_problems(experiment, lambda arm: _arm_problems(arm, options, None))
     yield from _named_metric_problems(experiment)
@@ -411,7 +358,7 @@ def _named_metric_problems(experiment: Experiment) -> Iterator[Problem]:
             yield experiment.problem((*path[:-1], "goal"), message)
 
 
-def resolve_metric(name: str, measured: Sequence[str]) -> str | None:
+def resolve_metric(name: str, measured: Iterable[str]) -> str | None:
     """Return the measured metric that a spec names in full, or by its kind; ``frechet`` means FID as well."""
     kinds = ("frechet", "fid") if name == "frechet" else (name,)
     return next((metric for metric in measured if metric == name or metric.split(":")[0] in kinds), None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -17,10 +17,9 @@ from repa_lab.orchestration.plan import Plan, PlannedRun
 from repa_lab.orchestration.search.problems import is_searched
 from repa_lab.orchestration.search.space import Space
 from repa_lab.runs import RunDirectory, RunStatus, State
-from repa_lab.runs.checkpoints import Fork
 from repa_lab.runs.files import Row
 from repa_lab.runs.provenance import GPUS, gpu_models
-from repa_lab.spec import Arm, Machine, ResolvedOptions, RunConfig, RunOptions, SearchConfig, SpecError
+from repa_lab.spec import Arm, Machine, ResolvedOptions, RunConfig, RunOptions, SpecError
 from repa_lab.spec.identity import Run
 from repa_lab.spec.options import cores_here
 from repa_lab.training.costs import Cache, Cost, caches_of, cost_of, measurements
@@ -92,14 +91,12 @@ class Speed:
     """How fast runs of a kind go on one device.
 
     Attributes:
-        flops: FLOP/s, of FLOPs as :class:`Cost` counts them.
         image: seconds of training per image.
         evaluation: seconds of an evaluation by the usual protocol; if measured, with writing the checkpoint.
         runs: the number of runs that this was measured on; 0 if it is assumed.
         is_evaluation_measured: whether the seconds of an evaluation were measured too.
     """
 
-    flops: float
     image: float
     evaluation: float
     runs: int = 0
@@ -160,10 +157,11 @@ class Estimate:
         plan: the plan.
         costs: the cost of each arm, by label.
         speeds: the speed of each arm, by label.
-        shares: what each run of the plan takes, in its order; equal for a run that two arms ask for.
+        shares: what each run of the plan takes, by its id.
+        left: what is left of each arm, by label: its runs, or the trials that a search has around it at most.
+        trials: how many trials a search has at most around each arm in which the search changes something, by label.
         caches: the caches of all arms, each once.
         total: all runs, each once, with all caches; of a search, all trials that are left.
-        trials: of a search, what is left at most around each arm in which the search changes something, by label.
         saved_hours: GPU hours of training that caches save, less the hours to fill those whose images are known.
         device: the device whose speed is assumed where none was measured.
         reason: why this device.
@@ -173,20 +171,15 @@ class Estimate:
     plan: Plan
     costs: dict[str, Cost]
     speeds: dict[str, Speed]
-    shares: tuple[Share, ...]
+    shares: dict[str, Share]
+    left: dict[str, Share]
+    trials: dict[str, int]
     caches: tuple[PlannedCache, ...]
     total: Share
-    trials: dict[str, Share]
     saved_hours: float
     device: Device
     reason: str
     options: ResolvedOptions
-
-    @property
-    def fixed(self) -> list[str]:
-        """Labels of the arms in which a search changes nothing."""
-        is_search = self.plan.experiment.search is not None
-        return [arm.label for arm in self.plan.experiment.arms if is_search and arm.label not in self.trials]
 
     @property
     def notes(self) -> list[str]:
@@ -199,35 +192,42 @@ class Estimate:
 
 def estimate(plan: Plan) -> Estimate:
     """Estimate what is left of a plan; reads run directories of the root for their speeds."""
-    arms = plan.experiment.arms
-    device, reason = assumed_device(plan.experiment.run)
-    options = device.resolve(plan.experiment.run)
-    costs = {arm.label: cost_of(arm.config, options) for arm in arms}
-    here = (_cpu() if reason == _NO_GPU else device).resolve(plan.experiment.run).model_dump(mode="json")
-    kinds = {arm.label: _speed_key(arm.config, here, options.gpus_per_run) for arm in arms}
-    measured = _MeasuredSpeeds(_started_runs(plan), frozenset(kinds.values()))
-    speeds = {
-        arm.label: measured.speed(arm.config, kinds[arm.label], costs[arm.label])
-        or assumed_speed(costs[arm.label], device, options.precision)
-        for arm in arms
-    }
-    forks = plan.sharing.forks
-    shares = tuple(
-        _share(entry, forks.get(entry.run.run_id), costs[entry.arm.label], speeds[entry.arm.label])
-        for entry in plan.runs
-    )
-    caches = tuple(_planned_caches(plan, options, speeds))
-    left: dict[str, Share] = {}
-    by_id = {entry.run.run_id: (entry.arm.label, share) for entry, share in zip(plan.runs, shares, strict=True)}
-    for label, share in by_id.values():
-        left[label] = left.get(label, Share()) + share
-    trials = _trials(plan, costs, speeds)
-    left |= trials
+    arms, options, search = plan.experiment.arms, plan.experiment.run, plan.experiment.search
+    device, reason = assumed_device(options)
+    resolved = device.resolve(options)
+    costs = {arm.label: cost_of(arm.config, resolved) for arm in arms}
+    flops = device.peak(resolved.precision) * UTILISATION
+    speeds = {label: Speed(cost.image_flops / flops, cost.evaluation_flops / flops) for label, cost in costs.items()}
+    speeds |= _measured_speeds(plan, costs, (_cpu() if reason == _NO_GPU else device).resolve(options))
+    shares, left = dict[str, Share](), dict[str, Share]()
+    for entry in plan.runs:
+        label, run_id = entry.arm.label, entry.run.run_id
+        if run_id not in shares:
+            fork = plan.sharing.forks.get(run_id)
+            shares[run_id] = _run_left(entry, fork.step if fork else 0, costs[label], speeds[label])
+        left[label] = left.get(label, Share()) + shares[run_id]
+    trials = {}
+    for arm in arms if search else ():
+        if search and is_searched(arm, search.space):
+            settings = Space(arm, search.space).listed()
+            trials[arm.label] = search.trials if settings is None else min(search.trials, len(settings))
+            each = _left_after(0, arm.config, costs[arm.label], speeds[arm.label])
+            left[arm.label] = each * max(
+                0, trials[arm.label] * len(plan.experiment.seeds) - _ended_trial_runs(plan, arm)
+            )
+    caches = tuple(_planned_caches(plan, resolved, costs, speeds))
+    labels = {entry.run.run_id: entry.arm.label for entry in plan.runs if entry.arm.label not in trials}
+    counted = [
+        *((label, shares[run_id]) for run_id, label in labels.items()),
+        *((label, left[label]) for label in trials),
+    ]
     filling = Share(gpu_hours=sum(c.gpu_hours for c in caches), disk_bytes=sum(c.disk_bytes for c in caches))
-    saved = sum(share.images * costs[label].saved_flops / speeds[label].flops / _HOUR for label, share in left.items())
-    total = sum(left.values(), filling)
-    saved -= filling.gpu_hours
-    return Estimate(plan, costs, speeds, shares, caches, total, trials, saved, device, reason, options)
+    total = sum((share for _, share in counted), filling)
+    saved = sum(
+        share.images * costs[label].saved_flops / _flops(costs[label], speeds[label]) for label, share in counted
+    )
+    saved_hours = saved / _HOUR - filling.gpu_hours
+    return Estimate(plan, costs, speeds, shares, left, trials, caches, total, saved_hours, device, reason, resolved)
 
 
 def require_budget(plan: Plan) -> None:
@@ -236,14 +236,12 @@ def require_budget(plan: Plan) -> None:
     Raises:
         SpecError: at the limit that does not suffice, with both numbers.
     """
-    budget, problems = plan.experiment.budget, []
-    if budget.gpu_hours is None and budget.disk_gib is None:
-        return
-    total = estimate(plan).total
+    limits = {name: limit for name, limit in plan.experiment.budget if limit is not None}
+    total, problems = estimate(plan).total if limits else Share(), []
     needed = {"gpu_hours": (total.gpu_hours, "GPU hours"), "disk_gib": (total.disk_bytes / GIB, "GiB")}
-    for name, (value, unit) in needed.items():
-        limit = getattr(budget, name)
-        if limit is not None and value > limit:
+    for name, limit in limits.items():
+        value, unit = needed[name]
+        if value > limit:
             nearest = float(f"{value:.2g}")
             enough = nearest if nearest >= value else float(f"{value * 1.1:.2g}")
             advice = f"allow it with --set budget.{name}={enough}, or ask for less; see `repa-lab plan`"
@@ -274,10 +272,9 @@ def _cpu() -> Device:
     return Device(f"{cores} CPU cores", _CPU_CORE * cores, _CPU_CORE * cores, "fp32")
 
 
-def assumed_speed(cost: Cost, device: Device, precision: str) -> Speed:
-    """Return the speed of a device at the assumed utilisation."""
-    flops = device.peak(precision) * UTILISATION
-    return Speed(flops, cost.image_flops / flops, cost.evaluation_flops / flops)
+def _flops(cost: Cost, speed: Speed) -> float:
+    """Return the FLOP/s of a speed, of FLOPs as :class:`Cost` counts them."""
+    return cost.image_flops / speed.image
 
 
 def seconds_per_image(rows: list[Row]) -> float | None:
@@ -316,58 +313,46 @@ def _speed_key(config: RunConfig, options: Mapping[str, Any], processes: int) ->
     return (config.model, data, config.train.batch_size, aligned, chosen, processes)
 
 
-class _MeasuredSpeeds:
-    """Speeds of runs on this machine, a few of each kind.
+def _evaluation_key(config: RunConfig) -> Hashable:
+    return config.evaluate.model_copy(update={"every": 1}), config.alignment_encoder
 
-    Args:
-        runs: run directories with their settings, those that count most first.
-        wanted: the speed keys that are asked for.
+
+def _measured_speeds(plan: Plan, costs: Mapping[str, Cost], options: ResolvedOptions) -> dict[str, Speed]:
+    """Return the speeds of the arms of which this machine has trained runs of the same kind, by label.
+
+    A few runs of each kind are read. The seconds of an evaluation are scaled from training if none was measured.
     """
-
-    def __init__(self, runs: Iterable[tuple[RunDirectory, RunConfig]], wanted: frozenset[Hashable]) -> None:
-        self._wanted = wanted
-        self._images: dict[Hashable, list[float]] = {}
-        # Seconds of one device beside training, and the numbers of usual measurements and of those at milestones.
-        self._evaluations: dict[Hashable, list[tuple[float, int, int]]] = {}
-        for directory, config in runs:
-            self._read(directory, config)
-
-    def speed(self, config: RunConfig, kind: Hashable, cost: Cost) -> Speed | None:
-        """Return the speed of a kind of runs; the seconds of an evaluation are scaled from it if none was measured."""
-        if not (images := self._images.get(kind)):
-            return None
-        image = sum(images) / len(images)
-        flops = cost.image_flops / image
-        evaluations = self._evaluations.get((kind, _evaluation_key(config)))
-        milestone = cost.milestone_flops / cost.evaluation_flops  # in evaluations by the usual protocol
-        each = [seconds / (usual + rare * milestone) for seconds, usual, rare in evaluations or ()]
-        seconds = sum(each) / len(each) if each else cost.evaluation_flops / flops
-        return Speed(flops, image, seconds, len(images), evaluations is not None)
-
-    def _read(self, directory: RunDirectory, config: RunConfig) -> None:
+    made_here, chosen = (platform.platform(), os.cpu_count(), gpu_models()), options.model_dump(mode="json")
+    kinds = {arm.label: _speed_key(arm.config, chosen, options.gpus_per_run) for arm in plan.experiment.arms}
+    images: dict[Hashable, list[float]] = {kind: [] for kind in kinds.values()}
+    # Seconds of one device beside training, and the numbers of usual measurements and of those at milestones.
+    evaluations: dict[Hashable, list[tuple[float, int, int]]] = {}
+    for directory, config in _started_runs(plan):
         try:
             made = directory.provenance
         except (OSError, ValueError):
-            return
-        here = (platform.platform(), os.cpu_count(), gpu_models())
-        if (made.get("platform"), made.get("cpus"), made.get("gpus", [])) != here:
-            return
+            continue
         processes = made.get("processes", 1)
         kind = _speed_key(config, made.get("options", {}), processes)
-        images = self._images.setdefault(kind, [])
-        if kind not in self._wanted or len(images) >= _RUNS_PER_KIND:
-            return
+        is_made_here = (made.get("platform"), made.get("cpus"), made.get("gpus", [])) == made_here
+        if not is_made_here or kind not in images or len(images[kind]) >= _RUNS_PER_KIND:
+            continue
         rows = directory.rows()
         if (seconds := seconds_per_image(rows)) is not None:
-            images.append(seconds * processes)
+            images[kind].append(seconds * processes)
         if (seconds := _seconds_beside_training(directory, rows)) is not None:
-            usual, rare = measurements(config, 0, config.train.steps)
-            evaluations = self._evaluations.setdefault((kind, _evaluation_key(config)), [])
-            evaluations.append((seconds * processes, usual, rare))
-
-
-def _evaluation_key(config: RunConfig) -> Hashable:
-    return config.evaluate.model_copy(update={"every": 1}), config.alignment_encoder
+            counts = measurements(config, 0, config.train.steps)
+            evaluations.setdefault((kind, _evaluation_key(config)), []).append((seconds * processes, *counts))
+    speeds = {}
+    for arm in plan.experiment.arms:
+        cost, kind = costs[arm.label], kinds[arm.label]
+        if measured := images[kind]:
+            image, milestone = sum(measured) / len(measured), cost.milestone_flops / cost.evaluation_flops
+            told = evaluations.get((kind, _evaluation_key(arm.config)), [])
+            each = [seconds / (usual + rare * milestone) for seconds, usual, rare in told]
+            evaluation = sum(each) / len(each) if each else cost.evaluation_flops / cost.image_flops * image
+            speeds[arm.label] = Speed(image, evaluation, len(measured), bool(each))
+    return speeds
 
 
 def _started_runs(plan: Plan) -> Iterator[tuple[RunDirectory, RunConfig]]:
@@ -381,16 +366,15 @@ def _started_runs(plan: Plan) -> Iterator[tuple[RunDirectory, RunConfig]]:
             yield directory, Run.read(directory).config
 
 
-def _share(entry: PlannedRun, fork: Fork | None, cost: Cost, speed: Speed) -> Share:
-    """Return what is left of a run, which begins after the steps that another run shares with it."""
+def _run_left(entry: PlannedRun, shared: int, cost: Cost, speed: Speed) -> Share:
+    """Return what is left of a run, whose first ``shared`` steps another run takes for it."""
     if entry.status.is_over:
         return Share()
-    is_begun = entry.step > 0
-    left = _share_after(entry.step if is_begun or fork is None else fork.step, entry.run.config, cost, speed)
-    return replace(left, disk_bytes=0.0) if is_begun else left
+    left = _left_after(entry.step or shared, entry.run.config, cost, speed)
+    return replace(left, disk_bytes=0.0) if entry.step else left
 
 
-def _share_after(step: int, config: RunConfig, cost: Cost, speed: Speed) -> Share:
+def _left_after(step: int, config: RunConfig, cost: Cost, speed: Speed) -> Share:
     """Return what a run still takes after its first ``step`` steps, with room for its checkpoints."""
     steps = config.train.steps - step
     images = steps * config.train.batch_size
@@ -400,30 +384,17 @@ def _share_after(step: int, config: RunConfig, cost: Cost, speed: Speed) -> Shar
     return Share(1, steps, images, images * cost.image_flops + measuring, seconds / _HOUR, cost.checkpoint_bytes)
 
 
-def trials_at_most(arm: Arm, search: SearchConfig) -> int:
-    """Return how many trials a search has around an arm: as many as are asked, or as the space has settings."""
-    settings = Space(arm, search.space).listed()
-    return search.trials if settings is None else min(search.trials, len(settings))
-
-
-def _trials(plan: Plan, costs: dict[str, Cost], speeds: dict[str, Speed]) -> dict[str, Share]:
-    """Return :attr:`Estimate.trials`; an arm's own runs need not be among them."""
-    experiment, search, directory = plan.experiment, plan.experiment.search, plan.root.sweep(plan.experiment.name)
-    if search is None:
-        return {}
+def _ended_trial_runs(plan: Plan, arm: Arm) -> int:
+    """Count the runs of a search's trials around an arm that have ended; the arm's own runs need not be trials."""
+    directory = plan.root.sweep(plan.experiment.name)
     recorded = directory.manifest.arms if directory.is_recorded else ()
-    trials = {}
-    for arm in experiment.arms:
-        if is_searched(arm, search.space):
-            most = trials_at_most(arm, search)
-            runs = [run.run_id for trial in recorded if trial.levels == arm.levels for run in trial.runs]
-            ended = sum(plan.root.run(run_id).status().is_final for run_id in runs)
-            left = max(0, most * len(experiment.seeds) - ended)
-            trials[arm.label] = _share_after(0, arm.config, costs[arm.label], speeds[arm.label]) * left
-    return trials
+    runs = [run.run_id for trial in recorded if trial.levels == arm.levels for run in trial.runs]
+    return sum(plan.root.run(run_id).status().is_final for run_id in runs)
 
 
-def _planned_caches(plan: Plan, options: ResolvedOptions, speeds: dict[str, Speed]) -> Iterator[PlannedCache]:
+def _planned_caches(
+    plan: Plan, options: ResolvedOptions, costs: Mapping[str, Cost], speeds: Mapping[str, Speed]
+) -> Iterator[PlannedCache]:
     begun = {entry.arm.label for entry in plan.runs if entry.status is not RunStatus.NEW}
     labels: dict[Cache, list[str]] = {}
     for arm in plan.experiment.arms:
@@ -433,7 +404,7 @@ def _planned_caches(plan: Plan, options: ResolvedOptions, speeds: dict[str, Spee
         files, is_begun = plan.inventory.dataset(cache.data).images, bool(begun & {*users})
         images = None if files is None else files * (1 + int(cache.data.flip))  # mirrored ones included
         left = 0 if is_begun else images or 0
-        hours = left * cache.image_flops / speeds[users[0]].flops / _HOUR
+        hours = left * cache.image_flops / _flops(costs[users[0]], speeds[users[0]]) / _HOUR
         yield PlannedCache(cache, images, is_begun, hours, left * cache.image_bytes)
 
 

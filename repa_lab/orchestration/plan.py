@@ -12,11 +12,11 @@ from typing import Any
 
 from repa_lab.errors import hide_passwords
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
-from repa_lab.orchestration.checks import blocked, check, resolve_metric
+from repa_lab.orchestration.checks import check, resolve_metric
 from repa_lab.orchestration.search.problems import STORAGE_VARIABLE, storage_url
 from repa_lab.orchestration.sharing import Sharing, share
 from repa_lab.orchestration.tracking import tracking_record
-from repa_lab.runs import RunDirectory, RunsRoot, RunStatus, SweepManifest
+from repa_lab.runs import RunsRoot, RunStatus, SweepManifest
 from repa_lab.runs.files import LinkError, require_no_links
 from repa_lab.runs.root import ArmRecord, ComparisonRecord, OrphanRecord, RunRecord, SearchRecord
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SpecError, StopRule
@@ -77,16 +77,6 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Orphan:
-    """A run that an earlier version of the spec asked for and this one does not; it is listed and never deleted."""
-
-    label: str
-    seed: int
-    run_id: str
-    status: RunStatus
-
-
-@dataclass(frozen=True)
 class Plan:
     """The runs of an experiment, the first seed of all arms first; for a search, the arms that it starts from."""
 
@@ -112,8 +102,8 @@ class Plan:
         return {} if self.experiment.search else match_baselines(self.experiment)
 
     @cached_property
-    def orphans(self) -> tuple[Orphan, ...]:
-        """Begun runs that an earlier version of the spec asked for and this one does not.
+    def orphans(self) -> tuple[OrphanRecord, ...]:
+        """Begun runs that an earlier version of the spec asked for and this one does not; they are never deleted.
 
         The trials of a search are no orphans: the spec asks for them without naming them.
         """
@@ -122,8 +112,7 @@ class Plan:
         planned = {entry.run.run_id for entry in self.runs}
         recorded = [OrphanRecord(label=arm.label, **run.model_dump()) for arm in manifest.arms for run in arm.runs]
         left = {run.run_id: run for run in (*recorded, *manifest.orphaned) if run.run_id not in planned}
-        orphans = (Orphan(run.label, run.seed, id_, self.root.run(id_).status()) for id_, run in left.items())
-        return tuple(orphan for orphan in orphans if orphan.status is not RunStatus.NEW)
+        return tuple(run for run_id, run in left.items() if self.root.run(run_id).status() is not RunStatus.NEW)
 
     @cached_property
     def other_sweep(self) -> Problem | None:
@@ -217,14 +206,10 @@ class Plan:
             texts.append(f"the study is kept in {hide_passwords(url)}, by {STORAGE_VARIABLE} in the environment")
         return list(dict.fromkeys(filter(None, texts)))
 
-    @property
-    def measured(self) -> list[str]:
-        """Full names of the metrics that the arms measure of their samples."""
-        return list(dict.fromkeys(name for arm in self.experiment.arms for name in metric_names(arm.config)))
-
     def metric(self, name: str) -> str:
         """Return the full name of a metric that the spec may call by its kind."""
-        return resolve_metric(name, self.measured) or name
+        measured = dict.fromkeys(metric for arm in self.experiment.arms for metric in metric_names(arm.config))
+        return resolve_metric(name, measured) or name
 
     def manifest(self, arms: list[ArmRecord] | None = None, search: SearchRecord | None = None) -> SweepManifest:
         """Return the manifest of the sweep; a search gives its trials as arms."""
@@ -232,22 +217,19 @@ class Plan:
         for metric, values in compare.targets.items():  # a metric may be called by its kind and by its name
             known = targets.setdefault(self.metric(metric), [])
             known += [value for value in values if value not in known]
+        if arms is None:
+            runs = {arm.label: [entry.run for entry in self.runs if entry.arm is arm] for arm in self.experiment.arms}
+            arms = [arm_record(arm, runs[arm.label], self.baselines[arm.label]) for arm in self.experiment.arms]
         return SweepManifest(
             name=self.experiment.name,
             question=self.experiment.question,
             seeds=self.experiment.seeds,
             compare=ComparisonRecord(metric=self.metric(compare.metric), goal=compare.goal, targets=targets),
-            arms=tuple(arms if arms is not None else self._arms()),
+            arms=tuple(arms),
             search=search,
-            orphaned=tuple(OrphanRecord(label=run.label, seed=run.seed, run_id=run.run_id) for run in self.orphans),
+            orphaned=self.orphans,
             wandb=tracking_record(self.experiment.run.wandb),
         )
-
-    def _arms(self) -> list[ArmRecord]:
-        runs: dict[str, list[Run]] = {}
-        for entry in self.runs:
-            runs.setdefault(entry.arm.label, []).append(entry.run)
-        return [arm_record(arm, runs[arm.label], self.baselines[arm.label]) for arm in self.experiment.arms]
 
 
 def arm_record(arm: Arm, runs: Iterable[Run], match: Match = Match()) -> ArmRecord:
@@ -269,7 +251,6 @@ def make_plan(experiment: Experiment, root: RunsRoot) -> Plan:
 
 
 def _planned_runs(experiment: Experiment, root: RunsRoot, inventory: Inventory) -> Iterator[PlannedRun]:
-    obstacles = {arm.label: blocked(arm) for arm in experiment.arms}
     for seed in experiment.seeds:
         for arm in experiment.arms:
             names = metric_names(arm.config)
@@ -284,16 +265,15 @@ def _planned_runs(experiment: Experiment, root: RunsRoot, inventory: Inventory) 
             )
             if status.is_over or status is RunStatus.RUNNING:
                 step = max(recorded.step, step)
-            obstacle = obstacles[arm.label] or (None if status.is_over else _link_problem(experiment, directory))
+            obstacle = None
+            if arm.config.data.is_unset:
+                obstacle = arm.problem("data.path", "not set; give a folder of images with --set data.path=FOLDER")
+            elif not status.is_over:
+                try:
+                    require_no_links(*directory.links)
+                except LinkError as error:
+                    obstacle = experiment.problem((), str(error))
             yield PlannedRun(arm, run, status, step, recorded.error, obstacle, stop)
-
-
-def _link_problem(experiment: Experiment, directory: RunDirectory) -> Problem | None:
-    try:
-        require_no_links(*directory.links)
-    except LinkError as error:
-        return experiment.problem((), str(error))
-    return None
 
 
 def identify_run(config: RunConfig, seed: int, inventory: Inventory | None = None) -> Run:
@@ -315,11 +295,15 @@ def match_baselines(experiment: Experiment) -> dict[str, Match]:
     A baseline is compared with nothing. Baselines with the same settings are one.
     """
     condition, arms = experiment.compare.baseline, experiment.arms
-    candidates = [arm for arm in arms if _is_baseline(arm, condition)]
-    distinct = list({arm.asked: arm for arm in reversed(candidates)}.values())[::-1]
-    none = "" if distinct else _no_candidate(condition, arms)
-    labels = {arm.label for arm in candidates}
-    return {arm.label: Match() if arm.label in labels else _match(arm, distinct, none) for arm in arms}
+    baselines = [arm for arm in arms if _is_baseline(arm, condition)]
+    candidates = list({arm.asked: arm for arm in reversed(baselines)}.values())[::-1]
+    if not candidates:
+        alike = [arm.label for arm in arms if holds(condition, arm.levels, arm.asked.model_dump(mode="json"))]
+        unused = f" (in {listed(alike)} it has no effect)" if alike else ""
+        reason = f"no arm has compare.baseline {json.dumps(condition, ensure_ascii=False)}{unused}"
+        return {arm.label: Match(reason=reason) for arm in arms}
+    labels = {arm.label for arm in baselines}
+    return {arm.label: Match() if arm.label in labels else _nearest(arm, candidates) for arm in arms}
 
 
 def _is_baseline(arm: Arm, condition: Mapping[str, Any]) -> bool:
@@ -333,16 +317,7 @@ def _is_baseline(arm: Arm, condition: Mapping[str, Any]) -> bool:
     return holds(on_axes, arm.levels, arm.asked.model_dump(mode="json")) and holds(others, arm.levels, arm.used)
 
 
-def _no_candidate(condition: Mapping[str, Any], arms: Sequence[Arm]) -> str:
-    asked = json.dumps(condition, ensure_ascii=False)
-    alike = [arm.label for arm in arms if holds(condition, arm.levels, arm.asked.model_dump(mode="json"))]
-    unused = f" (in {listed(alike)} it has no effect)" if alike else ""
-    return f"no arm has compare.baseline {asked}{unused}"
-
-
-def _match(arm: Arm, candidates: Sequence[Arm], no_candidate: str) -> Match:
-    if not candidates:
-        return Match(reason=no_candidate)
+def _nearest(arm: Arm, candidates: Sequence[Arm]) -> Match:
     shared = {other.label: len(arm.levels.items() & other.levels.items()) for other in candidates}
     most = max(shared.values())
     nearest = [label for label, count in shared.items() if count == most]

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from repa_lab.errors import StateError
-from repa_lab.orchestration.display import ProgressView
 from repa_lab.orchestration.executors import (
     HEARTBEAT,
     Executor,
@@ -19,6 +18,7 @@ from repa_lab.orchestration.executors import (
     TrainJob,
     WorkerMessage,
 )
+from repa_lab.orchestration.progress import ProgressView
 from repa_lab.runs import RunDirectory, RunsRoot, RunWriter, State
 from repa_lab.runs.directory import RunBusyError
 from repa_lab.runs.files import JsonlReader, LinkError, Row

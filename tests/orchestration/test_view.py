@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from repa_lab.orchestration.display import ProgressView
+from repa_lab.orchestration.progress import ProgressView
 from repa_lab.runs import State
 
 NAME = "with [/x] and [red]not[/red] :100:, seed 0"
@@ -41,9 +41,9 @@ def test_the_time_left_is_shown_between_two_runs_and_not_after_the_last():
     view._runs["abc"].begun -= 100
     view.finished("abc", State.DONE, None)
     view.counts(1, 5)
-    assert view._footer() == "about 3:20 left in all"  # 4 runs of 100 s in 2 slots
+    assert view._footer() == "about 0:03:20 left in all"  # 4 runs of 100 s in 2 slots
     view.started("def", NAME, 6)
-    assert view._footer() == "about 4:10 left in all"  # one that has told nothing, and 3 that wait
+    assert view._footer() == "about 0:04:10 left in all"  # one that has told nothing, and 3 that wait
     view.counts(5, 5)
     view.withdrawn("def")
     assert view._footer() == ""
