@@ -102,7 +102,7 @@ class TestCache:
         np.testing.assert_allclose(
             found.of("frechet").sigma, expected.sigma, rtol=0, atol=4 * float(features.std(0).max()) * error
         )
-        assert found.of("precision_recall").dtype == torch.float32
+        assert found.of("precision_recall").dtype == np.float32
         np.testing.assert_allclose(found.of("precision_recall"), features, rtol=0, atol=error)
 
     def test_features_are_kept_only_when_a_metric_needs_them(self, everything, alone, tmp_path):
