@@ -1,10 +1,16 @@
-"""The base classes of the errors that users see. The command line prints such an error's text, without a traceback."""
+"""The errors that users see, and their places in files. The command line prints their text, without a traceback."""
 
 from __future__ import annotations
 
 import re
-from typing import ClassVar
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
+KeyPath = tuple[str | int, ...]
+"""Keys and list positions from the top of a document to a value."""
+_MAX_SHOWN = 100
 _URL = re.compile(r"\w[\w+.-]*://\S+")
 _LOGIN = re.compile(r"(?<=://)([^:/@]*):.*@")
 _PARAMETER = re.compile(r"((?:\w*pass\w*|pwd|\w*token|\w*secret)(?:=|%3D))(?:(?!%3B)[^&;'\"])+", re.IGNORECASE)
@@ -38,3 +44,65 @@ class StateError(UserError, RuntimeError):
     """The input was right, and the work cannot go on."""
 
     status = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in a spec file.
+
+    Attributes:
+        file: the file; None for a value given by a program or by ``--set``.
+        line: counted from 1.
+        column: counted from 1.
+    """
+
+    file: Path | None
+    line: int = 1
+    column: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}" if self.file else "<given>"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a spec.
+
+    Attributes:
+        place: where the wrong value was set.
+        path: the dotted path of the value.
+        message: what is wrong and what is allowed.
+    """
+
+    place: Place
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return printable(": ".join(text for text in (str(self.place), self.path, self.message) if text))
+
+
+class SpecError(InputError):
+    """All mistakes in a spec; the text has a line per problem, in the order of the file."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = sorted(
+            set(problems), key=lambda it: (str(it.place.file), it.place.line, it.place.column, it.path, it.message)
+        )
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def printable(text: str) -> str:
+    """Replace characters that would end a line or control a terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def dotted(path: KeyPath) -> str:
+    """Return a path as users write it: ``regularizer.encoder.0.name``."""
+    return ".".join(map(str, path))
+
+
+def shortened(value: Any) -> str:
+    """Return a value as a message shows it, without passwords in URLs, cut after 100 characters."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else hide_passwords(repr(value))
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

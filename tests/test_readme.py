@@ -13,7 +13,7 @@ from repa_lab.encoders.registry import ENCODERS
 from repa_lab.models.family import SIT_SHAPES, UNET_SHAPES
 from repa_lab.spec import RunConfig, RunOptions, load_spec
 from repa_lab.spec.document import read_file
-from repa_lab.spec.validate import unknown_field
+from repa_lab.spec.schema import unknown_field
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

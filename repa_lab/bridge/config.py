@@ -28,12 +28,12 @@ from repa_lab.bridge.simpletuner import (
     Key,
     Prefix,
 )
+from repa_lab.errors import KeyPath, Place, Problem, SpecError
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Family
 from repa_lab.registry import did_you_mean
-from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError
-from repa_lab.spec.validate import expectation
-from repa_lab.spec.yaml import parse_yaml, read_text
+from repa_lab.spec.document import parse_yaml, read_text
+from repa_lab.spec.schema import expectation
 
 PREFIXES = ("crepa_", "urepa_", "irepa_", *ADDED_PREFIXES.values())
 _DISTILLATION, _TRANSCENDENCE = "distillation_config", "self_transcendence"

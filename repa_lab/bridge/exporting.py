@@ -28,9 +28,9 @@ from repa_lab.bridge.simpletuner import (
     resample_side,
 )
 from repa_lab.encoders.registry import input_size
+from repa_lab.errors import shortened
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Family, shape_of
-from repa_lab.spec.errors import shortened
 from repa_lab.spec.schema import RunConfig
 
 _KERNELS = (1, 3, 5, 7)

@@ -29,11 +29,10 @@ from repa_lab.bridge.simpletuner import (
     is_language_model,
     resample_side,
 )
-from repa_lab.spec.document import Draft
-from repa_lab.spec.errors import Place, Problem, SpecError, printable
+from repa_lab.errors import Place, Problem, SpecError, printable
+from repa_lab.spec.document import Draft, to_yaml
 from repa_lab.spec.evaluate import EvaluateConfig
 from repa_lab.spec.experiment import load_spec
-from repa_lab.spec.yaml import to_yaml
 
 _WIDTH = 110
 _BASELINE = (

@@ -145,10 +145,9 @@ def _words(text: str) -> list[str]:
 def _encoder(given: str | None, directories: Sequence[RunDirectory]) -> EncoderSettings | None:
     """Return the named encoder, with the settings under which one of the runs uses it, or else with the defaults."""
     from repa_lab.spec import EncoderSettings
-    from repa_lab.spec.document import Draft
+    from repa_lab.spec.document import Draft, parse_scalar
     from repa_lab.spec.identity import Run
-    from repa_lab.spec.validate import validate
-    from repa_lab.spec.yaml import parse_scalar
+    from repa_lab.spec.schema import validate
     from repa_lab.training.profile import known_encoder
 
     if given is None:

@@ -90,7 +90,7 @@ def overrides(given: list[str] | None) -> dict[str, Any]:
     Raises:
         UsageError: a word is not ``PATH=VALUE``, or its value is no YAML.
     """
-    from repa_lab.spec.yaml import parse_scalar
+    from repa_lab.spec.document import parse_scalar
 
     overrides = {}
     for text in given or []:

@@ -36,7 +36,7 @@ def schema(
     tables: Annotated[Path | None, typer.Option(metavar="FILE", help="Rewrite the tables of fields in a page.")] = None,
 ) -> None:
     """Print the JSON schema of a spec, with which an editor completes fields and marks mistakes."""
-    from repa_lab.spec.json_schema import json_schema, write_tables
+    from repa_lab.spec.documentation import json_schema, write_tables
 
     if tables is not None:
         write_tables(tables)
@@ -154,7 +154,7 @@ def _listed(labels: Iterable[str]) -> str:
 
 def _as_yaml(value: Any) -> str:
     """Return a value as YAML would have it: text stays bare unless it reads as something else."""
-    from repa_lab.spec.yaml import reads_as_text
+    from repa_lab.spec.document import reads_as_text
 
     return value if isinstance(value, str) and reads_as_text(value) else json.dumps(value, ensure_ascii=False)
 

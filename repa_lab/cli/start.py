@@ -22,7 +22,7 @@ def new(
     like: Annotated[str, typer.Option(metavar="EXAMPLE", help="The example to start from.")] = "quickstart",
 ) -> None:
     """Write a whole spec with comments, from one of the examples, that runs where it stands."""
-    from repa_lab.spec.template import template
+    from repa_lab.spec.documentation import template
 
     folder = examples() / "experiments"
     names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}

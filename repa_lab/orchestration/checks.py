@@ -11,6 +11,7 @@ from repa_lab.align.settings import REGULARIZERS, EncoderSettings, RegularizerSe
 from repa_lab.data import DataError
 from repa_lab.data.settings import SOURCES, FolderSettings
 from repa_lab.encoders.registry import attention_problem, grid_problem, weights_problem
+from repa_lab.errors import KeyPath
 from repa_lab.metrics.protocol import METRICS, goal_of_kind
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Family, Shape, shape_of
@@ -20,7 +21,6 @@ from repa_lab.registry import UnknownComponentError, one_line
 from repa_lab.runs.root import RESERVED
 from repa_lab.settings import file_fields, settings_in
 from repa_lab.spec import Arm, EvaluateConfig, Experiment, Problem, RunConfig, RunOptions, SpecError
-from repa_lab.spec.errors import KeyPath
 from repa_lab.tracking import tensorboard
 from repa_lab.tracking.server import environment_problems, resolve_mode
 from repa_lab.training.resolve import (

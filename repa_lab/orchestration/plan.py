@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from repa_lab.errors import hide_passwords
+from repa_lab.errors import hide_passwords, shortened
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.orchestration.checks import check, resolve_metric
 from repa_lab.orchestration.search.problems import STORAGE_VARIABLE, storage_url
@@ -20,7 +20,6 @@ from repa_lab.runs import RunsRoot, RunStatus, SweepManifest
 from repa_lab.runs.files import LinkError, require_no_links
 from repa_lab.runs.root import ArmRecord, ComparisonRecord, OrphanRecord, RunRecord, SearchRecord
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SpecError, StopRule
-from repa_lab.spec.errors import shortened
 from repa_lab.spec.experiment import holds
 from repa_lab.spec.identity import Run, identify, local_files
 from repa_lab.training.resolve import Inventory, metric_names, plugins_of

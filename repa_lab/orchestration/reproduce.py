@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from repa_lab.errors import InputError
+from repa_lab.errors import InputError, Place
 from repa_lab.files import examples
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Shape, shape_of
 from repa_lab.registry import did_you_mean
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SpecError, load_spec
 from repa_lab.spec.document import Draft, load_draft, plain
-from repa_lab.spec.errors import Place
 from repa_lab.spec.experiment import config_of
 from repa_lab.spec.schema import SECTIONS
 from repa_lab.training.resolve import needs_of
@@ -77,7 +76,7 @@ def _at_nano(full: Experiment, file: Path, nano: Path, overrides: Mapping[str, A
 def _small_arm(arm: Arm, fragment: Draft, overrides: Mapping[str, Any]) -> Arm:
     """Return the arm with the fragment's settings laid over it, and its blocks at the same places of their stages."""
     draft = arm.draft.copy()
-    draft.merge({key: fragment.value[key] for key in SECTIONS if key in fragment.value}, fragment.places)
+    draft.merge(Draft({key: fragment.value[key] for key in SECTIONS if key in fragment.value}, fragment.places))
     small = _shape(config_of(draft))
     for path, settings in arm.config.regularizer_paths:
         for name in ("block_index", "teacher_block"):

@@ -385,7 +385,7 @@ def _bias(results: Results, metric: str) -> str:
 
 def _averages(results: Results) -> Iterator[str]:
     """Warn of averaged weights that still hold much of the initial ones."""
-    from repa_lab.spec.schema import EmaConfig
+    from repa_lab.spec.train import EmaConfig
 
     for member in results.members:
         with suppress(TypeError, KeyError, ValueError, ArithmeticError):  # of a damaged spec.json

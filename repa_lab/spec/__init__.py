@@ -1,7 +1,7 @@
 """The spec: one YAML file is one question. Reads, validates and expands it into arms. Imports no torch."""
 
 from repa_lab.align.settings import EncoderSettings, RegularizerSettings, ScheduleSettings
-from repa_lab.spec.errors import Place, Problem, SpecError
+from repa_lab.errors import Place, Problem, SpecError
 from repa_lab.spec.evaluate import EvaluateConfig, ExtractorConfig
 from repa_lab.spec.experiment import Arm, Experiment, load_spec
 from repa_lab.spec.options import (

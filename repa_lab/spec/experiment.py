@@ -8,19 +8,45 @@ from __future__ import annotations
 import itertools
 import math
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from repa_lab.errors import KeyPath, Place, Problem, SpecError
 from repa_lab.registry import PluginError, did_you_mean, load_plugins
 from repa_lab.settings import SettingsOf, settings_in
-from repa_lab.spec.document import Draft, entries, lay_over, load_draft, names_in, paths_in, plain, value_at, value_of
-from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError
-from repa_lab.spec.options import BudgetConfig, CompareConfig, PublishedConfig, RunOptions, SearchConfig, StopRule
-from repa_lab.spec.ranges import Levels, RangeConfig
-from repa_lab.spec.schema import COMPONENTS, SECTIONS, RunConfig, SpecFile
-from repa_lab.spec.validate import fields_of, unknown_field, unknown_field_message, validate
+from repa_lab.spec.document import (
+    COMPONENTS,
+    Draft,
+    entries,
+    load_draft,
+    names_in,
+    paths_in,
+    plain,
+    read_fragment,
+    value_at,
+    value_of,
+)
+from repa_lab.spec.options import (
+    BudgetConfig,
+    CompareConfig,
+    Levels,
+    PublishedConfig,
+    RangeConfig,
+    RunOptions,
+    SearchConfig,
+    StopRule,
+)
+from repa_lab.spec.schema import (
+    SECTIONS,
+    RunConfig,
+    SpecFile,
+    fields_of,
+    unknown_field,
+    unknown_field_message,
+    validate,
+)
 
 _IGNORED = "x-"  # begins the top-level keys that hold what other parts of a file merge with `<<`
 _MAX_ARMS = 10_000
@@ -83,20 +109,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One question.
+    """One question: the fields of :class:`SpecFile`, resolved.
 
     Attributes:
-        name: the sweep's name.
-        question: the question in words.
-        arms: the arms.
+        arms: the arms that the sections, axes and rules of the file make.
         seeds: the seeds with which every arm is trained.
-        compare: what the report compares.
-        search: the search around every arm, if any.
-        run: how runs are carried out.
-        budget: what the sweep may cost.
         stop: rules that end a run early.
-        published: what a paper reports of the arms, if anything.
-        plugins: the Python files that the spec loads.
         draft: the settings with their places, for errors that are found later.
     """
 
@@ -135,7 +153,7 @@ def load_spec(
     """
     document = Draft(plain(source)) if isinstance(source, Mapping) else load_draft(Path(source))
     for fragment in fragments:
-        lay_over(document, Path(fragment))
+        document.merge(read_fragment(Path(fragment)))
     for path, value in plain(overrides or {}).items():
         document.set(path, value, Place(None))
     document.value = {key: value for key, value in document.value.items() if not key.startswith(_IGNORED)}
@@ -147,7 +165,7 @@ def load_spec(
         arms = _expand(spec, document)
     except SpecError as error:
         problems += error.problems
-    problems += condition_problems(spec, document, arms)
+    problems += _condition_problems(spec, document, arms)
     if problems:
         raise SpecError(problems)
     return Experiment(
@@ -224,41 +242,51 @@ def _expand(spec: SpecFile, document: Draft) -> tuple[Arm, ...]:
     Raises:
         SpecError: every problem of every arm.
     """
-    base = Draft({key: document.value[key] for key in SECTIONS if key in document.value}, dict(document.places))
-    names = _short_names(dict.fromkeys([*spec.axes, *spec.one_at_a_time]))
+    base = Draft({key: document.value[key] for key in SECTIONS if key in document.value}, document.places)
+    names = _short_names([*spec.axes, *spec.one_at_a_time])
     axes = [_levels("axes", axis, values, document, names[axis]) for axis, values in spec.axes.items()]
-    star = (_levels("one_at_a_time", axis, each, document, names[axis]) for axis, each in spec.one_at_a_time.items())
-    included = (
+    extra = [
+        level
+        for axis, values in spec.one_at_a_time.items()
+        for level in _levels("one_at_a_time", axis, values, document, names[axis])
+    ]
+    extra += [
         _named_level("include", arm.label, arm.set, document, ("include", index, "set"))
         for index, arm in enumerate(spec.include)
-    )
-    extra = [*itertools.chain.from_iterable(star), *included]
-    if (count := math.prod(map(len, axes)) + len(extra)) > _MAX_ARMS:
+    ]
+    size = math.prod(map(len, axes))
+    if (count := size + len(extra)) > _MAX_ARMS:
         key = "axes" if axes else "one_at_a_time"
         raise SpecError([document.problem(key, f"{count:,} arms; at most {_MAX_ARMS:,}")])
     levels = [*itertools.chain.from_iterable(axes), *extra]
     components = _components(spec, base, levels)
-    cells: list[_Cell] = [
-        cell for cell in itertools.product(*axes) if not _is_excluded(cell, base, components, spec.exclude)
-    ]
-    cells += [(level,) for level in extra]
     problems = [
         Problem(level.place, level.axis, f"an arm is called by one line of text, got {level.name!r}")
         for level in levels
         if any(unicodedata.category(character) in _LINE_BREAKS for character in level.name)
     ]
+    cells, arms = list[_Cell](), list[Arm]()
+    for index, cell in enumerate([*itertools.product(*axes), *((level,) for level in extra)]):
+        levels_by_axis = {level.axis: level.name for level in cell}
+        settings: Mapping[str, Any] = {}  # of an invalid arm those that are given
+        invalid: list[Problem] = []
+        arm = None
+        try:
+            draft = _apply(base, cell)
+            settings = draft.value
+            arm = Arm(_label(cell), levels_by_axis, config_of(draft, components), draft)
+            settings = arm.config.model_dump(mode="json") if spec.exclude else {}  # lists, as a file has them
+        except SpecError as error:
+            invalid = error.problems
+        if index < size and any(holds(rule, levels_by_axis, settings) for rule in spec.exclude):
+            continue
+        cells.append(cell)
+        arms += [arm] if arm else []
+        problems += invalid
     repeated = [problem for axis in axes for problem in _repeated_labels([(level,) for level in axis])]
     if not cells:
         repeated.append(document.problem("exclude", "every arm is excluded"))
     problems += repeated or _repeated_labels(cells)
-    arms = []
-    for cell in cells:
-        try:
-            draft = _apply(base, cell)
-            levels_by_axis = {level.axis: level.name for level in cell}
-            arms.append(Arm(_label(cell), levels_by_axis, config_of(draft, components), draft))
-        except SpecError as error:
-            problems += error.problems
     if problems:
         raise SpecError(_limited(problems))
     return tuple(arms)
@@ -357,21 +385,6 @@ def _apply(base: Draft, cell: _Cell) -> Draft:
     return draft
 
 
-def _is_excluded(cell: _Cell, base: Draft, components: _ComponentNames, rules: list[dict[str, Any]]) -> bool:
-    """Return whether a rule of ``exclude`` holds; an invalid arm is judged by the values that are given."""
-    if not rules:
-        return False
-    settings: Mapping[str, Any] = {}
-    try:
-        draft = _apply(base, cell)
-        settings = draft.value
-        settings = config_of(draft, components).model_dump(mode="json")  # lists, as a file has them
-    except SpecError:  # reported when the arms are built
-        pass
-    levels = {level.axis: level.name for level in cell}
-    return any(holds(rule, levels, settings) for rule in rules)
-
-
 def _label(cell: _Cell) -> str:
     return ", ".join(level.name for level in cell) or "all"
 
@@ -399,15 +412,14 @@ def _limited(problems: Iterable[Problem]) -> Iterator[Problem]:
             yield replace(group[0], message=f"{group[0].message}; and {len(group) - 1:,} more of the kind here")
 
 
-def _short_names(paths: Iterable[str]) -> dict[str, str]:
+def _short_names(paths: Collection[str]) -> dict[str, str]:
     """Return for every dotted path its last step, or as many of its last steps as tell it apart from the others."""
-    known = list(paths)
-
-    def is_unique(path: str, tail: str) -> bool:
-        return not any(other != path and (other == tail or other.endswith(f".{tail}")) for other in known)
-
-    tails = {path: [path.split(".", start)[-1] for start in range(path.count("."), -1, -1)] for path in known}
-    return {path: next((tail for tail in tails[path] if is_unique(path, tail)), path) for path in known}
+    names = {}
+    for path in paths:
+        others = [f".{other}" for other in paths if other != path]
+        tails = (path.split(".", start)[-1] for start in range(path.count("."), -1, -1))
+        names[path] = next((tail for tail in tails if not any(it.endswith(f".{tail}") for it in others)), path)
+    return names
 
 
 # ---- conditions: the rules of `exclude` and the baseline
@@ -435,15 +447,19 @@ def _agrees(value: Any, wanted: Any) -> bool:
     return bool(value == wanted)
 
 
-def condition_problems(spec: SpecFile, document: Draft, arms: Sequence[Arm]) -> Iterator[Problem]:
-    """Yield conditions that would never hold: on fields, levels or values that do not exist.
+def _condition_problems(spec: SpecFile, document: Draft, arms: Sequence[Arm]) -> Iterator[Problem]:
+    """Yield entries of ``exclude`` and of the baseline that would never hold: no such field, level or value.
 
     Args:
         arms: the arms; without any, values are not checked.
     """
+    conditions: list[tuple[KeyPath, Any]] = [
+        (("exclude", index, key), wanted) for index, rule in enumerate(spec.exclude) for key, wanted in rule.items()
+    ]
+    conditions += [(("compare", "baseline", key), wanted) for key, wanted in spec.compare.baseline.items()]
     axes, names = document.value.get("axes"), names_in(document.value)
     axis_names = axes if isinstance(axes, dict) else {}
-    for path, wanted in _conditions(spec):
+    for path, wanted in conditions:
         key, values = str(path[-1]), wanted if isinstance(wanted, list) else [wanted]
         if isinstance(levels := spec.axes.get(key), dict):
             for value in [value for value in values if value not in list(levels)][:1]:
@@ -454,20 +470,8 @@ def condition_problems(spec: SpecFile, document: Draft, arms: Sequence[Arm]) -> 
                 yield document.problem(path, unknown + did_you_mean(key, axis_names))
         elif arms and key not in spec.axes:
             arm = next((arm for arm in arms if arm.has(key)), arms[0])  # an arm with another component ignores a field
-            for message in (message for value in values for message in _refusals(arm, key, value)):
-                yield document.problem(path, message)
-
-
-def _refusals(arm: Arm, path: str, value: Any) -> Iterator[str]:
-    """Yield why a field cannot have a value, such as a misspelt choice."""
-    try:
-        arm.with_settings({path: value})
-    except SpecError as error:
-        yield from (problem.message for problem in error.problems if problem.path == path)
-
-
-def _conditions(spec: SpecFile) -> Iterator[tuple[KeyPath, Any]]:
-    """Yield the entries of the rules of ``exclude`` and of the baseline, each with its path."""
-    for index, rule in enumerate(spec.exclude):
-        yield from ((("exclude", index, key), value) for key, value in rule.items())
-    yield from ((("compare", "baseline", key), value) for key, value in spec.compare.baseline.items())
+            for value in values:
+                try:
+                    arm.with_settings({key: value})
+                except SpecError as error:  # such as a misspelt choice
+                    yield from (document.problem(path, it.message) for it in error.problems if it.path == key)

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from repa_lab.errors import KeyPath, Place, Problem, SpecError, dotted
 from repa_lab.registry import did_you_mean
 from repa_lab.spec.document import Draft, entries, names_in, paths_in
-from repa_lab.spec.errors import KeyPath, Place, Problem, SpecError, dotted
 from repa_lab.spec.experiment import Experiment
 from repa_lab.spec.identity import Run
-from repa_lab.spec.schema import SECTIONS, RunConfig, SpecFile
-from repa_lab.spec.validate import unknown_field
+from repa_lab.spec.schema import SECTIONS, RunConfig, SpecFile, unknown_field
 
 DEFAULT = "default"
 _RESOLVED = ("base", "use", "axes", "one_at_a_time", "exclude", "include")

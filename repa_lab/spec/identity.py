@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +9,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from repa_lab.align.settings import NoSettings
-from repa_lab.errors import InputError
+from repa_lab.errors import InputError, dotted
+from repa_lab.files import digest
 from repa_lab.registry import UnknownComponentError
 from repa_lab.runs import RunDirectory
 from repa_lab.settings import Settings, file_fields, settings_in
-from repa_lab.spec.errors import dotted
-from repa_lab.spec.schema import RunConfig
-from repa_lab.spec.validate import path_in
+from repa_lab.spec.schema import RunConfig, path_in
 
 _ID_LENGTH = 12
 
@@ -79,7 +76,7 @@ class Run:
             return cls(run_id, RunConfig.model_validate(settings), spec["seed"])
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            path = dotted(path_in(settings, first["loc"], first["type"] == "missing"))
+            path = dotted(path_in(settings, first))
             if isinstance(first.get("ctx", {}).get("error"), UnknownComponentError) and (files := ", ".join(plugins)):
                 named = f"{path} '{first['input']}'"
                 message = f"run {run_id} was trained with a plugin that is not loaded, {files}, which registers {named}"
@@ -112,8 +109,7 @@ def identify(
     hashed = {"protocol": protocol, "data_fingerprint": data, "seed": seed, **settings}
     if digests := sorted(set(plugins)):
         hashed["plugins"] = digests
-    text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
-    return Run(hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH], config, seed)
+    return Run(digest(hashed)[:_ID_LENGTH], config, seed)
 
 
 def _regularizers(config: RunConfig, contents: Mapping[str, str]) -> list[dict[str, Any]]:

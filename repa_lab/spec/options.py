@@ -1,15 +1,28 @@
-"""The sections of a spec that are not part of a run's identity: search, compare, budget, stop, published and run."""
+"""The sections of a spec that are not part of a run's identity: search, compare, budget, stop, published, run, axes."""
 
 from __future__ import annotations
 
+import difflib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from repa_lab.errors import hide_passwords
+from repa_lab.errors import hide_passwords, shortened
 from repa_lab.settings import Count, NotNegative, Positive, Settings
 
 COSTS = ("seconds", "gpu_hours")
@@ -347,3 +360,117 @@ class ResolvedOptions(RunOptions):
     encoder_precision: Literal["fp32", "bf16"]
     encoder_compile: bool
     data_workers: Count
+
+
+# ---- ranges of values on an axis, as a person would list them: 0.3, not floating point's 0.30000000000000004
+
+FORMS = ("range", "linspace", "logspace")
+# The forms of a search, which are easily written on an axis by mistake.
+_SEARCH_FORMS = ("log", "uniform", "int", "choice")
+_MAX_VALUES = 10_000
+# Digits of a value that is no short decimal, such as 10 ** 0.5; its label is the value, so it can be typed again.
+_DIGITS = 6
+Number = int | float
+_Three = Annotated[list[Number], Field(min_length=3, max_length=3)]
+
+
+class RangeConfig(Settings):
+    """Evenly spaced values, exactly one of ``range`` [start, stop, step] (stop is included where it falls on a step),
+    ``linspace`` [start, stop, count] and ``logspace`` [start, stop, count] (in equal ratios); both ends are
+    included."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+
+    range: _Three | None = None
+    linspace: _Three | None = None
+    logspace: _Three | None = None
+
+    @field_validator(*FORMS, mode="before")
+    @classmethod
+    def _has_values(cls, given: Any, info: ValidationInfo) -> Any:
+        """Check three numbers together, so that a mistake is placed at the form."""
+        if given is None:
+            return None
+        numbers, form = given if isinstance(given, list) else [], str(info.field_name)
+        if len(numbers) != 3 or not all(isinstance(n, Number) and not isinstance(n, bool) for n in numbers):
+            last = "step" if form == "range" else "count"
+            raise ValueError(f"expected three numbers, [start, stop, {last}], got {shortened(given)}")
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"expected finite numbers, got {shortened(given)}")
+        _values_of(form, numbers)
+        return given
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError(f"give exactly one of {', '.join(FORMS)}")
+        return self
+
+    @property
+    def form(self) -> str:
+        """The form that is given."""
+        return next(form for form in FORMS if getattr(self, form) is not None)
+
+    @property
+    def values(self) -> list[Number]:
+        """The values in order."""
+        return _values_of(self.form, getattr(self, self.form))
+
+
+def _values_of(form: str, numbers: Sequence[Number]) -> list[Number]:
+    """Return the values of a range.
+
+    Raises:
+        ValueError: the numbers make no range, or a range of too many values.
+    """
+    start, stop, step = (Decimal(repr(number)) for number in numbers)  # 0.1 is a tenth, not the float next to it
+    if form == "range":
+        if step == 0 or (stop - start) / step < 0:
+            raise ValueError(f"the step {numbers[2]} does not lead from {numbers[0]} to {numbers[1]}")
+        count = math.floor((stop - start) / step) + 1
+        if count > _MAX_VALUES:
+            raise ValueError(f"{count:,} values; at most {_MAX_VALUES:,}")
+        values = [start + index * step for index in range(count)]
+    else:
+        if form == "logspace" and min(start, stop) <= 0:
+            raise ValueError(f"a logspace starts and stops above 0, got {numbers}")
+        if not isinstance(numbers[2], int) or not 2 <= numbers[2] <= _MAX_VALUES:
+            raise ValueError(f"the count is an integer from 2 to {_MAX_VALUES:,}, got {numbers[2]}")
+        if start == stop:
+            raise ValueError(f"start and stop must differ, got {numbers}")
+        last = numbers[2] - 1
+        if form == "linspace":
+            values = [start + (stop - start) * index / last for index in range(last + 1)]
+        else:
+            values = [start * (stop / start) ** (Decimal(index) / last) for index in range(last + 1)]
+    are_integers = all(isinstance(number, int) for number in numbers)
+    for digits in range(_DIGITS, 18):  # as few as tell the values apart
+        rounded = [_rounded(value, are_integers, digits) for value in values]
+        if len(set(rounded)) == len(values):
+            return rounded
+    raise ValueError(f"the values are too close to tell apart, got {list(numbers)}")
+
+
+def _rounded(value: Decimal, may_be_integer: bool, digits: int) -> Number:
+    """Return a value as a file has it: exact if it is a short decimal, else with some digits."""
+    exact = Decimal(f"{value:.24g}")  # without the error in the last of 28 digits
+    if may_be_integer and exact == int(exact):
+        return int(exact)
+    near = float(exact)
+    return near if Decimal(repr(near)) == exact else float(f"{near:.{digits}g}")
+
+
+def _tag(value: Any) -> str:
+    """Return whether an axis that is a mapping is a range or has named levels: levels hold settings or nothing."""
+    given = value.items() if isinstance(value, dict) else ()
+    forms = (key for key, inner in given if not isinstance(inner, dict | None))
+    is_range = any(key in _SEARCH_FORMS or difflib.get_close_matches(key, FORMS, n=1) for key in forms)
+    return "\0range" if is_range or isinstance(value, RangeConfig) else "\0levels"
+
+
+Values = Annotated[list[Any], Field(min_length=1)]
+Levels = Annotated[dict[Annotated[str, Field(min_length=1)], dict[str, Any] | None], Field(min_length=1)]
+# The tags appear in the paths of pydantic's errors, so they must not be keys of a mapping.
+RangeOrLevels = Annotated[
+    Annotated[RangeConfig, Tag("\0range")] | Annotated[Levels, Tag("\0levels")], Discriminator(_tag)
+]

@@ -1,39 +1,40 @@
-"""The fields of a spec file. The fields of :class:`RunConfig` are part of a run's identity; no other field is."""
+"""The fields of a spec file, and the validation against them: pydantic's errors become problems with places.
+
+The fields of :class:`RunConfig` are part of a run's identity; no other field is.
+"""
 
 from __future__ import annotations
 
-import functools
-import math
-from typing import Annotated, Any, Literal, Self, TypeVar
+import types
+import typing
+from collections.abc import Collection, Iterator, Sequence
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
-from repa_lab.align.settings import REGULARIZERS, EncoderSettings, NoSettings, RegularizerSettings, Schedule
-from repa_lab.data.settings import SOURCES, SourceSettings
-from repa_lab.settings import (
-    Count,
-    Fraction,
-    HubOrLocal,
-    NotNegative,
-    Positive,
-    Settings,
-    SettingsOf,
-    UsedIf,
-    later,
-    settings_in,
-)
-from repa_lab.spec.errors import dotted
+from repa_lab.align.settings import EncoderSettings, NoSettings, RegularizerSettings
+from repa_lab.data.settings import SourceSettings
+from repa_lab.errors import KeyPath, SpecError, dotted, shortened
+from repa_lab.registry import did_you_mean
+from repa_lab.settings import Count, HubOrLocal, Positive, Settings, SettingsOf, UsedIf, later, settings_in
+from repa_lab.spec.document import COMPONENTS, Draft, entries
 from repa_lab.spec.evaluate import EvaluateConfig, ExtractorConfig
-from repa_lab.spec.options import BudgetConfig, CompareConfig, PublishedConfig, RunOptions, SearchConfig, StopRule
-from repa_lab.spec.ranges import RangeConfig, RangeOrLevels, Values
+from repa_lab.spec.options import (
+    BudgetConfig,
+    CompareConfig,
+    PublishedConfig,
+    RangeConfig,
+    RangeOrLevels,
+    RunOptions,
+    SearchConfig,
+    StopRule,
+    Values,
+)
+from repa_lab.spec.train import TrainConfig
 
+M = TypeVar("M", bound=BaseModel)
 S = TypeVar("S", bound=Settings)
-
-# The sections whose fields are those of the component that they name.
-COMPONENTS = {
-    "regularizer": SettingsOf(REGULARIZERS, "type", "none", several=True),
-    "data": SettingsOf(SOURCES, "source", None),
-}
 
 
 class ModelConfig(Settings):
@@ -51,198 +52,6 @@ class ModelConfig(Settings):
     """Rank of the LoRA."""
     revision: str | None = later(None)
     """The hub's branch, tag or commit."""
-
-
-_MOMENTS = ("betas", "eps")
-# Classes of torch.optim by name, and the settings below that each takes.
-OPTIMIZERS: dict[str, tuple[str, ...]] = {
-    "AdamW": _MOMENTS,
-    "Adam": _MOMENTS,
-    "Adamax": _MOMENTS,
-    "NAdam": _MOMENTS,
-    "RAdam": _MOMENTS,
-    "RMSprop": ("eps", "momentum"),
-    "SGD": ("momentum",),
-    "Adagrad": ("eps",),
-    "Adadelta": ("eps",),
-    "Adafactor": (),
-}
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimizerSettings(Settings):
-    """A class of torch.optim; null leaves a setting at the class's own default."""
-
-    type: Literal["AdamW", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD", "Adagrad", "Adadelta", "Adafactor"] = (
-        "AdamW"
-    )
-    """The class."""
-    betas: tuple[Decay, Decay] | None = None
-    """Decays of the averages of the gradient and of its square."""
-    eps: NotNegative | None = None
-    """Added to the denominator."""
-    momentum: Fraction | None = None
-    """Momentum of `SGD` and `RMSprop`."""
-
-    @model_validator(mode="after")
-    def _class_takes_them(self) -> Self:
-        for name in ("betas", "eps", "momentum"):
-            if getattr(self, name) is not None and name not in OPTIMIZERS[self.type]:
-                takes = ", ".join(OPTIMIZERS[self.type]) or "none of them"
-                raise ValueError(f"{self.type} has no {name}; of betas, eps and momentum it takes {takes}")
-        return self
-
-    @property
-    def arguments(self) -> dict[str, object]:
-        """The settings that are not null, as arguments of the class."""
-        given = {name: getattr(self, name) for name in OPTIMIZERS[self.type]}
-        return {name: value for name, value in given.items() if value is not None}
-
-
-class LearningRateSettings(Settings):
-    """The learning rate over steps, as a share of `train.lr`: a linear warm-up from 0, then a decay to `end`."""
-
-    type: Literal["constant", "linear", "cosine"] = "constant"
-    """The shape of the decay."""
-    warmup_steps: Count = 0
-    """Steps over which the rate rises from 0; the first step has the share 1 / (warmup_steps + 1)."""
-    decay_steps: Annotated[Count, UsedIf("type", but=("constant",))] = 0
-    """The step at which the decay ends, counted from 0, warm-up included; 0 is the end of training."""
-    end: Annotated[Fraction, UsedIf("type", but=("constant",))] = 0.0
-    """The share of `train.lr` at the end of the decay."""
-
-    @model_validator(mode="after")
-    def _decay_ends_after_warmup(self) -> Self:
-        if self.type != "constant" and 0 < self.decay_steps <= self.warmup_steps:
-            raise ValueError("decay_steps is counted from step 0, so it must be more than warmup_steps")
-        return self
-
-    def depends_on_length(self) -> bool:
-        """Return whether the rate at a step depends on the length of the training."""
-        return self.type != "constant" and not self.decay_steps
-
-
-class LossWeightSettings(Settings):
-    """The weight of a sample's denoising loss, by the sample's noise."""
-
-    type: Literal["none", "min_snr"] = "none"
-    """`min_snr` (2303.09556) weights the clean image's error by min(signal-to-noise ratio, `gamma`)."""
-    gamma: Annotated[float, Field(gt=0), UsedIf("type", ("min_snr",))] = 5.0
-    """The largest signal-to-noise ratio that counts."""
-
-
-class TimeSettings(Settings):
-    """The distribution of the times at which a denoiser is trained, from 0 (data) to 1 (noise)."""
-
-    type: Literal["uniform", "logit_normal"] = "logit_normal"
-    """`logit_normal` draws the logit of the time from a normal distribution (SD3, 2403.03206)."""
-    mean: Annotated[float, UsedIf("type", ("logit_normal",))] = 0.0
-    """Mean of the logit of `logit_normal`; above 0 there is more noise."""
-    std: Annotated[float, Field(gt=0), UsedIf("type", ("logit_normal",))] = 1.0
-    """Standard deviation of the logit of `logit_normal`."""
-
-    @model_validator(mode="after")
-    def _uniform_has_no_moments(self) -> Self:
-        if self.type == "uniform" and (self.mean, self.std) != (0.0, 1.0):
-            raise ValueError("uniform has no mean and no std; they are settings of logit_normal")
-        return self
-
-
-def _shortest(time: str | TimeSettings | None) -> str | TimeSettings | None:
-    return time.type if isinstance(time, TimeSettings) and (time.mean, time.std) == (0.0, 1.0) else time
-
-
-# At mean 0 and std 1 the section and its type alone are one setting, which is kept as the word.
-Time = Annotated[Literal["uniform", "logit_normal"] | TimeSettings | None, AfterValidator(_shortest)]
-
-
-_NEGLIGIBLE_SHARE = 0.05  # of initial weights in an average
-
-
-class EmaConfig(Settings):
-    """The moving average of the weights: ``decay * average + (1 - decay) * weights`` after every step."""
-
-    decay: Decay = 0.9999
-    """The share of the average that an update keeps."""
-    warmup: bool = False
-    """Keep at most `(1 + n) / (10 + n)` after `n` updates, so that short runs forget their initial weights."""
-
-    def decay_at(self, updates: int) -> float:
-        """Return the decay of the update that follows ``updates`` earlier ones."""
-        return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
-
-    def initial_share(self, steps: int) -> float:
-        """Return the share of the initial weights in the average after ``steps`` updates: the product of the decays."""
-        return _initial_share(self, steps)
-
-    def warning(self, steps: int) -> str | None:
-        """Return a warning if more than 5 % of the average after ``steps`` updates are initial weights, else None."""
-        if (share := self.initial_share(steps)) <= _NEGLIGIBLE_SHARE:
-            return None
-        return (
-            f"train.ema: at decay {self.decay:g} the measured average still holds {100 * share:.0f} % of the initial "
-            f"weights after {steps:,} steps; set train.ema.warmup, or lower the decay"
-        )
-
-
-@functools.lru_cache  # a report asks for every run, and warm-up takes a product over all steps
-def _initial_share(ema: EmaConfig, steps: int) -> float:
-    return math.prod(map(ema.decay_at, range(steps))) if ema.warmup else ema.decay**steps
-
-
-def _without_section(ema: float | EmaConfig) -> float | EmaConfig:
-    return ema.decay if isinstance(ema, EmaConfig) and not ema.warmup else ema
-
-
-# A section without a warm-up is kept as the number: one setting must have one form, for it is part of run ids.
-Ema = Annotated[Decay | EmaConfig, AfterValidator(_without_section)]
-
-
-class TrainConfig(Settings):
-    """The optimisation of a run; the defaults are those of the papers' code."""
-
-    steps: Positive
-    """Optimizer steps."""
-    batch_size: Positive = 256
-    """Images of a step, whatever the micro-batch and the number of GPUs."""
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    """The learning rate."""
-    lr_schedule: LearningRateSettings = later(LearningRateSettings())
-    """The learning rate over steps."""
-    optimizer: OptimizerSettings = later(OptimizerSettings())
-    """The optimizer."""
-    weight_decay: NotNegative = 0.0
-    """The optimizer's weight decay."""
-    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
-    """The largest norm of the gradient; null does not clip."""
-    ema: Ema = 0.9999
-    """The averaged weights, which are measured: the decay, or `{decay, warmup}`."""
-    label_dropout: Fraction = 0.1
-    """How often the class or the caption is left out."""
-    loss_weight: LossWeightSettings = later(LossWeightSettings())
-    """The weight of a sample's denoising loss, by the sample's noise."""
-    time: Time = None
-    """Distribution of times, a type or `{type, mean, std}`; null is uniform from scratch, as in the papers, else what
-    the model was trained with."""
-
-    @property
-    def averaging(self) -> EmaConfig:
-        """``ema`` as a section."""
-        return self.ema if isinstance(self.ema, EmaConfig) else EmaConfig(decay=self.ema)
-
-    @property
-    def times(self) -> TimeSettings | None:
-        """``time`` as a section; None is the distribution that the model was trained with."""
-        return TimeSettings(type=self.time) if isinstance(self.time, str) else self.time
-
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of the step that follows ``step`` earlier ones."""
-        schedule = self.lr_schedule
-        if step < schedule.warmup_steps:
-            return self.lr * (step + 1) / (schedule.warmup_steps + 1)
-        if schedule.type == "constant":
-            return self.lr
-        return self.lr * Schedule(1.0, self.steps, **schedule.model_dump())(step)
 
 
 class RunConfig(Settings):
@@ -378,3 +187,170 @@ class SpecFile(Settings):
     def _is_merged(cls, value: object) -> None:
         if value is not None:
             raise ValueError("only a spec file can name other files; give a mapping whole")
+
+
+# ---- validation
+
+
+def validate(model: type[M], draft: Draft) -> M:
+    """Validate a draft against a settings class.
+
+    Raises:
+        SpecError: every mistake, each at the place that set the value.
+    """
+    try:
+        return model.model_validate(draft.value)
+    except ValidationError as error:
+        by_path: dict[KeyPath, list[ErrorDetails]] = {}
+        for details in error.errors(include_url=False):
+            by_path.setdefault(path_in(draft.value, details), []).append(details)
+        problems = []
+        for path, errors in by_path.items():
+            # An error inside one branch of a union says more than the errors of the branches that do not fit at all.
+            if any(path == other[: len(path)] != other for other in by_path):
+                continue
+            if errors[0]["type"] == "extra_forbidden":
+                message = unknown_field_message(path[-1], _owners(model, path[:-1], draft.value))
+            else:
+                message = expectation(errors)
+            problems.append(draft.problem(path, message))
+        raise SpecError(problems) from None
+
+
+def path_in(value: Any, details: ErrorDetails) -> KeyPath:
+    """Return where an error of pydantic lies in the data, without the steps that name the branch of a union."""
+    loc, path = details["loc"], list[str | int]()
+    missing = loc[-1:] if details["type"] == "missing" else ()
+    for step in loc[: len(loc) - len(missing)]:
+        if step in entries(value):
+            value = entries(value)[step]
+            path.append(step)
+    return (*path, *missing)
+
+
+_EXPECTED = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "an integer"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("string_type", "string_unicode"), "text"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    **dict.fromkeys(("dict_type", "model_type"), "a mapping"),
+    "string_pattern_mismatch": "text that matches {pattern}",
+    "none_required": "null",
+    "finite_number": "a finite number",
+    "greater_than_equal": "a number of at least {ge}",
+    "greater_than": "a number of more than {gt}",
+    "less_than_equal": "a number of at most {le}",
+    "less_than": "a number of less than {lt}",
+    "string_too_short": "text of {min_length} or more characters",
+    "string_too_long": "text of at most {max_length} characters",
+    "too_short": "{min_length} or more values",
+    "too_long": "at most {max_length} values",
+}
+
+
+def expectation(errors: Sequence[ErrorDetails]) -> str:
+    """Return what pydantic expected of one value, what was given, and the choice that was probably meant."""
+    first, choices, expected = errors[0], list[str](), list[str]()
+    if first["type"] == "missing":
+        return "this field is required"
+    for details in errors:
+        kind, context, message = details["type"], details.get("ctx", {}), details["msg"]
+        if kind == "value_error":
+            return str(context["error"])
+        if kind == "literal_error":
+            allowed = context["expected"].replace(" or ", ", ").split(", ")
+            literals = [{"False": "false", "True": "true"}.get(word, word.strip("'")) for word in allowed]
+            choices += literals
+            expected.append(f"one of {', '.join(literals)}" if len(literals) > 1 else literals[0])
+        else:
+            words = _EXPECTED[kind].format(**context) if kind in _EXPECTED else message[0].lower() + message[1:]
+            expected.append(words)
+    hint = did_you_mean(first["input"], choices) if isinstance(first["input"], str) else ""
+    return f"expected {' or '.join(dict.fromkeys(expected))}, got {shortened(first['input'])}{hint}"
+
+
+def unknown_field(model: type[BaseModel], path: str, names: Collection[str] = ()) -> str | None:
+    """Return an error message if a dotted path leads to no field of a model, else None.
+
+    In a section that holds the settings of a component, the fields of every component count.
+    """
+    keys: KeyPath = ()
+    for step in path.split("."):
+        owners = _owners(model, keys)
+        if (step.isdecimal() or step in names) and _owners(model, (*keys, 0)):
+            keys = (*keys, 0)
+            continue
+        if not owners:
+            return f"'{dotted(keys)}' is a value, so it has no field '{step}'"
+        if not any(step in fields_of(owner) for owner in owners):
+            return unknown_field_message(step, owners)
+        keys = (*keys, step)
+    return None
+
+
+def unknown_field_message(name: str | int, owners: Sequence[type[BaseModel]]) -> str:
+    """Return the error message for a field that none of the models has."""
+    allowed = sorted({field for owner in owners for field in fields_of(owner)})
+    listed = f"; allowed: {', '.join(allowed)}" if allowed else ""
+    return f"unknown field '{name}'{listed}{did_you_mean(str(name), allowed)}"
+
+
+def fields_of(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the type of every field that a file may set, by name, with the metadata that pydantic strips."""
+    return {
+        field.alias or name: Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        for name, field in model.model_fields.items()
+        if not field.exclude
+    }
+
+
+def _owners(model: type[BaseModel], path: KeyPath, value: Any = None) -> tuple[type[BaseModel], ...]:
+    """Return the models that may be at a path, through optional, list and mapping fields.
+
+    Args:
+        path: field names, keys and positions.
+        value: the data, which names the component of a section; without it, every component counts.
+    """
+    annotations: tuple[Any, ...] = (model,)
+    for step in path:
+        annotations = tuple(below for annotation in annotations for below in _below(annotation, step, value))
+        value = entries(value).get(step)
+    return tuple(dict.fromkeys(owner for annotation in annotations for owner in models_of(annotation, value)))
+
+
+def _below(annotation: Any, step: str | int, value: Any) -> Iterator[Any]:
+    """Yield the types of the value at ``step`` inside a value of a type."""
+    if isinstance(step, str) and (models := models_of(annotation, value)):
+        yield from (fields_of(model)[step] for model in models if step in fields_of(model))
+        return
+    if (mark := _component(annotation)) and mark.several:
+        yield annotation
+    for member in members(annotation):
+        if typing.get_origin(member) in (list, dict, tuple):
+            arguments = typing.get_args(member)
+            yield arguments[0] if arguments[-1] is Ellipsis else arguments[-1]
+
+
+def models_of(annotation: Any, value: Any = None) -> tuple[type[BaseModel], ...]:
+    """Return the models among the members of a type: of components the one that the value names, else all."""
+    if not (mark := _component(annotation)):
+        return tuple(filter(is_model, members(annotation)))
+    named = mark.settings_of(value) if isinstance(value, dict) else None
+    return (named,) if named else mark.choices
+
+
+def _component(annotation: Any) -> SettingsOf | None:
+    return next((mark for mark in getattr(annotation, "__metadata__", ()) if isinstance(mark, SettingsOf)), None)
+
+
+def is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    """Return whether a type is a model."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the type itself, without metadata."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(member for choice in typing.get_args(annotation) for member in members(choice))
+    return members(typing.get_args(annotation)[0]) if typing.get_origin(annotation) is Annotated else (annotation,)

@@ -25,7 +25,7 @@ from repa_lab.errors import InputError
 from repa_lab.files import write_json
 from repa_lab.runs import RunDirectory, checkpoints, files
 from repa_lab.runs.files import Row
-from repa_lab.spec.schema import EmaConfig
+from repa_lab.spec.train import EmaConfig
 
 INPUT_FILE = "input.json"
 # Prefix of the denoiser's parameters in the averages.

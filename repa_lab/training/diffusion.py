@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from repa_lab.errors import InputError
 from repa_lab.models.released import is_flow, noise_problem
-from repa_lab.spec.schema import TimeSettings
+from repa_lab.spec.train import TimeSettings
 
 UNIFORM, LOGIT_NORMAL = TimeSettings(type="uniform"), TimeSettings(type="logit_normal")
 _STEPS = 1000  # denoisers are given the step number divided by this

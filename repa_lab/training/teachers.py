@@ -17,7 +17,7 @@ from repa_lab.align.tokens import Grid
 from repa_lab.models.family import BlockIndex
 from repa_lab.models.released import PretrainedError
 from repa_lab.models.tap import Denoiser, Tap
-from repa_lab.spec.schema import TrainConfig
+from repa_lab.spec.train import TrainConfig
 from repa_lab.training.batches import Batch, Draw
 from repa_lab.training.checkpoint import EMA, PREFIX, trainable
 from repa_lab.training.data import Conditioning

@@ -29,7 +29,7 @@ from repa_lab.models.tap import AttentionTap, Tap
 from repa_lab.runs.files import Row
 from repa_lab.spec import EncoderSettings, ResolvedOptions, RunOptions
 from repa_lab.spec.identity import Run
-from repa_lab.spec.schema import LearningRateSettings
+from repa_lab.spec.train import LearningRateSettings
 from repa_lab.training.aligner import Aligner, PrefetchWeight, Stopwatch, Term, build_regularizer, open_targets
 from repa_lab.training.batches import Batch, Steps
 from repa_lab.training.checkpoint import EMA, INPUT_FILE, Progress, TrainState

@@ -10,7 +10,7 @@ from repa_lab import load_spec
 from repa_lab.align.settings import REGULARIZERS
 from repa_lab.bridge.exporting import export_settings
 from repa_lab.bridge.importing import import_config
-from repa_lab.spec.yaml import parse_yaml
+from repa_lab.spec.document import parse_yaml
 from tests.bridge.test_importing import FLUX, SDXL, config_of, load, read, refusal, remarks
 
 LAYERSYNC = {

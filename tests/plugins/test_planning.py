@@ -9,8 +9,8 @@ import sys
 from repa_lab.align.settings import REGULARIZERS
 from repa_lab.registry import loaded_plugins
 from repa_lab.spec import RunConfig, load_spec
+from repa_lab.spec.documentation import json_schema
 from repa_lab.spec.identity import Run
-from repa_lab.spec.json_schema import json_schema
 from repa_lab.training.resolve import needs_of
 from tests.plugins.mine import GOOD, HEAD, MINE, SPEC, forget, ids, refusal, spec_of
 from tests.spec.examples import write

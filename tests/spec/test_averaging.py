@@ -8,7 +8,7 @@ import pytest
 
 from repa_lab.spec import SpecError, load_spec
 from repa_lab.spec.identity import identify
-from repa_lab.spec.schema import EmaConfig
+from repa_lab.spec.train import EmaConfig
 from tests.spec.examples import mapping
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

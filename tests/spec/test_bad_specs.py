@@ -10,7 +10,8 @@ from repa_lab.align.settings import REPASettings
 from repa_lab.spec import CompareConfig, SpecError, load_spec
 from repa_lab.spec.evaluate import EvaluateConfig
 from repa_lab.spec.options import RunOptions
-from repa_lab.spec.schema import RunConfig, SpecFile, TrainConfig
+from repa_lab.spec.schema import RunConfig, SpecFile
+from repa_lab.spec.train import TrainConfig
 from tests.spec.examples import HEAD, TYPES, write
 
 

@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from repa_lab.align.settings import REGULARIZERS, REPASettings, UREPASettings
 from repa_lab.settings import HubOrLocal, LocalFile, NamesFile, Settings, field_metadata, file_fields, settings_in
 from repa_lab.spec import RunConfig, SpecError, load_spec
+from repa_lab.spec.document import COMPONENTS
 from repa_lab.spec.explain import explain
 from repa_lab.spec.identity import Run, identify, local_files
-from repa_lab.spec.schema import COMPONENTS
 from tests.spec.examples import HEAD, mapping, write
 
 # Fields of all types, of REPA and U-REPA, and of U-REPA alone.

@@ -15,10 +15,10 @@ from repa_lab.align.settings import REGULARIZERS
 from repa_lab.data.settings import SOURCES
 from repa_lab.settings import Settings
 from repa_lab.spec import load_spec
-from repa_lab.spec.json_schema import write_tables
-from repa_lab.spec.ranges import FORMS, RangeConfig
+from repa_lab.spec.document import parse_scalar
+from repa_lab.spec.documentation import write_tables
+from repa_lab.spec.options import FORMS, RangeConfig
 from repa_lab.spec.schema import SECTIONS, RunConfig, SpecFile
-from repa_lab.spec.yaml import parse_scalar
 from tests.spec.examples import HEAD, REPA, write
 
 FILE = Path(__file__).parents[2] / "docs/spec.md"

@@ -9,10 +9,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from repa_lab.spec.document import read_file
-from repa_lab.spec.json_schema import json_schema
+from repa_lab.spec.document import parse_scalar, read_file
+from repa_lab.spec.documentation import json_schema
 from repa_lab.spec.schema import SpecFile
-from repa_lab.spec.yaml import parse_scalar
 from tests.spec.examples import HEAD
 
 ROOT = Path(__file__).parents[2]

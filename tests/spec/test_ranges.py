@@ -9,7 +9,7 @@ import pytest
 
 from repa_lab.spec import Arm, SpecError, load_spec
 from repa_lab.spec.identity import identify
-from repa_lab.spec.ranges import RangeConfig
+from repa_lab.spec.options import RangeConfig
 from tests.spec.examples import HEAD, REPA, mapping, write
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from repa_lab.spec import Arm, SpecError, load_spec
 from repa_lab.spec.document import names_in, paths_in, value_at
+from repa_lab.spec.documentation import json_schema
 from repa_lab.spec.explain import compare_specs, explain
 from repa_lab.spec.identity import Run, identify
-from repa_lab.spec.json_schema import json_schema
 from tests.spec.examples import HEAD, mapping, write
 
 TWO = [{"type": "repa", "weight": 0.5}, {"type": "dispersive", "name": "apart", "weight": 0.25}]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from repa_lab.spec import load_spec
-from repa_lab.spec.template import template
+from repa_lab.spec.documentation import template
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 EXAMPLES = [file for file in sorted(EXPERIMENTS.rglob("*.yaml")) if "presets" not in file.parts and file.stem != "nano"]

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from repa_lab.errors import printable
 from repa_lab.spec import SpecError
-from repa_lab.spec.document import read_file
-from repa_lab.spec.errors import printable
-from repa_lab.spec.yaml import parse_scalar
+from repa_lab.spec.document import parse_scalar, read_file
 
 CORE = {
     # null
@@ -219,6 +218,10 @@ class TestFiles:
         assert refusal(tmp_path, "name: q\nquestion: a\x07b\n") == [
             ":2:12: not valid YAML: the character '\\x07' is not allowed"
         ]
+
+    @pytest.mark.parametrize("escape", ["\\U00110000", "\\UFFFFFFFF"])
+    def test_an_escape_beyond_unicode(self, tmp_path, escape):
+        assert refusal(tmp_path, f'name: "{escape}"\n') == [":1:1: not valid YAML: an escape stands for no character"]
 
     @pytest.mark.parametrize("text", ["", "# nothing\n", "- name: q\n", "name\n", "5\n", "null\n"])
     def test_the_top_must_be_a_mapping(self, tmp_path, text):

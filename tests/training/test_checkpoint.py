@@ -13,7 +13,7 @@ from torch import nn
 
 from repa_lab.align import REPA, Tokens
 from repa_lab.models.scratch import Input, build
-from repa_lab.spec.schema import EmaConfig
+from repa_lab.spec.train import EmaConfig
 from repa_lab.training.checkpoint import EMA, Progress, TrainState
 from tests.rounding import UNIT, rounding
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from scipy import stats
 
-from repa_lab.spec.schema import TimeSettings
+from repa_lab.spec.train import TimeSettings
 from repa_lab.training.batches import generator
 from repa_lab.training.diffusion import LOGIT_NORMAL, UNIFORM, Diffusion, Flow, ProcessError, process_of
 from tests.rounding import UNIT, of_products, rounding

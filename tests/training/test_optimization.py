@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from repa_lab.spec import SpecError, load_spec
-from repa_lab.spec.schema import OPTIMIZERS, LearningRateSettings, OptimizerSettings, TimeSettings, TrainConfig
+from repa_lab.spec.train import OPTIMIZERS, LearningRateSettings, OptimizerSettings, TimeSettings, TrainConfig
 from repa_lab.training.diffusion import Diffusion, Flow, denoising_loss
 from tests.rounding import MEAN
 from tests.spec.examples import mapping

@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from repa_lab.errors import KeyPath
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SearchConfig, SpecError
 from repa_lab.spec.document import names_in, value_at
-from repa_lab.spec.errors import KeyPath
 from repa_lab.spec.identity import identify
 from repa_lab.spec.options import Interval
-from repa_lab.spec.validate import unknown_field
+from repa_lab.spec.schema import unknown_field
 from repa_lab.training.resolve import metric_name
 
 ArmProblems = Callable[[Arm], Iterable[Problem]]
