@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +133,6 @@ _PLACES: dict[str, Callable[[torch.Tensor, int, torch.Tensor | None], torch.Tens
     "tail": lambda values, count, lengths: values[:, -count:],
     "after_text": _after_text,
 }
-
-
-def build_net(family: Family, config: Mapping[str, Any]) -> nn.Module:
-    """Build a freshly initialised model of a family from arguments of its constructor."""
-    net: nn.Module = _model_class(family)(**config)
-    return net
 
 
 def load_denoiser(folder: Path, family: Family, dtype: torch.dtype = torch.float32) -> DiffusersDenoiser:

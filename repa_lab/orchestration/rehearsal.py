@@ -231,8 +231,7 @@ class TinyAssets:
         """Return a tiny random autoencoder for a denoiser that is trained from scratch on latents."""
 
         def write(folder: Path) -> None:
-            from repa_lab.models.families.components import kl_autoencoder
-            from repa_lab.models.tiny import build_component
+            from repa_lab.models.tiny import build_component, kl_autoencoder
 
             build_component(kl_autoencoder(4, 0.18215)).save_pretrained(folder)
 

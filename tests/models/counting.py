@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Family, network_of, pipeline_of
 from repa_lab.models.flops import TEXT_TOKENS
-from repa_lab.models.pretrained import DiffusersDenoiser, build_net
+from repa_lab.models.pretrained import DiffusersDenoiser
+from repa_lab.models.tiny import build_net
 
 Count = tuple[int, int]
 

@@ -17,8 +17,9 @@ from torch import nn
 from repa_lab.align import REPA, UREPA, Signals
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Family, network_of
-from repa_lab.models.pretrained import DiffusersDenoiser, build_net
+from repa_lab.models.pretrained import DiffusersDenoiser
 from repa_lab.models.tap import TapError
+from repa_lab.models.tiny import build_net
 from tests.models.counting import meta_condition
 from tests.rounding import DENOISER, rounding
 

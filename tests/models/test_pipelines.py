@@ -19,8 +19,8 @@ from repa_lab.models import tiny
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.families.shared import unflatten, unpack
 from repa_lab.models.family import Family, network_of, pipeline_of
-from repa_lab.models.pretrained import DiffusersDenoiser, build_net
-from repa_lab.models.tiny import write_tiny_pipeline
+from repa_lab.models.pretrained import DiffusersDenoiser
+from repa_lab.models.tiny import build_net, write_tiny_pipeline
 from tests.rounding import DENOISER, rounding
 
 OURS = [family for family in FAMILIES.values() if family.pipeline]

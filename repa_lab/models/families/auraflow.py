@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from repa_lab.models.families.components import flow_scheduler, kl_autoencoder, t5_text
 from repa_lab.models.families.shared import JOINT_ATTENTION, encode_prompt, map_inputs, shapes
 from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape
+from repa_lab.models.tiny import flow_scheduler, kl_autoencoder, t5, tiny_pipeline
 
 
 def _prompt(condition: Condition) -> dict[str, Any]:
     text = condition["encoder_hidden_states"]
     return {"prompt_embeds": text, "prompt_attention_mask": text[..., 0]}  # the mask is required but not used
 
+
+_TOKENIZER = {"pad_token": "<pad>", "padding_side": "right"}
 
 AURAFLOW = Family(
     "auraflow",
@@ -43,12 +45,11 @@ AURAFLOW = Family(
         classes=("AuraFlowPipeline",),
         encode=encode_prompt("encoder_hidden_states", do_classifier_free_guidance=False),
         prompt=_prompt,
-        tiny={
-            "vae": kl_autoencoder(4, 0.13025),
-            "tokenizer": Component("transformers.LlamaTokenizer", {"pad_token": "<pad>", "padding_side": "right"}),
-            "text_encoder": t5_text(12, "UMT5EncoderModel"),
-            "scheduler": flow_scheduler(shift=1.73),
-        },
+        tiny=tiny_pipeline(
+            kl_autoencoder(4, 0.13025),
+            flow_scheduler(shift=1.73),
+            t5(12, "UMT5EncoderModel", Component("transformers.LlamaTokenizer", _TOKENIZER)),
+        ),
         adapted=JOINT_ATTENTION,
     ),
 )

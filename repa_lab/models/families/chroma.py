@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from repa_lab.models.families.components import FLUX_AUTOENCODER, T5_TOKENIZER, flow_scheduler, t5_text
 from repa_lab.models.families.flux import TINY, packed_inputs
 from repa_lab.models.families.shared import JOINT_ATTENTION, encode_prompt, shapes, unpack
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.tiny import FLUX_AUTOENCODER, flow_scheduler, t5, tiny_pipeline
 
 
 def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
@@ -41,24 +41,14 @@ CHROMA = Family(
         channels=16,
         uncheckpointed="its single blocks are run without the text's mask",
         parameters=8_899_983_424,  # Chroma1-HD has the constructor's defaults
-        tiny={
-            **TINY,
-            "approximator_num_channels": 16,
-            "approximator_hidden_dim": 16,
-            "approximator_layers": 1,
-        },
+        tiny={**TINY, "approximator_num_channels": 16, "approximator_hidden_dim": 16, "approximator_layers": 1},
     ),
     pipeline=Pipeline(
         released="lodestones/Chroma1-HD",
         classes=("ChromaPipeline",),
         encode=encode_prompt("encoder_hidden_states", None, "attention_mask", do_classifier_free_guidance=False),
         prompt=_prompt,
-        tiny={
-            "vae": FLUX_AUTOENCODER,
-            "tokenizer": T5_TOKENIZER,
-            "text_encoder": t5_text(12),
-            "scheduler": flow_scheduler(shift=3.0),
-        },
+        tiny=tiny_pipeline(FLUX_AUTOENCODER, flow_scheduler(shift=3.0), t5(12)),
         adapted=JOINT_ATTENTION,
     ),
 )

@@ -10,9 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from repa_lab.models.families.components import LEFT_TOKENIZER, flow_scheduler, kl_autoencoder, language_model
 from repa_lab.models.families.shared import longest_text, padded, shapes, text_lengths
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.tiny import (
+    LEFT_TOKENIZER,
+    flow_scheduler,
+    kl_autoencoder,
+    language_model,
+    tiny_pipeline,
+    tiny_transformer,
+)
 
 _MOST_TOKENS = 1024
 
@@ -67,17 +74,9 @@ COGVIEW4 = Family(
         channels=16,
         parameters=6_369_118_272,
         config={"num_layers": 28, "num_attention_heads": 32, "attention_head_dim": 128},  # CogView4-6B
-        tiny={
-            "sample_size": 16,
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_layers": 3,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "text_embed_dim": 12,
-            "time_embed_dim": 16,
-            "condition_dim": 8,
-        },
+        tiny=tiny_transformer(
+            sample_size=16, in_channels=4, out_channels=4, text_embed_dim=12, time_embed_dim=16, condition_dim=8
+        ),
     ),
     pipeline=Pipeline(
         released="zai-org/CogView4-6B",
@@ -85,11 +84,8 @@ COGVIEW4 = Family(
         encode=_encode,
         prompt=lambda condition: {"prompt_embeds": longest_text(condition)},
         sizes=_sizes,
-        tiny={
-            "vae": kl_autoencoder(4, 1.0),
-            "tokenizer": LEFT_TOKENIZER,
-            "text_encoder": language_model("GlmModel", 12),
-            "scheduler": flow_scheduler(**_SHIFTS),
-        },
+        tiny=tiny_pipeline(
+            kl_autoencoder(4, 1.0), flow_scheduler(**_SHIFTS), (LEFT_TOKENIZER, language_model("GlmModel", 12))
+        ),
     ),
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from repa_lab.models.families.components import kl_autoencoder
 from repa_lab.models.families.shared import map_inputs, shapes
 from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
+from repa_lab.models.tiny import kl_autoencoder, tiny_pipeline, tiny_transformer
 
 DIT = Family(
     "dit",
@@ -19,14 +19,8 @@ DIT = Family(
         native=256,
         parameters=749_826_464,
         config={"out_channels": 8},  # DiT-XL-2-256, which predicts the variance too
-        tiny={
-            "sample_size": 16,
-            "out_channels": 8,
-            "num_layers": 3,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "num_embeds_ada_norm": 1000,  # the pipeline takes the next number for the null label
-        },
+        # The pipeline takes the number of classes, 1000, for the null label.
+        tiny=tiny_transformer(sample_size=16, out_channels=8, num_embeds_ada_norm=1000),
     ),
     pipeline=Pipeline(
         released="facebook/DiT-XL-2-256",
@@ -35,9 +29,9 @@ DIT = Family(
         num_classes=lambda config: int(config.num_embeds_ada_norm),
         prompt=lambda condition: {"class_labels": condition["class_labels"].tolist()},
         negative=False,
-        tiny={
-            "vae": kl_autoencoder(4, 0.18215),
-            "scheduler": Component("diffusers.DDIMScheduler", {"beta_schedule": "linear", "clip_sample": False}),
-        },
+        tiny=tiny_pipeline(
+            kl_autoencoder(4, 0.18215),
+            Component("diffusers.DDIMScheduler", {"beta_schedule": "linear", "clip_sample": False}),
+        ),
     ),
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from repa_lab.models.families.components import FLUX2_AUTOENCODER, LLAMA_TOKENIZER, flow_scheduler, mistral_vl
 from repa_lab.models.families.shared import masked_text, padded_texts, text_lengths, texts_alone
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.tiny import FLUX2_AUTOENCODER, LLAMA_TOKENIZER, flow_scheduler, mistral_vl, tiny_pipeline
 
 _MOST_TOKENS = 512  # of a text; the pipeline itself has no limit
 
@@ -57,12 +57,11 @@ ERNIE_IMAGE = Family(
         encode=_encode,
         prompt=texts_alone,
         options={"use_pe": False},  # no prompt enhancer
-        tiny={
+        tiny=tiny_pipeline(
             # The pipeline decodes with an epsilon of 1e-5, whatever the config says, which changes nothing visible.
-            "vae": FLUX2_AUTOENCODER,
-            "tokenizer": LLAMA_TOKENIZER,
-            "text_encoder": mistral_vl("Mistral3Model", 12),
-            "scheduler": flow_scheduler(shift=3.0),  # not checked against the released one
-        },
+            FLUX2_AUTOENCODER,
+            flow_scheduler(shift=3.0),  # not checked against the released one
+            (LLAMA_TOKENIZER, mistral_vl("Mistral3Model", 12)),
+        ),
     ),
 )

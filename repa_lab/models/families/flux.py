@@ -4,14 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from repa_lab.models.families.components import (
-    CLIP_TOKENIZER,
-    FLUX_AUTOENCODER,
-    T5_TOKENIZER,
-    clip_text,
-    flow_scheduler,
-    t5_text,
-)
 from repa_lab.models.families.shared import (
     JOINT_ATTENTION,
     encode_prompt,
@@ -23,6 +15,7 @@ from repa_lab.models.families.shared import (
     unpack,
 )
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.tiny import FLUX_AUTOENCODER, clip, flow_scheduler, t5, tiny_pipeline, tiny_transformer
 
 
 def packed_inputs(latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
@@ -40,15 +33,9 @@ def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) ->
     return {**packed_inputs(latents, time, condition), **full_guidance(config, time)}
 
 
-TINY: dict[str, Any] = {
-    "in_channels": 16,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 12,
-    "axes_dims_rope": (4, 6, 6),
-}
+TINY: dict[str, Any] = tiny_transformer(
+    in_channels=16, num_layers=2, num_single_layers=2, joint_attention_dim=12, axes_dims_rope=(4, 6, 6)
+)
 
 FLUX = Family(
     "flux",
@@ -74,14 +61,7 @@ FLUX = Family(
         encode=encode_prompt("encoder_hidden_states", "pooled_projections", prompt_2=None),
         prompt=rename(prompt_embeds="encoder_hidden_states", pooled_prompt_embeds="pooled_projections"),
         negative=False,  # the model is distilled from guidance
-        tiny={
-            "vae": FLUX_AUTOENCODER,
-            "tokenizer": CLIP_TOKENIZER,
-            "text_encoder": clip_text(10),
-            "tokenizer_2": T5_TOKENIZER,
-            "text_encoder_2": t5_text(12),
-            "scheduler": flow_scheduler(use_dynamic_shifting=True, shift=3.0),
-        },
+        tiny=tiny_pipeline(FLUX_AUTOENCODER, flow_scheduler(use_dynamic_shifting=True, shift=3.0), clip(10), t5(12)),
         adapted=JOINT_ATTENTION,
     ),
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from repa_lab.models.families.components import FLUX2_AUTOENCODER, PIXTRAL_PROCESSOR, flow_scheduler, mistral_vl
 from repa_lab.models.families.shared import (
     JOINT_ATTENTION,
     encode_prompt,
@@ -21,6 +20,14 @@ from repa_lab.models.families.shared import (
     unflatten,
 )
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.tiny import (
+    FLUX2_AUTOENCODER,
+    PIXTRAL_PROCESSOR,
+    flow_scheduler,
+    mistral_vl,
+    tiny_pipeline,
+    tiny_transformer,
+)
 
 _AXES = 4  # of the positions: image, row, column, word
 
@@ -59,16 +66,14 @@ FLUX2 = Family(
         depths=("num_layers", "num_single_layers"),
         channels=128,
         parameters=32_223_281_152,  # FLUX.2-dev has the constructor's defaults
-        tiny={
-            "in_channels": 8,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 12,
-            "timestep_guidance_channels": 16,
-            "axes_dims_rope": (4, 4, 4, 4),
-        },
+        tiny=tiny_transformer(
+            in_channels=8,
+            num_layers=2,
+            num_single_layers=2,
+            joint_attention_dim=12,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+        ),
     ),
     pipeline=Pipeline(
         released="black-forest-labs/FLUX.2-dev",
@@ -76,13 +81,12 @@ FLUX2 = Family(
         encode=encode_prompt("encoder_hidden_states"),
         prompt=rename(prompt_embeds="encoder_hidden_states"),
         negative=False,  # the model is distilled from guidance
-        tiny={
-            "vae": FLUX2_AUTOENCODER,
-            "tokenizer": PIXTRAL_PROCESSOR,
+        tiny=tiny_pipeline(
+            FLUX2_AUTOENCODER,
+            flow_scheduler(use_dynamic_shifting=True, shift=3.0),
             # The pipeline reads the outputs of layers 10, 20 and 30.
-            "text_encoder": mistral_vl("Mistral3ForConditionalGeneration", 4, num_hidden_layers=31),
-            "scheduler": flow_scheduler(use_dynamic_shifting=True, shift=3.0),
-        },
+            (PIXTRAL_PROCESSOR, mistral_vl("Mistral3ForConditionalGeneration", 4, num_hidden_layers=31)),
+        ),
         adapted=(*JOINT_ATTENTION, *_SINGLE_ATTENTION),
     ),
 )

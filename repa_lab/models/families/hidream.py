@@ -9,18 +9,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from repa_lab.models.families.components import (
-    CLIP_TOKENIZER,
-    FLUX_AUTOENCODER,
-    LLAMA_TOKENIZER,
-    T5_TOKENIZER,
-    clip_text,
-    flow_scheduler,
-    language_model,
-    t5_text,
-)
 from repa_lab.models.families.shared import pack, padded, positions, unpack
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.tiny import (
+    FLUX_AUTOENCODER,
+    LLAMA_TOKENIZER,
+    clip,
+    flow_scheduler,
+    language_model,
+    t5,
+    tiny_pipeline,
+    tiny_transformer,
+)
 
 
 def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _prompt(condition: Condition) -> dict[str, Any]:
     }
 
 
-_CLIP = clip_text(8, projection_dim=4, max_position_embeddings=248)
+_CLIP = clip(8, projection_dim=4, max_position_embeddings=248)
 
 
 def _allow(pipeline: Any, height: int, width: int) -> None:
@@ -88,10 +88,7 @@ HIDREAM = Family(
     {"": Shape(48, 2560, 2, 8)},
     network=Network(
         model="HiDreamImageTransformer2DModel",
-        blocks=(
-            Blocks("double_stream_blocks", item=0, place="head"),
-            Blocks("single_stream_blocks", place="head"),
-        ),
+        blocks=(Blocks("double_stream_blocks", item=0, place="head"), Blocks("single_stream_blocks", place="head")),
         inputs=_inputs,
         condition=_condition,
         output=_output,
@@ -106,20 +103,18 @@ HIDREAM = Family(
             "axes_dims_rope": (64, 32, 32),
             "llama_layers": (*range(32), *(31,) * 16),
         },
-        tiny={
-            "patch_size": 2,
-            "in_channels": 4,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "caption_channels": (12, 10),
-            "text_emb_dim": 8,
-            "num_routed_experts": 2,
-            "axes_dims_rope": (8, 4, 4),
-            "max_resolution": (8, 16),
-            "llama_layers": (0, 1, 2, 2),
-        },
+        tiny=tiny_transformer(
+            patch_size=2,
+            in_channels=4,
+            num_layers=2,
+            num_single_layers=2,
+            caption_channels=(12, 10),
+            text_emb_dim=8,
+            num_routed_experts=2,
+            axes_dims_rope=(8, 4, 4),
+            max_resolution=(8, 16),
+            llama_layers=(0, 1, 2, 2),
+        ),
     ),
     pipeline=Pipeline(
         released="HiDream-ai/HiDream-I1-Full",
@@ -127,18 +122,12 @@ HIDREAM = Family(
         allow=_allow,
         encode=_encode,
         prompt=_prompt,
-        tiny={
-            "vae": FLUX_AUTOENCODER,
-            "tokenizer": CLIP_TOKENIZER,
-            "text_encoder": _CLIP,
-            "tokenizer_2": CLIP_TOKENIZER,
-            "text_encoder_2": _CLIP,
-            "tokenizer_3": T5_TOKENIZER,
-            "text_encoder_3": t5_text(12),
-            "tokenizer_4": LLAMA_TOKENIZER,
-            "text_encoder_4": language_model("LlamaForCausalLM", 10, num_hidden_layers=3),
-            "scheduler": flow_scheduler(shift=3.0),  # as diffusers trains it; not checked against the released one
-        },
+        tiny=tiny_pipeline(
+            FLUX_AUTOENCODER,
+            flow_scheduler(shift=3.0),  # as diffusers trains it; not checked against the released one
+            *(_CLIP, _CLIP, t5(12)),
+            (LLAMA_TOKENIZER, language_model("LlamaForCausalLM", 10, num_hidden_layers=3)),
+        ),
         adapted=("to_q", "to_k", "to_v", "to_out"),
     ),
 )

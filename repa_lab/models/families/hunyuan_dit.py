@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from repa_lab.models.families.components import LATENT_BETAS, T5_TOKENIZER, VOCABULARY, kl_autoencoder, t5_text
 from repa_lab.models.families.shared import rename
 from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.tiny import LATENT_BETAS, VOCABULARY, kl_autoencoder, t5, tiny_pipeline, tiny_transformer
 
 _BASE = 32  # tokens along a side of the 512 px image to which positions are scaled
 
@@ -85,18 +85,16 @@ HUNYUAN_DIT = Family(
             "mlp_ratio": 4.3637,
             "use_style_cond_and_image_meta_size": False,
         },
-        tiny={
-            "in_channels": 4,
-            "patch_size": 2,
-            "sample_size": 16,
-            "hidden_size": 32,
-            "num_layers": 4,  # the last takes the first one's output
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "cross_attention_dim": 12,
-            "cross_attention_dim_t5": 16,
-            "pooled_projection_dim": 10,
-        },
+        tiny=tiny_transformer(
+            in_channels=4,
+            patch_size=2,
+            sample_size=16,
+            hidden_size=32,
+            num_layers=4,  # the last takes the first one's output
+            cross_attention_dim=12,
+            cross_attention_dim_t5=16,
+            pooled_projection_dim=10,
+        ),
     ),
     pipeline=Pipeline(
         released="Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",
@@ -110,13 +108,14 @@ HUNYUAN_DIT = Family(
         ),
         options={"use_resolution_binning": False},
         sizes=_sizes,
-        tiny={
-            "vae": kl_autoencoder(4, 0.13025),
-            "tokenizer": Component("transformers.BertTokenizer", {"model_max_length": 77}),
-            "text_encoder": Component("transformers.BertModel", _BERT),
-            "tokenizer_2": T5_TOKENIZER,
-            "text_encoder_2": t5_text(16),
-            "scheduler": Component("diffusers.DDPMScheduler", _SCHEDULER),
-        },
+        tiny=tiny_pipeline(
+            kl_autoencoder(4, 0.13025),
+            Component("diffusers.DDPMScheduler", _SCHEDULER),
+            (
+                Component("transformers.BertTokenizer", {"model_max_length": 77}),
+                Component("transformers.BertModel", _BERT),
+            ),
+            t5(16),
+        ),
     ),
 )

@@ -8,16 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from repa_lab.models.families.components import (
-    CLIP_TOKENIZER,
-    FLUX_AUTOENCODER,
-    QWEN_PROCESSOR,
-    clip_text,
-    flow_scheduler,
-    qwen_vl,
-)
 from repa_lab.models.families.shared import longest_text, shapes, text_lengths
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.tiny import FLUX_AUTOENCODER, QWEN_PROCESSOR, clip, flow_scheduler, qwen_vl, tiny_pipeline
 
 _MOST_TOKENS = 512  # of a text
 
@@ -111,14 +104,12 @@ KANDINSKY5 = Family(
         shifted=False,
         encode=_encode,
         prompt=_prompt,
-        tiny={
-            "vae": FLUX_AUTOENCODER,
-            "tokenizer": QWEN_PROCESSOR,
-            "text_encoder": qwen_vl(12),
-            "tokenizer_2": CLIP_TOKENIZER,
-            "text_encoder_2": clip_text(10),
-            "scheduler": flow_scheduler(shift=3.0),  # not checked against the released one
-        },
+        tiny=tiny_pipeline(
+            FLUX_AUTOENCODER,
+            flow_scheduler(shift=3.0),  # not checked against the released one
+            (QWEN_PROCESSOR, qwen_vl(12)),
+            clip(10),
+        ),
         adapted=("to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer"),
     ),
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from repa_lab.models.families.components import EULER, VOCABULARY, kl_autoencoder
 from repa_lab.models.families.sdxl import NETWORK, PIPELINE, SDXL, TIME_IDS
 from repa_lab.models.families.shared import encode_prompt
 from repa_lab.models.family import Component
+from repa_lab.models.tiny import EULER, VOCABULARY, kl_autoencoder, tiny_pipeline
 
 _TEXT, _TINY_TEXT = 4096, 14  # widths of ChatGLM3's text and pooled text
 _CHATGLM = {
@@ -46,11 +46,13 @@ KOLORS = replace(
         classes=("KolorsPipeline",),
         # The padding is always on the left, and the UNet takes it for text.
         encode=encode_prompt("encoder_hidden_states", None, "text_embeds", do_classifier_free_guidance=False),
-        tiny={
-            "vae": kl_autoencoder(4, 0.13025),
-            "tokenizer": Component("diffusers.pipelines.kolors.ChatGLMTokenizer"),
-            "text_encoder": Component("diffusers.pipelines.kolors.ChatGLMModel", _CHATGLM),
-            "scheduler": Component(EULER.name, {**EULER.config, "beta_end": 0.014, "num_train_timesteps": 1100}),
-        },
+        tiny=tiny_pipeline(
+            kl_autoencoder(4, 0.13025),
+            Component(EULER.name, {**EULER.config, "beta_end": 0.014, "num_train_timesteps": 1100}),
+            (
+                Component("diffusers.pipelines.kolors.ChatGLMTokenizer"),
+                Component("diffusers.pipelines.kolors.ChatGLMModel", _CHATGLM),
+            ),
+        ),
     ),
 )

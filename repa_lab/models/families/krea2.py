@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from repa_lab.models.families.components import QWEN_AUTOENCODER, QWEN_TOKENIZER, flow_scheduler, qwen3_vl
 from repa_lab.models.families.shared import pack, positions, shapes, unpack
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.tiny import (
+    QWEN_AUTOENCODER,
+    QWEN_TOKENIZER,
+    flow_scheduler,
+    qwen3_vl,
+    tiny_pipeline,
+    tiny_transformer,
+)
 
 
 def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
@@ -48,22 +55,19 @@ KREA2 = Family(
         output=unpack,
         channels=16,
         parameters=12_820_073_036,  # Krea 2 is assumed to have the constructor's defaults
-        tiny={
-            "in_channels": 16,
-            "num_layers": 3,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "intermediate_size": 48,
-            "timestep_embed_dim": 16,
-            "text_hidden_dim": 12,
-            "text_num_attention_heads": 2,
-            "text_num_key_value_heads": 2,
-            "text_intermediate_size": 16,
-            "num_layerwise_text_blocks": 1,
-            "num_refiner_text_blocks": 1,
-            "axes_dims_rope": (4, 6, 6),
-        },
+        tiny=tiny_transformer(
+            in_channels=16,
+            num_key_value_heads=1,
+            intermediate_size=48,
+            timestep_embed_dim=16,
+            text_hidden_dim=12,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=2,
+            text_intermediate_size=16,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=(4, 6, 6),
+        ),
     ),
     pipeline=Pipeline(
         released="krea/Krea-2-Raw",
@@ -71,11 +75,10 @@ KREA2 = Family(
         encode=_encode,
         prompt=_prompt,
         unguided=0,
-        tiny={
-            "vae": QWEN_AUTOENCODER,
-            "tokenizer": QWEN_TOKENIZER,
-            "text_encoder": qwen3_vl(12, layers=35),  # the pipeline reads every third layer from the second
-            "scheduler": flow_scheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
-        },
+        tiny=tiny_pipeline(
+            QWEN_AUTOENCODER,
+            flow_scheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+            (QWEN_TOKENIZER, qwen3_vl(12, layers=35)),  # the pipeline reads every third layer from the second
+        ),
     ),
 )

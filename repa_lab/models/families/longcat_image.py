@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from repa_lab.models.families.components import QWEN_PROCESSOR, QWEN_TOKENIZER, flow_scheduler, kl_autoencoder, qwen_vl
 from repa_lab.models.families.flux import TINY
 from repa_lab.models.families.shared import (
     JOINT_ATTENTION,
@@ -17,6 +16,7 @@ from repa_lab.models.families.shared import (
     unpack,
 )
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.tiny import QWEN_PROCESSOR, QWEN_TOKENIZER, flow_scheduler, kl_autoencoder, qwen_vl, tiny_pipeline
 
 _MOST_TOKENS = 512  # of a text
 
@@ -64,13 +64,12 @@ LONGCAT_IMAGE = Family(
         encode=encode_prompt("encoder_hidden_states"),
         prompt=rename(prompt_embeds="encoder_hidden_states"),
         options={"enable_prompt_rewrite": False},
-        tiny={
-            "vae": kl_autoencoder(16, 0.3611, 0.1159),
-            "tokenizer": QWEN_TOKENIZER,
-            "text_encoder": qwen_vl(12),
-            "text_processor": QWEN_PROCESSOR,
-            "scheduler": flow_scheduler(use_dynamic_shifting=True, shift=3.0),  # not checked against the released one
-        },
+        tiny=tiny_pipeline(
+            kl_autoencoder(16, 0.3611, 0.1159),
+            flow_scheduler(use_dynamic_shifting=True, shift=3.0),  # not checked against the released one
+            (QWEN_TOKENIZER, qwen_vl(12)),
+            text_processor=QWEN_PROCESSOR,
+        ),
         adapted=JOINT_ATTENTION,
     ),
 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from repa_lab.models.families.components import T5_TOKENIZER, flow_scheduler, t5_text
 from repa_lab.models.families.shared import encode_prompt, flatten, masked_prompt, masked_text, unflatten
 from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.tiny import flow_scheduler, t5, tiny_pipeline, tiny_transformer
 
 _FRAME_STRIDE, _LATENT_STRIDE = 8, 32
 _FRAMES_PER_SECOND = 25  # of clips, as the pipeline takes them if it is told nothing
@@ -49,26 +49,17 @@ LTXVIDEO = Family(
         channels=128,
         native=512,
         parameters=1_923_385_472,  # LTX-Video 0.9 has the constructor's defaults
-        tiny={
-            "in_channels": 8,
-            "out_channels": 8,
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "cross_attention_dim": 32,
-            "num_layers": 3,
-            "caption_channels": 12,
-        },
+        tiny=tiny_transformer(in_channels=8, out_channels=8, cross_attention_dim=32, caption_channels=12),
     ),
     pipeline=Pipeline(
         released="Lightricks/LTX-Video",
         classes=("LTXPipeline",),
         encode=encode_prompt("encoder_hidden_states", "encoder_attention_mask", do_classifier_free_guidance=False),
         prompt=masked_prompt,
-        tiny={
-            "vae": Component("diffusers.AutoencoderKLLTXVideo", _VAE),
-            "tokenizer": T5_TOKENIZER,
-            "text_encoder": t5_text(12),
-            "scheduler": flow_scheduler(use_dynamic_shifting=True, shift_terminal=0.1, **_SHIFTS),
-        },
+        tiny=tiny_pipeline(
+            Component("diffusers.AutoencoderKLLTXVideo", _VAE),
+            flow_scheduler(use_dynamic_shifting=True, shift_terminal=0.1, **_SHIFTS),
+            t5(12),
+        ),
     ),
 )

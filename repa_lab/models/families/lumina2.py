@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from repa_lab.models.families.components import FLUX_AUTOENCODER, GEMMA_TOKENIZER, flow_scheduler, language_model
 from repa_lab.models.families.shared import (
     MASKED_TEXT,
     encode_prompt,
@@ -12,6 +11,7 @@ from repa_lab.models.families.shared import (
     text_lengths,
 )
 from repa_lab.models.family import Blocks, Family, Network, Pipeline, Shape
+from repa_lab.models.tiny import FLUX_AUTOENCODER, flow_scheduler, gemma, tiny_pipeline
 
 LUMINA2 = Family(
     "lumina2",
@@ -50,11 +50,10 @@ LUMINA2 = Family(
         classes=("Lumina2Pipeline",),
         encode=encode_prompt(*MASKED_TEXT, if_empty=negative_rows, do_classifier_free_guidance=False),
         prompt=masked_prompt,
-        tiny={
-            "vae": FLUX_AUTOENCODER,
-            "tokenizer": GEMMA_TOKENIZER,
-            "text_encoder": language_model("Gemma2Model", 10, num_attention_heads=2),
-            "scheduler": flow_scheduler(shift=6.0),  # not checked against the released one
-        },
+        tiny=tiny_pipeline(
+            FLUX_AUTOENCODER,
+            flow_scheduler(shift=6.0),  # not checked against the released one
+            gemma(10, num_attention_heads=2),
+        ),
     ),
 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from repa_lab.models.families.components import T5_TOKENIZER, kl_autoencoder, t5_text
 from repa_lab.models.families.shared import MASKED_TEXT, encode_prompt, masked_prompt, masked_text
 from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.tiny import kl_autoencoder, t5, tiny_pipeline, tiny_transformer
 
 _ALPHA_1024 = 128  # sample_size of the only checkpoint that takes sizes although its config does not say so
 
@@ -52,14 +52,9 @@ PIXART = Family(
             "interpolation_scale": 2,
             "use_additional_conditions": False,
         },
-        tiny={
-            "sample_size": _ALPHA_1024,
-            "num_layers": 3,
-            "attention_head_dim": 16,
-            "num_attention_heads": 3,
-            "cross_attention_dim": 48,
-            "caption_channels": 12,
-        },
+        tiny=tiny_transformer(
+            sample_size=_ALPHA_1024, num_attention_heads=3, cross_attention_dim=48, caption_channels=12
+        ),
     ),
     pipeline=Pipeline(
         released="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
@@ -69,11 +64,10 @@ PIXART = Family(
         # Without this the pipeline encodes a negative prompt itself and samples at the nearest size of its own list.
         options={"negative_prompt": None, "use_resolution_binning": False},
         sizes=_sizes,
-        tiny={
-            "vae": kl_autoencoder(4, 0.18215),
-            "tokenizer": T5_TOKENIZER,
-            "text_encoder": t5_text(12),
-            "scheduler": Component("diffusers.DPMSolverMultistepScheduler", {"beta_schedule": "linear"}),
-        },
+        tiny=tiny_pipeline(
+            kl_autoencoder(4, 0.18215),
+            Component("diffusers.DPMSolverMultistepScheduler", {"beta_schedule": "linear"}),
+            t5(12),
+        ),
     ),
 )

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from repa_lab.models.families.components import QWEN_AUTOENCODER, QWEN_TOKENIZER, flow_scheduler, qwen_vl
 from repa_lab.models.families.shared import JOINT_ATTENTION, longest, pack, padded, shapes, unpack
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.tiny import (
+    QWEN_AUTOENCODER,
+    QWEN_TOKENIZER,
+    flow_scheduler,
+    qwen_vl,
+    tiny_pipeline,
+    tiny_transformer,
+)
 
 _MOST_TOKENS = 512  # of a text, as in the pipeline's call
 
@@ -48,15 +55,7 @@ QWEN_IMAGE = Family(
         unused=True,  # the text stream of the last block
         channels=16,
         parameters=20_430_401_088,  # Qwen-Image has the constructor's defaults
-        tiny={
-            "in_channels": 16,
-            "out_channels": 4,
-            "num_layers": 3,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 12,
-            "axes_dims_rope": (4, 6, 6),
-        },
+        tiny=tiny_transformer(in_channels=16, out_channels=4, joint_attention_dim=12, axes_dims_rope=(4, 6, 6)),
     ),
     pipeline=Pipeline(
         released="Qwen/Qwen-Image",
@@ -64,12 +63,9 @@ QWEN_IMAGE = Family(
         encode=_encode,
         prompt=_prompt,
         guidance="true_cfg_scale",
-        tiny={
-            "vae": QWEN_AUTOENCODER,
-            "tokenizer": QWEN_TOKENIZER,
-            "text_encoder": qwen_vl(12),
-            "scheduler": flow_scheduler(use_dynamic_shifting=True, **_SHIFTS),
-        },
+        tiny=tiny_pipeline(
+            QWEN_AUTOENCODER, flow_scheduler(use_dynamic_shifting=True, **_SHIFTS), (QWEN_TOKENIZER, qwen_vl(12))
+        ),
         adapted=JOINT_ATTENTION,
     ),
 )

@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from repa_lab.models.families.components import GEMMA_TOKENIZER, language_model
 from repa_lab.models.families.shared import MASKED_TEXT, encode_prompt, masked_prompt, masked_text, negative_rows
 from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.tiny import gemma, tiny_pipeline, tiny_transformer
 
 
 def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
@@ -51,18 +51,15 @@ SANA = Family(
         condition=masked_text("caption_channels"),
         channels=32,
         parameters=1_604_462_752,  # Sana_1600M_1024px has the constructor's defaults
-        tiny={
-            "sample_size": 8,
-            "in_channels": 8,
-            "out_channels": 8,
-            "num_layers": 3,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "cross_attention_head_dim": 16,
-            "num_cross_attention_heads": 2,
-            "cross_attention_dim": 32,
-            "caption_channels": 12,
-        },
+        tiny=tiny_transformer(
+            sample_size=8,
+            in_channels=8,
+            out_channels=8,
+            cross_attention_head_dim=16,
+            num_cross_attention_heads=2,
+            cross_attention_dim=32,
+            caption_channels=12,
+        ),
     ),
     pipeline=Pipeline(
         released="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
@@ -71,11 +68,10 @@ SANA = Family(
         prompt=masked_prompt,
         # Without this the pipeline encodes a negative prompt itself and samples at the nearest size of its own list.
         options={"negative_prompt": None, "use_resolution_binning": False},
-        tiny={
-            "vae": Component("diffusers.AutoencoderDC", _VAE),
-            "tokenizer": GEMMA_TOKENIZER,
-            "text_encoder": language_model("Gemma2Model", 12),
-            "scheduler": Component("diffusers.DPMSolverMultistepScheduler", _FLOW),
-        },
+        tiny=tiny_pipeline(
+            Component("diffusers.AutoencoderDC", _VAE),
+            Component("diffusers.DPMSolverMultistepScheduler", _FLOW),
+            gemma(12),
+        ),
     ),
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from repa_lab.models.families.components import CLIP_TOKENIZER, LATENT_BETAS, clip_text, kl_autoencoder
 from repa_lab.models.families.shared import map_inputs, rename, shapes
 from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.tiny import LATENT_BETAS, clip, kl_autoencoder, tiny_pipeline
 
 
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -43,11 +43,10 @@ SD15 = Family(
         encode=_encode,
         prompt=rename(prompt_embeds="encoder_hidden_states"),
         denoiser="unet",
-        tiny={
-            "vae": kl_autoencoder(4, 0.18215),
-            "tokenizer": CLIP_TOKENIZER,
-            "text_encoder": clip_text(12),
-            "scheduler": Component("diffusers.PNDMScheduler", {**LATENT_BETAS, "skip_prk_steps": True}),
-        },
+        tiny=tiny_pipeline(
+            kl_autoencoder(4, 0.18215),
+            Component("diffusers.PNDMScheduler", {**LATENT_BETAS, "skip_prk_steps": True}),
+            clip(12),
+        ),
     ),
 )

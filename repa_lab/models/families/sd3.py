@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from repa_lab.models.families.components import (
-    CLIP_TOKENIZER,
-    T5_TOKENIZER,
-    clip_text,
-    flow_scheduler,
-    kl_autoencoder,
-    t5_text,
-)
 from repa_lab.models.families.shared import JOINT_ATTENTION, encode_prompt, map_inputs, rename, shapes
 from repa_lab.models.family import Blocks, Family, Network, Pipeline, Shape
+from repa_lab.models.tiny import clip, flow_scheduler, kl_autoencoder, t5, tiny_pipeline, tiny_transformer
 
 SD3 = Family(
     "sd3",
@@ -32,18 +25,15 @@ SD3 = Family(
             "caption_projection_dim": 1536,
             "pos_embed_max_size": 192,
         },
-        tiny={
-            "sample_size": 16,
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_layers": 3,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 12,
-            "caption_projection_dim": 32,
-            "pooled_projection_dim": 10,
-            "pos_embed_max_size": 16,
-        },
+        tiny=tiny_transformer(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            joint_attention_dim=12,
+            caption_projection_dim=32,
+            pooled_projection_dim=10,
+            pos_embed_max_size=16,
+        ),
     ),
     pipeline=Pipeline(
         released="stabilityai/stable-diffusion-3-medium-diffusers",
@@ -57,16 +47,11 @@ SD3 = Family(
             do_classifier_free_guidance=False,
         ),
         prompt=rename(prompt_embeds="encoder_hidden_states", pooled_prompt_embeds="pooled_projections"),
-        tiny={
-            "vae": kl_autoencoder(4, 1.5305, 0.0609),
-            "tokenizer": CLIP_TOKENIZER,
-            "text_encoder": clip_text(4, projection_dim=4),
-            "tokenizer_2": CLIP_TOKENIZER,
-            "text_encoder_2": clip_text(6, projection_dim=6),
-            "tokenizer_3": T5_TOKENIZER,
-            "text_encoder_3": t5_text(12),
-            "scheduler": flow_scheduler(shift=3.0),
-        },
+        tiny=tiny_pipeline(
+            kl_autoencoder(4, 1.5305, 0.0609),
+            flow_scheduler(shift=3.0),
+            *(clip(4, projection_dim=4), clip(6, projection_dim=6), t5(12)),
+        ),
         adapted=JOINT_ATTENTION,
     ),
 )

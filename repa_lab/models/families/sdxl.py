@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from repa_lab.models.families.components import CLIP_TOKENIZER, EULER, clip_text, kl_autoencoder
 from repa_lab.models.families.shared import encode_prompt, rename, zero_rows
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.tiny import EULER, clip, kl_autoencoder, tiny_pipeline
 
 TIME_IDS = 6  # original height and width, crop top and left, target height and width
 
@@ -67,13 +67,6 @@ PIPELINE = Pipeline(
     prompt=rename(prompt_embeds="encoder_hidden_states", pooled_prompt_embeds="text_embeds"),
     sizes=lambda config, frames: {"time_ids": frames},
     denoiser="unet",
-    tiny={
-        "vae": kl_autoencoder(4, 0.13025),
-        "tokenizer": CLIP_TOKENIZER,
-        "tokenizer_2": CLIP_TOKENIZER,
-        "text_encoder": clip_text(4),
-        "text_encoder_2": clip_text(8, projection_dim=10),
-        "scheduler": EULER,
-    },
+    tiny=tiny_pipeline(kl_autoencoder(4, 0.13025), EULER, clip(4), clip(8, projection_dim=10)),
 )
 SDXL = Family("sdxl", "unet", {"": Shape(1, 1280, 4, "mid")}, network=NETWORK, pipeline=PIPELINE)

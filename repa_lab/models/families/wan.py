@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from repa_lab.models.families.components import T5_TOKENIZER, WAN_AUTOENCODER, t5_text
 from repa_lab.models.families.shared import encode_prompt, map_inputs, rename, shapes
 from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
+from repa_lab.models.tiny import WAN_AUTOENCODER, t5, tiny_pipeline, tiny_transformer
 
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
@@ -23,28 +23,15 @@ WAN = Family(
         native=480,
         parameters=1_418_996_800,
         config={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},  # Wan2.1-T2V-1.3B
-        tiny={
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 12,
-            "freq_dim": 32,
-            "ffn_dim": 32,
-            "num_layers": 3,
-            "rope_max_seq_len": 64,
-        },
+        tiny=tiny_transformer(in_channels=4, out_channels=4, text_dim=12, freq_dim=32, ffn_dim=32, rope_max_seq_len=64),
     ),
     pipeline=Pipeline(
         released="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         classes=("WanPipeline",),
         encode=encode_prompt("encoder_hidden_states", do_classifier_free_guidance=False, max_sequence_length=512),
         prompt=rename(prompt_embeds="encoder_hidden_states"),
-        tiny={
-            "vae": WAN_AUTOENCODER,
-            "tokenizer": T5_TOKENIZER,
-            "text_encoder": t5_text(12, "UMT5EncoderModel"),
-            "scheduler": Component("diffusers.UniPCMultistepScheduler", _FLOW),
-        },
+        tiny=tiny_pipeline(
+            WAN_AUTOENCODER, Component("diffusers.UniPCMultistepScheduler", _FLOW), t5(12, "UMT5EncoderModel")
+        ),
     ),
 )

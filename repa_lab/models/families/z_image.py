@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from repa_lab.models.families.components import FLUX_AUTOENCODER, QWEN_TOKENIZER, flow_scheduler, language_model
 from repa_lab.models.families.shared import masked_text, padded_texts, text_lengths, texts_alone
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.tiny import FLUX_AUTOENCODER, QWEN_TOKENIZER, flow_scheduler, language_model, tiny_pipeline
 
 _MOST_TOKENS = 512  # of a text
 
@@ -61,11 +61,10 @@ Z_IMAGE = Family(
         encode=_encode,
         prompt=texts_alone,
         unguided=0,
-        tiny={
-            "vae": FLUX_AUTOENCODER,
-            "tokenizer": QWEN_TOKENIZER,
-            "text_encoder": language_model("Qwen3Model", 12),
-            "scheduler": flow_scheduler(shift=3.0),  # of Z-Image-Turbo; not checked against the released one
-        },
+        tiny=tiny_pipeline(
+            FLUX_AUTOENCODER,
+            flow_scheduler(shift=3.0),  # of Z-Image-Turbo; not checked against the released one
+            (QWEN_TOKENIZER, language_model("Qwen3Model", 12)),
+        ),
     ),
 )
