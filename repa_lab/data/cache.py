@@ -40,7 +40,7 @@ from repa_lab.data.rows import (
     write_rows,
     writing,
 )
-from repa_lab.data.sources import ImageSource, groups
+from repa_lab.data.sources import Source, groups
 from repa_lab.files import digest, replace_atomically
 
 FORMAT = 1
@@ -147,7 +147,7 @@ class ArrayCache:
         return self._files[int(self._file[index[0]])].shape
 
     def frames(self, index: torch.Tensor) -> torch.Tensor:
-        """Return how the images ``index`` ``(n,)`` were cut, ``(n, 6)``; see :meth:`ImageSource.frames`."""
+        """Return how the images ``index`` ``(n,)`` were cut, ``(n, 6)``; see :meth:`Source.frames`."""
         return torch.from_numpy(self._frames[index.numpy()]).long()
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
@@ -162,7 +162,7 @@ class ArrayCache:
 def open_cache(
     root: Path,
     identity: Mapping[str, Any],
-    source: ImageSource,
+    source: Source,
     encode: Callable[[torch.Tensor], torch.Tensor],
     batch_size: int = 128,
     progress: Progress | None = None,
@@ -204,7 +204,7 @@ class _Builder:
         self,
         folder: Path,
         manifest: Manifest,
-        source: ImageSource,
+        source: Source,
         encode: Callable[[torch.Tensor], torch.Tensor],
         dtype: torch.dtype | None,
         readers: int,

@@ -10,13 +10,13 @@ import csv
 import hashlib
 import io
 import json
-import math
 import os
 import posixpath
 import re
+import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +24,6 @@ import numpy as np
 from PIL import Image
 
 from repa_lab.data import DataError
-from repa_lab.data.crop import Buckets
 from repa_lab.files import digest
 
 CLIP_SUFFIXES = (".gif", ".webp", ".npy")
@@ -32,99 +31,79 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Where captions are looked for if `data.caption_column` names no column, in every source that has columns.
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 _FILE, _FILES = "file_name", "_file_name"  # the column of paths, and the end of the name of another such column
-_MISSING = object()
+_SHOWN = 50  # characters of a value in messages
 _CONTENT_SAMPLE = 256
 _END_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Tree:
-    """The files below a folder.
-
-    Attributes:
-        files: every file except hidden ones.
-        repeated: folders that were not entered a second time: links, as a rule.
-    """
-
-    files: Sequence[Path]
-    repeated: Sequence[Path]
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A clip of a folder.
-
-    Attributes:
-        path: a folder of frames, or an animated file.
-        files: the frames in their order, or the file.
-    """
-
-    path: Path
-    files: Sequence[Path]
-
-    @property
-    def length(self) -> int:
-        """The number of frames."""
-        if self.path.is_dir():
-            return len(self.files)
-        try:
-            if self.path.suffix == ".npy":
-                array = np.load(self.path, mmap_mode="r")
-                if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-                    found = f"{array.dtype} of shape {array.shape}"
-                    raise DataError("path", f"'{self.path}' must be uint8 of (frames, height, width, 3), got {found}")
-                return len(array)
-            with Image.open(self.path) as animation:
-                return getattr(animation, "n_frames", 1)
-        except (OSError, ValueError) as error:
-            raise DataError("path", f"cannot read the clip '{self.path}': {error}") from None
-
-
-@dataclass(frozen=True)
-class ClipList:
-    """The clips of a folder.
+class FileList:
+    """The images of a folder, or its clips: animated files, and subfolders of frames.
 
     Attributes:
         folder: the folder.
-        clips: the clips, sorted by their path.
-        captions: a caption for each clip, or empty if no clip has one.
+        items: the images or clips, sorted by their path in the folder.
+        classes: the class of each item: the first folder on an image's path, or an empty name.
+        captions: a caption for each item, or empty if no item has one.
         notes: what was left out, a sentence each.
+        frames: the frames of each clip that is a subfolder, in order.
     """
 
     folder: Path
-    clips: Sequence[Clip]
+    items: Sequence[Path]
+    classes: Sequence[str]
     captions: Sequence[str]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ImageList:
-    """The images of a folder.
-
-    Attributes:
-        folder: the folder.
-        files: the images, sorted by their path in the folder.
-        captions: a caption for each image, or empty if no image has one.
-        notes: what was left out, a sentence each.
-    """
-
-    folder: Path
-    files: Sequence[Path]
-    captions: Sequence[str]
-    notes: tuple[str, ...]
+    frames: Mapping[Path, Sequence[Path]]
 
     @property
-    def classes(self) -> list[str]:
-        """The class of each image: the first folder on its path, or an empty name directly in the folder."""
-        paths = [path.parts[len(self.folder.parts) :] for path in self.files]
-        return [parts[0] if len(parts) > 1 else "" for parts in paths]
+    def files(self) -> list[Path]:
+        """The files of all items, in order."""
+        return [file for item in self.items for file in self.frames.get(item, (item,))]
+
+    def fingerprint(self, read_as: Mapping[str, Any], content: bool = False) -> str:
+        """Return a digest of the names and sizes of the files, their captions, and how they are read.
+
+        Args:
+            read_as: how the files are read, as JSON: the source, the resolution.
+            content: whether the digest is also of the content of up to 256 files, evenly spaced. Caches are found by
+                such a digest: uncompressed images of two data sets have the same sizes, and features of one must not
+                pass for those of the other. `plan` does not wait for the content to be read.
+        """
+        files, captions = self.files, digest(list(self.captions)) if self.captions else None
+        named = [(file.relative_to(self.folder).as_posix(), file.stat().st_size) for file in files]
+        listing = digest({**read_as, "files": named, "captions": captions})
+        if not content:
+            return listing
+        sample = files[:: -(-len(files) // _CONTENT_SAMPLE)]
+        return digest(
+            {"listing": listing, "contents": [hashlib.sha256(file.read_bytes()).hexdigest() for file in sample]}
+        )
+
+    def copy_few(self, target: Path, count: int, caption_column: str | None) -> None:
+        """Copy evenly spaced items, so that all classes are among them, with their captions."""
+        chosen = range(0, len(self.items), max(1, len(self.items) // count))[:count]
+        for item in (self.items[index] for index in chosen):
+            for file in self.frames.get(item, (item,)):
+                copy = target / file.relative_to(self.folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+        if self.captions:
+            named = {self.items[index].relative_to(self.folder).as_posix(): self.captions[index] for index in chosen}
+            write_captions(target, named, caption_column or CAPTION_COLUMNS[0])
 
 
-def walk(folder: Path) -> Tree:
-    """List the files below a folder, following links; a folder that is reached twice is read once.
+def write_captions(folder: Path, captions: Mapping[str, str], column: str) -> None:
+    """Write the captions of images, by their names in the folder, as an image folder has them."""
+    lines = (json.dumps({_FILE: name, column: caption}) + "\n" for name, caption in captions.items())
+    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """List the files below a folder, following links, and the folders that are reached twice and read once.
 
     The folder itself is read before the targets of links, so that a folder in it keeps its own name. A link to a folder
-    around ``folder`` is not followed.
+    around ``folder`` is not followed. Hidden files and folders are left out.
 
     Raises:
         OSError: a folder cannot be read.
@@ -150,19 +129,26 @@ def walk(folder: Path) -> Tree:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             starts += [here / name for name in folders if (here / name).is_symlink()]
             files += [here / name for name in names if not name.startswith(".")]
-    return Tree(files, repeated)
+    return files, repeated
 
 
-def require_targets(files: Iterable[Path]) -> None:
-    """Refuse links that lead nowhere.
+def list_files(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """List the files below a folder, following links, with a sentence on folders that are reached twice.
 
     Raises:
-        DataError: naming the first such link.
+        DataError: no folder, or a link that leads nowhere, which the message names.
     """
+    if not folder.is_dir():
+        raise DataError("path", f"no folder '{folder}'")
+    files, repeated = _walk(folder)
     dangling = min((path for path in files if not path.exists()), default=None)
     if dangling is not None:
         target = f" to '{dangling.readlink()}'" if dangling.is_symlink() else ""
         raise DataError("path", f"'{dangling}' is a link{target}, which is not there: mend or remove the link")
+    if not repeated:
+        return files, ()
+    folders = "1 folder is" if len(repeated) == 1 else f"{len(repeated):,} folders are"
+    return files, (f"{folders} reached twice through links and read once ('{repeated[0]}' is left out)",)
 
 
 def fingerprint_files(folder: Path, but: str | None = None) -> str:
@@ -183,53 +169,8 @@ def fingerprint_files(folder: Path, but: str | None = None) -> str:
             file.seek(max(len(start), path.stat().st_size - _END_BYTES))
             return hashlib.sha256(start + file.read()).hexdigest()
 
-    files = sorted(path for path in walk(folder).files if path.is_file() and not (but and path.match(but)))
+    files = sorted(path for path in _walk(folder)[0] if path.is_file() and not (but and path.match(but)))
     return digest([(path.relative_to(folder).as_posix(), path.stat().st_size, ends(path)) for path in files])
-
-
-def fingerprint_images(images: ImageList, resolution: int, buckets: Buckets | None = None) -> str:
-    """Return a digest of the names and sizes of the images, their captions, and the resolution they are read at."""
-    files = [(path.relative_to(images.folder).as_posix(), path.stat().st_size) for path in images.files]
-    captions = digest(list(images.captions)) if images.captions else None
-    content = {"source": "imagefolder", "files": files, "captions": captions, "resolution": resolution}
-    return digest({**content, **({"buckets": asdict(buckets)} if buckets else {})})
-
-
-def fingerprint_content(images: ImageList, resolution: int, buckets: Buckets | None = None) -> str:
-    """Return a digest as :func:`fingerprint_images`, and of the content of up to 256 images, evenly spaced.
-
-    Caches are found by this digest: uncompressed images of two data sets have the same sizes, and features of one must
-    not pass for those of the other. `plan` does not wait for the content to be read.
-    """
-    listing = fingerprint_images(images, resolution, buckets)
-    return digest({"listing": listing, "contents": _contents(images.files)})
-
-
-def fingerprint_clips(
-    clips: ClipList, resolution: int, buckets: Buckets | None, frames: int, step: int, content: bool = False
-) -> str:
-    """Return a digest of the names and sizes of the frames, their captions, and how they are read.
-
-    Args:
-        clips: the clips.
-        resolution: pixels along each side.
-        buckets: sizes of several aspects.
-        frames: frames that are read of each clip.
-        step: frames from one to the next.
-        content: whether the digest is also of the content of up to 256 files, evenly spaced, as that of caches.
-    """
-    files = [file for clip in clips.clips for file in clip.files]
-    named = [(file.relative_to(clips.folder).as_posix(), file.stat().st_size) for file in files]
-    captions = digest(list(clips.captions)) if clips.captions else None
-    about = {"source": "clips", "files": named, "captions": captions, "resolution": resolution}
-    listing = digest({**about, "frames": frames, "step": step, **({"buckets": asdict(buckets)} if buckets else {})})
-    return digest({"listing": listing, "contents": _contents(files)}) if content else listing
-
-
-def _contents(files: Sequence[Path]) -> list[str]:
-    """Return the digests of the content of up to 256 files, evenly spaced."""
-    sample = files[:: -(-len(files) // _CONTENT_SAMPLE)]
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in sample]
 
 
 def find_caption_column(columns: Sequence[str], asked: str | None) -> str | None:
@@ -254,7 +195,7 @@ def caption_notes(captions: Sequence[str], kind: str = "images") -> list[str]:
     return [note] if empty else []
 
 
-def read_image_folder(folder: Path, caption_column: str | None = None) -> ImageList:
+def read_image_folder(folder: Path, caption_column: str | None = None) -> FileList:
     """List the images of a folder with their captions.
 
     If there are ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet`` files, in the folder or below it, the
@@ -264,18 +205,17 @@ def read_image_folder(folder: Path, caption_column: str | None = None) -> ImageL
     Raises:
         DataError: no folder, no images, a link that leads nowhere, or metadata that cannot be used: with file and line.
     """
-    if not folder.is_dir():
-        raise DataError("path", f"no folder '{folder}'")
-    tree = walk(folder)
-    require_targets(tree.files)
-    images = sorted(path for path in tree.files if path.suffix.lower() in IMAGE_SUFFIXES)
+    files, notes = list_files(folder)
+    images = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
         raise DataError("path", f"no images in '{folder}'; expected {', '.join(IMAGE_SUFFIXES)}")
-    files, captions, unlisted = _captioned(tree, images, "images", caption_column)
-    return ImageList(folder, files, captions, (*_repeated(tree), *unlisted, *caption_notes(captions)))
+    images, captions, more = _captioned(files, images, "images", caption_column)
+    parts = [path.parts[len(folder.parts) :] for path in images]
+    classes = [first if others else "" for first, *others in parts]
+    return FileList(folder, images, classes, captions, (*notes, *more), {})
 
 
-def read_clips(folder: Path, frames: int, caption_column: str | None = None) -> ClipList:
+def read_clips(folder: Path, length: int, caption_column: str | None = None) -> FileList:
     """List the clips of a folder with their captions.
 
     A subfolder with images is a clip: its images are the frames, in the order of their names, where numbers count as
@@ -283,68 +223,64 @@ def read_clips(folder: Path, frames: int, caption_column: str | None = None) -> 
     Captions are as in :func:`read_image_folder`, by the name of the subfolder or file.
 
     Args:
-        folder: the folder.
-        frames: frames that a clip must have.
-        caption_column: the column of captions.
+        length: frames that a clip must have.
 
     Raises:
         DataError: no folder, no clips, a clip that is too short, a link that leads nowhere, or metadata that cannot be
             used: with file and line.
     """
-    if not folder.is_dir():
-        raise DataError("path", f"no folder '{folder}'")
-    tree = walk(folder)
-    require_targets(tree.files)
-    of_folders: dict[Path, list[Path]] = {}
-    for path in tree.files:
+    files, notes = list_files(folder)
+    frames: dict[Path, list[Path]] = {}
+    for path in files:
         if path.parent != folder and path.suffix.lower() in IMAGE_SUFFIXES:
-            of_folders.setdefault(path.parent, []).append(path)
-    files = [path for path in tree.files if path.parent == folder and path.suffix.lower() in CLIP_SUFFIXES]
-    clips = [
-        *(Clip(path, sorted(inner, key=_natural)) for path, inner in of_folders.items()),
-        *(Clip(p, (p,)) for p in files),
-    ]
-    if not clips:
+            frames.setdefault(path.parent, []).append(path)
+    for images in frames.values():  # 2.png before 10.png
+        images.sort(
+            key=lambda path: [(int(n), "") if n.isdecimal() else (-1, n) for n in re.split(r"(\d+)", path.name)]
+        )
+    animated = [path for path in files if path.parent == folder and path.suffix.lower() in CLIP_SUFFIXES]
+    if not (frames or animated):
         expected = f"expected subfolders of images, or files in it ({', '.join(CLIP_SUFFIXES)})"
         raise DataError("path", f"no clips in '{folder}'; {expected}")
-    by_path = {clip.path: clip for clip in sorted(clips, key=lambda clip: clip.path)}
-    listed, captions, unlisted = _captioned(tree, list(by_path), "clips", caption_column)
-    for path in listed:
-        if (length := by_path[path].length) < frames:
-            message = f"the clip '{path}' has {length} frames, and {frames} are asked for"
+    clips, captions, more = _captioned(files, sorted([*frames, *animated]), "clips", caption_column)
+    for clip in clips:
+        if (count := len(frames[clip]) if clip in frames else _count_frames(clip)) < length:
+            message = f"the clip '{clip}' has {count} frames, and {length} are asked for"
             raise DataError("frames", f"{message}: lower frames or frame_step, or leave the clip out")
-    notes = (*_repeated(tree), *unlisted, *caption_notes(captions, "clips"))
-    return ClipList(folder, [by_path[path] for path in listed], captions, notes)
+    return FileList(folder, clips, [""] * len(clips), captions, (*notes, *more), frames)
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Return a key that sorts names with their numbers as numbers: 2.png before 10.png."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+def _count_frames(file: Path) -> int:
+    """Return the number of frames of an animated file, or of an array."""
+    try:
+        if file.suffix != ".npy":
+            with Image.open(file) as animation:
+                return getattr(animation, "n_frames", 1)
+        array = np.load(file, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise DataError("path", f"cannot read the clip '{file}': {error}") from None
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+        expected = f"must be uint8 of (frames, height, width, 3), got {array.dtype} of shape {array.shape}"
+        raise DataError("path", f"'{file}' {expected}")
+    return len(array)
 
 
 def _captioned(
-    tree: Tree, items: Sequence[Path], kind: str, caption_column: str | None
+    files: Sequence[Path], items: Sequence[Path], kind: str, caption_column: str | None
 ) -> tuple[list[Path], list[str], list[str]]:
-    """Return the items that metadata files list, their captions or nothing, and notes on items that are left out."""
-    tables = sorted(path for path in tree.files if path.stem == "metadata" and path.suffix in _READERS)
+    """Return the items that metadata files list, their captions or nothing, and notes on what is left out or empty."""
+    tables = sorted(path for path in files if path.stem == "metadata" and path.suffix in _READERS)
     rows = _read_tables(tables)
     column = find_caption_column(list(dict.fromkeys(name for row in rows for name in row.values)), caption_column)
     listed = _listed_images(rows, items, column) if tables else dict.fromkeys(items, "")
     chosen = [path for path in items if path in listed]
     captions = [listed[path] if column else _caption_beside(path) for path in chosen]
-    notes = list[str]()
-    if unlisted := len(items) - len(chosen):
-        notes.append(f"{unlisted:,} of {len(items):,} {kind} have no row in {tables[0].name} and are left out")
-    return chosen, captions if any(captions) else [], notes
-
-
-def _repeated(tree: Tree) -> list[str]:
-    """Return a sentence on folders that are reached twice."""
-    if not tree.repeated:
-        return []
-    count = len(tree.repeated)
-    folders = "1 folder is" if count == 1 else f"{count:,} folders are"
-    return [f"{folders} reached twice through links and read once ('{tree.repeated[0]}' is left out)"]
+    captions = captions if any(captions) else []
+    unlisted = len(items) - len(chosen)
+    notes = (
+        [f"{unlisted:,} of {len(items):,} {kind} have no row in {tables[0].name} and are left out"] if unlisted else []
+    )
+    return chosen, captions, [*notes, *caption_notes(captions, kind)]
 
 
 @dataclass(frozen=True)
@@ -359,9 +295,10 @@ class _Row:
         raise DataError("path", f"{self.file}:{self.number}: {message}")
 
     def text(self, column: str) -> str:
-        value = self.values.get(column, _MISSING)
+        value = self.values.get(column)
         if not isinstance(value, str):
-            self.refuse(f"'{column}' must be text, got {_shown(value)}")
+            shown = json.dumps(value, default=str)[:_SHOWN] if column in self.values else "nothing"
+            self.refuse(f"'{column}' must be text, got {shown}")
         if any("\ud800" <= character <= "\udfff" for character in value):
             self.refuse(f"'{column}' holds half a surrogate pair, which is not text")
         return value
@@ -467,13 +404,3 @@ def _read_text(path: Path) -> str:
         raise DataError("path", f"{path}:{line}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
     except OSError as error:
         raise DataError("path", f"cannot read '{path}': {error.strerror}") from None
-
-
-def _shown(value: object) -> str:
-    if value is _MISSING:
-        return "nothing"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, (int, float)):
-        return "NaN" if math.isnan(value) else f"the number {value}"
-    return "a list" if isinstance(value, list) else f"a {type(value).__name__}"

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image
+from typing_extensions import override
 
 from repa_lab.data import DataError
-from repa_lab.data.autoencoder import Autoencoder, load_autoencoder
 from repa_lab.data.cache import Progress, encode_batches
+from repa_lab.data.latents import Autoencoder, load_vae
 from repa_lab.data.layout import (
     IMAGES,
     KINDS,
@@ -33,12 +32,11 @@ from repa_lab.data.layout import (
     MANIFEST,
     SAMPLE,
     Kind,
-    Listing,
     open_image,
     read_listing,
     read_manifest,
 )
-from repa_lab.data.settings import PreparedSettings
+from repa_lab.data.settings import ImageFolderSettings, PreparedSettings
 from repa_lab.data.sources import CroppedImages, ImageFolder, remembered, stamps
 from repa_lab.files import digest
 
@@ -51,40 +49,37 @@ _LOCK, _TEMPORARY = ".lock", ".tmp"
 _INFORMATIVE = ("vae", "scaling")
 
 
-def open_prepared(settings: PreparedSettings, cache: Path | None = None) -> Prepared:
-    """Open a prepared folder."""
-    return Prepared(settings.folder, settings.side, cache)
-
-
 class Prepared(CroppedImages):
     """Images of a folder in the layout of :mod:`repa_lab.data.layout`, without captions.
 
     Args:
-        resolution: pixels along each side of its images.
         cache: folder of all caches; images that it knows are not opened before their pixels are needed.
+
+    Attributes:
+        listing: the files of the folder.
 
     Raises:
         DataError: the folder is incomplete, or its images have another size.
     """
 
-    def __init__(self, folder: Path, resolution: int, cache: Path | None = None) -> None:
-        self._listing, self._cache = read_listing(folder), cache
-        super().__init__(len(self._listing), resolution)
-        self._originals[:] = resolution
-        self.labels = torch.tensor(self._listing.labels)
+    def __init__(self, settings: PreparedSettings, cache: Path | None = None) -> None:
+        self.listing, self._cache = read_listing(settings.folder), cache
+        super().__init__(settings, len(self.listing))
+        self._originals[:] = self.side
+        self.labels = torch.tensor(self.listing.labels)
         self.num_classes = int(self.labels.max()) + 1
-        listed = [self._listing.numbers, self._listing.labels, resolution]
-        sampled = stamps(self._listing.path(kind, index) for index in self._listing.sample(SAMPLE) for kind in KINDS)
+        listed = [self.listing.numbers, self.listing.labels, self.side]
+        sampled = stamps(self.listing.path(kind, index) for index in self.listing.sample(SAMPLE) for kind in KINDS)
         key = {"kind": "prepared/1", "of": digest([sampled, listed])}
-        self.fingerprint = remembered(cache, key, lambda: self._listing.fingerprint(resolution))
+        self.fingerprint = remembered(cache, key, lambda: self.listing.fingerprint(self.side))
 
+    @override
     def open(self, index: int) -> Image.Image:
-        """Return an image; see :class:`CroppedImages`."""
-        return open_image(self._listing.path(IMAGES, index), self.side)
+        return open_image(self.listing.path(IMAGES, index), self.side)
 
+    @override
     def name(self, index: int) -> str:
-        """Return an image's file; see :class:`CroppedImages`."""
-        return f"'{self._listing.path(IMAGES, index)}'"
+        return f"'{self.listing.path(IMAGES, index)}'"
 
     def latents(self, vae: Autoencoder, device: torch.device) -> PreparedLatents:
         """Return the latents beside the images, if they are those of ``vae``: four images are encoded and compared.
@@ -95,25 +90,28 @@ class Prepared(CroppedImages):
         Raises:
             DataError: the latents are of another VAE, or of other images.
         """
-        latents = PreparedLatents(self._listing, self.frames)
+        latents = PreparedLatents(self)
 
         def compare() -> bool:
             vae.model.to(device)
-            for index in self._listing.sample(_PROBES):
+            for index in self.listing.sample(_PROBES):
                 stored, encoded = latents.read(index), vae.moments(self.read([index])).cpu()[0]
                 if not _are_alike(encoded, stored):
-                    raise DataError("vae", self._other_latents(index, encoded, stored))
+                    path, manifest = self.listing.path(LATENTS, index), read_manifest(self.listing.folder)
+                    shapes = f" of shape {tuple(stored.shape)}, not {tuple(encoded.shape)}"
+                    held = f"'{path}' holds other latents{shapes if encoded.shape != stored.shape else ''}"
+                    maker = (
+                        f"the folder was prepared with '{manifest.get('vae')}'"
+                        if manifest
+                        else "it was made by another VAE"
+                    )
+                    message = f"{held} than this VAE makes of the image: {maker}, or files are mixed up"
+                    raise DataError("vae", message)
             return True
 
         key = {"kind": "probes/1", "of": self.fingerprint, "vae": digest(vae.identity)}
         remembered(self._cache, key, compare)
         return latents
-
-    def _other_latents(self, index: int, encoded: torch.Tensor, stored: torch.Tensor) -> str:
-        path, manifest = self._listing.path(LATENTS, index), read_manifest(self._listing.folder)
-        shapes = "" if encoded.shape == stored.shape else f" of shape {tuple(stored.shape)}, not {tuple(encoded.shape)}"
-        maker = f"the folder was prepared with '{manifest.get('vae')}'" if manifest else "it was made by another VAE"
-        return f"'{path}' holds other latents{shapes} than this VAE makes of the image: {maker}, or files are mixed up"
 
 
 class PreparedLatents:
@@ -123,24 +121,19 @@ class PreparedLatents:
         DataError: the first file cannot be read.
     """
 
-    def __init__(self, listing: Listing, frames: Callable[[Sequence[int]], torch.Tensor]) -> None:
-        self._listing, self._frames = listing, frames
-        self._shape = _load_latents(listing.path(LATENTS, 0)).shape
+    def __init__(self, images: Prepared) -> None:
+        self._images = images
+        self._shape = _load_latents(images.listing.path(LATENTS, 0)).shape
 
     def shape(self, index: torch.Tensor) -> torch.Size:
-        """Return the shape of all tensors; see :class:`repa_lab.data.space.Moments`."""
+        """Return the shape of all tensors."""
         return self._shape
 
     def frames(self, index: torch.Tensor) -> torch.Tensor:
-        """Return the frames of images that are not cut; see :class:`repa_lab.data.space.Moments`."""
-        return self._frames(index.tolist())
+        """Return how the images ``index`` were cut, ``(n, 6)``."""
+        return self._images.frames(index.tolist())
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        """Return the tensors of the images ``index``; see :class:`repa_lab.data.space.Moments`.
-
-        Raises:
-            DataError: a file cannot be read, or differs in shape from the first.
-        """
         return torch.stack([self.read(number) for number in index.tolist()])
 
     def read(self, index: int) -> torch.Tensor:
@@ -149,7 +142,7 @@ class PreparedLatents:
         Raises:
             DataError: the file cannot be read, or differs in shape from the first.
         """
-        path = self._listing.path(LATENTS, index)
+        path = self._images.listing.path(LATENTS, index)
         values = _load_latents(path)
         if values.shape != self._shape:
             message = f"'{path}' is {tuple(values.shape)}, the first is {tuple(self._shape)}"
@@ -207,25 +200,22 @@ def prepare(
     """
     if folder.resolve().is_relative_to(source.resolve()):
         raise DataError("path", f"'{folder}' lies in '{source}'; name a folder elsewhere")
-    images, autoencoder = ImageFolder(source, resolution), load_autoencoder(vae, "vae")
+    images = ImageFolder(ImageFolderSettings(path=str(source), resolution=resolution))
+    autoencoder = load_vae(vae, images)
     autoencoder.model.to(device)
-    sizes = _file_sizes(autoencoder, resolution)
-    manifest = {
-        "vae": vae,
-        "vae_hash": digest(autoencoder.identity),
-        "scaling": asdict(autoencoder.scaling),
-        "resolution": resolution,
-        "crop": "center-crop-dhariwal",
-        "count": len(images),
-        "source": images.fingerprint,
-    }
+    preparation = _Preparation(folder, images, autoencoder, rank, world)
     numbers = range(len(images))
-    batches = [numbers[start : start + batch_size] for start in range(0, len(images), batch_size)][rank::world]
-    total, done = sum(map(len, batches)), 0
+    share = [numbers[start : start + batch_size] for start in range(0, len(images), batch_size)][rank::world]
+    encoders = threads if device.type == "cpu" else 1
     try:
-        _claim(folder, manifest, images.labels.tolist())
-        with _FileWriter(folder, sizes, rank, world) as files:
-            for batch in _written(batches, files, images, autoencoder, threads, threads if device.type == "cpu" else 1):
+        with preparation, _single_core_threads(encoders) as pool:
+            preparation.claim(vae)
+            missing = [batch for batch in share if not preparation.is_done(batch)]
+            done, total = sum(map(len, share)) - sum(map(len, missing)), sum(map(len, share))
+            stages = preparation.read, preparation.encode, preparation.write
+            if progress:
+                progress(done, total)
+            for batch in encode_batches(missing, *stages, threads, (pool, encoders)):
                 done += len(batch)
                 if progress:
                     progress(done, total)
@@ -237,42 +227,21 @@ def prepare(
         raise DataError("path", f"cannot write to '{folder}': {error.strerror or error}") from None
 
 
-def _written(
-    batches: Sequence[range], files: _FileWriter, images: ImageFolder, vae: Autoencoder, readers: int, encoders: int
-) -> Iterator[range]:
-    """Write the files that batches of images lack, and yield every batch, in order, once its files are there."""
+class _Preparation:
+    """Writes a prepared folder, every file whole or not at all, by way of temporary files.
 
-    def read(batch: range) -> tuple[range, torch.Tensor | None]:
-        if all(files.is_whole(kind, number) for number in batch for kind in KINDS):
-            return batch, None
-        pixels = images.read(batch)
-        for number, image in zip(batch, pixels.numpy(), strict=True):
-            files.write_missing(IMAGES, number, image)
-        return batch, pixels
+    Raises:
+        DataError: the VAE takes images of other sizes.
+    """
 
-    def encode(loaded: tuple[range, torch.Tensor | None]) -> tuple[range, np.ndarray | None]:
-        batch, pixels = loaded
-        return batch, None if pixels is None else vae.moments(pixels).cpu().numpy()
-
-    def write(encoded: tuple[range, np.ndarray | None]) -> range:
-        batch, moments = encoded
-        if moments is not None:
-            for number, values in zip(batch, moments, strict=True):
-                files.write_missing(LATENTS, number, values)
-        return batch
-
-    with _single_core_threads(encoders) as pool:
-        yield from encode_batches(batches, read, encode, write, readers, (pool, encoders))
-
-
-class _FileWriter:
-    """Writes files whole or not at all, by way of temporary files; those of a killed process are removed."""
-
-    def __init__(self, folder: Path, sizes: Mapping[Kind, int], rank: int, world: int) -> None:
-        self._folder, self._sizes, self._rank, self._world = folder, sizes, rank, world
+    def __init__(self, folder: Path, images: ImageFolder, vae: Autoencoder, rank: int, world: int) -> None:
+        self._folder, self._images, self._vae, self._rank, self._world = folder, images, vae, rank, world
         self._temporary = folder / _TEMPORARY / str(rank)
+        blank = torch.zeros(1, images.channels, images.side, images.side, dtype=torch.uint8)
+        of_blank = {IMAGES: blank, LATENTS: vae.moments(blank).cpu()}
+        self._sizes = {kind: len(_content(kind, values[0].numpy())) for kind, values in of_blank.items()}
 
-    def __enter__(self) -> _FileWriter:
+    def __enter__(self) -> _Preparation:
         self._clear()
         self._temporary.mkdir(parents=True, exist_ok=True)
         return self
@@ -282,27 +251,82 @@ class _FileWriter:
         with suppress(OSError):  # other processes are not done
             self._temporary.parent.rmdir()
 
-    def is_whole(self, kind: Kind, number: int) -> bool:
+    def _clear(self) -> None:
+        """Remove what this process, or a process of an earlier, larger number of them, left."""
+        for left in self._temporary.parent.glob("*"):
+            if left.name.isdigit() and int(left.name) % self._world == self._rank:
+                shutil.rmtree(left, ignore_errors=True)
+
+    def claim(self, vae: str) -> None:
+        """Write the manifest and the labels, if no other process has.
+
+        Raises:
+            DataError: the folder is another preparation's, or none.
+        """
+        manifest = {
+            "vae": vae,
+            "vae_hash": digest(self._vae.identity),
+            "scaling": asdict(self._vae.scaling),
+            "resolution": self._images.side,
+            "crop": "center-crop-dhariwal",
+            "count": len(self._images),
+            "source": self._images.fingerprint,
+        }
+        with FileLock(self._folder / _LOCK):
+            present = read_manifest(self._folder)
+            if present is None and any(not path.name.startswith(".") for path in self._folder.iterdir()):
+                message = f"'{self._folder}' is not empty, and no preparation was begun there; name a new folder"
+                raise DataError("path", message)
+            if present is None:
+                present = json.loads(json.dumps(manifest))
+                self._write(self._folder / MANIFEST, json.dumps(present, indent=2).encode() + b"\n")
+            if names := [name for name in manifest if name not in _INFORMATIVE and present.get(name) != manifest[name]]:
+                differing = "; ".join(
+                    f"{name} is {str(present.get(name))[:_SHOWN]}, not {str(manifest[name])[:_SHOWN]}" for name in names
+                )
+                raise DataError("path", f"'{self._folder}' is another preparation: {differing}; name a new folder")
+            for kind in KINDS:
+                if not (self._folder / kind.tree / LABELS).is_file():
+                    rows = [[kind.name(number), label] for number, label in enumerate(self._images.labels.tolist())]
+                    content = json.dumps({"labels": rows}).encode() + b"\n"
+                    self._write(self._folder / kind.tree / LABELS, content)
+
+    def is_done(self, batch: range) -> bool:
+        """Return whether all files of a batch are there."""
+        return all(self._is_whole(kind, number) for number in batch for kind in KINDS)
+
+    def read(self, batch: range) -> tuple[range, torch.Tensor]:
+        """Return the images of a batch, after writing those that are missing."""
+        pixels = self._images.read(batch)
+        self._write_missing(IMAGES, batch, pixels)
+        return batch, pixels
+
+    def encode(self, loaded: tuple[range, torch.Tensor]) -> tuple[range, torch.Tensor]:
+        """Return the latents of a batch."""
+        return loaded[0], self._vae.moments(loaded[1]).cpu()
+
+    def write(self, encoded: tuple[range, torch.Tensor]) -> range:
+        """Write the latents of a batch that are missing."""
+        self._write_missing(LATENTS, *encoded)
+        return encoded[0]
+
+    def _is_whole(self, kind: Kind, number: int) -> bool:
         """Return whether a file is there; a power cut may have left an empty one."""
         try:
             return kind.path(self._folder, number).stat().st_size == self._sizes[kind]
         except FileNotFoundError:
             return False
 
-    def write_missing(self, kind: Kind, number: int, values: np.ndarray) -> None:
-        """Write a file unless it is there."""
-        if not self.is_whole(kind, number):
-            path = kind.path(self._folder, number)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._temporary / f"{os.getpid()}-{path.name}"
-            temporary.write_bytes(_content(kind, values))
-            temporary.replace(path)
+    def _write_missing(self, kind: Kind, batch: range, tensors: torch.Tensor) -> None:
+        for number, values in zip(batch, tensors.numpy(), strict=True):
+            if not self._is_whole(kind, number):
+                self._write(kind.path(self._folder, number), _content(kind, values))
 
-    def _clear(self) -> None:
-        """Remove what this process, or a process of an earlier, larger number of them, left."""
-        for left in self._temporary.parent.glob("*"):
-            if left.name.isdigit() and int(left.name) % self._world == self._rank:
-                shutil.rmtree(left, ignore_errors=True)
+    def _write(self, path: Path, content: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._temporary / path.name
+        temporary.write_bytes(content)
+        temporary.replace(path)
 
 
 @contextmanager
@@ -316,19 +340,6 @@ def _single_core_threads(count: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def _file_sizes(vae: Autoencoder, side: int) -> dict[Kind, int]:
-    """Return the number of bytes of each kind of file; neither kind is compressed.
-
-    Raises:
-        DataError: the VAE takes other channels, or images of other sizes.
-    """
-    if vae.channels not in (ImageFolder.channels, None):
-        raise DataError("vae", f"the VAE takes {vae.channels} channels, the images have {ImageFolder.channels}")
-    blank = torch.zeros(1, ImageFolder.channels, side, side, dtype=torch.uint8)
-    values = {IMAGES: blank, LATENTS: vae.moments(blank).cpu()}
-    return {kind: len(_content(kind, tensor[0].numpy())) for kind, tensor in values.items()}
-
-
 def _content(kind: Kind, values: np.ndarray) -> bytes:
     """Return the content of a file; an image is a PNG without compression, which is read in half the time."""
     stream = io.BytesIO()
@@ -337,37 +348,3 @@ def _content(kind: Kind, values: np.ndarray) -> bytes:
     else:
         np.save(stream, values)
     return stream.getvalue()
-
-
-def _claim(folder: Path, manifest: Mapping[str, Any], labels: Sequence[int]) -> None:
-    """Write the manifest and the labels, if no other process has.
-
-    Raises:
-        DataError: the folder is another preparation's, or none.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / _LOCK):
-        present = read_manifest(folder)
-        if present is None and any(not path.name.startswith(".") for path in folder.iterdir()):
-            message = f"'{folder}' is not empty, and no preparation was begun there; name a new folder"
-            raise DataError("path", message)
-        if present is None:
-            present = dict(manifest)
-            _write_json(folder / MANIFEST, present, indent=2)
-        names = [name for name in manifest if name not in _INFORMATIVE and present.get(name) != manifest[name]]
-        if names:
-            short = {name: (str(present.get(name))[:_SHOWN], str(manifest[name])[:_SHOWN]) for name in names}
-            differing = "; ".join(f"{name} is {before}, not {now}" for name, (before, now) in short.items())
-            raise DataError("path", f"'{folder}' is another preparation: {differing}; name a new folder")
-        for kind in KINDS:
-            if not (folder / kind.tree / LABELS).is_file():
-                rows = [[kind.name(number), label] for number, label in enumerate(labels)]
-                _write_json(folder / kind.tree / LABELS, {"labels": rows})
-
-
-def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Write a file whole or not at all, by way of a temporary file whose name every process gives it."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
+from typing_extensions import override
 
 from repa_lab.data.crop import Buckets
-from repa_lab.data.few import copy_clips, copy_files, copy_prepared, copy_rows
-from repa_lab.data.huggingface import HubData, fingerprint_saved, read_saved, resolve_commit
-from repa_lab.data.layout import read_listing
-from repa_lab.data.listing import fingerprint_clips, fingerprint_images, read_clips, read_image_folder
+from repa_lab.data.huggingface import count_rows, fingerprint_saved, load_saved, read_saved, resolve_commit
+from repa_lab.data.layout import IMAGES, read_listing
+from repa_lab.data.listing import FileList, read_clips, read_image_folder
 from repa_lab.files import digest
 from repa_lab.registry import Registry
 from repa_lab.settings import HubOrLocal, Positive, Settings
 
 if TYPE_CHECKING:
-    from repa_lab.data.sources import ImageSource
+    from repa_lab.data.sources import Source
 
-UNSET_DATA = "unset"
 _HELD_OUT = 256
 _DIGITS, _DIGITS_SIDE, _DIGITS_CLASSES = 1797, 8, 10
 C = TypeVar("C", bound=type)
@@ -134,11 +134,11 @@ class SourceSettings(Settings):
 class Component:
     """A registered source: the class of its settings, and the functions that open and describe a data set by them.
 
-    A data set is opened by its settings and the folder of all caches, where what is known of images is noted.
+    A data set is opened by its settings and the folder of all caches, or None.
     """
 
     settings: type[SourceSettings]
-    open: Callable[[Any, Path | None], ImageSource]
+    open: Callable[[Any, Path | None], Source]
     describe: Callable[[Any], Dataset]
 
 
@@ -148,11 +148,11 @@ SOURCES: Registry[Component] = Registry("source of images")
 def source(name: str, implementation: str | None = None) -> Callable[[C], C]:
     """Register a source of images under the name that ``data.source`` has.
 
-    Decorates a :class:`Source` with its ``Settings`` inside, or settings alone, with the function that opens them.
+    Decorates a :class:`Source` with its ``Settings`` inside, or settings alone, with the class that opens them.
 
     Args:
         name: the value of ``data.source``.
-        implementation: the function or class that opens decorated settings, ``package.module:name``.
+        implementation: the class that opens decorated settings, ``package.module:name``.
 
     Raises:
         PluginError: the name is taken.
@@ -161,28 +161,23 @@ def source(name: str, implementation: str | None = None) -> Callable[[C], C]:
 
     def register(decorated: C) -> C:
         cls: Any = decorated
-        if hasattr(cls, "model_fields"):
+        if implementation is not None:
 
-            def open_source(settings: Any, cache: Path | None = None) -> ImageSource:
-                module, _, function = str(implementation).partition(":")
-                opened: ImageSource = getattr(importlib.import_module(module), function)(settings, cache)
+            def open_source(settings: Any, cache: Path | None) -> Source:
+                opened: Source = pkgutil.resolve_name(implementation)(settings, cache)
                 return opened
 
-            SOURCES.add(name, Component(cls, open_source, cls.describe))
-            return decorated
-        if not hasattr(cls, "describe"):
+            component = Component(cls, open_source, cls.describe)
+        elif not hasattr(cls, "describe"):
             raise TypeError(f"the source '{name}' must be a subclass of repa_lab.plugins.Source")
-        if lacking := [method for method in ("__len__", "read") if not hasattr(cls, method)]:
+        elif lacking := sorted(cls.__abstractmethods__):
             raise TypeError(f"the source '{name}' lacks the method {lacking[0]}")
-        SOURCES.add(name, Component(cls.Settings, lambda settings, cache: cls(settings), cls.describe))
+        else:
+            component = Component(cls.Settings, lambda settings, cache: cls(settings), cls.describe)
+        SOURCES.add(name, component)
         return decorated
 
     return register
-
-
-def fingerprint_digits() -> str:
-    """Return the fingerprint of the digits, which ship with scikit-learn and never change."""
-    return digest({"source": "digits", "images": _DIGITS})
 
 
 @source("digits", "repa_lab.data.sources:Digits")
@@ -211,9 +206,10 @@ class DigitsSettings(SourceSettings):
         """Return the number of images that are held out: 256 by default, on which the quick start's numbers rest."""
         return self.holdout or _HELD_OUT
 
+    @override
     def describe(self) -> Dataset:
-        """Return what is known of the data set; see :class:`SourceSettings`."""
-        return Dataset(fingerprint_digits(), _DIGITS, _DIGITS_CLASSES)
+        fingerprint = digest({"source": "digits", "images": _DIGITS})  # they ship with scikit-learn and never change
+        return Dataset(fingerprint, _DIGITS, _DIGITS_CLASSES)
 
 
 class FolderSettings(SourceSettings):
@@ -222,11 +218,13 @@ class FolderSettings(SourceSettings):
     path: str | None = None
     """The folder; null has to be set before anything is trained."""
 
-    source_of_copies: ClassVar[str | None] = None
-    """The source that reads what `copy_few` writes; None if a rehearsal generates its images instead."""
+    @property
+    def source_of_copies(self) -> str:
+        """The source that reads what `copy_few` writes."""
+        return self.source
 
     def copy_few(self, target: Path, count: int) -> None:
-        """Copy about ``count`` of the images, without latents, into a new folder."""
+        """Copy about ``count`` of the images or clips, with their captions, into a new folder."""
         raise NotImplementedError
 
     @property
@@ -239,37 +237,64 @@ class FolderSettings(SourceSettings):
         """The folder."""
         return Path(self.path or "")
 
+    @override
     def describe(self) -> Dataset:
-        """Return what is known of the data set; see :class:`SourceSettings`."""
-        return Dataset(UNSET_DATA, None) if self.is_unset else self._describe_folder()
+        return Dataset("unset", None) if self.is_unset else self._describe_folder()
 
     def _describe_folder(self) -> Dataset:
         raise NotImplementedError
 
 
-@source("imagefolder", "repa_lab.data.sources:open_image_folder")
-class ImageFolderSettings(FolderSettings):
-    """A folder of images, by the rules of Hugging Face's image folders."""
+class CaptionedSettings(SourceSettings):
+    """A source that may have columns of captions."""
 
-    source: Literal["imagefolder"] = "imagefolder"
     caption_column: str | None = None
     """The column of captions; null is `text`, `caption` or `prompt`, the first there is."""
 
-    caption_advice: ClassVar[str | None] = "give metadata.jsonl (file_name, text), or a .txt beside each image"
-    source_of_copies: ClassVar[str | None] = "imagefolder"
 
+class FilesSettings(CaptionedSettings, FolderSettings):
+    """A folder of images or clips as files."""
+
+    def list_files(self) -> FileList:
+        """List the images or clips.
+
+        Raises:
+            DataError: see :func:`read_image_folder` and :func:`read_clips`.
+        """
+        raise NotImplementedError
+
+    @property
+    def read_as(self) -> dict[str, Any]:
+        """How the files are read, for fingerprints."""
+        buckets = {"buckets": asdict(self.sizes)} if self.sizes else {}
+        return {"source": self.source, "resolution": self.side, **buckets}
+
+    @override
     def copy_few(self, target: Path, count: int) -> None:
-        """Copy about ``count`` of the images; see :class:`FolderSettings`."""
-        copy_files(self.folder, target, count, self.caption_column)
+        self.list_files().copy_few(target, count, self.caption_column)
 
     def _describe_folder(self) -> Dataset:
-        images = read_image_folder(self.folder, self.caption_column)
-        fingerprint, classes = fingerprint_images(images, self.side, self.sizes), len(set(images.classes))
-        return Dataset(fingerprint, len(images.files), classes, bool(images.captions), images.notes)
+        files = self.list_files()
+        classes = len(set(files.classes))
+        fingerprint = files.fingerprint(self.read_as)
+        return Dataset(fingerprint, len(files.items), classes, bool(files.captions), files.notes)
 
 
-@source("clips", "repa_lab.data.clips:open_clips")
-class ClipsSettings(FolderSettings):
+@source("imagefolder", "repa_lab.data.sources:ImageFolder")
+class ImageFolderSettings(FilesSettings):
+    """A folder of images, by the rules of Hugging Face's image folders."""
+
+    source: Literal["imagefolder"] = "imagefolder"
+
+    caption_advice: ClassVar[str | None] = "give metadata.jsonl (file_name, text), or a .txt beside each image"
+
+    @override
+    def list_files(self) -> FileList:
+        return read_image_folder(self.folder, self.caption_column)
+
+
+@source("clips", "repa_lab.data.sources:Clips")
+class ClipsSettings(FilesSettings):
     """A folder of short clips: subfolders of frames, or animated files (`.gif`, `.webp`, `.npy`)."""
 
     source: Literal["clips"] = "clips"
@@ -277,12 +302,9 @@ class ClipsSettings(FolderSettings):
     """Frames of each clip, from its first on: 1 and a multiple of 4 for Wan, of 8 for LTX-Video."""
     frame_step: Positive = 1
     """Take every frame, every second, and so on."""
-    caption_column: str | None = None
-    """The column of captions; null is `text`, `caption` or `prompt`, the first there is."""
 
     has_clips: ClassVar[bool] = True
     caption_advice: ClassVar[str | None] = "give metadata.jsonl (file_name, text), or a .txt beside each clip"
-    source_of_copies: ClassVar[str | None] = "clips"
 
     @property
     def clip_frames(self) -> int:
@@ -294,30 +316,28 @@ class ClipsSettings(FolderSettings):
         """Frames that a clip must have."""
         return (self.frames - 1) * self.frame_step + 1
 
-    def copy_few(self, target: Path, count: int) -> None:
-        """Copy about ``count`` of the clips; see :class:`FolderSettings`."""
-        copy_clips(self.folder, target, count, self.needed_frames, self.caption_column)
+    @override
+    def list_files(self) -> FileList:
+        return read_clips(self.folder, self.needed_frames, self.caption_column)
 
-    def _describe_folder(self) -> Dataset:
-        clips = read_clips(self.folder, self.needed_frames, self.caption_column)
-        fingerprint = fingerprint_clips(clips, self.side, self.sizes, self.frames, self.frame_step)
-        return Dataset(fingerprint, len(clips.clips), 1, bool(clips.captions), clips.notes)
+    @property
+    def read_as(self) -> dict[str, Any]:
+        """How the files are read, for fingerprints."""
+        return {**super().read_as, "frames": self.frames, "step": self.frame_step}
 
 
 @source("datasets", "repa_lab.data.sources:open_saved")
-class SavedSettings(FolderSettings):
+class SavedSettings(CaptionedSettings, FolderSettings):
     """A folder that `Dataset.save_to_disk` of `datasets` wrote."""
 
     source: Literal["datasets"] = "datasets"
-    caption_column: str | None = None
-    """The column of captions; null is `text`, `caption` or `prompt`, the first there is."""
 
     caption_advice: ClassVar[str | None] = "give a column of captions (data.caption_column)"
-    source_of_copies: ClassVar[str | None] = "datasets"
 
+    @override
     def copy_few(self, target: Path, count: int) -> None:
-        """Copy about ``count`` of the rows; see :class:`FolderSettings`."""
-        copy_rows(self.folder, target, count)
+        rows = load_saved(self.folder)
+        rows.select(range(0, len(rows), max(1, len(rows) // count))).save_to_disk(str(target))
 
     def _describe_folder(self) -> Dataset:
         fingerprint = fingerprint_saved(self.folder, self.side, self.sizes)
@@ -326,7 +346,7 @@ class SavedSettings(FolderSettings):
 
 
 @source("hub", "repa_lab.data.sources:open_hub")
-class HubSettings(SourceSettings):
+class HubSettings(CaptionedSettings):
     """A data set of the Hugging Face hub."""
 
     source: Literal["hub"] = "hub"
@@ -338,29 +358,30 @@ class HubSettings(SourceSettings):
     """The split, or a slice such as `train[:5000]`."""
     revision: str | None = None
     """A branch, a tag or a commit; null is the main branch. A run records the commit."""
-    caption_column: str | None = None
-    """The column of captions; null is `text`, `caption` or `prompt`, the first there is."""
 
     @property
-    def data(self) -> HubData:
-        """The data set at the commit that its revision names.
+    def commit(self) -> str:
+        """The commit that the revision names; see :func:`resolve_commit`."""
+        return resolve_commit(self.name, self.revision)
 
-        Raises:
-            DataError: see :func:`resolve_commit`.
-        """
-        return HubData(self.name, self.config, self.split, resolve_commit(self.name, self.revision))
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what is read and of the resolution; a commit stands for its content."""
+        table = {"name": self.name, "config": self.config, "split": self.split, "commit": self.commit}
+        buckets = asdict(self.sizes) if self.sizes else None
+        return digest({"source": "hub", **table, "resolution": self.side, "buckets": buckets})
 
     def pinned(self) -> Self:
         """Return the settings with the commit in place of a branch or a tag."""
-        return self.model_copy(update={"revision": self.data.commit})
+        return self.model_copy(update={"revision": self.commit})
 
     def describe(self) -> Dataset:
         """Return the number of images that the hub's card gives; whether there are captions is found by the run."""
-        data = self.data
-        return Dataset(data.fingerprint(self.side, self.sizes), data.count(), has_captions=True)
+        count = count_rows(self.name, self.config, self.split, self.commit)
+        return Dataset(self.fingerprint, count, has_captions=True)
 
 
-@source("repa", "repa_lab.data.prepared:open_prepared")
+@source("repa", "repa_lab.data.prepared:Prepared")
 class PreparedSettings(FolderSettings):
     """A folder that REPA's preprocessing or `repa-lab data prepare` wrote, whose latents are taken as they are."""
 
@@ -368,11 +389,19 @@ class PreparedSettings(FolderSettings):
 
     is_prepared: ClassVar[bool] = True
     may_have_captions: ClassVar[bool] = False
-    source_of_copies: ClassVar[str | None] = "imagefolder"
 
+    @property
+    def source_of_copies(self) -> str:
+        """The source that reads what `copy_few` writes, which has no latents: those are of another VAE."""
+        return "imagefolder"
+
+    @override
     def copy_few(self, target: Path, count: int) -> None:
-        """Copy about ``count`` of the images, whose latents are of another VAE; see :class:`FolderSettings`."""
-        copy_prepared(self.folder, target, count)
+        listing = read_listing(self.folder)
+        for index in listing.sample(count):
+            folder = target / f"{listing.labels[index]:04d}"
+            folder.mkdir(exist_ok=True)
+            shutil.copy(listing.path(IMAGES, index), folder)
 
     @model_validator(mode="after")
     def _is_fixed(self) -> Self:

@@ -1,33 +1,36 @@
-"""Image sources: uint8 pixels with class labels and captions, mirrored images, and the images that are held out."""
+"""Sources: uint8 pixels of images or clips with class labels and captions, mirrored, and split into parts."""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from typing_extensions import override
 
 from repa_lab.data import DataError
-from repa_lab.data.crop import Buckets, Size, crop, framing, opaque
-from repa_lab.data.huggingface import find_columns, fingerprint_saved, load_hub_rows, load_rows, require_rows
-from repa_lab.data.listing import caption_notes, fingerprint_content, fingerprint_images, read_image_folder
+from repa_lab.data.crop import Size, crop, framing, opaque
+from repa_lab.data.huggingface import fingerprint_saved, load_hub, load_saved, read_columns
+from repa_lab.data.listing import caption_notes
 from repa_lab.data.settings import (
+    CaptionedSettings,
+    ClipsSettings,
     Dataset,
     DigitsSettings,
+    FilesSettings,
     HubSettings,
-    ImageFolderSettings,
     SavedSettings,
     SourceSettings,
-    fingerprint_digits,
 )
 from repa_lab.files import digest, write_text
 
@@ -37,11 +40,15 @@ _UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillo
 _ROTATED = ("JPEG", "MPO", "TIFF", "WEBP")
 
 
-class ImageSource(Protocol):
-    """A fixed, ordered set of labelled images.
+class Source(ABC):
+    """A fixed, ordered set of images, or of clips, with labels and captions, if any.
 
-    A source that has latents of its own returns them from ``latents(vae, device)``, as
-    :class:`repa_lab.data.space.Moments`.
+    A subclass has ``read``, ``sizes`` and ``fingerprint``. The rest is given here for images without labels and
+    captions, and may be set. A source that has latents of its own returns them from ``latents(vae, device)``, as
+    :class:`repa_lab.data.latents.Moments`.
+
+    Args:
+        settings: an instance of ``Settings``.
 
     Attributes:
         channels: number of channels of the pixels.
@@ -49,41 +56,9 @@ class ImageSource(Protocol):
         side: pixels along each side of a square image; images of other aspects have about its area.
         sizes: height and width of every image ``(n, 2)``.
         num_classes: number of classes.
-        labels: class labels ``(n,)``, int64 in [0, num_classes).
         captions: n texts, or empty.
         notes: what was left out or is missing, a sentence each.
         fingerprint: a key of caches.
-    """
-
-    channels: int
-    clip_frames: int
-    side: int
-    sizes: torch.Tensor
-    num_classes: int
-    labels: torch.Tensor
-    captions: Sequence[str]
-    notes: tuple[str, ...]
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: Sequence[int]) -> torch.Tensor:
-        """Return pixels ``(len(index), channels, height, width)``, uint8, of images of one size."""
-        ...
-
-    def frames(self, index: Sequence[int]) -> torch.Tensor:
-        """Return how images were cut, ``(len(index), 6)``: see :attr:`repa_lab.data.crop.Framing.frame`."""
-        ...
-
-
-class Source:
-    """The base of sources of images: a fixed, ordered set of images with labels and captions, if any.
-
-    A subclass has ``__len__``, ``read(index)``, ``sizes`` and ``fingerprint``, as :class:`ImageSource` describes them.
-    The rest is given here for images without labels and captions, and may be set.
-
-    Args:
-        settings: an instance of ``Settings``.
     """
 
     Settings: ClassVar[type[SourceSettings]] = SourceSettings
@@ -101,16 +76,31 @@ class Source:
     @classmethod
     def describe(cls, settings: Any) -> Dataset:
         """Return what is known of the data set; override this where opening the images takes long."""
-        opened: Any = cls(settings)
+        opened = cls(settings)
         return Dataset(opened.fingerprint, len(opened), opened.num_classes, bool(opened.captions), opened.notes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
 
     @functools.cached_property
     def labels(self) -> torch.Tensor:
-        """Class labels ``(n,)``, int64: all 0 unless a subclass says otherwise."""
-        return torch.zeros(len(self.sizes), dtype=torch.long)
+        """Class labels ``(n,)``, int64 in [0, num_classes): all 0 unless a subclass says otherwise."""
+        return torch.zeros(len(self), dtype=torch.long)
+
+    @abstractmethod
+    def read(self, index: Sequence[int]) -> torch.Tensor:
+        """Return pixels ``(len(index), channels, height, width)``, uint8, of images of one size.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
 
     def frames(self, index: Sequence[int]) -> torch.Tensor:
-        """Return the frames ``(len(index), 6)`` of images that are not cut."""
+        """Return how images were cut, ``(len(index), 6)``: see :attr:`repa_lab.data.crop.Framing.frame`.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
         sizes = self.sizes[torch.as_tensor(index)]
         return torch.cat([sizes, torch.zeros_like(sizes), sizes], dim=1)
 
@@ -160,51 +150,45 @@ class Digits(Source):
     def __init__(self, settings: DigitsSettings | None = None, cache: Path | None = None) -> None:
         from sklearn.datasets import load_digits  # a sixth of what a worker imports, and no other data needs it
 
-        super().__init__(settings or DigitsSettings())
+        settings = settings or DigitsSettings()
+        super().__init__(settings)
         bunch = load_digits()
         self._pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
         self.labels = torch.from_numpy(bunch.target).long()
-        self.sizes = torch.full((len(self.labels), 2), self.side)
-        self.fingerprint = fingerprint_digits()
+        self.sizes = torch.full((len(bunch.target), 2), self.side)
+        self.fingerprint = settings.describe().fingerprint
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
+    @override
     def read(self, index: Sequence[int]) -> torch.Tensor:
-        """Return pixels; see :class:`ImageSource`."""
         return torch.from_numpy(self._pixels[np.asarray(index)])  # torch takes four times as long for a list
 
 
-class CroppedImages:
-    """The base of sources whose images are files of any size, cropped and resized as they are read.
-
-    A subclass has ``open`` and ``name``, and sets the attributes of :class:`ImageSource` that are not set here.
+class CroppedImages(Source):
+    """The base of sources whose images are of any size, cropped and resized as they are read.
 
     Args:
         count: number of images.
-        side: pixels along each side; images are square unless :meth:`choose_sizes` is called.
+
+    Attributes:
+        place: the setting that names the data set, for errors.
     """
 
-    channels = 3
-    clip_frames = 0
-    num_classes: int
-    labels: torch.Tensor
-    captions: Sequence[str] = ()
-    notes: tuple[str, ...] = ()
-    fingerprint: str
-    _field = "path"  # the setting that names the data set, for errors
+    place = "path"
 
-    def __init__(self, count: int, side: int) -> None:
-        self.side, self.sizes = side, torch.full((count, 2), side)
+    def __init__(self, settings: SourceSettings, count: int) -> None:
+        super().__init__(settings)
+        self.sizes = torch.full((count, 2), self.side)
         self._originals = np.zeros((count, 2), dtype=np.int32)  # height and width, 0 if not known yet
 
-    def choose_sizes(self, buckets: Buckets, cache: Path | None, content: str) -> None:
-        """Give each image the size of the nearest aspect.
+    def choose_sizes(self, content: str, cache: Path | None) -> None:
+        """Give each image the size of the nearest aspect, if the settings have buckets.
 
         Args:
-            cache: folder of all caches, where the sizes of the originals are noted; None measures them.
             content: a digest that differs if the size of an original does.
+            cache: folder of all caches, where the sizes of the originals are noted; None measures them.
         """
+        if (buckets := self.settings.sizes) is None:
+            return
 
         def measure() -> list[Size]:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -213,35 +197,24 @@ class CroppedImages:
         self._originals[:] = remembered(cache, {"kind": "sizes/1", "of": content}, measure)
         self.sizes = torch.tensor([buckets.choose((height, width)) for height, width in self._originals.tolist()])
 
+    @abstractmethod
     def open(self, index: int) -> Image.Image:
         """Return an image as it is stored; pixels may be loaded later.
 
         Raises:
             OSError: the image cannot be read.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """Return what to call an image in errors."""
-        raise NotImplementedError
 
-    def __len__(self) -> int:
-        return len(self.sizes)
-
+    @override
     def read(self, index: Sequence[int]) -> torch.Tensor:
-        """Return pixels; see :class:`ImageSource`.
-
-        Raises:
-            DataError: an image cannot be read.
-        """
         return torch.stack([self._pixels(int(i)) for i in index])
 
+    @override
     def frames(self, index: Sequence[int]) -> torch.Tensor:
-        """Return how images were cut; see :class:`ImageSource`. An image is opened unless its size is known.
-
-        Raises:
-            DataError: an image cannot be read.
-        """
         return torch.tensor([framing(self._original_size(int(i)), self._size(int(i))).frame for i in index])
 
     def _size(self, index: int) -> Size:
@@ -268,7 +241,7 @@ class CroppedImages:
                 yield image
         except _UNREADABLE as error:
             reason = str(error).partition(" <_io.")[0]  # Pillow names the file, or the object that stands for it
-            raise DataError(self._field, f"cannot read {self.name(index)}: {reason}") from None
+            raise DataError(self.place, f"cannot read {self.name(index)}: {reason}") from None
 
 
 def open_upright(file: Path) -> Image.Image:
@@ -279,67 +252,94 @@ def open_upright(file: Path) -> Image.Image:
     return image
 
 
-def open_image_folder(settings: ImageFolderSettings, cache: Path | None = None) -> ImageFolder:
-    """Open a folder of images."""
-    return ImageFolder(settings.folder, settings.side, settings.sizes, settings.caption_column, cache)
-
-
 class ImageFolder(CroppedImages):
     """Images below a folder: one class for each subfolder, and one for the images directly in the folder.
 
-    See :func:`repa_lab.data.listing.read_image_folder` for what is read and where captions come from.
-
     Args:
-        resolution: pixels along each side.
-        buckets: gives each image the size of the nearest aspect; None makes all images square.
-        captions: the column of captions in metadata files.
+        settings: the folder, and the column of captions; see :func:`repa_lab.data.listing.read_image_folder`.
         cache: folder of all caches; images that it knows are not opened before their pixels are needed.
 
     Raises:
         DataError: there is no folder, no image in it, or metadata cannot be used.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        resolution: int,
-        buckets: Buckets | None = None,
-        captions: str | None = None,
-        cache: Path | None = None,
-    ) -> None:
-        images = read_image_folder(folder, captions)
-        self._files, unchanged = images.files, stamps(images.files)
-        super().__init__(len(images.files), resolution)
-        if buckets:
-            self.choose_sizes(buckets, cache, unchanged)
-        numbers = {name: number for number, name in enumerate(sorted(set(images.classes)))}
-        self.num_classes, self.labels = len(numbers), torch.tensor([numbers[name] for name in images.classes])
-        self.captions, self.notes = images.captions, images.notes
-        key = {"kind": "content/1", "of": unchanged, "listing": fingerprint_images(images, resolution, buckets)}
-        self.fingerprint = remembered(cache, key, lambda: fingerprint_content(images, resolution, buckets))
+    def __init__(self, settings: FilesSettings, cache: Path | None = None) -> None:
+        self._list = files = settings.list_files()
+        super().__init__(settings, len(files.items))
+        unchanged = stamps(files.files)
+        self.choose_sizes(unchanged, cache)
+        numbers = {name: number for number, name in enumerate(sorted(set(files.classes)))}
+        self.num_classes, self.labels = len(numbers), torch.tensor([numbers[name] for name in files.classes])
+        self.captions, self.notes = files.captions, files.notes
+        key = {"kind": "content/1", "of": unchanged, "listing": files.fingerprint(settings.read_as)}
+        self.fingerprint = remembered(cache, key, lambda: files.fingerprint(settings.read_as, content=True))
 
+    @override
     def open(self, index: int) -> Image.Image:
-        """Return an image; see :class:`CroppedImages`."""
-        return open_upright(self._files[index])
+        return open_upright(self._list.items[index])
 
+    @override
     def name(self, index: int) -> str:
-        """Return an image's file; see :class:`CroppedImages`."""
-        return f"the image '{self._files[index]}'"
+        return f"the image '{self._list.items[index]}'"
+
+
+class Clips(ImageFolder):
+    """Clips of equally many frames below a folder; see :func:`repa_lab.data.listing.read_clips` for what is read.
+
+    Args:
+        settings: the folder, the frames, and the size.
+        cache: see :class:`ImageFolder`.
+
+    Raises:
+        DataError: there is no folder, no clip in it, a clip is too short, or metadata cannot be used.
+    """
+
+    def __init__(self, settings: ClipsSettings, cache: Path | None = None) -> None:
+        self.clip_frames, self._step = settings.frames, settings.frame_step
+        super().__init__(settings, cache)
+
+    @override
+    def open(self, index: int) -> Image.Image:
+        (first,) = self._read_frames(index, [0])
+        return first
+
+    @override
+    def name(self, index: int) -> str:
+        return f"the clip '{self._list.items[index]}'"
+
+    def _pixels(self, index: int) -> torch.Tensor:
+        """Return the frames of a clip, ``(3, frames, H, W)``."""
+        chosen, size = range(0, self.clip_frames * self._step, self._step), self._size(index)
+        with self._opened(index):  # notes the size of the original
+            frames = [np.array(crop(opaque(frame), size)) for frame in self._read_frames(index, chosen)]
+        return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)
+
+    def _read_frames(self, index: int, chosen: Sequence[int]) -> list[Image.Image]:
+        """Return frames of a clip by number: of its images, or of the one animated file or array that it is."""
+        clip = self._list.items[index]
+        if files := self._list.frames.get(clip):
+            return [open_upright(files[number]) for number in chosen]
+        if clip.suffix == ".npy":
+            array = np.load(clip, mmap_mode="r")
+            return [Image.fromarray(array[number]) for number in chosen]
+        frames = []
+        with Image.open(clip) as animation:
+            for number in chosen:
+                animation.seek(number)
+                frames.append(animation.copy())
+        return frames
 
 
 class TableImages(CroppedImages):
-    """Images of the rows of a table; see :func:`repa_lab.data.huggingface.find_columns` for the columns that are read.
+    """Images of the rows of a table; see :func:`repa_lab.data.huggingface.read_columns` for the columns that are read.
 
     A row without a caption has the empty caption.
 
     Args:
         rows: a map-style `datasets.Dataset`.
-        place: the name of the data set in messages.
-        fingerprint: see :class:`ImageSource`.
-        resolution: pixels along each side.
-        buckets: see :class:`ImageFolder`.
-        captions: the column of captions.
-        field: the setting that names the table, for errors.
+        name: the name of the data set in messages.
+        place: see :class:`CroppedImages`.
+        fingerprint: see :class:`Source`.
         cache: see :class:`ImageFolder`.
 
     Raises:
@@ -347,61 +347,45 @@ class TableImages(CroppedImages):
     """
 
     def __init__(
-        self,
-        rows: Any,
-        place: str,
-        fingerprint: str,
-        resolution: int,
-        buckets: Buckets | None,
-        captions: str | None,
-        field: str = "path",
-        cache: Path | None = None,
+        self, settings: CaptionedSettings, rows: Any, name: str, place: str, fingerprint: str, cache: Path | None
     ) -> None:
-        columns = find_columns(rows.features.to_dict(), place, captions, field)
         table = rows.with_format("arrow")[:]
-        require_rows(table, columns, place, field)
-        self._column, self._field = columns.image, field
+        columns = read_columns(rows.features.to_dict(), table, name, settings.caption_column, place)
         images, feature = rows.with_format(None).select_columns([columns.image]), rows.features[columns.image]
         self._images = images.cast_column(columns.image, replace(feature, decode=True))
-        super().__init__(len(rows), resolution)
-        if buckets:
-            self.choose_sizes(buckets, cache, fingerprint)
+        super().__init__(settings, len(rows))
+        self._column, self.place, self.fingerprint = columns.image, place, fingerprint
+        self.choose_sizes(fingerprint, cache)
         self.num_classes = columns.classes
-        self.labels = torch.zeros(len(rows), dtype=torch.long)
         if columns.label:
             self.labels = torch.from_numpy(table[columns.label].to_numpy().astype(np.int64))
         self.captions = [text or "" for text in table[columns.captions].to_pylist()] if columns.captions else ()
         self.notes = (*columns.notes, *caption_notes(self.captions))
-        self.fingerprint = fingerprint
 
+    @override
     def open(self, index: int) -> Image.Image:
-        """Return the image of a row; see :class:`CroppedImages`."""
         image: Image.Image = self._images[index][self._column]
         return image
 
+    @override
     def name(self, index: int) -> str:
-        """Return the number of a row and the column of images; see :class:`CroppedImages`."""
         return f"row {index}, column '{self._column}'"
 
 
 def open_saved(settings: SavedSettings, cache: Path | None = None) -> TableImages:
     """Open a folder that `Dataset.save_to_disk` wrote, and of several splits ``train``."""
-    folder, side, sizes = settings.folder, settings.side, settings.sizes
-    rows, fingerprint = load_rows(folder), fingerprint_saved(folder, side, sizes)
-    return TableImages(rows, str(folder), fingerprint, side, sizes, settings.caption_column, cache=cache)
+    rows, fingerprint = load_saved(settings.folder), fingerprint_saved(settings.folder, settings.side, settings.sizes)
+    return TableImages(settings, rows, str(settings.folder), "path", fingerprint, cache)
 
 
 def open_hub(settings: HubSettings, cache: Path | None = None) -> TableImages:
     """Open a data set of the hub, downloading it unless it is in the cache of `datasets`."""
-    data, side, sizes = settings.data, settings.side, settings.sizes
-    rows, fingerprint = load_hub_rows(data), data.fingerprint(side, sizes)
-    return TableImages(rows, data.name, fingerprint, side, sizes, settings.caption_column, "name", cache)
+    rows = load_hub(settings.name, settings.config, settings.split, settings.commit)
+    return TableImages(settings, rows, settings.name, "name", settings.fingerprint, cache)
 
 
-class DerivedSource:
+class DerivedSource(Source):
     """A source whose images are made from those of another, with their labels, captions and frames.
-
-    A subclass has ``read``, as :class:`ImageSource` describes it.
 
     Args:
         kind: a name of what is made, for the fingerprint.
@@ -411,18 +395,15 @@ class DerivedSource:
         base: the other source.
     """
 
-    def __init__(self, base: ImageSource, kind: str, **decided_by: Any) -> None:
-        self.base = base
+    def __init__(self, base: Source, kind: str, **decided_by: Any) -> None:
+        self.base, self.settings = base, base.settings
         self.channels, self.clip_frames, self.side = base.channels, base.clip_frames, base.side
         self.num_classes, self.labels, self.sizes = base.num_classes, base.labels, base.sizes
         self.captions, self.notes = base.captions, base.notes
         self.fingerprint = digest({"source": kind, "of": base.fingerprint, **decided_by})
 
-    def __len__(self) -> int:
-        return len(self.sizes)
-
+    @override
     def frames(self, index: Sequence[int]) -> torch.Tensor:
-        """Return the frames of the images that others are made from; see :class:`ImageSource`."""
         return self.base.frames([int(i) % len(self.base) for i in index])
 
 
@@ -432,18 +413,39 @@ class Flips(DerivedSource):
     So latents and features are computed once for each of both versions.
     """
 
-    def __init__(self, base: ImageSource) -> None:
+    def __init__(self, base: Source) -> None:
         super().__init__(base, "flips")
         self.labels = torch.cat([base.labels, base.labels])
         self.sizes = torch.cat([base.sizes, base.sizes])
         self.captions = [*base.captions, *base.captions]
 
+    @override
     def read(self, index: Sequence[int]) -> torch.Tensor:
-        """Return pixels, mirrored for the second half; see :class:`ImageSource`."""
         images, count = torch.as_tensor(index), len(self.base)
         pixels = self.base.read((images % count).tolist())
         is_mirrored = (images >= count).view(-1, *(1,) * (pixels.ndim - 1))
         return torch.where(is_mirrored, pixels.flip(-1), pixels)
+
+
+class LatentFrames(DerivedSource):
+    """The frames of clips that stand for the denoiser's: of a clip, every ``stride``-th frame from the first on.
+
+    A causal autoencoder makes a latent frame of the first frame alone, and one of every ``stride`` frames after it.
+    Latent frame k is of the frames up to frame ``k * stride``, which is the last of them.
+    """
+
+    def __init__(self, clips: Source, stride: int) -> None:
+        super().__init__(clips, "latent frames", stride=stride)
+        self.clip_frames, self._stride = -(-clips.clip_frames // stride), stride
+
+    @override
+    def read(self, index: Sequence[int]) -> torch.Tensor:
+        return self.base.read(index)[:, :, :: self._stride]
+
+
+def as_images(pixels: torch.Tensor) -> torch.Tensor:
+    """Return every frame of clips ``(B, C, F, H, W)`` as an image ``(B * F, C, H, W)``, and images as they are."""
+    return pixels if pixels.ndim == 4 else pixels.transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ from repa_lab.align.regularizer import Attention
 from repa_lab.align.settings import EncoderSettings
 from repa_lab.align.tokens import Tokens
 from repa_lab.data.cache import READERS, ArrayCache, Progress, open_cache
-from repa_lab.data.clips import LatentFrames, as_images
+from repa_lab.data.latents import Reconstructions
 from repa_lab.data.rows import dtype_name
-from repa_lab.data.sources import ImageSource, groups
-from repa_lab.data.space import Reconstructions
+from repa_lab.data.sources import LatentFrames, Source, as_images, groups
 from repa_lab.encoders.encoder import Encoder, EncoderOptions, load_encoder, require_patch_tokens
 from repa_lab.encoders.registry import token_identity
 from repa_lab.files import file_digest
@@ -103,7 +102,7 @@ class CachedTargets:
         standardize: whether each channel gets mean 0 and standard deviation 1 over all images and places.
     """
 
-    def __init__(self, features: ArrayCache, source: ImageSource, standardize: bool, storage: Storage) -> None:
+    def __init__(self, features: ArrayCache, source: Source, standardize: bool, storage: Storage) -> None:
         self.dim = features.shape(torch.tensor([0]))[-1] - (_SCALE_BYTES if storage in _CODES else 0)
         self._storage: Storage = storage
         self._read: Reader = features.__getitem__
@@ -124,7 +123,7 @@ class CachedTargets:
         """Refuse: the cache holds no attention."""
         raise EncoderError("cache", "attention is not cached: set cache: false")
 
-    def _channel_moments(self, source: ImageSource) -> tuple[torch.Tensor, torch.Tensor]:
+    def _channel_moments(self, source: Source) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean and standard deviation ``(D,)`` of each channel over all images and places, in float32."""
         total, squares, tokens = torch.zeros(self.dim).double(), torch.zeros(self.dim).double(), 0
         for index in (batch for group in groups(source.sizes) for batch in group.split(_IMAGES_AT_ONCE)):
@@ -141,7 +140,7 @@ class OnlineTargets:
         EncoderError: the encoder does not give patch tokens.
     """
 
-    def __init__(self, encoder: Encoder, name: str, source: ImageSource, device: torch.device) -> None:
+    def __init__(self, encoder: Encoder, name: str, source: Source, device: torch.device) -> None:
         self._encoder = encoder.to(device)
         self.dim = require_patch_tokens(self._encoder, name, _sample(source).to(device)).dim
         self._read: Reader = _PixelReader(source)
@@ -162,14 +161,14 @@ class OnlineTargets:
 class _PixelReader:
     """Reads pixels of a source by a tensor of indices; can be sent to other processes, unlike the encoder."""
 
-    source: ImageSource
+    source: Source
 
     def __call__(self, index: torch.Tensor) -> torch.Tensor:
         return self.source.read(index.tolist())
 
 
 def cached_targets(
-    source: ImageSource,
+    source: Source,
     encoder: EncoderSettings,
     cache: Path,
     device: torch.device,
@@ -226,10 +225,10 @@ def _encoded(encoder: Encoder, pixels: torch.Tensor) -> Tokens:
     return tokens.as_clips(math.prod(pixels.shape[2:-2]))
 
 
-def _is_decoded(source: ImageSource) -> bool:
+def _is_decoded(source: Source) -> bool:
     """Return whether a source is decoded on the device as it is read."""
     return isinstance(source.base if isinstance(source, LatentFrames) else source, Reconstructions)
 
 
-def _sample(source: ImageSource) -> torch.Tensor:
+def _sample(source: Source) -> torch.Tensor:
     return as_images(source.read(groups(source.sizes)[0][:_PREFLIGHT_IMAGES].tolist()))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from repa_lab.align.settings import ProjectorSettings, RegularizerSettings
-from repa_lab.data.few import write_captions
+from repa_lab.data.listing import write_captions
 from repa_lab.data.settings import ClipsSettings, FolderSettings, HubSettings, SourceSettings
 from repa_lab.encoders.registry import ENCODERS
 from repa_lab.files import digest
@@ -255,12 +255,7 @@ class TinyAssets:
         frames = {}
         if isinstance(data, ClipsSettings):
             frames = {"frames": data.frames, "frame_step": data.frame_step}
-        if (
-            not isinstance(data, FolderSettings)
-            or data.is_unset
-            or data.source_of_copies is None
-            or not data.folder.is_dir()
-        ):
+        if not isinstance(data, FolderSettings) or data.is_unset or not data.folder.is_dir():
             if isinstance(data, ClipsSettings):
                 path = self._once(
                     f"clips-{data.needed_frames}", functools.partial(_generate_clips, frames=data.needed_frames)

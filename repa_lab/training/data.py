@@ -12,13 +12,11 @@ import torch
 
 from repa_lab.align.settings import EncoderSettings
 from repa_lab.data import DataError
-from repa_lab.data.autoencoder import load_autoencoder
 from repa_lab.data.cache import Embeddings, Progress, TextCache
-from repa_lab.data.clips import LatentFrames
+from repa_lab.data.latents import LatentSpace, PixelSpace, Reconstructions, Space, latent_space, load_autoencoder
 from repa_lab.data.listing import fingerprint_files
 from repa_lab.data.settings import SOURCES, SourceSettings
-from repa_lab.data.sources import Flips, ImageSource, Split, split
-from repa_lab.data.space import LatentSpace, PixelSpace, Reconstructions, Space, latent_space
+from repa_lab.data.sources import Flips, LatentFrames, Source, Split, split
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import TEXT_LENGTHS, Family, pipeline_of
 from repa_lab.models.pretrained import text_pipeline
@@ -53,7 +51,7 @@ class Images:
         space: pixels or latents.
     """
 
-    source: ImageSource
+    source: Source
     split: Split
     space: Space
 
@@ -63,7 +61,7 @@ class Images:
         return isinstance(self.source, Flips)
 
     @property
-    def base(self) -> ImageSource:
+    def base(self) -> Source:
         """The images without mirrored ones."""
         return self.source.base if isinstance(self.source, Flips) else self.source
 
@@ -123,7 +121,7 @@ def open_images(
         cache: folder of the latents.
         announce: told of a long task.
         vae: the autoencoder, or the pipeline with it, if the settings name none.
-        shifted: see :class:`repa_lab.data.autoencoder.Autoencoder`.
+        shifted: see :class:`repa_lab.data.latents.Autoencoder`.
 
     Raises:
         DataError: the data cannot be used.
@@ -139,10 +137,10 @@ def open_images(
     return Images(source, images, space)
 
 
-def pixels_for(encoder: EncoderSettings, images: Images, device: torch.device = _CPU) -> ImageSource:
+def pixels_for(encoder: EncoderSettings, images: Images, device: torch.device = _CPU) -> Source:
     """Return what an encoder sees, by its ``pixels``: the images, or reconstructions by the VAE or a tiny autoencoder.
 
-    Of clips the encoder sees the frames that stand for the latent ones; see :class:`repa_lab.data.clips.LatentFrames`.
+    Of clips the encoder sees the frames that stand for latent ones: :class:`repa_lab.data.sources.LatentFrames`.
 
     Raises:
         DataError: there are no latents (field ``vae``), or the tiny autoencoder does not fit them (field ``tae``).
@@ -151,7 +149,7 @@ def pixels_for(encoder: EncoderSettings, images: Images, device: torch.device = 
     return LatentFrames(pixels, images.frame_stride) if images.frame_stride > 1 else pixels
 
 
-def _whole_pixels(encoder: EncoderSettings, images: Images, device: torch.device) -> ImageSource:
+def _whole_pixels(encoder: EncoderSettings, images: Images, device: torch.device) -> Source:
     space = images.space
     if encoder.pixels == "image":
         return images.source

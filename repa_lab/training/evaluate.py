@@ -24,8 +24,7 @@ from repa_lab.align.losses import sum_over_ranks, world_size
 from repa_lab.align.regularizer import Pair
 from repa_lab.align.tokens import Grid
 from repa_lab.data import DataError
-from repa_lab.data.clips import as_images
-from repa_lab.data.sources import groups
+from repa_lab.data.sources import as_images, groups
 from repa_lab.encoders.targets import Targets
 from repa_lab.errors import StateError
 from repa_lab.files import digest, file_digest, replace_atomically

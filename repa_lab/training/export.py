@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from repa_lab.data.clips import as_images
+from repa_lab.data.sources import as_images
 from repa_lab.errors import InputError
 from repa_lab.metrics.reference import write_images
 from repa_lab.models.pretrained import DiffusersDenoiser

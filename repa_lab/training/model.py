@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from repa_lab.data import DataError
-from repa_lab.data.space import LatentSpace
+from repa_lab.data.latents import LatentSpace
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import network_of, pipeline_of
 from repa_lab.models.pretrained import DiffusersDenoiser, adapt, load_denoiser

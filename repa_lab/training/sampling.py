@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from repa_lab.data.autoencoder import Autoencoder, quantise
-from repa_lab.data.space import Space
+from repa_lab.data.latents import Autoencoder, Space, quantise
 from repa_lab.models.family import pipeline_of
 from repa_lab.models.pretrained import DiffusersDenoiser, sampling_pipeline
 from repa_lab.spec import EvaluateConfig

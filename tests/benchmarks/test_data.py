@@ -11,8 +11,8 @@ import torch
 from repa_lab.align import REPA, Signals, Tokens
 from repa_lab.align.settings import EncoderSettings
 from repa_lab.data.cache import open_cache
-from repa_lab.data.sources import Digits, ImageFolder, split
-from repa_lab.data.space import PixelSpace
+from repa_lab.data.latents import PixelSpace
+from repa_lab.data.sources import Digits, split
 from repa_lab.encoders import targets
 from repa_lab.encoders.encoder import Encoder, load_encoder
 from repa_lab.encoders.targets import packed, unpacked
@@ -20,7 +20,7 @@ from repa_lab.training.batches import Steps
 from repa_lab.training.data import Images, Labels
 from repa_lab.training.diffusion import Flow
 from tests.benchmarks.ratios import ratios, show
-from tests.data.conftest import noise_image
+from tests.data.conftest import image_folder, noise_image
 from tests.training.conftest import make_run
 
 pytestmark = pytest.mark.bench
@@ -71,7 +71,7 @@ def test_share_of_the_encoder_in_filling_a_cold_cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Encoder, "forward", timed("forward", Encoder.forward))
     monkeypatch.setattr(targets, "load_encoder", timed("load", targets.load_encoder))
-    source, began = ImageFolder(tmp_path / "images", 64), time.perf_counter()
+    source, began = image_folder(tmp_path / "images", 64), time.perf_counter()
     encoder = EncoderSettings(name="efficientnet_lite0", image_size=64)
     targets.cached_targets(source, encoder, tmp_path / "cache", CPU)
     total = time.perf_counter() - began - seconds["load"]

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from repa_lab.data.crop import Buckets
-from repa_lab.data.listing import fingerprint_content, fingerprint_images, read_image_folder
+from repa_lab.data.settings import BucketsConfig, ImageFolderSettings
+from repa_lab.data.sources import ImageFolder
 
 Make = Callable[..., Path]
 
@@ -20,14 +21,33 @@ def noise_image(seed: int, size: tuple[int, int] = (20, 20), mode: str = "RGB") 
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
 
+def folder_settings(
+    root: Path, resolution: int, buckets: Buckets | None = None, captions: str | None = None
+) -> ImageFolderSettings:
+    """The settings of a folder of images."""
+    sizes = buckets and BucketsConfig(step=buckets.step, max_aspect=buckets.max_aspect)
+    return ImageFolderSettings(path=str(root), resolution=resolution, buckets=sizes, caption_column=captions)
+
+
+def image_folder(
+    root: Path,
+    resolution: int,
+    buckets: Buckets | None = None,
+    captions: str | None = None,
+    cache: Path | None = None,
+) -> ImageFolder:
+    """The images of a folder."""
+    return ImageFolder(folder_settings(root, resolution, buckets, captions), cache)
+
+
 def content_of(root: Path, resolution: int, buckets: Buckets | None = None) -> str:
     """The fingerprint of a folder's content."""
-    return fingerprint_content(read_image_folder(root), resolution, buckets)
+    return image_folder(root, resolution, buckets).fingerprint
 
 
 def listing_of(root: Path, resolution: int, buckets: Buckets | None = None) -> str:
     """The fingerprint of a folder's names, sizes and captions."""
-    return fingerprint_images(read_image_folder(root), resolution, buckets)
+    return folder_settings(root, resolution, buckets).describe().fingerprint
 
 
 @pytest.fixture

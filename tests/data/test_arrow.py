@@ -12,13 +12,13 @@ from PIL import Image
 
 from repa_lab.data import DataError, listing
 from repa_lab.data.crop import Buckets
-from repa_lab.data.huggingface import fingerprint_saved
+from repa_lab.data.huggingface import fingerprint_saved, read_columns
 from repa_lab.data.settings import BucketsConfig, SavedSettings
-from repa_lab.data.sources import ImageFolder, TableImages, open_saved
+from repa_lab.data.sources import TableImages, open_saved
 from repa_lab.orchestration.plan import make_plan
 from repa_lab.runs import RunsRoot
 from repa_lab.spec import SpecError, load_spec
-from tests.data.conftest import noise_image
+from tests.data.conftest import image_folder, noise_image
 
 SHAPES = [(16, 16), (50, 30), (33, 61), (24, 22)]  # width, height
 BUCKETS = Buckets(16, 4, 2.0)
@@ -79,7 +79,7 @@ class TestContent:
     @pytest.mark.parametrize("buckets", [None, BUCKETS], ids=["square", "buckets"])
     def test_pixels_and_frames_equal_those_of_a_folder_of_the_same_images(self, save, folder, buckets):
         saved = open_dataset(save(make()), 16, buckets)
-        files = ImageFolder(folder({f"{i}.png": image for i, image in enumerate(pictures())}), 16, buckets)
+        files = image_folder(folder({f"{i}.png": image for i, image in enumerate(pictures())}), 16, buckets)
         assert torch.equal(saved.sizes, files.sizes)
         assert torch.equal(saved.frames(range(4)), files.frames(range(4)))
         for i in (3, 0, 2, 1):
@@ -95,7 +95,7 @@ class TestContent:
         saved = open_dataset(save(make(picture=images)), 16)
         colours = [saved.read([i])[0, :, 0, 0].tolist() for i in range(4)]
         assert colours == [[77] * 3, [127] * 3, [255] * 3, [128] * 3]
-        files = ImageFolder(folder({f"{i}.png": image for i, image in enumerate(images)}), 16)
+        files = image_folder(folder({f"{i}.png": image for i, image in enumerate(images)}), 16)
         assert torch.equal(saved.read(range(4)), files.read(range(4)))
 
     def test_the_train_split_is_taken(self, save):
@@ -243,7 +243,7 @@ class TestRefusals:
             (gone.select([]), "'owner/name' has no rows"),
         ):
             with pytest.raises(DataError) as caught:
-                TableImages(rows, "owner/name", "", 16, None, None, field="name")
+                read_columns(rows.features.to_dict(), rows.with_format("arrow")[:], "owner/name", None, field="name")
             assert (caught.value.field, str(caught.value)) == ("name", message)
 
     def test_a_damaged_table(self, save):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from repa_lab.data.autoencoder import Autoencoder, weights_digest
+from repa_lab.data.latents import Autoencoder, weights_digest
 from tests.data.autoencoders import kl
 
 

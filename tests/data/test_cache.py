@@ -21,9 +21,9 @@ import torch
 from repa_lab.data import DataError, cache, rows
 from repa_lab.data.cache import RECORD, ArrayCache, encode_batches, open_cache
 from repa_lab.data.crop import Buckets
-from repa_lab.data.sources import ImageFolder, groups
+from repa_lab.data.sources import groups
 from repa_lab.files import digest
-from tests.data.conftest import noise_image
+from tests.data.conftest import image_folder, noise_image
 
 IDENTITY = {"kind": "test/1", "data": "abc"}
 COUNT = 11
@@ -386,7 +386,7 @@ class TestSizes:
     @pytest.fixture
     def source(self, folder):
         images = {f"{i:02}.png": noise_image(i, shape) for i, shape in enumerate(self.SHAPES)}
-        return ImageFolder(folder(images), 16, Buckets(16, 4, 2.0))
+        return image_folder(folder(images), 16, Buckets(16, 4, 2.0))
 
     @pytest.fixture
     def root(self, tmp_path):

@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 from repa_lab.data import DataError
-from repa_lab.data.autoencoder import Autoencoder
-from repa_lab.data.clips import Clips, LatentFrames, as_images, open_clips
+from repa_lab.data.latents import Autoencoder
 from repa_lab.data.settings import ClipsSettings
-from repa_lab.data.sources import Flips
+from repa_lab.data.sources import Clips, Flips, LatentFrames, as_images
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import pipeline_of
 from repa_lab.models.tiny import build_component
@@ -42,7 +41,7 @@ def folder(tmp_path) -> Path:
 
 
 def opened(folder: Path, **settings) -> Clips:
-    return open_clips(ClipsSettings(path=str(folder), resolution=16, **settings))
+    return Clips(ClipsSettings(path=str(folder), resolution=16, **settings))
 
 
 def levels(clips: torch.Tensor) -> list[list[int]]:
@@ -136,7 +135,7 @@ class TestCaptions:
         rows = [{"file_name": "plain.npy", "text": "an array"}, {"file_name": "numbers", "text": "counting"}]
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         settings = ClipsSettings(path=str(folder), resolution=16, frames=2)
-        clips = open_clips(settings)
+        clips = Clips(settings)
         assert clips.captions == ["counting", "an array"]
         assert clips.notes == ("2 of 4 clips have no row in metadata.jsonl and are left out",)
         described = settings.describe()
@@ -147,9 +146,9 @@ class TestCaptions:
         settings = ClipsSettings(path=str(folder), resolution=16, frames=2)
         target = tmp_path_factory.mktemp("few")
         settings.copy_few(target, 4)
-        copy = open_clips(settings.model_copy(update={"path": str(target)}))
+        copy = Clips(settings.model_copy(update={"path": str(target)}))
         assert copy.captions == ["", "counting", "", ""]
-        assert torch.equal(copy.read(range(4)), open_clips(settings).read(range(4)))
+        assert torch.equal(copy.read(range(4)), Clips(settings).read(range(4)))
 
 
 class TestFingerprint:
@@ -158,7 +157,7 @@ class TestFingerprint:
         other = tmp_path_factory.mktemp("elsewhere")
         settings.copy_few(other, 4)
         found = {
-            name: (open_clips(one).fingerprint, one.describe().fingerprint)
+            name: (Clips(one).fingerprint, one.describe().fingerprint)
             for name, one in {
                 "here": settings,
                 "there": settings.model_copy(update={"path": str(other)}),

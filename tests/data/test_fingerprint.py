@@ -6,7 +6,7 @@ import pytest
 
 from repa_lab.data import DataError, listing
 from repa_lab.data.listing import read_image_folder
-from repa_lab.data.settings import fingerprint_digits
+from repa_lab.data.settings import DigitsSettings
 from repa_lab.files import digest, file_digest
 from tests.data.conftest import content_of, listing_of, noise_image
 
@@ -22,7 +22,7 @@ def images(folder):
 
 def test_digits_are_pinned():
     # A run's identity hangs on it: if this changes, every digits run that was ever trained is trained again.
-    assert fingerprint_digits() == "fa07793dcaa1e4ab025521e617f65503244025da5486c0fe19166486db2fa6f0"
+    assert DigitsSettings().describe().fingerprint == "fa07793dcaa1e4ab025521e617f65503244025da5486c0fe19166486db2fa6f0"
 
 
 def test_digest_is_that_of_canonical_json():

@@ -12,14 +12,14 @@ from PIL import Image
 from repa_lab.data import DataError
 from repa_lab.data.crop import Buckets, crop, opaque
 from repa_lab.data.listing import read_image_folder
-from repa_lab.data.sources import Flips, ImageFolder, groups
-from tests.data.conftest import content_of, listing_of, noise_image
+from repa_lab.data.sources import Flips, groups
+from tests.data.conftest import content_of, image_folder, listing_of, noise_image
 
 
 class TestImageFolder:
     def test_classes_are_subfolders_in_alphabetical_order(self, folder):
         root = folder({"b/x.png": noise_image(0), "a/y.png": noise_image(1), "c/deep/z.png": noise_image(2)})
-        source = ImageFolder(root, 20)
+        source = image_folder(root, 20)
         assert (len(source), source.num_classes) == (3, 3)
         assert source.labels.tolist() == [0, 1, 2]
         assert source.labels.dtype == torch.int64
@@ -27,25 +27,25 @@ class TestImageFolder:
 
     def test_pixels_are_those_of_the_files(self, folder):
         images = {f"{i}.png": noise_image(i) for i in range(3)}
-        pixels = ImageFolder(folder(images), 20).read([2, 0])
+        pixels = image_folder(folder(images), 20).read([2, 0])
         assert (pixels.shape, pixels.dtype) == ((2, 3, 20, 20), torch.uint8)
         for read, name in zip(pixels, ("2.png", "0.png"), strict=True):
             assert np.array_equal(read.permute(1, 2, 0).numpy(), np.asarray(images[name]))
 
     def test_images_beside_each_other_are_one_class(self, folder):
-        source = ImageFolder(folder({"1.png": noise_image(0), "2.png": noise_image(1)}), 8)
+        source = image_folder(folder({"1.png": noise_image(0), "2.png": noise_image(1)}), 8)
         assert (source.num_classes, source.labels.tolist()) == (1, [0, 0])
 
     def test_captions_follow_the_images_that_are_listed(self, folder):
         images = {"b/1.png": noise_image(0), "a.png": noise_image(1), "c.png": noise_image(2)}
         root = folder(images, {"c.png": "x", "b/1.png": "ß"})
-        source = ImageFolder(root, 20)
+        source = image_folder(root, 20)
         assert (len(source), source.captions, source.num_classes) == (2, ["ß", "x"], 2)
         assert np.array_equal(source.read([1])[0].permute(1, 2, 0).numpy(), np.asarray(images["c.png"]))
         assert source.notes == ("1 of 3 images have no row in metadata.jsonl and are left out",)
         assert Flips(source).notes == source.notes
         (root / "metadata.jsonl").unlink()
-        assert (len(ImageFolder(root, 8)), list(ImageFolder(root, 8).captions), ImageFolder(root, 8).notes) == (
+        assert (len(image_folder(root, 8)), list(image_folder(root, 8).captions), image_folder(root, 8).notes) == (
             3,
             [],
             (),
@@ -53,12 +53,12 @@ class TestImageFolder:
 
     def test_captions_may_hold_unicode_line_separators(self, folder):
         text = "one\u2028two\u0085three"
-        assert ImageFolder(folder({"1.png": noise_image(0)}, {"1.png": text}), 8).captions == [text]
+        assert image_folder(folder({"1.png": noise_image(0)}, {"1.png": text}), 8).captions == [text]
 
     def test_blank_lines_and_windows_line_ends_are_no_rows(self, folder):
         root = folder({"1.png": noise_image(0)})
         (root / "metadata.jsonl").write_bytes(b'{"file_name": "1.png", "text": "x"}\r\n\r\n')
-        assert ImageFolder(root, 8).captions == ["x"]
+        assert image_folder(root, 8).captions == ["x"]
 
     @pytest.mark.parametrize("damage", [lambda raw: b"", lambda raw: raw[:200], lambda raw: b"hello"])
     @pytest.mark.parametrize("buckets", [None, Buckets(8, 4, 2.0)], ids=["square", "buckets"])
@@ -67,7 +67,7 @@ class TestImageFolder:
         (root / "2.png").write_bytes(damage((root / "2.png").read_bytes()))
 
         def read_both() -> None:
-            source = ImageFolder(root, 8, buckets)
+            source = image_folder(root, 8, buckets)
             assert source.read([0]).shape == (1, 3, 8, 8)
             source.read([1])
 
@@ -92,34 +92,34 @@ class TestCaptionsBeside:
 
     def test_are_stripped_and_empty_where_there_is_none(self, root):
         # In the order of the images: 3.webp, a/1.png, a/2.jpg, b/1.png.
-        assert list(ImageFolder(root, 8).captions) == ["", "ein Hund, Größe ß", "", "two lines,\none caption"]
+        assert list(image_folder(root, 8).captions) == ["", "ein Hund, Größe ß", "", "two lines,\none caption"]
 
     def test_metadata_goes_before_them_if_it_has_captions(self, root):
         (root / "metadata.jsonl").write_text('{"file_name": "a/1.png", "text": "listed"}\n')
-        assert list(ImageFolder(root, 8).captions) == ["listed"]
+        assert list(image_folder(root, 8).captions) == ["listed"]
         (root / "metadata.jsonl").write_text('{"file_name": "a/1.png", "height": 20}\n')
-        assert list(ImageFolder(root, 8).captions) == ["ein Hund, Größe ß"]
+        assert list(image_folder(root, 8).captions) == ["ein Hund, Größe ß"]
 
     def test_how_many_have_none_is_noted(self, root):
-        assert ImageFolder(root, 8).notes == ("2 of 4 images have no caption: they are trained with the empty one",)
+        assert image_folder(root, 8).notes == ("2 of 4 images have no caption: they are trained with the empty one",)
 
     def test_only_empty_ones_are_none_at_all(self, folder):
         root = folder({"1.png": noise_image(0)})
         (root / "1.txt").write_text(" \n")
-        assert list(ImageFolder(root, 8).captions) == []
+        assert list(image_folder(root, 8).captions) == []
 
     def test_they_are_no_images_and_no_classes(self, root):
-        source = ImageFolder(root, 8)
+        source = image_folder(root, 8)
         assert (len(source), source.num_classes, source.labels.tolist()) == (4, 3, [0, 1, 1, 2])
 
     def test_windows_mark_of_utf8_is_no_part_of_a_caption(self, root):
         (root / "a" / "1.txt").write_bytes(b"\xef\xbb\xbfa cat\r\n")
-        assert ImageFolder(root, 8).captions[1] == "a cat"
+        assert image_folder(root, 8).captions[1] == "a cat"
 
     def test_what_is_no_utf8_is_refused_by_name(self, root):
         (root / "a" / "1.txt").write_bytes("Größe".encode("latin-1"))
         with pytest.raises(DataError, match=r"a/1\.txt:1: not UTF-8 \(.*\): save the file as UTF-8") as caught:
-            ImageFolder(root, 8)
+            image_folder(root, 8)
         assert caught.value.field == "path"
 
     def test_every_change_of_one_shows_in_both_fingerprints(self, root):
@@ -157,12 +157,12 @@ class TestAspects:
 
     def test_every_image_has_the_size_of_the_nearest_aspect(self, folder, images):
         assert self.BUCKETS.sizes == ((20, 12), (16, 16), (12, 20))
-        source = ImageFolder(folder(images), 16, self.BUCKETS)
+        source = image_folder(folder(images), 16, self.BUCKETS)
         assert source.sizes.tolist() == [[16, 16], [12, 20], [20, 12], [16, 16], [12, 20]]
         assert (source.side, source.channels) == (16, 3)
 
     def test_pixels_are_those_of_the_crop(self, folder, images):
-        source = ImageFolder(folder(images), 16, self.BUCKETS)
+        source = image_folder(folder(images), 16, self.BUCKETS)
         pixels = source.read([4, 1])
         assert (pixels.shape, pixels.dtype) == ((2, 3, 12, 20), torch.uint8)
         for read, name in zip(pixels, ("e.png", "b.png"), strict=True):
@@ -170,7 +170,7 @@ class TestAspects:
         assert np.array_equal(source.read([0])[0].permute(1, 2, 0).numpy(), np.asarray(images["a.png"]))
 
     def test_frames_by_hand(self, folder, images):
-        source = ImageFolder(folder(images), 16, self.BUCKETS)
+        source = image_folder(folder(images), 16, self.BUCKETS)
         assert source.frames([2, 0, 1, 3, 4]).tolist() == [
             [61, 33, 1, 0, 20, 12],  # covered by 12/33: 22.2 -> 22 rows
             [16, 16, 0, 0, 16, 16],
@@ -180,17 +180,17 @@ class TestAspects:
         ]
 
     def test_without_buckets_all_are_square(self, folder, images):
-        source = ImageFolder(folder(images), 16)
+        source = image_folder(folder(images), 16)
         assert source.sizes.tolist() == [[16, 16]] * 5
         assert source.frames([1]).tolist() == [[30, 50, 0, 5, 16, 16]]  # covered by 16/30: 26.7 -> 27 columns
 
     def test_images_of_several_sizes_cannot_be_read_together(self, folder, images):
         with pytest.raises(RuntimeError, match="equal size"):
-            ImageFolder(folder(images), 16, self.BUCKETS).read([0, 1])
+            image_folder(folder(images), 16, self.BUCKETS).read([0, 1])
 
     def test_mirrored_images_keep_size_frame_and_caption(self, folder, images):
         captions = dict.fromkeys(images, "") | {"b.png": "wide"}
-        base = ImageFolder(folder(images, captions), 16, self.BUCKETS)
+        base = image_folder(folder(images, captions), 16, self.BUCKETS)
         flips = Flips(base)
         assert flips.sizes.tolist() == base.sizes.tolist() * 2
         assert torch.equal(
@@ -204,10 +204,10 @@ class TestAspects:
         chosen = [None, self.BUCKETS, Buckets(16, 8, 2.0), Buckets(16, 4, 3.0)]
         for kind in (listing_of, content_of):
             assert len({kind(root, 16, buckets) for buckets in chosen}) == 4
-        assert ImageFolder(root, 16, self.BUCKETS).fingerprint == content_of(root, 16, self.BUCKETS)
+        assert image_folder(root, 16, self.BUCKETS).fingerprint == content_of(root, 16, self.BUCKETS)
 
     def test_groups_are_the_images_of_each_size(self, folder, images):
-        found = groups(ImageFolder(folder(images), 16, self.BUCKETS).sizes)
+        found = groups(image_folder(folder(images), 16, self.BUCKETS).sizes)
         assert [index.tolist() for index in found] == [[1, 4], [0, 3], [2]]  # of 12x20, 16x16, 20x12
 
 
@@ -216,7 +216,7 @@ def read_one(folder, image: Image.Image, **options) -> list[int]:
     root = folder({})
     root.mkdir(exist_ok=True)
     image.save(root / "1.png", **options)
-    pixels = ImageFolder(root, 8).read([0])[0]
+    pixels = image_folder(root, 8).read([0])[0]
     assert (pixels == pixels[:, :1, :1]).all()
     return pixels[:, 0, 0].tolist()
 
@@ -286,7 +286,7 @@ TRANSPARENT = {
 def test_the_transparent_colour_of_a_png_becomes_white(tmp_path, name):
     bits, kind, row, form, transparent, right = TRANSPARENT[name]
     (tmp_path / "1.png").write_bytes(png(bits, kind, [row] * 8, struct.pack(form, *transparent)))
-    pixels = ImageFolder(tmp_path, 8).read([0])[0].permute(1, 2, 0)
+    pixels = image_folder(tmp_path, 8).read([0])[0].permute(1, 2, 0)
     assert (pixels[:, :4] == 255).all()
     assert pixels[:, 4:].unique(dim=0).reshape(-1, 3).unique(dim=0).tolist() == [right]
 
@@ -298,7 +298,7 @@ def test_a_camera_that_was_held_upright_gives_an_upright_image(tmp_path):
     image, exif = Image.fromarray(pixels), Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    source = ImageFolder(tmp_path, 16, Buckets(16, 4, 2.0))
+    source = image_folder(tmp_path, 16, Buckets(16, 4, 2.0))
     height, width = source.sizes[0].tolist()
     assert height > width
     seen = source.read([0])[0].float()
@@ -314,7 +314,7 @@ def test_images_that_are_known_are_not_opened_again(folder, tmp_path, audited):
 
     def read() -> tuple[list, str, list[str]]:
         with audited("open") as opened:
-            source = ImageFolder(root, 16, buckets, cache=tmp_path / "cache")
+            source = image_folder(root, 16, buckets, cache=tmp_path / "cache")
             frames = source.frames(range(3)).tolist()
         return (
             frames,
@@ -322,7 +322,7 @@ def test_images_that_are_known_are_not_opened_again(folder, tmp_path, audited):
             sorted({Path(path).name for path, *_ in opened if str(path).endswith(".png")}),
         )
 
-    plain = ImageFolder(root, 16, buckets)
+    plain = image_folder(root, 16, buckets)
     expected = (plain.frames(range(3)).tolist(), plain.fingerprint)
     assert read() == (*expected, ["0.png", "1.png", "2.png"])
     assert read() == (*expected, [])

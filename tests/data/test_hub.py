@@ -18,9 +18,8 @@ import pytest
 
 from repa_lab.data import DataError
 from repa_lab.data import huggingface as module
-from repa_lab.data.crop import Buckets
-from repa_lab.data.huggingface import HubData, resolve_commit
-from repa_lab.data.settings import HubSettings
+from repa_lab.data.huggingface import count_rows, resolve_commit
+from repa_lab.data.settings import BucketsConfig, HubSettings
 from repa_lab.data.sources import TableImages, open_hub
 from repa_lab.orchestration.cost import estimate
 from repa_lab.orchestration.display import sentences
@@ -175,21 +174,16 @@ class TestCommit:
         assert [address for _, address in connections] == [("127.0.0.1", 9)]
 
     def test_every_part_shows_in_the_fingerprint(self):
-        one = HubData(NAME, None, "train", OLD)
-        others = [
-            HubData("x/y", None, "train", OLD),
-            HubData(NAME, "c", "train", OLD),
-            HubData(NAME, None, "test", OLD),
-        ]
-        prints = [data.fingerprint(16) for data in [one, *others, HubData(NAME, None, "train", NEW)]]
-        prints += [one.fingerprint(32), one.fingerprint(16, Buckets(16, 4, 2.0))]
-        assert len(set(prints)) == 7
+        parts = [
+            {}, {"name": "x/y"}, {"config": "c"}, {"split": "test"}, {"revision": NEW}, {"resolution": 32},
+            {"buckets": BucketsConfig(step=4)},
+        ]  # fmt: skip
+        settings = [HubSettings(**{"name": NAME, "revision": OLD, "resolution": 16, **part}) for part in parts]
+        assert len({one.fingerprint for one in settings}) == 7
 
     def test_the_number_of_rows_is_that_of_the_card(self, hub):
-        counts = {
-            split: HubData(NAME, None, split, OLD).count()
-            for split in ("train", "test", "other", "train[:3]", "train[1:]")
-        }
+        splits = ("train", "test", "other", "train[:3]", "train[1:]")
+        counts = {split: count_rows(NAME, None, split, OLD) for split in splits}
         assert counts == {"train": 5, "test": 2, "other": None, "train[:3]": 3, "train[1:]": None}
 
 

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, AutoencoderKLLTXVideo
 from torch import nn
 
 from repa_lab.data import DataError
-from repa_lab.data.autoencoder import Autoencoder, LatentScaling, latent_scaling, to_uint8
+from repa_lab.data.latents import Autoencoder, LatentScaling, latent_scaling, to_uint8
 from tests.data.autoencoders import MEAN, STD, dc, flux2, kl, qwen, tiny
 from tests.rounding import TINY_VAE, UNIT, rounding
 

@@ -18,12 +18,13 @@ from typer.testing import CliRunner
 from repa_lab.cli import app
 from repa_lab.cli.models import run_in_processes
 from repa_lab.data import DataError
+from repa_lab.data.latents import latent_space
 from repa_lab.data.layout import IMAGES, LATENTS, read_listing
 from repa_lab.data.prepared import Prepared
 from repa_lab.data.prepared import prepare as prepare_images
+from repa_lab.data.settings import PreparedSettings
 from repa_lab.data.sources import ImageFolder
-from repa_lab.data.space import latent_space
-from tests.data.conftest import noise_image
+from tests.data.conftest import image_folder, noise_image
 from tests.data.test_space import draw, save_vae
 from tests.rounding import TINY_VAE, rounding
 
@@ -122,7 +123,10 @@ class TestWhatIsWritten:
         }  # fmt: skip
 
     def test_training_on_it_is_training_on_the_images_themselves(self, root, whole, tmp_path):
-        prepared, plain = Prepared(whole, SIDE), ImageFolder(root / "source", SIDE)
+        prepared, plain = (
+            Prepared(PreparedSettings(path=str(whole), resolution=SIDE)),
+            image_folder(root / "source", SIDE),
+        )
         assert torch.equal(prepared.read(range(COUNT)), plain.read(range(COUNT)))
         assert torch.equal(prepared.labels, plain.labels) and prepared.num_classes == plain.num_classes
         index = torch.tensor([7, 0, COUNT - 1])

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from repa_lab.data import DataError
+from repa_lab.data.latents import latent_space
 from repa_lab.data.layout import IMAGES, LATENTS
 from repa_lab.data.prepared import Prepared
-from repa_lab.data.space import latent_space
+from repa_lab.data.settings import PreparedSettings
 from tests.data.autoencoders import kl
 from tests.data.conftest import noise_image
 from tests.data.repa_folders import write_repa_folder
@@ -35,8 +36,12 @@ def data(made, tmp_path):
     return shutil.copytree(made[0] / "data", tmp_path / "data")
 
 
+def opened(folder) -> Prepared:
+    return Prepared(PreparedSettings(path=str(folder), resolution=SIDE))
+
+
 def space_of(data, vae, tmp_path):
-    return latent_space(Prepared(data, SIDE), str(vae), tmp_path / "cache")
+    return latent_space(opened(data), str(vae), tmp_path / "cache")
 
 
 def refusal(action, *given) -> str:
@@ -46,7 +51,7 @@ def refusal(action, *given) -> str:
 
 
 def test_the_images_and_their_classes(data):
-    source = Prepared(data, SIDE)
+    source = opened(data)
     assert (len(source), source.channels, source.side, source.num_classes, list(source.captions)) == (
         COUNT,
         3,
@@ -82,7 +87,7 @@ def test_training_draws_mean_plus_std_times_noise_and_scales(made, tmp_path, sha
 
 def test_nothing_is_encoded_and_nothing_is_cached(made, data, tmp_path):
     heard = []
-    latent_space(Prepared(data, SIDE), str(made[0] / "vae"), tmp_path / "cache", lambda *now: heard.append(now))
+    latent_space(opened(data), str(made[0] / "vae"), tmp_path / "cache", lambda *now: heard.append(now))
     assert heard == [] and not (tmp_path / "cache").exists()
 
 
@@ -175,13 +180,13 @@ class TestDamage:
         )
 
     def test_an_image_of_another_size_is_refused_when_it_is_read(self, data):
-        source = Prepared(data, SIDE)
+        source = opened(data)
         noise_image(1, (SIDE, 2 * SIDE)).save(IMAGES.path(data, 3))
         assert refusal(source.read, [1, 3]).startswith(
             f"resolution: '{IMAGES.path(data, 3)}' measures 16x32, not 16x16"
         )
 
     def test_an_image_that_is_cut_short(self, data):
-        source, path = Prepared(data, SIDE), IMAGES.path(data, 3)
+        source, path = opened(data), IMAGES.path(data, 3)
         path.write_bytes(path.read_bytes()[:200])
         assert refusal(source.read, [3]).startswith(f"path: cannot read '{path}': ")

@@ -5,11 +5,10 @@ import pytest
 import torch
 
 from repa_lab.data import DataError
-from repa_lab.data.autoencoder import Autoencoder
-from repa_lab.data.sources import Flips, ImageFolder
-from repa_lab.data.space import Reconstructions, latent_space
+from repa_lab.data.latents import Autoencoder, Reconstructions, latent_space
+from repa_lab.data.sources import Flips
 from tests.data.autoencoders import flux2, kl, tiny
-from tests.data.conftest import noise_image
+from tests.data.conftest import image_folder, noise_image
 
 SIDE, COUNT = 16, 11
 CPU = torch.device("cpu")
@@ -19,7 +18,7 @@ SETTINGS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 @pytest.fixture
 def source(folder):
     images = {f"{'ab'[i % 2]}/{i:02}.png": noise_image(i, (SIDE, SIDE)) for i in range(COUNT)}
-    return ImageFolder(folder(images, dict.fromkeys(images, "") | {"a/00.png": "one"}), SIDE)
+    return image_folder(folder(images, dict.fromkeys(images, "") | {"a/00.png": "one"}), SIDE)
 
 
 @pytest.fixture

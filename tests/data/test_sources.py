@@ -6,8 +6,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from repa_lab.data import DataError
-from repa_lab.data.sources import Digits, Flips, ImageFolder, split
-from tests.data.conftest import noise_image
+from repa_lab.data.sources import Digits, Flips, split
+from tests.data.conftest import image_folder, noise_image
 
 
 class TestDigits:
@@ -35,7 +35,7 @@ class TestDigits:
 class TestFlips:
     def test_the_second_half_are_the_images_mirrored_left_to_right(self, folder):
         images = {f"{name}/{i}.png": noise_image(i) for i, name in enumerate("abb")}
-        flips = Flips(ImageFolder(folder(images, dict.fromkeys(images, "") | {"b/1.png": "one"}), 20))
+        flips = Flips(image_folder(folder(images, dict.fromkeys(images, "") | {"b/1.png": "one"}), 20))
         assert len(flips) == 6
         pixels = flips.read(range(6)).permute(0, 2, 3, 1).numpy()
         for i, image in enumerate(images.values()):
@@ -52,7 +52,7 @@ class TestFlips:
         assert np.array_equal(Flips(digits).read(index).numpy(), whole[np.asarray(index)])
 
     def test_are_another_data_set_and_stay_without_captions(self, folder):
-        digits, other = Digits(), ImageFolder(folder({"1.png": noise_image(0)}), 8)
+        digits, other = Digits(), image_folder(folder({"1.png": noise_image(0)}), 8)
         assert len({digits.fingerprint, Flips(digits).fingerprint, Flips(other).fingerprint}) == 3
         assert Flips(digits).fingerprint == Flips(Digits()).fingerprint
         assert list(Flips(digits).captions) == []

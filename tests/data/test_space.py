@@ -10,12 +10,11 @@ from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, UNet2DModel
 from PIL import Image
 
 from repa_lab.data import DataError
-from repa_lab.data.autoencoder import Autoencoder, to_uint8
 from repa_lab.data.crop import Buckets
-from repa_lab.data.sources import Digits, Flips, ImageFolder
-from repa_lab.data.space import PixelSpace, Reconstructions, Space, latent_space
+from repa_lab.data.latents import Autoencoder, PixelSpace, Reconstructions, Space, latent_space, to_uint8
+from repa_lab.data.sources import Digits, Flips
 from tests.data.autoencoders import dc, flux2, qwen, tiny
-from tests.data.conftest import noise_image
+from tests.data.conftest import image_folder, noise_image
 from tests.rounding import rounding
 
 SCALE, SHIFT = 0.3611, 0.1159
@@ -52,7 +51,7 @@ def vae(vae_path):
 
 @pytest.fixture
 def source(folder):
-    return ImageFolder(folder({f"{i}.png": noise_image(i, (SIDE, SIDE)) for i in range(5)}), SIDE)
+    return image_folder(folder({f"{i}.png": noise_image(i, (SIDE, SIDE)) for i in range(5)}), SIDE)
 
 
 @pytest.fixture
@@ -77,7 +76,7 @@ def uint8(x: torch.Tensor) -> np.ndarray:
 class TestPixels:
     def test_all_levels_come_back(self, folder):
         levels = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-        space = PixelSpace(ImageFolder(folder({"1.png": levels}), 16))
+        space = PixelSpace(image_folder(folder({"1.png": levels}), 16))
         x = space.encode(space.read(torch.tensor([0])), None)
         assert (x.dtype, x.min().item(), x.max().item()) == (torch.float32, -1.0, 1.0)
         assert space.shape(torch.tensor([0])) == (3, 16, 16)
@@ -199,7 +198,7 @@ class TestLatents:
     def test_other_images_are_other_moments(self, vae, vae_path, source, cache, folder):
         latent_space(source, str(vae_path), cache)
         done: list[int] = []
-        other = ImageFolder(folder({"1.png": noise_image(9, (SIDE, SIDE))}, name="other"), SIDE)
+        other = image_folder(folder({"1.png": noise_image(9, (SIDE, SIDE))}, name="other"), SIDE)
         latent_space(other, str(vae_path), cache, lambda now, total: done.append(now))
         assert done == [1]
 
@@ -259,7 +258,7 @@ class TestLatents:
 
     def test_latents_that_do_not_divide_into_patches_are_refused_before_all_are_computed(self, vae_path, cache, folder):
         flux2().save_pretrained(vae_path)
-        source = ImageFolder(folder({f"{i}.png": noise_image(i, (18, 18)) for i in range(20)}), 18)
+        source = image_folder(folder({f"{i}.png": noise_image(i, (18, 18)) for i in range(20)}), 18)
         done: list[int] = []
         with pytest.raises(DataError, match="measure 9x9, which does not divide into patches of 2x2"):
             latent_space(source, str(vae_path), cache, lambda now, total: done.append(now))
@@ -313,7 +312,7 @@ class TestSizes:
     def mixed(self, folder):
         shapes = [(16, 16), (50, 30), (33, 61), (40, 24), (24, 22)]
         images = {f"{i}.png": noise_image(i, shape) for i, shape in enumerate(shapes)}
-        return ImageFolder(folder(images), SIDE, Buckets(SIDE, 4, 2.0))
+        return image_folder(folder(images), SIDE, Buckets(SIDE, 4, 2.0))
 
     def test_pixels(self, mixed):
         space = PixelSpace(mixed)

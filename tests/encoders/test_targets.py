@@ -12,10 +12,9 @@ from safetensors.torch import save_file
 from repa_lab.align import REPA, UREPA, Signals, Tokens
 from repa_lab.align.settings import EncoderSettings
 from repa_lab.data import DataError
-from repa_lab.data.autoencoder import Autoencoder
 from repa_lab.data.crop import Buckets
+from repa_lab.data.latents import Autoencoder, Reconstructions, latent_space
 from repa_lab.data.sources import Flips, ImageFolder
-from repa_lab.data.space import Reconstructions, latent_space
 from repa_lab.encoders import targets
 from repa_lab.encoders.encoder import EncoderOptions, load_encoder
 from repa_lab.encoders.registry import ENCODERS
@@ -23,7 +22,7 @@ from repa_lab.encoders.targets import CachedTargets, OnlineTargets, cached_targe
 from repa_lab.timm_models import EncoderError, lite0_model
 from tests.align.references import align
 from tests.data.autoencoders import kl, tiny
-from tests.data.conftest import noise_image
+from tests.data.conftest import image_folder, noise_image
 from tests.data.test_cache import flip_bit
 from tests.rounding import LITE0, rounding
 
@@ -36,7 +35,7 @@ def make_source(folder, count: int = COUNT, first: int = 0) -> ImageFolder:
     folder.mkdir()
     for i in range(count):
         noise_image(first + i, (16, 16)).save(folder / f"{i}.png")
-    return ImageFolder(folder, 16)
+    return image_folder(folder, 16)
 
 
 @pytest.fixture
@@ -329,7 +328,7 @@ class TestSizes:
         root.mkdir()
         for i, shape in enumerate([(64, 64), (80, 48), (48, 80), (160, 96), (70, 64)]):
             noise_image(i, shape).save(root / f"{i}.png")
-        return ImageFolder(root, 64, Buckets(64, 16, 2.0))
+        return image_folder(root, 64, Buckets(64, 16, 2.0))
 
     def make(self, mixed, tmp_path, cached=True, size=None, standardize=False, **options):
         if not cached:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from repa_lab import load_results, load_spec, sweep
-from repa_lab.data.clips import open_clips
+from repa_lab.data.sources import Clips
 from repa_lab.encoders.registry import attention_problem
 from repa_lab.orchestration.rehearsal import MARK, rehearsal_root, rehearse_experiment
 from repa_lab.runs import RunsRoot, State, checkpoints
@@ -155,7 +155,7 @@ class TestWhatIsRehearsed:
                 tmp_path / "root",
             ).arms
             assert (arm.config.data.frames, arm.config.data.frame_step) == (5, 2)
-            clips = open_clips(arm.config.data)
+            clips = Clips(arm.config.data)
             assert (len(clips), clips.captions[0]) == (24, first)
             assert clips.read([0]).shape == (1, 3, 5, 64, 64)
 

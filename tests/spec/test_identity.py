@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from repa_lab.align.settings import RegularizerSettings
-from repa_lab.data.settings import fingerprint_digits
+from repa_lab.data.settings import DigitsSettings
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.orchestration.plan import identify_run
 from repa_lab.spec import EncoderSettings, ExtractorConfig, RunConfig, load_spec
@@ -309,7 +309,9 @@ class TestFolders:
         arm = load_spec(source).arms[0]
         assert (
             identify_run(arm.config, 0).run_id
-            == identify(Inventory().resolve(arm.config), 0, PROTOCOL_VERSION, fingerprint_digits(), {}).run_id
+            == identify(
+                Inventory().resolve(arm.config), 0, PROTOCOL_VERSION, DigitsSettings().describe().fingerprint, {}
+            ).run_id
         )
 
     def test_a_files_content_counts_too(self, tmp_path):

@@ -17,12 +17,12 @@ from scipy import stats
 
 from repa_lab.data import DataError
 from repa_lab.data.crop import Buckets
-from repa_lab.data.sources import Digits, Flips, ImageFolder, split
-from repa_lab.data.space import PixelSpace
+from repa_lab.data.latents import PixelSpace
+from repa_lab.data.sources import Digits, Flips, split
 from repa_lab.training.batches import Batch, BatchOrder, Order, generator, seeded, stream_seed
 from repa_lab.training.data import Images
 from repa_lab.training.diffusion import LOGIT_NORMAL, UNIFORM, Flow, denoising_loss
-from tests.data.conftest import noise_image
+from tests.data.conftest import image_folder, noise_image
 from tests.rounding import MEAN, UNIT, rounding
 from tests.training.conftest import OFF, UNET, make_steps
 
@@ -247,7 +247,7 @@ class TestSizes:
         (tmp_path / "images").mkdir()
         for i in range(30):
             noise_image(i, shapes[i % 5]).save(tmp_path / "images" / f"{i:02}.png")
-        source = ImageFolder(tmp_path / "images", 16, Buckets(16, 4, 2.0))
+        source = image_folder(tmp_path / "images", 16, Buckets(16, 4, 2.0))
         return Images(source, split(30, 6), PixelSpace(source))
 
     def test_every_batch_is_of_one_size_and_holds_what_its_ids_say(self, mixed):

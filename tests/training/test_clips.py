@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from repa_lab.data.clips import as_images
+from repa_lab.data.sources import as_images
 from repa_lab.encoders.encoder import load_encoder
 from repa_lab.encoders.targets import OnlineTargets
 from repa_lab.metrics.quality import Moments, frechet_distance

@@ -9,15 +9,15 @@ import torch
 from repa_lab.data import DataError
 from repa_lab.data.cache import TextCache
 from repa_lab.data.crop import Buckets
+from repa_lab.data.latents import LatentSpace, PixelSpace
 from repa_lab.data.settings import SOURCES, SourceSettings
-from repa_lab.data.sources import Flips, ImageFolder, Split
-from repa_lab.data.space import LatentSpace, PixelSpace
+from repa_lab.data.sources import Flips, Split
 from repa_lab.models.families import FAMILIES
 from repa_lab.spec import EncoderSettings
 from repa_lab.training.data import Captions, Images, Labels, open_images, pixels_for
 from repa_lab.training.evaluate import real_images
 from tests.data.autoencoders import tiny
-from tests.data.conftest import noise_image
+from tests.data.conftest import image_folder, noise_image
 from tests.data.test_space import save_vae
 
 
@@ -72,7 +72,7 @@ def test_flips_double_the_source_and_leave_the_split_alone(folder, latent, tmp_p
     assert torch.equal(flipped.split.train, plain.split.train)
     assert torch.equal(flipped.split.held_out, plain.split.held_out)
     assert flipped.input == plain.input
-    pixels = ImageFolder(folder, 16).read([2])
+    pixels = image_folder(folder, 16).read([2])
     assert torch.equal(flipped.source.read([2, 7]), torch.cat([pixels, pixels.flip(-1)]))
     latents = flipped.space.encode(flipped.space.read(torch.tensor([2, 7])), None)
     torch.testing.assert_close(
@@ -242,7 +242,7 @@ class TestCaptions:
         for i, (shape, text) in enumerate(zip(SHAPES, TEXTS, strict=True)):
             noise_image(i, shape).save(root / f"{i}.png")
             (root / f"{i}.txt").write_text(text)
-        return ImageFolder(root, 16, Buckets(16, 4, 2.0))
+        return image_folder(root, 16, Buckets(16, 4, 2.0))
 
     @pytest.fixture
     def texts(self, tmp_path):

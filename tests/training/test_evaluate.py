@@ -15,8 +15,8 @@ from repa_lab.align import REPA, Tokens
 from repa_lab.align.tokens import flatten_map
 from repa_lab.data import DataError
 from repa_lab.data.crop import Buckets
-from repa_lab.data.sources import Flips, ImageFolder, split
-from repa_lab.data.space import PixelSpace
+from repa_lab.data.latents import PixelSpace
+from repa_lab.data.sources import Flips, split
 from repa_lab.encoders.encoder import load_encoder
 from repa_lab.encoders.targets import OnlineTargets
 from repa_lab.metrics import cka, cosine_gap, frechet_distance, kid, precision_recall, statistics
@@ -33,7 +33,7 @@ from repa_lab.training.evaluate import DivergedError, Evaluator, decoder_identit
 from repa_lab.training.model import Model, build_denoiser
 from repa_lab.training.resolve import encoder_identity
 from repa_lab.training.sampling import FieldSampler
-from tests.data.conftest import noise_image
+from tests.data.conftest import image_folder, noise_image
 from tests.rounding import FRECHET, LITE0, rounding
 from tests.training.conftest import make_options, make_run
 from tests.training.pretrained import make_pretrained_run, write_pipeline
@@ -367,7 +367,7 @@ class TestSizes:
         (tmp_path / "images").mkdir()
         for i, shape in enumerate(shapes):
             noise_image(i, shape).save(tmp_path / "images" / f"{i:02}.png")
-        source = ImageFolder(tmp_path / "images", 64, Buckets(64, 16, 4.0))
+        source = image_folder(tmp_path / "images", 64, Buckets(64, 16, 4.0))
         images = Images(source, split(len(source), held_out), PixelSpace(source))
         denoiser = AnySize().eval()
         config = make_run(**{"evaluate.batch_size": 2, "evaluate.timestep": 0.25}).config
