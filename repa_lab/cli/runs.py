@@ -150,7 +150,7 @@ def gc(
     typer.echo(f"{freed:.2f} GiB {'would be ' if dry_run else ''}freed, {left:.2f} GiB left")
     if disk_gib is not None and left > disk_gib:
         typer.echo(f"cannot free enough space: {disk_gib:g} GiB requested, and nothing more can be deleted")
-    if any(item.is_failure for item in skipped):
+    if any(item.kind == "failed" for item in skipped):
         raise typer.Exit(1)
 
 

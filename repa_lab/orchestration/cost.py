@@ -17,8 +17,8 @@ from repa_lab.orchestration.plan import Plan, PlannedRun
 from repa_lab.orchestration.search.problems import is_searched
 from repa_lab.orchestration.search.space import Space
 from repa_lab.runs import RunDirectory, RunStatus, State
+from repa_lab.runs.directory import GPUS, gpu_models
 from repa_lab.runs.files import Row
-from repa_lab.runs.provenance import GPUS, gpu_models
 from repa_lab.spec import Arm, Machine, ResolvedOptions, RunConfig, RunOptions, SpecError
 from repa_lab.spec.identity import Run
 from repa_lab.spec.options import cores_here

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from repa_lab.orchestration.launcher import launcher_variables
-from repa_lab.runs.provenance import git_state
+from repa_lab.runs.directory import git_state
 from repa_lab.tracking.server import KEY, api_key, resolve_mode, server_address
 
 _GIB = float(2**30)

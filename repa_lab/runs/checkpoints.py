@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from repa_lab.files import fsync
 from repa_lab.runs import files
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from repa_lab.runs.directory import RunDirectory, RunWriter
 
 MANIFEST = "manifest.json"
-_LEFTOVERS = (".tmp-", "corrupt-")
+_LEFTOVERS = {".tmp-": "left by a kill", "corrupt-": "a damaged checkpoint"}
 SIGNATURE = "run.json"  # the run of a checkpoint, and its metric rows so far
 
 
@@ -39,15 +39,10 @@ class Fork:
 
 
 def commit(folder: Path, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
-    """Write the checkpoint of ``step`` and keep the newest ``keep`` checkpoints.
+    """Write the checkpoint of ``step``, keep the newest ``keep`` checkpoints with it, and return its folder.
 
     Args:
-        step: optimizer steps taken.
         write: fills an empty folder with files.
-        keep: how many checkpoints stay, including this one.
-
-    Returns:
-        The checkpoint's folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".tmp-*"):
@@ -81,25 +76,27 @@ def latest(folder: Path) -> tuple[int, Path] | None:
     return next(((step, saved[step]) for step in reversed(saved) if is_whole(saved[step])), None)
 
 
-def leftovers(folder: Path) -> list[Path]:
-    """Return the damaged checkpoints that were set aside, and what a kill left unfinished."""
-    return [folder / name for name in files.names_in(folder) if name.startswith(_LEFTOVERS)]
+def leftover(name: str) -> str | None:
+    """Return what a name says of a checkpoint that nothing resumes from; None for other names."""
+    return next((what for prefix, what in _LEFTOVERS.items() if name.startswith(prefix)), None)
 
 
 def foreign(folder: Path) -> Iterator[Path]:
     """Yield what lies among checkpoints and is not ours: links, and other names."""
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        is_ours = path.name.startswith(_LEFTOVERS) or files.step_of(path.name) is not None
-        if path.is_symlink() or not is_ours:
-            yield path
+    for name in files.names_in(folder):
+        is_ours = leftover(name) is not None or files.step_of(name) is not None
+        if not is_ours or (folder / name).is_symlink():
+            yield folder / name
 
 
 def clear(folder: Path) -> None:
     """Delete all checkpoints, and the folder unless something foreign is left; set checkpoints that are links aside."""
-    for path in (*files.by_step(folder).values(), *leftovers(folder)):
-        files.delete(path)
-    for link in files.by_step(folder).values():
-        _set_aside(link)
+    for name in files.names_in(folder):
+        path, is_checkpoint = folder / name, files.step_of(name) is not None
+        if is_checkpoint and path.is_symlink():
+            _set_aside(path)
+        elif is_checkpoint or leftover(name):
+            files.delete(path)
     with suppress(OSError):
         folder.rmdir()
 
@@ -109,9 +106,7 @@ def sign(checkpoint: Path, run: Path) -> None:
     for path in (run / files.METRICS, run):
         if path.exists():
             fsync(path)
-    lines = _metric_lines(run)
-    record = {"run_id": run.name, "rows": len(lines), "rows_sha256": _sha256(lines)}
-    files.write_record(checkpoint / SIGNATURE, record)
+    files.write_record(checkpoint / SIGNATURE, _signature(run))
 
 
 def resumable(run: Path) -> tuple[int, Path] | None:
@@ -147,20 +142,17 @@ def _mismatch(checkpoint: Path, run: Path) -> str | None:
         return f"'{checkpoint}' is of another version of repa-lab"
     if record["run_id"] != run.name:
         return f"'{checkpoint}' belongs to run {record['run_id']}"
-    lines = _metric_lines(run)[: record["rows"]]
-    if len(lines) < record["rows"] or _sha256(lines) != record["rows_sha256"]:
+    if record != _signature(run, record["rows"]):
         return f"'{run / files.METRICS}' lacks rows that were written before '{checkpoint.name}'"
     return None
 
 
-def _metric_lines(run: Path) -> list[bytes]:
-    """Return the complete lines of a run's metric rows, as they are on disk, without the header."""
+def _signature(run: Path, first: int | None = None) -> dict[str, Any]:
+    """Return a run's id, and the number and digest of its metric rows as they are on disk, or of the ``first`` ones."""
     path = run / files.METRICS
-    return [line for line in path.read_bytes().split(b"\n")[1:-1] if line] if path.exists() else []
-
-
-def _sha256(lines: list[bytes]) -> str:
-    return hashlib.sha256(b"\n".join(lines)).hexdigest()
+    content = path.read_bytes() if path.exists() else b""
+    lines = [line for line in content.split(b"\n")[1:-1] if line][:first]  # without the header and a torn last line
+    return {"run_id": run.name, "rows": len(lines), "rows_sha256": hashlib.sha256(b"\n".join(lines)).hexdigest()}
 
 
 def _set_aside(path: Path) -> None:
@@ -185,9 +177,6 @@ def take_fork(parent: RunDirectory, step: int, child: RunWriter, is_childs: Call
     """Give a run without a checkpoint the state of another run after ``step``, and the rows and samples up to there.
 
     Args:
-        parent: the run whose first steps are shared.
-        step: number of shared steps.
-        child: the run that continues from there.
         is_childs: whether the child would have written a row of the parent, which may log at other steps.
 
     Returns:

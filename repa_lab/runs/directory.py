@@ -19,8 +19,12 @@ Every JSON file carries a format number; see `files`.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import platform
+import re
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -30,7 +34,7 @@ from functools import partial
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -44,6 +48,12 @@ ALIGNMENT_METRICS = ("cka", "cknna", "mutual_knn")
 SPATIAL_METRICS = ("lds", "cds", "rmsc")
 # What is changed in place as a run is trained; other files are replaced whole.
 _CHANGED = ("checkpoints", "forks", "samples", "plugins", "tensorboard", "wandb", files.METRICS, "events.jsonl")
+
+
+# The libraries on which a number may depend.
+_PACKAGES = ("repa-lab", "torch", "diffusers", "timm", "accelerate", "torch-fidelity", "numpy", "scikit-learn")
+GPUS = Path("/proc/driver/nvidia/gpus")
+T = TypeVar("T")
 
 
 class RunBusyError(StateError):
@@ -68,25 +78,15 @@ class State(StrEnum):
 
 
 class RunStatus(StrEnum):
-    """Where a run stands, in the words of `plan`, `status` and the report; see :meth:`RunDirectory.status`.
+    """Where a run stands, in the words of `plan`, `status` and the report; see :meth:`RunDirectory.status`."""
 
-    Attributes:
-        NEW: nothing has been trained.
-        RUNNING: a process trains the run.
-        RESUMABLE: training was interrupted, and continues from the last checkpoint.
-        FAILED: an error ended training, which continues from the last checkpoint.
-        STOPPED: a stop rule ended the run.
-        PRUNED: a search ended the run.
-        DONE: the run was trained to its last step.
-    """
-
-    NEW = "new"
-    RUNNING = "running"
-    RESUMABLE = "resumable"
-    FAILED = "failed"
-    STOPPED = "stopped"
-    PRUNED = "pruned"
-    DONE = "done"
+    NEW = "new"  # nothing has been trained
+    RUNNING = "running"  # a process trains the run
+    RESUMABLE = "resumable"  # training was interrupted, and continues from the last checkpoint
+    FAILED = "failed"  # an error ended training, which continues from the last checkpoint
+    STOPPED = "stopped"  # a stop rule ended the run
+    PRUNED = "pruned"  # a search ended the run
+    DONE = "done"  # the run was trained to its last step
 
     @property
     def is_final(self) -> bool:
@@ -101,19 +101,12 @@ class RunStatus(StrEnum):
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run's process recorded last.
-
-    Attributes:
-        state: the state.
-        step: the last step that the process reported.
-        error: the reason of a failure in one line.
-        is_diverged: whether the run failed because its loss or its samples were no longer finite.
-    """
+    """What a run's process recorded last."""
 
     state: State
-    step: int = 0
-    error: str | None = None
-    is_diverged: bool = False
+    step: int = 0  # the last one that the process reported
+    error: str | None = None  # the reason of a failure in one line
+    is_diverged: bool = False  # whether the run failed because its loss or its samples were no longer finite
 
 
 class RunDirectory:
@@ -193,31 +186,42 @@ class RunDirectory:
 
     @property
     def profile(self) -> dict[str, Any]:
-        """The profile of the run; see :func:`repa_lab.training.profile.profile_run`.
-
-        Raises:
-            FileNotFoundError: the run has no profile.
-        """
+        """The profile of the run, which need not exist; see :func:`repa_lab.training.profile.profile_run`."""
         return files.read_record(self.profile_file)
 
     @property
     def state(self) -> RunState:
-        """The recorded state; ``new`` if the run never started.
+        """The recorded state; ``new`` if the run never started."""
+
+        def parse(fields: dict[str, Any]) -> RunState:
+            return RunState(State(fields["state"]), fields["step"], fields["error"], fields["is_diverged"])
+
+        return self._read("state.json", parse, RunState(State.NEW), "the run continues from its last checkpoint")
+
+    @property
+    def protocols(self) -> dict[str, dict[str, Any]]:
+        """How each metric was measured, by its full name; empty if nothing was recorded."""
+
+        def parse(fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
+            return {name: dict(protocol) for name, protocol in fields.items()}
+
+        return self._read("protocols.json", parse, {}, "it is written again when the run continues")
+
+    def _read(self, name: str, parse: Callable[[dict[str, Any]], T], missing: T, repair: str) -> T:
+        """Return what a file holds, or ``missing``; ``repair`` is what happens once a damaged file is deleted.
 
         Raises:
             DamagedFileError: the file cannot be read.
         """
-        path = self._file("state.json")
+        path = self._file(name)
         try:
-            fields = files.read_record(path)
-            return RunState(State(fields["state"]), fields["step"], fields["error"], fields["is_diverged"])
+            return parse(files.read_record(path))
         except FileNotFoundError:
-            return RunState(State.NEW)
+            return missing
         except FormatError:
             raise
-        except (ValueError, KeyError, TypeError):
-            message = f"'{path}' is damaged; delete it, and the run continues from its last checkpoint"
-            raise DamagedFileError(message) from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DamagedFileError(f"'{path}' is damaged; delete it, and {repair}") from None
 
     def status(self, rules: Sequence[Callable[[Row], bool]] | None = None, state: RunState | None = None) -> RunStatus:
         """Return where the run stands: by its recorded state, its lock, its checkpoints and its rows.
@@ -252,42 +256,16 @@ class RunDirectory:
         """The step of the newest checkpoint, from which the run continues; 0 without a checkpoint."""
         return max(checkpoints.steps(self.checkpoints), default=0)
 
-    @property
-    def protocols(self) -> dict[str, dict[str, Any]]:
-        """How each metric was measured, by its full name; empty if nothing was recorded.
-
-        Raises:
-            DamagedFileError: the file cannot be read.
-        """
-        path = self._file("protocols.json")
-        try:
-            return {name: dict(protocol) for name, protocol in files.read_record(path).items()}
-        except FileNotFoundError:
-            return {}
-        except FormatError:
-            raise
-        except (ValueError, TypeError, AttributeError):
-            message = f"'{path}' is damaged; delete it, and it is written again when the run continues"
-            raise DamagedFileError(message) from None
-
     def metrics_reader(self, on_damage: Callable[[int, str], None] | None = None) -> JsonlReader:
         """Return a reader that yields each metric row once, also while the run is trained; see :class:`JsonlReader`."""
         return JsonlReader(self._file(files.METRICS), "step", on_damage)
 
     def rows(self) -> list[Row]:
-        """Return the metric rows, oldest first.
-
-        Raises:
-            DamagedFileError: a line cannot be read.
-        """
+        """Return the metric rows, oldest first; refuse a damaged line."""
         return self.metrics_reader().new_rows()
 
     def events(self) -> list[Row]:
-        """Return the run's history, oldest first.
-
-        Raises:
-            DamagedFileError: a line cannot be read.
-        """
+        """Return the run's history, oldest first; refuse a damaged line."""
         return JsonlReader(self._file("events.jsonl")).new_rows()
 
     def profile_picture(self, baseline: RunDirectory | None = None) -> Path:
@@ -398,3 +376,38 @@ class RunWriter:
         """Record where the run stands, and note it in the history."""
         self.event(state.value, step=step, **({"error": error} if error else {}))
         files.write_record(self.run.path / "state.json", asdict(RunState(state, step, error, is_diverged)))
+
+
+def provenance() -> dict[str, Any]:
+    """Return what a number is made with: code, libraries, machine. Never the environment: it may hold secrets."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "git": git_state(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": gpu_models(),
+    }
+
+
+def gpu_models(folder: Path = GPUS) -> list[str]:
+    """Return the GPUs of this machine as the driver names them; none without a driver."""
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*/information"))]
+    models = (re.search(r"^Model:[ \t]*(.*)", text, re.MULTILINE) for text in texts)
+    return [model[1].strip() if model else "the GPU" for model in models]
+
+
+def git_state() -> dict[str, Any] | None:
+    """Return the commit of this checkout and whether it is changed; None if the package is not in a repository."""
+
+    def git(*command: str) -> str:
+        here = Path(__file__)
+        return subprocess.run(["git", *command], cwd=here.parent, capture_output=True, text=True, check=True).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else it is someone else's repository
+        described = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": described.removesuffix("-dirty"), "dirty": described.endswith("-dirty")}

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from repa_lab.runs import checkpoints, files
 from repa_lab.runs.directory import RunDirectory, RunStatus
@@ -24,18 +25,19 @@ _RUN_ID = re.compile(r"[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
-class Garbage:
-    """A file or folder that can be deleted.
+class Item:
+    """A file, folder or link where garbage is looked for.
 
     Attributes:
-        path: the file or folder.
-        why: what it is.
-        is_useless: whether nobody needs it; the rest is deleted only if disk space is short.
+        path: the file, folder or link.
+        why: what it is, or what keeps it.
+        kind: ``useless`` is always deleted, ``dispensable`` if disk space is short, ``kept`` never, for it is not ours;
+            ``failed`` should have been deleted.
     """
 
     path: Path
     why: str
-    is_useless: bool
+    kind: Literal["useless", "dispensable", "kept", "failed"]
 
     @cached_property
     def size(self) -> int:
@@ -43,37 +45,21 @@ class Garbage:
         return size_of(self.path)
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """A file, folder or link that lies where garbage is looked for, and is left alone.
-
-    Attributes:
-        path: the file, folder or link.
-        why: what keeps it.
-        is_failure: whether it should have been deleted.
-    """
-
-    path: Path
-    why: str
-    is_failure: bool = False
-
-
-def find_garbage(root: RunsRoot) -> tuple[list[Garbage], list[Skipped]]:
+def find_garbage(root: RunsRoot, is_short: bool = True) -> list[Item]:
     """Return all that can be deleted, useless files first, and what is left alone because it is not ours.
 
     The newest undamaged checkpoint of a run stays, as does all of a run that is pinned or being trained. While a sweep
     is carried out, the checkpoints that other runs may fork from stay too.
+
+    Args:
+        is_short: whether to look for dispensable files, which reads the newest checkpoint of every finished run.
     """
     is_busy = any(sweep.is_held for sweep in root.sweeps())
-    garbage, left = list[Garbage](), list[Skipped]()
-    for item in (*_copies(root), *(item for run in root.runs() for item in _items_of(run, is_busy))):
-        garbage.append(item) if isinstance(item, Garbage) else left.append(item)
-    return sorted(garbage, key=lambda item: not item.is_useless), list(dict.fromkeys(left))
+    items = [*_copies(root), *(item for run in root.runs() for item in _items_of(run, is_busy, is_short))]
+    return sorted(dict.fromkeys(items), key=lambda item: item.kind != "useless")
 
 
-def collect(
-    root: RunsRoot, disk_bytes: int | None = None, dry_run: bool = False
-) -> tuple[list[Garbage], list[Skipped]]:
+def collect(root: RunsRoot, disk_bytes: int | None = None, dry_run: bool = False) -> tuple[list[Item], list[Item]]:
     """Delete useless files, and, if the root is still larger than a limit, more files until it is not.
 
     Args:
@@ -83,20 +69,21 @@ def collect(
     Returns:
         What was deleted, and what was left alone because it is not ours or cannot be deleted.
     """
-    size, deleted = (size_of(root.path) if disk_bytes is not None else 0), list[Garbage]()
-    garbage, left = find_garbage(root)
-    for item in garbage:
-        if not item.is_useless and (disk_bytes is None or size <= disk_bytes):
-            continue
-        freed = item.size
-        try:
-            if not dry_run:
-                files.delete(item.path)
-        except OSError as error:
-            left.append(Skipped(item.path, f"{item.why}: {error.strerror or error}", is_failure=True))
-            continue
-        size -= freed
-        deleted.append(item)
+    deleted, left = list[Item](), list[Item]()
+    excess = 0 if disk_bytes is None else size_of(root.path) - disk_bytes
+    for item in find_garbage(root, is_short=disk_bytes is not None):
+        if item.kind == "kept":
+            left.append(item)
+        elif item.kind == "useless" or excess > 0:
+            freed = item.size
+            try:
+                if not dry_run:
+                    files.delete(item.path)
+            except OSError as error:
+                left.append(Item(item.path, f"{item.why}: {error.strerror or error}", "failed"))
+            else:
+                excess -= freed
+                deleted.append(item)
     return deleted, left
 
 
@@ -112,25 +99,23 @@ def size_of(path: Path) -> int:
     return sum(sizes.values())
 
 
-def _copies(root: RunsRoot) -> Iterator[Garbage | Skipped]:
+def _copies(root: RunsRoot) -> Iterator[Item]:
     """Yield the copies of runs in the folders of sweeps, unless there is only the copy."""
     for sweep in root.sweeps():
         try:
             is_backup = bool(sweep.copies) and sweep.manifest.name != sweep.path.name
         except DamagedFileError as error:
-            yield Skipped(sweep.path, str(error))
+            yield Item(sweep.path, str(error), "kept")
             continue
         if is_backup:
-            yield Skipped(sweep.path, f"a copy of sweep {sweep.manifest.name}, with copies of its runs")
+            yield Item(sweep.path, f"a copy of sweep {sweep.manifest.name}, with copies of its runs", "kept")
             continue
         for run_id, path in sweep.copies.items():
             original = root.run(run_id).path
-            if original == path:
-                continue
-            if _is_copy(path, original):
-                yield Garbage(path, f"a copy of run {run_id}, in the place of a link", True)
-            else:
-                yield Skipped(path, f"a copy of run {run_id}, from which it differs")
+            if original != path and _is_copy(path, original):
+                yield Item(path, f"a copy of run {run_id}, in the place of a link", "useless")
+            elif original != path:
+                yield Item(path, f"a copy of run {run_id}, from which it differs", "kept")
 
 
 def _is_copy(folder: Path, original: Path) -> bool:
@@ -143,40 +128,34 @@ def _is_copy(folder: Path, original: Path) -> bool:
     return True
 
 
-def _items_of(run: RunDirectory, is_busy: bool) -> Iterator[Garbage | Skipped]:
+def _items_of(run: RunDirectory, is_busy: bool, is_short: bool) -> Iterator[Item]:
     """Yield the garbage of a run, unless the run is pinned or being trained, and what is left alone."""
     if not _RUN_ID.fullmatch(run.run_id):
-        yield Skipped(run.path, "not the name of a run")
+        yield Item(run.path, "not the name of a run", "kept")
         return
-    if run.links:
-        yield from (Skipped(link, f"a link to {link.readlink()}") for link in run.links)
+    if links := run.links:
+        yield from (Item(link, f"a link to {link.readlink()}", "kept") for link in links)
         return
     if run.pin.exists() or run.is_held:
         return
     try:
         status = run.status()
     except DamagedFileError as error:
-        yield Skipped(run.path, str(error))
+        yield Item(run.path, str(error), "kept")
         return
-    for path in run.foreign:
-        why = f"a link to {path.readlink()}" if path.is_symlink() else "not the name of a checkpoint"
-        yield Skipped(path, why)
-    yield from (item for item in _garbage_of(run, status, is_busy) if not item.path.is_symlink())
-
-
-def _garbage_of(run: RunDirectory, status: RunStatus, is_busy: bool) -> Iterator[Garbage]:
+    newest = checkpoints.latest(run.checkpoints) if is_short and status is RunStatus.DONE else None
     for folder in (run.checkpoints, run.forks):
-        for path in checkpoints.leftovers(folder):
-            why = "left by a kill" if path.name.startswith(".tmp-") else "a damaged checkpoint"
-            yield Garbage(path, why, True)
-    saved = files.by_step(run.checkpoints).values()
-    if status is RunStatus.PRUNED:
-        for path in saved:
-            yield Garbage(path, "checkpoint of a pruned run", True)
-    elif status is RunStatus.DONE:
-        last = checkpoints.latest(run.checkpoints)
-        for path in (path for path in saved if last is not None and path != last[1]):
-            yield Garbage(path, "an older checkpoint of a run that is done", False)
-    if status.is_final and not is_busy:
-        for path in files.by_step(run.forks).values():
-            yield Garbage(path, "kept for runs that begin like this one", False)
+        for name in files.names_in(folder):
+            path, leftover = folder / name, checkpoints.leftover(name)
+            if path.is_symlink():
+                yield Item(path, f"a link to {path.readlink()}", "kept")
+            elif leftover:
+                yield Item(path, leftover, "useless")
+            elif files.step_of(name) is None:
+                yield Item(path, "not the name of a checkpoint", "kept")
+            elif folder == run.checkpoints and status is RunStatus.PRUNED:
+                yield Item(path, "checkpoint of a pruned run", "useless")
+            elif folder == run.checkpoints and newest and path != newest[1]:
+                yield Item(path, "an older checkpoint of a run that is done", "dispensable")
+            elif folder == run.forks and is_short and status.is_final and not is_busy:
+                yield Item(path, "kept for runs that begin like this one", "dispensable")

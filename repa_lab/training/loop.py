@@ -16,8 +16,8 @@ from accelerate.utils import broadcast_object_list
 from repa_lab.registry import one_line
 from repa_lab.runs import RunDirectory, RunWriter, State, checkpoints
 from repa_lab.runs.checkpoints import Fork
+from repa_lab.runs.directory import provenance
 from repa_lab.runs.files import Row
-from repa_lab.runs.provenance import provenance
 from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.tracking import Listener, Listeners

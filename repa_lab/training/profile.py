@@ -17,9 +17,8 @@ from repa_lab.metrics import cds, cka, cknna, lds, mutual_knn, rmsc
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.models.tap import TapError
 from repa_lab.runs import RunDirectory, files
-from repa_lab.runs.directory import ALIGNMENT_METRICS, SPATIAL_METRICS
+from repa_lab.runs.directory import ALIGNMENT_METRICS, SPATIAL_METRICS, provenance
 from repa_lab.runs.files import Row
-from repa_lab.runs.provenance import provenance
 from repa_lab.spec import EncoderSettings, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.aligner import open_targets

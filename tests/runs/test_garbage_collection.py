@@ -82,8 +82,8 @@ def test_a_pinned_run_and_one_in_training_are_left_alone(root):
     root.run(IDS["pinned"]).pin.touch()
     busy = make(root, "busy", State.PRUNED)
     with RunWriter(busy):
-        assert find_garbage(root) == ([], [])
-    assert len(find_garbage(root)[0]) == 2
+        assert find_garbage(root) == []
+    assert [item.kind for item in find_garbage(root)] == ["useless"] * 2
 
 
 def test_what_runs_may_begin_from_stays_while_a_sweep_is_carried_out(root):
@@ -92,8 +92,8 @@ def test_what_runs_may_begin_from_stays_while_a_sweep_is_carried_out(root):
     root.sweep("s").path.mkdir()
     root.sweep("s").record(SweepManifest(name="s", compare={"metric": "m"}, arms=()))
     with FileLock(root.sweep("s").lock):
-        assert paths(find_garbage(root)[0]) == {"done/checkpoints/step-00000100"}
-    assert paths(find_garbage(root)[0]) == {"done/checkpoints/step-00000100", "done/forks/step-00000100"}
+        assert paths(find_garbage(root)) == {"done/checkpoints/step-00000100"}
+    assert paths(find_garbage(root)) == {"done/checkpoints/step-00000100", "done/forks/step-00000100"}
 
 
 def test_a_limit_takes_no_more_than_it_needs(root):
@@ -145,7 +145,7 @@ def test_what_cannot_be_deleted_is_named_and_the_rest_goes(root, monkeypatch):
         3,
         {"a/checkpoints/step-00000100": "checkpoint of a pruned run: Permission denied"},
     )
-    assert skipped[0].is_failure and kept.is_dir()
+    assert skipped[0].kind == "failed" and kept.is_dir()
 
 
 def test_a_file_of_two_names_counts_once(tmp_path):
@@ -196,12 +196,12 @@ def test_nothing_behind_a_link_is_deleted_and_the_rest_is(root, tmp_path):
 def test_a_root_may_be_a_link_and_its_runs_may_not(root, tmp_path):
     make(root, "pruned", State.PRUNED)
     (tmp_path / "link").symlink_to(root.path)
-    assert len(find_garbage(RunsRoot(tmp_path / "link"))[0]) == 2
+    assert len(find_garbage(RunsRoot(tmp_path / "link"))) == 2
     other = RunsRoot(tmp_path / "other")
     other.path.mkdir()
     (other.path / "by-id").symlink_to(root.path / "by-id")
-    garbage, skipped = find_garbage(other)
-    assert (garbage, paths(skipped)) == ([], {f"{tmp_path.name}/other/by-id"})
+    found = find_garbage(other)
+    assert ({item.kind for item in found}, paths(found)) == ({"kept"}, {f"{tmp_path.name}/other/by-id"})
 
 
 def test_names_that_are_not_ours_are_left_and_named(root):
@@ -269,4 +269,4 @@ def test_the_only_copy_of_a_run_is_the_run(copied):
     shutil.rmtree(copied.path / "by-id")
     copy = RunsRoot(copied.path)
     assert {run.run_id for run in copy.runs()} == {IDS["done"], IDS["left"]}
-    assert paths(find_garbage(copy)[0]) == {"done-seed0/checkpoints/step-00000100"}
+    assert paths(find_garbage(copy)) == {"done-seed0/checkpoints/step-00000100"}

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import repa_lab.runs.provenance as module
-from repa_lab.runs.provenance import gpu_models, provenance
+import repa_lab.runs.directory as module
+from repa_lab.runs.directory import gpu_models, provenance
 
 
 def test_versions_and_machine():
@@ -41,7 +41,7 @@ def git(folder: Path, *command: str) -> str:
 
 def checkout(tmp_path: Path, monkeypatch) -> Path:
     """A repository that holds the module's file."""
-    file = tmp_path / "repa_lab" / "provenance.py"
+    file = tmp_path / "repa_lab" / "directory.py"
     file.parent.mkdir()
     file.write_text("code\n")
     git(tmp_path, "init", "-q")
@@ -71,13 +71,13 @@ def test_a_repository_that_only_happens_to_lie_around_the_code_is_not_its_own(tm
 
 
 def test_no_repository_and_no_git(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "provenance.py"))
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "directory.py"))
     assert provenance()["git"] is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance()["git"] is None
 
 
 def test_the_run_directory_needs_no_torch():
-    code = "import sys, repa_lab.runs, repa_lab.runs.provenance; print('torch' in sys.modules)"
+    code = "import sys, repa_lab.runs; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
