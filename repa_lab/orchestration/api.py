@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from repa_lab.orchestration.tracking import open_trackers, settle_tracking, untr
 from repa_lab.runs import RunDirectory, RunsRoot, State
 from repa_lab.runs.files import Row, require_no_links
 from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory
-from repa_lab.spec import Experiment, RunOptions, SpecError, load_spec
+from repa_lab.spec import Arm, Experiment, RunConfig, RunOptions, SpecError, load_spec
 
 _LOCK_PATIENCE_S = 0.5  # a process that only looks whether a sweep is locked holds the lock for a moment
 
@@ -99,15 +100,11 @@ def sweep(
     """Train what a sweep asks for and is not done yet, then write its report.
 
     Args:
-        source: a spec file, its fields as a mapping, or an experiment from `load_spec`.
-        root: the runs root.
-        overrides: dotted paths to values, laid over the spec.
+        source: as for :func:`plan`, like ``root``, ``overrides`` and ``fragments``.
         workers: the number of runs that go on at a time; None takes ``run.workers``, else one for each GPU slot, one
             for each core without a GPU, or as many as the cluster has room for.
         console: where progress is shown; None is a bar in a notebook, and nothing elsewhere.
-        rehearse: whether to go through all of the sweep with tiny random models and a few images instead, in a root of
-            their own.
-        fragments: files laid between the spec and the overrides; see `load_spec`.
+        rehearse: whether to go through all of it with tiny random models and a few images instead, in another root.
         replace: whether to take the place of another sweep that stands under this name, whose runs stay.
 
     Raises:
@@ -116,33 +113,26 @@ def sweep(
         SweepBrokenError: the workers cannot work at all, or the first runs all failed for the same reason.
     """
     experiment, console = _load(source, overrides, fragments), console or default_console()
-    if rehearse:
-        from repa_lab.orchestration.rehearsal import rehearsal_root, rehearse_experiment
-
-        check(experiment, inventory=None)
-        root = rehearsal_root(Path(root))
-        experiment = rehearse_experiment(experiment, root)
-    planned = make_plan(experiment, RunsRoot(Path(root)))
-    if planned.blocked:
-        raise SpecError([planned.blocked])
-    if planned.other_sweep and not (replace or rehearse):
-        raise SpecError([planned.other_sweep])
+    planned = _rehearsed(experiment, Path(root)) if rehearse else make_plan(experiment, RunsRoot(Path(root)))
+    if problem := planned.blocked or (None if replace or rehearse else planned.other_sweep):
+        raise SpecError([problem])
     if not rehearse:
         require_budget(planned)
         for warning in planned.warnings:
             _say(console, warning)
-    directory, unreachable = planned.root.sweep(experiment.name), None
+    name = planned.experiment.name
+    directory, unreachable = planned.root.sweep(name), None
     with _locked(directory):
         planned.root.adopt_copies()
         if _is_complete(planned, directory):
             _make_work(planned, directory)
             outcome = SweepOutcome(directory, 0, {})
         else:
-            options, unreachable = settle_tracking(experiment)
+            options, unreachable = settle_tracking(planned.experiment)
             if unreachable:
-                _say(console, f"{unreachable}; `repa-lab sync {experiment.name}` sends the rows later")
+                _say(console, f"{unreachable}; `repa-lab sync {name}` sends the rows later")
             outcome = _carry_out(planned, options, directory, workers, console, rehearse)
-        outcome = dataclasses.replace(outcome, untracked=untracked(directory, experiment.run, unreachable))
+        outcome = dataclasses.replace(outcome, untracked=untracked(directory, planned.experiment.run, unreachable))
     from repa_lab.report.page import write_report  # imports pandas and matplotlib, which `plan` does not need
 
     write_report(directory)
@@ -161,13 +151,9 @@ def run_one(
     """Train one run of an experiment in this process: for debugging, and under another scheduler.
 
     Args:
-        source: a spec file, its fields as a mapping, or an experiment from `load_spec`.
+        source: as for :func:`sweep`, like all that is not named here.
         arm: the arm's label; None takes the first arm.
         seed: one of the experiment's seeds; None takes the first.
-        root: the runs root.
-        overrides: dotted paths to values, laid over the spec.
-        console: where progress is shown; None is a bar in a notebook, and nothing elsewhere.
-        fragments: files laid between the spec and the overrides; see `load_spec`.
 
     Returns:
         The run's directory, and the state in which the run came to rest.
@@ -177,32 +163,25 @@ def run_one(
         LauncherError: the environment announces other processes of the run, and they do not come.
     """
     planned, console = plan(source, root, overrides, fragments), console or default_console()
-    entry = _choose(planned, arm, seed)
+    entry, name, cache = _choose(planned, arm, seed), planned.experiment.name, planned.root.cache
     if entry.blocked:
         raise SpecError([entry.blocked])
     join_processes(planned.experiment.run)
     planned.root.adopt_copies()
-    from repa_lab.orchestration.prepare import RefusedError, prepare
     from repa_lab.training.loop import train
 
     options, unreachable = settle_tracking(planned.experiment)
-    train_config = entry.run.config.train
-    for warning in (unreachable, train_config.averaging.warning(train_config.steps)):
-        if warning:
-            _say(console, warning)
-    with ProgressView(console, planned.experiment.name, 1) as view:
+    run, directory, task = entry.run, planned.root.run(entry.run.run_id), _task(entry)
+    for warning in filter(None, (unreachable, run.config.train.averaging.warning(run.config.train.steps))):
+        _say(console, warning)
+    with ProgressView(console, name, 1) as view:
         for note in planned.notes:
             view.say(note)
-        try:
-            announce = lambda activity: lambda done, total: view.progress(activity, done, total)  # noqa: E731
-            prepare([entry.run.config], options, planned.root.cache, announce)
-        except RefusedError as error:
-            raise SpecError([entry.arm.problem(error.path, str(error))]) from None
-        directory, task = planned.root.run(entry.run.run_id), _task(entry)
-        trackers = open_trackers(TrainJob(task, planned.experiment.name, options, planned.root))
-        view.started(entry.run.run_id, task.name, train_config.steps)
-        listeners = [_ViewListener(view, entry.run.run_id), *trackers]
-        state = train(entry.run, directory, options, planned.root.cache, listeners, is_enough=task.is_enough)
+        _prepare([run.config], entry.arm, options, cache, view)
+        trackers = open_trackers(TrainJob(task, name, options, planned.root))
+        view.started(run.run_id, task.name, run.config.train.steps)
+        listeners = [_ViewListener(view, run.run_id), *trackers]
+        state = train(run, directory, options, cache, listeners, is_enough=task.is_enough)
     if why := why_untracked(directory, planned.experiment.run, unreachable):
         _say(console, f"W&B lacks the run or some of its rows: {why}; `repa-lab sync {directory.run_id}` sends them")
     return directory, state
@@ -222,21 +201,16 @@ def bench(
     The arm is the first with `repa` or `urepa`, else the first with another regularizer, else the first.
 
     Args:
-        source: a spec as for :func:`sweep`; None measures a tiny model on digits.
-        root: the runs root, whose caches are filled.
-        overrides: dotted paths to values, laid over the spec.
-        fragments: files laid between the spec and the overrides; see `load_spec`.
+        source: as for :func:`sweep`, like all that is not named here; None measures a tiny model on digits.
         rounds: turns that every way takes.
         steps: steps of a turn.
-        console: where progress is shown; None is a bar in a notebook, and nothing elsewhere.
 
     Returns:
         What :func:`repa_lab.training.bench.bench` returns.
 
     Raises:
-        SpecError: the spec is wrong, has no such arm, or asks for what cannot be had.
+        SpecError: the spec is wrong, or asks for what cannot be had.
     """
-    from repa_lab.orchestration.prepare import RefusedError, prepare
     from repa_lab.training import bench as bench_module
 
     experiment = _load(bench_module.TINY if source is None else source, overrides, fragments)
@@ -246,11 +220,7 @@ def bench(
     )
     cache = RunsRoot(Path(root)).cache
     with ProgressView(console or default_console(), experiment.name, 1) as view:
-        announce = lambda activity: lambda done, total: view.progress(activity, done, total)  # noqa: E731
-        try:
-            prepare((config for _, config in bench_module.variants(arm.config)), experiment.run, cache, announce)
-        except RefusedError as error:
-            raise SpecError([arm.problem(error.path, str(error))]) from None
+        _prepare((config for _, config in bench_module.variants(arm.config)), arm, experiment.run, cache, view)
         run = identify_run(arm.config, experiment.seeds[0])
         return {"arm": arm.label, **bench_module.bench(run, experiment.run, cache, rounds, steps)}
 
@@ -269,6 +239,28 @@ class _ViewListener:
 
     def finish(self, state: State) -> None:
         self._view.finished(self._run_id, state.status, None)
+
+
+def _prepare(configs: Iterable[RunConfig], arm: Arm, options: RunOptions, cache: Path, view: ProgressView) -> None:
+    """Fill the caches for settings of an arm, in this process.
+
+    Raises:
+        SpecError: a setting cannot be met, at its place in the spec.
+    """
+    from repa_lab.orchestration.prepare import RefusedError, prepare
+
+    try:
+        prepare(configs, options, cache, lambda activity: partial(view.progress, activity))
+    except RefusedError as error:
+        raise SpecError([arm.problem(error.path, str(error))]) from None
+
+
+def _rehearsed(experiment: Experiment, root: Path) -> Plan:
+    from repa_lab.orchestration.rehearsal import rehearsal_root, rehearse_experiment
+
+    check(experiment, inventory=None)
+    root = rehearsal_root(root)
+    return make_plan(rehearse_experiment(experiment, root), RunsRoot(root))
 
 
 def _choose(planned: Plan, arm: str | None, seed: int | None) -> PlannedRun:
@@ -299,8 +291,6 @@ def _carry_out(
     is_rehearsal: bool,
 ) -> SweepOutcome:
     experiment = planned.experiment
-    if is_rehearsal:  # a rehearsal is for this machine, one process a run
-        options = options.model_copy(update={"executor": "local", "gpus_per_run": 1})
     runs = None if experiment.search else len(planned.pending)
     # The sweep's folder stays only once nothing was refused, so the workers' log starts elsewhere.
     with tempfile.TemporaryDirectory(prefix="repa-lab-") as scratch:
@@ -328,15 +318,7 @@ def _carry_out(
 def _open_executor(
     options: RunOptions, root: RunsRoot, sweep: str, runs: int | None, workers: int | None, log: Path
 ) -> Executor:
-    """Open the executor that ``run.executor`` names.
-
-    Args:
-        options: the options of the sweep.
-        root: the runs root.
-        sweep: the name of the sweep.
-        runs: the number of runs to train; None for a search, which finds its runs as it goes.
-        workers: the number of runs that go on at a time; None lets the machines decide.
-        log: the file to which processes on this machine write their errors.
+    """Open the executor of the options; ``runs`` is None for a search, which finds its runs as it goes.
 
     Raises:
         ExecutorError: the executor cannot be had here.
@@ -400,7 +382,7 @@ def _make_work(planned: Plan, directory: SweepDirectory) -> Work:
     directory.path.mkdir(parents=True, exist_ok=True)
     if planned.experiment.search is None:
         directory.record(planned.manifest())
-        return RunList(map(_task, planned.left), planned.root, planned.sharing.forks)
+        return RunList(map(_task, planned.left), planned.root, planned.forks)
     from repa_lab.orchestration.search.search import SearchWork
 
     return SearchWork(planned, directory)

@@ -203,7 +203,7 @@ def estimate(plan: Plan) -> Estimate:
     for entry in plan.runs:
         label, run_id = entry.arm.label, entry.run.run_id
         if run_id not in shares:
-            fork = plan.sharing.forks.get(run_id)
+            fork = plan.forks.get(run_id)
             shares[run_id] = _run_left(entry, fork.step if fork else 0, costs[label], speeds[label])
         left[label] = left.get(label, Share()) + shares[run_id]
     trials = {}

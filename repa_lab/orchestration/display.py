@@ -61,7 +61,7 @@ def orphan_rows(plan: Plan) -> list[dict[str, Any]]:
 def sentences(estimate: Estimate) -> list[str]:
     """Return the total, the caches, the budget, and what the estimate rests on."""
     plan, total, trials, lines = estimate.plan, estimate.total, estimate.trials, list[str]()
-    search, sharing = plan.experiment.search, plan.sharing
+    search, forks = plan.experiment.search, len(plan.forks)
     if search:
         fixed = ", ".join(f"'{label}'" for label in estimate.costs if label not in trials)
         where = "each arm" + (f" but {fixed}, where that changes nothing" if fixed else "")
@@ -74,10 +74,10 @@ def sentences(estimate: Estimate) -> list[str]:
         f"{runs}: {total.steps:,} steps, {short(total.images)} images, {short(total.flops, 'FLOPs')}, "
         f"{_coarse(total.gpu_hours)} GPU h, {_coarse(total.disk_bytes / GIB)} GiB of disk"
     )
-    if sharing.forks:
+    if forks:
         lines.append(
-            f"{sharing.asked:,} steps are asked, {sharing.trained:,} have to be trained: {len(sharing.forks)} runs "
-            "begin where another one was (--no-share trains each by itself)"
+            f"{plan.steps['asked']:,} steps are asked, {plan.steps['trained']:,} have to be trained: {forks} runs begin "
+            "where another one was (--no-share trains each by itself)"
         )
     lines += map(_cache_line, estimate.caches)
     if estimate.caches and total.runs:
@@ -119,7 +119,7 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
         "question": experiment.question,
         "runs": [_run_json(entry, estimate.shares[entry.run.run_id]) for entry in plan.runs],
         "arms": [_arm_json(estimate, label) for label in estimate.costs],
-        "steps": {"asked": plan.sharing.asked, "trained": plan.sharing.trained},
+        "steps": plan.steps,
         "orphaned": [{**row, "orphaned": True} for row in orphan_rows(plan)],
         "caches": [
             {

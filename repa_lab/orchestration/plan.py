@@ -14,9 +14,10 @@ from repa_lab.errors import hide_passwords, shortened
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.orchestration.checks import check, resolve_metric
 from repa_lab.orchestration.search.problems import STORAGE_VARIABLE, storage_url
-from repa_lab.orchestration.sharing import Sharing, share
+from repa_lab.orchestration.sharing import share
 from repa_lab.orchestration.tracking import tracking_record
 from repa_lab.runs import RunsRoot, RunStatus, SweepManifest
+from repa_lab.runs.checkpoints import Fork
 from repa_lab.runs.files import LinkError, require_no_links
 from repa_lab.runs.root import ArmRecord, ComparisonRecord, OrphanRecord, RunRecord, SearchRecord
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SpecError, StopRule
@@ -171,13 +172,18 @@ class Plan:
         return tuple(entry.run for entry in self.left)
 
     @cached_property
-    def sharing(self) -> Sharing:
-        """The beginnings that the runs to train share with each other and with finished runs, unless switched off."""
+    def forks(self) -> dict[str, Fork]:
+        """Where runs to train begin that share their first steps with others, by id; empty if that is switched off."""
         if self.experiment.search is not None or not self.experiment.run.share:
-            asked = sum(entry.steps_left for entry in self.left)
-            return Sharing({}, asked, asked)
+            return {}
         done = {entry.run.run_id: entry.run for entry in self.runs if entry.status is RunStatus.DONE}
         return share(self.pending, [*done.values(), *self._finished_orphans()], self.root)
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """Optimizer steps of the runs to train: ``asked``, each run by itself, and ``trained``, as they share them."""
+        asked = sum(entry.steps_left for entry in self.left)
+        return {"asked": asked, "trained": asked - sum(fork.step for fork in self.forks.values())}
 
     def _finished_orphans(self) -> Iterator[Run]:
         """Yield finished runs of an earlier version of the spec whose data and weights are unchanged."""

@@ -22,8 +22,9 @@ from repa_lab.encoders.registry import ENCODERS
 from repa_lab.files import digest
 from repa_lab.metrics.protocol import quality_names
 from repa_lab.models.families import FAMILIES
-from repa_lab.models.family import NARROW, Family, shape_of
+from repa_lab.models.family import NARROW, Component, Family, shape_of
 from repa_lab.spec import Arm, BudgetConfig, CompareConfig, Experiment, RunConfig, RunOptions
+from repa_lab.spec.document import value_at
 from repa_lab.spec.evaluate import FullConfig
 from repa_lab.spec.options import Objective
 from repa_lab.timm_models import TINY
@@ -88,9 +89,8 @@ class RehearsedArm(Arm):
 
 
 def _rehearsed(arm: Arm, tiny: TinyAssets) -> RehearsedArm:
-    return RehearsedArm(
-        arm.label, arm.levels, _rehearsed_config(arm.config, tiny), arm.draft, meant=arm.config, tiny=tiny
-    )
+    config = _rehearsed_config(arm.config, tiny)
+    return RehearsedArm(arm.label, arm.levels, config, arm.draft, meant=arm.config, tiny=tiny)
 
 
 def _rehearsed_config(meant: RunConfig, tiny: TinyAssets) -> RunConfig:
@@ -100,21 +100,16 @@ def _rehearsed_config(meant: RunConfig, tiny: TinyAssets) -> RunConfig:
     value["train"] |= {"steps": min(meant.train.steps, _STEPS), "batch_size": min(meant.train.batch_size, _BATCH)}
     value["evaluate"] |= _evaluate(meant)
     for path, _ in meant.encoder_paths:
-        *parents, last = path.split(".")
-        section = functools.reduce(lambda section, key: section[_key(section, key)], parents, value)
-        section[_key(section, last)] = _encoder(section[_key(section, last)], tiny)
+        section = value_at(value, path)
+        section |= _encoder(section, tiny)
     for path, settings in meant.regularizer_paths:
-        section = functools.reduce(lambda section, key: section[_key(section, key)], path.split("."), value)
+        section = value_at(value, path)
         if isinstance(projector := getattr(settings, "projector", None), ProjectorSettings):
             section["projector"]["width"] = min(projector.width, 32)
         if "layers" in section:  # of an encoder; a tiny one has two
             section["layers"] = 1
         section["schedule"] |= _schedule(settings, meant.train.steps)
     return RunConfig.model_validate(value)
-
-
-def _key(section: Any, key: str) -> Any:
-    return int(key) if isinstance(section, list) else key
 
 
 def _model(meant: RunConfig, tiny: TinyAssets) -> dict[str, Any]:
@@ -178,7 +173,7 @@ def _encoder(encoder: dict[str, Any], tiny: TinyAssets) -> dict[str, Any]:
         name = f"{TINY}{name}" if has_tiny(name) else _SMALL_ENCODER
     known = ENCODERS.get(name.removeprefix(TINY))
     size, tae = 4 * (known.stride if known else 16), encoder["tae"] and str(tiny.tiny_autoencoder())
-    return {**encoder, "name": name, "image_size": encoder["image_size"] and size, "weights": None, "tae": tae}
+    return {"name": name, "image_size": encoder["image_size"] and size, "weights": None, "tae": tae}
 
 
 def _schedule(meant: RegularizerSettings, steps: int) -> dict[str, Any]:
@@ -192,9 +187,10 @@ def _schedule(meant: RegularizerSettings, steps: int) -> dict[str, Any]:
 
 
 def _options(options: RunOptions) -> RunOptions:
-    """Return the options without those that take a GPU, or minutes before the first step."""
+    """Return the options for this machine, one process a run, and without minutes before the first step."""
     disabled = options.wandb.model_copy(update={"mode": "disabled"})
     updates: dict[str, Any] = {"share": False, "log_every": 1, "checkpoint_every": None, "wandb": disabled}
+    updates |= {"executor": "local", "gpus_per_run": 1}
     updates["micro_batch"] = 1 if isinstance(options.micro_batch, int) else options.micro_batch
     updates |= {name: False for name in ("compile", "encoder_compile") if getattr(options, name) == "auto"}
     if not Path("/dev/nvidia0").exists():
@@ -239,33 +235,29 @@ class TinyAssets:
 
     def tiny_autoencoder(self) -> Path:
         """Return an autoencoder of the class of TAESD that decodes the same latents."""
+        widths = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+        counts = {"num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
 
         def write(folder: Path) -> None:
-            from repa_lab.models.family import Component
             from repa_lab.models.tiny import build_component
 
-            widths = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
-            counts = {"num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
             build_component(Component("diffusers.AutoencoderTiny", {**widths, **counts})).save_pretrained(folder)
 
         return self._once("tae", write)
 
     def images(self, data: SourceSettings) -> dict[str, Any]:
         """Return the fields of ``data`` for a few images, or clips: copies of the spec's own, else generated."""
-        frames = {}
-        if isinstance(data, ClipsSettings):
-            frames = {"frames": data.frames, "frame_step": data.frame_step}
-        if not isinstance(data, FolderSettings) or data.is_unset or not data.folder.is_dir():
-            if isinstance(data, ClipsSettings):
-                path = self._once(
-                    f"clips-{data.needed_frames}", functools.partial(_generate_clips, frames=data.needed_frames)
-                )
-                return {"source": "clips", "path": str(path), **frames}
-            return {"source": "imagefolder", "path": str(self._once("images", _generate))}
-        column = getattr(data, "caption_column", None)
-        name = f"images-{digest([str(data.folder.resolve()), column, *frames.values()])[:12]}"
-        path = self._once(name, lambda target: data.copy_few(target, _IMAGES))
-        return {"source": data.source_of_copies, "path": str(path), "caption_column": column, **frames}
+        clips = data if isinstance(data, ClipsSettings) else None
+        frames = {"frames": clips.frames, "frame_step": clips.frame_step} if clips else {}
+        if isinstance(data, FolderSettings) and not data.is_unset and data.folder.is_dir():
+            column = getattr(data, "caption_column", None)
+            name = f"images-{digest([str(data.folder.resolve()), column, *frames.values()])[:12]}"
+            path = self._once(name, lambda folder: data.copy_few(folder, _IMAGES))
+            return {"source": data.source_of_copies, "path": str(path), "caption_column": column, **frames}
+        if clips:
+            write = functools.partial(_generate_clips, frames=clips.needed_frames)
+            return {"source": "clips", "path": str(self._once(f"clips-{clips.needed_frames}", write)), **frames}
+        return {"source": "imagefolder", "path": str(self._once("images", _generate))}
 
     def _once(self, name: str, write: Callable[[Path], None]) -> Path:
         path = self.folder / name

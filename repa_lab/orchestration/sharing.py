@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from repa_lab.align.settings import Schedule, agreement
 from repa_lab.orchestration.executors import Task
@@ -23,46 +23,57 @@ from repa_lab.spec.identity import Run
 _SHAPE = ("type", "end", "warmup_steps", "decay_steps", "cutoff_step", "power")
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """The beginnings that runs share.
-
-    Attributes:
-        forks: where each run begins that does not begin at its first step, by the run's id.
-        asked: optimizer steps of the runs that are left, each trained by itself.
-        trained: optimizer steps that have to be trained for them.
-    """
-
-    forks: Mapping[str, Fork]
-    asked: int
-    trained: int
-
-
-def share(left: Iterable[Run], done: Iterable[Run], root: RunsRoot) -> Sharing:
-    """Find the beginnings that runs share with each other and with finished runs.
+def share(left: Iterable[Run], done: Sequence[Run], root: RunsRoot) -> dict[str, Fork]:
+    """Return where runs begin that share their first steps with each other or with finished runs, by the run's id.
 
     Args:
         done: finished runs, of which checkpoints may be left.
     """
-    groups: dict[str, _Group] = {}
-    for run in done:
-        trajectory = _Trajectory(run, tuple(checkpoints.steps(root.run(run.run_id).checkpoints)))
-        groups.setdefault(_group_key(run), _Group()).begun.append(trajectory)
-    asked = trained = 0
-    for run in left:
-        group, begun = groups.setdefault(_group_key(run), _Group()), root.run(run.run_id).checkpoint_step
-        asked += run.config.train.steps - begun
-        if begun:
-            group.begun.append(_Trajectory(run, None))
-            trained += run.config.train.steps - begun
-        else:
-            group.new.append(_Trajectory(run, None))
+    kept = {run.run_id: checkpoints.steps(root.run(run.run_id).checkpoints) for run in done}
+    groups: dict[str, list[Run]] = {}
+    for run in (*done, *left):
+        groups.setdefault(_group_key(run), []).append(run)
     forks: dict[str, Fork] = {}
-    for group in groups.values():
-        for trajectory, fork in group.tree():
-            trained += trajectory.steps - (fork.step if fork else 0)
-            forks |= {trajectory.run.run_id: fork} if fork else {}
-    return Sharing(forks, asked, trained)
+    for runs in groups.values():
+        begun = [run for run in runs if run.run_id in kept or root.run(run.run_id).checkpoint_step]
+        forks |= _forks(begun, [run for run in runs if run not in begun], kept)
+    return forks
+
+
+def _forks(begun: list[Run], new: list[Run], kept: Mapping[str, Sequence[int]]) -> dict[str, Fork]:
+    """Return the fork that shares the most steps, for each new run that shares any.
+
+    A common beginning is of a length that obeys ``shared(a, c) >= min(shared(a, b), shared(b, c))``, so taking the
+    longest at every turn (Prim's algorithm) leaves the fewest steps to train.
+    """
+    best: dict[str, Fork] = {}
+    parents, left = begun, sorted(new, key=lambda run: -run.config.train.steps)
+    while left:
+        for parent in parents:
+            for child in left:
+                step, known = _shared(parent, child, kept.get(parent.run_id)), best.get(child.run_id)
+                if step > (known.step if known else 0):
+                    best[child.run_id] = Fork(parent.run_id, step)
+        taken = max(left, key=lambda run: best[run.run_id].step if run.run_id in best else 0)
+        left.remove(taken)
+        parents = [taken]
+    return best
+
+
+def _shared(parent: Run, child: Run, kept: Sequence[int] | None) -> int:
+    """Return the number of first steps of a run that another one can give it.
+
+    Args:
+        kept: the steps of the parent's checkpoints; None while the parent is yet to be trained, which keeps any step.
+    """
+    ours, theirs, last = parent.config, child.config, child.config.train.steps
+    steps = min(ours.train.steps, last)
+    pairs = zip(_schedules(ours), _schedules(theirs), strict=True)
+    common = min((agreement(*pair, steps) for pair in pairs), default=steps)
+    if common == last:  # a fork measures nothing at its last step: the parent has to have measured the same there
+        is_measured = last == ours.train.steps or last % ours.evaluate.every == 0
+        common -= not (is_measured and (last in ours.milestones or last not in theirs.milestones))
+    return common if kept is None else max((step for step in kept if step <= common), default=0)
 
 
 class RunList:
@@ -125,66 +136,6 @@ class RunList:
         if fork is None or fork.step in forkable_steps(self._root.run(fork.parent)):
             return True
         return fork.parent not in self._running and fork.parent not in self._waiting  # the parent failed
-
-
-@dataclass(frozen=True)
-class _Trajectory:
-    """A run, and the steps at which its state can be had: all of them while the run is yet to be trained (None)."""
-
-    run: Run
-    kept: tuple[int, ...] | None
-
-    @property
-    def steps(self) -> int:
-        return self.run.config.train.steps
-
-    def shared(self, other: _Trajectory) -> int:
-        """Return the number of first steps of ``other`` that this run can give it."""
-        steps = min(self.steps, other.steps)
-        pairs = zip(_schedules(self.run.config), _schedules(other.run.config), strict=True)
-        common = min((agreement(*pair, steps) for pair in pairs), default=steps)
-        if common == other.steps and not self._measures_end_of(other):
-            common -= 1
-        return common if self.kept is None else max((step for step in self.kept if step <= common), default=0)
-
-    def _measures_end_of(self, other: _Trajectory) -> bool:
-        """Return whether this run measures what ``other`` measures at its last step; a fork measures nothing there."""
-        last, ours, theirs = other.steps, self.run.config, other.run.config
-        is_measured = last == self.steps or last % ours.evaluate.every == 0
-        return is_measured and (last in ours.milestones or last not in theirs.milestones)
-
-
-@dataclass
-class _Group:
-    """Runs that differ in nothing but the weight over the steps and the number of steps."""
-
-    begun: list[_Trajectory] = field(default_factory=list)
-    new: list[_Trajectory] = field(default_factory=list)
-
-    def tree(self) -> list[tuple[_Trajectory, Fork | None]]:
-        """Return the new runs, parents first, each with the fork that shares the most steps.
-
-        A common beginning is of a length that obeys ``shared(a, c) >= min(shared(a, b), shared(b, c))``, so taking the
-        longest at every turn (Prim's algorithm) leaves the fewest steps to train.
-        """
-        left = sorted(self.new, key=lambda run: -run.steps)
-        best: dict[str, Fork] = {}
-
-        def offer(parent: _Trajectory) -> None:
-            for child in left:
-                step, known = parent.shared(child), best.get(child.run.run_id)
-                if step > (known.step if known else 0):
-                    best[child.run.run_id] = Fork(parent.run.run_id, step)
-
-        for parent in self.begun:
-            offer(parent)
-        order: list[tuple[_Trajectory, Fork | None]] = []
-        while left:
-            taken = max(left, key=lambda run: best[run.run.run_id].step if run.run.run_id in best else 0)
-            left.remove(taken)
-            order.append((taken, best.get(taken.run.run_id)))
-            offer(taken)
-        return order
 
 
 def _group_key(run: Run) -> str:

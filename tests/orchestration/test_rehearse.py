@@ -11,6 +11,7 @@ import yaml
 from repa_lab import load_results, load_spec, sweep
 from repa_lab.data.sources import Clips
 from repa_lab.encoders.registry import attention_problem
+from repa_lab.orchestration.checks import check
 from repa_lab.orchestration.rehearsal import MARK, rehearsal_root, rehearse_experiment
 from repa_lab.runs import RunsRoot, State, checkpoints
 from repa_lab.spec import SpecError
@@ -77,6 +78,13 @@ def rehearsed(tmp_path: Path, **sections):
 
 
 class TestWhatIsRehearsed:
+    def test_a_spec_for_several_gpus_is_rehearsed_in_one_process_here(self, tmp_path):
+        """Four processes cannot share the two images of a rehearsed batch."""
+        asked = rehearsed(tmp_path, run={"gpus_per_run": 4, "executor": "slurm"})
+        experiment = rehearse_experiment(asked, tmp_path)
+        check(experiment, None)
+        assert (experiment.run.gpus_per_run, experiment.run.executor) == (1, "local")
+
     def test_a_schedule_keeps_its_proportions_and_all_its_parts(self, tmp_path):
         schedule = {"type": "cosine", "warmup_steps": 100, "decay_steps": 5000, "cutoff_step": 2600}
         experiment = rehearsed(tmp_path, regularizer={"type": "repa", "schedule": schedule})

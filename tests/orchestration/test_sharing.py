@@ -47,16 +47,20 @@ def cutoffs(*steps: int | None, seed: int = 0):
     return [named(f"cut{step}-{seed}", seed, **{CUT: {"cutoff_step": step}}) for step in steps]
 
 
+def trained(runs, forks) -> int:
+    """The steps that have to be trained: all but those that a fork takes over."""
+    return sum(run.config.train.steps for run in runs) - sum(fork.step for fork in forks.values())
+
+
 class TestThePlan:
     def test_runs_that_differ_in_the_cutoff_share_what_lies_before_it(self, tmp_path):
         found = share(cutoffs(None, 4, 8), [], RunsRoot(tmp_path))
-        assert found.forks == {"cut4-0": Fork("cutNone-0", 4), "cut8-0": Fork("cutNone-0", 8)}
-        assert (found.asked, found.trained) == (36, 12 + 8 + 4)
+        assert found == {"cut4-0": Fork("cutNone-0", 4), "cut8-0": Fork("cutNone-0", 8)}
 
     def test_six_arms_of_a_cutoff_ablation_train_less_than_three_quarters(self, tmp_path):
-        found = share(cutoffs(None, 2, 4, 6, 8, 10), [], RunsRoot(tmp_path))
-        assert found.trained / found.asked == pytest.approx((12 + 10 + 8 + 6 + 4 + 2) / 72)
-        assert found.trained / found.asked <= 0.75
+        runs = cutoffs(None, 2, 4, 6, 8, 10)
+        left = trained(runs, share(runs, [], RunsRoot(tmp_path)))
+        assert left == 12 + 10 + 8 + 6 + 4 + 2 and left / 72 <= 0.75
 
     @pytest.mark.parametrize(
         ("evaluate", "step"),
@@ -72,9 +76,7 @@ class TestThePlan:
             named(str(steps), **{"train.steps": steps, **{f"evaluate.{k}": v for k, v in evaluate.items()}})
             for steps in (6, 12)
         ]
-        found = share(pair, [], RunsRoot(tmp_path))
-        assert found.forks == {"6": Fork("12", step)}
-        assert found.trained == 12 + 6 - step
+        assert share(pair, [], RunsRoot(tmp_path)) == {"6": Fork("12", step)}
 
     def test_nothing_is_shared_by_what_differs_otherwise(self, tmp_path):
         seeds = [named("a", 0), named("b", 1)]
@@ -83,24 +85,18 @@ class TestThePlan:
         thresholds = [named(str(value), **{CUT: {"similarity_threshold": value}}) for value in (0.5, 0.6)]
         kinds = [named("repa"), named("none", **OFF)]
         for pair in (seeds, blocks, weights_, thresholds, kinds):
-            found = share(pair, [], RunsRoot(tmp_path))
-            assert found.forks == {}
-            assert found.asked == found.trained == 24
+            assert share(pair, [], RunsRoot(tmp_path)) == {}
 
     def test_the_one_step_that_a_warmup_from_zero_has_in_common_is_not_worth_a_checkpoint(self, tmp_path):
         pair = [named(str(weight), **{"regularizer.weight": weight, CUT: {"warmup_steps": 3}}) for weight in (0.5, 0.6)]
         assert agreement(*(_schedules(run.config)[0] for run in pair), 12) == 1
-        found = share(pair, [], RunsRoot(tmp_path))
-        assert (found.forks, found.trained) == ({}, 24)
+        assert share(pair, [], RunsRoot(tmp_path)) == {}
 
     def test_runs_of_one_weight_share_a_warmup_whatever_comes_after_it(self, tmp_path):
         shapes = ({"type": "constant"}, {"type": "linear", "decay_steps": 10})
         pair = [named(str(number), **{CUT: {"warmup_steps": 3, **shape}}) for number, shape in enumerate(shapes)]
         found = share(pair, [], RunsRoot(tmp_path))
-        assert [fork.step for fork in found.forks.values()] == [
-            agreement(*(_schedules(run.config)[0] for run in pair), 12)
-        ]
-        assert found.trained < found.asked
+        assert [fork.step for fork in found.values()] == [agreement(*(_schedules(run.config)[0] for run in pair), 12)]
 
     def test_the_tree_leaves_the_fewest_steps(self, tmp_path):
         """Against every order in which parents could be chosen, for small groups."""
@@ -120,8 +116,7 @@ class TestThePlan:
                 for cut, end in zip(steps, ends, strict=True)
                 for length in range(1, end + 1)
             }
-            assert found.trained == len(histories)
-            assert found.asked == sum(ends)
+            assert trained(runs, found) == len(histories)
 
 
 class TestForked:
@@ -220,7 +215,7 @@ class TestForked:
 class TestTheWork:
     def work(self, tmp_path, *steps):
         runs, root = cutoffs(*steps), RunsRoot(tmp_path)
-        return RunList([Task(run, run.run_id) for run in runs], root, share(runs, [], root).forks), root
+        return RunList([Task(run, run.run_id) for run in runs], root, share(runs, [], root)), root
 
     def keep(self, root, run_id, step):
         folder = root.run(run_id).forks / f"step-{step:08d}"
@@ -265,7 +260,7 @@ class TestTheSweep:
 
     def test_a_shared_sweep_is_the_same_bit_for_bit_and_leaves_nothing_behind(self, tmp_path):
         planned = plan(self.spec(), tmp_path / "shared")
-        assert (planned.sharing.asked, planned.sharing.trained) == (36, 2 * (6 + 4 + 1))
+        assert planned.steps == {"asked": 36, "trained": 2 * (6 + 4 + 1)}
         shared = sweep(self.spec(), tmp_path / "shared", workers=2)
         alone = sweep(self.spec(share=False), tmp_path / "alone", workers=2)
         assert (shared.trained, shared.failures, alone.trained) == (6, {}, 6)
@@ -283,7 +278,7 @@ class TestTheSweep:
         axes, evaluate = {"train.steps": [9, 6]}, {"every": 4, "full": {"samples": 24}}
         spec = {**self.spec(), "axes": axes, "seeds": 1, "compare": {"baseline": {"train.steps": 9}}}
         spec["evaluate"] |= evaluate
-        assert plan(spec, tmp_path / "shared").sharing.trained == 9 + 1
+        assert plan(spec, tmp_path / "shared").steps["trained"] == 9 + 1
         sweep(spec, tmp_path / "shared", workers=1)
         alone = sweep({**spec, "run": {**OPTIONS, "share": False}}, tmp_path / "alone", workers=1)
         for arm in alone.directory.manifest.arms:
@@ -306,7 +301,7 @@ class TestTheSweep:
         sweep(one, tmp_path / "runs")
         longer = {**one, "train": {**one["train"], "steps": 9}}
         planned = plan(longer, tmp_path / "runs")
-        assert (planned.sharing.asked, planned.sharing.trained) == (9, 3)
+        assert planned.steps == {"asked": 9, "trained": 3}
         sweep(longer, tmp_path / "runs")
         alone = sweep({**longer, "run": {**OPTIONS, "share": False}}, tmp_path / "alone")
         (arm,) = alone.directory.manifest.arms
