@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repa_lab.report.profile import load_profile, profile_matrix
+from repa_lab.report.figure_data import load_profile, profile_matrix
 from repa_lab.runs import RunsRoot, RunWriter
 from tests.test_cli import cli
 from tests.training.conftest import OFF, make_run, run_to_end
@@ -146,7 +146,7 @@ def test_missing_weights_of_an_encoder_are_one_line(root, tmp_path):
     assert line == f"the weights of 'dinov2_vits14', '{tmp_path / 'none.pth'}', are not a file"
 
 
-@pytest.mark.filterwarnings("error::UserWarning:repa_lab.report.figures")
+@pytest.mark.filterwarnings("error::UserWarning:repa_lab.report.drawing")
 def test_a_profile_of_one_time_is_drawn(root):
     done = cli("profile", "aligned", "--metrics", "cka", "--timesteps", "0.5", "--root", root.path)
     assert done.returncode == 0, done.stderr

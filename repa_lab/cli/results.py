@@ -163,7 +163,7 @@ def _encoder(given: str | None, directories: Sequence[RunDirectory]) -> EncoderS
 
 
 def _print_profile(run: RunDirectory, metrics: Sequence[str]) -> None:
-    from repa_lab.report.profile import load_profile, shown_metrics
+    from repa_lab.report.figure_data import load_profile, shown_metrics
 
     frame = load_profile(run)
     protocol, aligned = frame.attrs["protocol"], frame.attrs["aligned_block"]
@@ -189,16 +189,18 @@ def _profile_row(frame: pd.DataFrame, timestep: float, metrics: Sequence[str]) -
 
 def _draw(directories: Sequence[RunDirectory]) -> list[Path]:
     """Draw each run, and each run beside the first; print why a pair cannot be drawn."""
-    from repa_lab.report.figures import profile_figure, save
-    from repa_lab.report.profile import why_not_comparable
+    from repa_lab.report.drawing import draw_profiles, save
+    from repa_lab.report.figure_data import load_profile, why_not_comparable
 
-    drawn = [save(profile_figure([run]), run.profile_picture()) for run in directories]
-    first, *others = directories
-    for other in others:
-        if reason := why_not_comparable(first, other):
+    profiles = [load_profile(run) for run in directories]
+    pairs = list(zip(directories, profiles, strict=True))
+    drawn = [save(draw_profiles([profile]), run.profile_picture()) for run, profile in pairs]
+    (first, first_profile), *others = pairs
+    for run, profile in others:
+        if reason := why_not_comparable(first_profile, profile):
             typer.echo(reason, err=True)
         else:
-            drawn.append(save(profile_figure([first, other]), other.profile_picture(first)))
+            drawn.append(save(draw_profiles([first_profile, profile]), run.profile_picture(first)))
     return drawn
 
 

@@ -150,8 +150,7 @@ def _markdown(experiment: Experiment, comparisons: Sequence[Comparison], scale: 
 
     sections = [f"# {experiment.name}", experiment.question]
     for comparison in comparisons:
-        rows = table_rows(comparison)
-        sections.append(Table(list(rows[0]), [list(row.values()) for row in rows]).markdown)
+        sections.append(Table(table_rows(comparison)).markdown)
     sections.append("\n".join(f"- {line}" for line in lines_of(experiment, comparisons, scale)))
     return "\n\n".join(sections) + "\n"
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from repa_lab.lazy import on_first_use
 
 if TYPE_CHECKING:
-    from repa_lab.report.figures import profile_figure
+    from repa_lab.report.drawing import profile_figure
+    from repa_lab.report.figure_data import load_profile
     from repa_lab.report.leaderboard import leaderboards
     from repa_lab.report.page import ReportPaths, write_report
-    from repa_lab.report.profile import load_profile
     from repa_lab.report.results import Results, ResultsError, load_results
     from repa_lab.report.text import answer
 
@@ -29,10 +29,10 @@ __all__ = [
 __getattr__ = on_first_use(
     __name__,  # the tables do not wait for the drawing library
     {
-        "report.figures": ("profile_figure",),
+        "report.drawing": ("profile_figure",),
+        "report.figure_data": ("load_profile",),
         "report.leaderboard": ("leaderboards",),
         "report.page": ("ReportPaths", "write_report"),
-        "report.profile": ("load_profile",),
         "report.results": ("Results", "ResultsError", "load_results"),
         "report.text": ("answer",),
     },

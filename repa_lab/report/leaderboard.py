@@ -9,11 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repa_lab.metrics.protocol import differences
-from repa_lab.report.frames import Member, RunReader
+from repa_lab.report.reader import SweepRun
 from repa_lab.report.results import ResultsError, load_results
 from repa_lab.report.statistics import Goal, finite, mean_interval
-from repa_lab.report.summary import Protocol, common_step, dotted, goal_of, grouped, is_protocol, metric_kind
+from repa_lab.report.summary import Protocol, common_step, differing, dotted, goal_of, grouped, is_protocol, metric_kind
 from repa_lab.report.text import troubles
 from repa_lab.runs.files import Row, garbage_collection_paused
 
@@ -52,15 +51,6 @@ class Board:
         return pd.DataFrame(self.rows, columns=COLUMNS)
 
 
-@dataclass(frozen=True, eq=False)
-class _Arm:
-    """Arms that share runs, merged: a run's id is its whole content, so these arms are one."""
-
-    labels: list[str]
-    sweeps: list[str]
-    readers: dict[str, RunReader]
-
-
 @garbage_collection_paused()
 def leaderboards(
     path: str | Path, metric: str | None = None, protocol: str = "", tell: Callable[[str], None] = lambda line: None
@@ -78,22 +68,21 @@ def leaderboards(
     Raises:
         ResultsError: there is no sweep, or no such metric was measured.
     """
-    results = load_results(path)
-    runs = {member.run_id: member for member in results.members}
-    for member in runs.values():
-        for line in troubles(member, member.reader.troubles_of_measurements()):
+    members = load_results(path).members
+    runs = {run.run_id: run for run in members}
+    for run in runs.values():
+        for line in troubles(run, run.troubles_of_measurements()):
             tell(line)
-    arms, boards = _merged(results.members), list[Board]()
-    measured = sorted({name for member in runs.values() for name in member.reader.history.measurements})
+    arms, boards = _merged(members), list[Board]()
+    measured = sorted({name for run in runs.values() for name in run.curves})
     for name in (name for name in measured if protocol in name and _is_wanted(name, metric)):
-        readers = {run: member.reader for run, member in runs.items() if name in member.reader.history.measurements}
-        groups = grouped({run: recorded for run, reader in readers.items() if (recorded := _protocol(reader, name))})
-        differing = sorted({field for first, _ in groups for other, _ in groups for field in differences(first, other)})
-        for recorded, members in groups:
-            rows = [row for arm in arms if (row := _row(arm, name, members)) is not None]
-            sign = 1 if goal_of(name) == "min" else -1
+        measuring = {run_id: run for run_id, run in runs.items() if name in run.curves}
+        groups = grouped({run_id: known for run_id, run in measuring.items() if (known := _protocol(run, name))})
+        fields, sign = differing([first for first, _ in groups]), 1 if goal_of(name) == "min" else -1
+        for first, alike in groups:
+            rows = [row for arm in arms if (row := _row(arm, runs, name, alike))]
             rows.sort(key=lambda row: (math.isnan(row["mean"]), sign * row["mean"]))
-            boards.append(Board(name, goal_of(name), {field: recorded.get(field) for field in differing}, tuple(rows)))
+            boards.append(Board(name, goal_of(name), {field: first.get(field) for field in fields}, tuple(rows)))
     if not boards:
         names = ", ".join(filter(is_protocol, measured)) or "nothing"
         raise ResultsError(f"no such metric with a protocol in '{path}'; measured: {names}")
@@ -101,59 +90,59 @@ def leaderboards(
 
 
 def _is_wanted(name: str, metric: str | None) -> bool:
-    if name == metric:
-        return True
-    is_full_name = metric is not None and ":" in metric
-    return not is_full_name and is_protocol(name) and metric_kind(name) == metric_kind(metric or name)
+    if metric is not None and ":" in metric:
+        return name == metric
+    return name == metric or (is_protocol(name) and metric_kind(name) == metric_kind(metric or name))
 
 
-def _protocol(reader: RunReader, metric: str) -> Protocol:
+def _protocol(run: SweepRun, metric: str) -> Protocol:
     """Return the recorded protocol; for a run without one, its data settings stand for it, if the name has the rest."""
-    recorded = reader.protocols.get(metric)
+    recorded = run.protocols.get(metric)
     if recorded or not is_protocol(metric):
         return recorded or {}
-    return {"recorded": False, **dotted({"data": reader.spec.get("data", {})})}
+    return {"recorded": False, **dotted({"data": run.spec.get("data", {})})}
 
 
-def _merged(members: Iterable[Member]) -> list[_Arm]:
-    readers: dict[tuple[str, str], dict[str, RunReader]] = {}
-    for member in members:
-        readers.setdefault((member.keys["sweep"], member.arm.label), {})[member.run_id] = member.reader
-    arm_of: dict[str, _Arm] = {}
-    for (sweep, label), own in readers.items():
-        arm = _Arm([], [], {})
-        for other in [*dict.fromkeys(arm_of[run] for run in own if run in arm_of), _Arm([label], [sweep], own)]:
-            arm.labels.extend(name for name in other.labels if name not in arm.labels)
-            arm.sweeps.extend(name for name in other.sweeps if name not in arm.sweeps)
-            arm.readers.update(other.readers)
-        arm_of |= dict.fromkeys(arm.readers, arm)
-    return list(dict.fromkeys(arm_of.values()))
+def _merged(members: Iterable[SweepRun]) -> list[list[SweepRun]]:
+    """Return the runs of every arm; arms that share runs are one, because a run's id is its whole content."""
+    arms: dict[tuple[str, str], list[SweepRun]] = {}
+    for run in members:
+        arms.setdefault((run.sweep, run.arm.label), []).append(run)
+    arm_of: dict[str, list[SweepRun]] = {}
+    for runs in arms.values():
+        known = {id(arm_of[run.run_id]): arm_of[run.run_id] for run in runs if run.run_id in arm_of}
+        merged = [run for arm in (*known.values(), runs) for run in arm]
+        arm_of |= dict.fromkeys((run.run_id for run in merged), merged)
+    return list({id(arm): arm for arm in arm_of.values()}.values())
 
 
-def _row(arm: _Arm, metric: str, runs: set[str]) -> Row | None:
-    """Return the row of an arm at equal progress; None if its measured runs share no step."""
-    readers = [reader for run, reader in arm.readers.items() if run in runs]
-    curves = [reader.history.measurements[metric] for reader in readers]
+def _row(arm: list[SweepRun], runs: Mapping[str, SweepRun], metric: str, alike: set[str]) -> Row | None:
+    """Return the row of an arm at equal progress; None if its measured runs share no step.
+
+    Args:
+        arm: its runs, a run once for each place that it has in a sweep.
+        runs: all runs by id, of which the files are read once.
+        metric: full name.
+        alike: the ids of the runs that measured the metric under one protocol.
+    """
+    by_id = {run.run_id: runs[run.run_id] for run in arm}
+    measured = [run for run_id, run in by_id.items() if run_id in alike]
+    curves = [run.curves[metric] for run in measured]
     step = common_step(curves)
     if step is None:
         return None
     mean, best = mean_interval(curve[step] for curve in curves), min if goal_of(metric) == "min" else max
     histories = [[value for at, value in finite(curve).items() if at <= step] for curve in curves]
-    images = [reader.history.progress[step].images for reader in readers]
-    settings = dotted(readers[0].spec)
-
-    def setting(name: str) -> str:
-        value = settings.get(name)
-        return value if isinstance(value, str) else ""
-
-    regularizers, encoders = _regularizers(readers[0].spec.get("regularizer"))
+    images = [run.curves.get("images", {}).get(step, math.nan) for run in measured]
+    family, size, pretrained = (measured[0].setting(f"model.{name}") for name in ("family", "size", "pretrained"))
+    regularizers, encoders = _regularizers(measured[0].setting("regularizer"))
     return {
-        "arm": " / ".join(arm.labels),
-        "sweeps": ", ".join(arm.sweeps),
-        "seeds": len(arm.readers),
-        "state": ", ".join(dict.fromkeys(arm.readers[run].status for run in sorted(arm.readers))),
-        "family": setting("model.family"),
-        "size": setting("model.size") or setting("model.pretrained"),
+        "arm": " / ".join(dict.fromkeys(run.arm.label for run in arm)),
+        "sweeps": ", ".join(dict.fromkeys(run.sweep for run in arm)),
+        "seeds": len(by_id),
+        "state": ", ".join(dict.fromkeys(by_id[run_id].status for run_id in sorted(by_id))),
+        "family": family if isinstance(family, str) else "",
+        "size": next((text for text in (size, pretrained) if isinstance(text, str) and text), ""),
         "regularizer": " + ".join(regularizers) or "none",
         "encoder": " + ".join(encoders),
         "n": mean.n,

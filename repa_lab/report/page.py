@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -14,16 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
 from repa_lab.files import digest, file_digest, write_text
 from repa_lab.registry import one_line
 from repa_lab.report import figure_data, tables, text
 from repa_lab.report.figure_data import FAINT, INK, PALETTE, SOFT
-from repa_lab.report.profile import load_profile, shown_profiles
 from repa_lab.report.results import Results, ResultsError, load_results
-from repa_lab.report.search import MIN_TRIALS, importance_frame, objectives, ordered_trials, search_frame
 from repa_lab.runs import RunStatus, SweepDirectory, files
 
 _MAX_PANELS = 24
@@ -32,13 +31,8 @@ _MAX_PIXELS, _MAX_PNG_BYTES = 640, 60_000  # of an embedded image
 
 # Variables of the page's style sheet; other colours, such as mixed greys, are legible on light and dark.
 _VARIABLES = {
-    INK: "--ink",
-    SOFT: "--soft",
-    "#6e7781": "--soft",
-    "#9aa1a9": "--axis",
-    "#e6e8eb": "--grid",
-    FAINT: "--faint",
-    "#ffffff": "--paper",
+    **{INK: "--ink", SOFT: "--soft", "#6e7781": "--soft", "#9aa1a9": "--axis", "#e6e8eb": "--grid", FAINT: "--faint"},
+    **{"#ffffff": "--paper"},
     **{hue: f"--series-{place}" for place, hue in enumerate(PALETTE)},
 }
 
@@ -58,8 +52,12 @@ class ReportPaths:
         return (self.html, self.markdown, self.latex, *self.figures)
 
 
-def write_report(sweep: SweepDirectory) -> ReportPaths:
+def write_report(sweep: SweepDirectory, results: Results | None = None) -> ReportPaths:
     """Write the report on everything that the sweep's runs have measured so far; every file is replaced whole.
+
+    Args:
+        sweep: the sweep's folder.
+        results: of the sweep; None reads them.
 
     Raises:
         ResultsError: the sweep was never recorded, or its ``sweep.json`` cannot be read. Files of its runs that cannot
@@ -67,26 +65,10 @@ def write_report(sweep: SweepDirectory) -> ReportPaths:
         LinkError: the sweep's folder, or that of its figures, is a symbolic link.
     """
     files.require_no_links(sweep.path, sweep.path / "figures")
-    results = load_results(sweep.path)
+    results = results or load_results(sweep.path)
     pictures, failures = draw_pictures(results, sweep.path)
-    content = _content(results, sweep, pictures, failures)
-    paths = {kind: sweep.path / f"report.{kind}" for kind in ("md", "tex", "html")}
-    for kind, path in paths.items():
-        environment = Environment(
-            loader=PackageLoader("repa_lab.report"),
-            autoescape=kind == "html",
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters |= {"latex": tables.latex, "markdown": tables.markdown}
-        write_text(path, environment.get_template(f"report.{kind}.j2").render(content))
-    drawn = tuple(sweep.path / link for picture in pictures for link in picture.panels)
-    return ReportPaths(paths["md"], paths["tex"], paths["html"], drawn)
-
-
-def _content(results: Results, sweep: SweepDirectory, pictures: list[Picture], failures: list[str]) -> dict[str, Any]:
-    return {
+    sections = ("differences", "convergence", "alignment", "search", "profiles")
+    content = {
         "name": results.name,
         "question": results.question,
         "lead": text.lead(results),
@@ -94,17 +76,14 @@ def _content(results: Results, sweep: SweepDirectory, pictures: list[Picture], f
         "conclusions": text.conclusions(results),
         "incomplete": text.incomplete(results),
         "exclusions": [*text.exclusions(results), *failures],
-        "pictures": {
-            name: [picture for picture in pictures if picture.section == name]
-            for name in ("differences", "convergence", "alignment", "search", "profiles")
-        },
+        "pictures": {name: [picture for picture in pictures if picture.section == name] for name in sections},
         "summary": tables.summary_tables(results),
         "others": tables.summary_tables(results, compared=False),
         "targets": tables.targets_tables(results),
         "trials": tables.trials_table(results),
-        "importance": tables.importance_table(importance_frame(results)),
-        "least_trials": MIN_TRIALS,
-        "sheets": sheets(results, sweep.path),
+        "importance": tables.importance_table(figure_data.importance_frame(results)),
+        "least_trials": figure_data.MIN_TRIALS,
+        "sheets": list(sheets(results, sweep.path)),
         "costs": tables.cost_table(results),
         "speed": tables.speed_table(results),
         "runs": tables.runs_table(results),
@@ -113,16 +92,29 @@ def _content(results: Results, sweep: SweepDirectory, pictures: list[Picture], f
         "protocols": tables.protocols_table(results),
         "provenance": tables.provenance_table(results),
     }
+    environment = Environment(
+        loader=PackageLoader("repa_lab.report"),
+        autoescape=select_autoescape(["html.j2"], default=False),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"latex": tables.latex, "markdown": tables.markdown}
+    paths = {kind: sweep.path / f"report.{kind}" for kind in ("md", "tex", "html")}
+    for kind, path in paths.items():
+        write_text(path, environment.get_template(f"report.{kind}.j2").render(content))
+    drawn = tuple(sweep.path / link for picture in pictures for link in picture.elements)
+    return ReportPaths(paths["md"], paths["tex"], paths["html"], drawn)
 
 
-def _facts(results: Results) -> list[tuple[str, str]]:
+def _facts(results: Results) -> dict[str, str]:
     """Return the size of the sweep in numbers."""
     runs = results.runs.drop_duplicates("run_id")
-    hours = tables.cost_frame(results)["hours/training"]
+    hours = tables.cost_frame(results)[tables.TRAINING_HOURS]
     ended = int(runs["state"].isin([status.value for status in RunStatus if status.is_over]).sum())
-    facts = [("arms", str(results.runs["arm"].nunique())), ("seeds", str(results.runs["seed"].nunique()))]
-    facts.append(("runs ended", f"{ended} of {len(runs)}"))
-    return facts if hours.isna().all() else [*facts, ("device hours", tables.significant(float(hours.sum())))]
+    facts = {"arms": str(results.runs["arm"].nunique()), "seeds": str(results.runs["seed"].nunique())}
+    facts["runs ended"] = f"{ended} of {len(runs)}"
+    return facts if hours.isna().all() else {**facts, "device hours": tables.significant(float(hours.sum()))}
 
 
 # ---- figures
@@ -136,24 +128,11 @@ class Picture:
         section: ``differences``, ``convergence``, ``alignment``, ``search`` or ``profiles``.
         title: what the figure shows.
         caption: explains lines, bands and points.
-        panels: an ``<svg>`` element of the page for each panel, by the path of its file relative to the sweep's folder.
-    """
-
-    section: str
-    title: str
-    caption: str
-    panels: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A figure to be drawn.
-
-    Attributes:
         draw: name of the function in :mod:`repa_lab.report.figures` that draws a panel; the drawing library is imported
             only if a figure has changed.
-        panels: frame, or list of frames, by the panel's name.
+        panels: what each panel shows, a frame or a list of frames, by the panel's name.
         options: further arguments of the function.
+        elements: once drawn, an ``<svg>`` element for each panel, by its file's path relative to the sweep's folder.
     """
 
     section: str
@@ -162,6 +141,7 @@ class _Draft:
     draw: str
     panels: Mapping[str, pd.DataFrame | list[pd.DataFrame]]
     options: dict[str, Any] = field(default_factory=dict)
+    elements: dict[str, str] = field(default_factory=dict)
 
 
 def draw_pictures(results: Results, folder: Path) -> tuple[list[Picture], list[str]]:
@@ -174,40 +154,41 @@ def draw_pictures(results: Results, folder: Path) -> tuple[list[Picture], list[s
     Returns:
         The pictures, and a line for every figure that could not be drawn.
     """
-    pictures, failures = [], []
-    drafts = [draft for make in (_differences, _convergence, _alignment, _search) for draft in make(results)]
+    drawn, failures = [], []
+    pictures = [*_differences(results), *_curves(results), *_search(results)]
     try:
-        drafts += _profiles(results)
+        pictures += _profiles(results)
     except ResultsError as error:
         failures.append(f"Layer profiles are not shown: {error}.")
-    for draft in drafts:
-        links = {name: f"figures/{name}.svg" for name in draft.panels}
+    for picture in pictures:
         try:
-            panels = {link: _panel(draft, name, folder / link) for name, link in links.items()}
-            pictures.append(Picture(draft.section, draft.title, draft.caption, panels))
+            for name in picture.panels:
+                picture.elements[f"figures/{name}.svg"] = _element(picture, name, folder / f"figures/{name}.svg")
+            drawn.append(picture)
         except Exception as error:  # the rest of the report does not depend on a figure
-            failures.append(f"The figure '{draft.section}: {draft.title}' could not be drawn ({one_line(error)}).")
-    return pictures, failures
+            failures.append(f"The figure '{picture.section}: {picture.title}' could not be drawn ({one_line(error)}).")
+    return drawn, failures
 
 
-def _panel(draft: _Draft, name: str, path: Path) -> str:
+def _element(picture: Picture, name: str, path: Path) -> str:
     """Return a panel as an element of the page; draw it anew unless its file ends with the digest of the same data."""
-    data = draft.panels[name]
+    data = picture.panels[name]
     shown = [(frame.to_csv(), frame.attrs) for frame in (data if isinstance(data, list) else [data])]
-    key = f"<!-- {digest([*_drawing_code(), draft.draw, repr(draft.options), shown])} -->"
+    key = f"<!-- {digest([*_drawing_code(), picture.draw, repr(picture.options), shown])} -->"
     drawn = path.read_text(encoding="utf-8") if path.is_file() else ""
     if not drawn.endswith(key):
         from repa_lab.report import figures
 
-        drawn = figures.svg(getattr(figures, draft.draw)(data, **draft.options), name) + key
+        drawn = figures.svg(getattr(figures, picture.draw)(data, **picture.options), name) + key
         write_text(path, drawn)
     return inline(drawn, name)
 
 
 @functools.cache
-def _drawing_code() -> tuple[list[str], str]:
+def _drawing_code() -> tuple[str, ...]:
     """Return the digests of the code that draws, and the version of the drawing library."""
-    return [file_digest(file) for file in sorted(Path(__file__).parent.glob("figures/*.py"))], version("matplotlib")
+    code = (Path(__file__).with_name(f"{name}.py") for name in ("figure_data", "figures", "drawing"))
+    return (*map(file_digest, code), version("matplotlib"))
 
 
 def inline(svg: str, name: str) -> str:
@@ -226,29 +207,26 @@ def inline(svg: str, name: str) -> str:
     return re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2).strip()
 
 
-def _differences(results: Results) -> Iterator[_Draft]:
+def _differences(results: Results) -> Iterator[Picture]:
     frame = figure_data.differences_frame(results)
     if len(frame) > 1:  # the difference of a single arm is the answer's sentence
         caption = (
             "Point: mean paired difference. Line: 95 % Student-t interval. Coloured: resolved among all comparisons."
         )
         title, options = "Differences to the baseline", {"goal": results.goal}
-        yield _Draft("differences", title, caption, "draw_differences", {"differences": frame}, options)
+        yield Picture("differences", title, caption, "draw_differences", {"differences": frame}, options)
 
 
-def _convergence(results: Results) -> Iterator[_Draft]:
+def _curves(results: Results) -> Iterator[Picture]:
     for axis in results.axes:
-        frame = figure_data.convergence_frame(results, axis)
-        if panels := _panels(frame, "convergence" if axis.name == "step" else f"convergence_{axis.name}"):
-            caption, options = figure_data.caption(frame), {"goal": results.goal, "axis": axis}
-            yield _Draft("convergence", axis.label, caption, "draw_convergence", panels, options)
-
-
-def _alignment(results: Results) -> Iterator[_Draft]:
+        name = "convergence" if axis.name == "step" else f"convergence_{axis.name}"
+        frame, options = figure_data.convergence_frame(results, axis), {"goal": results.goal, "axis": axis}
+        if panels := _panels(frame, name):
+            yield Picture("convergence", axis.label, figure_data.caption(frame), "draw_convergence", panels, options)
     frame = figure_data.alignment_frame(results)
     if panels := _panels(frame, "alignment"):
-        caption = figure_data.caption(frame)
-        yield _Draft("alignment", "Alignment on held-out images", caption, "draw_alignment", panels)
+        title = "Alignment on held-out images"
+        yield Picture("alignment", title, figure_data.caption(frame), "draw_alignment", panels)
 
 
 def _panels(frame: pd.DataFrame, name: str) -> dict[str, pd.DataFrame]:
@@ -256,8 +234,8 @@ def _panels(frame: pd.DataFrame, name: str) -> dict[str, pd.DataFrame]:
     return {f"{name}_{place}" if place else name: panel for place, panel in enumerate(panels)}
 
 
-def _search(results: Results) -> Iterator[_Draft]:
-    frame, goals = search_frame(results), dict(objectives(results))
+def _search(results: Results) -> Iterator[Picture]:
+    frame, goals = figure_data.search_frame(results), results.objectives
     values = [f"value/{metric}" for metric in goals]
     if frame.empty or frame[values].isna().all(axis=None) or not any(name.startswith("param/") for name in frame):
         return
@@ -265,18 +243,17 @@ def _search(results: Results) -> Iterator[_Draft]:
     caption = (
         "A point for each trial; faint ones did not complete. Star: the best completed one; line: the best so far."
     )
-    yield _Draft("search", title, caption, "draw_slices", {"search": frame}, {"goals": goals})
+    yield Picture("search", title, caption, "draw_slices", {"search": frame}, {"goals": goals})
     if len(goals) > 1:
         caption = "A point for each trial; joined: the Pareto front."
-        yield _Draft("search", "Objectives against each other", caption, "draw_pareto", {"pareto": frame})
+        yield Picture("search", "Objectives against each other", caption, "draw_pareto", {"pareto": frame})
 
 
-def _profiles(results: Results) -> list[_Draft]:
+def _profiles(results: Results) -> list[Picture]:
     caption = "Layers by timesteps, as `repa-lab profile` measured them."
     return [
-        _Draft("profiles", title, caption, "draw_profiles", {f"profile_{place}": frames}, {"names": names})
-        for place, (title, runs, names) in enumerate(shown_profiles(results))
-        if (frames := [load_profile(run) for run in runs])
+        Picture("profiles", title, caption, "draw_profiles", {f"profile_{place}": frames}, {"names": names})
+        for place, (title, frames, names) in enumerate(figure_data.shown_profiles(results))
     ]
 
 
@@ -323,34 +300,31 @@ class Sheet:
     left_out: int
 
 
-def sheets(results: Results, folder: Path) -> list[Sheet]:
-    """Return a sheet for every group of arms that share a baseline; arms of a search are in the order of their trials.
+def sheets(results: Results, folder: Path) -> Iterator[Sheet]:
+    """Yield a sheet for every group of arms that share a baseline; arms of a search are in the order of their trials.
 
     Args:
         results: of one sweep.
         folder: the sweep's folder, to which links are relative.
     """
-    order = {arm: place for place, arm in enumerate(dict.fromkeys(trial.arm for trial in ordered_trials(results)))}
+    order = {arm: place for place, arm in enumerate(dict.fromkeys(trial.arm for _, trial in results.trials))}
     groups: dict[str, list[str]] = {}
     for arm, baseline in results.baselines.items():
         is_baseline = arm in results.baselines.values()
         groups.setdefault(baseline or (arm if is_baseline else ""), []).append(arm)
-    made = (_sheet(sorted(arms, key=lambda arm: order.get(arm, -1)), results, folder) for arms in groups.values())
-    return [sheet for sheet in made if sheet is not None]
-
-
-def _sheet(arms: list[str], results: Results, folder: Path) -> Sheet | None:
-    grids = {arm: results.grids[arm] for arm in arms if arm in results.grids}
-    seeds = sorted({seed for by_seed in grids.values() for seed in by_seed})
-    if not seeds:
-        return None
-    seed = max(seeds, key=lambda seed: (sum(seed in by_seed for by_seed in grids.values()), -seed))
-    shown = {arm: by_seed[seed] for arm, by_seed in grids.items() if seed in by_seed}
-    steps = sorted({step for by_step in shown.values() for step in by_step})
-    if len(steps) > _MAX_STEPS:  # evenly, with the first and the last
-        steps = [steps[round(place * (len(steps) - 1) / (_MAX_STEPS - 1))] for place in range(_MAX_STEPS)]
-    rows = {
-        arm: tuple(_sample(by_step[step], folder) if step in by_step else None for step in steps)
-        for arm, by_step in [*shown.items()][:_MAX_ARMS]
-    }
-    return Sheet(seed, tuple(steps), rows, len(arms) - len(rows))
+    for arms in groups.values():
+        arms.sort(key=lambda arm: order.get(arm, -1))
+        grids = {arm: {seed: run.grids for seed, run in results.by_arm[arm].items() if run.grids} for arm in arms}
+        count = Counter(seed for by_seed in grids.values() for seed in by_seed)
+        if not count:
+            continue
+        seed = max(sorted(count), key=lambda seed: count[seed])
+        shown = {arm: by_seed[seed] for arm, by_seed in grids.items() if seed in by_seed}
+        steps = sorted({step for by_step in shown.values() for step in by_step})
+        if len(steps) > _MAX_STEPS:  # evenly, with the first and the last
+            steps = [steps[round(place * (len(steps) - 1) / (_MAX_STEPS - 1))] for place in range(_MAX_STEPS)]
+        rows = {
+            arm: tuple(_sample(by_step[step], folder) if step in by_step else None for step in steps)
+            for arm, by_step in [*shown.items()][:_MAX_ARMS]
+        }
+        yield Sheet(seed, tuple(steps), rows, len(arms) - len(rows))

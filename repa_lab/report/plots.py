@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from repa_lab.report import figures
+from repa_lab.report import figure_data, figures
+from repa_lab.report.drawing import STYLE, short_labels
 from repa_lab.report.figure_data import GREY, PALETTE, SOFT
-from repa_lab.report.figures.style import STYLE, short_labels
-from repa_lab.report.profile import load_profile, shown_profiles
 from repa_lab.report.published import TEXT, VALUES
 from repa_lab.report.results import Results, ResultsError, load_results
-from repa_lab.report.search import objectives, search_frame
 
 __all__ = ["Drawn", "Profiles", "Reproduced", "alignment", "convergence", "layers", "quality", "reproduction", "search"]
 
@@ -48,45 +45,44 @@ class Reproduced(NamedTuple):
 
 
 def convergence(results: Results) -> Drawn:
-    """Draw the compared metric of every arm over steps; see :func:`repa_lab.report.figures.convergence_frame`.
+    """Draw the compared metric of every arm over steps; see :func:`repa_lab.report.figure_data.convergence_frame`.
 
     Raises:
         ResultsError: the metrics of several sweeps improve in opposite directions.
     """
-    frame = _combined(results, figures.convergence_frame)
-    goals = {results.only(sweep.name).goal for sweep in results.sweeps}
+    goals = {sweep.compare.goal for sweep in results.sweeps}
     if len(goals) > 1:
         raise ResultsError(f"{results.name}: their metrics improve in opposite directions; take one with .only(name)")
+    frame = _combined(results, figure_data.convergence_frame)
     return Drawn(_explained(figures.draw_convergence(frame, goals.pop()), frame), frame)
 
 
 def alignment(results: Results) -> Drawn:
-    """Draw alignment on held-out images over steps; see :func:`repa_lab.report.figures.alignment_frame`."""
-    frame = _combined(results, figures.alignment_frame)
+    """Draw alignment on held-out images over steps; see :func:`repa_lab.report.figure_data.alignment_frame`."""
+    frame = _combined(results, figure_data.alignment_frame)
     return Drawn(_explained(figures.draw_alignment(frame), frame), frame)
 
 
 def quality(results: Results) -> Drawn:
-    """Draw the compared metric against alignment; see :func:`repa_lab.report.figures.quality_frame`."""
-    frame = _combined(results, figures.quality_frame)
+    """Draw the compared metric against alignment; see :func:`repa_lab.report.figure_data.quality_frame`."""
+    frame = _combined(results, figure_data.quality_frame)
     return Drawn(figures.draw_quality(frame), frame)
 
 
 def search(results: Results) -> Drawn:
-    """Draw the trials of one sweep's search; see :func:`repa_lab.report.search.search_frame`.
+    """Draw the trials of one sweep's search; see :func:`repa_lab.report.figure_data.search_frame`.
 
     Raises:
         ResultsError: the sweep is no search, or there are several sweeps.
     """
-    goals = dict(objectives(results))
-    if not goals:
+    if not results.objectives:
         raise ResultsError(f"sweep {results.name} is no search: its spec has no search section")
-    frame = search_frame(results)
-    return Drawn(figures.draw_slices(frame, goals), frame)
+    frame = figure_data.search_frame(results)
+    return Drawn(figures.draw_slices(frame, results.objectives), frame)
 
 
 def layers(path: str | Path) -> Profiles:
-    """Draw the profiles of a sweep's runs; see :func:`repa_lab.report.profile.shown_profiles`.
+    """Draw the profiles of a sweep's runs; see :func:`repa_lab.report.figure_data.shown_profiles`.
 
     Args:
         path: the sweep's folder.
@@ -95,13 +91,15 @@ def layers(path: str | Path) -> Profiles:
         ResultsError: no run of the sweep has a profile.
     """
     results = load_results(path)
-    runs = list({member.run_id: member.reader.run for member in results.members}.values())
-    frames = [load_profile(run) for run in runs if run.profile_file.is_file()]
-    if not frames:
-        hint = f"make some with `repa-lab profile {runs[0].run_id} ...`"
+    profiles = [frame for by_seed in figure_data.load_profiles(results).values() for frame in by_seed.values()]
+    if not profiles:
+        hint = f"make some with `repa-lab profile {results.members[0].run_id} ...`"
         raise ResultsError(f"no run of {results.name} has a profile; {hint}")
-    drawn = {title: figures.profile_figure(shown, names=names) for title, shown, names in shown_profiles(results)}
-    return Profiles(drawn, pd.concat(frames, ignore_index=True))
+    shown = figure_data.shown_profiles(results)
+    drawn = {title: figures.draw_profiles(frames, names=names) for title, frames, names in shown}
+    # A run that several arms share is there once.
+    each_run = {figure_data.run_id_of(frame): frame for frame in profiles}.values()
+    return Profiles(drawn, pd.concat(each_run, ignore_index=True))
 
 
 def reproduction(path: str | Path) -> Reproduced:
@@ -125,14 +123,13 @@ def reproduction(path: str | Path) -> Reproduced:
 
 def _draw_reproduction(frame: pd.DataFrame) -> Figure:
     """Draw published and measured values, each on its own axis: at the nano scale they are different metrics."""
-    kinds, names = list(frame["kind"].unique()), short_labels(list(map(str, frame["arm"])))
-    heights = [1.2 + 0.35 * int((frame["kind"] == kind).sum()) for kind in kinds]
+    kinds, names = dict(list(frame.groupby("kind", sort=False))), short_labels(list(map(str, frame["arm"])))
+    heights = [1.2 + 0.35 * len(rows) for rows in kinds.values()]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.5, sum(heights)), layout="constrained")
         panels = figure.subplots(len(kinds), 2, squeeze=False, sharey="row", height_ratios=heights)
-        for (left, right), kind in zip(panels, kinds, strict=True):
-            rows = frame[frame["kind"] == kind]
-            places = np.arange(len(rows))[::-1]
+        for (left, right), (kind, rows) in zip(panels, kinds.items(), strict=True):
+            places = range(len(rows))[::-1]
             left.scatter(rows["published"], places, color=GREY, zorder=3)
             left.set(title="published", xlabel=kind)
             left.set_yticks(places, [names[str(arm)] for arm in rows["arm"]])
@@ -147,7 +144,7 @@ def _draw_reproduction(frame: pd.DataFrame) -> Figure:
 def _explained(figure: Figure, frame: pd.DataFrame) -> Figure:
     """Write what lines and bands are below the curves."""
     if not frame.empty:
-        text = textwrap.fill(figures.caption(frame), int(_CAPTION_CHARACTERS * figure.get_figwidth()))
+        text = textwrap.fill(figure_data.caption(frame), int(_CAPTION_CHARACTERS * figure.get_figwidth()))
         figure.supxlabel(text, x=0.012, ha="left", multialignment="left", fontsize=9, color=SOFT)
     return figure
 

@@ -3,39 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.errors import InputError
-from repa_lab.report.frames import (
-    Member,
-    RunReader,
-    curves_frame,
-    members_of,
-    runs_frame,
-    samples_frame,
-    troubles_frame,
-)
+from repa_lab.report.reader import SweepRun, is_progress
 from repa_lab.report.statistics import Curve, Goal, SeedCurves, pair_curves
 from repa_lab.report.summary import (
     SUMMARY_COLUMNS,
     Curves,
     Protocols,
+    dotted,
     goal_of,
     is_evaluation,
     is_protocol,
     metric_kind,
     summarize,
 )
-from repa_lab.runs import RunDirectory, RunsRoot, SweepDirectory, SweepManifest
+from repa_lab.runs import RunDirectory, RunsRoot, RunStatus, SweepDirectory, SweepManifest
 from repa_lab.runs.files import Row, garbage_collection_paused
-from repa_lab.runs.root import ArmRecord, ComparisonRecord, RootError, RunRecord, run_at
+from repa_lab.runs.root import ArmRecord, ComparisonRecord, RootError, RunRecord, TrialRecord, run_at
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_KEYS = ["sweep", "arm", "seed", "run_id"]
+_RUN_COLUMNS = [
+    "sweep",
+    "arm",
+    "baseline",
+    "seed",
+    "run_id",
+    "state",
+    "step",
+    "images",
+    "seconds",
+    "processes",
+    "error",
+]
+_TRIAL_ORDER = {"complete": 0, "pruned": 1}
 
 
 class ResultsError(InputError):
@@ -83,7 +91,7 @@ class Results:
     """
 
     sweeps: tuple[SweepManifest, ...]
-    members: tuple[Member, ...]
+    members: tuple[SweepRun, ...]
 
     @cached_property
     @garbage_collection_paused()
@@ -94,7 +102,22 @@ class Results:
         ``processes``), its costs under ``cost/``, its level on every axis of the sweep, and its resolved config under
         dotted names. A config field that is itself an axis holds the field's value.
         """
-        return runs_frame(self.members)
+        import pandas as pd
+
+        configs = [dotted(run.spec) for run in self.members]
+        fields: dict[str, set[str]] = {}
+        for run, config in zip(self.members, configs, strict=True):
+            fields.setdefault(run.sweep, set()).update(config)
+        rows = []
+        for run, config in zip(self.members, configs, strict=True):
+            # A plain axis is named after the field it sets: the value is more precise than the level's name, and typed.
+            levels = {axis: level for axis, level in run.arm.levels.items() if axis not in fields[run.sweep]}
+            totals = {name: curve[max(curve)] for name, curve in run.curves.items() if is_progress(name)}
+            facts = {"baseline": run.arm.baseline, "state": run.status, "error": run.error, "step": run.last_step}
+            facts |= {**run.keys, "processes": run.processes}
+            rows.append({**levels, **config, "images": None, "seconds": None, **totals, **facts})
+        frame = pd.DataFrame(rows, columns=None if rows else _RUN_COLUMNS)
+        return frame[[*_RUN_COLUMNS, *(column for column in frame.columns if column not in _RUN_COLUMNS)]]
 
     @cached_property
     @garbage_collection_paused()
@@ -104,7 +127,25 @@ class Results:
         Columns: progress (``step``, ``images``, device ``hours`` and ``flops`` of training, NaN where not recorded),
         ``metric``, ``value`` (NaN where it was not finite).
         """
-        return curves_frame(self.members)
+        import pandas as pd
+
+        # Rows are taken from a row per logged step: there may be a million.
+        steps: dict[str, list[Any]] = {name: [] for name in (*_KEYS, *(axis.name for axis in AXES))}
+        places, metrics, values = list[int](), list[str](), list[float]()
+        for run in self.members:
+            first = len(steps["step"])
+            place_of = {step: first + place for place, step in enumerate(run.places["step"])}
+            for name, key in run.keys.items():
+                steps[name] += [key] * len(place_of)
+            for name, progress in run.places.items():
+                steps[name] += progress.values()
+            for metric, curve in run.curves.items():
+                if not is_progress(metric):
+                    places += [place_of[step] for step in curve]
+                    metrics += [metric] * len(curve)
+                    values += curve.values()
+        frame = pd.DataFrame(steps).take(places).reset_index(drop=True)
+        return frame.assign(metric=metrics, value=pd.Series(values, dtype=float))
 
     @cached_property
     def summary(self) -> pd.DataFrame:
@@ -117,54 +158,33 @@ class Results:
     @garbage_collection_paused()
     def rows(self) -> list[Row]:
         """The rows of :attr:`summary`."""
-        return summarize(self.sweeps, self._curves, self.protocols)
-
-    @cached_property
-    def compared_rows(self) -> dict[str, Row]:
-        """The row of :attr:`summary` on the compared metric, by arm of the only sweep."""
-        return {row["arm"]: row for row in self.rows if row["metric"] == self.compared_metrics[row["arm"]]}
-
-    @cached_property
-    def by_arm(self) -> dict[str, list[Member]]:
-        """The runs of every arm of the only sweep, in the order of the seeds."""
-        members: dict[str, list[Member]] = {arm.label: [] for arm in self.sweep.arms}
-        for member in self.members:
-            members[member.arm.label].append(member)
-        return members
+        if len(self.sweeps) != 1:
+            return [row for sweep in self.sweeps for row in self.only(sweep.name).rows]
+        return summarize(self.sweep, self._curves, self.protocols)
 
     @cached_property
     def samples(self) -> pd.DataFrame:
         """A row per grid of samples: the ``step`` it was drawn at and the ``path`` of its PNG."""
-        return samples_frame(self.members)
+        import pandas as pd
 
-    @cached_property
-    @garbage_collection_paused()
-    def grids(self) -> dict[str, dict[int, dict[int, Path]]]:
-        """The sample grids of the only sweep by arm, seed and step."""
-        grids: dict[str, dict[int, dict[int, Path]]] = {}
-        for member in self.members:
-            if member.reader.grids:
-                grids.setdefault(member.arm.label, {})[member.keys["seed"]] = member.reader.grids
-        return grids
+        rows = [{**run.keys, "step": step, "path": path} for run in self.members for step, path in run.grids.items()]
+        return pd.DataFrame(rows, columns=[*_KEYS, "step", "path"])
 
     @cached_property
     @garbage_collection_paused()
     def troubles(self) -> pd.DataFrame:
         """A row per thing in a run directory that could not be used: ``where`` and ``what``."""
-        return troubles_frame(self.members)
+        import pandas as pd
+
+        troubles = ((run, trouble) for run in self.members for trouble in run.all_troubles())
+        rows = [{**run.keys, "where": where, "what": what} for run, (where, what) in troubles]
+        return pd.DataFrame(rows, columns=[*_KEYS, "where", "what"])
 
     @cached_property
     @garbage_collection_paused()
     def protocols(self) -> Protocols:
         """The protocols that the runs recorded."""
-        return Protocols({member.run_id: member.reader.protocols for member in self.members})
-
-    @cached_property
-    @garbage_collection_paused()
-    def provenances(self) -> dict[str, Mapping[str, Any]]:
-        """Code, versions and machine of each run, by run id."""
-        recorded = {member.run_id: member.reader.provenance for member in self.members}
-        return {run_id: provenance for run_id, provenance in recorded.items() if provenance}
+        return Protocols({run.run_id: run.protocols for run in self.members})
 
     @property
     def name(self) -> str:
@@ -175,6 +195,19 @@ class Results:
     def question(self) -> str:
         """The sweep's question; several have a line each."""
         return "\n".join(sweep.question for sweep in self.sweeps)
+
+    def only(self, name: str) -> Results:
+        """Return the results of one sweep.
+
+        Raises:
+            ResultsError: no sweep has that name.
+        """
+        chosen = tuple(sweep for sweep in self.sweeps if sweep.name == name)
+        if not chosen:
+            raise ResultsError(f"no sweep '{name}' among {self.name}")
+        return Results(chosen, tuple(run for run in self.members if run.sweep == name))
+
+    # ---- of one sweep
 
     @property
     def sweep(self) -> SweepManifest:
@@ -202,30 +235,67 @@ class Results:
         """The matched baseline of every arm of the only sweep, in its order; None for arms without one."""
         return {arm.label: arm.baseline for arm in self.sweep.arms}
 
-    def only(self, name: str) -> Results:
-        """Return the results of one sweep.
+    @cached_property
+    def by_arm(self) -> dict[str, dict[int, SweepRun]]:
+        """The runs of every arm of the only sweep by seed."""
+        runs: dict[str, dict[int, SweepRun]] = {arm.label: {} for arm in self.sweep.arms}
+        for run in self.members:
+            runs[run.arm.label][run.seed] = run
+        return runs
 
-        Raises:
-            ResultsError: no sweep has that name.
+    def run_ids(self, arm: str | None) -> list[str]:
+        """Return the run ids of an arm of the only sweep, in the order of the seeds."""
+        return [run.run_id for run in self.by_arm.get(str(arm), {}).values()]
+
+    @cached_property
+    def compared_rows(self) -> dict[str, Row]:
+        """The row of :attr:`summary` on the compared metric, by arm of the only sweep."""
+        return {row["arm"]: row for row in self.rows if row["metric"] == self.compared_metrics[row["arm"]]}
+
+    @cached_property
+    def trials(self) -> list[tuple[int, TrialRecord]]:
+        """The trials of the only sweep's search, each with its place in the order in which they were begun.
+
+        Completed trials come first, from the best on, then pruned ones, then the rest. A trial with a value waits again
+        if a run of its arm was deleted since, because no run holds the value any more.
         """
-        chosen = tuple(sweep for sweep in self.sweeps if sweep.name == name)
-        if not chosen:
-            raise ResultsError(f"no sweep '{name}' among {self.name}")
-        return Results(chosen, tuple(member for member in self.members if member.keys["sweep"] == name))
+        search = self.sweep.search
+        if search is None:
+            return []
+        sign = -1.0 if search.goal == "max" else 1.0
+        lost = {run.arm.label for run in self.members if run.status == RunStatus.NEW}
+        trials = [
+            TrialRecord(arm=trial.arm, state="waiting", params=trial.params)
+            if trial.value is not None and trial.arm in lost
+            else trial
+            for trial in search.trials
+        ]
 
-    def measured(self, axis: Axis = STEPS) -> list[Member]:
+        def order(numbered: tuple[int, TrialRecord]) -> tuple[int, float]:
+            trial = numbered[1]
+            return _TRIAL_ORDER.get(trial.state, 2), math.inf if trial.value is None else sign * trial.value
+
+        return sorted(enumerate(trials), key=order)
+
+    @property
+    def objectives(self) -> dict[str, Goal]:
+        """Whether small or large values are good, by objective of the only sweep's search; empty without a search."""
+        search = self.sweep.search
+        return {objective.metric: objective.goal for objective in search.objectives} if search else {}
+
+    @property
+    def best_trial(self) -> TrialRecord | None:
+        """The completed trial with the best value of the only sweep's search; None if there is none."""
+        complete = (trial for _, trial in self.trials if trial.state == "complete")
+        return next((trial for trial in complete if trial.value is not None), None)
+
+    def measured(self, axis: Axis = STEPS) -> list[SweepRun]:
         """Return the runs that have evaluations, all of them at a known place along an axis."""
         measured = []
-        for member in self.members:
-            steps = {
-                step
-                for name, curve in member.reader.history.measurements.items()
-                if is_evaluation(name)
-                for step in curve
-            }
-            places = member.reader.places(axis.name)
-            if steps and not any(math.isnan(places[step]) for step in steps):
-                measured.append(member)
+        for run in self.members:
+            steps = {step for name, curve in run.curves.items() if is_evaluation(name) for step in curve}
+            if steps and not any(math.isnan(run.places[axis.name][step]) for step in steps):
+                measured.append(run)
         return measured
 
     @cached_property
@@ -236,21 +306,16 @@ class Results:
 
     @cached_property
     def _curves(self) -> Curves:
-        curves: dict[tuple[str, str], dict[str, dict[int, Curve]]] = {}
-        for member in self.members:
-            by_metric = curves.setdefault((member.keys["sweep"], member.arm.label), {})
-            for metric, values in member.reader.history.measurements.items():
+        curves: dict[str, dict[str, dict[int, Curve]]] = {arm: {} for arm in self.baselines}
+        for run in self.members:
+            for metric, curve in run.curves.items():
                 if is_evaluation(metric):
-                    by_metric.setdefault(metric, {})[member.keys["seed"]] = values
+                    curves[run.arm.label].setdefault(metric, {})[run.seed] = curve
         return curves
-
-    @cached_property
-    def _readers(self) -> dict[tuple[str, int], RunReader]:
-        return {(member.arm.label, member.keys["seed"]): member.reader for member in self.members}
 
     def metrics(self, arm: str | None) -> list[str]:
         """Return the evaluation metrics that an arm of the only sweep has measured, those with a protocol first."""
-        return sorted(self._curves.get((self.name, str(arm)), ()), key=lambda name: (not is_protocol(name), name))
+        return sorted(self._curves.get(str(arm), ()), key=lambda name: (not is_protocol(name), name))
 
     def seed_curves(self, arm: str | None, metric: str | None, axis: str = "step") -> SeedCurves:
         """Return value by progress, by seed; empty if never measured.
@@ -260,35 +325,26 @@ class Results:
             metric: full name of an evaluation metric.
             axis: the measure of progress, a column of :attr:`curves`.
         """
-        return self._along(axis, arm, self._curves.get((self.name, str(arm)), {}).get(str(metric), {}))
+        return self._along(axis, arm, self._curves.get(str(arm), {}).get(str(metric), {}))
 
     def paired_curves(self, arm: str, metric: str, axis: str = "step") -> tuple[SeedCurves, SeedCurves]:
         """Return the curves of an arm and of its baseline, reduced to the points that can be compared.
 
-        Args:
-            arm: label of an arm of the only sweep.
-            metric: full name of an evaluation metric.
-            axis: the measure of progress, a column of :attr:`curves`.
+        The arguments are those of :meth:`seed_curves`.
         """
         baseline = self.baselines[arm]
         curves, baseline_curves = pair_curves(self.seed_curves(arm, metric), self.seed_curves(baseline, metric))
         return self._along(axis, arm, curves), self._along(axis, baseline, baseline_curves)
 
-    def places(self, arm: str | None, seed: int, axis: str) -> dict[float, float]:
-        """Return the progress of a run of the only sweep along an axis, by step; NaN where not known."""
-        return self._readers[str(arm), seed].places(axis)
-
     def _along(self, axis: str, arm: str | None, curves: SeedCurves) -> SeedCurves:
         """Return the curves of an arm over a measure of progress; values at unknown progress are left out."""
+        if axis == STEPS.name:
+            return curves
         along: dict[int, Curve] = {}
         for seed, curve in curves.items():
-            places = self.places(arm, seed, axis)
+            places = self.by_arm[str(arm)][seed].places[axis]
             along[seed] = {places[step]: value for step, value in curve.items() if not math.isnan(places[step])}
         return along
-
-    def run_ids(self, arm: str | None) -> list[str]:
-        """Return the run ids of an arm of the only sweep, in the order of the seeds."""
-        return [member.run_id for member in self.by_arm.get(str(arm), ())]
 
     def names(self, metric: str) -> dict[str, str]:
         """Return the name of a metric for each arm of the only sweep, one name per protocol; see :class:`Protocols`."""
@@ -337,34 +393,43 @@ def load_results(path: str | Path) -> Results:
     """
     path = Path(path)
     try:
-        sources = _sources(path)
-        members = tuple(member for manifest, find in sources for member in members_of(manifest, find))
-        return Results(tuple(manifest for manifest, _ in sources), members)
+        found = _sweeps_at(path)
+        return Results(tuple(sweep for sweep, _ in found), tuple(run for _, runs in found for run in runs))
     except (ResultsError, RootError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResultsError(f"'{path}' holds a file that cannot be read as results: {error!r}") from error
 
 
-def _sources(path: Path) -> list[tuple[SweepManifest, Callable[[str], RunDirectory]]]:
-    """Return the manifests of a path's sweeps, each with what finds a run by its id."""
+def _sweeps_at(path: Path) -> list[tuple[SweepManifest, list[SweepRun]]]:
+    """Return the manifests of a path's sweeps, each with its runs, arm by arm."""
     if (sweep := SweepDirectory(path.absolute())).is_recorded:
-        return [(sweep.manifest, sweep.run)]
+        manifest = sweep.manifest
+        return [(manifest, _runs_of(sweep, manifest))]
     if (path / "spec.json").is_file():
-        run = run_at(path)
-        return [(_single_run(run), lambda run_id: run)]
+        return [_as_sweep(run_at(path))]
     sweeps = RunsRoot(path).sweeps()
     if not sweeps:
         looked = "looked for sweep.json (a sweep), spec.json (a run) and */sweep.json (a runs root) in it"
         raise ResultsError(f"no results at '{path}': {looked if path.is_dir() else 'no such folder'}")
     # By the names of their folders: a copy of a sweep beside it has the manifest of the original.
-    return [(sweep.manifest.model_copy(update={"name": sweep.path.name}), sweep.run) for sweep in sweeps]
+    manifests = [sweep.manifest.model_copy(update={"name": sweep.path.name}) for sweep in sweeps]
+    return [(manifest, _runs_of(sweep, manifest)) for sweep, manifest in zip(sweeps, manifests, strict=True)]
 
 
-def _single_run(run: RunDirectory) -> SweepManifest:
+def _runs_of(sweep: SweepDirectory, manifest: SweepManifest) -> list[SweepRun]:
+    return [
+        SweepRun(manifest.name, arm, planned.seed, sweep.run(planned.run_id))
+        for arm in manifest.arms
+        for planned in arm.runs
+    ]
+
+
+def _as_sweep(directory: RunDirectory) -> tuple[SweepManifest, list[SweepRun]]:
     """Return a run as a sweep of one arm without a baseline."""
-    metric = next(filter(is_protocol, RunReader(run).history.measurements), "")
-    seed, name = run.spec["seed"], run.run_id
+    seed, name = directory.spec["seed"], directory.run_id
     arm = ArmRecord(label=name, runs=(RunRecord(seed=seed, run_id=name),))
+    run = SweepRun(name, arm, seed, directory)
+    metric = next(filter(is_protocol, run.curves), "")
     compare = ComparisonRecord(metric=metric, goal=goal_of(metric))
-    return SweepManifest(name=name, seeds=(seed,), compare=compare, arms=(arm,))
+    return SweepManifest(name=name, seeds=(seed,), compare=compare, arms=(arm,)), [run]

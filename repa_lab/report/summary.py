@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from repa_lab.files import digest
@@ -15,11 +15,8 @@ from repa_lab.report.statistics import Curve, Goal, SeedCurves, holm, mean_inter
 from repa_lab.runs import SweepManifest
 from repa_lab.runs.files import Row
 
-# Curves over steps, by (sweep, arm), metric and seed.
-Curves = Mapping[tuple[str, str], Mapping[str, SeedCurves]]
+Curves = Mapping[str, Mapping[str, SeedCurves]]  # over steps, by arm, metric and seed
 Protocol = Mapping[str, Any]
-KEYS = ("sweep", "arm")
-REFUSED = "refused"
 SUMMARY_COLUMNS = [
     *("sweep", "arm", "baseline", "metric", "step", "seeds", "n", "mean", "low", "high"),
     *("baseline_mean", "diff", "diff_low", "diff_high", "n_pairs", "relative"),
@@ -51,6 +48,11 @@ def goal_of(metric: str) -> Goal:
     return "max" if metric.startswith("heldout/") else goal_of_kind(metric_kind(metric))
 
 
+def bare_name(name: str) -> str:
+    """Return the metric's own name from a name that :meth:`Protocols.names` gave."""
+    return name.partition(" (")[0]
+
+
 @dataclass(frozen=True)
 class Protocols:
     """The protocols that runs recorded, by run id and metric.
@@ -58,7 +60,7 @@ class Protocols:
     Values with one name but different protocols are different metrics, so they are never compared.
     """
 
-    by_run: Mapping[str, Mapping[str, Protocol]] = field(default_factory=dict)
+    by_run: Mapping[str, Mapping[str, Protocol]]
 
     def conflicts(self, runs: Iterable[str], metric: str) -> list[str]:
         """Return the fields in which the runs' protocols of a metric differ, each with its values.
@@ -67,21 +69,9 @@ class Protocols:
             runs: run ids; runs without a recorded protocol are left out.
             metric: full name.
         """
-        if metric not in self._distinct:
-            recorded = {run: known[metric] for run, known in self.by_run.items() if metric in known}
-            self._distinct[metric] = {run: first for first, group in grouped(recorded) for run in group}
-        by_run = self._distinct[metric]
-        protocols = [*{id(by_run[run]): by_run[run] for run in runs if run in by_run}.values()]
-        fields = sorted({name for protocol in protocols[1:] for name in differences(protocols[0], protocol)})
-        return [
-            f"{name} ({listed(list(dict.fromkeys(_text(protocol.get(name)) for protocol in protocols)))})"
-            for name in fields
-        ]
-
-    @functools.cached_property
-    def _distinct(self) -> dict[str, dict[str, Protocol]]:
-        """For each metric that was asked for, the first protocol that does not differ from a run's, by run id."""
-        return {}
+        protocols = self._distinct_of(runs, metric)
+        values = {name: [_text(protocol.get(name)) for protocol in protocols] for name in differing(protocols)}
+        return [f"{name} ({listed(list(dict.fromkeys(texts)))})" for name, texts in values.items()]
 
     def names(self, arms: Mapping[str, Iterable[str]], metric: str) -> dict[str, str]:
         """Return the name of a metric for each arm, so that one name stands for one protocol.
@@ -93,24 +83,28 @@ class Protocols:
             arms: run ids by arm.
             metric: full name.
         """
-        recorded = {
-            arm: protocol
-            for arm, runs in arms.items()
-            if (
-                protocol := next((known[metric] for run in runs if metric in (known := self.by_run.get(run, {}))), None)
-            )
-        }
-        first, *others = [*recorded.values()] or [{}]
-        fields = sorted({name for other in others for name in differences(first, other)})
+        firsts = {arm: next(iter(self._distinct_of(runs, metric)), None) for arm, runs in arms.items()}
+        recorded = {arm: protocol for arm, protocol in firsts.items() if protocol}
+        fields = differing([*recorded.values()])
         leaves = {arm: dotted({name: protocol.get(name) for name in fields}) for arm, protocol in recorded.items()}
-        texts = {
-            path: {arm: _text(values.get(path)) for arm, values in leaves.items()}
-            for values in leaves.values()
-            for path in sorted(values)
-        }
-        differing = {path: by_arm for path, by_arm in texts.items() if len(set(by_arm.values())) > 1}
-        suffix = {arm: ", ".join(f"{path}: {by_arm[arm]}" for path, by_arm in differing.items()) for arm in recorded}
+        paths = dict.fromkeys(path for values in leaves.values() for path in sorted(values))
+        texts = {path: {arm: _text(values.get(path)) for arm, values in leaves.items()} for path in paths}
+        told = {path: by_arm for path, by_arm in texts.items() if len(set(by_arm.values())) > 1}
+        suffix = {arm: ", ".join(f"{path}: {by_arm[arm]}" for path, by_arm in told.items()) for arm in recorded}
         return {arm: f"{metric} ({suffix[arm]})" if suffix.get(arm) else metric for arm in arms}
+
+    def _distinct_of(self, runs: Iterable[str], metric: str) -> list[Protocol]:
+        """Return the protocols of runs that differ from each other, the first run's first."""
+        if metric not in self._first_alike:
+            recorded = {run: known[metric] for run, known in self.by_run.items() if metric in known}
+            self._first_alike[metric] = {run: first for first, group in grouped(recorded) for run in group}
+        first_alike = self._first_alike[metric]
+        return [*{id(first_alike[run]): first_alike[run] for run in runs if run in first_alike}.values()]
+
+    @functools.cached_property
+    def _first_alike(self) -> dict[str, dict[str, Protocol]]:
+        """For each metric that was asked for, the first protocol that does not differ from a run's, by run id."""
+        return {}
 
 
 def grouped(protocols: Mapping[str, Protocol]) -> list[tuple[Protocol, set[str]]]:
@@ -130,24 +124,20 @@ def grouped(protocols: Mapping[str, Protocol]) -> list[tuple[Protocol, set[str]]
     return groups
 
 
-def bare_name(name: str) -> str:
-    """Return the metric's own name from a name that :meth:`Protocols.names` gave."""
-    return name.partition(" (")[0]
+def differing(protocols: Sequence[Protocol]) -> list[str]:
+    """Return the fields in which protocols differ, sorted."""
+    return sorted({name for protocol in protocols[1:] for name in differences(protocols[0], protocol)})
 
 
-def dotted(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the leaves of nested mappings by their dotted names."""
+def dotted(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings by their dotted names, each after ``prefix``."""
     leaves: dict[str, Any] = {}
-    _add_leaves(leaves, fields, "")
-    return leaves
-
-
-def _add_leaves(leaves: dict[str, Any], fields: Mapping[str, Any], prefix: str) -> None:
     for key, value in fields.items():
         if isinstance(value, dict):
-            _add_leaves(leaves, value, f"{prefix}{key}.")
+            leaves |= dotted(value, f"{prefix}{key}.")
         else:
             leaves[prefix + key] = value
+    return leaves
 
 
 def listed(labels: Sequence[str]) -> str:
@@ -162,7 +152,7 @@ def _text(value: Any) -> str:
     return text if len(text) <= _MAX_CHARACTERS else f"{text[:12]}... #{digest(value)[:12]}"
 
 
-def summarize(sweeps: Iterable[SweepManifest], curves: Curves, protocols: Protocols) -> list[Row]:
+def summarize(sweep: SweepManifest, curves: Curves, protocols: Protocols) -> list[Row]:
     """Return one row per arm and evaluation metric, at the last step that all runs of the arm and its baseline have.
 
     Keys: ``seeds`` planned; ``n`` seeds with a finite value, their ``mean`` and its 95 % interval ``low`` to
@@ -175,18 +165,30 @@ def summarize(sweeps: Iterable[SweepManifest], curves: Curves, protocols: Protoc
     name, ``conflicts`` names the fields, the verdict is ``refused`` and there is no difference; an arm whose own runs
     differ has no mean either.
     """
+    run_ids = {arm.label: {run.seed: run.run_id for run in arm.runs} for arm in sweep.arms}
+    by_metric: dict[str, list[Row]] = {}
     rows: list[Row] = []
-    for sweep in sweeps:
-        by_metric: dict[str, list[Row]] = {}
-        for row in _rows(sweep, curves, protocols):
-            by_metric.setdefault(row["metric"], []).append(row)
+    for arm in sweep.arms:
+        for metric, by_seed in curves[arm.label].items():
+            baseline = curves.get(str(arm.baseline), {}).get(metric, {})
+            step = common_step([*by_seed.values(), *baseline.values()])
+            if step is None:
+                continue
+            row: Row = {"sweep": sweep.name, "arm": arm.label, "baseline": arm.baseline, "metric": metric}
+            row |= {"seeds": len(arm.runs), "step": step, **_compare(by_seed, baseline, step), "conflicts": ""}
+            arm_runs = [run_ids[arm.label][seed] for seed in by_seed]
+            baseline_runs = [run_ids[str(arm.baseline)][seed] for seed in baseline]
+            if conflicts := protocols.conflicts([*arm_runs, *baseline_runs], metric):
+                refused = ["baseline_mean", "diff", "diff_low", "diff_high", "relative", "correlation", "p"]
+                refused += ["mean", "low", "high"] if protocols.conflicts(arm_runs, metric) else []
+                row |= {**dict.fromkeys(refused, math.nan), "n_pairs": 0, "conflicts": "; ".join(conflicts)}
+            by_metric.setdefault(metric, []).append(row)
             rows.append(row)
-        for compared in by_metric.values():
-            p_values = holm([row["p"] for row in compared], comparisons(sweep))
-            for row, p in zip(compared, p_values, strict=True):
-                is_compared = row["baseline"] is not None and not row["conflicts"]
-                row |= {"p_holm": p, "comparisons": comparisons(sweep)}
-                row["verdict"] = verdict(row["n_pairs"], p) if is_compared else REFUSED if row["conflicts"] else ""
+    count = comparisons(sweep)
+    for compared in by_metric.values():
+        for row, p in zip(compared, holm([row["p"] for row in compared], count), strict=True):
+            judged = "" if row["baseline"] is None else verdict(row["n_pairs"], p)
+            row |= {"p_holm": p, "comparisons": count, "verdict": "refused" if row["conflicts"] else judged}
     return rows
 
 
@@ -194,25 +196,6 @@ def comparisons(sweep: SweepManifest) -> int:
     """Count the arms whose baseline is not the very same run; arms that are not measured yet count too."""
     runs = {arm.label: {run.run_id for run in arm.runs} for arm in sweep.arms}
     return sum(arm.baseline is not None and runs[arm.label] != runs.get(arm.baseline) for arm in sweep.arms)
-
-
-def _rows(sweep: SweepManifest, curves: Curves, protocols: Protocols) -> Iterator[Row]:
-    runs = {arm.label: {run.seed: run.run_id for run in arm.runs} for arm in sweep.arms}
-    for arm in sweep.arms:
-        for metric, by_seed in curves.get((sweep.name, arm.label), {}).items():
-            baseline = curves.get((sweep.name, str(arm.baseline)), {}).get(metric, {})
-            step = common_step([*by_seed.values(), *baseline.values()])
-            if step is None:
-                continue
-            row: Row = {"sweep": sweep.name, "arm": arm.label, "baseline": arm.baseline, "metric": metric}
-            row |= {"seeds": len(arm.runs), "step": step, **_compare(by_seed, baseline, step), "conflicts": ""}
-            arm_runs = [runs[arm.label][seed] for seed in by_seed]
-            baseline_runs = [runs[str(arm.baseline)][seed] for seed in baseline]
-            if conflicts := protocols.conflicts([*arm_runs, *baseline_runs], metric):
-                refused = ["baseline_mean", "diff", "diff_low", "diff_high", "relative", "correlation", "p"]
-                refused += ["mean", "low", "high"] if protocols.conflicts(arm_runs, metric) else []
-                row |= {**dict.fromkeys(refused, math.nan), "n_pairs": 0, "conflicts": "; ".join(conflicts)}
-            yield row
 
 
 def _compare(arm: SeedCurves, baseline: SeedCurves, step: float) -> Row:

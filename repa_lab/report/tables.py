@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from repa_lab.report.results import IMAGES, Axis, Results
-from repa_lab.report.search import search_frame
 from repa_lab.report.statistics import finite, mean_interval, speedup, steps_to_reach
 from repa_lab.report.summary import bare_name, dotted, goal_of, metric_kind
 
@@ -32,9 +32,17 @@ _MARKDOWN_NUMBER = re.compile(r"^(\d+)([.)] )")
 _MAX_LATEX_COLUMNS = 6
 _MAX_SETTINGS_ARMS = 60
 _SECONDS_PER_HOUR = 3600
-_SECONDS = {"training": "seconds", "encoder": "cost/encoder_seconds", "evaluation": "cost/evaluation_seconds"}
-_HOURS = ("training", "encoder (within training)", "evaluation")  # names of _SECONDS in the table
-_FLOPS = {"training": "cost/train_flops", "encoder": "cost/encoder_flops", "evaluation": "cost/evaluation_flops"}
+TRAINING_HOURS, _EVALUATION_HOURS = "device hours, training", "device hours, evaluation"
+_HOURS = {
+    TRAINING_HOURS: "seconds",
+    "device hours, encoder (within training)": "cost/encoder_seconds",
+    _EVALUATION_HOURS: "cost/evaluation_seconds",
+}
+_FLOPS = {
+    "FLOPs, training": "cost/train_flops",
+    "FLOPs, encoder": "cost/encoder_flops",
+    "FLOPs, evaluation": "cost/evaluation_flops",
+}
 _SPEED = ("cost/data_seconds", "cost/encoder_seconds", "cost/flops_utilisation", "cost/peak_memory_gib")
 
 
@@ -53,9 +61,9 @@ def interval(low: float, high: float, places: int) -> str:
     return f"[{low:.{places}f}, {high:.{places}f}]"
 
 
-def number(value: float, places: int, sign: str = "") -> str:
-    """Format a value with ``places`` decimals; ``n/a`` for NaN."""
-    return NONE if math.isnan(value) else f"{value:{sign}.{places}f}"
+def number(value: float, form: str) -> str:
+    """Format a value by a format specification such as ``.2f``; ``n/a`` for NaN."""
+    return NONE if math.isnan(value) else format(value, form)
 
 
 def significant(value: float | None, digits: int = 3) -> str:
@@ -71,54 +79,12 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 def p_value(p: float) -> str:
     """Format a p-value: ``0.011``, ``<0.001`` or ``n/a``."""
-    if math.isnan(p):
-        return NONE
-    return "<0.001" if p < 0.001 else f"{p:.{2 if p >= 0.1 else 3}f}"
+    return "<0.001" if p < 0.001 else number(p, ".2f" if p >= 0.1 else ".3f")
 
 
 def seed_count(n: int) -> str:
     """Format a number of seeds: ``1 seed``, ``2 seeds``."""
     return f"{n} seed" if n == 1 else f"{n} seeds"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Headers and rows of text; a table without rows is false."""
-
-    headers: list[str]
-    rows: list[list[str]]
-
-    def __bool__(self) -> bool:
-        return bool(self.rows)
-
-    @cached_property
-    def is_number(self) -> list[bool]:
-        """Whether every cell of a column begins with a number, column by column."""
-        columns = ([row[place] for row in self.rows if row[place] not in _EMPTY] for place in range(len(self.headers)))
-        return [bool(cells) and all(map(_NUMBER.match, cells)) for cells in columns]
-
-    @property
-    def markdown(self) -> str:
-        """The table in GitHub's Markdown."""
-        head, *body = ([markdown(cell) for cell in line] for line in (self.headers, *self.rows))
-        lines = [head, ["---:" if number else "---" for number in self.is_number], *body]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-    @property
-    def latex(self) -> str:
-        """The table as a ``tabular`` with booktabs rules; a table with many columns is scaled to the line width."""
-        kinds = "".join("r" if number else "l" for number in self.is_number)
-        head, *body = [" & ".join(map(latex, line)) + r" \\" for line in (self.headers, *self.rows)]
-        lines = [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
-        lines.append(r"\end{tabular}")
-        if len(self.headers) > _MAX_LATEX_COLUMNS:
-            lines = [r"\resizebox{\linewidth}{!}{%", *lines[:-1], lines[-1] + "}"]
-        return "\n".join(lines)
-
-    def without_empty_columns(self) -> Table:
-        """Drop the columns that are empty in every row."""
-        kept = [place for place in range(len(self.headers)) if any(row[place] not in _EMPTY for row in self.rows)]
-        return Table([self.headers[place] for place in kept], [[row[place] for place in kept] for row in self.rows])
 
 
 def markdown(text: str) -> str:
@@ -131,6 +97,61 @@ def latex(text: str) -> str:
     return text.translate(_LATEX)
 
 
+def _text(value: Any) -> str:
+    """Format a setting, a fact or a parameter."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | dict | tuple | bool):
+        return json.dumps(value)
+    if isinstance(value, float):
+        return number(value, ".4g")
+    return NONE if value is None else str(value)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text by column; all rows have the same columns. A table without rows is false."""
+
+    rows: list[dict[str, str]]
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+    @cached_property
+    def is_number(self) -> dict[str, bool]:
+        """Whether every cell of a column begins with a number, by column."""
+        columns = {name: [row[name] for row in self.rows] for name in next(iter(self.rows), {})}
+        filled = {name: [cell for cell in cells if cell not in _EMPTY] for name, cells in columns.items()}
+        return {name: bool(cells) and all(map(_NUMBER.match, cells)) for name, cells in filled.items()}
+
+    @property
+    def markdown(self) -> str:
+        """The table in GitHub's Markdown."""
+        head, *body = ([markdown(cell) for cell in line] for line in (self.is_number, *self._cells))
+        lines = [head, ["---:" if number else "---" for number in self.is_number.values()], *body]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+    @property
+    def latex(self) -> str:
+        """The table as a ``tabular`` with booktabs rules; a table with many columns is scaled to the line width."""
+        kinds = "".join("r" if number else "l" for number in self.is_number.values())
+        head, *body = [" & ".join(map(latex, line)) + r" \\" for line in (self.is_number, *self._cells)]
+        lines = [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+        lines.append(r"\end{tabular}")
+        if len(kinds) > _MAX_LATEX_COLUMNS:
+            lines = [r"\resizebox{\linewidth}{!}{%", *lines[:-1], lines[-1] + "}"]
+        return "\n".join(lines)
+
+    @property
+    def _cells(self) -> list[list[str]]:
+        return [list(row.values()) for row in self.rows]
+
+    def without_empty_columns(self) -> Table:
+        """Drop the columns that are empty in every row."""
+        kept = [name for name in self.is_number if any(row[name] not in _EMPTY for row in self.rows)]
+        return Table([{name: row[name] for name in kept} for row in self.rows])
+
+
 # ---- measurements
 
 
@@ -141,37 +162,37 @@ def summary_tables(results: Results, compared: bool = True) -> dict[str, Table]:
         results: of one sweep.
         compared: whether to show the metrics of the kind that the sweep compares, or all other metrics.
     """
-    headers = ["arm", "step", "n", "mean [95 % interval]", "baseline", "paired difference [95 % interval]", "relative"]
-    headers += ["pairing r", "Holm's p", "verdict"]
     kind = metric_kind(results.metric)
-    rows: dict[str, list[list[str]]] = {}
-    for row in results.rows:
-        if (metric_kind(row["metric"]) == kind) is compared:
-            rows.setdefault(results.names(row["metric"])[row["arm"]], []).append(_summary_row(row))
-    return {name: Table(headers, rows[name]) for name in _compared_first(results, list(rows))}
+    shown = [row for row in results.rows if (metric_kind(row["metric"]) == kind) is compared]
+    return _by_metric(results, ((row["metric"], _summary_row(row)) for row in shown))
 
 
-def _compared_first(results: Results, metrics: list[str]) -> list[str]:
-    return sorted(metrics, key=lambda metric: bare_name(metric) != results.metric)
+def _by_metric(results: Results, rows: Iterable[tuple[str, dict[str, str]]]) -> dict[str, Table]:
+    """Return a table per metric and protocol, the compared metric first, from the rows and their metrics."""
+    tables: dict[str, list[dict[str, str]]] = {}
+    for metric, row in rows:
+        tables.setdefault(results.names(metric)[row["arm"]], []).append(row)
+    return {name: Table(tables[name]) for name in sorted(tables, key=lambda name: bare_name(name) != results.metric)}
 
 
-def _summary_row(row: Mapping[str, Any]) -> list[str]:
+def _summary_row(row: Mapping[str, Any]) -> dict[str, str]:
     places = max(decimals(row["mean"]), decimals(row["diff"], digits=2))
     baseline = row["baseline"] or NONE
     if not math.isnan(row["baseline_mean"]):
-        baseline = f"{baseline}: {number(row['baseline_mean'], places)}"
-    return [
-        row["arm"],
-        f"{row['step']}",
-        f"{row['n']}" if row["n"] == row["seeds"] else f"{row['n']} of {row['seeds']}",
-        _with_interval(number(row["mean"], places), row["low"], row["high"], places),
-        baseline,
-        _with_interval(number(row["diff"], places, sign="+"), row["diff_low"], row["diff_high"], places),
-        NONE if math.isnan(row["relative"]) else f"{100 * row['relative']:+.1f} %",
-        number(row["correlation"], 2),
-        p_value(row["p_holm"]),
-        row["verdict"] or NONE,
-    ]
+        baseline = f"{baseline}: {row['baseline_mean']:.{places}f}"
+    difference = number(row["diff"], f"+.{places}f")
+    return {
+        "arm": row["arm"],
+        "step": f"{row['step']}",
+        "n": f"{row['n']}" if row["n"] == row["seeds"] else f"{row['n']} of {row['seeds']}",
+        "mean [95 % interval]": _with_interval(number(row["mean"], f".{places}f"), row["low"], row["high"], places),
+        "baseline": baseline,
+        "paired difference [95 % interval]": _with_interval(difference, row["diff_low"], row["diff_high"], places),
+        "relative": NONE if math.isnan(row["relative"]) else f"{100 * row['relative']:+.1f} %",
+        "pairing r": number(row["correlation"], ".2f"),
+        "Holm's p": p_value(row["p_holm"]),
+        "verdict": row["verdict"] or NONE,
+    }
 
 
 def _with_interval(text: str, low: float, high: float, places: int) -> str:
@@ -185,15 +206,13 @@ def targets_tables(results: Results) -> dict[str, Table]:
     both arm and baseline reached it.
     """
     # Images are proportional to steps, and give the same ratios, unless batches differ in size.
-    places = [item for member in results.members for item in member.reader.history.progress.items()]
-    per_step = {place.images / step for step, place in places if step > 0 and not math.isnan(place.images)}
+    seen = [(step, images) for run in results.members for step, images in run.places["images"].items()]
+    per_step = {images / step for step, images in seen if step > 0 and not math.isnan(images)}
     ratio_axes = [axis for axis in results.axes if axis is not IMAGES or len(per_step) > 1]
-    headers = ["target", "arm", "reached by", *(axis.unit for axis in results.axes)]
-    headers += [f"speed-up in {axis.unit} [95 % interval]" for axis in ratio_axes]
-    rows: dict[str, list[list[str]]] = {}
-    for metric, target, arm in _targets(results):
-        rows.setdefault(results.names(metric)[arm], []).append(_target_row(results, metric, target, arm, ratio_axes))
-    return {name: Table(headers, rows[name]).without_empty_columns() for name in _compared_first(results, list(rows))}
+    rows = (
+        (metric, _target_row(results, metric, target, arm, ratio_axes)) for metric, target, arm in _targets(results)
+    )
+    return {name: table.without_empty_columns() for name, table in _by_metric(results, rows).items()}
 
 
 def _targets(results: Results) -> Iterator[tuple[str, float | None, str]]:
@@ -209,32 +228,32 @@ def _targets(results: Results) -> Iterator[tuple[str, float | None, str]]:
         yield from ((metric, target, arm) for target in targets for arm in arms)
 
 
-def _target_row(results: Results, metric: str, target: float | None, arm: str, ratio_axes: Sequence[Axis]) -> list[str]:
+def _target_row(
+    results: Results, metric: str, target: float | None, arm: str, ratio_axes: Sequence[Axis]
+) -> dict[str, str]:
     goal = results.goal if metric_kind(metric) == metric_kind(results.metric) else goal_of(metric)
-    means, ratios, count = [], [], ""
+    row = {"target": "the baseline's final value" if target is None else f"{target:g}", "arm": arm, "reached by": ""}
+    finals = {}
+    for seed, curve in results.seed_curves(results.baselines[arm], metric).items():
+        if known := finite(curve):
+            finals[seed] = known[max(known)]
     for axis in results.axes:
-        curves, baseline_curves = (
-            results.seed_curves(label, metric, axis.name) for label in (arm, results.baselines[arm])
-        )
-        targets = dict.fromkeys(curves, target or 0.0)
-        if target is None:
-            finals = {seed: finite(curve) for seed, curve in baseline_curves.items()}
-            targets = {seed: curve[max(curve)] for seed, curve in finals.items() if curve}
+        curves = results.seed_curves(arm, metric, axis.name)
+        targets = finals if target is None else dict.fromkeys(curves, target)
         places = [steps_to_reach(curve, targets[seed], goal) for seed, curve in curves.items() if seed in targets]
         reached = [place for place in places if place is not None]
-        count = count or f"{len(reached)} of {len(places)}"
-        means.append(significant(mean_interval(reached).mean) if reached else "not reached")
+        row["reached by"] = row["reached by"] or f"{len(reached)} of {len(places)}"
+        row[axis.unit] = significant(mean_interval(reached).mean) if reached else "not reached"
     for axis in ratio_axes:
-        result = None
+        result, text = None, NONE
         if not results.conflicts(arm, metric):
             result = speedup(*results.paired_curves(arm, metric, axis.name), goal, target)
-        if result is None or not result.reached:
-            ratios.append(NONE)
-            continue
-        partly = f" ({result.reached} of {result.n} seeds)" if result.reached < result.n else ""
-        ratio = result.ratio
-        ratios.append(_with_interval(f"{ratio.mean:.2f}x", ratio.low, ratio.high, 2) + partly)
-    return ["the baseline's final value" if target is None else f"{target:g}", arm, count, *means, *ratios]
+        if result is not None and result.reached:
+            ratio, text = result.ratio, f"{result.ratio.mean:.2f}x"
+            partly = f" ({result.reached} of {result.n} seeds)" if result.reached < result.n else ""
+            text = _with_interval(text, ratio.low, ratio.high, 2) + partly
+        row[f"speed-up in {axis.unit} [95 % interval]"] = text
+    return row
 
 
 # ---- runs, trials and costs
@@ -242,67 +261,65 @@ def _target_row(results: Results, metric: str, target: float | None, arm: str, r
 
 def runs_table(results: Results) -> Table:
     """Return where every run stands."""
-    rows = []
-    for member in results.members:
-        reader, state = member.reader, member.reader.state
-        seconds = reader.history.totals.get("seconds", math.nan)
-        cells = [member.arm.label, str(member.keys["seed"]), member.run_id, reader.status, str(reader.last_step)]
-        rows.append([*cells, number(seconds, 0), (state and state.error) or ""])
-    return Table(["arm", "seed", "run", "state", "step", "training seconds", "error"], rows)
+    return Table(
+        [
+            {
+                "arm": run.arm.label,
+                "seed": str(run.seed),
+                "run": run.run_id,
+                "state": run.status,
+                "step": str(run.last_step),
+                "training seconds": number(max(run.curves.get("seconds", {}).values(), default=math.nan), ".0f"),
+                "error": run.error or "",
+            }
+            for run in results.members
+        ]
+    )
 
 
 def trials_table(results: Results) -> Table:
     """Return the trials of a search, the best first, those without a value last."""
-    frame = search_frame(results)
-    names = [name for name in frame.columns if name.startswith(("value/", "param/"))]
+    names = dict.fromkeys(name for _, trial in results.trials for name in trial.params)
     rows = []
-    for place, trial in enumerate(frame.to_dict("records"), start=1):
-        cells = [_text(trial[name]) if name.startswith("param/") else significant(trial[name], 4) for name in names]
-        rows.append([str(place), trial["arm"], trial["state"], *cells])
-    return Table(["rank", "arm", "state", *(name.partition("/")[2] for name in names)], rows)
+    for rank, (_, trial) in enumerate(results.trials, start=1):
+        values = {metric: significant(trial.values.get(metric), 4) for metric in results.objectives}
+        params = {name: _text(trial.params.get(name)) for name in names}
+        rows.append({"rank": str(rank), "arm": trial.arm, "state": trial.state, **values, **params})
+    return Table(rows)
 
 
 def importance_table(frame: pd.DataFrame) -> Table:
-    """Return the rows of :func:`repa_lab.report.search.importance_frame`, the most important setting first."""
-    rows = frame.sort_values("importance", ascending=False, kind="stable").itertuples()
-    headers = ["objective", "setting", "importance"]
-    return Table(headers, [[row.objective, row.param, f"{row.importance:.2f}"] for row in rows])
+    """Return the rows of :func:`repa_lab.report.figure_data.importance_frame`."""
+    rows = frame.itertuples()
+    return Table([{"objective": r.objective, "setting": r.param, "importance": f"{r.importance:.2f}"} for r in rows])
 
 
 def cost_frame(results: Results) -> pd.DataFrame:
     """Return the cost of every run of one sweep so far; a run that several arms share is listed once, with the first.
 
-    Columns: ``arm``, ``run_id``; ``hours/<phase>`` in device hours and ``flops/<phase>`` for ``training``, ``encoder``
-    (its hours are part of the training hours, its FLOPs are not) and ``evaluation``; NaN where a run has no record.
+    Columns: ``arm``; hours of devices and FLOPs by phase, named as in :func:`cost_table`, NaN where a run has no
+    record. The encoder's hours are part of the training hours, its FLOPs are not.
     """
-    import pandas as pd
-
     runs = results.runs.drop_duplicates("run_id")
-    nan = pd.Series(math.nan, index=runs.index)
-    frame = runs[["arm", "run_id"]].copy()
-    for phase, column in _SECONDS.items():
-        frame[f"hours/{phase}"] = runs.get(column, nan).astype(float) * runs["processes"] / _SECONDS_PER_HOUR
-    for phase, column in _FLOPS.items():
-        frame[f"flops/{phase}"] = runs.get(column, nan).astype(float)
-    return frame
+    costs = runs.reindex(columns=[*_HOURS.values(), *_FLOPS.values()]).astype(float)
+    costs.columns = [*_HOURS, *_FLOPS]
+    costs[[*_HOURS]] = costs[[*_HOURS]].mul(runs["processes"] / _SECONDS_PER_HOUR, axis=0)
+    costs.insert(0, "arm", runs["arm"])
+    return costs
 
 
 def cost_table(results: Results) -> Table:
     """Return the cost summed over the runs of each arm and over the sweep; columns without any record are left out."""
-    frame = cost_frame(results)
-    headers = ["arm", "runs", *(f"device hours, {phase}" for phase in _HOURS), *(f"FLOPs, {phase}" for phase in _FLOPS)]
-    headers.append("evaluation's share of the hours")
-    if frame["hours/training"].isna().all():
-        return Table(headers, [])
-    groups = [*frame.groupby("arm", sort=False), ("all runs, each once", frame)]
-    rows = []
-    for name, runs in groups:
-        sums = runs.drop(columns=["arm", "run_id"]).sum(min_count=1)
-        trained, measured = sums["hours/training"], sums["hours/evaluation"]
+    frame, rows = cost_frame(results), []
+    if frame[TRAINING_HOURS].isna().all():
+        return Table([])
+    for name, runs in [*frame.groupby("arm", sort=False), ("all runs, each once", frame)]:
+        sums = runs.drop(columns="arm").sum(min_count=1)
+        trained, measured = sums[TRAINING_HOURS], sums[_EVALUATION_HOURS]
         share = measured / (trained + measured) if trained + measured > 0 else math.nan
-        share_text = NONE if math.isnan(share) else f"{100 * share:.0f} %"
-        rows.append([str(name), str(len(runs)), *map(significant, sums), share_text])
-    return Table(headers, rows).without_empty_columns()
+        row = {"arm": str(name), "runs": str(len(runs)), **{name: significant(cost) for name, cost in sums.items()}}
+        rows.append({**row, "evaluation's share of the hours": _percent(share, 0)})
+    return Table(rows).without_empty_columns()
 
 
 def speed_table(results: Results) -> Table:
@@ -310,19 +327,28 @@ def speed_table(results: Results) -> Table:
 
     Means over the arm's runs, and the largest peak of memory; utilisation is that of the last logged steps.
     """
-    headers = ["arm", "runs", "images/s", "waiting for data", "encoder", "FLOPs utilisation", "peak memory, GiB"]
-    runs = results.runs.drop_duplicates("run_id")
+    runs, rows = results.runs.drop_duplicates("run_id"), []
     if "cost/data_seconds" not in runs:
-        return Table(headers, [])
-    rows = []
+        return Table([])
     for arm, of_arm in runs.groupby("arm", sort=False):
         numbers = of_arm.reindex(columns=["images", "seconds", *_SPEED]).astype(float)
         images, seconds, waiting, encoder, utilisation, peak = (numbers[name] for name in numbers)
-        shares = [(waiting / seconds).mean(), (encoder / seconds).mean(), utilisation.mean()]
-        percent = [NONE if math.isnan(share) else f"{100 * share:.1f} %" for share in shares]
-        speed = significant(float((images / seconds).mean()))
-        rows.append([str(arm), str(len(of_arm)), speed, *percent, significant(float(peak.max()))])
-    return Table(headers, rows).without_empty_columns()
+        rows.append(
+            {
+                "arm": str(arm),
+                "runs": str(len(of_arm)),
+                "images/s": significant(float((images / seconds).mean())),
+                "waiting for data": _percent((waiting / seconds).mean(), 1),
+                "encoder": _percent((encoder / seconds).mean(), 1),
+                "FLOPs utilisation": _percent(utilisation.mean(), 1),
+                "peak memory, GiB": significant(float(peak.max())),
+            }
+        )
+    return Table(rows).without_empty_columns()
+
+
+def _percent(share: float, places: int) -> str:
+    return NONE if math.isnan(share) else f"{100 * share:.{places}f} %"
 
 
 # ---- provenance
@@ -330,23 +356,24 @@ def speed_table(results: Results) -> Table:
 
 def provenance_table(results: Results) -> Table:
     """Return code, versions, machines and options with the number of runs; a row for each value of a fact."""
-    counts: dict[str, dict[str, int]] = {}
-    for provenance in results.provenances.values():
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for provenance in {run.run_id: run.provenance for run in results.members}.values():
         for name, value in dotted(provenance).items():
-            values = counts.setdefault(name, {})
-            values[_text(value)] = values.get(_text(value), 0) + 1
-    rows = [[name, value, str(count)] for name, values in counts.items() for value, count in values.items()]
-    return Table(["what", "value", "runs"], [row for row in rows if row[0] != "time"])
+            counts[name][_text(value)] += 1
+    facts = [(name, value, count) for name, values in counts.items() for value, count in values.items()]
+    return Table([{"what": name, "value": value, "runs": str(count)} for name, value, count in facts if name != "time"])
 
 
 def settings_table(results: Results) -> Table:
     """Return the settings in which arms differ, a row per arm; all other settings are in every run's ``spec.json``."""
     arms = results.runs.drop_duplicates("arm").head(_MAX_SETTINGS_ARMS)
-    names = [str(name) for name in results.runs.columns[list(results.runs.columns).index("error") + 1 :]]
+    names = [str(name) for name in arms.columns[list(arms.columns).index("error") + 1 :]]
     texts = {name: [_text(value) for value in arms[name]] for name in names if not name.startswith("cost/")}
     differing = {name: column for name, column in texts.items() if len(set(column)) > 1}
-    rows = [[str(arm), *(column[place] for column in differing.values())] for place, arm in enumerate(arms["arm"])]
-    return Table(["arm", *differing], rows if differing else [])
+    columns = {"arm": arms["arm"], **differing}
+    return Table(
+        [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)] if differing else []
+    )
 
 
 def protocols_table(results: Results) -> Table:
@@ -356,15 +383,7 @@ def protocols_table(results: Results) -> Table:
         for metric, protocol in protocols.items():
             for name, value in protocol.items():
                 values.setdefault((metric, name), {})[_text(value)] = None
-    rows = [[metric, name, " / ".join(texts)] for (metric, name), texts in values.items()]
-    return Table(["metric", "depends on", "value"], rows)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list | dict | tuple):
-        return json.dumps(value)
-    if isinstance(value, float):
-        return NONE if math.isnan(value) else f"{value:.4g}"
-    return NONE if value is None else str(value)
+    facts = values.items()
+    return Table(
+        [{"metric": metric, "depends on": name, "value": " / ".join(texts)} for (metric, name), texts in facts]
+    )

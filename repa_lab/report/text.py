@@ -7,15 +7,13 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from repa_lab.report.frames import UNKNOWN, Member
+from repa_lab.report.reader import UNKNOWN, SweepRun, Trouble
 from repa_lab.report.results import AXES, Results
-from repa_lab.report.search import best_trial, ordered_trials
 from repa_lab.report.statistics import MIN_SEEDS, speedup
 from repa_lab.report.summary import comparisons, is_protocol, listed, metric_kind
 from repa_lab.report.tables import decimals, interval, p_value, seed_count
 from repa_lab.runs import RunStatus
 from repa_lab.runs.files import Row
-from repa_lab.runs.root import TrialRecord
 
 _MAX_TROUBLES = 8
 _PROTOCOL = re.compile(r"(?P<kind>[^:]+):(?P<extractor>[^@]+)@(?P<samples>\d+k?)/(?P<sampler>.+)")
@@ -38,9 +36,8 @@ def lead(results: Results) -> str:
     The sentence is about the search, or about the only compared arm; for several arms it counts those that differ from
     their baselines and describes the best.
     """
-    best = best_trial(results)
-    if best is not None:
-        return "".join(_search_sentences(results, best))
+    if results.best_trial is not None:
+        return "".join(_search_sentences(results))
     rows = [row for arm, row in results.compared_rows.items() if row["n_pairs"] and not _is_same_run(results, arm)]
     if not rows:
         return next(iter(conclusions(results)), "The sweep has no arms.")
@@ -64,12 +61,11 @@ def lead(results: Results) -> str:
 
 def conclusions(results: Results) -> list[str]:
     """Return what one sweep found: a line per compared arm, or the arms' values where no arm has a baseline."""
-    best = best_trial(results)
-    trials = {trial.arm for trial in ordered_trials(results)}
+    best, trials = results.best_trial, {trial.arm for _, trial in results.trials}
     # Every other trial is a step of the search, not a claim; the table of trials lists them.
     arms = [arm for arm in results.baselines if arm not in trials or (best and arm == best.arm)]
     compared = [arm for arm in arms if results.baselines[arm] is not None]
-    lines = [*_protocol_warnings(results), *_search_sentences(results, best)]
+    lines = [*_protocol_warnings(results), *_search_sentences(results)]
     lines += [_comparison(results, arm) for arm in compared]
     unmatched = {arm.label: arm.unmatched for arm in results.sweep.arms if arm.unmatched}
     if compared:
@@ -83,22 +79,20 @@ def conclusions(results: Results) -> list[str]:
 
 def incomplete(results: Results) -> list[str]:
     """Return a line per arm of one sweep with runs that are neither done nor ended early, with the reason if known."""
-    over = {status.value for status in RunStatus if status.is_over}
-    lines = []
-    for arm, members in results.by_arm.items():
-        if runs := [_run_status(member) for member in members if member.reader.status not in over]:
-            lines.append(f"{arm}: {'; '.join(runs)}.")
-    return lines
+    over = [status.value for status in RunStatus if status.is_over]
+    statuses = {
+        arm: "; ".join(_run_status(run) for run in runs.values() if run.status not in over)
+        for arm, runs in results.by_arm.items()
+    }
+    return [f"{arm}: {texts}." for arm, texts in statuses.items() if texts]
 
 
-def _run_status(member: Member) -> str:
-    reader, status = member.reader, member.reader.status
-    if status == RunStatus.NEW:
-        return f"seed {member.keys['seed']} has not started"
-    verb = f"is {status}" if status in (RunStatus.RUNNING, RunStatus.RESUMABLE) else status
-    verb = "has no readable state; its last row is" if status == UNKNOWN else verb
-    reason = f" ({reader.state.error})" if reader.state and reader.state.error else ""
-    return f"seed {member.keys['seed']} {verb} at step {reader.last_step}{reason}"
+def _run_status(run: SweepRun) -> str:
+    if run.status == RunStatus.NEW:
+        return f"seed {run.seed} has not started"
+    verb = f"is {run.status}" if run.status in (RunStatus.RUNNING, RunStatus.RESUMABLE) else run.status
+    verb = "has no readable state; its last row is" if run.status == UNKNOWN else verb
+    return f"seed {run.seed} {verb} at step {run.last_step}" + (f" ({run.error})" if run.error else "")
 
 
 # ---- one arm
@@ -153,7 +147,7 @@ def _sooner(results: Results, arm: str) -> str:
     faster = None if metric is None else speedup(*results.paired_curves(arm, metric), results.goal)
     if faster is None:
         return ""
-    is_done = all(member.reader.status == RunStatus.DONE for member in results.by_arm[str(baseline)])
+    is_done = all(run.status == RunStatus.DONE for run in results.by_arm[str(baseline)].values())
     value = f"the baseline's {'final' if is_done else 'latest'} value"
     if not faster.reached:
         return f" It did not reach {value} (0 of {seed_count(faster.n)})."
@@ -206,8 +200,8 @@ def _value(results: Results, arm: str) -> str:
 
 def _subject(results: Results, row: Row) -> str:
     """Name the arm, the metric and the step, with the reason if that is not the last planned step."""
-    steps = [member.reader.planned_steps for member in results.by_arm[row["arm"]]]
-    planned = max(filter(None, steps), default=0)
+    asked = [run.setting("train.steps") for run in results.by_arm[row["arm"]].values()]
+    planned = max((steps for steps in asked if isinstance(steps, int)), default=0)
     reason = "the last step that all its measured runs and those of its baseline have"
     progress = "" if row["step"] >= planned else f" of {planned} ({reason})"
     return f"{row['arm']}: {results.names(row['metric'])[row['arm']]} at step {row['step']}{progress} is"
@@ -234,8 +228,8 @@ def _protocol_warnings(results: Results) -> Iterator[str]:
         yield f"The arms were not all measured alike ({groups}). Values of different protocols cannot be compared."
 
 
-def _search_sentences(results: Results, best: TrialRecord | None) -> Iterator[str]:
-    trials, search = ordered_trials(results), results.sweep.search
+def _search_sentences(results: Results) -> Iterator[str]:
+    trials, search, best = [trial for _, trial in results.trials], results.sweep.search, results.best_trial
     if not search:
         return
     sizes = [f"all {count} settings around {label}" for label, count in search.exhausted.items()]
@@ -262,38 +256,33 @@ def _search_sentences(results: Results, best: TrialRecord | None) -> Iterator[st
 
 def exclusions(results: Results) -> list[str]:
     """Return a line on everything of one sweep that is in no mean or in no comparison, and why."""
-    return [
-        *(line for member in results.members for line in troubles(member, member.reader.all_troubles())),
-        *_missing_seeds(results),
-        *_missing_values(results),
-        *_refusals(results),
-        *_unequal_images(results),
-        *_ended_early(results),
-        *_orphans(results),
-        *_partial_axes(results),
-    ]
+    lines = [line for run in results.members for line in troubles(run, run.all_troubles())]
+    for arm, runs in results.by_arm.items():
+        if missing := sorted(set(results.sweep.seeds) - set(runs)):
+            lines.append(f"{arm}: the sweep names no run for seed {', '.join(map(str, missing))}.")
+    lines += [*_missing_values(results), *_refusals(results), *_unequal_images(results), *_ended_early(results)]
+    if orphans := results.sweep.orphaned:
+        lines.append(f"{len(orphans)} runs that an earlier version of the spec asked for are in no number here.")
+    count = len(results.measured())
+    for axis in (axis for axis in AXES if axis not in results.axes):  # no curve is drawn over what some runs lack
+        if known := len(results.measured(axis)):
+            lines.append(f"No curves over {axis.label}, which {count - known} of {count} measured runs did not record.")
+    return lines
 
 
-def troubles(member: Member, found: Sequence[tuple[str, str]]) -> Iterator[str]:
+def troubles(run: SweepRun, found: Sequence[Trouble]) -> Iterator[str]:
     """Yield a line on what of a run could not be read, if anything."""
     if found:
         reasons = "; ".join(f"{where}: {what}" for where, what in found[:_MAX_TROUBLES])
         more = f"; and {len(found) - _MAX_TROUBLES} more" if len(found) > _MAX_TROUBLES else ""
-        yield f"{member.arm.label}, seed {member.keys['seed']} (run {member.run_id}): {reasons}{more}."
-
-
-def _missing_seeds(results: Results) -> Iterator[str]:
-    for arm, members in results.by_arm.items():
-        if missing := sorted(set(results.sweep.seeds) - {member.keys["seed"] for member in members}):
-            yield f"{arm}: the sweep names no run for seed {', '.join(map(str, missing))}."
+        yield f"{run.arm.label}, seed {run.seed} (run {run.run_id}): {reasons}{more}."
 
 
 def _missing_values(results: Results) -> Iterator[str]:
     """Name seeds without a finite value at the step that is shown, and measurements beyond that step."""
     for row in filter(lambda row: is_protocol(row["metric"]), results.rows):
         curves, step = results.seed_curves(row["arm"], row["metric"]), row["step"]
-        planned = sorted(member.keys["seed"] for member in results.by_arm[row["arm"]])
-        unmeasured = [str(seed) for seed in planned if seed not in curves]
+        unmeasured = [str(seed) for seed in sorted(results.by_arm[row["arm"]]) if seed not in curves]
         infinite = [str(seed) for seed, curve in curves.items() if not math.isfinite(curve[step])]
         last = max(max(curve) for curve in curves.values())
         reasons = [f"seed {listed(unmeasured)} never measured"] if unmeasured else []
@@ -315,7 +304,7 @@ def _unequal_images(results: Results) -> Iterator[str]:
     """Name arms that differ from their baselines in images at equal steps, because batches differ in size."""
     for row in filter(lambda row: row["metric"] == results.metric and row["n_pairs"], results.rows):
         seen, baseline_seen = (
-            next(member.reader.places("images").get(row["step"], math.nan) for member in results.by_arm[arm])
+            next(run.places["images"].get(row["step"], math.nan) for run in results.by_arm[arm].values())
             for arm in (row["arm"], row["baseline"])
         )
         if seen != baseline_seen and not math.isnan(seen + baseline_seen):
@@ -327,23 +316,10 @@ def _unequal_images(results: Results) -> Iterator[str]:
 
 def _ended_early(results: Results) -> Iterator[str]:
     for status, reason in ((RunStatus.PRUNED, "by the search"), (RunStatus.STOPPED, "by a rule of the sweep")):
-        ended = [member.arm.label for member in results.members if member.reader.status == status]
+        ended = [run.arm.label for run in results.members if run.status == status]
         if ended:
             count, arms = f"{len(ended)} of {len(results.members)} runs", listed(list(dict.fromkeys(ended)))
             yield f"{count} were ended early {reason} ({arms}): they count as far as they got."
-
-
-def _orphans(results: Results) -> Iterator[str]:
-    if orphans := results.sweep.orphaned:
-        yield f"{len(orphans)} runs that an earlier version of the spec asked for are in no number here."
-
-
-def _partial_axes(results: Results) -> Iterator[str]:
-    """Name measures of progress that only some runs recorded, so that no curves are drawn over them."""
-    count = len(results.measured())
-    for axis in (axis for axis in AXES if axis not in results.axes):
-        if known := len(results.measured(axis)):
-            yield f"No curves over {axis.label}, which {count - known} of {count} measured runs did not record."
 
 
 # ---- how numbers were made
@@ -387,11 +363,11 @@ def _averages(results: Results) -> Iterator[str]:
     """Warn of averaged weights that still hold much of the initial ones."""
     from repa_lab.spec.train import EmaConfig
 
-    for member in results.members:
+    for run in results.members:
         with suppress(TypeError, KeyError, ValueError, ArithmeticError):  # of a damaged spec.json
-            train = member.reader.spec["train"]
-            ema = EmaConfig.model_validate(train["ema"] if isinstance(train["ema"], dict) else {"decay": train["ema"]})
-            if warning := ema.warning(int(train["steps"])):
+            ema, steps = run.setting("train.ema"), int(run.setting("train.steps"))
+            settings = EmaConfig.model_validate(ema if isinstance(ema, dict) else {"decay": ema})
+            if warning := settings.warning(steps):
                 yield f"{warning}."
 
 

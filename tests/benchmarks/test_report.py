@@ -34,8 +34,7 @@ WORK = {
     "status": ("from repa_lab.cli.runs import _rows", "_rows(root, None)"),
     "what a report reads": (
         "import pandas",
-        "results = load_results(root.sweep('many').path)\n"
-        "results.rows, results.troubles, results.provenances, results.grids, results.protocols",
+        "results = load_results(root.sweep('many').path)\nresults.rows, results.troubles",
     ),
     "report": (DRAWING, "write_report(root.sweep('many'))"),
     "report without news": (DRAWING, "write_report(root.sweep('many'))"),

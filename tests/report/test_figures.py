@@ -10,10 +10,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from repa_lab.report import figures
+from repa_lab.report import figure_data, figures
+from repa_lab.report.figure_data import search_frame
 from repa_lab.report.page import inline
 from repa_lab.report.results import HOURS, Results, load_results
-from repa_lab.report.search import objectives, search_frame
 from repa_lab.report.statistics import mean_interval
 from repa_lab.runs import RunsRoot, State, SweepDirectory, files
 
@@ -21,20 +21,20 @@ from .conftest import METRIC, STEPS, Build, FakeArm, FakeRun, constant_runs, dec
 
 
 def test_the_frame_holds_what_the_figure_shows(quickstart: SweepDirectory) -> None:
-    frame = figures.convergence_frame(load_results(quickstart.path))
-    assert list(frame.columns) == figures.COLUMNS
+    frame = figure_data.convergence_frame(load_results(quickstart.path))
+    assert list(frame.columns) == figure_data.COLUMNS
     assert set(frame["group"]) == {"sit, baseline", "unet, baseline"}
     assert set(frame["name"]) == {"baseline", "aligned"}
     last = frame[(frame["arm"] == "sit, aligned") & (frame["step"] == 600)]
     expected = mean_interval(last["value"])
     assert last["mean"].unique().tolist() == [expected.mean]
     assert last["high"].unique().tolist() == [expected.high]
-    assert set(frame.loc[frame["is_baseline"], "rank"]) == {-1}
+    assert set(frame.loc[frame["arm"] == frame["group"], "rank"]) == {-1}
 
 
 def test_means_do_not_jump_as_seeds_drop_out(build: Build) -> None:
     arm = FakeArm("arm", [FakeRun(0, {100: 9.0, 200: 8.0, 300: 7.0}), FakeRun(1, {100: 1.0, 200: 1.0})])
-    frame = figures.convergence_frame(load_results(build([arm]).path)).drop_duplicates("step").set_index("step")
+    frame = figure_data.convergence_frame(load_results(build([arm]).path)).drop_duplicates("step").set_index("step")
     assert frame.loc[200, "mean"] == 4.5
     assert math.isnan(frame.loc[300, "mean"])
 
@@ -45,12 +45,12 @@ def test_arms_are_ranked_by_the_goal(build: Build) -> None:
         *(FakeArm(f"a{v}", constant_runs([float(v)]), "base") for v in (3, 1, 2)),
     ]
     for goal, best in (("min", "a1"), ("max", "a3")):
-        frame = figures.convergence_frame(load_results(build(arms, name=goal, goal=goal).path))
+        frame = figure_data.convergence_frame(load_results(build(arms, name=goal, goal=goal).path))
         assert frame.loc[frame["rank"] == 0, "arm"].unique().tolist() == [best]
 
 
 def test_one_panel_per_group_with_a_dashed_baseline(quickstart: SweepDirectory) -> None:
-    figure = figures.draw_convergence(figures.convergence_frame(load_results(quickstart.path)))
+    figure = figures.draw_convergence(figure_data.convergence_frame(load_results(quickstart.path)))
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["sit", "unet"]
     for axes in figure.axes:
         assert "frechet:efficientnet_lite0@500/ode-euler20" in axes.get_ylabel()
@@ -59,7 +59,7 @@ def test_one_panel_per_group_with_a_dashed_baseline(quickstart: SweepDirectory) 
 
 
 def test_only_a_resolved_speedup_is_marked(quickstart: SweepDirectory) -> None:
-    figure = figures.draw_convergence(figures.convergence_frame(load_results(quickstart.path)))
+    figure = figures.draw_convergence(figure_data.convergence_frame(load_results(quickstart.path)))
     marked = [any("sooner" in text.get_text() for text in axes.texts) for axes in figure.axes]
     assert marked == [True, False]
 
@@ -67,28 +67,28 @@ def test_only_a_resolved_speedup_is_marked(quickstart: SweepDirectory) -> None:
 def test_two_seeds_are_drawn_one_by_one(build: Build) -> None:
     arms = [FakeArm("base", [FakeRun(s, decay(9, 2 + s)) for s in range(2)])]
     arms += [FakeArm("arm", [FakeRun(s, decay(9, 1 + s)) for s in range(2)], "base")]
-    (axes,) = figures.draw_convergence(figures.convergence_frame(load_results(build(arms).path))).axes
+    (axes,) = figures.draw_convergence(figure_data.convergence_frame(load_results(build(arms).path))).axes
     assert len(axes.get_lines()) == 2 * 3
     assert not any("sooner" in text.get_text() for text in axes.texts)
 
 
 def test_a_seed_that_stopped_does_not_hide_the_others(build: Build) -> None:
     runs = [*(FakeRun(seed, decay(9, 2 + seed)) for seed in range(2)), FakeRun(2, {100: 8.0}, State.FAILED, "no")]
-    frame = figures.convergence_frame(load_results(build([FakeArm("arm", runs)]).path))
+    frame = figure_data.convergence_frame(load_results(build([FakeArm("arm", runs)]).path))
     figure = figures.draw_convergence(frame)
     assert sorted(len(line.get_xdata()) for line in figure.axes[0].get_lines()) == [1, 1, 6, 6]
-    assert "single seeds" in figures.caption(frame)
+    assert "single seeds" in figure_data.caption(frame)
 
 
 @pytest.mark.parametrize(("end", "scale"), [(100.0, "linear"), (1.0, "log")])
 def test_more_than_a_decade_is_logarithmic(build: Build, end: float, scale: str) -> None:
     results = load_results(build([FakeArm("arm", [FakeRun(0, decay(500, end, rate=60))])]).path)
-    assert figures.draw_convergence(figures.convergence_frame(results)).axes[0].get_yscale() == scale
+    assert figures.draw_convergence(figure_data.convergence_frame(results)).axes[0].get_yscale() == scale
 
 
 def test_every_value_is_inside_the_panel(build: Build) -> None:
     wild = [FakeRun(0, decay(9, 5)), FakeRun(1, decay(30, 20))]
-    frame = figures.convergence_frame(load_results(build([FakeArm("arm", wild)]).path))
+    frame = figure_data.convergence_frame(load_results(build([FakeArm("arm", wild)]).path))
     low, high = figures.draw_convergence(frame).axes[0].get_ylim()
     assert low < frame["value"].min()
     assert frame["value"].max() < high
@@ -100,7 +100,7 @@ def test_many_arms_keep_six_colours_and_count_the_rest(build: Build) -> None:
         FakeArm("base", constant_runs([50.0])),
         *(FakeArm(f"a{v}", constant_runs([v]), "base") for v in range(1, 10)),
     ]
-    (axes,) = figures.draw_convergence(figures.convergence_frame(load_results(build(arms).path))).axes
+    (axes,) = figures.draw_convergence(figure_data.convergence_frame(load_results(build(arms).path))).axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels[0] == "a1 (n = 1)"
     assert "3 other arms" in labels
@@ -110,19 +110,19 @@ def test_many_arms_keep_six_colours_and_count_the_rest(build: Build) -> None:
 def test_groups_of_different_protocols_have_their_own_panels(build: Build) -> None:
     other = "fid:inception@10000/sde250"
     arms = [FakeArm("a", constant_runs([1.0])), FakeArm("b", constant_runs([2.0], metric=other))]
-    figure = figures.draw_convergence(figures.convergence_frame(load_results(build(arms).path)))
+    figure = figures.draw_convergence(figure_data.convergence_frame(load_results(build(arms).path)))
     assert len(figure.axes) == 2
     assert other in figure.axes[1].get_ylabel()
 
 
 def test_alignment_has_a_column_per_measure(quickstart: SweepDirectory) -> None:
-    figure = figures.draw_alignment(figures.alignment_frame(load_results(quickstart.path)))
-    assert [axes.get_ylabel().splitlines()[-1] for axes in figure.axes] == 2 * list(figures.ALIGNMENT)
+    figure = figures.draw_alignment(figure_data.alignment_frame(load_results(quickstart.path)))
+    assert [axes.get_ylabel().splitlines()[-1] for axes in figure.axes] == 2 * list(figure_data.ALIGNMENT)
     assert [len(axes.get_lines()) for axes in figure.axes] == [2, 1, 1, 2, 1, 1]
 
 
 def test_quality_joins_both_metrics(quickstart: SweepDirectory) -> None:
-    frame = figures.quality_frame(load_results(quickstart.path))
+    frame = figure_data.quality_frame(load_results(quickstart.path))
     assert len(frame) == 12 * len(STEPS)
     assert len(figures.draw_quality(frame).axes) == 2
 
@@ -130,16 +130,16 @@ def test_quality_joins_both_metrics(quickstart: SweepDirectory) -> None:
 def test_nothing_measured_is_said(build: Build) -> None:
     results = load_results(build([FakeArm("arm", [0])]).path)
     for frame, draw in (
-        (figures.convergence_frame(results), figures.draw_convergence),
-        (figures.alignment_frame(results), figures.draw_alignment),
-        (figures.quality_frame(results), figures.draw_quality),
+        (figure_data.convergence_frame(results), figures.draw_convergence),
+        (figure_data.alignment_frame(results), figures.draw_alignment),
+        (figure_data.quality_frame(results), figures.draw_quality),
     ):
         assert "Nothing to show" in draw(frame).texts[0].get_text()
 
 
 def test_save_writes_150_dots_per_inch_and_leaves_the_style_alone(quickstart: SweepDirectory, tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
-    figure = figures.draw_convergence(figures.convergence_frame(load_results(quickstart.path)))
+    figure = figures.draw_convergence(figure_data.convergence_frame(load_results(quickstart.path)))
     path = figures.save(figure, tmp_path / "deep" / "figure.png")
     assert dict(mpl.rcParams) == before
     assert Image.open(path).size == tuple(int(150 * inches) for inches in figure.get_size_inches())
@@ -154,7 +154,9 @@ def test_an_arrow_needs_a_difference_that_holds_among_all_comparisons(build: Bui
     others = [FakeArm(f"later{place}", [0], "base") for place in range(9)]
     marked = []
     for name, arms in (("alone", pair), ("among", [*pair, *others])):
-        (axes,) = figures.draw_convergence(figures.convergence_frame(load_results(build(arms, name=name).path))).axes
+        (axes,) = figures.draw_convergence(
+            figure_data.convergence_frame(load_results(build(arms, name=name).path))
+        ).axes
         marked.append(any("sooner" in text.get_text() for text in axes.texts))
     assert marked == [True, False]
 
@@ -165,7 +167,7 @@ def test_curves_over_hours_are_at_the_mean_hours_of_the_seeds_and_in_a_unit_that
     sweep = build([FakeArm("arm", [FakeRun(s, decay(9, 2 + s), run_id=f"run{s}") for s in range(2)])])
     provenance = root.run("run1").provenance
     files.write_record(root.run("run1").path / "provenance.json", {**provenance, "processes": 3})
-    frame = figures.convergence_frame(load_results(sweep.path), HOURS)
+    frame = figure_data.convergence_frame(load_results(sweep.path), HOURS)
     last = frame[frame["step"] == 600]
     assert last["progress"].tolist() == [pytest.approx(60 / 3600), pytest.approx(180 / 3600)]
     assert last["place"].unique().tolist() == [pytest.approx(120 / 3600)]
@@ -186,13 +188,13 @@ def test_arms_measured_by_other_protocols_than_their_baseline_are_not_drawn_besi
         FakeArm("base", constant_runs([2.0] * 3, protocol={"reference": "train"})),
         FakeArm("arm", constant_runs([1.0] * 3, protocol={"reference": "val"}), "base"),
     ]
-    assert set(figures.convergence_frame(load_results(build(arms).path))["arm"]) == {"base"}
+    assert set(figure_data.convergence_frame(load_results(build(arms).path))["arm"]) == {"base"}
 
 
 def test_panels_can_be_drawn_alone_in_the_same_colours(quickstart: SweepDirectory) -> None:
-    frame = figures.convergence_frame(load_results(quickstart.path))
+    frame = figure_data.convergence_frame(load_results(quickstart.path))
     whole = figures.draw_convergence(frame)
-    alone = [figures.draw_convergence(panel) for panel in figures.panels(frame)]
+    alone = [figures.draw_convergence(panel) for panel in figure_data.panels(frame)]
     assert [axes.get_title(loc="left") for figure in alone for axes in figure.axes] == ["sit", "unet"]
     colors = [[line.get_color() for line in axes.get_lines()] for axes in whole.axes]
     assert [[line.get_color() for line in figure.axes[0].get_lines()] for figure in alone] == colors
@@ -206,7 +208,7 @@ def test_differences_are_coloured_where_they_are_resolved(build: Build) -> None:
         FakeArm("unclear", constant_runs([1.0, 29.0, 31.0]), "base"),
         FakeArm("single", constant_runs([1.0]), "base"),
     ]
-    frame = figures.differences_frame(load_results(build(arms).path))
+    frame = figure_data.differences_frame(load_results(build(arms).path))
     assert frame["verdict"].tolist() == ["resolved", "resolved", "not resolved", "insufficient"]
     (axes,) = figures.draw_differences(frame).axes
     dots = [line for line in axes.get_lines() if line.get_marker() == "o"]
@@ -241,7 +243,7 @@ def searched(build: Build, search: dict[str, object]) -> Results:
 def test_slices_mark_the_best_completed_trial_of_every_objective(build: Build) -> None:
     search = trials([(5.0, 1.0), (3.0, 2.0), (1.0, 9.0), (4.0, 0.5)], states="ccpc")
     results = searched(build, search)
-    figure = figures.draw_slices(search_frame(results), dict(objectives(results)))
+    figure = figures.draw_slices(search_frame(results), results.objectives)
     assert [axes.get_xlabel() for axes in figure.axes] == ["trial", "weight", "loss"] * 2
     assert [axes.get_xscale() for axes in figure.axes] == ["linear", "log", "linear"] * 2
     stars = [axes.collections[-1].get_offsets().data[0].tolist() for axes in (figure.axes[1], figure.axes[4])]
@@ -269,10 +271,10 @@ def test_the_front_is_joined_in_order(build: Build) -> None:
 
 
 def test_svg_takes_the_colours_of_the_page_and_has_ids_of_its_own(quickstart: SweepDirectory) -> None:
-    frame = figures.convergence_frame(load_results(quickstart.path))
+    frame = figure_data.convergence_frame(load_results(quickstart.path))
     one, other = (
         inline(figures.svg(figures.draw_convergence(panel), name), name)
-        for panel, name in zip(figures.panels(frame), "ab", strict=True)
+        for panel, name in zip(figure_data.panels(frame), "ab", strict=True)
     )
     assert one.startswith("<svg")
     assert "var(--ink)" in one
@@ -301,14 +303,14 @@ def test_what_was_measured_differently_under_one_name_has_a_panel_of_its_own(bui
             )
     results = load_results(sweep.path)
     names = [f"heldout/cka (encoder.name: {encoder})" for encoder in ("dino", "mae")]
-    assert figures.alignment_frame(results).groupby("metric")["arm"].unique().map(list).to_dict() == {
+    assert figure_data.alignment_frame(results).groupby("metric")["arm"].unique().map(list).to_dict() == {
         names[0]: ["a"],
         names[1]: ["b"],
     }
-    figure = figures.draw_alignment(figures.alignment_frame(results))
+    figure = figures.draw_alignment(figure_data.alignment_frame(results))
     assert [axes.get_ylabel() for axes in figure.axes] == [f"CKA with the encoder\n{name}" for name in names]
     # Quality was measured alike; the panels are of one protocol along either axis.
-    quality = figures.draw_quality(figures.quality_frame(results))
+    quality = figures.draw_quality(figure_data.quality_frame(results))
     assert [axes.get_xlabel() for axes in quality.axes] == [f"CKA with the encoder\n{name}" for name in names]
     assert [axes.get_ylabel() for axes in quality.axes] == [METRIC, METRIC]
 
@@ -351,8 +353,8 @@ def test_every_arm_is_in_every_legend_as_text(build: Build, tmp_path: Path) -> N
     results = worded(build)
     shown = [*(f"{word} (n = 3)" for word in (*WORDS[:3], "line break", "$base$"))]
     for draw, frame in (
-        (figures.draw_convergence, figures.convergence_frame(results)),
-        (figures.draw_alignment, figures.alignment_frame(results)),
+        (figures.draw_convergence, figure_data.convergence_frame(results)),
+        (figures.draw_alignment, figure_data.alignment_frame(results)),
     ):
         figure = draw(frame)
         texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
@@ -361,15 +363,15 @@ def test_every_arm_is_in_every_legend_as_text(build: Build, tmp_path: Path) -> N
         assert set(texts) <= set(drawn_texts(figure, tmp_path / "figure.png"))
         long = [text for text in texts if text.startswith("an arm with")]
         assert len(set(long)) == 2 and all(len(text) < 50 and "\u2026" in text for text in long)
-    quality = figures.draw_quality(figures.quality_frame(results))
+    quality = figures.draw_quality(figure_data.quality_frame(results))
     assert "_hidden" in [text.get_text() for text in quality.axes[0].get_legend().get_texts()]
-    differences = drawn_texts(figures.draw_differences(figures.differences_frame(results)), tmp_path / "figure.png")
+    differences = drawn_texts(figures.draw_differences(figure_data.differences_frame(results)), tmp_path / "figure.png")
     assert {"$\\frac{$  (n = 3)", "_hidden  (n = 3)", "price $5 to $9  (n = 3)"} <= set(differences)
 
 
 def test_long_labels_that_differ_in_the_middle_are_numbered(build: Build) -> None:
     middle = [f"{'a' * 40}{n}{'b' * 40}" for n in (1, 2, 3)]
-    (axes,) = figures.draw_differences(figures.differences_frame(worded(build, middle))).axes
+    (axes,) = figures.draw_differences(figure_data.differences_frame(worded(build, middle))).axes
     labels = [label.get_text().removesuffix("  (n = 3)") for label in axes.get_yticklabels()]
     assert labels[1:] == [f"{labels[0]} #2", f"{labels[0]} #3"]
 
@@ -379,5 +381,5 @@ def test_choices_of_a_search_are_text(build: Build, tmp_path: Path) -> None:
     for trial, choice in zip(search["trials"], (r"$\frac{$", "$a$ and $b$"), strict=True):
         trial["params"] = {"data.path": choice}
     results = searched(build, search)
-    texts = drawn_texts(figures.draw_slices(search_frame(results), dict(objectives(results))), tmp_path / "figure.png")
+    texts = drawn_texts(figures.draw_slices(search_frame(results), results.objectives), tmp_path / "figure.png")
     assert {r"$\frac{$", "$a$ and $b$"} <= set(texts)

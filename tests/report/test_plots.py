@@ -3,9 +3,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from repa_lab.report import figures, plots
+from repa_lab.report import figure_data, plots
+from repa_lab.report.figure_data import search_frame
 from repa_lab.report.results import ResultsError, load_results
-from repa_lab.report.search import search_frame
 from repa_lab.runs import RunsRoot, SweepDirectory
 
 from .conftest import Build, FakeArm, constant_runs
@@ -44,9 +44,9 @@ def curves(figure, panel: int = 0) -> list[list[tuple[float, float]]]:
 def test_a_helper_returns_the_frame_that_its_figure_shows(quickstart: SweepDirectory):
     results = load_results(quickstart.path)
     for drawn, frame in (
-        (plots.convergence(results), figures.convergence_frame(results)),
-        (plots.alignment(results), figures.alignment_frame(results)),
-        (plots.quality(results), figures.quality_frame(results)),
+        (plots.convergence(results), figure_data.convergence_frame(results)),
+        (plots.alignment(results), figure_data.alignment_frame(results)),
+        (plots.quality(results), figure_data.quality_frame(results)),
     ):
         pd.testing.assert_frame_equal(drawn.frame, frame)
     drawn = plots.convergence(results)

@@ -13,14 +13,14 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from repa_lab.report import load_profile, load_results, profile_figure
-from repa_lab.report.figures import save
-from repa_lab.report.profile import (
+from repa_lab.report.figure_data import (
     profile_difference,
     profile_matrix,
     shown_metrics,
     shown_profiles,
     why_not_comparable,
 )
+from repa_lab.report.figures import draw_profiles, save
 from repa_lab.report.results import ResultsError
 from repa_lab.runs import RunDirectory, files
 
@@ -143,18 +143,19 @@ def test_what_was_measured_otherwise_is_not_compared(tmp_path, changed, said):
     message = f"the profiles of base and other cannot be compared: {said}"
     with pytest.raises(ResultsError, match=message):
         profile_figure([base, other])
-    assert why_not_comparable(base, other) == message
+    assert why_not_comparable(load_profile(base), load_profile(other)) == message
 
 
 def test_a_later_step_and_other_versions_are_compared(tmp_path):
     base, other = store(named(tmp_path, "base")), store(named(tmp_path, "other"), step=900, packages={})
-    assert why_not_comparable(base, other) is None
+    assert why_not_comparable(load_profile(base), load_profile(other)) is None
     assert (profile_difference(load_profile(base), load_profile(other), "cka") == 0).all(axis=None)
 
 
 def test_other_blocks_are_not_compared(tmp_path):
     base, other = store(named(tmp_path, "base")), store(named(tmp_path, "other"), blocks=[0, 1])
-    assert why_not_comparable(base, other) == "the profiles of base and other have different blocks"
+    reason = why_not_comparable(load_profile(base), load_profile(other))
+    assert reason == "the profiles of base and other have different blocks"
 
 
 def test_the_agreement_with_the_encoder_is_shown_or_else_all(tmp_path):
@@ -191,7 +192,7 @@ def test_a_sweep_shows_each_arm_that_has_one_beside_its_baseline(build: Build):
     at("near", 0)
     at("near", 1)
     at("far", 1, weights="last")
-    found = {title: len(panels(profile_figure(runs, names=names))) for title, runs, names in shown_profiles(results)}
+    found = {title: len(panels(draw_profiles(frames, names=names))) for title, frames, names in shown_profiles(results)}
     assert found == {"near, seed 1, and its baseline": 3, "far, seed 1": 1}
     sweep.root.run(ids["near", 1]).profile_file.unlink()
     assert [title for title, *_ in shown_profiles(results)] == [

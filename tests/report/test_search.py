@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from repa_lab.report.figure_data import MIN_TRIALS, importance_frame, search_frame
 from repa_lab.report.results import Results, load_results
-from repa_lab.report.search import MIN_TRIALS, importance_frame, search_frame
 from repa_lab.report.tables import importance_table
 
 from .conftest import METRIC, Build, FakeArm, FakeRun
@@ -32,7 +32,7 @@ def test_the_setting_that_matters_is_found(build: Build) -> None:
     assert shares.keys() == {"weight", "loss"}  # what never varies has no share
     assert shares["weight"] > 0.8
     assert sum(shares.values()) == pytest.approx(1.0)
-    assert importance_table(frame).rows[0][:2] == [METRIC, "weight"]
+    assert list(importance_table(frame).rows[0].values())[:2] == [METRIC, "weight"]
 
 
 def test_few_trials_or_one_setting_have_no_importance(build: Build) -> None:

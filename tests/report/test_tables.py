@@ -29,6 +29,10 @@ from repa_lab.runs import RunsRoot, RunWriter, files
 from .conftest import METRIC, Build, FakeArm, FakeRun, constant_runs
 
 
+def cells(table: Table) -> list[list[str]]:
+    return [list(row.values()) for row in table.rows]
+
+
 def test_speedups_are_paired_and_over_every_measure_that_differs(build: Build) -> None:
     def runs(first: float, factor: int) -> list[FakeRun]:
         # An arm that falls twice as fast a step, and takes four times the FLOPs for it.
@@ -37,11 +41,12 @@ def test_speedups_are_paired_and_over_every_measure_that_differs(build: Build) -
     slow = [FakeRun(seed, {200: 10.0 + seed, 400: 6.0}, flops=1e12) for seed in range(3)]
     sweep = build([FakeArm("base", slow), FakeArm("fast", runs(10.0, 4), "base")])
     table = targets_tables(load_results(sweep.path))[METRIC]
-    assert table.headers[3:7] == ["steps", "images", "device hours", "FLOPs"]
-    assert [header.split(" [")[0] for header in table.headers[7:]] == [
+    headers = list(table.is_number)
+    assert headers[3:7] == ["steps", "images", "device hours", "FLOPs"]
+    assert [header.split(" [")[0] for header in headers[7:]] == [
         f"speed-up in {x}" for x in ("steps", "device hours", "FLOPs")
     ]
-    ((target, arm, reached, steps, images, hours, flops, *ratios),) = table.rows
+    ((target, arm, reached, steps, images, hours, flops, *ratios),) = cells(table)
     assert (target, arm, reached) == ("the baseline's final value", "fast", "3 of 3")
     assert (steps, images, hours, flops) == ("200", "12,800", "0.00556", "8.00e+14")
     assert ratios == ["2.00x [2.00, 2.00]", "2.00x [2.00, 2.00]", "0.50x [0.50, 0.50]"]
@@ -50,7 +55,8 @@ def test_speedups_are_paired_and_over_every_measure_that_differs(build: Build) -
 def test_the_cost_ledger_counts_a_shared_run_once(build: Build) -> None:
     shared = [FakeRun(0, {100: 2.0, 200: 1.0}, flops=1e12, run_id="shared")]
     own = [FakeRun(0, {100: 2.0, 200: 1.0}, flops=1e12)]
-    rows = cost_table(load_results(build([FakeArm("a", shared), FakeArm("b", shared), FakeArm("c", own)]).path)).rows
+    arms = [FakeArm("a", shared), FakeArm("b", shared), FakeArm("c", own)]
+    rows = cells(cost_table(load_results(build(arms).path)))
     assert [row[:2] for row in rows] == [["a", "1"], ["c", "1"], ["all runs, each once", "2"]]
     # 20 s of training and 10 s of evaluation a run; of 2e14 FLOPs four fifths are the denoiser's.
     assert rows[0][2:] == ["0.00556", "0.00278", "1.60e+14", "4.00e+13", "1,000", "33 %"]
@@ -60,13 +66,13 @@ def test_the_cost_ledger_counts_a_shared_run_once(build: Build) -> None:
 def test_the_encoders_hours_are_told_apart_within_those_of_training(build: Build, root: RunsRoot) -> None:
     sweep = build([FakeArm("a", [FakeRun(0, {100: 2.0, 200: 1.0}, flops=1e12, run_id="counted")])])
     assert not any(
-        "encoder (within" in header for header in cost_table(load_results(sweep.path)).headers
+        "encoder (within" in header for header in cost_table(load_results(sweep.path)).rows[0]
     )  # of an older version
     with RunWriter(root.run("counted")) as writer:
         for seconds in (4.5, 9.0):
             writer.row({"step": 200, "cost/encoder_seconds": seconds})
     table = cost_table(load_results(sweep.path))
-    hours = dict(zip(table.headers, table.rows[0], strict=True))
+    hours = table.rows[0]
     # 9 of 20 s; the share is that of 10 s of evaluation in 30.
     assert hours["device hours, training"] == "0.00556"
     assert hours["device hours, encoder (within training)"] == "0.00250"
@@ -82,10 +88,17 @@ def test_the_speed_of_an_arm_is_the_mean_of_its_runs(build: Build, root: RunsRoo
             row = {"step": 200, "images": 1600, "seconds": 20.0 + 20 * seed, "cost/data_seconds": 2.0}
             writer.row({**row, "cost/flops_utilisation": utilisation, "cost/peak_memory_gib": peak})
     table = speed_table(load_results(sweep.path))
-    assert table.headers == ["arm", "runs", "images/s", "waiting for data", "FLOPs utilisation", "peak memory, GiB"]
+    assert list(table.rows[0]) == [
+        "arm",
+        "runs",
+        "images/s",
+        "waiting for data",
+        "FLOPs utilisation",
+        "peak memory, GiB",
+    ]
     # 1,600 images in 20 and in 40 s; 2 s of either are waiting.
-    assert table.rows[0] == ["a", "2", "60.0", "7.5 %", "40.0 %", "4.00"]
-    assert table.rows[1][3:] == ["n/a", "n/a", "n/a"]
+    assert cells(table)[0] == ["a", "2", "60.0", "7.5 %", "40.0 %", "4.00"]
+    assert cells(table)[1][3:] == ["n/a", "n/a", "n/a"]
 
 
 def test_numbers_of_different_protocols_are_in_different_tables(build: Build) -> None:
@@ -94,7 +107,10 @@ def test_numbers_of_different_protocols_are_in_different_tables(build: Build) ->
         build([FakeArm("a", constant_runs([1.0])), FakeArm("b", constant_runs([2.0], metric=other))]).path
     )
     tables = summary_tables(results)
-    assert {metric: [row[0] for row in table.rows] for metric, table in tables.items()} == {METRIC: ["a"], other: ["b"]}
+    assert {metric: [row["arm"] for row in table.rows] for metric, table in tables.items()} == {
+        METRIC: ["a"],
+        other: ["b"],
+    }
     assert summary_tables(results, compared=False) == {}
 
 
@@ -134,7 +150,7 @@ def test_large_samples_are_shrunk_for_the_page(build: Build, root: RunsRoot) -> 
 
 def test_recorded_protocols_are_listed(build: Build) -> None:
     runs = constant_runs([1.0, 2.0], protocol={"samples": 500, "sampler": {"type": "ode", "steps": 20}})
-    rows = protocols_table(load_results(build([FakeArm("a", runs)]).path)).rows
+    rows = cells(protocols_table(load_results(build([FakeArm("a", runs)]).path)))
     assert rows == [[METRIC, "samples", "500"], [METRIC, "sampler", '{"type": "ode", "steps": 20}']]
 
 
@@ -142,13 +158,13 @@ def test_provenances_that_differ_have_a_row_each(build: Build, root: RunsRoot) -
     sweep = build([FakeArm("arm", [FakeRun(seed, {100: 1.0}, run_id=f"run{seed}") for seed in range(3)])])
     old = root.run("run0").provenance
     files.write_record(root.run("run0").path / "provenance.json", {**old, "git": None, "packages": {"torch": "2.8.0"}})
-    rows = provenance_table(load_results(sweep.path)).rows
+    rows = cells(provenance_table(load_results(sweep.path)))
     assert [row for row in rows if row[0].startswith(("git", "packages.torch"))] == [
         ["packages.torch", "2.8.0", "1"],
         ["packages.torch", "2.9.0", "2"],
         ["git", "n/a", "1"],
         ["git.commit", "0123456789abcdef", "2"],
-        ["git.dirty", "False", "2"],
+        ["git.dirty", "false", "2"],
     ]
 
 
@@ -162,16 +178,15 @@ def test_equal_curves_that_were_measured_at_other_steps_are_equally_fast(build: 
     arms = [FakeArm("base", [FakeRun(seed, exponential(other)) for seed in range(3)])]
     arms += [FakeArm("arm", [FakeRun(seed, exponential(own)) for seed in range(3)], "base")]
     results = load_results(build(arms, targets={METRIC: [100.0, 30.0]}).path)
-    rows = [row for row in targets_tables(results)[METRIC].rows if row[1] == "arm"]
+    rows = [row for row in cells(targets_tables(results)[METRIC]) if row[1] == "arm"]
     assert [row[-2:] for row in rows] == 3 * [["1.00x [1.00, 1.00]", "1.00x [1.00, 1.00]"]]
 
 
 def test_the_seeds_that_have_a_target_are_those_it_can_be_reached_in(build: Build) -> None:
     base = [FakeRun(0, {100: 9.0, 200: 5.0}), 1, 2]
     arm = [FakeRun(seed, {100: 9.0, 200: 3.0}) for seed in range(3)]
-    ((target, _, reached, steps, *_),) = targets_tables(
-        load_results(build([FakeArm("b", base), FakeArm("a", arm, "b")]).path)
-    )[METRIC].rows
+    tables = targets_tables(load_results(build([FakeArm("b", base), FakeArm("a", arm, "b")]).path))
+    ((target, _, reached, steps, *_),) = cells(tables[METRIC])
     assert (target, reached, steps) == ("the baseline's final value", "1 of 1", "167")
 
 
@@ -189,12 +204,15 @@ def test_two_protocols_of_one_name_never_share_a_table(build: Build) -> None:
     arms += [arm("lone", 4.0, [long[1]] * 2), arm("mixed", 3.0, long)]
     results = load_results(build(arms, targets={METRIC: [8.0]}).path)
     first, second = (f"{METRIC} (weights: {one[:12]}... #{digest(one)[:12]})" for one in long)
-    assert {name: [row[0] for row in table.rows] for name, table in summary_tables(results).items()} == {
+    assert {name: [row["arm"] for row in table.rows] for name, table in summary_tables(results).items()} == {
         first: ["base", "alike", "mixed"],
         second: ["other", "lone"],
     }
-    assert summary_tables(results)[first].rows[2][3] == "n/a"  # no mean over two protocols
-    reached = {name: [row[1] for row in table.rows if row[0] == "8"] for name, table in targets_tables(results).items()}
+    assert cells(summary_tables(results)[first])[2][3] == "n/a"  # no mean over two protocols
+    reached = {
+        name: [row["arm"] for row in table.rows if row["target"] == "8"]
+        for name, table in targets_tables(results).items()
+    }
     assert reached == {first: ["base", "alike"], second: ["other", "lone"]}
 
 
@@ -209,12 +227,12 @@ def test_only_what_differs_within_a_field_is_named(build: Build) -> None:
 
 # ---- cells as Markdown and LaTeX
 
-TABLE = Table(["arm", "n", "p"], [["a_b", "3", "<0.001"], ["x & y", "2 of 3", "n/a"]])
+TABLE = Table([{"arm": "a_b", "n": "3", "p": "<0.001"}, {"arm": "x & y", "n": "2 of 3", "p": "n/a"}])
 
 
 def test_columns_of_numbers_are_known() -> None:
-    assert TABLE.is_number == [False, True, True]
-    assert Table(["none"], [["n/a"], [""]]).is_number == [False]
+    assert TABLE.is_number == {"arm": False, "n": True, "p": True}
+    assert Table([{"none": "n/a"}, {"none": ""}]).is_number == {"none": False}
 
 
 def test_latex_by_hand() -> None:
@@ -237,14 +255,15 @@ def test_latex_shows_what_it_is_given() -> None:
 
 
 def test_wide_tables_are_shrunk_to_the_line() -> None:
-    wide = Table(list("abcdefg"), [list("1234567")]).latex
+    wide = Table([dict(zip("abcdefg", "1234567", strict=True))]).latex
     assert wide.startswith("\\resizebox{\\linewidth}{!}{%\n\\begin{tabular}{rrrrrrr}")
     assert wide.endswith("\\end{tabular}}")
 
 
 def test_empty_columns_are_left_out() -> None:
-    assert Table(["a", "b", "c"], [["1", "n/a", ""], ["2", "n/a", "x"]]).without_empty_columns().headers == ["a", "c"]
+    table = Table([{"a": "1", "b": "n/a", "c": ""}, {"a": "2", "b": "n/a", "c": "x"}])
+    assert table.without_empty_columns().rows == [{"a": "1", "c": ""}, {"a": "2", "c": "x"}]
 
 
 def test_markdown_aligns_numbers_and_escapes_bars() -> None:
-    assert Table(["a|b", "n"], [["x|y", "1"]]).markdown == "| a\\|b | n |\n| --- | ---: |\n| x\\|y | 1 |"
+    assert Table([{"a|b": "x|y", "n": "1"}]).markdown == "| a\\|b | n |\n| --- | ---: |\n| x\\|y | 1 |"

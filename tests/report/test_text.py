@@ -6,7 +6,6 @@ import pytest
 
 from repa_lab.report import answer
 from repa_lab.report.results import load_results
-from repa_lab.report.search import best_trial
 from repa_lab.report.tables import decimals, p_value, significant
 from repa_lab.report.text import exclusions, incomplete, lead, methods
 from repa_lab.runs import RunsRoot, State, SweepDirectory, files
@@ -189,7 +188,7 @@ def test_a_search_speaks_of_its_best_trial_only_and_of_its_luck(build: Build) ->
 @pytest.mark.parametrize(("goal", "arm"), [("min", "t1"), ("max", "t0")])
 def test_the_best_trial_follows_the_goal(build: Build, goal: str, arm: str) -> None:
     recorded = search(("t0", "complete", 3.1), ("t1", "complete", 2.1), ("t2", "complete", None), goal=goal)
-    best = best_trial(load_results(searched(build, search=recorded).path))
+    best = load_results(searched(build, search=recorded).path).best_trial
     assert best is not None
     assert best.arm == arm
 

@@ -1,19 +1,38 @@
-"""Curves over training: convergence of the compared metric, alignment on held-out images, quality against alignment."""
+"""Figures: for each frame of :mod:`repa_lab.report.figure_data` a function that draws it.
+
+Figures are plain :class:`matplotlib.figure.Figure` objects: no window, no global state, safe without a display. Curves
+over training are drawn here: convergence, alignment on held-out images, quality against alignment.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from repa_lab.report.drawing import (
+    DASHED,
+    canvas,
+    draw_differences,
+    draw_pareto,
+    draw_profiles,
+    draw_slices,
+    legend,
+    log_scale,
+    profile_figure,
+    save,
+    short_labels,
+    shorten,
+    styled,
+    svg,
+)
 from repa_lab.report.figure_data import (
     ALIGNMENT,
     FAINT,
@@ -28,11 +47,12 @@ from repa_lab.report.figure_data import (
     shared_parts,
     unique,
 )
-from repa_lab.report.figures.style import blend, canvas, legend, log_scale, short_labels, shorten, styled
 from repa_lab.report.results import STEPS, Axis
 from repa_lab.report.statistics import MIN_SEEDS, Goal, steps_to_reach
 from repa_lab.report.summary import bare_name
 
+__all__ = ["draw_alignment", "draw_convergence", "draw_differences", "draw_pareto", "draw_profiles", "draw_quality"]
+__all__ += ["draw_slices", "profile_figure", "save", "svg"]
 _MAX_TITLE = 60
 _MAX_COLUMNS = 3
 _LARGE = 1e7
@@ -49,7 +69,7 @@ def draw_convergence(frame: pd.DataFrame, goal: Goal = "min", axis: Axis = STEPS
     baseline and the speed-up is resolved, an arrow shows it.
 
     Args:
-        frame: from :func:`repa_lab.report.figures.convergence_frame`.
+        frame: from :func:`repa_lab.report.figure_data.convergence_frame`.
         goal: whether small or large values are good.
         axis: the measure of progress of the frame.
     """
@@ -70,7 +90,7 @@ def draw_alignment(frame: pd.DataFrame) -> Figure:
     """Draw held-out alignment over steps, a panel for each group of arms and measure.
 
     Args:
-        frame: from :func:`repa_lab.report.figures.alignment_frame`.
+        frame: from :func:`repa_lab.report.figure_data.alignment_frame`.
     """
     return _draw_panels(frame, STEPS, (4.6, 3.6), _alignment_label, "best")
 
@@ -80,12 +100,12 @@ def draw_quality(frame: pd.DataFrame) -> Figure:
     """Draw quality against alignment: a point per run and evaluation, joined in training order, the last one larger.
 
     Args:
-        frame: from :func:`repa_lab.report.figures.quality_frame`.
+        frame: from :func:`repa_lab.report.figure_data.quality_frame`.
     """
     # A panel has one protocol along either axis.
-    cells = frame.groupby(["group", "metric", "alignment_metric"], sort=False)
-    figure, places = canvas(1, len(cells), size=(5.1, 4.3))
-    for axes, ((group, metric, alignment), rows) in zip(places, cells, strict=True):
+    cells = list(frame.groupby(["group", "metric", "alignment_metric"], sort=False))
+    figure, places = canvas(cells, len(cells), size=(5.1, 4.3))
+    for axes, ((group, metric, alignment), rows) in places:
         entries: Entries = []
         for style in arm_styles(frame, group):
             for seed_place, (_, run) in enumerate(rows[rows["arm"] == style.arm].sort_values("step").groupby("seed")):
@@ -110,11 +130,7 @@ def _title(rows: pd.DataFrame) -> str:
     return shorten(", ".join(shared_parts([label for label in labels if label])), _MAX_TITLE)
 
 
-# ---- a panel
-
-
-@dataclass(frozen=True)
-class ArmStyle:
+class ArmStyle(NamedTuple):
     """The name and colour of an arm, the same in every figure; ``is_faint`` for arms beyond the six colours."""
 
     arm: str
@@ -131,32 +147,34 @@ def arm_styles(frame: pd.DataFrame, group: str) -> list[ArmStyle]:
     hue. Beyond six arms the worse ones are faint: six hues are as many as can be told apart.
     """
     arms = frame[frame["group"] == group].drop_duplicates("arm").sort_values("rank", ascending=False, kind="stable")
-    others = arms[~arms["is_baseline"].astype(bool)]
-    single = PALETTE[int(others["hue"].iloc[0]) % len(PALETTE)] if len(others) == 1 else None
+    others = arms[arms["rank"] >= 0]
+    single = PALETTE[others["hue"].iloc[0] % len(PALETTE)] if len(others) == 1 else None
     names = short_labels(unique(arms, "name"))
     styles = []
     for row in arms.itertuples():
-        is_faint = not row.is_baseline and not single and not 0 <= row.rank < len(PALETTE)
+        is_faint = single is None and row.rank >= len(PALETTE)
         color = FAINT if is_faint else single or PALETTE[row.hue % len(PALETTE)]
-        if row.is_baseline:
-            color = blend(GREY, single, 0.3) if single else GREY
-        styles.append(ArmStyle(row.arm, names[str(row.name)], color, bool(row.is_baseline), is_faint))
+        if row.rank < 0:
+            color = _blend(GREY, single, 0.3) if single else GREY
+        styles.append(ArmStyle(row.arm, names[str(row.name)], color, row.rank < 0, is_faint))
     return sorted(styles, key=lambda style: not style.is_baseline)
+
+
+def _blend(first: str, second: str, share: float) -> str:
+    """Return a colour between two; ``share`` is the weight of the second."""
+    mixed = (1 - share) * np.array(to_rgb(first)) + share * np.array(to_rgb(second))
+    return to_hex(tuple(mixed.tolist()))
 
 
 def _draw_panels(
     frame: pd.DataFrame, axis: Axis, size: tuple[float, float], label: Callable[[str], str], place: str
 ) -> Figure:
-    cells = list(panels(frame))
-    columns = min(len(cells), _MAX_COLUMNS)
-    figure, places = canvas(math.ceil(len(cells) / columns), columns, size)
-    for axes, rows in zip(places, cells, strict=False):
+    figure, places = canvas(list(panels(frame)), _MAX_COLUMNS, size)
+    for axes, rows in places:
         metric = str(rows["metric"].iloc[0])
         entries = _draw_panel(axes, rows, arm_styles(frame, str(rows["group"].iloc[0])), axis)
         axes.set_ylabel(label(metric), fontsize=min(11.0, 400 / len(metric)))
         legend(axes, entries, place)
-    for axes in places[len(cells) :]:
-        axes.remove()
     return figure
 
 
@@ -175,7 +193,7 @@ def _draw_panel(axes: Axes, rows: pd.DataFrame, styles: list[ArmStyle], axis: Ax
     for place, style in enumerate((style for style in shown if not style.is_faint), start=1):
         arm = rows[rows["arm"] == style.arm].sort_values("step")
         mean, color, n = means(arm), style.color, int(arm["n"].max())
-        dashes: Any = (0, (3.2, 1.6)) if style.is_baseline else "solid"
+        dashes: Any = DASHED if style.is_baseline else "solid"
         label = f"{style.name} (n = {n})"
         line = axes.plot(mean["place"], mean["mean"], color=color, lw=2.3, linestyle=dashes, label=label)
         line[0].set(marker="o", markersize=4.8, markeredgecolor="white", markeredgewidth=0.9)
@@ -218,12 +236,9 @@ def _set_limits(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_ylim(*(np.exp(limits) if is_log else limits))
 
 
-# ---- the speed-up
-
-
 def _mark_speedup(axes: Axes, rows: pd.DataFrame, goal: Goal, axis: Axis) -> None:
     """Draw an arrow from where the baseline reaches its final value to where its only arm did, if that is resolved."""
-    baseline, arm = rows[rows["is_baseline"].astype(bool)], rows[~rows["is_baseline"].astype(bool)]
+    baseline, arm = rows[rows["rank"] < 0], rows[rows["rank"] >= 0]
     if baseline.empty or arm["arm"].nunique() != 1 or arm["speedup"].iloc[0] is None:
         return
     ratio, curves = arm["speedup"].iloc[0], [means(arm), means(baseline)]
