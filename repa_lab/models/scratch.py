@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from repa_lab.align.tokens import Tokens, flatten_map
+from repa_lab.align.tokens import flatten_map
 from repa_lab.models.family import UNET, BlockIndex, Shape, shape_of
-from repa_lab.models.sit import SiT
-from repa_lab.models.sit_down import SiTDown
+from repa_lab.models.sit import SiT, SiTDown
 from repa_lab.models.tap import Denoiser, Tap, TapError
 
 
@@ -44,11 +42,7 @@ class UNet(Denoiser):
 
     @classmethod
     def from_size(cls, size: str, in_channels: int, input_size: tuple[int, int], num_classes: int) -> UNet:
-        """Build ``nano``, ``S`` or ``B``.
-
-        Raises:
-            ValueError: an unknown size.
-        """
+        """Build ``nano``, ``S`` or ``B``; another size is a ValueError."""
         return cls(shape_of(UNET, size), in_channels, input_size, num_classes)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -60,8 +54,7 @@ class UNet(Denoiser):
         """Tap the mid block; see :meth:`Denoiser.tap`."""
         if block_index != "mid":
             raise TapError(f"unet is tapped at its mid block: block_index must be 'mid', got {block_index!r}")
-        to_tokens: Callable[[Any], Tokens] = flatten_map
-        return Tap(self.net.mid_block, to_tokens)
+        return Tap(self.net.mid_block, flatten_map)
 
     def export(self, folder: Path) -> None:
         """Write a folder of diffusers' `UNet2DModel`, which takes times in [0, 1000]."""
@@ -77,12 +70,9 @@ CLASSES: dict[str, type[SiT | SiTDown | UNet]] = {"sit": SiT, "sit_down": SiTDow
 
 @dataclass(frozen=True)
 class Input:
-    """What a denoiser is built for.
+    """What a denoiser is built for: an image or latent of so many channels and of ``(height, width)``, and classes.
 
-    Attributes:
-        channels: of an image or latent.
-        size: height and width of an image or latent.
-        num_classes: classes, without the null label.
+    ``num_classes`` is without the null label.
     """
 
     channels: int

@@ -71,41 +71,33 @@ class Tap:
 
 
 class AttentionTap:
-    """Forward hooks on the norms of queries and keys of one block; :meth:`take` returns the latest pass's.
+    """Taps on the norms of queries and keys of one block, whose outputs are ``(B, heads, N, D / heads)``.
 
     Args:
-        query: the module whose output is the queries ``(B, heads, N, D / heads)``.
-        key: the module whose output is the keys, of the same shape.
         grid: returns the grid of the tokens.
     """
 
     def __init__(self, query: nn.Module, key: nn.Module, grid: Callable[[], Grid]) -> None:
-        self._grid = grid
-        self._outputs: dict[str, torch.Tensor] = {}
-        self._handles = [
-            module.register_forward_hook(lambda module, inputs, output, name=name: self._outputs.update({name: output}))
-            for name, module in (("query", query), ("key", key))
-        ]
+        def unchanged(output: Any) -> Any:
+            return output
+
+        self._taps, self._grid = [Tap(module, unchanged) for module in (query, key)], grid
 
     def take(self) -> Attention:
-        """Return the captured queries and keys, and empty the slot.
-
-        Raises:
-            TapError: the block has not run since the last call.
-        """
-        outputs, self._outputs = self._outputs, {}
-        if len(outputs) < 2:
-            raise TapError("the tapped attention did not run; was the tap set after torch.compile?")
-        return Attention(outputs["query"], outputs["key"], self._grid())
+        """Return the captured queries and keys, and empty the slots; see :meth:`Tap.take`."""
+        outputs: Any = [tap.take() for tap in self._taps]
+        query, key = outputs
+        return Attention(query, key, self._grid())
 
     def clear(self) -> None:
-        """Empty the slot."""
-        self._outputs = {}
+        """Empty the slots."""
+        for tap in self._taps:
+            tap.clear()
 
     def remove(self) -> None:
         """Remove the hooks from the block."""
-        for handle in self._handles:
-            handle.remove()
+        for tap in self._taps:
+            tap.remove()
 
 
 @contextmanager
@@ -167,11 +159,8 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
     def _tap_stages(self, path: str) -> dict[BlockName, Tap]:
+        def tokens_of(output: Any) -> Tokens:  # a down stage returns its map first, then those for skip connections
+            return flatten_map(output[0] if isinstance(output, tuple) else output)
+
         stages = self.get_submodule(f"net.{path}").children()
-        return {f"{path}.{number}": Tap(stage, _stage_tokens) for number, stage in enumerate(stages)}
-
-
-def _stage_tokens(output: Any) -> Tokens:
-    """Return the tokens of a UNet stage; a down stage returns its map first, then those for the skip connections."""
-    tokens: Tokens = flatten_map(output[0] if isinstance(output, tuple) else output)
-    return tokens
+        return {f"{path}.{number}": Tap(stage, tokens_of) for number, stage in enumerate(stages)}

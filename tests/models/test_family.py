@@ -7,7 +7,7 @@ from repa_lab.models.families import FAMILIES, catalogue
 from repa_lab.models.family import SIT_DOWN_SHAPES, SIT_SHAPES, UNET_SHAPES, shape_of
 from repa_lab.models.flops import forward_of
 from repa_lab.models.scratch import CLASSES, Input, build
-from repa_lab.models.sit_down import SiTDown
+from repa_lab.models.sit import SiTDown
 from repa_lab.registry import UnknownComponentError
 
 FROM_SCRATCH = [(family, size) for family in FAMILIES.values() if family.from_scratch for size in family.shapes]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from repa_lab.models.sit_down import SiTDown, SiTDownConfig
+from repa_lab.models.sit import SiTDown, SiTDownConfig
 from repa_lab.models.tap import TapError
 from tests.models import reference_sit_down
 from tests.models.counting import count

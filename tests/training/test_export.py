@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 from repa_lab.metrics import frechet_distance, statistics
 from repa_lab.metrics.extractor import Extractor
-from repa_lab.models.sit import SiT, SiTConfig
-from repa_lab.models.sit_down import SiTDown, SiTDownConfig
+from repa_lab.models.sit import SiT, SiTConfig, SiTDown, SiTDownConfig
 from repa_lab.runs import RunDirectory, State
 from repa_lab.training.checkpoint import NoWeightsError
 from repa_lab.training.export import ExportError, export_model, write_real, write_samples
