@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from repa_lab.models.families.shared import JOINT_ATTENTION, encode_prompt, map_inputs, shapes
-from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape
+from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
 from repa_lab.models.tiny import flow_scheduler, kl_autoencoder, t5, tiny_pipeline
-
-
-def _prompt(condition: Condition) -> dict[str, Any]:
-    text = condition["encoder_hidden_states"]
-    return {"prompt_embeds": text, "prompt_attention_mask": text[..., 0]}  # the mask is required but not used
-
 
 _TOKENIZER = {"pad_token": "<pad>", "padding_side": "right"}
 
@@ -44,7 +36,10 @@ AURAFLOW = Family(
         released="fal/AuraFlow-v0.3",
         classes=("AuraFlowPipeline",),
         encode=encode_prompt("encoder_hidden_states", do_classifier_free_guidance=False),
-        prompt=_prompt,
+        prompt=lambda condition: {
+            "prompt_embeds": condition["encoder_hidden_states"],
+            "prompt_attention_mask": condition["encoder_hidden_states"][..., 0],  # required but not used
+        },
         tiny=tiny_pipeline(
             kl_autoencoder(4, 0.13025),
             flow_scheduler(shift=1.73),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from repa_lab.models.families.shared import longest_text, padded, shapes, text_lengths
-from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.family import Blocks, Family, Network, Pipeline, Shape, Tensor
 from repa_lab.models.tiny import (
     LEFT_TOKENIZER,
     flow_scheduler,
@@ -22,16 +22,6 @@ from repa_lab.models.tiny import (
 )
 
 _MOST_TOKENS = 1024
-
-
-def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
-    sizes = {name: condition[name] for name in ("original_size", "target_size", "crop_coords")}
-    return {
-        "hidden_states": latents,
-        "timestep": time * 1000,
-        "encoder_hidden_states": longest_text(condition),
-        **sizes,
-    }
 
 
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -48,10 +38,6 @@ def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
     return {"encoder_hidden_states": rows, "encoder_attention_mask": masks}
 
 
-def _sizes(config: Any, frames: Tensor) -> dict[str, Tensor]:
-    return {"original_size": frames[:, :2], "crop_coords": frames[:, 2:4], "target_size": frames[:, 4:]}
-
-
 # As the conversion to diffusers sets them.
 _SHIFTS = {"use_dynamic_shifting": True, "base_shift": 0.25, "max_shift": 0.75, "time_shift_type": "linear"}
 
@@ -62,7 +48,12 @@ COGVIEW4 = Family(
     network=Network(
         model="CogView4Transformer2DModel",
         blocks=(Blocks("transformer_blocks", item=0),),
-        inputs=_inputs,
+        inputs=lambda config, latents, time, condition: {
+            "hidden_states": latents,
+            "timestep": time * 1000,
+            "encoder_hidden_states": longest_text(condition),
+            **{name: condition[name] for name in ("original_size", "target_size", "crop_coords")},
+        },
         condition=shapes(
             encoder_hidden_states=("tokens", "text_embed_dim"),
             encoder_attention_mask=("tokens",),
@@ -83,7 +74,11 @@ COGVIEW4 = Family(
         classes=("CogView4Pipeline",),
         encode=_encode,
         prompt=lambda condition: {"prompt_embeds": longest_text(condition)},
-        sizes=_sizes,
+        sizes=lambda config, frames: {
+            "original_size": frames[:, :2],
+            "crop_coords": frames[:, 2:4],
+            "target_size": frames[:, 4:],
+        },
         tiny=tiny_pipeline(
             kl_autoencoder(4, 1.0), flow_scheduler(**_SHIFTS), (LEFT_TOKENIZER, language_model("GlmModel", 12))
         ),

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from repa_lab.models.families.shared import masked_text, padded_texts, text_lengths, texts_alone
-from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.family import Blocks, Family, Network, Pipeline, Shape
 from repa_lab.models.tiny import FLUX2_AUTOENCODER, LLAMA_TOKENIZER, flow_scheduler, mistral_vl, tiny_pipeline
 
 _MOST_TOKENS = 512  # of a text; the pipeline itself has no limit
-
-
-def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
-    text = {"text_bth": condition["encoder_hidden_states"], "text_lens": text_lengths(condition)}
-    return {"hidden_states": latents, "timestep": time * 1000, **text}
-
-
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
-    return padded_texts(pipeline.encode_prompt(list(captions), pipeline.text_encoder.device), _MOST_TOKENS)
 
 
 ERNIE_IMAGE = Family(
@@ -29,7 +17,12 @@ ERNIE_IMAGE = Family(
     network=Network(
         model="ErnieImageTransformer2DModel",
         blocks=(Blocks("layers", place="head", samples=1),),
-        inputs=_inputs,
+        inputs=lambda config, latents, time, condition: {
+            "hidden_states": latents,
+            "timestep": time * 1000,
+            "text_bth": condition["encoder_hidden_states"],
+            "text_lens": text_lengths(condition),
+        },
         condition=masked_text("text_in_dim"),
         channels=128,
         parameters=8_033_490_048,
@@ -54,7 +47,9 @@ ERNIE_IMAGE = Family(
     pipeline=Pipeline(
         released="baidu/ERNIE-Image",
         classes=("ErnieImagePipeline",),
-        encode=_encode,
+        encode=lambda pipeline, captions: padded_texts(
+            pipeline.encode_prompt(list(captions), pipeline.text_encoder.device), _MOST_TOKENS
+        ),
         prompt=texts_alone,
         options={"use_pe": False},  # no prompt enhancer
         tiny=tiny_pipeline(

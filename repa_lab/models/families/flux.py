@@ -29,10 +29,6 @@ def packed_inputs(latents: Tensor, time: Tensor, condition: Condition) -> dict[s
     }
 
 
-def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
-    return {**packed_inputs(latents, time, condition), **full_guidance(config, time)}
-
-
 TINY: dict[str, Any] = tiny_transformer(
     in_channels=16, num_layers=2, num_single_layers=2, joint_attention_dim=12, axes_dims_rope=(4, 6, 6)
 )
@@ -45,7 +41,10 @@ FLUX = Family(
         model="FluxTransformer2DModel",
         depths=("num_layers", "num_single_layers"),
         blocks=(Blocks("transformer_blocks", item=1), Blocks("single_transformer_blocks", item=1)),
-        inputs=_inputs,
+        inputs=lambda config, latents, time, condition: {
+            **packed_inputs(latents, time, condition),
+            **full_guidance(config, time),
+        },
         condition=shapes(
             encoder_hidden_states=("tokens", "joint_attention_dim"), pooled_projections=("pooled_projection_dim",)
         ),

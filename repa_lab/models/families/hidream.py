@@ -46,15 +46,6 @@ def _output(output: Any, latents: Tensor) -> Tensor:
     return -unpack(patches[:, : height * width // 4], latents)
 
 
-def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    t5, llama = config.caption_channels
-    return {
-        "encoder_hidden_states_t5": (tokens, t5),
-        "encoder_hidden_states_llama3": (max(config.llama_layers) + 1, tokens, llama),
-        "pooled_embeds": (config.text_emb_dim,),
-    }
-
-
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
     texts = list(dict.fromkeys(captions))  # each once, as the pipeline's call encodes the empty one
     rows = [texts.index(caption) for caption in captions]
@@ -63,14 +54,6 @@ def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
         "encoder_hidden_states_t5": t5[rows],
         "encoder_hidden_states_llama3": llama.transpose(0, 1)[rows],
         "pooled_embeds": pooled[rows],
-    }
-
-
-def _prompt(condition: Condition) -> dict[str, Any]:
-    return {
-        "prompt_embeds_t5": condition["encoder_hidden_states_t5"],
-        "prompt_embeds_llama3": condition["encoder_hidden_states_llama3"].transpose(0, 1),
-        "pooled_prompt_embeds": condition["pooled_embeds"],
     }
 
 
@@ -90,7 +73,11 @@ HIDREAM = Family(
         model="HiDreamImageTransformer2DModel",
         blocks=(Blocks("double_stream_blocks", item=0, place="head"), Blocks("single_stream_blocks", place="head")),
         inputs=_inputs,
-        condition=_condition,
+        condition=lambda config, tokens: {
+            "encoder_hidden_states_t5": (tokens, config.caption_channels[0]),
+            "encoder_hidden_states_llama3": (max(config.llama_layers) + 1, tokens, config.caption_channels[1]),
+            "pooled_embeds": (config.text_emb_dim,),
+        },
         output=_output,
         depths=("num_layers", "num_single_layers"),
         per_block=("llama_layers",),
@@ -121,7 +108,11 @@ HIDREAM = Family(
         classes=("HiDreamImagePipeline",),
         allow=_allow,
         encode=_encode,
-        prompt=_prompt,
+        prompt=lambda condition: {
+            "prompt_embeds_t5": condition["encoder_hidden_states_t5"],
+            "prompt_embeds_llama3": condition["encoder_hidden_states_llama3"].transpose(0, 1),
+            "pooled_prompt_embeds": condition["pooled_embeds"],
+        },
         tiny=tiny_pipeline(
             FLUX_AUTOENCODER,
             flow_scheduler(shift=3.0),  # as diffusers trains it; not checked against the released one

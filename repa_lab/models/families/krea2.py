@@ -36,11 +36,6 @@ def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
     return {"encoder_hidden_states": text.transpose(1, 2), "encoder_attention_mask": mask.long()}
 
 
-def _prompt(condition: Condition) -> dict[str, Any]:
-    text, mask = condition["encoder_hidden_states"], condition["encoder_attention_mask"]
-    return {"prompt_embeds": text.transpose(1, 2), "prompt_embeds_mask": mask.bool()}
-
-
 KREA2 = Family(
     "krea2",
     "transformer",
@@ -73,7 +68,10 @@ KREA2 = Family(
         released="krea/Krea-2-Raw",
         classes=("Krea2Pipeline",),
         encode=_encode,
-        prompt=_prompt,
+        prompt=lambda condition: {
+            "prompt_embeds": condition["encoder_hidden_states"].transpose(1, 2),
+            "prompt_embeds_mask": condition["encoder_attention_mask"].bool(),
+        },
         unguided=0,
         tiny=tiny_pipeline(
             QWEN_AUTOENCODER,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from repa_lab.models.families.shared import encode_prompt, flatten, masked_prompt, masked_text, unflatten
-from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
 from repa_lab.models.tiny import flow_scheduler, t5, tiny_pipeline, tiny_transformer
 
 _FRAME_STRIDE, _LATENT_STRIDE = 8, 32
@@ -20,20 +18,6 @@ _VAE = {
 }
 _SHIFTS = {"base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05}
 
-
-def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
-    _, _, frames, height, width = latents.shape
-    return {
-        "hidden_states": flatten(latents),
-        "timestep": time * 1000,
-        "num_frames": frames,
-        "height": height,
-        "width": width,
-        "rope_interpolation_scale": (_FRAME_STRIDE / _FRAMES_PER_SECOND, _LATENT_STRIDE, _LATENT_STRIDE),
-        **condition,
-    }
-
-
 LTXVIDEO = Family(
     "ltxvideo",
     "transformer",
@@ -43,7 +27,15 @@ LTXVIDEO = Family(
     network=Network(
         model="LTXVideoTransformer3DModel",
         blocks=(Blocks("transformer_blocks"),),
-        inputs=_inputs,
+        inputs=lambda config, latents, time, condition: {
+            "hidden_states": flatten(latents),
+            "timestep": time * 1000,
+            "num_frames": latents.shape[2],
+            "height": latents.shape[3],
+            "width": latents.shape[4],
+            "rope_interpolation_scale": (_FRAME_STRIDE / _FRAMES_PER_SECOND, _LATENT_STRIDE, _LATENT_STRIDE),
+            **condition,
+        },
         condition=masked_text("caption_channels"),
         output=unflatten,
         channels=128,

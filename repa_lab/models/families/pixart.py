@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from repa_lab.models.families.shared import MASKED_TEXT, encode_prompt, masked_prompt, masked_text
-from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape, Tensor
 from repa_lab.models.tiny import kl_autoencoder, t5, tiny_pipeline, tiny_transformer
 
 _ALPHA_1024 = 128  # sample_size of the only checkpoint that takes sizes although its config does not say so
@@ -14,16 +14,6 @@ _ALPHA_1024 = 128  # sample_size of the only checkpoint that takes sizes althoug
 def _takes_sizes(config: Any) -> bool:
     stated = config.use_additional_conditions
     return bool(config.sample_size == _ALPHA_1024 if stated is None else stated)
-
-
-def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
-    return {
-        "hidden_states": latents,
-        "timestep": time * 1000,
-        "encoder_hidden_states": condition["encoder_hidden_states"],
-        "encoder_attention_mask": condition["encoder_attention_mask"],
-        "added_cond_kwargs": {name: condition.get(name) for name in ("resolution", "aspect_ratio")},
-    }
 
 
 def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
@@ -44,7 +34,12 @@ PIXART = Family(
     network=Network(
         model="PixArtTransformer2DModel",
         blocks=(Blocks("transformer_blocks"),),
-        inputs=_inputs,
+        inputs=lambda config, latents, time, condition: {
+            "hidden_states": latents,
+            "timestep": time * 1000,
+            **{name: condition[name] for name in MASKED_TEXT},
+            "added_cond_kwargs": {name: condition.get(name) for name in ("resolution", "aspect_ratio")},
+        },
         condition=_condition,
         parameters=610_856_096,
         config={  # PixArt-Sigma-XL-2-1024-MS

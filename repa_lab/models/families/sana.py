@@ -7,12 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from repa_lab.models.families.shared import MASKED_TEXT, encode_prompt, masked_prompt, masked_text, negative_rows
-from repa_lab.models.family import Blocks, Component, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape, Tensor
 from repa_lab.models.tiny import gemma, tiny_pipeline, tiny_transformer
-
-
-def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
-    return {"hidden_states": latents, "timestep": time * 1000 * config.timestep_scale, **condition}
 
 
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -47,7 +43,11 @@ SANA = Family(
     network=Network(
         model="SanaTransformer2DModel",
         blocks=(Blocks("transformer_blocks"),),
-        inputs=_inputs,
+        inputs=lambda config, latents, time, condition: {
+            "hidden_states": latents,
+            "timestep": time * 1000 * config.timestep_scale,
+            **condition,
+        },
         condition=masked_text("caption_channels"),
         channels=32,
         parameters=1_604_462_752,  # Sana_1600M_1024px has the constructor's defaults

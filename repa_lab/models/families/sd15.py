@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from repa_lab.models.families.shared import map_inputs, rename, shapes
-from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
 from repa_lab.models.tiny import LATENT_BETAS, clip, kl_autoencoder, tiny_pipeline
-
-
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
-    text, _ = pipeline.encode_prompt(list(captions), pipeline.device, 1, do_classifier_free_guidance=False)
-    return {"encoder_hidden_states": text}
-
 
 SD15 = Family(
     "sd15",
@@ -40,7 +31,11 @@ SD15 = Family(
     pipeline=Pipeline(
         released="stable-diffusion-v1-5/stable-diffusion-v1-5",
         classes=("StableDiffusionPipeline",),
-        encode=_encode,
+        encode=lambda pipeline, captions: {
+            "encoder_hidden_states": pipeline.encode_prompt(
+                list(captions), pipeline.device, 1, do_classifier_free_guidance=False
+            )[0]
+        },
         prompt=rename(prompt_embeds="encoder_hidden_states"),
         denoiser="unet",
         tiny=tiny_pipeline(

@@ -5,16 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from repa_lab.models.families.shared import encode_prompt, rename, zero_rows
-from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.family import Blocks, Family, Network, Pipeline, Shape
 from repa_lab.models.tiny import EULER, clip, kl_autoencoder, tiny_pipeline
 
 TIME_IDS = 6  # original height and width, crop top and left, target height and width
-
-
-def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
-    added = {"text_embeds": condition["text_embeds"], "time_ids": condition["time_ids"]}
-    text = condition["encoder_hidden_states"]
-    return {"sample": latents, "timestep": time * 1000, "encoder_hidden_states": text, "added_cond_kwargs": added}
 
 
 def _condition(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
@@ -33,7 +27,12 @@ NETWORK = Network(
     model="UNet2DConditionModel",
     depths=(),
     blocks=(Blocks("mid_block", place="map"),),
-    inputs=_inputs,
+    inputs=lambda config, latents, time, condition: {
+        "sample": latents,
+        "timestep": time * 1000,
+        "encoder_hidden_states": condition["encoder_hidden_states"],
+        "added_cond_kwargs": {name: condition[name] for name in ("text_embeds", "time_ids")},
+    },
     condition=_condition,
     parameters=2_567_463_684,
     config={

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from repa_lab.models.families.shared import masked_text, padded_texts, text_lengths, texts_alone
-from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.family import Blocks, Family, Network, Pipeline, Shape, Tensor
 from repa_lab.models.tiny import FLUX_AUTOENCODER, QWEN_TOKENIZER, flow_scheduler, language_model, tiny_pipeline
 
 _MOST_TOKENS = 512  # of a text
-
-
-def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
-    videos = list(latents.unsqueeze(2))  # of one frame, (C, 1, H, W)
-    return {"x": videos, "t": 1 - time, "cap_feats": texts_alone(condition)["prompt_embeds"]}
 
 
 def _output(output: Any, latents: Tensor) -> Tensor:
     import torch
 
     return -torch.stack(output).squeeze(2)
-
-
-def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
-    texts, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
-    return padded_texts(texts, _MOST_TOKENS)
 
 
 Z_IMAGE = Family(
@@ -36,7 +25,11 @@ Z_IMAGE = Family(
         model="ZImageTransformer2DModel",
         depths=("n_layers",),
         blocks=(Blocks("layers", place="head"),),
-        inputs=_inputs,
+        inputs=lambda config, latents, time, condition: {
+            "x": list(latents.unsqueeze(2)),  # videos of one frame, (C, 1, H, W)
+            "t": 1 - time,
+            "cap_feats": texts_alone(condition)["prompt_embeds"],
+        },
         condition=masked_text("cap_feat_dim"),
         output=_output,
         lengths=text_lengths,
@@ -58,7 +51,9 @@ Z_IMAGE = Family(
     pipeline=Pipeline(
         released="Tongyi-MAI/Z-Image-Turbo",
         classes=("ZImagePipeline",),
-        encode=_encode,
+        encode=lambda pipeline, captions: padded_texts(
+            pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)[0], _MOST_TOKENS
+        ),
         prompt=texts_alone,
         unguided=0,
         tiny=tiny_pipeline(
