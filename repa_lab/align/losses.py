@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from repa_lab.align.settings import ManifoldSettings
 
-_ZERO_NORM = 1e-12
 # On a CPU, tokens are processed in pieces that fit into a core's cache; on a GPU one piece is fastest.
 _CACHED_BYTES = 1 << 20
 # The manifold loss compares squares of this many tokens a side: small enough for memory, large enough for speed.
@@ -32,10 +31,10 @@ def world_size() -> int:
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Return the sum of a tensor over all processes, detached, the same in each of them."""
-    if world_size() == 1:
-        return values.detach()
-    total = values.detach().clone()
-    distributed.all_reduce(total)
+    total = values.detach()
+    if world_size() > 1:
+        total = total.clone()
+        distributed.all_reduce(total)
     return total
 
 
@@ -79,7 +78,11 @@ def start_reading(value: torch.Tensor) -> Callable[[], float]:
 
 
 def token_cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Return the cosines ``(B, N)`` of matching tokens ``(B, N, D)``, in float32; no gradient reaches the teacher.
+    """Return the cosines ``(B, N)`` of matching tokens, in float32.
+
+    Args:
+        student: projected hidden states, ``(B, N, D)``; gradients flow here.
+        teacher: encoder patch tokens, ``(B, N, D)``; detached.
 
     Raises:
         ValueError: the shapes differ.
@@ -92,15 +95,7 @@ def token_cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def alignment_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Return minus the mean cosine of matching tokens: REPA (2410.06940), section 3.2; U-REPA, Eq. 1.
 
-    Args:
-        student: projected hidden states, ``(B, N, D)``; gradients flow here.
-        teacher: encoder patch tokens, ``(B, N, D)``; detached.
-
-    Returns:
-        A float32 scalar in [-1, 1]; -1 is perfect alignment.
-
-    Raises:
-        ValueError: the shapes differ.
+    Args and errors as for :func:`token_cosine`. A float32 scalar in [-1, 1]; -1 is perfect alignment.
     """
     return -token_cosine(student, teacher).mean()
 
@@ -112,16 +107,8 @@ def nt_xent_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: floa
     nor its temperature, and the released code lacks it. Here the negatives are the other tokens of the same image, so
     that the loss depends neither on the micro-batch nor on the number of processes.
 
-    Args:
-        student: projected hidden states, ``(B, N, D)``; gradients flow here.
-        teacher: encoder patch tokens, ``(B, N, D)``; detached.
-        temperature: the cosines are divided by it.
-
-    Returns:
-        A float32 scalar of at least 0; ln N if the tokens cannot be told apart.
-
-    Raises:
-        ValueError: the shapes differ.
+    Args and errors as for :func:`token_cosine`; the cosines are divided by ``temperature``. A float32 scalar of at
+    least 0; ln N if the tokens cannot be told apart.
     """
     _require_same_shape(student, teacher)
     # Autocast would run the product in half precision; similarities must be float32.
@@ -153,14 +140,8 @@ def manifold_loss(
     no N x N matrices either, but it subtracts large numbers: for a student close to its teacher, float32 would be wrong
     in the third digit.
 
-    Args:
-        student: projected hidden states, ``(B, N, D)``; gradients flow here.
-        teacher: encoder patch tokens, ``(B, N, E)``; detached. The widths may differ.
-        manifold: which pairs are compared, and how.
-        step: seeds the sample of ``batch_tokens``.
-
-    Returns:
-        A float32 scalar; 0 for a single token, or if one side is a rotation of the other.
+    Args as for :func:`token_cosine`, but the widths may differ; ``step`` seeds the sample of ``batch_tokens``. A
+    float32 scalar; 0 for a single token, or if one side is a rotation of the other.
 
     Raises:
         ValueError: batch size or token count differ.
@@ -290,11 +271,10 @@ def scale_to_unit(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _reciprocal(norm: torch.Tensor) -> torch.Tensor:
     """Return 1 / norm, and 0 for a norm of 0, so that cosine and gradient are 0."""
-    return norm.masked_fill(norm <= _ZERO_NORM, torch.inf).reciprocal()
+    return norm.masked_fill(norm <= 1e-12, torch.inf).reciprocal()
 
 
 def _require_same_shape(student: torch.Tensor, teacher: torch.Tensor) -> None:
     if student.ndim != 3 or student.shape != teacher.shape:
-        raise ValueError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be the same (B, N, D)"
-        )
+        shapes = f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+        raise ValueError(f"{shapes} must be the same (B, N, D)")

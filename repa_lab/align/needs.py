@@ -72,12 +72,7 @@ class Needs:
 
 
 class TokenSize(NamedTuple):
-    """The size of one image's tokens, or of its latents.
-
-    Attributes:
-        dim: the width of a token, or the channels of a latent.
-        number: the number of tokens, or of cells.
-    """
+    """The size of one image's tokens, or of its latents: their width or channels, and the number of tokens or cells."""
 
     dim: int
     number: float
@@ -85,13 +80,9 @@ class TokenSize(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one image's signals, as planning knows them.
+    """The sizes of one image's signals, as planning knows them; the latents are the pixels without a VAE.
 
-    Attributes:
-        taps: of each tap.
-        encoders: of each encoder.
-        latents: of the latents, or of the pixels without a VAE.
-        heads: of the denoiser's attention; 0 if it has none.
+    ``heads`` is that of the denoiser's attention, and 0 if it has none.
     """
 
     taps: tuple[TokenSize, ...]

@@ -36,13 +36,9 @@ from repa_lab.align.tokens import Grid, Projector, Tokens, normalise_over_space,
 
 @dataclass(frozen=True)
 class Shapes:
-    """The widths of the signals that a regularizer needs.
+    """The widths D of the signals that a regularizer needs, in the order of its needs.
 
     Attributes:
-        taps: the denoiser's width D at each tap.
-        encoders: the width D of each encoder's tokens.
-        ema_taps: the width D at each tap of the averaged model.
-        frozen_taps: the width D at each tap of the frozen model.
         strides: latent cells (or pixels) for a token along each side, at each tap of the denoiser.
         latents: channels of the latents, or of the pixels without a VAE.
     """
@@ -63,12 +59,9 @@ class Prediction(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """Queries and keys of one block's attention between image tokens, as they enter the product.
+    """Queries and keys ``(B, heads, N, D / heads)`` of one block's attention between image tokens, N = h * w.
 
-    Attributes:
-        query: ``(B, heads, N, D / heads)``.
-        key: ``(B, heads, N, D / heads)``.
-        grid: ``(h, w)`` with N = h * w.
+    They are as they enter the product.
     """
 
     query: torch.Tensor
@@ -83,7 +76,7 @@ class Attention(NamedTuple):
         return logits
 
     def resample(self, to: Grid) -> Attention:
-        """Return queries and keys on the grid ``to``; see :func:`repa_lab.align.tokens.resample_tokens`."""
+        """Return queries and keys on the grid ``to``; see :func:`resample_tokens`."""
 
         def resampled(heads: torch.Tensor) -> torch.Tensor:
             tokens = resample_tokens(heads.transpose(1, 2).flatten(2), self.grid, to)

@@ -200,13 +200,7 @@ class RegularizerSettings(Settings):
         return tuple(value for _, value in settings_in(self) if isinstance(value, EncoderSettings))
 
     def resolved(self, block_index: BlockIndex, total_steps: int, depth: int) -> Self:
-        """Return the settings with a block, and with ``decay_steps`` if the weight decays.
-
-        Args:
-            block_index: the family's suggestion, used if the settings name no block.
-            total_steps: the length of the training, where a decay without ``decay_steps`` ends.
-            depth: blocks of the denoiser.
-        """
+        """Return the settings with a block, else the suggested one, and with ``decay_steps`` if the weight decays."""
         schedule = self.schedule
         if schedule.type != "constant" and not schedule.decay_steps:
             schedule = schedule.model_copy(update={"decay_steps": total_steps})
@@ -234,8 +228,7 @@ class Schedule:
     Args:
         weight: the weight after the warm-up (SimpleTuner's lambda).
         total_steps: the length of the training, where a decay without ``decay_steps`` ends.
-        settings: the shape of the schedule.
-        shape: the same, by keyword: fields of :class:`ScheduleSettings`.
+        settings: the shape of the schedule; its fields may also be given by keyword.
 
     Raises:
         ValidationError: an unknown type, a negative number, or a decay that ends before the warm-up.
@@ -287,11 +280,10 @@ class Schedule:
     def formula(self, step: int) -> tuple[object, ...]:
         """Return a key of the weight's formula from ``step`` to the next bend; equal keys give equal weights."""
         shape = self.shape
-        if (shape.cutoff_step and step >= shape.cutoff_step) or step >= max(shape.warmup_steps, self.decay_end):
-            return (self(step),)
-        if step < shape.warmup_steps:
+        is_cut = bool(shape.cutoff_step) and step >= (shape.cutoff_step or 0)
+        if step < shape.warmup_steps and not is_cut:
             return ("warmup", self.weight, shape.warmup_steps)
-        if shape.type == "constant":
+        if is_cut or shape.type == "constant" or step >= self.decay_end:
             return (self(step),)
         return (shape.type, self.weight, shape.end, shape.warmup_steps, self.decay_end, shape.power)
 
@@ -309,13 +301,7 @@ def agreement(one: Schedule, other: Schedule, steps: int) -> int:
 
 @dataclass(frozen=True)
 class Component:
-    """A registered regularizer.
-
-    Attributes:
-        settings: its settings class.
-        load: returns its class; a built-in class is imported then.
-        needs: returns its needs, given its settings.
-    """
+    """A registered regularizer: ``load`` returns its class, importing a built-in one, ``needs`` what settings need."""
 
     settings: type[RegularizerSettings]
     load: Callable[[], type[Regularizer]]
@@ -328,12 +314,8 @@ REGULARIZERS: Registry[Component] = Registry("regularizer")
 def regularizer(name: str, implementation: str | None = None) -> Callable[[C], C]:
     """Register a regularizer under the ``type`` by which a spec names it.
 
-    Decorates a :class:`Regularizer` with its inner class ``Settings``. It also decorates a settings class whose
-    regularizer is in another module, which is imported when a run trains with it: planning then needs no torch.
-
-    Args:
-        name: the ``type``.
-        implementation: the regularizer of a decorated settings class, ``package.module:Class``.
+    Decorates a :class:`Regularizer` with its inner class ``Settings``, or a settings class whose regularizer is the
+    ``implementation``, a ``package.module:Class`` that is imported when a run trains with it: planning needs no torch.
 
     Raises:
         PluginError: the name is taken.

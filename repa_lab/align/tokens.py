@@ -101,16 +101,9 @@ def flatten_map(feature_map: torch.Tensor) -> Tokens:
 def resample_tokens(tokens: torch.Tensor, grid: Grid, to: Grid) -> torch.Tensor:
     """Resample tokens bilinearly in two dimensions, with torch's ``align_corners=False``.
 
-    Computed in float32 and returned in the input's dtype. Where a side shrinks more than twofold, the average over the
-    area is taken (antialiasing): plain bilinear interpolation would skip tokens, which would then learn nothing.
-
-    Args:
-        tokens: ``(B, h*w, D)``.
-        grid: ``(h, w)``.
-        to: ``(H, W)``.
-
-    Returns:
-        ``(B, H*W, D)``; the input itself if the grids are equal.
+    ``(B, h*w, D)`` on the grid ``(h, w)`` become ``(B, H*W, D)`` on ``(H, W)``, in the input's dtype but computed in
+    float32; if the grids are equal, the input itself is returned. Where a side shrinks more than twofold, the average
+    over the area is taken (antialiasing): plain bilinear interpolation would skip tokens, which would learn nothing.
 
     Raises:
         ValueError: the tokens do not fill ``grid``, or a size is not positive.
