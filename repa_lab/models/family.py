@@ -148,6 +148,19 @@ class Component:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
+# Arguments of most pipelines' calls by the name of their conditioning.
+_PROMPT = {
+    "encoder_hidden_states": "prompt_embeds",
+    "encoder_attention_mask": "prompt_attention_mask",
+    "pooled_projections": "pooled_prompt_embeds",
+}
+
+
+def usual_prompt(condition: Condition) -> dict[str, Any]:
+    """Return a text, its mask and its pooled embedding, where a family has them, under most pipelines' names."""
+    return {argument: condition[name] for name, argument in _PROMPT.items() if name in condition}
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """A pipeline class of diffusers, which encodes captions and samples images.
@@ -157,8 +170,8 @@ class Pipeline:
         encode: encodes captions with the pipeline, from which the denoiser may be missing: the conditioning by text,
             one row per caption, all padded to one length, under the names of :attr:`Network.condition`. None for a
             family without text.
-        prompt: makes the arguments of the pipeline's call from conditioning ``(B, ...)``.
         tiny: components of a small pipeline that fits :attr:`Network.tiny`, without the denoiser.
+        prompt: makes the arguments of the pipeline's call from conditioning ``(B, ...)``.
         denoiser: name of the component that is trained.
         negative: whether the call also takes the arguments of ``prompt`` for the empty caption, as ``negative_NAME``.
         guidance: name of the call's argument for the guidance scale.
@@ -177,8 +190,8 @@ class Pipeline:
 
     classes: tuple[str, ...]
     encode: Callable[[Any, Sequence[str]], dict[str, Tensor]] | None
-    prompt: Callable[[Condition], dict[str, Any]]
     tiny: Mapping[str, Component]
+    prompt: Callable[[Condition], dict[str, Any]] = usual_prompt
     denoiser: Literal["transformer", "unet"] = "transformer"
     negative: bool = True
     guidance: str = "guidance_scale"
@@ -192,12 +205,9 @@ class Pipeline:
     num_classes: Callable[[Any], int] | None = None
 
     def call(self, condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-        """Return the arguments of the pipeline's call.
+        """Return the arguments of the pipeline's call, with the conditioning ``(B, ...)`` of texts and the empty one.
 
-        Args:
-            condition: conditioning ``(B, ...)``.
-            null: conditioning of the empty caption ``(B, ...)``.
-            guidance: scale of classifier-free guidance; 1 is none.
+        A scale of ``guidance`` of 1 is none.
         """
         arguments = {**self.prompt(condition), **self.options, self.guidance: guidance - (1 - self.unguided)}
         if self.negative:
@@ -325,12 +335,11 @@ SIT_DOWN_SHAPES = {
     f"{size}/2": Shape(sum(stages), width, 4, (sum(stages) - 1) // 2, heads=heads, stages=stages)
     for size, (stages, width, heads) in _SIT_DOWN.items()
 }
-_SWIGLU_MULTIPLE = 256
 
 
 def swiglu_width(width: int) -> int:
     """Return the hidden channels of SiT-down's gated MLP, which then has about as many weights as SiT's MLP."""
-    return -(-(8 * width // 3) // _SWIGLU_MULTIPLE) * _SWIGLU_MULTIPLE
+    return -(-(8 * width // 3) // 256) * 256
 
 
 SIT = Family("sit", "transformer", SIT_SHAPES, latent_stride=1, has_attention=True, has_token_times=True)

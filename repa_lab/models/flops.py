@@ -112,7 +112,6 @@ COUNTED_UNETS: dict[str, tuple[int, Counted]] = {
     ),
     "narrow-B": (659_044, Counted(64, (1.45781, 0.283959, 0.0660685), (5.7473, 1.44035, 0.363616), checkpointed=0.582)),
 }
-_UNET_CHANNELS, _UNET_CLASSES = 4, 1000
 
 # The autoencoder of Stable Diffusion at 512, 256 and 128 pixels; `tokens` are latent cells.
 VAE_ENCODER = Counted(4096, (1116.66, 272.722, 67.7779), (0, 0, 0))
@@ -120,13 +119,9 @@ VAE_DECODER = Counted(4096, (2514.52, 622.187, 155.144), (0, 0, 0))
 
 
 def forward_of(family: Family, size: str | None, tokens: float, channels: int, classes: int) -> Forward:
-    """Return the forward pass of one image through a family's denoiser.
+    """Return the forward pass of an image of so many tokens at the suggested tap.
 
-    Args:
-        size: size of a family that is trained from scratch.
-        tokens: image tokens at the suggested tap.
-        channels: input channels of a denoiser from scratch.
-        classes: classes of a denoiser from scratch, without the null label.
+    A denoiser from scratch has a size, input channels, and classes without the null label.
     """
     if family.name in COUNTED:
         return COUNTED[family.name].at(tokens, network_of(family).parameters)
@@ -155,13 +150,12 @@ def _sit_forward(size: str, tokens: float, channels: int, classes: int) -> Forwa
     macs, parameters = _ends(width, tokens, shape.stride**2 * channels, classes)
     macs += depth * (12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2)
     parameters += int(tokens) * width + depth * (18 * width**2 + 15 * width)
-    second_time = 2 * (_TIME_FEATURES * width + (3 + 6 * depth) * width**2)
     return Forward(
         2 * macs,
         (21 * depth + 3) * tokens * width,
         parameters,
         kept_checkpointed=(depth + 3 + 20) / (21 * depth + 3),
-        second_time_flops=second_time,
+        second_time_flops=2 * (_TIME_FEATURES * width + (3 + 6 * depth) * width**2),
         second_time_kept=8 * depth * tokens * width,
     )
 
@@ -200,9 +194,9 @@ def _ends(width: int, tokens: float, pixels: int, classes: int) -> tuple[float, 
 def _unet_forward(size: str, tokens: float, channels: int, classes: int) -> Forward:
     """Return the counted forward pass of a UNet, corrected for its channels and classes."""
     shape, (parameters, counted) = shape_of(UNET, size), COUNTED_UNETS[size]
-    more, first = channels - _UNET_CHANNELS, shape.channels[0]
+    more, first = channels - 4, shape.channels[0]
     both = 2 * 9 * first * more  # weights of the first and the last convolution
-    parameters += both + more + (classes - _UNET_CLASSES) * 4 * first
+    parameters += both + more + (classes - 1000) * 4 * first
     forward = counted.at(tokens, parameters)
     return replace(forward, flops=forward.flops + 2 * both * tokens * shape.stride**2)
 

@@ -31,16 +31,14 @@ class DiffusersDenoiser(Denoiser):
         self.grid: Grid = (0, 0)
         self.frames = 1
         self.text_lengths: torch.Tensor | None = None
-        self.depth = sum(len(layers) for _, layers in self._lists()) if family.kind == "transformer" else 0
+        self.depth = len(self._layers()) if family.kind == "transformer" else 0
 
     def forward(self, latents: torch.Tensor, time: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
-        """Return the family's prediction ``(B, C, H, W)``, or ``(B, C, F, H, W)`` for a family of videos.
+        """Return the family's prediction of noisy latents ``(B, C, H, W)``, or of clips ``(B, C, F, H, W)``.
 
         Args:
-            latents: noisy latents ``(B, C, H, W)``, or of clips ``(B, C, F, H, W)``.
             time: times ``(B,)`` in [0, 1], where 1 is noise.
-            condition: the conditioning that :attr:`Network.condition` names.
-                ``text_lengths`` may be among it, on the CPU, for families that read the lengths of texts.
+            condition: the conditioning that :attr:`Network.condition` names, and :data:`TEXT_LENGTHS` if need be.
 
         Raises:
             ValueError: the family takes square images only.
@@ -48,8 +46,8 @@ class DiffusersDenoiser(Denoiser):
         network, net = network_of(self.family), self.net
         height, width = (side // self.family.shapes[""].stride for side in latents.shape[-2:])
         if network.square and height != width:
-            message = f"takes square images only, got a grid of {height}x{width} tokens"
-            raise ValueError(f"{self.family.name} {message}")
+            grid = f"{height}x{width}"
+            raise ValueError(f"{self.family.name} takes square images only, got a grid of {grid} tokens")
         self.grid, self.frames = (height, width), latents.shape[2] if self.family.is_video else 1
         self.text_lengths = network.lengths(condition) if network.lengths else None
         config: Any = net.config
@@ -58,15 +56,12 @@ class DiffusersDenoiser(Denoiser):
 
     def tap(self, block_index: BlockIndex) -> Tap:
         """Tap a block; see :meth:`Denoiser.tap`. No token of the text is among the block's tokens."""
-        blocks = network_of(self.family).blocks[0]
-        if self.family.kind == "unet" and block_index == "mid":
-            return Tap(self.net.get_submodule(blocks.path), lambda output: self._image_tokens(output, blocks))
-        if not isinstance(block_index, int) or not 0 <= block_index < self.depth:
+        known: list[BlockIndex] = list(range(self.depth)) if self.depth else ["mid"]
+        if block_index not in known:
             allowed = f"0 to {self.depth - 1}" if self.depth else "'mid'"
             raise TapError(f"{self.family.name}: block_index must be {allowed}, got {block_index!r}")
-        layers = [(layer, blocks) for blocks, layers in self._lists() for layer in layers]
-        layer, its_blocks = layers[block_index]
-        return Tap(layer, lambda output: self._image_tokens(output, its_blocks))
+        layer, blocks = self._layers()[known.index(block_index)]
+        return Tap(layer, lambda output: self._image_tokens(output, blocks))
 
     def export(self, folder: Path, rank: int | None = None) -> None:
         """Write the model as a folder of diffusers, or, given its ``rank``, the LoRA that was trained.
@@ -107,9 +102,11 @@ class DiffusersDenoiser(Denoiser):
             return f"diffusers' {type(self.net).__name__} has no gradient checkpointing"
         return network_of(self.family).uncheckpointed
 
-    def _lists(self) -> list[tuple[Blocks, nn.ModuleList]]:
-        found = [(blocks, self.net.get_submodule(blocks.path)) for blocks in network_of(self.family).blocks]
-        return [(blocks, layers) for blocks, layers in found if isinstance(layers, nn.ModuleList)]
+    def _layers(self) -> list[tuple[nn.Module, Blocks]]:
+        """Return what can be tapped, in the order of ``block_index``: all blocks, or a UNet's mid block."""
+        found = [(self.net.get_submodule(blocks.path), blocks) for blocks in network_of(self.family).blocks]
+        lists = [(part if isinstance(part, nn.ModuleList) else [part], blocks) for part, blocks in found]
+        return [(layer, blocks) for layers, blocks in lists for layer in layers]
 
     def _image_tokens(self, output: Any, blocks: Blocks) -> Tokens:
         values: torch.Tensor = output if blocks.item is None else output[blocks.item]
@@ -136,10 +133,7 @@ _PLACES: dict[str, Callable[[torch.Tensor, int, torch.Tensor | None], torch.Tens
 
 
 def load_denoiser(folder: Path, family: Family, dtype: torch.dtype = torch.float32) -> DiffusersDenoiser:
-    """Load the denoiser of a pipeline, in training mode.
-
-    Args:
-        dtype: dtype of the weights, except those that the model's class keeps in float32.
+    """Load the denoiser of a pipeline, in training mode; some weights are float32 whatever the dtype.
 
     Raises:
         PretrainedError: the weights are missing or do not fit.
@@ -192,9 +186,7 @@ def text_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> Any
 def sampling_pipeline(folder: Path, denoiser: DiffusersDenoiser, vae: nn.Module, side: int) -> Any:
     """Load the pipeline around a denoiser in training, without text encoders and without a safety checker.
 
-    Args:
-        vae: decoder of the samples.
-        side: height and width of the samples in pixels.
+    It decodes samples of ``side`` pixels a side with the VAE.
 
     Raises:
         PretrainedError: the pipeline cannot be loaded.

@@ -10,7 +10,6 @@ from repa_lab.models.families.shared import (
     full_guidance,
     pack,
     positions,
-    rename,
     shapes,
     unpack,
 )
@@ -58,7 +57,6 @@ FLUX = Family(
         released="black-forest-labs/FLUX.1-dev",
         classes=("FluxPipeline",),
         encode=encode_prompt("encoder_hidden_states", "pooled_projections", prompt_2=None),
-        prompt=rename(prompt_embeds="encoder_hidden_states", pooled_prompt_embeds="pooled_projections"),
         negative=False,  # the model is distilled from guidance
         tiny=tiny_pipeline(FLUX_AUTOENCODER, flow_scheduler(use_dynamic_shifting=True, shift=3.0), clip(10), t5(12)),
         adapted=JOINT_ATTENTION,

@@ -15,7 +15,6 @@ from repa_lab.models.families.shared import (
     full_guidance,
     numbers,
     positions,
-    rename,
     shapes,
     unflatten,
 )
@@ -79,7 +78,6 @@ FLUX2 = Family(
         released="black-forest-labs/FLUX.2-dev",
         classes=("Flux2Pipeline",),  # not Klein's, which needs a negative text and has another language model
         encode=encode_prompt("encoder_hidden_states"),
-        prompt=rename(prompt_embeds="encoder_hidden_states"),
         negative=False,  # the model is distilled from guidance
         tiny=tiny_pipeline(
             FLUX2_AUTOENCODER,

@@ -11,7 +11,6 @@ from repa_lab.models.families.shared import (
     numbers,
     pack,
     positions,
-    rename,
     shapes,
     unpack,
 )
@@ -62,7 +61,6 @@ LONGCAT_IMAGE = Family(
         classes=("LongCatImagePipeline",),
         allow=_allow,
         encode=encode_prompt("encoder_hidden_states"),
-        prompt=rename(prompt_embeds="encoder_hidden_states"),
         options={"enable_prompt_rewrite": False},
         tiny=tiny_pipeline(
             kl_autoencoder(16, 0.3611, 0.1159),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repa_lab.models.families.shared import encode_prompt, flatten, masked_prompt, masked_text, unflatten
+from repa_lab.models.families.shared import encode_prompt, flatten, masked_text, unflatten
 from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
 from repa_lab.models.tiny import flow_scheduler, t5, tiny_pipeline, tiny_transformer
 
@@ -47,7 +47,6 @@ LTXVIDEO = Family(
         released="Lightricks/LTX-Video",
         classes=("LTXPipeline",),
         encode=encode_prompt("encoder_hidden_states", "encoder_attention_mask", do_classifier_free_guidance=False),
-        prompt=masked_prompt,
         tiny=tiny_pipeline(
             Component("diffusers.AutoencoderKLLTXVideo", _VAE),
             flow_scheduler(use_dynamic_shifting=True, shift_terminal=0.1, **_SHIFTS),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from repa_lab.models.families.shared import (
     MASKED_TEXT,
     encode_prompt,
-    masked_prompt,
     masked_text,
     negative_rows,
     text_lengths,
@@ -49,7 +48,6 @@ LUMINA2 = Family(
         released="Alpha-VLLM/Lumina-Image-2.0",
         classes=("Lumina2Pipeline",),
         encode=encode_prompt(*MASKED_TEXT, if_empty=negative_rows, do_classifier_free_guidance=False),
-        prompt=masked_prompt,
         tiny=tiny_pipeline(
             FLUX_AUTOENCODER,
             flow_scheduler(shift=6.0),  # not checked against the released one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from repa_lab.models.families.shared import MASKED_TEXT, encode_prompt, masked_prompt, masked_text
+from repa_lab.models.families.shared import MASKED_TEXT, encode_prompt, masked_text
 from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape, Tensor
 from repa_lab.models.tiny import kl_autoencoder, t5, tiny_pipeline, tiny_transformer
 
@@ -55,7 +55,6 @@ PIXART = Family(
         released="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
         classes=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
         encode=encode_prompt(*MASKED_TEXT, do_classifier_free_guidance=False),
-        prompt=masked_prompt,
         # Without this the pipeline encodes a negative prompt itself and samples at the nearest size of its own list.
         options={"negative_prompt": None, "use_resolution_binning": False},
         sizes=_sizes,

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from repa_lab.models.families.shared import MASKED_TEXT, encode_prompt, masked_prompt, masked_text, negative_rows
+from repa_lab.models.families.shared import MASKED_TEXT, encode_prompt, masked_text, negative_rows
 from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape, Tensor
 from repa_lab.models.tiny import gemma, tiny_pipeline, tiny_transformer
 
@@ -65,7 +65,6 @@ SANA = Family(
         released="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
         classes=("SanaPipeline",),
         encode=_encode,
-        prompt=masked_prompt,
         # Without this the pipeline encodes a negative prompt itself and samples at the nearest size of its own list.
         options={"negative_prompt": None, "use_resolution_binning": False},
         tiny=tiny_pipeline(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repa_lab.models.families.shared import map_inputs, rename, shapes
+from repa_lab.models.families.shared import map_inputs, shapes
 from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
 from repa_lab.models.tiny import LATENT_BETAS, clip, kl_autoencoder, tiny_pipeline
 
@@ -36,7 +36,6 @@ SD15 = Family(
                 list(captions), pipeline.device, 1, do_classifier_free_guidance=False
             )[0]
         },
-        prompt=rename(prompt_embeds="encoder_hidden_states"),
         denoiser="unet",
         tiny=tiny_pipeline(
             kl_autoencoder(4, 0.18215),

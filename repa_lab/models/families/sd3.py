@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repa_lab.models.families.shared import JOINT_ATTENTION, encode_prompt, map_inputs, rename, shapes
+from repa_lab.models.families.shared import JOINT_ATTENTION, encode_prompt, map_inputs, shapes
 from repa_lab.models.family import Blocks, Family, Network, Pipeline, Shape
 from repa_lab.models.tiny import clip, flow_scheduler, kl_autoencoder, t5, tiny_pipeline, tiny_transformer
 
@@ -46,7 +46,6 @@ SD3 = Family(
             prompt_3=None,
             do_classifier_free_guidance=False,
         ),
-        prompt=rename(prompt_embeds="encoder_hidden_states", pooled_prompt_embeds="pooled_projections"),
         tiny=tiny_pipeline(
             kl_autoencoder(4, 1.5305, 0.0609),
             flow_scheduler(shift=3.0),

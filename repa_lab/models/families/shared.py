@@ -120,10 +120,6 @@ def rename(**names: str) -> Callable[[Condition], dict[str, Any]]:
     return lambda condition: {argument: condition[name] for argument, name in names.items()}
 
 
-# `Pipeline.prompt` of a pipeline that takes a text and its mask.
-masked_prompt = rename(prompt_embeds="encoder_hidden_states", prompt_attention_mask="encoder_attention_mask")
-
-
 def text_lengths(condition: Condition) -> Tensor:
     """Return the number of tokens of each text ``(B,)``, from its mask if need be; padding is on the right."""
     known = condition.get(TEXT_LENGTHS)

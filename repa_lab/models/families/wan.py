@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repa_lab.models.families.shared import encode_prompt, map_inputs, rename, shapes
+from repa_lab.models.families.shared import encode_prompt, map_inputs, shapes
 from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
 from repa_lab.models.tiny import WAN_AUTOENCODER, t5, tiny_pipeline, tiny_transformer
 
@@ -29,7 +29,6 @@ WAN = Family(
         released="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         classes=("WanPipeline",),
         encode=encode_prompt("encoder_hidden_states", do_classifier_free_guidance=False, max_sequence_length=512),
-        prompt=rename(prompt_embeds="encoder_hidden_states"),
         tiny=tiny_pipeline(
             WAN_AUTOENCODER, Component("diffusers.UniPCMultistepScheduler", _FLOW), t5(12, "UMT5EncoderModel")
         ),
