@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from repa_lab.bridge.simpletuner import (
-    ADDED,
     ADDED_PREFIXES,
     ALIASES,
     CUMULATIVE,
@@ -37,6 +36,7 @@ from repa_lab.spec.schema import expectation
 
 PREFIXES = ("crepa_", "urepa_", "irepa_", *ADDED_PREFIXES.values())
 _DISTILLATION, _TRANSCENDENCE = "distillation_config", "self_transcendence"
+SWITCH_OF = {"layersync": "layersync_enabled", _TRANSCENDENCE: STAGE.name}  # of every regularizer in `ADDED`
 REGULARIZERS = {"crepa": "repa", "urepa": "urepa"}
 _NULLS = (None, "None", "null")
 _SAVED = "config"  # the key under which SimpleTuner's web interface saves the settings, beside `_metadata`
@@ -100,6 +100,10 @@ class Config:
         key = READABLE[name]
         return self.values.get(name, None if key.default is None else key.read(key.default))
 
+    def fields(self, keys: Iterable[Key]) -> dict[str, Any]:
+        """Return the values of keys by their fields."""
+        return {key.field: self.value(key.name) for key in keys}
+
     def problem(self, key: str, message: str) -> Problem:
         """Return a problem, or a remark, at a key's place."""
         return Problem(self.places.get(key, Place(self.file)), key, message)
@@ -124,8 +128,7 @@ class Config:
     @property
     def added(self) -> tuple[str, ...]:
         """The types of the regularizers that are on beside that of ``prefix``."""
-        is_on = {"layersync": self.values.get("layersync_enabled"), _TRANSCENDENCE: self.values.get(STAGE.name)}
-        return tuple(kind for kind in ADDED if is_on[kind])
+        return tuple(kind for kind, switch in SWITCH_OF.items() if self.values.get(switch))
 
     def is_on(self, name: str) -> bool:
         """Return whether a key has an effect in SimpleTuner: its regularizer is on, or it belongs to none."""
@@ -179,8 +182,7 @@ def read_config(words: Sequence[str]) -> Config:
         except ValueError as error:
             problems.append(Problem(places["model_family"], "model_family", str(error)))
     on = [prefix for prefix in KEYS if values.get(f"{prefix}_enabled")]
-    mistakes = [*_unknown_keys(given), *_wrong_flavour(values, family), *_wrong_switches(values, on, family)]
-    problems += [Problem(places[key], key, message) for key, message in mistakes]
+    problems += [Problem(places[key], key, message) for key, message in _mistakes(given, values, on, family)]
     if problems:
         raise SpecError(problems)
     kind = "video" if family is not None and family.is_video else "image"
@@ -270,29 +272,25 @@ def _read_keys(
     return values
 
 
-def _unknown_keys(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _flavours(family: Family) -> dict[str, str]:
+    """Return the hub ids of a family's flavours by name in lower case."""
+    return {name.lower(): released for name, released in FLAVOURS.get(family.name, {}).items()}
+
+
+def _mistakes(
+    given: Mapping[str, Any], values: Mapping[str, Any], on: Sequence[Prefix], family: Family | None
+) -> Iterator[tuple[str, str]]:
+    """Yield keys that SimpleTuner does not have, and keys that do not fit each other or the family."""
     known = [name for name in (*READABLE, *LOST, *WITHOUT_EFFECT) if name.startswith(PREFIXES)]
     for name in given:
         if name.startswith(PREFIXES) and name not in known:
             own = next(prefix for prefix in PREFIXES if name.startswith(prefix))
             allowed = ", ".join(key for key in known if key.startswith(own))
             yield name, f"SimpleTuner has no such key; allowed: {allowed}{did_you_mean(name, known)}"
-
-
-def _flavours(family: Family) -> dict[str, str]:
-    """Return the hub ids of a family's flavours by name in lower case."""
-    return {name.lower(): released for name, released in FLAVOURS.get(family.name, {}).items()}
-
-
-def _wrong_flavour(values: Mapping[str, Any], family: Family | None) -> Iterator[tuple[str, str]]:
-    name, flavours = values.get("model_flavour"), _flavours(family) if family else {}
-    if name and family and flavours and name.lower() not in flavours:
-        allowed = FLAVOURS[family.name]
-        message = f"repa-lab trains no flavour '{name}' of {family.name}; allowed: {', '.join(allowed)}"
-        yield "model_flavour", message + did_you_mean(name, allowed)
-
-
-def _wrong_switches(values: Mapping[str, Any], on: list[Prefix], family: Family | None) -> Iterator[tuple[str, str]]:
+    flavour, flavours = values.get("model_flavour"), FLAVOURS.get(family.name, {}) if family else {}
+    if flavour and family and flavours and flavour.lower() not in _flavours(family):
+        message = f"repa-lab trains no flavour '{flavour}' of {family.name}; allowed: {', '.join(flavours)}"
+        yield "model_flavour", message + did_you_mean(flavour, flavours)
     if len(on) > 1:
         yield "urepa_enabled", "crepa_enabled is true as well; a run has one regularizer: leave one of them out"
     elif on and family is not None and family.kind != ("transformer" if on[0] == "crepa" else "unet"):
@@ -304,7 +302,7 @@ def _wrong_switches(values: Mapping[str, Any], on: list[Prefix], family: Family 
     for name in ("student_block", "teacher_block") if STAGE.name in values else ():
         if f"{_DISTILLATION}.{name}" not in values:
             yield STAGE.name, f"SimpleTuner needs {_DISTILLATION}.{name} as well"
-    for kind, name in (("layersync", "layersync_enabled"), (_TRANSCENDENCE, STAGE.name)):
+    for kind, name in SWITCH_OF.items():
         if values.get(name) and family is not None and family.kind == "unet":
             yield name, f"{kind} is for transformers; {family.name} is a UNet: leave it out"
     if values.get("irepa_enabled") and not on:

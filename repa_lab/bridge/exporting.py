@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -32,6 +31,8 @@ from repa_lab.errors import shortened
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Family, shape_of
 from repa_lab.spec.schema import RunConfig
+
+Limits = dict[str, tuple[bool, str]]  # by field: whether its value is beyond SimpleTuner, and why one would be
 
 _KERNELS = (1, 3, 5, 7)
 _KINDS = (REPASettings, UREPASettings, CREPASettings, LayerSyncSettings, SelfTranscendenceSettings)
@@ -78,10 +79,14 @@ def _aligned(
     path: str, regularizer: CosineTargetSettings, config: RunConfig, family: Family, prefix: Prefix
 ) -> Exported:
     """Return the keys of a regularizer that aligns with an encoder."""
-    settings = _resolved(regularizer, config, family)
+    encoder, side = regularizer.encoders[0], config.data.side
+    image_size = input_size(encoder_stride(encoder.name), (side, side), encoder.image_size)[0]
+    block = shape_of(family, config.model.size).block if regularizer.block_index is None else regularizer.block_index
+    encoder = encoder.model_copy(update={"image_size": image_size})
+    settings = regularizer.model_copy(update={"encoder": encoder, "block_index": block})
     limits = _limits(settings, config, family)
     lost = _lost(path, settings, limits)
-    if others := [encoder.name for encoder in regularizer.encoders[1:]]:
+    if others := [other.name for other in regularizer.encoders[1:]]:
         lost.append(f"{path}.encoder: SimpleTuner has one; left out: {', '.join(others)}")
     is_irepa = settings.projector.type == "conv"
     exported: dict[str, Any] = {f"{prefix}_enabled": True} | ({"irepa_enabled": True} if is_irepa else {})
@@ -90,7 +95,7 @@ def _aligned(
         exported |= {"crepa_adjacent_distance": 0}
     for key in (*KEYS[prefix], *frames, *(IREPA if is_irepa else ())):
         section, _, name = key.field.partition(".")
-        if section == "regularizer" and not (name in _LEFT_OUT and name in limits):
+        if section == "regularizer" and not (name in _LEFT_OUT and limits[name][0]):
             value = attrgetter(name)(settings)
             if value is not None or key.default is not None:
                 exported[key.name] = key.write(value)
@@ -121,33 +126,18 @@ def _added(path: str, regularizer: RegularizerSettings, config: RunConfig, famil
             "schedule": (settings.schedule != ScheduleSettings(), "its weight is constant"),
         }
         values = {"layersync_enabled": True, **values}
-    return Exported(values, tuple(_lost(path, settings, _beyond(limits))))
+    return Exported(values, tuple(_lost(path, settings, limits)))
 
 
-def _lost(path: str, settings: RegularizerSettings, limits: Mapping[str, str]) -> list[str]:
-    return [f"{path}.{name}: {_shown(attrgetter(name)(settings))} {reason}" for name, reason in limits.items()]
+def _lost(path: str, settings: RegularizerSettings, limits: Limits) -> list[str]:
+    """Return a line for every field whose value is beyond SimpleTuner."""
+    values = {name: attrgetter(name)(settings) for name, (is_beyond, _) in limits.items() if is_beyond}
+    texts = {name: value if isinstance(value, str) else shortened(value) for name, value in values.items()}
+    return [f"{path}.{name}: {text} cannot be expressed: {limits[name][1]}" for name, text in texts.items()]
 
 
-def _beyond(limits: Mapping[str, tuple[bool, str]]) -> dict[str, str]:
-    return {path: f"cannot be expressed: {reason}" for path, (is_beyond, reason) in limits.items() if is_beyond}
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else shortened(value)
-
-
-def _resolved(regularizer: CosineTargetSettings, config: RunConfig, family: Family) -> CosineTargetSettings:
-    """Return the regularizer with its first encoder alone, and the numbers that null stands for."""
-    encoder, shape = regularizer.encoders[0], shape_of(family, config.model.size)
-    side = config.data.side
-    image_size = input_size(encoder_stride(encoder.name), (side, side), encoder.image_size)[0]
-    block = shape.block if regularizer.block_index is None else regularizer.block_index
-    encoder = encoder.model_copy(update={"image_size": image_size})
-    return regularizer.model_copy(update={"encoder": encoder, "block_index": block})
-
-
-def _limits(settings: CosineTargetSettings, config: RunConfig, family: Family) -> dict[str, str]:
-    """Return the fields that SimpleTuner cannot express, with the reason."""
+def _limits(settings: CosineTargetSettings, config: RunConfig, family: Family) -> Limits:
+    """Return what SimpleTuner cannot express of a regularizer that aligns with an encoder."""
     encoder, schedule, kernel = settings.encoders[0], settings.schedule, settings.projector.kernel
     is_conv, threshold = settings.projector.type == "conv", schedule.similarity_threshold
     grids = (config.data.side, encoder.name, encoder.image_size or 0, config.data.vae is not None)
@@ -200,4 +190,4 @@ def _limits(settings: CosineTargetSettings, config: RunConfig, family: Family) -
             "manifold.distance": (manifold.distance != "l2", _MANIFOLD),
             "spatial_align": (not settings.spatial_align, "its U-REPA always aligns in space"),
         }
-    return _beyond(limits)
+    return limits

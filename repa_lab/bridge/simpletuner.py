@@ -1,7 +1,7 @@
 """SimpleTuner's config as data: its keys and defaults, the releases of each family, its encoders and rules.
 
 Defaults and rules are those of SimpleTuner's registry of 2026-08-22. Where the same number means another computation in
-repa-lab, `remarks` says so.
+repa-lab, an import says so.
 """
 
 from __future__ import annotations
