@@ -24,8 +24,7 @@ def hide_passwords(text: str) -> str:
 class UserError(Exception):
     """An error that a user can mend; its text has a line for each problem, and no password.
 
-    Attributes:
-        status: exit status of the command line.
+    ``status`` is the exit status of the command line.
     """
 
     status: ClassVar[int]
@@ -48,13 +47,7 @@ class StateError(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """A place in a spec file.
-
-    Attributes:
-        file: the file; None for a value given by a program or by ``--set``.
-        line: counted from 1.
-        column: counted from 1.
-    """
+    """A place in a file, whose lines and columns count from 1; None is the file of what a program or ``--set`` gave."""
 
     file: Path | None
     line: int = 1
@@ -66,13 +59,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in a spec.
-
-    Attributes:
-        place: where the wrong value was set.
-        path: the dotted path of the value.
-        message: what is wrong and what is allowed.
-    """
+    """One mistake: where the wrong value was set, its dotted path, and what is wrong and allowed."""
 
     place: Place
     path: str
@@ -83,7 +70,7 @@ class Problem:
 
 
 class SpecError(InputError):
-    """All mistakes in a spec; the text has a line per problem, in the order of the file."""
+    """All mistakes in a spec; the text has a line for each problem, in the order of the file."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = sorted(

@@ -47,12 +47,9 @@ class PluginError(InputError):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a plugin registered a component.
+    """The file and line, from 1, of the call that registered a plugin's component.
 
-    Attributes:
-        file: the plugin's file.
-        line: the line of the registration, counted from 1.
-        digest: SHA-256 of the file, which is part of the identity of every run that uses the component.
+    ``digest`` is the SHA-256 of the file, which is part of the identity of every run that uses the component.
     """
 
     file: str
@@ -61,16 +58,11 @@ class Origin:
 
 
 class Registry(Mapping[str, T]):
-    """The components of one kind by name.
-
-    Args:
-        kind: the word for a component in error messages.
-    """
+    """The components of one kind by name; ``kind`` is the word for a component in error messages."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self._components: dict[str, T] = {}
-        self._origins: dict[str, Origin] = {}
+        self._entries: dict[str, tuple[T, Origin | None]] = {}  # of every name the component, and the plugin's call
         _REGISTRIES.append(self)
 
     def add(self, name: str, component: T) -> None:
@@ -79,50 +71,55 @@ class Registry(Mapping[str, T]):
         Raises:
             PluginError: a plugin registers a name that is taken.
         """
-        origin, taken = _calling_origin(), self._origins.get(name)
+        origin = _calling_origin()
+        taken = self._entries[name][1] if name in self._entries else None
         runs_again = taken is not None and not Path(taken.file).is_file()  # a cell of a notebook
-        if name in self._components and not runs_again:
+        if name in self._entries and not runs_again:
             owner = f"{taken.file}:{taken.line}" if taken else "repa-lab"
             message = f"the {self.kind} '{name}' exists already ({owner}); choose another name"
             raise PluginError(origin.file, origin.line, message) if origin else ValueError(message)
-        self._components[name] = component
-        if origin:
-            self._origins[name] = origin
+        self._entries[name] = component, origin
 
     def __getitem__(self, name: str) -> T:
         if name not in self:
             raise UnknownComponentError(self.kind, name, self.names)
-        return self._components[name]
+        return self._entries[name][0]
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return the component with a name, or the default if there is none."""
-        return self._components[name] if name in self else default
+        return self._entries[name][0] if name in self else default
 
     def __contains__(self, name: object) -> bool:
-        if name not in self._components:
+        if name not in self._entries:
             load_entry_points()
-        return name in self._components
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         load_entry_points()
-        return iter(self._components)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._components)
+        return len(self._entries)
 
     @property
     def names(self) -> tuple[str, ...]:
         """All names, in the order of registration."""
         return tuple(self)
 
+    @property
+    def plugin_files(self) -> set[str]:
+        """The plugin files that registered components."""
+        return {origin.file for _, origin in self._entries.values() if origin}
+
     def origin(self, name: str) -> Origin | None:
         """Return where a plugin registered a component; None for a built-in component."""
-        return self._origins.get(name)
+        return self._entries[name][1] if name in self._entries else None
 
     def drop(self, file: str) -> None:
         """Remove the components that a plugin file registered."""
-        for name in [name for name, origin in self._origins.items() if origin.file == file]:
-            del self._components[name], self._origins[name]
+        for name, (_, origin) in list(self._entries.items()):
+            if origin and origin.file == file:
+                del self._entries[name]
 
 
 _REGISTRIES: list[Registry[Any]] = []
@@ -135,8 +132,29 @@ def load_plugins(files: Sequence[Path]) -> None:
     Raises:
         PluginError: a file is missing, raises an error, or registers something unusable.
     """
-    for file in files:
-        _load(str(file.resolve()))
+    for file in (str(file.resolve()) for file in files):
+        try:
+            digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        except OSError as error:
+            raise PluginError(file, 1, f"cannot read the plugin: {error.strerror}") from None
+        if file in _LOADED and _LOADED[file][0] == digest:
+            continue
+        drop_plugins([Path(file)])
+        name = f"repa_lab_plugin_{hashlib.sha256(file.encode()).hexdigest()[:12]}"
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None:
+            raise PluginError(file, 1, "a plugin is a Python file, NAME.py")
+        module = importlib.util.module_from_spec(spec)
+        _LOADED[file] = (digest, module)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException as error:
+            place = blamed(error) or (file, 1)
+            drop_plugins([Path(file)])
+            if isinstance(error, PluginError) or not isinstance(error, Exception):
+                raise
+            raise PluginError(*place, _first_line(error)) from error
 
 
 def load_planned(digests: Mapping[str, str]) -> None:
@@ -168,7 +186,8 @@ def load_entry_points() -> None:
             except PluginError:
                 raise
             except Exception as error:
-                raise PluginError(*_place_in_package(error, entry.module), _first_line(error)) from error
+                place = blamed(error, entry.module.partition(".")[0]) or (entry.module, 1)
+                raise PluginError(*place, _first_line(error)) from error
 
 
 def loaded_plugins() -> dict[str, str]:
@@ -193,58 +212,20 @@ def one_line(error: BaseException) -> str:
     return f"{place[0]}:{place[1]}: {_first_line(error)}" if place else _first_line(error)
 
 
-def blamed(error: BaseException) -> tuple[str, int] | None:
-    """Return the file and line of the innermost frame of an error that lies in a plugin; None if no frame does."""
-    if isinstance(error, SyntaxError) and error.filename and _is_plugin(error.filename):
+def blamed(error: BaseException, package: str = "") -> tuple[str, int] | None:
+    """Return the file and line of the innermost frame of an error that lies in a plugin file, or in a package."""
+    plugins = {*_LOADED}.union(*(registry.plugin_files for registry in _REGISTRIES))
+    if isinstance(error, SyntaxError) and error.filename and (package or error.filename in plugins):
         return error.filename, error.lineno or 1
-    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    return next(((file, line) for file, line in reversed(frames) if _is_plugin(file)), None)
-
-
-def _load(file: str) -> None:
-    try:
-        content = Path(file).read_bytes()
-    except OSError as error:
-        raise PluginError(file, 1, f"cannot read the plugin: {error.strerror}") from None
-    digest = hashlib.sha256(content).hexdigest()
-    if file in _LOADED and _LOADED[file][0] == digest:
-        return
-    drop_plugins([Path(file)])
-    name = f"repa_lab_plugin_{hashlib.sha256(file.encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise PluginError(file, 1, "a plugin is a Python file, NAME.py")
-    module = importlib.util.module_from_spec(spec)
-    _LOADED[file] = (digest, module)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        place = blamed(error) or (file, 1)
-        drop_plugins([Path(file)])
-        if isinstance(error, PluginError) or not isinstance(error, Exception):
-            raise
-        raise PluginError(*place, _first_line(error)) from error
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        module, file = frame.f_globals.get("__name__", ""), frame.f_code.co_filename
+        if module.partition(".")[0] == package if package else file in plugins:
+            return file, line
+    return None
 
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _is_plugin(file: str) -> bool:
-    origins = (origin for registry in _REGISTRIES for origin in registry._origins.values())
-    return file in _LOADED or any(origin.file == file for origin in origins)
-
-
-def _place_in_package(error: Exception, module: str) -> tuple[str, int]:
-    """Return the file and line of the innermost frame of an error that lies in the package of a module."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return error.filename, error.lineno or 1
-    package, place = module.partition(".")[0], (module, 1)
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        if frame.f_globals.get("__name__", "").partition(".")[0] == package:
-            place = (frame.f_code.co_filename, line)
-    return place
 
 
 def _calling_origin() -> Origin | None:

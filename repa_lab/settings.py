@@ -5,26 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, InitErrorDetails, core_schema
 
+from repa_lab.errors import KeyPath
 from repa_lab.registry import Registry, UnknownComponentError
 
+M = TypeVar("M")
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BlockIndex = Annotated[int, Field(ge=0)] | Literal["mid"]
-
-
-@functools.cache
-def _uses(settings: type[Settings]) -> tuple[tuple[str, UsedIf], ...]:
-    """Return the fields that are not always used, each with a condition."""
-    fields = settings.model_fields.items()
-    marks = ((name, mark) for name, field in fields for mark in field_metadata(field.annotation, field.metadata))
-    return tuple((name, mark) for name, mark in marks if isinstance(mark, UsedIf))
 
 
 def _let_tuples_take_lists(schema: Any) -> None:
@@ -56,17 +50,14 @@ class Settings(BaseModel):
 
     def unused_fields(self) -> set[str]:
         """Return the names of the fields that have no effect at the values of the others; see :class:`UsedIf`."""
-        return {name for name, mark in _uses(type(self)) if not mark.holds(self)}
+        return {name for name, mark in marks_of(type(self), UsedIf) if not mark.holds(self)}
 
 
 @dataclass(frozen=True)
 class UsedIf:
     """Marks a field that has an effect only at some values of another field of its section.
 
-    Attributes:
-        field: the other field.
-        values: its values at which the marked field has an effect; empty means all but those in ``but``.
-        but: its values at which the marked field has none.
+    These are ``values``, or, if there are none, all values but those in ``but``.
     """
 
     field: str
@@ -83,8 +74,7 @@ class UsedIf:
 class NamesFile:
     """Marks a field that may name a local file or folder; a run's identity holds its content instead of its name.
 
-    Attributes:
-        required: whether the field must name a local file; otherwise a hub id is allowed.
+    A field that is ``required`` to name a file takes no hub id.
     """
 
     required: bool = False
@@ -94,12 +84,12 @@ LocalFile = Annotated[str, NamesFile(required=True)]
 HubOrLocal = Annotated[str, NamesFile()]
 
 
-def later(neutral: Any, **limits: Any) -> Any:
+def later(neutral: Any) -> Any:
     """Declare a field that was added later: at the neutral value the field is left out of a run's identity."""
-    return Field(default=neutral, json_schema_extra={"neutral": True}, **limits)
+    return Field(default=neutral, json_schema_extra={"neutral": True})
 
 
-def settings_in(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Settings]]:
+def settings_in(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Settings]]:
     """Yield every settings object inside a value, itself included, with its path; tuples count by position."""
     if isinstance(value, Settings):
         yield path, value
@@ -112,26 +102,23 @@ def settings_in(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[
 
 def file_fields(settings: Settings) -> Iterator[tuple[str, str, NamesFile]]:
     """Yield the name, the value and the mark of every field that names a file and is set."""
-    for name, field in type(settings).model_fields.items():
-        marks = [mark for mark in field_metadata(field.annotation, field.metadata) if isinstance(mark, NamesFile)]
-        if marks and isinstance(value := getattr(settings, name), str):
-            yield name, value, marks[0]
+    for name, mark in marks_of(type(settings), NamesFile):
+        if isinstance(value := getattr(settings, name), str):
+            yield name, value, mark
 
 
-def field_metadata(annotation: Any, metadata: list[Any]) -> Iterator[Any]:
-    """Yield the metadata of a field, including the metadata of the members of a union."""
+@functools.cache
+def marks_of(settings: type[Settings], kind: type[M]) -> tuple[tuple[str, M], ...]:
+    """Return the names of the fields that have a mark of a kind, also in a member of a union, each with its mark."""
+    fields = settings.model_fields.items()
+    marks = ((name, mark) for name, field in fields for mark in _metadata(field.annotation, field.metadata))
+    return tuple((name, mark) for name, mark in marks if isinstance(mark, kind))
+
+
+def _metadata(annotation: Any, metadata: list[Any]) -> Iterator[Any]:
     yield from metadata
     for member in getattr(annotation, "__args__", ()):
-        yield from field_metadata(member, list(getattr(member, "__metadata__", ())))
-
-
-class HasSettings(Protocol):
-    """A registered component with settings."""
-
-    @property
-    def settings(self) -> type[BaseModel]:
-        """The settings class."""
-        ...
+        yield from _metadata(member, list(getattr(member, "__metadata__", ())))
 
 
 @dataclass(frozen=True)
@@ -152,11 +139,9 @@ class SettingsOf:
 
     def settings_of(self, section: Mapping[str, Any]) -> type[BaseModel] | None:
         """Return the settings class of the component that a section names; None if there is no such component."""
-        try:
-            component: HasSettings = self.registry[str(section.get(self.key, self.default))]
-        except UnknownComponentError:
-            return None
-        return component.settings
+        name = str(section.get(self.key, self.default))
+        settings: type[BaseModel] | None = self.registry[name].settings if name in self.registry else None
+        return settings
 
     @property
     def choices(self) -> tuple[type[BaseModel], ...]:

@@ -23,11 +23,7 @@ _HUB_SECONDS = 5
 
 
 class EncoderError(InputError):
-    """An encoder cannot be loaded or gives no patch tokens.
-
-    Attributes:
-        field: the setting at fault, such as ``name`` or ``weights``.
-    """
+    """An encoder cannot be loaded or gives no patch tokens; ``field`` is the setting at fault, such as ``weights``."""
 
     def __init__(self, field: str, message: str) -> None:
         self.field = field
@@ -145,34 +141,26 @@ def _create(timm_name: str, **options: Any) -> nn.Module:
 
 def _from_hub(name: str, timm_name: str, options: dict[str, Any]) -> nn.Module:
     import timm
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
 
     config = timm.get_pretrained_cfg(timm_name)
     if config is None or not config.has_weights:
         raise EncoderError("weights", f"timm knows no published weights of '{name}'; give weights: FILE")
-    if config.hf_hub_id:
-        _require_hub(name, config.hf_hub_id, config.hf_hub_filename)
+    files = (config.hf_hub_filename,) if config.hf_hub_filename else _HUB_FILES
+    if config.hf_hub_id and not any(isinstance(try_to_load_from_cache(config.hf_hub_id, file), str) for file in files):
+        try:  # once, briefly: timm would retry for a minute
+            get_hf_file_metadata(hf_hub_url(config.hf_hub_id, files[0]), timeout=_HUB_SECONDS)
+        except HfHubHTTPError:
+            pass  # the hub answers; timm reports what is wrong with this file
+        except Exception as error:  # the hub client's HTTP library has errors of its own
+            message = f"the weights of '{name}' are not in the local cache and the hub cannot be reached"
+            raise EncoderError("weights", f"{message}; give weights: FILE ({reason(error)})") from None
     try:
         return _create(timm_name, pretrained=True, num_classes=0, **options)
     except Exception as error:  # a network, a full disk or a damaged cache can raise anything
         message = f"the weights of '{name}' cannot be downloaded from the hub; give weights: FILE"
         raise EncoderError("weights", f"{message} ({reason(error)})") from None
-
-
-def _require_hub(name: str, repository: str, filename: str | None) -> None:
-    """Ask the hub once, briefly, for a file that is not in its cache; timm would retry for a minute."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
-
-    files = (filename,) if filename else _HUB_FILES
-    if any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
-        return
-    try:
-        get_hf_file_metadata(hf_hub_url(repository, files[0]), timeout=_HUB_SECONDS)
-    except HfHubHTTPError:
-        return  # the hub answers; timm reports what is wrong with this file
-    except Exception as error:  # the hub client's HTTP library has errors of its own
-        message = f"the weights of '{name}' are not in the local cache and the hub cannot be reached"
-        raise EncoderError("weights", f"{message}; give weights: FILE ({reason(error)})") from None
 
 
 def _from_file(name: str, model: TimmModel, weights: str, options: dict[str, Any]) -> nn.Module:

@@ -79,7 +79,7 @@ def diff(
     are_specs = [Path(name).suffix in (".yaml", ".yml") or Path(name).is_file() for name in (left, right)]
     if len(set(are_specs)) == 2:
         raise UsageError(f"'{left}' and '{right}' are a spec and a run; compare two of a kind")
-    difference = _compare_specs(left, right) if are_specs[0] else _compare_runs(left, right, root)
+    difference = _compare_specs(left, right) if are_specs[0] else _differences(left, right, root)
     print(json.dumps(difference)) if json_ else _print_difference(difference, left, right)
     if not difference["equal"]:
         raise typer.Exit(1)
@@ -116,14 +116,14 @@ def _run_ids(experiment: Experiment) -> set[str]:
     return ids
 
 
-def _compare_runs(left: str, right: str, root: Path) -> dict[str, Any]:
+def _differences(left: str, right: str, root: Path) -> dict[str, Any]:
     from repa_lab.runs import RunsRoot
-    from repa_lab.spec.explain import compare_runs
+    from repa_lab.spec.explain import differences
     from repa_lab.spec.identity import Run
 
     directories = [RunsRoot(root).find_run(Path(name)) for name in (left, right)]
-    runs = [Run.read(directory) for directory in directories]
-    fields = [_field_json(field) for field in compare_runs(*runs)]
+    runs = [Run.read(directory).to_json() for directory in directories]
+    fields = [_field_json(field) for field in differences(*runs)]
     return {"equal": not fields, "fields": fields}
 
 

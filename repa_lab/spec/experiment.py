@@ -56,12 +56,10 @@ _LINE_BREAKS = ("Cc", "Zl", "Zp")  # Unicode's categories of control characters 
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting of the varied fields.
+    """One setting of the varied fields, common to all seeds.
 
     Attributes:
-        label: the arm's name.
         levels: the arm's level on every axis, by axis.
-        config: the validated settings, common to all seeds.
         draft: the settings with their places, for errors that are found later. A search may change a component, so the
             draft also keeps the fields of other components.
     """

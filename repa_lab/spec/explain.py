@@ -11,7 +11,6 @@ from repa_lab.errors import KeyPath, Place, Problem, SpecError, dotted
 from repa_lab.registry import did_you_mean
 from repa_lab.spec.document import Draft, entries, names_in, paths_in
 from repa_lab.spec.experiment import Experiment
-from repa_lab.spec.identity import Run
 from repa_lab.spec.schema import SECTIONS, RunConfig, SpecFile, unknown_field
 
 DEFAULT = "default"
@@ -20,13 +19,10 @@ _RESOLVED = ("base", "use", "axes", "one_at_a_time", "exclude", "include")
 
 @dataclass(frozen=True)
 class Setting:
-    """One resolved value.
+    """One resolved value, as plain data.
 
-    Attributes:
-        path: its dotted path.
-        value: as plain data.
-        source: ``file:line:column``, ``default``, or ``--set`` (``<given>`` for a spec from a program).
-        arms: labels of the arms that have the value; empty if all requested arms have it.
+    The source is ``file:line:column``, ``default``, or ``--set`` (``<given>`` for a spec from a program). ``arms`` are
+    the labels of the arms that have the value; empty if all requested arms have it.
     """
 
     path: str
@@ -37,13 +33,9 @@ class Setting:
 
 @dataclass(frozen=True)
 class Difference:
-    """A field with different values on two sides.
+    """A field with different values on two sides; each stands in a tuple of one, and None is a side without the field.
 
-    Attributes:
-        path: its dotted path.
-        left: the left value in a tuple of one; None if the left side has no such field.
-        right: the same for the right side.
-        arms: labels of the arms that differ; empty if all common arms do.
+    ``arms`` are the labels of the arms that differ; empty if all common arms do.
     """
 
     path: str
@@ -54,13 +46,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class SpecDifference:
-    """The differences between two experiments.
-
-    Attributes:
-        removed: labels of the arms that only the left side has.
-        added: labels of the arms that only the right side has.
-        fields: the fields that differ.
-    """
+    """The differences between two experiments: the arms that only the left or the right side has, and fields."""
 
     removed: tuple[str, ...]
     added: tuple[str, ...]
@@ -104,11 +90,6 @@ def explain(experiment: Experiment, path: str | None = None, arm: str | None = N
     return settings if path is None else _below(settings, path, [draft, *(each.draft for each in arms)])
 
 
-def compare_runs(left: Run, right: Run) -> list[Difference]:
-    """Return the fields in which two runs differ, including the seed."""
-    return _differences(left.to_json(), right.to_json())
-
-
 def compare_specs(left: Experiment, right: Experiment) -> SpecDifference:
     """Return the arms that only one experiment has, and the fields that differ outside and inside the common arms.
 
@@ -119,7 +100,7 @@ def compare_specs(left: Experiment, right: Experiment) -> SpecDifference:
     labels: dict[Difference, list[str]] = {}
     for label in common:
         sides = (arms[label].config.model_dump(mode="json") for arms in (left_arms, right_arms))
-        for difference in _differences(*sides):
+        for difference in differences(*sides):
             labels.setdefault(difference, []).append(label)
     inside = [
         replace(difference, arms=() if len(having) == len(common) else tuple(having))
@@ -127,11 +108,11 @@ def compare_specs(left: Experiment, right: Experiment) -> SpecDifference:
     ]
     if not common:
         sections = ({key: side.draft.value.get(key, {}) for key in SECTIONS} for side in (left, right))
-        inside = _differences(*sections)
+        inside = differences(*sections)
     return SpecDifference(
         removed=tuple(label for label in left_arms if label not in right_arms),
         added=tuple(label for label in right_arms if label not in left_arms),
-        fields=(*_differences(_outside_arms(left), _outside_arms(right)), *inside),
+        fields=(*differences(_outside_arms(left), _outside_arms(right)), *inside),
     )
 
 
@@ -186,16 +167,16 @@ def _below(settings: list[Setting], path: str, drafts: list[Draft]) -> list[Sett
         meant = {known.rpartition(".")[0] for known in meant}
 
 
-def _differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Difference]:
-    """Return the leaves that differ; a missing field, null and an empty section count as equal."""
+def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Difference]:
+    """Return the leaves of two settings that differ; a missing field, null and an empty section count as equal."""
     lefts, rights = dict(flatten(left)), dict(flatten(right))
-    differences = []
+    found = []
     for path in dict.fromkeys([*lefts, *rights]):
         values = [None if side.get(path) == {} else _hashable(side.get(path)) for side in (lefts, rights)]
         if values[0] != values[1]:
             left_side, right_side = ((_hashable(s[path]),) if path in s else None for s in (lefts, rights))
-            differences.append(Difference(dotted(path), left_side, right_side))
-    return differences
+            found.append(Difference(dotted(path), left_side, right_side))
+    return found
 
 
 def _hashable(value: Any) -> Any:

@@ -32,13 +32,7 @@ class MissingPluginError(InputError):
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed, the unit that is trained.
-
-    Attributes:
-        run_id: 12 hexadecimal digits, from :func:`identify`.
-        config: the settings.
-        seed: the seed.
-    """
+    """One arm with one seed, the unit that is trained; its id is 12 hexadecimal digits, from :func:`identify`."""
 
     run_id: str
     config: RunConfig
@@ -101,7 +95,10 @@ def identify(
     settings["data"]["resolution"] = config.data.side
     if config.train.time is None:  # uniform is the default from scratch
         settings["train"]["time"] = "uniform" if config.model.pretrained is None else "auto"
-    regularizers = _regularizers(config, contents)
+    members = config.regularizers or (NoSettings(),)
+    if len(members) == 1:  # a name only tells several apart
+        members = (members[0].model_copy(update={"name": None}),)
+    regularizers = [_plain(member, contents) for member in members]
     settings["regularizer"] = regularizers if len(regularizers) > 1 else regularizers[0]
     for section, key in (*((section, "encoder") for section in regularizers), (settings["evaluate"], "extractor")):
         if isinstance(value := section.get(key), list) and len(value) == 1:
@@ -110,14 +107,6 @@ def identify(
     if digests := sorted(set(plugins)):
         hashed["plugins"] = digests
     return Run(digest(hashed)[:_ID_LENGTH], config, seed)
-
-
-def _regularizers(config: RunConfig, contents: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return the regularizers as plain data; ``none`` only if there is no other, and no name without another."""
-    members = config.regularizers or (NoSettings(),)
-    if len(members) == 1:
-        members = (members[0].model_copy(update={"name": None}),)
-    return [_plain(settings, contents) for settings in members]
 
 
 def local_files(config: RunConfig) -> tuple[str, ...]:

@@ -264,7 +264,7 @@ class Machine:
     """What `auto` among the options of a run depends on.
 
     Attributes:
-        half: 16-bit precision of the GPU, ``bf16`` or ``fp16``; None without a GPU.
+        half: 16-bit precision of the GPU; None without a GPU.
         compiles: whether `torch.compile` works on the GPU.
         cores: CPU cores for each process of a run.
         processes: processes that train a run together.

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from repa_lab.align.settings import REGULARIZERS, REPASettings, UREPASettings
-from repa_lab.settings import HubOrLocal, LocalFile, NamesFile, Settings, field_metadata, file_fields, settings_in
+from repa_lab.settings import HubOrLocal, LocalFile, NamesFile, Settings, file_fields, marks_of, settings_in
 from repa_lab.spec import RunConfig, SpecError, load_spec
 from repa_lab.spec.document import COMPONENTS
 from repa_lab.spec.explain import explain
@@ -285,12 +285,7 @@ class TestFiles:
         for mark in COMPONENTS.values():
             for settings in mark.choices:
                 below(settings)
-        marked = {
-            (owner(model, name), name)
-            for model in seen
-            for name, field in model.model_fields.items()
-            if any(isinstance(mark, NamesFile) for mark in field_metadata(field.annotation, field.metadata))
-        }
+        marked = {(owner(model, name), name) for model in seen for name, _ in marks_of(model, NamesFile)}
         tried = set()
         for path, (sections, _) in self.FILES.items():
             config: Any = load_spec(mapping(**sections), {path: "x"}).arms[0].config
