@@ -24,7 +24,7 @@ from repa_lab.orchestration.plan import Match, arm_record, identify_run, make_pl
 from repa_lab.runs import RunsRoot, RunWriter, State, checkpoints
 from repa_lab.runs.directory import RunBusyError
 from repa_lab.runs.root import SearchRecord
-from repa_lab.settings import Settings, _uses
+from repa_lab.settings import Settings, UsedIf, marks_of
 from repa_lab.spec import RunConfig, SpecError, load_spec
 from tests.data.conftest import noise_image
 
@@ -165,7 +165,7 @@ def test_one_baseline_of_all_arms_is_said_in_a_few_words(tmp_path):
 def test_fields_are_used_by_fields_that_there_are():
     """What is marked exists, and the weight over steps does not depend on what the schedule leaves unused."""
     for cls in settings_classes():
-        for name, mark in _uses(cls):
+        for name, mark in marks_of(cls, UsedIf):
             others = TypeAdapter(cls.model_fields[mark.field].annotation)
             assert all(others.validate_python(value) == value for value in mark.values + mark.but), (cls, name)
     varied = {"decay_steps": 7, "end": 0.3, "power": 2.0, "similarity_ema_decay": 0.5, "probe_every": 3}
