@@ -197,7 +197,7 @@ def test_stop_is_for_a_sweep_that_somebody_carries_out(root):
     directory.path.mkdir(parents=True)
     directory.record(manifest("mine", []))
     nobody = cli("stop", "mine", "--root", root.path)
-    assert (nobody.returncode, directory.is_asked_to_stop) == (2, False)
+    assert (nobody.returncode, directory.stop.exists()) == (2, False)
     assert "nobody is carrying out this sweep" in nobody.stderr
     held, released = threading.Event(), threading.Event()
 
@@ -211,7 +211,7 @@ def test_stop_is_for_a_sweep_that_somebody_carries_out(root):
     assert held.wait()
     try:
         assert cli("stop", "mine", "--root", root.path).returncode == 0
-        assert directory.is_asked_to_stop
+        assert directory.stop.exists()
     finally:
         released.set()
         holder.join()

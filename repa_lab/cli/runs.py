@@ -92,10 +92,9 @@ def retry(
         )
         raise UsageError(message, str(run))
     with RunWriter(directory, patience_s=0) as writer:
-        if from_scratch:
-            writer.start_over()
+        left_alone = writer.start_over() if from_scratch else []
         writer.state(State.NEW, 0 if from_scratch else directory.state.step)
-    for path in directory.foreign if from_scratch else ():
+    for path in left_alone:
         typer.echo(f"left alone, because it is a link or no checkpoint of repa-lab: {path}")
     typer.echo(f"{directory.run_id} is taken up by the next sweep that asks for it")
 
@@ -110,7 +109,7 @@ def stop(sweep: SweepArgument, root: RootOption = DEFAULT_ROOT) -> None:
     directory = next(unrecorded, None) or RunsRoot(root).find_sweep(sweep)
     if not directory.is_held:
         raise UsageError("nobody is carrying out this sweep", str(sweep))
-    directory.ask_to_stop()
+    directory.stop.touch()
     typer.echo(f"{directory.path.name} ends at its runs' next steps; run the sweep again to go on")
 
 

@@ -36,11 +36,7 @@ class CosineSums:
         self._student = self._teacher = torch.zeros(())  # sums over images of unit tokens, (N, D)
 
     def add(self, student: torch.Tensor, teacher: torch.Tensor) -> None:
-        """Add tokens ``(B, N, D)`` of the same images and places.
-
-        Raises:
-            ValueError: the shapes differ from each other, or (N, D) from that of earlier batches.
-        """
+        """Add tokens ``(B, N, D)`` of the same images and places; (N, D) is that of earlier batches."""
         s = unit(float64(student))
         t = unit(float64(teacher).to(s.device))
         if s.shape != t.shape or s.ndim != 3:
@@ -69,7 +65,7 @@ class CosineSums:
 
 
 def cosine_gap(student: torch.Tensor, teacher: torch.Tensor) -> tuple[float, float]:
-    """Return the mean token cosine, and how far it lies above that of mismatched images.
+    """Return the mean token cosine of matched images, and how far it lies above that of all pairs of different images.
 
     A projector can raise the cosine by learning an average image's tokens at each place; tokens of another image at the
     same place share that, so the gap is the part that is specific to the image.
@@ -77,12 +73,6 @@ def cosine_gap(student: torch.Tensor, teacher: torch.Tensor) -> tuple[float, flo
     Args:
         student: projected tokens ``(B, N, D)`` of B >= 2 images; :class:`CosineSums` takes them in batches.
         teacher: encoder tokens ``(B, N, D)`` of the same images.
-
-    Returns:
-        The cosine of matched images, and that cosine minus the mean over all pairs of different images.
-
-    Raises:
-        ValueError: the shapes differ or there are fewer than two images.
     """
     sums = CosineSums()
     sums.add(student, teacher)
@@ -102,13 +92,12 @@ def cka(x: torch.Tensor, y: torch.Tensor, unbiased: bool = True) -> float:
         ValueError: item counts differ, there are fewer than 4 items, or values are not finite.
     """
     a, b = (_centred(side) for side in _paired(x, y, least=4))
-    hsic = _unbiased_hsic if unbiased else _biased_hsic
+
+    def hsic(a: torch.Tensor, b: torch.Tensor) -> float:
+        return _unbiased_hsic(a, b) if unbiased else float((a.T @ b).square().sum())
+
     norm = hsic(a, a) * hsic(b, b)
     return hsic(a, b) / math.sqrt(norm) if norm > 0 else 0.0
-
-
-def _biased_hsic(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.T @ b).square().sum())
 
 
 def _unbiased_hsic(a: torch.Tensor, b: torch.Tensor) -> float:

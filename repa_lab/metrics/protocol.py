@@ -29,15 +29,7 @@ Kinds = tuple[str, str | None]
 
 @dataclass(frozen=True)
 class MetricFacts:
-    """A metric of samples as data; :func:`metric` describes the fields.
-
-    Attributes:
-        compute: the function.
-        goal: whether small or large values are good.
-        yields: the kinds of each of its values.
-        compares: what the function takes of the generated and of the real images.
-        least_real: minimum number of real images.
-    """
+    """A metric of samples as data; :func:`metric` describes the fields."""
 
     compute: Callable[..., float | tuple[float, ...]]
     goal: Goal
@@ -116,21 +108,13 @@ LITE0_POOLED = "1280"
 
 @dataclass(frozen=True)
 class ExtractorFacts:
-    """A feature extractor as data.
+    """A feature extractor as data."""
 
-    Attributes:
-        registered: torch-fidelity's name of the extractor.
-        layers: the layer compared by each metric; a metric that is not defined for this extractor is missing.
-        preprocessing: how pixels become the network's input, as part of a metric's protocol.
-        model: the timm model that computes the features; None for torch-fidelity's Inception.
-        sha256: digest of the publisher's file of weights; empty if the extractor takes no file.
-    """
-
-    registered: str
-    layers: Mapping[str, str]
-    preprocessing: str
-    model: TimmModel | None = None
-    sha256: str = ""
+    registered: str  # torch-fidelity's name
+    layers: Mapping[str, str]  # the layer compared by each metric; a metric that is not defined is missing
+    preprocessing: str  # how pixels become the network's input, as part of a metric's protocol
+    model: TimmModel | None = None  # computes the features; None for torch-fidelity's Inception
+    sha256: str = ""  # digest of the publisher's file of weights; empty if the extractor takes no file
 
 
 def _on(layer: str) -> dict[str, str]:
@@ -171,11 +155,7 @@ EXTRACTORS |= {
 
 
 def layers(name: str, metrics: Iterable[str], compares: Container[str] = get_args(Compared)) -> tuple[str, ...]:
-    """Return the layers of an extractor that metrics compare, each once; a metric not defined for it adds none.
-
-    Args:
-        compares: the metrics with such a :attr:`MetricFacts.compares` are meant.
-    """
+    """Return the layers of an extractor for the metrics with such a ``compares`` that are defined for it, each once."""
     found = (layer_of(name, metric) for metric in metrics if METRICS[metric].compares in compares)
     return tuple(dict.fromkeys(layer for layer in found if layer))
 
@@ -199,22 +179,12 @@ def quality_names(metric: str, extractor: str, samples: int, sampler: str, suffi
     """Return the full names of a metric's values, such as ``fid:inception@10k/ode50``.
 
     Args:
-        sampler: the sampler's name; see :func:`sampler_name`.
-        suffix: guidance and labels, where they differ from the default.
+        sampler: the sampler, such as :func:`sampler_name`.
+        suffix: what differs from the default of guidance, labels and frames.
     """
     kinds = (inception if extractor == "inception" else other for inception, other in METRICS[metric].yields)
     count = f"{samples // 1000}k" if samples % 1000 == 0 else str(samples)
     return tuple(f"{kind}:{extractor}@{count}/{sampler}{suffix}" for kind in kinds if kind)
-
-
-def labels_name(labels: str) -> str:
-    """Return ``-random`` for randomly drawn classes, which cost about 0.1 of FID; empty for balanced classes."""
-    return "" if labels == "balanced" else f"-{labels}"
-
-
-def frames_name(frames: int) -> str:
-    """Return ``-frames17`` for samples that are clips, all of whose frames are compared as images; empty for images."""
-    return f"-frames{frames}" if frames else ""
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, ...]:
@@ -233,11 +203,6 @@ def sampler_name(type: str, solver: str, steps: int) -> str:
     """Return ``ode50`` (Euler), ``heun50`` or ``sde250``."""
     kind = "sde" if type == "sde" else "ode" if solver == "euler" else solver
     return f"{kind}{steps}"
-
-
-def pipeline_name(steps: int, guidance: float) -> str:
-    """Return ``pipeline30-cfg5`` for a pretrained family's own pipeline, scheduler and guidance."""
-    return f"pipeline{steps}" + ("" if guidance == 1 else f"-cfg{guidance:g}")
 
 
 def guidance_name(scale: float, low: float, high: float) -> str:

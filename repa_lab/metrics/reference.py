@@ -41,35 +41,21 @@ class StatisticsError(InputError):
 
 @dataclass(frozen=True)
 class RealImages:
-    """Real images to compare samples with.
+    """Real images to compare samples with."""
 
-    Attributes:
-        source: digest of the images and their order; with a cached reference of this source no image is read.
-        count: number of images.
-        batches: returns all images, uint8 ``(B, 1 or 3, H, W)`` at a time; called only if they are needed.
-        size: height and width in pixels, or None if the images differ in size.
-    """
-
-    source: str
+    source: str  # digest of the images and their order; with a cached reference of this source no image is read
     count: int
-    batches: Callable[[], Iterable[torch.Tensor]]
-    size: tuple[int, int] | None = None
+    batches: Callable[[], Iterable[torch.Tensor]]  # all images, uint8 (B, 1 or 3, H, W) at a time; called if needed
+    size: tuple[int, int] | None = None  # height and width in pixels; None if the images differ in size
 
 
 @dataclass(frozen=True)
 class ComparedImages:
-    """What the metrics of an extractor compare of a set of images, real or generated.
-
-    Attributes:
-        extractor: name of the extractor.
-        statistics: statistics of all images, by layer.
-        features: features of all images, or of evenly spaced ones if there are many real ones, by layer; only of layers
-            that a metric needs.
-    """
+    """What the metrics of an extractor compare of a set of images, real or generated."""
 
     extractor: str
-    statistics: Mapping[str, Statistics]
-    features: Mapping[str, Features]
+    statistics: Mapping[str, Statistics]  # of all images, by layer
+    features: Mapping[str, Features]  # by layer, if a metric needs them: of all images, or of evenly spaced real ones
 
     def of(self, metric: str) -> Any:
         """Return the :class:`Statistics` or the features, float32 ``(n, d)``, that a metric compares.

@@ -355,12 +355,12 @@ def _locked(directory: SweepDirectory) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise SweepBusyError(f"another process is carrying out the sweep in {directory.path}") from None
-    directory.ask_to_stop(False)
+    directory.stop.unlink(missing_ok=True)
     try:
         yield
     finally:
         if not directory.is_recorded:
-            directory.ask_to_stop(False)
+            directory.stop.unlink(missing_ok=True)
             directory.lock.unlink(missing_ok=True)
         lock.release()
         with suppress(OSError):  # a folder that is not empty stays

@@ -175,7 +175,7 @@ class Scheduler:
 
     def _heed_stop_request(self) -> None:
         """Treat `repa-lab stop` as Ctrl-C from another terminal."""
-        if self.root.sweep(self.sweep).is_asked_to_stop:
+        if self.root.sweep(self.sweep).stop.exists():
             raise KeyboardInterrupt
 
     def _fill_slots(self, work: Work) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,14 +54,14 @@ def commit(folder: Path, step: int, write: Callable[[Path], None], keep: int = 2
         fsync(path)
     digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
     files.write_record(temporary / MANIFEST, {"files": digests})
-    final = files.path_of(folder, step)
+    final = folder / files.step_name(step)
     if final.is_symlink() or final.is_file():
         _set_aside(final)
     files.delete(final)
     temporary.rename(final)
     fsync(folder)
     for old in steps(folder)[:-keep]:
-        files.delete(files.path_of(folder, old))
+        files.delete(folder / files.step_name(old))
     return final
 
 
@@ -81,16 +81,8 @@ def leftover(name: str) -> str | None:
     return next((what for prefix, what in _LEFTOVERS.items() if name.startswith(prefix)), None)
 
 
-def foreign(folder: Path) -> Iterator[Path]:
-    """Yield what lies among checkpoints and is not ours: links, and other names."""
-    for name in files.names_in(folder):
-        is_ours = leftover(name) is not None or files.step_of(name) is not None
-        if not is_ours or (folder / name).is_symlink():
-            yield folder / name
-
-
 def clear(folder: Path) -> None:
-    """Delete all checkpoints, and the folder unless something foreign is left; set checkpoints that are links aside."""
+    """Delete all checkpoints, and the folder unless it has more in it; set checkpoints that are links aside."""
     for name in files.names_in(folder):
         path, is_checkpoint = folder / name, files.step_of(name) is not None
         if is_checkpoint and path.is_symlink():
@@ -173,19 +165,18 @@ def forkable_steps(run: RunDirectory) -> list[int]:
     return sorted({*steps(run.forks), *steps(run.checkpoints)})
 
 
-def take_fork(parent: RunDirectory, step: int, child: RunWriter, is_childs: Callable[[Row], bool]) -> bool:
+def take_fork(parent: RunDirectory, step: int, child: RunWriter, is_childs: Callable[[Row], bool]) -> None:
     """Give a run without a checkpoint the state of another run after ``step``, and the rows and samples up to there.
+
+    Do nothing if the parent has no undamaged checkpoint of this step: the child then trains from the start.
 
     Args:
         is_childs: whether the child would have written a row of the parent, which may log at other steps.
-
-    Returns:
-        False if the parent has no undamaged checkpoint of this step; the child then trains from the start.
     """
-    folders = (files.path_of(folder, step) for folder in (parent.forks, parent.checkpoints))
+    folders = (folder / files.step_name(step) for folder in (parent.forks, parent.checkpoints))
     source = next((path for path in folders if path.is_dir() and is_whole(path)), None)
     if source is None:
-        return False
+        return
     rows = [row for row in parent.rows() if row["step"] <= step and is_childs(row)]
     measured = {row["step"] for row in rows if not _is_of_training(row)}
     child.run.samples.mkdir(exist_ok=True)
@@ -195,7 +186,6 @@ def take_fork(parent: RunDirectory, step: int, child: RunWriter, is_childs: Call
     child.replace_rows(rows)
     child.event("forked", parent=parent.run_id, step=step)
     commit(child.run.checkpoints, step, lambda folder: _copy(source, folder, child.run.path))
-    return True
 
 
 def written_by(row: Row, last: int, measure_every: int, save_every: int, log_every: int) -> bool:

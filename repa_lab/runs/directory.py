@@ -33,7 +33,6 @@ from enum import StrEnum
 from functools import partial
 from math import isfinite
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
@@ -133,11 +132,6 @@ class RunDirectory:
             linked = {entry.name for entry in entries if entry.is_symlink()}
             links += [self.path / name for name in _CHANGED if name in linked]
         return links
-
-    @property
-    def foreign(self) -> list[Path]:
-        """What lies among the checkpoints and is not ours: links, and other names."""
-        return [*checkpoints.foreign(self.checkpoints), *checkpoints.foreign(self.forks)]
 
     @property
     def checkpoints(self) -> Path:
@@ -306,9 +300,7 @@ class RunWriter:
         files.drop_torn_row(self._events)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._lock.release()
 
     def describe(self, spec: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
@@ -334,18 +326,20 @@ class RunWriter:
             self.event("protocols changed", fields=sorted(changed))
         files.write_record(self.run.path / "protocols.json", protocols)
 
-    def start_over(self) -> None:
+    def start_over(self) -> list[Path]:
         """Delete rows, samples, checkpoints and profiles, as if the run had never begun, and note it in the history.
 
-        What is not ours, such as :attr:`RunDirectory.foreign`, stays.
+        Return what lies among the checkpoints and stays, because it is not ours: links, and other names.
         """
-        for folder in (self.run.checkpoints, self.run.forks):
+        folders = (self.run.checkpoints, self.run.forks)
+        for folder in folders:
             checkpoints.clear(folder)
         pictures = (self.run.profile_picture(), *self.run.path.glob("profile-minus-*.png"))
         for path in (*self.run.sample_grids().values(), self.run.profile_file, *pictures):
             files.delete(path)
         self.replace_rows([])
         self.event("started over")
+        return [folder / name for folder in folders for name in files.names_in(folder)]
 
     def rewind(self, step: int) -> None:
         """Delete the rows and samples after ``step``, which are made again from the checkpoint of that step."""

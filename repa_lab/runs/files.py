@@ -47,11 +47,7 @@ class LinkError(InputError):
 
 
 def require_no_links(*places: Path) -> None:
-    """Refuse to change what lies behind a link, for it may belong to another root.
-
-    Raises:
-        LinkError: with the first link, and where it leads.
-    """
+    """Refuse to change what lies behind a link, for it may belong to another root; name it, and where it leads."""
     for place in places:
         if place.is_symlink():
             message = "nothing behind a link is changed; work there, or put a copy in the place of the link"
@@ -59,23 +55,20 @@ def require_no_links(*places: Path) -> None:
 
 
 def by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
-    """Return what a folder holds under names such as ``step-00000600``, by step, ascending; other names are not ours.
-
-    Args:
-        folder: the folder, which need not exist.
-        suffix: the end of the names, such as ``.png``.
-    """
-    found: dict[int, Path] = {}
-    for name in names_in(folder):
-        if (step := step_of(name, suffix)) is not None:
-            found[step] = folder / name
-    return dict(sorted(found.items()))
+    """Return what a folder, which need not exist, holds under names such as ``step-00000600`` and a suffix, by step."""
+    steps = {step: folder / name for name in names_in(folder) if (step := step_of(name, suffix)) is not None}
+    return dict(sorted(steps.items()))
 
 
 def step_of(name: str, suffix: str = "") -> int | None:
     """Return the step in a name such as ``step-00000600``; None for other names."""
     number = name.removeprefix("step-").removesuffix(suffix)
-    return int(number) if number.isdecimal() and name == _name_of(int(number), suffix) else None
+    return int(number) if number.isdecimal() and name == step_name(int(number)) + suffix else None
+
+
+def step_name(step: int) -> str:
+    """Return the name of what belongs to a step, such as ``step-00000600``."""
+    return f"step-{step:08d}"
 
 
 def names_in(folder: Path) -> list[str]:
@@ -87,15 +80,6 @@ def names_in(folder: Path) -> list[str]:
         return sorted(os.listdir(folder))  # noqa: PTH208
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return []
-
-
-def path_of(folder: Path, step: int, suffix: str = "") -> Path:
-    """Return the path of what belongs to a step."""
-    return folder / _name_of(step, suffix)
-
-
-def _name_of(step: int, suffix: str) -> str:
-    return f"step-{step:08d}{suffix}"
 
 
 def delete(path: Path) -> None:
@@ -115,35 +99,33 @@ def read_json(path: Path | str) -> Any:
         DamagedFileError: the file is not JSON.
     """
     try:
-        return from_json(_content(path))  # several times as fast as json.loads
+        return from_json(_unread(path)[2])  # several times as fast as json.loads
     except ValueError as error:
         raise DamagedFileError(f"'{path}' is damaged: no JSON ({error})") from None
 
 
-def _content(path: Path | str) -> bytes:
-    """Return the content of a file, in half the system calls of :meth:`Path.read_bytes`: a report reads thousands."""
+def _unread(path: Path | str, inode: int = 0, offset: int = 0) -> tuple[int, int, bytes]:
+    """Return a file's inode, where its unread part begins, and that part: all of it if the inode is another one.
+
+    In few system calls, because a report reads thousands of files.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return _read(descriptor, 0, os.fstat(descriptor).st_size)
+        status, content = os.fstat(descriptor), b""
+        start = offset if status.st_ino == inode else 0
+        # One read may return less than there is, and the file may be cut meanwhile.
+        while (missing := status.st_size - start - len(content)) > 0:
+            if not (part := os.pread(descriptor, missing, start + len(content))):
+                break
+            content += part
+        return status.st_ino, start, content
     finally:
         os.close(descriptor)
 
 
-def _read(descriptor: int, start: int, end: int) -> bytes:
-    """Return the bytes of an open file from ``start`` to ``end``, fewer if the file was cut meanwhile."""
-    content = b""  # one read may return less than there is
-    while (missing := end - start - len(content)) > 0 and (part := os.pread(descriptor, missing, end - missing)):
-        content += part
-    return content
-
-
 @contextmanager
 def garbage_collection_paused() -> Iterator[None]:
-    """Pause Python's search for reference cycles while thousands of files are read.
-
-    Rows, records and imported modules are no garbage, but their number makes Python look through all objects again and
-    again, which takes a third of the time of reading.
-    """
+    """Pause Python's search for reference cycles while thousands of files are read, a third of whose time it takes."""
     is_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -223,18 +205,13 @@ class JsonlReader:
             FormatError: the header has another format.
         """
         try:
-            descriptor = os.open(self._path, os.O_RDONLY)
+            inode, start, content = _unread(self._path, self._inode, self._offset)
         except FileNotFoundError:
             return []
-        try:
-            status = os.fstat(descriptor)
-            if status.st_ino != self._inode:
-                self._inode, self._offset, self._lines = status.st_ino, 0, 0
-            content = _read(descriptor, self._offset, status.st_size)
-        finally:
-            os.close(descriptor)
+        if inode != self._inode:
+            self._inode, self._lines = inode, 0
         complete = content[: content.rfind(b"\n") + 1]
-        self._offset += len(complete)
+        self._offset = start + len(complete)
         rows: list[Row] = []
         for line in complete.split(b"\n")[:-1]:
             self._lines += 1

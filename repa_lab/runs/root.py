@@ -55,29 +55,19 @@ class RunRecord(_Record):
 
 
 class ArmRecord(_Record):
-    """An arm of a sweep, or a trial of its search.
+    """An arm of a sweep, or a trial of its search."""
 
-    Attributes:
-        label: the arm's name in the report.
-        levels: the arm's level on every axis.
-        baseline: label of the matched baseline; None if there is none.
-        unmatched: why there is none; empty for baselines and trials.
-        runs: one run per seed.
-    """
-
-    label: str
-    levels: dict[str, str] = {}
-    baseline: str | None = None
-    unmatched: str = ""
-    runs: tuple[RunRecord, ...]
+    label: str  # the arm's name in the report
+    levels: dict[str, str] = {}  # the arm's level on every axis
+    baseline: str | None = None  # label of the matched baseline
+    unmatched: str = ""  # why there is no baseline; empty for baselines and trials
+    runs: tuple[RunRecord, ...]  # one per seed
 
 
-class OrphanRecord(_Record):
+class OrphanRecord(RunRecord):
     """A run that an earlier version of the spec asked for and the present one does not."""
 
     label: str
-    seed: int
-    run_id: str
 
 
 class ObjectiveRecord(_Record):
@@ -94,37 +84,22 @@ class ComparisonRecord(ObjectiveRecord):
 
 
 class TrialRecord(_Record):
-    """A trial of a search.
+    """A trial of a search."""
 
-    Attributes:
-        arm: label of the trial's arm.
-        state: where the trial stands.
-        value: mean of the searched metric over the seeds; None before the trial is complete.
-        params: the searched settings, by dotted path.
-        values: mean of every objective over the seeds; empty before the trial is complete.
-    """
-
-    arm: str
+    arm: str  # label of the trial's arm
     state: Literal["waiting", "running", "complete", "pruned", "diverged", "failed", "repeated"]
-    value: float | None = None
-    params: dict[str, Any]
-    values: dict[str, float] = {}
+    value: float | None = None  # mean of the searched metric over the seeds; None before the trial is complete
+    params: dict[str, Any]  # the searched settings, by dotted path
+    values: dict[str, float] = {}  # mean of every objective over the seeds; empty before the trial is complete
 
 
 class SearchRecord(ObjectiveRecord):
-    """The search of a sweep.
+    """The search of a sweep."""
 
-    Attributes:
-        trials: every setting that was tried or waits, and every draw of one that was tried already, oldest first.
-        exhausted: the number of settings, by label of the arm around which no other setting is left to try.
-        objectives: the searched metric and the costs.
-        pareto: with several objectives, labels of the trials on the Pareto front.
-    """
-
-    trials: tuple[TrialRecord, ...]
-    exhausted: dict[str, int] = {}
-    objectives: tuple[ObjectiveRecord, ...]
-    pareto: tuple[str, ...] = ()
+    trials: tuple[TrialRecord, ...]  # every setting that was tried or waits, and every repeated draw; oldest first
+    exhausted: dict[str, int] = {}  # the number of settings, by label of the arm around which no other is left to try
+    objectives: tuple[ObjectiveRecord, ...]  # the searched metric and the costs
+    pareto: tuple[str, ...] = ()  # with several objectives, labels of the trials on the Pareto front
 
 
 class TrackingRecord(_Record):
@@ -159,8 +134,9 @@ class SweepManifest(_Record):
         """The names of the links to the runs, each with the run's id."""
         names: dict[str, str] = {}
         for arm in self.arms:
+            readable = "".join(letter if letter.isalnum() or letter in "._-=" else "_" for letter in arm.label)
             for run in arm.runs:
-                name = _link_name(arm.label, run.seed)
+                name = f"{readable[:_MAX_LABEL]}-seed{run.seed}"
                 if names.get(name, run.run_id) != run.run_id:  # two labels give one file name
                     name = f"{name}-{run.run_id}"
                 names[name] = run.run_id
@@ -175,6 +151,7 @@ class SweepDirectory:
         lock: the file that the process that carries out the sweep holds.
         study: the file of the search's Optuna database.
         links: the folder of the links to the runs.
+        stop: the file that exists while a graceful stop is requested.
     """
 
     def __init__(self, path: Path) -> None:
@@ -182,8 +159,8 @@ class SweepDirectory:
         self.lock = path / ".lock"
         self.study = path / "study.db"
         self.links = path / "runs"
+        self.stop = path / "stop"
         self._manifest = path / "sweep.json"
-        self._stop = path / "stop"
 
     @cached_property
     def root(self) -> RunsRoot:
@@ -197,26 +174,13 @@ class SweepDirectory:
         return files.is_locked(self.lock)
 
     @property
-    def is_asked_to_stop(self) -> bool:
-        """Whether a graceful stop is requested."""
-        return self._stop.exists()
-
-    def ask_to_stop(self, ask: bool = True) -> None:
-        """Request a graceful stop, or withdraw the request."""
-        self._stop.touch() if ask else self._stop.unlink(missing_ok=True)
-
-    @property
     def is_recorded(self) -> bool:
         """Whether the sweep has a manifest."""
         return self._manifest.is_file()
 
     @property
     def manifest(self) -> SweepManifest:
-        """What the sweep asks for.
-
-        Raises:
-            DamagedFileError: the manifest cannot be read.
-        """
+        """What the sweep asks for; a manifest that cannot be read is refused with the place of the first error."""
         fields = files.read_record(self._manifest)
         try:
             return SweepManifest.model_validate(fields)
@@ -244,9 +208,8 @@ class SweepDirectory:
     def run(self, run_id: str) -> RunDirectory:
         """Return the directory of a run, as :meth:`RunsRoot.run`, or else a copy in this folder."""
         run = self.root.run(run_id)
-        if not os.path.lexists(run.path) and run_id in self.copies:
-            return RunDirectory(self.copies[run_id], run_id)
-        return run
+        copy = None if os.path.lexists(run.path) else self.copies.get(run_id)
+        return RunDirectory(copy, run_id) if copy else run
 
     @cached_property
     def copies(self) -> dict[str, Path]:
@@ -267,6 +230,10 @@ class SweepDirectory:
 class RunsRoot:
     """The folder that holds all runs, sweeps and caches; no path that it gives leads out of it.
 
+    Attributes:
+        path: the folder, which need not exist.
+        cache: the folder of the caches, which can be computed again.
+
     Raises:
         RootError: the path is that of a file.
         ValueError: for the name of a run or a sweep that is not the name of a folder, such as ``../x``.
@@ -276,12 +243,8 @@ class RunsRoot:
         if path.exists() and not path.is_dir():
             raise RootError(f"'{path}' is a file; the root of all runs is a folder")
         self.path = path
+        self.cache = path / "cache"
         self._runs = path / _RUNS
-
-    @property
-    def cache(self) -> Path:
-        """Folder of the caches, which can be computed again."""
-        return self.path / "cache"
 
     def place_of(self, run_id: str) -> Path:
         """Return where a run is trained."""
@@ -290,9 +253,8 @@ class RunsRoot:
     def run(self, run_id: str) -> RunDirectory:
         """Return the directory of a run, which need not exist; where it is trained, or else a copy of it."""
         place = self.place_of(run_id)
-        if not os.path.lexists(place) and run_id in self._copies:
-            return RunDirectory(self._copies[run_id], run_id)
-        return RunDirectory(place)
+        copy = None if os.path.lexists(place) else self._copies.get(run_id)
+        return RunDirectory(copy or place, run_id)
 
     def find_run(self, name: Path) -> RunDirectory:
         """Return a described run by its id, its folder, or a link to its folder.
@@ -353,11 +315,7 @@ class RunsRoot:
 
 
 def run_at(path: Path) -> RunDirectory:
-    """Return the run whose folder this is, or whose link or copy in the folder of a sweep.
-
-    Raises:
-        DamagedFileError: the path is in the folder of a sweep whose manifest cannot be read.
-    """
+    """Return the run whose folder this is, or whose link or copy in the folder of a sweep with a readable manifest."""
     place = path.absolute()  # not resolved: a link below `by-id` stays one
     sweep = SweepDirectory(place.parent.parent)
     if place.parent == sweep.links and sweep.is_recorded and (run_id := sweep.manifest.link_names.get(place.name)):
@@ -374,8 +332,3 @@ def _folder_name(name: str) -> str:
     if not name or name.startswith(".") or "/" in name or "\0" in name:
         raise ValueError(f"{name!r} cannot be the name of a run or a sweep")
     return name
-
-
-def _link_name(label: str, seed: int) -> str:
-    readable = "".join(character if character.isalnum() or character in "._-=" else "_" for character in label)
-    return f"{readable[:_MAX_LABEL]}-seed{seed}"

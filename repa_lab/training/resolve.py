@@ -13,15 +13,7 @@ from repa_lab.data.listing import fingerprint_files
 from repa_lab.data.settings import SOURCES, Dataset, SourceSettings
 from repa_lab.encoders.registry import ENCODERS, token_identity
 from repa_lab.files import file_digest
-from repa_lab.metrics.protocol import (
-    METRICS,
-    frames_name,
-    guidance_name,
-    labels_name,
-    pipeline_name,
-    quality_names,
-    sampler_name,
-)
+from repa_lab.metrics.protocol import METRICS, guidance_name, quality_names, sampler_name
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import BlockIndex, Shape, shape_of
 from repa_lab.registry import Origin, PluginError, Registry
@@ -157,10 +149,13 @@ def names_of_metric(
     config: RunConfig, protocol: EvaluateConfig, metric: str, extractor: ExtractorConfig
 ) -> Iterator[str]:
     """Yield the full names of the values that a metric yields with an extractor."""
-    sampler, guidance = protocol.sampler, protocol.guidance
-    labels = labels_name(protocol.labels) + frames_name(config.data.clip_frames)
-    if config.model.pretrained is not None:
-        drawn_by, suffix = pipeline_name(sampler.steps, guidance.scale), labels
+    sampler, guidance, frames = protocol.sampler, protocol.guidance, config.data.clip_frames
+    # Randomly drawn classes cost about 0.1 of FID; all frames of clips are compared as images.
+    labels = "" if protocol.labels == "balanced" else f"-{protocol.labels}"
+    labels += f"-frames{frames}" if frames else ""
+    if config.model.pretrained is not None:  # drawn by the family's own pipeline and scheduler
+        drawn_by = f"pipeline{sampler.steps}" + ("" if guidance.scale == 1 else f"-cfg{guidance.scale:g}")
+        suffix = labels
     else:
         drawn_by = sampler_name(sampler.type, sampler.solver, sampler.steps)
         suffix = guidance_name(guidance.scale, guidance.low, guidance.high) + labels

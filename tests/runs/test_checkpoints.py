@@ -276,7 +276,6 @@ class TestForeign:
         folder = run / "checkpoints"
         assert checkpoints.steps(folder) == [10, 20]
         assert checkpoints.resumable(run) == (20, folder / "step-00000020")
-        assert {path.name for path in checkpoints.foreign(folder)} == set(self.ODD)
         save(run, 30)
         assert checkpoints.steps(folder) == [20, 30]
         self.assert_kept(folder)
@@ -284,7 +283,6 @@ class TestForeign:
     def test_a_link_is_read_and_what_it_leads_to_is_never_deleted(self, run, moved):
         folder, before = run / "checkpoints", read(moved)
         assert checkpoints.resumable(run) == (20, folder / "step-00000020")
-        assert folder / "step-00000020" in set(checkpoints.foreign(folder))
         for step in (30, 40, 50):
             save(run, step)
         assert checkpoints.steps(folder) == [20, 40, 50]
@@ -303,7 +301,8 @@ class TestForeign:
     def test_a_run_that_starts_over_sees_no_earlier_checkpoint(self, run, moved):
         before = read(moved)
         with RunWriter(RunDirectory(run)) as writer:
-            writer.start_over()
+            left = {path.name for path in writer.start_over()}
+        assert left > set(self.ODD) and {name[:21] for name in left - set(self.ODD)} == {"corrupt-step-00000020"}
         assert checkpoints.resumable(run) is None
         assert checkpoints.steps(run / "checkpoints") == []
         assert read(moved) == before

@@ -307,7 +307,6 @@ def test_starting_over_leaves_what_is_not_ours(run):
         theirs = [run.samples / "best.png", run.path / "profile-notes.md", run.checkpoints / "step-10.bak"]
         for path in (*ours, *theirs):
             path.write_text("x")
-        writer.start_over()
+        assert writer.start_over() == [theirs[-1]]
     assert not any(path.exists() for path in ours)
     assert all(path.exists() for path in theirs)
-    assert run.foreign == [theirs[-1]]
