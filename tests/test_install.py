@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from repa_lab.orchestration.doctor import diagnose
+from repa_lab.cli.doctor import diagnose
 from tests.test_cli import cli
 
 ROOT = Path(__file__).parents[1]

@@ -10,19 +10,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from repa_lab.cli import models, results, runs, specs, start, sweeps
+from repa_lab.cli import doctor, models, results, runs, specs, sweeps
 from repa_lab.errors import UserError, hide_passwords
 from repa_lab.registry import load_plugins
 
 # In the order in which --help lists them.
 COMMANDS = (
-    start.new, sweeps.sweep, sweeps.plan, sweeps.run, sweeps.report,
+    specs.new, sweeps.sweep, sweeps.plan, sweeps.run, sweeps.report,
     specs.schema, specs.explain, specs.diff,
     runs.status, runs.why, runs.retry, runs.stop, runs.pin, runs.gc,
     results.profile, results.leaderboard, results.sync,
     sweeps.reproduce, sweeps.bench,
     models.families, models.export, models.sample,
-    start.doctor,
+    doctor.doctor,
 )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def _load(
 
 for _command in COMMANDS:
     app.command()(_command)
-app.command("import", context_settings={"ignore_unknown_options": True})(models.import_)
+app.command("import", context_settings={"ignore_unknown_options": True})(specs.import_)
 app.add_typer(models.data, name="data")
 
 

@@ -1,4 +1,4 @@
-"""List denoisers, export what a run trained, exchange settings with SimpleTuner, prepare data sets."""
+"""List denoisers, export what a run trained, draw its samples, prepare data sets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -27,9 +28,10 @@ from repa_lab.cli.shared import (
     require_choice,
     table,
 )
+from repa_lab.runs import RunsRoot
 from repa_lab.runs.root import DEFAULT_ROOT
 
-EXPORT_FORMATS = ("diffusers", "simpletuner")
+_FORMATS = ("diffusers", "simpletuner")
 _DEVICES = ("auto", "cpu", "cuda")
 _POLL_S = 0.2
 
@@ -38,8 +40,6 @@ data = typer.Typer(no_args_is_help=True, help="Prepare data sets.")
 
 def families(json_: JsonOption = False) -> None:
     """List the denoisers: which regularizer fits, what can be tapped, and the grid of tokens at the tap."""
-    from dataclasses import asdict
-
     from repa_lab.models.families import catalogue
 
     rows = [asdict(entry) for entry in catalogue()]
@@ -62,17 +62,15 @@ def export(
     root: RootOption = DEFAULT_ROOT,
 ) -> None:
     """Write a run's denoiser alone, as diffusers would load it, or its regularizer's settings as SimpleTuner's JSON."""
-    from repa_lab.runs import RunsRoot
-
-    require_choice("--format", "format", format_, EXPORT_FORMATS)
+    require_choice("--format", format_, _FORMATS)
     if folder and output:
         raise UsageError(f"'{folder}' is named as well; give one of them", "--output")
     target = folder or output
-    if format_ == "diffusers" and target is None:
-        raise UsageError("name a new folder for the model", "FOLDER")
-    directory = RunsRoot(root).find_run(run)
-    if format_ == "diffusers" and target is not None:
-        from repa_lab.training.export import export_model
+    if format_ == "diffusers":
+        if target is None:
+            raise UsageError("name a new folder for the model", "FOLDER")
+        directory = RunsRoot(root).find_run(run)
+        from repa_lab.training.export import export_model  # takes seconds; a mistyped run need not wait
 
         step = export_model(directory, target, weights)
         typer.echo(f"{weights} weights of step {step:,}: {target}")
@@ -80,7 +78,7 @@ def export(
     from repa_lab.bridge.exporting import export_settings
     from repa_lab.spec.identity import Run
 
-    exported = export_settings(Run.read(directory).config)
+    exported = export_settings(Run.read(RunsRoot(root).find_run(run)).config)
     deliver(json.dumps(exported.settings, indent=2) + "\n", target)
     for lost in exported.lost:
         typer.echo(lost, err=True)
@@ -99,34 +97,17 @@ def sample(
     root: RootOption = DEFAULT_ROOT,
 ) -> None:
     """Draw the samples that a run's number was measured on into one file, as ADM's evaluator takes it."""
-    from repa_lab.runs import RunsRoot
-
-    directory = RunsRoot(root).find_run(run)
+    directory, cache = RunsRoot(root).find_run(run), RunsRoot(root).cache
     from repa_lab.training.export import write_real, write_samples  # takes seconds; a mistyped run need not wait
 
     with progress("images" if real else "samples", err) as show:
         if real:
-            count = write_real(directory, file, RunsRoot(root).cache, show)
+            count = write_real(directory, file, cache, show)
             typer.echo(f"{count:,} training images: {file}")
             return
-        step, name, value = write_samples(directory, file, RunsRoot(root).cache, metric, weights, show)
+        step, name, value = write_samples(directory, file, cache, metric, weights, show)
     typer.echo(f"the samples of {name} at step {step:,}, {weights} weights: {file}")
     typer.echo("the run has no such number of these weights" if value is None else f"the run measured {value!r}")
-
-
-def import_(
-    config: Annotated[
-        list[str], typer.Argument(metavar="CONFIG", help="A file of JSON or of flags, or the flags themselves.")
-    ],
-    output: OutputOption = None,
-) -> None:
-    """Turn a SimpleTuner config into a spec; say which settings it cannot carry, and which mean something else here."""
-    from repa_lab.bridge.importing import import_config
-
-    imported = import_config(config)
-    deliver(imported.spec, output)
-    for remark in imported.remarks:
-        typer.echo(remark, err=True)
 
 
 @data.callback()
@@ -147,18 +128,26 @@ def prepare(
 
     Under torchrun or accelerate launch each process does its share.
     """
-    require_choice("--device", "device", device, _DEVICES)
+    require_choice("--device", device, _DEVICES)
     import torch
+
+    from repa_lab.data.prepared import prepare as prepare_data
 
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and not gpus:
         raise UsageError("torch sees no GPU on this machine; use auto or cpu", "--device")
-    options = ["--resolution", str(resolution), "--vae", vae, "--batch-size", str(batch_size), "--device", device]
     if gpus > 1 and "RANK" not in os.environ:
+        options = ["--resolution", str(resolution), "--vae", vae, "--batch-size", str(batch_size), "--device", device]
         if status := run_in_processes(["data", "prepare", *options, "--", str(source), str(folder)], gpus):
             raise typer.Exit(status)
     else:
-        _prepare_share(source, folder, resolution, vae, batch_size, bool(gpus))
+        rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpus else torch.device("cpu")
+        share = {"rank": rank, "world": world, "threads": threads}
+        task = "images" if world == 1 else f"images (one of {world} equal parts)"
+        with progress(task, out, is_shown=rank == 0) as show:
+            prepare_data(source, folder, resolution, vae, batch_size, device=place, progress=show, **share)
     if "RANK" not in os.environ:  # one of several processes does not know whether all are done
         typer.echo(f"data: {{source: repa, path: {folder}, resolution: {resolution}, vae: {vae}}}")
 
@@ -174,29 +163,14 @@ def run_in_processes(words: Sequence[str], count: int) -> int:
     ranks = [{**os.environ, **size, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     processes = [subprocess.Popen(command, env=environment) for environment in ranks]
 
-    def failure() -> int:
-        return next((abs(status) for process in processes if (status := process.poll())), 0)
-
     try:
-        while any(process.poll() is None for process in processes) and not failure():
+        while True:
+            statuses = [process.poll() for process in processes]
+            if any(statuses) or None not in statuses:
+                return next((abs(status) for status in statuses if status), 0)
             time.sleep(_POLL_S)
-        return failure()
     finally:
         for process in processes:
             process.terminate()
         for process in processes:
             process.wait()
-
-
-def _prepare_share(source: Path, folder: Path, resolution: int, vae: str, batch_size: int, on_gpu: bool) -> None:
-    import torch
-
-    from repa_lab.data.prepared import prepare as prepare_data
-
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
-    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    task = "images" if world == 1 else f"images (one of {world} equal parts)"
-    with progress(task, out, is_shown=rank == 0) as show:
-        share = {"rank": rank, "world": world, "threads": threads}
-        prepare_data(source, folder, resolution, vae, batch_size, device=device, progress=show, **share)

@@ -11,22 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from repa_lab.cli.shared import (
-    JsonOption,
-    RootOption,
-    UsageError,
-    WeightsOption,
-    out,
-    require_choice,
-    table,
-)
+from repa_lab.cli.shared import JsonOption, RootOption, UsageError, WeightsOption, out, require_choice, table
 from repa_lab.runs import RunDirectory, RunsRoot
 from repa_lab.runs.files import DamagedFileError, garbage_collection_paused
 from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory, UnknownRunError, UnknownSweepError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from repa_lab.report.leaderboard import Board
     from repa_lab.spec import EncoderSettings
 
@@ -57,7 +47,7 @@ def profile(
     from repa_lab.spec import RunOptions  # takes seconds, for torch; a mistyped run need not wait
     from repa_lab.training.profile import Request, profile_run
 
-    require_choice("--precision", "precision", precision, PRECISIONS)
+    require_choice("--precision", precision, PRECISIONS)
     options, names = RunOptions.model_validate({"precision": precision}), _words(metrics)
     try:
         times = tuple(sorted(float(word) for word in _words(timesteps)))
@@ -65,13 +55,13 @@ def profile(
         raise UsageError(f"expected numbers with commas between them, got '{timesteps}'", "--timesteps") from None
     request = Request(times, tuple(names), weights, samples, _encoder(encoder, directories))
     profiles = [profile_run(run, request, options, RunsRoot(root).cache) for run in directories]
+    drawn = _draw(directories)
     if json_:
-        _draw(directories)
         print(json.dumps(profiles))
         return
     for run in directories:
         _print_profile(run, names)
-    for path in _draw(directories):
+    for path in drawn:
         typer.echo(path)
 
 
@@ -94,7 +84,7 @@ def leaderboard(
 
     boards = leaderboards(place or root, metric, protocol, tell=lambda line: typer.echo(line, err=True))
     if json_:
-        print(json.dumps([_board_json(board) for board in boards]))
+        print(json.dumps(list(map(_board_json, boards))))
         return
     for board in boards:
         better = "lower is better" if board.goal == "min" else "higher is better"
@@ -158,33 +148,28 @@ def _encoder(given: str | None, directories: Sequence[RunDirectory]) -> EncoderS
         raise UsageError(str(error), "--encoder") from None
     if isinstance(value, dict):
         return validate(EncoderSettings, Draft(value))
-    configs = [Run.read(run).config for run in directories]
-    return known_encoder(configs, given) or EncoderSettings(name=given)
+    return known_encoder([Run.read(run).config for run in directories], given) or EncoderSettings(name=given)
 
 
 def _print_profile(run: RunDirectory, metrics: Sequence[str]) -> None:
+    """Print, for each timestep and metric, the block with the largest value, and the value that the run measures."""
     from repa_lab.report.figure_data import load_profile, shown_metrics
 
-    frame = load_profile(run)
-    protocol, aligned = frame.attrs["protocol"], frame.attrs["aligned_block"]
-    rows = [_profile_row(frame, timestep, shown_metrics([frame])) for timestep in protocol["timesteps"]]
+    frame, rows = load_profile(run), []
+    protocol, aligned, measured = (frame.attrs[key] for key in ("protocol", "aligned_block", "measured_block"))
+    for timestep in protocol["timesteps"]:
+        row = {"timestep": f"{timestep:g}"}
+        for metric in shown_metrics([frame]):
+            values = frame[(frame["timestep"] == timestep) & (frame["metric"] == metric)].set_index("block")["value"]
+            row[f"{metric}: best block"] = f"{values.idxmax()} ({values.max():.3f})"
+            if measured in values.index:
+                row[f"{metric} at {measured}"] = f"{values[measured]:.3f}"
+        rows.append(row)
     source = f"{protocol['weights']} weights of step {protocol['step']:,}, {protocol['images']:,} held-out images"
     out.print(table(f"{run.run_id}: {source}, {protocol['encoder']['name']}", rows))
     typer.echo("not aligned" if aligned is None else f"aligned at block {aligned}")
     if missing := [metric for metric in metrics if metric not in set(frame["metric"])]:
         typer.echo(f"the grid is too small for {', '.join(missing)}")
-
-
-def _profile_row(frame: pd.DataFrame, timestep: float, metrics: Sequence[str]) -> dict[str, Any]:
-    """Return, for each metric, the block with the largest value, and the value of the block that the run measures."""
-    row: dict[str, Any] = {"timestep": f"{timestep:g}"}
-    measured = frame.attrs["measured_block"]
-    for metric in metrics:
-        values = frame[(frame["timestep"] == timestep) & (frame["metric"] == metric)].set_index("block")["value"]
-        row[f"{metric}: best block"] = f"{values.idxmax()} ({values.max():.3f})"
-        if measured in values.index:
-            row[f"{metric} at {measured}"] = f"{values[measured]:.3f}"
-    return row
 
 
 def _draw(directories: Sequence[RunDirectory]) -> list[Path]:

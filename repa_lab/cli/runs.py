@@ -6,18 +6,17 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.live import Live
 
 from repa_lab.cli.shared import JsonOption, RootOption, RunArgument, SweepArgument, UsageError, out, table
-from repa_lab.runs.root import DEFAULT_ROOT
-
-if TYPE_CHECKING:
-    from repa_lab.runs import RunDirectory, RunsRoot
-    from repa_lab.runs.root import SweepDirectory
+from repa_lab.runs import RunDirectory, RunsRoot, RunWriter, State
+from repa_lab.runs.files import garbage_collection_paused, require_no_links
+from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory
 
 _REFRESH_S = 2.0
 _GIB = 1 << 30
@@ -32,30 +31,24 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Go on showing it until all runs have come to rest.")] = False,
 ) -> None:
     """Show where runs stand."""
-    from repa_lab.runs import RunsRoot
-
     runs, title = RunsRoot(root), str(sweep or root)
     rows = _rows(runs, sweep)
+    updates = _updates(runs, sweep, rows) if watch else [rows]
     if json_:
         print(json.dumps(rows))
-    elif not watch:
-        out.print(table(title, rows))
-    elif not out.is_terminal:  # a file or a pipe gets another table whenever a run's status changes
-        out.print(table(title, rows))
-        statuses = [row["state"] for row in rows]
-        for later in _later_rows(runs, sweep, rows):
-            if statuses != (statuses := [row["state"] for row in later]):
-                out.print(table(title, later))
-    else:
-        with Live(table(title, rows), console=out, auto_refresh=False) as live:
-            for later in _later_rows(runs, sweep, rows):
-                live.update(table(title, later), refresh=True)
+    elif watch and out.is_terminal:
+        with Live(console=out, auto_refresh=False) as live:
+            for rows in updates:
+                live.update(table(title, rows), refresh=True)
+    else:  # a file or a pipe gets another table whenever a run's status changes
+        shown = None
+        for rows in updates:
+            if shown != (shown := [row["state"] for row in rows]):
+                out.print(table(title, rows))
 
 
 def why(run: RunArgument, root: RootOption = DEFAULT_ROOT, json_: JsonOption = False) -> None:
     """Show what happened to a run: its history, and the reason of a failure."""
-    from repa_lab.runs import RunsRoot
-
     directory = RunsRoot(root).find_run(run)
     events = directory.events()
     if json_:
@@ -79,18 +72,13 @@ def retry(
     ] = False,
 ) -> None:
     """Have the next sweep take a run up again: one that was pruned, or, from scratch, any."""
-    from repa_lab.runs import RunsRoot, RunWriter, State
-
     directory = RunsRoot(root).find_run(run)
-    state = directory.state.state
-    if state is State.DONE and not from_scratch:
-        message = "the run is done, and so would be its rerun; give --from-scratch to train it anew"
-        raise UsageError(message, str(run))
-    if state is State.STOPPED and not from_scratch:
-        message = (
-            "a stop rule ended the run; a sweep without the rule takes it up, or give --from-scratch to train it anew"
-        )
-        raise UsageError(message, str(run))
+    ends = {
+        State.DONE: "the run is done, and so would be its rerun; give",
+        State.STOPPED: "a stop rule ended the run; a sweep without the rule takes it up, or give",
+    }
+    if not from_scratch and (end := ends.get(directory.state.state)):
+        raise UsageError(f"{end} --from-scratch to train it anew", str(run))
     with RunWriter(directory, patience_s=0) as writer:
         left_alone = writer.start_over() if from_scratch else []
         writer.state(State.NEW, 0 if from_scratch else directory.state.step)
@@ -101,9 +89,6 @@ def retry(
 
 def stop(sweep: SweepArgument, root: RootOption = DEFAULT_ROOT) -> None:
     """Have the process that carries out a sweep checkpoint its runs and end, as Ctrl-C there would."""
-    from repa_lab.runs import RunsRoot
-    from repa_lab.runs.root import SweepDirectory
-
     # A sweep that still fills its caches is not recorded yet.
     unrecorded = (directory for path in (sweep, root / sweep) if (directory := SweepDirectory(path)).is_held)
     directory = next(unrecorded, None) or RunsRoot(root).find_sweep(sweep)
@@ -119,9 +104,6 @@ def pin(
     off: Annotated[bool, typer.Option("--off", help="Allow deletions again.")] = False,
 ) -> None:
     """Protect a run from garbage collection, even if the disk is full."""
-    from repa_lab.runs import RunsRoot
-    from repa_lab.runs.files import require_no_links
-
     directory = RunsRoot(root).find_run(run)
     require_no_links(*directory.links)
     directory.pin.unlink(missing_ok=True) if off else directory.pin.touch()
@@ -135,7 +117,6 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing; say what would go.")] = False,
 ) -> None:
     """Delete leftovers of kills and checkpoints of pruned runs; never a run's last good one, nor a pinned run."""
-    from repa_lab.runs import RunsRoot
     from repa_lab.runs.garbage_collection import collect, size_of
 
     deleted, skipped = collect(RunsRoot(root), None if disk_gib is None else int(disk_gib * _GIB), dry_run)
@@ -153,27 +134,25 @@ def gc(
         raise typer.Exit(1)
 
 
-def _later_rows(root: RunsRoot, sweep: Path | None, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _updates(root: RunsRoot, sweep: Path | None, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows again and again until all runs have come to rest, and no sweep is about to start more."""
     while True:
+        yield rows
         statuses = {row["state"] for row in rows}
         sweeps = [root.find_sweep(sweep)] if sweep else root.sweeps()
         if "running" not in statuses and not ("new" in statuses and any(directory.is_held for directory in sweeps)):
             return
         time.sleep(_REFRESH_S)
         rows = _rows(root, sweep)
-        yield rows
 
 
+@garbage_collection_paused()
 def _rows(root: RunsRoot, sweep: Path | None) -> list[dict[str, Any]]:
-    from repa_lab.runs.files import garbage_collection_paused
-
-    with garbage_collection_paused():
-        if sweep is not None:
-            directory = root.find_sweep(sweep)
-            return [_row(name, directory.run(run_id)) for name, run_id in _named_runs(directory)]
-        names = _names(root)
-        return [_row(names.get(run.run_id, ""), run) for run in root.runs()]
+    if sweep is not None:
+        directory = root.find_sweep(sweep)
+        return [_row(name, directory.run(run_id)) for name, run_id in _named_runs(directory)]
+    names = _names(root)
+    return [_row(names.get(run.run_id, ""), run) for run in root.runs()]
 
 
 def _names(root: RunsRoot) -> dict[str, str]:
@@ -199,8 +178,8 @@ def _row(name: str, run: RunDirectory) -> dict[str, Any]:
     last = (rows or [{"step": 0}])[-1]
     left = ""
     if status == "running" and last["step"]:  # at the pace of its steps so far
-        seconds = int((run.spec["train"]["steps"] - last["step"]) * last["seconds"] / last["step"])
-        left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        seconds = (run.spec["train"]["steps"] - last["step"]) * last["seconds"] / last["step"]
+        left = str(timedelta(seconds=int(seconds)))
     row = {"run": name, "run_id": run.run_id, "state": status.value, "step": last["step"]}
     tracked = f"{record.count(rows)} of {len(rows)} rows" if record else ""
     return {**row, "left": left, "wandb": tracked, "error": state.error or ""}

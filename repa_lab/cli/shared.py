@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from repa_lab.errors import InputError
+from repa_lab.files import write_text
 
 _PIPE_WIDTH = 160
 
@@ -55,14 +56,14 @@ class UsageError(InputError):
         super().__init__(f"{given}: {message}" if given else message)
 
 
-def require_choice(option: str, name: str, value: str, allowed: Sequence[str]) -> None:
+def require_choice(option: str, value: str, allowed: Sequence[str]) -> None:
     """Refuse a value of an option that is not one of those allowed.
 
     Raises:
         UsageError: with the allowed values.
     """
     if value not in allowed:
-        raise UsageError(f"unknown {name} '{value}'; allowed: {', '.join(allowed)}", option)
+        raise UsageError(f"unknown {option.removeprefix('--')} '{value}'; allowed: {', '.join(allowed)}", option)
 
 
 def deliver(text: str, output: Path | None) -> None:
@@ -71,8 +72,6 @@ def deliver(text: str, output: Path | None) -> None:
     Raises:
         UsageError: the file exists, or cannot be written.
     """
-    from repa_lab.files import write_text
-
     if output is None:
         print(text, end="")
         return
@@ -111,34 +110,26 @@ def progress(task: str, console: Console, is_shown: bool = True) -> Iterator[Cal
     Yields:
         A function to call with the number of things done, and of all.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import MofNCompleteColumn, Progress
 
-    text, count = TextColumn("{task.description}"), MofNCompleteColumn()
-    columns = (text, BarColumn(), count, TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     bars = Progress(*columns, console=console, disable=not is_shown)
     bar = bars.add_task(task, total=None)
-    with ExitStack() as stack:
 
-        def show(done: int, total: int) -> None:
-            if not bars.live.is_started:
-                stack.enter_context(bars)
-            bars.update(bar, completed=done, total=total)
+    def show(done: int, total: int) -> None:
+        bars.start()
+        bars.update(bar, completed=done, total=total)
 
+    try:
         yield show
+    finally:
+        if bars.live.is_started:
+            bars.stop()
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return rows as a table, with their keys as columns."""
-    drawn = Table(title=title, title_justify="left")
-    for column in (rows or [{"run": ""}])[0]:
-        drawn.add_column(column)
+    drawn = Table(*(rows or [{"run": ""}])[0], title=title, title_justify="left")
     for row in rows:
         drawn.add_row(*map(str, row.values()))
     return drawn

@@ -1,8 +1,9 @@
-"""Read specs: what set each value, what differs, and the JSON schema for editors."""
+"""Write and read specs: from an example or a SimpleTuner config; what set each value, what differs, the JSON schema."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,9 @@ from repa_lab.cli.shared import (
     deliver,
     overrides,
 )
+from repa_lab.files import examples
+from repa_lab.registry import did_you_mean
+from repa_lab.runs import RunsRoot
 from repa_lab.runs.root import DEFAULT_ROOT
 
 if TYPE_CHECKING:
@@ -29,6 +33,39 @@ if TYPE_CHECKING:
 
 _ABSENT = "-"
 _MAX_SHOWN = 60
+_NOT_IN_A_NAME = re.compile(r"[^a-z0-9_.-]+")
+
+
+def new(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The new spec, such as question.yaml.")],
+    like: Annotated[str, typer.Option(metavar="EXAMPLE", help="The example to start from.")] = "quickstart",
+) -> None:
+    """Write a whole spec with comments, from one of the examples, that runs where it stands."""
+    from repa_lab.spec.documentation import template
+
+    folder = examples() / "experiments"
+    names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    names = {name: path for name, path in names.items() if "presets" not in path.parts and name != "paper/nano"}
+    if like not in names:
+        raise UsageError(f"no example '{like}'; there are: {', '.join(names)}{did_you_mean(like, names)}", "--like")
+    name = _NOT_IN_A_NAME.sub("_", file.stem.lower()).lstrip("_.-")
+    deliver(template(names[like], name or "question"), file)
+    typer.echo(f"{file} is written; next: repa-lab plan {file}")
+
+
+def import_(
+    config: Annotated[
+        list[str], typer.Argument(metavar="CONFIG", help="A file of JSON or of flags, or the flags themselves.")
+    ],
+    output: OutputOption = None,
+) -> None:
+    """Turn a SimpleTuner config into a spec; say which settings it cannot carry, and which mean something else here."""
+    from repa_lab.bridge.importing import import_config
+
+    imported = import_config(config)
+    deliver(imported.spec, output)
+    for remark in imported.remarks:
+        typer.echo(remark, err=True)
 
 
 def schema(
@@ -79,7 +116,7 @@ def diff(
     are_specs = [Path(name).suffix in (".yaml", ".yml") or Path(name).is_file() for name in (left, right)]
     if len(set(are_specs)) == 2:
         raise UsageError(f"'{left}' and '{right}' are a spec and a run; compare two of a kind")
-    difference = _compare_specs(left, right) if are_specs[0] else _differences(left, right, root)
+    difference = _compare_specs(left, right) if are_specs[0] else _compare_runs(left, right, RunsRoot(root))
     print(json.dumps(difference)) if json_ else _print_difference(difference, left, right)
     if not difference["equal"]:
         raise typer.Exit(1)
@@ -90,14 +127,13 @@ def _compare_specs(left: str, right: str) -> dict[str, Any]:
     from repa_lab.spec.explain import compare_specs
 
     specs = [load_spec(left), load_spec(right)]
-    difference = compare_specs(*specs)
-    ids = [_run_ids(experiment) for experiment in specs]
+    difference, (ours, theirs) = compare_specs(*specs), map(_run_ids, specs)
     return {
         "equal": difference.is_empty,
         "removed": list(difference.removed),
         "added": list(difference.added),
-        "fields": [_field_json(field) for field in difference.fields],
-        "runs": {"a": len(ids[0]), "b": len(ids[1]), "shared": len(ids[0] & ids[1])},
+        "fields": list(map(_field_json, difference.fields)),
+        "runs": {"a": len(ours), "b": len(theirs), "shared": len(ours & theirs)},
     }
 
 
@@ -116,22 +152,18 @@ def _run_ids(experiment: Experiment) -> set[str]:
     return ids
 
 
-def _differences(left: str, right: str, root: Path) -> dict[str, Any]:
-    from repa_lab.runs import RunsRoot
+def _compare_runs(left: str, right: str, root: RunsRoot) -> dict[str, Any]:
     from repa_lab.spec.explain import differences
     from repa_lab.spec.identity import Run
 
-    directories = [RunsRoot(root).find_run(Path(name)) for name in (left, right)]
-    runs = [Run.read(directory).to_json() for directory in directories]
-    fields = [_field_json(field) for field in differences(*runs)]
-    return {"equal": not fields, "fields": fields}
+    fields = differences(*(Run.read(root.find_run(Path(name))).to_json() for name in (left, right)))
+    return {"equal": not fields, "fields": list(map(_field_json, fields))}
 
 
 def _field_json(field: Difference) -> dict[str, Any]:
     """Return a difference as JSON; a side that has no such field is left out."""
-    sides = {"a": field.left, "b": field.right}
-    values = {side: value[0] for side, value in sides.items() if value is not None}
-    return {"path": field.path, **values, "arms": list(field.arms)}
+    sides = {side: value[0] for side, value in (("a", field.left), ("b", field.right)) if value is not None}
+    return {"path": field.path, **sides, "arms": list(field.arms)}
 
 
 def _print_difference(difference: dict[str, Any], left: str, right: str) -> None:

@@ -13,20 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from repa_lab.cli.shared import (
-    JsonOption,
-    RootOption,
-    SetOption,
-    SpecArgument,
-    SweepArgument,
-    UsageError,
-    WithOption,
-    WorkersOption,
-    err,
-    out,
-    overrides,
-    table,
-)
+from repa_lab.cli import shared
+from repa_lab.cli.shared import JsonOption, RootOption, SetOption, SpecArgument, WithOption, WorkersOption, out, table
+from repa_lab.runs import RunsRoot
 from repa_lab.runs.files import garbage_collection_paused
 from repa_lab.runs.root import DEFAULT_ROOT
 
@@ -60,7 +49,7 @@ def sweep(
 
     options = {"run.max_failures": max_failures} if max_failures else {}
     options |= {"run.share": False} if no_share else {}
-    outcome = carry_out(spec, root, overrides(set_) | options, workers, out, rehearse, with_ or (), replace)
+    outcome = carry_out(spec, root, shared.overrides(set_) | options, workers, out, rehearse, with_ or (), replace)
     diverged = f"{len(outcome.diverged)} diverged, " if outcome.diverged else ""
     typer.echo(f"{outcome.trained} runs trained now, {diverged}{len(outcome.failures)} failed")
     _print_failures(outcome.failures)
@@ -89,7 +78,7 @@ def plan(
     from repa_lab.orchestration.api import plan as make_plan
     from repa_lab.orchestration.cost import estimate
 
-    planned = make_plan(spec, root, overrides(set_), with_ or ())
+    planned = make_plan(spec, root, shared.overrides(set_), with_ or ())
     estimated = estimate(planned)
     if json_:
         print(json.dumps(display.as_json(estimated)))
@@ -116,15 +105,14 @@ def run(
     from repa_lab.orchestration.api import run_one
 
     console = out if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
-    directory, state = run_one(spec, arm, seed, root, overrides(set_), console, with_ or ())
+    directory, state = run_one(spec, arm, seed, root, shared.overrides(set_), console, with_ or ())
     console.print(f"{state.value}: {directory.path}", highlight=False, soft_wrap=True)
 
 
 @garbage_collection_paused()
-def report(sweep: SweepArgument, root: RootOption = DEFAULT_ROOT) -> None:
+def report(sweep: shared.SweepArgument, root: RootOption = DEFAULT_ROOT) -> None:
     """Write a sweep's report again and print its answer."""
     from repa_lab.report import write_report
-    from repa_lab.runs import RunsRoot
 
     directory = RunsRoot(root).find_sweep(sweep)
     paths = write_report(directory)
@@ -153,8 +141,8 @@ def reproduce(
         return
     chosen = tables.SCALES.get(scale)
     if chosen is None:
-        raise UsageError(f"expected full or nano, got '{scale}'", "--scale")
-    experiment = tables.open_table(name, chosen, overrides(set_))
+        raise shared.UsageError(f"expected full or nano, got '{scale}'", "--scale")
+    experiment = tables.open_table(name, chosen, shared.overrides(set_))
     outcome = carry_out(experiment, root, workers=workers, console=out, replace=replace)
     _print_failures(outcome.failures)
     comparisons = tables.results_of(experiment, outcome.path, chosen)
@@ -182,7 +170,7 @@ def bench(
     """Measure a training step against other ways to take it, the data path and the evaluation, side by side."""
     from repa_lab.orchestration.api import bench as measure
 
-    measured = measure(spec, root, overrides(set_), with_ or (), rounds, steps, err)
+    measured = measure(spec, root, shared.overrides(set_), with_ or (), rounds, steps, shared.err)
     if json_:
         print(json.dumps(measured))
         return

@@ -16,14 +16,27 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from repa_lab.cli.shared import JsonOption, RootOption
 from repa_lab.orchestration.launcher import launcher_variables
 from repa_lab.runs.directory import git_state
-from repa_lab.tracking.server import KEY, api_key, resolve_mode, server_address
+from repa_lab.runs.root import DEFAULT_ROOT
 
 _GIB = float(2**30)
 _PATIENCE_S = 3.0
 _TORCH_PATIENCE_S = 120.0
 _DEVELOPMENT = re.compile(r"extra == .dev")
+
+
+def doctor(json_: JsonOption = False, root: RootOption = DEFAULT_ROOT) -> None:
+    """Describe this installation and machine, without secrets, for a bug report."""
+    sections = diagnose(root)
+    if json_:
+        print(json.dumps(sections, indent=2))
+        return
+    for title, facts in sections.items():
+        print(f"{title}:" if facts else f"{title}: none")
+        for fact in facts if isinstance(facts, list) else [f"{name}: {value}" for name, value in facts.items()]:
+            print(f"  {fact}")
 
 
 def diagnose(root: Path, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -75,8 +88,8 @@ def _machine(root: Path) -> dict[str, str]:
 def _devices() -> dict[str, str]:
     """Return the devices that torch finds, asked in another process, because torch or a driver may be broken."""
     code = f"import json; from {__name__} import devices_of_torch; print(json.dumps(devices_of_torch()))"
+    command, patience = [sys.executable, "-c", code], _TORCH_PATIENCE_S
     try:
-        command, patience = [sys.executable, "-c", code], _TORCH_PATIENCE_S
         asked = subprocess.run(command, capture_output=True, text=True, timeout=patience, check=False)
         found: dict[str, str] = json.loads(asked.stdout.splitlines()[-1])
         return found
@@ -105,6 +118,8 @@ def devices_of_torch() -> dict[str, str]:
 
 def _services(environment: Mapping[str, str]) -> dict[str, str]:
     from huggingface_hub import constants, get_token
+
+    from repa_lab.tracking.server import KEY, api_key, resolve_mode, server_address
 
     hub = "offline by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else _reach(constants.ENDPOINT)
     address = environment.get("WANDB_BASE_URL") or server_address()
@@ -140,10 +155,7 @@ def _cached_weights() -> dict[str, str]:
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:
-        repositories = scan_cache_dir().repos
+        models = [repository for repository in scan_cache_dir().repos if repository.repo_type == "model"]
     except CacheNotFound:
         return {}
-    models = sorted(
-        (repository for repository in repositories if repository.repo_type == "model"), key=lambda it: it.repo_id
-    )
-    return {model.repo_id: f"{model.size_on_disk / _GIB:.2f} GiB" for model in models}
+    return {model.repo_id: f"{model.size_on_disk / _GIB:.2f} GiB" for model in sorted(models, key=lambda m: m.repo_id)}
