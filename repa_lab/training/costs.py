@@ -14,8 +14,7 @@ from repa_lab.align.settings import EncoderSettings, RegularizerSettings
 from repa_lab.data.settings import SourceSettings
 from repa_lab.encoders.registry import encoder_flops, encoder_weights, facts_of, input_size
 from repa_lab.models.families import FAMILIES
-from repa_lab.models.family import Family, Shape, shape_of
-from repa_lab.models.flops import COUNTED, VAE_DECODER, VAE_ENCODER, Forward, forward_of
+from repa_lab.models.flops import COUNTED, VAE_DECODER, VAE_ENCODER, Counted, Forward, forward_of
 from repa_lab.runs.files import Row
 from repa_lab.spec import EvaluateConfig, ResolvedOptions, RunConfig
 from repa_lab.training.resolve import needs_of, resolved_regularizers, shape_of_model
@@ -32,9 +31,6 @@ _CHECKPOINTS_KEPT = 2
 @dataclass(frozen=True)
 class Memory:
     """Bytes on the device at the peak of a step; the activations are a rough estimate.
-
-    Gradients are freed after every step, and the backward pass frees activations as it makes them: the larger of the
-    two counts, and not their sum.
 
     Attributes:
         weights: denoiser and projector in float32; the weights that LoRA does not train in the run's precision.
@@ -59,22 +55,22 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of them at the peak, in bytes."""
+        """All of them at the peak; the backward pass frees activations as it makes gradients, so the larger counts."""
         step = max(self.gradients, self.activations + self.overlap)
         return self.weights + self.copies + self.training + step + self.encoders + self.teachers
 
 
 @dataclass(frozen=True)
 class RegularizerCost:
-    """What a regularizer adds to a run.
+    """What a regularizer adds to a run; FLOPs are those of one image in a step at which its weight is above 0.
 
     Attributes:
         active: the share of steps at which its weight is above 0.
-        encoder_flops: of its encoders that are not cached, for one image in such a step; an encoder that several
-            regularizers ask is counted for the one that asks longest.
-        projector_flops: of training its own parameters on one image in such a step.
-        teacher_flops: of the passes of the averaged or a frozen model, for one image in such a step.
-        second_time_flops: of the denoiser's layers that see the time, where an image has two, in such a step.
+        encoder_flops: of its encoders that are not cached; an encoder that several regularizers ask is counted for the
+            one that asks longest.
+        projector_flops: of training its own parameters.
+        teacher_flops: of the passes of the averaged or a frozen model.
+        second_time_flops: of the denoiser's layers that see the time, where an image has two.
         copied: weights of the frozen model.
     """
 
@@ -87,7 +83,7 @@ class RegularizerCost:
 
     @property
     def flops(self) -> float:
-        """The FLOPs of one image in a step at which the weight is above 0."""
+        """All its FLOPs."""
         return self.encoder_flops + self.projector_flops + self.teacher_flops + self.second_time_flops
 
 
@@ -117,22 +113,12 @@ class Cost:
     milestone_flops: float
     memory: Memory
     checkpoint_bytes: int
-    rough: tuple[str, ...] = ()
+    rough: tuple[str, ...]
 
     @property
     def image_flops(self) -> float:
         """FLOPs of training on one image, with all that regularizers add: the mean over all steps."""
         return self.denoiser_flops + sum(one.active * one.flops for one in self.regularizers)
-
-    @property
-    def encoder_flops(self) -> float:
-        """FLOPs of encoders that are not cached, for one image in a step in which all regularizers are active."""
-        return sum(one.encoder_flops for one in self.regularizers)
-
-    @property
-    def projector_flops(self) -> float:
-        """FLOPs of training the projectors on one image in such a step."""
-        return sum(one.projector_flops for one in self.regularizers)
 
     def measuring(self, config: RunConfig, begin: int, end: int) -> float:
         """Return the FLOPs of all measurements after step ``begin`` up to ``end``."""
@@ -159,19 +145,17 @@ class Cache:
 
 def cost_of(config: RunConfig, options: ResolvedOptions) -> Cost:
     """Return what a run with these settings costs."""
-    family = FAMILIES[config.model.family]
-    shape = shape_of(family, config.model.size)
-    tokens, milestone = _tokens(config, family, shape.stride), config.evaluate.milestone
-    channels = _latent_channels(config, family)
-    forward = forward_of(family, config.model.size, tokens, channels, config.data.usual_classes)
-    overheads = _overheads(config, family, shape)
-    projectors = sum(one.parameters for one in overheads if one)
+    tokens, milestone = _tokens(config, shape_of_model(config).stride), config.evaluate.milestone
+    classes = config.data.usual_classes
+    forward = forward_of(FAMILIES[config.model.family], config.model.size, tokens, _channels(config), classes)
+    overheads = _overheads(config)
+    known = [overhead or Overhead(0, 0.0) for overhead in overheads]
     is_lora = config.model.train == "lora"
     adapters = config.model.rank * forward.adapted if is_lora else 0
-    trained = projectors + (adapters or forward.parameters)
+    trained = sum(one.parameters for one in known) + (adapters or forward.parameters)
     # A backward pass costs two forward passes, or one if the weights have no gradient.
     passes = (2 if is_lora else 3) + int(options.gradient_checkpointing)
-    regularizers = tuple(_regularizer_costs(config, overheads, forward, passes, adapters or forward.parameters))
+    regularizers = tuple(_regularizer_costs(config, known, forward, passes, adapters or forward.parameters))
     cached = sum(
         active * _encoder_flops(encoder, config) for encoder, active in _encoder_shares(config).items() if encoder.cache
     )
@@ -180,12 +164,12 @@ def cost_of(config: RunConfig, options: ResolvedOptions) -> Cost:
         trained=trained,
         denoiser_flops=passes * forward.flops + 6.0 * tokens * adapters,
         regularizers=regularizers,
-        saved_flops=cached + (_vae_flops(config, encode=True) if _has_vae(config, family) else 0),
-        evaluation_flops=_evaluation_flops(config, config.evaluate, family, forward),
-        milestone_flops=_evaluation_flops(config, milestone, family, forward) if milestone else 0.0,
-        memory=_memory(config, options, forward, trained, overheads, regularizers),
+        saved_flops=cached + _vae_flops(config, VAE_ENCODER),
+        evaluation_flops=_evaluation_flops(config, config.evaluate, forward),
+        milestone_flops=_evaluation_flops(config, milestone, forward) if milestone else 0.0,
+        memory=_memory(config, options, forward, trained, known, regularizers),
         checkpoint_bytes=_CHECKPOINT_NUMBERS * _FLOAT * _CHECKPOINTS_KEPT * trained,
-        rough=tuple(_rough(config)),
+        rough=tuple(_rough(config, overheads)),
     )
 
 
@@ -225,51 +209,44 @@ def caches_of(config: RunConfig, options: ResolvedOptions) -> Iterator[Cache]:
     """Yield the caches that a run's settings require."""
     family, data = FAMILIES[config.model.family], config.data
     shared = data.model_copy(update={"holdout": 1})  # the split does not change what is cached
-    if _has_vae(config, family) and not data.is_prepared:
+    frames = family.latent_frames(data.clip_frames)
+    if (encoding := _vae_flops(config, VAE_ENCODER)) and not data.is_prepared:
         stride = family.latent_stride if family.network else _VAE_STRIDE
         channels = family.network.channels if family.network else _VAE_CHANNELS
-        bytes_ = 2 * channels * (data.side // stride) ** 2 * family.latent_frames(data.clip_frames) * _FLOAT
-        yield Cache(f"latents at {data.side} px", shared, _vae_flops(config, encode=True), bytes_)
+        bytes_ = 2 * channels * (data.side // stride) ** 2 * frames * _FLOAT
+        yield Cache(f"latents at {data.side} px", shared, encoding, bytes_)
     for encoder in dict.fromkeys(encoder for _, encoder in config.encoder_paths):
         facts, tokens = facts_of(encoder.name), _encoder_tokens(encoder, data)
         if encoder.cache and facts is not None and tokens is not None:
             what = f"features of {encoder.name} at {_encoder_side(encoder, data)} px"
             token = {"fp32": _FLOAT * facts.dim, "fp16": _HALF * facts.dim}.get(options.encoder_storage)
-            bytes_ = tokens * (token or facts.dim + _FLOAT)  # a byte for each value, and a scale
-            bytes_ *= family.latent_frames(data.clip_frames)
+            bytes_ = tokens * frames * (token or facts.dim + _FLOAT)  # a byte for each value, and a scale
             yield Cache(what, shared, _encoder_flops(encoder, config), bytes_)
 
 
-def _latent_channels(config: RunConfig, family: Family) -> int:
+def _channels(config: RunConfig) -> int:
     """Return the channels of the latents, or of the images without a VAE."""
-    if family.network:
-        return family.network.channels
+    if network := FAMILIES[config.model.family].network:
+        return network.channels
     return _VAE_CHANNELS if config.data.vae else config.data.channels
 
 
-def _tokens(config: RunConfig, family: Family, stride: int) -> float:
+def _tokens(config: RunConfig, stride: int) -> float:
     """Return the tokens of an image, or of a clip, with one token every ``stride`` latent cells."""
+    family = FAMILIES[config.model.family]
     latent = _VAE_STRIDE if family.from_scratch and config.data.vae else family.latent_stride
     of_frame = max(1, config.data.side // (latent * stride)) ** 2
     return of_frame * family.latent_frames(config.data.clip_frames)
 
 
-def _has_vae(config: RunConfig, family: Family) -> bool:
-    return config.data.vae is not None or not family.from_scratch
+def _vae_flops(config: RunConfig, half: Counted) -> float:
+    """Return the FLOPs of an image, or of all frames of a clip, through half of a VAE; 0 without one.
 
-
-def _vae_flops(config: RunConfig, encode: bool) -> float:
-    """Return the FLOPs of one image through Stable Diffusion's autoencoder, which is counted for every VAE.
-
-    A clip counts as its frames.
+    Stable Diffusion's autoencoder is counted for every VAE.
     """
-    counted = VAE_ENCODER if encode else VAE_DECODER
-    return counted.at((config.data.side / _VAE_STRIDE) ** 2, 0).flops * max(config.data.clip_frames, 1)
-
-
-def _active_share(settings: RegularizerSettings, config: RunConfig) -> float:
-    """Return the share of steps at which a regularizer's weight is above 0."""
-    return active_steps(settings, config.train.steps) / config.train.steps
+    if config.data.vae is None and FAMILIES[config.model.family].from_scratch:
+        return 0.0
+    return half.at((config.data.side / _VAE_STRIDE) ** 2, 0).flops * max(config.data.clip_frames, 1)
 
 
 def _encoder_shares(config: RunConfig) -> dict[EncoderSettings, float]:
@@ -277,45 +254,45 @@ def _encoder_shares(config: RunConfig) -> dict[EncoderSettings, float]:
     shares: dict[EncoderSettings, float] = {}
     for settings in config.regularizers:
         for encoder in settings.encoders:
-            shares[encoder] = max(_active_share(settings, config), shares.get(encoder, 0.0))
+            active = active_steps(settings, config.train.steps) / config.train.steps
+            shares[encoder] = max(active, shares.get(encoder, 0.0))
     return shares
 
 
 def _regularizer_costs(
-    config: RunConfig, overheads: Sequence[Overhead | None], forward: Forward, passes: int, trained: int
+    config: RunConfig, overheads: Sequence[Overhead], forward: Forward, passes: int, trained: int
 ) -> Iterator[RegularizerCost]:
     counted: set[EncoderSettings] = set()
     shares, costs = _encoder_shares(config), zip(config.regularizers, needs_of(config), overheads, strict=True)
-    has_second_time = False
+    second_time = passes * forward.second_time_flops
     for settings, needs, overhead in costs:
-        active = _active_share(settings, config)
+        active = active_steps(settings, config.train.steps) / config.train.steps
         own = {one for one in settings.encoders if not one.cache and shares[one] == active} - counted
         counted |= own
-        adds_second_time = needs.token_times > 0 and not has_second_time
-        has_second_time |= adds_second_time
         yield RegularizerCost(
             active=active,
             encoder_flops=sum(_encoder_flops(encoder, config) for encoder in own),
-            projector_flops=6.0 * overhead.macs if overhead else 0.0,
+            projector_flops=6.0 * overhead.macs,
             teacher_flops=needs.extra_passes * forward.flops,
-            second_time_flops=passes * forward.second_time_flops if adds_second_time else 0.0,
+            second_time_flops=second_time if needs.token_times else 0.0,
             copied=trained if needs.frozen_taps else 0,
         )
+        if needs.token_times:  # an image has two times at most
+            second_time = 0.0
 
 
-def _overheads(config: RunConfig, family: Family, shape: Shape) -> list[Overhead | None]:
+def _overheads(config: RunConfig) -> list[Overhead | None]:
     """Return what each regularizer adds beside its needs; None if that is not known."""
+    shape, frames = shape_of_model(config), FAMILIES[config.model.family].latent_frames(config.data.clip_frames)
     overheads = []
     for settings, needs in zip(resolved_regularizers(config), needs_of(config), strict=True):
-        counts = [_tokens(config, family, shape.stride_at(block)) for block in needs.taps]
+        taps = tuple(TokenSize(shape.width, _tokens(config, shape.stride_at(block))) for block in needs.taps)
         encoders = []
         for encoder in settings.encoders:
-            facts = facts_of(encoder.name)
-            of_frame = _encoder_tokens(encoder, config.data)
-            count = of_frame * family.latent_frames(config.data.clip_frames) if of_frame else counts[0]
+            facts, of_frame = facts_of(encoder.name), _encoder_tokens(encoder, config.data)
+            count = of_frame * frames if of_frame else taps[0].number
             encoders.append(TokenSize((facts.dim if facts else 0) or shape.width, count))
-        taps = tuple(TokenSize(shape.width, count) for count in counts)
-        latents = TokenSize(_latent_channels(config, family), _tokens(config, family, 1))
+        latents = TokenSize(_channels(config), _tokens(config, 1))
         overheads.append(settings.overhead(Sizes(taps, tuple(encoders), latents, shape.heads)))
     return overheads
 
@@ -333,23 +310,19 @@ def _encoder_tokens(encoder: EncoderSettings, data: SourceSettings) -> int | Non
 
 
 def _encoder_flops(encoder: EncoderSettings, config: RunConfig) -> float:
-    """Return the FLOPs of an encoder for one image, decoding included if it sees reconstructions by the VAE.
-
-    Of a clip it sees a frame for every latent frame.
-    """
-    decoding = _vae_flops(config, encode=False) if encoder.pixels == "vae" else 0
+    """Return the FLOPs of an encoder for an image or all latent frames of a clip, decoding by the VAE included."""
+    decoding = _vae_flops(config, VAE_DECODER) if encoder.pixels == "vae" else 0
     seen = FAMILIES[config.model.family].latent_frames(config.data.clip_frames)
     return seen * (encoder_flops(encoder.name, _encoder_side(encoder, config.data)) or 0) + decoding
 
 
-def _evaluation_flops(config: RunConfig, protocol: EvaluateConfig, family: Family, forward: Forward) -> float:
+def _evaluation_flops(config: RunConfig, protocol: EvaluateConfig, forward: Forward) -> float:
     """Return the FLOPs of drawing and decoding the samples; the held-out images are few beside them."""
     calls = protocol.sampler.steps
     if (protocol.sampler.type, protocol.sampler.solver) == ("ode", "heun"):
         calls = 2 * calls - 1
     guided = protocol.guidance.high - protocol.guidance.low if protocol.guidance.scale > 1 else 0.0
-    decoding = _vae_flops(config, encode=False) if _has_vae(config, family) else 0
-    return protocol.samples * (calls * (1 + guided) * forward.flops + decoding)
+    return protocol.samples * (calls * (1 + guided) * forward.flops + _vae_flops(config, VAE_DECODER))
 
 
 def _memory(
@@ -357,18 +330,18 @@ def _memory(
     options: ResolvedOptions,
     forward: Forward,
     trained: int,
-    overheads: Sequence[Overhead | None],
+    overheads: Sequence[Overhead],
     regularizers: Sequence[RegularizerCost],
 ) -> Memory:
     is_lora, number = config.model.train == "lora", _FLOAT if options.precision == "fp32" else _HALF
-    projectors = sum(one.parameters for one in overheads if one)
+    projectors = sum(one.parameters for one in overheads)
     kept = forward.kept + forward.second_time_kept * any(one.second_time_flops for one in regularizers)
     if options.gradient_checkpointing:
         kept *= forward.kept_checkpointed
     elif is_lora:
         kept *= forward.kept_frozen
-    kept += sum(one.hidden for one in overheads if one)
-    maps = _FLOAT * sum(one.maps for one in overheads if one)
+    kept += sum(one.hidden for one in overheads)
+    maps = _FLOAT * sum(one.maps for one in overheads)
     share = max(1, config.train.batch_size // options.gpus_per_run)  # `auto` begins with it
     images = min(share, options.micro_batch) if isinstance(options.micro_batch, int) else share
     online = [encoder for encoder in _encoder_shares(config) if not encoder.cache]
@@ -384,7 +357,7 @@ def _memory(
     )
 
 
-def _rough(config: RunConfig) -> Iterator[str]:
+def _rough(config: RunConfig, overheads: Sequence[Overhead | None]) -> Iterator[str]:
     """Yield sentences on what is estimated or left out."""
     pipeline, pretrained = FAMILIES[config.model.family].pipeline, config.model.pretrained
     counted = pipeline.released if pipeline else pretrained
@@ -395,7 +368,6 @@ def _rough(config: RunConfig) -> Iterator[str]:
     for name in dict.fromkeys(encoder.name for _, encoder in config.encoder_paths):
         if encoder_flops(name, 224) is None:
             yield f"the cost of encoder '{name}' is not known and not counted"
-    overheads = _overheads(config, FAMILIES[config.model.family], shape_of_model(config))
     for settings, overhead in zip(config.regularizers, overheads, strict=True):
         if overhead is None:
             yield f"the cost of the regularizer '{settings.type}' is not known and not counted"

@@ -57,7 +57,7 @@ class TestSpeedMeter:
         progress.step += 3
         time.sleep(0.001)
         row, cost = found.row(), cost_of(make_run(**settings).config, make_options())
-        projector = 0.0 if "regularizer.weight" in settings else cost.projector_flops
+        projector = 0.0 if "regularizer.weight" in settings else sum(one.projector_flops for one in cost.regularizers)
         reached = row["cost/images_per_second"] * (cost.denoiser_flops + projector)
         expected = reached / processes / matmul_ceiling(CPU, torch.float32)
         assert row["cost/flops_utilisation"] == pytest.approx(expected, rel=2e-3)
@@ -81,7 +81,7 @@ class TestSpeedMeter:
         progress.step += 4
         time.sleep(0.001)
         row, cost = found.row(), cost_of(make_run(**settings).config, make_options())
-        reached = row["cost/images_per_second"] * (cost.denoiser_flops + cost.projector_flops / 2)
+        reached = row["cost/images_per_second"] * (cost.denoiser_flops + cost.regularizers[0].projector_flops / 2)
         expected = reached / matmul_ceiling(CPU, torch.float32)
         assert row["cost/flops_utilisation"] == pytest.approx(expected, rel=2e-3)
 
