@@ -206,23 +206,23 @@ def bench(
         steps: steps of a turn.
 
     Returns:
-        What :func:`repa_lab.training.bench.bench` returns.
+        What :func:`repa_lab.training.speed.bench` returns.
 
     Raises:
         SpecError: the spec is wrong, or asks for what cannot be had.
     """
-    from repa_lab.training import bench as bench_module
+    from repa_lab.training import speed
 
-    experiment = _load(bench_module.TINY if source is None else source, overrides, fragments)
+    experiment = _load(speed.TINY if source is None else source, overrides, fragments)
     arm = max(  # the first of the best
         experiment.arms,
         key=lambda arm: (isinstance(arm.config.regularizer, REPASettings), bool(arm.config.regularizers)),
     )
     cache = RunsRoot(Path(root)).cache
     with ProgressView(console or default_console(), experiment.name, 1) as view:
-        _prepare((config for _, config in bench_module.variants(arm.config)), arm, experiment.run, cache, view)
+        _prepare((config for _, config in speed.variants(arm.config)), arm, experiment.run, cache, view)
         run = identify_run(arm.config, experiment.seeds[0])
-        return {"arm": arm.label, **bench_module.bench(run, experiment.run, cache, rounds, steps)}
+        return {"arm": arm.label, **speed.bench(run, experiment.run, cache, rounds, steps)}
 
 
 class _ViewListener:

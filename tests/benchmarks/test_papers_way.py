@@ -93,7 +93,7 @@ import torch
 torch.set_num_threads(1)
 from repa_lab.orchestration.plan import identify_run
 from repa_lab.spec import load_spec
-from repa_lab.training.bench import ReferenceLoop
+from repa_lab.training.speed import ReferenceLoop
 from repa_lab.training.data import open_data
 from repa_lab.training.evaluate import open_extractor, open_reference, real_images
 from repa_lab.training.trainer import Trainer

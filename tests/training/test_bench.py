@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from repa_lab.orchestration.api import bench as bench_spec
-from repa_lab.training.bench import ReferenceLoop, bench, variants
 from repa_lab.training.costs import cost_of
+from repa_lab.training.speed import ReferenceLoop, bench, variants
 from repa_lab.training.trainer import Trainer
 from tests.training.conftest import OFF, PASS, PLAIN_DESCENT, SETTINGS, UNET, make_options, make_run
 
