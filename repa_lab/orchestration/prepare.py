@@ -23,10 +23,11 @@ from repa_lab.settings import BlockIndex
 from repa_lab.spec import EncoderSettings, ResolvedOptions, RunConfig, RunOptions
 from repa_lab.timm_models import EncoderError
 from repa_lab.training.aligner import open_targets
-from repa_lab.training.data import Announce, Images, encode_captions, open_data, pretrained_folder
+from repa_lab.training.batches import Announce, Images, open_data, pretrained_folder
 from repa_lab.training.device import DeviceError, pick_device, resolved
 from repa_lab.training.diffusion import ProcessError, process_of
 from repa_lab.training.evaluate import metrics_with, open_extractor, open_reference, real_images
+from repa_lab.training.model import encode_captions
 from repa_lab.training.resolve import attended_blocks, encoders_of, needs_of
 
 
@@ -127,9 +128,8 @@ class _Preparation:
             if block is not None:
                 denoiser.tap(block).remove()
         progress = self.announce(f"captions for {family.name}")
-        encode_captions(
-            family, folder, images, config.evaluate.prompts, self.options, self.cache, self.device, progress
-        )
+        prompts = config.evaluate.prompts
+        encode_captions(config.model, images, prompts, self.options, self.cache, self.device, progress)
 
 
 def _path_of(field: str, encoder: str) -> str:

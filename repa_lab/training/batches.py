@@ -1,4 +1,4 @@
-"""The batch of every training step, and the named random streams that decide its images, noise and times.
+"""The data of a run: its images, and the batch of every step with the random streams that decide it.
 
 Every draw derives from (seed, stream, images seen). Nothing has to be saved to resume, and neither the number of
 processes nor the micro-batch changes a draw. Arms with one seed are paired: they see the same images in the same order,
@@ -10,28 +10,163 @@ and noise on the device that trains. Another kind of device draws other times an
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import send_to_device, slice_tensors
 from torch.utils.data import DataLoader, Dataset
 
+from repa_lab.align.settings import EncoderSettings
 from repa_lab.data import DataError
-from repa_lab.data.sources import groups
+from repa_lab.data.cache import Progress
+from repa_lab.data.latents import LatentSpace, PixelSpace, Reconstructions, Space, latent_space, load_autoencoder
+from repa_lab.data.settings import SOURCES, SourceSettings
+from repa_lab.data.sources import Flips, LatentFrames, Source, Split, groups, split
 from repa_lab.encoders.targets import Reader
-from repa_lab.models.family import TEXT_LENGTHS
-from repa_lab.spec import RunConfig
-from repa_lab.training.data import Condition, Conditioning, Images
-from repa_lab.training.diffusion import Process
+from repa_lab.models.families import FAMILIES
+from repa_lab.models.family import TEXT_LENGTHS, pipeline_of
+from repa_lab.models.released import SCALING, PretrainedError, locate, problem_with, read_json
+from repa_lab.models.scratch import Input
+from repa_lab.spec import ModelConfig, RunConfig
 
 _BLOCK = 1024  # steps whose image sizes are drawn together
 _CPU = torch.device("cpu")
+# Takes the name of a long task and returns a callback for its progress.
+Announce = Callable[[str], Progress]
 Draw = Callable[[int, torch.Generator], torch.Tensor]
+# What a denoiser is given beside the noisy image and the time, by argument name, one row for each image.
+Condition = dict[str, torch.Tensor]
+# Returns the conditioning of images ``(B,)``, null where the second argument ``(B,)`` says so.
+Conditioning = Callable[[torch.Tensor, torch.Tensor], Condition]
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a run. With ``data.flip``, image ``len(base) + i`` of the source is image i mirrored.
+
+    Attributes:
+        source: the images, mirrored ones included.
+        split: numbers of the training and the held-out images; never of mirrored ones.
+        space: pixels or latents.
+    """
+
+    source: Source
+    split: Split
+    space: Space
+
+    @property
+    def base(self) -> Source:
+        """The images without mirrored ones."""
+        return self.source.base if isinstance(self.source, Flips) else self.source
+
+    @property
+    def frame_stride(self) -> int:
+        """Frames of a clip per latent frame after the first, or 1: also of images, and of clips of one frame."""
+        frames = self.source.clip_frames
+        latent = self.space.shape(self.split.train)[1] if frames else 1
+        return (frames - 1) // (latent - 1) if latent > 1 else 1
+
+    @property
+    def input(self) -> Input:
+        """The shape and the classes that a denoiser from scratch is built for; the images must have one size."""
+        channels, height, width = self.space.shape(self.split.train)
+        return Input(channels, (height, width), self.source.num_classes)
+
+
+def open_data(config: RunConfig, cache: Path, device: torch.device, announce: Announce | None = None) -> Images:
+    """Open the data of a run; a pretrained run uses its pipeline's VAE unless `data.vae` names another.
+
+    Raises:
+        DataError: the data cannot be used.
+        PretrainedError: the pipeline cannot be loaded.
+    """
+    if config.model.pretrained is None:
+        return open_images(config.data, cache, announce, device)
+    folder, pipeline = pretrained_folder(config.model), pipeline_of(FAMILIES[config.model.family])
+    if config.data.vae is not None:
+        given = load_autoencoder(config.data.vae, "vae").model.config
+        needed = read_json(folder / "vae" / "config.json") or {}
+        missing = [name for name in SCALING if needed.get(name) is not None and given.get(name) is None]
+        if missing:  # refuse it before encoding: the pipeline scales latents by these numbers when it samples
+            raise DataError(
+                "vae",
+                f"the config of '{config.data.vae}' lacks {', '.join(missing)}, which the pipeline's own VAE has; "
+                "sampling scales latents by it",
+            )
+    return open_images(config.data, cache, announce, device, str(folder), pipeline.shifted)
+
+
+def open_images(
+    data: SourceSettings,
+    cache: Path,
+    announce: Announce | None = None,
+    device: torch.device = _CPU,
+    vae: str | None = None,
+    shifted: bool = True,
+) -> Images:
+    """Open the images of a run and compute the latents that the cache lacks.
+
+    Args:
+        announce: told of a long task.
+        vae: the autoencoder, or the pipeline with it, if the settings name none.
+        shifted: see :class:`repa_lab.data.latents.Autoencoder`.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+    vae = data.vae or vae
+    if data.is_unset:
+        raise DataError("path", "no folder is given; set data.path")
+    base = SOURCES[data.source].open(data, cache)
+    images = split(len(base), data.held_out(len(base)))
+    source = Flips(base) if data.flip else base
+    progress = announce("latents") if announce and vae else None
+    space = latent_space(source, vae, cache, progress, device, shifted) if vae else PixelSpace(source)
+    return Images(source, images, space)
+
+
+def pixels_for(encoder: EncoderSettings, images: Images, device: torch.device = _CPU) -> Source:
+    """Return what an encoder sees, by its ``pixels``: the images, or reconstructions by the VAE or a tiny autoencoder.
+
+    Of clips the encoder sees the frames that stand for the latent ones; see :class:`repa_lab.data.sources.LatentFrames`.
+
+    Raises:
+        DataError: there are no latents (field ``vae``), or the tiny autoencoder does not fit them (field ``tae``).
+    """
+    source, space = images.source, images.space
+    if encoder.pixels != "image":
+        if not isinstance(space, LatentSpace):
+            message = f"pixels: {encoder.pixels} decodes latents, and there is no VAE; set data.vae, or pixels: image"
+            raise DataError("vae", message)
+        decoder = space.vae if encoder.pixels == "vae" else load_autoencoder(str(encoder.tae), "tae")
+        source = Reconstructions(source, space, decoder, device)
+    return LatentFrames(source, images.frame_stride) if images.frame_stride > 1 else source
+
+
+# Cached because asking the hub takes seconds.
+_located = functools.cache(locate)
+
+
+def pretrained_folder(model: ModelConfig) -> Path:
+    """Return the folder of a run's pretrained pipeline.
+
+    Raises:
+        PretrainedError: the pipeline cannot be found, or is of another family.
+    """
+    assert model.pretrained is not None
+    folder = _located(model.pretrained, model.revision)
+    if message := problem_with(folder, FAMILIES[model.family]):
+        raise PretrainedError(message)
+    return folder
 
 
 def stream_seed(seed: int, stream: str, *counters: int) -> int:
@@ -137,12 +272,8 @@ class HostBatch(NamedTuple):
 
         ``ids`` and the lengths of texts stay on the CPU, where reading them waits for nothing.
         """
-        condition = {
-            name: values if name == TEXT_LENGTHS else values.to(device, non_blocking=True)
-            for name, values in self.condition.items()
-        }
-        loaded = tuple(None if values is None else values.to(device, non_blocking=True) for values in self.loaded)
-        return HostBatch(self.step, self.ids, self.stored.to(device, non_blocking=True), condition, loaded)
+        moved = send_to_device((self.stored, self.condition, self.loaded), device, True, TEXT_LENGTHS)
+        return HostBatch(self.step, self.ids, *moved)
 
 
 class Batch(NamedTuple):
@@ -170,31 +301,15 @@ class Batch(NamedTuple):
         """Return micro-batches of at most ``size`` images; None keeps the batch whole."""
         if size is None or size >= len(self.ids):
             return [self]
-        return [self._rows(slice(start, start + size)) for start in range(0, len(self.ids), size)]
-
-    def _rows(self, rows: slice) -> Batch:
-        ids, x, noise, t = (values[rows] for values in (self.ids, self.x, self.noise, self.t))
-        condition, draws = (
-            {name: values[rows] for name, values in named.items()} for named in (self.condition, self.draws)
-        )
-        loaded = tuple(None if values is None else values[rows] for values in self.loaded)
-        return Batch(ids, x, noise, t, condition, loaded, draws)
-
-
-class _Drawn(NamedTuple):
-    """Random numbers of a whole batch: times and dropped labels, ``(batch_size,)``, and the generator for its noise."""
-
-    t: torch.Tensor
-    dropped: torch.Tensor
-    draw: torch.Generator
+        return [slice_tensors(self, slice(start, start + size)) for start in range(0, len(self.ids), size)]
 
 
 class Steps(Dataset[HostBatch]):
     """The batch of every step by its number, a function of (config, seed, step) and the kind of device alone.
 
     Args:
-        config: batch size, label dropout and distribution of times.
-        process: the noise process, which draws the times.
+        config: batch size and label dropout.
+        times: draws the times of a batch.
         conditioning: labels or captions of the images.
         part: which of how many equal parts of each batch belongs to this process.
         readers: load what each encoder's targets are made from; see :class:`repa_lab.encoders.targets.Targets`.
@@ -207,16 +322,15 @@ class Steps(Dataset[HostBatch]):
         config: RunConfig,
         seed: int,
         images: Images,
-        process: Process,
+        times: Draw,
         conditioning: Conditioning,
         part: tuple[int, int] = (0, 1),
         readers: Sequence[Reader | None] = (),
         weights: Sequence[Callable[[int], float]] = (),
         draws: Mapping[str, Draw] | None = None,
     ) -> None:
-        self._train, self._seed, self._images = config.train, seed, images
-        self._process, self._conditioning = process, conditioning
-        self._readers, self._weights, self._draws = tuple(readers), tuple(weights), dict(draws or {})
+        self._train, self._seed, self._images, self._times = config.train, seed, images, times
+        self._conditioning, self._readers, self._weights, self._draws = conditioning, readers, weights, draws or {}
         train = images.split.train
         self._order = BatchOrder([train[group] for group in groups(images.source.sizes[train])], seed)
         number, parts = part
@@ -227,29 +341,22 @@ class Steps(Dataset[HostBatch]):
         return self._train.steps
 
     def __getitem__(self, step: int) -> HostBatch:
-        return self._read(step, self._draw(step, _CPU))
+        size, part = self._train.batch_size, self._part
+        ids = self._order.take(step, size)
+        if len(self._images.source) > (count := len(self._images.base)):  # image i + count is image i mirrored
+            ids = ids + count * (torch.rand(size, generator=generator(self._seed, "flips", step * size)) < 0.5)
+        (_, dropped, _), ids = self._draw(step, _CPU), ids[part]
+        is_read = any(weight(step) != 0 for weight in self._weights)
+        loaded = tuple(read and read(ids) for read in self._readers) if is_read else ()
+        return HostBatch(step, ids, self._images.space.read(ids), self._conditioning(ids, dropped[part]), loaded)
 
     def draw(self, host: HostBatch) -> Batch:
         """Draw the times and the noise of a batch on the device that the batch is on.
 
         Every process draws the numbers of the whole batch and takes its part, so that their number changes nothing.
         """
-        return self._noised(host, self._draw(host.step, host.stored.device))
-
-    def _read(self, step: int, drawn: _Drawn) -> HostBatch:
-        size, part = self._train.batch_size, self._part
-        ids = self._order.take(step, size)
-        if self._images.flips:  # image i + base_count is image i mirrored
-            is_mirrored = torch.rand(size, generator=generator(self._seed, "flips", step * size)) < 0.5
-            ids = ids + self._images.base_count * is_mirrored
-        ids, dropped = ids[part], drawn.dropped[part]
-        is_read = any(weight(step) != 0 for weight in self._weights)
-        loaded = tuple(read and read(ids) for read in self._readers) if is_read else ()
-        return HostBatch(step, ids, self._images.space.read(ids), self._conditioning(ids, dropped), loaded)
-
-    def _noised(self, host: HostBatch, drawn: _Drawn) -> Batch:
         size, space, part = self._train.batch_size, self._images.space, self._part
-        t, _, draw = drawn
+        t, _, draw = self._draw(host.step, host.stored.device)
         encoding = space.draw(host.stored, size, draw)
         x = space.encode(host.stored, None if encoding is None else encoding[part])
         noise = torch.randn((size, *x.shape[1:]), generator=draw, device=draw.device)
@@ -259,11 +366,17 @@ class Steps(Dataset[HostBatch]):
         }
         return Batch(host.ids, x, noise[part], t[part], host.condition, host.loaded, draws)
 
+    def _draw(self, step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Generator]:
+        """Return the times and the dropped labels of a whole batch, ``(batch_size,)``, and the stream of its noise."""
+        size = self._train.batch_size
+        draw = generator(self._seed, "noise", step * size, device=device)
+        t = self._times(size, draw)
+        return t, torch.rand(size, generator=draw, device=device) < self._train.label_dropout, draw
+
     def load(self, steps: Iterable[int], device: torch.device, workers: int) -> Iterator[Batch]:
         """Yield the batches of some steps on a device.
 
         Args:
-            steps: numbers of the steps.
             device: where times and noise are drawn and the step runs.
             workers: processes that read; 0 reads in this process.
 
@@ -272,21 +385,12 @@ class Steps(Dataset[HostBatch]):
         """
         is_gpu = device.type == "cuda"
         if workers == 0 and not is_gpu:  # a loader would take longer than reading small images does
-            for step in steps:
-                drawn = self._draw(step, _CPU)
-                yield self._noised(self._read(step, drawn), drawn)
+            yield from (self.draw(self[step]) for step in steps)
             return
         loader = DataLoader(_Errors(self), batch_size=None, sampler=steps, num_workers=workers, pin_memory=is_gpu)
         read = _raising(loader)
         for host in _copied_ahead(read, device) if is_gpu else read:
             yield self.draw(host)
-
-    def _draw(self, step: int, device: torch.device) -> _Drawn:
-        size = self._train.batch_size
-        draw = generator(self._seed, "noise", step * size, device=device)
-        t = self._process.times(self._train.times, size, draw)
-        dropped = torch.rand(size, generator=draw, device=device) < self._train.label_dropout
-        return _Drawn(t, dropped, draw)
 
 
 class _Errors(Dataset[HostBatch | DataError]):
@@ -303,11 +407,7 @@ class _Errors(Dataset[HostBatch | DataError]):
 
 
 def _raising(loader: Iterable[HostBatch | DataError]) -> Iterator[HostBatch]:
-    """Yield what a loader yields, and raise what is wrong with the data or with the loader's processes.
-
-    Raises:
-        DataError: see :meth:`Steps.load`.
-    """
+    """Yield what a loader yields, and raise what is wrong with the data or with the loader's processes."""
     handler = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
     if threading.current_thread() is threading.main_thread():

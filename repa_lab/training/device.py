@@ -1,9 +1,11 @@
-"""Devices and precisions, and refusal of what this machine cannot do."""
+"""Devices, precisions and the seconds of a device; and refusal of what this machine cannot do."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -114,3 +116,42 @@ def computing_in(module: nn.Module, precision: str, device: torch.device) -> Ite
         vars(module).pop("forward", None)
         if wrapped is not None:
             module.forward = wrapped
+
+
+class Stopwatch:
+    """Sums the seconds of code blocks: wall-clock time on a CPU, time between CUDA events on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._intervals = deque[list[torch.cuda.Event]]()
+        self._seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Time a with-statement. Never synchronises: adds only the intervals whose CUDA events have completed."""
+        began, events = time.perf_counter(), list[torch.cuda.Event]()
+        if self._is_cuda:
+            while self._intervals and self._intervals[0][1].query():
+                self._add_first()
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+        try:
+            yield
+        finally:
+            if events:
+                events[1].record()
+                self._intervals.append(events)
+            else:
+                self._seconds += time.perf_counter() - began
+
+    def take(self) -> float:
+        """Return the seconds since the last call, after waiting for the device to complete the last interval."""
+        while self._intervals:
+            self._intervals[0][1].synchronize()
+            self._add_first()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _add_first(self) -> None:
+        begin, end = self._intervals.popleft()
+        self._seconds += begin.elapsed_time(end) / 1000

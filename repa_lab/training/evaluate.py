@@ -38,16 +38,11 @@ from repa_lab.models.released import SCHEDULER, read_json
 from repa_lab.models.tap import Tap
 from repa_lab.runs.files import Row
 from repa_lab.spec import EvaluateConfig, ExtractorConfig, RunConfig
-from repa_lab.training.batches import generator
-from repa_lab.training.data import Images, pretrained_folder
+from repa_lab.training.batches import Images, pretrained_folder
+from repa_lab.training.diffusion import shares
 from repa_lab.training.model import Model
 from repa_lab.training.resolve import MIN_HELD_OUT, content_of, encoder_identity, names_of_metric, protocols_of
-from repa_lab.training.sampling import shares
 
-Match = Callable[[Tokens, Tokens], Pair]
-
-# Held-out images get the same noise in every run, whatever its seed.
-MEASURING_SEED = 0
 _DEFAULT_BATCH: int = EvaluateConfig.model_fields["batch_size"].default
 _REFERENCE_BATCH = 512
 # The inception score compares the samples' features with nothing.
@@ -104,11 +99,7 @@ class Evaluator:
         self._config, self._model, self._images, self._targets = config, model, images, targets
         self._device, self._part, self._real = device, part, real_images(images)
         extractors = dict.fromkeys(extractor for protocol in protocols_of(config) for extractor in protocol.extractors)
-        self._extractors = {}
-        for settings in extractors:
-            content = settings.weights and content_of(settings.weights)
-            metrics = metrics_with(config, settings)
-            self._extractors[settings] = _shared_extractor(settings.name, settings.weights, content, device, metrics)
+        self._extractors = {settings: open_extractor(config, settings, device) for settings in extractors}
         self._references = {
             settings: open_reference(settings, extractor, self._real, cache)
             for settings, extractor in self._extractors.items()
@@ -162,7 +153,7 @@ class Evaluator:
         return collectors, torch.cat([pixels for _, pixels in first]) if shown is None else shown
 
     @torch.no_grad()
-    def alignment(self, tap: Tap, match: Match | None) -> Row:
+    def alignment(self, tap: Tap, match: Callable[[Tokens, Tokens], Pair] | None) -> Row:
         """Return the agreement of a block with the encoder on held-out images, without labels or captions.
 
         Args:
@@ -173,12 +164,12 @@ class Evaluator:
             return {}
         students, teachers, by_grids = [], [], defaultdict[tuple[Grid, Grid], CosineSums](CosineSums)
         for index in held_out_batches(self._images, self._images.split.held_out, self._model.at_once):
-            show(self._model, self._images, index, self._config.evaluate.timestep, self._device)
+            self._model.show(self._images, index, self._config.evaluate.timestep, self._device)
             student, teacher = tap.take(), self._targets(index, self._device)
             student = Tokens(student.values.float(), student.grid, student.frames)
             teacher = Tokens(teacher.values.float(), teacher.grid, teacher.frames)
-            students.append(image_means(student.values))
-            teachers.append(image_means(teacher.values))
+            students.append(student.values.mean(dim=1))
+            teachers.append(teacher.values.mean(dim=1))
             if match is not None:
                 by_grids[student.grid, teacher.grid].add(*match(student, teacher))
         row: Row = {"heldout/cka": cka(torch.cat(students), torch.cat(teachers))}
@@ -276,19 +267,20 @@ def versions() -> dict[str, str]:
 
 
 def open_extractor(config: RunConfig, extractor: ExtractorConfig, device: torch.device) -> Extractor:
-    """Return an extractor for all metrics that a run computes with it.
+    """Return an extractor for all metrics that a run computes with it; the runs of a process share it.
 
     Raises:
         EncoderError: its weights are missing.
     """
-    return Extractor(extractor.name, extractor.weights, device, metrics_with(config, extractor))
+    content = extractor.weights and content_of(extractor.weights)
+    return _extractor(extractor.name, extractor.weights, content, device, metrics_with(config, extractor))
 
 
 @functools.lru_cache(maxsize=2)
-def _shared_extractor(
+def _extractor(
     name: str, weights: str | None, content: str | None, device: torch.device, metrics: tuple[str, ...]
 ) -> Extractor:
-    """Return an extractor that the runs of a process share; it is loaded anew if the content of its file changes."""
+    """Return an extractor, which is loaded anew if the content of its file changes."""
     return Extractor(name, weights, device, metrics)
 
 
@@ -338,29 +330,6 @@ def noise_protocol(config: EvaluateConfig, images: int) -> dict[str, int]:
     """
     batch = min(config.batch_size, images)
     return {} if batch == min(_DEFAULT_BATCH, images) else {"noise_batch": batch}
-
-
-def image_means(values: torch.Tensor) -> torch.Tensor:
-    """Return tokens ``(B, N, D)`` averaged over each image, ``(B, D)``, float32."""
-    return values.float().mean(dim=1)
-
-
-def show(model: Model, images: Images, index: torch.Tensor, timestep: float, device: torch.device) -> None:
-    """Run the denoiser on a batch of held-out images, unconditionally, so that its taps capture them.
-
-    Args:
-        model: its denoiser is on the device.
-        index: a batch of :func:`held_out_batches`, ``(b,)``.
-        timestep: 0 is data, 1 is noise.
-    """
-    draw = generator(MEASURING_SEED, "held-out", int(index[0]))
-    stored = images.space.read(index)
-    x = images.space.encode(stored, images.space.draw(stored, len(stored), draw))
-    noise = torch.randn(x.shape, generator=draw)
-    t = torch.full((len(x),), timestep)
-    x_t, _ = model.process.corrupt(x, noise, t)
-    null = model.conditioning(index, torch.ones(len(index), dtype=torch.bool))
-    model.denoiser(x_t.to(device), t.to(device), **{name: value.to(device) for name, value in null.items()})
 
 
 def write_grid(pixels: torch.Tensor, path: Path) -> None:

@@ -16,13 +16,13 @@ from repa_lab.models.scratch import Input
 from repa_lab.runs import RunDirectory, files
 from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
+from repa_lab.training.batches import open_data
 from repa_lab.training.checkpoint import INPUT_FILE, load_weights, newest_checkpoint
-from repa_lab.training.data import open_data
 from repa_lab.training.device import as_trained, computing_in, measuring_precision, pick_device
+from repa_lab.training.diffusion import shares
 from repa_lab.training.evaluate import DivergedError, real_images
 from repa_lab.training.model import build_denoiser, open_trained
 from repa_lab.training.resolve import metric_names, names_of, protocols_of
-from repa_lab.training.sampling import shares
 
 Progress = Callable[[int, int], None]
 

@@ -22,11 +22,11 @@ from repa_lab.runs.files import Row
 from repa_lab.spec import EncoderSettings, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.aligner import open_targets
+from repa_lab.training.batches import Images, open_data
 from repa_lab.training.checkpoint import newest_checkpoint
-from repa_lab.training.data import Images, open_data
 from repa_lab.training.device import as_trained, computing_in, pick_device
-from repa_lab.training.evaluate import MEASURING_SEED, held_out_batches, image_means, noise_protocol, show
-from repa_lab.training.model import Model, open_trained
+from repa_lab.training.evaluate import held_out_batches, noise_protocol
+from repa_lab.training.model import MEASURING_SEED, Model, open_trained
 from repa_lab.training.resolve import aligned_block, choose_block, encoder_identity
 
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -170,7 +170,7 @@ def measure_profile(
         TapError: a block did not run once in every pass.
     """
     batches = list(held_out_batches(images, chosen, model.at_once))
-    teachers = torch.cat([image_means(targets(index, device).values) for index in batches])
+    teachers = torch.cat([targets(index, device).values.float().mean(dim=1) for index in batches])
     taps = model.denoiser.tap_all()
     rows: list[Row] = []
     try:
@@ -181,7 +181,7 @@ def measure_profile(
             for name, tap in taps.items():
                 tap.hand_to(blocks[name])
             for index in batches:
-                show(model, images, index, timestep, device)
+                model.show(images, index, timestep, device)
             for name, block in blocks.items():
                 for metric, value in block.values(teachers):
                     rows.append({"block": name, "timestep": timestep, "metric": metric, "value": value})
@@ -224,7 +224,7 @@ class _BlockMeasurement:
 
     def __call__(self, tokens: Tokens) -> None:
         """Add the tokens of a batch."""
-        means = image_means(tokens.values).cpu()
+        means = tokens.values.float().mean(dim=1).cpu()
         if not means.isfinite().all():
             raise ProfileError(f"{self._name} yields values that are not finite")
         self._means.append(means)

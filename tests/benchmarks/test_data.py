@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ from repa_lab.data.sources import Digits, split
 from repa_lab.encoders import targets
 from repa_lab.encoders.encoder import Encoder, load_encoder
 from repa_lab.encoders.targets import packed, unpacked
-from repa_lab.training.batches import Steps
-from repa_lab.training.data import Images, Labels
+from repa_lab.training.batches import Images, Steps
 from repa_lab.training.diffusion import Flow
+from repa_lab.training.model import Labels
 from tests.benchmarks.ratios import ratios, show
 from tests.data.conftest import image_folder, noise_image
 from tests.training.conftest import make_run
@@ -38,7 +39,9 @@ def test_batches_with_features_against_a_bare_gather(tmp_path):
     images = Images(source, split(len(source), 97), PixelSpace(source))
     config = make_run(**{"train.batch_size": BATCH}).config
     readers = [cache.__getitem__]
-    steps = Steps(config, 0, images, Flow(), Labels(source.labels, 10, 10), (0, 1), readers, lambda step: 1.0)
+    steps = Steps(
+        config, 0, images, partial(Flow().times, None), Labels(source.labels, 10, 10), (0, 1), readers, [lambda _: 1.0]
+    )
     draw, pinned = np.random.default_rng(0), torch.zeros(BATCH, 16, 16, 768).half()  # memory that is used again
 
     def bare() -> None:

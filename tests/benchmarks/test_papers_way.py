@@ -94,7 +94,7 @@ torch.set_num_threads(1)
 from repa_lab.orchestration.plan import identify_run
 from repa_lab.spec import load_spec
 from repa_lab.training.speed import ReferenceLoop
-from repa_lab.training.data import open_data
+from repa_lab.training.batches import open_data
 from repa_lab.training.evaluate import open_extractor, open_reference, real_images
 from repa_lab.training.trainer import Trainer
 spec = load_spec(Path(sys.argv[1]), {"regularizer.encoder.cache": False})
@@ -105,7 +105,7 @@ def look_at_real_images(trainer):
         real = real_images(open_data(run.config, empty(), trainer.device))
         open_reference(extractor, open_extractor(run.config, extractor, trainer.device), real, empty())
 trainer = Trainer(run, spec.run, empty())  # looks at the real images for the first measurement
-step = ReferenceLoop(trainer).step if trainer.aligner else lambda batch: trainer.step(batch).row()
+step = ReferenceLoop(trainer).step if trainer.aligner.terms else lambda batch: trainer.step(batch).row()
 looking = 0
 for number, batch in enumerate(trainer.batches(), start=1):
     step(batch)

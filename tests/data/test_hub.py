@@ -27,7 +27,7 @@ from repa_lab.orchestration.plan import identify_run, make_plan
 from repa_lab.runs import RunsRoot
 from repa_lab.spec import load_spec
 from repa_lab.spec.identity import Run
-from repa_lab.training.data import open_images
+from repa_lab.training.batches import open_images
 from tests.data.conftest import noise_image
 from tests.data.hub_server import Hub, Repository, serve
 

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from repa_lab.runs.files import Row
 from repa_lab.spec import Machine, ResolvedOptions, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.aligner import build_regularizer
-from repa_lab.training.batches import Batch, Steps
-from repa_lab.training.data import Images, Labels, open_images
+from repa_lab.training.batches import Batch, Images, Steps, open_images
 from repa_lab.training.diffusion import Flow
 from repa_lab.training.loop import train
+from repa_lab.training.model import Labels
 from repa_lab.training.resolve import resolved_regularizers
 from tests.rounding import DENOISER, rounding
 
@@ -78,7 +79,8 @@ class Batches:
 def make_steps(images: Images, seed: int = 0, part: tuple[int, int] = (0, 1), **settings: Any) -> Batches:
     """The batches of a tiny run on these images, with nothing loaded for targets."""
     labels = Labels(images.source.labels, images.source.num_classes, images.source.num_classes)
-    return Batches(Steps(make_run(seed, **settings).config, seed, images, Flow(), labels, part))
+    config = make_run(seed, **settings).config
+    return Batches(Steps(config, seed, images, partial(Flow().times, config.train.times), labels, part))
 
 
 def make_regularizer(run: Run, width: int = 64, *dims: int) -> Regularizer:

@@ -14,8 +14,9 @@ from repa_lab.models.family import pipeline_of
 from repa_lab.models.tiny import write_tiny_pipeline
 from repa_lab.spec import RunConfig
 from repa_lab.spec.identity import Run
-from repa_lab.training.data import Images, encode_captions, open_data, pretrained_folder
+from repa_lab.training.batches import Images, open_data
 from repa_lab.training.device import pick_device
+from repa_lab.training.model import encode_captions
 from tests.training.conftest import make_options
 
 PRETRAINED = [family.name for family in FAMILIES.values() if family.pipeline]
@@ -89,10 +90,9 @@ def make_pretrained_run(family: str, pipeline: Path, images: Path, **settings: A
 
 def open_pretrained(run: Run, cache: Path, **options: Any) -> Images:
     """The data of a run, with its captions encoded, as a sweep prepares it."""
-    chosen, family = make_options(**options), FAMILIES[run.config.model.family]
+    chosen = make_options(**options)
     images = open_data(run.config, cache, pick_device(chosen))
-    folder = pretrained_folder(run.config.model)
-    encode_captions(family, folder, images, run.config.evaluate.prompts, chosen, cache, pick_device(chosen))
+    encode_captions(run.config.model, images, run.config.evaluate.prompts, chosen, cache, pick_device(chosen))
     return images
 
 

@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from repa_lab.align import REPA, UREPA, Prediction, Shapes, Tokens
+from repa_lab.align import REPA, UREPA, Prediction, Tokens
 from repa_lab.encoders.targets import CachedTargets, OnlineTargets
 from repa_lab.models.family import UNET_SHAPES
-from repa_lab.models.tap import TapError
+from repa_lab.models.tap import Denoiser, TapError
 from repa_lab.timm_models import EncoderError
-from repa_lab.training.aligner import Aligner, Term, build_regularizer, open_targets
+from repa_lab.training import aligner as aligner_module
+from repa_lab.training.aligner import Aligner, open_targets
 from repa_lab.training.batches import Batch
-from repa_lab.training.model import build_denoiser
-from repa_lab.training.resolve import choose_block, needs_of, resolved_regularizers, shape_of_model
+from repa_lab.training.model import open_model
+from repa_lab.training.resolve import choose_block
 from tests.training.conftest import UNET, make_options, make_regularizer, make_run
 
 CPU = torch.device("cpu")
@@ -34,26 +37,24 @@ class CountingTargets:
         return Tokens(torch.arange(len(index) * 48.0).view(len(index), 4, 12).sin(), (2, 2))
 
 
-def make_aligner(images, **settings):
+def make_aligner(images, **settings) -> tuple[Aligner, Denoiser, list[CountingTargets]]:
     run = make_run(**settings)
-    denoiser = build_denoiser(run.config, images.input, run.seed)
-    for parameter in denoiser.parameters():
+    model = open_model(run, images, make_options(), Path(), CPU)
+    with mock.patch.object(aligner_module, "open_targets", lambda *arguments, **options: CountingTargets()):
+        aligner = Aligner(run, images, model, make_options(), Path(), CPU)
+    for parameter in model.denoiser.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-    (needs,) = needs_of(run.config)
-    targets = {encoder: CountingTargets() for encoder in needs.encoders}
-    taps = {block: denoiser.tap(block) for block in needs.taps}
-    shapes = Shapes((shape_of_model(run.config).width,), tuple(one.dim for one in targets.values()))
-    (settings,) = resolved_regularizers(run.config)
-    term = Term(build_regularizer(settings, shapes, run.seed), needs)
-    return Aligner([term], taps, targets), denoiser, [*targets.values()]
+    return aligner, model.denoiser, [*aligner.targets.values()]
 
 
 def batch_of(index: torch.Tensor, loaded: tuple[torch.Tensor | None, ...] = ()) -> Batch:
     return Batch(index, *[torch.zeros(len(index))] * 3, {}, loaded)
 
 
-NOTHING = Prediction(torch.zeros(()), torch.zeros(()))
+def align(aligner: Aligner, batch: Batch, step: int = 0) -> torch.Tensor | None:
+    nothing = Prediction(torch.zeros(()), torch.zeros(()))
+    return aligner(aligner.active(step), batch, step, nothing, batch.t, {})[0]
 
 
 def pass_through(denoiser) -> None:
@@ -65,14 +66,14 @@ def test_aligns_the_tap_with_the_targets_of_these_images(images, settings):
     aligner, denoiser, (counting,) = make_aligner(images, **settings)
     pass_through(denoiser)
     index = torch.tensor([4, 2, 9])
-    alignment = aligner(aligner.active(0), batch_of(index), 0, CPU, NOTHING)
+    alignment = align(aligner, batch_of(index))
     assert counting.asked == [[4, 2, 9]]
     pass_through(denoiser)
     (tap,) = aligner.taps.values()
     student = tap.take()
     assert (student.grid, student.dim) == ((4, 4), UNET_SHAPES["nano"].width if settings else 64)
-    assert alignment.value.requires_grad
-    alignment.value.backward()
+    assert alignment.requires_grad
+    alignment.backward()
     assert all(parameter.grad is not None for parameter in aligner.module.parameters())
 
 
@@ -81,7 +82,7 @@ def test_what_was_loaded_ahead_goes_to_its_targets(images):
     aligner, denoiser, (first, second) = make_aligner(images, **{"regularizer.encoder": encoders})
     pass_through(denoiser)
     loaded = torch.ones(3)
-    aligner(aligner.active(0), batch_of(torch.arange(3), (None, loaded)), 0, CPU, NOTHING)
+    align(aligner, batch_of(torch.arange(3), (None, loaded)))
     assert first.loaded == [None]
     assert second.loaded == [loaded]
 
@@ -89,7 +90,7 @@ def test_what_was_loaded_ahead_goes_to_its_targets(images):
 def test_gradients_reach_the_blocks_up_to_the_tap(images):
     aligner, denoiser, _ = make_aligner(images, **{"regularizer.block_index": 2})
     pass_through(denoiser)
-    aligner(aligner.active(0), batch_of(torch.arange(3)), 0, CPU, NOTHING).value.backward()
+    align(aligner, batch_of(torch.arange(3))).backward()
     reached = [
         any(p.grad is not None and p.grad.abs().max() > 0 for p in block.parameters()) for block in denoiser.blocks
     ]
@@ -102,10 +103,9 @@ def test_weight_0_asks_no_encoder_and_keeps_no_activations(images):
     for step in range(5):
         pass_through(denoiser)
         assert len(aligner.active(step)) == (step < 2)
-        if active := aligner.active(step):
-            aligner(active, batch_of(torch.arange(3)), step, CPU, NOTHING)
+        loss = align(aligner, batch_of(torch.arange(3)), step)
+        assert (loss is not None) == (step < 2)
     assert len(counting.asked) == 2
-    aligner.clear()
     with pytest.raises(TapError):
         aligner.taps[1].take()
 

@@ -19,8 +19,7 @@ from repa_lab.data import DataError
 from repa_lab.data.crop import Buckets
 from repa_lab.data.latents import PixelSpace
 from repa_lab.data.sources import Digits, Flips, split
-from repa_lab.training.batches import Batch, BatchOrder, Order, generator, seeded, stream_seed
-from repa_lab.training.data import Images
+from repa_lab.training.batches import Batch, BatchOrder, Images, Order, generator, seeded, stream_seed
 from repa_lab.training.diffusion import LOGIT_NORMAL, UNIFORM, Flow, denoising_loss
 from tests.data.conftest import image_folder, noise_image
 from tests.rounding import MEAN, UNIT, rounding

@@ -21,8 +21,8 @@ from repa_lab.models.released import problem_with
 from repa_lab.orchestration.checks import check
 from repa_lab.spec import Machine, RunOptions, SpecError, load_spec
 from repa_lab.training.aligner import open_targets
+from repa_lab.training.batches import pixels_for
 from repa_lab.training.costs import caches_of, cost_of
-from repa_lab.training.data import pixels_for
 from repa_lab.training.diffusion import Flow, denoising_loss, process_of
 from repa_lab.training.evaluate import Evaluator, open_extractor, real_images
 from repa_lab.training.loop import train

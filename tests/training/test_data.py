@@ -14,8 +14,9 @@ from repa_lab.data.settings import SOURCES, SourceSettings
 from repa_lab.data.sources import Flips, Split
 from repa_lab.models.families import FAMILIES
 from repa_lab.spec import EncoderSettings
-from repa_lab.training.data import Captions, Images, Labels, open_images, pixels_for
+from repa_lab.training.batches import Images, open_images, pixels_for
 from repa_lab.training.evaluate import real_images
+from repa_lab.training.model import Captions, Labels
 from tests.data.autoencoders import tiny
 from tests.data.conftest import image_folder, noise_image
 from tests.data.test_space import save_vae
@@ -67,8 +68,8 @@ def latent(folder, tmp_path):
 def test_flips_double_the_source_and_leave_the_split_alone(folder, latent, tmp_path):
     plain = open_images(latent, tmp_path / "cache")
     flipped = open_images(latent.model_copy(update={"flip": True}), tmp_path / "cache")
-    assert (plain.flips, plain.base_count, len(plain.source)) == (False, 5, 5)
-    assert (flipped.flips, flipped.base_count, len(flipped.source)) == (True, 5, 10)
+    assert (len(plain.base), len(plain.source)) == (5, 5)
+    assert (len(flipped.base), len(flipped.source)) == (5, 10)
     assert torch.equal(flipped.split.train, plain.split.train)
     assert torch.equal(flipped.split.held_out, plain.split.held_out)
     assert flipped.input == plain.input

@@ -26,13 +26,11 @@ from repa_lab.metrics.reference import reference
 from repa_lab.models.tap import Denoiser, Tap
 from repa_lab.spec import EncoderSettings
 from repa_lab.training.aligner import open_targets
-from repa_lab.training.batches import generator
-from repa_lab.training.data import Images, Labels
-from repa_lab.training.diffusion import Flow
+from repa_lab.training.batches import Images, generator
+from repa_lab.training.diffusion import FieldSampler, Flow
 from repa_lab.training.evaluate import DivergedError, Evaluator, decoder_identity, real_images, write_grid
-from repa_lab.training.model import Model, build_denoiser
+from repa_lab.training.model import Labels, Model, build_denoiser
 from repa_lab.training.resolve import encoder_identity
-from repa_lab.training.sampling import FieldSampler
 from tests.data.conftest import image_folder, noise_image
 from tests.rounding import FRECHET, LITE0, rounding
 from tests.training.conftest import make_options, make_run

@@ -14,9 +14,9 @@ from repa_lab.runs import RunDirectory, RunWriter, State, checkpoints
 from repa_lab.runs import directory as directory_module
 from repa_lab.training import aligner as aligner_module
 from repa_lab.training.device import DeviceError
+from repa_lab.training.diffusion import FieldSampler
 from repa_lab.training.evaluate import DivergedError
 from repa_lab.training.loop import train
-from repa_lab.training.sampling import FieldSampler
 from repa_lab.training.trainer import Trainer
 from tests.data.conftest import noise_image
 from tests.data.test_space import save_vae

@@ -18,7 +18,7 @@ from repa_lab.data.sources import Flips
 from repa_lab.encoders.encoder import Encoder
 from repa_lab.orchestration.api import run_one
 from repa_lab.runs import RunDirectory, RunsRoot, State
-from repa_lab.training.data import open_images
+from repa_lab.training.batches import open_images
 from repa_lab.training.device import DeviceError, require_equal_parts
 from repa_lab.training.trainer import Trainer
 from tests.data.conftest import noise_image

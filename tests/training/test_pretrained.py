@@ -22,12 +22,11 @@ from repa_lab.models.pretrained import load_denoiser
 from repa_lab.models.released import PretrainedError, locate, problem_with
 from repa_lab.orchestration.api import run_one
 from repa_lab.runs import RunDirectory, RunsRoot, checkpoints
-from repa_lab.training import sampling
+from repa_lab.training import model as model_module
 from repa_lab.training.batches import generator, stream_seed
-from repa_lab.training.data import text_cache
 from repa_lab.training.export import export_model
 from repa_lab.training.loop import train
-from repa_lab.training.model import open_model
+from repa_lab.training.model import open_model, text_cache
 from repa_lab.training.trainer import Trainer
 from tests.training.conftest import (
     SETTINGS,
@@ -292,7 +291,7 @@ class TestSampling:
         sampler = model.sampler(run.config.evaluate)
         whole, shown = sampler(range(5)), sampler.shown()
         assert model.at_once == 8
-        monkeypatch.setattr(sampling, "_PIXELS_AT_ONCE", 2 * 64 * 64)
+        monkeypatch.setattr(model_module, "_PIXELS_AT_ONCE", 2 * 64 * 64)
         assert sampler.at_once == 2
         assert_close_pixels(sampler(range(5)), whole)
         assert_close_pixels(sampler.shown(), shown)

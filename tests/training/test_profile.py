@@ -19,11 +19,11 @@ from repa_lab.models.tap import Denoiser, Tap, TapError
 from repa_lab.runs import RunDirectory, RunWriter
 from repa_lab.spec import EncoderSettings, RunOptions
 from repa_lab.training.aligner import open_targets
+from repa_lab.training.batches import Images
 from repa_lab.training.checkpoint import NoWeightsError
-from repa_lab.training.data import Images, Labels
 from repa_lab.training.diffusion import Flow
-from repa_lab.training.evaluate import held_out_batches, show
-from repa_lab.training.model import Model, open_model
+from repa_lab.training.evaluate import held_out_batches
+from repa_lab.training.model import Labels, Model, open_model
 from repa_lab.training.profile import (
     METRICS,
     ProfileError,
@@ -125,7 +125,7 @@ def test_every_block_is_what_a_single_tap_of_it_gives(images, cache, targets):
         tap, parts = model.denoiser.tap(block), []
         with torch.no_grad():
             for index in held_out_batches(images, chosen, model.at_once):
-                show(model, images, index, t, CPU)
+                model.show(images, index, t, CPU)
                 parts.append(tap.take())
         tap.remove()
         ours = torch.cat([part.values.mean(1) for part in parts])
@@ -328,7 +328,7 @@ def test_tokens_of_a_pass_are_what_the_denoiser_saw_at_that_time(images, cache):
     model = Model(Recorder(), Flow(), Labels(images.source.labels, 10, 10), None, 3)
     index = images.split.held_out[:3]
     for t in (0.0, 0.25, 1.0):
-        show(model, images, index, t, CPU)
+        model.show(images, index, t, CPU)
     (clean, _, labels), (between, times, _), (noise, _, _) = seen
     assert torch.equal(clean, images.source.read(index.tolist()).float() / 127.5 - 1)
     torch.testing.assert_close(between, 0.75 * clean + 0.25 * noise)

@@ -16,7 +16,7 @@ from repa_lab.spec import EvaluateConfig
 from repa_lab.spec.evaluate import GuidanceConfig, SamplerConfig
 from repa_lab.training.batches import generator
 from repa_lab.training.device import computing_in
-from repa_lab.training.sampling import FieldSampler, euler_maruyama, guided, integrate, kinds_of, shares
+from repa_lab.training.diffusion import FieldSampler, euler_maruyama, guided, integrate, kinds_of, shares
 from tests.rounding import SIT, rounding
 
 SHAPE = (1, 2, 3)

@@ -145,7 +145,7 @@ class TestSeveral:
 
     def test_an_encoder_and_a_tap_that_two_ask_for_are_had_once(self, cache, monkeypatch):
         opened, asked = [], []
-        from repa_lab.training import trainer as module
+        from repa_lab.training import aligner as module
 
         real = module.open_targets
 

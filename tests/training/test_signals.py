@@ -211,7 +211,7 @@ def test_what_is_not_asked_for_is_not_there(cache, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("no encoder was asked for")
 
-    monkeypatch.setattr("repa_lab.training.trainer.open_targets", never)
+    monkeypatch.setattr("repa_lab.training.aligner.open_targets", never)
     trainer = trainer_of(cache, "prediction_alone")
     assert trainer.aligner.taps == {}
     trainer.step(next(trainer.batches()))
@@ -226,7 +226,7 @@ def test_the_step_is_the_denoising_loss_plus_the_weighted_loss(cache):
         before = bare(trainer.model.denoiser)
         outcome = trainer.step(batch)
         weight = 0.5 * min(step / 2, 1)
-        assert outcome.weights == {"align/weight": weight}
+        assert outcome.numbers["align/weight"] == weight
         target = batch.noise - batch.x
         x_t, _ = trainer.model.process.corrupt(batch.x, batch.noise, batch.t)
         output = before(x_t, batch.t, **batch.condition).double()
