@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -18,10 +18,9 @@ from repa_lab.runs import RunDirectory, RunWriter, State, checkpoints
 from repa_lab.runs.checkpoints import Fork
 from repa_lab.runs.directory import provenance
 from repa_lab.runs.files import Row
-from repa_lab.spec import RunOptions
+from repa_lab.spec import ResolvedOptions, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.tracking import Listener, Listeners
-from repa_lab.training.checkpoint import Progress
 from repa_lab.training.device import is_on_cpu, resolved
 from repa_lab.training.evaluate import DivergedError, write_grid
 from repa_lab.training.resolve import milestone_names, plugins_of
@@ -77,18 +76,25 @@ class RunRecorder:
             written.result()
             self._listeners.image(step, path)
 
-    def checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
-        """Write a checkpoint with ``save(folder)`` and delete all but the newest two."""
-        checkpoints.commit(self._directory.checkpoints, step, functools.partial(self._save, save))
+    def checkpoint(self, step: int, save: Callable[[Path], None], is_fork: bool = False) -> None:
+        """Write a checkpoint with ``save(folder)``; the newest two stay, and all from which other runs begin."""
 
-    def fork(self, step: int, save: Callable[[Path], None]) -> None:
-        """Write a checkpoint that is kept for runs that begin from it, after the samples that they copy."""
-        self._announce_samples()
-        checkpoints.commit(self._directory.forks, step, functools.partial(self._save, save), keep=_ALL)
+        def write(folder: Path) -> None:
+            save(folder)
+            checkpoints.sign(folder, self._directory.path)
 
-    def _save(self, save: Callable[[Path], None], folder: Path) -> None:
-        save(folder)
-        checkpoints.sign(folder, self._directory.path)
+        if is_fork:
+            self._announce_samples()  # for runs that begin here copy them
+            checkpoints.commit(self._directory.forks, step, write, keep=_ALL)
+        else:
+            checkpoints.commit(self._directory.checkpoints, step, write)
+
+    def begin(self, step: int, is_resumed: bool) -> None:
+        """Record that the run trains from ``step`` on, and drop what it recorded after it."""
+        if is_resumed:
+            self._writer.event("resumed", step=step)
+        self._writer.rewind(step)
+        self._writer.state(State.RUNNING, step)
 
 
 def train(
@@ -120,54 +126,52 @@ def train(
         DivergedError: the loss or a sample is not finite.
         DamagedFileError: no checkpoint fits the metric rows.
     """
-    if not PartialState(cpu=is_on_cpu(options)).is_main_process:
+    is_main = PartialState(cpu=is_on_cpu(options)).is_main_process
+    with RunWriter(directory) if is_main else nullcontext() as writer:
         if directory.status().is_final:
             return directory.state.state
-        trainer = Trainer(run, options, cache)
-        _resume(trainer, directory)
-        if _is_over(trainer, directory, is_enough):
-            return State.STOPPED
-        return fit(trainer, None, lambda: None, kept, is_enough)
-    with RunWriter(directory) as writer:
-        if directory.status().is_final:
-            return directory.state.state
-        options = resolved(options)
-        started_with = {"options": options.model_dump(mode="json"), "processes": PartialState().num_processes}
-        writer.describe(run.to_json(), provenance() | started_with)
-        writer.plugins(Path(origin.file) for origin in plugins_of(run.config))
-        trackers, progress = Listeners(writer, listeners), Progress()
+        if writer is None:
+            return fit(Trainer(run, options, cache), directory, None, lambda: None, kept, is_enough)
+        trackers, trainer = Listeners(writer, listeners), None
         try:
-            if fork is not None and not checkpoints.steps(directory.checkpoints):
-                _begin_from(fork, run, writer, options, is_enough)
-            trainer = Trainer(run, options, cache)
-            progress = trainer.progress
-            writer.protocols(trainer.protocols())
-            if trainer.notes:
-                writer.event("data", notes=trainer.notes)
-            if _resume(trainer, directory):
-                writer.event("resumed", step=progress.step)
-            writer.rewind(progress.step)
-            writer.state(State.RUNNING, progress.step)
-            is_over = _is_over(trainer, directory, is_enough)
+            trainer = _open(run, writer, resolved(options), cache, fork, is_enough)
             with RunRecorder(writer, trackers) as recorder:
-                state = State.STOPPED if is_over else fit(trainer, recorder, should_stop, kept, is_enough)
+                state = fit(trainer, directory, recorder, should_stop, kept, is_enough)
         except Exception as error:
-            writer.state(State.FAILED, progress.step, one_line(error), isinstance(error, DivergedError))
+            step = trainer.progress.step if trainer else 0
+            writer.state(State.FAILED, step, one_line(error), isinstance(error, DivergedError))
             trackers.finish(State.FAILED)
             raise
-        writer.state(state, progress.step)
+        writer.state(state, trainer.progress.step)
         trackers.finish(state)
         return state
 
 
+def _open(
+    run: Run, writer: RunWriter, options: ResolvedOptions, cache: Path, fork: Fork | None, is_enough: IsEnough
+) -> Trainer:
+    """Record what the run is, take its shared first steps if it has no checkpoint yet, and build its components."""
+    started_with = {"options": options.model_dump(mode="json"), "processes": PartialState().num_processes}
+    writer.describe(run.to_json(), provenance() | started_with)
+    writer.plugins(Path(origin.file) for origin in plugins_of(run.config))
+    if fork is not None and not checkpoints.steps(writer.run.checkpoints):
+        _begin_from(fork, run, writer, options, is_enough)
+    trainer = Trainer(run, options, cache)
+    writer.protocols(trainer.protocols())
+    if trainer.notes:
+        writer.event("data", notes=trainer.notes)
+    return trainer
+
+
 def fit(
     trainer: Trainer,
+    directory: RunDirectory,
     recorder: RunRecorder | None,
     should_stop: ShouldStop,
-    kept: frozenset[int] = frozenset(),
-    is_enough: IsEnough = lambda row: False,
+    kept: frozenset[int],
+    is_enough: IsEnough,
 ) -> State:
-    """Take all remaining steps: step, log, measure, save.
+    """Resume, and take all remaining steps: step, log, measure, save; without a recorder nothing is written.
 
     Rows are written before the checkpoint of their step. After a kill in between, the work since the previous
     checkpoint is repeated and its rows are dropped: nothing is lost and nothing appears twice.
@@ -176,6 +180,8 @@ def fit(
         DivergedError: the loss or a sample is not finite.
     """
     progress, last = trainer.progress, trainer.config.train.steps
+    if _resume(trainer, directory, recorder, is_enough):
+        return State.STOPPED
     measure_every = trainer.config.evaluate.every
     save_every = trainer.options.checkpoint_every or measure_every
     meter = SpeedMeter(trainer.config, trainer.options, progress, trainer.device, trainer.accelerator.num_processes)
@@ -200,28 +206,24 @@ def fit(
                 if recorder:
                     recorder.rows(rows)
                     recorder.samples(step, samples)
-            if recorder and (measure or stop or step % save_every == 0):
-                recorder.checkpoint(step, trainer.save)
-            if recorder and step in kept:
-                recorder.fork(step, trainer.save)
+            for is_fork, is_due in ((False, measure or stop or step % save_every == 0), (True, step in kept)):
+                if recorder and is_due:
+                    recorder.checkpoint(step, trainer.save, is_fork)
             meter.start()
         if stop and step < last:
             return stop
     return State.DONE
 
 
-def _resume(trainer: Trainer, directory: RunDirectory) -> bool:
-    """Load the newest usable checkpoint; return whether there is one."""
+def _resume(trainer: Trainer, directory: RunDirectory, recorder: RunRecorder | None, is_enough: IsEnough) -> bool:
+    """Load the newest usable checkpoint; return whether a measurement before it, also of a fork, ends the run."""
     with trainer.accelerator.main_process_first():  # the first process moves damaged checkpoints aside
         newest = checkpoints.resumable(directory.path)
     if newest:
         trainer.resume(newest[1])
-    return newest is not None
-
-
-def _is_over(trainer: Trainer, directory: RunDirectory, is_enough: IsEnough) -> bool:
-    """Return whether a measurement before the resumed step, of this run or of its fork, already ends the run."""
     step = trainer.progress.step
+    if recorder:
+        recorder.begin(step, is_resumed=newest is not None)
     measured = (row for row in directory.rows() if row["step"] <= step)  # later rows will be measured again
     return step < trainer.config.train.steps and any(is_enough(row) for row in measured)
 
