@@ -179,10 +179,9 @@ def fit(
     Raises:
         DivergedError: the loss or a sample is not finite.
     """
-    progress, last = trainer.progress, trainer.config.train.steps
     if _resume(trainer, directory, recorder, is_enough):
         return State.STOPPED
-    measure_every = trainer.config.evaluate.every
+    progress, last, measure_every = trainer.progress, trainer.config.train.steps, trainer.config.evaluate.every
     save_every = trainer.options.checkpoint_every or measure_every
     meter = SpeedMeter(trainer.config, trainer.options, progress, trainer.device, trainer.accelerator.num_processes)
     for batch in meter.waiting_for(trainer.batches()):
@@ -206,9 +205,10 @@ def fit(
                 if recorder:
                     recorder.rows(rows)
                     recorder.samples(step, samples)
-            for is_fork, is_due in ((False, measure or stop or step % save_every == 0), (True, step in kept)):
-                if recorder and is_due:
-                    recorder.checkpoint(step, trainer.save, is_fork)
+            if recorder and (measure or stop or step % save_every == 0):
+                recorder.checkpoint(step, trainer.save)
+            if recorder and step in kept:
+                recorder.checkpoint(step, trainer.save, is_fork=True)
             meter.start()
         if stop and step < last:
             return stop
