@@ -11,22 +11,8 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from repa_lab.bridge.simpletuner import (
-    ADDED_PREFIXES,
-    ALIASES,
-    CUMULATIVE,
-    DATA_SET,
-    FAMILY_NAMES,
-    FLAVOURS,
-    FRAMES,
-    KEYS,
-    LOST,
-    READABLE,
-    STAGE,
-    WITHOUT_EFFECT,
-    Key,
-    Prefix,
-)
+from repa_lab.bridge import simpletuner
+from repa_lab.bridge.simpletuner import Key, Prefix
 from repa_lab.errors import KeyPath, Place, Problem, SpecError
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Family
@@ -34,9 +20,10 @@ from repa_lab.registry import did_you_mean
 from repa_lab.spec.document import parse_yaml, read_text
 from repa_lab.spec.schema import expectation
 
-PREFIXES = ("crepa_", "urepa_", "irepa_", *ADDED_PREFIXES.values())
+PREFIXES = ("crepa_", "urepa_", "irepa_", *simpletuner.ADDED_PREFIXES.values())
 _DISTILLATION, _TRANSCENDENCE = "distillation_config", "self_transcendence"
-SWITCH_OF = {"layersync": "layersync_enabled", _TRANSCENDENCE: STAGE.name}  # of every regularizer in `ADDED`
+# The key that turns on each of the regularizers that SimpleTuner adds to others.
+SWITCH_OF = {"layersync": "layersync_enabled", _TRANSCENDENCE: "distillation_config.stage"}
 REGULARIZERS = {"crepa": "repa", "urepa": "urepa"}
 _NULLS = (None, "None", "null")
 _SAVED = "config"  # the key under which SimpleTuner's web interface saves the settings, beside `_metadata`
@@ -52,7 +39,6 @@ class DataSet:
         name: its ``id`` and its file, for messages.
         values: its values of the keys in `DATA_SET`, converted.
         kind: where the images are, ``local`` or such as ``huggingface``.
-        captions: its ``caption_strategy``.
         others: the names of the other image data sets, for which a spec has no field.
     """
 
@@ -80,10 +66,8 @@ class Config:
     Attributes:
         file: the config's file; None for flags.
         given: its keys as written, without leading dashes and without nulls.
-        places: the place of every key.
         values: its known keys, with values converted to those of repa-lab.
         prefix: of the regularizer that is on, or None.
-        family: the facts of ``model_family``, or None if the config names none.
         data_set: the images that ``data_backend_config`` names, or None if that file is not at hand.
     """
 
@@ -97,7 +81,7 @@ class Config:
 
     def value(self, name: str) -> Any:
         """Return a key's value, converted; SimpleTuner's default if the key is left out."""
-        key = READABLE[name]
+        key = simpletuner.READABLE[name]
         return self.values.get(name, None if key.default is None else key.read(key.default))
 
     def fields(self, keys: Iterable[Key]) -> dict[str, Any]:
@@ -113,7 +97,7 @@ class Config:
         """Whether clips are trained on; without a family, whether a key relates their frames."""
         if self.family is not None:
             return self.family.is_video
-        return any(key.name in self.values for key in (*FRAMES, CUMULATIVE))
+        return any(key.name in self.values for key in (*simpletuner.FRAMES, simpletuner.CUMULATIVE))
 
     @property
     def regularizer(self) -> str | None:
@@ -130,9 +114,15 @@ class Config:
         """The types of the regularizers that are on beside that of ``prefix``."""
         return tuple(kind for kind, switch in SWITCH_OF.items() if self.values.get(switch))
 
+    @property
+    def prefixes(self) -> list[str]:
+        """The prefixes of the keys of each regularizer that is on."""
+        added = [simpletuner.ADDED_PREFIXES[kind] for kind in self.added]
+        return [f"{self.prefix}_", *added] if self.prefix else added
+
     def is_on(self, name: str) -> bool:
         """Return whether a key has an effect in SimpleTuner: its regularizer is on, or it belongs to none."""
-        on = (f"{self.prefix}_", *(["irepa_"] if self.irepa else []), *(ADDED_PREFIXES[kind] for kind in self.added))
+        on = (*self.prefixes, *(["irepa_"] if self.irepa else []))
         return not name.startswith(PREFIXES) or name.startswith(on) or name.endswith("_enabled")
 
     @property
@@ -173,15 +163,15 @@ def read_config(words: Sequence[str]) -> Config:
     problems = [Problem(place, key, "given twice") for n, (key, _, place) in enumerate(entries) if key in keys[:n]]
     given = {key: value for key, value, _ in entries if value not in _NULLS}
     places = {key: place for key, _, place in entries}
-    values = _read_keys(READABLE.values(), given, places, problems)
+    values = _read_keys(simpletuner.READABLE.values(), given, places, problems)
     family = None
     if "model_family" in values:
         name = values["model_family"].lower().replace("-", "_")
         try:
-            family = FAMILIES[FAMILY_NAMES.get(name, name)]
+            family = FAMILIES[simpletuner.FAMILY_NAMES.get(name, name)]
         except ValueError as error:
             problems.append(Problem(places["model_family"], "model_family", str(error)))
-    on = [prefix for prefix in KEYS if values.get(f"{prefix}_enabled")]
+    on = [prefix for prefix in simpletuner.KEYS if values.get(f"{prefix}_enabled")]
     problems += [Problem(places[key], key, message) for key, message in _mistakes(given, values, on, family)]
     if problems:
         raise SpecError(problems)
@@ -214,9 +204,9 @@ def _inside(config: Mapping[str, Any], path: KeyPath, places: Mapping[KeyPath, P
 def _distilled(entries: Sequence[_Entry]) -> list[_Entry]:
     """Return the entries with those of a distillation that a spec has, else without what is inside it."""
     values = {key: value.strip().lower() if isinstance(value, str) else value for key, value, _ in entries}
-    if values.get("distillation_method") == _TRANSCENDENCE and values.get(STAGE.name) == "self":
+    if values.get("distillation_method") == _TRANSCENDENCE and values.get("distillation_config.stage") == "self":
         return [
-            (key, "self" if key == STAGE.name else value, place)
+            (key, "self" if key == "distillation_config.stage" else value, place)
             for key, value, place in entries
             if key not in ("distillation_method", _DISTILLATION)
         ]
@@ -239,7 +229,7 @@ def _flags(words: Sequence[str]) -> Iterator[_Entry]:
 
 def _bare(key: str) -> str:
     name = key.strip().lstrip("-")
-    return ALIASES.get(name, name)
+    return simpletuner.ALIASES.get(name, name)
 
 
 def _refuse(file: Path | None, message: str) -> NoReturn:
@@ -274,20 +264,21 @@ def _read_keys(
 
 def _flavours(family: Family) -> dict[str, str]:
     """Return the hub ids of a family's flavours by name in lower case."""
-    return {name.lower(): released for name, released in FLAVOURS.get(family.name, {}).items()}
+    return {name.lower(): released for name, released in simpletuner.FLAVOURS.get(family.name, {}).items()}
 
 
 def _mistakes(
     given: Mapping[str, Any], values: Mapping[str, Any], on: Sequence[Prefix], family: Family | None
 ) -> Iterator[tuple[str, str]]:
     """Yield keys that SimpleTuner does not have, and keys that do not fit each other or the family."""
-    known = [name for name in (*READABLE, *LOST, *WITHOUT_EFFECT) if name.startswith(PREFIXES)]
+    names = (*simpletuner.READABLE, *simpletuner.LOST, *simpletuner.WITHOUT_EFFECT)
+    known = [name for name in names if name.startswith(PREFIXES)]
     for name in given:
         if name.startswith(PREFIXES) and name not in known:
             own = next(prefix for prefix in PREFIXES if name.startswith(prefix))
             allowed = ", ".join(key for key in known if key.startswith(own))
             yield name, f"SimpleTuner has no such key; allowed: {allowed}{did_you_mean(name, known)}"
-    flavour, flavours = values.get("model_flavour"), FLAVOURS.get(family.name, {}) if family else {}
+    flavour, flavours = values.get("model_flavour"), simpletuner.FLAVOURS.get(family.name, {}) if family else {}
     if flavour and family and flavours and flavour.lower() not in _flavours(family):
         message = f"repa-lab trains no flavour '{flavour}' of {family.name}; allowed: {', '.join(flavours)}"
         yield "model_flavour", message + did_you_mean(flavour, flavours)
@@ -299,9 +290,9 @@ def _mistakes(
         yield f"{on[0]}_enabled", f"{REGULARIZERS[on[0]]} is for {kinds}; {family.name} is {kind}: use {other}"
     if values.get("layersync_enabled") and "layersync_student_block" not in values:
         yield "layersync_enabled", "SimpleTuner needs layersync_student_block as well"
-    for name in ("student_block", "teacher_block") if STAGE.name in values else ():
+    for name in ("student_block", "teacher_block") if "distillation_config.stage" in values else ():
         if f"{_DISTILLATION}.{name}" not in values:
-            yield STAGE.name, f"SimpleTuner needs {_DISTILLATION}.{name} as well"
+            yield "distillation_config.stage", f"SimpleTuner needs {_DISTILLATION}.{name} as well"
     for kind, name in SWITCH_OF.items():
         if values.get(name) and family is not None and family.kind == "unet":
             yield name, f"{kind} is for transformers; {family.name} is a UNet: leave it out"
@@ -340,7 +331,7 @@ def _read_data_set(name: str | None, config: Path | None, kind: str) -> DataSet 
     own_places = {key: places[number, key] for key in backend}
     own_places |= {f"video.{key}": places[number, "video", key] for key in of_video}
     given = {**backend, **{f"video.{key}": value for key, value in of_video.items()}}
-    values = _read_keys(DATA_SET, {k: v for k, v in given.items() if v != ""}, own_places, problems)
+    values = _read_keys(simpletuner.DATA_SET, {k: v for k, v in given.items() if v != ""}, own_places, problems)
     if problems:
         raise SpecError(problems)
     folder = values.get("instance_data_dir")

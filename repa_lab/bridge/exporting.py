@@ -14,18 +14,8 @@ from repa_lab.align.settings import (
     ScheduleSettings,
     UREPASettings,
 )
-from repa_lab.bridge.simpletuner import (
-    ADDED,
-    ADDED_PREFIXES,
-    FRAMES,
-    HUB_ENCODERS,
-    IREPA,
-    KEYS,
-    TINY_AUTOENCODERS,
-    Prefix,
-    encoder_stride,
-    resample_side,
-)
+from repa_lab.bridge import simpletuner
+from repa_lab.bridge.simpletuner import Prefix
 from repa_lab.encoders.registry import input_size
 from repa_lab.errors import shortened
 from repa_lab.models.families import FAMILIES
@@ -80,7 +70,7 @@ def _aligned(
 ) -> Exported:
     """Return the keys of a regularizer that aligns with an encoder."""
     encoder, side = regularizer.encoders[0], config.data.side
-    image_size = input_size(encoder_stride(encoder.name), (side, side), encoder.image_size)[0]
+    image_size = input_size(simpletuner.encoder_stride(encoder.name), (side, side), encoder.image_size)[0]
     block = shape_of(family, config.model.size).block if regularizer.block_index is None else regularizer.block_index
     encoder = encoder.model_copy(update={"image_size": image_size})
     settings = regularizer.model_copy(update={"encoder": encoder, "block_index": block})
@@ -90,10 +80,10 @@ def _aligned(
         lost.append(f"{path}.encoder: SimpleTuner has one; left out: {', '.join(others)}")
     is_irepa = settings.projector.type == "conv"
     exported: dict[str, Any] = {f"{prefix}_enabled": True} | ({"irepa_enabled": True} if is_irepa else {})
-    frames = FRAMES if isinstance(settings, CREPASettings) else ()
+    frames = simpletuner.FRAMES if isinstance(settings, CREPASettings) else ()
     if family.is_video and not frames:  # SimpleTuner takes neighbours by default
         exported |= {"crepa_adjacent_distance": 0}
-    for key in (*KEYS[prefix], *frames, *(IREPA if is_irepa else ())):
+    for key in (*simpletuner.KEYS[prefix], *frames, *(simpletuner.IREPA if is_irepa else ())):
         section, _, name = key.field.partition(".")
         if section == "regularizer" and not (name in _LEFT_OUT and limits[name][0]):
             value = attrgetter(name)(settings)
@@ -107,7 +97,10 @@ def _added(path: str, regularizer: RegularizerSettings, config: RunConfig, famil
     shape = shape_of(family, config.model.size)
     settings = regularizer.resolved(shape.block, config.train.steps, shape.depth)
     until_stop = settings.schedule.model_copy(update={"cutoff_step": None})
-    values = {key.name: key.write(attrgetter(key.field.partition(".")[2])(settings)) for key in ADDED[settings.type]}
+    values = {
+        key.name: key.write(attrgetter(key.field.partition(".")[2])(settings))
+        for key in simpletuner.ADDED[settings.type]
+    }
     if isinstance(settings, SelfTranscendenceSettings):
         limits = {
             "weight": (settings.weight == 0, "it refuses 0: leave the method out"),
@@ -118,7 +111,7 @@ def _added(path: str, regularizer: RegularizerSettings, config: RunConfig, famil
             "weights": (settings.weights is not None, "its teacher is the model before the first step"),
             "projector.type": (settings.projector.type != "mlp", "it has three layers with SiLU"),
         }
-        own = {name.removeprefix(ADDED_PREFIXES[settings.type]): value for name, value in values.items()}
+        own = {name.removeprefix(simpletuner.ADDED_PREFIXES[settings.type]): value for name, value in values.items()}
         values = {"distillation_method": settings.type, "distillation_config": {"stage": "self", **own}}
     else:
         limits = {
@@ -141,7 +134,7 @@ def _limits(settings: CosineTargetSettings, config: RunConfig, family: Family) -
     encoder, schedule, kernel = settings.encoders[0], settings.schedule, settings.projector.kernel
     is_conv, threshold = settings.projector.type == "conv", schedule.similarity_threshold
     grids = (config.data.side, encoder.name, encoder.image_size or 0, config.data.vae is not None)
-    shrinks = resample_side(family, config.model.size, *grids) if settings.spatial_align else None
+    shrinks = simpletuner.resample_side(family, config.model.size, *grids) if settings.spatial_align else None
     limits = {
         "projector.type": (settings.projector.type == "mlp", "it has LayerNorm + Linear, or iREPA's convolution"),
         "projector.kernel": (is_conv and kernel not in _KERNELS, f"it offers {', '.join(map(str, _KERNELS))}"),
@@ -151,12 +144,12 @@ def _limits(settings: CosineTargetSettings, config: RunConfig, family: Family) -
         ),
         "resample.side": (shrinks not in (None, settings.resample.side), "it shrinks the larger grid, here the other"),
         "resample.when": (bool(shrinks) and settings.resample.when == "before", "it resamples after the projector"),
-        "encoder.name": (encoder.name not in HUB_ENCODERS, "it loads DINOv2 from torch hub"),
+        "encoder.name": (encoder.name not in simpletuner.HUB_ENCODERS, "it loads DINOv2 from torch hub"),
         "encoder.weights": (encoder.weights is not None, "it loads its encoder from torch hub, not from a file"),
         "encoder.standardize": (encoder.standardize, "it takes the features as they are"),
         "encoder.pixels": (encoder.pixels == "image", "its encoder looks at decoded latents"),
         "encoder.tae": (
-            encoder.tae not in (None, TINY_AUTOENCODERS.get(family.name)),
+            encoder.tae not in (None, simpletuner.TINY_AUTOENCODERS.get(family.name)),
             "it has one of its own for every family",
         ),
         "encoder.image_size": ((encoder.image_size or 0) < _MIN_IMAGE_SIZE, f"it offers {_MIN_IMAGE_SIZE} and more"),

@@ -11,27 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from repa_lab.bridge import simpletuner
 from repa_lab.bridge.config import PREFIXES, Config, read_config
-from repa_lab.bridge.simpletuner import (
-    ADDED,
-    ADDED_PREFIXES,
-    CREPA_MODEL,
-    CUMULATIVE,
-    FLAVOURS,
-    FRAMES,
-    IREPA,
-    KEYS,
-    LOST,
-    NEVER_ATTACHED,
-    READABLE,
-    REST,
-    STAND_IN_STEPS,
-    TINY_AUTOENCODERS,
-    WITHOUT_EFFECT,
-    Prefix,
-    is_language_model,
-    resample_side,
-)
+from repa_lab.bridge.simpletuner import Prefix
 from repa_lab.errors import Place, Problem, SpecError, printable
 from repa_lab.models.family import Family
 from repa_lab.spec.document import Draft, to_yaml
@@ -95,7 +77,7 @@ def _regularizers(config: Config) -> list[dict[str, Any]]:
     """Return the fields of each regularizer, in the order in which a person would write them."""
     members = [_aligned(config, config.prefix)] if config.prefix else []
     for kind in config.added:
-        members.append({"regularizer.type": kind, **config.fields(ADDED[kind])})
+        members.append({"regularizer.type": kind, **config.fields(simpletuner.ADDED[kind])})
         if kind == "self_transcendence":
             members[-1] |= {"regularizer.projector.type": "mlp", "regularizer.loss": "mse"}
     return members or [{"regularizer.type": "none"}]
@@ -108,25 +90,25 @@ def _aligned(config: Config, prefix: Prefix) -> dict[str, Any]:
         "regularizer.type": config.regularizer,
         "regularizer.weight": 0.0,
         "regularizer.block_index": "mid",
-        **config.fields(KEYS[prefix]),
-        **config.fields((*FRAMES, CUMULATIVE) if config.regularizer == "crepa" else ()),
+        **config.fields(simpletuner.KEYS[prefix]),
+        **config.fields((*simpletuner.FRAMES, simpletuner.CUMULATIVE) if config.regularizer == "crepa" else ()),
         "regularizer.projector.type": "conv" if config.irepa else "linear",
-        **config.fields(IREPA if config.irepa else ()),
+        **config.fields(simpletuner.IREPA if config.irepa else ()),
     }
-    if prefix == "crepa" and CREPA_MODEL.name in config.values:
-        fields |= config.fields([CREPA_MODEL])
+    if prefix == "crepa" and "crepa_model" in config.values:
+        fields |= config.fields([simpletuner.CREPA_MODEL])
     encoder = "regularizer.encoder"
-    if is_language_model(fields[f"{encoder}.name"]):
+    if simpletuner.is_language_model(fields[f"{encoder}.name"]):
         fields[f"{encoder}.name"] = "dinov2_vitg14"
     if fields[f"{encoder}.pixels"] == "tae":
-        tiny = TINY_AUTOENCODERS.get(family.name) if family else None
+        tiny = simpletuner.TINY_AUTOENCODERS.get(family.name) if family else None
         fields |= {f"{encoder}.tae": tiny} if tiny else {f"{encoder}.pixels": "vae"}
     if fields.get("regularizer.spatial_align", True):
         # Without a family: UNets have the smaller grid at SimpleTuner's defaults, transformers the larger.
         side = "teacher" if prefix == "urepa" else "student"
         if family is not None:
             grids = (fields[f"{encoder}.name"], fields[f"{encoder}.image_size"])
-            side = resample_side(family, None, config.resolution, *grids) or "student"
+            side = simpletuner.resample_side(family, None, config.resolution, *grids) or "student"
         fields |= {"regularizer.resample.side": side, "regularizer.resample.when": "after"}
     schedule = "regularizer.schedule"
     warmup, end = fields[f"{schedule}.warmup_steps"], fields[f"{schedule}.decay_steps"]
@@ -156,7 +138,7 @@ def _rest(config: Config) -> dict[str, Any]:
         fields |= {"data.frames": frames} if (frames := data_set.values.get("video.num_frames")) else {}
         fields |= {"data.path": data_set.folder} if data_set.folder else {}
         fields |= {"data.buckets.step": 64, "data.buckets.max_aspect": 2.0} if data_set.keeps_aspect else {}
-    fields |= config.fields(key for key in REST if is_written(key.name))
+    fields |= config.fields(key for key in simpletuner.REST if is_written(key.name))
     if is_written("train_batch_size"):
         micro_batch, accumulation = config.value("train_batch_size"), config.value("gradient_accumulation_steps")
         fields["train.batch_size"] = micro_batch * accumulation
@@ -173,7 +155,8 @@ def _rest(config: Config) -> dict[str, Any]:
         fields["evaluate.sampler.steps"] = max(config.value("validation_num_inference_steps"), 2)
     if family is not None:
         types = [*([config.regularizer] if config.regularizer else []), *config.added]
-        source, steps = config.file.name if config.file else "the flags", fields["train.steps"] or STAND_IN_STEPS
+        source = config.file.name if config.file else "the flags"
+        steps = fields["train.steps"] or simpletuner.STAND_IN_STEPS
         if family.network and family.network.uncheckpointed:
             fields["run.gradient_checkpointing"] = False
         # One evaluation, at the end, that takes about as many forward passes as the training.
@@ -207,14 +190,13 @@ def _nested(fields: Fields) -> dict[str, Any]:
 
 def _key_of(problem: Problem, config: Config) -> str:
     """Return the key that sets the problem's field; else the key inside it that the message mentions first."""
-    prefixes = [*([f"{config.prefix}_"] if config.prefix else []), *(ADDED_PREFIXES[kind] for kind in config.added)]
     section, _, place = problem.path.partition(".")
     number, _, field = place.partition(".")
-    others: tuple[str, ...] = ()
-    path = problem.path
+    path, others = problem.path, tuple[str, ...]()
     if section == "regularizer" and number.isdecimal():  # of several
-        others, path = tuple(prefixes[: int(number)] + prefixes[int(number) + 1 :]), f"{section}.{field}"
-    given = [READABLE[name] for name in config.values if config.is_on(name) and not name.startswith(others)]
+        path = f"{section}.{field}"
+        others = tuple(prefix for index, prefix in enumerate(config.prefixes) if index != int(number))
+    given = [simpletuner.READABLE[name] for name in config.values if config.is_on(name) and not name.startswith(others)]
     setting = [key.name for key in given if f"{path}.".startswith(f"{key.field}.")]
     inside = [key for key in given if key.field.startswith(f"{path}.")]
     places = sorted((problem.message.find(key.field.rpartition(".")[2]), key.name) for key in inside)
@@ -231,7 +213,7 @@ def _remarks(config: Config, fields: Fields) -> Iterator[Remark]:
     if config.regularizer == "crepa":
         yield from _frames(config, fields)
     yield from _added(config)
-    if not config.prefix and not config.added and not any(key.name in config.values for key in REST):
+    if not config.prefix and not config.added and not any(key.name in config.values for key in simpletuner.REST):
         yield "", "neither crepa_enabled nor urepa_enabled is true: there is no regularizer"
     yield from _not_carried(config, fields)
     if config.family is None:
@@ -245,7 +227,7 @@ def _remarks(config: Config, fields: Fields) -> Iterator[Remark]:
 def _differences(config: Config, fields: Fields) -> Iterator[Remark]:
     """Name where SimpleTuner computes something else from the same number."""
     prefix, family, schedule = config.prefix, config.family, "regularizer.schedule"
-    if family is not None and family.name in NEVER_ATTACHED:
+    if family is not None and family.name in simpletuner.NEVER_ATTACHED:
         never = f"SimpleTuner never attaches its regularizer to {family.name}"
         yield f"{prefix}_enabled", f"{never}: what it trained there was a baseline; here it attaches"
     yield (
@@ -288,14 +270,14 @@ def _differences(config: Config, fields: Fields) -> Iterator[Remark]:
             "SimpleTuner has no bias correction and no minimum count, and acts a step earlier: similarity_min_count: 1 "
             "comes nearest, though one spike then ends the regularizer; repa-lab's own default is 100",
         )
-    if prefix == "crepa" and CREPA_MODEL.name in config.values:
-        yield CREPA_MODEL.name, "SimpleTuner documents this key and refuses it; export writes crepa_encoder"
+    if prefix == "crepa" and "crepa_model" in config.values:
+        yield "crepa_model", "SimpleTuner documents this key and refuses it; export writes crepa_encoder"
 
 
 def _frames(config: Config, fields: Fields) -> Iterator[Remark]:
     """Name where SimpleTuner computes something else from the frames of a clip."""
-    if CUMULATIVE.name in config.values:
-        yield CUMULATIVE.name, "SimpleTuner documents this key and refuses it; export leaves it out"
+    if "crepa_cumulative_neighbors" in config.values:
+        yield "crepa_cumulative_neighbors", "SimpleTuner documents this key and refuses it; export leaves it out"
     message = "a distance that no two latent frames have is refused here; SimpleTuner shortens it"
     yield "crepa_adjacent_distance", message
     if fields["regularizer.schedule.similarity_threshold"] is not None:
@@ -322,20 +304,24 @@ def _added(config: Config) -> Iterator[Remark]:
 
 def _not_carried(config: Config, fields: Fields) -> Iterator[Remark]:
     given = config.given
-    for name, (harmless, reason) in LOST.items():
+    for name, (harmless, reason) in simpletuner.LOST.items():
         if name in given and str(given[name]).lower() not in harmless:
             yield name, f"not carried: {reason}"
-    for name in ("crepa_encoder", CREPA_MODEL.name, "urepa_model"):
-        if config.is_on(name) and is_language_model(config.values.get(name, "")):
+    for name in ("crepa_encoder", "crepa_model", "urepa_model"):
+        if config.is_on(name) and simpletuner.is_language_model(config.values.get(name, "")):
             message = "a vision-language model yields no grid of patch tokens here; dinov2_vitg14 stands in"
             yield name, f"not carried: {message}"
     tae = f"{config.prefix}_use_tae"
     if config.prefix and config.value(tae) == "tae" and fields["regularizer.encoder.pixels"] == "vae":
         latents = f"for the latents of {config.family.name}" if config.family else "without model_family"
         yield tae, f"not carried: no tiny autoencoder is known {latents}; give pixels: tae and tae: yourself"
-    of_frames = () if config.is_video else tuple(key.name for key in (*FRAMES, CUMULATIVE))
-    without_effect = (*WITHOUT_EFFECT, *of_frames)
-    rest = [name for name in given if name in without_effect or not (name in READABLE or name in LOST)]
+    of_frames = () if config.is_video else tuple(key.name for key in (*simpletuner.FRAMES, simpletuner.CUMULATIVE))
+    without_effect = (*simpletuner.WITHOUT_EFFECT, *of_frames)
+    rest = [
+        name
+        for name in given
+        if name in without_effect or not (name in simpletuner.READABLE or name in simpletuner.LOST)
+    ]
     if rest:
         yield "", f"not carried, because a spec has no field for them: {', '.join(rest)}"
     off = [name for name in config.values if not config.is_on(name)]
@@ -382,14 +368,14 @@ def _stand_ins(config: Config, family: Family, fields: Fields) -> Iterator[Remar
     named, flavour = config.value("pretrained_model_name_or_path"), config.values.get("model_flavour")
     if config.pretrained is None:
         yield "", "fill in model.pretrained: the config names no weights"
-    elif flavour and (named or family.name not in FLAVOURS):
+    elif flavour and (named or family.name not in simpletuner.FLAVOURS):
         yield "model_flavour", f"not carried: model.pretrained is {config.pretrained}"
     elif not named and not flavour:
         yield "", f"no model_flavour: {config.pretrained} stands in"
     if config.value("gradient_checkpointing") and not fields["run.gradient_checkpointing"]:
         yield "gradient_checkpointing", f"not carried: diffusers cannot checkpoint the blocks of {family.name}"
     if not config.value("max_train_steps"):
-        yield "", f"fill in train.steps: there is no max_train_steps, so {STAND_IN_STEPS:,} stand in"
+        yield "", f"fill in train.steps: there is no max_train_steps, so {simpletuner.STAND_IN_STEPS:,} stand in"
     if not fields["train.ema"]:
         yield "", "use_ema is off, so train.ema is 0.0: the weights of the last step are measured"
     alpha, rank = config.value("lora_alpha"), config.value("lora_rank")

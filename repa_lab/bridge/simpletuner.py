@@ -37,17 +37,11 @@ ResolutionType = Annotated[Literal["pixel", "area", "pixel_area"], _any_case]
 CropAspect = Annotated[Literal["square", "preserve", "random", "closest"], _any_case]
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 @dataclass(frozen=True)
 class Key:
-    """A key of SimpleTuner.
+    """A key of SimpleTuner, and the field of a spec, as a dotted path, that has its value.
 
     Attributes:
-        name: its name in SimpleTuner.
-        field: the field of a spec, as a dotted path.
         type: the type of SimpleTuner's value.
         default: SimpleTuner's value if the key is left out.
         convert: converts SimpleTuner's value to the field's.
@@ -58,8 +52,8 @@ class Key:
     field: str
     type: Any
     default: Any = None
-    convert: Callable[[Any], Any] = _same
-    write: Callable[[Any], Any] = _same
+    convert: Callable[[Any], Any] = lambda value: value
+    write: Callable[[Any], Any] = lambda value: value
 
     def read(self, value: Any) -> Any:
         """Return the field's value for SimpleTuner's.

@@ -297,12 +297,9 @@ def unknown_field_message(name: str | int, owners: Sequence[type[BaseModel]]) ->
 
 
 def fields_of(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the type of every field that a file may set, by name, with the metadata that pydantic strips."""
-    return {
-        field.alias or name: Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-        for name, field in model.model_fields.items()
-        if not field.exclude
-    }
+    """Return the type of every field that a file may set, by name; of a section with components, their registry."""
+    fields = {field.alias or name: field.annotation for name, field in model.model_fields.items() if not field.exclude}
+    return fields | COMPONENTS if model is RunConfig else fields
 
 
 def _owners(model: type[BaseModel], path: KeyPath, value: Any = None) -> tuple[type[BaseModel], ...]:
@@ -324,7 +321,7 @@ def _below(annotation: Any, step: str | int, value: Any) -> Iterator[Any]:
     if isinstance(step, str) and (models := models_of(annotation, value)):
         yield from (fields_of(model)[step] for model in models if step in fields_of(model))
         return
-    if (mark := _component(annotation)) and mark.several:
+    if isinstance(annotation, SettingsOf) and annotation.several:
         yield annotation
     for member in members(annotation):
         if typing.get_origin(member) in (list, dict, tuple):
@@ -334,14 +331,10 @@ def _below(annotation: Any, step: str | int, value: Any) -> Iterator[Any]:
 
 def models_of(annotation: Any, value: Any = None) -> tuple[type[BaseModel], ...]:
     """Return the models among the members of a type: of components the one that the value names, else all."""
-    if not (mark := _component(annotation)):
+    if not isinstance(annotation, SettingsOf):
         return tuple(filter(is_model, members(annotation)))
-    named = mark.settings_of(value) if isinstance(value, dict) else None
-    return (named,) if named else mark.choices
-
-
-def _component(annotation: Any) -> SettingsOf | None:
-    return next((mark for mark in getattr(annotation, "__metadata__", ()) if isinstance(mark, SettingsOf)), None)
+    named = annotation.settings_of(value) if isinstance(value, dict) else None
+    return (named,) if named else annotation.choices
 
 
 def is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
