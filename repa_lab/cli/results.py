@@ -17,8 +17,8 @@ from repa_lab.runs.files import DamagedFileError, garbage_collection_paused
 from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory, UnknownRunError, UnknownSweepError
 
 if TYPE_CHECKING:
+    from repa_lab.align.settings import EncoderSettings
     from repa_lab.report.leaderboard import Board
-    from repa_lab.spec import EncoderSettings
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -134,7 +134,7 @@ def _words(text: str) -> list[str]:
 
 def _encoder(given: str | None, directories: Sequence[RunDirectory]) -> EncoderSettings | None:
     """Return the named encoder, with the settings under which one of the runs uses it, or else with the defaults."""
-    from repa_lab.spec import EncoderSettings
+    from repa_lab.align.settings import EncoderSettings
     from repa_lab.spec.document import Draft, parse_scalar
     from repa_lab.spec.identity import Run
     from repa_lab.spec.schema import validate

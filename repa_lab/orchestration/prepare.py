@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from repa_lab.align.settings import EncoderSettings
 from repa_lab.data import DataError
 from repa_lab.errors import InputError
 from repa_lab.metrics.reference import StatisticsError
@@ -20,7 +21,7 @@ from repa_lab.models.pretrained import skeleton
 from repa_lab.models.released import SCHEDULER, PretrainedError, read_json
 from repa_lab.models.tap import TapError
 from repa_lab.settings import BlockIndex
-from repa_lab.spec import EncoderSettings, ResolvedOptions, RunConfig, RunOptions
+from repa_lab.spec import ResolvedOptions, RunConfig, RunOptions
 from repa_lab.timm_models import EncoderError
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.batches import Announce, Images, open_data, pretrained_folder

@@ -1,6 +1,5 @@
 """The spec: one YAML file is one question. Reads, validates and expands it into arms. Imports no torch."""
 
-from repa_lab.align.settings import EncoderSettings, RegularizerSettings, ScheduleSettings
 from repa_lab.errors import Place, Problem, SpecError
 from repa_lab.spec.evaluate import EvaluateConfig, ExtractorConfig
 from repa_lab.spec.experiment import Arm, Experiment, load_spec
@@ -19,7 +18,6 @@ __all__ = [
     "Arm",
     "BudgetConfig",
     "CompareConfig",
-    "EncoderSettings",
     "EvaluateConfig",
     "Experiment",
     "ExtractorConfig",
@@ -27,11 +25,9 @@ __all__ = [
     "ModelConfig",
     "Place",
     "Problem",
-    "RegularizerSettings",
     "ResolvedOptions",
     "RunConfig",
     "RunOptions",
-    "ScheduleSettings",
     "SearchConfig",
     "SpecError",
     "StopRule",

@@ -44,12 +44,7 @@ class Run:
 
     @classmethod
     def read(cls, directory: RunDirectory) -> Run:
-        """Return the run of a directory.
-
-        Raises:
-            RecordedSpecError: its spec.json cannot be read by this version of repa-lab.
-            MissingPluginError: the run's component is of a plugin that is not loaded; with the plugin's file name.
-        """
+        """Return the run of a directory, by :meth:`from_json`."""
         return cls.from_json(directory.run_id, directory.spec, directory.plugin_files)
 
     @classmethod

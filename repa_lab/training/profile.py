@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from repa_lab.align.settings import EncoderSettings
 from repa_lab.align.tokens import Grid, Tokens
 from repa_lab.encoders.targets import Targets
 from repa_lab.errors import InputError
@@ -19,7 +20,7 @@ from repa_lab.models.tap import TapError
 from repa_lab.runs import RunDirectory, files
 from repa_lab.runs.directory import ALIGNMENT_METRICS, SPATIAL_METRICS, provenance
 from repa_lab.runs.files import Row
-from repa_lab.spec import EncoderSettings, RunConfig, RunOptions
+from repa_lab.spec import RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.batches import Images, open_data

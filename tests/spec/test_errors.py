@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from repa_lab.align.settings import REGULARIZERS, REPASettings
+from repa_lab.align.settings import REGULARIZERS, EncoderSettings, REPASettings
 from repa_lab.errors import InputError, StateError, UserError, hide_passwords, shortened
 from repa_lab.registry import did_you_mean
-from repa_lab.spec import CompareConfig, EncoderSettings, Place, Problem, SpecError, load_spec
+from repa_lab.spec import CompareConfig, Place, Problem, SpecError, load_spec
 from repa_lab.spec.options import WandbOptions
 from repa_lab.spec.schema import RunConfig, SpecFile
 from repa_lab.spec.train import TrainConfig

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from repa_lab.align.settings import RegularizerSettings
+from repa_lab.align.settings import EncoderSettings, RegularizerSettings
 from repa_lab.data.settings import DigitsSettings
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.orchestration.plan import identify_run
-from repa_lab.spec import EncoderSettings, ExtractorConfig, RunConfig, load_spec
+from repa_lab.spec import ExtractorConfig, RunConfig, load_spec
 from repa_lab.spec.identity import RecordedSpecError, Run, identify, local_files
 from repa_lab.training.resolve import Inventory
 from tests.spec.examples import mapping

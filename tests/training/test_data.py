@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 
+from repa_lab.align.settings import EncoderSettings
 from repa_lab.data import DataError
 from repa_lab.data.cache import TextCache
 from repa_lab.data.crop import Buckets
@@ -13,7 +14,6 @@ from repa_lab.data.latents import LatentSpace, PixelSpace
 from repa_lab.data.settings import SOURCES, SourceSettings
 from repa_lab.data.sources import Flips, Split
 from repa_lab.models.families import FAMILIES
-from repa_lab.spec import EncoderSettings
 from repa_lab.training.batches import Images, open_images, pixels_for
 from repa_lab.training.evaluate import real_images
 from repa_lab.training.model import Captions, Labels

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from repa_lab.align import REPA, Tokens
+from repa_lab.align.settings import EncoderSettings
 from repa_lab.align.tokens import flatten_map
 from repa_lab.data import DataError
 from repa_lab.data.crop import Buckets
@@ -24,7 +25,6 @@ from repa_lab.metrics.extractor import Extractor
 from repa_lab.metrics.protocol import differences
 from repa_lab.metrics.reference import reference
 from repa_lab.models.tap import Denoiser, Tap
-from repa_lab.spec import EncoderSettings
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.batches import Images, generator
 from repa_lab.training.diffusion import FieldSampler, Flow

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from repa_lab.align.settings import EncoderSettings
 from repa_lab.align.tokens import flatten_map
 from repa_lab.data.sources import Split
 from repa_lab.metrics import cka, cknna, lds, mutual_knn, rmsc
 from repa_lab.models.tap import Denoiser, Tap, TapError
 from repa_lab.runs import RunDirectory, RunWriter
-from repa_lab.spec import EncoderSettings, RunOptions
+from repa_lab.spec import RunOptions
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.batches import Images
 from repa_lab.training.checkpoint import NoWeightsError
