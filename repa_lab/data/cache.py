@@ -17,7 +17,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,10 +33,7 @@ from repa_lab.data.rows import (
     locked,
     note_checked,
     read_manifest,
-    resize,
-    row_bytes,
     write_manifest,
-    write_rows,
     writing,
 )
 from repa_lab.data.sources import Source, groups
@@ -50,6 +46,7 @@ RECORD = np.dtype([("frame", "<i4", (6,)), ("crc32", "<u4"), ("done", "?")])
 TEXT_RECORD = np.dtype([("text", "V32"), ("crc32", "<u4")])
 READERS = min(8, os.cpu_count() or 1)
 _IMAGES, _TEXTS = "images.bin", "texts.bin"
+_ALWAYS_CHECKED_BYTES = 2 << 30  # larger caches are compared with their checksums only if their files have changed
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -94,53 +91,28 @@ def _in_order(pool: Executor, function: Callable[[A], B], items: Iterable[A], ah
         yield begun.popleft().result()
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What the cache of a source holds.
-
-    Attributes:
-        identity: everything that decides the content.
-        count: number of images.
-        dtype: name of the tensors' dtype in torch.
-        shapes: shape of a tensor by the size of its image, such as ``256x256``.
-        about: what helps a person to recognise the cache; never compared.
-        format: number of this format.
-    """
-
-    identity: Mapping[str, Any]
-    count: int
-    dtype: str
-    shapes: Mapping[str, tuple[int, ...]]
-    about: Mapping[str, Any]
-    format: int = FORMAT
-
-    def seed(self, size: str) -> int:
-        """Return the start of all checksums of ``size``: tensors of another cache do not pass for those of this one."""
-        return zlib.crc32(f"{digest(self.identity)} {self.dtype} {self.shapes[size]}".encode())
-
-
 class ArrayCache:
     """One tensor for every image of a source, memory-mapped; images of one size have tensors of one shape.
 
     Args:
         folder: the folder of the cache, which is complete.
-        manifest: what the cache holds.
+        manifest: the content of ``manifest.json``.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._folder, self._manifest = folder, manifest
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self._arguments = folder, manifest
         self._frames = np.fromfile(folder / _IMAGES, RECORD)["frame"]
         sizes = torch.from_numpy(self._frames[:, 4:].copy())
         self._file, self._row = np.empty(len(sizes), dtype=np.int64), np.empty(len(sizes), dtype=np.int64)
         self._files = list[Rows]()
         for number, members in enumerate(groups(sizes)):
-            size = _size_name(sizes[members[0]])
-            self._files.append(Rows(_values_file(folder, size), len(members), manifest.shapes[size], manifest.dtype))
+            self._files.append(_values(folder, manifest, _size_name(sizes[members[0]]), len(members)))
+            self._files[-1].bytes  # noqa: B018  maps the file now
             self._file[members.numpy()], self._row[members.numpy()] = number, np.arange(len(members))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let another process map the files itself instead of sending it their content."""
-        return ArrayCache, (self._folder, self._manifest)
+        return ArrayCache, self._arguments
 
     def shape(self, index: torch.Tensor) -> torch.Size:
         """Return the shape of one tensor of the images ``index`` ``(n,)``, which are of one size."""
@@ -190,11 +162,16 @@ def open_cache(
     """
     folder = root / digest({"format": FORMAT, **identity})[:16]
     with locked(folder):
-        manifest = _matching_manifest(folder, {"format": FORMAT, "count": len(source)}, identity, dtype)
-        manifest = manifest or Manifest(identity, len(source), dtype_name(dtype) if dtype else "", {}, about or {})
-        builder = _Builder(folder, manifest, source, encode, dtype, readers)
-        builder.complete(batch_size, progress)
-        return ArrayCache(folder, builder.manifest)
+        manifest = _matching_manifest(folder, identity, len(source), dtype) or {
+            "identity": identity,
+            "count": len(source),
+            "dtype": dtype_name(dtype) if dtype else "",
+            "shapes": {},  # of a tensor, by the size of its image, such as 256x256
+            "about": about or {},
+            "format": FORMAT,
+        }
+        _Builder(folder, manifest, source, encode, dtype, readers).complete(batch_size, progress)
+        return ArrayCache(folder, manifest)
 
 
 class _Builder:
@@ -203,21 +180,22 @@ class _Builder:
     def __init__(
         self,
         folder: Path,
-        manifest: Manifest,
+        manifest: dict[str, Any],
         source: Source,
         encode: Callable[[torch.Tensor], torch.Tensor],
         dtype: torch.dtype | None,
         readers: int,
     ) -> None:
-        self.manifest = manifest
-        self._folder, self._source, self._encode, self._dtype, self._readers = folder, source, encode, dtype, readers
+        self._folder, self._manifest = folder, manifest
+        self._source, self._encode, self._dtype, self._readers = source, encode, dtype, readers
         self._members = {_size_name(source.sizes[members[0]]): members for members in groups(source.sizes)}
         self._row = {image: row for members in self._members.values() for row, image in enumerate(members.tolist())}
+        self._images = Rows(folder / _IMAGES, len(source), (RECORD.itemsize,), "uint8")
         self._records = self._read_records()
 
     def complete(self, batch_size: int, progress: Progress | None) -> None:
         """Encode what is missing; the first batch of each size shows the shape of its tensors."""
-        unknown = [members for size, members in self._members.items() if size not in self.manifest.shapes]
+        unknown = [members for size, members in self._members.items() if size not in self._manifest["shapes"]]
         self._encode_all([members[:batch_size] for members in unknown], progress)
         self._check()
         batches = [batch for members in self._members.values() for batch in members.split(batch_size)]
@@ -226,7 +204,15 @@ class _Builder:
 
     @property
     def _files(self) -> list[Path]:
-        return [self._folder / _IMAGES, *(_values_file(self._folder, size) for size in self._members)]
+        return [self._images.path, *(self._values(size).path for size in self._members)]
+
+    def _values(self, size: str) -> Rows:
+        return _values(self._folder, self._manifest, size, len(self._members[size]))
+
+    def _seed(self, size: str) -> int:
+        """Return the start of all checksums of a size: tensors of another cache do not pass for those of this one."""
+        shape = tuple(self._manifest["shapes"][size])
+        return zlib.crc32(f"{digest(self._manifest['identity'])} {self._manifest['dtype']} {shape}".encode())
 
     def _encode_all(self, batches: Sequence[torch.Tensor], progress: Progress | None) -> None:
         is_done = self._records["done"].copy()
@@ -249,40 +235,30 @@ class _Builder:
         size = _size_name(self._source.sizes[batch[0]])
         with writing(self._folder):
             self._require_shape(size, values)
-            data, seed = bytes_of(values), self.manifest.seed(size)
+            data, seed = bytes_of(values), self._seed(size)
             missing = [(number, image) for number, image in enumerate(batch) if not self._records["done"][image]]
-            with _values_file(self._folder, size).open("r+b") as file:
-                for number, image in missing:
-                    file.seek(self._row[image] * data.shape[1])
-                    file.write(data[number])
-            with (self._folder / _IMAGES).open("r+b") as file:
-                for number, image in missing:
-                    checksum = zlib.crc32(data[number].data, zlib.crc32(frames[number].tobytes(), seed))
-                    self._records[image] = frames[number], checksum, True
-                    file.seek(image * RECORD.itemsize)
-                    file.write(self._records[image].tobytes())
+            self._values(size).write((self._row[image], data[number]) for number, image in missing)
+            for number, image in missing:
+                checksum = zlib.crc32(data[number].data, zlib.crc32(frames[number].tobytes(), seed))
+                self._records[image] = frames[number], checksum, True
+            self._images.write((image, self._records[image]) for _, image in missing)
         return batch
 
     def _require_shape(self, size: str, values: torch.Tensor) -> None:
         """Note the shape of the first tensors of a size, and refuse those that differ from it."""
-        shape, dtype = tuple(values.shape[1:]), dtype_name(values.dtype)
-        if size not in self.manifest.shapes and self.manifest.dtype in ("", dtype):
-            shapes = {**self.manifest.shapes, size: shape}
-            self.manifest = replace(self.manifest, dtype=dtype, shapes=shapes)
-            write_manifest(self._folder, asdict(self.manifest))
-            self._resize(size)
-        expected = self.manifest.shapes.get(size, shape), self.manifest.dtype
+        shape, dtype, manifest = tuple(values.shape[1:]), dtype_name(values.dtype), self._manifest
+        if size not in manifest["shapes"] and manifest["dtype"] in ("", dtype):
+            manifest["dtype"], manifest["shapes"] = dtype, {**manifest["shapes"], size: shape}
+            write_manifest(self._folder, manifest)
+            self._values(size).resize()
+        expected = tuple(manifest["shapes"].get(size, shape)), manifest["dtype"]
         if (shape, dtype) != expected:
             message = f"tensors of one cache must be alike: {expected} were stored, now there are {(shape, dtype)}"
             raise DataError("source", message)
 
-    def _resize(self, size: str) -> int:
-        row = row_bytes(self.manifest.shapes[size], self.manifest.dtype)
-        return resize(_values_file(self._folder, size), len(self._members[size]) * row)
-
     def _read_records(self) -> np.ndarray:
         """Return the records of all images; an image whose size is not as recorded is not done."""
-        path, count = self._folder / _IMAGES, len(self._source)
+        path, count = self._images.path, len(self._source)
         if not path.is_file() or path.stat().st_size != count * RECORD.itemsize:
             with writing(self._folder):
                 replace_atomically(path, lambda new: new.write_bytes(bytes(count * RECORD.itemsize)))
@@ -293,45 +269,44 @@ class _Builder:
     def _check(self) -> None:
         """Compare every tensor that is done with its checksum, in threads; one that differs is not done."""
         with writing(self._folder):
-            total = sum(self._resize(size) for size in self._members)
-        if is_checked(self._folder, self._files, total):
+            total = sum(self._values(size).resize() for size in self._members)
+        if total > _ALWAYS_CHECKED_BYTES and is_checked(self._folder, self._files):
             return
         for size, members in self._members.items():
-            rows = Rows(_values_file(self._folder, size), len(members), self.manifest.shapes[size], self.manifest.dtype)
-            records, seed = self._records[members.numpy()], self.manifest.seed(size)
+            records, seed = self._records[members.numpy()], self._seed(size)
             starts = [zlib.crc32(frame.tobytes(), seed) for frame in records["frame"]]
-            is_whole = records["done"] & (checksums([rows.bytes], starts) == records["crc32"])
-            self._records["done"][members.numpy()] = is_whole
+            is_whole = checksums([self._values(size).bytes], starts) == records["crc32"]
+            self._records["done"][members.numpy()] &= is_whole
 
 
 def _size_name(size: torch.Tensor) -> str:
     return "x".join(map(str, size.tolist()))
 
 
-def _values_file(folder: Path, size: str) -> Path:
-    return folder / f"values-{size}.bin"
+def _values(folder: Path, manifest: Mapping[str, Any], size: str, count: int) -> Rows:
+    """Return the file of the tensors of all images of a size."""
+    return Rows(folder / f"values-{size}.bin", count, manifest["shapes"][size], manifest["dtype"])
 
 
 def _matching_manifest(
-    folder: Path, wanted: Mapping[str, Any], identity: Mapping[str, Any], dtype: torch.dtype | None
-) -> Manifest | None:
+    folder: Path, identity: Mapping[str, Any], count: int, dtype: torch.dtype | None
+) -> dict[str, Any] | None:
     """Return the manifest of a source's cache, or None if there is none that is whole.
 
     Raises:
         DataError: the folder is another cache's.
     """
-    content = read_manifest(folder)
-    if content is None:
+    manifest = read_manifest(folder)
+    if manifest is None:
         return None
-    expected = {**wanted, **({"dtype": dtype_name(dtype)} if dtype else {}), **identity}
-    present = {name: content.get(name) for name in ("format", "count", "dtype")} | dict(content.get("identity", {}))
-    names = sorted({*expected, *content.get("identity", {})})
-    differing = [name for name in names if digest(expected.get(name)) != digest(present.get(name))]
+    present = {name: manifest.get(name) for name in ("format", "count", "dtype")} | dict(manifest.get("identity", {}))
+    name_of_dtype = dtype_name(dtype) if dtype else present["dtype"]
+    expected = {"format": FORMAT, "count": count, "dtype": name_of_dtype, **identity}
+    differing = [name for name in {**expected, **present} if digest(expected.get(name)) != digest(present.get(name))]
     if differing:
         message = f"'{folder}' is not the cache of these images and settings, but perhaps a copy of another: "
-        raise DataError("source", f"{message}{', '.join(differing)} differ; delete it")
-    shapes = {size: tuple(shape) for size, shape in content["shapes"].items()}
-    return Manifest(**{**content, "shapes": shapes})
+        raise DataError("source", f"{message}{', '.join(sorted(differing))} differ; delete it")
+    return manifest
 
 
 def _stored(values: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -361,6 +336,7 @@ class TextCache:
 
     def __init__(self, root: Path, identity: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> None:
         self._folder = root / digest(identity)[:16]
+        self._records = self._folder / _TEXTS
         self._manifest: dict[str, Any] = {"identity": identity, "about": about or {}, "format": FORMAT, "tensors": {}}
         self._tensors = dict[str, Rows]()
         self._row = dict[bytes, int]()  # by the digest of the text
@@ -386,7 +362,7 @@ class TextCache:
                 if progress:
                     progress(start + len(batch), len(missing))
             self._open(is_building=False)
-            note_checked(self._folder, self._files)
+            note_checked(self._folder, [self._records, *(rows.path for rows in self._tensors.values())])
 
     def read(self, texts: Sequence[str]) -> Embeddings:
         """Return the embeddings of texts: for each name a tensor ``(len(texts), ...)``.
@@ -402,32 +378,30 @@ class TextCache:
             raise DataError("source", f"{message}; start again, and it is computed")
         return {name: tensors[np.array(rows)] for name, tensors in self._tensors.items()}
 
-    @property
-    def _files(self) -> list[Path]:
-        return [self._folder / _TEXTS, *map(self._file, self._manifest["tensors"])]
-
-    def _file(self, name: str) -> Path:
-        return self._folder / f"{name}.bin"
+    def _rows(self, count: int) -> dict[str, Rows]:
+        """Return the files of the tensors of ``count`` texts, by name."""
+        tensors = self._manifest["tensors"].items()
+        return {name: Rows(self._folder / f"{name}.bin", count, shape, dtype) for name, (dtype, shape) in tensors}
 
     def _open(self, is_building: bool) -> None:
         """Map the files; to build, mend their lengths and leave out texts whose tensors do not fit their checksum."""
-        manifest, path = read_manifest(self._folder), self._folder / _TEXTS
+        manifest = read_manifest(self._folder)
         if manifest is None or digest(manifest["identity"]) != digest(self._manifest["identity"]):
             if is_building:
-                path.unlink(missing_ok=True)  # nobody knows the shapes of what is recorded there
+                self._records.unlink(missing_ok=True)  # nobody knows the shapes of what is recorded there
             return
         self._manifest = manifest
-        records = np.fromfile(path, TEXT_RECORD) if path.is_file() else np.empty(0, TEXT_RECORD)
+        records = np.fromfile(self._records, TEXT_RECORD) if self._records.is_file() else np.empty(0, TEXT_RECORD)
         if not len(records):
             return
-        names, count, is_whole = manifest["tensors"].items(), len(records), np.ones(len(records), dtype=bool)
+        self._tensors, is_whole = self._rows(len(records)), np.ones(len(records), dtype=bool)
         if is_building:
             with writing(self._folder):
-                sizes = [resize(self._file(name), count * row_bytes(shape, dtype)) for name, (dtype, shape) in names]
-        self._tensors = {name: Rows(self._file(name), count, shape, dtype) for name, (dtype, shape) in names}
-        if is_building and not is_checked(self._folder, self._files, sum(sizes)):
-            starts = [zlib.crc32(text.tobytes()) for text in records["text"]]
-            is_whole = checksums([rows.bytes for rows in self._tensors.values()], starts) == records["crc32"]
+                total = sum(rows.resize() for rows in self._tensors.values())
+            files = [self._records, *(rows.path for rows in self._tensors.values())]
+            if total <= _ALWAYS_CHECKED_BYTES or not is_checked(self._folder, files):
+                starts = [zlib.crc32(text.tobytes()) for text in records["text"]]
+                is_whole = checksums([rows.bytes for rows in self._tensors.values()], starts) == records["crc32"]
         self._row = {records["text"][row].tobytes(): int(row) for row in np.flatnonzero(is_whole)}
 
     def _append(self, texts: Sequence[str], embeddings: Embeddings) -> None:
@@ -446,16 +420,15 @@ class TextCache:
             if tensors != self._manifest["tensors"]:
                 message = f"tensors of all texts must be alike: {self._manifest['tensors']} were stored, not {tensors}"
                 raise DataError("source", message)
-            path, data = self._folder / _TEXTS, {name: bytes_of(values) for name, values in stored.items()}
-            first = path.stat().st_size // TEXT_RECORD.itemsize if path.is_file() else 0
-            for name, rows in data.items():
-                write_rows(self._file(name), first, rows)
+            size = TEXT_RECORD.itemsize
+            first = self._records.stat().st_size // size if self._records.is_file() else 0
+            data = {name: bytes_of(stored[name]) for name in self._manifest["tensors"]}
+            for name, rows in self._rows(first + len(texts)).items():
+                rows.write(enumerate(data[name], first))
             records, digests = np.empty(len(texts), TEXT_RECORD), [_text_digest(text) for text in texts]
             records["text"] = np.frombuffer(b"".join(digests), "V32")
-            records["crc32"] = checksums(
-                [data[name] for name in self._manifest["tensors"]], list(map(zlib.crc32, digests))
-            )
-            write_rows(path, first, records.view(np.uint8).reshape(len(texts), -1))
+            records["crc32"] = checksums(list(data.values()), list(map(zlib.crc32, digests)))
+            Rows(self._records, first + len(texts), (size,), "uint8").write(enumerate(records, first))
 
 
 def _text_digest(text: str) -> bytes:

@@ -22,7 +22,6 @@ from repa_lab.data import DataError
 from repa_lab.files import digest, write_json
 
 _MANIFEST, _CHECKED = "manifest.json", "checked.json"
-_ALWAYS_CHECKED_BYTES = 2 << 30
 _CHECKED_ROWS = 256
 
 
@@ -32,29 +31,36 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class Rows:
-    """A memory-mapped file of tensors of one shape, one after the other.
+    """A file of tensors of one shape, one after the other, memory-mapped to be read.
 
     Args:
         count: number of tensors.
         shape: shape of a tensor.
         dtype: name of the tensors' dtype in torch.
-
-    Attributes:
-        bytes: the content ``(count, bytes of a tensor)``.
     """
 
     def __init__(self, path: Path, count: int, shape: Sequence[int], dtype: str) -> None:
         self._arguments = path, count, shape, dtype
-        self.shape, self._dtype = torch.Size(shape), dtype_of(dtype)
-        self._length = count * row_bytes(shape, dtype)
-        self._require_length(path.stat().st_size if path.is_file() else 0)
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), self._length, access=mmap.ACCESS_READ)
-        self.bytes = np.frombuffer(self._map, np.uint8).reshape(count, -1)
+        self.path, self.shape = path, torch.Size(shape)
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._row_bytes = math.prod(shape) * self._dtype.itemsize
+        self._length: int = count * self._row_bytes
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let another process map the file itself instead of sending it the content."""
         return Rows, self._arguments
+
+    @functools.cached_property
+    def bytes(self) -> np.ndarray:
+        """The content ``(count, bytes of a tensor)``.
+
+        Raises:
+            DataError: the file is too short.
+        """
+        self._require_length(self.path.stat().st_size if self.path.is_file() else 0)
+        with self.path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), self._length, access=mmap.ACCESS_READ)
+        return np.frombuffer(self._map, np.uint8).reshape(-1, self._row_bytes)
 
     def __getitem__(self, rows: np.ndarray) -> torch.Tensor:
         """Return the tensors ``(n, *shape)`` of the given rows ``(n,)``.
@@ -62,25 +68,29 @@ class Rows:
         Raises:
             DataError: the file has been cut short; reading what is gone would end the process by a signal.
         """
+        content = self.bytes
         self._require_length(self._map.size())
-        values = torch.from_numpy(self.bytes[rows])  # NumPy gathers twice as fast as torch
+        values = torch.from_numpy(content[rows])  # NumPy gathers twice as fast as torch
         return values.view(self._dtype).view(len(rows), *self.shape)
 
     def _require_length(self, length: int) -> None:
         if length < self._length:
-            message = f"'{self._arguments[0]}' was cut short, from {self._length:,} to {length:,} bytes"
+            message = f"'{self.path}' was cut short, from {self._length:,} to {length:,} bytes"
             raise DataError("source", f"{message}: start again, and what is missing is computed again")
 
+    def resize(self) -> int:
+        """Give the file its length and return it; what is new in the file is zeros, which no checksum fits."""
+        if not self.path.is_file() or self.path.stat().st_size != self._length:
+            with self.path.open("ab") as file:
+                file.truncate(self._length)
+        return self._length
 
-def dtype_of(name: str) -> torch.dtype:
-    """Return the dtype of a name; the inverse of :func:`dtype_name`."""
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def row_bytes(shape: Sequence[int], dtype: str) -> int:
-    """Return the number of bytes of a tensor."""
-    return math.prod(shape) * dtype_of(dtype).itemsize
+    def write(self, rows: Iterable[tuple[int, np.ndarray]]) -> None:
+        """Write the bytes of tensors, each at its row."""
+        with self.path.open("r+b" if self.path.is_file() else "wb") as file:
+            for row, data in rows:
+                file.seek(row * self._row_bytes)
+                file.write(data.tobytes())
 
 
 def bytes_of(values: torch.Tensor) -> np.ndarray:
@@ -88,57 +98,37 @@ def bytes_of(values: torch.Tensor) -> np.ndarray:
     return values.reshape(len(values), -1).view(torch.uint8).numpy()
 
 
-def resize(path: Path, length: int) -> int:
-    """Give a file its length and return it; what is new in the file is zeros, which no checksum fits."""
-    if not path.is_file() or path.stat().st_size != length:
-        with path.open("ab") as file:
-            file.truncate(length)
-    return length
-
-
-def write_rows(path: Path, first: int, rows: np.ndarray) -> None:
-    """Write rows of bytes ``(n, bytes)`` into a file from row ``first`` on."""
-    with path.open("r+b" if path.is_file() else "wb") as file:
-        file.seek(first * rows.shape[1])
-        file.write(rows.tobytes())
-
-
 def checksums(data: Sequence[np.ndarray], starts: Sequence[int]) -> np.ndarray:
     """Return the CRC-32 of each row over all arrays of bytes ``(n, bytes)``, from a start for each, in threads."""
 
-    def of_row(row: int) -> int:
-        return functools.reduce(lambda crc, values: zlib.crc32(values[row].data, crc), data, starts[row])
-
     def of_rows(first: int) -> list[int]:
-        return [of_row(row) for row in range(first, min(first + _CHECKED_ROWS, len(starts)))]
+        rows = range(first, min(first + _CHECKED_ROWS, len(starts)))
+        return [
+            functools.reduce(lambda crc, values: zlib.crc32(values[row].data, crc), data, starts[row]) for row in rows
+        ]
 
     with ThreadPoolExecutor() as pool:
         found = itertools.chain.from_iterable(pool.map(of_rows, range(0, len(starts), _CHECKED_ROWS)))
         return np.fromiter(found, np.uint32, len(starts))
 
 
-def is_checked(folder: Path, files: Iterable[Path], total: int) -> bool:
-    """Return whether a cache of ``total`` bytes is large and unchanged since all of it was last compared."""
-    return total > _ALWAYS_CHECKED_BYTES and _noted(folder) == _stamps(files)
+def is_checked(folder: Path, files: Iterable[Path]) -> bool:
+    """Return whether the files of a cache are as they were when all of them were last compared."""
+    try:
+        return bool(json.loads((folder / _CHECKED).read_text()) == _stamps(files))
+    except (OSError, ValueError):
+        return False
 
 
 def note_checked(folder: Path, files: Iterable[Path]) -> None:
     """Note that the files of a cache are whole as they are now."""
-    stamps = _stamps(files)
-    if _noted(folder) != stamps:
+    if not is_checked(folder, files):
         with writing(folder):
-            write_json(folder / _CHECKED, stamps)
+            write_json(folder / _CHECKED, _stamps(files))
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.is_file()}
-
-
-def _noted(folder: Path) -> Any:
-    try:
-        return json.loads((folder / _CHECKED).read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:

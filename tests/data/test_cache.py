@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from repa_lab.data import DataError, cache, rows
+from repa_lab.data import DataError, cache
 from repa_lab.data.cache import RECORD, ArrayCache, encode_batches, open_cache
 from repa_lab.data.crop import Buckets
 from repa_lab.data.sources import groups
@@ -287,7 +287,7 @@ class TestDamage:
         assert squares(build(encode)) == EXPECTED and encode.asked == list(range(COUNT))
 
     def test_a_large_cache_is_checked_whole_only_if_its_files_have_changed(self, build, file, monkeypatch):
-        monkeypatch.setattr(rows, "_ALWAYS_CHECKED_BYTES", 0)
+        monkeypatch.setattr(cache, "_ALWAYS_CHECKED_BYTES", 0)
         build(Square())
         checked, check = [], cache.checksums
         monkeypatch.setattr(cache, "checksums", lambda *args: checked.append(args) or check(*args))
