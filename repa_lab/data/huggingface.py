@@ -1,36 +1,222 @@
-"""Data sets of Hugging Face: those of the hub, and folders that `Dataset.save_to_disk` wrote. Imports no torch.
+"""Tables of images and captions of Hugging Face: metadata files, saved data sets, the hub. Imports no torch.
+
+- A file called ``metadata`` lists the images of a folder by their path from its own folder, and the data set is what
+  such files list (`datasets`, `folder_based_builder.py`).
+- `Dataset.save_to_disk` writes a folder with the rows of each split.
+- A data set of the hub is loaded at a commit.
 
 What `plan` asks is answered without loading `datasets`, an image or, for the hub, any data.
 """
 
 from __future__ import annotations
 
+import csv
 import functools
 import importlib.util
+import io
 import json
+import posixpath
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from repa_lab.data import DataError
-from repa_lab.data.crop import Buckets
-from repa_lab.data.listing import find_caption_column, fingerprint_files, list_files
-from repa_lab.files import digest
 from repa_lab.timm_models import reason
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# Where captions are looked for if `data.caption_column` names no column, in every source that has columns.
+CAPTION_COLUMNS = ("text", "caption", "prompt")
+_FILE, _FILES = "file_name", "_file_name"  # the column of paths, and the end of the name of another such column
+_SHOWN = 50  # characters of a value in messages
 _SPLIT = "train"
 _TEXT = ("string", "large_string")
 _LABELS = ("label", "labels")  # columns that look like classes
-_CACHE = "cache-*.arrow"  # what `datasets` leaves beside a data set that it maps or filters
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FIRST_ROWS = re.compile(r"(.+?)\[:(\d+)\]")  # a split's first rows, as `datasets` writes them
 _NOT_SAVED = "is not what Dataset.save_to_disk writes"
 _TIMEOUT_S = 5
 _REMEMBERED_S = 60
 _HubFacts = tuple[str, Mapping[tuple[str, str], int]]  # commit, and number of rows by configuration and split
+
+
+def find_caption_column(columns: Sequence[str], asked: str | None) -> str | None:
+    """Return the column of captions: the one asked for, else the first of the usual names, else None.
+
+    Args:
+        columns: all columns that can hold captions.
+        asked: ``data.caption_column``.
+
+    Raises:
+        DataError: there is no column of the name asked for.
+    """
+    if asked is not None and asked not in columns:
+        raise DataError("caption_column", f"no column '{asked}'; there are: {', '.join(columns) or 'none'}")
+    return asked or next((name for name in CAPTION_COLUMNS if name in columns), None)
+
+
+def caption_notes(captions: Sequence[str], kind: str = "images") -> list[str]:
+    """Return a sentence on images (or clips) without a caption, if some have one and some have none."""
+    empty = sum(not caption.strip() for caption in captions)
+    note = f"{empty:,} of {len(captions):,} {kind} have no caption: they are trained with the empty one"
+    return [note] if empty else []
+
+
+def read_metadata(
+    files: Sequence[Path], items: Sequence[Path], kind: str, caption_column: str | None
+) -> tuple[list[Path], list[str], list[str]]:
+    """Read the captions of images or clips from metadata files, or else from a text file beside each.
+
+    Args:
+        files: the files of the folder.
+        items: the images or clips.
+        kind: what to call them in messages.
+        caption_column: see :func:`find_caption_column`.
+
+    Returns:
+        The items that metadata files list; a caption for each, or nothing if none has one; sentences on what is left
+        out or empty.
+
+    Raises:
+        DataError: metadata that cannot be used: with file and line.
+    """
+    tables = sorted(path for path in files if path.stem == "metadata" and path.suffix in _READERS)
+    if other := next((path for path in tables if path.suffix != tables[0].suffix), None):
+        raise DataError("path", f"'{tables[0]}' and '{other}' are of two formats: keep the metadata of a folder in one")
+    rows = [_Row(path, number, values) for path in tables for number, values in _READERS[path.suffix](path)]
+    if tables and not rows:
+        raise DataError("path", f"'{tables[0]}' has no rows; list images in it, or remove it")
+    columns = list(dict.fromkeys(name for row in rows for name in row.values))
+    column = find_caption_column(columns, caption_column)
+    listed = _listed(rows, columns, items) if tables else {}
+    chosen = [path for path in items if path in listed] if tables else list(items)
+    captions = [listed[path].text(column) if column else _caption_beside(path) for path in chosen]
+    captions = captions if any(captions) else []
+    notes = caption_notes(captions, kind)
+    if unlisted := len(items) - len(chosen):
+        count = f"{unlisted:,} of {len(items):,} {kind}"
+        notes.insert(0, f"{count} have no row in {tables[0].name} and are left out")
+    return chosen, captions, notes
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a metadata file; ``number`` is its line, or in Parquet its number from 1."""
+
+    file: Path
+    number: int
+    values: Mapping[str, Any]
+
+    def refuse(self, message: str) -> NoReturn:
+        raise DataError("path", f"{self.file}:{self.number}: {message}")
+
+    def text(self, column: str) -> str:
+        value = self.values.get(column)
+        if not isinstance(value, str):
+            shown = json.dumps(value, default=str)[:_SHOWN] if column in self.values else "nothing"
+            self.refuse(f"'{column}' must be text, got {shown}")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            self.refuse(f"'{column}' holds half a surrogate pair, which is not text")
+        return value
+
+    def path(self, column: str) -> Path:
+        """Return the path in a column, without ``.`` and ``..``; it may not lead out of the folder of the file."""
+        name = self.text(column)
+        relative = posixpath.normpath(name.replace("\\", "/"))
+        if "://" in name or relative.startswith(("/", "../")) or relative in ("..", "."):
+            self.refuse(f"'{name}' must be the path of an image below '{self.file.parent}'")
+        return self.file.parent / relative
+
+
+def _listed(rows: Sequence[_Row], columns: Sequence[str], items: Sequence[Path]) -> dict[Path, _Row]:
+    """Return the row of each image or clip that the rows list."""
+    others = [name for name in columns if name.endswith(_FILES)]
+    if _FILE not in columns and len(others) > 1:
+        rows[0].refuse(f"no column '{_FILE}', and several others of paths: {', '.join(others)}")
+    name = others[0] if others and _FILE not in columns else _FILE
+    listed = dict[Path, _Row]()
+    for row in rows:
+        path = row.path(name)
+        if path in listed:
+            first = f"{listed[path].file}:{listed[path].number}"
+            row.refuse(f"'{row.values[name]}' has a row already ({first}): give each image one row")
+        listed[path] = row
+    if missing := listed.keys() - set(items):
+        path = next(path for path in listed if path in missing)
+        reason = f"is not read as an image ({', '.join(IMAGE_SUFFIXES)})" if path.exists() else "is not in the folder"
+        listed[path].refuse(f"'{listed[path].values[name]}' {reason} ({len(missing)} such)")
+    return listed
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    # A caption may hold U+2028 and its like, at which splitlines would cut a row in two.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict):
+            expected = json.dumps({_FILE: "1.png", CAPTION_COLUMNS[0]: "a cat"})
+            raise DataError("path", f"{path}:{number}: no JSON object; expected {expected}")
+        yield number, values
+
+
+def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader, number = csv.DictReader(io.StringIO(_read_text(path)), strict=True), 1
+    try:
+        for values in reader:
+            if None in values:
+                message = "more cells than columns; quote captions that hold commas"
+                raise DataError("path", f"{path}:{number + 1}: {message}")
+            yield number + 1, {name: value for name, value in values.items() if value is not None}
+            number = reader.line_num
+    except csv.Error as error:
+        raise DataError("path", f"{path}:{number + 1}: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError("path", f"reading '{path}' takes pyarrow: pip install repa-lab[datasets]") from None
+    try:
+        yield from enumerate(parquet.read_table(path).to_pylist(), start=1)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError("path", f"cannot read '{path}': {str(error).splitlines()[0]}") from None
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
+    ".jsonl": _jsonl,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _caption_beside(item: Path) -> str:
+    path = item.with_name(f"{item.name}.txt") if item.is_dir() else item.with_suffix(".txt")
+    return _read_text(path).strip() if path.is_file() else ""
+
+
+def _read_text(path: Path) -> str:
+    """Return the content of a file of UTF-8, without the mark with which Windows' editors begin it."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError("path", f"{path}:{line}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
+    except OSError as error:
+        raise DataError("path", f"cannot read '{path}': {error.strerror}") from None
+
+
+def write_captions(folder: Path, captions: Mapping[str, str], column: str) -> None:
+    """Write the captions of images, by their names in the folder, as an image folder has them."""
+    lines = (json.dumps({_FILE: name, column: caption}) + "\n" for name, caption in captions.items())
+    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -121,17 +307,6 @@ def _require_rows(table: Any, columns: Columns, name: str, field: str) -> None:
         unlabelled = where(compute.invert(compute.fill_null(is_class, False)))
         known = f"is none of the {columns.classes:,} classes, which are numbered from 0"
         refuse(columns.label, unlabelled, lambda row: f"{json.dumps(labels[row].as_py())} {known}: {advice}")
-
-
-def fingerprint_saved(folder: Path, resolution: int, buckets: Buckets | None = None) -> str:
-    """Return a digest of the files of a saved data set and of the resolution that its images are read at.
-
-    Raises:
-        DataError: there is no such folder, or a link in it leads nowhere.
-    """
-    list_files(folder)
-    content = {"source": "datasets", "files": fingerprint_files(folder, but=_CACHE), "resolution": resolution}
-    return digest({**content, "buckets": asdict(buckets) if buckets else None})
 
 
 def read_saved(folder: Path, captions: str | None = None) -> tuple[int, Columns]:

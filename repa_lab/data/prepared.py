@@ -23,8 +23,7 @@ from typing_extensions import override
 
 from repa_lab.data import DataError
 from repa_lab.data.cache import Progress, encode_batches
-from repa_lab.data.latents import Autoencoder, load_vae
-from repa_lab.data.layout import (
+from repa_lab.data.folders import (
     IMAGES,
     KINDS,
     LABELS,
@@ -36,6 +35,7 @@ from repa_lab.data.layout import (
     read_listing,
     read_manifest,
 )
+from repa_lab.data.latents import Autoencoder, load_vae
 from repa_lab.data.settings import ImageFolderSettings, PreparedSettings
 from repa_lab.data.sources import CroppedImages, ImageFolder, remembered, stamps
 from repa_lab.files import digest
@@ -50,7 +50,7 @@ _INFORMATIVE = ("vae", "scaling")
 
 
 class Prepared(CroppedImages):
-    """Images of a folder in the layout of :mod:`repa_lab.data.layout`, without captions.
+    """Images of a folder in the layout of :mod:`repa_lab.data.folders`, without captions.
 
     Args:
         cache: folder of all caches; images that it knows are not opened before their pixels are needed.

@@ -13,9 +13,8 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from repa_lab.data.crop import Buckets
-from repa_lab.data.huggingface import count_rows, fingerprint_saved, load_saved, read_saved, resolve_commit
-from repa_lab.data.layout import IMAGES, read_listing
-from repa_lab.data.listing import FileList, read_clips, read_image_folder
+from repa_lab.data.folders import IMAGES, FileList, fingerprint_saved, read_clips, read_image_folder, read_listing
+from repa_lab.data.huggingface import count_rows, load_saved, read_saved, resolve_commit
 from repa_lab.files import digest
 from repa_lab.registry import Registry
 from repa_lab.settings import HubOrLocal, Positive, Settings

@@ -20,8 +20,8 @@ from typing_extensions import override
 
 from repa_lab.data import DataError
 from repa_lab.data.crop import Size, crop, framing, opaque
-from repa_lab.data.huggingface import fingerprint_saved, load_hub, load_saved, read_columns
-from repa_lab.data.listing import caption_notes
+from repa_lab.data.folders import fingerprint_saved
+from repa_lab.data.huggingface import caption_notes, load_hub, load_saved, read_columns
 from repa_lab.data.settings import (
     CaptionedSettings,
     ClipsSettings,
@@ -256,7 +256,7 @@ class ImageFolder(CroppedImages):
     """Images below a folder: one class for each subfolder, and one for the images directly in the folder.
 
     Args:
-        settings: the folder, and the column of captions; see :func:`repa_lab.data.listing.read_image_folder`.
+        settings: the folder, and the column of captions; see :func:`repa_lab.data.folders.read_image_folder`.
         cache: folder of all caches; images that it knows are not opened before their pixels are needed.
 
     Raises:
@@ -284,7 +284,7 @@ class ImageFolder(CroppedImages):
 
 
 class Clips(ImageFolder):
-    """Clips of equally many frames below a folder; see :func:`repa_lab.data.listing.read_clips` for what is read.
+    """Clips of equally many frames below a folder; see :func:`repa_lab.data.folders.read_clips` for what is read.
 
     Args:
         settings: the folder, the frames, and the size.

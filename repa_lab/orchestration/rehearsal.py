@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from repa_lab.align.settings import ProjectorSettings, RegularizerSettings
-from repa_lab.data.listing import write_captions
+from repa_lab.data.huggingface import write_captions
 from repa_lab.data.settings import ClipsSettings, FolderSettings, HubSettings, SourceSettings
 from repa_lab.encoders.registry import ENCODERS
 from repa_lab.files import digest

@@ -9,7 +9,7 @@ from typing import Any
 
 from repa_lab.align.needs import Needs
 from repa_lab.align.settings import REGULARIZERS, EncoderSettings, RegularizerSettings
-from repa_lab.data.listing import fingerprint_files
+from repa_lab.data.folders import fingerprint_files
 from repa_lab.data.settings import SOURCES, Dataset, SourceSettings
 from repa_lab.encoders.registry import ENCODERS, token_identity
 from repa_lab.files import file_digest

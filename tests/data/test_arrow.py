@@ -10,9 +10,10 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from PIL import Image
 
-from repa_lab.data import DataError, listing
+from repa_lab.data import DataError, folders
 from repa_lab.data.crop import Buckets
-from repa_lab.data.huggingface import fingerprint_saved, read_columns
+from repa_lab.data.folders import fingerprint_saved
+from repa_lab.data.huggingface import read_columns
 from repa_lab.data.settings import BucketsConfig, SavedSettings
 from repa_lab.data.sources import TableImages, open_saved
 from repa_lab.orchestration.plan import make_plan
@@ -294,7 +295,7 @@ class TestFingerprint:
         assert caught.value.field == "path"
 
     def test_of_a_large_file_the_ends_are_read(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(listing, "_END_BYTES", 4)
+        monkeypatch.setattr(folders, "_END_BYTES", 4)
         (tmp_path / "data").mkdir()
 
         def of(content: bytes) -> str:

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from repa_lab.data import DataError, listing
-from repa_lab.data.listing import read_image_folder
+from repa_lab.data import DataError, folders
+from repa_lab.data.folders import read_image_folder
 from repa_lab.data.settings import DigitsSettings
 from repa_lab.files import digest, file_digest
 from tests.data.conftest import content_of, listing_of, noise_image
@@ -102,7 +102,7 @@ def test_an_image_of_the_same_size_in_bytes_shows_in_its_content(folder):
 
 
 def test_of_many_images_some_from_all_over_are_read(folder, monkeypatch):
-    monkeypatch.setattr(listing, "_CONTENT_SAMPLE", 3)
+    monkeypatch.setattr(folders, "_CONTENT_SAMPLE", 3)
     images = {f"{i}.bmp": noise_image(i) for i in range(7)}
     before = content_of(folder(images), 8)
     seen = [i for i in range(7) if content_of(folder({**images, f"{i}.bmp": noise_image(9)}), 8) != before]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from repa_lab.data import DataError
 from repa_lab.data.crop import Buckets, crop, opaque
-from repa_lab.data.listing import read_image_folder
+from repa_lab.data.folders import read_image_folder
 from repa_lab.data.sources import Flips, groups
 from tests.data.conftest import content_of, image_folder, listing_of, noise_image
 

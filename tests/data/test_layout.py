@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from repa_lab.data import DataError, layout
-from repa_lab.data.layout import IMAGES, LATENTS, read_listing
+from repa_lab.data import DataError, folders
+from repa_lab.data.folders import IMAGES, LATENTS, read_listing
 from tests.data.conftest import noise_image
 from tests.data.repa_folders import write_repa_folder
 from tests.data.test_space import save_vae
@@ -186,14 +186,14 @@ class TestFingerprint:
         lambda data: noise_image(9, (SIDE, SIDE)).save(IMAGES.path(data, 3), compress_level=0),
         lambda data: shutil.copy(LATENTS.path(data, 1), LATENTS.path(data, 4)),
         lambda data: [relabel(data, tree, lambda rows: rows[3].__setitem__(1, 1)) for tree in ("images", "vae-sd")],
-        lambda data: [(kind.path(data, 4).unlink(), relabel(data, kind.tree, lambda rows: rows.pop())) for kind in layout.KINDS],
+        lambda data: [(kind.path(data, 4).unlink(), relabel(data, kind.tree, lambda rows: rows.pop())) for kind in folders.KINDS],
     ], ids=["image", "latents", "label", "count"])  # fmt: skip
     def test_every_change_shows(self, written, data, change):
         change(data)
         assert fingerprint_prepared(data, SIDE) != fingerprint_prepared(written, SIDE)
 
     def test_of_many_images_some_from_all_over_are_read(self, written, data, monkeypatch):
-        monkeypatch.setattr(layout, "SAMPLE", 3)
+        monkeypatch.setattr(folders, "SAMPLE", 3)
         before, seen = fingerprint_prepared(data, SIDE), []
         for number in range(COUNT):
             shutil.copy(LATENTS.path(written, (number + 1) % COUNT), LATENTS.path(data, number))

@@ -14,9 +14,7 @@ import pytest
 from PIL import Image
 
 from repa_lab.data import DataError
-from repa_lab.data.huggingface import fingerprint_saved
-from repa_lab.data.layout import read_listing
-from repa_lab.data.listing import FileList, fingerprint_files, read_image_folder
+from repa_lab.data.folders import FileList, fingerprint_files, fingerprint_saved, read_image_folder, read_listing
 from tests.data.conftest import image_folder, listing_of, noise_image
 from tests.data.test_arrow import open_dataset
 

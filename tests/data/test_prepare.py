@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from repa_lab.cli import app
 from repa_lab.cli.models import run_in_processes
 from repa_lab.data import DataError
+from repa_lab.data.folders import IMAGES, LATENTS, read_listing
 from repa_lab.data.latents import latent_space
-from repa_lab.data.layout import IMAGES, LATENTS, read_listing
 from repa_lab.data.prepared import Prepared
 from repa_lab.data.prepared import prepare as prepare_images
 from repa_lab.data.settings import PreparedSettings

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from repa_lab.data import DataError
+from repa_lab.data.folders import IMAGES, LATENTS
 from repa_lab.data.latents import latent_space
-from repa_lab.data.layout import IMAGES, LATENTS
 from repa_lab.data.prepared import Prepared
 from repa_lab.data.settings import PreparedSettings
 from tests.data.autoencoders import kl

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from repa_lab.data.layout import IMAGES, LATENTS
+from repa_lab.data.folders import IMAGES, LATENTS
 from repa_lab.orchestration.cost import estimate
 from repa_lab.orchestration.plan import make_plan
 from repa_lab.orchestration.rehearsal import TinyAssets

@@ -1,22 +1,20 @@
-"""The files of a data set on disk: images of a folder with their captions, and fingerprints. Imports no torch.
+"""The files of data sets on disk: images and clips of a folder, prepared folders, and fingerprints. Imports no torch.
 
-The rules are those of Hugging Face's image folders (`datasets`, `folder_based_builder.py`): a file called ``metadata``
-lists images by their path from its own folder, and the data set is what such files list.
+Prepared folders have the layout that REPA's preprocessing and `repa-lab data prepare` write. The image
+``images/00000/img00000000.png`` and its latents ``vae-sd/00000/img-mean-std-00000000.npy`` belong together by the
+number in their names, and by nothing else. Labels are in the ``dataset.json`` of either tree or of both.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
-import posixpath
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,16 +22,16 @@ import numpy as np
 from PIL import Image
 
 from repa_lab.data import DataError
+from repa_lab.data.crop import Buckets
+from repa_lab.data.huggingface import CAPTION_COLUMNS, IMAGE_SUFFIXES, read_metadata, write_captions
 from repa_lab.files import digest
 
 CLIP_SUFFIXES = (".gif", ".webp", ".npy")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# Where captions are looked for if `data.caption_column` names no column, in every source that has columns.
-CAPTION_COLUMNS = ("text", "caption", "prompt")
-_FILE, _FILES = "file_name", "_file_name"  # the column of paths, and the end of the name of another such column
-_SHOWN = 50  # characters of a value in messages
+LABELS, MANIFEST = "dataset.json", "manifest.json"
+SAMPLE = 64  # images of a prepared folder whose content is part of its fingerprint
 _CONTENT_SAMPLE = 256
 _END_BYTES = 1 << 20
+_CACHE = "cache-*.arrow"  # what `datasets` leaves beside a data set that it maps or filters
 
 
 @dataclass(frozen=True)
@@ -91,12 +89,6 @@ class FileList:
         if self.captions:
             named = {self.items[index].relative_to(self.folder).as_posix(): self.captions[index] for index in chosen}
             write_captions(target, named, caption_column or CAPTION_COLUMNS[0])
-
-
-def write_captions(folder: Path, captions: Mapping[str, str], column: str) -> None:
-    """Write the captions of images, by their names in the folder, as an image folder has them."""
-    lines = (json.dumps({_FILE: name, column: caption}) + "\n" for name, caption in captions.items())
-    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -173,26 +165,15 @@ def fingerprint_files(folder: Path, but: str | None = None) -> str:
     return digest([(path.relative_to(folder).as_posix(), path.stat().st_size, ends(path)) for path in files])
 
 
-def find_caption_column(columns: Sequence[str], asked: str | None) -> str | None:
-    """Return the column of captions: the one asked for, else the first of the usual names, else None.
-
-    Args:
-        columns: all columns that can hold captions.
-        asked: ``data.caption_column``.
+def fingerprint_saved(folder: Path, resolution: int, buckets: Buckets | None = None) -> str:
+    """Return a digest of the files of a saved data set and of the resolution that its images are read at.
 
     Raises:
-        DataError: there is no column of the name asked for.
+        DataError: there is no such folder, or a link in it leads nowhere.
     """
-    if asked is not None and asked not in columns:
-        raise DataError("caption_column", f"no column '{asked}'; there are: {', '.join(columns) or 'none'}")
-    return asked or next((name for name in CAPTION_COLUMNS if name in columns), None)
-
-
-def caption_notes(captions: Sequence[str], kind: str = "images") -> list[str]:
-    """Return a sentence on images (or clips) without a caption, if some have one and some have none."""
-    empty = sum(not caption.strip() for caption in captions)
-    note = f"{empty:,} of {len(captions):,} {kind} have no caption: they are trained with the empty one"
-    return [note] if empty else []
+    list_files(folder)
+    content = {"source": "datasets", "files": fingerprint_files(folder, but=_CACHE), "resolution": resolution}
+    return digest({**content, "buckets": asdict(buckets) if buckets else None})
 
 
 def read_image_folder(folder: Path, caption_column: str | None = None) -> FileList:
@@ -209,7 +190,7 @@ def read_image_folder(folder: Path, caption_column: str | None = None) -> FileLi
     images = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
         raise DataError("path", f"no images in '{folder}'; expected {', '.join(IMAGE_SUFFIXES)}")
-    images, captions, more = _captioned(files, images, "images", caption_column)
+    images, captions, more = read_metadata(files, images, "images", caption_column)
     parts = [path.parts[len(folder.parts) :] for path in images]
     classes = [first if others else "" for first, *others in parts]
     return FileList(folder, images, classes, captions, (*notes, *more), {})
@@ -242,7 +223,7 @@ def read_clips(folder: Path, length: int, caption_column: str | None = None) -> 
     if not (frames or animated):
         expected = f"expected subfolders of images, or files in it ({', '.join(CLIP_SUFFIXES)})"
         raise DataError("path", f"no clips in '{folder}'; {expected}")
-    clips, captions, more = _captioned(files, sorted([*frames, *animated]), "clips", caption_column)
+    clips, captions, more = read_metadata(files, sorted([*frames, *animated]), "clips", caption_column)
     for clip in clips:
         if (count := len(frames[clip]) if clip in frames else _count_frames(clip)) < length:
             message = f"the clip '{clip}' has {count} frames, and {length} are asked for"
@@ -265,142 +246,169 @@ def _count_frames(file: Path) -> int:
     return len(array)
 
 
-def _captioned(
-    files: Sequence[Path], items: Sequence[Path], kind: str, caption_column: str | None
-) -> tuple[list[Path], list[str], list[str]]:
-    """Return the items that metadata files list, their captions or nothing, and notes on what is left out or empty."""
-    tables = sorted(path for path in files if path.stem == "metadata" and path.suffix in _READERS)
-    rows = _read_tables(tables)
-    column = find_caption_column(list(dict.fromkeys(name for row in rows for name in row.values)), caption_column)
-    listed = _listed_images(rows, items, column) if tables else dict.fromkeys(items, "")
-    chosen = [path for path in items if path in listed]
-    captions = [listed[path] if column else _caption_beside(path) for path in chosen]
-    captions = captions if any(captions) else []
-    unlisted = len(items) - len(chosen)
-    notes = (
-        [f"{unlisted:,} of {len(items):,} {kind} have no row in {tables[0].name} and are left out"] if unlisted else []
-    )
-    return chosen, captions, [*notes, *caption_notes(captions, kind)]
+@dataclass(frozen=True)
+class Kind:
+    """One of the two trees of files: a thousand files to a folder, named by their number."""
+
+    tree: str
+    stem: str
+    suffix: str
+
+    def name(self, number: int) -> str:
+        """Return a file's path in its tree, which is its key in ``dataset.json``."""
+        digits = f"{number:08d}"
+        return f"{digits[:5]}/{self.stem}{digits}{self.suffix}"
+
+    def path(self, folder: Path, number: int) -> Path:
+        """Return a file's path in a prepared folder."""
+        return folder / self.tree / self.name(number)
+
+    def numbers(self, folder: Path) -> set[int]:
+        """Return the numbers of all files of this kind; other files are ignored.
+
+        Raises:
+            DataError: a file is not in the folder that its number belongs to.
+        """
+        root, numbers = folder / self.tree, set[int]()
+        for place in root.iterdir() if root.is_dir() else ():
+            for file in os.listdir(place) if place.is_dir() else ():  # noqa: PTH208  a million paths take long to make
+                digits = file.removeprefix(self.stem).removesuffix(self.suffix)
+                if not digits.isdigit() or file != f"{self.stem}{digits}{self.suffix}":
+                    continue
+                if self.name(int(digits)) != f"{place.name}/{file}":
+                    raise DataError("path", f"'{place / file}' should be '{self.path(folder, int(digits))}'")
+                numbers.add(int(digits))
+        return numbers
+
+    def labels(self, folder: Path, numbers: Sequence[int]) -> list[int] | None:
+        """Return the classes of files from the tree's ``dataset.json``, or None without such a file or without classes.
+
+        Raises:
+            DataError: the content is not ``{"labels": [[name, class], ...]}``, or not of these files.
+        """
+        file = folder / self.tree / LABELS
+        try:
+            rows = json.loads(file.read_text(encoding="utf-8"))["labels"]
+            labels = None if rows is None else {str(name): label for name, label in rows}
+            if not all(type(label) is int and label >= 0 for label in (labels or {}).values()):
+                raise ValueError("classes are numbers from 0")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            message = f'\'{file}\' is not of the form {{"labels": [["{self.name(0)}", 0], ...]}} with classes from 0'
+            raise DataError("path", message) from None
+        if labels is None:
+            return None
+        names = [self.name(number) for number in numbers]
+        if unlabelled := [name for name in names if name not in labels]:
+            raise DataError("path", f"'{file}' has no class for '{unlabelled[0]}' ({len(unlabelled)} such)")
+        if missing := sorted(labels.keys() - set(names)):
+            message = f"'{file}' names '{missing[0]}', which is not there ({len(missing)} such)"
+            raise DataError("path", f"{message}; was the preparation interrupted?")
+        return [labels[name] for name in names]
+
+
+IMAGES = Kind("images", "img", ".png")
+LATENTS = Kind("vae-sd", "img-mean-std-", ".npy")
+KINDS = (IMAGES, LATENTS)
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A row of a metadata file; ``number`` is its line, or in Parquet its number from 1."""
+class Listing:
+    """The content of a prepared folder: the numbers of its images, ascending, and the class of each."""
 
-    file: Path
-    number: int
-    values: Mapping[str, Any]
+    folder: Path
+    numbers: Sequence[int]
+    labels: Sequence[int]
 
-    def refuse(self, message: str) -> NoReturn:
-        raise DataError("path", f"{self.file}:{self.number}: {message}")
+    def __len__(self) -> int:
+        return len(self.numbers)
 
-    def text(self, column: str) -> str:
-        value = self.values.get(column)
-        if not isinstance(value, str):
-            shown = json.dumps(value, default=str)[:_SHOWN] if column in self.values else "nothing"
-            self.refuse(f"'{column}' must be text, got {shown}")
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            self.refuse(f"'{column}' holds half a surrogate pair, which is not text")
-        return value
+    def path(self, kind: Kind, index: int) -> Path:
+        """Return the file of the ``index``-th image in order."""
+        return kind.path(self.folder, self.numbers[index])
 
-    def path(self, column: str) -> Path:
-        """Return the path in a column, without ``.`` and ``..``; it may not lead out of the folder of the file."""
-        name = self.text(column)
-        relative = posixpath.normpath(name.replace("\\", "/"))
-        if "://" in name or relative.startswith(("/", "../")) or relative in ("..", "."):
-            self.refuse(f"'{name}' must be the path of an image below '{self.file.parent}'")
-        return self.file.parent / relative
+    def sample(self, count: int) -> range:
+        """Return at most ``count`` indices, evenly spaced."""
+        return range(0, len(self), -(-len(self) // count))
 
+    def fingerprint(self, side: int) -> str:
+        """Return a digest of the numbers and classes of all images, and of the content of 64 images and their latents.
 
-def _read_tables(tables: Sequence[Path]) -> list[_Row]:
-    if len({path.suffix for path in tables}) > 1:
-        first, other = tables[0], next(path for path in tables if path.suffix != tables[0].suffix)
-        raise DataError("path", f"'{first}' and '{other}' are of two formats: keep the metadata of a folder in one")
-    rows = [_Row(path, number, values) for path in tables for number, values in _READERS[path.suffix](path)]
-    if tables and not rows:
-        raise DataError("path", f"'{tables[0]}' has no rows; list images in it, or remove it")
-    return rows
+        All files of a tree have one size, so their sizes tell nothing.
 
-
-def _listed_images(rows: Sequence[_Row], images: Sequence[Path], column: str | None) -> dict[Path, str]:
-    """Return the images that the rows list, each with its caption if there is a column of captions."""
-    columns = dict.fromkeys(name for row in rows for name in row.values)
-    others = [name for name in columns if name.endswith(_FILES)]
-    if _FILE not in columns and len(others) > 1:
-        rows[0].refuse(f"no column '{_FILE}', and several others of paths: {', '.join(others)}")
-    name = others[0] if others and _FILE not in columns else _FILE
-    listed = dict[Path, _Row]()
-    for row in rows:
-        path = row.path(name)
-        if path in listed:
-            first = f"{listed[path].file}:{listed[path].number}"
-            row.refuse(f"'{row.values[name]}' has a row already ({first}): give each image one row")
-        listed[path] = row
-    if missing := listed.keys() - set(images):
-        path = next(path for path in listed if path in missing)
-        reason = f"is not read as an image ({', '.join(IMAGE_SUFFIXES)})" if path.exists() else "is not in the folder"
-        listed[path].refuse(f"'{listed[path].values[name]}' {reason} ({len(missing)} such)")
-    return {path: row.text(column) if column else "" for path, row in listed.items()}
+        Raises:
+            DataError: one of these images is not ``side`` pixels wide and high, or a file cannot be read.
+        """
+        contents = []
+        for index in self.sample(SAMPLE):
+            open_image(self.path(IMAGES, index), side).close()
+            files = [self.path(kind, index) for kind in KINDS]
+            try:
+                contents.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+            except OSError as error:
+                raise DataError("path", f"cannot read '{error.filename}': {error.strerror}") from None
+        listed = hashlib.sha256(np.array([self.numbers, self.labels], dtype="<i8").tobytes()).hexdigest()
+        return digest({"source": "repa", "listed": listed, "contents": contents})
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    # A caption may hold U+2028 and its like, at which splitlines would cut a row in two.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            values = None
-        if not isinstance(values, dict):
-            expected = json.dumps({_FILE: "1.png", CAPTION_COLUMNS[0]: "a cat"})
-            raise DataError("path", f"{path}:{number}: no JSON object; expected {expected}")
-        yield number, values
+def read_listing(folder: Path) -> Listing:
+    """List the content of a prepared folder.
+
+    Raises:
+        DataError: there is no such folder, an image or its latents have no partner, or labels and files do not match.
+    """
+    if not folder.is_dir():
+        raise DataError("path", f"no folder '{folder}'")
+    images, latents = (kind.numbers(folder) for kind in KINDS)
+    if not images | latents:
+        expected = " and ".join(f"{kind.tree}/{kind.name(0)}" for kind in KINDS)
+        raise DataError("path", f"nothing prepared in '{folder}'; expected {expected}, ...")
+    for kind, alone, other in ((IMAGES, images - latents, LATENTS), (LATENTS, latents - images, IMAGES)):
+        if alone:
+            message = f"'{kind.path(folder, min(alone))}' has no partner '{other.tree}/{other.name(min(alone))}'"
+            raise DataError("path", f"{message} ({len(alone)} such); was the preparation interrupted?")
+    numbers = sorted(images)
+    return Listing(folder, numbers, _read_labels(folder, numbers))
 
 
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader, number = csv.DictReader(io.StringIO(_read_text(path)), strict=True), 1
+def _read_labels(folder: Path, numbers: Sequence[int]) -> list[int]:
+    if not any((folder / kind.tree / LABELS).is_file() for kind in KINDS):
+        expected = " or ".join(f"{kind.tree}/{LABELS}" for kind in KINDS)
+        raise DataError("path", f"no labels in '{folder}'; expected {expected}")
+    of_images, of_latents = (kind.labels(folder, numbers) for kind in KINDS)
+    if of_images and of_latents and (differing := np.flatnonzero(np.array(of_images) != np.array(of_latents))).size:
+        image, latents = (kind.path(folder, numbers[differing[0]]) for kind in KINDS)
+        raise DataError("path", f"'{image}' and '{latents}' have different classes in {LABELS} ({differing.size} such)")
+    return of_images or of_latents or [0] * len(numbers)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return what `repa-lab data prepare` wrote of a folder, or None for folders of other tools.
+
+    Raises:
+        DataError: the manifest is damaged.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        return None
     try:
-        for values in reader:
-            if None in values:
-                message = "more cells than columns; quote captions that hold commas"
-                raise DataError("path", f"{path}:{number + 1}: {message}")
-            yield number + 1, {name: value for name, value in values.items() if value is not None}
-            number = reader.line_num
-    except csv.Error as error:
-        raise DataError("path", f"{path}:{number + 1}: {error}") from None
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise DataError("path", f"cannot read '{file}'; is '{folder}' a prepared folder?") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def open_image(file: Path, side: int) -> Image.Image:
+    """Open an image that is ``side`` pixels wide and high; it cannot be resized, for its latents could not be.
+
+    Raises:
+        DataError: the image has another size or cannot be read.
+    """
     try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise DataError("path", f"reading '{path}' takes pyarrow: pip install repa-lab[datasets]") from None
-    try:
-        yield from enumerate(parquet.read_table(path).to_pylist(), start=1)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError("path", f"cannot read '{path}': {str(error).splitlines()[0]}") from None
-
-
-_READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
-    ".jsonl": _jsonl,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
-
-
-def _caption_beside(item: Path) -> str:
-    path = item.with_name(f"{item.name}.txt") if item.is_dir() else item.with_suffix(".txt")
-    return _read_text(path).strip() if path.is_file() else ""
-
-
-def _read_text(path: Path) -> str:
-    """Return the content of a file of UTF-8, without the mark with which Windows' editors begin it."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError("path", f"{path}:{line}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
+        image = Image.open(file)
     except OSError as error:
-        raise DataError("path", f"cannot read '{path}': {error.strerror}") from None
+        raise DataError("path", f"cannot read '{file}': {error}") from None
+    if image.size != (side, side):
+        message = f"'{file}' measures {image.width}x{image.height}, not {side}x{side}"
+        raise DataError("resolution", f"{message}: set the resolution that the folder was prepared for")
+    return image
