@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from repa_lab.data.sources import Source
 
 _HELD_OUT = 256
-_DIGITS, _DIGITS_SIDE, _DIGITS_CLASSES = 1797, 8, 10
+_DIGITS = 1797
 C = TypeVar("C", bound=type)
 
 
@@ -71,6 +71,8 @@ class SourceSettings(Settings):
     buckets: BucketsConfig | None = None
     """Keep about the aspect; null cuts squares at the centre."""
 
+    usual_side: ClassVar[int] = 256
+    """The resolution if none is given."""
     channels: ClassVar[int] = 3
     """Channels of the pixels."""
     is_prepared: ClassVar[bool] = False
@@ -94,7 +96,7 @@ class SourceSettings(Settings):
     @property
     def side(self) -> int:
         """Pixels along each side of a training image."""
-        return self.resolution or 256
+        return self.resolution or self.usual_side
 
     @property
     def sizes(self) -> Buckets | None:
@@ -185,21 +187,17 @@ class DigitsSettings(SourceSettings):
 
     source: Literal["digits"] = "digits"
 
+    usual_side: ClassVar[int] = 8
     channels: ClassVar[int] = 1
     has_one_size: ClassVar[bool] = True
     may_have_captions: ClassVar[bool] = False
-    usual_classes: ClassVar[int] = _DIGITS_CLASSES
+    usual_classes: ClassVar[int] = 10
 
     @model_validator(mode="after")
     def _are_8x8(self) -> Self:
-        if self.resolution not in (None, _DIGITS_SIDE):
+        if self.side != self.usual_side:
             raise ValueError("digits are 8 pixels wide and high: resolution must be 8 or left out")
         return self
-
-    @property
-    def side(self) -> int:
-        """Pixels along each side of a training image."""
-        return _DIGITS_SIDE
 
     def held_out(self, images: int | None) -> int:
         """Return the number of images that are held out: 256 by default, on which the quick start's numbers rest."""
@@ -208,7 +206,7 @@ class DigitsSettings(SourceSettings):
     @override
     def describe(self) -> Dataset:
         fingerprint = digest({"source": "digits", "images": _DIGITS})  # they ship with scikit-learn and never change
-        return Dataset(fingerprint, _DIGITS, _DIGITS_CLASSES)
+        return Dataset(fingerprint, _DIGITS, self.usual_classes)
 
 
 class FolderSettings(SourceSettings):
@@ -217,13 +215,8 @@ class FolderSettings(SourceSettings):
     path: str | None = None
     """The folder; null has to be set before anything is trained."""
 
-    @property
-    def source_of_copies(self) -> str:
-        """The source that reads what `copy_few` writes."""
-        return self.source
-
     def copy_few(self, target: Path, count: int) -> None:
-        """Copy about ``count`` of the images or clips, with their captions, into a new folder."""
+        """Copy about ``count`` of the images or clips, with their captions, into a new folder; latents are left out."""
         raise NotImplementedError
 
     @property
@@ -235,13 +228,6 @@ class FolderSettings(SourceSettings):
     def folder(self) -> Path:
         """The folder."""
         return Path(self.path or "")
-
-    @override
-    def describe(self) -> Dataset:
-        return Dataset("unset", None) if self.is_unset else self._describe_folder()
-
-    def _describe_folder(self) -> Dataset:
-        raise NotImplementedError
 
 
 class CaptionedSettings(SourceSettings):
@@ -255,12 +241,8 @@ class FilesSettings(CaptionedSettings, FolderSettings):
     """A folder of images or clips as files."""
 
     def list_files(self) -> FileList:
-        """List the images or clips.
-
-        Raises:
-            DataError: see :func:`read_image_folder` and :func:`read_clips`.
-        """
-        raise NotImplementedError
+        """List the images; see :func:`read_image_folder`."""
+        return read_image_folder(self.folder, self.caption_column)
 
     @property
     def read_as(self) -> dict[str, Any]:
@@ -272,10 +254,10 @@ class FilesSettings(CaptionedSettings, FolderSettings):
     def copy_few(self, target: Path, count: int) -> None:
         self.list_files().copy_few(target, count, self.caption_column)
 
-    def _describe_folder(self) -> Dataset:
+    @override
+    def describe(self) -> Dataset:
         files = self.list_files()
-        classes = len(set(files.classes))
-        fingerprint = files.fingerprint(self.read_as)
+        fingerprint, classes = files.fingerprint(self.read_as), len(set(files.classes))
         return Dataset(fingerprint, len(files.items), classes, bool(files.captions), files.notes)
 
 
@@ -286,10 +268,6 @@ class ImageFolderSettings(FilesSettings):
     source: Literal["imagefolder"] = "imagefolder"
 
     caption_advice: ClassVar[str | None] = "give metadata.jsonl (file_name, text), or a .txt beside each image"
-
-    @override
-    def list_files(self) -> FileList:
-        return read_image_folder(self.folder, self.caption_column)
 
 
 @source("clips", "repa_lab.data.sources:Clips")
@@ -338,7 +316,8 @@ class SavedSettings(CaptionedSettings, FolderSettings):
         rows = load_saved(self.folder)
         rows.select(range(0, len(rows), max(1, len(rows) // count))).save_to_disk(str(target))
 
-    def _describe_folder(self) -> Dataset:
+    @override
+    def describe(self) -> Dataset:
         fingerprint = fingerprint_saved(self.folder, self.side, self.sizes)
         rows, columns = read_saved(self.folder, self.caption_column)
         return Dataset(fingerprint, rows, columns.classes, columns.captions is not None, columns.notes)
@@ -389,11 +368,6 @@ class PreparedSettings(FolderSettings):
     is_prepared: ClassVar[bool] = True
     may_have_captions: ClassVar[bool] = False
 
-    @property
-    def source_of_copies(self) -> str:
-        """The source that reads what `copy_few` writes, which has no latents: those are of another VAE."""
-        return "imagefolder"
-
     @override
     def copy_few(self, target: Path, count: int) -> None:
         listing = read_listing(self.folder)
@@ -408,6 +382,7 @@ class PreparedSettings(FolderSettings):
             raise ValueError("prepared latents are of square images, none of them mirrored: leave flip and buckets out")
         return self
 
-    def _describe_folder(self) -> Dataset:
+    @override
+    def describe(self) -> Dataset:
         listing = read_listing(self.folder)
         return Dataset(listing.fingerprint(self.side), len(listing), max(listing.labels) + 1)

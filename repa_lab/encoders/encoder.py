@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,16 +14,9 @@ from torch import nn
 
 from repa_lab.align.regularizer import Attention
 from repa_lab.align.tokens import Grid, Tokens, flatten_map
-from repa_lab.encoders.registry import (
-    ENCODERS,
-    EncoderFacts,
-    Resize,
-    facts_of,
-    input_size,
-    no_attention,
-    too_few_blocks,
-)
+from repa_lab.encoders.registry import ENCODERS, EncoderFacts, Resize, attention_problem, facts_of, input_size
 from repa_lab.kernels import kernels
+from repa_lab.registry import did_you_mean
 from repa_lab.timm_models import TINY, EncoderError, load_model, reason, skeleton
 
 _CNN_STRIDE = 16
@@ -134,9 +126,9 @@ class Encoder(nn.Module):
         Returns:
             tokens: float32 ``(B, h*w, D)`` on the grid ``(h, w)``, the input size over the stride.
         """
-        for heads in self._heads.values():
-            for kept in heads:
-                kept.clear()
+        for queries, keys in self._heads.values():
+            queries.clear()
+            keys.clear()
         batches = pixels.split(self.options.batch_size or max(len(pixels), 1))
         with torch.autocast(pixels.device.type, enabled=False), kernels(tf32=False):
             maps = [self._features(self.preprocess(batch).to(self.dtype)) for batch in batches]
@@ -184,14 +176,17 @@ def load_encoder(
     """
     facts = facts_of(name) or EncoderFacts(name, 0, 0)
     if facts.build is not None:
-        _require_attention(name, None, options.attention)
+        if message := attention_problem(name, options.attention):
+            raise EncoderError("name", message)
         return Encoder(_PluginModel(facts, weights), 0, facts.stride, image_size, options, resize=facts.resize)
     if not timm.is_model(facts.timm_name.split(".")[0]):
-        near = difflib.get_close_matches(name, [*ENCODERS, *timm.list_models()], n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = did_you_mean(name, [*ENCODERS, *timm.list_models()])
         raise EncoderError("name", f"unknown encoder '{name}'; allowed: {', '.join(ENCODERS)} or a timm model{hint}")
-    shape = skeleton(name, facts)
-    _require_attention(name, shape, options.attention)
+    shape: Any = skeleton(name, facts)
+    layers = [getattr(block, "attn", None) for block in getattr(shape, "blocks", ())]
+    depth = len(layers) if all(type(layer) is SelfAttention for layer in layers) else 0
+    if message := attention_problem(name, options.attention, depth):
+        raise EncoderError("name", message)
     stage, stride = feature_stage(name, shape)
     side, _ = input_size(stride, (resolution, resolution), image_size)
     if side < stride or side % stride:
@@ -208,14 +203,6 @@ def has_tiny(name: str) -> bool:
     except (EncoderError, TypeError, RuntimeError):
         return False
     return True
-
-
-def _require_attention(name: str, model: Any, blocks: tuple[int, ...]) -> None:
-    layers = [getattr(block, "attn", None) for block in getattr(model, "blocks", ())]
-    if blocks and not (layers and all(type(layer) is SelfAttention for layer in layers)):
-        raise EncoderError("name", no_attention(name))
-    if message := too_few_blocks(name, len(layers), blocks):
-        raise EncoderError("name", message)
 
 
 class _PluginModel(nn.Module):

@@ -142,10 +142,7 @@ def facts_of(name: str) -> EncoderFacts | None:
 
 
 def token_identity(name: str) -> dict[str, Any]:
-    """Return what determines an encoder's tokens beside its name, for the identity of caches and protocols.
-
-    Empty for built-in encoders whose tokens are taken after the final norm; the file's digest for a plugin's encoder.
-    """
+    """Return what determines an encoder's tokens beside its name, for the identity of caches and protocols."""
     facts, origin = facts_of(name), ENCODERS.origin(name)
     before_norm = {} if facts is None or facts.norm else {"norm": False}
     return {**before_norm, **({"plugin": origin.digest} if origin else {})}
@@ -171,9 +168,8 @@ def input_size(stride: int, shape: tuple[int, int], image_size: int | None = Non
     if height == width:
         return image_size, image_size
     aspect = math.sqrt(height / width)
-    sides = (image_size * aspect, image_size / aspect)
-    tall, wide = (stride * max(1, math.floor(side / stride + 0.5)) for side in sides)
-    return tall, wide
+    tall, wide = (max(1, math.floor(side / stride + 0.5)) for side in (image_size * aspect, image_size / aspect))
+    return stride * tall, stride * wide
 
 
 def grid_problem(name: str, image_size: int | None, resolution: int) -> str | None:
@@ -200,33 +196,24 @@ def weights_problem(name: str, weights: str | None) -> str | None:
     return needs_file(name) if facts is not None and facts.weights == "file" and weights is None else None
 
 
-def attention_problem(name: str, blocks: Sequence[int]) -> str | None:
+def attention_problem(name: str, blocks: Sequence[int], depth: int | None = None) -> str | None:
     """Return why queries and keys of these blocks cannot be captured; None if they can, or if only timm may know.
 
     Args:
         name: the encoder's name.
         blocks: the encoder's blocks as Python's indices: -1 is the last.
+        depth: number of blocks with attention that can be captured; None is the registered encoder's.
     """
     facts = facts_of(name)
-    if facts is None:
+    if depth is None and facts is not None:
+        # timm's DINOv3 turns queries and keys by their positions after the place where they are captured.
+        is_plain = facts.build is None and facts.timm_name.startswith("vit_") and "dinov3" not in facts.timm_name
+        depth = _DEPTHS.get(facts.dim) if is_plain else 0
+    if depth is None or all(-depth <= block < depth for block in blocks):
         return None
-    # timm's DINOv3 turns queries and keys by their positions after the place where they are captured.
-    if facts.build is not None or not facts.timm_name.startswith("vit_") or "dinov3" in facts.timm_name:
-        return no_attention(name)
-    depth = _DEPTHS.get(facts.dim)
-    return too_few_blocks(name, depth, blocks) if depth else None
-
-
-def no_attention(name: str) -> str:
-    """Return the message for an encoder without attention that can be captured."""
+    if depth:
+        return f"'{name}' has {depth} blocks, and the attention of {len(blocks)} is asked"
     return f"the attention of '{name}' cannot be captured: use a vision transformer of timm, such as dinov2_vitb14"
-
-
-def too_few_blocks(name: str, depth: int, blocks: Sequence[int]) -> str | None:
-    """Return the message for blocks that an encoder of this depth lacks; None if it has them."""
-    if all(-depth <= block < depth for block in blocks):
-        return None
-    return f"'{name}' has {depth} blocks, and the attention of {len(blocks)} is asked"
 
 
 # Blocks by width. Each block has 12 D^2 weights, except in the models of _OTHER_WEIGHTS.
@@ -252,8 +239,10 @@ def encoder_flops(name: str, side: int) -> float | None:
     facts, weights = facts_of(name), encoder_weights(name)
     if facts is None or weights is None or not facts.stride:
         return None
-    patches = (side // facts.stride) ** 2
-    tokens = patches + _prefix_tokens(name)
+    patches, original = (side // facts.stride) ** 2, name.removeprefix(TINY)
+    with_registers = original.endswith("_reg") or original.startswith("dinov3")
+    prefix = 0 if original.startswith(("siglip", "ijepa")) else 5 if with_registers else 1  # class token and registers
+    tokens = patches + prefix
     attention = 2 * _DEPTHS[facts.dim] * tokens**2 * facts.dim
     return 2.0 * (tokens * weights + attention + patches * 3 * facts.stride**2 * facts.dim)
 
@@ -266,11 +255,3 @@ def encoder_weights(name: str) -> int | None:
     if facts is None or facts.dim not in _DEPTHS:
         return None
     return _OTHER_WEIGHTS.get(name, 12 * _DEPTHS[facts.dim] * facts.dim**2)
-
-
-def _prefix_tokens(name: str) -> int:
-    """Return the number of tokens before the patches: the class token and registers."""
-    original = name.removeprefix(TINY)
-    if original.startswith(("siglip", "ijepa")):
-        return 0
-    return 5 if original.endswith("_reg") or original.startswith("dinov3") else 1

@@ -10,9 +10,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
@@ -20,7 +19,7 @@ from repa_lab.align.regularizer import Attention
 from repa_lab.align.settings import EncoderSettings
 from repa_lab.align.tokens import Tokens
 from repa_lab.data.cache import READERS, ArrayCache, Progress, open_cache
-from repa_lab.data.latents import Reconstructions
+from repa_lab.data.latents import PixelSpace, Reconstructions
 from repa_lab.data.rows import dtype_name
 from repa_lab.data.sources import LatentFrames, Source, as_images, groups
 from repa_lab.encoders.encoder import Encoder, EncoderOptions, load_encoder, require_patch_tokens
@@ -64,42 +63,17 @@ def unpacked(stored: torch.Tensor, storage: Storage) -> torch.Tensor:
     return codes.view(_CODES[storage][0]).float() * scale.view(torch.float32)
 
 
-class Targets(Protocol):
-    """Encoder tokens of a source's images.
+class CachedTargets:
+    """Encoder tokens of a source's images from the cache, optionally standardised.
+
+    Args:
+        features: the cache of all images, ``(h, w, D)`` per image or ``(F, h, w, D)`` per clip.
+        standardize: whether each channel gets mean 0 and standard deviation 1 over all images and places.
 
     Attributes:
         dim: width of a token.
         reader: loads the input of :meth:`__call__` for image indices ``(B,)`` and can run ahead in a data loader's
             process; None if the input can only be loaded in this process.
-    """
-
-    dim: int
-    reader: Reader | None
-
-    def __call__(self, index: torch.Tensor, device: torch.device, loaded: torch.Tensor | None = None) -> Tokens:
-        """Return the tokens of images ``index`` ``(B,)`` on ``device`` in float32.
-
-        Args:
-            index: indices of images of one size.
-            loaded: what ``reader`` returned for ``index``; None reads it now.
-        """
-        ...
-
-    def attention(self, block: int) -> Attention:
-        """Return the encoder's queries and keys in a block for the images of the latest call; see `Encoder.attention`.
-
-        Raises:
-            EncoderError: the features are cached, and attention is not.
-        """
-        ...
-
-
-class CachedTargets:
-    """Features ``(h, w, D)`` per image, ``(F, h, w, D)`` per clip, from the cache, optionally standardised.
-
-    Args:
-        features: the cache of all images.
-        standardize: whether each channel gets mean 0 and standard deviation 1 over all images and places.
     """
 
     def __init__(self, features: ArrayCache, source: Source, standardize: bool, storage: Storage) -> None:
@@ -110,7 +84,12 @@ class CachedTargets:
         self._moments = self._channel_moments(source) if standardize else None
 
     def __call__(self, index: torch.Tensor, device: torch.device, loaded: torch.Tensor | None = None) -> Tokens:
-        """Return the cached tokens; see :meth:`Targets.__call__`."""
+        """Return the tokens of images ``index`` ``(B,)`` on ``device`` in float32.
+
+        Args:
+            index: indices of images of one size.
+            loaded: what ``reader`` returned for ``index``; None reads it now.
+        """
         features = self._read(index) if loaded is None else loaded
         _, *frames, height, width, _ = features.shape
         values = unpacked(features.to(device, non_blocking=True), self._storage).flatten(1, -2)
@@ -134,7 +113,7 @@ class CachedTargets:
 
 
 class OnlineTargets:
-    """Features computed for every batch, for data sets whose features do not fit on disk.
+    """Encoder tokens computed for every batch, for data sets whose features do not fit on disk; see `CachedTargets`.
 
     Raises:
         EncoderError: the encoder does not give patch tokens.
@@ -143,28 +122,21 @@ class OnlineTargets:
     def __init__(self, encoder: Encoder, name: str, source: Source, device: torch.device) -> None:
         self._encoder = encoder.to(device)
         self.dim = require_patch_tokens(self._encoder, name, _sample(source).to(device)).dim
-        self._read: Reader = _PixelReader(source)
+        self._read: Reader = PixelSpace(source).read
         # Reconstructions are decoded on the device, which a data loader's process cannot use.
         self.reader: Reader | None = None if _is_decoded(source) else self._read
 
     def __call__(self, index: torch.Tensor, device: torch.device, loaded: torch.Tensor | None = None) -> Tokens:
-        """Return the encoder's tokens; see :meth:`Targets.__call__`."""
+        """Return the encoder's tokens; see :meth:`CachedTargets.__call__`."""
         pixels = self._read(index) if loaded is None else loaded
         return _encoded(self._encoder, pixels.to(device, non_blocking=True))
 
     def attention(self, block: int) -> Attention:
-        """Return the encoder's queries and keys; see :meth:`Targets.attention`."""
+        """Return the encoder's queries and keys in a block for the images of the latest call: `Encoder.attention`."""
         return self._encoder.attention(block)
 
 
-@dataclass(frozen=True)
-class _PixelReader:
-    """Reads pixels of a source by a tensor of indices; can be sent to other processes, unlike the encoder."""
-
-    source: Source
-
-    def __call__(self, index: torch.Tensor) -> torch.Tensor:
-        return self.source.read(index.tolist())
+Targets = CachedTargets | OnlineTargets
 
 
 def cached_targets(
@@ -179,7 +151,7 @@ def cached_targets(
     """Return the features of all images from the cache; the encoder is loaded and checked only if some are missing.
 
     Args:
-        progress: called with the number of images done and of all images.
+        progress: told how many images are done, of how many.
         storage: how features are stored; ``fp32`` keeps the encoder's bit for bit.
         options: how the encoder runs; only the precision is part of the cache's identity.
 
@@ -210,11 +182,15 @@ def cached_targets(
         "storage": dtype_name(_DTYPES[storage]) if storage in _DTYPES else storage,
         **token_identity(encoder.name),
     }
-    readers = 1 if _is_decoded(source) else READERS  # reconstructions are decoded on the device
-    dtype = _DTYPES.get(storage, torch.uint8)
-    at_once = max(1, _ENCODED_AT_ONCE // max(source.clip_frames, 1))
     features = open_cache(
-        cache / "features", identity, source, encode, at_once, progress=progress, dtype=dtype, readers=readers
+        cache / "features",
+        identity,
+        source,
+        encode,
+        batch_size=max(1, _ENCODED_AT_ONCE // max(source.clip_frames, 1)),
+        progress=progress,
+        dtype=_DTYPES.get(storage, torch.uint8),
+        readers=1 if _is_decoded(source) else READERS,  # reconstructions are decoded on the device
     )
     return CachedTargets(features, source, encoder.standardize, storage)
 

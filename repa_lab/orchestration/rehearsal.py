@@ -253,7 +253,8 @@ class TinyAssets:
             column = getattr(data, "caption_column", None)
             name = f"images-{digest([str(data.folder.resolve()), column, *frames.values()])[:12]}"
             path = self._once(name, lambda folder: data.copy_few(folder, _IMAGES))
-            return {"source": data.source_of_copies, "path": str(path), "caption_column": column, **frames}
+            source = "imagefolder" if data.is_prepared else data.source  # latents are not copied
+            return {"source": source, "path": str(path), "caption_column": column, **frames}
         if clips:
             write = functools.partial(_generate_clips, frames=clips.needed_frames)
             return {"source": "clips", "path": str(self._once(f"clips-{clips.needed_frames}", write)), **frames}

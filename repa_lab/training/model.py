@@ -14,8 +14,8 @@ import torch
 
 from repa_lab.data import DataError
 from repa_lab.data.cache import Embeddings, Progress, TextCache
-from repa_lab.data.latents import Autoencoder, LatentSpace, quantise
 from repa_lab.data.folders import fingerprint_files
+from repa_lab.data.latents import Autoencoder, LatentSpace, quantise
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import TEXT_LENGTHS, Family, network_of, pipeline_of
 from repa_lab.models.pretrained import DiffusersDenoiser, adapt, load_denoiser, sampling_pipeline, text_pipeline

@@ -188,6 +188,8 @@ class Inventory:
         Raises:
             DataError: the data set is missing or incomplete.
         """
+        if data.is_unset:
+            return Dataset("unset", None)
         key = data.model_copy(update={"holdout": None, "flip": False, "vae": None})
         if key not in self._datasets:
             self._datasets[key] = SOURCES[data.source].describe(key)
