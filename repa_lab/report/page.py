@@ -155,19 +155,59 @@ def draw_pictures(results: Results, folder: Path) -> tuple[list[Picture], list[s
         The pictures, and a line for every figure that could not be drawn.
     """
     drawn, failures = [], []
-    pictures = [*_differences(results), *_curves(results), *_search(results)]
     try:
-        pictures += _profiles(results)
+        for picture in _pictures(results):
+            try:
+                for name in picture.panels:
+                    link = f"figures/{name}.svg"
+                    picture.elements[link] = _element(picture, name, folder / link)
+                drawn.append(picture)
+            except Exception as error:  # the rest of the report does not depend on a figure
+                figure = f"{picture.section}: {picture.title}"
+                failures.append(f"The figure '{figure}' could not be drawn ({one_line(error)}).")
     except ResultsError as error:
         failures.append(f"Layer profiles are not shown: {error}.")
-    for picture in pictures:
-        try:
-            for name in picture.panels:
-                picture.elements[f"figures/{name}.svg"] = _element(picture, name, folder / f"figures/{name}.svg")
-            drawn.append(picture)
-        except Exception as error:  # the rest of the report does not depend on a figure
-            failures.append(f"The figure '{picture.section}: {picture.title}' could not be drawn ({one_line(error)}).")
     return drawn, failures
+
+
+def _pictures(results: Results) -> Iterator[Picture]:
+    """Yield every figure that there is data for, not drawn yet."""
+    goal: dict[str, Any] = {"goal": results.goal}
+    frame = figure_data.differences_frame(results)
+    if len(frame) > 1:  # the difference of a single arm is the answer's sentence
+        caption = (
+            "Point: mean paired difference. Line: 95 % Student-t interval. Coloured: resolved among all comparisons."
+        )
+        title = "Differences to the baseline"
+        yield Picture("differences", title, caption, "draw_differences", {"differences": frame}, goal)
+    for axis in results.axes:
+        frame = figure_data.convergence_frame(results, axis)
+        if panels := _panels(frame, "convergence" if axis.name == "step" else f"convergence_{axis.name}"):
+            options, caption = goal | {"axis": axis}, figure_data.caption(frame)
+            yield Picture("convergence", axis.label, caption, "draw_convergence", panels, options)
+    frame = figure_data.alignment_frame(results)
+    if panels := _panels(frame, "alignment"):
+        caption, title = figure_data.caption(frame), "Alignment on held-out images"
+        yield Picture("alignment", title, caption, "draw_alignment", panels)
+    frame, goals = figure_data.search_frame(results), results.objectives
+    has_values = frame.filter(regex="^value/").notna().any(axis=None)
+    if has_values and any(name.startswith("param/") for name in frame):
+        title = "The objective over the trials, and along every searched setting"
+        caption = (
+            "A point for each trial; faint ones did not complete. Star: the best completed one; line: the best so far."
+        )
+        yield Picture("search", title, caption, "draw_slices", {"search": frame}, {"goals": goals})
+        if len(goals) > 1:
+            title, caption = "Objectives against each other", "A point for each trial; joined: the Pareto front."
+            yield Picture("search", title, caption, "draw_pareto", {"pareto": frame})
+    caption = "Layers by timesteps, as `repa-lab profile` measured them."
+    for place, (title, frames, names) in enumerate(figure_data.shown_profiles(results)):
+        yield Picture("profiles", title, caption, "draw_profiles", {f"profile_{place}": frames}, {"names": names})
+
+
+def _panels(frame: pd.DataFrame, name: str) -> dict[str, pd.DataFrame]:
+    panels = [panel for panel in figure_data.panels(frame) if panel["mean"].notna().any()][:_MAX_PANELS]
+    return {f"{name}_{place}" if place else name: panel for place, panel in enumerate(panels)}
 
 
 def _element(picture: Picture, name: str, path: Path) -> str:
@@ -205,56 +245,6 @@ def inline(svg: str, name: str) -> str:
         svg,
     )
     return re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2).strip()
-
-
-def _differences(results: Results) -> Iterator[Picture]:
-    frame = figure_data.differences_frame(results)
-    if len(frame) > 1:  # the difference of a single arm is the answer's sentence
-        caption = (
-            "Point: mean paired difference. Line: 95 % Student-t interval. Coloured: resolved among all comparisons."
-        )
-        title, options = "Differences to the baseline", {"goal": results.goal}
-        yield Picture("differences", title, caption, "draw_differences", {"differences": frame}, options)
-
-
-def _curves(results: Results) -> Iterator[Picture]:
-    for axis in results.axes:
-        name = "convergence" if axis.name == "step" else f"convergence_{axis.name}"
-        frame, options = figure_data.convergence_frame(results, axis), {"goal": results.goal, "axis": axis}
-        if panels := _panels(frame, name):
-            yield Picture("convergence", axis.label, figure_data.caption(frame), "draw_convergence", panels, options)
-    frame = figure_data.alignment_frame(results)
-    if panels := _panels(frame, "alignment"):
-        title = "Alignment on held-out images"
-        yield Picture("alignment", title, figure_data.caption(frame), "draw_alignment", panels)
-
-
-def _panels(frame: pd.DataFrame, name: str) -> dict[str, pd.DataFrame]:
-    panels = [panel for panel in figure_data.panels(frame) if panel["mean"].notna().any()][:_MAX_PANELS]
-    return {f"{name}_{place}" if place else name: panel for place, panel in enumerate(panels)}
-
-
-def _search(results: Results) -> Iterator[Picture]:
-    frame, goals = figure_data.search_frame(results), results.objectives
-    values = [f"value/{metric}" for metric in goals]
-    if frame.empty or frame[values].isna().all(axis=None) or not any(name.startswith("param/") for name in frame):
-        return
-    title = "The objective over the trials, and along every searched setting"
-    caption = (
-        "A point for each trial; faint ones did not complete. Star: the best completed one; line: the best so far."
-    )
-    yield Picture("search", title, caption, "draw_slices", {"search": frame}, {"goals": goals})
-    if len(goals) > 1:
-        caption = "A point for each trial; joined: the Pareto front."
-        yield Picture("search", "Objectives against each other", caption, "draw_pareto", {"pareto": frame})
-
-
-def _profiles(results: Results) -> list[Picture]:
-    caption = "Layers by timesteps, as `repa-lab profile` measured them."
-    return [
-        Picture("profiles", title, caption, "draw_profiles", {f"profile_{place}": frames}, {"names": names})
-        for place, (title, frames, names) in enumerate(figure_data.shown_profiles(results))
-    ]
 
 
 # ---- samples

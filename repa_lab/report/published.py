@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
@@ -68,31 +68,25 @@ class Comparison:
     refused: tuple[str, ...] = ()
 
     @property
-    def is_complete(self) -> bool:
-        """Whether every arm was measured."""
-        return all(row.measured.n for row in self.rows)
+    def measured(self) -> list[PublishedArm]:
+        """The arms that were measured."""
+        return [row for row in self.rows if row.measured.n]
 
     @property
     def spearman(self) -> float:
-        """The rank correlation of published and measured values over the measured arms."""
-        rows = [row for row in self.rows if row.measured.n]
-        return rank_correlation([row.published for row in rows], [row.measured.mean for row in rows])
+        """The rank correlation of published and measured values over the measured arms, ties at their mean rank."""
+        values = [(row.published, row.measured.mean) for row in self.measured]
+        return float(pd.DataFrame(values, columns=["published", "measured"]).corr(method="spearman").iloc[0, 1])
 
     @property
     def pairs(self) -> tuple[int, int]:
         """Number of pairs of arms in the published order, and of pairs with distinct published values."""
-        rows = [row for row in self.rows if row.measured.n]
         in_order = [
             (first.published - second.published) * (first.measured.mean - second.measured.mean) > 0
-            for first, second in itertools.combinations(rows, 2)
+            for first, second in itertools.combinations(self.measured, 2)
             if first.published != second.published
         ]
         return sum(in_order), len(in_order)
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return Spearman's rank correlation, ties at their mean rank; NaN below two values or without spread."""
-    return float(pd.DataFrame({"first": first, "second": second}).corr(method="spearman").iloc[0, 1])
 
 
 def compare_published(results: Results, published: PublishedConfig, exact: bool) -> tuple[Comparison, ...]:
@@ -107,39 +101,33 @@ def compare_published(results: Results, published: PublishedConfig, exact: bool)
     Returns:
         A comparison for each kind of metric that at least two arms share, in the paper's order.
     """
-    arms = {label: values for label, values in published.arms.items() if label in results.baselines}
-    kinds = list(dict.fromkeys(kind for values in arms.values() for kind in values))
-    wanted = kinds if exact else [kind for kind in kinds if kind == "fid"]
-    comparisons = (_compare(results, published, arms, kind, exact) for kind in wanted)
+    kinds = dict.fromkeys(
+        kind for label, values in published.arms.items() if label in results.baselines for kind in values
+    )
+    comparisons = (_compare(results, published, kind, exact) for kind in kinds if exact or kind == "fid")
     return tuple(comparison for comparison in comparisons if comparison is not None)
 
 
-def _compare(
-    results: Results, published: PublishedConfig, arms: Mapping[str, Mapping[str, float]], kind: str, exact: bool
-) -> Comparison | None:
+def _compare(results: Results, published: PublishedConfig, kind: str, exact: bool) -> Comparison | None:
+    arms = published.arms
     values = {label: arms[label][kind] for label in results.baselines if kind in arms.get(label, {})}
     # As papers call metrics: FID is no other Frechet distance.
-    kinds = {name: name.partition(":")[0] for name in [*results.summary["metric"].unique(), results.metric]}
-    metric = next((name for name in results.summary["metric"].unique() if kinds[name] == kind), results.metric)
-    if len(values) < 2 or (exact and kinds[metric] != kind):
+    alike = (row["metric"] for row in results.rows if row["metric"].partition(":")[0] == kind)
+    metric = next(alike, results.metric)
+    if len(values) < 2 or (exact and metric.partition(":")[0] != kind):
         return None
     reference = (max if goal_of(kind) == "max" else min)(values, key=lambda label: values[label])
-    reference_runs, conflicts = results.run_ids(reference), results.protocols.conflicts
-    refused = tuple(
-        label
-        for label in values
-        if conflicts([*reference_runs, *results.run_ids(label)], metric) and results.seed_curves(label, metric)
-    )
+    curves = {label: results.seed_curves(label, metric) for label in values}
+    conflicts, reference_runs = results.protocols.conflicts, results.run_ids(reference)
+    refused = [arm for arm in values if curves[arm] and conflicts([*reference_runs, *results.run_ids(arm)], metric)]
+    curves |= {label: {} for label in refused}
     # At equal progress: the last step that all measured runs of these arms have.
-    compared = [label for label in values if label not in refused]
-    curves = {label: seeds for label in compared if (seeds := results.seed_curves(label, metric))}
-    step = common_step([curve for seeds in curves.values() for curve in seeds.values()])
+    step = common_step([curve for by_seed in curves.values() for curve in by_seed.values()])
     measured = {
-        label: {} if step is None or label not in curves else {seed: c[step] for seed, c in curves[label].items()}
-        for label in values
+        label: {} if step is None else {seed: curve[step] for seed, curve in by_seed.items()}
+        for label, by_seed in curves.items()
     }
-    tolerance = published.tolerance.get(kind) if exact else None
-    rows = []
+    tolerance, rows = published.tolerance.get(kind) if exact else None, []
     for label, value in values.items():
         estimate = mean_interval(measured[label].values())
         is_judged = tolerance is not None and estimate.n > 0
@@ -153,7 +141,7 @@ def _compare(
             agrees=abs(estimate.mean - value) <= (tolerance or 0.0) if is_judged else None,
         )
         rows.append(row)
-    return Comparison(kind, metric, reference, tuple(rows), tolerance, refused)
+    return Comparison(kind, metric, reference, tuple(rows), tolerance, tuple(refused))
 
 
 def table_rows(comparison: Comparison) -> list[dict[str, str]]:
@@ -161,11 +149,9 @@ def table_rows(comparison: Comparison) -> list[dict[str, str]]:
     rows = []
     for row in comparison.rows:
         is_reference = row.arm == comparison.reference
-        same_sign = ""
-        if row.published_difference:
-            is_short = row.difference.difference.n < MIN_SEEDS
-            open_text = f"open (fewer than {MIN_SEEDS} seeds)" if is_short else "open"
-            same_sign = {True: "yes", False: "no", None: open_text}[row.same_sign]
+        is_short = row.difference.difference.n < MIN_SEEDS
+        unresolved = f"open (fewer than {MIN_SEEDS} seeds)" if is_short else "open"
+        same_sign = {True: "yes", False: "no", None: unresolved}[row.same_sign]
         texts = {
             "arm": row.arm + ("  (reference)" if is_reference else ""),
             f"published {comparison.kind}": f"{row.published:g}",
@@ -173,7 +159,7 @@ def table_rows(comparison: Comparison) -> list[dict[str, str]]:
             "n": str(row.measured.n),
             "published difference": f"{row.published_difference:+.4g}" if row.published_difference else "0",
             "measured difference": "" if is_reference else _interval(row.difference.difference, "+"),
-            "same sign": same_sign,
+            "same sign": same_sign if row.published_difference else "",
         }
         if comparison.tolerance is not None:
             texts[f"within {comparison.tolerance:g}"] = {True: "yes", False: "no", None: "n/a"}[row.agrees]
@@ -202,7 +188,7 @@ def sentences(comparison: Comparison) -> Iterator[str]:
     if comparison.refused:
         reason = f"under the name {comparison.metric} they were measured unlike '{comparison.reference}'"
         yield f"{kind}: {', '.join(comparison.refused)} left out, because {reason}"
-    if not comparison.is_complete:
+    if len(comparison.measured) < len(rows):
         yield f"{kind}: not every arm was measured"
     groups: dict[tuple[str, ...], list[str]] = {}
     for row in rows:

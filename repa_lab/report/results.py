@@ -160,7 +160,7 @@ class Results:
         """The rows of :attr:`summary`."""
         if len(self.sweeps) != 1:
             return [row for sweep in self.sweeps for row in self.only(sweep.name).rows]
-        return summarize(self.sweep, self._curves, self.protocols)
+        return summarize(self.sweep, self._curves, self.protocols, len(self.compared_arms))
 
     @cached_property
     def samples(self) -> pd.DataFrame:
@@ -234,6 +234,12 @@ class Results:
     def baselines(self) -> dict[str, str | None]:
         """The matched baseline of every arm of the only sweep, in its order; None for arms without one."""
         return {arm.label: arm.baseline for arm in self.sweep.arms}
+
+    @cached_property
+    def compared_arms(self) -> dict[str, str]:
+        """The baseline of every arm of the only sweep that has one, and not the very same runs; measured or not."""
+        runs = {arm: set(self.run_ids(arm)) for arm in self.baselines}
+        return {arm: base for arm, base in self.baselines.items() if base is not None and runs[arm] != runs.get(base)}
 
     @cached_property
     def by_arm(self) -> dict[str, dict[int, SweepRun]]:

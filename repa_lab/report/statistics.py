@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
 from repa_lab.runs.files import Row
@@ -50,7 +49,6 @@ class PairedDifference:
     Attributes:
         difference: the mean difference with its interval, in units of the metric.
         baseline_mean: mean of the baseline over the paired seeds.
-        seeds: the seeds that both arms have, ascending.
         p_value: two-sided, of the paired t-test that the mean difference is 0; NaN below two pairs.
         correlation: Pearson's r of arm and baseline over the seeds; NaN below three pairs. Near 1, pairing removes most
             of the variation between seeds; below 0, pairing widens the interval.
@@ -58,7 +56,6 @@ class PairedDifference:
 
     difference: Estimate
     baseline_mean: float
-    seeds: tuple[int, ...]
     p_value: float
     correlation: float
 
@@ -94,11 +91,7 @@ class Speedup:
 
 
 def mean_interval(values: Iterable[float]) -> Estimate:
-    """Return the mean and its two-sided Student-t interval; values that are not finite are left out.
-
-    Args:
-        values: one per seed, independent of each other.
-    """
+    """Return the mean over seeds and its two-sided Student-t interval; values that are not finite are left out."""
     kept = [float(value) for value in values if math.isfinite(value)]
     n = len(kept)
     if n < 2:
@@ -109,13 +102,10 @@ def mean_interval(values: Iterable[float]) -> Estimate:
 
 
 def ratio_interval(ratios: Iterable[float]) -> Estimate:
-    """Return the geometric mean of positive ratios and the Student-t interval of their logarithms, exponentiated.
+    """Return the geometric mean of positive ratios, one per seed, and the Student-t interval of their logarithms.
 
     A t interval of the ratios themselves may reach below 0, and their arithmetic mean favours the numerator: the mean
     of 2 and 1/2 would be 1.25. Here inverse ratios have the inverse mean and bounds.
-
-    Args:
-        ratios: one per seed, independent of each other.
     """
     log = mean_interval(math.log(ratio) for ratio in ratios)
     return Estimate(log.n, math.exp(log.mean), math.exp(log.low), math.exp(log.high))
@@ -128,26 +118,18 @@ def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -
         arm: value by seed.
         baseline: value by seed, measured at the same step under the same protocol.
     """
-    seeds = tuple(sorted(finite(arm).keys() & finite(baseline).keys()))
-    arm_values, baseline_values = (
-        np.array([side[seed] for seed in seeds], dtype=np.float64) for side in (arm, baseline)
-    )
-    differences = arm_values - baseline_values
-    correlation = math.nan
-    if len(seeds) >= MIN_SEEDS and np.ptp(arm_values) and np.ptp(baseline_values):
+    seeds = sorted(finite(arm).keys() & finite(baseline).keys())
+    arm_values, baseline_values = np.array([[side[seed] for seed in seeds] for side in (arm, baseline)], dtype=float)
+    differences, n = arm_values - baseline_values, len(seeds)
+    correlation = p_value = math.nan
+    if n >= MIN_SEEDS and np.ptp(arm_values) and np.ptp(baseline_values):
         correlation = float(np.corrcoef(arm_values, baseline_values)[0, 1])
-    baseline_mean = float(baseline_values.mean()) if seeds else math.nan
-    return PairedDifference(mean_interval(differences), baseline_mean, seeds, _p_value(differences), correlation)
-
-
-def _p_value(differences: NDArray[np.float64]) -> float:
-    n = len(differences)
-    if n < 2:
-        return math.nan
-    mean, deviation = float(differences.mean()), float(differences.std(ddof=1))
-    if deviation == 0:
-        return float(mean == 0)
-    return float(2 * stdtr(n - 1, -abs(mean) * math.sqrt(n) / deviation))
+    if n > 1:
+        mean, deviation = float(differences.mean()), float(differences.std(ddof=1))
+        certain = float(mean == 0)
+        p_value = float(2 * stdtr(n - 1, -abs(mean) * math.sqrt(n) / deviation)) if deviation else certain
+    baseline_mean = float(baseline_values.mean()) if n else math.nan
+    return PairedDifference(mean_interval(differences), baseline_mean, p_value, correlation)
 
 
 def holm(p_values: Sequence[float], comparisons: int | None = None) -> list[float]:
@@ -170,12 +152,7 @@ def holm(p_values: Sequence[float], comparisons: int | None = None) -> list[floa
 
 
 def verdict(n: int, p_value: float) -> Verdict:
-    """Return what may be concluded from a difference: nothing below three pairs, else whether p is below 0.05.
-
-    Args:
-        n: number of paired seeds.
-        p_value: adjusted for the number of comparisons; see :func:`holm`.
-    """
+    """Return what ``n`` paired seeds and a p-value adjusted by :func:`holm` show; nothing below three pairs."""
     if n < MIN_SEEDS:
         return "insufficient"
     return "resolved" if p_value < 1 - LEVEL else "not resolved"
@@ -203,12 +180,7 @@ def steps_to_reach(curve: Curve, target: float, goal: Goal = "min") -> float | N
     return None
 
 
-def speedup(
-    arm: Mapping[int, Curve],
-    baseline: Mapping[int, Curve],
-    goal: Goal = "min",
-    target: float | None = None,
-) -> Speedup | None:
+def speedup(arm: SeedCurves, baseline: SeedCurves, goal: Goal = "min", target: float | None = None) -> Speedup | None:
     """Compare, seed by seed, when the arm and when the baseline first reach a value.
 
     The baseline's own first crossing counts, not the end of its training: a noisy baseline may have crossed the value
@@ -223,52 +195,41 @@ def speedup(
     Returns:
         None if no seed has both curves.
     """
-    curves = [
-        tuple({place: value for place, value in finite(side[seed]).items() if place > 0} for side in (arm, baseline))
-        for seed in sorted(arm.keys() & baseline.keys())
-    ]
-    pairs = [(arm_curve, baseline_curve) for arm_curve, baseline_curve in curves if arm_curve and baseline_curve]
-    if not pairs:
-        return None
-    reached = []
-    for arm_curve, baseline_curve in pairs:
-        value = baseline_curve[max(baseline_curve)] if target is None else target
-        arm_steps, baseline_steps = (steps_to_reach(curve, value, goal) for curve in (arm_curve, baseline_curve))
+    n, reached = 0, []
+    for seed in sorted(arm.keys() & baseline.keys()):
+        curves = [
+            {place: value for place, value in finite(side[seed]).items() if place > 0} for side in (arm, baseline)
+        ]
+        if not all(curves):
+            continue
+        n += 1
+        value = curves[1][max(curves[1])] if target is None else target
+        arm_steps, baseline_steps = (steps_to_reach(curve, value, goal) for curve in curves)
         if arm_steps is not None and baseline_steps is not None:
-            is_early = arm_steps == min(arm_curve) or baseline_steps == min(baseline_curve)
+            is_early = arm_steps == min(curves[0]) or baseline_steps == min(curves[1])
             reached.append((arm_steps, baseline_steps, is_early))
+    if not n:
+        return None
     ratio = ratio_interval((baseline_steps / arm_steps for arm_steps, baseline_steps, _ in reached))
     steps = mean_interval(arm_steps for arm_steps, *_ in reached).mean
-    return Speedup(ratio, steps, len(reached), len(pairs), sum(is_early for *_, is_early in reached))
+    return Speedup(ratio, steps, len(reached), n, sum(is_early for *_, is_early in reached))
 
 
-def in_common(first: Iterable[float], second: Iterable[float]) -> tuple[set[float], set[float]]:
-    """Return, for each of two curves, the steps to compare: measured on both, or after the other curve has ended.
+def pair_curves(arm: SeedCurves, baseline: SeedCurves) -> tuple[SeedCurves, SeedCurves]:
+    """Keep, seed by seed, the steps of two arms' curves to compare: measured on both, or after the other has ended.
 
     A curve that is measured more often crosses a value earlier between its points, and a curve that is measured sooner
     may be seen to cross before the other was looked at.
     """
-    first_steps, second_steps = set(first), set(second)
-    both = first_steps & second_steps
-    return (
-        both | {step for step in first_steps if step > max(second_steps, default=-math.inf)},
-        both | {step for step in second_steps if step > max(first_steps, default=-math.inf)},
-    )
 
+    def kept(curves: SeedCurves, others: SeedCurves) -> SeedCurves:
+        paired = {**curves}
+        for seed in curves.keys() & others.keys():
+            other, last = others[seed], max(others[seed], default=-math.inf)
+            paired[seed] = {step: value for step, value in curves[seed].items() if step in other or step > last}
+        return paired
 
-def pair_curves(arm: SeedCurves, baseline: SeedCurves) -> tuple[SeedCurves, SeedCurves]:
-    """Keep, seed by seed, the steps of two arms' curves that can be compared; see :func:`in_common`.
-
-    Args:
-        arm: value by step, by seed.
-        baseline: the same for the baseline.
-    """
-    kept, baseline_kept = {**arm}, {**baseline}
-    for seed in arm.keys() & baseline.keys():
-        steps, baseline_steps = in_common(arm[seed], baseline[seed])
-        kept[seed] = {step: value for step, value in arm[seed].items() if step in steps}
-        baseline_kept[seed] = {step: value for step, value in baseline[seed].items() if step in baseline_steps}
-    return kept, baseline_kept
+    return kept(arm, baseline), kept(baseline, arm)
 
 
 def finite(values: Mapping[Key, float]) -> dict[Key, float]:

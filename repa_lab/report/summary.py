@@ -152,7 +152,7 @@ def _text(value: Any) -> str:
     return text if len(text) <= _MAX_CHARACTERS else f"{text[:12]}... #{digest(value)[:12]}"
 
 
-def summarize(sweep: SweepManifest, curves: Curves, protocols: Protocols) -> list[Row]:
+def summarize(sweep: SweepManifest, curves: Curves, protocols: Protocols, comparisons: int) -> list[Row]:
     """Return one row per arm and evaluation metric, at the last step that all runs of the arm and its baseline have.
 
     Keys: ``seeds`` planned; ``n`` seeds with a finite value, their ``mean`` and its 95 % interval ``low`` to
@@ -184,18 +184,11 @@ def summarize(sweep: SweepManifest, curves: Curves, protocols: Protocols) -> lis
                 row |= {**dict.fromkeys(refused, math.nan), "n_pairs": 0, "conflicts": "; ".join(conflicts)}
             by_metric.setdefault(metric, []).append(row)
             rows.append(row)
-    count = comparisons(sweep)
     for compared in by_metric.values():
-        for row, p in zip(compared, holm([row["p"] for row in compared], count), strict=True):
+        for row, p in zip(compared, holm([row["p"] for row in compared], comparisons), strict=True):
             judged = "" if row["baseline"] is None else verdict(row["n_pairs"], p)
-            row |= {"p_holm": p, "comparisons": count, "verdict": "refused" if row["conflicts"] else judged}
+            row |= {"p_holm": p, "comparisons": comparisons, "verdict": "refused" if row["conflicts"] else judged}
     return rows
-
-
-def comparisons(sweep: SweepManifest) -> int:
-    """Count the arms whose baseline is not the very same run; arms that are not measured yet count too."""
-    runs = {arm.label: {run.run_id for run in arm.runs} for arm in sweep.arms}
-    return sum(arm.baseline is not None and runs[arm.label] != runs.get(arm.baseline) for arm in sweep.arms)
 
 
 def _compare(arm: SeedCurves, baseline: SeedCurves, step: float) -> Row:

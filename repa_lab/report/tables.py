@@ -217,9 +217,8 @@ def targets_tables(results: Results) -> dict[str, Table]:
 
 def _targets(results: Results) -> Iterator[tuple[str, float | None, str]]:
     """Yield metric, target and arm of every row; a target of None is the baseline's final value, seed by seed."""
-    for arm, baseline in results.baselines.items():
-        metric = results.compared_metrics[arm]
-        if baseline is not None and metric is not None and results.run_ids(arm) != results.run_ids(baseline):
+    for arm in results.compared_arms:
+        if (metric := results.compared_metrics[arm]) is not None:
             yield metric, None, arm
     for metric, targets in results.sweep.compare.targets.items():
         measured = [arm for arm in results.baselines if results.seed_curves(arm, metric)]

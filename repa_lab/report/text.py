@@ -10,7 +10,7 @@ from contextlib import suppress
 from repa_lab.report.reader import UNKNOWN, SweepRun, Trouble
 from repa_lab.report.results import AXES, Results
 from repa_lab.report.statistics import MIN_SEEDS, speedup
-from repa_lab.report.summary import comparisons, is_protocol, listed, metric_kind
+from repa_lab.report.summary import is_protocol, listed, metric_kind
 from repa_lab.report.tables import decimals, interval, p_value, seed_count
 from repa_lab.runs import RunStatus
 from repa_lab.runs.files import Row
@@ -38,7 +38,7 @@ def lead(results: Results) -> str:
     """
     if results.best_trial is not None:
         return "".join(_search_sentences(results))
-    rows = [row for arm, row in results.compared_rows.items() if row["n_pairs"] and not _is_same_run(results, arm)]
+    rows = [row for arm, row in results.compared_rows.items() if row["n_pairs"] and arm in results.compared_arms]
     if not rows:
         return next(iter(conclusions(results)), "The sweep has no arms.")
     if len(rows) == 1:
@@ -100,7 +100,7 @@ def _run_status(run: SweepRun) -> str:
 
 def _comparison(results: Results, arm: str) -> str:
     baseline, row = results.baselines[arm], results.compared_rows.get(arm)
-    if _is_same_run(results, arm):
+    if arm not in results.compared_arms:
         return f"{arm}: the same run as {baseline}, setting for setting, so there is no difference to measure."
     if row is None:
         return _nothing_shared(results, arm)
@@ -177,10 +177,6 @@ def _nothing_shared(results: Results, arm: str) -> str:
             reason = f"under the name {metric} their runs were measured differently: {'; '.join(conflicts)}"
             return f"{arm}: cannot be compared with {baseline}: {reason}."
     return f"{arm}: no evaluation yet that all its measured runs and those of {baseline} share; nothing to compare."
-
-
-def _is_same_run(results: Results, arm: str) -> bool:
-    return set(results.run_ids(arm)) == set(results.run_ids(results.baselines[arm]))
 
 
 def _value(results: Results, arm: str) -> str:
@@ -387,7 +383,7 @@ def _comparisons(results: Results) -> Iterator[str]:
         "itself first reach the baseline's final value, interpolated between evaluations that both have, over the "
         "seeds in which both do: the geometric mean of the ratios, with the Student-t interval of their logarithms."
     )
-    count = comparisons(results.sweep)
+    count = len(results.compared_arms)
     if count > 1:
         yield (
             f"There are {count} comparisons of each metric, those not measured yet included. Holm's p holds for all of "

@@ -7,7 +7,8 @@ import pytest
 from scipy.stats import spearmanr
 
 from repa_lab.report import load_results
-from repa_lab.report.published import compare_published, rank_correlation, sentences, table_rows
+from repa_lab.report.published import Comparison, PublishedArm, compare_published, sentences, table_rows
+from repa_lab.report.statistics import Estimate, paired_difference
 from repa_lab.spec.options import PublishedConfig
 from tests.report.conftest import METRIC, STEPS, FakeArm, FakeRun, constant_runs
 
@@ -19,6 +20,13 @@ def published(tolerance=None, **arms):
 
 
 def test_rank_correlation_is_scipys_ties_included():
+    def arm(published, measured):
+        return PublishedArm("a", (), published, Estimate(1, measured, 0, 0), 0, paired_difference({}, {}), None)
+
+    def rank_correlation(first, second):
+        rows = tuple(map(arm, first, second))
+        return Comparison("fid", METRIC, "a", rows, None).spearman
+
     draw = np.random.default_rng(0)
     for _ in range(20):
         first, second = draw.integers(0, 5, 7).tolist(), draw.normal(size=7).tolist()
@@ -111,7 +119,7 @@ def test_what_was_not_measured_is_said(build):
     said = published(a={"fid": 1}, b={"fid": 2}, c={"fid": 3}, d={"fid": 4})
     (one,) = compare_published(load_results(sweep.path), said, exact=False)
     assert [row.arm for row in one.rows] == ["a", "b", "c"]
-    assert not one.is_complete
+    assert [row.arm for row in one.measured] == ["a", "b"]
     assert one.pairs == (1, 1)
     assert "fid: not every arm was measured" in list(sentences(one))
 

@@ -9,8 +9,8 @@ from scipy import stats
 from repa_lab.report.statistics import (
     headline,
     holm,
-    in_common,
     mean_interval,
+    pair_curves,
     paired_difference,
     ratio_interval,
     speedup,
@@ -60,7 +60,7 @@ def test_paired_difference_is_scipys_paired_test() -> None:
 
 def test_pairs_are_made_by_seed_and_only_where_both_are_finite() -> None:
     found = paired_difference({3: 9.0, 1: 8.0, 2: 1.0, 4: math.nan}, {1: 10.0, 3: 12.0, 5: 0.0, 4: 1.0})
-    assert found.seeds == (1, 3)
+    assert found.difference.n == 2
     assert found.difference.mean == -2.5
     assert found.baseline_mean == 11.0
     assert found.relative == pytest.approx(-2.5 / 11)
@@ -220,9 +220,13 @@ def test_speedup_to_a_target_counts_the_seeds_in_which_both_get_there() -> None:
 
 
 def test_curves_are_compared_where_both_were_measured_or_one_had_ended() -> None:
-    assert in_common([100, 200, 300, 400], [200, 400, 600]) == ({200, 400}, {200, 400, 600})
-    assert in_common([100, 200], []) == ({100, 200}, set())
-    assert in_common([100, 200], [200, 100]) == ({100, 200}, {100, 200})
+    def common(first: list[int], second: list[int]) -> list[list[float]]:
+        sides = pair_curves({0: dict.fromkeys(first, 1.0)}, {0: dict.fromkeys(second, 1.0)})
+        return [list(side[0]) for side in sides]
+
+    assert common([100, 200, 300, 400], [200, 400, 600]) == [[200, 400], [200, 400, 600]]
+    assert common([100, 200], []) == [[100, 200], []]
+    assert common([100, 200], [200, 100]) == [[100, 200], [200, 100]]
 
 
 def test_a_first_measurement_that_is_there_already_is_counted() -> None:
