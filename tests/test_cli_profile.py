@@ -146,7 +146,7 @@ def test_missing_weights_of_an_encoder_are_one_line(root, tmp_path):
     assert line == f"the weights of 'dinov2_vits14', '{tmp_path / 'none.pth'}', are not a file"
 
 
-@pytest.mark.filterwarnings("error::UserWarning:repa_lab.report.drawing")
+@pytest.mark.filterwarnings("error::UserWarning:repa_lab.report.figures")
 def test_a_profile_of_one_time_is_drawn(root):
     done = cli("profile", "aligned", "--metrics", "cka", "--timesteps", "0.5", "--root", root.path)
     assert done.returncode == 0, done.stderr

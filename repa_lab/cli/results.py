@@ -174,8 +174,8 @@ def _print_profile(run: RunDirectory, metrics: Sequence[str]) -> None:
 
 def _draw(directories: Sequence[RunDirectory]) -> list[Path]:
     """Draw each run, and each run beside the first; print why a pair cannot be drawn."""
-    from repa_lab.report.drawing import draw_profiles, save
     from repa_lab.report.figure_data import load_profile, why_not_comparable
+    from repa_lab.report.figures import draw_profiles, save
 
     profiles = [load_profile(run) for run in directories]
     pairs = list(zip(directories, profiles, strict=True))

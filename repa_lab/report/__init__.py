@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from repa_lab.lazy import on_first_use
 
 if TYPE_CHECKING:
-    from repa_lab.report.drawing import profile_figure
     from repa_lab.report.figure_data import load_profile
+    from repa_lab.report.figures import profile_figure
     from repa_lab.report.leaderboard import leaderboards
     from repa_lab.report.page import ReportPaths, write_report
     from repa_lab.report.results import Results, ResultsError, load_results
@@ -29,7 +29,7 @@ __all__ = [
 __getattr__ = on_first_use(
     __name__,  # the tables do not wait for the drawing library
     {
-        "report.drawing": ("profile_figure",),
+        "report.figures": ("profile_figure",),
         "report.figure_data": ("load_profile",),
         "report.leaderboard": ("leaderboards",),
         "report.page": ("ReportPaths", "write_report"),

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def convergence_frame(results: Results, axis: Axis = STEPS) -> pd.DataFrame:
 
     Columns: ``group`` (the baseline that arms share) and ``arm``; ``name``, the arm's label without what its group
     shares; ``rank`` of the arm in its group by the compared metric, 0 is best and -1 the baseline; ``hue``, its colour;
-    ``resolved``, whether the summary calls it different from its baseline; ``metric`` by :meth:`Results.names`;
+    ``resolved``, whether the summary calls it different from its baseline; ``metric`` by :attr:`Results.names`;
     ``value`` by ``seed``, ``step`` and ``progress`` along the axis; and, repeated for every seed of a step, ``n``,
     ``mean`` and its 95 % interval ``low`` to ``high`` at ``place``, the mean progress. Steps that some of the arm's
     measured seeds lack have no ``mean``: the mean would jump as seeds drop out. ``speedup`` over the baseline is there
@@ -81,9 +82,9 @@ def quality_frame(results: Results, alignment: str = "heldout/cka") -> pd.DataFr
 
 
 def differences_frame(results: Results) -> pd.DataFrame:
-    """Return the rows of the summary with a difference of the compared metric, named by :meth:`Results.names`."""
+    """Return the rows of the summary with a difference of the compared metric, named by :attr:`Results.names`."""
     rows = [row for row in results.compared_rows.values() if row["n_pairs"] > 0]
-    named = [{**row, "metric": results.names(row["metric"])[row["arm"]]} for row in rows]
+    named = [{**row, "metric": results.names[row["metric"]][row["arm"]]} for row in rows]
     return pd.DataFrame(named, columns=SUMMARY_COLUMNS)
 
 
@@ -143,16 +144,22 @@ def _frame(results: Results, pairs: Iterable[tuple[str, str]], axis: Axis) -> pd
                 "group": results.baselines[arm] or (arm if ranks[arm] < 0 else ""),
                 "arm": arm,
                 "rank": ranks[arm],
-                "metric": results.names(metric)[arm],
+                "metric": results.names[metric][arm],
                 "resolved": is_resolved,
                 "speedup": faster.ratio if faster and is_sooner else None,
             }
             groups.setdefault(str(labels["group"]), {})[arm] = None
             rows += [{**labels, **point} for point in points]
+    names: dict[str, str] = {}
+    hues = dict.fromkeys(ranks, -1)
+    for place, arms in enumerate(groups.values()):
+        shared = shared_parts(list(arms))
+        names |= {arm: ", ".join(part for part in arm.split(", ") if part not in shared) or arm for arm in arms}
+        others = sorted((arm for arm in arms if ranks[arm] >= 0), key=lambda arm: ranks[arm])
+        first = place if len(others) == 1 else 0  # an arm alone against its baseline has the colour of its group
+        hues |= {arm: first + rank for rank, arm in enumerate(others)}
     frame = pd.DataFrame(rows, columns=COLUMNS)
-    frame["name"] = frame["arm"].map(_names(groups))
-    frame["hue"] = frame["arm"].map(_hues(groups, ranks))
-    return frame
+    return frame.assign(name=frame["arm"].map(names), hue=frame["arm"].map(hues))
 
 
 def _points(results: Results, arm: str, metric: str, axis: Axis) -> list[dict[str, float]]:
@@ -178,34 +185,13 @@ def _ranks(results: Results) -> dict[str, int]:
     """Rank arms by the compared metric at equal progress, so that an arm has one colour in all figures; NaN is last."""
     sign = 1.0 if results.goal == "min" else -1.0
     order = {arm: sign * row["mean"] for arm, row in results.compared_rows.items()}
-    ranks: dict[str, int] = dict.fromkeys((arm for arm in results.baselines.values() if arm), -1)
-    groups: dict[str | None, list[str]] = {}
-    for arm, baseline in results.baselines.items():
+    ranks = dict.fromkeys((arm for arm in results.baselines.values() if arm), -1)
+    counts: Counter[str | None] = Counter()  # by baseline
+    for arm in sorted(results.baselines, key=lambda arm: (math.isnan(order.get(arm, math.nan)), order.get(arm, 0.0))):
         if arm not in ranks:
-            groups.setdefault(baseline, []).append(arm)
-    for arms in groups.values():
-        best_first = sorted(arms, key=lambda arm: (math.isnan(order.get(arm, math.nan)), order.get(arm, 0.0)))
-        ranks |= {arm: rank for rank, arm in enumerate(best_first)}
+            ranks[arm] = counts[results.baselines[arm]]
+            counts[results.baselines[arm]] += 1
     return ranks
-
-
-def _hues(groups: Mapping[str, Iterable[str]], ranks: Mapping[str, int]) -> dict[str, int]:
-    """Return colour indices by rank; an arm alone against its baseline has the index of its group."""
-    hues = dict.fromkeys(ranks, -1)
-    for place, arms in enumerate(groups.values()):
-        others = sorted((arm for arm in arms if ranks[arm] >= 0), key=lambda arm: ranks[arm])
-        first = place if len(others) == 1 else 0
-        hues |= {arm: first + rank for rank, arm in enumerate(others)}
-    return hues
-
-
-def _names(groups: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """Return labels without the parts that all arms of a group share."""
-    names: dict[str, str] = {}
-    for arms in groups.values():
-        shared = shared_parts(list(arms))
-        names |= {arm: ", ".join(part for part in arm.split(", ") if part not in shared) or arm for arm in arms}
-    return names
 
 
 # ---- the trials of a search

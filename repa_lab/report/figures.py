@@ -1,258 +1,353 @@
-"""Figures: for each frame of :mod:`repa_lab.report.figure_data` a function that draws it.
+"""The style of figures, how they are written, and the figures without curves: differences, trials, blocks of runs.
 
-Figures are plain :class:`matplotlib.figure.Figure` objects: no window, no global state, safe without a display. Curves
-over training are drawn here: convergence, alignment on held-out images, quality against alignment.
+Figures are plain :class:`matplotlib.figure.Figure` objects: no window, no global state, safe without a display.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from itertools import combinations, zip_longest
+from pathlib import Path
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from repa_lab.report.drawing import (
-    DASHED,
-    canvas,
-    draw_differences,
-    draw_pareto,
-    draw_profiles,
-    draw_slices,
-    legend,
-    log_scale,
-    profile_figure,
-    save,
-    short_labels,
-    shorten,
-    styled,
-    svg,
-)
+from repa_lab.files import replace_atomically
 from repa_lab.report.figure_data import (
-    ALIGNMENT,
     FAINT,
     GREY,
     INK,
-    MAX_BANDS,
     PALETTE,
     SOFT,
-    means,
-    needs_seeds,
-    panels,
-    shared_parts,
+    is_wide,
+    load_profile,
+    profile_difference,
+    profile_matrix,
+    run_id_of,
+    shown_metrics,
     unique,
 )
-from repa_lab.report.results import STEPS, Axis
-from repa_lab.report.statistics import MIN_SEEDS, Goal, steps_to_reach
-from repa_lab.report.summary import bare_name
+from repa_lab.report.statistics import Goal
+from repa_lab.runs import RunDirectory
 
-__all__ = ["draw_alignment", "draw_convergence", "draw_differences", "draw_pareto", "draw_profiles", "draw_quality"]
-__all__ += ["draw_slices", "profile_figure", "save", "svg"]
-_MAX_TITLE = 60
-_MAX_COLUMNS = 3
-_LARGE = 1e7
-_NAMES = {"frechet": "Fr\u00e9chet distance", "fid": "FID"}
-Entries = list[tuple[Artist, str]]  # of a legend
+P = ParamSpec("P")
+T = TypeVar("T")
+STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # labels are the user's words: a dollar sign is a dollar sign
+    "text.usetex": False,
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 11,
+    "axes.edgecolor": "#9aa1a9",
+    "axes.labelcolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#e6e8eb",
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "legend.frameon": False,
+    "legend.fontsize": 10.5,
+    "lines.solid_capstyle": "round",
+}
+DASHED = (0, (3.2, 1.6))
+_DPI = 150
+_MAX_LABEL = 36  # characters of an arm's label in a figure
+_POINT, _BEST, _BETTER = PALETTE[:3]
+_WORSE = PALETTE[1]
+_ROW_INCHES, _CHARACTER_INCHES = 0.36, 0.085
+_WIDE_LABEL = 8  # characters
+_METRICS = {
+    "cka": "CKA with the encoder",
+    "cknna": "CKNNA with the encoder",
+    "mutual_knn": "mutual kNN with the encoder",
+    "lds": "LDS: near less far cosine",
+    "cds": "CDS: decay of the cosine",
+    "rmsc": "RMSC: contrast of tokens",
+}
+_MAX_CELLS = 400  # beyond this many cells their numbers would be illegible
+_SMALL = {"axes.grid": False, "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "normal"}
+_NARROW = 0.15  # range of values below which two decimals would hide differences
+
+
+# ---- style
+
+
+def styled(draw: Callable[Concatenate[pd.DataFrame, P], Figure]) -> Callable[Concatenate[pd.DataFrame, P], Figure]:
+    """Draw under the report's style without changing the notebook's; an empty frame gives a figure that says so."""
+
+    @wraps(draw)
+    def wrapped(frame: pd.DataFrame, /, *args: P.args, **kwargs: P.kwargs) -> Figure:
+        with mpl.rc_context(STYLE):
+            if not frame.empty:
+                return draw(frame, *args, **kwargs)
+            figure = Figure(figsize=(5, 1))
+            figure.text(0.5, 0.5, "Nothing to show: none of it has been measured yet.", ha="center", color=SOFT)
+            return figure
+
+    return wrapped
+
+
+def canvas(cells: Sequence[T | None], columns: int, size: tuple[float, float]) -> tuple[Figure, list[tuple[Axes, T]]]:
+    """Return a figure and its panels, row by row, each with what it shows; None leaves a place empty.
+
+    A row has at most ``columns`` panels, whose ``size`` is in inches.
+    """
+    columns = min(columns, len(cells))
+    rows = math.ceil(len(cells) / columns)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.09)
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout=layout)
+    panels = []
+    for axes, cell in zip_longest(figure.subplots(rows, columns, squeeze=False).flat, cells):
+        if cell is None:
+            axes.remove()
+        else:
+            panels.append((axes, cell))
+    return figure, panels
+
+
+def shorten(text: str, most: int = _MAX_LABEL) -> str:
+    """Return text on one line with its middle left out beyond ``most`` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - most // 3 - 1]}\u2026{text[-(most // 3) :]}"
+
+
+def short_labels(labels: Sequence[str]) -> dict[str, str]:
+    """Return a short form of every label; labels that would look the same are numbered."""
+    short: dict[str, str] = {}
+    for label in dict.fromkeys(labels):
+        text, count = shorten(label), sum(shorten(other) == shorten(label) for other in short)
+        short[label] = f"{text} #{count + 1}" if count else text
+    return short
+
+
+def legend(axes: Axes, entries: Sequence[tuple[Artist, str]], place: Any) -> None:
+    """Draw a legend of (artist, label) pairs, the last first; matplotlib itself may hide labels that begin with _."""
+    drawn = axes.legend([artist for artist, _ in entries[::-1]], [" "] * len(entries), loc=place, handlelength=2.85)
+    for text, (_, label) in zip(drawn.get_texts(), entries[::-1], strict=True):
+        text.set_text(label)
+
+
+def log_scale(axes: Axes, name: Literal["x", "y"], multiples: Sequence[float] = (1.0,)) -> None:
+    """Make the x or y axis logarithmic, with plain numbers at ``multiples`` of powers of ten."""
+    (axes.set_xscale if name == "x" else axes.set_yscale)("log")
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=multiples))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, whole or not at all."""
+    replace_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=_DPI, facecolor="white"))
+    return path
+
+
+def svg(figure: Figure, name: str) -> str:
+    """Return a figure as an SVG file with text as text and ids made of a name; the same figure gives the same file."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})
+    return re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+
+
+# ---- differences and trials
 
 
 @styled
-def draw_convergence(frame: pd.DataFrame, goal: Goal = "min", axis: Axis = STEPS) -> Figure:
-    """Draw convergence curves, a panel per group of arms that share a baseline.
+def draw_differences(frame: pd.DataFrame, goal: Goal = "min") -> Figure:
+    """Draw a :func:`repa_lab.report.figure_data.differences_frame`: an arm's mean and 95 % interval on each line.
 
-    Lines are means over seeds, bands their 95 % intervals; with two seeds, or seeds that stopped early, every seed has
-    a thin line. With more than three arms, bars at the last step replace the bands. If a panel has one arm and its
-    baseline and the speed-up is resolved, an arrow shows it.
-
-    Args:
-        frame: from :func:`repa_lab.report.figure_data.convergence_frame`.
-        goal: whether small or large values are good.
-        axis: the measure of progress of the frame.
+    What is resolved is coloured, by whether small or large values are good.
     """
-    better = "lower" if goal == "min" else "higher"
-
-    def label(metric: str) -> str:
-        kind = metric.partition(":")[0]
-        return f"{_NAMES.get(kind, kind)} ({better} is better)\n{metric}"
-
-    figure = _draw_panels(frame, axis, (5.6, 4.5), label, "upper right" if goal == "min" else "lower right")
-    for axes, rows in zip(figure.axes, panels(frame), strict=True):
-        _mark_speedup(axes, rows, goal, axis)
+    metrics, names = unique(frame, "metric"), short_labels(unique(frame, "arm"))
+    most = int(frame.groupby("metric").size().max())
+    # Labels take room beside the panel, whose own width must hold the label of its axis.
+    width = 6.2 + _CHARACTER_INCHES * max(0, max(map(len, names.values())) - _WIDE_LABEL)
+    figure, panels = canvas(metrics, 1, size=(width, 1.1 + _ROW_INCHES * most))
+    for axes, metric in panels:
+        rows = frame[frame["metric"] == metric]
+        for place, (_, row) in enumerate(rows.iterrows()):
+            is_better = (row["diff"] < 0) == (goal == "min")
+            color = (_BETTER if is_better else _WORSE) if row["verdict"] == "resolved" else GREY
+            if pd.notna(row["diff_low"]):
+                axes.plot([row["diff_low"], row["diff_high"]], [-place, -place], color=color, lw=2.6)
+            axes.plot([row["diff"]], [-place], color=color, marker="o", ms=8, mec="white")
+            right = axes.get_yaxis_transform()
+            axes.text(1.015, -place, row["verdict"], transform=right, fontsize=10, color=SOFT, va="center")
+        axes.axvline(0, color=INK, lw=1.0, linestyle=DASHED, zorder=1)
+        labels = [f"{names[row.arm]}  (n = {row.n_pairs})" for row in rows.itertuples()]
+        axes.set_yticks([-place for place in range(len(rows))], labels)
+        axes.set_ylim(-len(rows) + 0.4, 0.6)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0, colors=INK)
+        axes.spines["left"].set_visible(False)
+        better = "left" if goal == "min" else "right"
+        axes.set_xlabel(f"{metric}\narm - baseline, paired by seed; {better} of 0 is better")
     return figure
 
 
 @styled
-def draw_alignment(frame: pd.DataFrame) -> Figure:
-    """Draw held-out alignment over steps, a panel for each group of arms and measure.
+def draw_slices(frame: pd.DataFrame, goals: Mapping[str, str]) -> Figure:
+    """Draw a :func:`repa_lab.report.figure_data.search_frame`: a point per trial, the best one marked.
 
-    Args:
-        frame: from :func:`repa_lab.report.figure_data.alignment_frame`.
+    Each objective, with its goal ``min`` or ``max``, is drawn over the trials and along every searched setting.
     """
-    return _draw_panels(frame, STEPS, (4.6, 3.6), _alignment_label, "best")
-
-
-@styled
-def draw_quality(frame: pd.DataFrame) -> Figure:
-    """Draw quality against alignment: a point per run and evaluation, joined in training order, the last one larger.
-
-    Args:
-        frame: from :func:`repa_lab.report.figure_data.quality_frame`.
-    """
-    # A panel has one protocol along either axis.
-    cells = list(frame.groupby(["group", "metric", "alignment_metric"], sort=False))
-    figure, places = canvas(cells, len(cells), size=(5.1, 4.3))
-    for axes, ((group, metric, alignment), rows) in places:
-        entries: Entries = []
-        for style in arm_styles(frame, group):
-            for seed_place, (_, run) in enumerate(rows[rows["arm"] == style.arm].sort_values("step").groupby("seed")):
-                color, alignments, values = style.color, run["alignment"], run["quality"]
-                line = axes.plot(alignments, values, color=color, lw=1, alpha=0.7, marker="o", ms=3.5)
-                axes.plot(alignments.iloc[-1:], values.iloc[-1:], color=color, marker="o", ms=8, mec="white")
-                if seed_place == 0 and not style.is_faint:
-                    entries.append((line[0], style.name))
-        axes.set(title=_title(rows), xlabel=_alignment_label(alignment), ylabel=metric)
-        legend(axes, entries, "best")
+    values, names = _columns(frame, "value/"), ["trial", *_columns(frame, "param/")]
+    columns = min(len(names), 3)
+    blanks = [None] * (-len(names) % columns)  # every objective begins a row
+    cells = [cell for value in values for cell in (*((value, name) for name in names), *blanks)]
+    figure, panels = canvas(cells, columns, size=(6.2, 4.2) if columns == 1 else (4.4, 3.6))
+    for axes, (value, name) in panels:
+        _draw_slice(axes, frame, value, name, goals[value.removeprefix("value/")])
     return figure
 
 
-def _alignment_label(metric: str) -> str:
-    name = ALIGNMENT.get(bare_name(metric))
-    return f"{name}\n{metric}" if name else metric
+def _draw_slice(axes: Axes, frame: pd.DataFrame, value: str, name: str, goal: str) -> None:
+    known = frame.dropna(subset=[value, name])
+    done = known[known["state"] == "complete"]
+    places = known[name]
+    is_number = pd.api.types.is_numeric_dtype(frame[name])
+    if not is_number:
+        choices = short_labels(list(map(str, places)))
+        places = places.astype(str).map({choice: place for place, choice in enumerate(choices)})
+        axes.set_xticks(range(len(choices)), list(choices.values()))
+        axes.margins(x=0.15)
+    axes.scatter(places, known[value], color=FAINT, s=26)
+    axes.scatter(places[done.index], done[value], color=_POINT, s=34, alpha=0.85)
+    if len(done):
+        best = done[value].idxmin() if goal == "min" else done[value].idxmax()
+        star = axes.scatter([places[best]], [done[value][best]], color=_BEST, s=110, marker="*", zorder=4)
+        legend(axes, [(star, "best")], "best")
+    if name == "trial":
+        begun = done.sort_values(name)
+        best_so_far = begun[value].cummin() if goal == "min" else begun[value].cummax()
+        axes.step(begun[name], best_so_far, where="post", color=GREY, lw=1.4)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    elif is_number and is_wide(frame[name]):
+        log_scale(axes, "x")
+    if is_wide(known[value]):
+        log_scale(axes, "y")
+    axes.set_xlabel(name.removeprefix("param/"))
+    axes.set_ylabel(value.removeprefix("value/"), fontsize=min(11.0, 330 / len(value)))
 
 
-def _title(rows: pd.DataFrame) -> str:
-    """Return what the arms of a panel share with the baseline that names the group and may not be among them."""
-    labels = dict.fromkeys([*unique(rows, "group"), *unique(rows, "arm")])
-    return shorten(", ".join(shared_parts([label for label in labels if label])), _MAX_TITLE)
+@styled
+def draw_pareto(frame: pd.DataFrame) -> Figure:
+    """Draw every pair of objectives of a search against each other, with the Pareto front joined."""
+    pairs = list(combinations(_columns(frame, "value/"), 2))
+    figure, panels = canvas(pairs, len(pairs), size=(6.0 if len(pairs) == 1 else 4.6, 4.3))
+    for axes, (first, second) in panels:
+        known = frame.dropna(subset=[first, second])
+        front = known[known["on_front"].astype(bool)].sort_values(first)
+        rest = known.drop(front.index)
+        dots: Artist = axes.scatter(rest[first], rest[second], color=GREY, s=28)
+        line = axes.plot(front[first], front[second], color=_BEST, marker="o", ms=7, lw=1.4)
+        axes.set(xlabel=first.removeprefix("value/"), ylabel=second.removeprefix("value/"))
+        if is_wide(known[first]):
+            log_scale(axes, "x")
+        if is_wide(known[second]):
+            log_scale(axes, "y")
+        legend(axes, [(line[0], "Pareto front"), (dots, "dominated")], "best")
+    return figure
 
 
-class ArmStyle(NamedTuple):
-    """The name and colour of an arm, the same in every figure; ``is_faint`` for arms beyond the six colours."""
-
-    arm: str
-    name: str
-    color: str
-    is_baseline: bool
-    is_faint: bool
+def _columns(frame: pd.DataFrame, prefix: str) -> list[str]:
+    return [name for name in frame.columns if name.startswith(prefix)]
 
 
-def arm_styles(frame: pd.DataFrame, group: str) -> list[ArmStyle]:
-    """Return the arms of a group in the order of drawing: the baseline, then from the worst to the best.
-
-    An arm that stands alone against its baseline has the hue of its group, and the baseline is a greyed version of that
-    hue. Beyond six arms the worse ones are faint: six hues are as many as can be told apart.
-    """
-    arms = frame[frame["group"] == group].drop_duplicates("arm").sort_values("rank", ascending=False, kind="stable")
-    others = arms[arms["rank"] >= 0]
-    single = PALETTE[others["hue"].iloc[0] % len(PALETTE)] if len(others) == 1 else None
-    names = short_labels(unique(arms, "name"))
-    styles = []
-    for row in arms.itertuples():
-        is_faint = single is None and row.rank >= len(PALETTE)
-        color = FAINT if is_faint else single or PALETTE[row.hue % len(PALETTE)]
-        if row.rank < 0:
-            color = _blend(GREY, single, 0.3) if single else GREY
-        styles.append(ArmStyle(row.arm, names[str(row.name)], color, row.rank < 0, is_faint))
-    return sorted(styles, key=lambda style: not style.is_baseline)
+# ---- profiles of blocks
 
 
-def _blend(first: str, second: str, share: float) -> str:
-    """Return a colour between two; ``share`` is the weight of the second."""
-    mixed = (1 - share) * np.array(to_rgb(first)) + share * np.array(to_rgb(second))
-    return to_hex(tuple(mixed.tolist()))
-
-
-def _draw_panels(
-    frame: pd.DataFrame, axis: Axis, size: tuple[float, float], label: Callable[[str], str], place: str
+def profile_figure(
+    runs: Sequence[str | Path | RunDirectory], metrics: Sequence[str] | None = None, names: Sequence[str] | None = None
 ) -> Figure:
-    figure, places = canvas(list(panels(frame)), _MAX_COLUMNS, size)
-    for axes, rows in places:
-        metric = str(rows["metric"].iloc[0])
-        entries = _draw_panel(axes, rows, arm_styles(frame, str(rows["group"].iloc[0])), axis)
-        axes.set_ylabel(label(metric), fontsize=min(11.0, 400 / len(metric)))
-        legend(axes, entries, place)
+    """Draw heat maps of blocks by timesteps: a column per run and, for two runs, the second minus the first.
+
+    Args:
+        runs: run directories that have a profile.
+        metrics: a row for each; None takes :func:`repa_lab.report.figure_data.shown_metrics`.
+        names: names of the runs in titles; None takes their ids.
+
+    Raises:
+        ResultsError: a run has no profile, or two were measured under different protocols.
+    """
+    return draw_profiles([load_profile(run) for run in runs], metrics, names)
+
+
+def draw_profiles(
+    frames: Sequence[pd.DataFrame], metrics: Sequence[str] | None = None, names: Sequence[str] | None = None
+) -> Figure:
+    """Draw profiles that were loaded; see :func:`profile_figure`."""
+    metrics = list(metrics or shown_metrics(frames))
+    columns = [(name, frame.attrs) for name, frame in zip(names or map(run_id_of, frames), frames, strict=True)]
+    titles = [
+        f"{shorten(name)}, {at['protocol']['weights']} of step {at['protocol']['step']:,}" for name, at in columns
+    ]
+    titles += ["second less first"] * (len(frames) == 2)
+    aligned = [frame.attrs["aligned_block"] for frame in frames]
+    rows = [[profile_matrix(frame, metric) for frame in frames] for metric in metrics]
+    blocks, times = rows[0][0].shape
+    size = max(3.6, 1.9 + 0.52 * times) * len(titles), max(2.4, 1.1 + 0.27 * blocks) * len(rows)
+    with mpl.rc_context(STYLE | _SMALL):
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(len(rows), len(titles), squeeze=False)
+        for line, matrices, metric in zip(grid, rows, metrics, strict=True):
+            values = np.concatenate([matrix.to_numpy().ravel() for matrix in matrices])
+            limits = float(values.min()), float(values.max())
+            for axes, matrix, block in zip(line, matrices, aligned, strict=False):
+                _draw_blocks(axes, matrix, block, limits)
+            if len(frames) == 2:
+                difference = profile_difference(frames[0], frames[1], metric)
+                most = float(np.abs(difference.to_numpy()).max()) or 1.0
+                _draw_blocks(line[-1], difference, aligned[1], (-most, most), is_difference=True)
+            line[0].set_ylabel(f"{_METRICS.get(metric, metric)}\nblock")
+            for axes, title in zip(line, titles, strict=True):
+                axes.set(title=title, xlabel="timestep (1 is noise)")
     return figure
 
 
-def _draw_panel(axes: Axes, rows: pd.DataFrame, styles: list[ArmStyle], axis: Axis) -> Entries:
-    """Draw the curves of one group and metric, and return the entries of the legend."""
-    factor, progress_label = axis.scale(float(rows["progress"].max()))
-    rows = rows.assign(progress=rows["progress"] * factor, place=rows["place"] * factor)
-    shown = [style for style in styles if style.arm in set(rows["arm"])]
-    faint = [style for style in shown if style.is_faint]
-    entries: Entries = []
-    for style in faint:
-        mean = means(rows[rows["arm"] == style.arm])
-        label = f"{len(faint)} other arms"
-        line = axes.plot(mean["place"], mean["mean"], color=style.color, lw=1.0, zorder=1.5, label=label)
-        entries = entries or [(line[0], label)]
-    for place, style in enumerate((style for style in shown if not style.is_faint), start=1):
-        arm = rows[rows["arm"] == style.arm].sort_values("step")
-        mean, color, n = means(arm), style.color, int(arm["n"].max())
-        dashes: Any = DASHED if style.is_baseline else "solid"
-        label = f"{style.name} (n = {n})"
-        line = axes.plot(mean["place"], mean["mean"], color=color, lw=2.3, linestyle=dashes, label=label)
-        line[0].set(marker="o", markersize=4.8, markeredgecolor="white", markeredgewidth=0.9)
-        entries.append((line[0], label))
-        if len(shown) <= MAX_BANDS:
-            alpha = 0.15 if n >= MIN_SEEDS else 0.07
-            axes.fill_between(mean["place"], mean["low"], mean["high"], color=color, alpha=alpha, lw=0)
-            for _, run in arm.groupby("seed") if needs_seeds(arm) else ():
-                axes.plot(run["progress"], run["value"], color=color, lw=0.9, alpha=0.8)
-        elif n >= MIN_SEEDS and mean.iloc[-1:]["low"].notna().all():
-            # Bands of many arms would hide each other: the interval at the last step alone, to the right of it.
-            last, shift = mean.iloc[-1:], 0.018 * place * float(np.ptp(rows["progress"]))
-            axes.vlines(last["place"] + shift, last["low"], last["high"], color=color, lw=2.2)
-    axes.set(title=_title(rows), xlabel=progress_label)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=axis is STEPS))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-    _set_limits(axes, rows)
-    return entries
-
-
-def _tick(value: float) -> str:
-    if abs(value) >= _LARGE:
-        return f"{value:.2g}".replace("e+", "e")
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:g}"
-
-
-def _set_limits(axes: Axes, rows: pd.DataFrame) -> None:
-    """Show every measured value; a wide band may leave the panel rather than flatten the curves."""
-    values = rows["value"].to_numpy(dtype=float)
-    is_log = bool(values.min() > 0 and values.max() / values.min() > 10)
-    ends = np.array([values.min(), values.max(), rows["low"].min(), rows["high"].max()], dtype=float)
-    ends = np.where(np.isnan(ends), [values.min(), values.max()] * 2, ends)
-    if is_log:
-        log_scale(axes, "y", (1.0, 2.0, 5.0))
-        ends = np.log(np.where(ends > 0, ends, values.min() / 2))
-    low, high, band_low, band_high = ends
-    room = 0.3 * (high - low) or 0.1 * abs(high) or 1.0
-    limits = np.array([max(min(low, band_low), low - room), min(max(high, band_high), high + room)])
-    limits += np.array([-0.15, 0.15]) * room
-    axes.set_ylim(*(np.exp(limits) if is_log else limits))
-
-
-def _mark_speedup(axes: Axes, rows: pd.DataFrame, goal: Goal, axis: Axis) -> None:
-    """Draw an arrow from where the baseline reaches its final value to where its only arm did, if that is resolved."""
-    baseline, arm = rows[rows["rank"] < 0], rows[rows["rank"] >= 0]
-    if baseline.empty or arm["arm"].nunique() != 1 or arm["speedup"].iloc[0] is None:
-        return
-    ratio, curves = arm["speedup"].iloc[0], [means(arm), means(baseline)]
-    arm_mean, baseline_mean = (dict(zip(curve["place"], curve["mean"], strict=True)) for curve in curves)
-    level = baseline_mean[max(baseline_mean)]
-    places = [steps_to_reach(curve, level, goal) for curve in (arm_mean, baseline_mean)]
-    if None in places:
-        return
-    arm_place, baseline_place = np.array(places) * axis.scale(float(rows["progress"].max()))[0]
-    style = {"arrowstyle": "-|>", "color": INK, "lw": 1.3, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", (arm_place, level), (baseline_place, level), arrowprops=style, zorder=5)
-    # The note is in the corner that convergence curves leave empty.
-    corner = 0.05 if goal == "min" else 0.85
-    detail = f"to the baseline\u2019s final value\n95 % interval {ratio.low:.2f} to {ratio.high:.2f}, n = {ratio.n}"
-    axes.text(0.04, corner, detail, transform=axes.transAxes, fontsize=9.5, color=SOFT)
-    heading = f"{ratio.mean:.2f}\u00d7 sooner"
-    axes.text(0.04, corner + 0.115, heading, transform=axes.transAxes, fontsize=12, weight="bold")
+def _draw_blocks(
+    axes: Axes,
+    matrix: pd.DataFrame,
+    aligned: int | str | None,
+    limits: tuple[float, float],
+    is_difference: bool = False,
+) -> None:
+    """Draw blocks by timesteps, mark the aligned block, and write the values into their cells, legible there."""
+    values, times, blocks = matrix.to_numpy(dtype=float), list(matrix.columns), list(matrix.index)
+    colors = "RdBu" if is_difference else "viridis"
+    image = axes.imshow(values, cmap=colors, vmin=limits[0], vmax=limits[1], aspect="auto")
+    axes.set_xticks(range(len(times)), [f"{t:g}" for t in times])
+    axes.set_yticks(range(len(blocks)), [f"{block} aligned" if block == aligned else str(block) for block in blocks])
+    if aligned in blocks:
+        place = blocks.index(aligned)
+        frame: dict[str, Any] = {"fill": False, "ec": PALETTE[1], "lw": 2.2, "zorder": 4, "clip_on": False}
+        axes.add_patch(Rectangle((-0.5, place - 0.5), len(times), 1, **frame))
+        axes.get_yticklabels()[place].set_fontweight("bold")
+    span = (limits[1] - limits[0]) or 1.0
+    digits = 2 if span > _NARROW else 3
+    for (row, column), value in np.ndenumerate(values) if values.size <= _MAX_CELLS else ():
+        share = (value - limits[0]) / span
+        is_dark = abs(share - 0.5) > 0.35 if is_difference else share < 0.55
+        rounded = round(value, digits) + 0.0  # no minus sign before a zero
+        text = f"{rounded:+.{digits}f}" if is_difference and rounded else f"{rounded:.{digits}f}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color="white" if is_dark else INK)
+    axes.figure.colorbar(image, ax=axes, shrink=0.9)

@@ -27,20 +27,15 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Board:
-    """The arms that were measured under one protocol.
+    """The arms that were measured under one protocol."""
 
-    Attributes:
-        metric: the full name.
-        goal: whether small or large values are good; the best arm is first.
-        protocol: the fields, with values, in which this board's protocol differs from other boards of the same name.
-        rows: an entry per arm with :data:`COLUMNS`. ``mean`` with its 95 % t interval ``low`` to ``high`` is over the
-            ``n`` of ``seeds`` runs that have a finite value at ``step``, the last step that all measured runs have;
-            ``best`` is the mean of each run's best value up to that step.
-    """
-
-    metric: str
-    goal: Goal
+    metric: str  # the full name
+    goal: Goal  # whether small or large values are good; the best arm is first
+    # the fields, with values, in which this board's protocol differs from other boards of the same name
     protocol: Protocol
+    # an entry per arm with `COLUMNS`. `mean` with its 95 % t interval `low` to `high` is over the `n` of `seeds` runs
+    # that have a finite value at `step`, the last step that all measured runs have; `best` is the mean of each run's
+    # best value up to that step
     rows: tuple[Row, ...]
 
     @cached_property
@@ -119,11 +114,8 @@ def _merged(members: Iterable[SweepRun]) -> list[list[SweepRun]]:
 def _row(arm: list[SweepRun], runs: Mapping[str, SweepRun], metric: str, alike: set[str]) -> Row | None:
     """Return the row of an arm at equal progress; None if its measured runs share no step.
 
-    Args:
-        arm: its runs, a run once for each place that it has in a sweep.
-        runs: all runs by id, of which the files are read once.
-        metric: full name.
-        alike: the ids of the runs that measured the metric under one protocol.
+    Only runs that are ``alike`` count: they measured the metric under one protocol. Files are those of ``runs``, each
+    of which is read once.
     """
     by_id = {run.run_id: runs[run.run_id] for run in arm}
     measured = [run for run_id, run in by_id.items() if run_id in alike]

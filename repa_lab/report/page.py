@@ -55,10 +55,6 @@ class ReportPaths:
 def write_report(sweep: SweepDirectory, results: Results | None = None) -> ReportPaths:
     """Write the report on everything that the sweep's runs have measured so far; every file is replaced whole.
 
-    Args:
-        sweep: the sweep's folder.
-        results: of the sweep; None reads them.
-
     Raises:
         ResultsError: the sweep was never recorded, or its ``sweep.json`` cannot be read. Files of its runs that cannot
             be read, and figures that cannot be drawn, are left out and named in the report.
@@ -122,34 +118,19 @@ def _facts(results: Results) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report, which may have several panels.
+    """A figure of the report, which may have several panels."""
 
-    Attributes:
-        section: ``differences``, ``convergence``, ``alignment``, ``search`` or ``profiles``.
-        title: what the figure shows.
-        caption: explains lines, bands and points.
-        draw: name of the function in :mod:`repa_lab.report.figures` that draws a panel; the drawing library is imported
-            only if a figure has changed.
-        panels: what each panel shows, a frame or a list of frames, by the panel's name.
-        options: further arguments of the function.
-        elements: once drawn, an ``<svg>`` element for each panel, by its file's path relative to the sweep's folder.
-    """
-
-    section: str
-    title: str
-    caption: str
-    draw: str
-    panels: Mapping[str, pd.DataFrame | list[pd.DataFrame]]
-    options: dict[str, Any] = field(default_factory=dict)
-    elements: dict[str, str] = field(default_factory=dict)
+    section: str  # `differences`, `convergence`, `alignment`, `search` or `profiles`
+    title: str  # what the figure shows
+    caption: str  # explains lines, bands and points
+    draw: str  # module and name of the function that draws a panel; imported only if a figure has changed
+    panels: Mapping[str, pd.DataFrame | list[pd.DataFrame]]  # what each panel shows, by the panel's name
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the function
+    elements: dict[str, str] = field(default_factory=dict)  # `<svg>` elements of what was drawn, by the links to files
 
 
 def draw_pictures(results: Results, folder: Path) -> tuple[list[Picture], list[str]]:
-    """Draw every figure that there is data for and that the folder does not hold already.
-
-    Args:
-        results: of one sweep.
-        folder: the sweep's folder; the SVG files are written to ``figures`` in it.
+    """Draw every figure of one sweep that there is data for and that ``figures`` in the folder does not hold already.
 
     Returns:
         The pictures, and a line for every figure that could not be drawn.
@@ -179,16 +160,16 @@ def _pictures(results: Results) -> Iterator[Picture]:
             "Point: mean paired difference. Line: 95 % Student-t interval. Coloured: resolved among all comparisons."
         )
         title = "Differences to the baseline"
-        yield Picture("differences", title, caption, "draw_differences", {"differences": frame}, goal)
+        yield Picture("differences", title, caption, "figures.draw_differences", {"differences": frame}, goal)
     for axis in results.axes:
         frame = figure_data.convergence_frame(results, axis)
         if panels := _panels(frame, "convergence" if axis.name == "step" else f"convergence_{axis.name}"):
             options, caption = goal | {"axis": axis}, figure_data.caption(frame)
-            yield Picture("convergence", axis.label, caption, "draw_convergence", panels, options)
+            yield Picture("convergence", axis.label, caption, "curves.draw_convergence", panels, options)
     frame = figure_data.alignment_frame(results)
     if panels := _panels(frame, "alignment"):
         caption, title = figure_data.caption(frame), "Alignment on held-out images"
-        yield Picture("alignment", title, caption, "draw_alignment", panels)
+        yield Picture("alignment", title, caption, "curves.draw_alignment", panels)
     frame, goals = figure_data.search_frame(results), results.objectives
     has_values = frame.filter(regex="^value/").notna().any(axis=None)
     if has_values and any(name.startswith("param/") for name in frame):
@@ -196,13 +177,15 @@ def _pictures(results: Results) -> Iterator[Picture]:
         caption = (
             "A point for each trial; faint ones did not complete. Star: the best completed one; line: the best so far."
         )
-        yield Picture("search", title, caption, "draw_slices", {"search": frame}, {"goals": goals})
+        yield Picture("search", title, caption, "figures.draw_slices", {"search": frame}, {"goals": goals})
         if len(goals) > 1:
             title, caption = "Objectives against each other", "A point for each trial; joined: the Pareto front."
-            yield Picture("search", title, caption, "draw_pareto", {"pareto": frame})
+            yield Picture("search", title, caption, "figures.draw_pareto", {"pareto": frame})
     caption = "Layers by timesteps, as `repa-lab profile` measured them."
     for place, (title, frames, names) in enumerate(figure_data.shown_profiles(results)):
-        yield Picture("profiles", title, caption, "draw_profiles", {f"profile_{place}": frames}, {"names": names})
+        yield Picture(
+            "profiles", title, caption, "figures.draw_profiles", {f"profile_{place}": frames}, {"names": names}
+        )
 
 
 def _panels(frame: pd.DataFrame, name: str) -> dict[str, pd.DataFrame]:
@@ -217,9 +200,11 @@ def _element(picture: Picture, name: str, path: Path) -> str:
     key = f"<!-- {digest([*_drawing_code(), picture.draw, repr(picture.options), shown])} -->"
     drawn = path.read_text(encoding="utf-8") if path.is_file() else ""
     if not drawn.endswith(key):
-        from repa_lab.report import figures
+        from repa_lab.report import curves, figures
 
-        drawn = figures.svg(getattr(figures, picture.draw)(data, **picture.options), name) + key
+        module, _, draw = picture.draw.partition(".")
+        drawing = getattr({"curves": curves, "figures": figures}[module], draw)
+        drawn = figures.svg(drawing(data, **picture.options), name) + key
         write_text(path, drawn)
     return inline(drawn, name)
 
@@ -227,17 +212,12 @@ def _element(picture: Picture, name: str, path: Path) -> str:
 @functools.cache
 def _drawing_code() -> tuple[str, ...]:
     """Return the digests of the code that draws, and the version of the drawing library."""
-    code = (Path(__file__).with_name(f"{name}.py") for name in ("figure_data", "figures", "drawing"))
+    code = (Path(__file__).with_name(f"{name}.py") for name in ("curves", "figures", "figure_data"))
     return (*map(file_digest, code), version("matplotlib"))
 
 
 def inline(svg: str, name: str) -> str:
-    """Return an SVG file as an element of a page, with the page's colours.
-
-    Args:
-        svg: the file.
-        name: unique prefix of the element's ids within the page.
-    """
+    """Return an SVG file as an element of a page, with the page's colours and ids that begin with a unique name."""
     svg = re.sub(r'(\bid="|url\(#|href="#)', lambda match: f"{match[1]}{name}-", svg[svg.index("<svg") :])
     svg = re.sub(
         r"(?<=[:\s])#[0-9a-f]{6}\b",
@@ -275,27 +255,18 @@ def _sample(path: Path, folder: Path) -> Sample:
 
 @dataclass(frozen=True)
 class Sheet:
-    """The sample grids of arms that share a baseline, arms below each other, training from left to right.
+    """The sample grids of arms that share a baseline, arms below each other, training from left to right."""
 
-    Attributes:
-        seed: the seed of every run in it.
-        steps: the columns.
-        rows: by arm, a sample for each step, None where the run has none.
-        left_out: number of arms that are not shown.
-    """
-
-    seed: int
-    steps: tuple[int, ...]
-    rows: Mapping[str, tuple[Sample | None, ...]]
-    left_out: int
+    seed: int  # the seed of every run in it
+    steps: tuple[int, ...]  # the columns
+    rows: Mapping[str, tuple[Sample | None, ...]]  # by arm, a sample for each step, None where the run has none
+    left_out: int  # number of arms that are not shown
 
 
 def sheets(results: Results, folder: Path) -> Iterator[Sheet]:
     """Yield a sheet for every group of arms that share a baseline; arms of a search are in the order of their trials.
 
-    Args:
-        results: of one sweep.
-        folder: the sweep's folder, to which links are relative.
+    Links are relative to the sweep's folder.
     """
     order = {arm: place for place, arm in enumerate(dict.fromkeys(trial.arm for _, trial in results.trials))}
     groups: dict[str, list[str]] = {}

@@ -11,13 +11,13 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from repa_lab.report import figure_data, figures
-from repa_lab.report.drawing import STYLE, short_labels
+from repa_lab.report import curves, figure_data, figures
 from repa_lab.report.figure_data import GREY, PALETTE, SOFT
+from repa_lab.report.figures import STYLE, short_labels
 from repa_lab.report.published import TEXT, VALUES
 from repa_lab.report.results import Results, ResultsError, load_results
 
-__all__ = ["Drawn", "Profiles", "Reproduced", "alignment", "convergence", "layers", "quality", "reproduction", "search"]
+__all__ = ["Drawn", "alignment", "convergence", "layers", "quality", "reproduction", "search"]
 
 _CAPTION_CHARACTERS = 14  # per inch
 
@@ -25,21 +25,6 @@ _CAPTION_CHARACTERS = 14  # per inch
 class Drawn(NamedTuple):
     """A figure, and the tidy frame that it shows."""
 
-    figure: Figure
-    frame: pd.DataFrame
-
-
-class Profiles(NamedTuple):
-    """Heat maps of blocks by timesteps, by caption, and the rows of all profiles."""
-
-    figures: dict[str, Figure]
-    frame: pd.DataFrame
-
-
-class Reproduced(NamedTuple):
-    """The tables and remarks as Markdown, the figure, and the frame that it shows: a row per arm and metric."""
-
-    markdown: str
     figure: Figure
     frame: pd.DataFrame
 
@@ -54,19 +39,19 @@ def convergence(results: Results) -> Drawn:
     if len(goals) > 1:
         raise ResultsError(f"{results.name}: their metrics improve in opposite directions; take one with .only(name)")
     frame = _combined(results, figure_data.convergence_frame)
-    return Drawn(_explained(figures.draw_convergence(frame, goals.pop()), frame), frame)
+    return Drawn(_explained(curves.draw_convergence(frame, goals.pop()), frame), frame)
 
 
 def alignment(results: Results) -> Drawn:
     """Draw alignment on held-out images over steps; see :func:`repa_lab.report.figure_data.alignment_frame`."""
     frame = _combined(results, figure_data.alignment_frame)
-    return Drawn(_explained(figures.draw_alignment(frame), frame), frame)
+    return Drawn(_explained(curves.draw_alignment(frame), frame), frame)
 
 
 def quality(results: Results) -> Drawn:
     """Draw the compared metric against alignment; see :func:`repa_lab.report.figure_data.quality_frame`."""
     frame = _combined(results, figure_data.quality_frame)
-    return Drawn(figures.draw_quality(frame), frame)
+    return Drawn(curves.draw_quality(frame), frame)
 
 
 def search(results: Results) -> Drawn:
@@ -81,11 +66,11 @@ def search(results: Results) -> Drawn:
     return Drawn(figures.draw_slices(frame, results.objectives), frame)
 
 
-def layers(path: str | Path) -> Profiles:
-    """Draw the profiles of a sweep's runs; see :func:`repa_lab.report.figure_data.shown_profiles`.
+def layers(path: str | Path) -> tuple[dict[str, Figure], pd.DataFrame]:
+    """Draw the profiles of the runs in a sweep's folder; see :func:`repa_lab.report.figure_data.shown_profiles`.
 
-    Args:
-        path: the sweep's folder.
+    Returns:
+        Heat maps of blocks by timesteps, by caption, and the rows of all profiles.
 
     Raises:
         ResultsError: no run of the sweep has a profile.
@@ -99,14 +84,14 @@ def layers(path: str | Path) -> Profiles:
     drawn = {title: figures.draw_profiles(frames, names=names) for title, frames, names in shown}
     # A run that several arms share is there once.
     each_run = {figure_data.run_id_of(frame): frame for frame in profiles}.values()
-    return Profiles(drawn, pd.concat(each_run, ignore_index=True))
+    return drawn, pd.concat(each_run, ignore_index=True)
 
 
-def reproduction(path: str | Path) -> Reproduced:
-    """Draw measured values beside published ones.
+def reproduction(path: str | Path) -> tuple[str, Figure, pd.DataFrame]:
+    """Draw measured values beside published ones, from the folder of a sweep that `repa-lab reproduce` has run.
 
-    Args:
-        path: the folder of a sweep that `repa-lab reproduce` has run.
+    Returns:
+        The tables and remarks as Markdown, the figure, and the frame that it shows: a row per arm and metric.
 
     Raises:
         ResultsError: `repa-lab reproduce` left no table there, or the table cannot be read.
@@ -114,7 +99,7 @@ def reproduction(path: str | Path) -> Reproduced:
     folder = Path(path)
     try:
         frame = pd.read_csv(folder / VALUES)
-        return Reproduced((folder / TEXT).read_text(encoding="utf-8"), _draw_reproduction(frame), frame)
+        return (folder / TEXT).read_text(encoding="utf-8"), _draw_reproduction(frame), frame
     except FileNotFoundError:
         raise ResultsError(f"no {VALUES} in '{path}'; `repa-lab reproduce` lists the tables that can be made") from None
     except (KeyError, ValueError) as error:

@@ -19,25 +19,15 @@ TEXT, VALUES = "reproduce.md", "reproduce.csv"  # files that `repa-lab reproduce
 
 @dataclass(frozen=True)
 class PublishedArm:
-    """One arm's published and measured value of a metric.
+    """One arm's published and measured value of a metric."""
 
-    Attributes:
-        arm: its label.
-        run_ids: of its runs; arms with the same settings share them.
-        published: the paper's value.
-        measured: over seeds at equal progress; ``n`` is 0 if nothing was measured.
-        published_difference: the paper's difference from the reference arm.
-        difference: the measured difference from the reference arm, seed by seed.
-        agrees: whether the measured mean is within the tolerance; None without a tolerance or a measurement.
-    """
-
-    arm: str
-    run_ids: tuple[str, ...]
-    published: float
-    measured: Estimate
-    published_difference: float
-    difference: PairedDifference
-    agrees: bool | None
+    arm: str  # its label
+    run_ids: tuple[str, ...]  # of its runs; arms with the same settings share them
+    published: float  # the paper's value
+    measured: Estimate  # over seeds at equal progress; `n` is 0 if nothing was measured
+    published_difference: float  # the paper's difference from the reference arm
+    difference: PairedDifference  # the measured difference from the reference arm, seed by seed
+    agrees: bool | None  # whether the measured mean is within the tolerance; None without a tolerance or a measurement
 
     @property
     def same_sign(self) -> bool | None:
@@ -49,23 +39,14 @@ class PublishedArm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of a paper beside measured values.
+    """A table of a paper beside measured values."""
 
-    Attributes:
-        kind: the kind of the paper's metric, such as ``fid``.
-        metric: full name of the measured metric.
-        reference: the arm that is best in the paper; differences are taken from it.
-        rows: the arms that both have, in the spec's order.
-        tolerance: see :class:`PublishedConfig`; None at a scale at which values are not the paper's.
-        refused: arms that are left out because their runs were measured under another protocol than the reference.
-    """
-
-    kind: str
-    metric: str
-    reference: str
-    rows: tuple[PublishedArm, ...]
-    tolerance: float | None
-    refused: tuple[str, ...] = ()
+    kind: str  # the kind of the paper's metric, such as `fid`
+    metric: str  # full name of the measured metric
+    reference: str  # the arm that is best in the paper; differences are taken from it
+    rows: tuple[PublishedArm, ...]  # the arms that both have, in the spec's order
+    tolerance: float | None  # see `PublishedConfig`; None at a scale at which values are not the paper's
+    refused: tuple[str, ...] = ()  # arms left out, because they were measured under another protocol than the reference
 
     @property
     def measured(self) -> list[PublishedArm]:

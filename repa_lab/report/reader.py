@@ -30,21 +30,13 @@ def is_progress(name: str) -> bool:
 
 @dataclass(eq=False)
 class SweepRun:
-    """A run in its place in a sweep.
+    """A run in its place in a sweep."""
 
-    Attributes:
-        sweep: the sweep's name.
-        arm: the run's arm in the manifest.
-        seed: the run's seed.
-        directory: the run directory, which may not exist.
-        troubles: everything that could not be used; grows as files are read.
-    """
-
-    sweep: str
-    arm: ArmRecord
-    seed: int
-    directory: RunDirectory
-    troubles: list[Trouble] = field(default_factory=list)
+    sweep: str  # the sweep's name
+    arm: ArmRecord  # the run's arm in the manifest
+    seed: int  # the run's seed
+    directory: RunDirectory  # the run directory, which may not exist
+    troubles: list[Trouble] = field(default_factory=list)  # everything that could not be used; grows as files are read
 
     @property
     def run_id(self) -> str:

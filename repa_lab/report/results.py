@@ -52,19 +52,12 @@ class ResultsError(InputError):
 
 @dataclass(frozen=True)
 class Axis:
-    """A measure of progress.
+    """A measure of progress."""
 
-    Attributes:
-        name: its column in :attr:`Results.curves`.
-        label: its name in figures.
-        unit: its short name in tables.
-        units: (factor, unit) pairs of smaller units for short runs.
-    """
-
-    name: str
-    label: str
-    unit: str
-    units: tuple[tuple[float, str], ...] = ()
+    name: str  # of its column in `Results.curves`
+    label: str  # in figures
+    unit: str  # in tables
+    units: tuple[tuple[float, str], ...] = ()  # factors and names of smaller units, for short runs
 
     def scale(self, largest: float) -> tuple[float, str]:
         """Return a factor and a label that suit values up to ``largest``."""
@@ -83,15 +76,10 @@ AXES = (STEPS, IMAGES, HOURS, FLOPS)
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """Everything that one or more sweeps have measured so far; each table is made when it is first asked for.
+    """Everything that one or more sweeps have measured so far; each table is made when it is first asked for."""
 
-    Attributes:
-        sweeps: the manifests, as the sweeps recorded them.
-        members: the runs in their places in the sweeps.
-    """
-
-    sweeps: tuple[SweepManifest, ...]
-    members: tuple[SweepRun, ...]
+    sweeps: tuple[SweepManifest, ...]  # the manifests, as the sweeps recorded them
+    members: tuple[SweepRun, ...]  # the runs in their places in the sweeps
 
     @cached_property
     @garbage_collection_paused()
@@ -324,20 +312,11 @@ class Results:
         return sorted(self._curves.get(str(arm), ()), key=lambda name: (not is_protocol(name), name))
 
     def seed_curves(self, arm: str | None, metric: str | None, axis: str = "step") -> SeedCurves:
-        """Return value by progress, by seed; empty if never measured.
-
-        Args:
-            arm: label of an arm of the only sweep.
-            metric: full name of an evaluation metric.
-            axis: the measure of progress, a column of :attr:`curves`.
-        """
+        """Return an arm's values of an evaluation metric along an axis, by seed; empty if never measured."""
         return self._along(axis, arm, self._curves.get(str(arm), {}).get(str(metric), {}))
 
     def paired_curves(self, arm: str, metric: str, axis: str = "step") -> tuple[SeedCurves, SeedCurves]:
-        """Return the curves of an arm and of its baseline, reduced to the points that can be compared.
-
-        The arguments are those of :meth:`seed_curves`.
-        """
+        """Return :meth:`seed_curves` of an arm and of its baseline, reduced to the points that can be compared."""
         baseline = self.baselines[arm]
         curves, baseline_curves = pair_curves(self.seed_curves(arm, metric), self.seed_curves(baseline, metric))
         return self._along(axis, arm, curves), self._along(axis, baseline, baseline_curves)
@@ -352,19 +331,21 @@ class Results:
             along[seed] = {places[step]: value for step, value in curve.items() if not math.isnan(places[step])}
         return along
 
-    def names(self, metric: str) -> dict[str, str]:
-        """Return the name of a metric for each arm of the only sweep, one name per protocol; see :class:`Protocols`."""
-        if metric not in self._names:
-            self._names[metric] = self.protocols.names({arm: self.run_ids(arm) for arm in self.baselines}, metric)
-        return self._names[metric]
-
     @cached_property
-    def _names(self) -> dict[str, dict[str, str]]:
-        return {}
+    def names(self) -> dict[str, dict[str, str]]:
+        """The name of each evaluation metric for each arm of the only sweep, one for each protocol."""
+        arms = {arm: self.run_ids(arm) for arm in self.baselines}
+        metrics = dict.fromkeys(metric for arm in arms for metric in self.metrics(arm))
+        return {metric: self.protocols.names(arms, metric) for metric in metrics}
 
     def conflicts(self, arm: str, metric: str) -> list[str]:
         """Return the fields in which the protocols of a metric differ between the runs of an arm and its baseline."""
         return self.protocols.conflicts([*self.run_ids(arm), *self.run_ids(self.baselines[arm])], metric)
+
+    def alike_metrics(self, arm: str | None) -> list[str]:
+        """Return the metrics of the compared kind that an arm has measured, each under its own protocol."""
+        is_alike = is_protocol(self.metric)
+        return [name for name in self.metrics(arm) if is_alike and metric_kind(name) == metric_kind(self.metric)]
 
     def shared_metrics(self, arm: str) -> list[str]:
         """Return the metrics that both an arm and its baseline have measured; all of the arm's without a baseline."""
@@ -382,8 +363,8 @@ class Results:
         compared: dict[str, str | None] = {}
         for arm in self.baselines:
             shared = [name for name in self.shared_metrics(arm) if not self.conflicts(arm, name)]
-            alike = [name for name in shared if is_protocol(name) and metric_kind(name) == metric_kind(self.metric)]
-            alike = [self.metric] if self.metric in shared else alike if is_protocol(self.metric) else []
+            alike = [name for name in self.alike_metrics(arm) if name in shared]
+            alike = [self.metric] if self.metric in shared else alike
             compared[arm] = alike[0] if len(alike) == 1 else None
         return compared
 

@@ -44,19 +44,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """An arm minus its baseline, seed by seed.
+    """An arm minus its baseline, seed by seed."""
 
-    Attributes:
-        difference: the mean difference with its interval, in units of the metric.
-        baseline_mean: mean of the baseline over the paired seeds.
-        p_value: two-sided, of the paired t-test that the mean difference is 0; NaN below two pairs.
-        correlation: Pearson's r of arm and baseline over the seeds; NaN below three pairs. Near 1, pairing removes most
-            of the variation between seeds; below 0, pairing widens the interval.
-    """
-
-    difference: Estimate
-    baseline_mean: float
-    p_value: float
+    difference: Estimate  # the mean difference with its interval, in units of the metric
+    baseline_mean: float  # mean of the baseline over the paired seeds
+    p_value: float  # two-sided, of the paired t-test that the mean difference is 0; NaN below two pairs
+    # Pearson's r of arm and baseline over the seeds; NaN below three pairs. Near 1, pairing removes most of the
+    # variation between seeds; below 0, pairing widens the interval.
     correlation: float
 
     @property
@@ -72,22 +66,13 @@ class PairedDifference:
 
 @dataclass(frozen=True)
 class Speedup:
-    """How much sooner an arm reaches a value than its baseline.
+    """How much sooner an arm reaches a value than its baseline."""
 
-    Attributes:
-        ratio: the baseline's steps over the arm's (above 1 is sooner), over the seeds in which both reached the value.
-        steps: mean steps of the arm over those seeds, in the unit of its curves.
-        reached: number of seeds in which both reached the value.
-        n: number of seeds that both arms have.
-        early: number of reached seeds in which the arm or the baseline was there at its first measurement, so that the
-            true crossing is earlier and unknown.
-    """
-
-    ratio: Estimate
-    steps: float
-    reached: int
-    n: int
-    early: int = 0
+    ratio: Estimate  # the baseline's steps over the arm's, over the seeds in which both reached it; above 1 is sooner
+    steps: float  # mean steps of the arm over those seeds, in the unit of its curves
+    reached: int  # number of seeds in which both reached the value
+    n: int  # number of seeds that both arms have
+    early: int = 0  # in how many of these one was there at its first measurement: when it crossed is not known
 
 
 def mean_interval(values: Iterable[float]) -> Estimate:

@@ -63,12 +63,7 @@ class Protocols:
     by_run: Mapping[str, Mapping[str, Protocol]]
 
     def conflicts(self, runs: Iterable[str], metric: str) -> list[str]:
-        """Return the fields in which the runs' protocols of a metric differ, each with its values.
-
-        Args:
-            runs: run ids; runs without a recorded protocol are left out.
-            metric: full name.
-        """
+        """Return the fields in which the runs' recorded protocols of a metric differ, each with its values."""
         protocols = self._distinct_of(runs, metric)
         values = {name: [_text(protocol.get(name)) for protocol in protocols] for name in differing(protocols)}
         return [f"{name} ({listed(list(dict.fromkeys(texts)))})" for name, texts in values.items()]
@@ -78,10 +73,6 @@ class Protocols:
 
         If arms were measured under different protocols, the fields that differ follow the name. Arms without a recorded
         protocol keep the bare name. An arm whose own runs differ has no mean; its first run gives the name.
-
-        Args:
-            arms: run ids by arm.
-            metric: full name.
         """
         firsts = {arm: next(iter(self._distinct_of(runs, metric)), None) for arm, runs in arms.items()}
         recorded = {arm: protocol for arm, protocol in firsts.items() if protocol}
@@ -95,24 +86,22 @@ class Protocols:
 
     def _distinct_of(self, runs: Iterable[str], metric: str) -> list[Protocol]:
         """Return the protocols of runs that differ from each other, the first run's first."""
-        if metric not in self._first_alike:
-            recorded = {run: known[metric] for run, known in self.by_run.items() if metric in known}
-            self._first_alike[metric] = {run: first for first, group in grouped(recorded) for run in group}
-        first_alike = self._first_alike[metric]
-        return [*{id(first_alike[run]): first_alike[run] for run in runs if run in first_alike}.values()]
+        firsts = self._first_alike.get(metric, {})
+        return [*{id(firsts[run]): firsts[run] for run in runs if run in firsts}.values()]
 
     @functools.cached_property
     def _first_alike(self) -> dict[str, dict[str, Protocol]]:
-        """For each metric that was asked for, the first protocol that does not differ from a run's, by run id."""
-        return {}
+        """For each metric and run id, the first protocol that does not differ from the run's."""
+        by_metric: dict[str, dict[str, Protocol]] = {}
+        for run, protocols in self.by_run.items():
+            for metric, protocol in protocols.items():
+                by_metric.setdefault(metric, {})[run] = protocol
+        groups = {metric: grouped(recorded) for metric, recorded in by_metric.items()}
+        return {metric: {run: first for first, runs in found for run in runs} for metric, found in groups.items()}
 
 
 def grouped(protocols: Mapping[str, Protocol]) -> list[tuple[Protocol, set[str]]]:
-    """Group runs whose protocols do not differ, each group with the protocol of its first run.
-
-    Args:
-        protocols: protocols of one metric, by run id.
-    """
+    """Group run ids by their protocols of one metric; each group comes with the protocol of its first run."""
     groups: list[tuple[Protocol, set[str]]] = []
     for run, protocol in protocols.items():
         for first, runs in groups:

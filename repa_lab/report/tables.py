@@ -158,9 +158,7 @@ class Table:
 def summary_tables(results: Results, compared: bool = True) -> dict[str, Table]:
     """Return arms beside their baselines at equal progress, a table per metric and protocol, the compared one first.
 
-    Args:
-        results: of one sweep.
-        compared: whether to show the metrics of the kind that the sweep compares, or all other metrics.
+    The metrics are those of the kind that the sweep compares, or, if not ``compared``, all others.
     """
     kind = metric_kind(results.metric)
     shown = [row for row in results.rows if (metric_kind(row["metric"]) == kind) is compared]
@@ -171,7 +169,7 @@ def _by_metric(results: Results, rows: Iterable[tuple[str, dict[str, str]]]) -> 
     """Return a table per metric and protocol, the compared metric first, from the rows and their metrics."""
     tables: dict[str, list[dict[str, str]]] = {}
     for metric, row in rows:
-        tables.setdefault(results.names(metric)[row["arm"]], []).append(row)
+        tables.setdefault(results.names[metric][row["arm"]], []).append(row)
     return {name: Table(tables[name]) for name in sorted(tables, key=lambda name: bare_name(name) != results.metric)}
 
 
@@ -260,20 +258,13 @@ def _target_row(
 
 def runs_table(results: Results) -> Table:
     """Return where every run stands."""
-    return Table(
-        [
-            {
-                "arm": run.arm.label,
-                "seed": str(run.seed),
-                "run": run.run_id,
-                "state": run.status,
-                "step": str(run.last_step),
-                "training seconds": number(max(run.curves.get("seconds", {}).values(), default=math.nan), ".0f"),
-                "error": run.error or "",
-            }
-            for run in results.members
-        ]
-    )
+    rows = []
+    for run in results.members:
+        seconds = max(run.curves.get("seconds", {}).values(), default=math.nan)
+        row = {"arm": run.arm.label, "seed": str(run.seed), "run": run.run_id, "state": run.status}
+        row |= {"step": str(run.last_step), "training seconds": number(seconds, ".0f"), "error": run.error or ""}
+        rows.append(row)
+    return Table(rows)
 
 
 def trials_table(results: Results) -> Table:
@@ -332,17 +323,10 @@ def speed_table(results: Results) -> Table:
     for arm, of_arm in runs.groupby("arm", sort=False):
         numbers = of_arm.reindex(columns=["images", "seconds", *_SPEED]).astype(float)
         images, seconds, waiting, encoder, utilisation, peak = (numbers[name] for name in numbers)
-        rows.append(
-            {
-                "arm": str(arm),
-                "runs": str(len(of_arm)),
-                "images/s": significant(float((images / seconds).mean())),
-                "waiting for data": _percent((waiting / seconds).mean(), 1),
-                "encoder": _percent((encoder / seconds).mean(), 1),
-                "FLOPs utilisation": _percent(utilisation.mean(), 1),
-                "peak memory, GiB": significant(float(peak.max())),
-            }
-        )
+        row = {"arm": str(arm), "runs": str(len(of_arm)), "images/s": significant(float((images / seconds).mean()))}
+        shares = {"waiting for data": waiting / seconds, "encoder": encoder / seconds, "FLOPs utilisation": utilisation}
+        row |= {name: _percent(share.mean(), 1) for name, share in shares.items()}
+        rows.append({**row, "peak memory, GiB": significant(float(peak.max()))})
     return Table(rows).without_empty_columns()
 
 
@@ -365,14 +349,10 @@ def provenance_table(results: Results) -> Table:
 
 def settings_table(results: Results) -> Table:
     """Return the settings in which arms differ, a row per arm; all other settings are in every run's ``spec.json``."""
-    arms = results.runs.drop_duplicates("arm").head(_MAX_SETTINGS_ARMS)
-    names = [str(name) for name in arms.columns[list(arms.columns).index("error") + 1 :]]
-    texts = {name: [_text(value) for value in arms[name]] for name in names if not name.startswith("cost/")}
-    differing = {name: column for name, column in texts.items() if len(set(column)) > 1}
-    columns = {"arm": arms["arm"], **differing}
-    return Table(
-        [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)] if differing else []
-    )
+    arms = results.runs.drop_duplicates("arm").set_index("arm").head(_MAX_SETTINGS_ARMS)
+    texts = arms.loc[:, "error":].iloc[:, 1:].filter(regex="^(?!cost/)").map(_text)
+    differing = texts.loc[:, texts.nunique() > 1]
+    return Table(differing.reset_index().to_dict("records") if len(differing.columns) else [])
 
 
 def protocols_table(results: Results) -> Table:
@@ -382,7 +362,5 @@ def protocols_table(results: Results) -> Table:
         for metric, protocol in protocols.items():
             for name, value in protocol.items():
                 values.setdefault((metric, name), {})[_text(value)] = None
-    facts = values.items()
-    return Table(
-        [{"metric": metric, "depends on": name, "value": " / ".join(texts)} for (metric, name), texts in facts]
-    )
+    lines = ((metric, name, " / ".join(texts)) for (metric, name), texts in values.items())
+    return Table([{"metric": metric, "depends on": name, "value": text} for metric, name, text in lines])

@@ -10,7 +10,7 @@ from contextlib import suppress
 from repa_lab.report.reader import UNKNOWN, SweepRun, Trouble
 from repa_lab.report.results import AXES, Results
 from repa_lab.report.statistics import MIN_SEEDS, speedup
-from repa_lab.report.summary import is_protocol, listed, metric_kind
+from repa_lab.report.summary import is_protocol, listed
 from repa_lab.report.tables import decimals, interval, p_value, seed_count
 from repa_lab.runs import RunStatus
 from repa_lab.runs.files import Row
@@ -37,7 +37,7 @@ def lead(results: Results) -> str:
     their baselines and describes the best.
     """
     if results.best_trial is not None:
-        return "".join(_search_sentences(results))
+        return _search_sentence(results)
     rows = [row for arm, row in results.compared_rows.items() if row["n_pairs"] and arm in results.compared_arms]
     if not rows:
         return next(iter(conclusions(results)), "The sweep has no arms.")
@@ -65,7 +65,7 @@ def conclusions(results: Results) -> list[str]:
     # Every other trial is a step of the search, not a claim; the table of trials lists them.
     arms = [arm for arm in results.baselines if arm not in trials or (best and arm == best.arm)]
     compared = [arm for arm in arms if results.baselines[arm] is not None]
-    lines = [*_protocol_warnings(results), *_search_sentences(results)]
+    lines = [*filter(None, (_protocol_warning(results), _search_sentence(results)))]
     lines += [_comparison(results, arm) for arm in compared]
     unmatched = {arm.label: arm.unmatched for arm in results.sweep.arms if arm.unmatched}
     if compared:
@@ -168,7 +168,7 @@ def _sooner(results: Results, arm: str) -> str:
 
 def _nothing_shared(results: Results, arm: str) -> str:
     baseline = results.baselines[arm]
-    arm_metrics, baseline_metrics = _alike_metrics(results, arm), _alike_metrics(results, baseline)
+    arm_metrics, baseline_metrics = results.alike_metrics(arm), results.alike_metrics(baseline)
     if arm_metrics and baseline_metrics and not set(arm_metrics) & set(baseline_metrics):
         reason = f"it was measured as {', '.join(arm_metrics)}, the baseline as {', '.join(baseline_metrics)}"
         return f"{arm}: cannot be compared with {baseline}: {reason}. Different protocols are different metrics."
@@ -183,7 +183,7 @@ def _value(results: Results, arm: str) -> str:
     """Describe an arm without a baseline."""
     row = results.compared_rows.get(arm)
     if row is None:
-        for metric in _alike_metrics(results, arm):
+        for metric in results.alike_metrics(arm):
             if conflicts := "; ".join(results.conflicts(arm, metric)):
                 return f"{arm}: no mean of {metric}, because its runs were measured differently: {conflicts}."
         return f"{arm}: nothing measured yet."
@@ -200,51 +200,42 @@ def _subject(results: Results, row: Row) -> str:
     planned = max((steps for steps in asked if isinstance(steps, int)), default=0)
     reason = "the last step that all its measured runs and those of its baseline have"
     progress = "" if row["step"] >= planned else f" of {planned} ({reason})"
-    return f"{row['arm']}: {results.names(row['metric'])[row['arm']]} at step {row['step']}{progress} is"
-
-
-def _alike_metrics(results: Results, arm: str | None) -> list[str]:
-    """Return the metrics of the compared kind that an arm measured, each under its own protocol."""
-    if arm is None or not is_protocol(results.metric):
-        return []
-    return [metric for metric in results.metrics(arm) if metric_kind(metric) == metric_kind(results.metric)]
+    return f"{row['arm']}: {results.names[row['metric']][row['arm']]} at step {row['step']}{progress} is"
 
 
 # ---- the sweep
 
 
-def _protocol_warnings(results: Results) -> Iterator[str]:
-    measured = {arm: _alike_metrics(results, arm) for arm in results.baselines}
+def _protocol_warning(results: Results) -> str:
     arms: dict[tuple[str, ...], list[str]] = {}
-    for arm, metrics in measured.items():
-        if metrics:
+    for arm in results.baselines:
+        if metrics := results.alike_metrics(arm):
             arms.setdefault(tuple(metrics), []).append(arm)
-    if len(arms) > 1:
-        groups = "; ".join(f"{' and '.join(metrics)} for {listed(labels)}" for metrics, labels in arms.items())
-        yield f"The arms were not all measured alike ({groups}). Values of different protocols cannot be compared."
+    if len(arms) < 2:
+        return ""
+    groups = "; ".join(f"{' and '.join(metrics)} for {listed(labels)}" for metrics, labels in arms.items())
+    return f"The arms were not all measured alike ({groups}). Values of different protocols cannot be compared."
 
 
-def _search_sentences(results: Results) -> Iterator[str]:
+def _search_sentence(results: Results) -> str:
     trials, search, best = [trial for _, trial in results.trials], results.sweep.search, results.best_trial
     if not search:
-        return
+        return ""
     sizes = [f"all {count} settings around {label}" for label, count in search.exhausted.items()]
     exhausted = f" The space is exhausted: {', '.join(sizes)} were tried." if sizes else ""
     if best is None or best.value is None:
-        yield f"The search has no completed trial yet ({len(trials)} begun).{exhausted}"
-        return
+        return f"The search has no completed trial yet ({len(trials)} begun).{exhausted}"
     repeated = sum(trial.state == "repeated" for trial in trials)
     repeats = f", {repeated} of them a draw of settings that another has" if repeated else ""
     counted = f"{sum(trial.state == 'complete' for trial in trials)} completed trials ({len(trials)} in all{repeats})"
     valued = {trial.arm for trial in trials if trial.value is not None}
     if front := [label for label in search.pareto if label in valued]:
-        goals = " and ".join(f"{objective.metric} ({objective.goal})" for objective in search.objectives)
+        goals = " and ".join(f"{metric} ({goal})" for metric, goal in results.objectives.items())
         picked = "They were picked on these seeds: confirm them with fresh seeds."
-        yield f"Pareto front of {counted} over {goals}: {'; '.join(front)}. {picked}{exhausted}"
-        return
+        return f"Pareto front of {counted} over {goals}: {'; '.join(front)}. {picked}{exhausted}"
     value = f"{search.metric} = {best.value:.{decimals(best.value)}f}"
     optimistic = "It was picked for its value on these seeds, so the value is optimistic: confirm it with fresh seeds."
-    yield f"Best of {counted}: {best.arm}, {value}. {optimistic}{exhausted}"
+    return f"Best of {counted}: {best.arm}, {value}. {optimistic}{exhausted}"
 
 
 # ---- what is left out
@@ -256,7 +247,11 @@ def exclusions(results: Results) -> list[str]:
     for arm, runs in results.by_arm.items():
         if missing := sorted(set(results.sweep.seeds) - set(runs)):
             lines.append(f"{arm}: the sweep names no run for seed {', '.join(map(str, missing))}.")
-    lines += [*_missing_values(results), *_refusals(results), *_unequal_images(results), *_ended_early(results)]
+    lines += [line for row in results.rows for line in _row_exclusions(results, row)]
+    for status, reason in ((RunStatus.PRUNED, "by the search"), (RunStatus.STOPPED, "by a rule of the sweep")):
+        if ended := [run.arm.label for run in results.members if run.status == status]:
+            told = f"{len(ended)} of {len(results.members)} runs were ended early {reason}"
+            lines.append(f"{told} ({listed(list(dict.fromkeys(ended)))}): they count as far as they got.")
     if orphans := results.sweep.orphaned:
         lines.append(f"{len(orphans)} runs that an earlier version of the spec asked for are in no number here.")
     count = len(results.measured())
@@ -274,48 +269,30 @@ def troubles(run: SweepRun, found: Sequence[Trouble]) -> Iterator[str]:
         yield f"{run.arm.label}, seed {run.seed} (run {run.run_id}): {reasons}{more}."
 
 
-def _missing_values(results: Results) -> Iterator[str]:
-    """Name seeds without a finite value at the step that is shown, and measurements beyond that step."""
-    for row in filter(lambda row: is_protocol(row["metric"]), results.rows):
-        curves, step = results.seed_curves(row["arm"], row["metric"]), row["step"]
-        unmeasured = [str(seed) for seed in sorted(results.by_arm[row["arm"]]) if seed not in curves]
+def _row_exclusions(results: Results, row: Row) -> Iterator[str]:
+    """Yield why values are not in a row of the summary, and in what else than its setting an arm differs."""
+    arm, baseline, metric, step = row["arm"], row["baseline"], row["metric"], row["step"]
+    if is_protocol(metric):
+        curves = results.seed_curves(arm, metric)
+        unmeasured = [str(seed) for seed in sorted(results.by_arm[arm]) if seed not in curves]
         infinite = [str(seed) for seed, curve in curves.items() if not math.isfinite(curve[step])]
         last = max(max(curve) for curve in curves.values())
         reasons = [f"seed {listed(unmeasured)} never measured"] if unmeasured else []
         reasons += [f"seed {listed(infinite)} not finite"] if infinite else []
         reasons += [f"measurements after step {step:,} (up to {last:,})"] if last > step else []
         if reasons:
-            yield f"{row['arm']}: not in the means of {row['metric']} at step {step:,}: {'; '.join(reasons)}."
-
-
-def _refusals(results: Results) -> Iterator[str]:
-    for row in filter(lambda row: row["conflicts"], results.rows):
+            yield f"{arm}: not in the means of {metric} at step {step:,}: {'; '.join(reasons)}."
+    if row["conflicts"]:
         means = " and has no mean" if math.isnan(row["mean"]) else ""
-        baseline = f" with {row['baseline']}" if row["baseline"] else ""
+        other = f" with {baseline}" if baseline else ""
         reason = f"because under this one name runs were measured differently: {row['conflicts']}"
-        yield f"{row['arm']}: {row['metric']} is not compared{baseline}{means}, {reason}."
-
-
-def _unequal_images(results: Results) -> Iterator[str]:
-    """Name arms that differ from their baselines in images at equal steps, because batches differ in size."""
-    for row in filter(lambda row: row["metric"] == results.metric and row["n_pairs"], results.rows):
-        seen, baseline_seen = (
-            next(run.places["images"].get(row["step"], math.nan) for run in results.by_arm[arm].values())
-            for arm in (row["arm"], row["baseline"])
-        )
+        yield f"{arm}: {metric} is not compared{other}{means}, {reason}."
+    if metric == results.metric and row["n_pairs"]:  # batches may differ in size
+        first_runs = [next(iter(results.by_arm[label].values())) for label in (arm, baseline)]
+        seen, baseline_seen = (run.places["images"].get(step, math.nan) for run in first_runs)
         if seen != baseline_seen and not math.isnan(seen + baseline_seen):
-            counts = (
-                f"at step {row['step']:,} it has seen {seen:,.0f} images and {row['baseline']} {baseline_seen:,.0f}"
-            )
-            yield f"{row['arm']}: {counts}; the summary compares equal steps, the curves over images show the rest."
-
-
-def _ended_early(results: Results) -> Iterator[str]:
-    for status, reason in ((RunStatus.PRUNED, "by the search"), (RunStatus.STOPPED, "by a rule of the sweep")):
-        ended = [run.arm.label for run in results.members if run.status == status]
-        if ended:
-            count, arms = f"{len(ended)} of {len(results.members)} runs", listed(list(dict.fromkeys(ended)))
-            yield f"{count} were ended early {reason} ({arms}): they count as far as they got."
+            counts = f"at step {step:,} it has seen {seen:,.0f} images and {baseline} {baseline_seen:,.0f}"
+            yield f"{arm}: {counts}; the summary compares equal steps, the curves over images show the rest."
 
 
 # ---- how numbers were made

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from repa_lab.report import figure_data, figures
+from repa_lab.report import curves, figure_data, figures
 from repa_lab.report.figure_data import search_frame
 from repa_lab.report.page import inline
 from repa_lab.report.results import HOURS, Results, load_results
@@ -50,7 +50,7 @@ def test_arms_are_ranked_by_the_goal(build: Build) -> None:
 
 
 def test_one_panel_per_group_with_a_dashed_baseline(quickstart: SweepDirectory) -> None:
-    figure = figures.draw_convergence(figure_data.convergence_frame(load_results(quickstart.path)))
+    figure = curves.draw_convergence(figure_data.convergence_frame(load_results(quickstart.path)))
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["sit", "unet"]
     for axes in figure.axes:
         assert "frechet:efficientnet_lite0@500/ode-euler20" in axes.get_ylabel()
@@ -59,7 +59,7 @@ def test_one_panel_per_group_with_a_dashed_baseline(quickstart: SweepDirectory) 
 
 
 def test_only_a_resolved_speedup_is_marked(quickstart: SweepDirectory) -> None:
-    figure = figures.draw_convergence(figure_data.convergence_frame(load_results(quickstart.path)))
+    figure = curves.draw_convergence(figure_data.convergence_frame(load_results(quickstart.path)))
     marked = [any("sooner" in text.get_text() for text in axes.texts) for axes in figure.axes]
     assert marked == [True, False]
 
@@ -67,7 +67,7 @@ def test_only_a_resolved_speedup_is_marked(quickstart: SweepDirectory) -> None:
 def test_two_seeds_are_drawn_one_by_one(build: Build) -> None:
     arms = [FakeArm("base", [FakeRun(s, decay(9, 2 + s)) for s in range(2)])]
     arms += [FakeArm("arm", [FakeRun(s, decay(9, 1 + s)) for s in range(2)], "base")]
-    (axes,) = figures.draw_convergence(figure_data.convergence_frame(load_results(build(arms).path))).axes
+    (axes,) = curves.draw_convergence(figure_data.convergence_frame(load_results(build(arms).path))).axes
     assert len(axes.get_lines()) == 2 * 3
     assert not any("sooner" in text.get_text() for text in axes.texts)
 
@@ -75,7 +75,7 @@ def test_two_seeds_are_drawn_one_by_one(build: Build) -> None:
 def test_a_seed_that_stopped_does_not_hide_the_others(build: Build) -> None:
     runs = [*(FakeRun(seed, decay(9, 2 + seed)) for seed in range(2)), FakeRun(2, {100: 8.0}, State.FAILED, "no")]
     frame = figure_data.convergence_frame(load_results(build([FakeArm("arm", runs)]).path))
-    figure = figures.draw_convergence(frame)
+    figure = curves.draw_convergence(frame)
     assert sorted(len(line.get_xdata()) for line in figure.axes[0].get_lines()) == [1, 1, 6, 6]
     assert "single seeds" in figure_data.caption(frame)
 
@@ -83,13 +83,13 @@ def test_a_seed_that_stopped_does_not_hide_the_others(build: Build) -> None:
 @pytest.mark.parametrize(("end", "scale"), [(100.0, "linear"), (1.0, "log")])
 def test_more_than_a_decade_is_logarithmic(build: Build, end: float, scale: str) -> None:
     results = load_results(build([FakeArm("arm", [FakeRun(0, decay(500, end, rate=60))])]).path)
-    assert figures.draw_convergence(figure_data.convergence_frame(results)).axes[0].get_yscale() == scale
+    assert curves.draw_convergence(figure_data.convergence_frame(results)).axes[0].get_yscale() == scale
 
 
 def test_every_value_is_inside_the_panel(build: Build) -> None:
     wild = [FakeRun(0, decay(9, 5)), FakeRun(1, decay(30, 20))]
     frame = figure_data.convergence_frame(load_results(build([FakeArm("arm", wild)]).path))
-    low, high = figures.draw_convergence(frame).axes[0].get_ylim()
+    low, high = curves.draw_convergence(frame).axes[0].get_ylim()
     assert low < frame["value"].min()
     assert frame["value"].max() < high
     assert high - low < 2 * (frame["value"].max() - frame["value"].min())
@@ -100,7 +100,7 @@ def test_many_arms_keep_six_colours_and_count_the_rest(build: Build) -> None:
         FakeArm("base", constant_runs([50.0])),
         *(FakeArm(f"a{v}", constant_runs([v]), "base") for v in range(1, 10)),
     ]
-    (axes,) = figures.draw_convergence(figure_data.convergence_frame(load_results(build(arms).path))).axes
+    (axes,) = curves.draw_convergence(figure_data.convergence_frame(load_results(build(arms).path))).axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels[0] == "a1 (n = 1)"
     assert "3 other arms" in labels
@@ -110,13 +110,13 @@ def test_many_arms_keep_six_colours_and_count_the_rest(build: Build) -> None:
 def test_groups_of_different_protocols_have_their_own_panels(build: Build) -> None:
     other = "fid:inception@10000/sde250"
     arms = [FakeArm("a", constant_runs([1.0])), FakeArm("b", constant_runs([2.0], metric=other))]
-    figure = figures.draw_convergence(figure_data.convergence_frame(load_results(build(arms).path)))
+    figure = curves.draw_convergence(figure_data.convergence_frame(load_results(build(arms).path)))
     assert len(figure.axes) == 2
     assert other in figure.axes[1].get_ylabel()
 
 
 def test_alignment_has_a_column_per_measure(quickstart: SweepDirectory) -> None:
-    figure = figures.draw_alignment(figure_data.alignment_frame(load_results(quickstart.path)))
+    figure = curves.draw_alignment(figure_data.alignment_frame(load_results(quickstart.path)))
     assert [axes.get_ylabel().splitlines()[-1] for axes in figure.axes] == 2 * list(figure_data.ALIGNMENT)
     assert [len(axes.get_lines()) for axes in figure.axes] == [2, 1, 1, 2, 1, 1]
 
@@ -124,22 +124,22 @@ def test_alignment_has_a_column_per_measure(quickstart: SweepDirectory) -> None:
 def test_quality_joins_both_metrics(quickstart: SweepDirectory) -> None:
     frame = figure_data.quality_frame(load_results(quickstart.path))
     assert len(frame) == 12 * len(STEPS)
-    assert len(figures.draw_quality(frame).axes) == 2
+    assert len(curves.draw_quality(frame).axes) == 2
 
 
 def test_nothing_measured_is_said(build: Build) -> None:
     results = load_results(build([FakeArm("arm", [0])]).path)
     for frame, draw in (
-        (figure_data.convergence_frame(results), figures.draw_convergence),
-        (figure_data.alignment_frame(results), figures.draw_alignment),
-        (figure_data.quality_frame(results), figures.draw_quality),
+        (figure_data.convergence_frame(results), curves.draw_convergence),
+        (figure_data.alignment_frame(results), curves.draw_alignment),
+        (figure_data.quality_frame(results), curves.draw_quality),
     ):
         assert "Nothing to show" in draw(frame).texts[0].get_text()
 
 
 def test_save_writes_150_dots_per_inch_and_leaves_the_style_alone(quickstart: SweepDirectory, tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
-    figure = figures.draw_convergence(figure_data.convergence_frame(load_results(quickstart.path)))
+    figure = curves.draw_convergence(figure_data.convergence_frame(load_results(quickstart.path)))
     path = figures.save(figure, tmp_path / "deep" / "figure.png")
     assert dict(mpl.rcParams) == before
     assert Image.open(path).size == tuple(int(150 * inches) for inches in figure.get_size_inches())
@@ -154,9 +154,7 @@ def test_an_arrow_needs_a_difference_that_holds_among_all_comparisons(build: Bui
     others = [FakeArm(f"later{place}", [0], "base") for place in range(9)]
     marked = []
     for name, arms in (("alone", pair), ("among", [*pair, *others])):
-        (axes,) = figures.draw_convergence(
-            figure_data.convergence_frame(load_results(build(arms, name=name).path))
-        ).axes
+        (axes,) = curves.draw_convergence(figure_data.convergence_frame(load_results(build(arms, name=name).path))).axes
         marked.append(any("sooner" in text.get_text() for text in axes.texts))
     assert marked == [True, False]
 
@@ -171,7 +169,7 @@ def test_curves_over_hours_are_at_the_mean_hours_of_the_seeds_and_in_a_unit_that
     last = frame[frame["step"] == 600]
     assert last["progress"].tolist() == [pytest.approx(60 / 3600), pytest.approx(180 / 3600)]
     assert last["place"].unique().tolist() == [pytest.approx(120 / 3600)]
-    (axes,) = figures.draw_convergence(frame, axis=HOURS).axes
+    (axes,) = curves.draw_convergence(frame, axis=HOURS).axes
     assert axes.get_xlabel() == "device seconds of training"
     assert max(axes.get_lines()[0].get_xdata()) == pytest.approx(120)
 
@@ -193,8 +191,8 @@ def test_arms_measured_by_other_protocols_than_their_baseline_are_not_drawn_besi
 
 def test_panels_can_be_drawn_alone_in_the_same_colours(quickstart: SweepDirectory) -> None:
     frame = figure_data.convergence_frame(load_results(quickstart.path))
-    whole = figures.draw_convergence(frame)
-    alone = [figures.draw_convergence(panel) for panel in figure_data.panels(frame)]
+    whole = curves.draw_convergence(frame)
+    alone = [curves.draw_convergence(panel) for panel in figure_data.panels(frame)]
     assert [axes.get_title(loc="left") for figure in alone for axes in figure.axes] == ["sit", "unet"]
     colors = [[line.get_color() for line in axes.get_lines()] for axes in whole.axes]
     assert [[line.get_color() for line in figure.axes[0].get_lines()] for figure in alone] == colors
@@ -273,7 +271,7 @@ def test_the_front_is_joined_in_order(build: Build) -> None:
 def test_svg_takes_the_colours_of_the_page_and_has_ids_of_its_own(quickstart: SweepDirectory) -> None:
     frame = figure_data.convergence_frame(load_results(quickstart.path))
     one, other = (
-        inline(figures.svg(figures.draw_convergence(panel), name), name)
+        inline(figures.svg(curves.draw_convergence(panel), name), name)
         for panel, name in zip(figure_data.panels(frame), "ab", strict=True)
     )
     assert one.startswith("<svg")
@@ -307,10 +305,10 @@ def test_what_was_measured_differently_under_one_name_has_a_panel_of_its_own(bui
         names[0]: ["a"],
         names[1]: ["b"],
     }
-    figure = figures.draw_alignment(figure_data.alignment_frame(results))
+    figure = curves.draw_alignment(figure_data.alignment_frame(results))
     assert [axes.get_ylabel() for axes in figure.axes] == [f"CKA with the encoder\n{name}" for name in names]
     # Quality was measured alike; the panels are of one protocol along either axis.
-    quality = figures.draw_quality(figure_data.quality_frame(results))
+    quality = curves.draw_quality(figure_data.quality_frame(results))
     assert [axes.get_xlabel() for axes in quality.axes] == [f"CKA with the encoder\n{name}" for name in names]
     assert [axes.get_ylabel() for axes in quality.axes] == [METRIC, METRIC]
 
@@ -353,8 +351,8 @@ def test_every_arm_is_in_every_legend_as_text(build: Build, tmp_path: Path) -> N
     results = worded(build)
     shown = [*(f"{word} (n = 3)" for word in (*WORDS[:3], "line break", "$base$"))]
     for draw, frame in (
-        (figures.draw_convergence, figure_data.convergence_frame(results)),
-        (figures.draw_alignment, figure_data.alignment_frame(results)),
+        (curves.draw_convergence, figure_data.convergence_frame(results)),
+        (curves.draw_alignment, figure_data.alignment_frame(results)),
     ):
         figure = draw(frame)
         texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
@@ -363,7 +361,7 @@ def test_every_arm_is_in_every_legend_as_text(build: Build, tmp_path: Path) -> N
         assert set(texts) <= set(drawn_texts(figure, tmp_path / "figure.png"))
         long = [text for text in texts if text.startswith("an arm with")]
         assert len(set(long)) == 2 and all(len(text) < 50 and "\u2026" in text for text in long)
-    quality = figures.draw_quality(figure_data.quality_frame(results))
+    quality = curves.draw_quality(figure_data.quality_frame(results))
     assert "_hidden" in [text.get_text() for text in quality.axes[0].get_legend().get_texts()]
     differences = drawn_texts(figures.draw_differences(figure_data.differences_frame(results)), tmp_path / "figure.png")
     assert {"$\\frac{$  (n = 3)", "_hidden  (n = 3)", "price $5 to $9  (n = 3)"} <= set(differences)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from repa_lab.report import ReportPaths, ResultsError, figures, write_report
+from repa_lab.report import ReportPaths, ResultsError, curves, write_report
 from repa_lab.runs import RunsRoot, RunWriter, State
 
 from .conftest import METRIC, STEPS, Build, FakeArm, FakeRun, build_quickstart, builder, constant_runs
@@ -262,7 +262,7 @@ def test_a_figure_that_cannot_be_drawn_is_named_and_costs_nothing_else(
     sweep = build(
         [FakeArm("base", constant_runs([2.0, 3.0])), FakeArm("_arm", constant_runs([1.0, 1.0], cka=0.3), "base")]
     )
-    monkeypatch.setattr(figures, "draw_convergence", fail)
+    monkeypatch.setattr(curves, "draw_convergence", fail)
     paths = write_report(sweep)
     assert [path.name for path in paths.figures] == ["alignment.svg"]
     text = paths.markdown.read_text()

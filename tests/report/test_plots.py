@@ -89,9 +89,9 @@ def test_a_papers_values_and_ours_stand_on_their_own_axes(tmp_path):
     text = "arm,kind,published,metric,n,measured,low,high\nbase,fid,24.4,fid:inception@50k/sde250,3,25,24,26\narm,fid,12.5,fid:inception@50k/sde250,3,13,,\nbase,is,60,is:inception@50k/sde250,3,59,58,60\n"
     (tmp_path / "reproduce.csv").write_text(text)
     (tmp_path / "reproduce.md").write_text("# it\n")
-    found = plots.reproduction(tmp_path)
-    assert found.markdown == "# it\n" and found.frame["published"].tolist() == [24.4, 12.5, 60.0]
-    points = [[tuple(map(float, point)) for point in axes.collections[-1].get_offsets()] for axes in found.figure.axes]
+    markdown, figure, frame = plots.reproduction(tmp_path)
+    assert markdown == "# it\n" and frame["published"].tolist() == [24.4, 12.5, 60.0]
+    points = [[tuple(map(float, point)) for point in axes.collections[-1].get_offsets()] for axes in figure.axes]
     assert points == [[(24.4, 1), (12.5, 0)], [(25.0, 1), (13.0, 0)], [(60.0, 0)], [(59.0, 0)]]
     (tmp_path / "reproduce.csv").write_text("arm,kind\nbase,fid\n")
     with pytest.raises(ResultsError, match=r"reproduce\.csv' cannot be read"):
