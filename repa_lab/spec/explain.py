@@ -9,7 +9,7 @@ from typing import Any
 
 from repa_lab.errors import KeyPath, Place, Problem, SpecError, dotted
 from repa_lab.registry import did_you_mean
-from repa_lab.spec.document import Draft, entries, names_in, paths_in
+from repa_lab.spec.document import Draft, entries, names_in, paths_in, value_of
 from repa_lab.spec.experiment import Experiment
 from repa_lab.spec.schema import SECTIONS, RunConfig, SpecFile, unknown_field
 
@@ -128,25 +128,13 @@ def flatten(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
 
 def _outside_arms(experiment: Experiment) -> dict[str, Any]:
     """Return the fields outside the arms, defaults included, as plain data."""
-    stop = [rule.model_dump(mode="json") for rule in experiment.stop]
-    is_single = isinstance(experiment.draft.value.get("stop"), dict)
-    sections = {name: getattr(experiment, name) for name in ("search", "compare", "budget", "run", "published")}
-    return {
-        "name": experiment.name,
-        "question": experiment.question,
-        "plugins": list(experiment.plugins),
-        "seeds": experiment.draft.value.get("seeds", len(experiment.seeds)),
-        **{name: value and value.model_dump(mode="json", by_alias=True) for name, value in sections.items()},
-        "stop": stop[0] if is_single else stop or None,
-    }
+    spec = SpecFile.model_validate(experiment.draft.value)
+    return spec.model_dump(mode="json", by_alias=True, exclude={*SECTIONS, *_RESOLVED})
 
 
 def _source(draft: Draft, document: Draft, path: KeyPath) -> str:
-    value: Any = draft.value
-    for step in path:
-        if step not in entries(value):
-            return DEFAULT
-        value = entries(value)[step]
+    if path[-1] not in entries(value_of(draft.value, path[:-1])):
+        return DEFAULT
     place = draft.place(path)
     return "--set" if place.file is None and document.place(()).file is not None else str(place)
 
