@@ -16,6 +16,7 @@ from typing import Any
 from repa_lab.errors import KeyPath, Place, Problem, SpecError
 from repa_lab.registry import PluginError, did_you_mean, load_plugins
 from repa_lab.settings import SettingsOf, settings_in
+from repa_lab.spec import options
 from repa_lab.spec.document import (
     COMPONENTS,
     Draft,
@@ -27,16 +28,6 @@ from repa_lab.spec.document import (
     read_fragment,
     value_at,
     value_of,
-)
-from repa_lab.spec.options import (
-    BudgetConfig,
-    CompareConfig,
-    Levels,
-    PublishedConfig,
-    RangeConfig,
-    RunOptions,
-    SearchConfig,
-    StopRule,
 )
 from repa_lab.spec.schema import (
     SECTIONS,
@@ -120,12 +111,12 @@ class Experiment:
     question: str
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
-    compare: CompareConfig
-    search: SearchConfig | None
-    run: RunOptions
-    budget: BudgetConfig
-    stop: tuple[StopRule, ...]
-    published: PublishedConfig | None
+    compare: options.CompareConfig
+    search: options.SearchConfig | None
+    run: options.RunOptions
+    budget: options.BudgetConfig
+    stop: tuple[options.StopRule, ...]
+    published: options.PublishedConfig | None
     plugins: tuple[str, ...]
     draft: Draft = field(compare=False, repr=False)
 
@@ -156,14 +147,20 @@ def load_spec(
         document.set(path, value, Place(None))
     document.value = {key: value for key, value in document.value.items() if not key.startswith(_IGNORED)}
     _load_plugins(document)
-    spec, problems = _validate_outside_arms(document)
-    problems += _seeds_and_search(spec, document)
-    arms: tuple[Arm, ...] = ()
+    problems, arms = list[Problem](), tuple[Arm, ...]()
+    try:
+        spec = validate(SpecFile, document)
+    except SpecError as error:
+        problems += error.problems
+        # Wrong fields are left out, so that the arms are validated too.
+        wrong = {problem.path.split(".")[0] for problem in error.problems}
+        valid = {k: v for k, v in document.value.items() if k in SpecFile.model_fields and k not in wrong}
+        spec = SpecFile.model_validate({"name": "unnamed", **valid})
     try:
         arms = _expand(spec, document)
     except SpecError as error:
         problems += error.problems
-    problems += _condition_problems(spec, document, arms)
+    problems += [*_seeds_and_search(spec, document), *_condition_problems(spec, document, arms)]
     if problems:
         raise SpecError(problems)
     return Experiment(
@@ -175,7 +172,7 @@ def load_spec(
         search=spec.search,
         run=spec.run,
         budget=spec.budget,
-        stop=(spec.stop,) if isinstance(spec.stop, StopRule) else tuple(spec.stop or ()),
+        stop=(spec.stop,) if isinstance(spec.stop, options.StopRule) else tuple(spec.stop or ()),
         published=spec.published,
         plugins=spec.plugins,
         draft=document,
@@ -194,16 +191,6 @@ def _load_plugins(document: Draft) -> None:
         load_plugins([Path(file) for file in plugins])
     except PluginError as error:
         raise SpecError([Problem(Place(Path(error.file), error.line), "", error.message)]) from None
-
-
-def _validate_outside_arms(document: Draft) -> tuple[SpecFile, list[Problem]]:
-    """Return the spec file and its problems. Wrong fields are left out, so that the arms can be validated too."""
-    try:
-        return validate(SpecFile, document), []
-    except SpecError as error:
-        wrong = {problem.path.split(".")[0] for problem in error.problems}
-        valid = {k: v for k, v in document.value.items() if k in SpecFile.model_fields and k not in wrong}
-        return SpecFile.model_validate({"name": "unnamed", **valid}), error.problems
 
 
 def _seeds_and_search(spec: SpecFile, document: Draft) -> Iterator[Problem]:
@@ -326,15 +313,15 @@ def _named_level(axis: str, name: str, settings: Mapping[str, Any], document: Dr
 
 
 def _levels(
-    section: str, axis: str, values: RangeConfig | list[Any] | Levels, document: Draft, short_name: str
+    section: str, axis: str, values: options.RangeConfig | list[Any] | options.Levels, document: Draft, short_name: str
 ) -> list[_Level]:
     """Return the levels of an entry of ``axes`` or ``one_at_a_time``."""
     if isinstance(values, dict):
         named = values.items()
         return [_named_level(axis, name, given or {}, document, (section, axis, name)) for name, given in named]
     levels = []
-    form = values.form if isinstance(values, RangeConfig) else None
-    for index, value in enumerate(values.values if isinstance(values, RangeConfig) else values):
+    form = values.form if isinstance(values, options.RangeConfig) else None
+    for index, value in enumerate(values.values if isinstance(values, options.RangeConfig) else values):
         place = document.place((section, axis, form or index))
         is_short = isinstance(value, float) and float(f"{value:.4g}") == value
         name = f"{short_name}={value:.4g}" if is_short else f"{short_name}={value}"

@@ -18,19 +18,9 @@ from repa_lab.data.settings import SourceSettings
 from repa_lab.errors import KeyPath, SpecError, dotted, shortened
 from repa_lab.registry import did_you_mean
 from repa_lab.settings import Count, HubOrLocal, Positive, Settings, SettingsOf, UsedIf, later, settings_in
+from repa_lab.spec import options
 from repa_lab.spec.document import COMPONENTS, Draft, entries
 from repa_lab.spec.evaluate import EvaluateConfig, ExtractorConfig
-from repa_lab.spec.options import (
-    BudgetConfig,
-    CompareConfig,
-    PublishedConfig,
-    RangeConfig,
-    RangeOrLevels,
-    RunOptions,
-    SearchConfig,
-    StopRule,
-    Values,
-)
 from repa_lab.spec.train import TrainConfig
 
 M = TypeVar("M", bound=BaseModel)
@@ -159,9 +149,9 @@ class SpecFile(Settings):
     """Printed over every plan and report."""
     plugins: tuple[str, ...] = ()
     """Python files that register components, relative to this file; see [extending.md](extending.md)."""
-    axes: dict[str, Values | RangeOrLevels] = Field(default_factory=dict)
+    axes: dict[str, options.Values | options.RangeOrLevels] = Field(default_factory=dict)
     """Arms for every combination of these; see [arms](#arms)."""
-    one_at_a_time: dict[str, Values | RangeConfig] = Field(default_factory=dict)
+    one_at_a_time: dict[str, options.Values | options.RangeConfig] = Field(default_factory=dict)
     """An arm for each of these; see [arms](#arms)."""
     exclude: list[Condition] = Field(default_factory=list)
     """Rules that remove arms; see [arms](#arms)."""
@@ -169,17 +159,17 @@ class SpecFile(Settings):
     """Named extra arms; see [arms](#arms)."""
     seeds: SeedCount | Annotated[list[Count], Field(min_length=1)] = 1
     """Their number, or a list."""
-    search: SearchConfig | None = None
+    search: options.SearchConfig | None = None
     """An Optuna search around every arm."""
-    compare: CompareConfig = CompareConfig()
+    compare: options.CompareConfig = options.CompareConfig()
     """What the report compares."""
-    budget: BudgetConfig = BudgetConfig()
+    budget: options.BudgetConfig = options.BudgetConfig()
     """What the sweep may cost."""
-    stop: StopRule | Annotated[list[StopRule], Field(min_length=1)] | None = None
+    stop: options.StopRule | Annotated[list[options.StopRule], Field(min_length=1)] | None = None
     """What ends a run early: a rule, or a list of rules of which any one is enough."""
-    run: RunOptions = RunOptions()
+    run: options.RunOptions = options.RunOptions()
     """How runs are carried out."""
-    published: PublishedConfig | None = None
+    published: options.PublishedConfig | None = None
     """What a paper reports of the arms."""
 
     @field_validator("base", "use")
