@@ -106,7 +106,7 @@ def run(
 
     console = out if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
     directory, state = run_one(spec, arm, seed, root, shared.overrides(set_), console, with_ or ())
-    console.print(f"{state.value}: {directory.path}", highlight=False, soft_wrap=True)
+    console.out(f"{state.value}: {directory.path}", highlight=False)
 
 
 @garbage_collection_paused()
@@ -139,17 +139,14 @@ def reproduce(
     if name is None:
         print("\n".join(tables.names()))
         return
-    chosen = tables.SCALES.get(scale)
-    if chosen is None:
-        raise shared.UsageError(f"expected full or nano, got '{scale}'", "--scale")
-    experiment = tables.open_table(name, chosen, shared.overrides(set_))
+    shared.require_choice("--scale", scale, tables.SCALES)
+    experiment = tables.open_table(name, scale, shared.overrides(set_))
     outcome = carry_out(experiment, root, workers=workers, console=out, replace=replace)
     _print_failures(outcome.failures)
-    comparisons = tables.results_of(experiment, outcome.path, chosen)
+    comparisons, lines = tables.results_of(experiment, outcome.path, scale)
     for comparison in comparisons:
         out.print(table(f"{experiment.name}: {comparison.metric}", table_rows(comparison)))
-    for line in tables.lines_of(experiment, comparisons, chosen):
-        typer.echo(line)
+    typer.echo("\n".join(lines))
     _print_untracked(outcome)
     typer.echo(f"written: {outcome.path / 'reproduce.md'} and .csv")
     if outcome.failures:

@@ -19,7 +19,7 @@ from repa_lab.align.settings import REPASettings
 from repa_lab.errors import StateError
 from repa_lab.orchestration.checks import check
 from repa_lab.orchestration.cost import require_budget
-from repa_lab.orchestration.executors import Executor, ExecutorError, Task, TrainJob
+from repa_lab.orchestration.executors import Executor, ExecutorError, TrainJob
 from repa_lab.orchestration.executors.local import LocalExecutor, local_slots
 from repa_lab.orchestration.launcher import join_processes
 from repa_lab.orchestration.plan import Plan, PlannedRun, identify_run, make_plan
@@ -119,7 +119,7 @@ def sweep(
     if not rehearse:
         require_budget(planned)
         for warning in planned.warnings:
-            _say(console, warning)
+            console.out(warning, highlight=False)
     name = planned.experiment.name
     directory, unreachable = planned.root.sweep(name), None
     with _locked(directory):
@@ -130,8 +130,9 @@ def sweep(
         else:
             options, unreachable = settle_tracking(planned.experiment)
             if unreachable:
-                _say(console, f"{unreachable}; `repa-lab sync {name}` sends the rows later")
-            outcome = _carry_out(planned, options, directory, workers, console, rehearse)
+                console.out(f"{unreachable}; `repa-lab sync {name}` sends the rows later", highlight=False)
+            options = options.model_copy(update={"workers": workers or options.workers})
+            outcome = _carry_out(planned, options, directory, console, rehearse)
         outcome = dataclasses.replace(outcome, untracked=untracked(directory, planned.experiment.run, unreachable))
     from repa_lab.report.page import write_report  # imports pandas and matplotlib, which `plan` does not need
 
@@ -171,19 +172,20 @@ def run_one(
     from repa_lab.training.loop import train
 
     options, unreachable = settle_tracking(planned.experiment)
-    run, directory, task = entry.run, planned.root.run(entry.run.run_id), _task(entry)
-    for warning in filter(None, (unreachable, run.config.train.averaging.warning(run.config.train.steps))):
-        _say(console, warning)
+    run, directory, task = entry.run, planned.root.run(entry.run.run_id), entry.task
+    for warning in filter(None, (unreachable, *planned.warnings)):
+        console.out(warning, highlight=False)
     with ProgressView(console, name, 1) as view:
-        for note in planned.notes:
-            view.say(note)
         _prepare([run.config], entry.arm, options, cache, view)
         trackers = open_trackers(TrainJob(task, name, options, planned.root))
         view.started(run.run_id, task.name, run.config.train.steps)
         listeners = [_ViewListener(view, run.run_id), *trackers]
         state = train(run, directory, options, cache, listeners, is_enough=task.is_enough)
     if why := why_untracked(directory, planned.experiment.run, unreachable):
-        _say(console, f"W&B lacks the run or some of its rows: {why}; `repa-lab sync {directory.run_id}` sends them")
+        console.out(
+            f"W&B lacks the run or some of its rows: {why}; `repa-lab sync {directory.run_id}` sends them",
+            highlight=False,
+        )
     return directory, state
 
 
@@ -278,17 +280,8 @@ def _load(source: Source, overrides: Mapping[str, Any] | None, fragments: Sequen
     return source if isinstance(source, Experiment) else load_spec(source, overrides, fragments)
 
 
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
 def _carry_out(
-    planned: Plan,
-    options: RunOptions,
-    directory: SweepDirectory,
-    workers: int | None,
-    console: Console,
-    is_rehearsal: bool,
+    planned: Plan, options: RunOptions, directory: SweepDirectory, console: Console, is_rehearsal: bool
 ) -> SweepOutcome:
     experiment = planned.experiment
     runs = None if experiment.search else len(planned.pending)
@@ -296,15 +289,16 @@ def _carry_out(
     with tempfile.TemporaryDirectory(prefix="repa-lab-") as scratch:
         log, executor = Path(scratch) / "workers.log", None
         try:
-            executor = _open_executor(options, planned.root, experiment.name, runs, workers or options.workers, log)
+            executor = _open_executor(options, planned.root, experiment.name, runs, log)
             with ProgressView(console, experiment.name, executor.slots) as view:
                 scheduler = Scheduler(executor, planned.root, options, experiment.name, view, is_rehearsal)
-                for note in planned.notes:
-                    view.say(note)
                 scheduler.prepare({entry.run.config: entry.arm for entry in planned.runs})
                 scheduler.run(_make_work(planned, directory))
         except SweepBrokenError as error:
-            raise _with_last_line(error, log) from None
+            message, lines = str(error), log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+            last = next(filter(str.strip, reversed(lines)), "").strip()  # of the workers' log
+            is_said = message.endswith(last.rpartition(": ")[2])
+            raise SweepBrokenError(message if is_said else f"{message}; {last}") from None
         except ExecutorError as error:
             raise SpecError([experiment.problem(f"run.{error.field}", str(error))]) from None
         finally:
@@ -315,14 +309,13 @@ def _carry_out(
     return SweepOutcome(directory, scheduler.trained, scheduler.failures, scheduler.diverged, scheduler.stopped or None)
 
 
-def _open_executor(
-    options: RunOptions, root: RunsRoot, sweep: str, runs: int | None, workers: int | None, log: Path
-) -> Executor:
+def _open_executor(options: RunOptions, root: RunsRoot, sweep: str, runs: int | None, log: Path) -> Executor:
     """Open the executor of the options; ``runs`` is None for a search, which finds its runs as it goes.
 
     Raises:
         ExecutorError: the executor cannot be had here.
     """
+    workers = options.workers
     if options.executor == "ray":
         from repa_lab.orchestration.executors.ray import RayExecutor
 
@@ -333,15 +326,6 @@ def _open_executor(
         # A search learns from runs that have ended, so it must not submit all of its trials at once.
         return SlurmExecutor(options, root, sweep, workers or runs or options.slurm.array_parallelism)
     return LocalExecutor(local_slots(options, runs, workers), log, options.gpus_per_run)
-
-
-def _with_last_line(error: SweepBrokenError, log: Path) -> SweepBrokenError:
-    """Return the error with the last line of the workers' log, unless the error says the same."""
-    lines = log.read_text(encoding="utf-8").strip().splitlines() if log.exists() else []
-    message = str(error)
-    if lines and not message.endswith(lines[-1].rpartition(": ")[2]):
-        message = f"{message}; {lines[-1]}"
-    return SweepBrokenError(message)
 
 
 @contextmanager
@@ -382,11 +366,7 @@ def _make_work(planned: Plan, directory: SweepDirectory) -> Work:
     directory.path.mkdir(parents=True, exist_ok=True)
     if planned.experiment.search is None:
         directory.record(planned.manifest())
-        return RunList(map(_task, planned.left), planned.root, planned.forks)
+        return RunList((entry.task for entry in planned.left), planned.root, planned.forks)
     from repa_lab.orchestration.search.search import SearchWork
 
     return SearchWork(planned, directory)
-
-
-def _task(entry: PlannedRun) -> Task:
-    return Task(entry.run, f"{entry.arm.label}, seed {entry.run.seed}", stop=entry.stop)

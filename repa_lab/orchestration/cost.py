@@ -17,9 +17,10 @@ from repa_lab.orchestration.plan import Plan, PlannedRun
 from repa_lab.orchestration.search.problems import is_searched
 from repa_lab.orchestration.search.space import Space
 from repa_lab.runs import RunDirectory, RunStatus, State
+from repa_lab.runs.checkpoints import Fork
 from repa_lab.runs.directory import GPUS, gpu_models
 from repa_lab.runs.files import Row
-from repa_lab.spec import Arm, Machine, ResolvedOptions, RunConfig, RunOptions, SpecError
+from repa_lab.spec import Arm, Experiment, Machine, ResolvedOptions, RunConfig, RunOptions, SpecError
 from repa_lab.spec.identity import Run
 from repa_lab.spec.options import cores_here
 from repa_lab.training.costs import Cache, Cost, caches_of, cost_of, measurements
@@ -41,12 +42,11 @@ _SPEED_OPTIONS = (
 
 @dataclass(frozen=True)
 class Device:
-    """A device by its peak TFLOP/s.
+    """A device, named with its article, by its peak TFLOP/s.
 
     Attributes:
-        name: with its article.
-        half: peak of dense bf16 or fp16 matrix products.
-        single: peak of float32 without tensor cores, as torch computes float32 by default.
+        half: of dense bf16 or fp16 matrix products.
+        single: of float32 without tensor cores, as torch computes float32 by default.
         precision: what `run.precision: auto` is on it.
     """
 
@@ -114,6 +114,8 @@ class Share:
         flops: FLOPs of training and evaluations.
         gpu_hours: hours of one device; on a CPU, of a worker.
         disk_bytes: bytes of checkpoints that are not there yet.
+        saved_hours: GPU hours of training that caches save; for a whole sweep, less those to fill the caches of which
+            the number of images is known.
     """
 
     runs: int = 0
@@ -122,6 +124,7 @@ class Share:
     flops: float = 0.0
     gpu_hours: float = 0.0
     disk_bytes: float = 0.0
+    saved_hours: float = 0.0
 
     def __add__(self, other: Share) -> Share:
         return Share(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
@@ -162,7 +165,6 @@ class Estimate:
         trials: how many trials a search has at most around each arm in which the search changes something, by label.
         caches: the caches of all arms, each once.
         total: all runs, each once, with all caches; of a search, all trials that are left.
-        saved_hours: GPU hours of training that caches save, less the hours to fill those whose images are known.
         device: the device whose speed is assumed where none was measured.
         reason: why this device.
         options: the options of the runs on this device.
@@ -176,7 +178,6 @@ class Estimate:
     trials: dict[str, int]
     caches: tuple[PlannedCache, ...]
     total: Share
-    saved_hours: float
     device: Device
     reason: str
     options: ResolvedOptions
@@ -192,42 +193,29 @@ class Estimate:
 
 def estimate(plan: Plan) -> Estimate:
     """Estimate what is left of a plan; reads run directories of the root for their speeds."""
-    arms, options, search = plan.experiment.arms, plan.experiment.run, plan.experiment.search
+    arms, options = plan.experiment.arms, plan.experiment.run
     device, reason = assumed_device(options)
     resolved = device.resolve(options)
     costs = {arm.label: cost_of(arm.config, resolved) for arm in arms}
     flops = device.peak(resolved.precision) * UTILISATION
     speeds = {label: Speed(cost.image_flops / flops, cost.evaluation_flops / flops) for label, cost in costs.items()}
     speeds |= _measured_speeds(plan, costs, (_cpu() if reason == _NO_GPU else device).resolve(options))
-    shares, left = dict[str, Share](), dict[str, Share]()
+    shares, left, trials = dict[str, Share](), dict.fromkeys(costs, Share()), _most_trials(plan.experiment)
     for entry in plan.runs:
         label, run_id = entry.arm.label, entry.run.run_id
         if run_id not in shares:
-            fork = plan.forks.get(run_id)
-            shares[run_id] = _run_left(entry, fork.step if fork else 0, costs[label], speeds[label])
-        left[label] = left.get(label, Share()) + shares[run_id]
-    trials = {}
-    for arm in arms if search else ():
-        if search and is_searched(arm, search.space):
-            settings = Space(arm, search.space).listed()
-            trials[arm.label] = search.trials if settings is None else min(search.trials, len(settings))
-            each = _left_after(0, arm.config, costs[arm.label], speeds[arm.label])
-            left[arm.label] = each * max(
-                0, trials[arm.label] * len(plan.experiment.seeds) - _ended_trial_runs(plan, arm)
-            )
+            shares[run_id] = _run_left(entry, plan.forks.get(run_id), costs[label], speeds[label])
+        left[label] += shares[run_id]
+    for arm in arms:
+        if arm.label in trials:
+            runs = max(0, trials[arm.label] * len(plan.experiment.seeds) - _ended_trial_runs(plan, arm))
+            left[arm.label] = _left_after(0, arm.config, costs[arm.label], speeds[arm.label]) * runs
     caches = tuple(_planned_caches(plan, resolved, costs, speeds))
-    labels = {entry.run.run_id: entry.arm.label for entry in plan.runs if entry.arm.label not in trials}
-    counted = [
-        *((label, shares[run_id]) for run_id, label in labels.items()),
-        *((label, left[label]) for label in trials),
-    ]
-    filling = Share(gpu_hours=sum(c.gpu_hours for c in caches), disk_bytes=sum(c.disk_bytes for c in caches))
-    total = sum((share for _, share in counted), filling)
-    saved = sum(
-        share.images * costs[label].saved_flops / _flops(costs[label], speeds[label]) for label, share in counted
-    )
-    saved_hours = saved / _HOUR - filling.gpu_hours
-    return Estimate(plan, costs, speeds, shares, left, trials, caches, total, saved_hours, device, reason, resolved)
+    hours = sum(cache.gpu_hours for cache in caches)
+    total = Share(gpu_hours=hours, disk_bytes=sum(cache.disk_bytes for cache in caches), saved_hours=-hours)
+    fixed = dict.fromkeys(entry.run.run_id for entry in plan.runs if entry.arm.label not in trials)
+    total = sum((*(shares[run_id] for run_id in fixed), *(left[label] for label in trials)), total)
+    return Estimate(plan, costs, speeds, shares, left, trials, caches, total, device, reason, resolved)
 
 
 def require_budget(plan: Plan) -> None:
@@ -270,11 +258,6 @@ def assumed_device(options: RunOptions, folder: Path = GPUS) -> tuple[Device, st
 def _cpu() -> Device:
     cores = os.cpu_count() or 1
     return Device(f"{cores} CPU cores", _CPU_CORE * cores, _CPU_CORE * cores, "fp32")
-
-
-def _flops(cost: Cost, speed: Speed) -> float:
-    """Return the FLOP/s of a speed, of FLOPs as :class:`Cost` counts them."""
-    return cost.image_flops / speed.image
 
 
 def seconds_per_image(rows: list[Row]) -> float | None:
@@ -366,11 +349,11 @@ def _started_runs(plan: Plan) -> Iterator[tuple[RunDirectory, RunConfig]]:
             yield directory, Run.read(directory).config
 
 
-def _run_left(entry: PlannedRun, shared: int, cost: Cost, speed: Speed) -> Share:
-    """Return what is left of a run, whose first ``shared`` steps another run takes for it."""
+def _run_left(entry: PlannedRun, fork: Fork | None, cost: Cost, speed: Speed) -> Share:
+    """Return what is left of a run, which begins after the steps that another run shares with it."""
     if entry.status.is_over:
         return Share()
-    left = _left_after(entry.step or shared, entry.run.config, cost, speed)
+    left = _left_after(entry.step or (fork.step if fork else 0), entry.run.config, cost, speed)
     return replace(left, disk_bytes=0.0) if entry.step else left
 
 
@@ -381,7 +364,19 @@ def _left_after(step: int, config: RunConfig, cost: Cost, speed: Speed) -> Share
     measuring = cost.measuring(config, step, config.train.steps)
     # A measurement at a milestone takes as many times longer as it has more FLOPs.
     seconds = images * speed.image + measuring / cost.evaluation_flops * speed.evaluation
-    return Share(1, steps, images, images * cost.image_flops + measuring, seconds / _HOUR, cost.checkpoint_bytes)
+    saved = images * speed.image * cost.saved_flops / cost.image_flops
+    flops = images * cost.image_flops + measuring
+    return Share(1, steps, images, flops, seconds / _HOUR, cost.checkpoint_bytes, saved / _HOUR)
+
+
+def _most_trials(experiment: Experiment) -> dict[str, int]:
+    """Return how many trials a search has at most around each arm in which it changes something, by label."""
+    trials, search = {}, experiment.search
+    for arm in experiment.arms if search else ():
+        if search and is_searched(arm, search.space):
+            settings = Space(arm, search.space).listed()
+            trials[arm.label] = search.trials if settings is None else min(search.trials, len(settings))
+    return trials
 
 
 def _ended_trial_runs(plan: Plan, arm: Arm) -> int:
@@ -404,7 +399,8 @@ def _planned_caches(
         files, is_begun = plan.inventory.dataset(cache.data).images, bool(begun & {*users})
         images = None if files is None else files * (1 + int(cache.data.flip))  # mirrored ones included
         left = 0 if is_begun else images or 0
-        hours = left * cache.image_flops / _flops(costs[users[0]], speeds[users[0]]) / _HOUR
+        cost, speed = costs[users[0]], speeds[users[0]]
+        hours = left * cache.image_flops / cost.image_flops * speed.image / _HOUR
         yield PlannedCache(cache, images, is_begun, hours, left * cache.image_bytes)
 
 

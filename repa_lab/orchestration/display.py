@@ -85,7 +85,7 @@ def sentences(estimate: Estimate) -> list[str]:
     limits = zip(plan.experiment.budget.model_dump().values(), ("GPU h", "GiB"), strict=True)
     if given := [f"{limit:,.6g} {unit}" for limit, unit in limits if limit is not None]:
         lines.append(f"budget: {', '.join(given)}")
-    return [*lines, *plan.notes, *estimate.notes]
+    return [*lines, *estimate.notes]
 
 
 def baseline_lines(plan: Plan) -> list[str]:
@@ -133,7 +133,7 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
             }
             for planned in estimate.caches
         ],
-        "total": {**_share_json(total), "runs": total.runs, "saved_gpu_hours": estimate.saved_hours},
+        "total": {**_share_json(total), "runs": total.runs, "saved_gpu_hours": estimate.total.saved_hours},
         "budget": experiment.budget.model_dump(mode="json"),
         "assumed": {
             "device": estimate.device.name,
@@ -141,7 +141,7 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
             "options": {name: getattr(estimate.options, name) for name in experiment.run.automatic},
             "utilisation": UTILISATION,
         },
-        "notes": [*plan.notes, *estimate.notes],
+        "notes": estimate.notes,
         "blocked": blocked_lines(plan),
     }
 
@@ -177,10 +177,12 @@ def _cache_line(planned: PlannedCache) -> str:
 
 
 def _saving(estimate: Estimate) -> str:
-    if estimate.saved_hours < 0:
-        return f"filling the caches takes {_coarse(-estimate.saved_hours)} GPU h more than they save in so few steps"
+    if estimate.total.saved_hours < 0:
+        return (
+            f"filling the caches takes {_coarse(-estimate.total.saved_hours)} GPU h more than they save in so few steps"
+        )
     net = "" if any(planned.images is None for planned in estimate.caches) else ", their own filling deducted"
-    return f"caches save {_coarse(estimate.saved_hours)} GPU h of encoding in every step{net}"
+    return f"caches save {_coarse(estimate.total.saved_hours)} GPU h of encoding in every step{net}"
 
 
 def _share_json(share: Share) -> dict[str, float]:

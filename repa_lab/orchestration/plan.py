@@ -13,6 +13,7 @@ from typing import Any
 from repa_lab.errors import hide_passwords, shortened
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.orchestration.checks import check, resolve_metric
+from repa_lab.orchestration.executors import Task
 from repa_lab.orchestration.search.problems import STORAGE_VARIABLE, storage_url
 from repa_lab.orchestration.sharing import share
 from repa_lab.orchestration.tracking import tracking_record
@@ -58,6 +59,11 @@ class PlannedRun:
         return BLOCKED if is_blocked else self.status.value
 
     @property
+    def task(self) -> Task:
+        """The task of training the run."""
+        return Task(self.run, f"{self.arm.label}, seed {self.run.seed}", stop=self.stop)
+
+    @property
     def steps_left(self) -> int:
         """Optimizer steps to take from the last checkpoint on, which may lie behind the last row."""
         return 0 if self.status.is_over else self.run.config.train.steps - self.step
@@ -84,17 +90,6 @@ class Plan:
     root: RunsRoot
     runs: tuple[PlannedRun, ...]
     inventory: Inventory = field(default_factory=Inventory, compare=False, repr=False)
-
-    @cached_property
-    def notes(self) -> tuple[str, ...]:
-        """What is chosen differently because there are few images."""
-        notes: dict[str, None] = {}
-        for entry in self.runs:
-            data, count = entry.arm.config.data, entry.run.config.data.holdout
-            if data.holdout is None and count != data.held_out(None):
-                images = self.inventory.dataset(data).images
-                notes[f"{count} of {images} images are held out, for a tenth is less than 256 (data.holdout)"] = None
-        return tuple(notes)
 
     @cached_property
     def baselines(self) -> dict[str, Match]:
@@ -201,9 +196,15 @@ class Plan:
 
     @cached_property
     def warnings(self) -> list[str]:
-        """What a user may not expect: numbers that mislead, runs that are dropped, a study elsewhere; each once."""
+        """What a user may not expect: few images, numbers that mislead, dropped runs, a study elsewhere; each once."""
+        texts: list[str | None] = []
+        for entry in self.runs:
+            data, count = entry.arm.config.data, entry.run.config.data.holdout
+            if data.holdout is None and count != data.held_out(None):
+                images = self.inventory.dataset(data).images
+                texts.append(f"{count} of {images} images are held out, for a tenth is less than 256 (data.holdout)")
         trained = dict.fromkeys(arm.config.train for arm in self.experiment.arms)
-        texts = [train.averaging.warning(train.steps) for train in trained]
+        texts += [train.averaging.warning(train.steps) for train in trained]
         if self._asks_the_same and not self._shares_runs:
             texts.append("no run of the sweep's earlier version is asked for any more; its runs stay")
         search = self.experiment.search

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from repa_lab.errors import InputError, Place
-from repa_lab.files import examples
+from repa_lab.files import examples, write_text
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Shape, shape_of
 from repa_lab.registry import did_you_mean
@@ -19,13 +19,10 @@ from repa_lab.spec.schema import SECTIONS
 from repa_lab.training.resolve import needs_of
 
 if TYPE_CHECKING:
-    from repa_lab.report.published import Comparison
+    from repa_lab.report.published import Comparison, PublishedArm
 
-Scale = Literal["full", "nano"]
-SCALES: dict[str, Scale] = {"full": "full", "nano": "nano"}
+SCALES = ("full", "nano")
 PAPERS = examples() / "experiments" / "paper"
-_NANO = "nano.yaml"
-_FRAGMENTS = ("presets",)
 NANO_TITLE = "nano scale, on digits: the shape of the effect, not the number"
 
 
@@ -36,10 +33,10 @@ class ReproduceError(InputError):
 def names() -> tuple[str, ...]:
     """Return the names of the tables that can be reproduced, such as ``urepa/table8``."""
     files = sorted(PAPERS.glob("*/*.yaml"))
-    return tuple(f"{file.parent.name}/{file.stem}" for file in files if file.parent.name not in _FRAGMENTS)
+    return tuple(f"{file.parent.name}/{file.stem}" for file in files if file.parent.name != "presets")
 
 
-def open_table(name: str, scale: Scale = "full", overrides: Mapping[str, Any] | None = None) -> Experiment:
+def open_table(name: str, scale: str = "full", overrides: Mapping[str, Any] | None = None) -> Experiment:
     """Return the experiment of a paper's table.
 
     Args:
@@ -54,16 +51,13 @@ def open_table(name: str, scale: Scale = "full", overrides: Mapping[str, Any] | 
     known = names()
     if name not in known:
         raise ReproduceError(f"no table '{name}'; there are: {', '.join(known)}{did_you_mean(name, known)}")
-    file = PAPERS / f"{name}.yaml"
+    file, overrides = PAPERS / f"{name}.yaml", overrides or {}
     full = load_spec(file, overrides)
-    return full if scale == "full" else _at_nano(full, file, PAPERS / _NANO, overrides or {}, name)
-
-
-def _at_nano(full: Experiment, file: Path, nano: Path, overrides: Mapping[str, Any], name: str) -> Experiment:
-    """Return the experiment with the fragment laid over the spec and over every arm, axes included."""
+    if scale == "full":
+        return full
     if any(needs.encoder_attention for arm in full.arms for needs in needs_of(arm.config)):
         raise ReproduceError(f"{name} aligns attention, and the encoder of the nano scale has none; take --scale full")
-    fragment = load_draft(nano)
+    fragment = load_draft(PAPERS / "nano.yaml")  # laid over the spec and over every arm, axes included
     outside_arms = {key: value for key, value in fragment.value.items() if key not in SECTIONS}
     experiment = load_spec(file, {**outside_arms, **overrides})
     arms = tuple(_small_arm(arm, fragment, overrides) for arm in full.arms)
@@ -106,80 +100,61 @@ def scaled_block(block: int, big: Shape, small: Shape) -> int:
     return below - 1
 
 
-def results_of(experiment: Experiment, path: Path, scale: Scale) -> tuple[Comparison, ...]:
+def results_of(experiment: Experiment, path: Path, scale: str) -> tuple[tuple[Comparison, ...], list[str]]:
     """Compare a finished sweep with the paper, and write ``reproduce.md`` and ``reproduce.csv`` beside its report.
 
     Args:
         path: the sweep's folder.
 
+    Returns:
+        The comparisons, and what a reader must know of them, with the conclusions, a sentence each.
+
     Raises:
         SpecError: the spec holds no published number.
     """
-    from repa_lab.files import write_text
+    import pandas as pd
+
     from repa_lab.report import load_results
-    from repa_lab.report.published import TEXT, VALUES, compare_published
+    from repa_lab.report.published import TEXT, VALUES, compare_published, sentences, table_rows
+    from repa_lab.report.tables import Table
 
     published = experiment.published
     if published is None or not published.arms:
         raise SpecError([Problem(Place(None), "published", "the spec says of no arm what was published")])
     comparisons = compare_published(load_results(path), published, exact=scale == "full")
-    write_text(path / TEXT, _markdown(experiment, comparisons, scale))
-    write_text(path / VALUES, _csv(comparisons))
-    return comparisons
-
-
-def lines_of(experiment: Experiment, comparisons: Sequence[Comparison], scale: Scale) -> list[str]:
-    """Return what a reader of the numbers must know, and the conclusions, a sentence each."""
-    from repa_lab.report.published import sentences
-
-    published = experiment.published
-    assert published is not None
     lines = [NANO_TITLE] if scale == "nano" else []
     lines += [f"published: {published.source}; {published.protocol}"]
     lines += [f"measured: {metric}" for metric in dict.fromkeys(comparison.metric for comparison in comparisons)]
-    lines += [f"tolerance: {published.basis}"] if scale == "full" and published.basis else []
-    lines += [f"deviation: {text}" for text in published.deviations] if scale == "full" else []
+    if scale == "full":
+        lines += [f"tolerance: {published.basis}"] if published.basis else []
+        lines += [f"deviation: {text}" for text in published.deviations]
     lines += [sentence for comparison in comparisons for sentence in sentences(comparison)]
     labels = {arm.label for arm in experiment.arms}
-    return lines + [f"published, and no arm here: {label}" for label in published.arms if label not in labels]
+    lines += [f"published, and no arm here: {label}" for label in published.arms if label not in labels]
+    tables = [Table(table_rows(comparison)).markdown for comparison in comparisons]
+    sections = [f"# {experiment.name}", experiment.question, *tables, "\n".join(f"- {line}" for line in lines)]
+    write_text(path / TEXT, "\n\n".join(sections) + "\n")
+    values = [_values(comparison, row) for comparison in comparisons for row in comparison.rows]
+    write_text(path / VALUES, pd.DataFrame(values).to_csv(index=False))
+    return comparisons, lines
 
 
-def _markdown(experiment: Experiment, comparisons: Sequence[Comparison], scale: Scale) -> str:
-    from repa_lab.report.published import table_rows
-    from repa_lab.report.tables import Table
-
-    sections = [f"# {experiment.name}", experiment.question]
-    for comparison in comparisons:
-        sections.append(Table(table_rows(comparison)).markdown)
-    sections.append("\n".join(f"- {line}" for line in lines_of(experiment, comparisons, scale)))
-    return "\n\n".join(sections) + "\n"
-
-
-def _csv(comparisons: Sequence[Comparison]) -> str:
-    import pandas as pd
-
-    rows = []
-    for comparison in comparisons:
-        for row in comparison.rows:
-            measured, difference = row.measured, row.difference.difference
-            rows.append(
-                {
-                    "arm": row.arm,
-                    "kind": comparison.kind,
-                    "published": row.published,
-                    "metric": comparison.metric,
-                    "n": measured.n,
-                    "measured": measured.mean,
-                    "low": measured.low,
-                    "high": measured.high,
-                    "reference": comparison.reference,
-                    "published_difference": row.published_difference,
-                    "difference": difference.mean,
-                    "difference_low": difference.low,
-                    "difference_high": difference.high,
-                    "agrees": row.agrees,
-                    "same_sign": row.same_sign,
-                }
-            )
-    text: str = pd.DataFrame(rows).to_csv(index=False)
-    return text
+def _values(comparison: Comparison, row: PublishedArm) -> dict[str, Any]:
+    measured, difference = row.measured, row.difference.difference
+    return {
+        "arm": row.arm,
+        "kind": comparison.kind,
+        "published": row.published,
+        "metric": comparison.metric,
+        "n": measured.n,
+        "measured": measured.mean,
+        "low": measured.low,
+        "high": measured.high,
+        "reference": comparison.reference,
+        "published_difference": row.published_difference,
+        "difference": difference.mean,
+        "difference_low": difference.low,
+        "difference_high": difference.high,
+        "agrees": row.agrees,
+        "same_sign": row.same_sign,
+    }

@@ -251,7 +251,7 @@ class TestTotals:
                     RunsRoot(tmp_path / "runs"),
                 )
             )
-            assert (found.saved_hours < 0) == (steps == 1)
+            assert (found.total.saved_hours < 0) == (steps == 1)
             (line,) = (
                 line for line in sentences(found) if "caches " in line and "GPU h" in line and "images x" not in line
             )

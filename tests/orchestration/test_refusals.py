@@ -220,7 +220,7 @@ def test_a_small_set_holds_out_a_tenth_and_says_so(tmp_path, monkeypatch):
         "train": {"steps": 2},
     }
     small = make_plan(load_spec({**base, "data": folder(20)}), RunsRoot(Path("runs")))
-    assert small.notes == ("2 of 20 images are held out, for a tenth is less than 256 (data.holdout)",)
+    assert small.warnings[:1] == ["2 of 20 images are held out, for a tenth is less than 256 (data.holdout)"]
     (written,) = make_plan(load_spec({**base, "data": folder(20) | {"holdout": 2}}), RunsRoot(Path("runs"))).pending
     assert [written] == list(small.pending) and written.config.data.holdout == 2  # the same run, whoever asks for it
     config = small.runs[0].arm.config.data

@@ -223,7 +223,7 @@ def test_an_unknown_table_is_one_line_that_lists_those_there_are(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"no table 'urepa/tabel8'; there are: {', '.join(TABLES)}; did you mean 'urepa/table8'?\n"
     wrong = cli("reproduce", "urepa/table8", "--scale", "tiny")
-    assert (wrong.returncode, wrong.stderr) == (2, "--scale: expected full or nano, got 'tiny'\n")
+    assert (wrong.returncode, wrong.stderr) == (2, "--scale: unknown scale 'tiny'; allowed: full, nano\n")
     assert not list(tmp_path.iterdir())
 
 
