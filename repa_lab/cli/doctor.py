@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from repa_lab.cli.shared import JsonOption, RootOption
-from repa_lab.orchestration.launcher import launcher_variables
+from repa_lab.orchestration.executors import launcher_variables
 from repa_lab.runs.directory import git_state
 from repa_lab.runs.root import DEFAULT_ROOT
 

@@ -100,15 +100,16 @@ def sync(
     root: RootOption = DEFAULT_ROOT,
 ) -> None:
     """Send W&B what run directories hold and its server does not have."""
-    from repa_lab.orchestration.tracking import description_by_itself, descriptions
+    from repa_lab.report.statistics import headline
     from repa_lab.tracking.server import require_server
+    from repa_lab.tracking.wandb import WandbRun, descriptions
     from repa_lab.tracking.wandb import sync as upload
 
     runs, sweeps = _runs_and_sweeps(RunsRoot(root), names or [])
-    described = descriptions(sweeps)
-    pairs = [(run, described.get(run.run_id) or description_by_itself(run)) for run in runs if _may_have_rows(run)]
+    described = descriptions(sweeps, headline)
+    pairs = [(run, described.get(run.run_id) or WandbRun.by_itself(run)) for run in runs if _may_have_rows(run)]
     if not names:
-        wanted = [(run, description) for run, description in pairs if description.is_wanted]
+        wanted = [(run, description) for run, description in pairs if description.options.mode != "disabled"]
         if unwanted := len(pairs) - len(wanted):
             typer.echo(
                 f"{unwanted} runs left: their sweeps have run.wandb.mode disabled; name a sweep to send its runs"

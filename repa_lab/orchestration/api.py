@@ -19,18 +19,18 @@ from repa_lab.align.settings import REPASettings
 from repa_lab.errors import StateError
 from repa_lab.orchestration.checks import check
 from repa_lab.orchestration.cost import require_budget
-from repa_lab.orchestration.executors import Executor, ExecutorError, TrainJob
+from repa_lab.orchestration.executors import join_processes
 from repa_lab.orchestration.executors.local import LocalExecutor, local_slots
-from repa_lab.orchestration.launcher import join_processes
 from repa_lab.orchestration.plan import Plan, PlannedRun, identify_run, make_plan
 from repa_lab.orchestration.progress import ProgressView, default_console
-from repa_lab.orchestration.scheduler import Scheduler, SweepBrokenError, Work
+from repa_lab.orchestration.scheduler import Executor, ExecutorError, Scheduler, SweepBrokenError, TrainJob, Work
 from repa_lab.orchestration.sharing import RunList
-from repa_lab.orchestration.tracking import open_trackers, settle_tracking, untracked, why_untracked
 from repa_lab.runs import RunDirectory, RunsRoot, State
 from repa_lab.runs.files import Row, require_no_links
 from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory
 from repa_lab.spec import Arm, Experiment, RunConfig, RunOptions, SpecError, load_spec
+from repa_lab.tracking.server import WandbRefusalError, settle_mode
+from repa_lab.tracking.wandb import untracked
 
 _LOCK_PATIENCE_S = 0.5  # a process that only looks whether a sweep is locked holds the lock for a moment
 
@@ -128,12 +128,14 @@ def sweep(
             _make_work(planned, directory)
             outcome = SweepOutcome(directory, 0, {})
         else:
-            options, unreachable = settle_tracking(planned.experiment)
+            options, unreachable = _settle_tracking(planned.experiment)
             if unreachable:
                 console.out(f"{unreachable}; `repa-lab sync {name}` sends the rows later", highlight=False)
             options = options.model_copy(update={"workers": workers or options.workers})
             outcome = _carry_out(planned, options, directory, console, rehearse)
-        outcome = dataclasses.replace(outcome, untracked=untracked(directory, planned.experiment.run, unreachable))
+        runs = map(directory.root.run, dict.fromkeys(directory.manifest.run_ids))
+        lacking = untracked(runs, planned.experiment.run.wandb.mode, unreachable)
+        outcome = dataclasses.replace(outcome, untracked=lacking)
     from repa_lab.report.page import write_report  # imports pandas and matplotlib, which `plan` does not need
 
     write_report(directory)
@@ -169,9 +171,10 @@ def run_one(
         raise SpecError([entry.blocked])
     join_processes(planned.experiment.run)
     planned.root.adopt_copies()
+    from repa_lab.orchestration.worker import open_trackers
     from repa_lab.training.loop import train
 
-    options, unreachable = settle_tracking(planned.experiment)
+    options, unreachable = _settle_tracking(planned.experiment)
     run, directory, task = entry.run, planned.root.run(entry.run.run_id), entry.task
     for warning in filter(None, (unreachable, *planned.warnings)):
         console.out(warning, highlight=False)
@@ -181,7 +184,7 @@ def run_one(
         view.started(run.run_id, task.name, run.config.train.steps)
         listeners = [_ViewListener(view, run.run_id), *trackers]
         state = train(run, directory, options, cache, listeners, is_enough=task.is_enough)
-    if why := why_untracked(directory, planned.experiment.run, unreachable):
+    for why in untracked([directory], planned.experiment.run.wandb.mode, unreachable).values():
         console.out(
             f"W&B lacks the run or some of its rows: {why}; `repa-lab sync {directory.run_id}` sends them",
             highlight=False,
@@ -243,13 +246,24 @@ class _ViewListener:
         self._view.finished(self._run_id, state.status, None)
 
 
+def _settle_tracking(experiment: Experiment) -> tuple[RunOptions, str | None]:
+    """Return the options of the runs with W&B's mode, and why W&B's server cannot be told, if it should be."""
+    wandb = experiment.run.wandb
+    try:
+        mode, unreachable = settle_mode(wandb.mode)
+    except WandbRefusalError as error:
+        raise SpecError(experiment.problem("run.wandb.mode", line) for line in str(error).splitlines()) from None
+    settled = wandb.model_copy(update={"mode": mode})
+    return experiment.run.model_copy(update={"wandb": settled}), unreachable
+
+
 def _prepare(configs: Iterable[RunConfig], arm: Arm, options: RunOptions, cache: Path, view: ProgressView) -> None:
     """Fill the caches for settings of an arm, in this process.
 
     Raises:
         SpecError: a setting cannot be met, at its place in the spec.
     """
-    from repa_lab.orchestration.prepare import RefusedError, prepare
+    from repa_lab.orchestration.worker import RefusedError, prepare
 
     try:
         prepare(configs, options, cache, lambda activity: partial(view.progress, activity))

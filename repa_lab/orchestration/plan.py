@@ -13,17 +13,17 @@ from typing import Any
 from repa_lab.errors import hide_passwords, shortened
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.orchestration.checks import check, resolve_metric
-from repa_lab.orchestration.executors import Task
+from repa_lab.orchestration.scheduler import Task
 from repa_lab.orchestration.search.problems import STORAGE_VARIABLE, storage_url
 from repa_lab.orchestration.sharing import share
-from repa_lab.orchestration.tracking import tracking_record
 from repa_lab.runs import RunsRoot, RunStatus, SweepManifest
 from repa_lab.runs.checkpoints import Fork
 from repa_lab.runs.files import LinkError, require_no_links
-from repa_lab.runs.root import ArmRecord, ComparisonRecord, OrphanRecord, RunRecord, SearchRecord
+from repa_lab.runs.root import ArmRecord, ComparisonRecord, OrphanRecord, RunRecord, SearchRecord, TrackingRecord
 from repa_lab.spec import Arm, Experiment, Problem, RunConfig, SpecError, StopRule
 from repa_lab.spec.experiment import holds
 from repa_lab.spec.identity import Run, identify, local_files
+from repa_lab.tracking.server import resolve_mode
 from repa_lab.training.resolve import Inventory, metric_names, plugins_of
 
 BLOCKED = "blocked"
@@ -219,7 +219,7 @@ class Plan:
 
     def manifest(self, arms: list[ArmRecord] | None = None, search: SearchRecord | None = None) -> SweepManifest:
         """Return the manifest of the sweep; a search gives its trials as arms."""
-        compare, targets = self.experiment.compare, dict[str, list[float]]()
+        compare, wandb, targets = self.experiment.compare, self.experiment.run.wandb, dict[str, list[float]]()
         for metric, values in compare.targets.items():  # a metric may be called by its kind and by its name
             known = targets.setdefault(self.metric(metric), [])
             known += [value for value in values if value not in known]
@@ -234,7 +234,7 @@ class Plan:
             arms=tuple(arms),
             search=search,
             orphaned=self.orphans,
-            wandb=tracking_record(self.experiment.run.wandb),
+            wandb=TrackingRecord(**dict(wandb) | {"mode": resolve_mode(wandb.mode)}),
         )
 
 

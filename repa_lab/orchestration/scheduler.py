@@ -1,31 +1,229 @@
-"""Trains the runs of a sweep on an executor, and watches them through their run directories. Imports no torch."""
+"""Trains the runs of a sweep on an executor, and watches them through their run directories. Imports no torch.
+
+The scheduler gives an executor jobs; the executor's workers, in other processes and on other machines, answer with
+messages.
+"""
 
 from __future__ import annotations
 
+import pickle
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
 
-from repa_lab.errors import StateError
-from repa_lab.orchestration.executors import (
-    HEARTBEAT,
-    Executor,
-    MessageKind,
-    PrepareJob,
-    Task,
-    TrainJob,
-    WorkerMessage,
-)
-from repa_lab.orchestration.progress import ProgressView
+from repa_lab.errors import InputError, StateError
+from repa_lab.registry import load_planned, loaded_plugins
 from repa_lab.runs import RunDirectory, RunsRoot, RunWriter, State
+from repa_lab.runs.checkpoints import Fork
 from repa_lab.runs.directory import RunBusyError
 from repa_lab.runs.files import JsonlReader, LinkError, Row
-from repa_lab.spec import Arm, RunConfig, RunOptions, SpecError
+from repa_lab.spec import Arm, RunConfig, RunOptions, SpecError, StopRule
+from repa_lab.spec.identity import Run
+from repa_lab.training.resolve import plugins_of
 
+if TYPE_CHECKING:
+    from repa_lab.orchestration.progress import ProgressView
+
+HEARTBEAT = "heartbeat"  # a file in a run directory that the process training the run touches
 _POLL_S = 0.5
 _EQUAL_FAILURES = 3  # if the first runs all fail for one reason, the others would fail for the same
+
+
+# ---- what is asked of workers
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run to train.
+
+    Attributes:
+        run: the run.
+        name: what people call the run.
+        fork: the checkpoint of another run that this run begins from, if they share their first steps.
+        kept_steps: steps whose checkpoints are kept for runs that begin from them.
+        stop: the rules that end the run early, with metrics by their full names.
+    """
+
+    run: Run
+    name: str
+    fork: Fork | None = None
+    kept_steps: tuple[int, ...] = ()
+    stop: tuple[StopRule, ...] = ()
+
+    def is_enough(self, row: Row) -> bool:
+        """Return whether a stop rule ends the run at this measurement."""
+        return any(rule.holds(row) for rule in self.stop)
+
+
+@dataclass(frozen=True)
+class PrepareJob:
+    """Fill the caches that runs with these settings share."""
+
+    configs: tuple[RunConfig, ...]
+    options: RunOptions
+    root: RunsRoot
+    name = "prepare"
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Train a run for a sweep; a rehearsal interrupts the run after its first step and resumes it."""
+
+    task: Task
+    sweep: str
+    options: RunOptions
+    root: RunsRoot
+    is_rehearsal: bool = False
+
+    @property
+    def name(self) -> str:
+        """What tells the jobs of a sweep apart: the run's id."""
+        return self.task.run.run_id
+
+    @property
+    def directory(self) -> RunDirectory:
+        """The run's directory."""
+        return self.root.run(self.name)
+
+
+Job = PrepareJob | TrainJob
+
+
+@dataclass(frozen=True)
+class PackedJob:
+    """A job on its way to another process, where the plugins that it needs are loaded before the job can be read.
+
+    Attributes:
+        name: the job's name.
+        plugins: SHA-256 of every plugin file that the job needs.
+        content: the job, pickled.
+    """
+
+    name: str
+    plugins: Mapping[str, str]
+    content: bytes
+
+    @classmethod
+    def of(cls, job: Job) -> PackedJob:
+        """Pack a job."""
+        configs = job.configs if isinstance(job, PrepareJob) else (job.task.run.config,)
+        needed = {origin.file for config in configs for origin in plugins_of(config)}
+        plugins = {file: digest for file, digest in loaded_plugins().items() if file in needed}
+        return cls(job.name, plugins, pickle.dumps(job))
+
+    def unpacked(self) -> Job:
+        """Load the plugins and return the job.
+
+        Raises:
+            PluginError: a plugin file has changed since the sweep was planned, or cannot be loaded.
+        """
+        load_planned(self.plugins)
+        job: Job = pickle.loads(self.content)
+        return job
+
+
+# ---- what workers answer
+
+
+class MessageKind(StrEnum):
+    """What a worker says of its job; all but PROGRESS end the job.
+
+    Attributes:
+        PROGRESS: preparing went on.
+        PREPARED: the caches are filled.
+        REFUSED: a setting cannot be met.
+        FINISHED: the run came to rest.
+        BUSY: another process trains the run.
+        FAILED: an error ended the job, or the worker.
+    """
+
+    PROGRESS = "progress"
+    PREPARED = "prepared"
+    REFUSED = "refused"
+    FINISHED = "finished"
+    BUSY = "busy"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class WorkerMessage:
+    """What a worker says to its scheduler.
+
+    Attributes:
+        kind: which of the following fields are set.
+        job: the job's name.
+        error: of FAILED and REFUSED, the reason in one line.
+        is_diverged: of FAILED, whether the loss or the samples were no longer finite.
+        state: of FINISHED, the state in which the run came to rest.
+        activity: of PROGRESS, what is being cached.
+        done: of PROGRESS, the number of images that are cached.
+        total: of PROGRESS, the number of images in all.
+        config: of REFUSED, the index of the first settings of the job at fault.
+        path: of REFUSED, the dotted path of the setting at fault.
+    """
+
+    kind: MessageKind
+    job: str
+    error: str = ""
+    is_diverged: bool = False
+    state: State = State.FAILED
+    activity: str = ""
+    done: int = 0
+    total: int = 0
+    config: int = 0
+    path: str = ""
+
+
+# ---- where runs are trained
+
+
+class ExecutorError(InputError):
+    """An executor cannot be opened; :attr:`field` is the option at fault, below ``run``."""
+
+    def __init__(self, field: str, message: str) -> None:
+        self.field = field
+        super().__init__(message)
+
+
+class Executor(ABC):
+    """Takes a job for each slot; :meth:`poll` returns what the workers say.
+
+    Attributes:
+        slots: the number of jobs that can be in hand at a time.
+    """
+
+    slots: int
+
+    @abstractmethod
+    def submit(self, job: Job) -> None:
+        """Give a free slot a job."""
+
+    @abstractmethod
+    def stop(self, run_id: str, state: State) -> None:
+        """Ask for a run to end after its present step, with a checkpoint, in this state."""
+
+    @abstractmethod
+    def kill(self, run_id: str) -> None:
+        """End a run at once, whatever it does; :meth:`poll` then returns its failure."""
+
+    def withdraw(self) -> list[str]:
+        """Take back the jobs that only wait in a queue, if there is one; return the ids of their runs."""
+        return []
+
+    @abstractmethod
+    def poll(self, timeout: float) -> list[WorkerMessage]:
+        """Return what the workers have said, waiting up to ``timeout`` seconds for a first message."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let the slots go; runs in hand are checkpointed first."""
+
+
+# ---- the scheduler
 
 
 class SweepBrokenError(StateError):
@@ -65,13 +263,14 @@ class _WatchedRun:
     task: Task
     directory: RunDirectory
     rows: JsonlReader
-    tries: int = 1
+    hangs: int = 0
     is_hung: bool = False
     _mark: int | None = None
     _alive: float | None = None
 
-    def __post_init__(self) -> None:
-        self._mark = self._read_mark()
+    def begin(self) -> None:
+        """Wait for a first sign of life."""
+        self.is_hung, self._mark, self._alive = False, self._read_mark(), None
 
     def silence(self) -> float:
         """Return the seconds since the last sign of life; 0 before the first, for the run may wait in a queue."""
@@ -79,10 +278,6 @@ class _WatchedRun:
         if mark != self._mark:
             self._mark, self._alive = mark, now
         return now - self._alive if self._alive is not None else 0.0
-
-    def restarted(self) -> _WatchedRun:
-        """Return the run before its first sign of life; its rows go on where they were."""
-        return replace(self, is_hung=False, _alive=None)
 
     def _read_mark(self) -> int | None:
         with suppress(FileNotFoundError):
@@ -118,9 +313,7 @@ class Scheduler:
     diverged: dict[str, str] = field(default_factory=dict)
     stopped: str | None = None
     _running: dict[str, _WatchedRun] = field(default_factory=dict)
-    _trained_elsewhere: dict[str, _WatchedRun] = field(
-        default_factory=dict
-    )  # by another process, such as another sweep
+    _elsewhere: dict[str, _WatchedRun] = field(default_factory=dict)  # another process, such as a sweep, trains these
 
     def prepare(self, arms: Mapping[RunConfig, Arm]) -> None:
         """Have a worker fill the caches for these settings, each with an arm that knows the places in the spec.
@@ -135,29 +328,29 @@ class Scheduler:
             for message in self.executor.poll(_POLL_S):
                 if message.kind is MessageKind.PROGRESS:
                     self.view.progress(message.activity, message.done, message.total)
-                elif message.kind is MessageKind.PREPARED:
-                    return
                 elif message.kind is MessageKind.REFUSED:
-                    raise SpecError([arms[configs[message.config]].problem(message.path, message.error or "")])
-                elif message.kind is MessageKind.BROKEN:
+                    raise SpecError([arms[configs[message.config]].problem(message.path, message.error)])
+                elif message.kind is MessageKind.FAILED:
                     raise SweepBrokenError(message.error)
+                else:
+                    return
             self._heed_stop_request()
 
     def run(self, work: Work) -> None:
         """Do all of the work, or, after ``run.max_failures`` failures, what has been begun.
 
         Raises:
-            SweepBrokenError: the workers cannot work, or the first runs all failed for the same reason.
+            SweepBrokenError: the first runs all failed for the same reason.
         """
         while True:
-            if self._has_too_many_failures:
+            if self.options.max_failures is not None and len(self.failures) >= self.options.max_failures:
                 self._start_no_more(work)
             else:
                 self._fill_slots(work)
-            if not self._running and not self._trained_elsewhere:
+            if not self._running and not self._elsewhere:
                 return
             messages = self.executor.poll(_POLL_S)
-            for run in (*self._running.values(), *self._trained_elsewhere.values()):
+            for run in (*self._running.values(), *self._elsewhere.values()):
                 self._pass_rows_on(run, work)
             for message in messages:
                 self._take_in(message, work)
@@ -169,20 +362,16 @@ class Scheduler:
     def _has_free_slot(self) -> bool:
         return len(self._running) < self.executor.slots
 
-    @property
-    def _has_too_many_failures(self) -> bool:
-        return self.options.max_failures is not None and len(self.failures) >= self.options.max_failures
-
     def _heed_stop_request(self) -> None:
         """Treat `repa-lab stop` as Ctrl-C from another terminal."""
         if self.root.sweep(self.sweep).stop.exists():
             raise KeyboardInterrupt
 
     def _fill_slots(self, work: Work) -> None:
-        for run_id, run in list(self._trained_elsewhere.items()):
+        for run_id, run in list(self._elsewhere.items()):
             if self._has_free_slot and not run.directory.is_held:
-                del self._trained_elsewhere[run_id]
-                self._begin(run.restarted(), work)
+                del self._elsewhere[run_id]
+                self._begin(run, work)
         while self._has_free_slot and (task := work.next()):
             reasons = list(self.failures.values())[:_EQUAL_FAILURES]
             if not self.trained and len(reasons) == _EQUAL_FAILURES and len(set(reasons)) == 1:
@@ -195,7 +384,7 @@ class Scheduler:
             for run_id in self.executor.withdraw():
                 del self._running[run_id]
                 self.view.withdrawn(run_id)
-            self._trained_elsewhere.clear()
+            self._elsewhere.clear()
             self.view.say(f"{len(self.failures)} runs failed: no more are started, {len(self._running)} go on")
         done, total = work.counts()
         left = total - done - len(self._running)
@@ -209,10 +398,11 @@ class Scheduler:
             return
         self._running[task.run.run_id] = run
         self.view.started(task.run.run_id, task.name, task.run.config.train.steps)
-        self._submit(task)
+        self._submit(run)
 
-    def _submit(self, task: Task) -> None:
-        self.executor.submit(TrainJob(task, self.sweep, self.options, self.root, self.is_rehearsal))
+    def _submit(self, run: _WatchedRun) -> None:
+        run.begin()
+        self.executor.submit(TrainJob(run.task, self.sweep, self.options, self.root, self.is_rehearsal))
 
     def _pass_rows_on(self, run: _WatchedRun, work: Work) -> None:
         for row in run.rows.new_rows():
@@ -221,35 +411,30 @@ class Scheduler:
                 self.executor.stop(pruned, State.PRUNED)
 
     def _take_in(self, message: WorkerMessage, work: Work) -> None:
-        if message.kind is MessageKind.BROKEN:
-            raise SweepBrokenError(message.error)
-        run_id = message.run_id
-        if run_id is None or run_id not in self._running:
+        run_id, error = message.job, message.error
+        if (run := self._running.pop(run_id, None)) is None:
             return
-        run = self._running[run_id]
         self._pass_rows_on(run, work)
         if message.kind is MessageKind.BUSY:  # the run is done when the other process is, and ours should it be let go
-            self._trained_elsewhere[run_id] = self._running.pop(run_id)
+            self._elsewhere[run_id] = run
             self.view.withdrawn(run_id)
             self.view.say(f"{run.task.name}: another process trains it; waited for")
             return
-        state, error = message.state or State.FAILED, message.error
-        if state is State.FAILED:
+        if message.kind is MessageKind.FAILED:
             if run.is_hung:
                 error = f"no sign of life for {self.options.hang_minutes:g} minutes"
-                if run.tries == 1:
-                    self._record_failure(run.directory, error)
-                    self.view.say(f"{run.task.name}: {error}; started again")
-                    self._running[run_id] = replace(run.restarted(), tries=2)
-                    self._submit(run.task)
-                    return
-            is_result = work.is_divergence_a_result and message.is_diverged
-            (self.diverged if is_result else self.failures)[run_id] = error or "failed"
             self._record_failure(run.directory, error)
-        self.trained += state is not State.FAILED
-        del self._running[run_id]
-        self.view.finished(run_id, state.status, error)
-        work.finished(run_id, state)
+            run.hangs += run.is_hung
+            if run.is_hung and run.hangs == 1:
+                self.view.say(f"{run.task.name}: {error}; started again")
+                self._running[run_id] = run
+                self._submit(run)
+                return
+            is_result = work.is_divergence_a_result and message.is_diverged
+            (self.diverged if is_result else self.failures)[run_id] = error
+        self.trained += message.kind is not MessageKind.FAILED
+        self.view.finished(run_id, message.state.status, error or None)
+        work.finished(run_id, message.state)
 
     def _kill_hung_runs(self) -> None:
         """Kill runs that have been silent for too long; their failures then arrive like those of dead workers."""
@@ -260,7 +445,7 @@ class Scheduler:
                 run.is_hung = True
                 self.executor.kill(run_id)
 
-    def _record_failure(self, directory: RunDirectory, error: str | None) -> None:
+    def _record_failure(self, directory: RunDirectory, error: str) -> None:
         """Record a failure that a killed worker could not; a run that another process trained to its end stays so."""
         if directory.state.state is State.FAILED:
             return

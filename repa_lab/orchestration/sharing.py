@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from repa_lab.align.settings import Schedule, agreement
-from repa_lab.orchestration.executors import Task
+from repa_lab.orchestration.scheduler import Task
 from repa_lab.runs import RunsRoot, State, checkpoints
 from repa_lab.runs.checkpoints import Fork, forkable_steps
 from repa_lab.runs.files import Row

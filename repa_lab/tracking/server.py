@@ -41,6 +41,14 @@ def resolve_mode(mode: str) -> str:
     return "online" if api_key() else "offline"
 
 
+def why_offline(mode: str) -> str:
+    """Return why a mode is resolved to ``offline``."""
+    if mode == "offline":
+        return "run.wandb.mode is offline"
+    chosen = os.environ.get("WANDB_MODE")
+    return f"WANDB_MODE is {chosen}" if chosen else f"{KEY} is not set, and `wandb login` has stored no key"
+
+
 def api_key() -> str | None:
     """Return WANDB_API_KEY, or else the key that `wandb login` has stored for the server; None if there is neither."""
     if key := os.environ.get(KEY):
@@ -137,6 +145,24 @@ def require_server() -> None:
             raise ServerError(f"W&B's server {address} cannot be reached: {text}")
     elif answer.get("viewer", address) is None:
         raise WandbRefusalError(f"{KEY}: {address} does not know the key")
+
+
+def settle_mode(mode: str) -> tuple[str, str | None]:
+    """Decide whether W&B is told of runs while they are trained; ask its server once.
+
+    Returns:
+        The mode, ``offline`` without a server, and why the server cannot be told, if it should be.
+
+    Raises:
+        WandbRefusalError: the server refuses the key.
+    """
+    mode = resolve_mode(mode)
+    try:
+        if mode == "online":
+            require_server()
+    except ServerError as error:
+        return "offline", str(error)
+    return mode, None
 
 
 def _viewer(address: str) -> dict[str, Any] | Exception:

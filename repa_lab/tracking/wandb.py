@@ -11,10 +11,11 @@ import json
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,8 +23,9 @@ from typing import Any, Literal, NamedTuple
 from repa_lab.registry import one_line
 from repa_lab.runs import RunDirectory, RunWriter, State, checkpoints, files
 from repa_lab.runs.directory import RunBusyError
-from repa_lab.runs.files import Row
-from repa_lab.tracking.server import ServerError, ask, server_address
+from repa_lab.runs.files import DamagedFileError, Row
+from repa_lab.runs.root import ComparisonRecord, SweepDirectory, TrackingRecord
+from repa_lab.tracking.server import ServerError, ask, resolve_mode, server_address, why_offline
 
 RECORD = "wandb.json"  # what the server has of a run, in the run directory
 _SPACING = 100  # W&B steps for each training step: its rows, then its sample grid and the table of evaluations
@@ -34,29 +36,43 @@ _FINISH_S, _UPLOAD_S = 20.0, 600.0  # to send the last rows of a run in training
 _SETTLE_S = 10.0  # the server counts rows up to seconds after it took them
 
 
+Headline = Callable[[ComparisonRecord, list[Row]], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class WandbRun:
     """The description of a run on W&B, beside the settings in its directory.
 
     Attributes:
-        project: the W&B project.
-        entity: the W&B user or team; None is the key's own.
+        options: what W&B is told of the runs of a sweep; its tags stand beside the family and the regularizers.
         name: the run's display name; None leaves W&B's.
         group: the sweep's name; None leaves W&B's.
-        tags: labels to filter by, beside the family and the regularizers.
-        keeps_weights: whether the averaged weights of a finished run become an artifact.
-        is_wanted: whether the run's sweep wants W&B to be told.
         headline: returns, from all rows, the entries of the run's summary under ``headline/``.
     """
 
-    project: str
-    entity: str | None = None
+    options: TrackingRecord
     name: str | None = None
     group: str | None = None
-    tags: Sequence[str] = ()
-    keeps_weights: bool = False
-    is_wanted: bool = True
-    headline: Callable[[list[Row]], dict[str, Any]] = field(default=lambda rows: {})
+    headline: Callable[[list[Row]], dict[str, Any]] = lambda rows: {}
+
+    @classmethod
+    def by_itself(cls, run: RunDirectory) -> WandbRun:
+        """Return how a run that no sweep asks for is described: by the options with which it was started first."""
+        return cls(TrackingRecord(**run.provenance.get("options", {}).get("wandb", {})))
+
+
+def descriptions(sweeps: Iterable[SweepDirectory], headline: Headline) -> dict[str, WandbRun]:
+    """Return how runs are described, by their ids: as the first of the sweeps that asks for them does."""
+    described: dict[str, WandbRun] = {}
+    for sweep in sweeps:
+        with suppress(ValueError, LookupError, TypeError):  # a damaged manifest
+            manifest = sweep.manifest
+            of_run = partial(headline, manifest.compare)
+            for arm in manifest.arms:
+                for run in arm.runs:
+                    name = f"{arm.label}, seed {run.seed}"
+                    described.setdefault(run.run_id, WandbRun(manifest.wandb, name, manifest.name, of_run))
+    return described
 
 
 @dataclass(frozen=True)
@@ -89,8 +105,9 @@ class WandbRecord:
 
     def is_at(self, description: WandbRun) -> bool:
         """Return whether the record is of the server and the project to which a description leads."""
-        is_same_entity = description.entity in (None, self.entity)
-        return is_same_entity and (self.project, self.server) == (description.project, server_address())
+        options = description.options
+        is_same_entity = options.entity in (None, self.entity)
+        return is_same_entity and (self.project, self.server) == (options.project, server_address())
 
     def count(self, rows: Iterable[Row]) -> int:
         """Return how many of a run's rows the server has."""
@@ -220,7 +237,7 @@ class WandbWriter:
             columns: list[Any] = list(dict.fromkeys(name for row in evaluations for name in row))
             data = [[row.get(name) for name in columns] for row in evaluations]
             self._log(step, {**_progress(rows[-1]), "evaluations": wandb.Table(columns=columns, data=data)})
-        if self._description.keeps_weights:
+        if self._description.options.artifacts == "final":
             run_id, newest = self._directory.run_id, checkpoints.latest(self._directory.checkpoints)
             assert newest is not None  # a finished run has a checkpoint of its last step
             step, folder = newest
@@ -259,11 +276,11 @@ def _start(run: RunDirectory, description: WandbRun, finish_s: float) -> Any:
     spec = run.spec
     config = {**spec, "protocols": run.protocols}  # protocols are recorded before the first row
     regularizers = spec["regularizer"] if isinstance(spec["regularizer"], list) else [spec["regularizer"]]
-    tags = [spec["model"]["family"], *(regularizer["type"] for regularizer in regularizers), *description.tags]
+    tags = [spec["model"]["family"], *(regularizer["type"] for regularizer in regularizers), *description.options.tags]
     started: Any = wandb.init(
         id=run.run_id,
-        project=description.project,
-        entity=description.entity,
+        project=description.options.project,
+        entity=description.options.entity,
         mode="online",
         dir=str(run.path),
         name=_shortened(description.name),
@@ -334,7 +351,7 @@ class WandbListener:
 
     def _send(self) -> None:
         if self._writer is None:
-            finish_s = _UPLOAD_S if self._description.keeps_weights else _FINISH_S
+            finish_s = _UPLOAD_S if self._description.options.artifacts == "final" else _FINISH_S
             self._writer = WandbWriter(self._directory, self._description, finish_s)
         self._writer.send()
 
@@ -367,3 +384,29 @@ def sync(run: RunDirectory, description: WandbRun) -> SyncResult:
         return SyncResult(run.run_id, "left", "another process trains or sends it; sync it afterwards")
     except Exception as error:  # whatever W&B raises, or a file of the run is damaged
         return SyncResult(run.run_id, "failed", one_line(error))
+
+
+def untracked(runs: Iterable[RunDirectory], mode: str, unreachable: str | None) -> dict[str, str]:
+    """Return why W&B lacks runs, or some of their rows, by run id; empty if W&B is not wanted.
+
+    Args:
+        mode: ``run.wandb.mode``, as the spec gives it.
+        unreachable: why W&B's server cannot be told; None if it can.
+    """
+    reasons = {run.run_id: _why_untracked(run, mode, unreachable) for run in runs}
+    return {run_id: reason for run_id, reason in reasons.items() if reason}
+
+
+def _why_untracked(run: RunDirectory, mode: str, unreachable: str | None) -> str | None:
+    resolved, record = resolve_mode(mode), WandbRecord.read(run)
+    try:
+        if resolved == "disabled" or not run.rows() or (record and record.covers(run)):
+            return None
+        failures = [event for event in run.events() if event.get("listener") == WandbListener.__name__]
+    except DamagedFileError as error:
+        return str(error)
+    if unreachable:
+        return unreachable
+    if resolved == "offline":
+        return why_offline(mode)
+    return str(failures[-1]["error"]) if failures else "not sent during training"

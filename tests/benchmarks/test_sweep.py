@@ -22,7 +22,7 @@ ROUNDS = 5
 BARE = """
 import gc, sys, time
 began = time.perf_counter()
-import torch, repa_lab.orchestration.prepare, repa_lab.training.loop
+import torch, repa_lab.orchestration.worker
 torch.set_num_threads(1)
 gc.freeze()
 from repa_lab import plan

@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from repa_lab.orchestration.executors import ExecutorError, Task, TrainJob
-from repa_lab.orchestration.executors.local import LocalExecutor, assign, local_slots, visible_gpus
-from repa_lab.orchestration.launcher import launcher_variables
+from repa_lab.orchestration.executors import launcher_variables
+from repa_lab.orchestration.executors.local import (
+    LocalExecutor,
+    assign,
+    local_slots,
+    visible_gpus,
+)
+from repa_lab.orchestration.scheduler import ExecutorError, Task, TrainJob
 from repa_lab.registry import drop_plugins, load_plugins
 from repa_lab.runs import RunsRoot
 from repa_lab.spec import RunOptions, SpecError

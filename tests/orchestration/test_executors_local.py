@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from repa_lab.orchestration.executors import MessageKind, Task, TrainJob
 from repa_lab.orchestration.executors.local import LocalExecutor
+from repa_lab.orchestration.scheduler import MessageKind, Task, TrainJob
 from repa_lab.runs import RunsRoot, State
 from tests.faults.processes import parent_of, wait_until
 from tests.training.conftest import OFF, make_options, make_run
@@ -37,7 +37,6 @@ class TestWorkersAreForked:
 
     def start(self, folder, count=1):
         executor = LocalExecutor([None] * count, folder / "log")
-        wait_until(lambda: not executor.poll(0.1) and all(slot.processes for slot in executor._slots))
         return executor, [slot.processes[0].pid for slot in executor._slots]
 
     def test_from_a_server_that_has_imported_the_libraries_once_and_has_one_thread(self, tmp_path):
@@ -78,10 +77,12 @@ class TestWorkersAreForked:
         try:
             for victim in (parent_of(pid), pid):
                 os.kill(victim, signal.SIGKILL)
+            wait_until(lambda: not executor.poll(0.1) and not executor._slots[0].processes)
+            run = make_run(**{"train.steps": 1, "evaluate.every": 1, **OFF})
+            executor.submit(TrainJob(Task(run, "next"), "group", make_options(), RunsRoot(tmp_path)))
             told = []
             wait_until(lambda: told.extend(executor.poll(0.1)) or told)
-            assert [message.kind for message in told] == [MessageKind.BROKEN]
-            wait_until(lambda: not executor.poll(0.1) and executor._slots[0].processes)
+            assert [(message.kind, message.state) for message in told] == [(MessageKind.FINISHED, State.DONE)]
             assert executor._slots[0].processes[0].pid != pid
         finally:
             executor.close()

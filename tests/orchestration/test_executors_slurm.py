@@ -13,10 +13,9 @@ import yaml
 from rich.console import Console
 
 from repa_lab import plan, sweep
-from repa_lab.orchestration.executors import Task
 from repa_lab.orchestration.executors.slurm import SlurmExecutor, sbatch_parameters
 from repa_lab.orchestration.progress import ProgressView
-from repa_lab.orchestration.scheduler import Scheduler
+from repa_lab.orchestration.scheduler import Scheduler, Task
 from repa_lab.orchestration.sharing import RunList
 from repa_lab.runs import RunsRoot, State
 from repa_lab.spec import RunOptions, SpecError

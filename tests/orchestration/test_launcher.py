@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
+from repa_lab.orchestration.executors import launcher_variables
 from repa_lab.orchestration.executors.local import _free_port
-from repa_lab.orchestration.launcher import launcher_variables
 
 JOIN = (
-    "from repa_lab.orchestration.launcher import LauncherError, join_processes; from repa_lab.spec import RunOptions\n"
+    "from repa_lab.orchestration.executors import LauncherError, join_processes; from repa_lab.spec import RunOptions\n"
     "try: join_processes(RunOptions(device='cpu'))\n"
     "except LauncherError as error: raise SystemExit(str(error))\n"
     "print('joined')"

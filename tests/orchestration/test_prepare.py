@@ -2,8 +2,8 @@
 
 import pytest
 
-import repa_lab.orchestration.prepare as preparing
-from repa_lab.orchestration.prepare import RefusedError, prepare
+import repa_lab.orchestration.worker as preparing
+from repa_lab.orchestration.worker import RefusedError, prepare
 from repa_lab.spec import RunOptions, load_spec
 from tests.orchestration.conftest import IMAGES
 

@@ -11,7 +11,7 @@ import repa_lab
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.tiny import write_tiny_pipeline
 from repa_lab.orchestration.plan import make_plan
-from repa_lab.orchestration.prepare import prepare
+from repa_lab.orchestration.worker import prepare
 from repa_lab.runs import RunsRoot
 from repa_lab.spec import SpecError, load_spec
 from repa_lab.training.resolve import Inventory

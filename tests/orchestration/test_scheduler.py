@@ -1,9 +1,10 @@
 """The order of a sweep's runs, and when it gives up: real sweeps in real worker processes."""
 
 import io
-import json
+import pickle
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from rich.console import Console
 
 from repa_lab import plan, sweep
 from repa_lab.orchestration.api import SweepBrokenError, SweepBusyError
-from repa_lab.orchestration.executors import PrepareJob, Task, TrainJob, dump_job, parse_job
-from repa_lab.orchestration.worker import train_run, train_within_memory
+from repa_lab.orchestration.scheduler import PackedJob, PrepareJob, Task, TrainJob
+from repa_lab.orchestration.worker import do, train_run
 from repa_lab.runs import RunsRoot, RunWriter, State
 from repa_lab.spec import RunOptions
 from tests.faults.processes import meanwhile, signal_holders, steps_of
@@ -148,8 +149,8 @@ def test_jobs_carry_every_option(tmp_path):
     )
     run, root = make_run(), RunsRoot(tmp_path)
     for job in (TrainJob(Task(run, "name"), "group", options, root), PrepareJob((run.config,), options, root)):
-        found = parse_job(json.loads(json.dumps(dump_job(job))))
-        assert found.options == options and dump_job(found) == dump_job(job)
+        found = pickle.loads(pickle.dumps(PackedJob.of(job))).unpacked()
+        assert replace(found, root=root) == job and found.root.path == tmp_path
 
 
 class TestMemory:
@@ -175,7 +176,7 @@ class TestMemory:
         """With the caches that all tests share."""
         job.root.path.mkdir(exist_ok=True)
         (job.root.path / "cache").symlink_to(cache, target_is_directory=True)
-        return train_run(job, lambda: None)
+        return do(job, lambda: None)
 
     def test_halves_until_it_fits_and_trains_as_that_size_does(self, limit, cache, tmp_path):
         job = self.job(tmp_path / "runs", micro_batch=None)
@@ -199,7 +200,7 @@ class TestMemory:
 
         job.root.path.mkdir()
         (job.root.path / "cache").symlink_to(cache, target_is_directory=True)
-        assert train_within_memory(job, shrink) is State.DONE
+        assert train_run(job, shrink) is State.DONE
         directory = job.root.run("run0")
         assert [event["step"] for event in directory.events() if event["event"] == "resumed"] == [2]
         assert steps_of(directory) == [1, 2, 3, 4, 5, 6]

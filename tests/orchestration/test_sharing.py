@@ -9,7 +9,7 @@ import pytest
 
 from repa_lab import plan, sweep
 from repa_lab.align.settings import agreement
-from repa_lab.orchestration.executors import Task
+from repa_lab.orchestration.scheduler import Task
 from repa_lab.orchestration.sharing import RunList, _schedules, share
 from repa_lab.runs import RunsRoot, State
 from repa_lab.runs.checkpoints import Fork, forkable_steps, written_by

@@ -15,8 +15,8 @@ from rich.console import Console
 from repa_lab import plan, sweep
 from repa_lab.orchestration.api import run_one
 from repa_lab.orchestration.checks import check
-from repa_lab.orchestration.executors import Task, TrainJob
-from repa_lab.orchestration.tracking import _compared, open_trackers
+from repa_lab.orchestration.scheduler import Task, TrainJob
+from repa_lab.orchestration.worker import open_trackers
 from repa_lab.runs import RunsRoot, SweepManifest
 from repa_lab.runs.root import ComparisonRecord
 from repa_lab.spec import RunOptions, SpecError, load_spec
@@ -46,13 +46,20 @@ def test_who_listens(tmp_path, options, listeners):
 
 
 def test_a_headline_is_of_what_the_sweep_compares_or_else_of_what_the_run_measures(tmp_path):
-    root = RunsRoot(tmp_path)
-    assert _compared(job(root)) == ComparisonRecord(metric=metric_name(make_run().config))
+    root, measured = RunsRoot(tmp_path), metric_name(make_run().config)
+    rows = [{"step": 1, measured: 3.0, "fid:x@16/ode2": 1.0}, {"step": 2, measured: 2.0, "fid:x@16/ode2": 4.0}]
+
+    def told() -> dict:
+        (listener,) = open_trackers(job(root, wandb={"mode": "online"}))
+        return listener._description.headline(rows)
+
+    assert told() == {"metric": measured, "final": 2.0, "best": 2.0, "best_step": 2}
     sweep = root.sweep("mine")
     sweep.path.mkdir()
     compare = ComparisonRecord(metric="fid:x@16/ode2", goal="max", targets={"fid:x@16/ode2": [2.0]})
     sweep.record(SweepManifest(name="mine", compare=compare, arms=()))
-    assert _compared(job(root)) == compare
+    said = {"metric": "fid:x@16/ode2", "final": 4.0, "best": 4.0, "best_step": 2}
+    assert told() == {**said, "steps_to/2": pytest.approx(4 / 3)}
 
 
 def test_tensorboard_that_is_not_installed_is_refused_before_anything_is_made(tiny, monkeypatch):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import os
 import subprocess
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from repa_lab import plan, sweep
 from repa_lab.align.settings import REGULARIZERS
-from repa_lab.orchestration.executors import PrepareJob, Task, TrainJob, dump_job, parse_job
+from repa_lab.orchestration.scheduler import MessageKind, PackedJob, PrepareJob, Task, TrainJob
 from repa_lab.registry import PluginError, load_plugins, loaded_plugins
-from repa_lab.runs import RunsRoot, State
+from repa_lab.runs import RunsRoot
 from repa_lab.spec import SpecError, load_spec
 from tests.plugins.mine import GOOD, HEAD, MINE, SPEC, forget, ids, refusal, run_cli, spec_of
 from tests.spec.examples import write
@@ -189,8 +190,8 @@ class TestMistakes:
             assert "\n" not in said[f"type={name}"]
 
 
-def as_told(job: TrainJob | PrepareJob) -> dict:
-    return json.loads(json.dumps(dump_job(job)))
+def as_data(job: TrainJob) -> tuple:
+    return job.name, job.task.run.to_json(), job.options, job.root.path
 
 
 class TestWorkers:
@@ -204,48 +205,44 @@ class TestWorkers:
     def test_they_load_what_was_planned_with(self, tmp_path):
         file = spec_of(tmp_path)
         job, _ = self.jobs(file, tmp_path / "runs")
-        told = as_told(job)
+        packed = PackedJob.of(job)
         forget()
-        assert as_told(parse_job(told)) == told
+        assert as_data(packed.unpacked()) == as_data(job)
         assert list(loaded_plugins()) == [str(tmp_path / "mine.py")]
 
     def test_a_file_that_has_changed_is_refused(self, tmp_path):
         file = spec_of(tmp_path)
         job, _ = self.jobs(file, tmp_path / "runs")
         prepare = PrepareJob((job.task.run.config,), job.options, job.root)
-        told = [as_told(one) for one in (job, prepare)]
+        told = [PackedJob.of(one) for one in (job, prepare)]
         (tmp_path / "mine.py").write_text(MINE + "# edited\n")
         for one in told:
             for _ in range(2):
                 with pytest.raises(PluginError) as caught:
-                    parse_job(one)
+                    one.unpacked()
                 assert str(caught.value) == (
                     f"{tmp_path}/mine.py:1: the file has changed since the sweep was planned; start the sweep again"
                 )
         (tmp_path / "mine.py").write_text(MINE)
-        assert as_told(parse_job(told[0])) == told[0]
+        assert as_data(told[0].unpacked()) == as_data(job)
 
     def test_a_running_worker_refuses_it_and_goes_on(self, tmp_path):
         job, _ = self.jobs(spec_of(tmp_path), tmp_path / "runs")
-        told = [as_told(one) for one in (job, PrepareJob((job.task.run.config,), job.options, job.root))]
+        told = [PackedJob.of(one) for one in (job, PrepareJob((job.task.run.config,), job.options, job.root))]
         (tmp_path / "mine.py").write_text(MINE + "# edited\n")
         with subprocess.Popen(
             [sys.executable, "-m", "repa_lab.orchestration.worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         ) as worker:  # fmt: skip
-            for one in ({"environment": {}, "folder": str(tmp_path)}, *told):
-                worker.stdin.write(json.dumps(one) + "\n")
-            worker.stdin.flush()
-            train, prepare = (json.loads(worker.stdout.readline()) for _ in range(2))
+            jobs, messages = Connection(os.dup(worker.stdin.fileno())), Connection(os.dup(worker.stdout.fileno()))
             worker.stdin.close()
+            for one in (({}, str(tmp_path)), *told):
+                jobs.send(one)
+            train, prepare = messages.recv(), messages.recv()
+            jobs.close()
         line = f"{tmp_path}/mine.py:1: the file has changed since the sweep was planned; start the sweep again"
-        assert (train["kind"], train["run_id"], train["state"], train["error"]) == (
-            "finished",
-            job.task.run.run_id,
-            State.FAILED,
-            line,
-        )
-        assert (prepare["kind"], prepare["error"]) == ("broken", line)
+        assert (train.kind, train.job, train.error) == (MessageKind.FAILED, job.task.run.run_id, line)
+        assert (prepare.kind, prepare.job, prepare.error) == (MessageKind.FAILED, "prepare", line)
         assert not (tmp_path / "runs").exists()
 
     def test_they_are_told_of_no_plugin_that_their_run_does_not_use(self, tmp_path):
@@ -256,9 +253,9 @@ class TestWorkers:
         load_spec(other)
         job, baseline = self.jobs(spec_of(tmp_path), tmp_path / "runs")
         (tmp_path / "other" / "mine.py").unlink()
-        assert list(dump_job(job)["plugins"]) == [str(tmp_path / "mine.py")]
+        assert list(PackedJob.of(job).plugins) == [str(tmp_path / "mine.py")]
         for one in (job, baseline):
-            told = as_told(one)
+            packed = PackedJob.of(one)
             forget()
-            assert as_told(parse_job(told)) == told
+            assert as_data(packed.unpacked()) == as_data(one)
             load_plugins([tmp_path / "mine.py"])

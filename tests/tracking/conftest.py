@@ -7,6 +7,7 @@ import pytest
 
 from repa_lab.runs import RunDirectory, RunWriter, State
 from repa_lab.runs.files import Row
+from repa_lab.runs.root import TrackingRecord
 from repa_lab.tracking import Listener, Listeners
 from repa_lab.tracking.wandb import WandbRun
 
@@ -19,7 +20,7 @@ ROWS = [
     {"step": 2, "images": 16, "seconds": 0.2, METRIC: 30.0, "heldout/cka": None},
     {"step": 3, "images": 24, "seconds": 0.3, METRIC: 20.0, "heldout/cka": 0.25},
 ]
-TOLD = WandbRun("p", "us", "arm, seed 3", "mine", ("slow", "sit"))
+TOLD = WandbRun(TrackingRecord(project="p", entity="us", tags=("slow", "sit")), "arm, seed 3", "mine")
 SPEC = {"model": {"family": "sit"}, "regularizer": {"type": "repa"}, "train": {"lr": 0.1, "ema": None}, "seed": 3}
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from repa_lab.runs import RunDirectory, RunsRoot, RunWriter, State, SweepManifest
+from repa_lab.runs.root import TrackingRecord
 from repa_lab.tracking import wandb as tracking
 from repa_lab.tracking.wandb import SyncResult, WandbListener, WandbRecord, sync
 from repa_lab.training.loop import train
@@ -77,9 +78,9 @@ def test_what_another_project_or_server_has_is_not_taken_for_sent(run, server, m
     record(run, ROWS, State.DONE)
     assert sync(run, TOLD).outcome == "synced"
     record_there = WandbRecord.read(run)
-    assert not record_there.is_at(tracking.WandbRun("q", "us"))
-    assert not record_there.is_at(tracking.WandbRun("p", "others"))
-    assert record_there.is_at(tracking.WandbRun("p"))  # of the key's own team
+    assert not record_there.is_at(tracking.WandbRun(TrackingRecord(project="q", entity="us")))
+    assert not record_there.is_at(tracking.WandbRun(TrackingRecord(project="p", entity="others")))
+    assert record_there.is_at(tracking.WandbRun(TrackingRecord(project="p")))  # of the key's own team
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     assert not record_there.is_at(TOLD)
 

@@ -6,11 +6,12 @@ import json
 import shutil
 import socket
 import sys
+from dataclasses import replace
 from functools import partial
 
 from repa_lab.report.statistics import headline
 from repa_lab.runs import RunDirectory, RunWriter, State
-from repa_lab.runs.root import ComparisonRecord
+from repa_lab.runs.root import ComparisonRecord, TrackingRecord
 from repa_lab.tracking import wandb as tracking
 from repa_lab.tracking.wandb import History, WandbListener, WandbRecord, WandbRun, sync
 from repa_lab.training.loop import train
@@ -48,9 +49,7 @@ def test_the_server_has_the_rows_grids_and_settings_of_a_run_its_headline_and_it
         run,
         ROWS,
         State.DONE,
-        WandbListener(
-            run, WandbRun("p", "us", "arm, seed 3", "mine", ("slow", "sit"), headline=partial(headline, compared))
-        ),
+        WandbListener(run, replace(TOLD, headline=partial(headline, compared))),
     )
     assert failures == []
     assert numbers(server, run) == without_none(ROWS)
@@ -182,7 +181,7 @@ def test_every_run_of_a_process_has_its_own(tmp_path, server):
 
 
 def test_final_weights_are_an_artifact_when_asked_for(run, cache, server):
-    trained, told = make_run(**OFF), WandbRun("p", keeps_weights=True)
+    trained, told = make_run(**OFF), WandbRun(TrackingRecord(project="p", artifacts="final"))
     train(trained, run, make_options(), cache, [WandbListener(run, told)], stop_after(2))
     assert server.artifacts == {}
     train(trained, run, make_options(), cache, [WandbListener(run, told)])
@@ -218,7 +217,7 @@ def test_neither_secrets_nor_the_machine_nor_the_command_are_told_or_written(run
 def test_a_name_and_tags_that_are_too_long_for_wandb_are_shortened(run, server):
     with RunWriter(run) as writer:
         writer.describe({**SPEC, "regularizer": [{"type": "x" * 70}, {"type": "none"}]}, {})
-    record(run, ROWS, State.DONE, WandbListener(run, WandbRun("p", name=f"{'arm' * 50}, seed 3")))
+    record(run, ROWS, State.DONE, WandbListener(run, WandbRun(TrackingRecord(), f"{'arm' * 50}, seed 3")))
     assert len(server.runs[run.run_id]["displayName"]) == 128
     assert server.runs[run.run_id]["displayName"].endswith("arm, seed 3")
     assert server.runs[run.run_id]["tags"] == ["sit", "x" * 64, "none"]

@@ -11,29 +11,22 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from abc import abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from repa_lab.files import write_text
-from repa_lab.orchestration.executors import (
-    Executor,
-    Job,
-    MessageKind,
-    PrepareJob,
-    TrainJob,
-    WorkerMessage,
-    dump_job,
-    dump_message,
-    parse_job,
-)
-from repa_lab.orchestration.launcher import launcher_variables
+from repa_lab.orchestration.executors import launcher_variables
+from repa_lab.orchestration.executors.local import LocalExecutor
+from repa_lab.orchestration.scheduler import Executor, Job, MessageKind, PackedJob, TrainJob, WorkerMessage
+from repa_lab.registry import PluginError
 from repa_lab.runs import RunsRoot, State
 
 _ASK_EVERY_S = 1.0
 _BUSY_PATIENCE_S = 300.0  # by then a lost machine's lock of a run has expired on every file system that we know
+_CLOSE_PATIENCE_S = 90.0
 
 
 @dataclass(frozen=True)
@@ -71,21 +64,21 @@ class SharedFolder:
         """The token file."""
         return self.path / "token"
 
-    def dump_job(self, job: Job) -> dict[str, Any]:
-        """Return a job as plain data, with the root as every machine calls it."""
-        return dump_job(replace(job, root=self.root))
+    def stop_file(self, name: str) -> Path:
+        """Return the file that asks for a job to stop."""
+        return self.path / f"{name}.stop"
 
-    def request_stop(self, run_id: str, state: State) -> None:
-        """Ask for a run to end in a state."""
-        write_text(self.path / f"{run_id}.stop", state.value)
+    def pack(self, job: Job) -> PackedJob:
+        """Pack a job, with the root as every machine calls it."""
+        return PackedJob.of(replace(job, root=self.root))
 
-    def withdraw_stop(self, run_id: str) -> None:
-        """Withdraw the request to stop."""
-        (self.path / f"{run_id}.stop").unlink(missing_ok=True)
-
-    def stop_request(self, job: Job) -> StopRequest:
-        """Return what looks for :meth:`request_stop`."""
-        return StopRequest(self.path / f"{job.name}.stop")
+    def problem(self) -> str | None:
+        """Return why this machine cannot work: it does not see the scheduler's runs root; None if it does."""
+        with suppress(OSError):
+            if self.token_path.read_text(encoding="utf-8") == self.token:
+                return None
+        machine, root = socket.gethostname(), self.root.path
+        return f"machine {machine} does not see the runs root {root}; it must be on shared storage"
 
 
 class DetachedExecutor(Executor):
@@ -98,10 +91,42 @@ class DetachedExecutor(Executor):
 
     def __init__(self, shared: SharedFolder, slots: int) -> None:
         self._shared, self.slots = shared, slots
+        self._handles: dict[str, Any] = {}  # what the cluster knows the jobs in hand by
 
     def stop(self, run_id: str, state: State) -> None:
         """Ask for a run to end after its present step, with a checkpoint, in this state."""
-        self._shared.request_stop(run_id, state)
+        write_text(self._shared.stop_file(run_id), state.value)
+
+    def poll(self, timeout: float) -> list[WorkerMessage]:
+        """Return what the jobs have said, waiting up to ``timeout`` seconds for a first message."""
+        if not (messages := self._outcomes()):
+            self._wait(timeout)
+            messages = self._outcomes()
+        return messages
+
+    def close(self) -> None:
+        """Have the runs in hand checkpointed."""
+        self.withdraw()
+        for name in self._handles:
+            self.stop(name, State.INTERRUPTED)
+        deadline = time.monotonic() + _CLOSE_PATIENCE_S
+        while self._handles and time.monotonic() < deadline:
+            self.poll(1.0)
+
+    def _outcomes(self) -> list[WorkerMessage]:
+        outcomes = [self._outcome(name, handle) for name, handle in self._handles.items()]
+        messages = [message for message in outcomes if message]
+        for message in messages:
+            del self._handles[message.job]
+            self._shared.stop_file(message.job).unlink(missing_ok=True)
+        return messages
+
+    def _wait(self, timeout: float) -> None:
+        time.sleep(timeout)
+
+    @abstractmethod
+    def _outcome(self, name: str, handle: Any) -> WorkerMessage | None:
+        """Return the last message of a job; None while the job waits or goes on."""
 
 
 class StopRequest:
@@ -126,64 +151,47 @@ class StopRequest:
         return self.local or self._state
 
 
-def carry_out(shared: SharedFolder, value: Mapping[str, Any], stop: StopRequest | None = None) -> dict[str, Any]:
-    """Do a job that was written as plain data.
+def carry_out(shared: SharedFolder, packed: PackedJob, stop: StopRequest | None = None) -> WorkerMessage:
+    """Do a job; return its last message.
 
     Args:
         shared: the folder of the scheduler that gave the job.
-        value: the job; see :meth:`SharedFolder.dump_job`.
+        packed: the job.
         stop: whether to stop; None looks at the file only.
-
-    Returns:
-        The job's last message, as plain data.
     """
     for name in launcher_variables(os.environ):
         if not name.startswith("SLURM_"):  # submitit queues a preempted job again by these
             del os.environ[name]
-    job = parse_job(value)
-    return dump_message(_carry_out(shared, job, stop or shared.stop_request(job)))
-
-
-def _carry_out(shared: SharedFolder, job: Job, stop: StopRequest) -> WorkerMessage:
-    if (problem := sharing_problem(shared.token_path, shared.token)) is not None:
-        return WorkerMessage.failure(job, problem)
+    if (problem := shared.problem()) is not None:
+        return WorkerMessage(MessageKind.FAILED, packed.name, problem)
     with suppress(OSError):
         os.chdir(shared.working_directory)  # settings may name files relative to it
+    try:
+        job, stop = packed.unpacked(), stop or StopRequest(shared.stop_file(packed.name))
+    except PluginError as error:
+        return WorkerMessage(MessageKind.FAILED, packed.name, str(error))
     if isinstance(job, TrainJob) and (state := stop()):  # asked for while the job waited for a place
-        return WorkerMessage(MessageKind.FINISHED, job.name, state)
+        return WorkerMessage(MessageKind.FINISHED, job.name, state=state)
     if job.options.gpus_per_run > 1:
         return _in_several_processes(job, stop)
-    from repa_lab.orchestration.worker import fill_caches, train_run
+    from repa_lab.orchestration.worker import do
 
-    if isinstance(job, PrepareJob):
-        return fill_caches(job, lambda message: None)
     deadline = time.monotonic() + _BUSY_PATIENCE_S
     while True:  # a process that was lost with its machine may seem to hold the run
-        message = train_run(job, stop)
+        message = do(job, stop)
         if message.kind is not MessageKind.BUSY or time.monotonic() > deadline:
             return message
 
 
-def sharing_problem(token_path: Path, token: str) -> str | None:
-    """Return why this machine cannot work: it does not see the scheduler's runs root; None if it does."""
-    with suppress(OSError):
-        if token_path.read_text(encoding="utf-8") == token:
-            return None
-    root = token_path.parents[2]
-    return f"machine {socket.gethostname()} does not see the runs root {root}; it must be on shared storage"
-
-
 def _in_several_processes(job: Job, stop: StopRequest) -> WorkerMessage:
     """Do a job as the local executor does it, in a slot of its own on this machine."""
-    from repa_lab.orchestration.executors.local import LocalExecutor
-
     with tempfile.TemporaryDirectory(prefix="repa-lab-") as scratch:
         executor = LocalExecutor([None], Path(scratch) / "workers.log", job.options.gpus_per_run)
         try:
             executor.submit(job)
             while True:
                 for message in executor.poll(_ASK_EVERY_S):
-                    if message.kind.ends_job:
+                    if message.kind is not MessageKind.PROGRESS:
                         return message
                 if isinstance(job, TrainJob) and (state := stop()):
                     executor.stop(job.name, state)

@@ -7,7 +7,6 @@ libraries. The fork server has one thread, opens no file, database or connection
 from __future__ import annotations
 
 import gc
-import json
 import os
 import select
 import signal
@@ -16,61 +15,57 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
+from functools import cached_property
+from multiprocessing.connection import Connection
 from typing import IO, TextIO
 
 _REAP_EVERY_S = 0.05
 _IDLE_S = 300.0  # a notebook that does not sweep for so long gets the memory back
-_READY = b"r"
-
-
-class ForkServerError(RuntimeError):
-    """The fork server has ended; the message says how."""
 
 
 class WorkerProcess:
-    """A worker process, seen from its scheduler."""
+    """A worker process, seen from its scheduler; it may wait for its server to be ready.
+
+    Attributes:
+        messages: where the worker's messages arrive.
+    """
 
     def __init__(self, jobs: int, messages: int, status: int) -> None:
-        self.messages = messages
-        self._jobs, self._status = os.fdopen(jobs, "wb"), os.fdopen(status, "rb", 0)
-        self._partial = b""
-        self.pid = int(self._status.readline() or 0)
+        self.messages = Connection(messages, writable=False)
+        self._jobs, self._status = Connection(jobs, readable=False), os.fdopen(status, "rb", 0)
+
+    @cached_property
+    def pid(self) -> int:
+        """The process's id, once it has been forked; 0 if its server ended before."""
+        return int(self._status.readline() or 0)
 
     def send(self, message: object) -> None:
         """Send a job, or a request to stop."""
         with suppress(BrokenPipeError):  # the process has died; its messages have ended
-            self._jobs.write(json.dumps(message).encode() + b"\n")
-            self._jobs.flush()
-
-    def lines(self) -> list[bytes] | None:
-        """Read the complete lines that have arrived; None at the end. A buffered file would hide lines from select."""
-        chunk = os.read(self.messages, 1 << 16)
-        *complete, self._partial = (self._partial + chunk).split(b"\n")
-        return complete if chunk else None
+            self._jobs.send(message)
 
     def dismiss(self) -> None:
         """End the process's input, upon which the process ends."""
-        with suppress(BrokenPipeError):
-            self._jobs.close()
+        self._jobs.close()
 
     def kill(self) -> None:
         """Kill the process and all that it has started, such as data loaders."""
         with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+            if self.pid:
+                os.killpg(self.pid, signal.SIGKILL)
 
     def wait(self, patience_s: float | None = None) -> str | None:
-        """Return how the process ended; None if it has not within ``patience_s`` seconds."""
-        if not select.select([self._status], [], [], patience_s)[0]:
+        """Return how the process ended, empty if its server is gone; None if it has not within the patience."""
+        if self.pid and not select.select([self._status], [], [], patience_s)[0]:
             return None
-        status = self._status.readline()  # empty if the fork server itself is gone
-        return _cause(int(status)) if status else "the process that it was forked from is gone"
+        status = self._status.readline()
+        return _cause(int(status)) if status else ""
 
     def close(self) -> None:
         """Close the pipes."""
-        self.dismiss()
+        self._jobs.close()
         self._status.close()
-        os.close(self.messages)
+        self.messages.close()
 
 
 class ForkServer:
@@ -79,13 +74,9 @@ class ForkServer:
     Args:
         environment: the environment of the server and its workers.
         log: the file to which the server writes its errors.
-
-    Attributes:
-        is_ready: whether the libraries are known to be imported; see :meth:`wait`.
     """
 
     def __init__(self, environment: Mapping[str, str], log: TextIO) -> None:
-        self.is_ready = False
         self._environment = dict(environment)
         self._requests, theirs = socket.socketpair()
         with theirs:
@@ -102,26 +93,17 @@ class ForkServer:
         """Return whether the server is there and has this environment."""
         return self._environment == environment and self._process.poll() is None
 
-    def wait(self, patience_s: float) -> None:
-        """Wait until the libraries are imported, for ``patience_s`` seconds at most.
-
-        Raises:
-            ForkServerError: the server has ended instead.
-        """
-        if not self.is_ready and select.select([self._requests], [], [], patience_s)[0]:
-            if not self._requests.recv(1):
-                raise ForkServerError(_cause(self._process.wait()))
-            self.is_ready = True
+    @property
+    def is_ready(self) -> bool:
+        """Whether the server has imported the libraries, or has ended."""
+        return self._process.poll() is not None or bool(select.select([self._requests], [], [], 0)[0])
 
     def fork(self, environment: Mapping[str, str], log: TextIO) -> WorkerProcess:
-        """Fork a worker from a server that is ready.
+        """Have a worker forked as soon as the server is ready; a worker whose server has ended ends before it begins.
 
         Args:
             environment: variables that only this worker has.
             log: the file to which the worker writes its errors.
-
-        Raises:
-            BrokenPipeError: the server has ended.
         """
         (jobs, ours), (messages, theirs), (status, servers) = os.pipe(), os.pipe(), os.pipe()
         with suppress(BrokenPipeError):
@@ -129,18 +111,15 @@ class ForkServer:
         for descriptor in (jobs, theirs, servers):
             os.close(descriptor)
         process = WorkerProcess(ours, messages, status)
-        if not process.pid:
-            process.close()
-            raise BrokenPipeError
-        process.send({"environment": dict(environment), "folder": str(Path.cwd())})
+        process.send((dict(environment), os.getcwd()))  # noqa: PTH109
         return process
 
-    def close(self) -> None:
-        """End the server; its workers go on."""
-        self._requests.close()
-        if not self.is_ready:
+    def close(self) -> str:
+        """End the server, whose workers go on; return how it ended."""
+        if not self.is_ready:  # its imports are for nothing
             self._process.kill()
-        self._process.wait()
+        self._requests.close()
+        return _cause(self._process.wait())
 
 
 _server: ForkServer | None = None
@@ -177,23 +156,22 @@ def serve(requests: socket.socket) -> bool:
         # timm imports W&B where it can, and W&B makes a temporary folder at its import. Every worker would delete it at
         # its end, for all others too; so each worker that needs W&B imports it itself.
         sys.modules["wandb"] = None  # type: ignore[assignment]
-        import repa_lab.orchestration.prepare
-        import repa_lab.training.loop  # noqa: F401
+        import repa_lab.orchestration.worker  # noqa: F401
 
         del sys.modules["wandb"]
     gc.freeze()  # collections must not visit, and so copy, the half a million objects of the libraries
-    requests.send(_READY)
+    requests.send(b"r")
     statuses: dict[int, IO[bytes]] = {}  # a pipe for each worker
     while True:
-        is_idle = not statuses
-        is_asked = bool(select.select([requests], [], [], _IDLE_S if is_idle else _REAP_EVERY_S)[0])
+        patience_s = _REAP_EVERY_S if statuses else _IDLE_S
+        is_asked = bool(select.select([requests], [], [], patience_s)[0])
+        if not is_asked and not statuses:
+            return False
         for pid in list(statuses):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 with suppress(BrokenPipeError), statuses.pop(pid) as pipe:
                     pipe.write(b"%d\n" % os.waitstatus_to_exitcode(status))
-        if not is_asked and is_idle:
-            return False
         if is_asked:
             message, descriptors, _, _ = socket.recv_fds(requests, 1, 4)
             if not message:

@@ -5,32 +5,28 @@ A crash costs one run: its slot gets new processes.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import selectors
 import shutil
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
-from repa_lab.orchestration.executors import (
+from repa_lab.orchestration.executors import launcher_variables
+from repa_lab.orchestration.executors.forkserver import WorkerProcess, close_server, open_server
+from repa_lab.orchestration.scheduler import (
     Executor,
     ExecutorError,
     Job,
     MessageKind,
+    PackedJob,
     PrepareJob,
-    TrainJob,
     WorkerMessage,
-    dump_job,
-    parse_message,
 )
-from repa_lab.orchestration.executors.forkserver import ForkServerError, WorkerProcess, close_server, open_server
-from repa_lab.orchestration.launcher import launcher_variables
 from repa_lab.runs import State
 from repa_lab.spec import RunOptions
 
@@ -47,24 +43,12 @@ class _Slot:
     Attributes:
         devices: the processes' ``CUDA_VISIBLE_DEVICES``; None leaves the variable alone.
         job: the job in hand.
-        processes: one for each rank; none until the fork server is ready.
-        inbox: messages that wait for the processes, each with the number of first ranks that it is for.
+        processes: one for each rank; none after a crash.
     """
 
     devices: str | None
     job: Job | None = None
     processes: list[WorkerProcess] = field(default_factory=list)
-    inbox: list[tuple[dict[str, Any], int]] = field(default_factory=list)
-
-    def is_training(self, run_id: str | None) -> bool:
-        return isinstance(self.job, TrainJob) and self.job.name == run_id
-
-    def send(self, message: dict[str, Any], ranks: int) -> None:
-        """Send a message to the first ranks, or leave it for them if they are not started yet."""
-        if not self.processes:
-            self.inbox.append((message, ranks))
-        for process in self.processes[:ranks]:
-            process.send(message)
 
 
 class LocalExecutor(Executor):
@@ -83,58 +67,48 @@ class LocalExecutor(Executor):
         for name in launcher_variables(self._environment):
             del self._environment[name]
         self._log = log.open("a", encoding="utf-8")
-        self._selector = selectors.DefaultSelector()
         self._slots, self.slots = [_Slot(name) for name in devices], len(devices)
-        self._server = open_server(self._environment, self._log)
+        for slot in self._slots:
+            self._start(slot)
 
     def submit(self, job: Job) -> None:
         """Give a free slot a job; the slot's first process alone fills caches."""
         slot = next(slot for slot in self._slots if slot.job is None)
-        slot.job = job
-        slot.send(dump_job(job), 1 if isinstance(job, PrepareJob) else self._count)
+        slot.job, packed = job, PackedJob.of(job)
+        if not slot.processes:
+            self._start(slot)
+        for process in slot.processes[: 1 if isinstance(job, PrepareJob) else None]:
+            process.send(packed)
 
     def stop(self, run_id: str, state: State) -> None:
         """Ask for a run to end after its present step, with a checkpoint, in this state."""
-        for slot in self._slots:
-            if slot.is_training(run_id):
-                slot.send({"kind": "stop", "state": state.value}, 1)
+        for process in self._processes_of(run_id)[:1]:
+            process.send(state)
 
     def kill(self, run_id: str) -> None:
         """End a run at once, whatever it does."""
-        for slot in self._slots:
-            if slot.is_training(run_id):
-                slot.processes[0].kill()
+        for process in self._processes_of(run_id)[:1]:
+            process.kill()
 
     def poll(self, timeout: float) -> list[WorkerMessage]:
         """Return what the workers have said, waiting up to ``timeout`` seconds for a first message."""
-        if waiting := [slot for slot in self._slots if not slot.processes]:
-            try:
-                self._server = open_server(self._environment, self._log)
-                self._server.wait(timeout)
-                if not self._server.is_ready:
-                    return []
-                for slot in waiting:
-                    self._start(slot)
-            except ForkServerError as error:
-                return [WorkerMessage(MessageKind.BROKEN, error=f"no worker can be started ({error})")]
-            except BrokenPipeError:  # somebody killed the server; the next poll starts another one
-                for slot in waiting:
-                    self._kill(slot)
-                return []
-        messages: list[WorkerMessage] = []
-        for key, _ in self._selector.select(timeout):
-            process, slot = key.data
+        speakers = {process.messages: (process, slot) for slot in self._slots for process in slot.processes}
+        messages: list[WorkerMessage | None] = []
+        for connection in wait(list(speakers), timeout):
+            assert isinstance(connection, Connection)
+            process, slot = speakers[connection]
             if process not in slot.processes:
                 continue  # the process was killed after another of its slot had died
-            lines = process.lines()
-            if lines is None:
+            try:
+                messages.append(self._take_in(connection.recv(), process, slot))
+            except (EOFError, OSError):  # the latter if the process died while it wrote a message
                 messages.append(self._bury(process, slot))
-            for line in lines or []:
-                messages += self._take_in(process, slot, parse_message(json.loads(line)))
-        return messages
+        return list(filter(None, messages))
 
     def close(self) -> None:
         """End all processes; runs in hand are checkpointed first. Processes without a job end by themselves."""
+        if not self._server.is_ready:
+            close_server()
         for slot in self._slots:
             for process in slot.processes:
                 process.dismiss()
@@ -144,41 +118,42 @@ class LocalExecutor(Executor):
                     process.kill()
                     process.wait()
                 process.close()
-        if not self._server.is_ready:  # its imports are for nothing
-            close_server()
-        self._selector.close()
         self._log.close()
 
-    def _take_in(self, process: WorkerProcess, slot: _Slot, message: WorkerMessage) -> list[WorkerMessage]:
-        """Return the message if it is news: rank 0 says everything, other ranks only why they failed."""
-        if process is not slot.processes[0] and not (message.is_failure and slot.is_training(message.run_id)):
-            return []
-        if message.kind.ends_job:
-            slot.job = None
-            if message.is_failure and self._count > 1:  # the other ranks may wait for this one for ever
-                self._kill(slot)
-        return [message]
+    def _processes_of(self, run_id: str) -> list[WorkerProcess]:
+        return next((slot.processes for slot in self._slots if slot.job and slot.job.name == run_id), [])
 
-    def _bury(self, process: WorkerProcess, slot: _Slot) -> WorkerMessage:
+    def _take_in(self, message: WorkerMessage, process: WorkerProcess, slot: _Slot) -> WorkerMessage | None:
+        """Return the message if it is news: rank 0 says everything, other ranks only why they failed."""
+        is_failure = message.kind in (MessageKind.FAILED, MessageKind.BUSY)
+        is_current = slot.job is not None and slot.job.name == message.job
+        if process is not slot.processes[0] and not (is_failure and is_current):
+            return None
+        if message.kind is not MessageKind.PROGRESS:
+            slot.job = None
+            if is_failure and self._count > 1:  # the other ranks may wait for this one for ever
+                self._kill(slot)
+        return message
+
+    def _bury(self, process: WorkerProcess, slot: _Slot) -> WorkerMessage | None:
         """Kill the other processes of a slot in which one has died, and return the failure of its job."""
-        cause, job = process.wait(), slot.job
-        slot.job = None
+        cause = process.wait() or f"the process that it was forked from is gone: {self._server.close()}"
+        error = f"the worker died ({cause})" if process.pid else f"no worker can be started ({cause})"
+        job, slot.job = slot.job, None
         self._kill(slot)
-        if isinstance(job, TrainJob):
-            return WorkerMessage.failure(job, f"the worker died ({cause})")
-        return WorkerMessage(MessageKind.BROKEN, error=f"a worker died ({cause}); see {self._log.name}")
+        return WorkerMessage(MessageKind.FAILED, job.name, error) if job else None
 
     def _kill(self, slot: _Slot) -> None:
-        """End the processes of a slot; :meth:`poll` starts new ones."""
+        """End the processes of a slot; the next job starts new ones."""
         for process in slot.processes:
             process.kill()
             process.wait()
-            self._selector.unregister(process.messages)
             process.close()
         slot.processes = []
 
     def _start(self, slot: _Slot) -> None:
-        """Fork the processes of a slot, and give them what waits for them."""
+        """Have the processes of a slot forked."""
+        self._server = open_server(self._environment, self._log)
         own = {}
         if slot.devices is not None:  # PCI_BUS_ID numbers GPUs as nvidia-smi does, not by speed
             own = {"CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")}
@@ -188,12 +163,7 @@ class LocalExecutor(Executor):
             if self._count > 1:  # what torchrun sets
                 own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
                 own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            process = self._server.fork(own, self._log)
-            self._selector.register(process.messages, selectors.EVENT_READ, (process, slot))
-            slot.processes.append(process)
-        for message, ranks in slot.inbox:
-            slot.send(message, ranks)
-        slot.inbox = []
+            slot.processes.append(self._server.fork(own, self._log))
 
 
 def _free_port() -> int:

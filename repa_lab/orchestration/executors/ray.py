@@ -8,12 +8,11 @@ import socket
 import time
 from typing import Any
 
-from repa_lab.orchestration.executors import ExecutorError, Job, TrainJob, WorkerMessage, parse_message
-from repa_lab.orchestration.executors.detached import DetachedExecutor, SharedFolder, carry_out, sharing_problem
-from repa_lab.runs import RunsRoot, State
+from repa_lab.orchestration.executors.detached import DetachedExecutor, SharedFolder, carry_out
+from repa_lab.orchestration.scheduler import ExecutorError, Job, MessageKind, WorkerMessage
+from repa_lab.runs import RunsRoot
 from repa_lab.spec import RunOptions
 
-_CLOSE_PATIENCE_S = 90.0
 _CHECK_PATIENCE_S = 120.0
 _CONNECT_PATIENCE_S = 15.0
 
@@ -35,7 +34,6 @@ class RayExecutor(DetachedExecutor):
         self._ray = _import_ray()
         self._options = options.ray
         super().__init__(SharedFolder.open(root, sweep), workers or 0)
-        self._jobs: dict[Any, Job] = {}
         self._is_ours = not self._ray.is_initialized()
         requested = {"CPU": self._options.num_cpus, "GPU": self._options.num_gpus, **self._options.resources}
         self._request = {name: amount for name, amount in requested.items() if amount}
@@ -54,43 +52,33 @@ class RayExecutor(DetachedExecutor):
 
     def submit(self, job: Job) -> None:
         """Hand a job to the cluster."""
-        self._shared.withdraw_stop(job.name)
-        self._jobs[self._task.remote(self._shared, self._shared.dump_job(job))] = job
+        self._shared.stop_file(job.name).unlink(missing_ok=True)
+        self._handles[job.name] = self._task.remote(self._shared, self._shared.pack(job))
 
     def kill(self, run_id: str) -> None:
         """End a run at once, whatever it does."""
-        for task, job in self._jobs.items():
-            if job.name == run_id:
-                self._ray.cancel(task, force=True)
-
-    def poll(self, timeout: float) -> list[WorkerMessage]:
-        """Return what the workers have said, waiting up to ``timeout`` seconds for a first message."""
-        if not self._jobs:
-            time.sleep(timeout)
-            return []
-        tasks = list(self._jobs)
-        self._ray.wait(tasks, num_returns=1, timeout=timeout)
-        done, _ = self._ray.wait(tasks, num_returns=len(tasks), timeout=0)
-        return [self._outcome(task, self._jobs.pop(task)) for task in done]
+        if run_id in self._handles:
+            self._ray.cancel(self._handles[run_id], force=True)
 
     def close(self) -> None:
         """Have the runs in hand checkpointed, and leave the cluster."""
-        running = [job.name for job in self._jobs.values() if isinstance(job, TrainJob)]
-        for run_id in running:
-            self._shared.request_stop(run_id, State.INTERRUPTED)
-        if self._jobs:
-            self._ray.wait(list(self._jobs), num_returns=len(self._jobs), timeout=_CLOSE_PATIENCE_S)
-        for run_id in running:
-            self._shared.withdraw_stop(run_id)
+        super().close()
         self._disconnect()
 
-    def _outcome(self, task: Any, job: Job) -> WorkerMessage:
+    def _wait(self, timeout: float) -> None:
+        if tasks := list(self._handles.values()):
+            self._ray.wait(tasks, timeout=timeout)
+        else:
+            time.sleep(timeout)
+
+    def _outcome(self, name: str, handle: Any) -> WorkerMessage | None:
+        if not self._ray.wait([handle], timeout=0)[0]:
+            return None
         try:
-            message = parse_message(self._ray.get(task))
+            message: WorkerMessage = self._ray.get(handle)
+            return message
         except self._ray.exceptions.RayError as error:
-            message = WorkerMessage.failure(job, f"Ray lost it ({type(error).__name__})")
-        self._shared.withdraw_stop(job.name)
-        return message
+            return WorkerMessage(MessageKind.FAILED, name, f"Ray lost it ({type(error).__name__})")
 
     def _capacity(self, node: dict[str, Any]) -> int:
         """Return how many runs a node takes at a time."""
@@ -109,8 +97,8 @@ class RayExecutor(DetachedExecutor):
         checks = {}
         for node in nodes:
             place = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = self._ray.remote(sharing_problem).options(num_cpus=0, scheduling_strategy=place)
-            checks[task.remote(self._shared.token_path, self._shared.token)] = f"node {node['NodeManagerAddress']}"
+            task = self._ray.remote(SharedFolder.problem).options(num_cpus=0, scheduling_strategy=place)
+            checks[task.remote(self._shared)] = f"node {node['NodeManagerAddress']}"
         for task, name in checks.items():
             try:
                 problem = self._ray.get(task, timeout=_CHECK_PATIENCE_S)
@@ -138,29 +126,20 @@ def _import_ray() -> Any:
 def _connect(ray: Any, address: str | None) -> None:
     if ray.is_initialized():
         return
-    if address not in (None, "auto"):
-        _require_listener(str(address))
+    if address not in (None, "auto"):  # refused where nobody answers; Ray itself would try for minutes
+        host, _, port = str(address).rpartition(":")
+        if not host or "/" in host or not port.isdigit():
+            raise ExecutorError("ray.address", f"'{address}' is neither auto nor host:port")
+        try:
+            socket.create_connection((host, int(port)), _CONNECT_PATIENCE_S).close()
+        except OSError as error:
+            raise ExecutorError("ray.address", f"no Ray cluster at '{address}': {error.strerror or error}") from None
     # A dashboard answers whoever reaches it (CVE-2023-48022): ours has none, and listens to this machine alone.
     ours = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address is None else {}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="error", **ours)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         raise ExecutorError("ray.address", f"no Ray cluster at '{address}': {_lines(error)[0]}") from None
-
-
-def _require_listener(address: str) -> None:
-    """Refuse an address at which nobody answers; Ray itself would try for minutes.
-
-    Raises:
-        ExecutorError: the address is no ``host:port``, or nobody answers there.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdigit():
-        raise ExecutorError("ray.address", f"'{address}' is neither auto nor host:port")
-    try:
-        socket.create_connection((host, int(port)), _CONNECT_PATIENCE_S).close()
-    except OSError as error:
-        raise ExecutorError("ray.address", f"no Ray cluster at '{address}': {error.strerror or error}") from None
 
 
 def _lines(error: BaseException) -> list[str]:

@@ -10,19 +10,17 @@ import importlib
 import subprocess
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from repa_lab.files import write_json
-from repa_lab.orchestration.executors import ExecutorError, Job, TrainJob, WorkerMessage, parse_job, parse_message
 from repa_lab.orchestration.executors.detached import DetachedExecutor, SharedFolder, StopRequest, carry_out
+from repa_lab.orchestration.scheduler import ExecutorError, Job, MessageKind, PackedJob, PrepareJob, WorkerMessage
 from repa_lab.runs import RunsRoot, State, files
 from repa_lab.spec import RunOptions
 
 _SIGNAL_DELAY_S = 120  # from Slurm's signal to its kill: time for a step and a checkpoint
 _CHECKPOINT_PATIENCE_S = 90.0
-_CLOSE_PATIENCE_S = 90.0
 _MAX_TIMEOUTS = 1000  # a run may be longer than a partition's limit
 _ASK_EVERY_S = 10.0  # squeue serves all users of the cluster
 
@@ -33,37 +31,28 @@ class Submission:
     Training goes on in a thread, so that the signal's handler can wait for the step in hand and its checkpoint.
     """
 
-    def __init__(self, shared: SharedFolder, value: dict[str, Any]) -> None:
-        self._shared, self._value = shared, value
+    def __init__(self, shared: SharedFolder, packed: PackedJob) -> None:
+        self._shared, self._packed = shared, packed
         self._stop: StopRequest | None = None
         self._thread: threading.Thread | None = None
 
-    def __call__(self) -> dict[str, Any]:
-        """Do the job; return its last message, as plain data."""
-        result: dict[str, Any] = {}
-        self._stop = stop = self._shared.stop_request(parse_job(self._value))
+    def __call__(self) -> WorkerMessage:
+        """Do the job; return its last message."""
+        result: list[WorkerMessage] = []
+        self._stop = stop = StopRequest(self._shared.stop_file(self._packed.name))
         self._thread = threading.Thread(
-            target=lambda: result.update(carry_out(self._shared, self._value, stop)), daemon=True
+            target=lambda: result.append(carry_out(self._shared, self._packed, stop)), daemon=True
         )
         self._thread.start()
         self._thread.join()
-        return result
+        return result[0]
 
     def checkpoint(self) -> Any:
         """Have the run end with a checkpoint, and return the same job: it goes on from the checkpoint."""
         if self._stop and self._thread:
             self._stop.local = State.INTERRUPTED
             self._thread.join(_CHECKPOINT_PATIENCE_S)
-        return _import_submitit().helpers.DelayedSubmission(Submission(self._shared, self._value))
-
-
-@dataclass
-class _QueuedJob:
-    """A job that Slurm has; ``missing_since`` is when squeue first did not list the job."""
-
-    job: Job
-    handle: Any
-    missing_since: float | None = None
+        return _import_submitit().helpers.DelayedSubmission(Submission(self._shared, self._packed))
 
 
 class SlurmExecutor(DetachedExecutor):
@@ -87,55 +76,51 @@ class SlurmExecutor(DetachedExecutor):
         self._cluster = cluster
         self._engine = self._open_engine(options, sweep)
         self._waiting: list[Job] = []
-        self._queued: dict[str, _QueuedJob] = {}
         # Jobs of an earlier scheduler that are not asked for again yet, by the id of their run.
         self._left: dict[str, str] = files.read_json(self._record_path) if self._record_path.exists() else {}
         self._listed_at, self._listed = 0.0, set[str]()
+        self._missing: dict[str, float] = {}  # since when squeue has not listed a job
 
     def submit(self, job: Job) -> None:
         """Take a job; the jobs that are submitted before the next poll become one array."""
-        self._shared.withdraw_stop(job.name)
+        self._shared.stop_file(job.name).unlink(missing_ok=True)
         job_id = self._left.pop(job.name, None)
-        if isinstance(job, TrainJob) and job_id and (adopted := self._adopt(job, job_id)):
-            self._queued[job.name] = adopted
+        if job_id and (handle := self._adopt(job.name, job_id)):
+            self._handles[job.name] = handle
         else:
             self._waiting.append(job)
 
     def kill(self, run_id: str) -> None:
         """End a run at once, whatever it does."""
-        if run_id in self._queued:
-            self._queued[run_id].handle.cancel()
+        if run_id in self._handles:
+            self._handles[run_id].cancel()
 
     def withdraw(self) -> list[str]:
         """Take back the jobs that only wait in the queue; return the ids of their runs."""
-        waiting = [job.name for job in self._waiting]
+        withdrawn = [job.name for job in self._waiting]
         self._waiting = []
         pending = self._list("PENDING")
-        for name, queued in list(self._queued.items()):
-            if queued.handle.job_id in pending:
-                queued.handle.cancel()
-                del self._queued[name]
-                waiting.append(name)
+        for name in [name for name, handle in self._handles.items() if handle.job_id in pending]:
+            self._handles.pop(name).cancel()
+            withdrawn.append(name)
         self._record()
-        return waiting
+        return withdrawn
 
     def poll(self, timeout: float) -> list[WorkerMessage]:
-        """Return what the jobs have said, waiting up to ``timeout`` seconds for a first message."""
-        self._flush()
-        messages = self._outcomes()
-        if not messages:
-            time.sleep(timeout)
-            messages = self._outcomes()
+        """Submit the jobs that wait, then return what jobs have said."""
+        if self._waiting:
+            submissions = [Submission(self._shared, self._shared.pack(job)) for job in self._waiting]
+            try:
+                with self._engine.batch():
+                    handles = [self._engine.submit(submission) for submission in submissions]
+            except self._submitit.core.utils.FailedJobError as error:
+                raise ExecutorError("slurm", f"sbatch refused: {_last_line(error)}") from None
+            self._handles |= {job.name: handle for job, handle in zip(self._waiting, handles, strict=True)}
+            self._waiting = []
+            self._record()
+        if messages := super().poll(timeout):
+            self._record()
         return messages
-
-    def close(self) -> None:
-        """Have the runs in hand checkpointed; a job that does not end in time stays queued, and is found again."""
-        self.withdraw()
-        for name in self._queued:
-            self._shared.request_stop(name, State.INTERRUPTED)
-        deadline = time.monotonic() + _CLOSE_PATIENCE_S
-        while self._queued and time.monotonic() < deadline:
-            self.poll(1.0)
 
     def _open_engine(self, options: RunOptions, sweep: str) -> Any:
         folder = self._shared.path / "slurm"
@@ -150,45 +135,20 @@ class SlurmExecutor(DetachedExecutor):
         engine.update_parameters(**sbatch_parameters(options, sweep))
         return engine
 
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        submissions = [Submission(self._shared, self._shared.dump_job(job)) for job in self._waiting]
-        try:
-            with self._engine.batch():
-                handles = [self._engine.submit(submission) for submission in submissions]
-        except self._submitit.core.utils.FailedJobError as error:
-            raise ExecutorError("slurm", f"sbatch refused: {str(error).strip().splitlines()[-1]}") from None
-        self._queued |= {job.name: _QueuedJob(job, handle) for job, handle in zip(self._waiting, handles, strict=True)}
-        self._waiting = []
-        self._record()
-
-    def _outcomes(self) -> list[WorkerMessage]:
-        messages = []
-        for name, queued in list(self._queued.items()):
-            if (message := self._outcome(queued)) is not None:
-                del self._queued[name]
-                self._shared.withdraw_stop(name)
-                messages.append(message)
-        if messages:
-            self._record()
-        return messages
-
-    def _outcome(self, queued: _QueuedJob) -> WorkerMessage | None:
-        """Return the last message of a job; None while the job waits or goes on."""
-        handle = queued.handle
+    def _outcome(self, name: str, handle: Any) -> WorkerMessage | None:
         if handle.paths.result_pickle.exists():
             try:
-                return parse_message(handle.result())
+                message: WorkerMessage = handle.result()
+                return message
             except self._submitit.core.utils.UncompletedJobError as error:  # a failed job's error is one, too
-                return WorkerMessage.failure(queued.job, f"the job failed: {str(error).strip().splitlines()[-1]}")
+                return WorkerMessage(MessageKind.FAILED, name, f"the job failed: {_last_line(error)}")
         if self._is_there(handle):
-            queued.missing_since = None
+            self._missing.pop(name, None)
             return None
-        queued.missing_since = queued.missing_since or time.monotonic()
-        if self._cluster == "slurm" and time.monotonic() - queued.missing_since < 2 * _ASK_EVERY_S:
+        missing_since = self._missing.setdefault(name, time.monotonic())
+        if self._cluster == "slurm" and time.monotonic() - missing_since < 2 * _ASK_EVERY_S:
             return None  # its result may be on its way through the file system
-        return WorkerMessage.failure(queued.job, f"the job ended without a result; see {handle.paths.stderr}")
+        return WorkerMessage(MessageKind.FAILED, name, f"the job ended without a result; see {handle.paths.stderr}")
 
     def _is_there(self, handle: Any) -> bool:
         if self._cluster == "local":
@@ -205,24 +165,23 @@ class SlurmExecutor(DetachedExecutor):
         try:
             return set(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split())
         except (OSError, subprocess.SubprocessError):
-            return set() if state else {queued.handle.job_id for queued in self._queued.values()}
+            return set() if state else {handle.job_id for handle in self._handles.values()}
 
-    def _adopt(self, job: TrainJob, job_id: str) -> _QueuedJob | None:
+    def _adopt(self, name: str, job_id: str) -> Any:
         """Return a job of an earlier scheduler that is queued or has ended well; None if it must be done again."""
         handle = self._engine.job_class(self._shared.path / "slurm", job_id)
-        queued = _QueuedJob(job, handle)
         if handle.paths.result_pickle.exists():
-            message = self._outcome(queued)
-            return queued if message and message.state in (State.DONE, State.STOPPED, State.PRUNED) else None
-        return queued if job_id in self._list() else None
+            message = self._outcome(name, handle)
+            return handle if message and message.state in (State.DONE, State.STOPPED, State.PRUNED) else None
+        return handle if job_id in self._list() else None
 
     @property
     def _record_path(self) -> Path:
         return self._shared.path / "jobs.json"
 
     def _record(self) -> None:
-        training = {name: q.handle.job_id for name, q in self._queued.items() if isinstance(q.job, TrainJob)}
-        write_json(self._record_path, self._left | training)
+        queued = {name: handle.job_id for name, handle in self._handles.items() if name != PrepareJob.name}
+        write_json(self._record_path, self._left | queued)
 
 
 def sbatch_parameters(options: RunOptions, sweep: str) -> dict[str, Any]:
@@ -251,6 +210,10 @@ def sbatch_parameters(options: RunOptions, sweep: str) -> dict[str, Any]:
 def signal_delay(options: RunOptions) -> int:
     """Return the seconds between Slurm's signal and the end of a job's time."""
     return min(_SIGNAL_DELAY_S, options.slurm.time_min * 60 // 4)
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 def _import_submitit() -> Any:

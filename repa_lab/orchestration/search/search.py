@@ -19,9 +19,9 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from repa_lab.orchestration.checks import resolve_metric
-from repa_lab.orchestration.executors import Task
 from repa_lab.orchestration.plan import Plan, arm_record, identify_run
 from repa_lab.orchestration.rehearsal import RehearsedArm
+from repa_lab.orchestration.scheduler import Task
 from repa_lab.orchestration.search.problems import is_searched, storage_url
 from repa_lab.orchestration.search.space import Settings, Space
 from repa_lab.orchestration.search.study import (
