@@ -8,7 +8,7 @@ torch-fidelity by this module, and every metric's name says which one was used: 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,30 @@ class Extractor:
         self.layers = layers(name, self.metrics)
         if not self.layers:
             raise ValueError(f"{name} has no features for {', '.join(self.metrics) or 'nothing'}")
-        self._weights = _weights_file(name, weights)
-        self._net = _network(name, self._weights, self.layers).to(device)
-        self.device = device
+        self._weights, self.device = _weights_file(name, weights), device
+        # torch-fidelity does not know the spatial layer; if nothing else is wanted, its layer 768 ends the pass soonest
+        self._computed = [layer for layer in self.layers if layer != SPATIAL] or ["768"]
+        path, registered = self._weights and str(self._weights), EXTRACTORS[name].registered
+        try:
+            net: nn.Module = create_feature_extractor(
+                registered, self._computed, cuda=False, feature_extractor_weights_path=path, verbose=False
+            )
+        except RuntimeError as error:
+            raise EncoderError("weights", f"'{path}' does not fit '{name}': {reason(error)}") from None
+        self._net, self._spatial = net.to(device), torch.empty(0)
+        if SPATIAL in self.layers:
+            self._net.get_submodule("Mixed_6d").register_forward_hook(self._keep_spatial)
+
+    def _keep_spatial(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        """Keep the spatial features of sFID (2103.03841), which torch-fidelity's Inception does not return.
+
+        ADM's evaluator takes the first 7 channels of ``mixed_6/conv:0``, 17x17 places, flattened with channels last:
+        2023 numbers. By torch-fidelity's table of the two networks' weights ``mixed_6/conv`` is
+        ``Mixed_6d.branch1x1``, whose 192 channels come first in the output of ``Mixed_6d``; guided-diffusion's issue
+        #109 found the same by comparing values. The TensorFlow graph itself was not run here: that ``:0`` of the scope
+        is the value after its ReLU is taken from there.
+        """
+        self._spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -82,7 +103,7 @@ class Extractor:
         with torch.autocast(self.device.type, enabled=False), kernels(tf32=False):
             for batch in pixels.split(batch_size):
                 outputs = self._net(batch.to(self.device).expand(-1, 3, -1, -1).contiguous())
-                by_layer = outputs if isinstance(outputs, dict) else dict(zip(self.layers, outputs, strict=True))
+                by_layer = dict(zip(self._computed, outputs, strict=True)) | {SPATIAL: self._spatial}
                 batches.append({layer: by_layer[layer].float() for layer in self.layers})
         return {layer: torch.cat([batch[layer] for batch in batches]) for layer in self.layers}
 
@@ -91,19 +112,6 @@ class Extractor:
         """The number of features of each layer."""
         black = self.features(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
         return {layer: values.shape[1] for layer, values in black.items()}
-
-
-def _network(name: str, weights: Path | None, wanted: Sequence[str]) -> nn.Module:
-    # torch-fidelity does not know the spatial layer. If nothing else is wanted, its layer 768 ends the pass soonest.
-    known = [layer for layer in wanted if layer != SPATIAL] or ["768"]
-    path = None if weights is None else str(weights)
-    try:
-        net: nn.Module = create_feature_extractor(
-            EXTRACTORS[name].registered, known, cuda=False, feature_extractor_weights_path=path, verbose=False
-        )
-    except RuntimeError as error:
-        raise EncoderError("weights", f"'{path}' does not fit '{name}': {reason(error)}") from None
-    return SpatialInception(net) if SPATIAL in wanted else net
 
 
 def _weights_file(name: str, weights: str | None) -> Path | None:
@@ -237,31 +245,6 @@ def resample_positions(table: torch.Tensor, grid: int) -> torch.Tensor:
     places = table[:, 1:].reshape(1, n, n, -1).permute(0, 3, 1, 2)
     resampled = F.interpolate(places, scale_factor=(scale, scale), mode="bicubic")
     return torch.cat([table[:, :1], resampled.flatten(2).mT], dim=1)
-
-
-class SpatialInception(nn.Module):
-    """torch-fidelity's Inception with the spatial features of sFID (2103.03841) beside its own layers.
-
-    ADM's evaluator takes the first 7 channels of ``mixed_6/conv:0``, 17x17 places, flattened with channels last: 2023
-    numbers. By torch-fidelity's table of the two networks' weights ``mixed_6/conv`` is ``Mixed_6d.branch1x1``, whose
-    192 channels come first in the output of ``Mixed_6d``; guided-diffusion's issue #109 found the same by comparing
-    values. The TensorFlow graph itself was not run here: that ``:0`` of the scope is the value after its ReLU is taken
-    from there. ``net`` is torch-fidelity's network, made for the wanted layers except the spatial one.
-    """
-
-    def __init__(self, net: Any) -> None:
-        super().__init__()
-        self.net = net
-        self._spatial = torch.empty(0)
-        net.Mixed_6d.register_forward_hook(self._keep_spatial)
-
-    def forward(self, input: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the features of uint8 images ``(B, 3, H, W)`` by layer."""
-        outputs = self.net.convert_features_tuple_to_dict(self.net(input))
-        return {**outputs, SPATIAL: self._spatial}
-
-    def _keep_spatial(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        self._spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)
 
 
 for _facts in EXTRACTORS.values():

@@ -21,6 +21,7 @@ from repa_lab.runs.directory import RunDirectory, RunStatus
 from repa_lab.runs.files import DamagedFileError
 from repa_lab.runs.root import RunsRoot
 
+Kind = Literal["useless", "dispensable", "kept", "failed"]
 _RUN_ID = re.compile(r"[0-9a-f]{12}")
 
 
@@ -37,7 +38,7 @@ class Item:
 
     path: Path
     why: str
-    kind: Literal["useless", "dispensable", "kept", "failed"]
+    kind: Kind
 
     @cached_property
     def size(self) -> int:
@@ -144,7 +145,15 @@ def _items_of(run: RunDirectory, is_busy: bool, is_short: bool) -> Iterator[Item
         yield Item(run.path, str(error), "kept")
         return
     newest = checkpoints.latest(run.checkpoints) if is_short and status is RunStatus.DONE else None
-    for folder in (run.checkpoints, run.forks):
+    checkpoint: tuple[str, Kind] | None = (
+        ("an older checkpoint of a run that is done", "dispensable") if newest else None
+    )
+    if status is RunStatus.PRUNED:
+        checkpoint = "checkpoint of a pruned run", "useless"
+    fork: tuple[str, Kind] | None = None
+    if is_short and status.is_final and not is_busy:
+        fork = "kept for runs that begin like this one", "dispensable"
+    for folder, saved in ((run.checkpoints, checkpoint), (run.forks, fork)):
         for name in files.names_in(folder):
             path, leftover = folder / name, checkpoints.leftover(name)
             if path.is_symlink():
@@ -153,9 +162,5 @@ def _items_of(run: RunDirectory, is_busy: bool, is_short: bool) -> Iterator[Item
                 yield Item(path, leftover, "useless")
             elif files.step_of(name) is None:
                 yield Item(path, "not the name of a checkpoint", "kept")
-            elif folder == run.checkpoints and status is RunStatus.PRUNED:
-                yield Item(path, "checkpoint of a pruned run", "useless")
-            elif folder == run.checkpoints and newest and path != newest[1]:
-                yield Item(path, "an older checkpoint of a run that is done", "dispensable")
-            elif folder == run.forks and is_short and status.is_final and not is_busy:
-                yield Item(path, "kept for runs that begin like this one", "dispensable")
+            elif saved and not (newest and path == newest[1]):
+                yield Item(path, *saved)

@@ -273,7 +273,7 @@ class TestInception:
 
     def test_one_pass_serves_every_metric(self, net):
         seen = []
-        hooks = [net._net.net.Conv2d_1a_3x3.register_forward_hook(lambda *args: seen.append(len(args[2])))]
+        hooks = [net._net.Conv2d_1a_3x3.register_forward_hook(lambda *args: seen.append(len(args[2])))]
         found = net.features(noise(5, 8), batch_size=2)
         hooks[0].remove()
         assert seen == [2, 2, 1]
@@ -283,7 +283,7 @@ class TestInception:
 
     def test_spatial_features_are_the_first_channels_of_a_1x1_branch_place_by_place(self, net):
         """By the network's own modules up to the sixth block's branch that TensorFlow calls ``mixed_6/conv``."""
-        pixels, inner = noise(2, 40), net._net.net
+        pixels, inner = noise(2, 40), net._net
         before = (
             "Conv2d_1a_3x3",
             "Conv2d_2a_3x3",
@@ -310,7 +310,7 @@ class TestInception:
         alone = Extractor("inception", str(inception), CPU, ("sfid",))
         seen = []
         for name in ("Mixed_6e", "Mixed_7a", "fc"):
-            getattr(alone._net.net, name).register_forward_hook(lambda *args, name=name: seen.append(name))
+            getattr(alone._net, name).register_forward_hook(lambda *args, name=name: seen.append(name))
         found = alone.features(noise(1, 8))
         assert list(found) == ["spatial"]
         assert set(seen) <= {"Mixed_6e"}
@@ -326,7 +326,7 @@ class TestInception:
 
     def test_convolutions_are_not_cut_to_tensorfloat32(self, net):
         seen = []
-        hook = net._net.net.Mixed_6d.register_forward_hook(lambda *args: seen.append(torch.backends.cudnn.allow_tf32))
+        hook = net._net.Mixed_6d.register_forward_hook(lambda *args: seen.append(torch.backends.cudnn.allow_tf32))
         before = torch.backends.cudnn.allow_tf32
         net.features(noise(1, 8))
         hook.remove()
