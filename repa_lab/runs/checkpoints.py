@@ -39,10 +39,13 @@ class Fork:
 
 
 def commit(folder: Path, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
-    """Write the checkpoint of ``step``, keep the newest ``keep`` checkpoints with it, and return its folder.
+    """Write the checkpoint of ``step``, keep the newest ``keep`` checkpoints with it, and return its path.
+
+    The run's id and the number and digest of its metric rows, which are synced to disk before, are written beside the
+    files of ``write``, which fills an empty folder.
 
     Args:
-        write: fills an empty folder with files.
+        folder: the ``checkpoints`` or ``forks`` of a run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".tmp-*"):
@@ -50,6 +53,10 @@ def commit(folder: Path, step: int, write: Callable[[Path], None], keep: int = 2
     temporary = folder / f".tmp-{uuid.uuid4().hex}"
     temporary.mkdir()
     write(temporary)
+    for synced in (folder.parent / files.METRICS, folder.parent):
+        if synced.exists():
+            fsync(synced)
+    files.write_record(temporary / SIGNATURE, _signature(folder.parent))
     for path in temporary.iterdir():
         fsync(path)
     digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
@@ -91,14 +98,6 @@ def clear(folder: Path) -> None:
             files.delete(path)
     with suppress(OSError):
         folder.rmdir()
-
-
-def sign(checkpoint: Path, run: Path) -> None:
-    """Sync the metric rows of a run to disk, then write their number and digest and the run's id into a checkpoint."""
-    for path in (run / files.METRICS, run):
-        if path.exists():
-            fsync(path)
-    files.write_record(checkpoint / SIGNATURE, _signature(run))
 
 
 def resumable(run: Path) -> tuple[int, Path] | None:
@@ -185,7 +184,16 @@ def take_fork(parent: RunDirectory, step: int, child: RunWriter, is_childs: Call
             shutil.copyfile(grid, child.run.samples / grid.name)
     child.replace_rows(rows)
     child.event("forked", parent=parent.run_id, step=step)
-    commit(child.run.checkpoints, step, lambda folder: _copy(source, folder, child.run.path))
+
+    def copy(folder: Path) -> None:
+        for name in files.read_record(source / MANIFEST)["files"]:
+            if name != SIGNATURE:
+                try:
+                    os.link(source / name, folder / name)
+                except OSError:  # a file system that cannot link
+                    shutil.copyfile(source / name, folder / name)
+
+    commit(child.run.checkpoints, step, copy)
 
 
 def written_by(row: Row, last: int, measure_every: int, save_every: int, log_every: int) -> bool:
@@ -202,16 +210,3 @@ def _digest(path: Path) -> list[int | str]:
 
 def _is_of_training(row: Row) -> bool:
     return "loss/total" in row
-
-
-def _copy(source: Path, folder: Path, child: Path) -> None:
-    """Link the files of a checkpoint, or copy them if the file system cannot link, and sign it for the child run."""
-    for name in files.read_record(source / MANIFEST)["files"]:
-        if name == SIGNATURE:
-            continue
-        try:
-            os.link(source / name, folder / name)
-        except OSError:
-            shutil.copyfile(source / name, folder / name)
-        fsync(folder / name)
-    sign(folder, child)

@@ -78,16 +78,11 @@ class RunRecorder:
 
     def checkpoint(self, step: int, save: Callable[[Path], None], is_fork: bool = False) -> None:
         """Write a checkpoint with ``save(folder)``; the newest two stay, and all from which other runs begin."""
-
-        def write(folder: Path) -> None:
-            save(folder)
-            checkpoints.sign(folder, self._directory.path)
-
         if is_fork:
             self._announce_samples()  # for runs that begin here copy them
-            checkpoints.commit(self._directory.forks, step, write, keep=_ALL)
+            checkpoints.commit(self._directory.forks, step, save, keep=_ALL)
         else:
-            checkpoints.commit(self._directory.checkpoints, step, write)
+            checkpoints.commit(self._directory.checkpoints, step, save)
 
     def begin(self, step: int, is_resumed: bool) -> None:
         """Record that the run trains from ``step`` on, and drop what it recorded after it."""

@@ -33,7 +33,8 @@ def commit(folder: Path, *steps: int, keep: int = 2) -> None:
 
 
 def read(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+    ours = ("manifest.json", "run.json")
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ours}
 
 
 def assert_latest(folder: Path, step: int) -> None:
@@ -118,13 +119,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 
 def save(run: Path, step: int) -> None:
-    """Write a checkpoint that is signed for its run."""
-
-    def write(folder: Path) -> None:
-        writer(step)(folder)
-        checkpoints.sign(folder, run)
-
-    checkpoints.commit(run / "checkpoints", step, write)
+    checkpoints.commit(run / "checkpoints", step, writer(step))
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
@@ -230,6 +225,12 @@ class TestSignature:
         with pytest.raises(DamagedFileError, match="step-00000020' belongs to run abc; "):
             checkpoints.resumable(other)
         commit(run / "checkpoints", 30, 40)
+        for step in (30, 40):
+            unsigned = run / "checkpoints" / f"step-{step:08d}"
+            (unsigned / "run.json").unlink()
+            manifest = json.loads((unsigned / "manifest.json").read_text())
+            del manifest["files"]["run.json"]
+            (unsigned / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(DamagedFileError, match="step-00000040' is of another version of repa-lab; "):
             checkpoints.resumable(run)
 
