@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from repa_lab.bridge import simpletuner
-from repa_lab.bridge.simpletuner import Key, Prefix
+from repa_lab.bridge.simpletuner import ADDED, Key, Prefix
 from repa_lab.errors import KeyPath, Place, Problem, SpecError
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Family
@@ -20,10 +20,8 @@ from repa_lab.registry import did_you_mean
 from repa_lab.spec.document import parse_yaml, read_text
 from repa_lab.spec.schema import expectation
 
-PREFIXES = ("crepa_", "urepa_", "irepa_", *simpletuner.ADDED_PREFIXES.values())
+PREFIXES = ("crepa_", "urepa_", "irepa_", *(kind.prefix for kind in ADDED.values()))
 _DISTILLATION, _TRANSCENDENCE = "distillation_config", "self_transcendence"
-# The key that turns on each of the regularizers that SimpleTuner adds to others.
-SWITCH_OF = {"layersync": "layersync_enabled", _TRANSCENDENCE: "distillation_config.stage"}
 REGULARIZERS = {"crepa": "repa", "urepa": "urepa"}
 _NULLS = (None, "None", "null")
 _SAVED = "config"  # the key under which SimpleTuner's web interface saves the settings, beside `_metadata`
@@ -112,12 +110,12 @@ class Config:
     @property
     def added(self) -> tuple[str, ...]:
         """The types of the regularizers that are on beside that of ``prefix``."""
-        return tuple(kind for kind, switch in SWITCH_OF.items() if self.values.get(switch))
+        return tuple(kind for kind, added in ADDED.items() if self.values.get(added.switch))
 
     @property
     def prefixes(self) -> list[str]:
         """The prefixes of the keys of each regularizer that is on."""
-        added = [simpletuner.ADDED_PREFIXES[kind] for kind in self.added]
+        added = [ADDED[kind].prefix for kind in self.added]
         return [f"{self.prefix}_", *added] if self.prefix else added
 
     def is_on(self, name: str) -> bool:
@@ -293,9 +291,9 @@ def _mistakes(
     for name in ("student_block", "teacher_block") if "distillation_config.stage" in values else ():
         if f"{_DISTILLATION}.{name}" not in values:
             yield "distillation_config.stage", f"SimpleTuner needs {_DISTILLATION}.{name} as well"
-    for kind, name in SWITCH_OF.items():
-        if values.get(name) and family is not None and family.kind == "unet":
-            yield name, f"{kind} is for transformers; {family.name} is a UNet: leave it out"
+    for kind, added in ADDED.items():
+        if values.get(added.switch) and family is not None and family.kind == "unet":
+            yield added.switch, f"{kind} is for transformers; {family.name} is a UNet: leave it out"
     if values.get("irepa_enabled") and not on:
         yield "irepa_enabled", "iREPA needs REPA or U-REPA: set crepa_enabled or urepa_enabled as well"
 

@@ -99,7 +99,7 @@ def _added(path: str, regularizer: RegularizerSettings, config: RunConfig, famil
     until_stop = settings.schedule.model_copy(update={"cutoff_step": None})
     values = {
         key.name: key.write(attrgetter(key.field.partition(".")[2])(settings))
-        for key in simpletuner.ADDED[settings.type]
+        for key in simpletuner.ADDED[settings.type].keys
     }
     if isinstance(settings, SelfTranscendenceSettings):
         limits = {
@@ -111,7 +111,7 @@ def _added(path: str, regularizer: RegularizerSettings, config: RunConfig, famil
             "weights": (settings.weights is not None, "its teacher is the model before the first step"),
             "projector.type": (settings.projector.type != "mlp", "it has three layers with SiLU"),
         }
-        own = {name.removeprefix(simpletuner.ADDED_PREFIXES[settings.type]): value for name, value in values.items()}
+        own = {name.removeprefix(simpletuner.ADDED[settings.type].prefix): value for name, value in values.items()}
         values = {"distillation_method": settings.type, "distillation_config": {"stage": "self", **own}}
     else:
         limits = {

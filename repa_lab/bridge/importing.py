@@ -77,7 +77,7 @@ def _regularizers(config: Config) -> list[dict[str, Any]]:
     """Return the fields of each regularizer, in the order in which a person would write them."""
     members = [_aligned(config, config.prefix)] if config.prefix else []
     for kind in config.added:
-        members.append({"regularizer.type": kind, **config.fields(simpletuner.ADDED[kind])})
+        members.append({"regularizer.type": kind, **config.fields(simpletuner.ADDED[kind].keys)})
         if kind == "self_transcendence":
             members[-1] |= {"regularizer.projector.type": "mlp", "regularizer.loss": "mse"}
     return members or [{"regularizer.type": "none"}]

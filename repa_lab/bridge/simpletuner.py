@@ -64,17 +64,18 @@ class Key:
         return self.convert(TypeAdapter(self.type).validate_python(value))
 
 
+@dataclass(frozen=True)
+class Added:
+    """A regularizer that SimpleTuner adds to any other: its keys, their prefix, and the key that turns it on."""
+
+    prefix: str
+    switch: str
+    keys: tuple[Key, ...]
+
+
 def _or(default: Any) -> Callable[[Any], Any]:
     """Return a function that replaces 0 by a default, as SimpleTuner does."""
     return lambda value: value or default
-
-
-def _index(depth: int) -> int:
-    return max(depth - 1, 0)
-
-
-def _depth(index: int) -> int:
-    return index + 1
 
 
 # ---- encoders and grids
@@ -172,26 +173,35 @@ IREPA = (
     Key("irepa_spatial_norm_alpha", "regularizer.spatial_norm", Number, 0.6),
     Key("irepa_projector_kernel_size", "regularizer.projector.kernel", Whole, 3),
 )
-# LayerSync counts blocks from 1, and takes 0 for the first one too; its weight 0 stands for 0.2.
-LAYERSYNC = (
-    Key("layersync_student_block", "regularizer.block_index", Whole, None, _index, _depth),
-    Key("layersync_teacher_block", "regularizer.teacher_block", Whole, None, _index, _depth),
-    Key("layersync_lambda", "regularizer.weight", Number, 0.2, _or(0.2)),
-)
-# Keys inside `distillation_config`, for the method self_transcendence and its stage self.
-SELF_TRANSCENDENCE = (
-    Key("distillation_config.student_block", "regularizer.block_index", Whole),
-    Key("distillation_config.teacher_block", "regularizer.teacher_block", Whole),
-    Key("distillation_config.weight", "regularizer.weight", Number, 0.5),
-    Key("distillation_config.cfg_scale", "regularizer.guidance", Number, 30.0),
-    Key("distillation_config.timestep_min", "regularizer.low", Number, 0.4),
-    Key("distillation_config.timestep_max", "regularizer.high", Number, 0.7),
-    Key("distillation_config.stop_step", "regularizer.schedule.cutoff_step", Whole, 0, _or(None), _or(0)),
-    Key("distillation_config.projector_hidden_dim", "regularizer.projector.width", Whole, 2048),
-)
+_DEPTH = (lambda depth: max(depth - 1, 0), lambda index: index + 1)
 # Regularizers that SimpleTuner adds to any other, by their type in a spec.
-ADDED: Mapping[str, tuple[Key, ...]] = {"layersync": LAYERSYNC, "self_transcendence": SELF_TRANSCENDENCE}
-ADDED_PREFIXES = {"layersync": "layersync_", "self_transcendence": "distillation_config."}
+ADDED: Mapping[str, Added] = {
+    # LayerSync counts blocks from 1, and takes 0 for the first one too; its weight 0 stands for 0.2.
+    "layersync": Added(
+        "layersync_",
+        "layersync_enabled",
+        (
+            Key("layersync_student_block", "regularizer.block_index", Whole, None, *_DEPTH),
+            Key("layersync_teacher_block", "regularizer.teacher_block", Whole, None, *_DEPTH),
+            Key("layersync_lambda", "regularizer.weight", Number, 0.2, _or(0.2)),
+        ),
+    ),
+    # The keys inside `distillation_config`, for the method self_transcendence and its stage self.
+    "self_transcendence": Added(
+        "distillation_config.",
+        "distillation_config.stage",
+        (
+            Key("distillation_config.student_block", "regularizer.block_index", Whole),
+            Key("distillation_config.teacher_block", "regularizer.teacher_block", Whole),
+            Key("distillation_config.weight", "regularizer.weight", Number, 0.5),
+            Key("distillation_config.cfg_scale", "regularizer.guidance", Number, 30.0),
+            Key("distillation_config.timestep_min", "regularizer.low", Number, 0.4),
+            Key("distillation_config.timestep_max", "regularizer.high", Number, 0.7),
+            Key("distillation_config.stop_step", "regularizer.schedule.cutoff_step", Whole, 0, _or(None), _or(0)),
+            Key("distillation_config.projector_hidden_dim", "regularizer.projector.width", Whole, 2048),
+        ),
+    ),
+}
 STAGE = Key("distillation_config.stage", "regularizer.type", Literal["self"])
 # Keys that set one field each of a whole spec.
 REST = (
@@ -240,19 +250,10 @@ SWITCHES = tuple(
 CREPA_MODEL = Key("crepa_model", "regularizer.encoder.name", Text, None, _encoder)
 CUMULATIVE = Key("crepa_cumulative_neighbors", "regularizer.cumulative", bool, False)
 ALIASES = {"checkpointing_steps": "checkpoint_step_interval"}
+_OTHERS = (CREPA_MODEL, CUMULATIVE, STAGE)
+_ADDED = [kind.keys for kind in ADDED.values()]
 READABLE = {
-    key.name: key
-    for keys in (
-        *KEYS.values(),
-        FRAMES,
-        IREPA,
-        *ADDED.values(),
-        REST,
-        PARTS,
-        SWITCHES,
-        (CREPA_MODEL, CUMULATIVE, STAGE),
-    )
-    for key in keys
+    key.name: key for keys in (*KEYS.values(), FRAMES, IREPA, *_ADDED, REST, PARTS, SWITCHES, _OTHERS) for key in keys
 }
 
 _BACKBONE = "repa-lab has no projector between two blocks of one pass; the type layersync is nearest"

@@ -241,7 +241,7 @@ class TestDocumentation:
             *IREPA,
             *FRAMES,
             CUMULATIVE,
-            *(key for keys in ADDED.values() for key in keys),
+            *(key for kind in ADDED.values() for key in kind.keys),
             *SWITCHES,
         ):
             shown = (
