@@ -123,7 +123,8 @@ def test_a_papers_table_beside_ours(made):
     assert pictures(outputs) == 2
     (shown,) = [output["data"]["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {})]
     assert shown == (made.sweep / "reproduce.md").read_text() and "a paper's table" in shown
-    frame = plots.reproduction(made.sweep).frame.set_index("arm")
+    *_, frame = plots.reproduction(made.sweep)
+    frame = frame.set_index("arm")
     assert frame["published"].to_dict() == {"baseline": 40.0, "aligned": 20.0}
     expected = load_results(made.sweep).summary.query("metric == @METRIC").set_index("arm")
     assert frame["measured"].to_dict() == pytest.approx(expected["mean"].to_dict())

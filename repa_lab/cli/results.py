@@ -176,17 +176,17 @@ def _print_profile(run: RunDirectory, metrics: Sequence[str]) -> None:
 def _draw(directories: Sequence[RunDirectory]) -> list[Path]:
     """Draw each run, and each run beside the first; print why a pair cannot be drawn."""
     from repa_lab.report.figure_data import load_profile, why_not_comparable
-    from repa_lab.report.figures import draw_profiles, save
+    from repa_lab.report.figures import profile_figure, save
 
     profiles = [load_profile(run) for run in directories]
     pairs = list(zip(directories, profiles, strict=True))
-    drawn = [save(draw_profiles([profile]), run.profile_picture()) for run, profile in pairs]
+    drawn = [save(profile_figure([profile]), run.profile_picture()) for run, profile in pairs]
     (first, first_profile), *others = pairs
     for run, profile in others:
         if reason := why_not_comparable(first_profile, profile):
             typer.echo(reason, err=True)
         else:
-            drawn.append(save(draw_profiles([first_profile, profile]), run.profile_picture(first)))
+            drawn.append(save(profile_figure([first_profile, profile]), run.profile_picture(first)))
     return drawn
 
 

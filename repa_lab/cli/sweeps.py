@@ -114,11 +114,9 @@ def report(sweep: shared.SweepArgument, root: RootOption = DEFAULT_ROOT) -> None
     """Write a sweep's report again and print its answer."""
     from repa_lab.report import write_report
 
-    directory = RunsRoot(root).find_sweep(sweep)
-    paths = write_report(directory)
-    _print_answer(directory.path)
-    for path in paths.all:
-        typer.echo(f"report: {path}")
+    written = write_report(RunsRoot(root).find_sweep(sweep))
+    for line in (*written.answer, *(f"report: {path}" for path in written.all)):
+        typer.echo(line)
 
 
 def reproduce(

@@ -10,30 +10,20 @@ if TYPE_CHECKING:
     from repa_lab.report.figure_data import load_profile
     from repa_lab.report.figures import profile_figure
     from repa_lab.report.leaderboard import leaderboards
-    from repa_lab.report.page import ReportPaths, write_report
-    from repa_lab.report.results import Results, ResultsError, load_results
+    from repa_lab.report.page import write_report
+    from repa_lab.report.results import load_results
     from repa_lab.report.text import answer
 
-__all__ = [
-    "ReportPaths",
-    "Results",
-    "ResultsError",
-    "answer",
-    "leaderboards",
-    "load_profile",
-    "load_results",
-    "profile_figure",
-    "write_report",
-]
+__all__ = ["answer", "leaderboards", "load_profile", "load_results", "profile_figure", "write_report"]
 
 __getattr__ = on_first_use(
     __name__,  # the tables do not wait for the drawing library
     {
-        "report.figures": ("profile_figure",),
         "report.figure_data": ("load_profile",),
+        "report.figures": ("profile_figure",),
         "report.leaderboard": ("leaderboards",),
-        "report.page": ("ReportPaths", "write_report"),
-        "report.results": ("Results", "ResultsError", "load_results"),
+        "report.page": ("write_report",),
+        "report.results": ("load_results",),
         "report.text": ("answer",),
     },
 )

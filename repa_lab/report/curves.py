@@ -124,15 +124,10 @@ def arm_styles(frame: pd.DataFrame, group: str) -> list[ArmStyle]:
         is_faint = single is None and row.rank >= len(PALETTE)
         color = FAINT if is_faint else single or PALETTE[row.hue % len(PALETTE)]
         if row.rank < 0:
-            color = _blend(GREY, single, 0.3) if single else GREY
+            mixed = 0.7 * np.array(to_rgb(GREY)) + 0.3 * np.array(to_rgb(single or GREY))
+            color = to_hex(tuple(mixed.tolist()))
         styles.append(ArmStyle(row.arm, names[str(row.name)], color, row.rank < 0, is_faint))
     return sorted(styles, key=lambda style: not style.is_baseline)
-
-
-def _blend(first: str, second: str, share: float) -> str:
-    """Return a colour between two; ``share`` is the weight of the second."""
-    mixed = (1 - share) * np.array(to_rgb(first)) + share * np.array(to_rgb(second))
-    return to_hex(tuple(mixed.tolist()))
 
 
 def _draw_panels(

@@ -362,7 +362,7 @@ def load_profiles(results: Results) -> dict[str, dict[int, pd.DataFrame]]:
 
 
 def shown_profiles(results: Results) -> Iterator[tuple[str, list[pd.DataFrame], list[str] | None]]:
-    """Yield caption, profiles and names for :func:`draw_profiles`, for every arm of one sweep with a profiled run.
+    """Yield title, profiles and names of a profile figure for every arm of one sweep with a profiled run.
 
     An arm stands beside its baseline if their profiles can be compared; that baseline is not shown again. The lowest
     seed for which this holds is shown, else the lowest seed with a profile.

@@ -277,25 +277,21 @@ def _columns(frame: pd.DataFrame, prefix: str) -> list[str]:
 
 
 def profile_figure(
-    runs: Sequence[str | Path | RunDirectory], metrics: Sequence[str] | None = None, names: Sequence[str] | None = None
+    profiles: Sequence[str | Path | RunDirectory | pd.DataFrame],
+    metrics: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Figure:
     """Draw heat maps of blocks by timesteps: a column per run and, for two runs, the second minus the first.
 
     Args:
-        runs: run directories that have a profile.
+        profiles: run directories that have a profile, or profiles that are loaded.
         metrics: a row for each; None takes :func:`repa_lab.report.figure_data.shown_metrics`.
         names: names of the runs in titles; None takes their ids.
 
     Raises:
         ResultsError: a run has no profile, or two were measured under different protocols.
     """
-    return draw_profiles([load_profile(run) for run in runs], metrics, names)
-
-
-def draw_profiles(
-    frames: Sequence[pd.DataFrame], metrics: Sequence[str] | None = None, names: Sequence[str] | None = None
-) -> Figure:
-    """Draw profiles that were loaded; see :func:`profile_figure`."""
+    frames = [profile if isinstance(profile, pd.DataFrame) else load_profile(profile) for profile in profiles]
     metrics = list(metrics or shown_metrics(frames))
     columns = [(name, frame.attrs) for name, frame in zip(names or map(run_id_of, frames), frames, strict=True)]
     titles = [

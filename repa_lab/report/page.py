@@ -38,13 +38,14 @@ _VARIABLES = {
 
 
 @dataclass(frozen=True)
-class ReportPaths:
-    """The files of a report; ``figures`` holds the figures that there was data for."""
+class Report:
+    """The files of a report, and the answer that it gives."""
 
     markdown: Path
     latex: Path
     html: Path
-    figures: tuple[Path, ...]
+    figures: tuple[Path, ...]  # those that there was data for
+    answer: list[str]  # see `repa_lab.report.answer`
 
     @property
     def all(self) -> tuple[Path, ...]:
@@ -52,7 +53,7 @@ class ReportPaths:
         return (self.html, self.markdown, self.latex, *self.figures)
 
 
-def write_report(sweep: SweepDirectory, results: Results | None = None) -> ReportPaths:
+def write_report(sweep: SweepDirectory) -> Report:
     """Write the report on everything that the sweep's runs have measured so far; every file is replaced whole.
 
     Raises:
@@ -61,7 +62,7 @@ def write_report(sweep: SweepDirectory, results: Results | None = None) -> Repor
         LinkError: the sweep's folder, or that of its figures, is a symbolic link.
     """
     files.require_no_links(sweep.path, sweep.path / "figures")
-    results = results or load_results(sweep.path)
+    results = load_results(sweep.path)
     pictures, failures = draw_pictures(results, sweep.path)
     sections = ("differences", "convergence", "alignment", "search", "profiles")
     content = {
@@ -100,7 +101,7 @@ def write_report(sweep: SweepDirectory, results: Results | None = None) -> Repor
     for kind, path in paths.items():
         write_text(path, environment.get_template(f"report.{kind}.j2").render(content))
     drawn = tuple(sweep.path / link for picture in pictures for link in picture.elements)
-    return ReportPaths(paths["md"], paths["tex"], paths["html"], drawn)
+    return Report(paths["md"], paths["tex"], paths["html"], drawn, text.answer(results))
 
 
 def _facts(results: Results) -> dict[str, str]:
@@ -184,7 +185,7 @@ def _pictures(results: Results) -> Iterator[Picture]:
     caption = "Layers by timesteps, as `repa-lab profile` measured them."
     for place, (title, frames, names) in enumerate(figure_data.shown_profiles(results)):
         yield Picture(
-            "profiles", title, caption, "figures.draw_profiles", {f"profile_{place}": frames}, {"names": names}
+            "profiles", title, caption, "figures.profile_figure", {f"profile_{place}": frames}, {"names": names}
         )
 
 

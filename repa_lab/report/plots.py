@@ -81,7 +81,7 @@ def layers(path: str | Path) -> tuple[dict[str, Figure], pd.DataFrame]:
         hint = f"make some with `repa-lab profile {results.members[0].run_id} ...`"
         raise ResultsError(f"no run of {results.name} has a profile; {hint}")
     shown = figure_data.shown_profiles(results)
-    drawn = {title: figures.draw_profiles(frames, names=names) for title, frames, names in shown}
+    drawn = {title: figures.profile_figure(frames, names=names) for title, frames, names in shown}
     # A run that several arms share is there once.
     each_run = {figure_data.run_id_of(frame): frame for frame in profiles}.values()
     return drawn, pd.concat(each_run, ignore_index=True)

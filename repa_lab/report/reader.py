@@ -143,22 +143,18 @@ class SweepRun:
             "flops": {step: train.get(step, math.nan) + encoder.get(step, 0.0) for step in steps},
         }
 
-    @cached_property
-    def changed_protocols(self) -> list[str]:
-        """The fields of protocols that changed between two starts of the run; versions of libraries may change."""
+    def troubles_of_measurements(self) -> list[Trouble]:
+        """Read the measurements and their protocols, and return everything that could not be used so far."""
+        _ = self.curves, self.protocols
 
         def changed() -> list[str]:
             events = [event for event in self.directory.events() if event.get("event") == "protocols changed"]
             return sorted({str(name) for event in events for name in event["fields"]} - {"versions"})
 
-        return self._read("events.jsonl", changed, [])
-
-    def troubles_of_measurements(self) -> list[Trouble]:
-        """Read the measurements and their protocols, and return everything that could not be used so far."""
-        _ = self.curves, self.protocols
-        changed = ", ".join(self.changed_protocols)
-        reason = f"between two starts its protocols changed in {changed}; earlier values differ"
-        return list(dict.fromkeys([*self.troubles, *([("events.jsonl", reason)] if changed else [])]))
+        if fields := self._read("events.jsonl", changed, list[str]()):  # versions of libraries may change
+            reason = f"between two starts its protocols changed in {', '.join(fields)}; earlier values differ"
+            self.troubles.append(("events.jsonl", reason))
+        return list(dict.fromkeys(self.troubles))
 
     def all_troubles(self) -> list[Trouble]:
         """Read every file, and return everything that could not be used."""

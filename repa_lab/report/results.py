@@ -95,7 +95,7 @@ class Results:
         configs = [dotted(run.spec) for run in self.members]
         fields: dict[str, set[str]] = {}
         for run, config in zip(self.members, configs, strict=True):
-            fields.setdefault(run.sweep, set()).update(config)
+            fields.setdefault(run.sweep, set()).update(run.arm.levels.keys() & config.keys())
         rows = []
         for run, config in zip(self.members, configs, strict=True):
             # A plain axis is named after the field it sets: the value is more precise than the level's name, and typed.

@@ -49,10 +49,9 @@ _SPEED = ("cost/data_seconds", "cost/encoder_seconds", "cost/flops_utilisation",
 # ---- formats
 
 
-def decimals(*values: float, digits: int = 4) -> int:
-    """Return how many decimals show ``digits`` significant digits of the largest value; at most six."""
-    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-    magnitude = math.floor(math.log10(largest)) if largest > 0 else 0
+def decimals(value: float, digits: int = 4) -> int:
+    """Return how many decimals show ``digits`` significant digits of a value; at most six."""
+    magnitude = math.floor(math.log10(abs(value))) if value and math.isfinite(value) else 0
     return min(max(digits - 1 - magnitude, 0), 6)
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from repa_lab.report import ReportPaths, ResultsError, curves, write_report
+from repa_lab.report import curves, write_report
+from repa_lab.report.page import Report
+from repa_lab.report.results import ResultsError
 from repa_lab.runs import RunsRoot, RunWriter, State
 
 from .conftest import METRIC, STEPS, Build, FakeArm, FakeRun, build_quickstart, builder, constant_runs
@@ -40,13 +42,13 @@ class Outline(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> ReportPaths:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """The report on the quick start; drawing takes its time, so it is written once."""
     return write_report(build_quickstart(builder(RunsRoot(tmp_path_factory.mktemp("page") / "runs"))))
 
 
 @pytest.fixture(scope="module")
-def troubled(tmp_path_factory: pytest.TempPathFactory) -> ReportPaths:
+def troubled(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """A sweep with a failure, a straggler, runs that never started, a damaged file of each kind, targets and awkward names."""
     root = RunsRoot(tmp_path_factory.mktemp("troubled") / "runs")
     failed = FakeRun(2, {100: 30.0}, State.FAILED, "OutOfMemoryError: tried <3 GiB> | on cuda:0")
@@ -69,7 +71,7 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> ReportPaths:
     return write_report(sweep)
 
 
-def test_everything_is_written_into_the_sweep(written: ReportPaths) -> None:
+def test_everything_is_written_into_the_sweep(written: Report) -> None:
     sweep = written.html.parent
     assert (written.html, written.markdown, written.latex) == tuple(
         sweep / f"report.{kind}" for kind in ("html", "md", "tex")
@@ -82,7 +84,7 @@ def test_everything_is_written_into_the_sweep(written: ReportPaths) -> None:
     assert not [path for path in sweep.rglob("*") if path.name.endswith(".tmp")]
 
 
-def test_the_html_needs_nothing_outside_it(written: ReportPaths) -> None:
+def test_the_html_needs_nothing_outside_it(written: Report) -> None:
     text = written.html.read_text()
     page = Outline(text)
     assert page.open == []
@@ -96,13 +98,13 @@ def test_the_html_needs_nothing_outside_it(written: ReportPaths) -> None:
     assert text.count("<svg") == 1 + 3 * 2 + 6  # differences, convergence by three measures of progress, alignment
 
 
-def test_markdown_images_exist(written: ReportPaths) -> None:
+def test_markdown_images_exist(written: Report) -> None:
     links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", written.markdown.read_text())
     assert len(links) == 13 + 4 * 2
     assert all((written.markdown.parent / link).is_file() for link in links)
 
 
-def test_question_answer_protocol_and_provenance(written: ReportPaths) -> None:
+def test_question_answer_protocol_and_provenance(written: Report) -> None:
     for text in (written.markdown.read_text(), Outline(written.html.read_text()).text):
         assert "Does it help?" in text
         assert "Of 2 compared arms: " in text
@@ -114,7 +116,7 @@ def test_question_answer_protocol_and_provenance(written: ReportPaths) -> None:
     assert re.search(r"\| packages.torch \| 2.9.0 \| 12 \|", written.markdown.read_text())
 
 
-def test_markdown_tables_are_rectangular(written: ReportPaths, troubled: ReportPaths) -> None:
+def test_markdown_tables_are_rectangular(written: Report, troubled: Report) -> None:
     for paths in (written, troubled):
         tables = re.findall(r"(?:^\|.*\|\n)+", paths.markdown.read_text(), flags=re.MULTILINE)
         assert len(tables) >= 6
@@ -122,7 +124,7 @@ def test_markdown_tables_are_rectangular(written: ReportPaths, troubled: ReportP
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
 
 
-def test_failures_are_prominent(troubled: ReportPaths) -> None:
+def test_failures_are_prominent(troubled: Report) -> None:
     html = troubled.html.read_text()
     alert = html[html.index('role="alert"') :].split("</div>")[0]
     assert "w|1: seed 2 failed at step 100 (OutOfMemoryError: tried &lt;3 GiB&gt; | on cuda:0)." in alert
@@ -131,7 +133,7 @@ def test_failures_are_prominent(troubled: ReportPaths) -> None:
     assert "## Incomplete arms" in troubled.markdown.read_text()
 
 
-def test_what_was_left_out_is_said_and_harmless(troubled: ReportPaths) -> None:
+def test_what_was_left_out_is_said_and_harmless(troubled: Report) -> None:
     html = troubled.html.read_text()
     left_out = Outline(html).text.split("Failures and what was left out")[1]
     assert "w|1, seed 1 (run hurt): " in left_out
@@ -142,7 +144,7 @@ def test_what_was_left_out_is_said_and_harmless(troubled: ReportPaths) -> None:
     assert f"not in the means of {METRIC} at step 100" in troubled.markdown.read_text()
 
 
-def test_every_number_of_the_summary_has_its_n_and_its_verdict(written: ReportPaths) -> None:
+def test_every_number_of_the_summary_has_its_n_and_its_verdict(written: Report) -> None:
     rows = re.findall(r"^\| (\w+, \w+) \| 600 \| (.*?) \|(.*)\|$", written.markdown.read_text(), flags=re.MULTILINE)
     compared = [row for row in rows if "baseline:" in row[2]]
     assert {row[1] for row in rows} == {"3"}
@@ -150,7 +152,7 @@ def test_every_number_of_the_summary_has_its_n_and_its_verdict(written: ReportPa
     assert all(re.search(r"\| -?[01]\.\d\d \| [\\<\d.]+ \| (not )?resolved $", row[2]) for row in compared)
 
 
-def test_targets(troubled: ReportPaths) -> None:
+def test_targets(troubled: Report) -> None:
     text = troubled.markdown.read_text()
     # Both seeds of the arm are there at the first measurement; the baseline never is, so there is no speed-up.
     assert re.search(r"\| 15 \| w\\\|1 \| 2 of 3 \| 100 \| 6,400 \| 0.00278 \| n/a \|", text)
@@ -178,7 +180,7 @@ def test_a_search_lists_its_trials_best_first(build: Build) -> None:
     assert "search.svg" in [path.name for path in paths.figures]
 
 
-def test_the_summary_has_a_table_for_each_metric_the_compared_one_first(written: ReportPaths) -> None:
+def test_the_summary_has_a_table_for_each_metric_the_compared_one_first(written: Report) -> None:
     lines = written.markdown.read_text().splitlines()
     named = [
         line.rstrip(":")
@@ -188,7 +190,7 @@ def test_the_summary_has_a_table_for_each_metric_the_compared_one_first(written:
     assert named == [METRIC, METRIC, "heldout/cka", "heldout/cosine", "heldout/gap"]  # summary, targets, the others
 
 
-def test_settings_in_which_arms_differ_are_listed(written: ReportPaths) -> None:
+def test_settings_in_which_arms_differ_are_listed(written: Report) -> None:
     table = written.markdown.read_text().split("Settings in which arms differ:")[1]
     assert "| sit, aligned | sit | aligned | sit | repa |" in table
 
@@ -278,7 +280,7 @@ def test_a_sweep_that_was_never_recorded(root: RunsRoot) -> None:
         write_report(root.sweep("nothing"))
 
 
-def test_the_latex_document_is_balanced(written: ReportPaths) -> None:
+def test_the_latex_document_is_balanced(written: Report) -> None:
     text = written.latex.read_text()
     begun, ended = (re.findall(rf"\\{word}\{{(\w+)\}}", text) for word in ("begin", "end"))
     assert sorted(begun) == sorted(ended)
@@ -289,7 +291,7 @@ def test_the_latex_document_is_balanced(written: ReportPaths) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed (Debian: texlive-latex-extra)")
-def test_the_latex_document_compiles_whatever_the_names_hold(troubled: ReportPaths, tmp_path: Path) -> None:
+def test_the_latex_document_compiles_whatever_the_names_hold(troubled: Report, tmp_path: Path) -> None:
     document = troubled.latex
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", f"-output-directory={tmp_path}", document.name]
     done = subprocess.run(command, cwd=document.parent, capture_output=True, text=True, check=False)

@@ -20,7 +20,7 @@ from repa_lab.report.figure_data import (
     shown_profiles,
     why_not_comparable,
 )
-from repa_lab.report.figures import draw_profiles, save
+from repa_lab.report.figures import save
 from repa_lab.report.results import ResultsError
 from repa_lab.runs import RunDirectory, files
 
@@ -192,7 +192,9 @@ def test_a_sweep_shows_each_arm_that_has_one_beside_its_baseline(build: Build):
     at("near", 0)
     at("near", 1)
     at("far", 1, weights="last")
-    found = {title: len(panels(draw_profiles(frames, names=names))) for title, frames, names in shown_profiles(results)}
+    found = {
+        title: len(panels(profile_figure(frames, names=names))) for title, frames, names in shown_profiles(results)
+    }
     assert found == {"near, seed 1, and its baseline": 3, "far, seed 1": 1}
     sweep.root.run(ids["near", 1]).profile_file.unlink()
     assert [title for title, *_ in shown_profiles(results)] == [
