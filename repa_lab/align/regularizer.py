@@ -331,17 +331,16 @@ class EncoderTarget(Regularizer):
         """
         if student.frames != teacher.frames:
             raise ValueError(f"the block has {student.frames} frames and the encoder {teacher.frames}")
-        projector, resample = self.projectors[encoder], self.settings.resample
-        assert isinstance(projector, Projector)
+        project, resample = self.projectors[encoder], self.settings.resample
         if self.settings.spatial_norm is not None:
             teacher = normalise_over_space(teacher, self.settings.spatial_norm)
         if isinstance(self.settings, CosineTargetSettings) and not self.settings.spatial_align:
-            return Pair(projector.project(student).mean().values, teacher.mean().values)
+            return Pair(project(student).mean().values, teacher.mean().values)
         if resample.side == "teacher":
-            return Pair(projector.project(student).values, teacher.resample(student.grid).values)
+            return Pair(project(student).values, teacher.resample(student.grid).values)
         if resample.when == "before":
-            return Pair(projector.project(student.resample(teacher.grid)).values, teacher.values)
-        return Pair(projector.project(student).resample(teacher.grid).values, teacher.values)
+            return Pair(project(student.resample(teacher.grid)).values, teacher.values)
+        return Pair(project(student).resample(teacher.grid).values, teacher.values)
 
     def pairs(self, signals: Signals) -> list[Pair]:
         """Return the matched tokens of every encoder.
@@ -363,13 +362,7 @@ class EncoderTarget(Regularizer):
             raise ValueError(f"{self.settings.type} with scope batch_pooled compares images; there is a single one")
 
 
-class CosineTarget(EncoderTarget):
-    """The base of regularizers that raise the cosine of the tap's projected tokens with the encoder's patch tokens."""
-
-    settings: CosineTargetSettings
-
-
-class REPA(CosineTarget):
+class REPA(EncoderTarget):
     """REPA (2410.06940): raises the cosine of the tap's projected tokens with the encoder's patch tokens.
 
     Args as for :class:`EncoderTarget`, with the fields of :class:`REPASettings`.

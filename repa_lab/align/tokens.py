@@ -151,21 +151,12 @@ class Projector(nn.Module):
                 nn.init.zeros_(layer.bias)
             self.net["layers"] = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
 
-    def forward(self, values: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
-        """Project ``(B, N, in_dim)`` to ``(B, N, out_dim)``, in the dtype of the projector's parameters.
-
-        Raises:
-            ValueError: ``conv`` is used without the grid.
-        """
-        values = values.to(next(self.net.parameters()).dtype)
-        if "conv" not in self.net:
-            projected: torch.Tensor = self.net["layers"](values)
-            return projected
-        if grid is None:
-            raise ValueError("a conv projector needs the grid of its tokens")
-        return flatten_map(self.net["conv"](Tokens(values, grid).to_map())).values
-
-    def project(self, tokens: Tokens) -> Tokens:
-        """Project tokens ``(B, N, in_dim)`` to ``(B, N, out_dim)`` on the same grid, every frame alike."""
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Project tokens ``(B, N, in_dim)`` to ``(B, N, out_dim)`` on the same grid, in the dtype of the parameters."""
         images = tokens.as_images()
-        return Tokens(self(images.values, tokens.grid), tokens.grid).as_clips(tokens.frames)
+        values = images.values.to(next(self.net.parameters()).dtype)
+        if "conv" in self.net:
+            projected = flatten_map(self.net["conv"](Tokens(values, tokens.grid).to_map()))
+        else:
+            projected = Tokens(self.net["layers"](values), tokens.grid)
+        return projected.as_clips(tokens.frames)

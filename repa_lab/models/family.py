@@ -172,7 +172,6 @@ class Pipeline:
             family without text.
         tiny: components of a small pipeline that fits :attr:`Network.tiny`, without the denoiser.
         prompt: makes the arguments of the pipeline's call from conditioning ``(B, ...)``.
-        denoiser: name of the component that is trained.
         negative: whether the call also takes the arguments of ``prompt`` for the empty caption, as ``negative_NAME``.
         guidance: name of the call's argument for the guidance scale.
         unguided: value of that argument that means no guidance: 1, or 0 for a pipeline that adds the difference
@@ -192,7 +191,6 @@ class Pipeline:
     encode: Callable[[Any, Sequence[str]], dict[str, Tensor]] | None
     tiny: Mapping[str, Component]
     prompt: Callable[[Condition], dict[str, Any]] = usual_prompt
-    denoiser: Literal["transformer", "unet"] = "transformer"
     negative: bool = True
     guidance: str = "guidance_scale"
     unguided: Literal[0, 1] = 1
@@ -221,7 +219,7 @@ class Family:
 
     Attributes:
         name: name in a spec.
-        kind: ``transformer`` or ``unet``.
+        kind: ``transformer`` or ``unet``, which is also the name of the pipeline's component that is trained.
         shapes: shape of every size; a family whose folder decides has the single key ``""``.
         latent_stride: image pixels per latent cell along each side; 1 for families that take images as they are.
         frame_stride: frames of a clip per latent frame after the first, which is one frame; 0 for a family of images.

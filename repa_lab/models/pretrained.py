@@ -80,7 +80,7 @@ class DiffusersDenoiser(Denoiser):
         pipeline, state = pipeline_of(self.family), get_peft_model_state_dict(net)
         pipeline_class: Any = getattr(diffusers, pipeline.classes[0])
         if hasattr(pipeline_class, "save_lora_weights"):
-            pipeline_class.save_lora_weights(folder, **{f"{pipeline.denoiser}_lora_layers": state})
+            pipeline_class.save_lora_weights(folder, **{f"{self.family.kind}_lora_layers": state})
             return
         named = {f"base_model.model.{name}": value for name, value in state.items()}
         save_file(named, folder / "adapter_model.safetensors")
@@ -140,11 +140,10 @@ def load_denoiser(folder: Path, family: Family, dtype: torch.dtype = torch.float
     """
     from diffusers.models.embeddings import LabelEmbedding
 
-    name = pipeline_of(family).denoiser
     try:
-        net: nn.Module = _model_class(family).from_pretrained(folder / name, torch_dtype=dtype)
+        net: nn.Module = _model_class(family).from_pretrained(folder / family.kind, torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
-        raise PretrainedError(f"cannot load the {name} of '{folder}': {_first_line(error)}") from None
+        raise PretrainedError(f"cannot load the {family.kind} of '{folder}': {_first_line(error)}") from None
     for layer in net.modules():
         if isinstance(layer, LabelEmbedding):  # the run's own stream drops labels, not the global one
             layer.dropout_prob = 0.0
@@ -155,7 +154,7 @@ def skeleton(folder: Path, family: Family) -> DiffusersDenoiser:
     """Build the denoiser of a pipeline on the meta device, that is, without weights."""
     model_class = _model_class(family)
     with torch.device("meta"):
-        net = model_class.from_config(model_class.load_config(folder / pipeline_of(family).denoiser))
+        net = model_class.from_config(model_class.load_config(folder / family.kind))
     return DiffusersDenoiser(net, family)
 
 
@@ -192,7 +191,7 @@ def sampling_pipeline(folder: Path, denoiser: DiffusersDenoiser, vae: nn.Module,
         PretrainedError: the pipeline cannot be loaded.
     """
     facts = pipeline_of(denoiser.family)
-    given = {facts.denoiser: denoiser.net, VAE: vae}
+    given = {denoiser.family.kind: denoiser.net, VAE: vae}
     absent = dict.fromkeys(name for name in components(folder) if name not in (*given, SCHEDULER))
     pipeline = _load_pipeline(folder, {**absent, **given}, torch.float32)
     pipeline.set_progress_bar_config(disable=True)

@@ -57,18 +57,18 @@ def problem_with(folder: Path, family: Family) -> str | None:
     missing = sorted(pipeline.tiny.keys() - set(components(folder)))
     if missing:
         return f"'{folder}' lacks {', '.join(missing)}: {complete}"
-    config = read_json(folder / pipeline.denoiser / "config.json")
+    config = read_json(folder / family.kind / "config.json")
     if config is None:
-        return f"'{folder}' has no readable {pipeline.denoiser}/config.json"
+        return f"'{folder}' has no readable {family.kind}/config.json"
     model = config.get("_class_name")
-    twins = [name for name in components(folder) if index[name][1] == network.model and name != pipeline.denoiser]
+    twins = [name for name in components(folder) if index[name][1] == network.model and name != family.kind]
     if twins:
-        both = " and ".join((pipeline.denoiser, *twins))
+        both = " and ".join((family.kind, *twins))
         return f"'{folder}' has two denoisers, {both}, each for a part of the noise levels: {family.name} trains one"
     if model != network.model:
-        return f"the {pipeline.denoiser} in '{folder}' is a {model}, and {family.name} trains a {network.model}"
-    if not any(path.suffix in (".safetensors", ".bin") for path in (folder / pipeline.denoiser).iterdir()):
-        return f"'{folder}' has no weights in {pipeline.denoiser}/: {complete}"
+        return f"the {family.kind} in '{folder}' is a {model}, and {family.name} trains a {network.model}"
+    if not any(path.suffix in (".safetensors", ".bin") for path in (folder / family.kind).iterdir()):
+        return f"'{folder}' has no weights in {family.kind}/: {complete}"
     absent = [name for name in sorted(pipeline.tiny) if not (folder / name).is_dir()]
     if absent:
         return f"'{folder}' has no folder {absent[0]}/: {complete}"
@@ -94,7 +94,7 @@ def is_flow(scheduler: Mapping[str, Any]) -> bool:
 
 def depth_of(folder: Path, family: Family) -> int | None:
     """Return the number of blocks of the denoiser in a pipeline's folder; None if its config does not say."""
-    config = read_json(folder / pipeline_of(family).denoiser / "config.json") or {}
+    config = read_json(folder / family.kind / "config.json") or {}
     counts = [count for name in network_of(family).depths if isinstance(count := config.get(name), int)]
     return sum(counts) if len(counts) == len(network_of(family).depths) else None
 
@@ -103,7 +103,7 @@ def num_classes(folder: Path, family: Family) -> int | None:
     """Return the number of classes of a pipeline's denoiser; None if it takes texts or its config cannot be read."""
     if family.pipeline is None or family.pipeline.num_classes is None:
         return None
-    config = read_json(folder / family.pipeline.denoiser / "config.json")
+    config = read_json(folder / family.kind / "config.json")
     return None if config is None else family.pipeline.num_classes(SimpleNamespace(**config))
 
 

@@ -180,7 +180,7 @@ def write_tiny_pipeline(family: Family, folder: Path, config: Mapping[str, Any] 
         for parameter in net.parameters():
             if not parameter.any():  # as after training: nothing before a closed gate would learn
                 nn.init.normal_(parameter, std=0.02)
-        pipeline_class(**{**absent, **components, pipeline.denoiser: net}).save_pretrained(folder)
+        pipeline_class(**{**absent, **components, family.kind: net}).save_pretrained(folder)
 
 
 def build_net(family: Family, config: Mapping[str, Any]) -> Any:

@@ -19,7 +19,7 @@ from torch import nn
 
 from repa_lab.align import Loss, Needs, Prediction, Regularizer, Schedule, Shapes, Signals, Tokens
 from repa_lab.align.needs import FrozenModel
-from repa_lab.align.regularizer import CosineTarget, Pair
+from repa_lab.align.regularizer import EncoderTarget, Pair
 from repa_lab.align.settings import REGULARIZERS, EncoderSettings, RegularizerSettings
 from repa_lab.encoders.encoder import EncoderOptions, load_encoder
 from repa_lab.encoders.targets import OnlineTargets, Targets, cached_targets
@@ -273,8 +273,9 @@ class Aligner:
     def match(self, encoder: EncoderSettings | None) -> Callable[[Tokens, Tokens], Pair] | None:
         """Return how a projector matches a block's tokens with an encoder's; None if no projector is trained for it."""
         for term in self.terms:
-            if isinstance(term.regularizer, CosineTarget) and encoder in term.needs.encoders:
-                return partial(term.regularizer.match, encoder=term.needs.encoders.index(encoder))
+            regularizer, encoders = term.regularizer, term.needs.encoders
+            if isinstance(regularizer, EncoderTarget) and regularizer.settings.has_cosine and encoder in encoders:
+                return partial(regularizer.match, encoder=encoders.index(encoder))
         return None
 
     @torch.no_grad()

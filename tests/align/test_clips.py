@@ -48,7 +48,7 @@ class TestClips:
     def test_no_convolution_reaches_another_frame(self):
         clips, projector = self.clips(), Projector(5, 4, ProjectorSettings(type="conv"))
         other = Tokens(torch.cat([clips.values[:, :16], torch.randn(2, 8, 5)], dim=1), (2, 4), 3)
-        before, after = projector.project(clips).values, projector.project(other).values
+        before, after = projector(clips).values, projector(other).values
         assert torch.equal(before[:, :16], after[:, :16])
         assert not torch.equal(before[:, 16:], after[:, 16:])
 
@@ -146,7 +146,7 @@ class TestCREPA:
     def test_the_gradient_is_that_of_the_formula(self):
         student, teacher = self.clips(), self.clips(1, width=5)
         regularizer = build("crepa", self.SHAPES, projector="linear", distance=1).double()
-        projected = regularizer.projectors[0].project(Tokens(student.values.detach().double(), (2, 3), self.FRAMES))
+        projected = regularizer.projectors[0](Tokens(student.values.detach().double(), (2, 3), self.FRAMES))
         leaf = projected.values.detach().requires_grad_()
         weights = frame_weights(regularizer.settings, self.FRAMES, torch.device("cpu"))
         weighted_similarity(Pair(leaf.float(), teacher.values), weights).backward()

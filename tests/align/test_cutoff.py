@@ -120,7 +120,7 @@ def aligned(weight: float = 0.5, **schedule: Any) -> tuple[REPA, Tokens, Tokens]
     """A regularizer with a similarity cutoff whose student already is its teacher: cosine 1."""
     regularizer = REPA(6, 6, weight=weight, projector={"width": 8}, schedule=watching(**schedule))
     student = Tokens(torch.randn(2, 4, 6), (2, 2))
-    return regularizer, student, regularizer.projectors[0].project(student)
+    return regularizer, student, regularizer.projectors[0](student)
 
 
 def look(regularizer: REPA, student: Tokens, teacher: Tokens, step: int) -> None:

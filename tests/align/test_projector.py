@@ -13,7 +13,7 @@ from tests.rounding import rounding
 
 def project(projector: Projector, values: torch.Tensor) -> torch.Tensor:
     """The projected values of tokens in a row."""
-    return projector(values, (1, values.shape[1])).detach()
+    return projector(Tokens(values, (1, values.shape[1]))).values.detach()
 
 
 @pytest.mark.parametrize("in_dim, count", [(768, 7_344_896), (1024, 7_869_184), (1152, 8_131_328)])
@@ -69,7 +69,7 @@ def test_every_token_is_projected_alone(kind):
 @pytest.mark.parametrize("kind", ["mlp", "linear", "conv"])
 @pytest.mark.parametrize("grid", [(2, 3), (3, 2), (1, 6)])
 def test_tokens_keep_their_grid(kind, grid):
-    projected = Projector(6, 4, ProjectorSettings(width=8, type=kind)).project(Tokens(torch.randn(2, 6, 6), grid))
+    projected = Projector(6, 4, ProjectorSettings(width=8, type=kind))(Tokens(torch.randn(2, 6, 6), grid))
     assert (projected.grid, projected.values.shape) == (grid, (2, 6, 4))
 
 
@@ -79,8 +79,8 @@ class TestConv:
         torch.nn.init.ones_(projector.net.conv.weight)
         torch.nn.init.zeros_(projector.net.conv.bias)
         ones = torch.ones(1, 6, 1)
-        assert projector(ones, (2, 3)).flatten().tolist() == [4, 6, 4, 4, 6, 4]
-        assert projector(ones, (3, 2)).flatten().tolist() == [4, 4, 6, 6, 4, 4]
+        assert projector(Tokens(ones, (2, 3))).values.flatten().tolist() == [4, 6, 4, 4, 6, 4]
+        assert projector(Tokens(ones, (3, 2))).values.flatten().tolist() == [4, 4, 6, 6, 4, 4]
 
     def test_it_agrees_with_a_sum_over_neighbours(self):
         projector, (h, w) = Projector(3, 2, ProjectorSettings(type="conv", kernel=5)), (4, 6)
@@ -90,7 +90,7 @@ class TestConv:
         expected = np.zeros((2, h, w, 2)) + bias
         for y, x in np.ndindex(h, w):
             expected[:, y, x] += np.einsum("bijc,ocij->bo", maps[:, y : y + 5, x : x + 5], weight)
-        found = projector(tokens, (h, w)).detach().numpy()
+        found = projector(Tokens(tokens, (h, w))).values.detach().numpy()
         expected = expected.reshape(2, h * w, 2)
         np.testing.assert_allclose(found, expected, rtol=0, atol=rounding(expected, (1, 75)))
 
@@ -104,10 +104,6 @@ class TestConv:
         with torch.device("meta"):
             projector = Projector(1152, 768, ProjectorSettings(type="conv"))
         assert sum(p.numel() for p in projector.parameters()) == 9 * 1152 * 768 + 768  # iREPA: 7.96 M
-
-    def test_it_must_be_told_the_grid(self):
-        with pytest.raises(ValueError, match="a conv projector needs the grid of its tokens"):
-            Projector(4, 4, ProjectorSettings(type="conv"))(torch.zeros(1, 6, 4))
 
     @pytest.mark.parametrize("kernel", [0, 2, 4, -1])
     def test_even_kernels_are_refused(self, kernel):

@@ -19,7 +19,7 @@ def tokens(dim: int, grid: tuple[int, int] = GRID, batch: int = 2) -> Tokens:
 
 
 def projected(regularizer: REPA, student: Tokens) -> torch.Tensor:
-    return regularizer.projectors[0].project(student).values.detach()
+    return regularizer.projectors[0](student).values.detach()
 
 
 @pytest.mark.parametrize("weight", [0.5, 0.25, 2.0])
@@ -122,7 +122,7 @@ def test_autocast_projects_in_half_and_measures_in_float32():
     regularizer, student, teacher = UREPA(64, 48, projector={"width": 64}), tokens(64), tokens(48)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outcome = align(regularizer, student, teacher)
-        p = regularizer.projectors[0].project(student).values
+        p = regularizer.projectors[0](student).values
     assert p.dtype == torch.bfloat16
     assert outcome.loss.dtype == outcome.cosine.dtype == outcome.manifold.dtype == torch.float32
     p64, t64 = p.detach().double().numpy(), teacher.values.double().numpy()
@@ -155,7 +155,7 @@ class TestSeveralEncoders:
         outcome = align(regularizer, student, teachers)
         alignments, manifolds = [], []
         for projector, teacher in zip(regularizer.projectors, teachers, strict=True):
-            p = projector.project(student).values.detach().double().numpy()
+            p = projector(student).values.detach().double().numpy()
             p, t = references.bilinear(p, GRID, teacher.grid), teacher.values.double().numpy()
             alignments.append(references.alignment(p, t))
             manifolds.append(references.manifold(p, t))

@@ -76,7 +76,7 @@ def prepared(pipe: Any, family: Family) -> Any:
 
 
 def net_of(pipe: Any, family: Family) -> Any:
-    return getattr(pipe, pipeline_of(family).denoiser)
+    return getattr(pipe, family.kind)
 
 
 def encoded(pipe: Any, family: Family, captions: list[str]) -> dict[str, torch.Tensor]:
@@ -168,7 +168,7 @@ def check_prediction(pipe: Any, family: Family) -> None:
 
 @texted
 def test_the_conditioning_is_what_the_network_takes(family, load):
-    pipe = load(family, **{pipeline_of(family).denoiser: None, "vae": None})
+    pipe = load(family, **{family.kind: None, "vae": None})
     config = build_net(family, network_of(family).tiny).config
     condition = {**encoded(pipe, family, CAPTIONS), **sized(family, config, len(CAPTIONS), SIZE)}
     tokens = next(value.shape[-2] for value in condition.values() if value.ndim > 2)
@@ -183,7 +183,7 @@ def test_the_conditioning_is_what_the_network_takes(family, load):
 
 @texted
 def test_a_caption_is_encoded_alike_in_any_company(family, load):
-    pipe = load(family, **{pipeline_of(family).denoiser: None, "vae": None})
+    pipe = load(family, **{family.kind: None, "vae": None})
     together = encoded(pipe, family, [*CAPTIONS, ""])
     for number, caption in enumerate((*CAPTIONS, "")):
         alone = encoded(pipe, family, [caption])

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from repa_lab.align.methods.haste import attention_loss
 from repa_lab.align.regularizer import Attention
 from repa_lab.align.settings import ProjectorSettings
-from repa_lab.align.tokens import Projector
+from repa_lab.align.tokens import Projector, Tokens
 from repa_lab.encoders.registry import ENCODERS, encoder_flops, encoder_weights
 from repa_lab.models import flops
 from repa_lab.models.families import FAMILIES
@@ -267,7 +267,7 @@ def test_projectors_are_as_large_as_they_are(kind):
     assert found.parameters == sum(parameter.numel() for parameter in real.parameters())
     tokens = torch.empty(1, 16, 48, device="meta", requires_grad=True)
     real.to("meta")
-    kept = count(lambda: real(tokens, (4, 4)), real)[1]
+    kept = count(lambda: real(Tokens(tokens, (4, 4))), real)[1]
     assert (
         found.hidden <= kept <= found.hidden + 16 * 48 + 16 * 2
     )  # with its input, and a mean and a deviation of a token

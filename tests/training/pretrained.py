@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 
 from repa_lab.models.families import FAMILIES
-from repa_lab.models.family import pipeline_of
 from repa_lab.models.tiny import write_tiny_pipeline
 from repa_lab.spec import RunConfig
 from repa_lab.spec.identity import Run
@@ -97,4 +96,4 @@ def open_pretrained(run: Run, cache: Path, **options: Any) -> Images:
 
 
 def denoiser_folder(pipeline: Path, family: str) -> Path:
-    return pipeline / pipeline_of(FAMILIES[family]).denoiser
+    return pipeline / FAMILIES[family].kind

@@ -39,13 +39,8 @@ def step(trained: TrainState, seed: int) -> None:
     x, t = torch.randn(4, 1, 8, 8, generator=draw), torch.rand(4, generator=draw)
     loss = trained.denoiser(x, t, torch.arange(4)).square().mean()
     if trained.regularizer is not None:
-        loss = (
-            loss
-            + trained.regularizer.projectors[0]
-            .project(Tokens(torch.randn(2, 3, 64, generator=draw), (1, 3)))
-            .values.square()
-            .mean()
-        )
+        tokens = Tokens(torch.randn(2, 3, 64, generator=draw), (1, 3))
+        loss = loss + trained.regularizer.projectors[0](tokens).values.square().mean()
     loss.backward()
     trained.optimizer.step()
     trained.optimizer.zero_grad(set_to_none=True)

@@ -321,7 +321,7 @@ class TestAlignment:
         student = Tokens(tokens_by_hand(few, denoiser, 2, 0.5, 16), (4, 4))
         teacher = targets(few.split.held_out, CPU)
         with torch.no_grad():
-            projected = regularizer.projectors[0].project(student).resample((2, 2)).values
+            projected = regularizer.projectors[0](student).resample((2, 2)).values
         matched, gap = cosine_gap(projected, teacher.values)
         assert row["heldout/cosine"] == pytest.approx(matched, abs=1e-6)
         assert row["heldout/gap"] == pytest.approx(gap, abs=1e-6)
@@ -388,7 +388,7 @@ class TestSizes:
                     cells = model.denoiser.cells(0.75 * x + 0.25 * torch.randn(x.shape, generator=draw))
                     student = Tokens(cells.flatten(2).mT, (size[0] // 4, size[1] // 4))
                     teacher = encoder(part, CPU)
-                    projected = regularizer.projectors[0].project(student).resample(teacher.grid).values
+                    projected = regularizer.projectors[0](student).resample(teacher.grid).values
                 assert teacher.grid == (size[0] // 16, size[1] // 16)
                 held = student.values.mean(1), teacher.values.mean(1), projected, teacher.values
                 for side, one in zip(sides, held, strict=True):

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from repa_lab.data import DataError
 from repa_lab.models.families import FAMILIES
-from repa_lab.models.family import pipeline_of
 from repa_lab.models.pretrained import load_denoiser
 from repa_lab.models.released import PretrainedError, locate, problem_with
 from repa_lab.orchestration.api import run_one
@@ -106,7 +105,7 @@ class TestEveryFamily:
     def test_lora_trains_with_its_regularizer_and_diffusers_loads_what_is_exported(
         self, family, trained, place, tmp_path
     ):
-        directory, facts = trained(family), pipeline_of(FAMILIES[family])
+        directory = trained(family)
         first, second = rows(directory)
         assert np.isfinite([first["loss/denoise"], second["loss/denoise"], second["align/cosine"]]).all()
         assert second["loss/total"] != second["loss/denoise"]
@@ -118,9 +117,11 @@ class TestEveryFamily:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(place / family)
         if hasattr(pipeline, "load_lora_weights"):
             pipeline.load_lora_weights(tmp_path / "lora")
-            net = getattr(pipeline, facts.denoiser)
+            net = getattr(pipeline, FAMILIES[family].kind)
         else:
-            net = peft.PeftModel.from_pretrained(getattr(pipeline, facts.denoiser), tmp_path / "lora").base_model.model
+            net = peft.PeftModel.from_pretrained(
+                getattr(pipeline, FAMILIES[family].kind), tmp_path / "lora"
+            ).base_model.model
         ours = {name.removeprefix("net.").replace(".default", ""): value for name, value in state.items()}
         loaded = {
             name.replace(".default_0", "").replace(".default", ""): p
@@ -222,7 +223,7 @@ class TestSampling:
         trainer.model.denoiser.eval()
         export_model(directory, tmp_path / "lora", "last")
         pipeline = diffusers.DiffusionPipeline.from_pretrained(place / family)
-        plain = copy.deepcopy(getattr(pipeline, pipeline_of(FAMILIES[family]).denoiser))
+        plain = copy.deepcopy(getattr(pipeline, FAMILIES[family].kind))
         pipeline.load_lora_weights(tmp_path / "lora")
         side = SIDES.get(family, 64)
 
@@ -242,7 +243,7 @@ class TestSampling:
         ours, shown = sampler(range(3)), sampler.shown()
         assert_close_pixels(ours, stock(captions, "sampling"))
         assert_close_pixels(shown, stock(list(self.PROMPTS), "prompts"))
-        setattr(pipeline, pipeline_of(FAMILIES[family]).denoiser, plain)
+        setattr(pipeline, FAMILIES[family].kind, plain)
         assert (ours.int() - stock(captions, "sampling").int()).abs().max() > 2  # what was trained is seen
 
     # Latents of four shapes, packed and scaled in ways of their own.

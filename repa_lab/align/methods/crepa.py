@@ -6,10 +6,10 @@ import torch
 
 from repa_lab.align.losses import scale_to_unit, token_cosine
 from repa_lab.align.methods import CREPASettings
-from repa_lab.align.regularizer import CosineTarget, Loss, Pair, Signals
+from repa_lab.align.regularizer import EncoderTarget, Loss, Pair, Signals
 
 
-class CREPA(CosineTarget):
+class CREPA(EncoderTarget):
     """CREPA (2506.09229), Eq. 6: ``-mean_bf [S_bff + sum_(k in K) exp(-|k - f| / tau) S_bfk]``.
 
     ``S_bfk`` is ``mean_n cos(P(h)_bfn, y_bkn)``, between the projected tokens of frame f and the encoder's tokens of

@@ -26,7 +26,7 @@ class ProjectedTeacher(Regularizer):
         """Return the loss of the student's tap ``(B, N, D)`` and the teacher's ``(B, M, D)``; the cosine is a part."""
         (student,), (teacher,) = signals.taps, signals.ema_taps + signals.frozen_taps
         target = teacher.resample(student.grid).values.detach()
-        pair = Pair(self.projector.project(student).values.float(), target.float())
+        pair = Pair(self.projector(student).values.float(), target.float())
         cosine = token_cosine(*pair)
         return Loss(self.compare(pair, cosine, signals), {"cosine": cosine.detach().mean()})
 

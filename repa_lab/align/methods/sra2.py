@@ -41,7 +41,7 @@ class SRA2(Regularizer):
             std, mean = torch.std_mean(latents, dim=tuple(range(1, latents.ndim)), keepdim=True, correction=0)
             latents = (latents - mean) / std.clamp_min(1e-6)
         target = latents_of_tokens(latents, student.grid)
-        projected = self.projector.project(student).values.float()
+        projected = self.projector(student).values.float()
         value = functional.smooth_l1_loss(projected, target.values, beta=self.settings.beta)
         with torch.no_grad():
             denoising = functional.mse_loss(prediction.output.float(), prediction.target.float())

@@ -36,7 +36,6 @@ SD15 = Family(
                 list(captions), pipeline.device, 1, do_classifier_free_guidance=False
             )[0]
         },
-        denoiser="unet",
         tiny=tiny_pipeline(
             kl_autoencoder(4, 0.18215),
             Component("diffusers.PNDMScheduler", {**LATENT_BETAS, "skip_prk_steps": True}),

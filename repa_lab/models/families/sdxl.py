@@ -65,7 +65,6 @@ PIPELINE = Pipeline(
     ),
     prompt=rename(prompt_embeds="encoder_hidden_states", pooled_prompt_embeds="text_embeds"),
     sizes=lambda config, frames: {"time_ids": frames},
-    denoiser="unet",
     tiny=tiny_pipeline(kl_autoencoder(4, 0.13025), EULER, clip(4), clip(8, projection_dim=10)),
 )
 SDXL = Family("sdxl", "unet", {"": Shape(1, 1280, 4, "mid")}, network=NETWORK, pipeline=PIPELINE)
