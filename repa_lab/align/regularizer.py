@@ -137,8 +137,6 @@ class SimilarityCutoff(nn.Module):
     its own mean is not known before its last micro-batch, and reading it would wait for the device. The state is part
     of the regularizer's ``state_dict``.
 
-    Raises:
-        ValueError: the settings have no ``similarity_threshold``.
     """
 
     def __init__(self, settings: ScheduleSettings) -> None:
@@ -215,9 +213,6 @@ class Regularizer(nn.Module):
     overrides ``needs(settings) -> Needs`` if it needs more than one tap and the encoders among its settings. Its
     parameters are trained and checkpointed, but are not part of the exported model. ``step`` is always the number of
     optimizer steps already taken.
-
-    Raises:
-        ValueError: a decay has no end.
     """
 
     Settings: ClassVar[type[RegularizerSettings]] = RegularizerSettings
@@ -264,16 +259,13 @@ class Regularizer(nn.Module):
         """Pass the loss of one micro-batch to the similarity cutoff, if there is one.
 
         The trainer does so. In a loop of your own, call it after every micro-batch if a similarity threshold is set.
-
-        Raises:
-            ValueError: the loss has no part ``cosine``.
+        It watches the part ``cosine``; a loss without one is a ValueError.
         """
         if self.cutoff is None:
             return
         if "cosine" not in loss.parts:
-            raise ValueError(
-                "similarity_threshold watches the part 'cosine' of the loss, and this regularizer yields none"
-            )
+            reason = "and this regularizer yields none"
+            raise ValueError(f"similarity_threshold watches the part 'cosine' of the loss, {reason}")
         self.cutoff.observe(step, loss.parts["cosine"])
 
 
@@ -323,11 +315,8 @@ class EncoderTarget(Regularizer):
 
         Args:
             student: the tap's tokens, ``(B, N, in_dim)``.
-            teacher: the encoder's tokens, ``(B, M, out_dim)``.
+            teacher: the encoder's tokens, ``(B, M, out_dim)``, with as many frames.
             encoder: its number among the regularizer's encoders, from 0.
-
-        Raises:
-            ValueError: the sides have different numbers of frames, or ``spatial_norm`` is applied to a single token.
         """
         if student.frames != teacher.frames:
             raise ValueError(f"the block has {student.frames} frames and the encoder {teacher.frames}")
@@ -343,11 +332,7 @@ class EncoderTarget(Regularizer):
         return Pair(project(student).resample(teacher.grid).values, teacher.values)
 
     def pairs(self, signals: Signals) -> list[Pair]:
-        """Return the matched tokens of every encoder.
-
-        Raises:
-            ValueError: the signals do not fit together.
-        """
+        """Return the matched tokens of every encoder; signals that do not fit together are a ValueError."""
         (student,) = signals.taps
         if len(signals.encoders) != len(self.projectors):
             raise ValueError(f"there are {len(self.projectors)} encoders, got the tokens of {len(signals.encoders)}")
@@ -395,11 +380,7 @@ class UREPA(REPA):
     settings: UREPASettings
 
     def forward(self, signals: Signals, step: int = 0) -> Loss:
-        """Return the alignment loss plus the weighted manifold loss; the mean cosine and the manifold loss are parts.
-
-        Raises:
-            ValueError: the signals do not fit together, or a single token or image leaves no pair to compare.
-        """
+        """Return the alignment loss plus the weighted manifold loss; the latter and the mean cosine are parts."""
         pairs = self.pairs(signals)
         alignment, cosine = self.align(pairs)
         if self.settings.manifold_weight:

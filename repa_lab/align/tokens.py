@@ -72,11 +72,8 @@ def normalise_over_space(tokens: Tokens, strength: float) -> Tokens:
     """Normalise every channel over the tokens of its image, as iREPA: ``(y - strength * mean) / (std + 1e-6)``.
 
     What remains is how the patches of an image differ rather than what they share. iREPA uses a strength of 0.6 for
-    latents and 0.8 for pixels; 1 is a z-score. Computed in float32, with the unbiased standard deviation. Every frame
-    of a clip is an image of its own.
-
-    Raises:
-        ValueError: there is a single token, which has no deviation.
+    latents and 0.8 for pixels; 1 is a z-score. Computed in float32, with the unbiased standard deviation, which a
+    single token has not. Every frame of a clip is an image of its own.
     """
     images = tokens.as_images()
     if images.values.shape[1] < 2:
@@ -87,11 +84,7 @@ def normalise_over_space(tokens: Tokens, strength: float) -> Tokens:
 
 
 def flatten_map(feature_map: torch.Tensor) -> Tokens:
-    """Return a convolutional map ``(B, C, H, W)`` as tokens ``(B, H*W, C)``, row by row.
-
-    Raises:
-        ValueError: the map is not four-dimensional.
-    """
+    """Return a convolutional map ``(B, C, H, W)`` as tokens ``(B, H*W, C)``, row by row."""
     if feature_map.ndim != 4:
         raise ValueError(f"a feature map must be (B, C, H, W), got shape {tuple(feature_map.shape)}")
     height, width = feature_map.shape[-2:]

@@ -77,12 +77,14 @@ class Blocks:
         place: position of the image's tokens in the sequence: the whole of it (``all``), its start (``head``), its end
             (``tail``), or behind the text of each sample (``after_text``); ``map`` is a map ``(B, C, h, w)``.
         samples: dimension of the batch; 1 for blocks that return ``(M, B, D)``.
+        depth: the constructor's argument that sets the length of the list; a UNet's mid block has none.
     """
 
     path: str
     item: int | None = None
     place: Literal["all", "head", "tail", "after_text", "map"] = "all"
     samples: Literal[0, 1] = 0
+    depth: str = "num_layers"
 
 
 def first_channels(output: Any, latents: Tensor) -> Tensor:
@@ -112,7 +114,6 @@ class Network:
         channels: number of latent channels.
         square: whether the model takes square images only.
         uncheckpointed: what goes wrong when the model's blocks are checkpointed; empty if nothing does.
-        depths: constructor arguments that set the lengths of the lists in ``blocks``; none for a UNet.
         per_block: constructor arguments that hold one entry per block.
         native: side in pixels of the released model's training images.
         unused: whether some parameters get no gradient, those of a text stream that nothing reads after the last
@@ -131,10 +132,14 @@ class Network:
     channels: int = 4
     square: bool = False
     uncheckpointed: str = ""
-    depths: tuple[str, ...] = ("num_layers",)
     per_block: tuple[str, ...] = ()
     native: int = 1024
     unused: bool = False
+
+    @property
+    def depths(self) -> tuple[str, ...]:
+        """The constructor's arguments that set the number of blocks; none for a UNet."""
+        return tuple(blocks.depth for blocks in self.blocks if blocks.place != "map")
 
 
 @dataclass(frozen=True)
@@ -281,11 +286,7 @@ def pipeline_of(family: Family) -> Pipeline:
 
 
 def shape_of(family: Family, size: str | None) -> Shape:
-    """Return the shape of a family at a size; None for a pretrained family.
-
-    Raises:
-        UnknownComponentError: no such size.
-    """
+    """Return the shape of a family at a size, None for a pretrained one, or raise an UnknownComponentError."""
     key = (size or "").removeprefix(NARROW)
     if key not in family.shapes:
         raise UnknownComponentError(f"size of {family.name}", key, tuple(family.shapes))

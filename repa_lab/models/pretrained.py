@@ -36,12 +36,8 @@ class DiffusersDenoiser(Denoiser):
     def forward(self, latents: torch.Tensor, time: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
         """Return the family's prediction of noisy latents ``(B, C, H, W)``, or of clips ``(B, C, F, H, W)``.
 
-        Args:
-            time: times ``(B,)`` in [0, 1], where 1 is noise.
-            condition: the conditioning that :attr:`Network.condition` names, and :data:`TEXT_LENGTHS` if need be.
-
-        Raises:
-            ValueError: the family takes square images only.
+        Times ``(B,)`` are in [0, 1], where 1 is noise. The conditioning is what :attr:`Network.condition` names;
+        :data:`TEXT_LENGTHS` may be among it. An image that a family cannot take is a ValueError.
         """
         network, net = network_of(self.family), self.net
         height, width = (side // self.family.shapes[""].stride for side in latents.shape[-2:])
@@ -133,10 +129,9 @@ _PLACES: dict[str, Callable[[torch.Tensor, int, torch.Tensor | None], torch.Tens
 
 
 def load_denoiser(folder: Path, family: Family, dtype: torch.dtype = torch.float32) -> DiffusersDenoiser:
-    """Load the denoiser of a pipeline, in training mode; some weights are float32 whatever the dtype.
+    """Load the denoiser of a pipeline, in training mode, or raise a PretrainedError.
 
-    Raises:
-        PretrainedError: the weights are missing or do not fit.
+    Some models keep a few weights in float32 whatever the dtype.
     """
     from diffusers.models.embeddings import LabelEmbedding
 
@@ -173,11 +168,7 @@ def adapt(denoiser: DiffusersDenoiser, rank: int) -> None:
 
 
 def text_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """Load a pipeline with its text encoders only.
-
-    Raises:
-        PretrainedError: the pipeline cannot be loaded.
-    """
+    """Load a pipeline with its text encoders only, or raise a PretrainedError."""
     texts = text_components(folder)
     return _load_pipeline(folder, {name: None for name in components(folder) if name not in texts}, dtype).to(device)
 
@@ -185,10 +176,7 @@ def text_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> Any
 def sampling_pipeline(folder: Path, denoiser: DiffusersDenoiser, vae: nn.Module, side: int) -> Any:
     """Load the pipeline around a denoiser in training, without text encoders and without a safety checker.
 
-    It decodes samples of ``side`` pixels a side with the VAE.
-
-    Raises:
-        PretrainedError: the pipeline cannot be loaded.
+    It decodes samples of ``side`` pixels a side with the VAE. If it cannot be loaded, a PretrainedError is raised.
     """
     facts = pipeline_of(denoiser.family)
     given = {denoiser.family.kind: denoiser.net, VAE: vae}

@@ -83,7 +83,6 @@ class Input:
 def build(family: str, size: str, given: Input) -> SiT | SiTDown | UNet:
     """Build a freshly initialised denoiser with ``forward(x, t, y)``, which returns the velocity.
 
-    Raises:
-        ValueError: an unknown size, or an input whose height or width does not fit.
+    A size that is not known, or an input whose height or width does not fit, is a ValueError.
     """
     return CLASSES[family].from_size(size, given.channels, given.size, given.num_classes)

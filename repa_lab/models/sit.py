@@ -195,11 +195,7 @@ class SiTBase(Denoiser):
     def from_size(
         cls, size: str, in_channels: int = 4, input_size: int | tuple[int, int] = 32, num_classes: int = 1000
     ) -> Self:
-        """Build a size of the family; ``B/2`` is B with patches of 2.
-
-        Raises:
-            ValueError: an unknown size, or an input that does not fit the patches.
-        """
+        """Build a size of the family; ``B/2`` is B with patches of 2. Input that they do not fit is a ValueError."""
         shape = shape_of(cls.family, size)
         blocks, patch = (shape.stages, shape.stride // 2) if shape.stages else (shape.depth, shape.stride)
         side = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -239,11 +235,7 @@ class SiTBase(Denoiser):
         return Tap(block, lambda output: Tokens(output, grid))
 
     def block(self, block_index: BlockIndex) -> nn.Module:
-        """Return a block.
-
-        Raises:
-            TapError: there is no such block.
-        """
+        """Return a block, or raise a TapError if there is none."""
         if isinstance(block_index, int) and 0 <= block_index < self.depth:
             return self.blocks[block_index]
         message = f"has {self.depth} blocks: block_index must be 0 to {self.depth - 1}, got {block_index!r}"

@@ -51,11 +51,7 @@ class Tap:
         self._output, self._use = None, use
 
     def take(self) -> Tokens:
-        """Return the captured tokens ``(B, N, D)`` with their grid, and empty the slot.
-
-        Raises:
-            TapError: the block has not run since the last call.
-        """
+        """Return the captured tokens ``(B, N, D)`` and empty the slot; a TapError if the block has not run since."""
         output, self._output = self._output, None
         if output is None:
             raise TapError("the tapped block did not run; was the tap set after torch.compile?")
@@ -124,28 +120,16 @@ class Denoiser(nn.Module):
     def tap(self, block_index: BlockIndex) -> Tap:
         """Tap a block: its image tokens ``(B, N, D)`` with their grid. Do it before compiling the denoiser.
 
-        Args:
-            block_index: counts from 0; ``mid`` for a UNet.
-
-        Raises:
-            TapError: there is no such block.
+        Blocks count from 0, and a UNet's is ``mid``. A TapError is raised if there is no such block.
         """
         raise NotImplementedError
 
     def tap_attention(self, block_index: BlockIndex) -> AttentionTap:
-        """Tap queries and keys of a block's attention ``(B, heads, N, D / heads)``, before compiling the denoiser.
-
-        Raises:
-            TapError: there is no such block, or its attention cannot be tapped.
-        """
+        """Tap queries and keys ``(B, heads, N, D / heads)`` of a block's attention; see :meth:`tap`."""
         raise TapError(f"the attention of {type(self).__name__} cannot be tapped")
 
     def tap_all(self) -> dict[BlockName, Tap]:
-        """Tap every block that ``block_index`` counts; for a UNet, ``mid`` and the stages before and after it.
-
-        Returns:
-            The taps by block, in the order of a forward pass.
-        """
+        """Tap every block that ``block_index`` counts, in order; for a UNet, ``mid`` between the stages around it."""
         if self.depth:
             return {index: self.tap(index) for index in range(self.depth)}
         return {**self._tap_stages("down_blocks"), "mid": self.tap("mid"), **self._tap_stages("up_blocks")}

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import logging
 import string
 import tempfile
 import warnings
@@ -225,20 +226,15 @@ def build_component(component: Component) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence progress bars, and warnings of untrained models and of a missing safety checker."""
-    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    libraries = (diffusers_logging, transformers_logging)
-    before = [library.get_verbosity() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        transformers_logging.disable_progress_bar()
         yield
-    for library, verbosity in zip(libraries, before, strict=True):
-        library.set_verbosity(verbosity)
-        library.enable_progress_bar()
+    logging.disable(logging.NOTSET)
+    transformers_logging.enable_progress_bar()
 
 
 # Arguments of the released classes' tokenizers, in whose vocabularies every printable character is one token.

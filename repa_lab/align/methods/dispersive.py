@@ -28,11 +28,7 @@ class Dispersive(Regularizer):
     settings: DispersiveSettings
 
     def forward(self, signals: Signals, step: int = 0) -> Loss:
-        """Return the loss of one tap ``(B, N, D)``; the mean distance of two different images is a part.
-
-        Raises:
-            ValueError: there is a single image.
-        """
+        """Return the loss of a tap ``(B, N, D)`` of two images or more; the mean distance of two images is a part."""
         (tokens,) = signals.taps
         images = gather(tokens.values.float().flatten(1))
         count = len(images)

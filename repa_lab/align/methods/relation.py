@@ -21,11 +21,7 @@ class Relation(EncoderTarget):
     settings: RelationSettings
 
     def forward(self, signals: Signals, step: int = 0) -> Loss:
-        """Return the mean loss over the encoders, which is a part too; ``step`` seeds the sample of tokens.
-
-        Raises:
-            ValueError: the signals do not fit together, or a single token or image leaves no pair to compare.
-        """
+        """Return the mean loss over the encoders, which is a part too; ``step`` seeds the sample of tokens."""
         pairs = self.pairs(signals)
         self.require_relations(pairs[0], self.settings.relation)
         value = torch.stack([manifold_loss(*pair, self.settings.relation, step) for pair in pairs]).mean()

@@ -28,11 +28,7 @@ class SRA2(Regularizer):
         self.projector = Projector(width, shapes.latents * stride**2, settings.projector)
 
     def forward(self, signals: Signals, step: int = 0) -> Loss:
-        """Return the smooth L1 loss of one tap ``(B, N, D)``; its ratio to the denoising loss is a part.
-
-        Raises:
-            ValueError: the tokens' grid does not divide the latents.
-        """
+        """Return the smooth L1 loss of one tap ``(B, N, D)``; its ratio to the denoising loss is a part."""
         (student,), latents, prediction = signals.taps, signals.latents, signals.prediction
         assert latents is not None
         assert prediction is not None
@@ -52,10 +48,7 @@ class SRA2(Regularizer):
 def latents_of_tokens(latents: torch.Tensor, grid: Grid) -> Tokens:
     """Return for every token of a grid the latents of its square of cells, ``(B, h * w, C * s * s)``; clips by frame.
 
-    The latents are ``(B, C, s * h, s * w)``, or of clips ``(B, C, F, s * h, s * w)``.
-
-    Raises:
-        ValueError: the grid does not divide the latents.
+    The latents are ``(B, C, s * h, s * w)``, or of clips ``(B, C, F, s * h, s * w)``, else it raises a ValueError.
     """
     if latents.ndim == 5:
         return latents_of_tokens(latents.transpose(1, 2).flatten(0, 1), grid).as_clips(latents.shape[2])

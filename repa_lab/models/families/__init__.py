@@ -13,11 +13,7 @@ FAMILIES: Registry[Family] = Registry("family")
 
 
 def family(facts: Family) -> Family:
-    """Register a family of denoisers under its name, which a spec gives as ``model.family``.
-
-    Raises:
-        PluginError: the name is taken.
-    """
+    """Register a family of denoisers under its name, which a spec gives as ``model.family``, or raise a PluginError."""
     FAMILIES.add(facts.name, facts)
     return facts
 

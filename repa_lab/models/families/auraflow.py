@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repa_lab.models.families.shared import JOINT_ATTENTION, encode_prompt, map_inputs, shapes
+from repa_lab.models.families.shared import JOINT_ATTENTION, encode_prompt, map_inputs, text_shapes
 from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
 from repa_lab.models.tiny import flow_scheduler, kl_autoencoder, t5, tiny_pipeline
 
@@ -14,11 +14,13 @@ AURAFLOW = Family(
     {"": Shape(36, 3072, 2, 8)},  # 4 joint blocks
     network=Network(
         model="AuraFlowTransformer2DModel",
-        depths=("num_mmdit_layers", "num_single_dit_layers"),
-        blocks=(Blocks("joint_transformer_blocks", item=1), Blocks("single_transformer_blocks", place="tail")),
+        blocks=(
+            Blocks("joint_transformer_blocks", item=1, depth="num_mmdit_layers"),
+            Blocks("single_transformer_blocks", place="tail", depth="num_single_dit_layers"),
+        ),
         inputs=map_inputs(times=1),
         # There is no mask: the pipeline sets the embeddings of the padding to zero.
-        condition=shapes(encoder_hidden_states=("tokens", "joint_attention_dim")),
+        condition=text_shapes("joint_attention_dim"),
         parameters=6_858_605_568,
         config={"pos_embed_max_size": 9216},  # AuraFlow-v0.3
         tiny={

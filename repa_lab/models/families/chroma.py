@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from repa_lab.models.families.flux import TINY, packed_inputs
-from repa_lab.models.families.shared import JOINT_ATTENTION, encode_prompt, shapes, unpack
+from repa_lab.models.families.shared import JOINT_ATTENTION, JOINT_BLOCKS, encode_prompt, text_shapes, unpack
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 from repa_lab.models.tiny import FLUX_AUTOENCODER, flow_scheduler, t5, tiny_pipeline
 
@@ -32,11 +32,10 @@ CHROMA = Family(
     {"": Shape(57, 3072, 2, 8)},
     network=Network(
         model="ChromaTransformer2DModel",
-        depths=("num_layers", "num_single_layers"),
-        blocks=(Blocks("transformer_blocks", item=1), Blocks("single_transformer_blocks", place="tail")),
+        blocks=(JOINT_BLOCKS, Blocks("single_transformer_blocks", place="tail", depth="num_single_layers")),
         inputs=_inputs,
         # The pipeline's mask leaves the first token of the padding in.
-        condition=shapes(encoder_hidden_states=("tokens", "joint_attention_dim"), attention_mask=("tokens",)),
+        condition=text_shapes("joint_attention_dim", attention_mask=("tokens",)),
         output=unpack,
         channels=16,
         uncheckpointed="its single blocks are run without the text's mask",

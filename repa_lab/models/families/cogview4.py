@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from repa_lab.models.families.shared import longest_text, padded, shapes, text_lengths
+from repa_lab.models.families.shared import longest_text, masked_text, padded, text_lengths
 from repa_lab.models.family import Blocks, Family, Network, Pipeline, Shape, Tensor
 from repa_lab.models.tiny import (
     LEFT_TOKENIZER,
@@ -54,13 +54,7 @@ COGVIEW4 = Family(
             "encoder_hidden_states": longest_text(condition),
             **{name: condition[name] for name in ("original_size", "target_size", "crop_coords")},
         },
-        condition=shapes(
-            encoder_hidden_states=("tokens", "text_embed_dim"),
-            encoder_attention_mask=("tokens",),
-            original_size=(2,),
-            target_size=(2,),
-            crop_coords=(2,),
-        ),
+        condition=masked_text("text_embed_dim", original_size=(2,), target_size=(2,), crop_coords=(2,)),
         lengths=text_lengths,
         channels=16,
         parameters=6_369_118_272,

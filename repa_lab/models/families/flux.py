@@ -6,11 +6,12 @@ from typing import Any
 
 from repa_lab.models.families.shared import (
     JOINT_ATTENTION,
+    JOINT_BLOCKS,
     encode_prompt,
     full_guidance,
     pack,
     positions,
-    shapes,
+    text_shapes,
     unpack,
 )
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
@@ -38,15 +39,12 @@ FLUX = Family(
     {"": Shape(57, 3072, 2, 8)},
     network=Network(
         model="FluxTransformer2DModel",
-        depths=("num_layers", "num_single_layers"),
-        blocks=(Blocks("transformer_blocks", item=1), Blocks("single_transformer_blocks", item=1)),
+        blocks=(JOINT_BLOCKS, Blocks("single_transformer_blocks", item=1, depth="num_single_layers")),
         inputs=lambda config, latents, time, condition: {
             **packed_inputs(latents, time, condition),
             **full_guidance(config, time),
         },
-        condition=shapes(
-            encoder_hidden_states=("tokens", "joint_attention_dim"), pooled_projections=("pooled_projection_dim",)
-        ),
+        condition=text_shapes("joint_attention_dim", pooled_projections=("pooled_projection_dim",)),
         output=unpack,
         config={"guidance_embeds": True},  # FLUX.1-dev
         channels=16,

@@ -10,12 +10,13 @@ from typing import Any
 
 from repa_lab.models.families.shared import (
     JOINT_ATTENTION,
+    JOINT_BLOCKS,
     encode_prompt,
     flatten,
     full_guidance,
     numbers,
     positions,
-    shapes,
+    text_shapes,
     unflatten,
 )
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
@@ -58,11 +59,10 @@ FLUX2 = Family(
     latent_stride=16,
     network=Network(
         model="Flux2Transformer2DModel",
-        blocks=(Blocks("transformer_blocks", item=1), Blocks("single_transformer_blocks", place="tail")),
+        blocks=(JOINT_BLOCKS, Blocks("single_transformer_blocks", place="tail", depth="num_single_layers")),
         inputs=_inputs,
-        condition=shapes(encoder_hidden_states=("tokens", "joint_attention_dim")),
+        condition=text_shapes("joint_attention_dim"),
         output=unflatten,
-        depths=("num_layers", "num_single_layers"),
         channels=128,
         parameters=32_223_281_152,  # FLUX.2-dev has the constructor's defaults
         tiny=tiny_transformer(

@@ -71,7 +71,10 @@ HIDREAM = Family(
     {"": Shape(48, 2560, 2, 8)},
     network=Network(
         model="HiDreamImageTransformer2DModel",
-        blocks=(Blocks("double_stream_blocks", item=0, place="head"), Blocks("single_stream_blocks", place="head")),
+        blocks=(
+            Blocks("double_stream_blocks", item=0, place="head"),
+            Blocks("single_stream_blocks", place="head", depth="num_single_layers"),
+        ),
         inputs=_inputs,
         condition=lambda config, tokens: {
             "encoder_hidden_states_t5": (tokens, config.caption_channels[0]),
@@ -79,7 +82,6 @@ HIDREAM = Family(
             "pooled_embeds": (config.text_emb_dim,),
         },
         output=_output,
-        depths=("num_layers", "num_single_layers"),
         per_block=("llama_layers",),
         channels=16,
         parameters=17_105_733_184,

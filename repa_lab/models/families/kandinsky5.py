@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from repa_lab.models.families.shared import longest_text, shapes, text_lengths
+from repa_lab.models.families.shared import longest_text, masked_text, text_lengths
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 from repa_lab.models.tiny import FLUX_AUTOENCODER, QWEN_PROCESSOR, clip, flow_scheduler, qwen_vl, tiny_pipeline
 
@@ -64,16 +64,11 @@ KANDINSKY5 = Family(
     {"": Shape(50, 2560, 2, 8)},
     network=Network(
         model="Kandinsky5Transformer3DModel",
-        blocks=(Blocks("visual_transformer_blocks"),),
+        blocks=(Blocks("visual_transformer_blocks", depth="num_visual_blocks"),),
         inputs=_inputs,
-        condition=shapes(
-            encoder_hidden_states=("tokens", "in_text_dim"),
-            encoder_attention_mask=("tokens",),
-            pooled_projections=("in_text_dim2",),
-        ),
+        condition=masked_text("in_text_dim", pooled_projections=("in_text_dim2",)),
         output=lambda output, latents: output.squeeze(1).permute(0, 3, 1, 2),
         lengths=text_lengths,
-        depths=("num_visual_blocks",),
         channels=16,
         parameters=6_022_080_576,
         config={  # Kandinsky-5.0-T2I-Lite

@@ -7,11 +7,12 @@ from typing import Any
 from repa_lab.models.families.flux import TINY
 from repa_lab.models.families.shared import (
     JOINT_ATTENTION,
+    JOINT_BLOCKS,
     encode_prompt,
     numbers,
     pack,
     positions,
-    shapes,
+    text_shapes,
     unpack,
 )
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
@@ -45,10 +46,9 @@ LONGCAT_IMAGE = Family(
     {"": Shape(30, 3072, 2, 8)},
     network=Network(
         model="LongCatImageTransformer2DModel",
-        depths=("num_layers", "num_single_layers"),
-        blocks=(Blocks("transformer_blocks", item=1), Blocks("single_transformer_blocks", item=1)),
+        blocks=(JOINT_BLOCKS, Blocks("single_transformer_blocks", item=1, depth="num_single_layers")),
         inputs=_inputs,
-        condition=shapes(encoder_hidden_states=("tokens", "joint_attention_dim")),
+        condition=text_shapes("joint_attention_dim"),
         output=unpack,
         channels=16,
         parameters=6_270_668_864,

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from repa_lab.models.families.shared import (
-    MASKED_TEXT,
-    encode_prompt,
-    masked_text,
-    negative_rows,
-    text_lengths,
-)
+from repa_lab.models.families.shared import MASKED_TEXT, encode_prompt, masked_text, negative_rows, text_lengths
 from repa_lab.models.family import Blocks, Family, Network, Pipeline, Shape
 from repa_lab.models.tiny import FLUX_AUTOENCODER, flow_scheduler, gemma, tiny_pipeline
 

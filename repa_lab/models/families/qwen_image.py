@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from repa_lab.models.families.shared import JOINT_ATTENTION, longest, pack, padded, shapes, unpack
-from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
+from repa_lab.models.families.shared import JOINT_ATTENTION, JOINT_BLOCKS, longest, pack, padded, text_shapes, unpack
+from repa_lab.models.family import Condition, Family, Network, Pipeline, Shape, Tensor
 from repa_lab.models.tiny import (
     QWEN_AUTOENCODER,
     QWEN_TOKENIZER,
@@ -46,11 +46,9 @@ QWEN_IMAGE = Family(
     {"": Shape(60, 3072, 2, 8)},
     network=Network(
         model="QwenImageTransformer2DModel",
-        blocks=(Blocks("transformer_blocks", item=1),),
+        blocks=(JOINT_BLOCKS,),
         inputs=_inputs,
-        condition=shapes(
-            encoder_hidden_states=("tokens", "joint_attention_dim"), encoder_hidden_states_mask=("tokens",)
-        ),
+        condition=text_shapes("joint_attention_dim", encoder_hidden_states_mask=("tokens",)),
         output=unpack,
         unused=True,  # the text stream of the last block
         channels=16,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repa_lab.models.families.shared import map_inputs, shapes
+from repa_lab.models.families.shared import map_inputs, text_shapes
 from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
 from repa_lab.models.tiny import LATENT_BETAS, clip, kl_autoencoder, tiny_pipeline
 
@@ -12,10 +12,9 @@ SD15 = Family(
     {"": Shape(1, 1280, 8, "mid")},
     network=Network(
         model="UNet2DConditionModel",
-        depths=(),
         blocks=(Blocks("mid_block", place="map"),),
         inputs=map_inputs("sample"),
-        condition=shapes(encoder_hidden_states=("tokens", "cross_attention_dim")),
+        condition=text_shapes("cross_attention_dim"),
         native=512,
         parameters=859_520_964,
         config={"sample_size": 64, "cross_attention_dim": 768},  # stable-diffusion-v1-5

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from repa_lab.models.families.shared import JOINT_ATTENTION, encode_prompt, map_inputs, shapes
-from repa_lab.models.family import Blocks, Family, Network, Pipeline, Shape
+from repa_lab.models.families.shared import JOINT_ATTENTION, JOINT_BLOCKS, encode_prompt, map_inputs, text_shapes
+from repa_lab.models.family import Family, Network, Pipeline, Shape
 from repa_lab.models.tiny import clip, flow_scheduler, kl_autoencoder, t5, tiny_pipeline, tiny_transformer
 
 SD3 = Family(
@@ -12,11 +12,9 @@ SD3 = Family(
     {"": Shape(24, 1536, 2, 8)},
     network=Network(
         model="SD3Transformer2DModel",
-        blocks=(Blocks("transformer_blocks", item=1),),
+        blocks=(JOINT_BLOCKS,),
         inputs=map_inputs(),
-        condition=shapes(
-            encoder_hidden_states=("tokens", "joint_attention_dim"), pooled_projections=("pooled_projection_dim",)
-        ),
+        condition=text_shapes("joint_attention_dim", pooled_projections=("pooled_projection_dim",)),
         channels=16,
         parameters=2_028_328_000,
         config={  # stable-diffusion-3-medium

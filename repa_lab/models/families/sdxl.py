@@ -25,7 +25,6 @@ _BLOCKS = {
 }
 NETWORK = Network(
     model="UNet2DConditionModel",
-    depths=(),
     blocks=(Blocks("mid_block", place="map"),),
     inputs=lambda config, latents, time, condition: {
         "sample": latents,

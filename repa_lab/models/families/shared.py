@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from repa_lab.models.family import ATTENTION, TEXT_LENGTHS, Condition, Tensor
+from repa_lab.models.family import ATTENTION, TEXT_LENGTHS, Blocks, Condition, Tensor
 
 # Names of a text and its mask in the conditioning.
 MASKED_TEXT = ("encoder_hidden_states", "encoder_attention_mask")
-# The attention layers of blocks that have a text stream beside the image stream.
+# Blocks that have a text stream beside the image stream and return both, text first, and their attention layers.
+JOINT_BLOCKS = Blocks("transformer_blocks", item=1)
 JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
@@ -89,9 +90,14 @@ def shapes(**named: tuple[int | str, ...]) -> Callable[[Any, int], dict[str, tup
     return condition
 
 
-def masked_text(width: str) -> Callable[[Any, int], dict[str, tuple[int, ...]]]:
-    """Return :attr:`Network.condition` of a text and its mask; ``width`` is the field of the config with its width."""
-    return shapes(encoder_hidden_states=("tokens", width), encoder_attention_mask=("tokens",))
+def text_shapes(width: str, **others: tuple[int | str, ...]) -> Callable[[Any, int], dict[str, tuple[int, ...]]]:
+    """Return :attr:`Network.condition` of a text, whose width is a field of the config, and of other entries."""
+    return shapes(encoder_hidden_states=("tokens", width), **others)
+
+
+def masked_text(width: str, **others: tuple[int | str, ...]) -> Callable[[Any, int], dict[str, tuple[int, ...]]]:
+    """Return :attr:`Network.condition` of a text and its mask, and of other entries."""
+    return text_shapes(width, encoder_attention_mask=("tokens",), **others)
 
 
 def encode_prompt(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repa_lab.models.families.shared import encode_prompt, map_inputs, shapes
+from repa_lab.models.families.shared import encode_prompt, map_inputs, text_shapes
 from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
 from repa_lab.models.tiny import WAN_AUTOENCODER, t5, tiny_pipeline, tiny_transformer
 
@@ -18,7 +18,7 @@ WAN = Family(
         blocks=(Blocks("blocks"),),
         inputs=map_inputs(),
         # There is no mask: the embeddings of the padding are zero.
-        condition=shapes(encoder_hidden_states=("tokens", "text_dim")),
+        condition=text_shapes("text_dim"),
         channels=16,
         native=480,
         parameters=1_418_996_800,

@@ -23,8 +23,7 @@ Z_IMAGE = Family(
     {"": Shape(30, 3840, 2, 8)},
     network=Network(
         model="ZImageTransformer2DModel",
-        depths=("n_layers",),
-        blocks=(Blocks("layers", place="head"),),
+        blocks=(Blocks("layers", place="head", depth="n_layers"),),
         inputs=lambda config, latents, time, condition: {
             "x": list(latents.unsqueeze(2)),  # videos of one frame, (C, 1, H, W)
             "t": 1 - time,
