@@ -228,13 +228,14 @@ def _quiet() -> Iterator[None]:
     """Silence progress bars, and warnings of untrained models and of a missing safety checker."""
     from transformers.utils import logging as transformers_logging
 
+    bars: Any = transformers_logging
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
-        transformers_logging.disable_progress_bar()
+        bars.disable_progress_bar()
         yield
     logging.disable(logging.NOTSET)
-    transformers_logging.enable_progress_bar()
+    bars.enable_progress_bar()
 
 
 # Arguments of the released classes' tokenizers, in whose vocabularies every printable character is one token.
