@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from repa_lab.cli import doctor, models, results, runs, specs, sweeps
+from repa_lab.cli import doctor, models, runs, specs, sweeps
 from repa_lab.errors import UserError, hide_passwords
 from repa_lab.registry import load_plugins
 
@@ -19,7 +19,7 @@ COMMANDS = (
     specs.new, sweeps.sweep, sweeps.plan, sweeps.run, sweeps.report,
     specs.schema, specs.explain, specs.diff,
     runs.status, runs.why, runs.retry, runs.stop, runs.pin, runs.gc,
-    results.profile, results.leaderboard, results.sync,
+    models.profile, sweeps.leaderboard, runs.sync,
     sweeps.reproduce, sweeps.bench,
     models.families, models.export, models.sample,
     doctor.doctor,

@@ -17,7 +17,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from repa_lab.cli.shared import JsonOption, RootOption
-from repa_lab.orchestration.executors import launcher_variables
 from repa_lab.runs.directory import git_state
 from repa_lab.runs.root import DEFAULT_ROOT
 
@@ -46,6 +45,8 @@ def diagnose(root: Path, environment: Mapping[str, str] = os.environ) -> dict[st
         root: the folder of all runs, whose disk is looked at.
         environment: the environment variables; of keys and tokens only their presence is told.
     """
+    from repa_lab.orchestration.executors import launcher_variables
+
     return {
         "versions": _versions(),
         "machine": _machine(root),

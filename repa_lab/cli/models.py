@@ -1,4 +1,4 @@
-"""List denoisers, export what a run trained, draw its samples, prepare data sets."""
+"""List denoisers, and look into what a run trained: export, samples, profiles of blocks; prepare data sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,11 +28,15 @@ from repa_lab.cli.shared import (
     require_choice,
     table,
 )
-from repa_lab.runs import RunsRoot
+from repa_lab.runs import RunDirectory, RunsRoot
 from repa_lab.runs.root import DEFAULT_ROOT
+
+if TYPE_CHECKING:
+    from repa_lab.align.settings import EncoderSettings
 
 _FORMATS = ("diffusers", "simpletuner")
 _DEVICES = ("auto", "cpu", "cuda")
+_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 _POLL_S = 0.2
 
 data = typer.Typer(no_args_is_help=True, help="Prepare data sets.")
@@ -110,6 +114,49 @@ def sample(
     typer.echo("the run has no such number of these weights" if value is None else f"the run measured {value!r}")
 
 
+def profile(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Ids or folders; the others are compared with the first.")
+    ],
+    timesteps: Annotated[str, typer.Option(help="From 0, data, to 1, noise.")] = "0.1,0.3,0.5,0.7,0.9",
+    encoder: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Encoder to compare with, or its settings as in a spec; else the run's own."),
+    ] = None,
+    weights: WeightsOption = "ema",
+    samples: Annotated[int | None, typer.Option(min=1, help="How many of the held-out images; else all.")] = None,
+    metrics: Annotated[str, typer.Option(help="The metrics to measure.")] = "cka,cknna,mutual_knn,lds,cds,rmsc",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16; auto is that of the run's training.")] = "auto",
+    root: RootOption = DEFAULT_ROOT,
+    json_: JsonOption = False,
+) -> None:
+    """Measure how well every block of a run agrees with its encoder at several times, and draw it.
+
+    Of several runs the differences from the first are drawn too.
+    """
+    directories = [RunsRoot(root).find_run(run) for run in dict.fromkeys(runs)]
+    from repa_lab.spec import RunOptions  # takes seconds, for torch; a mistyped run need not wait
+    from repa_lab.training.profile import Request, profile_run
+
+    require_choice("--precision", precision, _PRECISIONS)
+    options = RunOptions.model_validate({"precision": precision})
+    names = tuple(filter(None, map(str.strip, metrics.split(","))))
+    try:
+        times = tuple(sorted(map(float, filter(str.strip, timesteps.split(",")))))
+    except ValueError:
+        raise UsageError(f"expected numbers with commas between them, got '{timesteps}'", "--timesteps") from None
+    request = Request(times, names, weights, samples, _encoder(encoder, directories))
+    profiles = [profile_run(run, request, options, RunsRoot(root).cache) for run in directories]
+    drawn = _draw(directories)
+    if json_:
+        print(json.dumps(profiles))
+        return
+    for run in directories:
+        _print_profile(run, names)
+    for path in drawn:
+        typer.echo(path)
+
+
 @data.callback()
 def _data() -> None:
     """Prepare data sets."""
@@ -174,3 +221,60 @@ def run_in_processes(words: Sequence[str], count: int) -> int:
             process.terminate()
         for process in processes:
             process.wait()
+
+
+def _encoder(given: str | None, directories: Sequence[RunDirectory]) -> EncoderSettings | None:
+    """Return the named encoder, with the settings under which one of the runs uses it, or else with the defaults."""
+    from repa_lab.align.settings import EncoderSettings
+    from repa_lab.spec.document import Draft, parse_scalar
+    from repa_lab.spec.identity import Run
+    from repa_lab.spec.schema import validate
+    from repa_lab.training.profile import known_encoder
+
+    if given is None:
+        return None
+    try:
+        value = parse_scalar(given)
+    except ValueError as error:
+        raise UsageError(str(error), "--encoder") from None
+    if isinstance(value, dict):
+        return validate(EncoderSettings, Draft(value))
+    return known_encoder([Run.read(run).config for run in directories], given) or EncoderSettings(name=given)
+
+
+def _print_profile(run: RunDirectory, metrics: Sequence[str]) -> None:
+    """Print, for each timestep and metric, the block with the largest value, and the value that the run measures."""
+    from repa_lab.report.figure_data import load_profile, shown_metrics
+
+    frame, rows = load_profile(run), []
+    protocol, aligned, measured = (frame.attrs[key] for key in ("protocol", "aligned_block", "measured_block"))
+    for timestep in protocol["timesteps"]:
+        row = {"timestep": f"{timestep:g}"}
+        for metric in shown_metrics([frame]):
+            values = frame[(frame["timestep"] == timestep) & (frame["metric"] == metric)].set_index("block")["value"]
+            row[f"{metric}: best block"] = f"{values.idxmax()} ({values.max():.3f})"
+            if measured in values.index:
+                row[f"{metric} at {measured}"] = f"{values[measured]:.3f}"
+        rows.append(row)
+    source = f"{protocol['weights']} weights of step {protocol['step']:,}, {protocol['images']:,} held-out images"
+    out.print(table(f"{run.run_id}: {source}, {protocol['encoder']['name']}", rows))
+    typer.echo("not aligned" if aligned is None else f"aligned at block {aligned}")
+    if missing := [metric for metric in metrics if metric not in set(frame["metric"])]:
+        typer.echo(f"the grid is too small for {', '.join(missing)}")
+
+
+def _draw(directories: Sequence[RunDirectory]) -> list[Path]:
+    """Draw each run, and each run beside the first; print why a pair cannot be drawn."""
+    from repa_lab.report.figure_data import load_profile, why_not_comparable
+    from repa_lab.report.figures import profile_figure, save
+
+    profiles = [load_profile(run) for run in directories]
+    pairs = list(zip(directories, profiles, strict=True))
+    drawn = [save(profile_figure([profile]), run.profile_picture()) for run, profile in pairs]
+    (first, first_profile), *others = pairs
+    for run, profile in others:
+        if reason := why_not_comparable(first_profile, profile):
+            typer.echo(reason, err=True)
+        else:
+            drawn.append(save(profile_figure([first_profile, profile]), run.profile_picture(first)))
+    return drawn

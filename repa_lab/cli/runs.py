@@ -1,10 +1,10 @@
-"""Show where runs stand and why, and change it."""
+"""Show where runs stand and why, change it, and send W&B what it lacks."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -15,8 +15,8 @@ from rich.live import Live
 
 from repa_lab.cli.shared import JsonOption, RootOption, RunArgument, SweepArgument, UsageError, out, table
 from repa_lab.runs import RunDirectory, RunsRoot, RunWriter, State
-from repa_lab.runs.files import garbage_collection_paused, require_no_links
-from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory
+from repa_lab.runs.files import DamagedFileError, garbage_collection_paused, require_no_links
+from repa_lab.runs.root import DEFAULT_ROOT, SweepDirectory, UnknownRunError, UnknownSweepError
 
 _REFRESH_S = 2.0
 _GIB = 1 << 30
@@ -134,6 +134,43 @@ def gc(
         raise typer.Exit(1)
 
 
+def sync(
+    names: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN|SWEEP]...", help="Ids of runs, names of sweeps, or folders; else all."),
+    ] = None,
+    root: RootOption = DEFAULT_ROOT,
+) -> None:
+    """Send W&B what run directories hold and its server does not have."""
+    from repa_lab.report.statistics import headline
+    from repa_lab.tracking.server import require_server
+    from repa_lab.tracking.wandb import WandbRun, descriptions
+    from repa_lab.tracking.wandb import sync as upload
+
+    runs, sweeps = _runs_and_sweeps(RunsRoot(root), names or [])
+    described = descriptions(sweeps, headline)
+    pairs = [(run, described.get(run.run_id) or WandbRun.by_itself(run)) for run in runs if _may_have_rows(run)]
+    if not names:
+        wanted = [(run, description) for run, description in pairs if description.options.mode != "disabled"]
+        if unwanted := len(pairs) - len(wanted):
+            typer.echo(
+                f"{unwanted} runs left: their sweeps have run.wandb.mode disabled; name a sweep to send its runs"
+            )
+        pairs = wanted
+    if not pairs:
+        typer.echo(f"no rows to send in {root}")
+        return
+    require_server()
+    failed = False
+    for run, description in pairs:
+        with out.status(f"uploading {run.run_id}"):
+            result = upload(run, description)
+        failed |= result.outcome == "failed"
+        typer.echo(": ".join(filter(None, (result.run_id, result.outcome, result.detail))))
+    if failed:
+        raise typer.Exit(1)
+
+
 def _updates(root: RunsRoot, sweep: Path | None, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows again and again until all runs have come to rest, and no sweep is about to start more."""
     while True:
@@ -183,3 +220,40 @@ def _row(name: str, run: RunDirectory) -> dict[str, Any]:
     row = {"run": name, "run_id": run.run_id, "state": status.value, "step": last["step"]}
     tracked = f"{record.count(rows)} of {len(rows)} rows" if record else ""
     return {**row, "left": left, "wandb": tracked, "error": state.error or ""}
+
+
+def _runs_and_sweeps(root: RunsRoot, names: Sequence[Path]) -> tuple[list[RunDirectory], list[SweepDirectory]]:
+    """Return the runs of sweeps, or the runs, of these names, each once; all runs without names.
+
+    Returns:
+        The runs, and the sweeps that may ask for them, the named ones first.
+    """
+    runs, sweeps = [] if names else root.runs(), list[SweepDirectory]()
+    for name in names:
+        found = _sweep_or_run(root, name)
+        if isinstance(found, SweepDirectory):
+            sweeps.append(found)
+            runs += [found.run(run_id) for run_id in found.manifest.run_ids]
+        else:
+            runs.append(found)
+    roots = {run.path.parents[1]: RunsRoot(run.path.parents[1]) for run in runs}
+    sweeps += [sweep for root in roots.values() for sweep in root.sweeps()]
+    return list({run.path.resolve(): run for run in runs}.values()), sweeps
+
+
+def _may_have_rows(run: RunDirectory) -> bool:
+    try:
+        return bool(run.rows())
+    except DamagedFileError:  # its upload says so
+        return True
+
+
+def _sweep_or_run(root: RunsRoot, name: Path) -> SweepDirectory | RunDirectory:
+    with suppress(UnknownSweepError):
+        return root.find_sweep(name)
+    try:
+        return root.find_run(name)
+    except UnknownRunError:
+        known = ", ".join(sweep.path.name for sweep in root.sweeps()) or "none"
+        message = f"no run and no sweep '{name}' in {root.path}; sweeps: {known}; `repa-lab status` lists runs"
+        raise UnknownRunError(message) from None

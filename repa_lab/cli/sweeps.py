@@ -1,8 +1,9 @@
-"""Plan, carry out and report sweeps."""
+"""Plan, carry out, report and rank sweeps."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 from collections import Counter
@@ -21,6 +22,7 @@ from repa_lab.runs.root import DEFAULT_ROOT
 
 if TYPE_CHECKING:
     from repa_lab.orchestration.api import SweepOutcome
+    from repa_lab.report.leaderboard import Board
 
 ReplaceOption = Annotated[
     bool, typer.Option("--replace", help="Take the place of another sweep of this name; its runs stay.")
@@ -119,6 +121,33 @@ def report(sweep: shared.SweepArgument, root: RootOption = DEFAULT_ROOT) -> None
         typer.echo(line)
 
 
+@garbage_collection_paused()
+def leaderboard(
+    place: Annotated[
+        Path | None, typer.Argument(metavar="[ROOT]", help="The folder of all runs; the same as --root.")
+    ] = None,
+    root: RootOption = DEFAULT_ROOT,
+    metric: Annotated[
+        str | None, typer.Option(metavar="NAME|KIND", help="One metric, or one kind, such as fid.")
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option(metavar="TEXT", help="What the metric's name must contain, such as @50k/sde250.")
+    ] = "",
+    json_: JsonOption = False,
+) -> None:
+    """Show the arms of all sweeps, best first, a table for each protocol."""
+    from repa_lab.report.leaderboard import leaderboards
+
+    boards = leaderboards(place or root, metric, protocol, tell=lambda line: typer.echo(line, err=True))
+    if json_:
+        print(json.dumps(list(map(_board_json, boards))))
+        return
+    for board in boards:
+        better = "lower is better" if board.goal == "min" else "higher is better"
+        fields = [f"{field}: {json.dumps(value)}" for field, value in board.protocol.items()]
+        out.print(table("\n".join([f"{board.metric} ({better})", *fields]), _board_rows(board)))
+
+
 def reproduce(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="Such as urepa/table8; without it, all are listed.")
@@ -188,6 +217,35 @@ def _bench_rows(measured: Mapping[str, Any]) -> list[dict[str, str]]:
                 "time / plain step": f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})",
                 "FLOPs / plain step": f"{way['flops_ratio']:.3f}" if utilisation is not None else "",
                 "of the ceiling": f"{100 * utilisation:.1f} %" if utilisation is not None else "",
+            }
+        )
+    return rows
+
+
+def _board_json(board: Board) -> dict[str, Any]:
+    rows = json.loads(board.frame.to_json(orient="records"))  # pandas writes what is not a number as null
+    return {"metric": board.metric, "goal": board.goal, "protocol": dict(board.protocol), "arms": rows}
+
+
+def _board_rows(board: Board) -> list[dict[str, Any]]:
+    from repa_lab.report.tables import decimals, interval
+
+    rows = []
+    for arm in board.rows:
+        places = decimals(arm["mean"])
+        spread = "" if math.isnan(arm["low"]) else f" {interval(arm['low'], arm['high'], places)}"
+        rows.append(
+            {
+                "arm": arm["arm"],
+                "sweeps": arm["sweeps"],
+                "model": f"{arm['family']} {arm['size']}".strip(),
+                "regularizer": f"{arm['regularizer']} {arm['encoder']}".strip(),
+                "state": arm["state"],
+                "mean [95 % interval]": f"{arm['mean']:.{places}f}{spread}",
+                "n": f"{arm['n']} of {arm['seeds']}",
+                "best": f"{arm['best']:.{places}f}",
+                "step": arm["step"],
+                "images": f"{arm['images']:.0f}",
             }
         )
     return rows

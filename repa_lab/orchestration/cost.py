@@ -135,21 +135,23 @@ class Share:
 
 @dataclass(frozen=True)
 class PlannedCache:
-    """A cache of the sweep.
+    """A cache of the sweep, as `plan --json` shows it.
 
     Attributes:
-        cache: what is cached.
+        what: a description for people.
         images: the number of images; None where it is not known.
-        is_begun: whether a run that needs the cache has started, so that the cache is there.
-        gpu_hours: hours to fill it; 0 where it is there or its images are not known.
-        disk_bytes: bytes to fill it; likewise.
+        begun: whether a run that needs the cache has started, so that the cache is there.
+        gpu_hours_left: hours to fill it; 0 where it is there or its images are not known.
+        disk_bytes_left: bytes to fill it; likewise.
     """
 
-    cache: Cache
+    what: str
     images: int | None
-    is_begun: bool
-    gpu_hours: float
-    disk_bytes: float
+    begun: bool
+    flops_per_image: float
+    bytes_per_image: float
+    gpu_hours_left: float
+    disk_bytes_left: float
 
 
 @dataclass(frozen=True)
@@ -211,8 +213,8 @@ def estimate(plan: Plan) -> Estimate:
             runs = max(0, trials[arm.label] * len(plan.experiment.seeds) - _ended_trial_runs(plan, arm))
             left[arm.label] = _left_after(0, arm.config, costs[arm.label], speeds[arm.label]) * runs
     caches = tuple(_planned_caches(plan, resolved, costs, speeds))
-    hours = sum(cache.gpu_hours for cache in caches)
-    total = Share(gpu_hours=hours, disk_bytes=sum(cache.disk_bytes for cache in caches), saved_hours=-hours)
+    hours = sum(cache.gpu_hours_left for cache in caches)
+    total = Share(gpu_hours=hours, disk_bytes=sum(cache.disk_bytes_left for cache in caches), saved_hours=-hours)
     fixed = dict.fromkeys(entry.run.run_id for entry in plan.runs if entry.arm.label not in trials)
     total = sum((*(shares[run_id] for run_id in fixed), *(left[label] for label in trials)), total)
     return Estimate(plan, costs, speeds, shares, left, trials, caches, total, device, reason, resolved)
@@ -398,10 +400,10 @@ def _planned_caches(
     for cache, users in labels.items():
         files, is_begun = plan.inventory.dataset(cache.data).images, bool(begun & {*users})
         images = None if files is None else files * (1 + int(cache.data.flip))  # mirrored ones included
-        left = 0 if is_begun else images or 0
+        left, flops, size = 0 if is_begun else images or 0, cache.image_flops, cache.image_bytes
         cost, speed = costs[users[0]], speeds[users[0]]
-        hours = left * cache.image_flops / cost.image_flops * speed.image / _HOUR
-        yield PlannedCache(cache, images, is_begun, hours, left * cache.image_bytes)
+        hours = left * flops / cost.image_flops * speed.image / _HOUR
+        yield PlannedCache(cache.what, images, is_begun, flops, size, hours, left * size)
 
 
 def _speed_notes(estimate: Estimate) -> Iterator[str]:

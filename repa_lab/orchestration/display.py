@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from repa_lab.orchestration.cost import GIB, UTILISATION, Estimate, PlannedCache, Share, rounded
@@ -121,18 +122,7 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
         "arms": [_arm_json(estimate, label) for label in estimate.costs],
         "steps": plan.steps,
         "orphaned": [{**row, "orphaned": True} for row in orphan_rows(plan)],
-        "caches": [
-            {
-                "what": planned.cache.what,
-                "images": planned.images,
-                "begun": planned.is_begun,
-                "flops_per_image": planned.cache.image_flops,
-                "bytes_per_image": planned.cache.image_bytes,
-                "gpu_hours_left": planned.gpu_hours,
-                "disk_bytes_left": planned.disk_bytes,
-            }
-            for planned in estimate.caches
-        ],
+        "caches": [asdict(cache) for cache in estimate.caches],
         "total": {**_share_json(total), "runs": total.runs, "saved_gpu_hours": estimate.total.saved_hours},
         "budget": experiment.budget.model_dump(mode="json"),
         "assumed": {
@@ -167,13 +157,12 @@ def _status_text(entry: PlannedRun) -> str:
     return entry.word + (step if entry.word in (RunStatus.RUNNING, RunStatus.RESUMABLE) else "")
 
 
-def _cache_line(planned: PlannedCache) -> str:
-    cache, kib = planned.cache, rounded(planned.cache.image_bytes / 1024)
-    if planned.images is None:
-        return f"caches: {cache.what}, {short(cache.image_flops, 'FLOPs')} and {kib} KiB an image"
-    filling = f"{_coarse(planned.gpu_hours)} GPU h once, {_coarse(planned.disk_bytes / GIB)} GiB"
-    filling = "begun already" if planned.is_begun else filling
-    return f"caches: {cache.what}, {planned.images:,} images x {kib} KiB ({filling})"
+def _cache_line(cache: PlannedCache) -> str:
+    kib = f"{rounded(cache.bytes_per_image / 1024)} KiB"
+    if cache.images is None:
+        return f"caches: {cache.what}, {short(cache.flops_per_image, 'FLOPs')} and {kib} an image"
+    filling = f"{_coarse(cache.gpu_hours_left)} GPU h once, {_coarse(cache.disk_bytes_left / GIB)} GiB"
+    return f"caches: {cache.what}, {cache.images:,} images x {kib} ({'begun already' if cache.begun else filling})"
 
 
 def _saving(estimate: Estimate) -> str:
@@ -181,7 +170,7 @@ def _saving(estimate: Estimate) -> str:
         return (
             f"filling the caches takes {_coarse(-estimate.total.saved_hours)} GPU h more than they save in so few steps"
         )
-    net = "" if any(planned.images is None for planned in estimate.caches) else ", their own filling deducted"
+    net = "" if any(cache.images is None for cache in estimate.caches) else ", their own filling deducted"
     return f"caches save {_coarse(estimate.total.saved_hours)} GPU h of encoding in every step{net}"
 
 

@@ -233,13 +233,17 @@ class TestTotals:
         spec = spec_of(REPA, overrides, axes={"regularizer.weight": [0.1, 0.2]})
         plan = make_plan(spec, RunsRoot(tmp_path / "runs"))
         latents, features = estimate(plan).caches
-        assert (latents.images, latents.disk_bytes, features.disk_bytes) == (12, 12 * 32 * 1024, 12 * 384 * 1024)
+        assert (latents.images, latents.disk_bytes_left, features.disk_bytes_left) == (
+            12,
+            12 * 32 * 1024,
+            12 * 384 * 1024,
+        )
         alone = sum(share.gpu_hours for share in estimate(plan).shares.values())
-        assert estimate(plan).total.gpu_hours == pytest.approx(alone + latents.gpu_hours + features.gpu_hours)
+        assert estimate(plan).total.gpu_hours == pytest.approx(alone + latents.gpu_hours_left + features.gpu_hours_left)
         with RunWriter(plan.root.run(plan.runs[0].run.run_id)) as writer:
             writer.state(State.INTERRUPTED, 3)
         again = estimate(make_plan(spec, plan.root)).caches
-        assert [(one.is_begun, one.gpu_hours, one.disk_bytes) for one in again] == [(True, 0, 0)] * 2
+        assert [(one.begun, one.gpu_hours_left, one.disk_bytes_left) for one in again] == [(True, 0, 0)] * 2
 
     def test_caches_that_take_more_than_they_save_are_told_as_such(self, tmp_path):
         def told(steps: int) -> str:

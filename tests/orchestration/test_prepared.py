@@ -79,7 +79,7 @@ def test_a_sweep_trains_on_the_latents_as_on_those_it_would_have_encoded(tiny, r
 def test_the_plan_counts_no_latents(tiny, root, tmp_path):
     specs = [spec_of(tiny, root), spec_of(tiny, root, source="imagefolder", path=str(root / "plain"))]
     found = [estimate(make_plan(load_spec(spec), RunsRoot(tmp_path))) for spec in specs]
-    kinds = [[(one.cache.what.split()[0], one.images) for one in estimated.caches] for estimated in found]
+    kinds = [[(one.what.split()[0], one.images) for one in estimated.caches] for estimated in found]
     assert kinds == [[("features", COUNT)], [("latents", COUNT), ("features", COUNT)]]
 
 
