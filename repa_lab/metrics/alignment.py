@@ -28,7 +28,7 @@ _FLOOR = 1e-6  # platonic-rep's term in the denominator
 
 
 class CosineSums:
-    """The mean token cosine of images that arrive in batches, in O(N D) memory."""
+    """The mean cosine of a student's with a teacher's tokens of images that arrive in batches, in O(N D) memory."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -55,30 +55,17 @@ class CosineSums:
 
     @property
     def gap(self) -> float:
-        """:attr:`cosine` minus the mean over pairs of different images at the same place; NaN below two images."""
+        """:attr:`cosine` minus the mean over pairs of different images at the same place; NaN below two images.
+
+        A projector can raise the cosine by learning an average image's tokens at each place; tokens of another image at
+        the same place share that, so the gap is the part that is specific to the image.
+        """
         if self.images < 2:
             return math.nan
         # The sum over all pairs (b, c) and places n of cos(s_bn, t_cn): images are summed first.
         all_pairs = (self._student * self._teacher).sum().item()
         mismatched = (all_pairs - self._matched) / (self.images * (self.images - 1) * len(self._student))
         return self.cosine - mismatched
-
-
-def cosine_gap(student: torch.Tensor, teacher: torch.Tensor) -> tuple[float, float]:
-    """Return the mean token cosine of matched images, and how far it lies above that of all pairs of different images.
-
-    A projector can raise the cosine by learning an average image's tokens at each place; tokens of another image at the
-    same place share that, so the gap is the part that is specific to the image.
-
-    Args:
-        student: projected tokens ``(B, N, D)`` of B >= 2 images; :class:`CosineSums` takes them in batches.
-        teacher: encoder tokens ``(B, N, D)`` of the same images.
-    """
-    sums = CosineSums()
-    sums.add(student, teacher)
-    if sums.images < 2:
-        raise ValueError(f"need two equal (B >= 2, N, D) arrays, got {sums.images} image")
-    return sums.cosine, sums.gap
 
 
 def cka(x: torch.Tensor, y: torch.Tensor, unbiased: bool = True) -> float:
@@ -141,7 +128,7 @@ def mutual_knn(x: torch.Tensor, y: torch.Tensor, k: int = 10) -> float:
 
 
 def cknna(x: torch.Tensor, y: torch.Tensor, k: int = 10, definition: str = "paper") -> float:
-    """Return the centred kernel nearest-neighbour alignment of features ``x`` and ``y`` of the same n items.
+    """Return the centred kernel nearest-neighbour alignment of features ``(n, d1)`` and ``(n, d2)`` of the same items.
 
     Two definitions are in use and give different numbers: name the one you report. With linear kernels K and L, and
     a(i, j) = 1 where j is among the k nearest neighbours of i in K and in L, and else 0:
@@ -159,13 +146,8 @@ def cknna(x: torch.Tensor, y: torch.Tensor, k: int = 10, definition: str = "pape
     :func:`clip_and_normalise`, so its neighbours are those by cosine. O(n^2 d) time, O(n k) memory.
 
     Args:
-        x: features ``(n, d1)`` of any dtype, for example a denoiser's tokens averaged over an image.
-        y: features ``(n, d2)`` of the same items, for example the encoder's.
         k: neighbours per item, k < n; at least 1 for ``paper``, 2 for ``platonic``. 10 in the papers.
-        definition: ``paper`` or ``platonic``.
-
-    Returns:
-        1 for identical features (``paper``); 0 if one side is constant.
+        definition: ``paper``, which gives 1 for identical features, or ``platonic``; both give 0 if a side is constant.
 
     Raises:
         ValueError: item counts differ, fewer than 4 items, values are not finite, k is out of range, or the definition

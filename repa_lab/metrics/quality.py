@@ -64,11 +64,7 @@ class Moments:
         self._count = total
 
     def merge(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Add the moments of all other processes; every process must call this.
-
-        Args:
-            total: returns the sum of a tensor over all processes.
-        """
+        """Add the moments of all other processes, all of which call this; ``total`` sums a tensor over processes."""
         counts = total(self._mean.new_tensor([self._count]))
         mean = total(self._mean * self._count) / counts.clamp_min(1)
         shift = self._mean - mean

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from repa_lab.metrics import CosineSums
 from tests.encoders.conftest import digits, hostile, vits14, vits14_reg  # noqa: F401  fixtures
 
 
@@ -49,3 +50,10 @@ def inception(tmp_path_factory):
     torch.save(net.state_dict(), folder / "random.pth")
     subprocess.run("sha256sum random.pth > random.pth.sha256", shell=True, check=True, cwd=folder)
     return folder / "random.pth"
+
+
+def cosine_gap(student: torch.Tensor, teacher: torch.Tensor) -> tuple[float, float]:
+    """Return the mean token cosine of matched images, and the gap to mismatched ones."""
+    sums = CosineSums()
+    sums.add(student, teacher)
+    return sums.cosine, sums.gap

@@ -11,9 +11,10 @@ from scipy.linalg import sqrtm
 from torch.utils.data import Dataset
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-from repa_lab.metrics import Moments, Statistics, frechet_distance, statistics
+from repa_lab.metrics import Statistics, frechet_distance, statistics
 from repa_lab.metrics.extractor import Extractor
 from repa_lab.metrics.protocol import EXTRACTORS
+from repa_lab.metrics.quality import Moments
 
 
 def features(count: int, dim: int, seed: int) -> np.ndarray:

@@ -6,7 +6,8 @@ import torch
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
 
-from repa_lab.metrics import inception_score, kid, kid_protocol, precision_recall
+from repa_lab.metrics import inception_score, kid, precision_recall
+from repa_lab.metrics.quality import kid_protocol
 
 
 def features(count: int, dim: int = 16, seed: int = 0, shift: float = 0.0) -> np.ndarray:

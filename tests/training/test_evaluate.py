@@ -20,7 +20,7 @@ from repa_lab.data.latents import PixelSpace
 from repa_lab.data.sources import Flips, split
 from repa_lab.encoders.encoder import load_encoder
 from repa_lab.encoders.targets import OnlineTargets
-from repa_lab.metrics import cka, cosine_gap, frechet_distance, kid, precision_recall, statistics
+from repa_lab.metrics import cka, frechet_distance, kid, precision_recall, statistics
 from repa_lab.metrics.extractor import Extractor
 from repa_lab.metrics.protocol import differences
 from repa_lab.metrics.reference import reference
@@ -32,6 +32,7 @@ from repa_lab.training.evaluate import DivergedError, Evaluator, decoder_identit
 from repa_lab.training.model import Labels, Model, build_denoiser
 from repa_lab.training.resolve import encoder_identity
 from tests.data.conftest import image_folder, noise_image
+from tests.metrics.conftest import cosine_gap
 from tests.rounding import FRECHET, LITE0, rounding
 from tests.training.conftest import make_options, make_run
 from tests.training.pretrained import make_pretrained_run, write_pipeline
