@@ -229,7 +229,6 @@ def _encoder(given: str | None, directories: Sequence[RunDirectory]) -> EncoderS
     from repa_lab.spec.document import Draft, parse_scalar
     from repa_lab.spec.identity import Run
     from repa_lab.spec.schema import validate
-    from repa_lab.training.profile import known_encoder
 
     if given is None:
         return None
@@ -239,7 +238,8 @@ def _encoder(given: str | None, directories: Sequence[RunDirectory]) -> EncoderS
         raise UsageError(str(error), "--encoder") from None
     if isinstance(value, dict):
         return validate(EncoderSettings, Draft(value))
-    return known_encoder([Run.read(run).config for run in directories], given) or EncoderSettings(name=given)
+    used = (encoder for run in directories for _, encoder in Run.read(run).config.encoder_paths)
+    return next((encoder for encoder in used if encoder.name == given), EncoderSettings(name=given))
 
 
 def _print_profile(run: RunDirectory, metrics: Sequence[str]) -> None:

@@ -116,7 +116,6 @@ def open_images(
     """Open the images of a run and compute the latents that the cache lacks.
 
     Args:
-        announce: told of a long task.
         vae: the autoencoder, or the pipeline with it, if the settings name none.
         shifted: see :class:`repa_lab.data.latents.Autoencoder`.
 
@@ -137,7 +136,7 @@ def open_images(
 def pixels_for(encoder: EncoderSettings, images: Images, device: torch.device = _CPU) -> Source:
     """Return what an encoder sees, by its ``pixels``: the images, or reconstructions by the VAE or a tiny autoencoder.
 
-    Of clips the encoder sees the frames that stand for the latent ones; see :class:`repa_lab.data.sources.LatentFrames`.
+    Of clips the encoder sees the frames that stand for latent ones: :class:`repa_lab.data.sources.LatentFrames`.
 
     Raises:
         DataError: there are no latents (field ``vae``), or the tiny autoencoder does not fit them (field ``tae``).
@@ -157,11 +156,7 @@ _located = functools.cache(locate)
 
 
 def pretrained_folder(model: ModelConfig) -> Path:
-    """Return the folder of a run's pretrained pipeline.
-
-    Raises:
-        PretrainedError: the pipeline cannot be found, or is of another family.
-    """
+    """Return the folder of a run's pretrained pipeline; PretrainedError if there is none of the run's family."""
     assert model.pretrained is not None
     folder = _located(model.pretrained, model.revision)
     if message := problem_with(folder, FAMILIES[model.family]):
@@ -277,15 +272,12 @@ class HostBatch(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The inputs of one step, on the device that trains except for ``ids`` and the lengths of texts.
+    """The inputs of one step; see also :class:`HostBatch`.
 
     Attributes:
-        ids: numbers of the images, ``(B,)``.
         x: clean images or latents, ``(B, C, H, W)``.
         noise: ``(B, C, H, W)``.
         t: times from 0 (data) to 1 (noise), ``(B,)``.
-        condition: see :class:`HostBatch`.
-        loaded: see :class:`HostBatch`.
         draws: further random numbers that regularizers need, by name, ``(B, ...)``.
     """
 
@@ -308,9 +300,7 @@ class Steps(Dataset[HostBatch]):
     """The batch of every step by its number, a function of (config, seed, step) and the kind of device alone.
 
     Args:
-        config: batch size and label dropout.
         times: draws the times of a batch.
-        conditioning: labels or captions of the images.
         part: which of how many equal parts of each batch belongs to this process.
         readers: load what each encoder's targets are made from; see :class:`repa_lab.encoders.targets.Targets`.
         weights: the regularizers' weights by step; nothing is read ahead where all of them are 0.

@@ -71,7 +71,6 @@ class EMA:
 
     Args:
         modules: by the prefix of their parameters' names.
-        config: the decay at every step.
 
     Attributes:
         average: the averages by name.
@@ -88,11 +87,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """Add the weights after a step to the average.
-
-        Args:
-            updates: number of earlier updates of the run, those before a resume included.
-        """
+        """Add the weights to the average, after ``updates`` earlier updates of the run."""
         torch._foreach_lerp_([*self.average.values()], [*self._live.values()], 1 - self._config.decay_at(updates))
 
     @contextmanager
@@ -109,11 +104,7 @@ class EMA:
         return {name.removeprefix(prefix): value for name, value in self.average.items() if name.startswith(prefix)}
 
     def load(self, average: Mapping[str, torch.Tensor]) -> None:
-        """Load saved averages.
-
-        Raises:
-            KeyError: a parameter is missing.
-        """
+        """Load saved averages; KeyError if a parameter is missing."""
         for name, value in self.average.items():
             value.copy_(average[name])
 
@@ -130,10 +121,8 @@ class TrainState:
     """Everything that changes while a run trains.
 
     Attributes:
-        denoiser: the denoiser, as it is without wrappers.
-        regularizer: the regularizer; None without one.
-        optimizer: the optimizer of both.
-        ema: the averages of both.
+        denoiser, regularizer: as they are without wrappers; None without a regularizer.
+        optimizer, ema: of both.
         scaler: the gradient scaler of fp16, or None.
     """
 
@@ -198,11 +187,7 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def load_trainable(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Load the weights that train, and fixed ones if the state holds them.
-
-    Raises:
-        KeyError: a weight is missing.
-    """
+    """Load the weights that train, and fixed ones if the state holds them; KeyError if one that trains is missing."""
     missing = sorted(trainable(module).keys() - state.keys())
     if missing:
         raise KeyError(f"the checkpoint lacks {len(missing)} weights, such as {missing[0]}")
@@ -223,10 +208,7 @@ def load_weights(denoiser: nn.Module, checkpoint: Path, weights: str) -> None:
 
 
 def newest_checkpoint(directory: RunDirectory, weights: str) -> tuple[int, Path]:
-    """Return the step and the folder of a run's newest whole checkpoint.
-
-    Args:
-        weights: ``ema`` for the averaged weights, or ``last`` for those of the last step.
+    """Return the step and the folder of a run's newest whole checkpoint, which has both kinds of weights.
 
     Raises:
         NoWeightsError: the run has no checkpoint, or ``weights`` is neither.

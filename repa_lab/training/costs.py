@@ -95,11 +95,9 @@ class Cost:
         parameters: of the denoiser.
         trained: parameters that train, projectors included.
         denoiser_flops: of training the denoiser on one image.
-        regularizers: of each regularizer.
         saved_flops: FLOPs that caches save for one image.
         evaluation_flops: of one measurement by the usual protocol.
         milestone_flops: of one measurement by the milestone protocol; 0 without one.
-        memory: on the device.
         checkpoint_bytes: of all checkpoints that a run keeps.
         rough: sentences on what is estimated or left out.
     """

@@ -25,11 +25,7 @@ PRECISION = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat1
 
 
 class DeviceError(InputError):
-    """An option that this machine's devices cannot satisfy.
-
-    Attributes:
-        field: the option.
-    """
+    """An option, ``field``, that this machine's devices cannot satisfy."""
 
     def __init__(self, field: str, message: str) -> None:
         self.field = field
@@ -84,11 +80,7 @@ def as_trained(options: RunOptions, directory: RunDirectory) -> ResolvedOptions:
 
 
 def require_equal_parts(batch_size: int, processes: int) -> None:
-    """Refuse a batch that the processes cannot share equally; the mean of their losses would not be the batch's.
-
-    Raises:
-        DeviceError: the batch size is not a multiple of the number of processes.
-    """
+    """Refuse a batch that the processes cannot share equally; the mean of their losses would not be the batch's."""
     if batch_size % processes:
         message = f"train.batch_size {batch_size} cannot be shared equally by {processes} processes"
         raise DeviceError("batch_size", message)

@@ -49,12 +49,9 @@ class Flow:
         return t if self.shift == 1 else self.shift * t / (1 + (self.shift - 1) * t)
 
     def corrupt(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the noisy images ``(1 - t) x + t noise`` and the targets ``noise - x``, ``(B, C, H, W)``.
+        """Return the noisy images ``(1 - t) x + t noise`` and the targets ``noise - x``, like ``x`` ``(B, C, H, W)``.
 
-        Args:
-            x: clean images ``(B, C, H, W)``.
-            noise: ``(B, C, H, W)``.
-            t: times ``(B,)``, or of pixels ``(B, 1, H, W)``.
+        Times are ``(B,)``, or of pixels ``(B, 1, H, W)``.
         """
         time = _for_pixels(t, x.ndim)
         return (1 - time) * x + time * noise, noise - x
@@ -163,11 +160,9 @@ def _for_pixels(t: torch.Tensor, ndim: int = 4) -> torch.Tensor:
 
 
 def denoising_loss(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the mean squared error, a float32 scalar.
+    """Return the mean squared error of a prediction ``(B, C, H, W)``, a float32 scalar.
 
     Args:
-        prediction: the denoiser's output, ``(B, C, H, W)``.
-        target: the prediction target, ``(B, C, H, W)``.
         weight: of each sample ``(B, 1, 1, 1)``, or of each pixel ``(B, 1, H, W)``; None weights all samples equally.
     """
     error = (prediction.float() - target).square()
@@ -203,12 +198,8 @@ class FieldSampler:
 
     Attributes:
         denoiser: with ``forward(x, t, y) -> velocity``.
-        space: decodes samples to pixels.
         shape: of one sample, ``(C, H, W)``.
         classes: number of classes; it is also the null label.
-        config: sampler, guidance, labels, rounding.
-        seed: the run's seed.
-        device: where samples are drawn.
     """
 
     denoiser: nn.Module
@@ -256,8 +247,6 @@ def guided(
     Args:
         denoiser: with ``forward(x, t, y) -> velocity``.
         labels: of the samples, ``(b,)``.
-        null: the null label.
-        guidance: scale and interval.
         is_one_pass: whether the conditional and the unconditional velocity are computed as one batch of ``2 b``.
     """
     null_labels = torch.full_like(labels, null)

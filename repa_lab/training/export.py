@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,10 +91,9 @@ def write_samples(
     """Draw the samples that a number is measured on from a run's newest checkpoint, as one npz for ADM's evaluator.
 
     Args:
-        cache: folder of latents and captions.
         metric: full name of the number; None takes the first one of the milestone protocol, or else of the usual one.
         weights: ``ema`` for the averaged weights, which are measured, or ``last``.
-        progress: called with the number of samples drawn and of all samples.
+        progress: called with the number of images drawn and of all images.
 
     Raises:
         ExportError: the file exists, or the run measures no such number.
@@ -110,7 +109,11 @@ def write_samples(
         raise ExportError(
             f"run {run.run_id} measures no '{chosen}'; it measures: {', '.join(metric_names(run.config))}"
         )
-    protocol, precision = by_name[chosen], _precision_of(chosen, run, directory)
+    protocol, recorded = by_name[chosen], directory.protocols.get(chosen)
+    if recorded is not None:
+        precision = str(recorded.get("precision", "fp32"))
+    else:  # the precision in which the number would have been measured
+        precision = measuring_precision(run.config.evaluate, str(directory.provenance["options"]["precision"]))
     wanted = RunOptions.model_validate({"precision": "fp32" if precision == "tf32" else precision})
     options = as_trained(wanted, directory)
     device = pick_device(options)
@@ -122,29 +125,16 @@ def write_samples(
             pixels = sampler(index)
             if pixels is None:
                 raise DivergedError("the denoiser draws samples that are not finite")
-            progress(index.stop, protocol.samples)
             yield as_images(pixels)
 
     with computing_in(model.denoiser, precision, device):
-        write_images(path, batches(), protocol.samples * max(run.config.data.clip_frames, 1))
+        _write(path, batches(), protocol.samples * max(run.config.data.clip_frames, 1), progress)
     values = [row[chosen] for row in directory.rows() if row["step"] == step and chosen in row]
     return WrittenSamples(step, chosen, values[-1] if values and weights == "ema" else None)
 
 
-def _precision_of(metric: str, run: Run, directory: RunDirectory) -> str:
-    """Return the precision in which a number of a run was measured, or would have been."""
-    recorded = directory.protocols.get(metric)
-    if recorded is not None:
-        return str(recorded.get("precision", "fp32"))
-    return measuring_precision(run.config.evaluate, str(directory.provenance["options"]["precision"]))
-
-
 def write_real(directory: RunDirectory, path: Path, cache: Path, progress: Progress = lambda done, total: None) -> int:
     """Write the training images that a run's samples are compared with, in order, as :func:`write_samples` does.
-
-    Args:
-        cache: folder of latents.
-        progress: called with the number of images written and of all images.
 
     Returns:
         The number of images.
@@ -159,15 +149,19 @@ def write_real(directory: RunDirectory, path: Path, cache: Path, progress: Progr
     if real.size is None:
         raise ExportError("the training images have several sizes, and such a file holds images of one size")
 
-    def batches() -> Iterator[torch.Tensor]:
+    _write(path, real.batches(), real.count, progress)
+    return real.count
+
+
+def _write(path: Path, batches: Iterable[torch.Tensor], count: int, progress: Progress) -> None:
+    def counted() -> Iterator[torch.Tensor]:
         done = 0
-        for pixels in real.batches():
+        for pixels in batches:
             done += len(pixels)
-            progress(done, real.count)
+            progress(done, count)
             yield pixels
 
-    write_images(path, batches(), real.count)
-    return real.count
+    write_images(path, counted(), count)
 
 
 def _require_new(path: Path) -> None:

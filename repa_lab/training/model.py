@@ -41,9 +41,6 @@ class Model:
     """The model of a run.
 
     Attributes:
-        denoiser: with ``forward(x, t, **condition)`` and ``tap(block_index)``.
-        process: the noise process.
-        conditioning: labels or captions of images and samples.
         sampler: returns the sampler of a measuring protocol.
         at_once: images in one forward pass while measuring.
     """
@@ -73,9 +70,6 @@ class Model:
 
 def open_model(run: Run, images: Images, options: ResolvedOptions, cache: Path, device: torch.device) -> Model:
     """Build the model of a run, initialised from the run's own random stream or pretrained.
-
-    Args:
-        cache: folder of the encoded captions.
 
     Raises:
         PretrainedError: the pretrained pipeline cannot be loaded, or is of another family.
@@ -121,8 +115,7 @@ def open_trained(
     Missing captions are encoded. The denoiser computes in float32, or see :func:`device.computing_in`.
 
     Raises:
-        PretrainedError: the pretrained pipeline cannot be loaded.
-        KeyError: the checkpoint lacks a weight.
+        PretrainedError, KeyError: the pretrained pipeline cannot be loaded, or the checkpoint lacks a weight.
     """
     if run.config.model.pretrained is not None:
         encode_captions(run.config.model, images, (), options, cache, device)
@@ -217,11 +210,8 @@ class Labels:
     Args:
         labels: of every image, ``(n,)``.
         null: the label for "no class".
-        classes: number of classes that samples are drawn for.
+        classes: number of classes that samples are drawn for, the attribute ``kinds``.
         name: the denoiser's argument.
-
-    Attributes:
-        kinds: number of classes that samples are drawn for.
     """
 
     def __init__(self, labels: torch.Tensor, null: int, classes: int, name: str = "y") -> None:
@@ -240,10 +230,8 @@ class Captions:
     """Captions as a denoiser's conditioning, encoded by the family's text encoders; null is the empty caption.
 
     Args:
-        sizes: returns the family's conditioning on image sizes; None if it has none.
-        config: config of the denoiser's diffusers model.
-        lengths: returns the lengths of texts, for a family that reads them; see
-            :attr:`repa_lab.models.family.Network.lengths`.
+        sizes, lengths: of :class:`repa_lab.models.family.Pipeline` and of its network; None for a family without.
+        config: of the denoiser's diffusers model.
 
     Attributes:
         kinds: number of captions that samples are drawn for.
@@ -285,10 +273,6 @@ class PipelineSampler:
     """Draws with the family's own diffusers pipeline, from conditioning that was encoded ahead of time.
 
     Attributes:
-        folder: of the pipeline.
-        vae: decodes latents.
-        conditioning: captions or labels of samples.
-        protocol: sampler steps, guidance, prompts, rounding.
         precision: of the denoiser; the scheduler and the autoencoder compute in float32.
     """
 
@@ -302,10 +286,7 @@ class PipelineSampler:
     precision: str
 
     def __call__(self, index: range) -> torch.Tensor | None:
-        """Return samples as :meth:`FieldSampler.__call__` does; noise and captions depend on their numbers only.
-
-        Clips are ``(n, C, frames, H, W)``.
-        """
+        """Return samples as :class:`FieldSampler` does, clips as ``(n, C, frames, H, W)``."""
         images = []
         for part in shares(len(index), self.at_once):
             numbers = index[part.start : part.stop]
@@ -315,10 +296,7 @@ class PipelineSampler:
         return _joined(images)
 
     def shown(self) -> torch.Tensor | None:
-        """Return samples of the spec's prompts, each always from the same noise, as uint8 pixels ``(n, C, H, W)``.
-
-        Return None if there are no prompts or a pixel is not finite.
-        """
+        """Return samples of the spec's prompts, each always from the same noise; None without prompts."""
         texts, conditioning = self.protocol.prompts, self.conditioning
         if not texts or not isinstance(conditioning, Captions):
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from repa_lab.encoders.targets import Targets
 from repa_lab.errors import InputError
 from repa_lab.metrics import cds, cka, cknna, lds, mutual_knn, rmsc
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
-from repa_lab.models.tap import TapError
+from repa_lab.models.tap import BlockName, TapError
 from repa_lab.runs import RunDirectory, files
 from repa_lab.runs.directory import ALIGNMENT_METRICS, SPATIAL_METRICS, provenance
 from repa_lab.runs.files import Row
-from repa_lab.spec import RunConfig, RunOptions
+from repa_lab.spec import RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.batches import Images, open_data
@@ -38,8 +39,8 @@ SPATIAL_SIDE = 16
 _MIN_IMAGES = {"cka": 4, "cknna": NEIGHBOURS + 1, "mutual_knn": NEIGHBOURS + 1}
 _ALIGNMENT: dict[str, Callable[[torch.Tensor, torch.Tensor], float]] = {
     "cka": cka,
-    "cknna": lambda ours, theirs: cknna(ours, theirs, NEIGHBOURS),
-    "mutual_knn": lambda ours, theirs: mutual_knn(ours, theirs, NEIGHBOURS),
+    "cknna": partial(cknna, k=NEIGHBOURS),
+    "mutual_knn": partial(mutual_knn, k=NEIGHBOURS),
 }
 # With each metric, the largest token distance that a grid must have.
 _SPATIAL: dict[str, tuple[Callable[[torch.Tensor, Grid], float], int]] = {
@@ -47,6 +48,8 @@ _SPATIAL: dict[str, tuple[Callable[[torch.Tensor, Grid], float], int]] = {
     "cds": (cds, 2),
     "rmsc": (rmsc, 1),
 }
+# The image means of a batch at a block, and its spatial metrics, None where the grid is too small.
+_Summary = tuple[torch.Tensor, dict[str, float | None]]
 
 
 class ProfileError(InputError):
@@ -93,7 +96,6 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
 
     Args:
         options: device and precision; an `auto` precision is that of the run.
-        cache: folder of features, latents and captions.
 
     Returns:
         The stored profile: ``run_id``, ``measured_block``, ``aligned_block``, ``protocol`` and ``values``, rows of
@@ -108,7 +110,12 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
     files.require_no_links(*directory.links)
     step, checkpoint = newest_checkpoint(directory, request.weights)
     run, options = Run.read(directory), as_trained(options, directory)
-    config, device, encoder = run.config, pick_device(options), _encoder_of(run, request)
+    config, device = run.config, pick_device(options)
+    encoder = request.encoder or config.alignment_encoder
+    if encoder is None:
+        raise ProfileError(f"run {run.run_id} is compared with no encoder; name one")
+    if encoder.weights is not None and not Path(encoder.weights).is_file():
+        raise ProfileError(f"the weights of '{encoder.name}', '{encoder.weights}', are not a file")
     images = open_data(config, cache, device)
     chosen = choose_images(images, request, run.run_id)
     targets = open_targets(encoder, images, options, cache, device)
@@ -118,41 +125,28 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
     if not values:
         names = ", ".join(request.metrics)
         raise ProfileError(f"no block of run {run.run_id} has a grid that is large enough for {names}")
-    aligned = aligned_block(config) if any(settings.encoders for settings in config.regularizers) else None
-    profile = {
-        "run_id": run.run_id,
-        "measured_block": choose_block(config, config.evaluate.block_index, aligned),
-        "aligned_block": aligned,
-        "protocol": {
-            "step": step,
-            "version": PROTOCOL_VERSION,
-            "encoder": encoder_identity(encoder),
-            "weights": request.weights,
-            "timesteps": list(request.timesteps),
-            "metrics": list(request.metrics),
-            "images": len(chosen),
-            "data": images.source.fingerprint,
-            "seed": MEASURING_SEED,
-            "k": NEIGHBOURS,
-            "spatial_side": SPATIAL_SIDE,
-            "precision": options.precision,
-            "packages": provenance()["packages"],
-            **noise_protocol(config.evaluate, len(chosen)),
-        },
-        "values": values,
+    protocol = {
+        "step": step,
+        "version": PROTOCOL_VERSION,
+        "encoder": encoder_identity(encoder),
+        "weights": request.weights,
+        "timesteps": list(request.timesteps),
+        "metrics": list(request.metrics),
+        "images": len(chosen),
+        "data": images.source.fingerprint,
+        "seed": MEASURING_SEED,
+        "k": NEIGHBOURS,
+        "spatial_side": SPATIAL_SIDE,
+        "precision": options.precision,
+        "packages": provenance()["packages"],
+        **noise_protocol(config.evaluate, len(chosen)),
     }
+    aligned = aligned_block(config) if any(settings.encoders for settings in config.regularizers) else None
+    measured = choose_block(config, config.evaluate.block_index, aligned)
+    blocks = {"run_id": run.run_id, "measured_block": measured, "aligned_block": aligned}
+    profile = {**blocks, "protocol": protocol, "values": values}
     files.write_record(directory.profile_file, profile)
     return profile
-
-
-def _encoder_of(run: Run, request: Request) -> EncoderSettings:
-    """Return the requested encoder, or else the run's own."""
-    encoder = request.encoder or run.config.alignment_encoder
-    if encoder is None:
-        raise ProfileError(f"run {run.run_id} is compared with no encoder; name one")
-    if encoder.weights is not None and not Path(encoder.weights).is_file():
-        raise ProfileError(f"the weights of '{encoder.name}', '{encoder.weights}', are not a file")
-    return encoder
 
 
 @torch.no_grad()
@@ -176,16 +170,15 @@ def measure_profile(
     rows: list[Row] = []
     try:
         for timestep in request.timesteps:
-            blocks = {
-                name: _BlockMeasurement(f"block {name} at timestep {timestep:g}", request.metrics) for name in taps
-            }
-            for name, tap in taps.items():
-                tap.hand_to(blocks[name])
+            summaries: dict[BlockName, list[_Summary]] = {block: [] for block in taps}
+            for block, tap in taps.items():
+                tap.hand_to(partial(_summarise, request.metrics, summaries[block]))
             for index in batches:
                 model.show(images, index, timestep, device)
-            for name, block in blocks.items():
-                for metric, value in block.values(teachers):
-                    rows.append({"block": name, "timestep": timestep, "metric": metric, "value": value})
+            for block, parts in summaries.items():
+                name = f"block {block} at timestep {timestep:g}"
+                for metric, value in _values(name, request.metrics, parts, teachers):
+                    rows.append({"block": block, "timestep": timestep, "metric": metric, "value": value})
     finally:
         for tap in taps.values():
             tap.remove()
@@ -210,48 +203,36 @@ def choose_images(images: Images, request: Request, run_id: str) -> torch.Tensor
     return held_out[torch.arange(count) * len(held_out) // count]
 
 
-class _BlockMeasurement:
-    """The metrics of one block at one time, from image means and per-batch spatial metrics.
-
-    Args:
-        name: of the block and time, for messages.
-    """
-
-    def __init__(self, name: str, metrics: Sequence[str]) -> None:
-        self._name, self._metrics = name, metrics
-        self._means: list[torch.Tensor] = []  # on the CPU, because a network has many blocks
-        self._counts: list[int] = []
-        self._spatial: dict[str, list[float | None]] = {name: [] for name in metrics if name in _SPATIAL}
-
-    def __call__(self, tokens: Tokens) -> None:
-        """Add the tokens of a batch."""
-        means = tokens.values.float().mean(dim=1).cpu()
-        if not means.isfinite().all():
-            raise ProfileError(f"{self._name} yields values that are not finite")
-        self._means.append(means)
-        self._counts.append(len(means))
-        if self._spatial:
-            coarse = _coarse(tokens)
-            for metric, values in self._spatial.items():
+def _summarise(metrics: Sequence[str], summaries: list[_Summary], tokens: Tokens) -> None:
+    """Add a batch's tokens; their means are kept on the CPU, because a network has many blocks."""
+    spatial: dict[str, float | None] = {}
+    if any(metric in _SPATIAL for metric in metrics):
+        coarse = _coarse(tokens)
+        for metric in metrics:
+            if metric in _SPATIAL:
                 measure, distance = _SPATIAL[metric]
-                values.append(measure(coarse.values, coarse.grid) if sum(coarse.grid) - 2 >= distance else None)
+                is_measured = sum(coarse.grid) - 2 >= distance
+                spatial[metric] = measure(coarse.values, coarse.grid) if is_measured else None
+    summaries.append((tokens.values.float().mean(dim=1).cpu(), spatial))
 
-    def values(self, teachers: torch.Tensor) -> Iterator[tuple[str, float]]:
-        """Yield the metrics over all batches, against the encoder's image means ``(n, D)`` of the same images.
 
-        Raises:
-            TapError: the block did not run once in every pass.
-        """
-        means = torch.cat(self._means).to(teachers.device) if self._means else torch.empty(0, 1)
-        if len(means) != len(teachers):
-            raise TapError(f"{self._name} saw {len(means)} images of {len(teachers)}")
-        for metric in self._metrics:
-            if metric in _ALIGNMENT:
-                yield metric, _ALIGNMENT[metric](means, teachers)
-                continue
-            finite = [value for value in self._spatial[metric] if value is not None]
-            if len(finite) == len(self._counts):
-                yield metric, float(np.average(finite, weights=self._counts))
+def _values(
+    name: str, metrics: Sequence[str], summaries: Sequence[_Summary], teachers: torch.Tensor
+) -> Iterator[tuple[str, float]]:
+    """Yield the metrics of a block over all batches, against the encoder's means ``(n, D)`` of the same images."""
+    counts = [len(means) for means, _ in summaries]
+    if sum(counts) != len(teachers):
+        raise TapError(f"{name} saw {sum(counts)} images of {len(teachers)}")
+    means = torch.cat([means for means, _ in summaries]).to(teachers.device)
+    if not means.isfinite().all():
+        raise ProfileError(f"{name} yields values that are not finite")
+    for metric in metrics:
+        if metric in _ALIGNMENT:
+            yield metric, _ALIGNMENT[metric](means, teachers)
+            continue
+        finite = [value for _, spatial in summaries if (value := spatial[metric]) is not None]
+        if len(finite) == len(counts):
+            yield metric, float(np.average(finite, weights=counts))
 
 
 def _coarse(tokens: Tokens) -> Tokens:
@@ -260,9 +241,3 @@ def _coarse(tokens: Tokens) -> Tokens:
     scale = max(1.0, max(tokens.grid) / SPATIAL_SIDE)
     grid = max(1, round(height / scale)), max(1, round(width / scale))
     return Tokens(tokens.values.float(), tokens.grid, tokens.frames).resample(grid).as_images()
-
-
-def known_encoder(configs: Sequence[RunConfig], name: str) -> EncoderSettings | None:
-    """Return the settings with which one of these runs uses the named encoder; None if none uses it."""
-    used = (encoder for config in configs for _, encoder in config.encoder_paths)
-    return next((encoder for encoder in used if encoder.name == name), None)

@@ -30,7 +30,6 @@ from repa_lab.training.profile import (
     ProfileError,
     Request,
     choose_images,
-    known_encoder,
     measure_profile,
     profile_run,
 )
@@ -269,12 +268,6 @@ def test_fewer_images_are_spread_over_all_that_are_held_out(images):
     some = choose_images(images, Request(samples=20), "r")
     assert len(some.unique()) == 20
     assert some[0] == held_out[0] and some[-1] >= held_out[-6]
-
-
-def test_an_encoder_is_known_by_name_from_whichever_run_uses_it():
-    with_one, without = make_run().config, make_run(**OFF).config
-    assert known_encoder([without, with_one], "efficientnet_lite0") == EncoderSettings(**ENCODER)
-    assert known_encoder([without], "efficientnet_lite0") is None
 
 
 def test_the_protocol_says_what_decides_a_value(trained, cache, images):
