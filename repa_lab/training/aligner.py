@@ -102,12 +102,7 @@ class Term:
 
 
 def build_regularizer(settings: RegularizerSettings, shapes: Shapes, seed: int) -> Regularizer:
-    """Return a regularizer with its first weights, which are the same whatever regularizers stand beside it.
-
-    Args:
-        settings: its settings, resolved.
-        shapes: the widths of the signals that it needs.
-    """
+    """Return a regularizer of resolved settings with its first weights, the same whatever stands beside it."""
     with seeded(seed, "init/projector"):
         return REGULARIZERS[settings.type].load()(settings, shapes)
 
@@ -164,8 +159,6 @@ class Aligner:
 
     Attributes:
         terms: the regularizers.
-        targets: encoder tokens of the run's images, by encoder.
-        taps: hooks on the denoiser's blocks.
         draws: random numbers that regularizers need beside those of every run, by the name of their stream.
         stopwatch: measures the encoders.
 
@@ -200,14 +193,12 @@ class Aligner:
         sizes = self._measure_taps(images, options, device)
         self.terms = []
         for settings, one in zip(resolved_regularizers(config), needs, strict=True):
-            shapes = Shapes(
-                taps=tuple(sizes[block][0] for block in one.taps),
-                encoders=tuple(self.targets[encoder].dim for encoder in one.encoders),
-                ema_taps=tuple(sizes[block][0] for block in one.ema_taps),
-                frozen_taps=tuple(sizes[block][0] for block in one.frozen_taps),
-                strides=tuple(sizes[block][1] for block in one.taps),
-                latents=images.space.channels,
+            taps, ema_taps, frozen_taps = (
+                tuple(sizes[block][0] for block in blocks) for blocks in (one.taps, one.ema_taps, one.frozen_taps)
             )
+            encoders = tuple(self.targets[encoder].dim for encoder in one.encoders)
+            strides = tuple(sizes[block][1] for block in one.taps)
+            shapes = Shapes(taps, encoders, ema_taps, frozen_taps, strides, images.space.channels)
             prefix = "align" if len(needs) == 1 else f"align/{settings.label}"
             self.terms.append(Term(build_regularizer(settings, shapes, run.seed), one, prefix))
 
@@ -282,12 +273,7 @@ class Aligner:
     def teach(
         self, terms: Sequence[Term], batch: Batch, ema: EMA, autocast: AbstractContextManager[None]
     ) -> TeacherTokens:
-        """Run every pass of teachers that regularizers need, each once, before the denoiser's own.
-
-        Args:
-            terms: the regularizers that are active.
-            batch: on the device.
-        """
+        """Run every pass of teachers that active regularizers need, each once, before the denoiser's own."""
         passes: dict[TeacherPass, dict[BlockIndex | None, None]] = {}
         for needs in (term.needs for term in terms):
             for one, blocks in (
@@ -336,7 +322,6 @@ class Aligner:
 
         Args:
             terms: the regularizers that are active.
-            batch: on the device.
             step: optimizer steps already taken.
             times: the denoiser's.
             teachers: what :meth:`teach` returned.
@@ -350,7 +335,16 @@ class Aligner:
             block: self._attention[block].take() for block in {b for one in terms for b in one.needs.attention}
         }
         self.clear()  # of what this step's regularizers do not need
-        encoders = self._encoder_tokens(terms, batch) if terms else {}
+        if not terms:
+            return None, {}
+        loaded = zip(self.targets.items(), batch.loaded or (None,) * len(self.targets), strict=True)
+        asked = {encoder for term in terms for encoder in term.needs.encoders}
+        with self.stopwatch.running():
+            encoders = {
+                encoder: targets(batch.ids, batch.x.device, values)
+                for (encoder, targets), values in loaded
+                if encoder in asked
+            }
         weighted, values, is_weighted = list[torch.Tensor](), dict[str, torch.Tensor](), False
         for term in terms:
             needs = term.needs
@@ -374,20 +368,8 @@ class Aligner:
             values |= {f"{term.prefix}/{name}": value for name, value in loss.parts.items()}
             if len(self.terms) > 1:
                 values[f"{term.prefix}/loss"] = loss.value
-        if not weighted:
-            return None, {}
         total = weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
         return total if is_weighted else None, {"loss/aligned": total, **values}
-
-    def _encoder_tokens(self, terms: Sequence[Term], batch: Batch) -> dict[EncoderSettings, Tokens]:
-        loaded = batch.loaded or (None,) * len(self.targets)
-        wanted = {encoder for term in terms for encoder in term.needs.encoders}
-        with self.stopwatch.running():
-            return {
-                encoder: targets(batch.ids, batch.x.device, values)
-                for (encoder, targets), values in zip(self.targets.items(), loaded, strict=True)
-                if encoder in wanted
-            }
 
 
 def _guide(conditional: Tokens, null: Tokens, scale: float) -> Tokens:

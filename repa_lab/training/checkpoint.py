@@ -73,22 +73,22 @@ class EMA:
         modules: by the prefix of their parameters' names.
 
     Attributes:
-        average: the averages by name.
+        live, average: the parameters and their averages by name.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], config: EmaConfig) -> None:
-        self._live: dict[str, torch.Tensor] = {
+        self.live: dict[str, torch.Tensor] = {
             f"{prefix}.{name}": parameter
             for prefix, module in modules.items()
             for name, parameter in trainable(module).items()
         }
         self._config = config
-        self.average = {name: parameter.detach().clone() for name, parameter in self._live.items()}
+        self.average = {name: parameter.detach().clone() for name, parameter in self.live.items()}
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Add the weights to the average, after ``updates`` earlier updates of the run."""
-        torch._foreach_lerp_([*self.average.values()], [*self._live.values()], 1 - self._config.decay_at(updates))
+        torch._foreach_lerp_([*self.average.values()], [*self.live.values()], 1 - self._config.decay_at(updates))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -110,7 +110,7 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, parameter in self._live.items():
+        for name, parameter in self.live.items():
             live = parameter.detach().clone()
             parameter.copy_(self.average[name])
             self.average[name].copy_(live)

@@ -126,14 +126,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Cache:
-    """Arrays that are computed once for every image and kept; equal caches are shared.
-
-    Attributes:
-        what: a description for people.
-        data: the images.
-        image_flops: to compute an image's array.
-        image_bytes: to keep it.
-    """
+    """Arrays that are computed once for every image and kept, with the costs for one image; equal ones are shared."""
 
     what: str
     data: SourceSettings

@@ -70,12 +70,10 @@ class DivergedError(StateError):
 
 
 class Evaluator:
-    """Measures a denoiser with its current weights.
+    """Measures a denoiser with its current weights: its samples against the training images.
 
     Args:
-        images: the data; its training images are the reference of the samples.
         targets: encoder tokens; None measures no alignment.
-        cache: folder of reference statistics.
         part: number of this process and number of processes; they share the sampling and all return the same result.
 
     Raises:
@@ -114,7 +112,10 @@ class Evaluator:
         collectors, shown = self.draw(protocol)
         row: Row = {}
         for extractor, collector in collectors.items():
-            generated = _of_all_processes(collector)
+            for moments in collector.moments.values() if world_size() > 1 else ():
+                moments.merge(sum_over_ranks)
+            collector.kept = gather_object(collector.kept)  # none unless a metric compares features
+            generated = collector.images
             for metric in protocol.metrics:
                 names = list(names_of_metric(self._config, protocol, metric, extractor))
                 if names:  # some metrics are defined for Inception's features only
@@ -122,14 +123,7 @@ class Evaluator:
         return row, shown
 
     def draw(self, protocol: EvaluateConfig) -> tuple[dict[ExtractorConfig, Collector], torch.Tensor]:
-        """Draw this process's samples of a protocol.
-
-        Returns:
-            What the metrics compare of them, by extractor; and the samples to show, of all processes.
-
-        Raises:
-            DivergedError: a sample of any process is not finite.
-        """
+        """Draw this process's samples: what metrics compare, by extractor, and the samples to show of all processes."""
         sampler = self._model.sampler(protocol)
         collectors = {
             extractor: Collector(self._extractors[extractor], protocol.metrics, _KEPT_OF_SAMPLES)
@@ -183,11 +177,7 @@ class Evaluator:
         return row
 
     def protocols(self, seed: int, block: BlockIndex) -> dict[str, dict[str, Any]]:
-        """Return everything that each number depends on, by its name.
-
-        Args:
-            block: the block at which alignment is measured.
-        """
+        """Return everything that each number depends on, by its name; alignment is measured at ``block``."""
         described = {
             name: self._describe(protocol, extractor, metric, seed)
             for protocol in protocols_of(self._config)
@@ -228,14 +218,6 @@ class Evaluator:
         }
 
 
-def _of_all_processes(collector: Collector) -> ComparedImages:
-    """Return what all processes have collected; features travel only if a metric compares them."""
-    for moments in collector.moments.values() if world_size() > 1 else ():
-        moments.merge(sum_over_ranks)
-    collector.kept = gather_object(collector.kept)
-    return collector.images
-
-
 def _metric_details(metric: str, reference: ComparedImages, samples: int) -> dict[str, Any]:
     """Return what a metric depends on beside the samples: the real images and the metric's own parameters."""
     compares, origin = METRICS[metric].compares, METRICS.origin(metric)
@@ -267,11 +249,7 @@ def versions() -> dict[str, str]:
 
 
 def open_extractor(config: RunConfig, extractor: ExtractorConfig, device: torch.device) -> Extractor:
-    """Return an extractor for all metrics that a run computes with it; the runs of a process share it.
-
-    Raises:
-        EncoderError: its weights are missing.
-    """
+    """Return an extractor for all metrics that a run computes with it, shared by a process; see :class:`Extractor`."""
     content = extractor.weights and content_of(extractor.weights)
     return _extractor(extractor.name, extractor.weights, content, device, metrics_with(config, extractor))
 
@@ -291,11 +269,7 @@ def metrics_with(config: RunConfig, extractor: ExtractorConfig) -> tuple[str, ..
 
 
 def open_reference(config: ExtractorConfig, extractor: Extractor, real: RealImages, cache: Path) -> ComparedImages:
-    """Return the reference of an extractor: a file of statistics, or the training images' features from the cache.
-
-    Raises:
-        StatisticsError: the file cannot be used.
-    """
+    """Return the reference of an extractor: a file of statistics, or the training images' features from the cache."""
     if config.reference:
         return read_reference(extractor, Path(config.reference), real.size)
     return reference(extractor, real, cache)
@@ -324,10 +298,7 @@ def held_out_batches(images: Images, chosen: torch.Tensor, at_once: int) -> Iter
 
 
 def noise_protocol(config: EvaluateConfig, images: int) -> dict[str, int]:
-    """Return the protocol fields that describe the noise batch.
-
-    Empty for the default batch size, so that existing protocol names do not change.
-    """
+    """Return the protocol fields that describe the noise batch; none for the default size, as in earlier protocols."""
     batch = min(config.batch_size, images)
     return {} if batch == min(_DEFAULT_BATCH, images) else {"noise_batch": batch}
 

@@ -91,7 +91,17 @@ def open_model(run: Run, images: Images, options: ResolvedOptions, cache: Path, 
     denoiser = build_denoiser(config, None, run.seed, PRECISION[options.precision])
     assert isinstance(denoiser, DiffusersDenoiser)
     assert isinstance(images.space, LatentSpace)
-    conditioning, vae = _conditioning(denoiser, images, folder, options, cache), images.space.vae
+    net, pipeline, family, vae = denoiser.net, pipeline_of(denoiser.family), denoiser.family, images.space.vae
+    conditioning: Labels | Captions
+    if pipeline.num_classes is None:
+        texts = text_cache(family, folder, options, cache)
+        conditioning = Captions(images, texts, pipeline.sizes, net.config, network_of(family).lengths)
+    else:
+        known, classes = pipeline.num_classes(net.config), images.source.num_classes
+        if classes > known:
+            raise DataError("path", class_problem(classes, known))
+        (name,) = network_of(family).condition(net.config, 0)
+        conditioning = Labels(images.source.labels, known, classes, name)
     precision = measuring_precision(config.evaluate, options.precision)
 
     def sampler(protocol: EvaluateConfig) -> PipelineSampler:
@@ -144,22 +154,6 @@ def build_denoiser(config: RunConfig, given: Input | None, seed: int, frozen: to
     with seeded(seed, "init"):
         adapt(denoiser, config.model.rank)
     return denoiser
-
-
-def _conditioning(
-    denoiser: DiffusersDenoiser, images: Images, folder: Path, options: ResolvedOptions, cache: Path
-) -> Labels | Captions:
-    """Return captions if the family has text encoders, else labels."""
-    pipeline = pipeline_of(denoiser.family)
-    net: Any = denoiser.net
-    if pipeline.num_classes is not None:
-        known = pipeline.num_classes(net.config)
-        if images.source.num_classes > known:
-            raise DataError("path", class_problem(images.source.num_classes, known))
-        (name,) = network_of(denoiser.family).condition(net.config, 0)
-        return Labels(images.source.labels, known, images.source.num_classes, name)
-    texts = text_cache(denoiser.family, folder, options, cache)
-    return Captions(images, texts, pipeline.sizes, net.config, network_of(denoiser.family).lengths)
 
 
 def text_cache(family: Family, folder: Path, options: ResolvedOptions, cache: Path) -> TextCache:

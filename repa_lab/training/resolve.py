@@ -52,27 +52,17 @@ def needs_of(config: RunConfig) -> tuple[Needs, ...]:
         PluginError: the ``needs`` of a plugin returns something else than a Needs.
     """
 
-    def named(blocks: tuple[BlockIndex | None, ...]) -> tuple[BlockIndex, ...]:
-        return tuple(choose_block(config, block) for block in blocks)
-
-    return tuple(
-        replace(
-            needs,
-            taps=named(needs.taps),
-            ema_taps=named(needs.ema_taps),
-            frozen_taps=named(needs.frozen_taps),
-            attention=named(needs.attention),
-        )
-        for needs in map(needs_of_one, resolved_regularizers(config))
-    )
+    resolved = []
+    for needs in map(needs_of_one, resolved_regularizers(config)):
+        blocks: dict[str, Any] = {}
+        for name in ("taps", "ema_taps", "frozen_taps", "attention"):
+            blocks[name] = tuple(choose_block(config, block) for block in getattr(needs, name))
+        resolved.append(replace(needs, **blocks))
+    return tuple(resolved)
 
 
 def needs_of_one(settings: RegularizerSettings) -> Needs:
-    """Return the signals that a regularizer needs, given its resolved settings.
-
-    Raises:
-        PluginError: the ``needs`` of a plugin returns something else than a Needs.
-    """
+    """Return the signals that a regularizer needs, given its resolved settings; PluginError if they are no Needs."""
     needs, origin = REGULARIZERS[settings.type].needs(settings), REGULARIZERS.origin(settings.type)
     if origin and not isinstance(needs, Needs):
         raise PluginError(origin.file, origin.line, f"needs must return a Needs, got {type(needs).__name__}")
@@ -81,15 +71,14 @@ def needs_of_one(settings: RegularizerSettings) -> Needs:
 
 def encoders_of(config: RunConfig) -> tuple[tuple[str, EncoderSettings], ...]:
     """Return every encoder of a run with its dotted path; an encoder in no setting has its regularizer's `type`."""
-    in_settings = config.encoder_paths
-    known = {encoder for _, encoder in in_settings}
+    known = {encoder for _, encoder in config.encoder_paths}
     asked = {
         encoder: f"{path}.type"
         for (path, _), needs in zip(config.regularizer_paths, needs_of(config), strict=True)
         for encoder in needs.encoders
         if encoder not in known
     }
-    return (*in_settings, *((path, encoder) for encoder, path in asked.items()))
+    return (*config.encoder_paths, *((path, encoder) for encoder, path in asked.items()))
 
 
 def attended_blocks(config: RunConfig, encoder: EncoderSettings) -> tuple[int, ...]:
@@ -113,11 +102,7 @@ def plugins_of(config: RunConfig) -> Iterator[Origin]:
 
 
 def protocols_of(config: RunConfig, step: int | None = None) -> tuple[EvaluateConfig, ...]:
-    """Return the usual measuring protocol and, if there is one, that of milestones.
-
-    Args:
-        step: return only the protocols that are due after this step.
-    """
+    """Return the measuring protocols, the usual one and that of milestones, or only those that are due after a step."""
     milestone = config.evaluate.milestone
     is_due = milestone and (step is None or step in config.milestones)
     return (config.evaluate, milestone) if milestone and is_due else (config.evaluate,)
@@ -183,11 +168,7 @@ class Inventory:
     _contents: dict[str, str] = field(default_factory=dict)
 
     def dataset(self, data: SourceSettings) -> Dataset:
-        """Return the size and the fingerprint of a data set.
-
-        Raises:
-            DataError: the data set is missing or incomplete.
-        """
+        """Return the size and the fingerprint of a data set; DataError if it is missing or incomplete."""
         if data.is_unset:
             return Dataset("unset", None)
         key = data.model_copy(update={"holdout": None, "flip": False, "vae": None})
@@ -202,11 +183,7 @@ class Inventory:
         return self._contents[place]
 
     def resolve(self, config: RunConfig) -> RunConfig:
-        """Return the settings that a run records, with the number of held-out images and the commit of a hub data set.
-
-        Raises:
-            DataError: the data set is missing or incomplete.
-        """
+        """Return the settings that a run records, with the number of held-out images and a hub data set's commit."""
         data = config.data.pinned()
         if data.holdout is None:
             data = data.model_copy(update={"holdout": data.held_out(self.dataset(config.data).images)})

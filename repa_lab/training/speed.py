@@ -23,7 +23,7 @@ from repa_lab.runs.files import Row
 from repa_lab.spec import ResolvedOptions, RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.batches import Batch
-from repa_lab.training.checkpoint import Progress, trainable
+from repa_lab.training.checkpoint import Progress
 from repa_lab.training.costs import active_steps, cost_of
 from repa_lab.training.device import PRECISION, computing_in, measuring_precision
 from repa_lab.training.diffusion import denoising_loss
@@ -150,10 +150,7 @@ class ReferenceLoop:
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self._trainer, state = trainer, trainer.state
-        modules = {"denoiser": state.denoiser, "regularizer": state.regularizer}
-        live = ((f"{name}.", trainable(module)) for name, module in modules.items() if module is not None)
-        self._live = {prefix + name: parameter for prefix, held in live for name, parameter in held.items()}
+        self._trainer = trainer
 
     def step(self, batch: Batch) -> tuple[float, float]:
         """Take an optimizer step and return the denoising loss and the alignment loss."""
@@ -162,9 +159,7 @@ class ReferenceLoop:
 
     def _step(self, batch: Batch) -> tuple[float, float]:
         trainer, state, step = self._trainer, self._trainer.state, self._trainer.progress.step
-        aligner = trainer.aligner
-        assert aligner is not None
-        regularizer = aligner.module
+        aligner, regularizer = trainer.aligner, trainer.aligner.module
         assert isinstance(regularizer, REPA)
         x_t, target = trainer.model.process.corrupt(batch.x, batch.noise, batch.t)
         denoise = denoising_loss(state.denoiser(x_t, batch.t, **batch.condition), target)
@@ -179,13 +174,13 @@ class ReferenceLoop:
         aligned = torch.stack(losses).mean()
         trainer.accelerator.backward(denoise + regularizer.weight_at(step) * aligned)
         if limit := trainer.config.train.grad_clip:
-            trainer.accelerator.clip_grad_norm_(list(self._live.values()), limit)
+            trainer.accelerator.clip_grad_norm_(state.ema.live.values(), limit)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         decay = trainer.config.train.averaging.decay_at(step)
         with torch.no_grad():
             for name, average in state.ema.average.items():
-                average.mul_(decay).add_(self._live[name], alpha=1 - decay)
+                average.mul_(decay).add_(state.ema.live[name], alpha=1 - decay)
         trainer.progress.step += 1
         return denoise.item(), aligned.item()
 

@@ -128,7 +128,7 @@ class Trainer:
             numbers["lr"] = rate
         if train.grad_clip:
             self.accelerator.unscale_gradients()
-            numbers["grad_norm"] = nn.utils.clip_grad_norm_(self._parameters, train.grad_clip)
+            numbers["grad_norm"] = nn.utils.clip_grad_norm_(state.ema.live.values(), train.grad_clip)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.ema.update(step)
@@ -249,17 +249,17 @@ class Trainer:
         if regularizer is not None:
             modules["regularizer"] = regularizer
             self.aligner.prepare(accelerator)
-        self._parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+        ema = EMA(modules, train.averaging)
         kind, arguments = getattr(torch.optim, train.optimizer.type), train.optimizer.arguments
         if self.device.type == "cuda" and "fused" in inspect.signature(kind).parameters:
             arguments = {**arguments, "fused": True}
-        optimizer = kind(self._parameters, lr=train.lr, weight_decay=train.weight_decay, **arguments)
+        optimizer = kind(ema.live.values(), lr=train.lr, weight_decay=train.weight_decay, **arguments)
         self._denoiser, scaled_optimizer = accelerator.prepare(denoiser, optimizer)
         if accelerator.scaler is not None:  # else accelerate's wrapper only adds a millisecond to every step
             optimizer = scaled_optimizer
         if self.options.compile:  # after the taps are set: torch.compile does not see later hooks
             denoiser.compile()
-        return TrainState(denoiser, regularizer, optimizer, EMA(modules, train.averaging), accelerator.scaler)
+        return TrainState(denoiser, regularizer, optimizer, ema, accelerator.scaler)
 
 
 def _accelerator(family: Family, options: ResolvedOptions) -> Accelerator:

@@ -50,6 +50,6 @@ def peak_of_step(trainer: Trainer) -> int:
 def test_the_estimate_is_within_15_percent_of_a_real_step(settings, options, cache: Path):
     chosen = make_options(**options)
     trainer = Trainer(make_run(**settings), chosen, cache)
-    held = sum(parameter.nbytes for parameter in trainer._parameters) * 4  # weights, two moments, averages
+    held = sum(parameter.nbytes for parameter in trainer.state.ema.live.values()) * 4  # weights, two moments, averages
     found = cost_of(trainer.config, chosen).memory
     assert found.total == pytest.approx(held + peak_of_step(trainer), rel=0.15)
