@@ -55,7 +55,7 @@ from repa_lab.tracking.wandb import WandbListener, WandbRun
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.batches import Announce, Images, open_data, pretrained_folder
 from repa_lab.training.device import DeviceError, pick_device, resolved
-from repa_lab.training.diffusion import ProcessError, process_of
+from repa_lab.training.diffusion import process_of
 from repa_lab.training.evaluate import DivergedError, metrics_with, open_extractor, open_reference, real_images
 from repa_lab.training.loop import ShouldStop, train
 from repa_lab.training.model import encode_captions
@@ -113,7 +113,7 @@ def _refusing(config: int, component: str = "") -> Iterator[None]:
         raise RefusedError(config, f"{component}.reference", str(error)) from error
     except TapError as error:
         raise RefusedError(config, "regularizer.block_index", str(error)) from error
-    except (PretrainedError, ProcessError) as error:
+    except PretrainedError as error:
         raise RefusedError(config, "model.pretrained", str(error)) from error
     except (DataError, DeviceError, EncoderError) as error:
         section = "run" if isinstance(error, DeviceError) else "data"

@@ -224,11 +224,6 @@ class Aligner:
         modules = [term.regularizer for term in self.terms]
         return nn.ModuleList(modules) if len(modules) > 1 else next(iter(modules), None)
 
-    @property
-    def prefetch(self) -> list[Callable[[int], float]]:
-        """The weights of the regularizers with encoders, as data loaders know them."""
-        return [term.prefetch for term in self.terms if term.needs.encoders]
-
     def prepare(self, accelerator: Accelerator) -> None:
         """Let accelerate wrap the regularizers.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from repa_lab.align.needs import Overhead, Sizes, TokenSize
+from repa_lab.align.needs import Needs, Overhead, Sizes, TokenSize
 from repa_lab.align.settings import EncoderSettings, RegularizerSettings
 from repa_lab.data.settings import SourceSettings
 from repa_lab.encoders.registry import encoder_flops, encoder_weights, facts_of, input_size
@@ -68,7 +68,7 @@ class RegularizerCost:
         active: the share of steps at which its weight is above 0.
         encoder_flops: of its encoders that are not cached; an encoder that several regularizers ask is counted for the
             one that asks longest.
-        projector_flops: of training its own parameters.
+        overhead: its own parameters and what they take; nothing if that is not known.
         teacher_flops: of the passes of the averaged or a frozen model.
         second_time_flops: of the denoiser's layers that see the time, where an image has two.
         copied: weights of the frozen model.
@@ -76,10 +76,15 @@ class RegularizerCost:
 
     active: float
     encoder_flops: float
-    projector_flops: float
+    overhead: Overhead
     teacher_flops: float
     second_time_flops: float
     copied: int
+
+    @property
+    def projector_flops(self) -> float:
+        """FLOPs of training its own parameters: a backward pass costs two forward passes."""
+        return 6.0 * self.overhead.macs
 
     @property
     def flops(self) -> float:
@@ -139,14 +144,12 @@ def cost_of(config: RunConfig, options: ResolvedOptions) -> Cost:
     tokens, milestone = _tokens(config, shape_of_model(config).stride), config.evaluate.milestone
     classes = config.data.usual_classes
     forward = forward_of(FAMILIES[config.model.family], config.model.size, tokens, _channels(config), classes)
-    overheads = _overheads(config)
-    known = [overhead or Overhead(0, 0.0) for overhead in overheads]
     is_lora = config.model.train == "lora"
     adapters = config.model.rank * forward.adapted if is_lora else 0
-    trained = sum(one.parameters for one in known) + (adapters or forward.parameters)
     # A backward pass costs two forward passes, or one if the weights have no gradient.
     passes = (2 if is_lora else 3) + int(options.gradient_checkpointing)
-    regularizers = tuple(_regularizer_costs(config, known, forward, passes, adapters or forward.parameters))
+    regularizers = tuple(_regularizer_costs(config, forward, passes, adapters or forward.parameters))
+    trained = sum(one.overhead.parameters for one in regularizers) + (adapters or forward.parameters)
     cached = sum(
         active * _encoder_flops(encoder, config) for encoder, active in _encoder_shares(config).items() if encoder.cache
     )
@@ -158,9 +161,9 @@ def cost_of(config: RunConfig, options: ResolvedOptions) -> Cost:
         saved_flops=cached + _vae_flops(config, VAE_ENCODER),
         evaluation_flops=_evaluation_flops(config, config.evaluate, forward),
         milestone_flops=_evaluation_flops(config, milestone, forward) if milestone else 0.0,
-        memory=_memory(config, options, forward, trained, known, regularizers),
+        memory=_memory(config, options, forward, trained, regularizers),
         checkpoint_bytes=_CHECKPOINT_NUMBERS * _FLOAT * _CHECKPOINTS_KEPT * trained,
-        rough=tuple(_rough(config, overheads)),
+        rough=tuple(_rough(config)),
     )
 
 
@@ -250,20 +253,17 @@ def _encoder_shares(config: RunConfig) -> dict[EncoderSettings, float]:
     return shares
 
 
-def _regularizer_costs(
-    config: RunConfig, overheads: Sequence[Overhead], forward: Forward, passes: int, trained: int
-) -> Iterator[RegularizerCost]:
+def _regularizer_costs(config: RunConfig, forward: Forward, passes: int, trained: int) -> Iterator[RegularizerCost]:
     counted: set[EncoderSettings] = set()
-    shares, costs = _encoder_shares(config), zip(config.regularizers, needs_of(config), overheads, strict=True)
-    second_time = passes * forward.second_time_flops
-    for settings, needs, overhead in costs:
+    shares, second_time = _encoder_shares(config), passes * forward.second_time_flops
+    for settings, needs in zip(resolved_regularizers(config), needs_of(config), strict=True):
         active = active_steps(settings, config.train.steps) / config.train.steps
         own = {one for one in settings.encoders if not one.cache and shares[one] == active} - counted
         counted |= own
         yield RegularizerCost(
             active=active,
             encoder_flops=sum(_encoder_flops(encoder, config) for encoder in own),
-            projector_flops=6.0 * overhead.macs,
+            overhead=_overhead(config, settings, needs) or Overhead(0, 0.0),
             teacher_flops=needs.extra_passes * forward.flops,
             second_time_flops=second_time if needs.token_times else 0.0,
             copied=trained if needs.frozen_taps else 0,
@@ -272,20 +272,17 @@ def _regularizer_costs(
             second_time = 0.0
 
 
-def _overheads(config: RunConfig) -> list[Overhead | None]:
-    """Return what each regularizer adds beside its needs; None if that is not known."""
+def _overhead(config: RunConfig, settings: RegularizerSettings, needs: Needs) -> Overhead | None:
+    """Return what a resolved regularizer adds beside its needs; None if that is not known."""
     shape, frames = shape_of_model(config), FAMILIES[config.model.family].latent_frames(config.data.clip_frames)
-    overheads = []
-    for settings, needs in zip(resolved_regularizers(config), needs_of(config), strict=True):
-        taps = tuple(TokenSize(shape.width, _tokens(config, shape.stride_at(block))) for block in needs.taps)
-        encoders = []
-        for encoder in settings.encoders:
-            facts, of_frame = facts_of(encoder.name), _encoder_tokens(encoder, config.data)
-            count = of_frame * frames if of_frame else taps[0].number
-            encoders.append(TokenSize((facts.dim if facts else 0) or shape.width, count))
-        latents = TokenSize(_channels(config), _tokens(config, 1))
-        overheads.append(settings.overhead(Sizes(taps, tuple(encoders), latents, shape.heads)))
-    return overheads
+    taps = tuple(TokenSize(shape.width, _tokens(config, shape.stride_at(block))) for block in needs.taps)
+    encoders = []
+    for encoder in settings.encoders:
+        facts, of_frame = facts_of(encoder.name), _encoder_tokens(encoder, config.data)
+        count = of_frame * frames if of_frame else taps[0].number
+        encoders.append(TokenSize((facts.dim if facts else 0) or shape.width, count))
+    latents = TokenSize(_channels(config), _tokens(config, 1))
+    return settings.overhead(Sizes(taps, tuple(encoders), latents, shape.heads))
 
 
 def _encoder_side(encoder: EncoderSettings, data: SourceSettings) -> int:
@@ -321,10 +318,10 @@ def _memory(
     options: ResolvedOptions,
     forward: Forward,
     trained: int,
-    overheads: Sequence[Overhead],
     regularizers: Sequence[RegularizerCost],
 ) -> Memory:
     is_lora, number = config.model.train == "lora", _FLOAT if options.precision == "fp32" else _HALF
+    overheads = [one.overhead for one in regularizers]
     projectors = sum(one.parameters for one in overheads)
     kept = forward.kept + forward.second_time_kept * any(one.second_time_flops for one in regularizers)
     if options.gradient_checkpointing:
@@ -348,7 +345,7 @@ def _memory(
     )
 
 
-def _rough(config: RunConfig, overheads: Sequence[Overhead | None]) -> Iterator[str]:
+def _rough(config: RunConfig) -> Iterator[str]:
     """Yield sentences on what is estimated or left out."""
     pipeline, pretrained = FAMILIES[config.model.family].pipeline, config.model.pretrained
     counted = pipeline.released if pipeline else pretrained
@@ -359,6 +356,6 @@ def _rough(config: RunConfig, overheads: Sequence[Overhead | None]) -> Iterator[
     for name in dict.fromkeys(encoder.name for _, encoder in config.encoder_paths):
         if encoder_flops(name, 224) is None:
             yield f"the cost of encoder '{name}' is not known and not counted"
-    for settings, overhead in zip(config.regularizers, overheads, strict=True):
-        if overhead is None:
+    for settings, needs in zip(resolved_regularizers(config), needs_of(config), strict=True):
+        if _overhead(config, settings, needs) is None:
             yield f"the cost of the regularizer '{settings.type}' is not known and not counted"

@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from repa_lab.data.latents import Space
-from repa_lab.errors import InputError
-from repa_lab.models.released import is_flow, noise_problem
+from repa_lab.models.released import PretrainedError, is_flow, noise_problem
 from repa_lab.spec import EvaluateConfig
 from repa_lab.spec.evaluate import GuidanceConfig, Labelling, SamplerConfig
 from repa_lab.spec.train import TimeSettings
@@ -25,10 +24,6 @@ _STEPS = 1000  # denoisers are given the step number divided by this
 _SDE_LAST_TIME = 0.04
 # Return the velocity of a state at a time, given also the time at which the current solver step starts.
 Velocity = Callable[[torch.Tensor, float, float], torch.Tensor]
-
-
-class ProcessError(InputError):
-    """The noise process of a scheduler is not known."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ class Diffusion:
 
     def __init__(self, alphas: torch.Tensor, prediction: str) -> None:
         if prediction not in _TARGETS:
-            raise ProcessError(f"prediction_type '{prediction}' is not known; known: {', '.join(_TARGETS)}")
+            raise PretrainedError(f"prediction_type '{prediction}' is not known; known: {', '.join(_TARGETS)}")
         self._signal, self._noise = alphas.double().sqrt().float(), (1 - alphas.double()).clamp_min(0).sqrt().float()
         self._prediction = prediction
 
@@ -135,14 +130,14 @@ def process_of(scheduler: Mapping[str, Any]) -> Process:
         scheduler: the pipeline's ``scheduler_config.json``.
 
     Raises:
-        ProcessError: the noise or the prediction is not known.
+        PretrainedError: the noise or the prediction is not known.
     """
     if is_flow(scheduler):
         is_static = not scheduler.get("use_dynamic_shifting", False)
         shift = scheduler.get("flow_shift", scheduler.get("shift", 1.0))
         return Flow(float(shift) if is_static else 1.0, LOGIT_NORMAL)
     if message := noise_problem(scheduler):
-        raise ProcessError(message)
+        raise PretrainedError(message)
     from diffusers import DDPMScheduler
 
     alphas = DDPMScheduler.from_config(dict(scheduler)).alphas_cumprod

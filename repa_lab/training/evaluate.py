@@ -179,7 +179,7 @@ class Evaluator:
     def protocols(self, seed: int, block: BlockIndex) -> dict[str, dict[str, Any]]:
         """Return everything that each number depends on, by its name; alignment is measured at ``block``."""
         described = {
-            name: self._describe(protocol, extractor, metric, seed)
+            name: {**self._describe(protocol, extractor, metric), "seed": seed, "versions": versions()}
             for protocol in protocols_of(self._config)
             for extractor in protocol.extractors
             for metric in protocol.metrics
@@ -199,7 +199,7 @@ class Evaluator:
         }
         return described | {name: {"metric": metric, **shared} for name, metric in _ALIGNMENT.items()}
 
-    def _describe(self, protocol: EvaluateConfig, extractor: ExtractorConfig, metric: str, seed: int) -> dict[str, Any]:
+    def _describe(self, protocol: EvaluateConfig, extractor: ExtractorConfig, metric: str) -> dict[str, Any]:
         frames = self._config.data.clip_frames
         return {
             "metric": metric,
@@ -213,8 +213,6 @@ class Evaluator:
             "labels": protocol.labels,
             **({} if protocol.rounding == "nearest" else {"rounding": protocol.rounding}),  # the default is left out
             **decoder_identity(self._config),
-            "seed": seed,
-            "versions": versions(),
         }
 
 

@@ -245,5 +245,4 @@ def _agreed(trainer: Trainer, should_stop: ShouldStop, due: bool) -> State | Non
     """Return the stop that the first process asks for; several processes synchronise at logged steps only."""
     if trainer.accelerator.num_processes == 1:
         return should_stop()
-    answer = [should_stop()] if due else [None]
-    return broadcast_object_list(answer)[0] if due else None
+    return broadcast_object_list([should_stop()])[0] if due else None

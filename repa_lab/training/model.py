@@ -72,8 +72,7 @@ def open_model(run: Run, images: Images, options: ResolvedOptions, cache: Path, 
     """Build the model of a run, initialised from the run's own random stream or pretrained.
 
     Raises:
-        PretrainedError: the pretrained pipeline cannot be loaded, or is of another family.
-        ProcessError: the noise of its scheduler is not known.
+        PretrainedError: the pretrained pipeline cannot be loaded, is of another family, or its noise is not known.
         DataError: the images have more classes than the pretrained model.
     """
     config = run.config

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 
 from repa_lab.align import REPA, UREPA, alignment_loss, manifold_loss
-from repa_lab.align.regularizer import Pair
 from repa_lab.align.settings import EncoderSettings, NoSettings, REPASettings, ScheduleSettings
 from repa_lab.kernels import kernels
 from repa_lab.runs.files import Row
@@ -169,8 +168,11 @@ class ReferenceLoop:
         for number, targets in enumerate(aligner.targets.values()):
             teacher = targets(batch.ids, trainer.device, batch.loaded[number] if batch.loaded else None)
             pairs = regularizer.match(student, teacher, number)
-            images = zip(pairs.student.split(1), pairs.teacher.split(1), strict=True)
-            losses.append(torch.stack([_loss(regularizer, Pair(*image), step) for image in images]).mean())
+            for image in zip(pairs.student.split(1), pairs.teacher.split(1), strict=True):
+                losses.append(alignment_loss(*image))
+                if isinstance(regularizer, UREPA):
+                    settings = regularizer.settings
+                    losses[-1] = losses[-1] + settings.manifold_weight * manifold_loss(*image, settings.manifold, step)
         aligned = torch.stack(losses).mean()
         trainer.accelerator.backward(denoise + regularizer.weight_at(step) * aligned)
         if limit := trainer.config.train.grad_clip:
@@ -183,14 +185,6 @@ class ReferenceLoop:
                 average.mul_(decay).add_(state.ema.live[name], alpha=1 - decay)
         trainer.progress.step += 1
         return denoise.item(), aligned.item()
-
-
-def _loss(regularizer: REPA, pair: Pair, step: int) -> torch.Tensor:
-    """Return the alignment loss of one image, and the manifold loss where the regularizer has one."""
-    value = alignment_loss(*pair)
-    if isinstance(regularizer, UREPA):
-        value = value + regularizer.settings.manifold_weight * manifold_loss(*pair, regularizer.settings.manifold, step)
-    return value
 
 
 @dataclass

@@ -70,7 +70,7 @@ class Trainer:
     With several processes (torchrun, accelerate launch) each trains on its part of every batch.
 
     Raises:
-        DataError, EncoderError, PretrainedError, ProcessError, TapError, DeviceError: a component is not available;
+        DataError, EncoderError, PretrainedError, TapError, DeviceError: a component is not available;
             nothing has been trained by then.
     """
 
@@ -106,8 +106,9 @@ class Trainer:
         if options.data_workers == 0:  # reading within this process takes its steps time
             readers = [reader and aligner.stopwatch.running()(reader) for reader in readers]
         times = partial(self.model.process.times, config.train.times)
-        conditioning, weights, draws = self.model.conditioning, aligner.prefetch, aligner.draws
-        self._steps = Steps(config, run.seed, images, times, conditioning, part, readers, weights, draws)
+        weights = [term.prefetch for term in aligner.terms if term.needs.encoders]
+        conditioning = self.model.conditioning
+        self._steps = Steps(config, run.seed, images, times, conditioning, part, readers, weights, aligner.draws)
         self.state = self._prepare(denoiser)
 
     def batches(self) -> Iterator[Batch]:

@@ -8,9 +8,10 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from scipy import stats
 
+from repa_lab.models.released import PretrainedError
 from repa_lab.spec.train import TimeSettings
 from repa_lab.training.batches import generator
-from repa_lab.training.diffusion import LOGIT_NORMAL, UNIFORM, Diffusion, Flow, ProcessError, process_of
+from repa_lab.training.diffusion import LOGIT_NORMAL, UNIFORM, Diffusion, Flow, process_of
 from tests.rounding import UNIT, of_products, rounding
 
 COUNT = 20_000
@@ -244,10 +245,10 @@ class TestDiffusion:
         assert stats.kstest((logit - mean) / std, "norm").statistic < 0.015
 
     def test_an_unknown_prediction_is_refused(self):
-        with pytest.raises(ProcessError) as caught:
+        with pytest.raises(PretrainedError) as caught:
             Diffusion(torch.linspace(0.9, 0.1, 10), "trigflow")
         assert str(caught.value) == "prediction_type 'trigflow' is not known; known: epsilon, v_prediction, sample"
-        with pytest.raises(ProcessError, match="prediction_type 'x' is not known"):
+        with pytest.raises(PretrainedError, match="prediction_type 'x' is not known"):
             process_of({**SD15, "prediction_type": "x"})
 
 
@@ -287,6 +288,6 @@ class TestProcessOf:
 
     @pytest.mark.parametrize("config", [{}, PLAYGROUND, {"_class_name": "SomeScheduler", "prediction_type": "sample"}])
     def test_noise_that_is_not_known_is_refused_and_not_taken_for_ddpms(self, config):
-        with pytest.raises(ProcessError) as caught:
+        with pytest.raises(PretrainedError) as caught:
             process_of(config)
         assert str(caught.value) == f"the noise of a scheduler of class {config.get('_class_name')} is not known"
