@@ -171,13 +171,13 @@ def measure_profile(
     try:
         for timestep in request.timesteps:
             summaries: dict[BlockName, list[_Summary]] = {block: [] for block in taps}
+            names = {block: f"block {block} at timestep {timestep:g}" for block in taps}
             for block, tap in taps.items():
-                tap.hand_to(partial(_summarise, request.metrics, summaries[block]))
+                tap.hand_to(partial(_summarise, names[block], request.metrics, summaries[block]))
             for index in batches:
                 model.show(images, index, timestep, device)
             for block, parts in summaries.items():
-                name = f"block {block} at timestep {timestep:g}"
-                for metric, value in _values(name, request.metrics, parts, teachers):
+                for metric, value in _values(names[block], request.metrics, parts, teachers):
                     rows.append({"block": block, "timestep": timestep, "metric": metric, "value": value})
     finally:
         for tap in taps.values():
@@ -203,8 +203,11 @@ def choose_images(images: Images, request: Request, run_id: str) -> torch.Tensor
     return held_out[torch.arange(count) * len(held_out) // count]
 
 
-def _summarise(metrics: Sequence[str], summaries: list[_Summary], tokens: Tokens) -> None:
-    """Add a batch's tokens; their means are kept on the CPU, because a network has many blocks."""
+def _summarise(name: str, metrics: Sequence[str], summaries: list[_Summary], tokens: Tokens) -> None:
+    """Add a batch's tokens of the block ``name``; means are kept on the CPU, because a network has many blocks."""
+    means = tokens.values.float().mean(dim=1).cpu()
+    if not means.isfinite().all():
+        raise ProfileError(f"{name} yields values that are not finite")
     spatial: dict[str, float | None] = {}
     if any(metric in _SPATIAL for metric in metrics):
         coarse = _coarse(tokens)
@@ -213,7 +216,7 @@ def _summarise(metrics: Sequence[str], summaries: list[_Summary], tokens: Tokens
                 measure, distance = _SPATIAL[metric]
                 is_measured = sum(coarse.grid) - 2 >= distance
                 spatial[metric] = measure(coarse.values, coarse.grid) if is_measured else None
-    summaries.append((tokens.values.float().mean(dim=1).cpu(), spatial))
+    summaries.append((means, spatial))
 
 
 def _values(
@@ -224,8 +227,6 @@ def _values(
     if sum(counts) != len(teachers):
         raise TapError(f"{name} saw {sum(counts)} images of {len(teachers)}")
     means = torch.cat([means for means, _ in summaries]).to(teachers.device)
-    if not means.isfinite().all():
-        raise ProfileError(f"{name} yields values that are not finite")
     for metric in metrics:
         if metric in _ALIGNMENT:
             yield metric, _ALIGNMENT[metric](means, teachers)
