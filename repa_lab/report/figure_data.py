@@ -134,7 +134,6 @@ def _frame(results: Results, pairs: Iterable[tuple[str, str]], axis: Axis) -> pd
     ranks = _ranks(results)
     resolved = {(row["arm"], row["metric"]) for row in results.rows if row["verdict"] == "resolved"}
     rows: list[dict[str, Any]] = []
-    groups: dict[str, dict[str, None]] = {}
     for arm, metric in pairs:
         if points := _points(results, arm, metric, axis):
             is_resolved = (arm, metric) in resolved
@@ -148,17 +147,14 @@ def _frame(results: Results, pairs: Iterable[tuple[str, str]], axis: Axis) -> pd
                 "resolved": is_resolved,
                 "speedup": faster.ratio if faster and is_sooner else None,
             }
-            groups.setdefault(str(labels["group"]), {})[arm] = None
             rows += [{**labels, **point} for point in points]
-    names: dict[str, str] = {}
-    hues = dict.fromkeys(ranks, -1)
-    for place, arms in enumerate(groups.values()):
-        shared = shared_parts(list(arms))
+    frame, names, hues = pd.DataFrame(rows, columns=COLUMNS), dict[str, str](), dict.fromkeys(ranks, -1)
+    for place, arms in enumerate(frame.groupby("group", sort=False)["arm"].unique()):
+        shared = shared_parts(arms)
         names |= {arm: ", ".join(part for part in arm.split(", ") if part not in shared) or arm for arm in arms}
         others = sorted((arm for arm in arms if ranks[arm] >= 0), key=lambda arm: ranks[arm])
         first = place if len(others) == 1 else 0  # an arm alone against its baseline has the colour of its group
         hues |= {arm: first + rank for rank, arm in enumerate(others)}
-    frame = pd.DataFrame(rows, columns=COLUMNS)
     return frame.assign(name=frame["arm"].map(names), hue=frame["arm"].map(hues))
 
 

@@ -45,27 +45,13 @@ from repa_lab.runs import RunDirectory
 P = ParamSpec("P")
 T = TypeVar("T")
 STYLE: dict[Any, Any] = {
-    "text.parse_math": False,  # labels are the user's words: a dollar sign is a dollar sign
-    "text.usetex": False,
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 11,
-    "axes.edgecolor": "#9aa1a9",
-    "axes.labelcolor": INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#e6e8eb",
-    "grid.linewidth": 0.8,
-    "text.color": INK,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "legend.frameon": False,
-    "legend.fontsize": 10.5,
-    "lines.solid_capstyle": "round",
+    **{"text.parse_math": False, "text.usetex": False},  # labels are the user's words: a dollar sign is a dollar sign
+    **{"font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 10.5},
+    **{"axes.titleweight": "bold", "axes.titlelocation": "left"},
+    **{"axes.labelcolor": INK, "text.color": INK, "xtick.color": SOFT, "ytick.color": SOFT},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9aa1a9"},
+    **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e8eb", "grid.linewidth": 0.8},
+    **{"legend.frameon": False, "lines.solid_capstyle": "round"},
 }
 DASHED = (0, (3.2, 1.6))
 _DPI = 150

@@ -106,11 +106,11 @@ def write_report(sweep: SweepDirectory) -> Report:
 
 def _facts(results: Results) -> dict[str, str]:
     """Return the size of the sweep in numbers."""
-    runs = results.runs.drop_duplicates("run_id")
+    runs, over = results.runs.drop_duplicates("run_id"), [status.value for status in RunStatus if status.is_over]
+    counts = {"arms": len(results.by_arm), "seeds": results.runs["seed"].nunique()}
+    facts = {name: str(count) for name, count in counts.items()}
+    facts["runs ended"] = f"{runs['state'].isin(over).sum()} of {len(runs)}"
     hours = tables.cost_frame(results)[tables.TRAINING_HOURS]
-    ended = int(runs["state"].isin([status.value for status in RunStatus if status.is_over]).sum())
-    facts = {"arms": str(results.runs["arm"].nunique()), "seeds": str(results.runs["seed"].nunique())}
-    facts["runs ended"] = f"{ended} of {len(runs)}"
     return facts if hours.isna().all() else {**facts, "device hours": tables.significant(float(hours.sum()))}
 
 

@@ -126,7 +126,7 @@ class Table:
     @property
     def markdown(self) -> str:
         """The table in GitHub's Markdown."""
-        head, *body = ([markdown(cell) for cell in line] for line in (self.is_number, *self._cells))
+        head, *body = ([markdown(cell) for cell in line] for line in self._lines)
         lines = [head, ["---:" if number else "---" for number in self.is_number.values()], *body]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -134,16 +134,14 @@ class Table:
     def latex(self) -> str:
         """The table as a ``tabular`` with booktabs rules; a table with many columns is scaled to the line width."""
         kinds = "".join("r" if number else "l" for number in self.is_number.values())
-        head, *body = [" & ".join(map(latex, line)) + r" \\" for line in (self.is_number, *self._cells)]
-        lines = [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
-        lines.append(r"\end{tabular}")
-        if len(kinds) > _MAX_LATEX_COLUMNS:
-            lines = [r"\resizebox{\linewidth}{!}{%", *lines[:-1], lines[-1] + "}"]
-        return "\n".join(lines)
+        head, *body = [" & ".join(map(latex, line)) + r" \\" for line in self._lines]
+        start, end = rf"\begin{{tabular}}{{{kinds}}}", r"\end{tabular}"
+        text = "\n".join([start, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end])
+        return "\\resizebox{\\linewidth}{!}{%\n" + text + "}" if len(kinds) > _MAX_LATEX_COLUMNS else text
 
     @property
-    def _cells(self) -> list[list[str]]:
-        return [list(row.values()) for row in self.rows]
+    def _lines(self) -> list[list[str]]:
+        return [list(self.is_number), *(list(row.values()) for row in self.rows)]
 
     def without_empty_columns(self) -> Table:
         """Drop the columns that are empty in every row."""
