@@ -257,11 +257,11 @@ class Draft:
             SpecError: the path leads through a value that is neither a mapping nor a list of mappings, or to a position
                 that a list does not have.
         """
-        steps = tuple(name.split("."))
-        if len(steps) == 1 or (len(steps) == 2 and steps[0] in _ENTRIES_REPLACE):
-            self.merge(Draft({steps[0]: reduce(lambda inner, entry: {entry: inner}, steps[1:], value)}, {steps: place}))
+        section, *below = name.split(".")
+        if not below or (len(below) == 1 and section in _ENTRIES_REPLACE):
+            self.merge(Draft({section: {below[0]: value} if below else value}, {(section, *below): place}))
             return
-        paths = paths_in(self.value, steps)
+        paths = paths_in(self.value, [section, *below])
         if not paths:
             raise SpecError([Problem(place, name, "the list has no such position; positions begin with 0")])
         for path in paths:
@@ -301,11 +301,10 @@ class Draft:
             mark = COMPONENTS[str(path[0])]
             former = mark.settings_of(target) if mark.key in target else None
             new = mark.settings_of({mark.key: value})
-            for name in (
-                target.keys() & (former.model_fields.keys() - new.model_fields.keys()) if former and new else ()
-            ):
-                del target[name]
-                self._drop((*path[:-1], name))
+            if former and new:
+                for name in target.keys() & (former.model_fields.keys() - new.model_fields.keys()):
+                    del target[name]
+                    self._drop((*path[:-1], name))
         target[key] = copy.deepcopy(dict(value) if isinstance(value, Mapping) else value)
         self._drop(path)
         self.places[path] = place
