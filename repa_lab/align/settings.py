@@ -177,6 +177,8 @@ class RegularizerSettings(Settings):
     """Kinds of denoisers that the regularizer fits."""
     has_cosine: ClassVar[bool] = True
     """Whether the loss has a part ``cosine``, which a similarity threshold watches."""
+    adds_nothing: ClassVar[bool] = False
+    """Whether a step needs nothing worth counting beside what the regularizer needs."""
 
     @model_validator(mode="after")
     def _name_is_no_field(self) -> Self:
@@ -213,7 +215,7 @@ class RegularizerSettings(Settings):
 
     def overhead(self, sizes: Sizes) -> Overhead | None:
         """Return what the regularizer adds to a step beside its needs; None if that is not known."""
-        return None
+        return Overhead(0, 0) if self.adds_nothing else None
 
     def problems(self, facts: TrainingFacts) -> Iterator[tuple[str, str]]:
         """Yield what does not fit a training, for settings that are resolved: a field and a message."""
@@ -347,13 +349,11 @@ class NoSettings(RegularizerSettings):
     schedule: ScheduleSettings = Field(default=ScheduleSettings(), exclude=True)
     block_index: None = Field(default=None, exclude=True)
 
+    adds_nothing: ClassVar[bool] = True
+
     def needs(self) -> Needs:
         """Return no needs: no block is tapped and no encoder is loaded."""
         return Needs()
-
-    def overhead(self, sizes: Sizes) -> Overhead:
-        """Return nothing."""
-        return Overhead(0, 0)
 
 
 Encoders = Annotated[tuple[EncoderSettings, ...], Field(min_length=1)]

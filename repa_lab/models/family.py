@@ -41,10 +41,9 @@ class Shape:
         width: width D of the denoiser at the tap.
         stride: input pixels (or latent cells) per token along each side at the tap.
         block: suggested ``block_index``.
-        heads: attention heads (transformers trained from scratch).
-        channels: channels per level (UNets trained from scratch).
-        layers: residual blocks per level (UNets trained from scratch).
-        stages: blocks per stage, the middle one at half the resolution (U-shaped transformers trained from scratch).
+        heads: attention heads of a transformer that is trained from scratch.
+        channels: channels per level of a UNet that is trained from scratch; ``layers`` are its residual blocks there.
+        stages: blocks per stage of a U-shaped transformer, the middle one at half the resolution.
     """
 
     depth: int
@@ -57,10 +56,7 @@ class Shape:
     stages: tuple[int, ...] = ()
 
     def stride_at(self, block: BlockIndex | None) -> int:
-        """Return the stride of the tokens that leave a block; None is the suggested block.
-
-        Outside the middle stage of a U-shaped transformer it is half of ``stride``.
-        """
+        """Return the stride of the tokens that leave a block, None the suggested one: half in a U's outer stages."""
         if not self.stages or not isinstance(block, int):
             return self.stride
         before, middle, _ = self.stages
@@ -208,10 +204,7 @@ class Pipeline:
     num_classes: Callable[[Any], int] | None = None
 
     def call(self, condition: Condition, null: Condition, guidance: float) -> dict[str, Any]:
-        """Return the arguments of the pipeline's call, with the conditioning ``(B, ...)`` of texts and the empty one.
-
-        A scale of ``guidance`` of 1 is none.
-        """
+        """Return the call's arguments for conditioning ``(B, ...)`` and that of the empty text; guidance 1 is none."""
         arguments = {**self.prompt(condition), **self.options, self.guidance: guidance - (1 - self.unguided)}
         if self.negative:
             arguments |= {f"negative_{name}": value for name, value in self.prompt(null).items()}
@@ -274,13 +267,13 @@ class Family:
 
 
 def network_of(family: Family) -> Network:
-    """Return the diffusers model of a family that is not trained from scratch."""
+    """Return the model of a released family."""
     assert family.network is not None
     return family.network
 
 
 def pipeline_of(family: Family) -> Pipeline:
-    """Return the diffusers pipeline of a family that is not trained from scratch."""
+    """Return the pipeline of a released family."""
     assert family.pipeline is not None
     return family.pipeline
 

@@ -36,10 +36,7 @@ class DispersiveSettings(RegularizerSettings):
     """Distance below which `hinge` repels two images."""
 
     has_cosine: ClassVar[bool] = False
-
-    def overhead(self, sizes: Sizes) -> Overhead:
-        """Return nothing: the distances between images are few beside a denoiser."""
-        return Overhead(0, 0)
+    adds_nothing: ClassVar[bool] = True  # the distances between images are few beside a denoiser
 
     def problems(self, facts: TrainingFacts) -> Iterator[tuple[str, str]]:
         """Yield the problems of all regularizers, and a forward pass with a single image."""
@@ -110,13 +107,11 @@ class LayerSyncSettings(TwoBlockSettings):
     weight: NotNegative = 0.2
     """Lambda: the weight after warm-up. At 0 nothing is computed."""
 
+    adds_nothing: ClassVar[bool] = True
+
     def needs(self) -> Needs:
         """Return both blocks, the student first."""
         return Needs(taps=(self.block_index, self.teacher_block))
-
-    def overhead(self, sizes: Sizes) -> Overhead:
-        """Return nothing: both blocks run anyway."""
-        return Overhead(0, 0)
 
 
 @regularizer("sra2", f"{_METHODS}.sra2:SRA2")
