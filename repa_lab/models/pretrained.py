@@ -39,15 +39,14 @@ class DiffusersDenoiser(Denoiser):
         Times ``(B,)`` are in [0, 1], where 1 is noise. The conditioning is what :attr:`Network.condition` names;
         :data:`TEXT_LENGTHS` may be among it. An image that a family cannot take is a ValueError.
         """
-        network, net = network_of(self.family), self.net
+        network = network_of(self.family)
         height, width = (side // self.family.shapes[""].stride for side in latents.shape[-2:])
         if network.square and height != width:
             grid = f"{height}x{width}"
             raise ValueError(f"{self.family.name} takes square images only, got a grid of {grid} tokens")
         self.grid, self.frames = (height, width), latents.shape[2] if self.family.is_video else 1
         self.text_lengths = network.lengths(condition) if network.lengths else None
-        config: Any = net.config
-        output = net(**network.inputs(config, latents, time, condition), return_dict=False)
+        output = self.net(**network.inputs(self.net.config, latents, time, condition), return_dict=False)
         return network.output(output[0] if isinstance(output, tuple) else output, latents)
 
     def tap(self, block_index: BlockIndex) -> Tap:
@@ -67,13 +66,12 @@ class DiffusersDenoiser(Denoiser):
         """
         import diffusers
 
-        net: Any = self.net
         if rank is None:
-            net.save_pretrained(folder)
+            super().export(folder)
             return
         from peft import get_peft_model_state_dict
 
-        pipeline, state = pipeline_of(self.family), get_peft_model_state_dict(net)
+        pipeline, state = pipeline_of(self.family), get_peft_model_state_dict(self.net)
         pipeline_class: Any = getattr(diffusers, pipeline.classes[0])
         if hasattr(pipeline_class, "save_lora_weights"):
             pipeline_class.save_lora_weights(folder, **{f"{self.family.kind}_lora_layers": state})
@@ -85,11 +83,6 @@ class DiffusersDenoiser(Denoiser):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the model in place, so that the family's pipeline draws with the compiled one too."""
         self.net.compile(*args, **kwargs)
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Keep only the inputs of the blocks for the backward pass, which runs each block again."""
-        net: Any = self.net
-        net.enable_gradient_checkpointing()
 
     @property
     def uncheckpointed(self) -> str:

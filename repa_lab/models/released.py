@@ -29,8 +29,7 @@ class PretrainedError(InputError):
 def locate(place: str, revision: str | None = None) -> Path:
     """Return the folder of a pipeline: ``place`` itself if it is a folder, else that of the hub, downloaded if need be.
 
-    Raises:
-        PretrainedError: ``place`` is neither a folder nor a pipeline on the hub or in its local cache.
+    If it is in neither and not in the hub's local cache, a PretrainedError is raised.
     """
     if Path(place).is_dir():
         return Path(place)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,14 +54,6 @@ class UNet(Denoiser):
         if block_index != "mid":
             raise TapError(f"unet is tapped at its mid block: block_index must be 'mid', got {block_index!r}")
         return Tap(self.net.mid_block, flatten_map)
-
-    def export(self, folder: Path) -> None:
-        """Write a folder of diffusers' `UNet2DModel`, which takes times in [0, 1000]."""
-        self.net.save_pretrained(folder)
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Keep only the inputs of the blocks for the backward pass, which runs each block again."""
-        self.net.enable_gradient_checkpointing()
 
 
 CLASSES: dict[str, type[SiT | SiTDown | UNet]] = {"sit": SiT, "sit_down": SiTDown, "unet": UNet}

@@ -110,10 +110,12 @@ class Denoiser(nn.Module):
     """A network that predicts from noisy inputs ``(B, C, H, W)``, times ``(B,)`` in [0, 1] and conditioning.
 
     Attributes:
+        net: the model of diffusers, if it is one.
         depth: number of blocks that ``block_index`` counts; 0 for a UNet, which is tapped at ``mid``.
         input_grid: the grid of the input tokens, if each may have a time of its own; else None.
     """
 
+    net: Any
     depth: int = 0
     input_grid: Grid | None = None
 
@@ -136,11 +138,11 @@ class Denoiser(nn.Module):
 
     def export(self, folder: Path) -> None:
         """Write the denoiser, and nothing else, into a folder."""
-        raise NotImplementedError
+        self.net.save_pretrained(folder)
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep only the inputs of the blocks for the backward pass, which runs each block again."""
-        raise NotImplementedError
+        self.net.enable_gradient_checkpointing()
 
     def _tap_stages(self, path: str) -> dict[BlockName, Tap]:
         def tokens_of(output: Any) -> Tokens:  # a down stage returns its map first, then those for skip connections

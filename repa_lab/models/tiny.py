@@ -156,6 +156,8 @@ def flow_scheduler(**config: Any) -> Component:
     return Component("diffusers.FlowMatchEulerDiscreteScheduler", config)
 
 
+# Flow matching in the schedulers of the older noise, as the conversions to diffusers set them.
+FLOW_SIGMAS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 # The noise of Stable Diffusion 1.5 and XL.
 LATENT_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 EULER = Component("diffusers.EulerDiscreteScheduler", {**LATENT_BETAS, "timestep_spacing": "leading"})

@@ -6,9 +6,6 @@ from repa_lab.models.families.shared import masked_text, padded_texts, text_leng
 from repa_lab.models.family import Blocks, Family, Network, Pipeline, Shape
 from repa_lab.models.tiny import FLUX2_AUTOENCODER, LLAMA_TOKENIZER, flow_scheduler, mistral_vl, tiny_pipeline
 
-_MOST_TOKENS = 512  # of a text; the pipeline itself has no limit
-
-
 ERNIE_IMAGE = Family(
     "ernie_image",
     "transformer",
@@ -48,7 +45,8 @@ ERNIE_IMAGE = Family(
         released="baidu/ERNIE-Image",
         classes=("ErnieImagePipeline",),
         encode=lambda pipeline, captions: padded_texts(
-            pipeline.encode_prompt(list(captions), pipeline.text_encoder.device), _MOST_TOKENS
+            pipeline.encode_prompt(list(captions), pipeline.text_encoder.device),
+            length=512,  # the pipeline itself has no limit
         ),
         prompt=texts_alone,
         options={"use_pe": False},  # no prompt enhancer

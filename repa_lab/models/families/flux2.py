@@ -46,12 +46,6 @@ def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) ->
     }
 
 
-_SINGLE_BLOCKS = 48
-_SINGLE_ATTENTION = (
-    "to_qkv_mlp_proj",
-    *(f"single_transformer_blocks.{block}.attn.to_out" for block in range(_SINGLE_BLOCKS)),
-)
-
 FLUX2 = Family(
     "flux2",
     "transformer",
@@ -85,6 +79,9 @@ FLUX2 = Family(
             # The pipeline reads the outputs of layers 10, 20 and 30.
             (PIXTRAL_PROCESSOR, mistral_vl("Mistral3ForConditionalGeneration", 4, num_hidden_layers=31)),
         ),
-        adapted=(*JOINT_ATTENTION, *_SINGLE_ATTENTION),
+        adapted=(
+            *(*JOINT_ATTENTION, "to_qkv_mlp_proj"),
+            *(f"single_transformer_blocks.{block}.attn.to_out" for block in range(48)),
+        ),
     ),
 )

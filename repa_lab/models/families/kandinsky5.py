@@ -12,8 +12,6 @@ from repa_lab.models.families.shared import longest_text, masked_text, text_leng
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 from repa_lab.models.tiny import FLUX_AUTOENCODER, QWEN_PROCESSOR, clip, flow_scheduler, qwen_vl, tiny_pipeline
 
-_MOST_TOKENS = 512  # of a text
-
 
 def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     import torch
@@ -37,7 +35,7 @@ def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
 
     cleaned, start = [prompt_clean(caption) for caption in captions], pipeline.prompt_template_encode_start_idx
     texts = [pipeline.prompt_template.format(caption) for caption in cleaned]
-    length = {"max_length": start + _MOST_TOKENS, "truncation": True, "padding": "max_length", "return_tensors": "pt"}
+    length = {"max_length": start + 512, "truncation": True, "padding": "max_length", "return_tensors": "pt"}
     tokens = pipeline.tokenizer(text=texts, images=None, videos=None, **length).to(pipeline.text_encoder.device)
     states = pipeline.text_encoder(input_ids=tokens["input_ids"], output_hidden_states=True).hidden_states[-1]
     text = {"encoder_hidden_states": states[:, start:], "encoder_attention_mask": tokens["attention_mask"][:, start:]}

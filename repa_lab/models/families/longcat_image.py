@@ -18,12 +18,10 @@ from repa_lab.models.families.shared import (
 from repa_lab.models.family import Blocks, Condition, Family, Network, Pipeline, Shape, Tensor
 from repa_lab.models.tiny import QWEN_PROCESSOR, QWEN_TOKENIZER, flow_scheduler, kl_autoencoder, qwen_vl, tiny_pipeline
 
-_MOST_TOKENS = 512  # of a text
-
 
 def _inputs(config: Any, latents: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
     image = positions(latents.float())  # half precision is exact up to 256 only
-    image[:, 0], image[:, 1:] = 1, image[:, 1:] + _MOST_TOKENS
+    image[:, 0], image[:, 1:] = 1, image[:, 1:] + 512  # the longest text has so many tokens
     text = image.new_zeros(condition["encoder_hidden_states"].shape[1], 3)
     text[:, 1:] = numbers(image, len(text)).unsqueeze(1)
     return {"hidden_states": pack(latents), "timestep": time, "img_ids": image, "txt_ids": text, **condition}

@@ -8,7 +8,7 @@ from typing import Any
 
 from repa_lab.models.families.shared import MASKED_TEXT, encode_prompt, masked_text, negative_rows
 from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape, Tensor
-from repa_lab.models.tiny import gemma, tiny_pipeline, tiny_transformer
+from repa_lab.models.tiny import FLOW_SIGMAS, gemma, tiny_pipeline, tiny_transformer
 
 
 def _encode(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -32,9 +32,6 @@ _VAE = {
     "upsample_block_type": "interpolate",
     "scaling_factor": 0.41407,
 }
-# As the conversion to diffusers sets them; the shift was not checked against the released one.
-_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-
 SANA = Family(
     "sana",
     "transformer",
@@ -69,7 +66,7 @@ SANA = Family(
         options={"negative_prompt": None, "use_resolution_binning": False},
         tiny=tiny_pipeline(
             Component("diffusers.AutoencoderDC", _VAE),
-            Component("diffusers.DPMSolverMultistepScheduler", _FLOW),
+            Component("diffusers.DPMSolverMultistepScheduler", FLOW_SIGMAS),  # the shift is not checked
             gemma(12),
         ),
     ),

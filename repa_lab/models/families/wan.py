@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from repa_lab.models.families.shared import encode_prompt, map_inputs, text_shapes
 from repa_lab.models.family import Blocks, Component, Family, Network, Pipeline, Shape
-from repa_lab.models.tiny import WAN_AUTOENCODER, t5, tiny_pipeline, tiny_transformer
-
-_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+from repa_lab.models.tiny import FLOW_SIGMAS, WAN_AUTOENCODER, t5, tiny_pipeline, tiny_transformer
 
 WAN = Family(
     "wan",
@@ -30,7 +28,7 @@ WAN = Family(
         classes=("WanPipeline",),
         encode=encode_prompt("encoder_hidden_states", do_classifier_free_guidance=False, max_sequence_length=512),
         tiny=tiny_pipeline(
-            WAN_AUTOENCODER, Component("diffusers.UniPCMultistepScheduler", _FLOW), t5(12, "UMT5EncoderModel")
+            WAN_AUTOENCODER, Component("diffusers.UniPCMultistepScheduler", FLOW_SIGMAS), t5(12, "UMT5EncoderModel")
         ),
     ),
 )

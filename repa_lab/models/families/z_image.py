@@ -8,8 +8,6 @@ from repa_lab.models.families.shared import masked_text, padded_texts, text_leng
 from repa_lab.models.family import Blocks, Family, Network, Pipeline, Shape, Tensor
 from repa_lab.models.tiny import FLUX_AUTOENCODER, QWEN_TOKENIZER, flow_scheduler, language_model, tiny_pipeline
 
-_MOST_TOKENS = 512  # of a text
-
 
 def _output(output: Any, latents: Tensor) -> Tensor:
     import torch
@@ -51,7 +49,7 @@ Z_IMAGE = Family(
         released="Tongyi-MAI/Z-Image-Turbo",
         classes=("ZImagePipeline",),
         encode=lambda pipeline, captions: padded_texts(
-            pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)[0], _MOST_TOKENS
+            pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)[0], length=512
         ),
         prompt=texts_alone,
         unguided=0,
