@@ -120,22 +120,10 @@ def sweep(
         require_budget(planned)
         for warning in planned.warnings:
             console.out(warning, highlight=False)
-    name = planned.experiment.name
-    directory, unreachable = planned.root.sweep(name), None
+    directory = planned.root.sweep(planned.experiment.name)
     with _locked(directory):
         planned.root.adopt_copies()
-        if _is_complete(planned, directory):
-            _make_work(planned, directory)
-            outcome = SweepOutcome(directory, 0, {})
-        else:
-            options, unreachable = _settle_tracking(planned.experiment)
-            if unreachable:
-                console.out(f"{unreachable}; `repa-lab sync {name}` sends the rows later", highlight=False)
-            options = options.model_copy(update={"workers": workers or options.workers})
-            outcome = _carry_out(planned, options, directory, console, rehearse)
-        runs = map(directory.root.run, dict.fromkeys(directory.manifest.run_ids))
-        lacking = untracked(runs, planned.experiment.run.wandb.mode, unreachable)
-        outcome = dataclasses.replace(outcome, untracked=lacking)
+        outcome = _carry_out(planned, directory, workers, console, rehearse)
     from repa_lab.report.page import write_report  # imports pandas and matplotlib, which `plan` does not need
 
     write_report(directory)
@@ -295,6 +283,23 @@ def _load(source: Source, overrides: Mapping[str, Any] | None, fragments: Sequen
 
 
 def _carry_out(
+    planned: Plan, directory: SweepDirectory, workers: int | None, console: Console, is_rehearsal: bool
+) -> SweepOutcome:
+    experiment, unreachable = planned.experiment, None
+    if _is_complete(planned, directory):
+        _make_work(planned, directory)
+        outcome = SweepOutcome(directory, 0, {})
+    else:
+        options, unreachable = _settle_tracking(experiment)
+        if unreachable:
+            console.out(f"{unreachable}; `repa-lab sync {experiment.name}` sends the rows later", highlight=False)
+        options = options.model_copy(update={"workers": workers or options.workers})
+        outcome = _train(planned, options, directory, console, is_rehearsal)
+    runs = map(directory.root.run, dict.fromkeys(directory.manifest.run_ids))
+    return dataclasses.replace(outcome, untracked=untracked(runs, experiment.run.wandb.mode, unreachable))
+
+
+def _train(
     planned: Plan, options: RunOptions, directory: SweepDirectory, console: Console, is_rehearsal: bool
 ) -> SweepOutcome:
     experiment = planned.experiment

@@ -108,8 +108,7 @@ def baseline_lines(plan: Plan) -> list[str]:
 def blocked_lines(plan: Plan) -> list[str]:
     """Return every reason why runs, or the whole sweep, cannot be trained here, once."""
     problems = filter(None, (plan.other_sweep, *(entry.blocked for entry in plan.runs)))
-    texts = (": ".join(filter(None, ("blocked", problem.path, problem.message))) for problem in problems)
-    return list(dict.fromkeys(texts))
+    return list(dict.fromkeys(": ".join(filter(None, ("blocked", one.path, one.message))) for one in problems))
 
 
 def as_json(estimate: Estimate) -> dict[str, Any]:

@@ -256,7 +256,7 @@ class TinyAssets:
             source = "imagefolder" if data.is_prepared else data.source  # latents are not copied
             return {"source": source, "path": str(path), "caption_column": column, **frames}
         if clips:
-            write = functools.partial(_generate_clips, frames=clips.needed_frames)
+            write = functools.partial(_generate, frames=clips.needed_frames)
             return {"source": "clips", "path": str(self._once(f"clips-{clips.needed_frames}", write)), **frames}
         return {"source": "imagefolder", "path": str(self._once("images", _generate))}
 
@@ -271,33 +271,23 @@ class TinyAssets:
         return path.resolve()
 
 
-def _generate_clips(folder: Path, frames: int) -> None:
-    """Draw captioned clips of a circle that moves."""
+def _generate(folder: Path, frames: int = 0) -> None:
+    """Draw captioned images of two classes and several aspects, or clips of so many frames in which a shape moves."""
     from PIL import Image, ImageDraw
 
     captions = {}
     for number in range(_IMAGES):
-        name, colour = f"{number:02d}", _COLOURS[number % 6]
-        (folder / name).mkdir()
-        for frame in range(frames):
-            image, left = Image.new("RGB", (96, 96), "white"), 4 + 40 * frame / frames + number
-            ImageDraw.Draw(image).ellipse((left, 30, left + 24, 54), fill=colour)
-            image.save(folder / name / f"{frame}.png")
-        captions[name] = f"a {colour} circle that moves, number {number}"
-    write_captions(folder, captions, "text")
-
-
-def _generate(folder: Path) -> None:
-    """Draw captioned images of two classes and several aspects."""
-    from PIL import Image, ImageDraw
-
-    captions = {}
-    for number in range(_IMAGES):
-        kind, colour, (width, height) = _CLASSES[number % 2], _COLOURS[number % 6], _SIZES[number % 3]
-        image = Image.new("RGB", (width, height), (40 + 8 * number, 200, 255 - 8 * number))
-        draw, box = ImageDraw.Draw(image), (10 + number, 12, 60 + number, 62)
-        {"circle": draw.ellipse, "square": draw.rectangle}[kind](box, fill=colour)
-        (folder / kind).mkdir(exist_ok=True)
-        image.save(folder / kind / f"{number:02d}.png")
-        captions[f"{kind}/{number:02d}.png"] = f"a {colour} {kind}, number {number}"
+        kind, colour, size = _CLASSES[number % 2], _COLOURS[number % 6], _SIZES[0 if frames else number % 3]
+        place = folder / (f"{number:02d}" if frames else kind)
+        place.mkdir(exist_ok=True)
+        for frame in range(frames or 1):
+            image, left = (
+                Image.new("RGB", size, (40 + 8 * number, 200, 255 - 8 * number)),
+                10 + number + 20 * frame // (frames or 1),
+            )
+            draw = ImageDraw.Draw(image)
+            {"circle": draw.ellipse, "square": draw.rectangle}[kind]((left, 12, left + 50, 62), fill=colour)
+            image.save(place / (f"{frame}.png" if frames else f"{number:02d}.png"))
+        name = place.name if frames else f"{kind}/{number:02d}.png"
+        captions[name] = f"a {colour} {kind}{' that moves' if frames else ''}, number {number}"
     write_captions(folder, captions, "text")

@@ -87,26 +87,22 @@ class RunList:
     is_divergence_a_result = False
 
     def __init__(self, tasks: Iterable[Task], root: RunsRoot, forks: Mapping[str, Fork] | None = None) -> None:
-        self._root, self._forks = root, dict(forks or {})
+        self._root, forks = root, forks or {}
         self._children: dict[str, set[str]] = {}
-        kept: dict[str, set[int]] = {}
-        for run_id, fork in self._forks.items():
+        for run_id, fork in forks.items():
             self._children.setdefault(fork.parent, set()).add(run_id)
-            kept.setdefault(fork.parent, set()).add(fork.step)
-        waiting = {
-            (run_id := task.run.run_id): replace(
-                task, fork=self._forks.get(run_id), kept_steps=tuple(sorted(kept.get(run_id, ())))
-            )
-            for task in tasks
-        }
-        self._waiting = dict(sorted(waiting.items(), key=lambda item: item[0] in self._forks))  # forks wait longest
+        self._waiting: dict[str, Task] = {}
+        for task in sorted(tasks, key=lambda task: task.run.run_id in forks):  # forks wait longest
+            run_id = task.run.run_id
+            kept = {forks[child].step for child in self._children.get(run_id, ())}
+            self._waiting[run_id] = replace(task, fork=forks.get(run_id), kept_steps=tuple(sorted(kept)))
         self._running: set[str] = set()
         self._total, self._done = len(self._waiting), 0
 
     def next(self) -> Task | None:
         """Return the next task whose beginning is there, or will never be; None if there is none at present."""
-        for run_id in self._waiting:
-            if self._is_ready(run_id):
+        for run_id, task in self._waiting.items():
+            if self._is_ready(task.fork):
                 self._running.add(run_id)
                 return self._waiting.pop(run_id)
         return None
@@ -131,8 +127,7 @@ class RunList:
         """Return the number of runs done, and of runs in all."""
         return self._done, self._total
 
-    def _is_ready(self, run_id: str) -> bool:
-        fork = self._forks.get(run_id)
+    def _is_ready(self, fork: Fork | None) -> bool:
         if fork is None or fork.step in forkable_steps(self._root.run(fork.parent)):
             return True
         return fork.parent not in self._running and fork.parent not in self._waiting  # the parent failed
