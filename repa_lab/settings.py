@@ -159,9 +159,10 @@ class SettingsOf:
         choices: dict[Any, CoreSchema] = {
             "<section>": section,
             "<list>": core_schema.tuple_schema([section], variadic_item_index=0, min_length=1, strict=False),
-            "<neither>": core_schema.no_info_plain_validator_function(_refuse),
         }
-        return core_schema.tagged_union_schema(choices, _form)
+        return core_schema.tagged_union_schema(
+            choices, _form, custom_error_type="form", custom_error_message="expected a mapping or a list"
+        )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         section: dict[str, Any] = {"anyOf": [handler(choice.__pydantic_core_schema__) for choice in self.choices]}
@@ -189,12 +190,8 @@ class SettingsOf:
         return ValidationError.from_exception_data(self.registry.kind, [details])
 
 
-def _form(value: Any) -> str:
-    """Return whether a value is a section, a list of sections, or neither."""
+def _form(value: Any) -> str | None:
+    """Return whether a value is a section or a list of sections; None if it is neither."""
     if isinstance(value, (list, tuple)):
         return "<list>"
-    return "<section>" if isinstance(value, (dict, BaseModel)) else "<neither>"
-
-
-def _refuse(value: Any) -> Any:
-    raise ValueError(f"expected a mapping or a list, got {'null' if value is None else repr(value)}")
+    return "<section>" if isinstance(value, (dict, BaseModel)) else None

@@ -225,6 +225,7 @@ _EXPECTED = {
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
     **dict.fromkeys(("list_type", "tuple_type"), "a list"),
     **dict.fromkeys(("dict_type", "model_type"), "a mapping"),
+    "form": "a mapping or a list",
     "string_pattern_mismatch": "text that matches {pattern}",
     "none_required": "null",
     "finite_number": "a finite number",
