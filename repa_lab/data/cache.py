@@ -138,7 +138,6 @@ def open_cache(
     encode: Callable[[torch.Tensor], torch.Tensor],
     batch_size: int = 128,
     progress: Progress | None = None,
-    dtype: torch.dtype | None = None,
     about: Mapping[str, Any] | None = None,
     readers: int = READERS,
 ) -> ArrayCache:
@@ -153,24 +152,23 @@ def open_cache(
         encode: maps uint8 pixels ``(b, C, H, W)`` to tensors ``(b, *shape)``; not called if nothing is missing.
         batch_size: images that are encoded at a time.
         progress: told how many images are done, of how many.
-        dtype: how tensors are stored; None keeps the dtype that ``encode`` returns.
         about: what helps a person to recognise the cache.
         readers: number of threads that read images.
 
     Raises:
-        DataError: the folder holds another cache or cannot be written, or a value is too large for ``dtype``.
+        DataError: the folder holds another cache or cannot be written.
     """
     folder = root / digest({"format": FORMAT, **identity})[:16]
     with locked(folder):
-        manifest = _matching_manifest(folder, identity, len(source), dtype) or {
+        manifest = _matching_manifest(folder, identity, len(source)) or {
             "identity": identity,
             "count": len(source),
-            "dtype": dtype_name(dtype) if dtype else "",
+            "dtype": "",  # that of the first tensor
             "shapes": {},  # of a tensor, by the size of its image, such as 256x256
             "about": about or {},
             "format": FORMAT,
         }
-        _Builder(folder, manifest, source, encode, dtype, readers).complete(batch_size, progress)
+        _Builder(folder, manifest, source, encode, readers).complete(batch_size, progress)
         return ArrayCache(folder, manifest)
 
 
@@ -183,11 +181,10 @@ class _Builder:
         manifest: dict[str, Any],
         source: Source,
         encode: Callable[[torch.Tensor], torch.Tensor],
-        dtype: torch.dtype | None,
         readers: int,
     ) -> None:
-        self._folder, self._manifest = folder, manifest
-        self._source, self._encode, self._dtype, self._readers = source, encode, dtype, readers
+        self._folder, self._manifest, self._source = folder, manifest, source
+        self._encode, self._readers = encode, readers
         self._members = {_size_name(source.sizes[members[0]]): members for members in groups(source.sizes)}
         self._row = {image: row for members in self._members.values() for row, image in enumerate(members.tolist())}
         self._images = Rows(folder / _IMAGES, len(source), (RECORD.itemsize,), "uint8")
@@ -227,7 +224,7 @@ class _Builder:
 
     def _encode_read(self, loaded: _Loaded) -> _Loaded:
         batch, pixels, frames = loaded
-        return batch, _stored(self._encode(pixels), self._dtype), frames
+        return batch, self._encode(pixels).cpu().contiguous(), frames
 
     def _write(self, encoded: _Loaded) -> list[int]:
         """Write the tensors of a batch that are missing; only then are the images marked as done."""
@@ -288,9 +285,7 @@ def _values(folder: Path, manifest: Mapping[str, Any], size: str, count: int) ->
     return Rows(folder / f"values-{size}.bin", count, manifest["shapes"][size], manifest["dtype"])
 
 
-def _matching_manifest(
-    folder: Path, identity: Mapping[str, Any], count: int, dtype: torch.dtype | None
-) -> dict[str, Any] | None:
+def _matching_manifest(folder: Path, identity: Mapping[str, Any], count: int) -> dict[str, Any] | None:
     """Return the manifest of a source's cache, or None if there is none that is whole.
 
     Raises:
@@ -299,30 +294,13 @@ def _matching_manifest(
     manifest = read_manifest(folder)
     if manifest is None:
         return None
-    present = {name: manifest.get(name) for name in ("format", "count", "dtype")} | dict(manifest.get("identity", {}))
-    name_of_dtype = dtype_name(dtype) if dtype else present["dtype"]
-    expected = {"format": FORMAT, "count": count, "dtype": name_of_dtype, **identity}
+    present = {"format": manifest.get("format"), "count": manifest.get("count"), **manifest.get("identity", {})}
+    expected = {"format": FORMAT, "count": count, **identity}
     differing = [name for name in {**expected, **present} if digest(expected.get(name)) != digest(present.get(name))]
     if differing:
         message = f"'{folder}' is not the cache of these images and settings, but perhaps a copy of another: "
         raise DataError("source", f"{message}{', '.join(sorted(differing))} differ; delete it")
     return manifest
-
-
-def _stored(values: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """Return tensors on the CPU in the dtype that they are stored in.
-
-    Raises:
-        DataError: a value is too large for the dtype.
-    """
-    stored = values if dtype is None else values.to(dtype)
-    if stored.dtype != values.dtype:
-        lost = values[values.isfinite() & ~stored.isfinite()]
-        if len(lost):
-            name, largest, limit = dtype_name(stored.dtype), lost.abs().max().item(), torch.finfo(stored.dtype).max
-            message = f"a value of {largest:g} is too large to be stored as {name} (up to {limit:g})"
-            raise DataError("encoder_storage", f"{message}; set run.encoder_storage: fp32")
-    return stored.cpu().contiguous()
 
 
 class TextCache:

@@ -12,7 +12,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from typing_extensions import override
 
 from repa_lab.data import DataError
 from repa_lab.data.cache import Progress, open_cache
@@ -265,40 +264,6 @@ def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
     return content.hexdigest()
 
 
-class Space(Protocol):
-    """The way from images of a source to what is diffused, and back; images of one call are of one size."""
-
-    channels: int
-
-    def shape(self, index: torch.Tensor) -> tuple[int, ...]:
-        """Return (channels, height, width) of each of the images ``index``; clips have their frames after channels."""
-        ...
-
-    def frames(self, index: torch.Tensor) -> torch.Tensor:
-        """Return how the images ``index`` ``(B,)`` were cut, ``(B, 6)``; see :meth:`Source.frames`."""
-        ...
-
-    def read(self, index: torch.Tensor) -> torch.Tensor:
-        """Return the images ``index`` ``(B,)`` as they are stored, on the CPU: pixels, or moments of latents."""
-        ...
-
-    def draw(self, stored: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor | None:
-        """Draw the randomness of encoding ``count`` images like ``stored`` ``(b, ...)``, on the generator's device.
-
-        Returns:
-            noise for :meth:`encode`, ``(count, ...)``; None, without a draw, if nothing is left to chance.
-        """
-        ...
-
-    def encode(self, stored: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        """Return float32 ``(B, *shape)`` of what :meth:`read` returned, on its device; without noise, the mean."""
-        ...
-
-    def decode(self, x: torch.Tensor, rounding: Rounding = "nearest") -> torch.Tensor | None:
-        """Return ``x`` ``(B, channels, h, w)`` as uint8 pixels ``(B, C, H, W)``, or None if a pixel is not finite."""
-        ...
-
-
 class Moments(Protocol):
     """Mean and deviation ``(2 * c, h, w)`` of the latents of every image; images of one call are of one size."""
 
@@ -315,41 +280,45 @@ class Moments(Protocol):
         ...
 
 
-class PixelSpace(Space):
-    """Pixels scaled from 0..255 to [-1, 1]; the way back clamps and rounds."""
+class PixelSpace:
+    """Pixels scaled from 0..255 to [-1, 1]; the way back clamps and rounds. Images of one call are of one size."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self.channels = source.channels
 
-    @override
     def shape(self, index: torch.Tensor) -> tuple[int, ...]:
+        """Return (channels, height, width) of each of the images ``index``; clips have their frames after channels."""
         height, width = self._source.sizes[index[0]].tolist()
         return self.channels, height, width
 
-    @override
     def frames(self, index: torch.Tensor) -> torch.Tensor:
+        """Return how the images ``index`` ``(B,)`` were cut, ``(B, 6)``; see :meth:`Source.frames`."""
         return self._source.frames(index.tolist())
 
-    @override
     def read(self, index: torch.Tensor) -> torch.Tensor:
+        """Return the images ``index`` ``(B,)`` as they are stored, on the CPU: pixels, or moments of latents."""
         return self._source.read(index.tolist())
 
-    @override
     def draw(self, stored: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor | None:
+        """Draw the randomness of encoding ``count`` images like ``stored`` ``(b, ...)``, on the generator's device.
+
+        Returns:
+            noise for :meth:`encode`, ``(count, ...)``; None, without a draw, if nothing is left to chance.
+        """
         return None
 
-    @override
     def encode(self, stored: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """Return float32 ``(B, *shape)`` of what :meth:`read` returned, on its device; without noise, the mean."""
         return stored.float() / 127.5 - 1
 
-    @override
     def decode(self, x: torch.Tensor, rounding: Rounding = "nearest") -> torch.Tensor | None:
+        """Return ``x`` ``(B, channels, h, w)`` as uint8 pixels ``(B, C, H, W)``, or None if a pixel is not finite."""
         return _levels(x, rounding)
 
 
-class LatentSpace(Space):
-    """Latents of an autoencoder, ``mean + std * noise``, scaled.
+class LatentSpace:
+    """Latents of an autoencoder, ``mean + std * noise``, scaled; its methods are those of :class:`PixelSpace`.
 
     Args:
         moments: mean and standard deviation of the latents of every image.
@@ -358,33 +327,33 @@ class LatentSpace(Space):
     def __init__(self, vae: Autoencoder, moments: Moments) -> None:
         self.vae, self._moments = vae, moments
         self.channels = self.shape(torch.tensor([0]))[0]
+        self.frames = moments.frames
 
-    @override
     def shape(self, index: torch.Tensor) -> tuple[int, ...]:
+        """Return the shape of each of the latents."""
         doubled, *size = self._moments.shape(index)
         return self.vae.scaling.shape(doubled // 2, *size)
 
-    @override
-    def frames(self, index: torch.Tensor) -> torch.Tensor:
-        return self._moments.frames(index)
-
-    @override
     def read(self, index: torch.Tensor) -> torch.Tensor:
+        """Return the moments."""
         return self._moments[index]
 
-    @override
     def draw(self, stored: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor | None:
+        """Draw the noise, ``(count, c, h, w)``."""
         _, doubled, *size = stored.shape
         return torch.randn((count, doubled // 2, *size), generator=generator, device=generator.device)
 
-    @override
     def encode(self, stored: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """Return the latents of moments as the diffusion model sees them."""
         mean, std = stored.chunk(2, dim=1)
         return self.vae.scaling.normalise(mean if noise is None else mean + std * noise)
 
-    @override
     def decode(self, x: torch.Tensor, rounding: Rounding = "nearest") -> torch.Tensor | None:
+        """Return the pixels of latents."""
         return _levels(self.vae.decode(x), rounding)
+
+
+Space = PixelSpace | LatentSpace
 
 
 def _levels(pixels: torch.Tensor, rounding: Rounding) -> torch.Tensor | None:

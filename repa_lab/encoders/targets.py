@@ -18,6 +18,7 @@ import torch
 from repa_lab.align.regularizer import Attention
 from repa_lab.align.settings import EncoderSettings
 from repa_lab.align.tokens import Tokens
+from repa_lab.data import DataError
 from repa_lab.data.cache import READERS, ArrayCache, Progress, open_cache
 from repa_lab.data.latents import PixelSpace, Reconstructions
 from repa_lab.data.rows import dtype_name
@@ -45,9 +46,18 @@ def packed(values: torch.Tensor, storage: Storage) -> torch.Tensor:
     """Return tokens ``(..., D)`` as they are stored; in a byte for each value, uint8 ``(..., D + 4)``.
 
     A token with a value that is not finite becomes NaN in a byte for each value.
+
+    Raises:
+        DataError: a value is too large for float16.
     """
     if storage in _DTYPES:
-        return values.to(_DTYPES[storage])
+        stored = values.to(_DTYPES[storage])
+        lost = values[values.isfinite() & ~stored.isfinite()]
+        if len(lost):
+            name, largest, limit = dtype_name(stored.dtype), lost.abs().max().item(), torch.finfo(stored.dtype).max
+            message = f"a value of {largest:g} is too large to be stored as {name} (up to {limit:g})"
+            raise DataError("encoder_storage", f"{message}; set run.encoder_storage: fp32")
+        return stored
     dtype, largest = _CODES[storage]
     scale = values.float().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny * largest) / largest
     codes = values / scale
@@ -168,8 +178,7 @@ def cached_targets(
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
         tokens = _encoded(checked_encoder(), pixels.to(device))
-        features: torch.Tensor = tokens.values.unflatten(1, (*pixels.shape[2:-2], *tokens.grid))
-        return features if storage in _DTYPES else packed(features, storage)
+        return packed(tokens.values.unflatten(1, (*pixels.shape[2:-2], *tokens.grid)), storage)
 
     identity = {
         "kind": "features/2",
@@ -189,7 +198,6 @@ def cached_targets(
         encode,
         batch_size=max(1, _ENCODED_AT_ONCE // max(source.clip_frames, 1)),
         progress=progress,
-        dtype=_DTYPES.get(storage, torch.uint8),
         readers=1 if _is_decoded(source) else READERS,  # reconstructions are decoded on the device
     )
     return CachedTargets(features, source, encoder.standardize, storage)

@@ -181,6 +181,18 @@ def test_an_empty_token_stays_empty_and_a_token_that_is_not_finite_is_nan(storag
     assert found[3:].isnan().all()
 
 
+def test_what_float16_cannot_hold_is_refused():
+    # 65520 is the least float32 that rounds to infinity.
+    assert packed(torch.tensor([65519.0]), "fp16").tolist() == [65504]
+    with pytest.raises(DataError) as caught:
+        packed(torch.tensor([1.0, -65520.0]), "fp16")
+    assert str(caught.value) == (
+        "a value of 65520 is too large to be stored as float16 (up to 65504); set run.encoder_storage: fp32"
+    )
+    assert caught.value.field == "encoder_storage"
+    assert packed(torch.tensor([torch.inf]), "fp16").tolist() == [torch.inf]  # which is no fault of the storage
+
+
 @pytest.mark.parametrize("storage", ["int8", "fp8", "fp16"])
 @pytest.mark.parametrize("urepa", [False, True])
 def test_gradients_point_where_those_of_float32_do(cached, storage, urepa):
