@@ -250,7 +250,7 @@ def test_every_part_of_the_identity_is_a_key(cached, tmp_path, loads):
 def test_features_after_the_final_norm_are_never_taken_for_those_before_it(cached, tmp_path, loads, monkeypatch):
     """A cache that was filled when the encoder's row said otherwise, or nothing."""
     with monkeypatch.context() as patched:
-        patched.setitem(ENCODERS._components, "mae_vitb16", replace(ENCODERS["mae_vitb16"], norm=True))
+        patched.setitem(ENCODERS._entries, "mae_vitb16", (replace(ENCODERS["mae_vitb16"], norm=True), None))
         normed = cached(name="tiny-mae_vitb16", storage="fp32")(EVERYTHING, CPU).values
         assert [identity.get("norm") for identity in stores(tmp_path)] == [None]
     plain = cached(name="tiny-mae_vitb16", storage="fp32")(EVERYTHING, CPU).values
