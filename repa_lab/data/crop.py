@@ -17,29 +17,18 @@ _GREY_STEPS = {"L;2": 85, "L;4": 17}  # between two levels of grey of 2 and 4 bi
 
 @dataclass(frozen=True)
 class Framing:
-    """How an image is brought to a size: halved, resized, and cut at the centre. Sizes are (height, width).
+    """How an image is brought to a size: halved, resized, and cut at the centre.
 
     Attributes:
-        original: size of the image.
         halvings: number of times that the image is halved.
-        resized: size that the halved image is resized to.
-        size: size that the resized image is cut to.
+        resized: height and width that the halved image is resized to.
+        frame: original height and width, top and left of the cut, height and width, in the order of SDXL's
+            conditioning.
     """
 
-    original: Size
     halvings: int
     resized: Size
-    size: Size
-
-    @property
-    def offset(self) -> Size:
-        """Rows above the cut and columns left of it, in the resized image."""
-        return (self.resized[0] - self.size[0]) // 2, (self.resized[1] - self.size[1]) // 2
-
-    @property
-    def frame(self) -> tuple[int, ...]:
-        """Original height and width, top and left of the cut, height and width, in the order of SDXL's conditioning."""
-        return (*self.original, *self.offset, *self.size)
+    frame: tuple[int, ...]
 
 
 def framing(original: Size, size: Size) -> Framing:
@@ -48,7 +37,8 @@ def framing(original: Size, size: Size) -> Framing:
     while min(height / size[0], width / size[1]) >= 2:
         height, width, halvings = height // 2, width // 2, halvings + 1
     scale = max(size[0] / height, size[1] / width)
-    return Framing(original, halvings, (round(height * scale), round(width * scale)), size)
+    resized = round(height * scale), round(width * scale)
+    return Framing(halvings, resized, (*original, (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2, *size))
 
 
 def crop(image: Image.Image, size: Size) -> Image.Image:
@@ -56,8 +46,8 @@ def crop(image: Image.Image, size: Size) -> Image.Image:
     steps = framing((image.height, image.width), size)
     for _ in range(steps.halvings):
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    image = image.resize((steps.resized[1], steps.resized[0]), Image.Resampling.BICUBIC)
-    top, left = steps.offset
+    image = image.resize(steps.resized[::-1], Image.Resampling.BICUBIC)
+    top, left = steps.frame[2:4]
     return image.crop((left, top, left + size[1], top + size[0]))
 
 
@@ -73,8 +63,7 @@ def opaque(image: Image.Image) -> Image.Image:
         image = image.copy()
         image.info["transparency"] = key
     rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def _transparent_colour(image: Image.Image) -> int | tuple[int, ...] | None:

@@ -60,13 +60,11 @@ class FileList:
         return [file for item in self.items for file in self.frames.get(item, (item,))]
 
     def fingerprint(self, read_as: Mapping[str, Any], content: bool = False) -> str:
-        """Return a digest of the names and sizes of the files, their captions, and how they are read.
+        """Return a digest of the names and sizes of the files, their captions, and ``read_as``: how they are read.
 
-        Args:
-            read_as: how the files are read, as JSON: the source, the resolution.
-            content: whether the digest is also of the content of up to 256 files, evenly spaced. Caches are found by
-                such a digest: uncompressed images of two data sets have the same sizes, and features of one must not
-                pass for those of the other. `plan` does not wait for the content to be read.
+        With ``content``, the digest is also of the content of up to 256 files, evenly spaced. Caches are found by it:
+        uncompressed images of two data sets have the same sizes, and features of one must not pass for those of the
+        other. `plan` does not wait for the content to be read.
         """
         files, captions = self.files, digest(list(self.captions)) if self.captions else None
         named = [(file.relative_to(self.folder).as_posix(), file.stat().st_size) for file in files]
@@ -74,9 +72,8 @@ class FileList:
         if not content:
             return listing
         sample = files[:: -(-len(files) // _CONTENT_SAMPLE)]
-        return digest(
-            {"listing": listing, "contents": [hashlib.sha256(file.read_bytes()).hexdigest() for file in sample]}
-        )
+        contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sample]
+        return digest({"listing": listing, "contents": contents})
 
     def copy_few(self, target: Path, count: int, caption_column: str | None) -> None:
         """Copy evenly spaced items, so that all classes are among them, with their captions."""
@@ -96,9 +93,6 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
 
     The folder itself is read before the targets of links, so that a folder in it keeps its own name. A link to a folder
     around ``folder`` is not followed. Hidden files and folders are left out.
-
-    Raises:
-        OSError: a folder cannot be read.
     """
 
     def refuse(error: OSError) -> NoReturn:
@@ -146,10 +140,8 @@ def list_files(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
 def fingerprint_files(folder: Path, but: str | None = None) -> str:
     """Return a digest of any folder: the names and sizes of its files, and the first and last mebibyte of each.
 
-    It stands for a local folder of weights in a run's identity, wherever the folder lies.
-
-    Args:
-        but: a pattern of names of files that are left out.
+    It stands for a local folder of weights in a run's identity, wherever the folder lies. Files whose name matches the
+    pattern ``but`` are left out.
 
     Raises:
         OSError: the folder cannot be read.
@@ -197,14 +189,11 @@ def read_image_folder(folder: Path, caption_column: str | None = None) -> FileLi
 
 
 def read_clips(folder: Path, length: int, caption_column: str | None = None) -> FileList:
-    """List the clips of a folder with their captions.
+    """List the clips of a folder, of ``length`` frames at least, with their captions.
 
     A subfolder with images is a clip: its images are the frames, in the order of their names, where numbers count as
     numbers. An animated file directly in the folder is a clip too, or an array ``(frames, height, width, 3)`` of uint8.
     Captions are as in :func:`read_image_folder`, by the name of the subfolder or file.
-
-    Args:
-        length: frames that a clip must have.
 
     Raises:
         DataError: no folder, no clips, a clip that is too short, a link that leads nowhere, or metadata that cannot be
@@ -215,10 +204,8 @@ def read_clips(folder: Path, length: int, caption_column: str | None = None) -> 
     for path in files:
         if path.parent != folder and path.suffix.lower() in IMAGE_SUFFIXES:
             frames.setdefault(path.parent, []).append(path)
-    for images in frames.values():  # 2.png before 10.png
-        images.sort(
-            key=lambda path: [(int(n), "") if n.isdecimal() else (-1, n) for n in re.split(r"(\d+)", path.name)]
-        )
+    for images in frames.values():
+        images.sort(key=_natural)
     animated = [path for path in files if path.parent == folder and path.suffix.lower() in CLIP_SUFFIXES]
     if not (frames or animated):
         expected = f"expected subfolders of images, or files in it ({', '.join(CLIP_SUFFIXES)})"
@@ -229,6 +216,11 @@ def read_clips(folder: Path, length: int, caption_column: str | None = None) -> 
             message = f"the clip '{clip}' has {count} frames, and {length} are asked for"
             raise DataError("frames", f"{message}: lower frames or frame_step, or leave the clip out")
     return FileList(folder, clips, [""] * len(clips), captions, (*notes, *more), frames)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Return a key that sorts names with their numbers as numbers: 2.png before 10.png."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def _count_frames(file: Path) -> int:
@@ -289,16 +281,16 @@ class Kind:
         file = folder / self.tree / LABELS
         try:
             rows = json.loads(file.read_text(encoding="utf-8"))["labels"]
-            labels = None if rows is None else {str(name): label for name, label in rows}
-            if not all(type(label) is int and label >= 0 for label in (labels or {}).values()):
+            if rows is None:
+                return None
+            labels = {str(name): label for name, label in rows}
+            if not all(type(label) is int and label >= 0 for label in labels.values()):
                 raise ValueError("classes are numbers from 0")
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
             message = f'\'{file}\' is not of the form {{"labels": [["{self.name(0)}", 0], ...]}} with classes from 0'
             raise DataError("path", message) from None
-        if labels is None:
-            return None
         names = [self.name(number) for number in numbers]
         if unlabelled := [name for name in names if name not in labels]:
             raise DataError("path", f"'{file}' has no class for '{unlabelled[0]}' ({len(unlabelled)} such)")

@@ -18,7 +18,7 @@ import json
 import posixpath
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,15 +39,12 @@ _FIRST_ROWS = re.compile(r"(.+?)\[:(\d+)\]")  # a split's first rows, as `datase
 _NOT_SAVED = "is not what Dataset.save_to_disk writes"
 _TIMEOUT_S = 5
 _REMEMBERED_S = 60
+_Numbered = Iterator[tuple[int, Mapping[str, Any]]]  # rows, with their line or number
 _HubFacts = tuple[str, Mapping[tuple[str, str], int]]  # commit, and number of rows by configuration and split
 
 
 def find_caption_column(columns: Sequence[str], asked: str | None) -> str | None:
     """Return the column of captions: the one asked for, else the first of the usual names, else None.
-
-    Args:
-        columns: all columns that can hold captions.
-        asked: ``data.caption_column``.
 
     Raises:
         DataError: there is no column of the name asked for.
@@ -73,7 +70,6 @@ def read_metadata(
         files: the files of the folder.
         items: the images or clips.
         kind: what to call them in messages.
-        caption_column: see :func:`find_caption_column`.
 
     Returns:
         The items that metadata files list; a caption for each, or nothing if none has one; sentences on what is left
@@ -95,9 +91,8 @@ def read_metadata(
     captions = [listed[path].text(column) if column else _caption_beside(path) for path in chosen]
     captions = captions if any(captions) else []
     notes = caption_notes(captions, kind)
-    if unlisted := len(items) - len(chosen):
-        count = f"{unlisted:,} of {len(items):,} {kind}"
-        notes.insert(0, f"{count} have no row in {tables[0].name} and are left out")
+    if left_out := len(items) - len(chosen):
+        notes = [f"{left_out:,} of {len(items):,} {kind} have no row in {tables[0].name} and are left out", *notes]
     return chosen, captions, notes
 
 
@@ -150,7 +145,7 @@ def _listed(rows: Sequence[_Row], columns: Sequence[str], items: Sequence[Path])
     return listed
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _jsonl(path: Path) -> _Numbered:
     # A caption may hold U+2028 and its like, at which splitlines would cut a row in two.
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
@@ -165,7 +160,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, values
 
 
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(path: Path) -> _Numbered:
     reader, number = csv.DictReader(io.StringIO(_read_text(path)), strict=True), 1
     try:
         for values in reader:
@@ -178,7 +173,7 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError("path", f"{path}:{number + 1}: {error}") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet(path: Path) -> _Numbered:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -190,11 +185,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError("path", f"cannot read '{path}': {str(error).splitlines()[0]}") from None
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
-    ".jsonl": _jsonl,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
+_READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
 
 
 def _caption_beside(item: Path) -> str:
@@ -282,14 +273,13 @@ def _require_rows(table: Any, columns: Columns, name: str, field: str) -> None:
     import pyarrow
     from pyarrow import compute
 
-    def refuse(column: str, rows: Sequence[int], reason: Callable[[int], str]) -> None:
-        if rows:
-            others = f" ({len(rows):,} such rows)" if len(rows) > 1 else ""
-            raise DataError(field, f"'{name}', row {rows[0]}, column '{column}': {reason(rows[0])}{others}")
-
     def where(condition: Any) -> list[int]:
         rows: list[int] = compute.indices_nonzero(condition).to_pylist()
         return rows
+
+    def refusal(column: str, rows: Sequence[int], problem: str) -> DataError:
+        others = f" ({len(rows):,} such rows)" if len(rows) > 1 else ""
+        return DataError(field, f"'{name}', row {rows[0]}, column '{column}': {problem}{others}")
 
     if not table.num_rows:
         raise DataError(field, f"'{name}' has no rows")
@@ -297,23 +287,22 @@ def _require_rows(table: Any, columns: Columns, name: str, field: str) -> None:
         content, path = (compute.struct_field(table[columns.image], part) for part in ("bytes", "path"))
         is_filled = compute.fill_null(compute.greater(compute.binary_length(content), 0), False)
         is_file = compute.and_(compute.is_null(content), compute.is_valid(path))
-        refuse(columns.image, where(compute.invert(compute.or_(is_filled, is_file))), lambda row: "no image")
+        if empty := where(compute.invert(compute.or_(is_filled, is_file))):
+            raise refusal(columns.image, empty, "no image")
         files = {row: path[row].as_py() for row in where(is_file)}
-        missing = [row for row, file in files.items() if "://" not in file and not Path(file).is_file()]
-        refuse(columns.image, missing, lambda row: f"no file '{files[row]}'")
+        if missing := [row for row, file in files.items() if "://" not in file and not Path(file).is_file()]:
+            raise refusal(columns.image, missing, f"no file '{files[missing[0]]}'")
     if columns.label:
-        labels, advice = table[columns.label], "leave such rows out, or remove the column to train without classes"
+        labels = table[columns.label]
         is_class = compute.and_(compute.greater_equal(labels, 0), compute.less(labels, columns.classes))
-        unlabelled = where(compute.invert(compute.fill_null(is_class, False)))
-        known = f"is none of the {columns.classes:,} classes, which are numbered from 0"
-        refuse(columns.label, unlabelled, lambda row: f"{json.dumps(labels[row].as_py())} {known}: {advice}")
+        if unlabelled := where(compute.invert(compute.fill_null(is_class, False))):
+            problem = f"{json.dumps(labels[unlabelled[0]].as_py())} is none of the {columns.classes:,} classes"
+            advice = "leave such rows out, or remove the column to train without classes"
+            raise refusal(columns.label, unlabelled, f"{problem}, which are numbered from 0: {advice}")
 
 
 def read_saved(folder: Path, captions: str | None = None) -> tuple[int, Columns]:
     """Return the number of rows of a saved data set and its columns; of several splits, those of ``train``.
-
-    Args:
-        captions: the column of captions; see :func:`read_columns`.
 
     Raises:
         DataError: `datasets` is not installed, the folder holds something else, or a column is missing.
@@ -394,12 +383,6 @@ def load_hub(name: str, config: str | None, split: str, commit: str) -> Any:
 
     A commit never changes, so a copy in the cache of `datasets` is taken without asking the hub.
 
-    Args:
-        name: the id of the data set, ``owner/name``.
-        config: its configuration (subset); None is the default one.
-        split: the split, or a slice of one such as ``train[:1000]``.
-        commit: 40 hexadecimal digits.
-
     Raises:
         DataError: `datasets` is not installed, the data set cannot be loaded, or there is no such split.
     """
@@ -440,11 +423,7 @@ def _cached_builder(name: str, config: str | None, commit: str) -> Any:
 
 @functools.cache
 def _hub_facts(name: str, revision: str | None) -> _HubFacts:
-    """Return what the hub says of a data set.
-
-    Raises:
-        DataError: the hub cannot be reached, or has no such data set or revision.
-    """
+    """Return what the hub says of a data set; see :func:`resolve_commit` for errors."""
     answer = _ask_hub(name, revision, int(time.monotonic() // _REMEMBERED_S))
     if isinstance(answer, DataError):
         raise answer
@@ -454,14 +433,7 @@ def _hub_facts(name: str, revision: str | None) -> _HubFacts:
 @functools.lru_cache(maxsize=64)
 def _ask_hub(name: str, revision: str | None, minute: int) -> _HubFacts | DataError:
     """Ask the hub once; a refusal is remembered for about a minute, because every arm of a sweep asks."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import HfApi, errors
 
     try:
         info = HfApi().dataset_info(name, revision=revision, timeout=_TIMEOUT_S)
@@ -474,15 +446,15 @@ def _ask_hub(name: str, revision: str | None, minute: int) -> _HubFacts | DataEr
             if isinstance(split.get("num_examples"), int)
         }
         return str(info.sha), rows
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         return DataError("name", f"'{name}' is no id of a data set: {reason(error)}")
-    except GatedRepoError:
+    except errors.GatedRepoError:
         return DataError("name", f"'{name}' is gated: ask for access on its page, then run `hf auth login`")
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         return DataError("name", f"the hub has no data set '{name}'; if it is private, run `hf auth login`")
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         return DataError("revision", f"'{name}' has no revision '{revision}'")
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         return DataError("name", f"the hub refuses '{name}': {reason(error)}")
     except Exception as error:  # the errors of whichever HTTP library the hub's client uses
         advice = "go online, or give as data.revision the commit of a copy in the local cache"

@@ -31,13 +31,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class Rows:
-    """A file of tensors of one shape, one after the other, memory-mapped to be read.
-
-    Args:
-        count: number of tensors.
-        shape: shape of a tensor.
-        dtype: name of the tensors' dtype in torch.
-    """
+    """A file of ``count`` tensors of one shape, one after the other, memory-mapped to be read."""
 
     def __init__(self, path: Path, count: int, shape: Sequence[int], dtype: str) -> None:
         self._arguments = path, count, shape, dtype
@@ -52,11 +46,7 @@ class Rows:
 
     @functools.cached_property
     def bytes(self) -> np.ndarray:
-        """The content ``(count, bytes of a tensor)``.
-
-        Raises:
-            DataError: the file is too short.
-        """
+        """The content ``(count, bytes of a tensor)``; a file that is too short is a DataError."""
         self._require_length(self.path.stat().st_size if self.path.is_file() else 0)
         with self.path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), self._length, access=mmap.ACCESS_READ)

@@ -149,11 +149,8 @@ SOURCES: Registry[Component] = Registry("source of images")
 def source(name: str, implementation: str | None = None) -> Callable[[C], C]:
     """Register a source of images under the name that ``data.source`` has.
 
-    Decorates a :class:`Source` with its ``Settings`` inside, or settings alone, with the class that opens them.
-
-    Args:
-        name: the value of ``data.source``.
-        implementation: the class that opens decorated settings, ``package.module:name``.
+    Decorates a :class:`Source` with its ``Settings`` inside, or settings alone, which ``implementation`` opens,
+    ``package.module:name``.
 
     Raises:
         PluginError: the name is taken.

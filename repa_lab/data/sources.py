@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 from typing_extensions import override
 
 from repa_lab.data import DataError
@@ -112,13 +112,10 @@ def groups(sizes: torch.Tensor) -> list[torch.Tensor]:
 
 
 def remembered(folder: Path | None, key: Any, compute: Callable[[], Any]) -> Any:
-    """Return a value that JSON can hold, from a file of a folder that is named by a key, or computed and written there.
+    """Return what ``compute`` returns, as JSON, from a file that is named by all that decides it, or write that file.
 
-    Images that have been looked at once are not opened again, which takes minutes for a million of them.
-
-    Args:
-        folder: the folder; None computes the value.
-        key: everything that decides the value, as JSON.
+    Images that have been looked at once are not opened again, which takes minutes for a million of them. Without a
+    folder, the value is computed.
     """
     if folder is None:
         return compute()
@@ -164,16 +161,9 @@ class Digits(Source):
 
 
 class CroppedImages(Source):
-    """The base of sources whose images are of any size, cropped and resized as they are read.
+    """The base of sources whose ``count`` images are of any size, cropped and resized as they are read."""
 
-    Args:
-        count: number of images.
-
-    Attributes:
-        place: the setting that names the data set, for errors.
-    """
-
-    place = "path"
+    place = "path"  # the setting that names the data set, for errors
 
     def __init__(self, settings: SourceSettings, count: int) -> None:
         super().__init__(settings)
@@ -183,9 +173,7 @@ class CroppedImages(Source):
     def choose_sizes(self, content: str, cache: Path | None) -> None:
         """Give each image the size of the nearest aspect, if the settings have buckets.
 
-        Args:
-            content: a digest that differs if the size of an original does.
-            cache: folder of all caches, where the sizes of the originals are noted; None measures them.
+        The sizes of originals are noted in the folder of all caches by ``content``, a digest that differs if they do.
         """
         if (buckets := self.settings.sizes) is None:
             return
@@ -217,14 +205,14 @@ class CroppedImages(Source):
     def frames(self, index: Sequence[int]) -> torch.Tensor:
         return torch.tensor([framing(self._original_size(int(i)), self._size(int(i))).frame for i in index])
 
-    def _size(self, index: int) -> Size:
-        height, width = self.sizes[index].tolist()
-        return height, width
-
     def _pixels(self, index: int) -> torch.Tensor:
         with self._opened(index) as image:
             pixels = np.array(crop(opaque(image), self._size(index)))
         return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def _size(self, index: int) -> Size:
+        height, width = self.sizes[index].tolist()
+        return height, width
 
     def _original_size(self, index: int) -> Size:
         if not self._originals[index].all():
@@ -255,12 +243,10 @@ def open_upright(file: Path) -> Image.Image:
 class ImageFolder(CroppedImages):
     """Images below a folder: one class for each subfolder, and one for the images directly in the folder.
 
-    Args:
-        settings: the folder, and the column of captions; see :func:`repa_lab.data.folders.read_image_folder`.
-        cache: folder of all caches; images that it knows are not opened before their pixels are needed.
+    Images that are known in ``cache``, the folder of all caches, are not opened before their pixels are needed.
 
     Raises:
-        DataError: there is no folder, no image in it, or metadata cannot be used.
+        DataError: see :func:`repa_lab.data.folders.read_image_folder`.
     """
 
     def __init__(self, settings: FilesSettings, cache: Path | None = None) -> None:
@@ -284,14 +270,10 @@ class ImageFolder(CroppedImages):
 
 
 class Clips(ImageFolder):
-    """Clips of equally many frames below a folder; see :func:`repa_lab.data.folders.read_clips` for what is read.
-
-    Args:
-        settings: the folder, the frames, and the size.
-        cache: see :class:`ImageFolder`.
+    """Clips of equally many frames below a folder.
 
     Raises:
-        DataError: there is no folder, no clip in it, a clip is too short, or metadata cannot be used.
+        DataError: see :func:`repa_lab.data.folders.read_clips`.
     """
 
     def __init__(self, settings: ClipsSettings, cache: Path | None = None) -> None:
@@ -308,7 +290,6 @@ class Clips(ImageFolder):
         return f"the clip '{self._list.items[index]}'"
 
     def _pixels(self, index: int) -> torch.Tensor:
-        """Return the frames of a clip, ``(3, frames, H, W)``."""
         chosen, size = range(0, self.clip_frames * self._step, self._step), self._size(index)
         with self._opened(index):  # notes the size of the original
             frames = [np.array(crop(opaque(frame), size)) for frame in self._read_frames(index, chosen)]
@@ -322,12 +303,8 @@ class Clips(ImageFolder):
         if clip.suffix == ".npy":
             array = np.load(clip, mmap_mode="r")
             return [Image.fromarray(array[number]) for number in chosen]
-        frames = []
         with Image.open(clip) as animation:
-            for number in chosen:
-                animation.seek(number)
-                frames.append(animation.copy())
-        return frames
+            return [ImageSequence.Iterator(animation)[number].copy() for number in chosen]
 
 
 class TableImages(CroppedImages):
@@ -338,12 +315,10 @@ class TableImages(CroppedImages):
     Args:
         rows: a map-style `datasets.Dataset`.
         name: the name of the data set in messages.
-        place: see :class:`CroppedImages`.
-        fingerprint: see :class:`Source`.
-        cache: see :class:`ImageFolder`.
+        place: the setting that names the data set, for errors.
 
     Raises:
-        DataError: there is no column of images, no texts in the column of captions, or a row that cannot be trained on.
+        DataError: see :func:`repa_lab.data.huggingface.read_columns`.
     """
 
     def __init__(
@@ -385,14 +360,11 @@ def open_hub(settings: HubSettings, cache: Path | None = None) -> TableImages:
 
 
 class DerivedSource(Source):
-    """A source whose images are made from those of another, with their labels, captions and frames.
+    """A source whose images are made from those of another, ``base``, with their labels, captions and frames.
 
     Args:
         kind: a name of what is made, for the fingerprint.
         decided_by: what decides it beside the other source, as JSON.
-
-    Attributes:
-        base: the other source.
     """
 
     def __init__(self, base: Source, kind: str, **decided_by: Any) -> None:
