@@ -51,8 +51,6 @@ _ALWAYS_CHECKED_BYTES = 2 << 30  # larger caches are compared with their checksu
 A = TypeVar("A")
 B = TypeVar("B")
 C = TypeVar("C")
-D = TypeVar("D")
-_Loaded = tuple[list[int], torch.Tensor, np.ndarray]  # numbers of images, their pixels or tensors, their frames
 Progress = Callable[[int, int], None]
 Embeddings = dict[str, torch.Tensor]
 
@@ -61,11 +59,11 @@ def encode_batches(
     batches: Iterable[A],
     read: Callable[[A], B],
     encode: Callable[[B], C],
-    write: Callable[[C], D],
+    write: Callable[[A, C], None],
     readers: int = 1,
     encoders: tuple[Executor, int] | None = None,
-) -> Iterator[D]:
-    """Read batches of images ahead in threads, encode them, write them behind, and yield what ``write`` returns.
+) -> Iterator[A]:
+    """Read batches of images ahead in threads, encode them, write them behind, and yield each that is written.
 
     Pillow decodes and resizes images without Python's lock, so threads read as many at a time as processes would.
 
@@ -74,10 +72,18 @@ def encode_batches(
         readers: number of threads that read, and of batches that are read ahead.
         encoders: where ``encode`` runs, and on how many batches at a time; None runs it in this thread.
     """
+
+    def encoded(loaded: tuple[A, B]) -> tuple[A, C]:
+        return loaded[0], encode(loaded[1])
+
+    def written(batch: tuple[A, C]) -> A:
+        write(*batch)
+        return batch[0]
+
     with ThreadPoolExecutor(readers) as reading, ThreadPoolExecutor(1) as writing:
-        loaded = _in_order(reading, read, batches, readers)
-        encoded = _in_order(encoders[0], encode, loaded, encoders[1]) if encoders else map(encode, loaded)
-        yield from _in_order(writing, write, encoded, 1)
+        loaded = _in_order(reading, lambda batch: (batch, read(batch)), batches, readers)
+        done = _in_order(encoders[0], encoded, loaded, encoders[1]) if encoders else map(encoded, loaded)
+        yield from _in_order(writing, written, done, 1)
 
 
 def _in_order(pool: Executor, function: Callable[[A], B], items: Iterable[A], ahead: int) -> Iterator[B]:
@@ -193,9 +199,9 @@ class _Builder:
     def complete(self, batch_size: int, progress: Progress | None) -> None:
         """Encode what is missing; the first batch of each size shows the shape of its tensors."""
         unknown = [members for size, members in self._members.items() if size not in self._manifest["shapes"]]
-        self._encode_all([members[:batch_size] for members in unknown], progress)
+        self._encode_all([members[:batch_size].tolist() for members in unknown], progress)
         self._check()
-        batches = [batch for members in self._members.values() for batch in members.split(batch_size)]
+        batches = [batch.tolist() for members in self._members.values() for batch in members.split(batch_size)]
         self._encode_all([batch for batch in batches if not self._records["done"][batch].all()], progress)
         note_checked(self._folder, self._files)
 
@@ -211,25 +217,17 @@ class _Builder:
         shape = tuple(self._manifest["shapes"][size])
         return zlib.crc32(f"{digest(self._manifest['identity'])} {self._manifest['dtype']} {shape}".encode())
 
-    def _encode_all(self, batches: Sequence[torch.Tensor], progress: Progress | None) -> None:
+    def _encode_all(self, batches: Sequence[list[int]], progress: Progress | None) -> None:
         is_done = self._records["done"].copy()
-        for batch in encode_batches(batches, self._read, self._encode_read, self._write, self._readers):
+        for batch in encode_batches(batches, self._source.read, self._encode, self._write, self._readers):
             is_done[batch] = True
             if progress:
                 progress(int(is_done.sum()), len(is_done))
 
-    def _read(self, index: torch.Tensor) -> _Loaded:
-        batch = index.tolist()
-        return batch, self._source.read(batch), self._source.frames(batch).numpy().astype("<i4")
-
-    def _encode_read(self, loaded: _Loaded) -> _Loaded:
-        batch, pixels, frames = loaded
-        return batch, self._encode(pixels).cpu().contiguous(), frames
-
-    def _write(self, encoded: _Loaded) -> list[int]:
+    def _write(self, batch: list[int], encoded: torch.Tensor) -> None:
         """Write the tensors of a batch that are missing; only then are the images marked as done."""
-        batch, values, frames = encoded
-        size = _size_name(self._source.sizes[batch[0]])
+        size, values = _size_name(self._source.sizes[batch[0]]), encoded.cpu().contiguous()
+        frames = self._source.frames(batch).numpy().astype("<i4")
         with writing(self._folder):
             self._require_shape(size, values)
             data, seed = bytes_of(values), self._seed(size)
@@ -239,7 +237,6 @@ class _Builder:
                 checksum = zlib.crc32(data[number].data, zlib.crc32(frames[number].tobytes(), seed))
                 self._records[image] = frames[number], checksum, True
             self._images.write((image, self._records[image]) for _, image in missing)
-        return batch
 
     def _require_shape(self, size: str, values: torch.Tensor) -> None:
         """Note the shape of the first tensors of a size, and refuse those that differ from it."""

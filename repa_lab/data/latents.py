@@ -269,15 +269,12 @@ class Moments(Protocol):
 
     def shape(self, index: torch.Tensor) -> torch.Size:
         """Return the shape of one tensor of the images ``index``."""
-        ...
 
     def frames(self, index: torch.Tensor) -> torch.Tensor:
         """Return how the images ``index`` were cut, ``(n, 6)``."""
-        ...
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
         """Return the tensors ``(n, *shape)`` of the images ``index``."""
-        ...
 
 
 class PixelSpace:
@@ -301,10 +298,9 @@ class PixelSpace:
         return self._source.read(index.tolist())
 
     def draw(self, stored: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor | None:
-        """Draw the randomness of encoding ``count`` images like ``stored`` ``(b, ...)``, on the generator's device.
+        """Draw noise to :meth:`encode` ``count`` images like ``stored`` ``(b, ...)``, on the generator's device.
 
-        Returns:
-            noise for :meth:`encode`, ``(count, ...)``; None, without a draw, if nothing is left to chance.
+        Returns None, without a draw, if nothing is left to chance.
         """
         return None
 
@@ -318,11 +314,7 @@ class PixelSpace:
 
 
 class LatentSpace:
-    """Latents of an autoencoder, ``mean + std * noise``, scaled; its methods are those of :class:`PixelSpace`.
-
-    Args:
-        moments: mean and standard deviation of the latents of every image.
-    """
+    """Latents of an autoencoder, ``mean + std * noise``, scaled; its methods are those of :class:`PixelSpace`."""
 
     def __init__(self, vae: Autoencoder, moments: Moments) -> None:
         self.vae, self._moments = vae, moments
@@ -373,7 +365,6 @@ def latent_space(
 
     Args:
         vae: an autoencoder of diffusers for images: a hub id or a folder.
-        progress: told how many images are encoded, of how many.
         shifted: see :class:`Autoencoder`.
 
     Raises:

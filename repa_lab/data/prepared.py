@@ -212,7 +212,7 @@ def prepare(
             preparation.claim(vae)
             missing = [batch for batch in share if not preparation.is_done(batch)]
             done, total = sum(map(len, share)) - sum(map(len, missing)), sum(map(len, share))
-            stages = preparation.read, preparation.encode, preparation.write
+            stages = preparation.read, autoencoder.moments, preparation.write
             if progress:
                 progress(done, total)
             for batch in encode_batches(missing, *stages, threads, (pool, encoders)):
@@ -295,20 +295,15 @@ class _Preparation:
         """Return whether all files of a batch are there."""
         return all(self._is_whole(kind, number) for number in batch for kind in KINDS)
 
-    def read(self, batch: range) -> tuple[range, torch.Tensor]:
+    def read(self, batch: range) -> torch.Tensor:
         """Return the images of a batch, after writing those that are missing."""
         pixels = self._images.read(batch)
         self._write_missing(IMAGES, batch, pixels)
-        return batch, pixels
+        return pixels
 
-    def encode(self, loaded: tuple[range, torch.Tensor]) -> tuple[range, torch.Tensor]:
-        """Return the latents of a batch."""
-        return loaded[0], self._vae.moments(loaded[1]).cpu()
-
-    def write(self, encoded: tuple[range, torch.Tensor]) -> range:
+    def write(self, batch: range, moments: torch.Tensor) -> None:
         """Write the latents of a batch that are missing."""
-        self._write_missing(LATENTS, *encoded)
-        return encoded[0]
+        self._write_missing(LATENTS, batch, moments.cpu())
 
     def _is_whole(self, kind: Kind, number: int) -> bool:
         """Return whether a file is there; a power cut may have left an empty one."""

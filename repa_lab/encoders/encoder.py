@@ -54,8 +54,7 @@ class Encoder(nn.Module):
         stage: index of the feature map.
         stride: input pixels per token of that map, along each side.
         image_size: pixels along each side of a square input; None derives the size from the image's.
-        norm: whether tokens are taken after the model's final norm, or before it (`EncoderFacts.norm`).
-        resize: filter that resizes images to the input size.
+        norm: see :class:`EncoderFacts`, as for ``resize``.
     """
 
     mean: torch.Tensor
@@ -84,13 +83,12 @@ class Encoder(nn.Module):
         if options.compile:
             self._features = torch.compile(self._map, backend=_COMPILER)
         self._grid: Grid = (0, 0)
-        self._heads: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        self._heads: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}  # queries and keys
         for block in options.attention:
             layer: Any = model.get_submodule("blocks")[block].attn  # type: ignore[index]
-            queries, keys = list[torch.Tensor](), list[torch.Tensor]()
-            self._heads[block] = (queries, keys)
-            layer.q_norm.register_forward_hook(lambda module, inputs, output, kept=queries: kept.append(output))
-            layer.k_norm.register_forward_hook(lambda module, inputs, output, kept=keys: kept.append(output))
+            self._heads[block] = ([], [])
+            for norm_of_heads, kept in zip((layer.q_norm, layer.k_norm), self._heads[block], strict=True):
+                norm_of_heads.register_forward_hook(lambda module, inputs, output, kept=kept: kept.append(output))
         self.eval().requires_grad_(False)
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
@@ -109,7 +107,6 @@ class Encoder(nn.Module):
         """Return the normalised input ``(B, 3, *input_size(H, W))``, float32, for uint8 pixels ``(B, 1 or 3, H, W)``.
 
         Raises:
-            EncoderError: the image is too small for the papers' rule.
             TypeError: the pixels are not uint8, so their range is unknown.
         """
         if pixels.dtype != torch.uint8:
@@ -121,10 +118,9 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> Tokens:
-        """Return the patch tokens of uint8 pixels ``(B, 1 or 3, H, W)``, without class and register tokens.
+        """Return the tokens of uint8 pixels ``(B, 1 or 3, H, W)`` without class and register tokens, in float32.
 
-        Returns:
-            tokens: float32 ``(B, h*w, D)`` on the grid ``(h, w)``, the input size over the stride.
+        They are ``(B, h*w, D)`` on the grid ``(h, w)``, the input size over the stride.
         """
         for queries, keys in self._heads.values():
             queries.clear()
@@ -137,11 +133,7 @@ class Encoder(nn.Module):
         return Tokens(tokens.values.contiguous(), tokens.grid)
 
     def attention(self, block: int) -> Attention:
-        """Return the queries and keys between patches of a block, of the latest :meth:`forward`.
-
-        Args:
-            block: one of ``EncoderOptions.attention``.
-        """
+        """Return the queries and keys between patches in one of the blocks kept, of the latest :meth:`forward`."""
         model: Any = self.model
         query, key = (torch.cat(kept)[:, :, model.num_prefix_tokens :] for kept in self._heads[block])
         return Attention(query, key, self._grid)
@@ -168,7 +160,6 @@ def load_encoder(
         image_size: pixels along each side of a square input; None derives it from the image (`registry.input_size`).
         resolution: pixels along each side of the training images; a size without a grid is refused before loading.
         weights: a local file of weights; None takes the bundled file, the hub's cache or the hub.
-        options: precision, compilation, batch size.
 
     Raises:
         EncoderError: the name is unknown, the weights are missing or do not fit, the size gives no grid, or the model

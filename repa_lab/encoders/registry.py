@@ -27,8 +27,7 @@ class EncoderFacts(TimmModel):
         dim: width D of a token.
         norm: whether tokens are taken after the model's final norm, or before it.
         build: builds the module of a plugin's encoder; see :func:`encoder`.
-        mean: per-channel mean of pixels in [0, 1], for a plugin's encoder; otherwise timm's.
-        std: per-channel standard deviation of pixels in [0, 1], for a plugin's encoder; otherwise timm's.
+        mean: per-channel mean of pixels in [0, 1], for a plugin's encoder; otherwise timm's, as for ``std``.
         resize: filter that resizes images to the encoder's input size.
     """
 
@@ -59,11 +58,9 @@ def encoder(
     normalised images ``(B, 3, H, W)`` to a feature map ``(B, dim, H / patch_size, W / patch_size)``.
 
     Args:
-        name: the encoder's name.
         patch_size: pixels per token along each side.
         dim: width of a token.
-        mean: per-channel mean of pixels in [0, 1].
-        std: per-channel standard deviation of pixels in [0, 1].
+        mean: per-channel mean of pixels in [0, 1]; ``std`` is their standard deviation.
         resize: filter that resizes images to the encoder's input size.
 
     Raises:
@@ -157,10 +154,7 @@ def input_size(stride: int, shape: tuple[int, int], image_size: int | None = Non
     any other image at about as many tokens: each side is the multiple of the stride nearest to
     ``image_size * sqrt(height / width)`` or ``image_size / sqrt(height / width)``, one patch at least.
 
-    Args:
-        stride: pixels per patch.
-        shape: height and width of the image in pixels.
-        image_size: pixels along each side of a square input, or None.
+    ``shape`` is the image's height and width, ``stride`` the pixels per patch.
     """
     height, width = shape
     if image_size is None:

@@ -33,7 +33,6 @@ _MIN_STD = 1e-6
 _IMAGES_AT_ONCE = 64
 _ENCODED_AT_ONCE = 128
 _PLAIN = EncoderOptions()
-
 _SCALE_BYTES = 4
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _CODES = {"fp8": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}  # dtype, largest code
@@ -161,7 +160,6 @@ def cached_targets(
     """Return the features of all images from the cache; the encoder is loaded and checked only if some are missing.
 
     Args:
-        progress: told how many images are done, of how many.
         storage: how features are stored; ``fp32`` keeps the encoder's bit for bit.
         options: how the encoder runs; only the precision is part of the cache's identity.
 
