@@ -202,11 +202,7 @@ class RunDirectory:
         return self._read("protocols.json", parse, {}, "it is written again when the run continues")
 
     def _read(self, name: str, parse: Callable[[dict[str, Any]], T], missing: T, repair: str) -> T:
-        """Return what a file holds, or ``missing``; ``repair`` is what happens once a damaged file is deleted.
-
-        Raises:
-            DamagedFileError: the file cannot be read.
-        """
+        """Return what a file holds, or ``missing``; ``repair`` says what happens once a damaged file is deleted."""
         path = self._file(name)
         try:
             return parse(files.read_record(path))

@@ -213,11 +213,7 @@ class SweepDirectory:
 
     @cached_property
     def copies(self) -> dict[str, Path]:
-        """The copies of runs that stand in the place of links, by the runs' ids; none behind a link.
-
-        Raises:
-            DamagedFileError: there are folders in the place of links, and the manifest cannot be read.
-        """
+        """The copies of runs that stand in the place of links, by the runs' ids in the manifest; none behind a link."""
         if self.path.is_symlink() or self.links.is_symlink() or not self.links.is_dir():
             return {}
         with os.scandir(self.links) as entries:
@@ -257,11 +253,7 @@ class RunsRoot:
         return RunDirectory(copy or place, run_id)
 
     def find_run(self, name: Path) -> RunDirectory:
-        """Return a described run by its id, its folder, or a link to its folder.
-
-        Raises:
-            UnknownRunError: no run has this id.
-        """
+        """Return a described run by its id, its folder, or a link to its folder, or raise UnknownRunError."""
         if (name / "spec.json").is_file():
             return run_at(name)
         with suppress(ValueError):
@@ -298,11 +290,7 @@ class RunsRoot:
         return SweepDirectory(self.path / _folder_name(name))
 
     def find_sweep(self, name: Path) -> SweepDirectory:
-        """Return a recorded sweep by its name or its folder.
-
-        Raises:
-            UnknownSweepError: no sweep has this name; the text lists the names.
-        """
+        """Return a recorded sweep by its name or its folder, or raise UnknownSweepError with the names."""
         for path in (name, self.path / name):
             if (sweep := SweepDirectory(path)).is_recorded:
                 return sweep
