@@ -61,21 +61,13 @@ class PrefetchWeight:
 
 @dataclass
 class Term:
-    """One regularizer of a run: a term of the loss.
-
-    Attributes:
-        regularizer: the module.
-        needs: the signals that it needs, with every block named.
-        prefix: of the names of its values in the metric row.
-        prefetch: is told when a similarity cutoff begins or ends.
-        wrapped: the module as accelerate wraps it.
-    """
+    """One regularizer of a run, a term of the loss; ``prefix`` begins the names of its values in the metric row."""
 
     regularizer: Regularizer
     needs: Needs
     prefix: str
     prefetch: PrefetchWeight = field(init=False)
-    wrapped: nn.Module = field(init=False)
+    wrapped: nn.Module = field(init=False)  # by accelerate
 
     def __post_init__(self) -> None:
         self.wrapped, self.prefetch = self.regularizer, PrefetchWeight(self.regularizer.schedule)
@@ -225,10 +217,9 @@ class Aligner:
         return nn.ModuleList(modules) if len(modules) > 1 else next(iter(modules), None)
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Let accelerate wrap the regularizers.
+        """Let accelerate wrap each regularizer by itself.
 
-        Each is wrapped apart from the denoiser and from the others, so that DistributedDataParallel does not wait for
-        its gradients in steps of weight 0.
+        DistributedDataParallel then does not wait for its gradients in steps of weight 0.
         """
         for term in self.terms:
             module = term.regularizer.to(accelerator.device)
@@ -313,13 +304,7 @@ class Aligner:
         times: torch.Tensor,
         teachers: TeacherTokens,
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-        """Return the losses of a batch, after the denoiser's pass.
-
-        Args:
-            terms: the regularizers that are active.
-            step: optimizer steps already taken.
-            times: the denoiser's.
-            teachers: what :meth:`teach` returned.
+        """Return the losses of a batch by the active ``terms``, after the denoiser's pass and :meth:`teach`.
 
         Returns:
             The sum of the weighted losses, a scalar, or None if all weights are 0; and scalars to log, by name in the
@@ -332,14 +317,7 @@ class Aligner:
         self.clear()  # of what this step's regularizers do not need
         if not terms:
             return None, {}
-        loaded = zip(self.targets.items(), batch.loaded or (None,) * len(self.targets), strict=True)
-        asked = {encoder for term in terms for encoder in term.needs.encoders}
-        with self.stopwatch.running():
-            encoders = {
-                encoder: targets(batch.ids, batch.x.device, values)
-                for (encoder, targets), values in loaded
-                if encoder in asked
-            }
+        encoders = self._encoder_tokens(terms, batch)
         weighted, values, is_weighted = list[torch.Tensor](), dict[str, torch.Tensor](), False
         for term in terms:
             needs = term.needs
@@ -365,6 +343,16 @@ class Aligner:
                 values[f"{term.prefix}/loss"] = loss.value
         total = weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
         return total if is_weighted else None, {"loss/aligned": total, **values}
+
+    def _encoder_tokens(self, terms: Sequence[Term], batch: Batch) -> dict[EncoderSettings, Tokens]:
+        loaded = zip(self.targets.items(), batch.loaded or (None,) * len(self.targets), strict=True)
+        asked = {encoder for term in terms for encoder in term.needs.encoders}
+        with self.stopwatch.running():
+            return {
+                encoder: targets(batch.ids, batch.x.device, values)
+                for (encoder, targets), values in loaded
+                if encoder in asked
+            }
 
 
 def _guide(conditional: Tokens, null: Tokens, scale: float) -> Tokens:
@@ -401,8 +389,6 @@ def open_targets(
     """Return the encoder's tokens of the run's images, from the cache unless the settings say otherwise.
 
     Args:
-        options: precision, compilation and storage.
-        announce: tells people what is computed for the cache.
         attention: blocks whose queries and keys are kept; an encoder with a cache has none.
 
     Raises:

@@ -97,11 +97,8 @@ def open_data(config: RunConfig, cache: Path, device: torch.device, announce: An
         needed = read_json(folder / "vae" / "config.json") or {}
         missing = [name for name in SCALING if needed.get(name) is not None and given.get(name) is None]
         if missing:  # refuse it before encoding: the pipeline scales latents by these numbers when it samples
-            raise DataError(
-                "vae",
-                f"the config of '{config.data.vae}' lacks {', '.join(missing)}, which the pipeline's own VAE has; "
-                "sampling scales latents by it",
-            )
+            message = f"the config of '{config.data.vae}' lacks {', '.join(missing)}, which the pipeline's own VAE has"
+            raise DataError("vae", f"{message}; sampling scales latents by it")
     return open_images(config.data, cache, announce, device, str(folder), pipeline.shifted)
 
 
@@ -118,9 +115,6 @@ def open_images(
     Args:
         vae: the autoencoder, or the pipeline with it, if the settings name none.
         shifted: see :class:`repa_lab.data.latents.Autoencoder`.
-
-    Raises:
-        DataError: the data cannot be used.
     """
     vae = data.vae or vae
     if data.is_unset:
@@ -184,12 +178,7 @@ def seeded(seed: int, stream: str) -> Iterator[None]:
 
 
 class Order:
-    """The order in which images are seen: an endless sequence of epochs, each a new permutation.
-
-    Args:
-        index: the images to train on, ``(n,)``.
-        stream: name of the stream that the permutations are drawn from.
-    """
+    """The order in which the images ``index`` ``(n,)`` are seen: endless epochs, each a new permutation."""
 
     def __init__(self, index: torch.Tensor, seed: int, stream: str = "data") -> None:
         self._index, self._seed, self._stream = index, seed, stream
@@ -209,14 +198,11 @@ class Order:
 
 
 class BatchOrder:
-    """The images of every step, all of one size.
+    """The images of every step, all of one size; ``members`` are those of each size, ``(n,)``.
 
     With several sizes, the size of a step is drawn with probabilities proportional to the numbers of images, and the
     images of each size follow their own :class:`Order`. In the long run every image is seen equally often. Only the
     current block of draws is kept; a step before it starts the count of earlier steps again.
-
-    Args:
-        members: the images of each size, ``(n,)`` each.
     """
 
     def __init__(self, members: Sequence[torch.Tensor], seed: int) -> None:
@@ -364,11 +350,7 @@ class Steps(Dataset[HostBatch]):
         return t, torch.rand(size, generator=draw, device=device) < self._train.label_dropout, draw
 
     def load(self, steps: Iterable[int], device: torch.device, workers: int) -> Iterator[Batch]:
-        """Yield the batches of some steps on a device.
-
-        Args:
-            device: where times and noise are drawn and the step runs.
-            workers: processes that read; 0 reads in this process.
+        """Yield the batches of some steps on a device, read by so many other processes, or in this one.
 
         Raises:
             DataError: an image or a cache cannot be read, or a process that reads has ended.

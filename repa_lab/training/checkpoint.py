@@ -43,8 +43,7 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        step: optimizer steps.
-        images: images seen.
+        step, images: optimizer steps taken and images seen.
         seconds: spent in training steps.
         evaluation_seconds: spent measuring.
         encoder_seconds: the part of ``seconds`` that encoders took.
@@ -154,11 +153,7 @@ class TrainState:
         write_json(folder / "state.json", {"format": _FORMAT, "progress": asdict(progress), "scaler": scaler})
 
     def load(self, folder: Path, progress: Progress) -> None:
-        """Load a state that :meth:`save` wrote, and update ``progress`` to it.
-
-        Raises:
-            KeyError: a weight is missing.
-        """
+        """Load a state that :meth:`save` wrote, and update ``progress`` to it; KeyError if a weight is missing."""
         load_trainable(self.denoiser, load_file(folder / "denoiser.safetensors"))
         if self.regularizer is not None:
             self.regularizer.load_state_dict(load_file(folder / "regularizer.safetensors"))
@@ -195,11 +190,7 @@ def load_trainable(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None
 
 
 def load_weights(denoiser: nn.Module, checkpoint: Path, weights: str) -> None:
-    """Load the averaged (``ema``) or the ``last`` weights of a checkpoint into a run's denoiser.
-
-    Raises:
-        KeyError: a weight is missing.
-    """
+    """Load the averaged (``ema``) or the ``last`` weights of a checkpoint into a run's denoiser."""
     state = load_file(checkpoint / "denoiser.safetensors")
     if weights == "ema":
         averages = load_file(checkpoint / "ema.safetensors")

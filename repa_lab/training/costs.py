@@ -35,8 +35,7 @@ class Memory:
     Attributes:
         weights: denoiser and projector in float32; the weights that LoRA does not train in the run's precision.
         copies: the copies of the weights in the run's precision that autocast makes.
-        training: AdamW's two moments and the averages, in float32.
-        gradients: in float32.
+        training, gradients: AdamW's two moments and the averages; and the gradients, in float32.
         activations: of one micro-batch, kept for the backward pass.
         overlap: gradients that are there while all activations are: those of projectors, which the backward pass
             reaches first, or all in the second micro-batch of a step.

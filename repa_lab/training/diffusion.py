@@ -122,12 +122,9 @@ Process = Flow | Diffusion
 
 
 def process_of(scheduler: Mapping[str, Any]) -> Process:
-    """Return the noise process that a released model was trained with.
+    """Return the noise process that a released model was trained with, by its ``scheduler_config.json``.
 
     A shift that depends on the image size is left out: it is used for sampling only, as in diffusers' training scripts.
-
-    Args:
-        scheduler: the pipeline's ``scheduler_config.json``.
 
     Raises:
         PretrainedError: the noise or the prediction is not known.
@@ -206,10 +203,7 @@ class FieldSampler:
     device: torch.device
 
     def __call__(self, index: range) -> torch.Tensor | None:
-        """Return the samples with these numbers as uint8 pixels ``(n, C, H, W)`` on the CPU.
-
-        Return None if any pixel is not finite; clamping would turn NaN into a valid pixel.
-        """
+        """Return the samples with these numbers as uint8 pixels ``(n, C, H, W)``; None if a pixel is not finite."""
         pixels = self.space.decode(self.draw(index), self.config.rounding)
         return None if pixels is None else pixels.cpu()
 

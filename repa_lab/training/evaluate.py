@@ -41,7 +41,14 @@ from repa_lab.spec import EvaluateConfig, ExtractorConfig, RunConfig
 from repa_lab.training.batches import Images, pretrained_folder
 from repa_lab.training.diffusion import shares
 from repa_lab.training.model import Model
-from repa_lab.training.resolve import MIN_HELD_OUT, content_of, encoder_identity, names_of_metric, protocols_of
+from repa_lab.training.resolve import (
+    MIN_HELD_OUT,
+    content_of,
+    encoder_identity,
+    names_of_metric,
+    numbers_of,
+    protocols_of,
+)
 
 _DEFAULT_BATCH: int = EvaluateConfig.model_fields["batch_size"].default
 _REFERENCE_BATCH = 512
@@ -96,7 +103,7 @@ class Evaluator:
             raise DataError("holdout", f"alignment is measured on held-out images: hold out {MIN_HELD_OUT} or more")
         self._config, self._model, self._images, self._targets = config, model, images, targets
         self._device, self._part, self._real = device, part, real_images(images)
-        extractors = dict.fromkeys(extractor for protocol in protocols_of(config) for extractor in protocol.extractors)
+        extractors = dict.fromkeys(settings for protocol in protocols_of(config) for settings in protocol.extractors)
         self._extractors = {settings: open_extractor(config, settings, device) for settings in extractors}
         self._references = {
             settings: open_reference(settings, extractor, self._real, cache)
@@ -150,9 +157,7 @@ class Evaluator:
     def alignment(self, tap: Tap, match: Callable[[Tokens, Tokens], Pair] | None) -> Row:
         """Return the agreement of a block with the encoder on held-out images, without labels or captions.
 
-        Args:
-            tap: set on the denoiser.
-            match: projects the block's tokens and pairs them with the encoder's; None measures no cosine.
+        ``match`` projects the block's tokens and pairs them with the encoder's; None measures no cosine.
         """
         if self._targets is None:
             return {}
@@ -180,10 +185,7 @@ class Evaluator:
         """Return everything that each number depends on, by its name; alignment is measured at ``block``."""
         described = {
             name: {**self._describe(protocol, extractor, metric), "seed": seed, "versions": versions()}
-            for protocol in protocols_of(self._config)
-            for extractor in protocol.extractors
-            for metric in protocol.metrics
-            for name in names_of_metric(self._config, protocol, metric, extractor)
+            for name, protocol, extractor, metric in numbers_of(self._config)
         }
         encoder, held_out = self._config.alignment_encoder, self._images.split.held_out
         if self._targets is None or encoder is None:

@@ -22,7 +22,7 @@ from repa_lab.training.device import as_trained, computing_in, measuring_precisi
 from repa_lab.training.diffusion import shares
 from repa_lab.training.evaluate import DivergedError, real_images
 from repa_lab.training.model import build_denoiser, open_trained
-from repa_lab.training.resolve import metric_names, names_of, protocols_of
+from repa_lab.training.resolve import metric_names, numbers_of, protocols_of
 
 Progress = Callable[[int, int], None]
 
@@ -32,13 +32,7 @@ class ExportError(InputError):
 
 
 class WrittenSamples(NamedTuple):
-    """Samples that were written.
-
-    Attributes:
-        step: of the checkpoint.
-        metric: full name of the number that is measured on these samples.
-        value: the run's value of that number; None if the run measured none at this step or with these weights.
-    """
+    """The step of written samples, the full name of the number measured on them, and its value if the run has one."""
 
     step: int
     metric: str
@@ -48,17 +42,12 @@ class WrittenSamples(NamedTuple):
 def export_model(directory: RunDirectory, folder: Path, weights: str = "ema") -> int:
     """Write the denoiser of a run's newest checkpoint into a new folder, without projector or optimizer.
 
+    Return the step. ``weights`` are ``ema``, the averaged ones, or ``last``, those of the last step.
+
     A ``unet`` becomes a folder for diffusers' `UNet2DModel.from_pretrained`; a ``sit`` becomes ``model.safetensors``
     and a ``config.json`` of :class:`repa_lab.models.sit.SiTConfig`. A pretrained denoiser that was trained in full
     becomes a folder of its diffusers class. A LoRA becomes the file that the pipeline's `load_lora_weights` takes, or,
     if the pipeline has no such method, a folder for `PeftModel.from_pretrained`.
-
-    Args:
-        folder: a new or empty folder.
-        weights: ``ema`` for the averaged weights, or ``last`` for those of the last step.
-
-    Returns:
-        The step of the checkpoint.
 
     Raises:
         NoWeightsError: the run has no checkpoint, or ``weights`` is neither.
@@ -92,7 +81,6 @@ def write_samples(
 
     Args:
         metric: full name of the number; None takes the first one of the milestone protocol, or else of the usual one.
-        weights: ``ema`` for the averaged weights, which are measured, or ``last``.
         progress: called with the number of images drawn and of all images.
 
     Raises:
@@ -103,12 +91,11 @@ def write_samples(
     _require_new(path)
     step, checkpoint = newest_checkpoint(directory, weights)
     run = Run.read(directory)
-    by_name = {name: protocol for protocol in protocols_of(run.config) for name in names_of(run.config, protocol)}
-    chosen = metric or next(names_of(run.config, protocols_of(run.config)[-1]))
+    by_name, last = {name: protocol for name, protocol, *_ in numbers_of(run.config)}, protocols_of(run.config)[-1]
+    chosen = metric or next(name for name, protocol, *_ in numbers_of(run.config) if protocol == last)
     if chosen not in by_name:
-        raise ExportError(
-            f"run {run.run_id} measures no '{chosen}'; it measures: {', '.join(metric_names(run.config))}"
-        )
+        names = ", ".join(metric_names(run.config))
+        raise ExportError(f"run {run.run_id} measures no '{chosen}'; it measures: {names}")
     protocol, recorded = by_name[chosen], directory.protocols.get(chosen)
     if recorded is not None:
         precision = str(recorded.get("precision", "fp32"))
@@ -134,10 +121,7 @@ def write_samples(
 
 
 def write_real(directory: RunDirectory, path: Path, cache: Path, progress: Progress = lambda done, total: None) -> int:
-    """Write the training images that a run's samples are compared with, in order, as :func:`write_samples` does.
-
-    Returns:
-        The number of images.
+    """Write the training images that samples are compared with, in order, as an npz, and return their number.
 
     Raises:
         ExportError: the file exists, or the images have several sizes.

@@ -51,11 +51,7 @@ class RunRecorder:
             self._announce_samples()
 
     def rows(self, rows: Sequence[Row]) -> None:
-        """Append metric rows and pass them to the listeners.
-
-        Raises:
-            OSError: the samples before them could not be written.
-        """
+        """Append metric rows and pass them to the listeners; OSError if the samples before were not written."""
         self._announce_samples()
         for row in rows:
             self._writer.row(row)

@@ -52,12 +52,9 @@ class Model:
     at_once: int
 
     def show(self, images: Images, index: torch.Tensor, timestep: float, device: torch.device) -> None:
-        """Run the denoiser on images of one size, unconditionally, so that its taps capture them.
+        """Run the denoiser on images ``(b,)`` of one size, unconditionally, so that its taps capture them.
 
-        Args:
-            index: the images, ``(b,)``; the first one decides the noise.
-            timestep: 0 is data, 1 is noise.
-            device: of the denoiser.
+        The first image decides the noise. The denoiser is on ``device``.
         """
         draw = generator(MEASURING_SEED, "held-out", int(index[0]))
         stored = images.space.read(index)
@@ -182,11 +179,8 @@ def encode_captions(
     if encode is None:
         return
     if not any(images.source.captions):
-        raise DataError(
-            "path",
-            f"{family.name} is trained with captions and there are none: "
-            "give metadata.jsonl, or a .txt beside each image",
-        )
+        message = f"{family.name} is trained with captions and there are none"
+        raise DataError("path", f"{message}: give metadata.jsonl, or a .txt beside each image")
     load = functools.cache(lambda: text_pipeline(folder, precision, device))
 
     @torch.no_grad()
@@ -225,9 +219,6 @@ class Captions:
     Args:
         sizes, lengths: of :class:`repa_lab.models.family.Pipeline` and of its network; None for a family without.
         config: of the denoiser's diffusers model.
-
-    Attributes:
-        kinds: number of captions that samples are drawn for.
     """
 
     def __init__(
@@ -240,7 +231,7 @@ class Captions:
     ) -> None:
         self._captions, self._frames, self._train = images.source.captions, images.space.frames, images.split.train
         self._texts, self._sizes, self._config, self._lengths = texts, sizes, config, lengths
-        self.kinds = len(self._train)
+        self.kinds = len(self._train)  # captions that samples are drawn for
 
     def __call__(self, index: torch.Tensor, dropped: torch.Tensor) -> Condition:
         """Return captions and sizes of the images ``index`` ``(B,)``, null captions where ``dropped`` ``(B,)``."""

@@ -21,7 +21,7 @@ from repa_lab.models.tap import BlockName, TapError
 from repa_lab.runs import RunDirectory, files
 from repa_lab.runs.directory import ALIGNMENT_METRICS, SPATIAL_METRICS, provenance
 from repa_lab.runs.files import Row
-from repa_lab.spec import RunOptions
+from repa_lab.spec import RunConfig, RunOptions
 from repa_lab.spec.identity import Run
 from repa_lab.training.aligner import open_targets
 from repa_lab.training.batches import Images, open_data
@@ -61,8 +61,6 @@ class Request:
     """A profile to measure.
 
     Attributes:
-        timesteps: from 0 (data) to 1 (noise).
-        metrics: names from :data:`METRICS`.
         weights: ``ema`` for the averaged weights, which runs are measured on, or ``last``.
         samples: number of held-out images; None takes all.
         encoder: the encoder to compare with; None takes the run's own.
@@ -80,9 +78,8 @@ class Request:
     def __post_init__(self) -> None:
         is_outside = any(not 0 <= t <= 1 for t in self.timesteps)
         if is_outside or not self.timesteps or len(set(self.timesteps)) < len(self.timesteps):
-            raise ProfileError(
-                f"timesteps must be different numbers from 0 (data) to 1 (noise), got {list(self.timesteps)}"
-            )
+            message = "timesteps must be different numbers from 0 (data) to 1 (noise)"
+            raise ProfileError(f"{message}, got {list(self.timesteps)}")
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown or not self.metrics:
             raise ProfileError(f"unknown metric '{''.join(unknown[:1])}'; allowed: {', '.join(METRICS)}")
@@ -125,28 +122,31 @@ def profile_run(directory: RunDirectory, request: Request, options: RunOptions, 
     if not values:
         names = ", ".join(request.metrics)
         raise ProfileError(f"no block of run {run.run_id} has a grid that is large enough for {names}")
-    protocol = {
-        "step": step,
-        "version": PROTOCOL_VERSION,
-        "encoder": encoder_identity(encoder),
+    aligned = aligned_block(config) if any(settings.encoders for settings in config.regularizers) else None
+    measured = choose_block(config, config.evaluate.block_index, aligned)
+    blocks = {"run_id": run.run_id, "measured_block": measured, "aligned_block": aligned}
+    protocol = {"step": step, "version": PROTOCOL_VERSION, **_protocol(request, config, images, len(chosen))}
+    protocol |= {"precision": options.precision, "packages": provenance()["packages"]}
+    profile = {**blocks, "protocol": protocol, "values": values}
+    files.write_record(directory.profile_file, profile)
+    return profile
+
+
+def _protocol(request: Request, config: RunConfig, images: Images, count: int) -> dict[str, Any]:
+    """Return what values depend on beside the checkpoint and this machine."""
+    encoder = request.encoder or config.alignment_encoder
+    return {
+        "encoder": encoder and encoder_identity(encoder),
         "weights": request.weights,
         "timesteps": list(request.timesteps),
         "metrics": list(request.metrics),
-        "images": len(chosen),
+        "images": count,
         "data": images.source.fingerprint,
         "seed": MEASURING_SEED,
         "k": NEIGHBOURS,
         "spatial_side": SPATIAL_SIDE,
-        "precision": options.precision,
-        "packages": provenance()["packages"],
-        **noise_protocol(config.evaluate, len(chosen)),
+        **noise_protocol(config.evaluate, count),
     }
-    aligned = aligned_block(config) if any(settings.encoders for settings in config.regularizers) else None
-    measured = choose_block(config, config.evaluate.block_index, aligned)
-    blocks = {"run_id": run.run_id, "measured_block": measured, "aligned_block": aligned}
-    profile = {**blocks, "protocol": protocol, "values": values}
-    files.write_record(directory.profile_file, profile)
-    return profile
 
 
 @torch.no_grad()
@@ -157,7 +157,6 @@ def measure_profile(
 
     Args:
         model: its denoiser is on the device, in evaluation mode.
-        targets: the encoder's tokens of the images.
         chosen: held-out images, ``(n,)``.
 
     Raises:
@@ -197,9 +196,8 @@ def choose_images(images: Images, request: Request, run_id: str) -> torch.Tensor
         raise ProfileError(f"{count} samples are asked for, and run {run_id} holds out {len(held_out)} images")
     for metric in request.metrics:
         if count < (needed := _MIN_IMAGES.get(metric, 1)):
-            raise ProfileError(
-                f"{metric} needs {needed} or more held-out images, got {count}; leave it out of the metrics"
-            )
+            message = f"{metric} needs {needed} or more held-out images, got {count}"
+            raise ProfileError(f"{message}; leave it out of the metrics")
     return held_out[torch.arange(count) * len(held_out) // count]
 
 

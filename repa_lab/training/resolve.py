@@ -115,19 +115,22 @@ def metric_name(config: RunConfig) -> str:
 
 def metric_names(config: RunConfig) -> tuple[str, ...]:
     """Return the full names of all metrics of samples; the first is :func:`metric_name`."""
-    return tuple(dict.fromkeys(name for protocol in protocols_of(config) for name in names_of(config, protocol)))
+    return tuple(dict.fromkeys(name for name, *_ in numbers_of(config)))
 
 
 def milestone_names(config: RunConfig) -> frozenset[str]:
     """Return the full names of the metrics that are measured at milestones only."""
-    return frozenset(metric_names(config)) - frozenset(names_of(config, config.evaluate))
+    usual = {name for name, protocol, *_ in numbers_of(config) if protocol == config.evaluate}
+    return frozenset(metric_names(config)) - usual
 
 
-def names_of(config: RunConfig, protocol: EvaluateConfig) -> Iterator[str]:
-    """Yield the full names of all metrics of a protocol, Frechet distances first."""
-    for metric in sorted(protocol.metrics, key=lambda metric: metric != "frechet"):
-        for extractor in protocol.extractors:
-            yield from names_of_metric(config, protocol, metric, extractor)
+def numbers_of(config: RunConfig) -> Iterator[tuple[str, EvaluateConfig, ExtractorConfig, str]]:
+    """Yield full name, protocol, extractor and metric of every number of samples, Frechet distances first."""
+    for protocol in protocols_of(config):
+        for metric in sorted(protocol.metrics, key=lambda metric: metric != "frechet"):
+            for extractor in protocol.extractors:
+                for name in names_of_metric(config, protocol, metric, extractor):
+                    yield name, protocol, extractor, metric
 
 
 def names_of_metric(
@@ -150,14 +153,8 @@ def names_of_metric(
 def shared_names(config: RunConfig) -> Iterator[str]:
     """Yield the full names that extractors with different weights or references would share."""
     first: dict[str, ExtractorConfig] = {}
-    named = (
-        (name, extractor)
-        for protocol in protocols_of(config)
-        for extractor in protocol.extractors
-        for metric in protocol.metrics
-        for name in names_of_metric(config, protocol, metric, extractor)
-    )
-    yield from dict.fromkeys(name for name, extractor in named if first.setdefault(name, extractor) != extractor)
+    shared = (name for name, _, given, _ in numbers_of(config) if first.setdefault(name, given) != given)
+    yield from dict.fromkeys(shared)
 
 
 @dataclass

@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from repa_lab.align import REPA, UREPA, alignment_loss, manifold_loss
-from repa_lab.align.settings import EncoderSettings, NoSettings, REPASettings, ScheduleSettings
+from repa_lab.align.settings import NoSettings, REPASettings, ScheduleSettings
 from repa_lab.kernels import kernels
 from repa_lab.runs.files import Row
 from repa_lab.spec import ResolvedOptions, RunConfig, RunOptions
@@ -28,7 +28,6 @@ from repa_lab.training.device import PRECISION, computing_in, measuring_precisio
 from repa_lab.training.diffusion import denoising_loss
 from repa_lab.training.trainer import Trainer
 
-T = TypeVar("T")
 GIB = 1 << 30
 _SIDE = {"cuda": 8192, "cpu": 1024}  # of square matrices that are large enough for the device to be at its fastest
 _REPEATS = 5
@@ -77,12 +76,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 class SpeedMeter:
-    """Measures the training steps of a run between one metric row and the next; never waits for the device.
-
-    Args:
-        progress: is told the seconds of training and of waiting for data.
-        processes: number of processes that share the run.
-    """
+    """Measures a run's training steps between two metric rows, for its progress too; never waits for the device."""
 
     def __init__(
         self, config: RunConfig, options: ResolvedOptions, progress: Progress, device: torch.device, processes: int
@@ -99,7 +93,7 @@ class SpeedMeter:
         """Begin to measure, at the first step or after a measurement or a checkpoint."""
         self._began, self._first_step, self._waited = time.perf_counter(), self._progress.step, 0.0
 
-    def waiting_for(self, batches: Iterable[T]) -> Iterator[T]:
+    def waiting_for(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches, and measure how long each is waited for."""
         iterator = iter(batches)
         while True:
@@ -139,13 +133,10 @@ def _rounded(value: float) -> float:
 
 
 class ReferenceLoop:
-    """Training steps as the papers' code takes them.
+    """Training steps as the papers' code takes them, of an arm with an online encoder, whose trainer is trained.
 
     The encoder runs in every step, the alignment loss is summed image by image, the averages are updated parameter by
     parameter, and the host reads the losses in every step. Nothing is compiled.
-
-    Args:
-        trainer: of an arm with an online encoder; its state is trained.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -189,15 +180,7 @@ class ReferenceLoop:
 
 @dataclass
 class _Way:
-    """One of the things that are measured in turns.
-
-    Attributes:
-        turn: does some of it.
-        images, steps: of a turn.
-        image_flops: FLOPs of one image; None if they are not counted.
-        seconds: of each turn: elapsed ones on a GPU, of CPU time on a CPU.
-        wall: elapsed seconds of each turn.
-    """
+    """What is measured in turns: each has so many images and steps, and takes seconds on a GPU, or of CPU time."""
 
     turn: Callable[[], object]
     images: int
@@ -237,7 +220,6 @@ def bench(run: Run, options: RunOptions, cache: Path, rounds: int = 5, steps: in
     the same time.
 
     Args:
-        cache: the folder of all caches, filled for this run.
         rounds: turns of each way that count; one before them does not.
         steps: steps of a turn.
 
@@ -284,16 +266,14 @@ def variants(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     def variant(changed: Any) -> RunConfig:
         return config.model_copy(update={"regularizer": changed, "evaluate": evaluate, "train": train})
 
-    def cached(encoder: EncoderSettings, is_cached: bool) -> EncoderSettings:
-        return encoder.model_copy(update={"cache": is_cached, "standardize": False})
-
     yield "plain step", variant(NoSettings())
     if not isinstance(regularizer, REPASettings):
         if config.regularizers:
             yield "regularized step", variant(regularizer)
         return
     for name, is_cached in (("cached features", True), ("online encoder", False)):
-        encoders = tuple(cached(encoder, is_cached) for encoder in regularizer.encoders)
+        changed = {"cache": is_cached, "standardize": False}
+        encoders = tuple(encoder.model_copy(update=changed) for encoder in regularizer.encoders)
         encoder = encoders if isinstance(regularizer.encoder, tuple) else encoders[0]
         yield name, variant(regularizer.model_copy(update={"encoder": encoder, "schedule": ScheduleSettings()}))
 

@@ -51,8 +51,7 @@ class StepOutcome:
 
     Attributes:
         values: means over this process's part of the batch, by name in the metric row.
-        numbers: what is equal in all processes, by name in the metric row: weights, the learning rate unless it is
-            constant, and the norm of the gradient before clipping.
+        numbers: the same in all processes: weights, a learning rate that changes, the gradient's norm before clipping.
     """
 
     values: dict[str, torch.Tensor]
@@ -79,6 +78,7 @@ class Trainer:
         pick_device(options)  # refuses what accelerate would silently replace
         self.options = options = resolved(options)
         self.config, self.progress, self._run = config, Progress(), run
+        self._precision = measuring_precision(config.evaluate, options.precision)  # of the denoiser
         family = FAMILIES[config.model.family]
         self._is_unet = family.kind == "unet"
         self.accelerator = _accelerator(family, options)
@@ -97,10 +97,9 @@ class Trainer:
         if self._is_unet and self.device.type == "cuda":
             denoiser.to(memory_format=torch.channels_last)  # the layout of cuDNN's tensor core kernels
         self.aligner = aligner = Aligner(run, images, self.model, options, cache, self.device)
-        if measured := config.alignment_encoder:
+        targets, measured = None, config.alignment_encoder
+        if measured:
             targets = aligner.targets.get(measured) or open_targets(measured, images, options, cache, self.device)
-        else:
-            targets = None
         self.evaluator = Evaluator(config, images, self.model, targets, cache, self.device, part)
         readers = [one.reader for one in aligner.targets.values()]
         if options.data_workers == 0:  # reading within this process takes its steps time
@@ -232,11 +231,6 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Load what :meth:`save` wrote."""
         self.state.load(folder, self.progress)
-
-    @property
-    def _precision(self) -> str:
-        """The precision in which the denoiser is measured."""
-        return measuring_precision(self.config.evaluate, self.options.precision)
 
     def _measured_block(self) -> tuple[BlockIndex, BlockIndex]:
         """Return the block at which alignment is measured, and the block at which the regularizer acts or would act."""
