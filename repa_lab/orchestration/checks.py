@@ -16,7 +16,7 @@ from repa_lab.metrics.protocol import METRICS, goal_of_kind
 from repa_lab.models.families import FAMILIES
 from repa_lab.models.family import Family, Shape, shape_of
 from repa_lab.models.released import SCALING, VAE, class_problem, depth_of, num_classes, problem_with, read_json
-from repa_lab.orchestration.search.problems import objective_path, search_problems
+from repa_lab.orchestration.search.space import objective_path, search_problems
 from repa_lab.registry import UnknownComponentError, one_line
 from repa_lab.runs.root import RESERVED
 from repa_lab.settings import file_fields, settings_in

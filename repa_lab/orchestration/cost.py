@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from repa_lab.orchestration.plan import Plan, PlannedRun
-from repa_lab.orchestration.search.problems import is_searched
 from repa_lab.orchestration.search.space import Space
 from repa_lab.runs import RunDirectory, RunStatus, State
 from repa_lab.runs.checkpoints import Fork
@@ -375,8 +374,8 @@ def _most_trials(experiment: Experiment) -> dict[str, int]:
     """Return how many trials a search has at most around each arm in which it changes something, by label."""
     trials, search = {}, experiment.search
     for arm in experiment.arms if search else ():
-        if search and is_searched(arm, search.space):
-            settings = Space(arm, search.space).listed()
+        if search and (space := Space(arm, search.space)).is_searched:
+            settings = space.listed()
             trials[arm.label] = search.trials if settings is None else min(search.trials, len(settings))
     return trials
 

@@ -14,7 +14,7 @@ from repa_lab.errors import hide_passwords, shortened
 from repa_lab.metrics.protocol import PROTOCOL_VERSION
 from repa_lab.orchestration.checks import check, resolve_metric
 from repa_lab.orchestration.scheduler import Task
-from repa_lab.orchestration.search.problems import STORAGE_VARIABLE, storage_url
+from repa_lab.orchestration.search.space import STORAGE_VARIABLE, storage_url
 from repa_lab.orchestration.sharing import share
 from repa_lab.runs import RunsRoot, RunStatus, SweepManifest
 from repa_lab.runs.checkpoints import Fork

@@ -130,23 +130,14 @@ class PackedJob:
 
 
 class MessageKind(StrEnum):
-    """What a worker says of its job; all but PROGRESS end the job.
+    """What a worker says of its job; all but PROGRESS end the job."""
 
-    Attributes:
-        PROGRESS: preparing went on.
-        PREPARED: the caches are filled.
-        REFUSED: a setting cannot be met.
-        FINISHED: the run came to rest.
-        BUSY: another process trains the run.
-        FAILED: an error ended the job, or the worker.
-    """
-
-    PROGRESS = "progress"
-    PREPARED = "prepared"
-    REFUSED = "refused"
-    FINISHED = "finished"
-    BUSY = "busy"
-    FAILED = "failed"
+    PROGRESS = "progress"  # preparing went on
+    PREPARED = "prepared"  # the caches are filled
+    REFUSED = "refused"  # a setting cannot be met
+    FINISHED = "finished"  # the run came to rest
+    BUSY = "busy"  # another process trains the run
+    FAILED = "failed"  # an error ended the job, or the worker
 
 
 @dataclass(frozen=True)
@@ -159,9 +150,7 @@ class WorkerMessage:
         error: of FAILED and REFUSED, the reason in one line.
         is_diverged: of FAILED, whether the loss or the samples were no longer finite.
         state: of FINISHED, the state in which the run came to rest.
-        activity: of PROGRESS, what is being cached.
-        done: of PROGRESS, the number of images that are cached.
-        total: of PROGRESS, the number of images in all.
+        activity, done, total: of PROGRESS, what is being cached, and the number of images so far and in all.
         config: of REFUSED, the index of the first settings of the job at fault.
         path: of REFUSED, the dotted path of the setting at fault.
     """
@@ -290,11 +279,6 @@ class Scheduler:
     """Gives tasks to free slots, passes rows on, and keeps count of failures.
 
     Attributes:
-        executor: where runs are trained.
-        root: the runs root.
-        options: the options of the sweep.
-        sweep: the name of the sweep.
-        view: where progress is shown.
         is_rehearsal: whether every run is interrupted and resumed once.
         trained: after :meth:`run`, the number of runs that were trained now and did not fail.
         failures: after :meth:`run`, the one-line reason of every run that failed, by its id.

@@ -66,11 +66,7 @@ def api_key() -> str | None:
 
 
 def environment_problems(mode: str) -> Iterator[str]:
-    """Yield why W&B will refuse what the environment holds; each reason begins with the name of the variable.
-
-    Args:
-        mode: the mode that :func:`resolve_mode` returns.
-    """
+    """Yield why W&B will refuse what the environment holds; each reason begins with the name of the variable."""
     if mode not in MODES:
         yield f"WANDB_MODE: expected one of {', '.join((*MODES, *_FURTHER_MODES))}, got {mode!r}"
     if mode != "online":

@@ -23,11 +23,7 @@ class TensorBoardListener:
     """Writes a run's rows to ``tensorboard/`` in its directory.
 
     Every start writes the files again from the run directory, so each row is there once, also after a kill and for a
-    run that shares its first steps with another.
-
-    Args:
-        run: the run's directory.
-        config: the resolved settings.
+    run that shares its first steps with another. ``config`` are the resolved settings.
     """
 
     def __init__(self, run: RunDirectory, config: dict[str, Any]) -> None:

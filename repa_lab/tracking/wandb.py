@@ -81,8 +81,6 @@ class WandbRecord:
 
     Attributes:
         server: the server's address.
-        project: the W&B project.
-        entity: the W&B user or team.
         url: the run's page.
         step: the W&B step of the last row, grid or table that the server has; -1 for none.
         state: the state of the run that the server was told.
@@ -217,7 +215,9 @@ class WandbWriter:
             self._conclude(rows)
         run.finish(exit_code=0 if state.status.is_over else 1)
         step = last_step(self._directory, state)
-        held = self._held(step)
+        until = time.monotonic() + _SETTLE_S
+        while (held := _step_on_server(run)) < step and time.monotonic() < until:
+            time.sleep(0.5)
         record = WandbRecord(run.settings.base_url, run.project, run.entity, run.url, held, state)
         files.write_record(self._directory.path / RECORD, asdict(record))
         if held < step:
@@ -246,13 +246,6 @@ class WandbWriter:
             artifact.add_file(str(folder / "ema.safetensors"), policy="immutable")
             artifact.add_file(str(self._directory.path / "spec.json"), policy="immutable")
             self._wandb.log_artifact(artifact)
-
-    def _held(self, step: int) -> int:
-        """Return the W&B step up to which the server has the run, after a while if it is not ``step``."""
-        until = time.monotonic() + _SETTLE_S
-        while (held := _step_on_server(self._wandb)) < step and time.monotonic() < until:
-            time.sleep(0.5)
-        return held
 
 
 def _step_on_server(run: Any) -> int:
@@ -318,10 +311,6 @@ class WandbListener:
     """Has a run's rows sent to W&B in a thread: training waits for W&B at its end alone, and there not for long.
 
     The first row starts W&B, so a run that is already finished, or held by another process, never starts W&B.
-
-    Args:
-        run: the run's directory.
-        description: the run's description.
     """
 
     def __init__(self, run: RunDirectory, description: WandbRun) -> None:

@@ -22,8 +22,7 @@ from repa_lab.orchestration.checks import resolve_metric
 from repa_lab.orchestration.plan import Plan, arm_record, identify_run
 from repa_lab.orchestration.rehearsal import RehearsedArm
 from repa_lab.orchestration.scheduler import Task
-from repa_lab.orchestration.search.problems import is_searched, storage_url
-from repa_lab.orchestration.search.space import Settings, Space
+from repa_lab.orchestration.search.space import Settings, Space, storage_url
 from repa_lab.orchestration.search.study import (
     MAX_DRAWS,
     NewSettingsSampler,
@@ -45,7 +44,6 @@ from repa_lab.training.resolve import metric_names
 
 _RESTORED = "restored"  # attribute of a study that holds all trials that the run directories tell of
 _REPEATS = "repeats"  # attribute of a trial whose settings another trial has, with the number of that trial
-_SETTLED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 class Search:
@@ -64,10 +62,9 @@ class Search:
     def __init__(self, plan: Plan, arm: Arm, storage: RDBStorage, begun: Set[str]) -> None:
         config, self._plan, self._arm, self._storage = plan.experiment.search, plan, arm, storage
         assert config
-        self._is_searched = is_searched(arm, config.space)
-        self._config = config if self._is_searched else config.model_copy(update={"trials": 1})
         self._space = Space(arm, config.space)
-        listed = self._space.listed()
+        self._is_searched, listed = self._space.is_searched, self._space.listed()
+        self._config = config if self._is_searched else config.model_copy(update={"trials": 1})
         self._listed = None if listed is None else shuffled(listed, config)
         self.objectives = tuple(_by_full_name(objective, plan, arm) for objective in config.objectives)
         self._by_runs: dict[tuple[str, ...], TrialRuns] = {}
@@ -77,13 +74,11 @@ class Search:
         name = study_name(plan.experiment.name, arm.label, self._content())
         self._study = open_study(storage, name, self._config, self.objectives, arm.config.train.steps)
         self._restore(begun)
-        settled = filter(None, map(self._find, self._trials(*_SETTLED)))
-        self._ended = {run_id for runs in settled for run_id in runs.runs}
 
     @property
     def taken(self) -> int:
         """The number of trials that have a result, have failed, repeat another, or are open."""
-        return self._closed + len(self._open)
+        return sum(trial.state is not TrialState.WAITING for trial in self._trials())
 
     @property
     def exhausted(self) -> dict[str, int]:
@@ -119,7 +114,6 @@ class Search:
         self._queue = [task for task in self._queue if task.run.run_id != run_id]
         for runs in self._open:
             if run_id in runs.runs:
-                self._ended.add(run_id)
                 runs.waiting.discard(run_id)
                 if runs.is_diverged:
                     self._withdraw(runs)
@@ -128,11 +122,13 @@ class Search:
 
     def counts(self) -> tuple[int, int]:
         """Return the number of runs that have ended, and of all runs."""
-        waiting = sum(len(runs.waiting) for runs in self._open)
+        trials = self._trials()
+        taken = [runs for runs, number in self._tried.items() if trials[number].state is not TrialState.WAITING]
+        total, waiting = sum(len(runs.runs) for runs in taken), sum(len(runs.waiting) for runs in taken)
         left = max(0, self._config.trials - self.taken)
         if self._listed is not None or self.exhausted:
             left = min(left, len(self._trials(TrialState.WAITING)) + len([*itertools.islice(self._left(), left)]))
-        return len(self._ended), len(self._ended) + waiting + left * len(self._plan.experiment.seeds)
+        return total - waiting, total + left * len(self._plan.experiment.seeds)
 
     def records(self) -> list[tuple[ArmRecord, TrialRecord]]:
         """Return every trial whose settings were drawn, oldest first, as the sweep's manifest has it."""
@@ -162,7 +158,6 @@ class Search:
         else:
             trial.set_user_attr(_REPEATS, number)
             self._study.tell(trial, state=TrialState.FAIL)
-            self._closed += 1
 
     def _is_new(self, settings: Settings) -> bool:
         return self._runs(settings) not in self._tried
@@ -194,7 +189,6 @@ class Search:
         if runs.trial:
             self._study.tell(runs.trial, values, state=state)
         # Failed trials count too, or a search whose every run fails would never end; the next session tries them again.
-        self._closed += 1
         runs.trial = None
 
     def _withdraw(self, runs: TrialRuns) -> None:
@@ -218,7 +212,6 @@ class Search:
         if confirmed != trials:
             self._study = replace_trials(self._study, self._storage, confirmed)
         self._tried = self._numbers()
-        self._closed = len(self._trials(*_SETTLED))
         if _RESTORED not in self._study.user_attrs:
             for settings in self._trained_settings(begun):
                 self._study.enqueue_trial(self._space.params(settings))

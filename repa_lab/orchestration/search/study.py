@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -10,6 +9,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -24,7 +24,7 @@ from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
 
 from repa_lab.errors import InputError
 from repa_lab.orchestration.search.space import Settings, Space
-from repa_lab.runs import RunDirectory, RunsRoot, State
+from repa_lab.runs import RunsRoot, State
 from repa_lab.runs.files import DamagedFileError
 from repa_lab.spec import Arm, SearchConfig, SpecError
 from repa_lab.spec.identity import Run
@@ -76,13 +76,18 @@ def open_storage(url: str | None, file: Path) -> RDBStorage:
         StorageError: the database cannot be used.
     """
     optuna.logging.set_verbosity(logging.WARNING)
-    if url is None:
-        return _open_file(file)
     try:
-        is_sqlite = make_url(url).get_backend_name() == "sqlite"
-        return RDBStorage(url, engine_kwargs=_SQLITE if is_sqlite else None)
+        is_sqlite = url is None or make_url(url).get_backend_name() == "sqlite"
+        return RDBStorage(url or file_url(file), engine_kwargs=_SQLITE if is_sqlite else None)
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, RuntimeError, OSError) as error:
-        raise StorageError(f"cannot use {url}: {_reason(error)}") from None  # shown without the password
+        is_locked = isinstance(error, OperationalError)  # or not writable: the file itself is fine
+        if url is None and isinstance(error, DatabaseError) and not is_locked:
+            # The run directories are the truth: a study that cannot be read is rebuilt from them.
+            file.rename(file.with_name(f"{file.name}.damaged"))
+            return open_storage(url, file)
+        lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise StorageError(f"cannot use {url or file}: {reason}") from None  # shown without the password
 
 
 def file_url(file: Path) -> str:
@@ -90,34 +95,10 @@ def file_url(file: Path) -> str:
     return URL.create("sqlite", database=str(file.absolute())).render_as_string(hide_password=False)
 
 
-def _open_file(file: Path) -> RDBStorage:
-    try:
-        return RDBStorage(file_url(file), engine_kwargs=_SQLITE)
-    except OperationalError as error:  # locked, or not writable: the file itself is fine
-        raise StorageError(f"cannot use {file}: {_reason(error)}") from None
-    except DatabaseError:
-        # The run directories are the truth: a study that cannot be read is rebuilt from them.
-        file.rename(file.with_name(f"{file.name}.damaged"))
-        return RDBStorage(file_url(file), engine_kwargs=_SQLITE)
-
-
-def _reason(error: Exception) -> str:
-    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def open_study(
     storage: RDBStorage, name: str, config: SearchConfig, objectives: Sequence[Objective], steps: int
 ) -> optuna.Study:
-    """Open the study of this name, or create it.
-
-    Args:
-        storage: the database.
-        name: see :func:`study_name`.
-        config: the search's section of the spec.
-        objectives: metrics by their full names.
-        steps: length of a run in optimizer steps.
-    """
+    """Open the study of a name, or create it; objectives have full names, ``steps`` is the length of a run."""
     study = optuna.create_study(
         study_name=name,
         storage=storage,
@@ -165,8 +146,6 @@ class NewSettingsSampler(optuna.samplers.BaseSampler):
     """Draws with another sampler until the settings are new, or else takes new settings of a finite space.
 
     Args:
-        sampler: the sampler that draws.
-        space: what is drawn from.
         is_new: returns whether no trial has these settings; raises SpecError if they contradict each other.
         left: settings of a finite space that no trial has.
     """
@@ -245,7 +224,7 @@ def _mixed(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4])
 
 
-@contextlib.contextmanager
+@contextmanager
 def _without_experimental_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -260,11 +239,8 @@ class TrialRuns:
     """The runs of one setting, one per seed, and what their directories say.
 
     Attributes:
-        settings: the searched settings.
-        arm: the arm with these settings.
         runs: by their ids, in the order of the seeds.
         objectives: what the search improves, by full names; one is measured, the others are costs.
-        root: the runs root.
         trial: Optuna's trial of this setting while it is open, else None.
         waiting: ids of the runs that were asked for and have not ended.
         is_stopped: whether the runs were told to stop.
@@ -347,12 +323,8 @@ class TrialRuns:
         costs = []
         for directory in map(self.root.run, self.runs):
             seconds = [row["seconds"] for row in directory.rows() if row.get("seconds") is not None]
-            costs.append((seconds or [0.0])[-1] * (1 if name == "seconds" else _processes(directory) / 3600))
+            processes = 1
+            with suppress(OSError, DamagedFileError):
+                processes = int(directory.provenance.get("processes", 1))
+            costs.append((seconds or [0.0])[-1] * (1 if name == "seconds" else processes / 3600))
         return fmean(costs)
-
-
-def _processes(run: RunDirectory) -> int:
-    try:
-        return int(run.provenance.get("processes", 1))
-    except (OSError, DamagedFileError):
-        return 1
