@@ -318,7 +318,7 @@ _QWEN_CHAT = (
 
 _TOKENIZERS: dict[str, Callable[[], dict[str, Any]]] = {
     "BertTokenizer": lambda: _numbered(
-        *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"), *_LETTERS, *(f"##{letter}" for letter in _LETTERS)
+        "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_LETTERS, *(f"##{letter}" for letter in _LETTERS)
     ),
     "ChatGLMTokenizer": _chatglm,
     "CLIPTokenizer": _clip,

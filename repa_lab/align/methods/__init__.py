@@ -200,10 +200,7 @@ class HASTESettings(REPASettings):
         yield from super().problems(facts)
         if isinstance(self.block_index, int) and self.layers is not None and self.layers > self.block_index + 1:
             count = self.block_index + 1
-            yield (
-                "layers",
-                f"there are {count} blocks up to block_index {self.block_index}: layers must be 1 to {count}",
-            )
+            yield "layers", f"there are {count} blocks up to block_index {count - 1}: layers must be 1 to {count}"
 
 
 class ProjectedTeacherSettings(TwoBlockSettings):

@@ -80,7 +80,8 @@ FLUX2 = Family(
             (PIXTRAL_PROCESSOR, mistral_vl("Mistral3ForConditionalGeneration", 4, num_hidden_layers=31)),
         ),
         adapted=(
-            *(*JOINT_ATTENTION, "to_qkv_mlp_proj"),
+            *JOINT_ATTENTION,
+            "to_qkv_mlp_proj",
             *(f"single_transformer_blocks.{block}.attn.to_out" for block in range(48)),
         ),
     ),

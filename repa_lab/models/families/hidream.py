@@ -118,7 +118,9 @@ HIDREAM = Family(
         tiny=tiny_pipeline(
             FLUX_AUTOENCODER,
             flow_scheduler(shift=3.0),  # as diffusers trains it; not checked against the released one
-            *(_CLIP, _CLIP, t5(12)),
+            _CLIP,
+            _CLIP,
+            t5(12),
             (LLAMA_TOKENIZER, language_model("LlamaForCausalLM", 10, num_hidden_layers=3)),
         ),
         adapted=("to_q", "to_k", "to_v", "to_out"),

@@ -47,7 +47,9 @@ SD3 = Family(
         tiny=tiny_pipeline(
             kl_autoencoder(4, 1.5305, 0.0609),
             flow_scheduler(shift=3.0),
-            *(clip(4, projection_dim=4), clip(6, projection_dim=6), t5(12)),
+            clip(4, projection_dim=4),
+            clip(6, projection_dim=6),
+            t5(12),
         ),
         adapted=JOINT_ATTENTION,
     ),
