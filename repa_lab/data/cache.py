@@ -98,12 +98,7 @@ def _in_order(pool: Executor, function: Callable[[A], B], items: Iterable[A], ah
 
 
 class ArrayCache:
-    """One tensor for every image of a source, memory-mapped; images of one size have tensors of one shape.
-
-    Args:
-        folder: the folder of the cache, which is complete.
-        manifest: the content of ``manifest.json``.
-    """
+    """One tensor for every image of a source, memory-mapped; images of one size have tensors of one shape."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self._arguments = folder, manifest
@@ -156,7 +151,6 @@ def open_cache(
         root: the folder of all caches of one kind.
         identity: everything that decides the content: fingerprint of the images, model, preprocessing.
         encode: maps uint8 pixels ``(b, C, H, W)`` to tensors ``(b, *shape)``; not called if nothing is missing.
-        batch_size: images that are encoded at a time.
         progress: told how many images are done, of how many.
         about: what helps a person to recognise the cache.
         readers: number of threads that read images.
@@ -283,11 +277,7 @@ def _values(folder: Path, manifest: Mapping[str, Any], size: str, count: int) ->
 
 
 def _matching_manifest(folder: Path, identity: Mapping[str, Any], count: int) -> dict[str, Any] | None:
-    """Return the manifest of a source's cache, or None if there is none that is whole.
-
-    Raises:
-        DataError: the folder is another cache's.
-    """
+    """Return the manifest of a source's cache, or None if there is none that is whole; refuse another cache's."""
     manifest = read_manifest(folder)
     if manifest is None:
         return None

@@ -82,12 +82,9 @@ def _transparent_colour(image: Image.Image) -> int | tuple[int, ...] | None:
 
 @dataclass(frozen=True)
 class Buckets:
-    """Image sizes of about the same area at several aspects, as SDXL was trained with.
+    """Image sizes of at most the area of a square of ``side`` pixels at several aspects, as SDXL was trained with.
 
-    Attributes:
-        side: the area of a size is at most that of a square with sides of this many pixels.
-        step: sides are multiples of this many pixels.
-        max_aspect: a side is at most this many times the other.
+    Sides are multiples of ``step`` pixels, and at most ``max_aspect`` times the other.
 
     Raises:
         DataError: there is no such size.

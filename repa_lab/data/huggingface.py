@@ -212,13 +212,10 @@ def write_captions(folder: Path, captions: Mapping[str, str], column: str) -> No
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a table that are read.
+    """The columns of a table that are read: the first of images and of class labels, and that of captions.
 
     Attributes:
-        image: the first column of images.
-        label: the first column of class labels, or None.
         classes: number of classes, 1 without labels.
-        captions: the column of captions, or None.
         notes: what is not read though its name suggests it, a sentence each.
     """
 
@@ -226,7 +223,7 @@ class Columns:
     label: str | None
     classes: int
     captions: str | None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
 
 def read_columns(

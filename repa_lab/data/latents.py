@@ -44,10 +44,8 @@ class LatentScaling:
     def __post_init__(self) -> None:
         rows, columns = self.patch
         if rows != columns or not all(math.isfinite(value) and value != 0 for value in self.scale):
-            scaling = f"{self.scale} in patches of {rows}x{columns}"
-            raise DataError(
-                "vae", f"the VAE's latents cannot be scaled by {scaling}: its config or statistics are broken"
-            )
+            scaling = f"the VAE's latents cannot be scaled by {self.scale} in patches of {rows}x{columns}"
+            raise DataError("vae", f"{scaling}: its config or statistics are broken")
 
     def shape(self, channels: int, *size: int) -> tuple[int, ...]:
         """Return the shape of ``x`` for a ``z`` of (channels, height, width), or (channels, frames, height, width).
@@ -132,8 +130,7 @@ class Autoencoder:
         shifted: whether its latents are shifted where its config says by how much.
 
     Attributes:
-        channels: number of channels of the pixels, or None if the config does not say.
-        latent_channels: number of channels of the latents, or None if the config does not say.
+        channels: number of channels of the pixels, or None if the config does not say, as for ``latent_channels``.
         scaling: the map from latents to what the diffusion model sees.
         identity: the class, the config and the content of the weights, as JSON.
 
@@ -216,11 +213,7 @@ def load_autoencoder(place: str, field: str, shifted: bool = True) -> Autoencode
 
 
 def load_vae(place: str, source: Source, shifted: bool = True) -> Autoencoder:
-    """Load the autoencoder that ``data.vae`` names for the images of a source.
-
-    Raises:
-        DataError: the VAE cannot be loaded, or is for other images.
-    """
+    """Load the autoencoder that ``data.vae`` names, and refuse one for other images than those of the source."""
     vae = load_autoencoder(place, "vae", shifted)
     if vae.channels not in (source.channels, None):
         raise DataError("vae", f"the VAE takes {vae.channels} channels, the images have {source.channels}")
@@ -394,7 +387,6 @@ class Reconstructions(DerivedSource):
     batch decides how a convolution rounds.
 
     Args:
-        space: their latents.
         decoder: the VAE of the space, or a tiny autoencoder of the same latents.
         device: where to decode; pixels are returned on the CPU.
 

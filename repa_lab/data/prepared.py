@@ -52,11 +52,7 @@ _INFORMATIVE = ("vae", "scaling")
 class Prepared(CroppedImages):
     """Images of a folder in the layout of :mod:`repa_lab.data.folders`, without captions.
 
-    Args:
-        cache: folder of all caches; images that it knows are not opened before their pixels are needed.
-
-    Attributes:
-        listing: the files of the folder.
+    Images that are known in ``cache``, the folder of all caches, are not opened before their pixels are needed.
 
     Raises:
         DataError: the folder is incomplete, or its images have another size.
@@ -97,16 +93,13 @@ class Prepared(CroppedImages):
             for index in self.listing.sample(_PROBES):
                 stored, encoded = latents.read(index), vae.moments(self.read([index])).cpu()[0]
                 if not _are_alike(encoded, stored):
-                    path, manifest = self.listing.path(LATENTS, index), read_manifest(self.listing.folder)
                     shapes = f" of shape {tuple(stored.shape)}, not {tuple(encoded.shape)}"
-                    held = f"'{path}' holds other latents{shapes if encoded.shape != stored.shape else ''}"
-                    maker = (
-                        f"the folder was prepared with '{manifest.get('vae')}'"
-                        if manifest
-                        else "it was made by another VAE"
-                    )
-                    message = f"{held} than this VAE makes of the image: {maker}, or files are mixed up"
-                    raise DataError("vae", message)
+                    other = f"other latents{shapes if encoded.shape != stored.shape else ''}"
+                    maker = "it was made by another VAE"
+                    if manifest := read_manifest(self.listing.folder):
+                        maker = f"the folder was prepared with '{manifest.get('vae')}'"
+                    message = f"{other} than this VAE makes of the image: {maker}, or files are mixed up"
+                    raise DataError("vae", f"'{self.listing.path(LATENTS, index)}' holds {message}")
             return True
 
         key = {"kind": "probes/1", "of": self.fingerprint, "vae": digest(vae.identity)}
@@ -193,7 +186,6 @@ def prepare(
         batch_size: images that are encoded at a time.
         rank: number of this process; its share is every ``world``-th batch from the ``rank``-th on.
         threads: number of threads that read and crop, and on a CPU encode.
-        progress: told how many images are done, of how many.
 
     Raises:
         DataError: the images or the VAE cannot be used, the folder is another preparation's, or it cannot be written.

@@ -92,11 +92,7 @@ class Encoder(nn.Module):
         self.eval().requires_grad_(False)
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the height and width in pixels at which the model sees an image: `registry.input_size`.
-
-        Raises:
-            EncoderError: the image is too small for the papers' rule.
-        """
+        """Return the height and width at which the model sees an image: `registry.input_size`, or an EncoderError."""
         size = input_size(self.stride, (height, width), self.image_size)
         if min(size) == 0:
             message = f"the papers' rule has no size for {height}x{width} px images; set image_size"
