@@ -53,6 +53,7 @@ class Report:
         return (self.html, self.markdown, self.latex, *self.figures)
 
 
+@files.garbage_collection_paused()
 def write_report(sweep: SweepDirectory) -> Report:
     """Write the report on everything that the sweep's runs have measured so far; every file is replaced whole.
 

@@ -193,6 +193,8 @@ class Results:
         chosen = tuple(sweep for sweep in self.sweeps if sweep.name == name)
         if not chosen:
             raise ResultsError(f"no sweep '{name}' among {self.name}")
+        if chosen == self.sweeps:
+            return self
         return Results(chosen, tuple(run for run in self.members if run.sweep == name))
 
     # ---- of one sweep

@@ -118,12 +118,12 @@ def differing(protocols: Sequence[Protocol]) -> list[str]:
     return sorted({name for protocol in protocols[1:] for name in differences(protocols[0], protocol)})
 
 
-def dotted(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings by their dotted names, each after ``prefix``."""
-    leaves: dict[str, Any] = {}
+def dotted(fields: Mapping[str, Any], prefix: str = "", leaves: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the leaves of nested mappings by their dotted names, each after ``prefix``; add them to ``leaves``."""
+    leaves = {} if leaves is None else leaves
     for key, value in fields.items():
         if isinstance(value, dict):
-            leaves |= dotted(value, f"{prefix}{key}.")
+            dotted(value, f"{prefix}{key}.", leaves)
         else:
             leaves[prefix + key] = value
     return leaves

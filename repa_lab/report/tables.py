@@ -346,10 +346,12 @@ def provenance_table(results: Results) -> Table:
 
 def settings_table(results: Results) -> Table:
     """Return the settings in which arms differ, a row per arm; all other settings are in every run's ``spec.json``."""
-    arms = results.runs.drop_duplicates("arm").set_index("arm").head(_MAX_SETTINGS_ARMS)
-    texts = arms.loc[:, "error":].iloc[:, 1:].filter(regex="^(?!cost/)").map(_text)
-    differing = texts.loc[:, texts.nunique() > 1]
-    return Table(differing.reset_index().to_dict("records") if len(differing.columns) else [])
+    arms = results.runs.drop_duplicates("arm").head(_MAX_SETTINGS_ARMS)
+    names = [name for name in arms.loc[:, "error":].columns[1:] if not name.startswith("cost/")]
+    texts = {"arm": list(arms["arm"]), **{name: [_text(value) for value in arms[name]] for name in names}}
+    columns = {name: column for name, column in texts.items() if name == "arm" or len(set(column)) > 1}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return Table(rows if len(columns) > 1 else [])
 
 
 def protocols_table(results: Results) -> Table:
