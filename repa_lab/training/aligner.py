@@ -150,7 +150,6 @@ class Aligner:
         model: its denoiser is on the device, and has not been wrapped, compiled or trained.
 
     Attributes:
-        terms: the regularizers.
         draws: random numbers that regularizers need beside those of every run, by the name of their stream.
         stopwatch: measures the encoders.
 

@@ -190,13 +190,12 @@ class FieldSampler:
 
     Attributes:
         denoiser: with ``forward(x, t, y) -> velocity``.
-        shape: of one sample, ``(C, H, W)``.
         classes: number of classes; it is also the null label.
     """
 
     denoiser: nn.Module
     space: Space
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int]  # of a sample
     classes: int
     config: EvaluateConfig
     seed: int

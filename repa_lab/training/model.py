@@ -197,8 +197,7 @@ class Labels:
     Args:
         labels: of every image, ``(n,)``.
         null: the label for "no class".
-        classes: number of classes that samples are drawn for, the attribute ``kinds``.
-        name: the denoiser's argument.
+        classes: number of classes that samples are drawn for.
     """
 
     def __init__(self, labels: torch.Tensor, null: int, classes: int, name: str = "y") -> None:

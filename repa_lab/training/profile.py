@@ -155,9 +155,7 @@ def measure_profile(
 ) -> list[Row]:
     """Measure every block at every time, with one forward pass for each batch and time; only image means are kept.
 
-    Args:
-        model: its denoiser is on the device, in evaluation mode.
-        chosen: held-out images, ``(n,)``.
+    The denoiser is on the device, in evaluation mode; ``chosen`` are held-out images ``(n,)``.
 
     Raises:
         ProfileError: the values of a block are not finite.
