@@ -68,11 +68,8 @@ class EMA:
     After every step an average becomes ``decay * average + (1 - decay) * parameter``. At decay 0.9999 the half-life is
     6,931 steps.
 
-    Args:
-        modules: by the prefix of their parameters' names.
-
     Attributes:
-        live, average: the parameters and their averages by name.
+        live, average: the parameters and their averages by name, which begins with the module's.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], config: EmaConfig) -> None:

@@ -36,8 +36,7 @@ def pick_device(options: RunOptions) -> torch.device:
     """Return the GPU if there is one and the options allow it.
 
     Raises:
-        DeviceError: the options ask for a GPU and torch sees none, or for fp16 on a CPU, where accelerate would use
-            float32 without a word.
+        DeviceError: there is no GPU, or fp16 is asked for on a CPU, where accelerate would silently use float32.
     """
     device = _device_of(options)
     if options.device == "cuda" and device.type == "cpu":
