@@ -161,7 +161,7 @@ class TestStep:
             torch.ones(
                 (), requires_grad=True
             ).backward()  # on a CPU autograd's queue keeps an interrupted pass until the next
-            gradients = [parameter.grad for parameter in trainer._parameters if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in trainer.state.ema.live.values() if parameter.grad is not None]
             alive.append((len(outputs), sum(not output.expired() for output in outputs), len(gradients)))
             outputs.clear()
 
