@@ -77,8 +77,8 @@ def sentences(estimate: Estimate) -> list[str]:
     )
     if forks:
         lines.append(
-            f"{plan.steps['asked']:,} steps are asked, {plan.steps['trained']:,} have to be trained: {forks} runs begin "
-            "where another one was (--no-share trains each by itself)"
+            f"{plan.steps['asked']:,} steps are asked, {plan.steps['trained']:,} have to be trained: {forks} runs "
+            "begin where another one was (--no-share trains each by itself)"
         )
     lines += map(_cache_line, estimate.caches)
     if estimate.caches and total.runs:
