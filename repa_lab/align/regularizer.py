@@ -293,6 +293,7 @@ class EncoderTarget(Regularizer):
         ValidationError: a field is unknown or out of range.
     """
 
+    Settings: ClassVar[type[RegularizerSettings]] = EncoderTargetSettings
     settings: EncoderTargetSettings
 
     @overload

@@ -333,6 +333,8 @@ def load_saved(folder: Path) -> Any:
 
     try:
         return load_from_disk(str(_split_of(folder)))
+    except DataError:
+        raise
     except IndexError:  # there is no file, because there is no row
         raise DataError("path", f"'{folder}' has no rows") from None
     except (OSError, ValueError, KeyError) as error:

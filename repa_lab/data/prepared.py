@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -200,8 +201,8 @@ def prepare(
     share = [numbers[start : start + batch_size] for start in range(0, len(images), batch_size)][rank::world]
     encoders = threads if device.type == "cpu" else 1
     try:
+        preparation.claim(vae)  # first, because another's folder must stay as it is
         with preparation, _single_core_threads(encoders) as pool:
-            preparation.claim(vae)
             missing = [batch for batch in share if not preparation.is_done(batch)]
             done, total = sum(map(len, share)) - sum(map(len, missing)), sum(map(len, share))
             stages = preparation.read, autoencoder.moments, preparation.write
@@ -235,7 +236,6 @@ class _Preparation:
 
     def __enter__(self) -> _Preparation:
         self._clear()
-        self._temporary.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -264,6 +264,7 @@ class _Preparation:
             "count": len(self._images),
             "source": self._images.fingerprint,
         }
+        self._folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self._folder / _LOCK):
             present = read_manifest(self._folder)
             if present is None and any(not path.name.startswith(".") for path in self._folder.iterdir()):
@@ -311,7 +312,8 @@ class _Preparation:
 
     def _write(self, path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._temporary / path.name
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        temporary = self._temporary / f"{os.getpid()}-{path.name}"
         temporary.write_bytes(content)
         temporary.replace(path)
 

@@ -168,7 +168,7 @@ def source(name: str, implementation: str | None = None) -> Callable[[C], C]:
             component = Component(cls, open_source, cls.describe)
         elif not hasattr(cls, "describe"):
             raise TypeError(f"the source '{name}' must be a subclass of repa_lab.plugins.Source")
-        elif lacking := sorted(cls.__abstractmethods__):
+        elif lacking := sorted(getattr(cls, "__abstractmethods__", ())):
             raise TypeError(f"the source '{name}' lacks the method {lacking[0]}")
         else:
             component = Component(cls.Settings, lambda settings, cache: cls(settings), cls.describe)

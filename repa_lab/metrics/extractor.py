@@ -19,7 +19,6 @@ from torch import nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
-from torchvision.transforms.functional import normalize
 
 from repa_lab.files import file_digest
 from repa_lab.kernels import kernels
@@ -203,6 +202,8 @@ class DINOv2Extractor(_OneLayer):
     """
 
     layer = CLS
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(
         self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs: Any
@@ -215,11 +216,13 @@ class DINOv2Extractor(_OneLayer):
         model.patch_embed.set_input_size(_DINO_SIDE)
         model.pos_embed = nn.Parameter(resample_positions(model.pos_embed.detach(), _DINO_SIDE // _DINO_PATCH))
         self.model = model
+        for buffer, values in zip(("mean", "std"), _IMAGENET, strict=True):
+            self.register_buffer(buffer, torch.tensor(values).view(1, 3, 1, 1))
 
     def forward(self, input: torch.Tensor) -> tuple[torch.Tensor]:
         """Return the features of uint8 images ``(B, 3, H, W)``."""
         images = resize_like_pillow(input, _DINO_SIDE) / 255
-        return (self.model(normalize(images, *_IMAGENET)),)
+        return (self.model((images - self.mean) / self.std),)
 
 
 def resize_like_pillow(pixels: torch.Tensor, side: int) -> torch.Tensor:

@@ -318,22 +318,3 @@ class Worker:
         self._jobs.put(None)
         # Training ends with a checkpoint; caches are filled file by file, and filled files are found again.
         threading.Timer(_GRACE_S if self._is_training else _GRACE_IDLE_S, os._exit, [75]).start()
-
-
-def main() -> None:
-    """Serve on copies of the standard streams.
-
-    Libraries then print to standard error, and the processes that they start read nothing.
-    """
-    jobs, messages = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
-    environment, folder = jobs.recv()
-    os.environ.update(environment)
-    os.chdir(folder)
-    os.dup2(2, 1)
-    with Path(os.devnull).open() as nothing:
-        os.dup2(nothing.fileno(), 0)
-    Worker(jobs, messages).serve()
-
-
-if __name__ == "__main__":
-    main()

@@ -69,6 +69,10 @@ class RunConfig(Settings):
             raise ValueError(f"two regularizers of the list are called '{twice}': give each a name of its own")
         return given
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel as plain data: a plugin may define the settings of a component where pickle cannot find them."""
+        return RunConfig.model_validate, (self.model_dump(mode="json"),)
+
     @property
     def regularizer_paths(self) -> tuple[tuple[str, RegularizerSettings], ...]:
         """Every regularizer with its dotted path; ``none`` is left out."""

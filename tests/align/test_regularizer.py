@@ -5,7 +5,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from repa_lab.align import REPA, UREPA, Shapes, Tokens
+from repa_lab.align import REPA, UREPA, Loss, Shapes, Tokens
+from repa_lab.align.regularizer import EncoderTarget
 from repa_lab.align.settings import REPASettings, UREPASettings
 from tests.align import references
 from tests.align.references import align
@@ -324,3 +325,11 @@ def test_widths_and_keywords_mean_settings_and_shapes(kind, settings):
     other.load_state_dict(one.state_dict())
     student, teachers = tokens(6), [tokens(5), tokens(4)]
     assert torch.equal(align(one, student, teachers).loss, align(other, student, teachers).loss)
+
+
+def test_a_target_of_ones_own_has_the_settings_of_targets():
+    class Mine(EncoderTarget):
+        def forward(self, signals, step):
+            return Loss(signals.taps[0].values.mean())
+
+    assert Mine(8, 6, projector={"type": "linear"}).settings.projector.type == "linear"

@@ -192,7 +192,7 @@ class TestRefusals:
         assert caught.value.field == "path"
 
     def test_no_split_to_train_on(self, save):
-        with pytest.raises(DataError, match=r"no split 'train' in '.*data'; there are: test, validation") as caught:
+        with pytest.raises(DataError, match=r"^no split 'train' in '.*data'; there are: test, validation") as caught:
             open_dataset(save(DatasetDict({"test": make(), "validation": make()})), 16)
         assert caught.value.field == "path"
 

@@ -217,6 +217,8 @@ class TestRefused:
 
     def test_a_folder_of_something_else(self, root, tmp_path):
         (tmp_path / "notes.txt").write_text("mine")
+        (tmp_path / ".tmp" / "0").mkdir(parents=True)  # where a preparation puts what it has half written
+        (tmp_path / ".tmp" / "0" / "1-img.png").write_text("another's")
         assert self.refusal(root, tmp_path) == (
             f"path: '{tmp_path}' is not empty, and no preparation was begun there; name a new folder"
         )

@@ -6,16 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from rich.console import Console
 
 from repa_lab import plan, sweep
+from repa_lab.orchestration.executors import slurm
 from repa_lab.orchestration.executors.slurm import SlurmExecutor, sbatch_parameters
 from repa_lab.orchestration.progress import ProgressView
-from repa_lab.orchestration.scheduler import Scheduler, Task
+from repa_lab.orchestration.scheduler import Scheduler, Task, TrainJob
 from repa_lab.orchestration.sharing import RunList
 from repa_lab.runs import RunsRoot, State
 from repa_lab.spec import RunOptions, SpecError
@@ -53,6 +56,26 @@ def carry_out(spec, root: Path, executor: SlurmExecutor) -> dict[str, str]:
             return scheduler.failures
         finally:
             executor.close()
+
+
+def test_a_run_that_is_started_again_has_the_grace_of_a_new_job(tiny, tmp_path, monkeypatch):
+    """A job that squeue does not list has 20 s for its result, and so has the next job of the same run."""
+    executor, now = on_this_machine(question(tiny), tmp_path), [1000.0]
+    paths = SimpleNamespace(result_pickle=tmp_path / "none.pkl", stderr="job.err")
+    engine = SimpleNamespace(batch=nullcontext, submit=lambda _: SimpleNamespace(job_id="7", paths=paths))
+    monkeypatch.setattr(slurm, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for name, value in (("_cluster", "slurm"), ("_engine", engine), ("_list", lambda state="": set())):
+        monkeypatch.setattr(executor, name, value)
+    planned = plan(question(tiny), tmp_path)
+    job = TrainJob(planned.runs[0].task, "tiny", planned.experiment.run, planned.root)
+    for _ in range(2):
+        executor.submit(job)
+        assert executor.poll(0) == []
+        now[0] += 19.0
+        assert executor.poll(0) == []
+        now[0] += 2.0
+        (message,) = executor.poll(0)
+        assert message.error == "the job ended without a result; see job.err"
 
 
 def on_this_machine(spec, root: Path) -> SlurmExecutor:

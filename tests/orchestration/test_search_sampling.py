@@ -11,7 +11,7 @@ from repa_lab.orchestration.display import sentences
 from repa_lab.orchestration.plan import make_plan
 from repa_lab.report.page import write_report
 from repa_lab.runs import RunsRoot, State
-from repa_lab.spec import load_spec
+from repa_lab.spec import SpecError, load_spec
 from tests.orchestration.searches import (
     by_value,
     end,
@@ -208,6 +208,17 @@ class TestFiniteSpaces:
             assert len(again._directory.manifest.arms) == 1
         text = write_report(work._directory).markdown.read_text()
         assert "Best of 1 completed trials (2 in all, 1 of them a draw of settings that another has)" in text
+
+    def test_a_space_of_refused_settings_is_refused_again_and_takes_no_trial(self, search):
+        """Each bound alone is valid: a warm-up of 4 or 5 steps, and a decay that ends after 1 to 3."""
+        train = {"steps": 6, "batch_size": 8, "lr": 1e-3, "lr_schedule": {"type": "linear"}}
+        space = {"train.lr_schedule.warmup_steps": {"int": [4, 5]}, "train.lr_schedule.decay_steps": {"int": [1, 3]}}
+        space |= {"train.lr": {"log": [1e-3, 1e-2]}}
+        for _ in range(4):
+            work = search(space=space, trials=2, prune="none", seeds=1, spec={"train": train})
+            with pytest.raises(SpecError, match="100 settings in a row cannot be, the last for train.lr_schedule"):
+                work.next()
+            assert work.counts() == (0, 2)
 
     def test_a_study_that_holds_repeats_from_before_is_cleared_of_them(self, search):
         space = {"regularizer.weight": {"choice": [0.1, 0.5, 1.0]}}

@@ -210,6 +210,25 @@ class TestWorkers:
         assert as_data(packed.unpacked()) == as_data(job)
         assert list(loaded_plugins()) == [str(tmp_path / "mine.py")]
 
+    def test_settings_that_no_name_of_the_module_leads_to_travel_too(self, tmp_path):
+        plugin = HEAD + (
+            "def make(name):\n"
+            "    @regularizer(name)\n"
+            "    class Made(Regularizer):\n"
+            "        class Settings(RegularizerSettings):\n"
+            "            margin: float = 1.0\n"
+            '            """A distance."""\n\n'
+            "        def forward(self, signals, step):\n"
+            "            return Loss(signals.taps[0].values.mean())\n\n\n"
+            'for name in ("spread", "other"):\n'
+            "    make(name)\n"
+        )
+        for job in self.jobs(spec_of(tmp_path, plugin), tmp_path / "runs"):
+            packed = PackedJob.of(job)
+            forget()
+            unpacked = packed.unpacked()
+            assert as_data(unpacked) == as_data(job)
+
     def test_a_file_that_has_changed_is_refused(self, tmp_path):
         file = spec_of(tmp_path)
         job, _ = self.jobs(file, tmp_path / "runs")
@@ -231,7 +250,7 @@ class TestWorkers:
         told = [PackedJob.of(one) for one in (job, PrepareJob((job.task.run.config,), job.options, job.root))]
         (tmp_path / "mine.py").write_text(MINE + "# edited\n")
         with subprocess.Popen(
-            [sys.executable, "-m", "repa_lab.orchestration.worker"],
+            [sys.executable, "-m", "repa_lab.orchestration.executors.forkserver", "work"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         ) as worker:  # fmt: skip
             jobs, messages = Connection(os.dup(worker.stdin.fileno())), Connection(os.dup(worker.stdout.fileno()))

@@ -17,9 +17,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import IO, TextIO
 
 _REAP_EVERY_S = 0.05
+_WORK = "work"  # the argument of a process that is a worker
 _IDLE_S = 300.0  # a notebook that does not sweep for so long gets the memory back
 
 
@@ -27,10 +29,12 @@ class WorkerProcess:
     """A worker process, seen from its scheduler; it may wait for its server to be ready.
 
     Attributes:
+        server: the server that the worker is forked from.
         messages: where the worker's messages arrive.
     """
 
-    def __init__(self, jobs: int, messages: int, status: int) -> None:
+    def __init__(self, server: ForkServer, jobs: int, messages: int, status: int) -> None:
+        self.server = server
         self.messages = Connection(messages, writable=False)
         self._jobs, self._status = Connection(jobs, readable=False), os.fdopen(status, "rb", 0)
 
@@ -110,7 +114,7 @@ class ForkServer:
             socket.send_fds(self._requests, [b"f"], [jobs, theirs, log.fileno(), servers])
         for descriptor in (jobs, theirs, servers):
             os.close(descriptor)
-        process = WorkerProcess(ours, messages, status)
+        process = WorkerProcess(self, ours, messages, status)
         process.send((dict(environment), os.getcwd()))  # noqa: PTH109
         return process
 
@@ -197,18 +201,35 @@ def _take_over(descriptors: list[int]) -> None:
         os.close(descriptor)
 
 
+def work() -> None:
+    """Be a worker on copies of the standard streams.
+
+    Libraries then print to standard error, and the processes that they start read nothing.
+    """
+    jobs, messages = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
+    environment, folder = jobs.recv()
+    os.environ.update(environment)
+    os.chdir(folder)
+    os.dup2(2, 1)
+    with Path(os.devnull).open() as nothing:
+        os.dup2(nothing.fileno(), 0)
+    from repa_lab.orchestration.worker import Worker  # torch must not be imported before it knows its GPU
+
+    Worker(jobs, messages).serve()
+
+
 def main() -> None:
     """Serve, and in a forked process be a worker: a new one if a library has touched a GPU while it was imported."""
-    if serve(socket.socket(fileno=0)):
+    if sys.argv[1:] == [_WORK]:
+        work()
+    elif serve(socket.socket(fileno=0)):
         is_fit = sys.platform == "linux"
         if is_fit:
             import torch
 
             is_fit = not torch.cuda._is_in_bad_fork()
         if not is_fit:
-            os.execv(sys.executable, [sys.executable, "-m", "repa_lab.orchestration.worker"])
-        from repa_lab.orchestration.worker import main as work
-
+            os.execv(sys.executable, [sys.executable, "-m", "repa_lab.orchestration.executors.forkserver", _WORK])
         work()
     gc.unfreeze()  # else libraries report leaks at the exit
 

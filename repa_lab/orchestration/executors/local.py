@@ -137,7 +137,7 @@ class LocalExecutor(Executor):
 
     def _bury(self, process: WorkerProcess, slot: _Slot) -> WorkerMessage | None:
         """Kill the other processes of a slot in which one has died, and return the failure of its job."""
-        cause = process.wait() or f"the process that it was forked from is gone: {self._server.close()}"
+        cause = process.wait() or f"the process that it was forked from is gone: {process.server.close()}"
         error = f"the worker died ({cause})" if process.pid else f"no worker can be started ({cause})"
         job, slot.job = slot.job, None
         self._kill(slot)

@@ -110,6 +110,8 @@ class SlurmExecutor(DetachedExecutor):
         """Submit the jobs that wait, then return what jobs have said."""
         if self._waiting:
             submissions = [Submission(self._shared, self._shared.pack(job)) for job in self._waiting]
+            for job in self._waiting:  # a run that is started again is a new job to squeue
+                self._missing.pop(job.name, None)
             try:
                 with self._engine.batch():
                     handles = [self._engine.submit(submission) for submission in submissions]

@@ -77,8 +77,12 @@ class Search:
 
     @property
     def taken(self) -> int:
-        """The number of trials that have a result, have failed, repeat another, or are open."""
-        return sum(trial.state is not TrialState.WAITING for trial in self._trials())
+        """The number of trials that have a result, have failed, repeat another, or are open; refused draws are none."""
+        return sum(not self._is_refused(trial) for trial in self._trials() if trial.state is not TrialState.WAITING)
+
+    def _is_refused(self, trial: FrozenTrial) -> bool:
+        """Return whether no valid setting was drawn for a trial."""
+        return trial.state is TrialState.FAIL and _REPEATS not in trial.user_attrs and self._find(trial) is None
 
     @property
     def exhausted(self) -> dict[str, int]:
