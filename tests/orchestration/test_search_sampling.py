@@ -216,7 +216,7 @@ class TestFiniteSpaces:
         space |= {"train.lr": {"log": [1e-3, 1e-2]}}
         for _ in range(4):
             work = search(space=space, trials=2, prune="none", seeds=1, spec={"train": train})
-            with pytest.raises(SpecError, match="100 settings in a row cannot be, the last for train.lr_schedule"):
+            with pytest.raises(SpecError, match=r"100 settings in a row cannot be, the last for train.lr_schedule"):
                 work.next()
             assert work.counts() == (0, 2)
 
