@@ -253,7 +253,7 @@ class _Preparation:
         """Write the manifest and the labels, if no other process has.
 
         Raises:
-            DataError: the folder is another preparation's, or none.
+            DataError: the folder belongs to another preparation, or holds something else.
         """
         manifest = {
             "vae": vae,

@@ -77,11 +77,11 @@ class Search:
 
     @property
     def taken(self) -> int:
-        """The number of trials that have a result, have failed, repeat another, or are open; refused draws are none."""
+        """The number of trials that have a result, have failed, repeat another or are open, without refused draws."""
         return sum(not self._is_refused(trial) for trial in self._trials() if trial.state is not TrialState.WAITING)
 
     def _is_refused(self, trial: FrozenTrial) -> bool:
-        """Return whether no valid setting was drawn for a trial."""
+        """Return whether a trial ended without valid settings."""
         return trial.state is TrialState.FAIL and _REPEATS not in trial.user_attrs and self._find(trial) is None
 
     @property
